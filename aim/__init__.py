@@ -1,0 +1,1 @@
+"""The AIM model: configuration, layers, objective, probe heads, costs, official weight names."""

@@ -1,0 +1,1 @@
+"""One run: data, DeepSpeed engine, training, checkpoints, validation, probes, metrics."""

@@ -1,0 +1,1 @@
+"""Many runs: sweep files, planner, launchers, status, collection, and the command line."""

@@ -1,0 +1,94 @@
+"""The one command, `aimscale`: a table of verbs whose modules are imported only when one is used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("sweeps.cli_demo", "Run the whole loop on bundled real images; ends at a report."),
+    "data": ("harness.cli_data", "Images to indexed shards: pack, index, info."),
+    "plan": ("sweeps.cli_plan", "List the runs of a sweep with a cost card each; no side effect."),
+    "launch": ("sweeps.cli_launch", "Start what is missing, resume what died, skip what is done."),
+    "status": ("sweeps.cli_status", "One line a run: state, step, loss, images/s, MFU, ETA, why it failed."),
+    "logs": ("sweeps.cli_logs", "Print or follow the log of one run."),
+    "cancel": ("sweeps.cli_cancel", "Stop the runs of a sweep; each saves first."),
+    "retry": ("sweeps.cli_retry", "Clear the failure of runs, so that the next launch resumes them."),
+    "collect": ("sweeps.cli_collect", "Gather every run's rows into one typed table."),
+    "train": ("harness.cli_train", "Train or resume one run from its directory."),
+    "probe": ("harness.cli_probe", "Probe the frozen features of one run's budgets."),
+    "weights": ("harness.cli_weights", "Import, export and describe official AIM weights."),
+    "bench": ("harness.cli_bench", "Measure throughput, MFU, loader and fit speed against named limits."),
+    "fit": ("analysis.cli_fit", "Fit a scaling law to a table, with intervals and a held-out test."),
+    "frontier": ("analysis.cli_frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
+    "correlate": ("analysis.cli_correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
+    "compare": ("analysis.cli_compare", "Put runs beside the published baselines."),
+    "report": ("analysis.cli_report", "Write one self-contained HTML page from a table."),
+}
+"""Verb -> (module holding a typer app named `app`, the line that `aimscale --help` prints)."""
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Lists verbs from `VERBS` and imports a verb's module only to run it or to print its own help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Verbs in the order of a session's work."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import the verb's module and turn its typer app into a command."""
+        if cmd_name not in VERBS:
+            return None
+        command = typer.main.get_command(importlib.import_module(VERBS[cmd_name][0]).app)
+        command.name = cmd_name
+        return command
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage and one line a verb, without importing the verbs or rich."""
+        formatter.write_usage("aimscale", "VERB [OPTIONS] [ARGS]...")
+        formatter.write_paragraph()
+        formatter.write_text(self.help or "")
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+        with formatter.section("Options"):
+            formatter.write_dl([record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))])
+
+
+app = typer.Typer(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"aimscale {importlib.metadata.version('aimscale')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """How do autoregressive image models scale, and what will the next size be worth?"""
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point: a user's mistake prints one sentence and exits with its code, never a traceback."""
+    try:
+        return typer.main.get_command(app)(args=argv, prog_name="aimscale")
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"aimscale: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

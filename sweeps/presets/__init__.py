@@ -1,0 +1,1 @@
+"""Sweep files that ship with aimscale; `aimscale plan NAME` takes their names."""
