@@ -1,0 +1,239 @@
+"""Which AIM: the four published sizes, a ladder of small rungs below them, and any free width and depth.
+
+The published sizes and every default follow El-Nouby et al., "Scalable Pre-training of Large Autoregressive Image
+Models" (arXiv 2401.08541), section 3 and Table 1. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from aim.errors import UserError
+
+HeadRule = Literal["released", "proportional", "none"]
+PatchOrder = Literal["raster", "spiral", "checkerboard", "random"]
+Target = Literal["normalised", "raw"]
+Parametrisation = Literal["standard", "mup"]
+
+RELEASED_SIZES: dict[str, tuple[int, int, int]] = {
+    "aim-600M": (1536, 24, 12),
+    "aim-1B": (2048, 24, 16),
+    "aim-3B": (3072, 24, 24),
+    "aim-7B": (4096, 32, 32),
+}
+"""Name -> (width, depth, number of attention heads)."""
+
+RUNG_WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Widths of the named rungs below aim-600M."""
+
+RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH = 2048, 12
+"""The pixel head of every published size (paper, section 3.2)."""
+
+
+class ModelConfigError(UserError):
+    """A model that does not exist or whose parts do not divide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelHeadConfig:
+    """The MLP that turns a trunk token into the pixels of the next patch."""
+
+    width: int
+    """Channels of the residual MLP blocks; with `is_linear`, unused and equal to the trunk's width."""
+    depth: int
+    """Number of residual MLP blocks."""
+    ln_residual: bool = False
+    """Each block first adds LayerNorm(x), as the authors' trainer does where attention used to be."""
+    is_linear: bool = False
+    """No blocks at all: one linear layer on the trunk's last norm (the paper's "None" head, Table 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that defines the shape and the objective of one AIM."""
+
+    name: str
+    """The size's name, e.g. `aim-600M` or `rung-64`."""
+    image_size: int
+    """Side of the square input, pixels."""
+    patch_size: int
+    """Side of a square patch, pixels."""
+    channels: int
+    """Colour channels."""
+    width: int
+    """d: channels of the trunk's residual stream."""
+    depth: int
+    """L: number of transformer blocks."""
+    num_heads: int
+    """Attention heads of each block."""
+    head: PixelHeadConfig
+    """The pixel head."""
+    patch_order: PatchOrder = "raster"
+    """Order in which patches are read and predicted."""
+    target: Target = "normalised"
+    """`normalised`: pixels standardised per patch; `raw`: pixels as given."""
+    parametrisation: Parametrisation = "standard"
+    """`standard`, or `mup`: learning rates and scales that follow the width."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm (1e-6 as in the authors' released inference code)."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N: patches of an image."""
+        return self.grid**2
+
+    @property
+    def patch_dim(self) -> int:
+        """o: values of one patch."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            near = max(1, round(self.image_size / self.patch_size)) * self.patch_size
+            raise ModelConfigError(
+                f"an image of {self.image_size} px does not divide into patches of {self.patch_size} px; "
+                f"use image_size {near} or another patch_size"
+            )
+        if self.num_tokens < 2:
+            raise ModelConfigError(
+                f"an image of {self.image_size} px holds one patch of {self.patch_size} px, and nothing is left to "
+                f"predict; use a smaller patch_size"
+            )
+        if self.width % self.num_heads:
+            raise ModelConfigError(f"{self.name}: width {self.width} does not divide into {self.num_heads} heads")
+        for part, width in (("width", self.width), ("head width", self.head.width)):
+            if width < 4 or width % 4:
+                raise ModelConfigError(
+                    f"{self.name}: {part} {width} must be a multiple of 4, which the 2-D sin-cos positions need"
+                )
+        if self.target == "normalised" and self.patch_dim < 2:
+            raise ModelConfigError(
+                f"{self.name}: a patch of one value cannot be normalised; use a larger patch_size or target 'raw'"
+            )
+
+
+def model_config(
+    size: str,
+    *,
+    image_size: int = 224,
+    patch_size: int = 14,
+    channels: int = 3,
+    head_rule: HeadRule = "proportional",
+    head_width: int | None = None,
+    head_depth: int | None = None,
+    ln_residual: bool = False,
+    patch_order: PatchOrder = "raster",
+    target: Target = "normalised",
+    parametrisation: Parametrisation = "standard",
+) -> ModelConfig:
+    """Look a size up and attach its pixel head.
+
+    `size` is `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>` of the ladder, or `w<width>-d<depth>`.
+    `head_rule` gives the pixel head, whose width and depth can be overridden:
+
+    - `released`: 12 blocks of width 2048, as in all published sizes;
+    - `proportional`: width 4/3 d (nearest multiple of 16) and half of the trunk's blocks, which is aim-600M's own
+      ratio, so that every size spends the same share of its FLOPs on the head;
+    - `none`: one linear layer.
+
+    Raises:
+        ModelConfigError: an unknown size or option (names the nearest known one), or parts that do not divide.
+    """
+    for option, value, known in (
+        ("head_rule", head_rule, get_args(HeadRule)),
+        ("patch_order", patch_order, get_args(PatchOrder)),
+        ("target", target, get_args(Target)),
+        ("parametrisation", parametrisation, get_args(Parametrisation)),
+    ):
+        if value not in known:
+            raise ModelConfigError(f"unknown {option} '{value}'; use one of {', '.join(known)}")
+    width, depth, num_heads = _shape(size)
+    return ModelConfig(
+        name=size,
+        image_size=image_size,
+        patch_size=patch_size,
+        channels=channels,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        head=_pixel_head(width, depth, head_rule, head_width, head_depth, ln_residual),
+        patch_order=patch_order,
+        target=target,
+        parametrisation=parametrisation,
+    )
+
+
+def known_sizes() -> tuple[str, ...]:
+    """Named sizes, smallest first."""
+    return (*(f"rung-{width}" for width in RUNG_WIDTHS), *RELEASED_SIZES)
+
+
+def _shape(size: str) -> tuple[int, int, int]:
+    """(width, depth, number of heads) of a size's name."""
+    if size in RELEASED_SIZES:
+        return RELEASED_SIZES[size]
+    if size in known_sizes():
+        width = int(size.removeprefix("rung-"))
+        return width, _rung_depth(width), width // _head_dim(width)
+    free = re.fullmatch(r"w([1-9]\d*)-d([1-9]\d*)", size)
+    if free:
+        width, depth = int(free[1]), int(free[2])
+        return width, depth, width // _head_dim(width)
+    near = _nearest_size(size)
+    hint = f"did you mean '{near}'?" if near else f"known sizes: {', '.join(known_sizes())}"
+    raise ModelConfigError(f"unknown size '{size}'; {hint} (any other shape is w<width>-d<depth>)")
+
+
+def _rung_depth(width: int) -> int:
+    """Nearest even number to 24 sqrt(d / 1536): from aim-600M downwards, depth shrinks as the root of the width."""
+    return max(2, 2 * round(12 * math.sqrt(width / RELEASED_SIZES["aim-600M"][0])))
+
+
+def _head_dim(width: int) -> int:
+    """Largest power of two up to 64 that divides the width and leaves at least two heads (one if the width is odd)."""
+    fits = [dim for dim in (64, 32, 16, 8, 4, 2) if width % dim == 0 and width // dim >= 2]
+    return fits[0] if fits else width
+
+
+def _nearest_size(size: str) -> str | None:
+    """The known size closest to a mistyped one: by width for `rung-<width>`, else by spelling."""
+    rung = re.fullmatch(r"rung-?(\d+)", size)
+    if rung:
+        return f"rung-{min(RUNG_WIDTHS, key=lambda width: abs(width - int(rung[1])))}"
+    by_lower = {name.lower(): name for name in known_sizes()}
+    near = difflib.get_close_matches(size.lower(), by_lower, n=1)
+    return by_lower[near[0]] if near else None
+
+
+def _pixel_head(
+    width: int, depth: int, rule: HeadRule, head_width: int | None, head_depth: int | None, ln_residual: bool
+) -> PixelHeadConfig:
+    if rule == "none":
+        if head_width is not None or head_depth is not None or ln_residual:
+            raise ModelConfigError(
+                "head_rule 'none' is one linear layer; leave head_width, head_depth and ln_residual out"
+            )
+        return PixelHeadConfig(width=width, depth=0, is_linear=True)
+    if rule == "released":
+        rule_width, rule_depth = RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH
+    else:
+        rule_width, rule_depth = 16 * max(1, round(width / 12)), max(1, depth // 2)
+    return PixelHeadConfig(
+        width=rule_width if head_width is None else head_width,
+        depth=rule_depth if head_depth is None else head_depth,
+        ln_residual=ln_residual,
+    )

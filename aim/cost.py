@@ -1,0 +1,102 @@
+"""Parameters and FLOPs of a configuration, in closed form: exact, instant, without torch.
+
+d is the trunk's width, L its depth, N the tokens of an image, o the values of a patch, D and n the pixel head's width
+and depth. A multiply-add counts as two FLOPs; norms, activations and softmax count as none, as in PyTorch's
+`FlopCounterMode`, which the tests compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aim.config import ModelConfig
+
+TRAIN_OVER_FORWARD = 3
+"""A backward pass multiplies twice as often as the forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamCount:
+    """Trainable parameters by part."""
+
+    preprocessor: int
+    """Patch embedding and its norm."""
+    trunk: int
+    """Blocks and the last norm."""
+    head: int
+    """Pixel head."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.preprocessor + self.trunk + self.head
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopCount:
+    """Forward FLOPs of one image by part."""
+
+    patch_embed: float
+    """Patch embedding."""
+    trunk: float
+    """Blocks, attention included."""
+    head: float
+    """Pixel head."""
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of a forward pass."""
+        return self.patch_embed + self.trunk + self.head
+
+    @property
+    def train(self) -> float:
+        """FLOPs of a forward and a backward pass."""
+        return TRAIN_OVER_FORWARD * self.forward
+
+
+def param_count(config: ModelConfig) -> ParamCount:
+    """Count the parameters; equal to the released models' own for preprocessor and trunk."""
+    d, o = config.width, config.patch_dim
+    head = config.head
+    if head.is_linear:
+        head_params = d * o + o
+    else:
+        norms_per_block = 2 if head.ln_residual else 1
+        block = 8 * head.width**2 + norms_per_block * 2 * head.width
+        head_params = (d + 1) * head.width + head.depth * block + 2 * head.width + (head.width + 1) * o
+    return ParamCount(preprocessor=d * (o + 3), trunk=config.depth * (12 * d**2 + 4 * d) + 2 * d, head=head_params)
+
+
+def flops_per_image(config: ModelConfig) -> FlopCount:
+    """Count FLOPs by the published convention: every token passes through every layer and the whole head.
+
+    This is the C of the scaling laws, comparable between implementations.
+    """
+    num_tokens, d = config.num_tokens, config.width
+    return FlopCount(
+        patch_embed=2 * num_tokens * config.patch_dim * d,
+        trunk=2 * config.depth * (12 * num_tokens * d**2 + 2 * num_tokens**2 * d),
+        head=num_tokens * _head_flops_per_token(config),
+    )
+
+
+def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopCount:
+    """Count the FLOPs that `AIM.forward` executes, the numerator of MFU.
+
+    Only the `scored_tokens` (mean per image: N / 2 with paired prefixes, and on average with uniform ones) pass
+    through the pixel head and through the MLP of the last block.
+    """
+    published = flops_per_image(config)
+    skipped = config.num_tokens - scored_tokens
+    return FlopCount(
+        patch_embed=published.patch_embed,
+        trunk=published.trunk - skipped * 2 * 8 * config.width**2,
+        head=scored_tokens * _head_flops_per_token(config),
+    )
+
+
+def _head_flops_per_token(config: ModelConfig) -> int:
+    d, o, head = config.width, config.patch_dim, config.head
+    if head.is_linear:
+        return 2 * d * o
+    return 2 * (d * head.width + 8 * head.depth * head.width**2 + head.width * o)
