@@ -1,0 +1,277 @@
+"""Frozen features for probing: what a backbone is, labelled images, and tokens cached or streamed in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aim.errors import UserError
+from aim.model import AIM
+from harness.config import ModelSection, ProbeSection
+from harness.data.evalset import eval_images
+from harness.data.index import ShardDataset, open_dataset
+
+CACHE_GB = 2.0
+"""Tokens of the training split are kept in memory up to this size and recomputed every epoch beyond it."""
+WORKING_GB = 0.25
+"""Largest transient stack of tokens."""
+EXTRACT_BATCH = 64
+"""Images per backbone pass."""
+
+BlockSet = tuple[int, ...]
+"""Blocks, counted from 0, whose outputs are averaged."""
+
+
+class ProbeError(UserError):
+    """A task or a model that cannot be probed as asked."""
+
+
+class Backbone(Protocol):
+    """A frozen model as the probes see it."""
+
+    name: str
+    """Written into results."""
+    num_blocks: int
+    """Blocks whose outputs can be asked for."""
+    num_heads: int
+    """Heads of the attentive probe: those of the trunk."""
+
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Outputs (len(blocks), B, N, d) for normalised images (B, C, H, W)."""
+        ...
+
+
+class AimBackbone:
+    """An AIM with bidirectional attention; raw block outputs, no final norm (as the released probe reads them)."""
+
+    def __init__(self, model: AIM, name: str = "aim"):
+        self.name = name
+        self.num_blocks = model.config.depth
+        self.num_heads = model.config.num_heads
+        self._model = model
+
+    @torch.no_grad()
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Outputs (len(blocks), B, N, d); moves the images to the model's device and dtype."""
+        weight = next(self._model.trunk.parameters())
+        return self._model.features(images.to(weight.device, weight.dtype), blocks)
+
+
+class PixelBackbone:
+    """Raw pixels as the features: what a probe reaches without any model."""
+
+    name = "raw-pixels"
+    num_blocks = 1
+    num_heads = 1
+
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        """The flattened image as one token of width C H W: (len(blocks), B, 1, C H W)."""
+        return images.flatten(1)[None, :, None].expand(len(blocks), -1, -1, -1)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A labelled data set, preprocessed for one model geometry."""
+
+    dataset: ShardDataset
+    """Indexed shards."""
+    labels: Tensor
+    """Class indices (n,), int64."""
+    classes: tuple[str, ...]
+    """Class names."""
+    model_section: ModelSection
+    """Image size and channels to prepare for."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Normalised float32 images (len(indices), C, H, W): shorter side resized, centre crop."""
+        return eval_images(self.dataset, indices, self.model_section)
+
+
+def open_labelled(path: str, section: ProbeSection, model_section: ModelSection) -> LabelledImages:
+    """Open one side of a task.
+
+    Raises:
+        ProbeError: the data set has no labels or no class names.
+    """
+    dataset = open_dataset(path)
+    if dataset.labels is None or dataset.classes is None:
+        raise ProbeError(
+            f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
+        )
+    labels = torch.as_tensor(np.asarray(dataset.labels), dtype=torch.int64)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(dataset.classes):
+        raise ProbeError(f"task '{section.task}': {path} has labels outside its {len(dataset.classes)} classes")
+    return LabelledImages(dataset, labels, tuple(dataset.classes), model_section)
+
+
+def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test split of a task.
+
+    Raises:
+        ProbeError: no labels, other classes on the two sides, or too few images to hold some out.
+    """
+    train = open_labelled(section.train, section, model_section)
+    test = open_labelled(section.test, section, model_section)
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
+        raise ProbeError(
+            f"task '{section.task}': the classes of {section.train} and {section.test} differ "
+            f"({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); pack both with the same class folders"
+        )
+    if len(train.classes) < 2:
+        raise ProbeError(f"task '{section.task}': {section.train} has one class only; a probe needs two or more")
+    if len(train) < 2 * len(train.classes):
+        raise ProbeError(
+            f"task '{section.task}': {len(train)} training images for {len(train.classes)} classes in {section.train} "
+            "are too few to hold some out; give at least two a class"
+        )
+    if not len(test):
+        raise ProbeError(f"task '{section.task}': {section.test} has no images")
+    return train, test
+
+
+def holdout_split(labels: Tensor, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (fit, hold-out) of a stratified split: `fraction` of every class, rounded at random but seeded.
+
+    A class with one image stays in the fit part.
+    """
+    draw = np.random.default_rng([seed, 0])
+    fit, held = [], []
+    for label in np.unique(labels.numpy()):
+        members = draw.permutation(np.flatnonzero(labels.numpy() == label))
+        exact = fraction * len(members)
+        count = min(len(members) - 1, int(exact) + int(draw.random() < exact % 1))
+        held.append(members[:count])
+        fit.append(members[count:])
+    held_indices = np.sort(np.concatenate(held))
+    if not len(held_indices):  # every class rounded down: the largest gives one
+        largest = max(range(len(fit)), key=lambda i: len(fit[i]))
+        held_indices, fit[largest] = fit[largest][:1], fit[largest][1:]
+    return np.sort(np.concatenate(fit)), held_indices
+
+
+def block_sets(num_blocks: int) -> tuple[list[BlockSet], BlockSet]:
+    """Candidate sets and the protocol's fixed one.
+
+    The fixed one is the last six blocks (the last half of a model of fewer than twelve). Candidates: that, every
+    single block, and every window of the same length, among which the published best layers (six contiguous ones in
+    all four sizes) were found.
+    """
+    length = 6 if num_blocks >= 12 else max(1, num_blocks // 2)
+    windows = [tuple(range(start, start + length)) for start in range(num_blocks - length + 1)]
+    singles = [(block,) for block in range(num_blocks)]
+    return list(dict.fromkeys(windows + singles)), windows[-1]
+
+
+def averages(tokens: Tensor, sets: Sequence[BlockSet], blocks: Sequence[int] | None = None) -> Tensor:
+    """Mean over the blocks of each set, in fp32: tokens (L, ...) -> (S, ...); `blocks` names the rows if not 0..L-1."""
+    row = {block: i for i, block in enumerate(range(len(tokens)) if blocks is None else blocks)}
+    out = torch.zeros((len(sets), *tokens.shape[1:]), device=tokens.device)
+    for i, members in enumerate(sets):
+        for block in members:
+            out[i] += tokens[row[block]]
+        out[i] /= len(members)
+    return out
+
+
+class Selection(Protocol):
+    """The tokens of some block sets, batch by batch."""
+
+    def batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens (S, B, N, d) and labels (B,) of the images `indices`, in that order."""
+        ...
+
+
+class StreamedTokens:
+    """Tokens recomputed by the backbone whenever they are asked for: memory for one batch."""
+
+    cached = False
+
+    def __init__(self, backbone: Backbone, images: LabelledImages):
+        self._backbone = backbone
+        self._images = images
+
+    def extract(self, indices: Sequence[int]) -> Tensor:
+        """Outputs of all blocks (L, B, N, d)."""
+        return self._backbone.features(self._images.images(indices), range(self._backbone.num_blocks))
+
+    def select(self, sets: Sequence[BlockSet]) -> Selection:
+        """Averages over these sets."""
+        return _StreamedSelection(self, self._images.labels, sets)
+
+
+@dataclass(frozen=True)
+class _StreamedSelection:
+    source: StreamedTokens
+    labels: Tensor
+    sets: Sequence[BlockSet]
+
+    def batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in batched(indices, batch_size):
+            chunks = [averages(self.source.extract(chunk), self.sets) for chunk in batched(part, EXTRACT_BATCH)]
+            tokens = torch.cat(chunks, dim=1)
+            yield tokens, self.labels[torch.as_tensor(part)].to(tokens.device)
+
+
+class CachedTokens:
+    """Tokens of all blocks and images in memory, from one backbone pass."""
+
+    cached = True
+
+    def __init__(self, blocks: Tensor, labels: Tensor):
+        self._blocks = blocks
+        self._labels = labels
+
+    def pooled(self) -> CachedTokens:
+        """The mean over tokens as one token: all that a linear probe needs."""
+        mean = self._blocks.new_empty((*self._blocks.shape[:2], 1, self._blocks.shape[3]), dtype=torch.float32)
+        for out, tokens in zip(mean, self._blocks, strict=True):
+            torch.mean(tokens, dim=1, keepdim=True, dtype=torch.float32, out=out)
+        return CachedTokens(mean, self._labels)
+
+    def sets_at_once(self, num_sets: int) -> int:
+        """Sets whose averaged tokens stay within the working memory together, at least one."""
+        return max(1, min(num_sets, int(WORKING_GB * 1e9 / (4 * self._blocks[0].numel()))))
+
+    def select(self, sets: Sequence[BlockSet]) -> Selection:
+        """Averages over these sets, computed once."""
+        return _CachedSelection(averages(self._blocks, sets), self._labels.to(self._blocks.device))
+
+
+@dataclass(frozen=True)
+class _CachedSelection:
+    tokens: Tensor
+    labels: Tensor
+
+    def batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in batched(indices, batch_size):
+            rows = torch.as_tensor(part, device=self.tokens.device)
+            yield self.tokens[:, rows], self.labels[rows]
+
+
+def token_source(
+    backbone: Backbone, images: LabelledImages, *, cache_gb: float = CACHE_GB
+) -> CachedTokens | StreamedTokens:
+    """Cache the tokens of all blocks if they fit into `cache_gb` (10^9 bytes), else stream them."""
+    stream = StreamedTokens(backbone, images)
+    first = stream.extract([0])
+    if first.numel() * first.element_size() * len(images) > cache_gb * 1e9:
+        return stream
+    blocks = first.new_empty((first.shape[0], len(images), *first.shape[2:]))
+    for indices in batched(np.arange(len(images)), EXTRACT_BATCH):
+        blocks[:, indices[0] : indices[-1] + 1] = stream.extract(indices)
+    return CachedTokens(blocks, images.labels)
+
+
+def batched(indices: np.ndarray | Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive lists of `size` indices; the last may be shorter."""
+    for start in range(0, len(indices), size):
+        yield [int(i) for i in indices[start : start + size]]

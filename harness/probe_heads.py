@@ -1,0 +1,268 @@
+"""Many probe heads at once: S feature sets x G settings of (learning rate, weight decay), stacked in every tensor.
+
+One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping,
+learning rate and decay are its own. Two exact rearrangements keep that cheap.
+
+- The batch norm of the released head has no affine part, so with the statistics of the training split it is a fixed
+  standardisation. It is folded into the query and into the pooled vector: tokens are never copied.
+- There is one learned query, so the score of token x in head h is (W_k,h^T q_h) x and the pooled value is
+  W_v,h (sum_n a_n x_n): keys and values of single tokens are never formed. That is N d H work a token where the
+  written-out head needs 2 N d^2, with the same parameters and the same gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BATCH_NORM_EPS = 1e-6
+"""Of the released head's batch norm."""
+LR_END = 1e-5
+"""The cosine ends here, or at the peak where that is lower (AIMv2, Table A2)."""
+WARMUP_FRACTION = 0.05
+"""Share of the steps that warm up (AIMv2, Table A2: 5 of 100 epochs)."""
+CLIP_NORM = 3.0
+"""Every head's own gradient norm is clipped to this (AIMv2, Table A2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One point of the optimiser grid."""
+
+    lr: float
+    """Peak learning rate of AdamW."""
+    weight_decay: float
+    """Decoupled decay of the matrices."""
+
+
+class HeadStack(nn.Module):
+    """S x G heads of one kind; subclasses say how tokens become the vector that is classified.
+
+    Life of a stack: `observe` every batch of the training split once, `freeze` the statistics, `step` through the
+    epochs, `forward` to score.
+    """
+
+    kind: str
+    mean: Tensor
+    var: Tensor
+
+    def __init__(
+        self, *, num_sets: int, settings: tuple[Setting, ...], width: int, num_classes: int, device: torch.device
+    ):
+        super().__init__()
+        self.settings = settings
+        self.num_classes = num_classes
+        self.register_buffer("mean", torch.zeros(num_sets, width, device=device))
+        self.register_buffer("var", torch.ones(num_sets, width, device=device))
+        self._sums: list[Tensor] = [torch.zeros(num_sets, width, dtype=torch.float64, device=device) for _ in "12"]
+        self._count = 0
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """What the statistics are taken over: the tokens (S, B, N, d) themselves unless a subclass pools first."""
+        return tokens
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor) -> None:
+        """Add tokens (S, B, N, d) to the statistics of the batch norm."""
+        pooled = self.pool(tokens).flatten(1, 2)
+        for power, total in enumerate(self._sums, start=1):
+            # fp32 within a batch, fp64 across: enough for means far from zero
+            total += pooled.double().pow(power).sum(1)
+        self._count += pooled.shape[1]
+
+    def statistics(self) -> tuple[Tensor, Tensor, int]:
+        """Sums, sums of squares (S, d) in fp64 and the count, so that ranks can add theirs."""
+        return self._sums[0], self._sums[1], self._count
+
+    def freeze(self, sums: Tensor, squares: Tensor, count: int) -> None:
+        """Set mean and (biased) variance from the totals over the training split."""
+        mean = sums / count
+        self.mean = mean.float()
+        self.var = (squares / count - mean.square()).clamp_min(0).float()
+
+    @property
+    def rstd(self) -> Tensor:
+        """1 / standard deviation, (S, d)."""
+        return (self.var + BATCH_NORM_EPS).rsqrt()
+
+    def loss(self, tokens: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """Cross-entropy of (S, B, N, d) against labels (B,): the sum over heads of each one's sum / `batch_size`."""
+        logits = self(tokens)
+        targets = labels[None, :, None].expand(logits.shape[:3])
+        return functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="sum") / batch_size
+
+    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
+        """Parameters and statistics of one head under the names of `aim.probes`."""
+        raise NotImplementedError
+
+    def only(self, set_index: int, setting_index: int) -> HeadStack:
+        """A stack that holds one head of this one, for scoring."""
+        alone = object.__new__(type(self))
+        nn.Module.__init__(alone)
+        alone.settings = (self.settings[setting_index],)
+        alone.num_classes = self.num_classes
+        for name, buffer in self.named_buffers():
+            alone.register_buffer(name, buffer[set_index : set_index + 1].clone())
+        for name, parameter in self.named_parameters():
+            part = parameter[set_index : set_index + 1, setting_index : setting_index + 1].detach().clone()
+            alone.register_parameter(name, nn.Parameter(part))
+        return alone
+
+
+class LinearStack(HeadStack):
+    """Mean over tokens -> batch norm -> linear with bias."""
+
+    kind = "linear"
+
+    def __init__(
+        self,
+        *,
+        num_sets: int,
+        settings: tuple[Setting, ...],
+        width: int,
+        num_classes: int,
+        num_heads: int,
+        generator: torch.Generator,
+        device: torch.device,
+    ):
+        super().__init__(num_sets=num_sets, settings=settings, width=width, num_classes=num_classes, device=device)
+        heads = (num_sets, len(settings))
+        # zeros: the problem is convex, so the start carries no information and no noise
+        self.weight = nn.Parameter(torch.zeros(*heads, num_classes, width, device=device))
+        self.bias = nn.Parameter(torch.zeros(*heads, num_classes, device=device))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Mean over the tokens, (S, B, 1, d)."""
+        return tokens.float().mean(2, keepdim=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
+        vectors = (self.pool(tokens)[:, :, 0] - self.mean[:, None]) * self.rstd[:, None]
+        return torch.einsum("sbd,sgkd->sbgk", vectors, self.weight) + self.bias[:, None]
+
+    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
+        """Names of `aim.probes.LinearProbe`."""
+        return {
+            "bn.running_mean": self.mean[set_index],
+            "bn.running_var": self.var[set_index],
+            "linear.weight": self.weight.detach()[set_index, setting_index],
+            "linear.bias": self.bias.detach()[set_index, setting_index],
+        }
+
+
+class AttentiveStack(HeadStack):
+    """The released head: batch norm over channels, one learned query, keys and values without bias, linear."""
+
+    kind = "attentive"
+
+    def __init__(
+        self,
+        *,
+        num_sets: int,
+        settings: tuple[Setting, ...],
+        width: int,
+        num_classes: int,
+        num_heads: int,
+        generator: torch.Generator,
+        device: torch.device,
+    ):
+        super().__init__(num_sets=num_sets, settings=settings, width=width, num_classes=num_classes, device=device)
+        per_head = width // num_heads
+
+        def start(*shape: int, std: float) -> nn.Parameter:
+            # every head of the grid starts from the same draw: they differ by what is compared, not by luck
+            draw = torch.randn(shape, generator=generator) * std
+            return nn.Parameter(draw.expand(num_sets, len(settings), *shape).to(device).contiguous())
+
+        xavier = 1 / math.sqrt(width)
+        self.query = start(num_heads, per_head, std=1.0)
+        self.key = start(num_heads, per_head, width, std=xavier)
+        self.value = start(num_heads, per_head, width, std=xavier)
+        self.weight = start(num_classes, width, std=0.01)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
+        num_sets, batch, num_tokens, width = tokens.shape
+        num_settings, num_heads, per_head = self.query.shape[1:]
+        tokens = tokens.float()
+        rstd = self.rstd
+        direction = torch.einsum("sghc,sghcd->sghd", self.query, self.key) * per_head**-0.5
+        # the mean shifts all scores of a head alike and drops out of the softmax
+        direction = (direction * rstd[:, None, None]).flatten(1, 2)
+        scores = tokens.flatten(1, 2) @ direction.mT
+        scores = scores.view(num_sets * batch, num_tokens, num_settings * num_heads)
+        attention = scores.softmax(dim=1)
+        pooled = attention.mT @ tokens.flatten(0, 1)
+        pooled = pooled.view(num_sets, batch, num_settings, num_heads, width)
+        pooled = (pooled - self.mean[:, None, None, None]) * rstd[:, None, None, None]
+        vectors = torch.einsum("sbghd,sghcd->sbghc", pooled, self.value).flatten(3)
+        return torch.einsum("sbgd,sgkd->sbgk", vectors, self.weight)
+
+    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
+        """Names of the released head, as `aim.probes.AttentiveProbe` loads them."""
+        at = (set_index, setting_index)
+        width = self.mean.shape[1]
+        return {
+            "cls_token": self.query.detach()[at].reshape(1, 1, width),
+            "k.weight": self.key.detach()[at].reshape(width, width),
+            "v.weight": self.value.detach()[at].reshape(width, width),
+            "linear.weight": self.weight.detach()[at],
+            "bn.running_mean": self.mean[set_index],
+            "bn.running_var": self.var[set_index],
+        }
+
+
+STACKS: dict[str, type[LinearStack] | type[AttentiveStack]] = {"linear": LinearStack, "attentive": AttentiveStack}
+"""Kind -> class of its stack."""
+
+
+class StackedAdamW:
+    """AdamW (0.9, 0.999) over a stack: each head has its own rate, decay, clipping and nothing shared."""
+
+    def __init__(self, stack: HeadStack, *, num_steps: int):
+        device = stack.mean.device
+        self._decayed = [parameter for parameter in stack.parameters() if parameter.dim() > 3]
+        self._parameters = list(stack.parameters())
+        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
+        self._lr_peaks = torch.tensor([setting.lr for setting in stack.settings], device=device)
+        self._decays = torch.tensor([setting.weight_decay for setting in stack.settings], device=device)
+        self.num_steps = num_steps
+        self.step_index = 0
+
+    def learning_rates(self) -> Tensor:
+        """Rates (G,) of the coming step: linear warm-up, then half a cosine down to `LR_END`."""
+        warmup = max(1, round(WARMUP_FRACTION * self.num_steps))
+        if self.step_index < warmup:
+            return self._lr_peaks * ((self.step_index + 1) / warmup)
+        progress = (self.step_index - warmup + 1) / max(1, self.num_steps - warmup)
+        low = self._lr_peaks.clamp_max(LR_END)
+        return low + (self._lr_peaks - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip, update, and drop the gradients."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        assert all(gradient is not None for gradient in gradients)
+        squares = sum(g.square().flatten(2).sum(2) for g in gradients if g is not None)
+        assert isinstance(squares, Tensor)
+        scale = (CLIP_NORM / squares.sqrt().clamp_min(1e-12)).clamp_max(1.0)
+        rates = self.learning_rates()
+        self.step_index += 1
+        correction1, correction2 = 1 - 0.9**self.step_index, 1 - 0.999**self.step_index
+        decayed = {id(parameter) for parameter in self._decayed}
+        for parameter, gradient, (first, second) in zip(self._parameters, gradients, self._moments, strict=True):
+            assert gradient is not None
+            trailing = (1,) * (parameter.dim() - 2)
+            gradient = gradient * scale.view(*scale.shape, *trailing)
+            first.lerp_(gradient, 0.1)
+            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            rate = rates.view(1, -1, *trailing)
+            if id(parameter) in decayed:
+                parameter.mul_(1 - rate * self._decays.view(1, -1, *trailing))
+            denominator = (second / correction2).sqrt_().add_(1e-8)
+            parameter.sub_(rate / correction1 * first / denominator)
+            parameter.grad = None

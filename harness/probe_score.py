@@ -1,0 +1,52 @@
+"""Accuracies with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % point of the normal distribution."""
+
+
+def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927): inside [0, 1] and honest near both ends."""
+    if n <= 0:
+        raise ValueError("an interval needs at least one image")
+    share = num_correct / n
+    centre = share + Z95**2 / (2 * n)
+    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
+    scale = 1 + Z95**2 / n
+    # at 0 and n correct the bound is the end itself, but for rounding
+    low = 0.0 if num_correct == 0 else (centre - half) / scale
+    high = 1.0 if num_correct == n else (centre + half) / scale
+    return low, high
+
+
+def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, and per class.
+
+    Args:
+        logits: (n, K).
+        labels: (n,).
+        classes: K names.
+    """
+    correct = logits.argmax(1) == labels
+    n, num_correct = len(labels), int(correct.sum())
+    low, high = wilson_interval(num_correct, n)
+    result: dict[str, Any] = {"n": n, "top1": num_correct / n, "top1_lo95": low, "top1_hi95": high, "top5": None}
+    if len(classes) > 5:
+        result["top5"] = float((logits.topk(5, dim=1).indices == labels[:, None]).any(1).float().mean())
+    totals = np.bincount(labels.numpy(), minlength=len(classes))
+    rights = np.bincount(labels[correct].numpy(), minlength=len(classes))
+    present = totals > 0
+    result["mean_class"] = float((rights[present] / totals[present]).mean())
+    result["majority"] = float(totals.max() / n)
+    result["per_class"] = [
+        {"class": name, "n": int(total), "correct": int(right)}
+        for name, total, right in zip(classes, totals, rights, strict=True)
+    ]
+    return result
