@@ -1,0 +1,115 @@
+"""The parts of an AIM: patch embedding, positions, transformer block, residual MLP.
+
+Module names follow the released state dict. Weights may be bfloat16: PyTorch's layer-norm kernels then still compute in
+float32 and round once, at their output.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """Fixed 2-D sin-cos positions, float32 (grid * grid, width), in raster order.
+
+    The first half of the channels encodes the column, the second half the row; each half is [sin | cos] of the
+    coordinate times omega_i = 10000^(-i / (width / 4)).
+    """
+    quarter = width // 4
+    # float64: a 16-bit frequency or a float32 product would shift the fast channels
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    column = one_axis[None, :, :].expand(grid, grid, -1)
+    row = one_axis[:, None, :].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=2).reshape(grid * grid, width).float()
+
+
+class Patchifier(nn.Module):
+    """Non-overlapping patches (B, C, H, W) -> normed tokens (B, N, d) in raster order."""
+
+    def __init__(self, channels: int, patch_size: int, width: int, norm_eps: float) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed every patch."""
+        tokens: Tensor = self.norm(self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2))
+        return tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without biases; rows of `qkv` are queries, keys, values."""
+
+    def __init__(self, width: int, num_heads: int, scale: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = scale
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Mix tokens (B, N, d); `mask` is bool, broadcastable to (B, heads, N, N), True = attend; None sees all."""
+        batch, num_tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, width))
+        return out
+
+
+class MLP(nn.Module):
+    """Linear, exact-erf GELU, linear; four times as wide inside, no biases."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width, bias=False)
+        self.fc2 = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., d)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int, attention_scale: float, norm_eps: float) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, num_heads, attention_scale)
+        self.norm_2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, d) to (B, N, d); or, with flat indices `keep` (M,), to those tokens alone, (M, d).
+
+        What comes after the attention works token by token, so the last block need not do it for tokens that nobody
+        reads.
+        """
+        x = x + self.attn(self.norm_1(x), mask)
+        if keep is not None:
+            x = x.flatten(0, 1).index_select(0, keep)
+        out: Tensor = x + self.mlp(self.norm_2(x))
+        return out
+
+
+class HeadBlock(nn.Module):
+    """Residual MLP block of the pixel head; the authors' trainer also adds LayerNorm(x), see `ln_residual`."""
+
+    def __init__(self, width: int, ln_residual: bool, norm_eps: float) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width, eps=norm_eps) if ln_residual else None
+        self.norm_2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        if self.norm_1 is not None:
+            x = x + self.norm_1(x)
+        out: Tensor = x + self.mlp(self.norm_2(x))
+        return out

@@ -1,0 +1,262 @@
+"""AIM: an autoregressive image model as El-Nouby et al. (arXiv 2401.08541) describe it, section 3.
+
+`AIM.forward` is the training objective; `per_image_loss`, `predict` and `complete` look at the same predictions in
+other ways; `features` is what probes see. Parameter names are those of the released models, plus `pixel_head.*`, which
+was never released.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aim.config import ModelConfig, ModelConfigError
+from aim.layers import Block, HeadBlock, Patchifier, sincos_positions
+from aim.objective import (
+    normalise_patches,
+    patch_statistics,
+    patchify,
+    prefix_causal_mask,
+    scored_positions,
+    unpatchify,
+)
+from aim.orders import patch_order
+
+
+class Preprocessor(nn.Module):
+    """Images (B, C, H, W) -> tokens (B, N, d) in sequence order, with fixed positions added after the norm."""
+
+    order: Tensor
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patchifier = Patchifier(config.channels, config.patch_size, config.width, config.norm_eps)
+        self.register_buffer("order", torch.empty(config.num_tokens, dtype=torch.int64), persistent=False)
+        self.register_buffer("positions", torch.empty(config.num_tokens, config.width), persistent=False)
+
+    def fill_constants(self) -> None:
+        """Compute the buffers, which no state dict holds."""
+        order = torch.tensor(patch_order(self.config.patch_order, self.config.grid))
+        self.order.copy_(order)
+        self.positions.copy_(sincos_positions(self.config.grid, self.config.width)[order])
+
+    def in_order(self, raster: Tensor) -> Tensor:
+        """Bring (B, N, ...) from raster into sequence order."""
+        return raster if self.config.patch_order == "raster" else raster.index_select(1, self.order)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed the patches."""
+        return self.in_order(self.patchifier(images)) + self.positions
+
+
+class Trunk(nn.Module):
+    """The transformer and its last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        scale = config.head_dim**-0.5
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.num_heads, scale, config.norm_eps) for _ in range(config.depth)
+        )
+        self.post_trunk_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.recompute = False
+
+    def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, d) -> normed tokens (B, N, d), or only those at flat indices `keep`, (M, d)."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = _run(block, x, mask, recompute=self.recompute)
+        out: Tensor = self.post_trunk_norm(_run(last, x, mask, keep, recompute=self.recompute))
+        return out
+
+
+class PixelHead(nn.Module):
+    """Token-wise MLP from the trunk's tokens to the pixels of the next patch."""
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        head = config.head
+        self.proj_in = None if head.is_linear else nn.Linear(config.width, head.width)
+        self.blocks = nn.ModuleList(HeadBlock(head.width, head.ln_residual, config.norm_eps) for _ in range(head.depth))
+        self.norm = None if head.is_linear else nn.LayerNorm(head.width, eps=config.norm_eps)
+        self.proj_out = nn.Linear(head.width, config.patch_dim)
+        self.register_buffer("positions", torch.empty(config.num_tokens, head.width), persistent=False)
+        self.recompute = False
+
+    def fill_constants(self) -> None:
+        """Compute the buffer, which no state dict holds."""
+        order = torch.tensor(patch_order(self.config.patch_order, self.config.grid))
+        self.positions.copy_(sincos_positions(self.config.grid, self.config.head.width)[order])
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Tokens (..., d) at sequence positions (...) -> predicted patches (..., o)."""
+        if self.proj_in is not None and self.norm is not None:
+            x = self.proj_in(x) + self.positions[position]
+            for block in self.blocks:
+                x = _run(block, x, recompute=self.recompute)
+            x = self.norm(x)
+        out: Tensor = self.proj_out(x)
+        return out
+
+
+class AIM(nn.Module):
+    """An autoregressive image model.
+
+    Images are float32 (B, C, H, W), already normalised by the data's mean and standard deviation. Prefix lengths are
+    int64 (B,) in 1..N-1; kept on the CPU, they cost no device synchronisation. Weights may be bfloat16; the loss is
+    computed in float32. `AIM(config)` starts from `init_weights(0)`; made under `torch.device("meta")` it has no values
+    until `to_empty` and `init_weights`, or `aim.weights`, give it some.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.preprocessor = Preprocessor(config)
+        self.trunk = Trunk(config)
+        self.pixel_head = PixelHead(config)
+        if not self.preprocessor.order.is_meta:
+            self.init_weights(0)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every weight anew: matrices (the patch convolution too, as one) xavier-uniform, biases 0, norms 1.
+
+        Each tensor has its own generator, seeded by its name, so the values depend on nothing but `seed`: not on
+        device, world size, or what other parts the model has.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                matrix = torch.empty(module.weight.shape).flatten(1)
+                nn.init.xavier_uniform_(matrix, generator=generator)
+                module.weight.copy_(matrix.view(module.weight.shape))
+                if module.bias is not None:
+                    module.bias.zero_()
+        self.fill_constants()
+
+    @torch.no_grad()
+    def fill_constants(self) -> None:
+        """Compute the fixed positions and the order, which no state dict holds; needed after `to_empty`."""
+        self.preprocessor.fill_constants()
+        self.pixel_head.fill_constants()
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute the activations of every block in the backward pass instead of storing them; losses are equal."""
+        self.trunk.recompute = enabled
+        self.pixel_head.recompute = enabled
+
+    def compile_blocks(self) -> None:
+        """Run torch.compile on each block (one graph serves all of a kind)."""
+        for block in (*self.trunk.blocks, *self.pixel_head.blocks):
+            block.compile()
+
+    def forward(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of a batch as a sum and a count, so that any split of a batch adds up exactly.
+
+        Returns:
+            loss_sum: float32 scalar, the sum over scored targets of each target's mean squared error.
+            num_targets: float32 scalar, how many targets were scored: the sum of N - S.
+        """
+        losses, _ = self._scored_losses(images, prefix_len)
+        return losses.sum(), losses.new_full((), losses.numel())
+
+    def per_image_loss(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, but image by image: float32 (B,) sums and float32 (B,) counts."""
+        losses, scored = self._scored_losses(images, prefix_len)
+        num_tokens = self.config.num_tokens
+        by_token = losses.new_zeros(len(images) * num_tokens).index_copy(0, scored, losses)
+        num_targets = (num_tokens - prefix_len).to(losses.device, torch.float32)
+        return by_token.view(len(images), num_tokens).sum(1), num_targets
+
+    def predict(self, images: Tensor, prefix_len: Tensor) -> Tensor:
+        """Predicted patches, float32 (B, N, o) in sequence order, in the scale of the targets.
+
+        Entry j is the prediction of patch j, made at position j - 1. Patches of the prefix, which are never scored,
+        are NaN.
+        """
+        mask = prefix_causal_mask(prefix_len.to(images.device), self.config.num_tokens)
+        position = torch.arange(self.config.num_tokens, device=images.device)
+        out = self.pixel_head(self.trunk(self.preprocessor(images), mask), position).float()
+        return out.roll(1, dims=1).masked_fill(self._in_prefix(prefix_len.to(images.device)), torch.nan)
+
+    def complete(self, images: Tensor, prefix_len: Tensor) -> Tensor:
+        """Images (B, C, H, W) whose patches outside the prefix are replaced by their next-patch predictions.
+
+        Each prediction sees the true patches before it. Normalised predictions are brought back to pixels with the
+        true patch's own mean and standard deviation.
+        """
+        truth = self._patches(images)
+        predicted = self.predict(images, prefix_len)
+        if self.config.target == "normalised":
+            mean, std = patch_statistics(truth)
+            predicted = predicted * std + mean
+        sequence = torch.where(self._in_prefix(prefix_len.to(images.device)), truth, predicted)
+        raster = torch.empty_like(sequence).index_copy(1, self.preprocessor.order, sequence)
+        return unpatchify(raster, self.config.patch_size, self.config.channels)
+
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Raw outputs of the named blocks (0-based; negative numbers count from the last), (len(blocks), B, N, d).
+
+        As in the released models, attention is bidirectional and the last norm is not applied. Tokens are in sequence
+        order.
+
+        Raises:
+            ModelConfigError: a block that the model does not have.
+        """
+        depth = self.config.depth
+        for block in blocks:
+            if not -depth <= block < depth:
+                raise ModelConfigError(f"{self.config.name} has no block {block}; its blocks are 0 to {depth - 1}")
+        wanted = [block % depth for block in blocks]
+        outputs: dict[int, Tensor] = {}
+        x = self.preprocessor(images)
+        for index in range(max(wanted) + 1):
+            x = _run(self.trunk.blocks[index], x, None, recompute=self.trunk.recompute)
+            if index in wanted:
+                outputs[index] = x
+        return torch.stack([outputs[index] for index in wanted])
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """True patches (B, N, o) in sequence order."""
+        return self.preprocessor.in_order(patchify(images, self.config.patch_size))
+
+    def _in_prefix(self, prefix_len: Tensor) -> Tensor:
+        """Which patches belong to the prefix, bool (B, N, 1)."""
+        position = torch.arange(self.config.num_tokens, device=prefix_len.device)
+        return (position[None, :] < prefix_len[:, None])[:, :, None]
+
+    def _scored_losses(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of every scored target, float32 (M,), and the flat index b * N + k that predicted it.
+
+        The head works token by token, so it sees scored tokens alone: the same loss for about half of its work.
+        """
+        assert images.dtype == torch.float32, "targets are computed from float32 pixels"
+        num_tokens = self.config.num_tokens
+        scored = scored_positions(prefix_len, num_tokens).to(images.device, non_blocking=True)
+        mask = prefix_causal_mask(prefix_len.to(images.device, non_blocking=True), num_tokens)
+        tokens = self.trunk(self.preprocessor(images), mask, scored)
+        predicted = self.pixel_head(tokens, scored % num_tokens).float()
+        targets = self._patches(images).flatten(0, 1).index_select(0, scored + 1)
+        if self.config.target == "normalised":
+            targets = normalise_patches(targets)
+        return (predicted - targets).square().mean(dim=1), scored
+
+
+def _run(module: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
+    """Call a block, storing its activations or, with `recompute`, only its input."""
+    if recompute and torch.is_grad_enabled():
+        out: Tensor = checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+        return out
+    return module(*args)
