@@ -27,7 +27,7 @@ RELEASED_SIZES: dict[str, tuple[int, int, int]] = {
 }
 """Name -> (width, depth, number of attention heads)."""
 
-RUNG_WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+RUNG_WIDTHS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Widths of the named rungs below aim-600M."""
 
 RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH = 2048, 12

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from aim.config import ModelConfig
 
 TRAIN_OVER_FORWARD = 3
-"""A backward pass multiplies twice as often as the forward pass: gradients of inputs and of weights. (The images need no
-gradient, so this counts at most 1 % that is not executed.)"""
+"""A backward pass multiplies twice as often as the forward pass: gradients of inputs and of weights. (Images need no
+gradient, so at most 1 % is counted that is not executed.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
