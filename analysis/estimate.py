@@ -1,0 +1,168 @@
+"""`fit`: a law, a table and an objective in; a global optimum with intervals, flags and exclusions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from analysis import bootstrap as boot
+from analysis.errors import AnalysisError
+from analysis.identify import Doubts, doubts, rivals_of
+from analysis.laws import Array, Law, find_law
+from analysis.objectives import HUBER_LOG, Objective, find_objective
+from analysis.observations import Observations, observe
+from analysis.optimise import Minimum, Problem, global_minimum, make_problem, minimise
+from analysis.result import Fit, intervals_of
+
+OPTIMISER = "fixed grid with projected linear parameters, then bounded Newton refinement of every distinct start"
+
+
+def fit(
+    law: Law | str,
+    df: pd.DataFrame,
+    *,
+    y: str = "val_loss",
+    objective: Objective | str = HUBER_LOG,
+    columns: Mapping[str, str] | None = None,
+    weights: str | Array | None = None,
+    fixed: Mapping[str, float] | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    resamples: int = 1000,
+    cluster: str | None = None,
+    counts: Array | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Fit:
+    """Fit a law to a table.
+
+    Args:
+        law: a law or its name.
+        df: one row a point.
+        y: column to fit.
+        objective: an objective or its name.
+        columns: variable of the law -> column, where neither the variable's own name nor the results table's column serves.
+        weights: column, or one weight a row.
+        fixed: parameters held at a value.
+        bounds: parameters kept between two values.
+        resamples: bootstrap resamples; 0 for none.
+        cluster: column whose groups (a run, a size) are resampled whole; None resamples points.
+        counts: resamples given as counts (num_resamples, num_points), instead of drawn here.
+        level: level of the intervals.
+        seed: seed of the bootstrap.
+
+    Raises:
+        AnalysisError: missing column, unknown law, objective or parameter, too few points, or a variable without variation.
+    """
+    law = find_law(law) if isinstance(law, str) else law
+    objective = find_objective(objective)
+    fixed, bounds = dict(fixed or {}), dict(bounds or {})
+    _check_names(law, fixed, bounds)
+    points = observe(
+        law,
+        df,
+        y=y,
+        columns=columns,
+        weights=weights,
+        positive_y=objective.log,
+        num_free=len(law.parameters) - len(fixed),
+    )
+    problem = make_problem(law, points.x, points.y, objective, weights=points.weights, fixed=fixed, bounds=bounds)
+    minima = global_minimum(problem)
+    if not minima:
+        raise AnalysisError(f"{law.formula} has no finite {objective.label} on these {len(points.y)} points; check {y}.")
+    draws: dict[str, Array] = {}
+    method = "none"
+    if counts is not None or resamples:
+        counts, method = _counts(df, points, counts, cluster, resamples, seed)
+        draws = bootstrap_draws(problem, minima, counts)
+    raw = {name: float(v[0]) for name, v in problem.natural(minima[0].phi[None]).items()}
+    params = {name: float(v) for name, v in law.reported(raw).items()}
+    intervals = intervals_of(law.reported(draws), level, method) if draws else {}
+    rivals = rivals_of(problem, minima)
+    found = doubts(problem, minima[0], raw, params, draws, intervals, rivals, points)
+    return _result(problem, minima[0], points, objective, params, raw, draws, found, rivals, intervals, method, level)
+
+
+def bootstrap_draws(problem: Problem, minima: list[Minimum], counts: Array) -> dict[str, Array]:
+    """The law's own parameters (num_resamples,) refitted under every row of counts.
+
+    Every resample starts from the best minimum and from the rivals (at most two more), and keeps the lower result.
+    """
+    weights = counts * problem.weights
+    best, best_total = minimise(problem, np.repeat(minima[0].phi[None], len(weights), axis=0), weights)
+    for rival in minima[1:3]:
+        phi, total = minimise(problem, np.repeat(rival.phi[None], len(weights), axis=0), weights)
+        better = total < best_total
+        best[better], best_total[better] = phi[better], total[better]
+    return problem.natural(best)
+
+
+def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
+    for name in (*fixed, *bounds):
+        if name not in law.names:
+            raise AnalysisError(f"{law.formula} has no parameter {name!r}; its parameters are {', '.join(law.names)}.")
+    for name, (low, high) in bounds.items():
+        if not low < high:
+            raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")
+
+
+def _counts(
+    df: pd.DataFrame, points: Observations, counts: Array | None, cluster: str | None, resamples: int, seed: int
+) -> tuple[Array, str]:
+    n = len(points.y)
+    if counts is not None:
+        if counts.shape[1] != n:
+            raise AnalysisError(f"The resamples count {counts.shape[1]} points, but {n} are fitted.")
+        return counts, f"percentile bootstrap, {len(counts)} given resamples of {n} points"
+    if cluster is None:
+        return boot.point_counts(n, resamples, seed), f"percentile bootstrap, {resamples} resamples of {n} points"
+    if cluster not in df.columns:
+        raise AnalysisError(f"The table has no column {cluster!r} to resample by.")
+    groups = df.loc[points.index, cluster].to_numpy()
+    drawn = boot.cluster_counts(groups, resamples, seed)
+    kind = f"percentile bootstrap, {resamples} resamples of {len(np.unique(groups.astype(str)))} clusters by {cluster}"
+    return drawn, kind
+
+
+def _result(
+    problem: Problem,
+    best: Minimum,
+    points: Observations,
+    objective: Objective,
+    params: dict,
+    raw: dict,
+    draws: dict,
+    found: Doubts,
+    rivals: tuple,
+    intervals: dict,
+    method: str,
+    level: float,
+) -> Fit:
+    fitted = problem.predict(best.phi[None])[0]
+    data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
+    data["residual"] = objective.transform(points.y) - objective.transform(fitted)
+    return Fit(
+        law=problem.law,
+        objective=objective,
+        params=params,
+        intervals=intervals,
+        flags=found.flags,
+        not_identified=found.not_identified,
+        objective_value=best.total,
+        rivals=rivals,
+        num_points=len(points.y),
+        num_rows=points.num_rows,
+        exclusions=points.exclusions,
+        ranges={v: (float(values.min()), float(values.max())) for v, values in points.x.items()},
+        columns=points.columns,
+        data=data,
+        raw=raw,
+        draws=draws,
+        interval_method=method,
+        optimiser=OPTIMISER,
+        level=level,
+    )
+
+

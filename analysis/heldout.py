@@ -1,0 +1,98 @@
+"""Does a law extrapolate? Fit without the largest scales, predict them, and compare with a naive baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analysis.errors import AnalysisError
+from analysis.estimate import fit
+from analysis.laws import Array
+from analysis.result import Fit, HeldOut
+
+
+def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
+    """Refit without the `num_values` largest values of a variable or column, and predict those rows.
+
+    The naive baseline is a straight line in log-log (no offset) through the training points' best loss at each value of `by`,
+    extended: what one would draw with a ruler.
+
+    Args:
+        result: the fit whose law, objective and columns are used.
+        df: the table it was fitted on.
+        by: variable of the law (N, D, C) or a column of the table.
+        num_values: how many of the largest distinct values to hold out.
+        resamples: bootstrap resamples for the prediction intervals.
+
+    Raises:
+        AnalysisError: unknown `by`, or too few values or points remain.
+    """
+    points = df.loc[result.data.index]
+    scale = _scale(result, points, by)
+    values = np.unique(scale)
+    if len(values) <= num_values + 1:
+        raise AnalysisError(
+            f"{by} takes {len(values)} values, so holding out the largest {num_values} leaves too few to fit; vary {by} more."
+        )
+    cut = values[-num_values]
+    test = scale >= cut
+    refit = fit(
+        result.law,
+        points[~test],
+        y=result.columns["y"],
+        objective=result.objective,
+        columns={k: v for k, v in result.columns.items() if k != "y"},
+        weights=result.data["weight"].to_numpy()[~test],
+        resamples=resamples,
+        level=result.level,
+    )
+    measured = result.data["y"].to_numpy()[test]
+    predicted = refit.predict(points[test])
+    naive = _naive(scale[~test], result.data["y"].to_numpy()[~test], scale[test])
+    table = result.data.loc[test, list(result.law.variables)].assign(
+        measured=measured,
+        predicted=predicted["value"],
+        pi_lo=predicted["pi_lo"],
+        pi_hi=predicted["pi_hi"],
+        naive=naive,
+    )
+    inside = (measured >= predicted["pi_lo"]) & (measured <= predicted["pi_hi"])
+    relative, log_rmse = errors(predicted["value"].to_numpy(), measured)
+    naive_relative, naive_log_rmse = errors(naive, measured)
+    return HeldOut(
+        variable=by,
+        values=tuple(float(v) for v in values[-num_values:]),
+        num_train=int((~test).sum()),
+        num_test=int(test.sum()),
+        mean_abs_relative_error=relative,
+        log_rmse=log_rmse,
+        naive_mean_abs_relative_error=naive_relative,
+        naive_log_rmse=naive_log_rmse,
+        naive="a straight line in log-log through the best loss at each value",
+        coverage=float(inside.mean()),
+        predictions=table,
+    )
+
+
+def errors(predicted: Array, measured: Array) -> tuple[float, float]:
+    """Mean absolute relative error and root mean square log error."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        log_rmse = float(np.sqrt(np.mean(np.log(predicted / measured) ** 2)))
+    return float(np.mean(np.abs(predicted / measured - 1))), log_rmse
+
+
+def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
+    if by in result.data.columns:
+        return result.data[by].to_numpy(float)
+    if by not in points.columns:
+        raise AnalysisError(f"Cannot hold out by {by!r}: it is neither a variable of {result.law.formula} nor a column.")
+    return points[by].to_numpy(float)
+
+
+def _naive(scale: Array, y: Array, target: Array) -> Array:
+    values = np.unique(scale)
+    best = np.array([y[scale == v].min() for v in values])
+    slope, level = np.polyfit(np.log(values), np.log(best), 1)
+    return np.exp(level + slope * np.log(target))
+
+
