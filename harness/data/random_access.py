@@ -1,0 +1,73 @@
+"""Random numbers and permutations that are functions of (key, counter) alone: O(1) at any position, on any machine.
+
+A key names a purpose ("crop of seed 3"); a counter is a position of the stream. No generator state exists, so
+nothing has to be saved, split over workers or replayed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiples of it spread over all 64 bits
+_NUM_FEISTEL_ROUNDS = 6
+
+
+def make_key(*words: int | str) -> int:
+    """64-bit key of a purpose, e.g. `make_key("crop", seed)`."""
+    text = "\x1f".join(f"{type(word).__name__}:{word}" for word in words)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def random_bits(key: int | U64, counter: npt.ArrayLike) -> U64:
+    """64 random bits for every counter; `key` may be an array that broadcasts with `counter`."""
+    keys = np.asarray(key, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        return _mix(_mix(np.asarray(counter, dtype=np.uint64) * _GOLDEN + keys) + keys)
+
+
+def random_uniform(key: int | U64, counter: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Uniform on [0, 1), in steps of 2^-53, for every counter."""
+    return np.asarray(random_bits(key, counter) >> np.uint64(11), dtype=np.float64) * 2.0**-53
+
+
+def permute(values: npt.ArrayLike, size: int, key: int | U64) -> I64:
+    """Apply a random permutation of range(size), chosen by `key`, to every value.
+
+    A Feistel network on the smallest power of two that holds `size`; results outside of range(size) walk on
+    along their cycle (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), fewer than two steps on
+    average. `key` may be an array: one permutation per value.
+    """
+    out = np.array(values, dtype=np.uint64, ndmin=1)
+    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape)
+    assert (out < size).all(), "permute: a value lies outside of range(size)"
+    num_bits = max(2, (size - 1).bit_length())
+    pending = np.arange(out.size)
+    while pending.size:
+        out[pending] = _feistel(out[pending], num_bits, keys[pending])
+        pending = pending[out[pending] >= size]
+    return out.astype(np.int64)
+
+
+def _feistel(values: U64, num_bits: int, keys: U64) -> U64:
+    """One pass of an unbalanced Feistel network over range(2^num_bits)."""
+    low_bits = num_bits // 2
+    high_bits = num_bits - low_bits
+    high, low = values >> np.uint64(low_bits), values & np.uint64((1 << low_bits) - 1)
+    for round_ in range(_NUM_FEISTEL_ROUNDS):
+        # the half that is replaced keeps its width: `high` has high_bits in even rounds and low_bits in odd ones
+        mask = np.uint64((1 << (high_bits if round_ % 2 == 0 else low_bits)) - 1)
+        high, low = low, high ^ (random_bits(keys, low * np.uint64(8) + np.uint64(round_)) & mask)
+    return (high << np.uint64(low_bits)) | low
+
+
+def _mix(x: U64) -> U64:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): each input bit flips each output bit half of the time."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,285 @@
+"""The training stream: which image, crop, flip and prefix length stand at position p, as a pure function of (seed, p).
+
+Nothing is stored between positions, so any rank, worker or restarted process computes any position in O(1). Each
+source is walked epoch by epoch, every epoch a fresh permutation of the same U images; sources are interleaved by quota
+(after p positions a source of probability q has given p q images, within one), so their epochs stay exact too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from harness.data.augment import SMALL_SIDE, Boxes, crop_resize, crop_resize_small, draw_boxes, normalise
+from harness.data.decode import UndecodableImageError
+from harness.data.index import DataError, ShardDataset, open_dataset
+from harness.data.pixel_cache import PixelCache
+from harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
+
+if TYPE_CHECKING:
+    from harness.config import ResultConfig
+
+_SHARE_UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20; positions stay below 2^43
+_MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
+_NEVER_SEEDED = 0  # the nested subsets are the same for every seed
+
+
+class Sample(NamedTuple):
+    """What stands at one position."""
+
+    image: torch.Tensor
+    """float32 (C, H, W), normalised."""
+    prefix_len: int
+    """S, 1..N-1."""
+    position: int
+    """p."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples at some positions of the stream; may be empty."""
+
+    images: torch.Tensor
+    """float32 (B, C, H, W), normalised."""
+    prefix_len: torch.Tensor
+    """int64 (B,), 1..N-1."""
+    positions: torch.Tensor
+    """int64 (B,)."""
+    bad_samples: tuple[str, ...] = ()
+    """Shard and key of every undecodable sample that was replaced."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """One data set of the mixture."""
+
+    dataset: ShardDataset
+    pool: I64
+    """Usable sample numbers, in index order."""
+    num_unique: int
+    """U of this source: the first of the fixed permutation of its pool."""
+    key: int
+    """Of its epochs; depends on the run's seed."""
+    pixels: PixelCache
+
+    def sample_numbers(self, slots: I64, epochs: I64) -> I64:
+        """Sample numbers at `slots` (0..U-1) of `epochs`."""
+        keys = random_bits(self.key, epochs)
+        within = permute(slots, self.num_unique, keys)
+        return self.pool[permute(within, len(self.pool), make_key("subset", _NEVER_SEEDED))]
+
+
+class TrainStream:
+    """The stream of one run, from the result part of its configuration.
+
+    Raises:
+        DataError: a source cannot be opened, holds too many undecodable images, or has fewer images than
+            `unique_images` asks of it.
+    """
+
+    def __init__(self, result: ResultConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> None:
+        self._data, self._prefix, self._seed = result.data, result.objective.prefix, result.seed
+        self._size, self._channels = result.model.image_size, result.model.channels
+        self.num_tokens = (result.model.image_size // result.model.patch_size) ** 2
+        sources = result.data.sources
+        self._shares = _quotas([source.probability for source in sources])
+        datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
+        pools = [np.flatnonzero(dataset.ok) for dataset in datasets]
+        self._sources = [
+            _Source(
+                dataset=dataset,
+                pool=pool,
+                num_unique=num_unique,
+                key=make_key("epoch", self._seed, number),
+                pixels=PixelCache(dataset, self._channels),
+            )
+            for number, (dataset, pool, num_unique) in enumerate(
+                zip(datasets, pools, self._unique_per_source(datasets, pools), strict=True)
+            )
+        ]
+
+    @property
+    def unique_images(self) -> int:
+        """U: how many different images the stream can give."""
+        return sum(source.num_unique for source in self._sources)
+
+    @property
+    def max_bad_fraction(self) -> float:
+        """Share of undecodable images above which a run stops."""
+        return self._data.max_bad_fraction
+
+    @property
+    def datasets(self) -> tuple[ShardDataset, ...]:
+        """The sources' data sets, in the order of the configuration."""
+        return tuple(source.dataset for source in self._sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the sources' content."""
+        text = " ".join(dataset.fingerprint for dataset in self.datasets)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
+        """(source number, sample number) at every position: the stream's order, without reading an image."""
+        where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        source_of, rank = _interleave(where, self._shares)
+        sample_of = np.empty_like(where)
+        for number, source in enumerate(self._sources):
+            mine = np.flatnonzero(source_of == number)
+            if mine.size:
+                epochs, slots = np.divmod(rank[mine], source.num_unique)
+                sample_of[mine] = source.sample_numbers(slots, epochs)
+        return source_of, sample_of
+
+    def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
+        """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""
+        where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        if self._prefix == "none":
+            return np.ones_like(where)
+        paired = self._prefix == "paired"
+        draw = random_uniform(make_key("prefix", self._seed), where // 2 if paired else where)
+        lengths = 1 + np.floor(draw * (self.num_tokens - 1)).astype(np.int64)
+        return np.where(where % 2 == 1, self.num_tokens - lengths, lengths) if paired else lengths
+
+    def sample(self, position: int) -> Sample:
+        """What stands at one position.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        batch = self.batch([position])
+        return Sample(batch.images[0], int(batch.prefix_len[0]), position)
+
+    def batch(self, positions: Sequence[int] | I64) -> Batch:
+        """Samples at any positions, in that order; equal to `sample` at each, bit for bit.
+
+        Raises:
+            DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
+        """
+        where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        pixels = torch.empty(len(where), self._channels, self._size, self._size, dtype=torch.uint8)
+        source_of, sample_of = self.locate(where)
+        bad: list[str] = []
+        pending = np.arange(len(where))
+        for attempt in range(_MAX_REPLACEMENTS + 1):
+            failed: list[int] = []
+            for number, source in enumerate(self._sources):
+                rows = pending[source_of[pending] == number]
+                if rows.size:
+                    failed += self._fill(pixels, rows, where, source, sample_of)
+            if not failed:
+                break
+            bad += [self._sources[source_of[row]].dataset.describe(int(sample_of[row])) for row in failed]
+            pending = np.array(failed)
+            self._replace(pending, where, source_of, sample_of, attempt)
+        else:
+            raise DataError(
+                f"position {where[pending[0]]}: {_MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
+            )
+        return Batch(
+            images=normalise(pixels),
+            prefix_len=torch.from_numpy(self.prefix_lengths(where)),
+            positions=torch.from_numpy(where),
+            bad_samples=tuple(bad),
+        )
+
+    def _fill(self, pixels: torch.Tensor, rows: I64, positions: I64, source: _Source, sample_of: I64) -> list[int]:
+        """Write the crops of one source's rows into `pixels`; returns the rows whose image did not decode."""
+        samples, dataset = sample_of[rows], source.dataset
+        height, width = dataset.height[samples], dataset.width[samples]
+        boxes = draw_boxes(
+            make_key("crop", self._seed),
+            positions[rows],
+            height,
+            width,
+            scale=self._data.crop_scale,
+            ratio=self._data.crop_ratio,
+            horizontal_flip=self._data.horizontal_flip,
+        )
+        failed: list[int] = []
+        small = np.flatnonzero((height <= SMALL_SIDE) & (width <= SMALL_SIDE))
+        for shape in np.unique(np.stack([height[small], width[small]], axis=1), axis=0):
+            group = small[(height[small] == shape[0]) & (width[small] == shape[1])]
+            images, good = source.pixels.stack(samples[group])
+            failed += rows[group[~good]].tolist()
+            group = group[good]
+            pixels[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
+        for i in np.setdiff1d(np.arange(len(rows)), small):
+            try:
+                image = dataset.decode(int(samples[i]), self._channels)
+            except UndecodableImageError:
+                failed.append(int(rows[i]))
+                continue
+            box = (
+                int(boxes.top[i]),
+                int(boxes.left[i]),
+                int(boxes.height[i]),
+                int(boxes.width[i]),
+                bool(boxes.flip[i]),
+            )
+            pixels[rows[i]] = crop_resize(image, box, self._size)
+        return failed
+
+    def _replace(self, rows: I64, positions: I64, source_of: I64, sample_of: I64, attempt: int) -> None:
+        """Put another image of the same source and subset in the place of each row's, chosen by (seed, p, attempt)."""
+        key = make_key("replacement", self._seed)
+        for row in rows:
+            source = self._sources[source_of[row]]
+            draw = random_bits(key, positions[row : row + 1] * _MAX_REPLACEMENTS + attempt)
+            slot = (draw % np.uint64(source.num_unique)).astype(np.int64)
+            sample_of[row] = source.sample_numbers(slot, np.zeros_like(slot))[0]
+
+    def _unique_per_source(self, datasets: Sequence[ShardDataset], pools: Sequence[I64]) -> list[int]:
+        for dataset, pool in zip(datasets, pools, strict=True):
+            num_bad = len(dataset) - len(pool)
+            if not len(pool) or num_bad / len(dataset) > self._data.max_bad_fraction:
+                first = dataset.describe(int(np.flatnonzero(~dataset.ok)[0]))
+                raise DataError(
+                    f"{dataset.path}: {num_bad} of {len(dataset)} images cannot be decoded, first {first}; "
+                    f"repair them or raise data.max_bad_fraction ({self._data.max_bad_fraction:g})"
+                )
+        wanted = self._data.unique_images
+        if wanted is None:
+            return [len(pool) for pool in pools]
+        source_of, _ = _interleave(np.arange(wanted), self._shares)
+        counts = np.bincount(source_of, minlength=len(pools)).tolist()
+        for dataset, pool, count in zip(datasets, pools, counts, strict=True):
+            if not 1 <= count <= len(pool):
+                raise DataError(
+                    f"unique_images {wanted} takes {count} images of {dataset.path}, which has {len(pool)} "
+                    f"usable ones; {'lower' if count else 'raise'} data.unique_images or change the probabilities"
+                )
+        return counts
+
+
+def _quotas(probabilities: Sequence[float]) -> list[tuple[int, int]]:
+    """(units of this source, units of it and all later ones): what `_interleave` divides by."""
+    units = [max(1, round(probability * _SHARE_UNITS)) for probability in probabilities]
+    return [(units[number], sum(units[number:])) for number in range(len(units))]
+
+
+def _interleave(positions: I64, quotas: Sequence[tuple[int, int]]) -> tuple[I64, I64]:
+    """(source, how many earlier positions have the same source) at every position, in O(number of sources).
+
+    The first source takes position p when floor(p q + 1/2) steps up there; the positions it leaves, renumbered, are
+    dealt among the others in the same way. Counting is exact at any p, which independent draws could not offer.
+    """
+    source_of, rank = np.full_like(positions, len(quotas) - 1), positions.copy()
+    left = np.arange(len(positions))
+    for number, (units, total) in enumerate(quotas[:-1]):
+        before = (rank[left] * units + total // 2) // total
+        takes = ((rank[left] + 1) * units + total // 2) // total > before
+        source_of[left[takes]] = number
+        rank[left[~takes]] -= before[~takes]
+        rank[left[takes]] = before[takes]
+        left = left[~takes]
+    return source_of, rank
