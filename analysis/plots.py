@@ -1,0 +1,321 @@
+"""Scaling figures: measurements with errors, the fitted law with its interval, residuals, loss against accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.plots_style import (
+    ACCENT,
+    INK,
+    LINES,
+    MARKERS,
+    MAX_SERIES,
+    MUTED,
+    PAPER,
+    RASTERISE_ABOVE,
+    SECOND,
+    human,
+    log_axis,
+    new_figure,
+    ordered_colours,
+    styled,
+)
+from analysis.table import KNOWN
+
+if TYPE_CHECKING:
+    from analysis.result import Correlation, Fit
+
+AXIS_LABELS = {
+    "params_total": "N: parameters (trunk, patch embedding, pixel head)",
+    "params_trunk": "N: trunk parameters",
+    "params_head": "N: pixel-head parameters",
+    "images_seen": "D: training images seen",
+    "unique_images": "U: different training images",
+    "flops_train": "C: training compute (FLOP)",
+    "flops_6nd": "C: training compute, 6 × N × tokens (FLOP)",
+    "val_loss": "validation loss (normalised MSE)",
+    "train_loss": "training loss (normalised MSE)",
+    "top1": "top-1 accuracy",
+}
+"""Axis labels of the results table's columns, with units."""
+
+
+def axis_label(column: str) -> str:
+    """Label of a column: ours, else its unit and name from the schema, else the name as it is."""
+    if column in AXIS_LABELS:
+        return AXIS_LABELS[column]
+    unit = KNOWN[column].unit if column in KNOWN else ""
+    return f"{column} ({unit})" if unit else column
+
+
+def plot_fit(
+    fit: Fit,
+    ax: Axes | None = None,
+    *,
+    x: str | None = None,
+    se: pd.Series | None = None,
+    background: pd.DataFrame | None = None,
+    extend_to: float | None = None,
+    legend_title: str | None = None,
+) -> Axes:
+    """Measurements, the fitted law and its confidence band against one variable.
+
+    A law of two variables gives one line for each of up to eight values of the other one.
+
+    Args:
+        fit: a fitted law.
+        ax: where to draw; None makes a figure.
+        x: the law's variable on the horizontal axis; None takes the first.
+        se: standard errors of the measurements, by the table's index; drawn as 95 % bars.
+        background: further points, columns `x` and `y`, that were not fitted.
+        extend_to: draw the law on to this x, dashed beyond the fitted range.
+        legend_title: heading of the legend; None names the other variable.
+    """
+    with styled():
+        if ax is None:
+            ax = new_figure()[1][0]
+        x = x or fit.law.variables[0]
+        others = [v for v in fit.law.variables if v != x]
+        data = fit.data
+        if background is not None and len(background):
+            _scatter(ax, background["x"], background["y"], color=MUTED, marker="o", alpha=0.45, size=14, zorder=1)
+        groups = _groups(data, others[0]) if others else [(None, data)]
+        colours = ordered_colours(len(groups)) if others else [ACCENT]
+        for i, (value, group) in enumerate(groups):
+            label = human(value) if value is not None else "measured"
+            _law_line(
+                ax, fit, x, {others[0]: value} if value is not None else {}, group, colours[i], LINES[i], extend_to
+            )
+            _error_bars(ax, group[x], group["y"], se, colours[i])
+            _scatter(ax, group[x], group["y"], color=colours[i], marker=MARKERS[i], label=label)
+        span = [*data[x], *([extend_to] if extend_to else []), *([] if background is None else background["x"])]
+        log_axis(ax, "x", span, _few_values(data[x]) if extend_to is None and background is None else None)
+        heights = [*data["y"], *([] if background is None else background["y"])]
+        if extend_to is not None and not others:
+            heights += fit.predict({x: [extend_to]})["value"].tolist()
+        log_axis(ax, "y", heights)
+        ax.set_xlabel(axis_label(fit.columns[x]))
+        ax.set_ylabel(axis_label(fit.columns["y"]))
+        if others:
+            handles = [
+                mpl.lines.Line2D([], [], color=c, marker=m, linestyle=line, label=human(value))
+                for c, m, line, (value, _) in zip(colours, MARKERS, LINES, groups, strict=False)
+                if value is not None
+            ]
+            ax.legend(handles=handles, title=legend_title or _short(fit.columns[others[0]]), handlelength=3)
+    return ax
+
+
+def _short(column: str) -> str:
+    """A legend heading: the letter and a word or two."""
+    known = {"params_total": "N, parameters", "params_trunk": "N, trunk", "images_seen": "D, images seen"}
+    return known.get(column, column)
+
+
+def _groups(data: pd.DataFrame, by: str) -> list[tuple[float | None, pd.DataFrame]]:
+    """Rows by value of a column; more than eight values are put into eight classes by their logarithm."""
+    values = np.sort(data[by].unique())
+    if len(values) <= MAX_SERIES:
+        return [(float(value), data[data[by] == value]) for value in values]
+    edges = np.geomspace(values[0], values[-1], MAX_SERIES + 1)
+    classes = np.clip(np.digitize(data[by], edges[1:-1]), 0, MAX_SERIES - 1)
+    return [
+        (float(np.exp(np.log(data[by][classes == k]).mean())), data[classes == k])
+        for k in range(MAX_SERIES)
+        if (classes == k).any()
+    ]
+
+
+def _few_values(values: pd.Series) -> list[float] | None:
+    """The values themselves as ticks, if they are few and far enough apart to label."""
+    distinct = np.sort(values.unique())
+    if not 2 <= len(distinct) <= 6 or np.min(np.diff(np.log(distinct))) < 0.09 * np.log(distinct[-1] / distinct[0]):
+        return None
+    return [float(value) for value in distinct]
+
+
+def _law_line(
+    ax: Axes,
+    fit: Fit,
+    x: str,
+    fixed: Mapping[str, float],
+    group: pd.DataFrame,
+    colour: str,
+    line: Any,
+    extend_to: float | None,
+) -> None:
+    low, high = float(group[x].min()), float(group[x].max())
+    if low == high:
+        low, high = fit.ranges[x]
+    grid = np.geomspace(low, high, 80)
+    curve = fit.predict({x: grid} | {name: np.full(80, value) for name, value in fixed.items()})
+    ax.plot(grid, curve["value"], color=colour, linestyle=line, zorder=2)
+    if curve["ci_lo"].notna().any():
+        ax.fill_between(grid, curve["ci_lo"], curve["ci_hi"], color=colour, alpha=0.16, linewidth=0, zorder=1)
+    if extend_to is not None and extend_to > high:
+        beyond = np.geomspace(high, extend_to, 80)
+        curve = fit.predict({x: beyond} | {name: np.full(80, value) for name, value in fixed.items()})
+        ax.plot(beyond, curve["value"], color=colour, linestyle=(0, (2, 2)), linewidth=1.2, zorder=2)
+        ax.fill_between(beyond, curve["pi_lo"], curve["pi_hi"], color=colour, alpha=0.10, linewidth=0, zorder=1)
+
+
+def _scatter(
+    ax: Axes, x: Any, y: Any, *, color: str, marker: str, label: str | None = None, size: float = 34, **options: Any
+) -> None:
+    many = len(x) > RASTERISE_ABOVE
+    options = {"zorder": 3, "alpha": 0.25 if many else 1.0} | options
+    ax.scatter(
+        x, y, s=6 if many else size, color=color, marker=marker, label=label,
+        edgecolors="none" if many else PAPER, linewidths=0.6, rasterized=many, **options,
+    )  # fmt: skip
+
+
+def _error_bars(ax: Axes, x: pd.Series, y: pd.Series, se: pd.Series | None, colour: str) -> None:
+    if se is None or len(x) > RASTERISE_ABOVE:
+        return
+    half = 1.96 * se.reindex(x.index)
+    if half.notna().any():
+        ax.errorbar(x, y, yerr=half.fillna(0), fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
+
+
+def plot_points(
+    frame: pd.DataFrame, x: str, y: str = "val_loss", by: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Measurements alone: what is shown when no law can be fitted."""
+    with styled():
+        if ax is None:
+            ax = new_figure()[1][0]
+        groups = _groups(frame, by) if by else [(None, frame)]
+        colours = ordered_colours(len(groups)) if by else [ACCENT]
+        for i, (value, group) in enumerate(groups):
+            label = human(value) if value is not None else None
+            _scatter(ax, group[x], group[y], color=colours[i], marker=MARKERS[i], label=label)
+        log_axis(ax, "x", frame[x], _few_values(frame[x]))
+        log_axis(ax, "y", frame[y])
+        ax.set_xlabel(axis_label(x))
+        ax.set_ylabel(axis_label(y))
+        if by:
+            ax.legend(title=_short(by))
+    return ax
+
+
+def plot_residuals(fit: Fit) -> Figure:
+    """Residuals against every variable of the law; a pattern here means the form is wrong."""
+    with styled():
+        variables = list(fit.law.variables)
+        figure, axes = new_figure(3.9 * len(variables) if len(variables) > 1 else 5.6, 3.9, len(variables))
+        residual = fit.data["residual"]
+        shown = 100 * np.expm1(residual) if fit.objective.log else residual
+        for ax, x in zip(axes, variables, strict=True):
+            others = [v for v in variables if v != x]
+            groups = _groups(fit.data, others[0]) if others else [(None, fit.data)]
+            colours = ordered_colours(len(groups)) if others else [ACCENT]
+            ax.axhline(0, color=MUTED, linewidth=1)
+            for i, (value, group) in enumerate(groups):
+                label = human(value) if value is not None else None
+                _scatter(ax, group[x], shown[group.index], color=colours[i], marker=MARKERS[i], label=label, size=26)
+            log_axis(ax, "x", fit.data[x], _few_values(fit.data[x]))
+            ax.set_xlabel(axis_label(fit.columns[x]).split(" (")[0])
+            if others:
+                ax.legend(title=_short(fit.columns[others[0]]), loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
+        axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")
+        for ax in axes[1:]:
+            ax.set_ylim(axes[0].get_ylim())
+    return figure
+
+
+def plot_loss_accuracy(probes: pd.DataFrame, correlations: Mapping[str, Sequence[Correlation]]) -> Figure:
+    """Frozen-feature accuracy against validation loss, a panel per task of one probe kind.
+
+    Args:
+        probes: rows of `probe_frame`: val_loss, task, top1, top1_lo95, top1_hi95, chance, and params_total or size.
+        correlations: task -> its correlation coefficients, written into the panel.
+    """
+    with styled():
+        tasks = list(dict.fromkeys(probes["task"]))
+        columns = min(3, len(tasks))
+        rows = -(-len(tasks) // columns)
+        figure = Figure(figsize=(max(5.6, 3.6 * columns), 3.7 * rows + 0.5), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        by = next(
+            (name for name in ("params_total", "images_seen") if name in probes and probes[name].notna().any()), None
+        )
+        groups = _groups(probes, by) if by else [(None, probes)]
+        colours = ordered_colours(len(groups)) if by else [ACCENT]
+        for ax, task in zip(panels, tasks, strict=False):
+            for i, (value, group) in enumerate(groups):
+                label = human(value) if value is not None else None
+                _accuracy_points(ax, group[group["task"] == task], colours[i], MARKERS[i], label)
+            _accuracy_panel(ax, task, probes[probes["task"] == task], correlations.get(task, ()))
+        for ax in panels[len(tasks) :]:
+            ax.set_visible(False)
+        if by:
+            handles, labels = panels[0].get_legend_handles_labels()
+            figure.legend(handles, labels, title=_short(by), loc="outside lower center", ncols=min(8, len(labels)))
+    return figure
+
+
+def _accuracy_points(ax: Axes, rows: pd.DataFrame, colour: str, marker: str, label: str | None) -> None:
+    rows = rows[rows["val_loss"].notna() & rows["top1"].notna()]
+    low, high = rows["top1"] - rows["top1_lo95"], rows["top1_hi95"] - rows["top1"]
+    if len(rows) and low.notna().any():
+        bars = np.array([low.clip(lower=0).fillna(0), high.clip(lower=0).fillna(0)])
+        ax.errorbar(rows["val_loss"], rows["top1"], yerr=bars, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.6)
+    _scatter(ax, rows["val_loss"], rows["top1"], color=colour, marker=marker, label=label)
+
+
+def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Sequence[Correlation]) -> None:
+    ax.set_title(plain(task))
+    ax.set_xlabel(axis_label("val_loss"))
+    ax.set_ylabel("top-1 accuracy (%)")
+    ax.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    chance = rows["chance"].dropna()
+    if len(chance):
+        ax.axhline(chance.iloc[0], color=MUTED, linewidth=1, linestyle=":")
+        ax.annotate("chance", (0.99, chance.iloc[0]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                    color=MUTED, fontsize=8)  # fmt: skip
+    words = {"pearson": "Pearson r", "spearman": "Spearman ρ", "kendall": "Kendall τ"}
+    lines = [f"{words.get(c.method, c.method)} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]" for c in correlations]
+    ax.set_ylim(max(0.0, ax.get_ylim()[0] - 0.12 * np.ptp(ax.get_ylim())), None)
+    ax.text(0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=8, color=INK)
+
+
+def plain(text: object) -> str:
+    """Text that matplotlib draws as it is, without reading dollar signs as mathematics."""
+    return str(text).replace("$", r"\$")
+
+
+def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: str = "params_total") -> Figure:
+    """Our models and AIM's on one pair of logarithmic axes, each family with the slope of its own line.
+
+    Args:
+        ours: one row per size, columns `count` and val_loss.
+        published: `baselines.published_frame()`.
+    """
+    with styled():
+        figure, (ax,) = new_figure()
+        for frame, colour, marker, name in (
+            (ours, ACCENT, "o", "this table"),
+            (published, SECOND, "D", "AIM, published"),
+        ):
+            n, loss = frame[count].to_numpy(float), frame["val_loss"].to_numpy(float)
+            label = name
+            if len(frame) > 1 and np.ptp(np.log(n)) > 0:
+                slope, level = np.polyfit(np.log(n), np.log(loss), 1)
+                grid = np.geomspace(n.min(), n.max(), 50)
+                ax.plot(grid, np.exp(level) * grid**slope, color=colour, linestyle="-" if marker == "o" else "--")
+                label = f"{name}: straight line has slope {slope:.4f}".replace("-", "−")
+            _scatter(ax, n, loss, color=colour, marker=marker, label=label)
+        log_axis(ax, "x", [*ours[count], *published[count]])
+        log_axis(ax, "y", [*ours["val_loss"], *published["val_loss"]])
+        ax.set_xlabel(axis_label(count))
+        ax.set_ylabel("validation loss (normalised MSE), own images each")
+        ax.legend(loc="best")
+    return figure

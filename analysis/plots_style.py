@@ -1,0 +1,199 @@
+"""How every figure looks, and how it leaves: SVG or PNG for a paper, themed SVG for the report.
+
+Colours are colour-blind safe and differ in lightness, so that figures survive a grey printer; series differ in
+marker and line style too. The themed SVG replaces each colour by a CSS variable: one figure serves light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from numpy.typing import ArrayLike
+
+INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#d9dde3", "#ffffff"
+ACCENT, SECOND = "#0b62a8", "#c8590a"
+"""One series against another: blue and vermilion, of different lightness."""
+
+_ORDERED_LIGHT = ["#31135f", "#433e85", "#2f6a8e", "#21908c", "#3fa860", "#86a81c", "#b58d00", "#a4631a"]
+_ORDERED_DARK = ["#b79cf0", "#8fa0f5", "#6fb4e6", "#48cfc6", "#6bdc86", "#b9e04a", "#f0d04a", "#f2b170"]
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)))
+MAX_SERIES = len(MARKERS)
+RASTERISE_ABOVE = 3000
+"""Points above which a scatter is stored as an image inside the vector figure."""
+
+DARK = {
+    INK: "#e8ebef",
+    MUTED: "#a3adb8",
+    GRID: "#333a43",
+    PAPER: "#14171b",
+    ACCENT: "#6db5f2",
+    SECOND: "#f59a55",
+} | dict(zip(_ORDERED_LIGHT, _ORDERED_DARK, strict=True))
+"""Colour in a figure -> its counterpart on a dark page."""
+
+_RC = {
+    "figure.dpi": 100,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.fontsize": 9,
+    "legend.title_fontsize": 9,
+    "legend.frameon": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "svg.fonttype": "path",
+    "lines.linewidth": 1.7,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw inside this: seaborn's grid style with our colours, and no state left behind."""
+    with mpl.rc_context():
+        sns.set_theme(context="paper", style="ticks", rc=_RC | {"axes.grid": True})
+        yield
+
+
+def new_figure(width: float = 6.6, height: float = 4.3, num_axes: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of one row of axes that no global state keeps alive; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, num_axes, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def ordered_colours(num: int) -> list[str]:
+    """Colours for `num` ordered series, dark to light."""
+    picks = np.linspace(0, len(_ORDERED_LIGHT) - 1, num).round().astype(int) if num > 1 else [2]
+    return [_ORDERED_LIGHT[i] for i in picks]
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SI = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def human(value: float, digits: int = 3) -> str:
+    """A count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.01, a power of ten."""
+    if not np.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e12 or 0 < size < 1e-2:
+        exponent = int(np.floor(np.log10(size)))
+        mantissa = f"{value / 10.0**exponent:.{digits - 1}f}".rstrip("0").rstrip(".")
+        power = "10" + str(exponent).translate(_SUPERSCRIPT)
+        return power if mantissa == "1" else f"{mantissa}×{power}"
+    for scale, letter in _SI:
+        if size >= scale * 0.9995:
+            return f"{float(f'{value / scale:.{digits}g}'):g}{letter}"
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def log_axis(axes: Axes, which: str, values: ArrayLike, ticks: Sequence[float] | None = None) -> None:
+    """Logarithmic axis with few, human tick labels: the given ticks, or round numbers over the range of `values`."""
+    finite = np.asarray([v for v in np.ravel(np.asarray(values, float)) if np.isfinite(v) and v > 0], float)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    if finite.size:
+        pad = (finite.max() / finite.min()) ** 0.06 if finite.max() > finite.min() else 1.5
+        low, high = finite.min() / pad, finite.max() * pad
+        (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+        axis.set_major_locator(FixedLocator(list(ticks) if ticks is not None else round_ticks(low, high)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+
+
+def round_ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """At most `most` round numbers between two positive ones, evenly spread on a logarithmic axis."""
+    decades = np.log10(high / low)
+    if decades < 0.5:
+        steps = mpl.ticker.MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        return [float(step) for step in steps if low <= step <= high]
+    for mantissas in ((1, 2, 5), (1, 3), (1,)):
+        exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+        ticks = [m * 10.0**e for e in exponents for m in mantissas if low <= m * 10.0**e <= high]
+        if len(ticks) <= most:
+            return ticks
+    return ticks[:: int(np.ceil(len(ticks) / most))]
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as a stand-alone SVG document: text as outlines, no date; the same figure gives the same bytes."""
+    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "aimscale"}):
+        return _savefig(figure, "svg").decode("utf-8")
+
+
+def themed_svg(figure: Figure, key: str, label: str) -> str:
+    """The figure as an `<svg>` element for one page: real text, ids unique by `key`, colours as CSS variables."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+        text = _savefig(figure, "svg").decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{key}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", text)
+    for light in DARK:
+        text = re.sub(light, f"var({css_variable(light)})", text, flags=re.IGNORECASE)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    escaped = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{escaped}">', text, count=1
+    )
+
+
+def css_variable(colour: str) -> str:
+    """Name of the CSS variable of a figure colour."""
+    return f"--fig-{colour.lstrip('#')}"
+
+
+def css_variables(dark: bool) -> str:
+    """Declarations of all figure colours for one theme."""
+    return " ".join(f"{css_variable(light)}: {DARK[light] if dark else light};" for light in DARK)
+
+
+def png_bytes(figure: Figure, dpi: int = 160) -> bytes:
+    """The figure as PNG."""
+    return _savefig(figure, "png", dpi=dpi)
+
+
+def _savefig(figure: Figure, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": "aimscale"} if kind == "svg" else {"Software": "aimscale"}
+    figure.savefig(buffer, format=kind, metadata=metadata, **options)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem`.svg and `stem`.png; returns their paths."""
+    paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
+    paths[0].write_text(svg_text(figure), encoding="utf-8")
+    paths[1].write_bytes(png_bytes(figure))
+    return paths
