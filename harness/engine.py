@@ -11,17 +11,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from harness.config import ConfigError, OptimiserSection
 from harness.distributed import Group, import_deepspeed
+from harness.memory import MAX_BUCKET_VALUES
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_BUCKET_NUMEL = 200_000_000
-"""Gradients are reduced in buckets of at most this many values."""
 
 
 class MicroBatch(Protocol):
@@ -91,7 +90,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.overflow = False
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step, or none."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -181,7 +180,7 @@ class Engine:
         found: dict[str, Fragment] = {}
         if self.options.zero_stage == 3:
             rank = self.group.rank
-            for param in self.module.parameters():
+            for param in cast("list[Any]", list(self.module.parameters())):
                 sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
                 offset = rank * numel
                 found[names[id(param)]] = Fragment(
@@ -285,7 +284,7 @@ def _deepspeed_config(
     section: OptimiserSection, options: EngineOptions, num_values: int, group: Group
 ) -> dict[str, Any]:
     # Stages 1 to 3 allocate whole buckets.
-    bucket = max(1, min(MAX_BUCKET_NUMEL, num_values))
+    bucket = max(1, min(MAX_BUCKET_VALUES, num_values))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # unused: sizes may differ, `Engine.step` scales sums
         "gradient_accumulation_steps": 1,  # unused too: `Engine.step` marks the boundary

@@ -60,6 +60,8 @@ class _Step:
     """Its scored targets."""
     was_applied: bool
     """Whether it updated the weights."""
+    in_tail: bool
+    """Whether it counts into the budget's `train_loss`."""
     loss: float | None = None
     """Mean over its targets; null when it was not finite."""
     grad_norm: float | None = None
@@ -78,13 +80,14 @@ class StepLog:
 
     def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int, in_tail: bool) -> None:
         """Note a step; `in_tail` counts it into the budget's `train_loss`."""
-        step = _Step(images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied)
+        step = _Step(
+            images_seen=images_seen,
+            lr=lr,
+            num_targets=num_targets,
+            was_applied=outcome.was_applied,
+            in_tail=in_tail,
+        )
         self._pending.append((step, outcome))
-        if in_tail:
-            self._settle()
-            loss = self._settled[-1].loss
-            if loss is not None:
-                self._tail_sum, self._tail_count = self._tail_sum + loss, self._tail_count + 1
 
     def _settle(self) -> None:
         """Bring pending values to the host: one sum over ranks for all of them."""
@@ -97,6 +100,8 @@ class StepLog:
             step.grad_norm = norm if math.isfinite(norm) else None
             if step.loss is not None:
                 self.last_loss = step.loss
+                if step.in_tail:
+                    self._tail_sum, self._tail_count = self._tail_sum + step.loss, self._tail_count + 1
             self._settled.append(step)
         self._pending.clear()
 
@@ -125,6 +130,7 @@ class StepLog:
 
     def train_loss(self) -> float | None:
         """Mean loss over the budget's tail."""
+        self._settle()
         return self._tail_sum / self._tail_count if self._tail_count else None
 
     def start_branch(self) -> None:
