@@ -1,0 +1,26 @@
+"""`aimscale collect`: every run's rows in one typed table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from sweeps.cli_plan import Root, SweepName
+from sweeps.collect import collect
+from sweeps.costs import cost_cards
+from sweeps.planner import plan
+from sweeps.sweepfile import load_sweep
+
+app = typer.Typer(help="Gather every run's rows into one typed table.")
+
+
+@app.command()
+def collect_sweep(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
+    """Gather every run's rows into one typed table (Parquet and CSV)."""
+    loaded = load_sweep(sweep, root)
+    runs = plan(loaded)
+    found = collect(loaded, runs, cost_cards(loaded, runs))
+    for why in found.damaged.values():
+        typer.echo(f"skipped: {why}", err=True)
+    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {found.num_runs} runs: {found.table}")

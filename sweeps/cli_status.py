@@ -1,0 +1,46 @@
+"""`aimscale status`: one line a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sweeps import views
+from sweeps.cli_plan import AsJson, Root, SweepName
+from sweeps.costs import cost_cards
+from sweeps.planner import plan
+from sweeps.status import SweepStatus, sweep_status
+from sweeps.sweepfile import load_sweep
+
+app = typer.Typer(help="One line a run: state, step, loss, images/s, MFU, ETA, why it failed.")
+
+
+@app.command()
+def status(
+    sweep: SweepName,
+    root: Root = Path("aimscale-runs"),
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between refreshes.", min=0.2)] = 2.0,
+) -> None:
+    """One line a run: state, step, loss, images/s, MFU, ETA, why it failed."""
+    loaded = load_sweep(sweep, root)
+    runs = plan(loaded)
+    cards = cost_cards(loaded, runs)
+
+    def look() -> SweepStatus:
+        return sweep_status(loaded, runs, cards)
+
+    if as_json:
+        typer.echo(json.dumps(asdict(look()), indent=1))
+    elif watch:
+        views.watch(look, every)
+    else:
+        console = Console()
+        width = views.table_width(console)
+        console.print(views.status_table(look(), width), width=width, highlight=False)

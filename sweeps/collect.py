@@ -1,0 +1,174 @@
+"""From run directories to one typed table: `results.parquet`, `results.csv` and `collect.json`.
+
+Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
+The files depend on the run directories alone, so collecting twice writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.table import TableError, results_table, write_table
+from harness.config import fingerprint
+from harness.rundir import write_json
+from sweeps.costs import CostCard
+from sweeps.directory import RunRecord
+from sweeps.planner import Run, model_of
+from sweeps.sweepfile import Sweep, SweepError
+
+COLLECT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a collect found."""
+
+    table: Path
+    """The Parquet file; the CSV lies beside it."""
+    num_runs: int
+    """Runs of the plan."""
+    num_rows: int
+    """Rows written: runs x budgets, but those of damaged runs."""
+    num_complete: int
+    """Rows with results."""
+    damaged: dict[str, str]
+    """Runs skipped -> one sentence why."""
+
+
+def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Collected:
+    """Gather the rows of all runs of the plan.
+
+    Raises:
+        SweepError: the sweep was never launched here, or its directory cannot be written.
+    """
+    if not sweep.runs_dir.is_dir():
+        raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
+    rows: list[dict[str, Any]] = []
+    damaged: dict[str, str] = {}
+    completions: list[dict[str, Any]] = []
+    machines: dict[str, dict[str, Any]] = {}
+    finished_at: list[Any] = []
+    for run, card in zip(runs, cards, strict=True):
+        record = RunRecord(sweep.run_dir(run.run_id))
+        try:
+            found = _rows(sweep, run, card, record)
+            results_table(found)
+        except (SweepError, TableError) as error:
+            damaged[run.run_id] = str(error)
+            continue
+        rows += found
+        finished_at += [row["finished_at"] for row in found if row.get("finished_at")]
+        completions += _completions(sweep, run, record)
+        machines |= _machine(record)
+    num_complete = sum(row["status"] == "complete" for row in rows)
+    table = results_table(rows)
+    write_table(table, sweep.directory / "results.csv")
+    write_table(table, sweep.directory / "results.parquet")
+    try:
+        write_json(
+            sweep.directory / "collect.json",
+            {
+                "version": COLLECT_VERSION,
+                "sweep": sweep.name,
+                "description": sweep.file.description,
+                "recipe": sweep.file.recipe,
+                "created": max(map(str, finished_at), default=None),
+                "num_runs": len(runs),
+                "num_rows": len(rows),
+                "num_complete": num_complete,
+                "completions": completions,
+                "damaged": damaged,
+                "machines": list(machines.values()),
+            },
+        )
+    except OSError as error:
+        raise SweepError(f"cannot write {sweep.directory / 'collect.json'}: {error.strerror}") from error
+    return Collected(
+        table=sweep.directory / "results.parquet",
+        num_runs=len(runs),
+        num_rows=len(rows),
+        num_complete=num_complete,
+        damaged=damaged,
+    )
+
+
+def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dict[str, Any]]:
+    """A run's rows, one per planned budget.
+
+    Raises:
+        SweepError: the directory is damaged, or holds another run.
+    """
+    status = record.checked_status()
+    try:
+        found = {row["images_seen"]: row for row in record.read_rows()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SweepError(f"{record.results} is damaged ({error}); remove it and launch again") from error
+    strangers = {row.get("run_id") for row in found.values()} - {run.run_id}
+    if strangers:
+        raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
+    missing = status.state if status.state in ("diverged", "failed") else "unfinished"
+    rows = []
+    for budget in card.budgets:
+        if budget.images_seen in found:
+            rows.append({**found[budget.images_seen], "sweep": sweep.name, "status": "complete"})
+        else:
+            rows.append({**_planned_row(run, card), "images_seen": budget.images_seen, "epochs": budget.epochs})
+            rows[-1] |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
+            rows[-1] |= {"sweep": sweep.name, "status": missing}
+    return rows
+
+
+def _planned_row(run: Run, card: CostCard) -> dict[str, Any]:
+    """What is known of a row before it is measured."""
+    result = run.config.result
+    model = model_of(result)
+    return {
+        "run_id": run.run_id,
+        "size": result.model.size,
+        "seed": result.seed,
+        "unique_images": result.data.unique_images,
+        "batch_size": result.optimiser.batch_size,
+        "lr_peak": result.optimiser.lr_peak,
+        "schedule": result.schedule.kind,
+        "precision": result.optimiser.precision,
+        "patch_order": result.model.patch_order,
+        "prefix": result.objective.prefix,
+        "target": result.objective.target,
+        "head_rule": result.model.head_rule,
+        "image_size": model.image_size,
+        "patch_size": model.patch_size,
+        "params_preprocessor": card.params_preprocessor,
+        "params_trunk": card.params_trunk,
+        "params_head": card.params_head,
+        "params_total": card.params_total,
+        "flops_per_image": card.flops_per_image,
+        "config_hash": fingerprint(result),
+    }
+
+
+def _completions(sweep: Sweep, run: Run, record: RunRecord) -> list[dict[str, Any]]:
+    """Pictures for the report, by paths relative to the sweep's directory."""
+    return [
+        {
+            "run_id": run.run_id,
+            "size": run.config.result.model.size,
+            "images_seen": budget,
+            "path": str(record.completions_file(budget).relative_to(sweep.directory)),
+        }
+        for budget in run.budgets
+        if record.completions_file(budget).exists()
+    ]
+
+
+def _machine(record: RunRecord) -> dict[str, dict[str, Any]]:
+    """The machine of the run's last start, keyed by itself so that equal machines count once."""
+    try:
+        start = json.loads(record.provenance.read_text())["starts"][-1]
+        machine = {key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return {}
+    return {json.dumps(machine, sort_keys=True): machine}

@@ -1,0 +1,71 @@
+"""Launch a sweep: make its directory, then start what is missing on the chosen back end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from harness.schedule import schedule_of
+from sweeps import local_queue, views
+from sweeps.costs import CostCard, cost_cards
+from sweeps.decide import Decision
+from sweeps.directory import prepare
+from sweeps.local_queue import Command, LaunchResult, worker_command
+from sweeps.planner import Run, plan
+from sweeps.status import sweep_status
+from sweeps.sweepfile import Sweep, load_sweep
+
+
+def launch(
+    sweep: Sweep | str | Path,
+    root: Path = Path("aimscale-runs"),
+    *,
+    on: Literal["local"] = "local",
+    slots: int | None = None,
+    command: Command = worker_command,
+) -> LaunchResult:
+    """Start what is missing, resume what died, skip what is done; returns when nothing is left to start.
+
+    Calling it again goes on where it was. `slots` is the number of processes at a time (default: one a card, or as
+    many as the cores feed).
+
+    Raises:
+        SweepError, ConfigError: the sweep cannot be planned, or its directory not be written.
+    """
+    loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
+    runs = plan(loaded)
+    for run in runs:
+        schedule_of(run.config.result)
+    cards = cost_cards(loaded, runs)
+    prepare(loaded)
+    gpus = local_queue.visible_gpus()
+    with views.queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
+        return local_queue.run_queue(
+            loaded,
+            longest_first(runs, cards),
+            slots=local_queue.default_slots(runs, gpus) if slots is None else slots,
+            gpus=gpus,
+            command=command,
+            report=report,
+        )
+
+
+def longest_first(runs: Sequence[Run], cards: Sequence[CostCard]) -> list[Run]:
+    """Order by device time, so that no long run is left for the end."""
+    hours = {card.run_id: card.device_hours for card in cards}
+    return sorted(runs, key=lambda run: -hours[run.run_id])
+
+
+def left_alone(left: Sequence[Decision]) -> list[str]:
+    """What a launch did not touch: finished and running ones counted, failed and damaged ones named."""
+    counts = Counter(decision.verdict for decision in left)
+    lines = [f"{num} {verdict}" for verdict, num in counts.items() if verdict in ("finished", "running", "queued")]
+    sentences = [f"left alone: {', '.join(lines)}"] if lines else []
+    for decision in left:
+        if decision.verdict == "damaged":
+            sentences.append(f"skipped {decision.run.run_id}: {decision.why}")
+        elif decision.verdict == "failed":
+            sentences.append(f"not tried again: {decision.run.run_id} ({decision.why}); `aimscale retry` clears it")
+    return sentences

@@ -1,0 +1,64 @@
+"""A worker that is no trainer: it writes a run directory as `harness.train` does, in milliseconds a step.
+
+    python stand_in.py RUN_DIR [BEHAVIOUR]
+
+BEHAVIOUR is `finish` (default), `crash`, `die` (SIGKILL to itself) or `slow`; the file `behaviour` in the run
+directory, where there is one, wins. Each start appends its pid to `starts`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from harness.rundir import EXIT_FINISHED, EXIT_PREEMPTED, LeaseHeld, RunDir, write_json
+
+STEPS = 5
+
+
+def main(path: str, behaviour: str = "finish") -> int:
+    run = RunDir(path)
+    config = run.load_config()
+    if (run.path / "behaviour").exists():
+        behaviour = (run.path / "behaviour").read_text().strip()
+    told = []
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: told.append(True))
+    try:
+        with run.hold():
+            with (run.path / "starts").open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            done = sum(row["images_seen"] for row in run.read_rows())
+            run.write_status(
+                state="running", attempt=run.read_status().attempt + 1, images_planned=sum(config.result.budgets)
+            )
+            for budget in config.result.budgets:
+                if any(row["images_seen"] == budget for row in run.read_rows()):
+                    continue
+                for _ in range(STEPS):
+                    time.sleep(0.5 if behaviour == "slow" else 0.01)
+                    if told:
+                        run.write_status(state="preempted", reason="told to stop")
+                        return EXIT_PREEMPTED
+                if behaviour == "crash":
+                    raise RuntimeError("the user's code is wrong")
+                if behaviour == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                done += budget
+                run.checkpoint_dir(budget).mkdir(parents=True, exist_ok=True)
+                write_json(run.checkpoint_dir(budget) / "manifest.json", {})
+                run.record_row(
+                    {"run_id": config.run_id, "images_seen": budget, "val_loss": 1 / budget, "finished_at": 1.0}
+                )
+                run.write_status(images_seen=budget, images_done=done, loss=1 / budget, heartbeat=time.time())
+            run.write_status(state="finished")
+            return EXIT_FINISHED
+    except LeaseHeld as held:
+        print(held)
+        return held.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
