@@ -1,0 +1,71 @@
+import pytest
+
+from aim.config import RUNG_WIDTHS, ModelConfigError, known_sizes, model_config
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ("aim-600M", (1536, 24, 12)),
+        ("aim-1B", (2048, 24, 16)),
+        ("aim-3B", (3072, 24, 24)),
+        ("aim-7B", (4096, 32, 32)),
+        ("rung-24", (24, 4, 3)),
+        ("rung-32", (32, 4, 2)),
+        ("rung-128", (128, 6, 2)),
+        ("rung-768", (768, 16, 12)),
+        ("w80-d3", (80, 3, 5)),
+    ],
+)
+def test_size_has_its_width_depth_and_heads(size: str, shape: tuple[int, int, int]) -> None:
+    config = model_config(size)
+    assert (config.width, config.depth, config.num_heads) == shape
+
+
+def test_rungs_follow_one_rule_and_grow() -> None:
+    configs = [model_config(f"rung-{width}") for width in RUNG_WIDTHS]
+    for config in configs:
+        assert config.depth % 2 == 0
+        assert config.num_heads >= 2
+        assert config.head_dim in (8, 16, 32, 64)
+    shapes = [(config.width, config.depth) for config in configs]
+    assert shapes == sorted(shapes)
+    assert all(config.depth <= 24 for config in configs)
+
+
+def test_head_rules() -> None:
+    assert (model_config("aim-600M").head.width, model_config("aim-600M").head.depth) == (2048, 12)
+    assert (model_config("aim-7B", head_rule="released").head.width, model_config("aim-7B").head.depth) == (2048, 16)
+    assert model_config("rung-32").head.width == 48
+    assert model_config("rung-32", head_rule="none").head.is_linear
+    override = model_config("rung-32", head_rule="released", head_width=64, head_depth=0).head
+    assert (override.width, override.depth) == (64, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"size": "rung-100"}, "did you mean 'rung-96'"),
+        ({"size": "AIM-600m"}, "did you mean 'aim-600M'"),
+        ({"size": "resnet50"}, "known sizes: rung-24"),
+        ({"size": "w0-d2"}, "unknown size 'w0-d2'"),
+        ({"size": "w30-d2"}, "width 30 must be a multiple of 4"),
+        ({"size": "rung-32", "head_width": 50}, "head width 50 must be a multiple of 4"),
+        ({"size": "rung-32", "image_size": 32}, "does not divide into patches of 14 px; use image_size 28"),
+        ({"size": "rung-32", "image_size": 14}, "nothing is left to predict"),
+        ({"size": "rung-32", "head_rule": "big"}, "unknown head_rule 'big'; use one of released, proportional, none"),
+        ({"size": "rung-32", "head_rule": "none", "head_depth": 3}, "leave head_width, head_depth and ln_residual out"),
+        ({"size": "rung-32", "image_size": 4, "patch_size": 1, "channels": 1}, "cannot be normalised"),
+    ],
+)
+def test_mistake_is_one_sentence(arguments: dict, words: str) -> None:
+    with pytest.raises(ModelConfigError) as error:
+        model_config(**arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_every_named_size_is_sorted_by_width() -> None:
+    widths = [model_config(size).width for size in known_sizes()]
+    assert widths == sorted(widths)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from aim.config import ModelConfig, known_sizes, model_config
+from aim.cost import executed_flops_per_image, flops_per_image, param_count
+from aim.model import AIM
+
+PRINTED_TRUNKS = {
+    "aim-600M": 679_627_776,
+    "aim-1B": 1_208_160_256,
+    "aim-3B": 2_718_210_048,
+    "aim-7B": 6_442_983_424,
+}
+CASES = [
+    *((size, {"head_rule": "released" if size.startswith("aim") else "proportional"}) for size in known_sizes()),
+    ("rung-32", {"head_rule": "released", "ln_residual": True}),
+    ("rung-32", {"head_rule": "none"}),
+    ("rung-32", {"head_depth": 0, "channels": 1}),
+]
+
+
+@pytest.mark.parametrize(("size", "trunk"), PRINTED_TRUNKS.items())
+def test_parameters_equal_the_released_models(size: str, trunk: int) -> None:
+    assert param_count(model_config(size)).trunk == trunk
+
+
+def test_1b_backbone_equals_the_size_of_its_file() -> None:
+    count = param_count(model_config("aim-1B"))
+    assert count.preprocessor + count.trunk == 1_209_370_624
+
+
+@pytest.mark.parametrize(("size", "options"), CASES)
+def test_parameters_equal_the_modules(size: str, options: dict) -> None:
+    config, model = _on_meta(size, options)
+    count = param_count(config)
+    assert count.preprocessor == _numel(model.preprocessor)
+    assert count.trunk == _numel(model.trunk)
+    assert count.head == _numel(model.pixel_head)
+    assert count.total == _numel(model)
+
+
+@pytest.mark.parametrize(("size", "options"), CASES)
+def test_flops_equal_pytorchs_counter(size: str, options: dict) -> None:
+    config, model = _on_meta(size, options)
+    # with a gradient for the images, the backward pass is exactly twice the forward pass
+    images = torch.empty(2, config.channels, config.image_size, config.image_size, device="meta", requires_grad=True)
+    prefix_len = torch.tensor([3, config.num_tokens - 7])
+    scored_tokens = (2 * config.num_tokens - prefix_len.sum().item()) / 2
+
+    assert _count(lambda: model.predict(images, prefix_len)) == 2 * flops_per_image(config).forward
+    executed = executed_flops_per_image(config, scored_tokens)
+    assert _count(lambda: model(images, prefix_len)) == 2 * executed.forward
+    assert _count(lambda: model(images, prefix_len)[0].backward()) == 2 * executed.train
+
+
+def _on_meta(size: str, options: dict) -> tuple[ModelConfig, AIM]:
+    geometry = {} if size.startswith("aim") else {"image_size": 32, "patch_size": 4}
+    config = model_config(size, **geometry, **options)
+    with torch.device("meta"):
+        return config, AIM(config)
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _count(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

@@ -1,0 +1,351 @@
+"""The model against an independent implementation that goes token by token through plain numpy, and its guarantees."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from aim.config import ModelConfig, ModelConfigError, model_config
+from aim.model import AIM
+
+ORDERS = ["raster", "spiral", "checkerboard", "random"]
+
+
+def small(**options) -> ModelConfig:
+    return model_config("w16-d2", image_size=12, patch_size=4, **{"head_width": 24, "head_depth": 2} | options)
+
+
+def make(config: ModelConfig, seed: int = 0) -> AIM:
+    model = AIM(config)
+    model.init_weights(seed)
+    with torch.no_grad():  # biases and norms away from 0 and 1, so that a forgotten one shows
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return model
+
+
+def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image for every prefix length."""
+    prefix_len = torch.arange(1, config.num_tokens)
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(prefix_len), config.channels, config.image_size, config.image_size)
+    return torch.randn(shape, generator=generator), prefix_len
+
+
+class Reference:
+    """AIM for one image, written from the description with no tensor library: lists of token vectors."""
+
+    ORDERS_3_BY_3 = {
+        "raster": [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        "spiral": [0, 1, 2, 5, 8, 7, 6, 3, 4],
+        "checkerboard": [0, 2, 4, 6, 8, 1, 3, 5, 7],
+    }
+
+    def __init__(self, model: AIM) -> None:
+        self.config = model.config
+        self.weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
+        if model.config.patch_order == "random":
+            self.order = model.preprocessor.order.tolist()
+        else:
+            self.order = self.ORDERS_3_BY_3[model.config.patch_order]
+
+    def norm(self, x, name):
+        centred = x - x.mean()
+        scaled = centred / math.sqrt((centred**2).mean() + 1e-6)
+        return scaled * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def mlp(self, x, name):
+        hidden = self.weights[f"{name}.fc1.weight"] @ x
+        hidden = np.array([0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in hidden])
+        return self.weights[f"{name}.fc2.weight"] @ hidden
+
+    def position(self, raster_index, width):
+        row, column = divmod(raster_index, self.config.grid)
+        omega = [10000 ** (-i / (width // 4)) for i in range(width // 4)]
+        halves = [[f(at * w) for w in omega] for at in (column, row) for f in (math.sin, math.cos)]
+        return np.concatenate(halves)
+
+    def patch(self, image, raster_index):
+        p = self.config.patch_size
+        row, column = divmod(raster_index, self.config.grid)
+        return image[:, row * p : (row + 1) * p, column * p : (column + 1) * p].double().numpy()  # (C, p, p)
+
+    def tokens(self, image):
+        weight, bias = (self.weights[f"preprocessor.patchifier.proj.{part}"] for part in ("weight", "bias"))
+        embedded = [(weight * self.patch(image, index)).sum((1, 2, 3)) + bias for index in self.order]
+        return [
+            self.norm(x, "preprocessor.patchifier.norm") + self.position(index, self.config.width)
+            for x, index in zip(embedded, self.order, strict=True)
+        ]
+
+    def block(self, xs, index, may_see):
+        name = f"trunk.blocks.{index}"
+        d, heads = self.config.width, self.config.num_heads
+        qkv = [self.weights[f"{name}.attn.qkv.weight"] @ self.norm(x, f"{name}.norm_1") for x in xs]
+        out = []
+        for query, x in enumerate(xs):
+            seen = [key for key in range(len(xs)) if may_see(query, key)]
+            mixed = []
+            for head in range(heads):
+                at = slice(head * d // heads, (head + 1) * d // heads)
+                scores = [qkv[query][:d][at] @ qkv[key][d : 2 * d][at] / math.sqrt(d / heads) for key in seen]
+                softmax = np.exp(scores) / np.exp(scores).sum()
+                mixed.append(sum(p * qkv[key][2 * d :][at] for p, key in zip(softmax, seen, strict=True)))
+            y = x + self.weights[f"{name}.attn.proj.weight"] @ np.concatenate(mixed)
+            out.append(y + self.mlp(self.norm(y, f"{name}.norm_2"), f"{name}.mlp"))
+        return out
+
+    def features(self, image, block):
+        xs = self.tokens(image)
+        for index in range(block + 1):
+            xs = self.block(xs, index, lambda query, key: True)
+        return np.stack(xs)
+
+    def head(self, x, raster_index):
+        head, w = self.config.head, self.weights
+        if not head.is_linear:
+            x = w["pixel_head.proj_in.weight"] @ x + w["pixel_head.proj_in.bias"]
+            x = x + self.position(raster_index, head.width)
+            for index in range(head.depth):
+                name = f"pixel_head.blocks.{index}"
+                if head.ln_residual:
+                    x = x + self.norm(x, f"{name}.norm_1")
+                x = x + self.mlp(self.norm(x, f"{name}.norm_2"), f"{name}.mlp")
+            x = self.norm(x, "pixel_head.norm")
+        return w["pixel_head.proj_out.weight"] @ x + w["pixel_head.proj_out.bias"]
+
+    def target(self, image, raster_index):
+        values = self.patch(image, raster_index).transpose(1, 2, 0).reshape(-1)  # row, column, channel
+        if self.config.target == "raw":
+            return values
+        return (values - values.mean()) / math.sqrt(values.var(ddof=1) + 1e-6)
+
+    def scored(self, image, prefix):
+        """Patch -> (prediction, its mean squared error) for every patch outside the prefix."""
+        xs = self.tokens(image)
+        for index in range(self.config.depth):
+            xs = self.block(xs, index, lambda query, key: key < prefix or key <= query)
+        out = {}
+        for patch in range(prefix, self.config.num_tokens):
+            x = self.norm(xs[patch - 1], "trunk.post_trunk_norm")
+            prediction = self.head(x, self.order[patch - 1])
+            out[patch] = prediction, ((prediction - self.target(image, self.order[patch])) ** 2).mean()
+        return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"patch_order": order} for order in ORDERS),
+        {"ln_residual": True, "target": "raw", "channels": 1},
+        {"head_rule": "none", "head_width": None, "head_depth": None},
+    ],
+    ids=str,
+)
+def test_losses_and_predictions_equal_the_reference(options: dict) -> None:
+    config = small(**options)
+    model = make(config)
+    reference = Reference(model)
+    images, prefix_len = batch(config)
+    with torch.no_grad():
+        loss_sum, num_targets = model(images, prefix_len)
+        sums, counts = model.per_image_loss(images, prefix_len)
+        predictions = model.predict(images, prefix_len)
+    for index, (image, prefix) in enumerate(zip(images, prefix_len.tolist(), strict=True)):
+        scored = reference.scored(image, prefix)
+        assert counts[index] == len(scored) == config.num_tokens - prefix
+        assert sums[index].item() == pytest.approx(sum(loss for _, loss in scored.values()), rel=1e-5)
+        assert predictions[index, :prefix].isnan().all()
+        for patch, (prediction, _) in scored.items():
+            np.testing.assert_allclose(predictions[index, patch], prediction, atol=1e-5)
+    torch.testing.assert_close(loss_sum, sums.sum())
+    assert num_targets == counts.sum()
+
+
+def test_features_equal_the_reference() -> None:
+    config = small(patch_order="spiral")
+    model = make(config)
+    images = batch(config)[0][:2]
+    with torch.no_grad():
+        features = model.features(images, [1, 0, -1])
+    assert features.shape == (3, 2, config.num_tokens, config.width)
+    for index, block in enumerate([1, 0, 1]):
+        expected = Reference(model).features(images[1], block)
+        np.testing.assert_allclose(features[index, 1], expected, atol=1e-5)
+
+
+def leaks(model: AIM, image: torch.Tensor, prefix: int) -> list[tuple[int, int]]:
+    """(changed patch k, scored patch j <= k whose prediction moved) for one prefix length: empty if nothing leaks."""
+    config = model.config
+    num_tokens, p = config.num_tokens, config.patch_size
+    changed = image.expand(num_tokens, -1, -1, -1).clone()
+    for k, raster_index in enumerate(model.preprocessor.order.tolist()):
+        row, column = divmod(raster_index, config.grid)
+        changed[k, :, row * p : (row + 1) * p, column * p : (column + 1) * p] += 1.0
+    with torch.no_grad():
+        moved = model.predict(changed, torch.full((num_tokens,), prefix))
+        before = model.predict(image[None], torch.tensor([prefix]))
+    difference = (moved - before).abs().amax(2)  # (k, j); NaN in the prefix
+    return [(k, j) for k in range(num_tokens) for j in range(prefix, k + 1) if not difference[k, j] <= 1e-6]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_target_leaks_for_every_prefix_length(order: str) -> None:
+    config = small(patch_order=order)
+    model = make(config)
+    images, prefix_lens = batch(config)
+    for prefix in prefix_lens.tolist():
+        assert leaks(model, images[0], prefix) == []
+
+
+def test_leak_test_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small()
+    model = make(config)
+    image = batch(config)[0][0]
+    # a prefix that is one patch longer in the mask than in the loss shows the first target to its own prediction
+    import aim.model
+
+    honest = aim.model.prefix_causal_mask
+    monkeypatch.setattr(aim.model, "prefix_causal_mask", lambda prefix_len, n: honest(prefix_len + 1, n))
+    assert leaks(model, image, 4) == [(4, 4)]
+    # an order that permutes inputs but not positions or targets is caught by the reference; one mask for all by this
+    monkeypatch.setattr(aim.model, "prefix_causal_mask", lambda prefix_len, n: None)
+    assert len(leaks(model, image, 4)) == sum(range(1, config.num_tokens - 4 + 1))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_earlier_patch_and_the_whole_prefix_are_used(order: str) -> None:
+    config = small(patch_order=order)
+    model = make(config)
+    image = batch(config)[0][:1].requires_grad_()
+    prefix = 3
+    prediction = model.predict(image, torch.tensor([prefix]))[0]
+    for patch in range(prefix, config.num_tokens):
+        (gradient,) = torch.autograd.grad(prediction[patch].sum(), image, retain_graph=True)
+        used = model._patches(gradient)[0].abs().amax(1) > 0
+        assert used.tolist() == [k < patch for k in range(config.num_tokens)]
+
+
+def test_loss_adds_up_over_any_split_of_the_batch() -> None:
+    config = small()
+    model = make(config)
+    images, prefix_len = batch(config)
+    whole = torch.stack(model(images, prefix_len))
+    parts = [torch.stack(model(images[at], prefix_len[at])) for at in (slice(0, 1), slice(1, 6), slice(6, None))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_activation_checkpointing_changes_neither_loss_nor_gradients() -> None:
+    config = small(ln_residual=True)
+    model = make(config)
+    images, prefix_len = batch(config)
+
+    def step() -> list[torch.Tensor]:
+        model.zero_grad()
+        loss, _ = model(images, prefix_len)
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    plain = step()
+    model.set_activation_checkpointing(True)
+    for before, after in zip(plain, step(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_bfloat16_weights_keep_norm_and_loss_in_float32() -> None:
+    config = small()
+    model = make(config)
+    images, prefix_len = batch(config)
+    expected = model(images, prefix_len)[0]
+    model.to(torch.bfloat16)
+    loss, num_targets = model(images, prefix_len)
+    loss.backward()
+    assert loss.dtype == num_targets.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+    norm = model.trunk.blocks[0].norm_1
+    x = torch.randn(64, config.width).mul(50).add(100).bfloat16()  # bfloat16 statistics would be off by percents
+    exact = torch.nn.functional.layer_norm(
+        x.float(), (config.width,), norm.weight.float(), norm.bias.float(), config.norm_eps
+    )
+    torch.testing.assert_close(norm(x).float(), exact, rtol=2**-7, atol=2**-7)
+    with pytest.raises(AssertionError, match="float32 pixels"):
+        model(images.bfloat16(), prefix_len)
+
+
+def test_init_depends_on_the_seed_alone() -> None:
+    config = small()
+    torch.manual_seed(5)
+    first = AIM(config)
+    torch.manual_seed(6)
+    with torch.device("meta"):
+        second = AIM(config)
+    second.to_empty(device="cpu")
+    second.init_weights(0)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+    images, prefix_len = batch(config)
+    assert torch.equal(first(images, prefix_len)[0], second(images, prefix_len)[0])
+    second.init_weights(1)
+    assert not torch.equal(first.trunk.blocks[0].attn.qkv.weight, second.trunk.blocks[0].attn.qkv.weight)
+
+    other_head = AIM(small(head_rule="none", head_width=None, head_depth=None))
+    assert torch.equal(first.trunk.blocks[1].mlp.fc2.weight, other_head.trunk.blocks[1].mlp.fc2.weight)
+
+    wide = AIM(model_config("rung-64", image_size=32, patch_size=4))
+    for linear, (fan_in, fan_out) in (
+        (wide.trunk.blocks[0].mlp.fc1, (64, 256)),
+        (wide.preprocessor.patchifier.proj, (48, 64)),
+    ):
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.98 * bound < linear.weight.abs().max() <= bound
+        assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert wide.preprocessor.patchifier.proj.bias.abs().max() == 0
+
+
+def test_complete_keeps_the_prefix_and_pastes_predictions_in_pixels() -> None:
+    config = small(patch_order="checkerboard")
+    model = make(config)
+    images, prefix_len = batch(config)
+    with torch.no_grad():
+        completed = model._patches(model.complete(images, prefix_len))
+        predicted = model.predict(images, prefix_len)
+    truth = model._patches(images)
+    for index, prefix in enumerate(prefix_len.tolist()):
+        torch.testing.assert_close(completed[index, :prefix], truth[index, :prefix])
+        std = truth[index, prefix:].var(1, keepdim=True).add(1e-6).sqrt()
+        expected = predicted[index, prefix:] * std + truth[index, prefix:].mean(1, keepdim=True)
+        torch.testing.assert_close(completed[index, prefix:], expected)
+
+
+def test_paired_prefixes_give_constant_shapes() -> None:
+    config = small()
+    model = make(config)
+    images, _ = batch(config)
+    n = config.num_tokens
+    for s in range(1, n):
+        assert model(images[:2], torch.tensor([s, n - s]))[1] == n
+
+
+def test_training_steps_lower_the_loss() -> None:
+    config = small()
+    model = make(config)
+    images, prefix_len = batch(config)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss_sum, num_targets = model(images, prefix_len)
+        (loss_sum / num_targets).backward()
+        optimiser.step()
+        losses.append((loss_sum / num_targets).item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_unknown_block_is_one_sentence() -> None:
+    config = small()
+    with pytest.raises(ModelConfigError, match="w16-d2 has no block 2; its blocks are 0 to 1"):
+        make(config).features(batch(config)[0], [2])

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from aim.objective import normalise_patches, patchify, prefix_causal_mask, scored_positions, unpatchify
+from aim.orders import patch_order
+
+
+def test_orders_of_a_3_by_3_grid_written_out() -> None:
+    assert patch_order("raster", 3) == (0, 1, 2, 3, 4, 5, 6, 7, 8)
+    assert patch_order("spiral", 3) == (0, 1, 2, 5, 8, 7, 6, 3, 4)
+    assert patch_order("checkerboard", 3) == (0, 2, 4, 6, 8, 1, 3, 5, 7)
+
+
+def test_random_order_never_changes() -> None:
+    # Trained models depend on it: a new value here means that none of them can be used any more.
+    assert patch_order("random", 4) == (4, 2, 11, 5, 6, 9, 0, 13, 15, 3, 10, 14, 12, 8, 1, 7)
+
+
+@pytest.mark.parametrize("order", ["raster", "spiral", "checkerboard", "random"])
+@pytest.mark.parametrize("grid", [2, 5, 16])
+def test_order_is_a_permutation(order: str, grid: int) -> None:
+    assert sorted(patch_order(order, grid)) == list(range(grid * grid))
+
+
+def test_mask_and_scored_positions_by_their_definition() -> None:
+    num_tokens, prefix_len = 6, torch.tensor([1, 3, 5])
+    mask = prefix_causal_mask(prefix_len, num_tokens)
+    expected_scored = []
+    for image, prefix in enumerate(prefix_len.tolist()):
+        for query in range(num_tokens):
+            for key in range(num_tokens):
+                assert mask[image, 0, query, key] == (key < prefix or key <= query)
+        expected_scored += [image * num_tokens + target - 1 for target in range(num_tokens) if target >= prefix]
+    assert scored_positions(prefix_len, num_tokens).tolist() == expected_scored
+
+
+def test_patch_values_run_over_row_column_channel() -> None:
+    images = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 4, 48)
+    for row, column, channel in ((0, 0, 0), (1, 2, 1), (3, 3, 2)):
+        value = patches[1, 2, (row * 4 + column) * 3 + channel]
+        assert value == images[1, channel, 4 + row, column]
+    assert torch.equal(unpatchify(patches, 4, 3), images)
+
+
+def test_normalised_patch_has_mean_0_and_unbiased_variance_1_and_a_flat_one_is_0() -> None:
+    patches = torch.randn(5, 48) * 3 + 2
+    patches[0] = 0.25
+    normalised = normalise_patches(patches)
+    torch.testing.assert_close(normalised.mean(1), torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(normalised[1:].var(1, unbiased=True), torch.ones(4))
+    assert normalised[0].abs().max() == 0
