@@ -14,7 +14,7 @@ def point_counts(num_points: int, num_resamples: int, seed: int) -> Array:
 
 
 def legacy_counts(num_points: int, num_resamples: int, seed: int) -> Array:
-    """Counts of `np.random.seed(seed); np.random.choice(n, n)` repeated: published bootstraps can be repeated exactly."""
+    """Counts of repeated `np.random.choice(n, n)` after `np.random.seed(seed)`, to repeat a published bootstrap."""
     stream = np.random.RandomState(seed)
     draws = [np.bincount(stream.choice(num_points, num_points), minlength=num_points) for _ in range(num_resamples)]
     return np.stack(draws)
@@ -28,7 +28,9 @@ def cluster_counts(clusters: Array, num_resamples: int, seed: int) -> Array:
     """
     labels, member = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
     if len(labels) < 3:
-        raise AnalysisError(f"A bootstrap over {len(labels)} cluster(s) says nothing about the spread; it needs at least 3.")
+        raise AnalysisError(
+            f"A bootstrap over {len(labels)} cluster(s) says nothing about the spread; it needs at least 3."
+        )
     return point_counts(len(labels), num_resamples, seed)[:, member]
 
 

@@ -52,7 +52,9 @@ def correlate(
     rng = np.random.default_rng(seed)
     labels, member = np.unique(groups, return_inverse=True)
     if len(labels) < 4:
-        raise AnalysisError(f"A correlation over {len(labels)} groups has no interval; give at least 4 rows (or clusters).")
+        raise AnalysisError(
+            f"A correlation over {len(labels)} groups has no interval; give at least 4 rows (or clusters)."
+        )
     rows_of = [np.flatnonzero(member == k) for k in range(len(labels))]
     draws = [np.concatenate([rows_of[k] for k in rng.integers(0, len(labels), len(labels))]) for _ in range(resamples)]
     unit = f"{n} rows" if cluster is None else f"{len(labels)} clusters by {cluster}"
@@ -92,7 +94,7 @@ def coefficient_of(method: str, a: Array, b: Array) -> float:
 
 def _ranks(a: Array) -> Array:
     """Ranks with ties averaged."""
-    values, inverse, counts = np.unique(a, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(a, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
 
@@ -135,7 +137,7 @@ def _columns(
     for name in (x, y):
         if used_good[name].nunique() < 2:
             raise AnalysisError(f"{name} is the same in all {len(used_good)} rows, so it correlates with nothing.")
-    exclusions = ()
+    exclusions: tuple[Exclusion, ...] = ()
     if not good.all():
         exclusions = (Exclusion(reason=f"with a missing {' or '.join(numeric)}", rows=tuple(df.index[~good])),)
     groups = df.loc[good, cluster].astype(str).to_numpy() if cluster else np.arange(len(used_good))

@@ -42,7 +42,7 @@ def fit(
         df: one row a point.
         y: column to fit.
         objective: an objective or its name.
-        columns: variable of the law -> column, where neither the variable's own name nor the results table's column serves.
+        columns: variable of the law -> column; default: the variable's own name, else the results table's column.
         weights: column, or one weight a row.
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
@@ -53,7 +53,7 @@ def fit(
         seed: seed of the bootstrap.
 
     Raises:
-        AnalysisError: missing column, unknown law, objective or parameter, too few points, or a variable without variation.
+        AnalysisError: missing column, unknown name, too few points, or a variable without variation.
     """
     law = find_law(law) if isinstance(law, str) else law
     objective = find_objective(objective)
@@ -71,7 +71,9 @@ def fit(
     problem = make_problem(law, points.x, points.y, objective, weights=points.weights, fixed=fixed, bounds=bounds)
     minima = global_minimum(problem)
     if not minima:
-        raise AnalysisError(f"{law.formula} has no finite {objective.label} on these {len(points.y)} points; check {y}.")
+        raise AnalysisError(
+            f"{law.formula} has no finite {objective.label} on these {len(points.y)} points; check {y}."
+        )
     draws: dict[str, Array] = {}
     method = "none"
     if counts is not None or resamples:
@@ -164,5 +166,3 @@ def _result(
         optimiser=OPTIMISER,
         level=level,
     )
-
-

@@ -14,8 +14,8 @@ from analysis.result import Fit, HeldOut
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
     """Refit without the `num_values` largest values of a variable or column, and predict those rows.
 
-    The naive baseline is a straight line in log-log (no offset) through the training points' best loss at each value of `by`,
-    extended: what one would draw with a ruler.
+    The naive baseline is a straight line in log-log (no offset) through the training points' best loss at each
+    value of `by`, extended: what one would draw with a ruler.
 
     Args:
         result: the fit whose law, objective and columns are used.
@@ -32,7 +32,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
     values = np.unique(scale)
     if len(values) <= num_values + 1:
         raise AnalysisError(
-            f"{by} takes {len(values)} values, so holding out the largest {num_values} leaves too few to fit; vary {by} more."
+            f"{by} takes {len(values)} values, too few to hold out the largest {num_values}; vary {by} more."
         )
     cut = values[-num_values]
     test = scale >= cut
@@ -85,7 +85,9 @@ def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
     if by in result.data.columns:
         return result.data[by].to_numpy(float)
     if by not in points.columns:
-        raise AnalysisError(f"Cannot hold out by {by!r}: it is neither a variable of {result.law.formula} nor a column.")
+        raise AnalysisError(
+            f"Cannot hold out by {by!r}: it is neither a variable of {result.law.formula} nor a column."
+        )
     return points[by].to_numpy(float)
 
 
@@ -94,5 +96,3 @@ def _naive(scale: Array, y: Array, target: Array) -> Array:
     best = np.array([y[scale == v].min() for v in values])
     slope, level = np.polyfit(np.log(values), np.log(best), 1)
     return np.exp(level + slope * np.log(target))
-
-

@@ -1,4 +1,4 @@
-"""Doubts about a fit, in words: parameters on a bound, not identified, rival minima, outliers, variables that move together."""
+"""Doubts about a fit, in words: bounds, identification, rival minima, outliers, variables that move together."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def _intervals(
         at_low = np.isfinite(ends[0]) and low <= ends[0] + 1e-6 * max(abs(ends[0]), abs(raw[p.name]), 1e-300)
         at_high = np.isfinite(ends[1]) and high >= ends[1] * (1 - 1e-6)
         if j >= problem.num_linear and (at_low or at_high):
-            flags.append(f"{p.name} is not identified: its interval reaches the bound {ends[0] if at_low else ends[1]:g}.")
+            flags.append(
+                f"{p.name} is not identified: its interval reaches the bound {ends[0] if at_low else ends[1]:g}."
+            )
             lost.add(p.name)
         elif at_low and ends[0] == 0.0:
             flags.append(f"{p.name} is known from above only: the data allow any value from 0 to {high:.4g}.")
@@ -136,15 +138,15 @@ def _intervals(
 
 def _together(points: Observations, flags: list[str]) -> None:
     for v, values in points.x.items():
-        if values.max() / values.min() < 2:
-            flags.append(
-                f"{v} varies by a factor of {values.max() / values.min():.3g} only, so the part of the law that depends on {v} "
-                "is poorly told from the offset."
-            )
+        factor = values.max() / values.min()
+        if factor < 2:
+            flags.append(f"{v} varies by a factor of {factor:.3g} only, so its part of the law is hardly seen.")
     for a, b in itertools.combinations(points.x, 2):
         r = np.corrcoef(np.log(points.x[a]), np.log(points.x[b]))[0, 1]
         if abs(r) > 0.98:
-            flags.append(f"{a} and {b} move together (correlation of logarithms {r:.3f}), so their exponents trade off.")
+            flags.append(
+                f"{a} and {b} move together (correlation of logarithms {r:.3f}), so their exponents trade off."
+            )
 
 
 def _outliers(problem: Problem, best: Minimum, points: Observations, flags: list[str]) -> None:
@@ -155,5 +157,6 @@ def _outliers(problem: Problem, best: Minimum, points: Observations, flags: list
         worst = far[np.argsort(-np.abs(r[far]))][:5]
         names = ", ".join(str(points.index[i]) for i in worst)
         flags.append(
-            f"{len(far)} residual{'s' * (len(far) > 1)} beyond {OUTLIER_SCALES:g} robust standard deviations (largest: row {names})."
+            f"{len(far)} residual{'s' * (len(far) > 1)} beyond {OUTLIER_SCALES:g} robust standard deviations "
+            f"(largest: row {names})."
         )

@@ -1,8 +1,8 @@
 """Scaling laws as small objects: `y = sum_j c_j g_j(x; t)`, linear in the coefficients c, non-linear in t.
 
-Every form in use is linear in some of its parameters once the others are fixed, and that is what makes a global optimum
-cheap (`analysis.optimise`). A new law is ten lines: names, bounds, and the basis functions g_j in plain numpy. Its gradient is
-taken by the complex step, exact to rounding, unless the law brings its own.
+Every form in use is linear in some of its parameters once the others are fixed, and that is what makes a global
+optimum cheap (`analysis.optimise`). A new law is ten lines: names, bounds, and the basis functions g_j in plain numpy.
+Its gradient is taken by the complex step, exact to rounding, unless the law brings its own.
 
     from analysis.laws import Law, coefficient, exponent
     LOG_LINEAR = Law(

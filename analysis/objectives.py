@@ -1,7 +1,7 @@
 """What a fit minimises: a loss function of residuals, on the loss itself or on its logarithm, SUMMED over points.
 
-A mean instead of a sum, or residuals of 1e-3 in an unscaled optimiser, make quasi-Newton methods stop early (the mistake in
-Chinchilla's own fit); the optimiser here is a Newton method whose stopping rule is relative.
+A mean instead of a sum, or residuals of 1e-3 in an unscaled optimiser, make quasi-Newton methods stop early (the
+mistake in Chinchilla's own fit); the optimiser here is a Newton method whose stopping rule is relative.
 """
 
 from __future__ import annotations

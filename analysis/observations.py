@@ -62,7 +62,9 @@ def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | Non
     """
     found = {}
     for variable in law.variables:
-        choices = [columns[variable]] if columns and variable in columns else [variable, CANONICAL.get(variable, variable)]
+        choices = (
+            [columns[variable]] if columns and variable in columns else [variable, CANONICAL.get(variable, variable)]
+        )
         present = [c for c in choices if c in df.columns]
         if not present:
             raise AnalysisError(
@@ -85,8 +87,8 @@ def observe(
 ) -> Observations:
     """Collect the points of a fit.
 
-    Rows with a missing, infinite or (for logarithms) non-positive value and exact duplicates are left out and named; rows whose
-    `status` is not "complete" too.
+    Rows with a missing, infinite or (for logarithms) non-positive value, exact duplicates, and rows whose `status` is
+    not "complete" are left out and named.
 
     Raises:
         AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
@@ -106,7 +108,10 @@ def observe(
         raise AnalysisError(f"There are {len(w)} weights for {len(df)} rows; give one weight a row.")
     bad_variable = {v: ~(np.isfinite(used[v]) & (used[v] > 0)) for v in names}
     reasons = [
-        ("not complete (status)", df["status"].ne("complete") if "status" in df.columns else pd.Series(False, df.index)),
+        (
+            "not complete (status)",
+            df["status"].ne("complete") if "status" in df.columns else pd.Series(False, df.index),
+        ),
         *((f"with a missing or non-positive {names[v]}", bad) for v, bad in bad_variable.items()),
         (f"with a missing or infinite {y}", ~np.isfinite(used["y"])),
         (f"with a non-positive {y}, which has no logarithm", (used["y"] <= 0) & positive_y),
@@ -124,8 +129,8 @@ def observe(
     free = len(law.parameters) if num_free is None else num_free
     if len(points) <= free:
         raise AnalysisError(
-            f"{law.formula} has {free} free parameters and {len(points)} usable point{'s' * (len(points) != 1)} of {len(df)} "
-            f"remain{_why(exclusions)}; give at least {free + 1} points or fix a parameter."
+            f"{law.formula} has {free} free parameters but the table has {len(points)} usable of {len(df)} points"
+            f"{_why(exclusions)}; give at least {free + 1} or fix a parameter."
         )
     for v in law.variables:
         if points[v].nunique() < 2:

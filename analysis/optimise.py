@@ -1,9 +1,10 @@
 """The global minimum of a law's objective, for one data set or for thousands of resamples at once.
 
-1. On a fixed grid of the non-linear parameters the linear ones are projected out: a bounded weighted least-squares problem of at
-   most a few unknowns per grid point, solved for all points together (variable projection, Golub and Pereyra 1973).
-2. The best distinct grid points are refined together by a bounded Levenberg-Marquardt-Newton method with analytic gradients.
-3. A robust objective is reached by continuation: the quadratic zone of the Huber loss shrinks from the residuals' scale to its target.
+1. On a fixed grid of the non-linear parameters the linear ones are projected out: a bounded weighted least-squares
+   problem of a few unknowns per grid point, for all points together (variable projection, Golub and Pereyra 1973).
+2. The best distinct grid points are refined together by a bounded Levenberg-Marquardt-Newton method.
+3. A robust objective is reached by continuation: the quadratic zone of the Huber loss shrinks from the residuals' scale
+   to its target.
 
 Everything carries a leading batch dimension: starts, resamples, or both. A resample is a row of weights.
 """
@@ -28,8 +29,8 @@ CHUNK_VALUES = 250_000
 class Problem:
     """A law, its data and its objective, in the coordinates of the optimiser.
 
-    A linear coefficient is multiplied by its basis function at the geometric mean of the data (so that A and alpha are nearly
-    independent), a non-linear parameter marked `log` is replaced by its logarithm.
+    A linear coefficient is multiplied by its basis function at the geometric mean of the data (so that A and alpha are
+    nearly independent), a non-linear parameter marked `log` is replaced by its logarithm.
     """
 
     law: Law
@@ -59,9 +60,7 @@ class Problem:
     def nonlinear(self, phi: Array) -> dict[str, Array]:
         """Non-linear parameters (batch, 1) of the optimiser's vectors (batch, k)."""
         columns = phi[:, self.num_linear :, None]
-        return {
-            p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)
-        }
+        return {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
 
     def normalised(self, parts: tuple[Array, ...], gradients: tuple[tuple[Array, ...], ...]) -> tuple[list, list]:
         """Basis functions over their value at the reference point, and their derivatives."""
@@ -114,7 +113,8 @@ class Problem:
         t = {p.name: np.full((1, 1), float(params[p.name])) for p in self.law.nonlinear}
         parts = self.law.basis(self.x, t)
         phi = [
-            float(params[p.name]) * (np.broadcast_to(parts[j], (1, len(self.y) + 1))[0, -1] if self.referenced[j] else 1)
+            float(params[p.name])
+            * (np.broadcast_to(parts[j], (1, len(self.y) + 1))[0, -1] if self.referenced[j] else 1)
             for j, p in enumerate(self.law.linear)
         ]
         phi += [np.log(params[p.name]) if p.log else params[p.name] for p in self.law.nonlinear]
@@ -136,7 +136,9 @@ def make_problem(
     bounds: dict[str, tuple[float, float]] | None = None,
 ) -> Problem:
     """Put a law, data (n,) and restrictions on parameters into the optimiser's coordinates."""
-    reference = {name: float(np.exp(np.mean(np.log(v)))) if np.all(v > 0) else float(np.mean(v)) for name, v in x.items()}
+    reference = {
+        name: float(np.exp(np.mean(np.log(v)))) if np.all(v > 0) else float(np.mean(v)) for name, v in x.items()
+    }
     columns = Columns({name: np.append(np.asarray(v, float), reference[name]) for name, v in x.items()})
     limits = []
     for p in law.parameters:
@@ -207,7 +209,9 @@ def project(problem: Problem, theta: Array, weights: Array) -> Array:
         mask = np.array(held)
         if np.any(mask & ~can_hold) or np.any(must_hold & ~mask):
             continue
-        todo = np.isinf(best_value) if not np.any(mask & ~must_hold) else ~_settled(best, best_value, lower, upper, mask)
+        todo = (
+            np.isinf(best_value) if not np.any(mask & ~must_hold) else ~_settled(best, best_value, lower, upper, mask)
+        )
         if not np.any(todo):
             continue
         c = np.where(mask, held_at[todo], 0.0)
@@ -222,7 +226,9 @@ def project(problem: Problem, theta: Array, weights: Array) -> Array:
         rows = np.flatnonzero(todo)
         better = value < best_value[rows]
         best[rows[better]], best_value[rows[better]] = c[better], value[better]
-    return np.where(np.isfinite(best_value)[:, None], best / scale, np.clip(held_at / scale, problem.lower[:p], problem.upper[:p]))
+    return np.where(
+        np.isfinite(best_value)[:, None], best / scale, np.clip(held_at / scale, problem.lower[:p], problem.upper[:p])
+    )
 
 
 def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array) -> Array:
@@ -234,11 +240,15 @@ def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array)
 def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     """The best distinct grid points with projected coefficients (count, k), by the objective itself."""
     theta = grid_points(problem.lower[problem.num_linear :], problem.upper[problem.num_linear :])
-    relative = problem.weights / np.maximum(np.abs(problem.y), 1e-300) ** 2 if problem.objective.log else problem.weights
+    relative = (
+        problem.weights / np.maximum(np.abs(problem.y), 1e-300) ** 2 if problem.objective.log else problem.weights
+    )
     rows = max(1, 4 * CHUNK_VALUES // len(problem.y))
     phi = np.concatenate([_start_chunk(problem, theta[i : i + rows], relative) for i in range(0, len(theta), rows)])
-    total = problem.total(phi) if len(phi) <= rows else np.concatenate(
-        [problem.total(phi[i : i + rows]) for i in range(0, len(phi), rows)]
+    total = (
+        problem.total(phi)
+        if len(phi) <= rows
+        else np.concatenate([problem.total(phi[i : i + rows]) for i in range(0, len(phi), rows)])
     )
     span = np.where(problem.movable, problem.upper - problem.lower, 1.0)[problem.num_linear :]
     radius = 0.08 if theta.shape[1] <= 2 else 0.15
@@ -292,14 +302,14 @@ def _continue(problem: Problem, phi: Array, weights: Array) -> Array:
 
 
 def _newton(problem: Problem, phi: Array, weights: Array, delta: Array, max_iterations: int) -> Array:
-    """Bounded Levenberg-Marquardt on the active rows of a batch; rows leave when their step or gain is at rounding level."""
+    """Bounded Levenberg-Marquardt on a batch; a row leaves when its step or its gain is at rounding level."""
     phi = np.clip(phi, problem.lower, problem.upper)
     damping = np.full(len(phi), 1e-3)
     active = np.arange(len(phi))
     for _ in range(max_iterations):
         w = weights[active] if np.ndim(weights) == 2 else weights
         old = phi[active]
-        value, total, gradient, hessian, diagonal = _derivatives(problem, old, w, delta[active], damping[active])
+        total, gradient, hessian, diagonal = _derivatives(problem, old, w, delta[active], damping[active])
         step = _bounded_step(problem, old, gradient, hessian, diagonal * damping[active][:, None])
         new = np.clip(old + step, problem.lower, problem.upper)
         new_total = _total(problem, problem.predict(new), w, delta[active])
@@ -317,8 +327,11 @@ def _newton(problem: Problem, phi: Array, weights: Array, delta: Array, max_iter
 
 def _derivatives(
     problem: Problem, phi: Array, weights: Array, delta: Array, damping: Array
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Value, objective, gradient and a positive Hessian model (Newton's, blended with reweighted least squares by the damping)."""
+) -> tuple[Array, Array, Array, Array]:
+    """Objective, gradient, a positive Hessian model and its diagonal.
+
+    The model is Newton's, blended with that of reweighted least squares (which always descends) as the damping grows.
+    """
     objective = problem.objective
     value, jacobian = problem.predict_and_jacobian(phi)
     if objective.log:
@@ -338,7 +351,7 @@ def _derivatives(
     gradient = -np.einsum("bkn,bn->bk", jacobian, pull)
     hessian = (jacobian * curvature[:, None, :]) @ jacobian.transpose(0, 2, 1)
     diagonal = np.einsum("bkk->bk", hessian)
-    return value, total, gradient, hessian, diagonal + 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
+    return total, gradient, hessian, diagonal + 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
 
 
 def _huber(size: Array, delta: Array) -> Array:

@@ -224,7 +224,8 @@ class Fit:
             "optimiser": self.optimiser,
             "flags": list(self.flags),
             "rivals": [
-                {"params": r.params, "objective": r.objective_value, "within_noise": r.within_noise} for r in self.rivals
+                {"params": r.params, "objective": r.objective_value, "within_noise": r.within_noise}
+                for r in self.rivals
             ],
             "num_points": self.num_points,
             "num_rows": self.num_rows,
@@ -232,7 +233,8 @@ class Fit:
             "ranges": {k: list(v) for k, v in self.ranges.items()},
             "columns": self.columns,
             "heldout": [
-                {k: v for k, v in vars(h).items() if k != "predictions"} | {"values": list(h.values)} for h in self.heldout
+                {k: v for k, v in vars(h).items() if k != "predictions"} | {"values": list(h.values)}
+                for h in self.heldout
             ],
             "sentence": self.sentence(),
         }

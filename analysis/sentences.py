@@ -46,9 +46,11 @@ def held_out_sentence(h: HeldOut) -> str:
     """Error on the held-out scale beside the naive baseline."""
     verdict = "better" if h.log_rmse < h.naive_log_rmse else "no better"
     return (
-        f"Held out {h.variable} >= {min(h.values):.3g}: fitted on {h.num_train} points, the law predicts the other {h.num_test} with "
-        f"a mean error of {h.mean_abs_relative_error:.2%} (log-RMSE {h.log_rmse:.4f}), {verdict} than {h.naive} "
-        f"({h.naive_mean_abs_relative_error:.2%}, {h.naive_log_rmse:.4f}); {h.coverage:.0%} lie inside the prediction interval."
+        f"Held out {h.variable} >= {min(h.values):.3g}: fitted on {h.num_train} points, the law predicts the other "
+        f"{h.num_test} with mean error {h.mean_abs_relative_error:.2%} (log-RMSE {h.log_rmse:.4f}), {verdict} than "
+        f"{h.naive} "
+        f"({h.naive_mean_abs_relative_error:.2%}, {h.naive_log_rmse:.4f}); {h.coverage:.0%} lie inside the prediction "
+        "interval."
     )
 
 

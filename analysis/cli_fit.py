@@ -1,0 +1,148 @@
+"""`aimscale fit TABLE`: a law with intervals, flags and a held-out test."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from analysis.result import Fit, HeldOut
+
+app = typer.Typer(help="Fit a scaling law to a table, with intervals and a held-out test.", add_completion=False)
+
+
+class WhatN(StrEnum):
+    """What N counts."""
+
+    total = "total"
+    trunk = "trunk"
+    head = "head"
+
+
+class WhatC(StrEnum):
+    """How C is counted."""
+
+    measured = "measured"
+    sixnd = "6nd"
+
+
+@app.command()
+def fit_table(
+    table: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a sweep's folder.")],
+    law: Annotated[
+        str, typer.Option(help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C.")
+    ] = "chinchilla",
+    y: Annotated[str, typer.Option(help="Column to fit.")] = "val_loss",
+    objective: Annotated[str, typer.Option(help="What to minimise: huber_log, lsq, log_lsq, lad, ...")] = "huber_log",
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params.")
+    ] = None,
+    n: Annotated[WhatN, typer.Option(help="What N counts.")] = WhatN.total,
+    c: Annotated[WhatC, typer.Option(help="C as counted FLOPs or as 6ND.")] = WhatC.measured,
+    weights: Annotated[str | None, typer.Option(help="Column of weights.")] = None,
+    fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter, e.g. E=0.")] = None,
+    bound: Annotated[
+        list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(help="Resample whole groups of this column (run_id, size).")] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples; 0 for none.")] = 1000,
+    hold_out: Annotated[
+        list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw the fit into FIGURE.svg and FIGURE.png.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fit LAW to a table and say how far to trust it."""
+    from dataclasses import replace
+
+    from analysis.estimate import fit
+    from analysis.heldout import held_out
+    from analysis.table import parse_columns, read_table
+
+    df = read_table(table, columns=parse_columns(columns or []))
+    names = variable_columns(df.columns, n, c)
+    result = fit(
+        law,
+        df,
+        y=y,
+        objective=objective,
+        columns=names,
+        weights=weights,
+        fixed={k: number(v, k) for k, v in pairs(fix or [], "--fix", "E=0")},
+        bounds={k: number_pair(v, k) for k, v in pairs(bound or [], "--bound", "alpha=0.1:1")},
+        resamples=resamples,
+        cluster=cluster,
+    )
+    tests: list[HeldOut] = []
+    for wish in hold_out or []:
+        by, _, count = wish.partition(":")
+        tests.append(held_out(result, df, by=by, num_values=int(number(count or "1", "--hold-out"))))
+    result = replace(result, heldout=tuple(tests))
+    if figure is not None:
+        from matplotlib.figure import Figure
+
+        from analysis.plots_style import save
+
+        drawn = result.plot().get_figure()
+        assert isinstance(drawn, Figure)
+        save(drawn, figure)
+    typer.echo(result.to_json() if json else text(result))
+
+
+def variable_columns(present: Iterable[str], n: WhatN, c: WhatC) -> dict[str, str]:
+    """Columns of N and C by the user's choice, as far as the table is a results table."""
+    wanted = {"N": f"params_{n.value}", "C": "flops_train" if c == WhatC.measured else "flops_6nd"}
+    present = set(present)
+    chosen = {"N": n != WhatN.total, "C": c != WhatC.measured}
+    return {v: name for v, name in wanted.items() if name in present or chosen[v]}
+
+
+def pairs(options: list[str], option: str, example: str) -> list[tuple[str, str]]:
+    """Split `name=value` options.
+
+    Raises:
+        AnalysisError: an option without "=".
+    """
+    from analysis.errors import AnalysisError
+
+    out = []
+    for text in options:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise AnalysisError(f"{option} takes name=value such as {example}, not {text!r}.")
+        out.append((name.strip(), value.strip()))
+    return out
+
+
+def number(text: str, where: str) -> float:
+    """A number of an option.
+
+    Raises:
+        AnalysisError: not a number.
+    """
+    from analysis.errors import AnalysisError
+
+    try:
+        return float(text)
+    except ValueError:
+        raise AnalysisError(f"{text!r} given for {where} is not a number.") from None
+
+
+def number_pair(text: str, where: str) -> tuple[float, float]:
+    """Two numbers of an option, low:high."""
+    low, _, high = text.partition(":")
+    return number(low, where), number(high, where)
+
+
+def text(result: Fit) -> str:
+    """The parameters as a table, then the sentence."""
+    lines = [result.law.formula, ""]
+    rows = [(name, result.shown(name)) for name in result.params]
+    width = max(len(name) for name, _ in rows)
+    lines += [f"  {name:<{width}}  {shown}" for name, shown in rows]
+    return "\n".join([*lines, "", result.sentence()])
