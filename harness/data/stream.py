@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness.data.augment import SMALL_SIDE, Boxes, crop_resize, crop_resize_small, draw_boxes, normalise
+from harness.data.augment import (
+    SMALL_SIDE,
+    Boxes,
+    crop_resize,
+    crop_resize_small,
+    draw_boxes,
+    jitter_colours,
+    normalise,
+)
 from harness.data.decode import UndecodableImageError
 from harness.data.index import DataError, ShardDataset, open_dataset
 from harness.data.pixel_cache import PixelCache
@@ -185,6 +193,8 @@ class TrainStream:
             raise DataError(
                 f"position {where[pending[0]]}: {_MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
             )
+        if self._data.color_jitter:
+            jitter_colours(pixels, make_key("jitter", self._seed), where)
         return Batch(
             images=normalise(pixels),
             prefix_len=torch.from_numpy(self.prefix_lengths(where)),
