@@ -34,14 +34,15 @@ def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(shape, generator=generator), prefix_len
 
 
+ORDERS_3_BY_3 = {
+    "raster": [0, 1, 2, 3, 4, 5, 6, 7, 8],
+    "spiral": [0, 1, 2, 5, 8, 7, 6, 3, 4],
+    "checkerboard": [0, 2, 4, 6, 8, 1, 3, 5, 7],
+}
+
+
 class Reference:
     """AIM for one image, written from the description with no tensor library: lists of token vectors."""
-
-    ORDERS_3_BY_3 = {
-        "raster": [0, 1, 2, 3, 4, 5, 6, 7, 8],
-        "spiral": [0, 1, 2, 5, 8, 7, 6, 3, 4],
-        "checkerboard": [0, 2, 4, 6, 8, 1, 3, 5, 7],
-    }
 
     def __init__(self, model: AIM) -> None:
         self.config = model.config
@@ -49,7 +50,7 @@ class Reference:
         if model.config.patch_order == "random":
             self.order = model.preprocessor.order.tolist()
         else:
-            self.order = self.ORDERS_3_BY_3[model.config.patch_order]
+            self.order = ORDERS_3_BY_3[model.config.patch_order]
 
     def norm(self, x, name):
         centred = x - x.mean()

@@ -1,0 +1,144 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aim.config import RELEASED_SIZES, ModelConfig, model_config
+from aim.model import AIM
+from aim.probes import AttentiveProbe
+from aim.weights import (
+    WeightsError,
+    load_backbone,
+    load_model,
+    load_probe,
+    read_weights,
+    released_probe_shapes,
+    released_shapes,
+    released_state,
+    write_weights,
+)
+
+NUM_CLASSES = 5
+CONFIG = model_config("w16-d2", image_size=12, patch_size=4)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    """A released file of a small size, made from the description, not from our modules."""
+    shapes = released_shapes(CONFIG) | released_probe_shapes(CONFIG, NUM_CLASSES)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.rand(shape, generator=generator) - 0.2 for name, shape in shapes.items()}
+    state["head.bn.running_var"] += 0.5
+    state["head.bn.num_batches_tracked"] = torch.tensor(12)
+    return state
+
+
+@pytest.mark.parametrize(("size", "num_keys"), [("aim-600M", 205), ("aim-1B", 205), ("aim-3B", 205), ("aim-7B", 269)])
+def test_released_names_and_shapes_are_exactly_ours(size: str, num_keys: int) -> None:
+    config = model_config(size, head_rule="none")
+    described = released_shapes(config) | released_probe_shapes(config, 1000)
+    with torch.device("meta"):
+        ours = released_state(AIM(config), AttentiveProbe(config.width, config.num_heads, 1000))
+    assert len(described) == num_keys
+    assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == described
+
+
+def test_every_released_size_is_covered() -> None:
+    assert sorted(RELEASED_SIZES) == ["aim-1B", "aim-3B", "aim-600M", "aim-7B"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_import_gives_the_models_values_and_export_gives_them_back(tmp_path: Path, state: dict, suffix: str) -> None:
+    source = tmp_path / f"released{suffix}"
+    write_weights(state, source)
+    model, probe = load_backbone(source, CONFIG), load_probe(source, CONFIG)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("pixel_head."):
+            assert torch.equal(parameter, state[name])
+            assert parameter.requires_grad
+    # the parts that no file holds: fixed positions, the order, and a usable pixel head
+    images, prefix_len = torch.randn(2, 3, 12, 12), torch.tensor([3, 6])
+    fresh = AIM(CONFIG)
+    fresh.load_state_dict({name: value for name, value in state.items() if not name.startswith("head.")}, strict=False)
+    assert torch.equal(model(images, prefix_len)[0], fresh(images, prefix_len)[0])
+    logits = probe.eval()(model.features(images, [0, 1]).mean(0))
+    assert logits.shape == (2, NUM_CLASSES)
+
+    out = tmp_path / f"exported{suffix}"
+    write_weights(released_state(model, probe), out)
+    exported = read_weights(out)
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[name], state[name]) for name in state)
+
+
+def test_separate_backbone_and_probe_files_load(tmp_path: Path, state: dict) -> None:
+    for name, wanted in (("backbone", False), ("probe", True)):
+        part = {key: value for key, value in state.items() if key.startswith("head.") == wanted}
+        write_weights(part, tmp_path / f"{name}.pth")
+    model, probe = load_backbone(tmp_path / "backbone.pth", CONFIG), load_probe(tmp_path / "probe.pth", CONFIG)
+    assert released_state(model, probe).keys() == state.keys()
+
+
+def test_own_file_holds_the_whole_model(tmp_path: Path) -> None:
+    config: ModelConfig = model_config("w16-d2", image_size=12, patch_size=4, patch_order="spiral")
+    model = AIM(config)
+    model.init_weights(3)
+    write_weights(model.state_dict(), tmp_path / "model.safetensors", {"size": config.name})
+    loaded = load_model(tmp_path / "model.safetensors", config)
+    images, prefix_len = torch.randn(2, 3, 12, 12), torch.tensor([3, 6])
+    assert torch.equal(loaded(images, prefix_len)[0], model(images, prefix_len)[0])
+    assert load_model(tmp_path / "model.safetensors", config, dtype=torch.bfloat16).pixel_head.positions.dtype == (
+        torch.bfloat16
+    )
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_pickled_code_is_never_executed(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"preprocessor.patchifier.proj.weight": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(WeightsError, match="not a plain PyTorch state dict"):
+        read_weights(tmp_path / "trap.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda state: state.pop("trunk.blocks.1.norm_2.bias"), r"lacks trunk\.blocks\.1\.norm_2\.bias; is it"),
+        (lambda state: state.update({"trunk.x": torch.ones(2)}), r"holds trunk\.x, which this model does not have"),
+        (lambda state: state.update({"cls": torch.ones(2)}), "holds cls, which an AIM backbone does not have"),
+        (
+            lambda state: state.update({"trunk.blocks.0.attn.qkv.weight": torch.ones(48, 8)}),
+            r"trunk\.blocks\.0\.attn\.qkv\.weight has the shape \(48, 8\) and this model needs \(48, 16\)",
+        ),
+    ],
+)
+def test_wrong_contents_are_one_sentence(tmp_path: Path, state: dict, edit, words: str) -> None:
+    edit(state)
+    write_weights(state, tmp_path / "wrong.pth")
+    with pytest.raises(WeightsError) as error:
+        load_backbone(tmp_path / "wrong.pth", CONFIG)
+    assert re.search(words, str(error.value))
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_files_are_one_sentence(tmp_path: Path, state: dict) -> None:
+    with pytest.raises(WeightsError, match="there is no weight file"):
+        read_weights(tmp_path / "absent.pth")
+    write_weights(state, tmp_path / "whole.safetensors")
+    write_weights(state, tmp_path / "whole.pth")
+    for suffix, words in ((".safetensors", "not a whole safetensors file"), (".pth", "not a plain PyTorch state dict")):
+        content = (tmp_path / f"whole{suffix}").read_bytes()
+        (tmp_path / f"cut{suffix}").write_bytes(content[: len(content) // 2])
+        with pytest.raises(WeightsError, match=words) as error:
+            read_weights(tmp_path / f"cut{suffix}")
+        assert "\n" not in str(error.value)
+    for path, call in ((tmp_path / "model.bin", read_weights), (tmp_path / "a.bin", lambda p: write_weights(state, p))):
+        (tmp_path / "model.bin").touch()
+        with pytest.raises(WeightsError, match=r"neither \.pth nor \.safetensors"):
+            call(path)
