@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sweeps import views
 from sweeps.cli_plan import AsJson, Root, SweepName
@@ -41,6 +40,5 @@ def status(
     elif watch:
         views.watch(look, every)
     else:
-        console = Console()
-        width = views.table_width(console)
-        console.print(views.status_table(look(), width), width=width, highlight=False)
+        console = views.new_console()
+        console.print(views.status_table(look(), console.width), highlight=False, soft_wrap=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from aim.config import ModelConfig
 from aim.cost import executed_flops_per_image
-from harness.config import ResultConfig
+from harness.config import ResultConfig, RunConfig
+from harness.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
 from harness.schedule import Schedule
 from sweeps.planner import Run, counts_of, model_of
 from sweeps.sweepfile import CostSection, Sweep, SweepError
@@ -72,6 +75,16 @@ class CostCard:
     """`wsd` or `cosine`."""
     devices: int
     """Data-parallel ranks."""
+    zero_stage: int | None
+    """DeepSpeed ZeRO stage, chosen or given; null where nothing fits."""
+    micro_batch: int | None
+    """Images per forward pass and rank."""
+    activation_checkpointing: bool | None
+    """Recompute activations."""
+    memory_bytes: int | None
+    """Peak of one rank at that stage and micro-batch, activations included."""
+    memory_by_stage: dict[int, int]
+    """The same at every ZeRO stage."""
     checkpoint_bytes: int
     """One resumable checkpoint."""
     disk_bytes: int
@@ -172,6 +185,7 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
     flops_executed = executed_flops_per_image(model, scored).train * executed
     wall_s = flops_executed / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
     device_hours = wall_s * run.devices / 3600
+    fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
     return CostCard(
         run_id=run.run_id,
         cell=run.cell,
@@ -197,13 +211,80 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
         warmup_images=result.schedule.warmup_images,
         schedule=result.schedule.kind,
         devices=run.devices,
+        zero_stage=fit.chosen.zero_stage if fit.chosen else None,
+        micro_batch=fit.chosen.micro_batch if fit.chosen else None,
+        activation_checkpointing=fit.chosen.activation_checkpointing if fit.chosen else None,
+        memory_bytes=fit.chosen.estimate.total if fit.chosen else None,
+        memory_by_stage=fit.by_stage,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
         disk_bytes=(2 * CHECKPOINT_BYTES_PER_PARAM + len(result.budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
         wall_s=wall_s,
         device_hours=device_hours,
         price=device_hours * cost.price_per_device_hour,
-        warnings=tuple(_warnings(run, pool)),
+        warnings=tuple(_warnings(run, pool, cost, fit)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """How a run fits its devices."""
+
+    chosen: ExecutionPlan | None
+    """Stage, micro-batch and recomputation; null where nothing fits."""
+    by_stage: dict[int, int]
+    """Bytes of a rank at every stage, at that micro-batch (1 where nothing fits)."""
+
+
+def _fit(model: ModelConfig, config: RunConfig, devices: int, device_bytes: int) -> _Fit:
+    runtime, optimiser = config.runtime, config.result.optimiser
+    return _fit_cached(
+        model,
+        devices,
+        device_bytes,
+        optimiser.batch_size,
+        optimiser.precision,
+        runtime.zero_stage,
+        runtime.micro_batch,
+        runtime.activation_checkpointing,
+    )
+
+
+@functools.cache
+def _fit_cached(
+    model: ModelConfig,
+    devices: int,
+    device_bytes: int,
+    batch_size: int,
+    precision: Precision,
+    zero_stage: Literal["auto"] | int,
+    micro_batch: Literal["auto"] | int,
+    activation_checkpointing: Literal["auto"] | bool,
+) -> _Fit:
+    try:
+        chosen = execution_plan(
+            model,
+            batch_size=batch_size,
+            world_size=devices,
+            precision=precision,
+            device_bytes=device_bytes,
+            zero_stage=zero_stage,
+            micro_batch=micro_batch,
+            activation_checkpointing=activation_checkpointing,
+        )
+    except DoesNotFitError:
+        chosen = None
+    by_stage = {
+        stage: memory_estimate(
+            model,
+            zero_stage=stage,
+            world_size=devices,
+            micro_batch=chosen.micro_batch if chosen else 1,
+            precision=precision,
+            activation_checkpointing=chosen.activation_checkpointing if chosen else True,
+        ).total
+        for stage in ((0, 1, 2, 3) if precision == "fp32" else (1, 2, 3))  # bf16 needs the master weights of 1 and up
+    }
+    return _Fit(chosen=chosen, by_stage=by_stage)
 
 
 def _schedule(result: ResultConfig) -> Schedule:
@@ -214,9 +295,15 @@ def _schedule(result: ResultConfig) -> Schedule:
     )
 
 
-def _warnings(run: Run, pool: int | None) -> list[str]:
+def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[str]:
     result = run.config.result
     found = []
+    if fit.chosen is None:
+        least = min(fit.by_stage, key=fit.by_stage.__getitem__)
+        found.append(
+            f"{result.model.size} does not fit {cost.memory_gb:g} GB on {run.devices} devices: ZeRO stage {least} "
+            f"takes {fit.by_stage[least] / 1e9:.0f} GB even one image at a time"
+        )
     batch, target = result.optimiser.batch_size, run.batch_target
     if abs(batch / target - 1) > MAX_BATCH_DEVIATION:
         found.append(f"batch {batch} is {100 * (batch / target - 1):+.0f} % off the recipe's {target}")

@@ -104,7 +104,7 @@ SMALL = Recipe(
     lr_peak=_small_lr,
     # Assumption: a tenth of the smallest budget, so that its stable phase exists.
     warmup_images=lambda scale: scale.budget_min // 10,
-    zero_stage=lambda scale: 1,
+    zero_stage=lambda scale: "auto",  # harness.memory's rule
     devices=lambda scale: 1,
 )
 

@@ -23,6 +23,7 @@ from sweeps.status import RunStatus, SweepStatus
 from sweeps.sweepfile import Sweep
 
 MAX_PLAN_ROWS = 200
+LOG_WIDTH = 250
 PLAIN_EVERY_S = 30.0
 LIVE_EVERY_S = 0.5
 
@@ -114,19 +115,24 @@ def fitted_table(columns: list[Column], width: int) -> tuple[Table, list[str]]:
     return table, hidden
 
 
-def table_width(console: Console) -> int:
-    """Columns of a terminal; a log file takes any."""
-    return console.width if console.is_terminal else 250
+def _axis_column(axis: str, rows: Sequence[CostCard] | Sequence[RunStatus]) -> Column:
+    return Column(header=axis.split(".")[-1], cells=[axis_value(row.cell[axis]) for row in rows])
+
+
+def new_console() -> Console:
+    """A console as wide as the terminal; a log file takes any width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def print_plan(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], console: Console | None = None) -> None:
     """The cost cards as a table, with totals, assumptions and warnings."""
-    console = console or Console()
+    console = console or new_console()
     console.print(f"[bold]{sweep.name}[/]: {sweep.file.description}", highlight=False, soft_wrap=True)
     notes: list[str] = []
     columns = _plan_columns(cards[:MAX_PLAN_ROWS], sweep.file.cost.currency, notes)
-    table, hidden = fitted_table(columns, table_width(console))
-    console.print(table, width=table_width(console), highlight=False)
+    table, hidden = fitted_table(columns, console.width)
+    console.print(table, highlight=False)
     if hidden:
         console.print(f"not shown on {console.width} columns: {', '.join(hidden)}", style="dim", highlight=False)
     if len(cards) > MAX_PLAN_ROWS:
@@ -143,7 +149,7 @@ def _plan_columns(cards: Sequence[CostCard], currency: str, notes: list[str]) ->
     axes = varying([card.cell for card in cards])
     return [
         column("size", lambda card: card.cell["size"], right=False),
-        *(column(axis.split(".")[-1], lambda card, axis=axis: axis_value(card.cell[axis])) for axis in axes),
+        *(_axis_column(axis, cards) for axis in axes),
         column("params", lambda card: number(card.params_total)),
         column("trunk", lambda card: number(card.params_trunk), 7),
         column("head", lambda card: number(card.params_head), 8),
@@ -156,7 +162,10 @@ def _plan_columns(cards: Sequence[CostCard], currency: str, notes: list[str]) ->
         column("memory", _memory, 4),
         column("disk", lambda card: data_size(card.disk_bytes), 10),
         column("time", lambda card: duration(card.wall_s)),
-        column("device-h", lambda card: f"{card.device_hours:,.3g}" if card.device_hours < 1000 else f"{card.device_hours:,.0f}"),
+        column(
+            "device-h",
+            lambda card: f"{card.device_hours:,.3g}" if card.device_hours < 1000 else f"{card.device_hours:,.0f}",
+        ),
         column(currency, lambda card: f"{card.price:,.0f}", 2),
         column("!", lambda card: ",".join(str(1 + _note(warning, notes)) for warning in card.warnings)),
     ]
@@ -175,7 +184,11 @@ def _span(values: Sequence[str]) -> str:
 
 
 def _memory(card: CostCard) -> str:
-    return "-"
+    """Bytes of a rank, with the ZeRO stage and the micro-batch that they belong to (r: activations recomputed)."""
+    if card.memory_bytes is None:
+        return "too large"
+    recompute = "r" if card.activation_checkpointing else ""
+    return f"{data_size(card.memory_bytes)} (z{card.zero_stage} m{card.micro_batch}{recompute})"
 
 
 def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], console: Console) -> None:
@@ -187,6 +200,7 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
         f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}, "
         f"image cache {data_size(total.cache_bytes)}",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(
         f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %"
@@ -194,6 +208,7 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
         f"training alone, without validation and probes; recipe {sweep.file.recipe}",
         style="dim",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -207,7 +222,7 @@ def status_table(status: SweepStatus, width: int) -> Group:
     table, _ = fitted_table(
         [
             column("run", lambda line: line.run_id, right=False),
-            *(column(axis.split(".")[-1], lambda line, axis=axis: axis_value(line.cell[axis]), 9) for axis in axes),
+            *(_axis_column(axis, status.runs) for axis in axes),
             column("state", _state, right=False),
             column("done", lambda line: f"{100 * line.progress:.0f} %" if line.state != "not started" else ""),
             column("images", lambda line: number(line.images_seen) if line.images_seen else "", 5),
@@ -255,7 +270,7 @@ def status_summary(status: SweepStatus) -> str:
 @contextmanager
 def queue_display(look: Callable[[], SweepStatus], console: Console | None = None) -> Iterator[Callable[[Queue], None]]:
     """A function for `local_queue.run_queue(report=...)`: a live table on a terminal, lines otherwise."""
-    console = console or Console()
+    console = console or new_console()
     shown = {"last": 0.0}
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -308,7 +323,7 @@ def watch(look: Callable[[], SweepStatus], every_s: float) -> None:
     try:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
             while True:
-                live.update(status_table(look(), table_width(console)), refresh=True)
+                live.update(status_table(look(), console.width), refresh=True)
                 time.sleep(every_s)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
