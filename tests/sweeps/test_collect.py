@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aim.errors import UserError
+from analysis.table import read_table
+from harness.rundir import write_json
+from sweeps import cli_status
+from sweeps.collect import collect
+from sweeps.costs import cost_cards
+from sweeps.directory import RunRecord
+from sweeps.launch import launch
+from sweeps.planner import plan
+from sweeps.status import sweep_status
+
+
+def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: Any) -> None:
+    launch(write_sweep(sizes=["rung-32"], seeds=[0, 1]), slots=2, command=stand_in())
+    sweep = write_sweep(seeds=[0, 1])
+    runs = plan(sweep)
+    cards = cost_cards(sweep, runs)
+    done, damaged, diverged, missing = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
+    damaged.results.write_text("{ half")
+    diverged.write_status(state="diverged", reason="loss is NaN", reason_class="nan")
+    found = collect(sweep, runs, cards)
+    assert (found.num_runs, found.num_rows, found.num_complete) == (4, 6, 2)
+    assert list(found.damaged) == [damaged.path.name]
+    table = read_table(found.table)
+    assert list(table["status"]) == ["complete", "complete", "diverged", "diverged", "unfinished", "unfinished"]
+    assert list(table["images_seen"]) == [640, 1280] * 3
+    assert table["val_loss"].notna().sum() == 2
+    assert set(table["run_id"]) == {done.path.name, diverged.path.name, missing.path.name}
+    assert (table["params_total"].iloc[2:] == cards[2].params_total).all()
+    read_table(found.table.with_suffix(".csv"), require=["val_loss"])
+
+    before = {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
+    collect(sweep, runs, cards)
+    assert before == {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
+
+
+def test_rows_of_another_run_are_not_mixed_in(write_sweep: Any, stand_in: Any) -> None:
+    sweep = write_sweep(seeds=[0, 1], sizes=["rung-32"])
+    launch(sweep, slots=2, command=stand_in())
+    first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
+    second.results.write_bytes(first.results.read_bytes())
+    found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    assert found.num_complete == 2
+    assert first.path.name in found.damaged[second.path.name]
+
+
+def test_collecting_what_was_never_launched_is_refused(write_sweep: Any) -> None:
+    sweep = write_sweep()
+    with pytest.raises(UserError, match="launch it first"):
+        collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+
+
+def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(seeds=[0, 1])
+    runs = plan(sweep)
+    cards = cost_cards(sweep, runs)
+    fresh, dead, other_version, running = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
+    dead.write_status(state="running", images_done=500, images_planned=1000, images_per_s=10.0)
+    other_version.write_status(version=99)
+    running.write_status(state="running", images_done=250, images_planned=1000, images_per_s=10.0, loss=0.5)
+    (sweep.runs_dir / "old-run").mkdir()
+    with running.hold():
+        status = sweep_status(sweep, runs, cards)
+    assert [line.state for line in status.runs] == ["not started", "dead", "damaged", "running"]
+    assert "version 99" in str(status.runs[2].reason)
+    assert status.runs[3].eta_s == 75
+    assert status.unplanned == ("old-run",)
+    assert status.eta_s is not None
+    assert not fresh.path.exists()
+    json.dumps(asdict(status), allow_nan=False)
+    output = CliRunner().invoke(cli_status.app, [str(tmp_path / "sweep.yaml"), "--root", str(tmp_path / "root")]).output
+    assert "2 dead" in output
+    assert "version 99" in output
+
+
+def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand_in: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    write_json(sweep.directory / "sweep.json", {"version": 2})
+    with pytest.raises(UserError, match="of version 2"):
+        launch(sweep, slots=1, command=stand_in())
