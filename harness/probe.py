@@ -13,8 +13,6 @@ hold-out.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +40,7 @@ from harness.probe_features import (
 )
 from harness.probe_fit import Candidate, Split, best, fit_candidates
 from harness.probe_score import score
+from harness.rundir import write_json
 
 SCHEMA_VERSION = 1
 """Of `probes/<images_seen>/<task>.json`."""
@@ -63,7 +62,7 @@ def probe_model(
         section: the task.
         model_section: image geometry.
         seed: splits the hold-out, draws the heads' start and the order of images.
-        out: folder for `<task>.json` (written atomically); None writes nothing.
+        out: folder for `<task>.json`, the same with per-class counts and the whole grid; None writes nothing.
         cache_gb: memory for cached tokens; beyond it every epoch runs the backbone again.
 
     Returns:
@@ -114,11 +113,11 @@ def probe_backbone(
             "kind": kind,
             "blocks": list(top.blocks),
             "num_classes": split.num_classes,
-            "chance": 1 / split.num_classes,
             **result,
             "lr": top.setting.lr if top.setting else None,
             "weight_decay": top.setting.weight_decay if top.setting else None,
             "num_neighbours": top.num_neighbours,
+            "lr_at_edge": len(section.lrs) > 1 and top.setting is not None and top.setting.lr in _edges(section.lrs),
             "holdout_top1": top.holdout_top1,
             "last_blocks": list(fixed.blocks),
             **{f"last_{key}": on_last[key] for key in ("top1", "top1_lo95", "top1_hi95")},
@@ -155,12 +154,8 @@ def score_candidates(backbone: Backbone, test: LabelledImages, candidates: Seque
     return [torch.cat(part) for part in parts]
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write aside, then rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    aside.replace(path)
+def _edges(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
 
 
 def _grid_row(candidate: Candidate) -> dict[str, Any]:

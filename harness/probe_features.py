@@ -80,8 +80,10 @@ class LabelledImages:
 
     dataset: ShardDataset
     """Indexed shards."""
+    rows: np.ndarray
+    """Samples used (n,): those that decode."""
     labels: Tensor
-    """Class indices (n,), int64."""
+    """Class indices (n,), int64, of those."""
     classes: tuple[str, ...]
     """Class names."""
     model_section: ModelSection
@@ -92,24 +94,29 @@ class LabelledImages:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Normalised float32 images (len(indices), C, H, W): shorter side resized, centre crop."""
-        return eval_images(self.dataset, indices, self.model_section)
+        return eval_images(self.dataset, self.rows[np.asarray(indices)], self.model_section)
 
 
 def open_labelled(path: str, section: ProbeSection, model_section: ModelSection) -> LabelledImages:
     """Open one side of a task.
 
     Raises:
-        ProbeError: the data set has no labels or no class names.
+        ProbeError: the data set has no labels, or more labels than names.
+        DataError: some images have none, or the folder is no data set.
     """
     dataset = open_dataset(path)
-    if dataset.labels is None or dataset.classes is None:
+    if dataset.labels is None:
         raise ProbeError(
             f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
         )
-    labels = torch.as_tensor(np.asarray(dataset.labels), dtype=torch.int64)
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(dataset.classes):
-        raise ProbeError(f"task '{section.task}': {path} has labels outside its {len(dataset.classes)} classes")
-    return LabelledImages(dataset, labels, tuple(dataset.classes), model_section)
+    rows = np.flatnonzero(dataset.ok)
+    labels = torch.as_tensor(dataset.require_labels()[rows])
+    classes = dataset.classes or tuple(str(label) for label in range(dataset.num_classes))
+    if len(labels) and int(labels.max()) >= len(classes):
+        raise ProbeError(
+            f"task '{section.task}': {path} has labels beyond its {len(classes)} class names; index it again"
+        )
+    return LabelledImages(dataset, rows, labels, classes, model_section)
 
 
 def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[LabelledImages, LabelledImages]:
@@ -167,7 +174,7 @@ def block_sets(num_blocks: int) -> tuple[list[BlockSet], BlockSet]:
     """
     length = 6 if num_blocks >= 12 else max(1, num_blocks // 2)
     windows = [tuple(range(start, start + length)) for start in range(num_blocks - length + 1)]
-    singles = [(block,) for block in range(num_blocks)]
+    singles: list[BlockSet] = [(block,) for block in range(num_blocks)]
     return list(dict.fromkeys(windows + singles)), windows[-1]
 
 
@@ -254,7 +261,7 @@ class _CachedSelection:
     def batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for part in batched(indices, batch_size):
             rows = torch.as_tensor(part, device=self.tokens.device)
-            yield self.tokens[:, rows], self.labels[rows]
+            yield self.tokens.index_select(1, rows), self.labels[rows]
 
 
 def token_source(

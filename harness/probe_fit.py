@@ -75,23 +75,20 @@ def fit_candidates(
     With cached tokens the linear heads train on pooled tokens and the attentive ones a few block sets at a time; with
     streamed tokens all heads of all kinds train on each batch, so that the backbone runs once an epoch.
     """
-    trained = [kind for kind in section.kinds if kind in STACKS]
-    groups: list[tuple[Selection, Sequence[BlockSet], list[str]]] = []
-    candidates: list[Candidate] = []
+    trained: list[str] = [kind for kind in section.kinds if kind in STACKS]
     if isinstance(source, StreamedTokens):
-        groups = [(source.select(sets), sets, trained)] if trained else []
-        pooled_sets: Selection = groups[0][0] if groups else source.select(sets)
+        whole = source.select(sets)
+        candidates = _train_group(whole, sets, trained, split, section, num_heads, seed) if trained else []
     else:
-        pooled_sets = source.pooled().select(sets)
+        whole = source.pooled().select(sets)
+        candidates = []
         if "linear" in trained:
-            candidates += _train_group(pooled_sets, sets, ["linear"], split, section, num_heads, seed)
+            candidates += _train_group(whole, sets, ["linear"], split, section, num_heads, seed)
         if "attentive" in trained:
             for chunk in batched_sets(sets, source.sets_at_once(len(sets))):
                 candidates += _train_group(source.select(chunk), chunk, ["attentive"], split, section, num_heads, seed)
-    for selection, members, kinds in groups:
-        candidates += _train_group(selection, members, kinds, split, section, num_heads, seed)
     if "knn" in section.kinds:
-        candidates += _neighbours(pooled_sets, sets, split, section.batch_size)
+        candidates += _neighbours(whole, sets, split, section.batch_size)
     return candidates
 
 
@@ -178,9 +175,7 @@ def _head_scorer(head: HeadStack) -> Scorer:
 
 
 @torch.no_grad()
-def _neighbours(
-    pooled: Selection, sets: Sequence[BlockSet], split: Split, batch_size: int
-) -> list[Candidate]:
+def _neighbours(pooled: Selection, sets: Sequence[BlockSet], split: Split, batch_size: int) -> list[Candidate]:
     """k-NN for every block set and k."""
 
     def vectors(indices: np.ndarray) -> Tensor:

@@ -27,7 +27,9 @@ def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
 
 
 def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, and per class.
+    """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, chance, per class.
+
+    Chance is the share of the commonest class: what always naming it scores.
 
     Args:
         logits: (n, K).
@@ -44,7 +46,7 @@ def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
     rights = np.bincount(labels[correct].numpy(), minlength=len(classes))
     present = totals > 0
     result["mean_class"] = float((rights[present] / totals[present]).mean())
-    result["majority"] = float(totals.max() / n)
+    result["chance"] = float(totals.max() / n)
     result["per_class"] = [
         {"class": name, "n": int(total), "correct": int(right)}
         for name, total, right in zip(classes, totals, rights, strict=True)

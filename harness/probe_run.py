@@ -1,0 +1,132 @@
+"""Probe the budgets of a run directory, beside training or later, knowing only its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from aim.config import model_config
+from aim.model import AIM
+from harness.config import ProbeSection, RunConfig
+from harness.probe import probe_model
+from harness.probe_features import CACHE_GB, ProbeError
+from harness.rundir import RunDir
+
+
+def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: torch.device) -> AIM:
+    """The model of a budget, in evaluation mode.
+
+    Raises:
+        ProbeError: the file is missing, or holds another model's weights.
+    """
+    path = run.model_file(images_seen)
+    if not path.exists():
+        raise ProbeError(f"{path} does not exist; train the run to that budget first")
+    section = config.result.model
+    model = AIM(
+        model_config(
+            section.size,
+            image_size=section.image_size,
+            patch_size=section.patch_size,
+            channels=section.channels,
+            head_rule=section.head_rule,
+            head_width=section.head_width,
+            head_depth=section.head_depth,
+            ln_residual=section.ln_residual,
+            patch_order=section.patch_order,
+            target=config.result.objective.target,
+            parametrisation=section.parametrisation,
+        )
+    )
+    missing, unexpected = model.load_state_dict(load_file(path), strict=False)
+    # the pixel head was never released, and features do not use it
+    missing = [name for name in missing if not name.startswith("pixel_head.")]
+    if missing or unexpected:
+        odd = (missing + unexpected)[0]
+        raise ProbeError(f"{path} does not hold the weights of {section.size}: '{odd}' does not fit; train it again")
+    return model.to(device).eval()
+
+
+def saved_budgets(run: RunDir) -> list[int]:
+    """Images seen of the budgets whose weights are there, ascending."""
+    folder = run.path / "budgets"
+    found = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(budget for budget in found if run.model_file(budget).exists())
+
+
+def wanted_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[ProbeSection]:
+    """The run's own probe sections, all or those named.
+
+    Raises:
+        ProbeError: the run has no tasks, or none of that name.
+    """
+    sections = config.result.probes
+    if not sections:
+        raise ProbeError("the run's configuration names no probes; give a task with --task NAME --train DIR --test DIR")
+    if tasks is None:
+        return list(sections)
+    known = {section.task: section for section in sections}
+    for task in tasks:
+        if task not in known:
+            raise ProbeError(f"the run has no task '{task}'; its tasks: {', '.join(known)}")
+    return [known[task] for task in tasks]
+
+
+def probe_run(
+    run_dir: Path,
+    images_seen: int | None = None,
+    sections: Sequence[ProbeSection] | None = None,
+    *,
+    device: str = "cpu",
+    cache_gb: float = CACHE_GB,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
+
+    Args:
+        run_dir: a run directory with `config.yaml` and `budgets/`.
+        images_seen: one budget; None probes all that are saved.
+        sections: tasks; None takes those of the run's configuration.
+        device: where the backbone and the heads run.
+        cache_gb: memory for cached tokens.
+
+    Raises:
+        ProbeError: no saved budget, or a task that cannot be probed.
+    """
+    run = RunDir(run_dir)
+    config = run.load_config()
+    sections = wanted_tasks(config, None) if sections is None else sections
+    budgets = saved_budgets(run) if images_seen is None else [images_seen]
+    if not budgets:
+        raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
+    for budget in budgets:
+        model = load_budget(run, config, budget, torch.device(device))
+        for section in sections:
+            entries = probe_model(
+                model,
+                section,
+                model_section=config.result.model,
+                seed=config.result.seed,
+                out=run.probes_dir(budget),
+                cache_gb=cache_gb,
+            )
+            _merge_into_row(run, budget, entries)
+            yield budget, entries
+
+
+def _merge_into_row(run: RunDir, budget: int, entries: list[dict[str, Any]]) -> None:
+    """Replace the row's entries of the same task and kind; a budget without a row has its files only.
+
+    Raises:
+        LeaseHeld: the run is being trained; its own probes go into the row, these stay in `probes/`.
+    """
+    if not any(row["images_seen"] == budget for row in run.read_rows()):
+        return
+    with run.hold():
+        row = next(row for row in run.read_rows() if row["images_seen"] == budget)
+        new = {(entry["task"], entry["kind"]) for entry in entries}
+        kept = [entry for entry in row["probes"] if (entry["task"], entry["kind"]) not in new]
+        run.record_row({**row, "probes": [*kept, *entries]})

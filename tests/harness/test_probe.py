@@ -1,0 +1,191 @@
+"""Probing end to end on the real 8x8 digits of scikit-learn."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from aim.config import model_config
+from aim.errors import UserError
+from aim.model import AIM
+from harness.config import ModelSection, ProbeSection
+from harness.data.pack import PackedImage, write_dataset
+from harness.probe import probe_backbone, probe_model
+from harness.probe_features import AimBackbone, PixelBackbone, block_sets, holdout_split, open_task, token_source
+from harness.probe_knn import NeighbourVotes
+from harness.probe_score import wilson_interval
+
+GEOMETRY = ModelSection(size="rung-32", image_size=16, patch_size=4)
+DIGITS = tuple("0123456789")
+
+
+def write_digits(out: Path, rows: slice, classes: tuple[str, ...] | None = DIGITS) -> Path:
+    bunch = load_digits()
+
+    def images() -> Any:
+        for i in range(*rows.indices(len(bunch.images))):
+            buffer = io.BytesIO()
+            Image.fromarray((bunch.images[i] * 15).astype(np.uint8)).resize((16, 16)).save(buffer, "png")
+            yield PackedImage(f"{i:06d}", "png", buffer.getvalue(), int(bunch.target[i]) if classes else None)
+
+    write_dataset(out, images(), classes=classes)
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("digits")
+    write_digits(root / "train", slice(0, 600))
+    write_digits(root / "test", slice(600, 1000))
+    write_digits(root / "unlabelled", slice(0, 20), classes=None)
+    write_digits(root / "few", slice(0, 12))
+    write_digits(root / "renamed", slice(0, 50), classes=tuple("abcdefghij"))
+    return root
+
+
+def section(root: Path, **changes: Any) -> ProbeSection:
+    values: dict[str, Any] = {
+        "task": "digits",
+        "train": str(root / "train"),
+        "test": str(root / "test"),
+        "kinds": ("linear", "attentive", "knn"),
+        "epochs": 10,
+        "batch_size": 64,
+        "lrs": (3e-3, 3e-2),
+    }
+    return ProbeSection.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def model() -> AIM:
+    return AIM(model_config("rung-32", image_size=16, patch_size=4))
+
+
+def test_probes_read_digits_repeatably_and_say_how(digits: Path, model: AIM, tmp_path: Path) -> None:
+    entries = probe_model(model, section(digits), model_section=GEOMETRY, seed=3, out=tmp_path)
+    again = probe_model(model, section(digits), model_section=GEOMETRY, seed=3, out=None)
+    assert entries == again
+    assert [entry["kind"] for entry in entries] == ["linear", "attentive", "knn"]
+    for entry in entries:
+        assert entry["n"] == 400
+        assert entry["top1_lo95"] > 3 * entry["chance"]  # random weights, yet far above chance
+        assert entry["top1_lo95"] < entry["top1"] < entry["top1_hi95"] < entry["top5"]
+        assert entry["num_fit"] + entry["num_holdout"] == 600
+    document = json.loads((tmp_path / "digits.json").read_text())
+    for entry, detail in zip(entries, document["probes"], strict=True):
+        assert sum(row["correct"] for row in detail["per_class"]) == round(entry["top1"] * 400)
+        assert max(row["holdout_top1"] for row in detail["grid"]) == entry["holdout_top1"]
+    sets, _ = block_sets(model.config.depth)
+    assert len(document["probes"][1]["grid"]) == 2 * len(sets)
+
+
+def test_streamed_and_cached_features_give_the_same_probes(digits: Path, model: AIM) -> None:
+    wanted = section(digits, epochs=2)
+    cached = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
+    streamed = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None, cache_gb=0.0)
+    for one, other in zip(cached, streamed, strict=True):
+        assert one["blocks"] == other["blocks"]
+        assert one["top1"] == pytest.approx(other["top1"], abs=0.005)
+
+
+def test_shuffled_labels_are_not_learnt(digits: Path, model: AIM, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a probe that saw the test split, or labels by another path, would stay above chance
+    train, test = open_task(section(digits), GEOMETRY)
+    train.labels.copy_(train.labels[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))])
+    monkeypatch.setattr("harness.probe.open_task", lambda *_: (train, test))
+    for entry in probe_model(model, section(digits), model_section=GEOMETRY, seed=0, out=None):
+        assert entry["top1_lo95"] < 0.14
+
+
+class PlantedBackbone:
+    """Digits are readable from block 1 alone; the other blocks hold noise."""
+
+    name = "planted"
+    num_blocks = 4
+    num_heads = 1
+
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        pixels = images.flatten(1)[:, None, ::3]
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)) * 4
+        return torch.stack([pixels if block == 1 else noise for block in blocks])
+
+
+def test_the_search_finds_the_block_that_holds_the_answer(digits: Path) -> None:
+    for entry in probe_backbone(PlantedBackbone(), section(digits), model_section=GEOMETRY, seed=0, out=None):
+        assert entry["blocks"] == [1]
+        assert entry["last_blocks"] == [2, 3]
+        assert entry["top1"] > 0.75
+        assert entry["last_top1"] < 0.2
+
+
+def test_block_sets_hold_the_fixed_one_singles_and_the_published_best() -> None:
+    sets, last = block_sets(24)
+    assert last == (18, 19, 20, 21, 22, 23)
+    assert (12, 13, 14, 15, 16, 17) in sets
+    assert {(block,) for block in range(24)} <= set(sets)
+    assert block_sets(2) == ([(0,), (1,)], (1,))
+
+
+def test_holdout_is_stratified_disjoint_and_seeded() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 1)
+    fit, held = holdout_split(labels, 0.2, seed=1)
+    assert sorted([*fit, *held]) == list(range(81))
+    assert np.bincount(labels[held], minlength=3).tolist() == [10, 6, 0]
+    assert np.array_equal(held, holdout_split(labels, 0.2, seed=1)[1])
+    assert not np.array_equal(held, holdout_split(labels, 0.2, seed=2)[1])
+    assert len(holdout_split(torch.tensor([0, 0, 1, 1]), 0.01, seed=0)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "unlabelled"}, "has no labels"),
+        ({"test": "renamed"}, "classes of .* differ"),
+        ({"train": "few"}, "12 training images for 10 classes"),
+        ({"train": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_tasks_are_refused_in_one_sentence(digits: Path, model: AIM, changes: Any, message: str) -> None:
+    wanted = section(digits, **{side: str(digits / name) for side, name in changes.items()})
+    with pytest.raises(UserError, match=message) as caught:
+        probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_raw_pixels_have_no_tokens_to_attend_over(digits: Path) -> None:
+    with pytest.raises(UserError, match="leave out kind 'attentive'"):
+        probe_backbone(PixelBackbone(), section(digits), model_section=GEOMETRY, seed=0, out=None)
+    wanted = section(digits, kinds=("linear", "knn"))
+    for entry in probe_backbone(PixelBackbone(), wanted, model_section=GEOMETRY, seed=0, out=None):
+        assert entry["top1"] > 0.8
+
+
+def test_neighbours_vote_with_their_cosine() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, 0.1]])
+    votes = NeighbourVotes(bank, torch.tensor([0, 0, 1, 1]), 2).votes(torch.tensor([[0.8, 0.02]]), (1, 4))
+    assert votes.argmax(2).tolist() == [[0], [0]]
+    assert votes[0, 0].tolist() == [1.0, 0.0]  # the nearest has weight one
+    assert votes[1, 0, 0] > votes[1, 0, 1] > 0
+
+
+def test_wilson_interval_of_published_examples() -> None:
+    # Newcombe, Statistics in Medicine 17:857 (1998), table I
+    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert wilson_interval(correct, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_tokens_are_cached_only_within_the_stated_memory(digits: Path, model: AIM) -> None:
+    train, _ = open_task(section(digits), GEOMETRY)
+    num_bytes = 600 * model.config.depth * model.config.num_tokens * model.config.width * 4
+    assert token_source(AimBackbone(model), train, cache_gb=1.01 * num_bytes / 1e9).cached
+    assert not token_source(AimBackbone(model), train, cache_gb=0.99 * num_bytes / 1e9).cached
