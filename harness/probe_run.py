@@ -7,48 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from aim.config import model_config
 from aim.model import AIM
+from aim.weights import load_backbone, load_model
 from harness.config import ProbeSection, RunConfig
 from harness.probe import probe_model
 from harness.probe_features import CACHE_GB, ProbeError
 from harness.rundir import RunDir
 
 
-def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: torch.device) -> AIM:
-    """The model of a budget, in evaluation mode.
+def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
+    """The float32 model of a budget; an imported backbone, which has no pixel head, gets an untrained one.
 
     Raises:
-        ProbeError: the file is missing, or holds another model's weights.
+        ProbeError: that budget is not saved.
+        WeightsError: the file is damaged or holds another model's weights.
     """
     path = run.model_file(images_seen)
     if not path.exists():
-        raise ProbeError(f"{path} does not exist; train the run to that budget first")
-    section = config.result.model
-    model = AIM(
-        model_config(
-            section.size,
-            image_size=section.image_size,
-            patch_size=section.patch_size,
-            channels=section.channels,
-            head_rule=section.head_rule,
-            head_width=section.head_width,
-            head_depth=section.head_depth,
-            ln_residual=section.ln_residual,
-            patch_order=section.patch_order,
-            target=config.result.objective.target,
-            parametrisation=section.parametrisation,
-        )
-    )
-    missing, unexpected = model.load_state_dict(load_file(path), strict=False)
-    # the pixel head was never released, and features do not use it
-    missing = [name for name in missing if not name.startswith("pixel_head.")]
-    if missing or unexpected:
-        odd = (missing + unexpected)[0]
-        raise ProbeError(f"{path} does not hold the weights of {section.size}: '{odd}' does not fit; train it again")
-    return model.to(device).eval()
+        saved = ", ".join(str(budget) for budget in saved_budgets(run)) or "none yet"
+        raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
+    model = model_config(**dict(config.result.model), target=config.result.objective.target)
+    with safe_open(path, framework="pt") as file:
+        has_pixel_head = any(name.startswith("pixel_head.") for name in file.keys())  # noqa: SIM118 (not a dict)
+    load = load_model if has_pixel_head else load_backbone
+    return load(path, model, device=device).eval()
 
 
 def saved_budgets(run: RunDir) -> list[int]:
@@ -103,7 +88,7 @@ def probe_run(
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
     for budget in budgets:
-        model = load_budget(run, config, budget, torch.device(device))
+        model = load_budget(run, config, budget, device)
         for section in sections:
             entries = probe_model(
                 model,
