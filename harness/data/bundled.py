@@ -35,6 +35,8 @@ _REGIONS = {"pretrain": (0.0, 0.6), "train": (0.0, 0.6), "validation": (0.6, 0.7
 _NUM_PHOTOGRAPHS = {"pretrain": 20_400, "train": 3_400, "validation": 2_040, "test": 1_700}  # multiples of 17
 _NUM_DIGITS = {"pretrain": 2_490, "train": 1_000, "validation": 510, "test": 1_000}  # 5,000 in all
 _CROP_SIDE = (32, 128)
+_CROP_TRIES = 8  # a crop of nothing but sky or a black corner is drawn again, so that no two splits share a flat picture
+_MIN_CONTRAST = 24  # least difference of the brightest and the darkest value, of 255
 
 FOLDERS = (*(f"{kind}-{split}" for kind in ("photographs", "digits") for split in _REGIONS), "validation")
 """Data sets that `write_bundled` writes."""
@@ -87,15 +89,25 @@ def _photograph_crops(split: str) -> Iterator[PackedImage]:
     """Equally many crops of every photograph, in shuffled order."""
     pictures = list(photographs().values())
     number = _NUM_PHOTOGRAPHS[split]
-    draws = random_uniform(make_key("bundled crop", split), np.arange(3 * number)).reshape(number, 3)
+    draws = random_uniform(make_key("bundled crop", split), np.arange(3 * _CROP_TRIES * number))
+    draws = draws.reshape(number, _CROP_TRIES, 3)
     labels = permute(np.arange(number), number, make_key("bundled order", split)) % len(pictures)
     for i in range(number):
         picture = region(pictures[labels[i]], split)
-        height, width = picture.shape[-2:]
-        low, high = _CROP_SIDE[0], min(_CROP_SIDE[1], height, width)
-        side = round(low * (high / low) ** draws[i, 0])
-        top, left = int(draws[i, 1] * (height - side + 1)), int(draws[i, 2] * (width - side + 1))
-        yield _packed(i, picture[:, top : top + side, left : left + side], int(labels[i]))
+        for draw in draws[i]:
+            crop = _square(picture, *draw)
+            if np.ptp(crop.numpy()) >= _MIN_CONTRAST:
+                break
+        yield _packed(i, crop, int(labels[i]))
+
+
+def _square(picture: torch.Tensor, size: float, vertical: float, horizontal: float) -> torch.Tensor:
+    """Square crop from three uniform draws: side (log-uniform), top, left."""
+    height, width = picture.shape[-2:]
+    low, high = _CROP_SIDE[0], min(_CROP_SIDE[1], height, width)
+    side = round(low * (high / low) ** size)
+    top, left = int(vertical * (height - side + 1)), int(horizontal * (width - side + 1))
+    return picture[:, top : top + side, left : left + side]
 
 
 def _digits(split: str) -> Iterator[PackedImage]:

@@ -175,7 +175,7 @@ def encode(image: torch.Tensor) -> tuple[str, bytes]:
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
     if lossless:
-        picture.save(buffer, "png", compress_level=4)
+        picture.save(buffer, "png", compress_level=1)
     else:
         picture.save(buffer, "jpeg", quality=95, subsampling=0)
     return ("png" if lossless else "jpg"), buffer.getvalue()
