@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aim.config import ModelConfig, ModelConfigError
 from aim.layers import Block, HeadBlock, Patchifier, sincos_positions
+from aim.mup import MatrixScale, attention_scale, matrix_scale
 from aim.objective import (
     normalise_patches,
     patch_statistics,
@@ -60,9 +62,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        scale = config.head_dim**-0.5
         self.blocks = nn.ModuleList(
-            Block(config.width, config.num_heads, scale, config.norm_eps) for _ in range(config.depth)
+            Block(config.width, config.num_heads, attention_scale(config), config.norm_eps) for _ in range(config.depth)
         )
         self.post_trunk_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.recompute = False
@@ -131,20 +132,37 @@ class AIM(nn.Module):
         """Draw every weight anew: matrices (the patch convolution too, as one) xavier-uniform, biases 0, norms 1.
 
         Each tensor has its own generator, seeded by its name, so the values depend on nothing but `seed`: not on
-        device, world size, or what other parts the model has.
+        device, world size, or what other parts the model has. Parts on the meta device stay there.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-            elif isinstance(module, nn.Linear | nn.Conv2d):
+            elif isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                matrix = torch.empty(module.weight.shape).flatten(1)
-                nn.init.xavier_uniform_(matrix, generator=generator)
-                module.weight.copy_(matrix.view(module.weight.shape))
+                bound = self._scale_of(name, module.weight).init_bound
+                module.weight.copy_(torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator))
                 if module.bias is not None:
                     module.bias.zero_()
         self.fill_constants()
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for AdamW: `params`, their `weight_decay`, and `lr_scale`, which multiplies every step's rate.
+
+        Matrices decay; biases and norms do not. In the standard parametrisation every `lr_scale` is 1; see `aim.mup`.
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                key = (0.0, 1.0)
+            else:
+                lr_scale = self._scale_of(name.removesuffix(".weight"), parameter).lr_scale
+                key = (weight_decay / lr_scale, lr_scale)
+            groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": params, "weight_decay": decay, "lr_scale": lr_scale}
+            for (decay, lr_scale), params in groups.items()
+        ]
 
     @torch.no_grad()
     def fill_constants(self) -> None:
@@ -227,6 +245,9 @@ class AIM(nn.Module):
             if index in wanted:
                 outputs[index] = x
         return torch.stack([outputs[index] for index in wanted])
+
+    def _scale_of(self, name: str, weight: Tensor) -> MatrixScale:
+        return matrix_scale(self.config, name, fan_in=weight[0].numel(), fan_out=len(weight))
 
     def _patches(self, images: Tensor) -> Tensor:
         """True patches (B, N, o) in sequence order."""

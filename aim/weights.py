@@ -8,6 +8,7 @@ stays near one copy of the weights; no pickled code is ever executed.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from aim.config import ModelConfig
 from aim.errors import UserError
 from aim.model import AIM
+from aim.mup import attention_scale
 from aim.probes import AttentiveProbe
 
 BACKBONE = ("preprocessor.", "trunk.")
@@ -173,8 +175,18 @@ def load_probe(path: Path, config: ModelConfig) -> AttentiveProbe:
 
 
 def released_state(model: AIM, probe: AttentiveProbe | None = None) -> dict[str, Tensor]:
-    """Tensors under released names: the backbone's, and the probe's if one is given. Nothing is copied."""
+    """Tensors under released names: the backbone's, and the probe's if one is given. Nothing is copied.
+
+    Only a muP model whose attention is not scaled by 1 / sqrt(head dim), as released models are, gets new queries, into
+    which the ratio of the two scales is multiplied.
+    """
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(BACKBONE)}
+    ratio = attention_scale(model.config) * model.config.head_dim**0.5
+    if not math.isclose(ratio, 1):
+        for name, tensor in state.items():
+            if name.endswith("attn.qkv.weight"):
+                query, key_value = tensor.tensor_split([model.config.width])
+                state[name] = torch.cat([query * ratio, key_value])
     if probe is not None:
         state |= {f"{PROBE}{name}": tensor for name, tensor in probe.state_dict().items()}
     return state

@@ -95,6 +95,17 @@ def test_own_file_holds_the_whole_model(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
+def test_export_of_a_mup_model_keeps_its_features(tmp_path: Path) -> None:
+    config = model_config("w16-d2", image_size=12, patch_size=4, parametrisation="mup")
+    model = AIM(config)
+    assert model.trunk.blocks[0].attn.scale != pytest.approx(8**-0.5)
+    write_weights(released_state(model), tmp_path / "model.pth")
+    images = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(
+        load_backbone(tmp_path / "model.pth", CONFIG).features(images, [1]), model.features(images, [1])
+    )
+
+
 def test_pickled_code_is_never_executed(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self):
