@@ -9,27 +9,19 @@ same way for every ZeRO stage; `harness.checkpoint` reads and writes them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.config import ConfigError, OptimiserSection
+from harness.data.stream import Batch
 from harness.distributed import Group, import_deepspeed
 from harness.memory import MAX_BUCKET_VALUES
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class MicroBatch(Protocol):
-    """What one forward pass takes."""
-
-    images: Tensor
-    """float32 (B, C, H, W)"""
-    prefix_len: Tensor
-    """int64 (B,)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +139,7 @@ class Engine:
                 fragment_of(fragment.flat, fragment).copy_(part_of(initial[fragment.name], fragment))
             self.publish_masters()
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, num_targets: int, lr: float) -> StepOutcome:
+    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
         """Forward and backward over this rank's micro-batches, then one update.
 
         Args:
@@ -180,7 +172,7 @@ class Engine:
         found: dict[str, Fragment] = {}
         if self.options.zero_stage == 3:
             rank = self.group.rank
-            for param in cast("list[Any]", list(self.module.parameters())):
+            for param in list[Any](self.module.parameters()):
                 sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
                 offset = rank * numel
                 found[names[id(param)]] = Fragment(
@@ -238,7 +230,7 @@ class Engine:
             state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
             for moment in ADAM_MOMENTS:
                 state[moment] = torch.zeros_like(owner)
-        return state  # type: ignore[no-any-return]
+        return state
 
     def publish_masters(self) -> None:
         """Copy the masters into the weights that the forward pass uses, on all ranks."""
@@ -307,8 +299,3 @@ def _deepspeed_config(
         config["bf16"] = {"enabled": True, "immediate_grad_update": options.zero_stage == 1}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def count_targets(micro_batches: Iterable[MicroBatch], num_tokens: int) -> int:
-    """Scored targets of these images: patches S..N-1 of each."""
-    return sum(num_tokens * len(batch.prefix_len) - int(batch.prefix_len.sum()) for batch in micro_batches)

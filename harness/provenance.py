@@ -57,6 +57,13 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def process_age_s() -> float:
+    """Seconds since this process was started, imports included (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def record_start(run: RunDir, facts: dict[str, Any]) -> None:
     """Append this start to `provenance.json`.
 

@@ -1,0 +1,175 @@
+"""What happens at a budget: weights saved, validation, pictures, probes, and the row of results.
+
+The evaluation is a function of the saved weights: a process that died in the middle of it leaves the weights, and the
+next one evaluates them without training again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from aim.config import ModelConfig, model_config
+from aim.cost import flops_per_image, param_count
+from aim.model import AIM
+from harness.checkpoint import save_weights
+from harness.config import ResultConfig, RunConfig, fingerprint
+from harness.distributed import Group
+from harness.engine import Engine
+from harness.probe import probe_model
+from harness.provenance import git_commit
+from harness.rundir import RunDir, fsync_dir, publish_dir, write_json
+from harness.validate import completions, validate, write_npz
+
+ROW_VERSION = 1
+
+
+def model_of(result: ResultConfig) -> ModelConfig:
+    """The model that a run trains.
+
+    Raises:
+        ModelConfigError: no such model.
+    """
+    return model_config(**dict(result.model), target=result.objective.target)
+
+
+def save_budget(
+    run: RunDir, engine: Engine, group: Group, *, config: RunConfig, images_seen: int, progress: dict[str, Any]
+) -> None:
+    """Write `budgets/<images_seen>/` in one step: weights, and the run's progress at that point."""
+    final = run.budget_dir(images_seen)
+    aside = final.with_name(f".writing-{final.name}")
+    if group.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    group.wait()
+    save_weights(aside / "model.safetensors", engine, group)
+    if group.is_first:
+        write_json(
+            aside / "model.json",
+            {
+                "version": ROW_VERSION,
+                "run_id": config.run_id,
+                "images_seen": images_seen,
+                "model": config.result.model.model_dump(mode="json"),
+                "target": config.result.objective.target,
+                "progress": progress,
+            },
+        )
+        fsync_dir(aside)
+        publish_dir(aside, final)
+    group.wait()
+
+
+def finished_budgets(run: RunDir, config: RunConfig) -> dict[int, dict[str, Any]]:
+    """Budget -> progress at its end, of the budgets whose weights are saved."""
+    found = {}
+    for budget in config.result.budgets:
+        try:
+            found[budget] = json.loads((run.budget_dir(budget) / "model.json").read_text())["progress"]
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def load_model(config: RunConfig, path: Path, device: torch.device) -> AIM:
+    """The model of a budget, float32."""
+    with torch.device("meta"):
+        model = AIM(model_of(config.result))
+    model.to_empty(device=device)
+    model.load_state_dict(load_file(path))
+    model.fill_constants()
+    return model.eval()
+
+
+def evaluate_budget(
+    run: RunDir, config: RunConfig, group: Group, *, images_seen: int, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Validate and probe a budget's saved weights, and record its row; all ranks call this together.
+
+    Args:
+        run: the run directory.
+        config: of the run.
+        group: the ranks.
+        images_seen: the budget.
+        facts: columns of the row that training knows: losses, times, counts, device.
+    """
+    result = config.result
+    started = time.monotonic()
+    model = load_model(config, run.model_file(images_seen), group.device)
+    if result.optimiser.precision == "bf16":
+        model.to(torch.bfloat16)  # as it trained
+    if group.is_first:
+        run.write_status(phase="validate", durable=False)
+    losses = validate(model, result.validation, result.model, group)
+    probes: list[dict[str, Any]] = []
+    if group.is_first:
+        losses.save(run.validation_file(images_seen))
+        write_npz(run.completions_file(images_seen), completions(model, result.validation, result.model, group.device))
+        run.write_status(phase="probe", durable=False)
+        frozen = load_model(config, run.model_file(images_seen), group.device) if result.probes else model
+        for section in result.probes:
+            probes += probe_model(
+                frozen,
+                section,
+                model_section=result.model,
+                seed=result.seed,
+                out=run.probes_dir(images_seen),
+            )
+    row = describe(config) | facts
+    evaluation_s = time.monotonic() - started
+    row |= {
+        "wall_s": facts["wall_s"] + evaluation_s,
+        "device_hours": facts["device_hours"] + evaluation_s * group.world_size / 3600,
+        "images_seen": images_seen,
+        "epochs": images_seen / row["unique_images"],
+        "flops_train": row["flops_per_image"] * images_seen,
+        "flops_6nd": 6 * row["params_total"] * model.config.num_tokens * images_seen,
+        "val_loss": losses.loss,
+        "val_loss_se": losses.standard_error,
+        "val_num_images": len(losses.index),
+        "probes": probes,
+        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if group.is_first:
+        run.record_row(row)
+    group.wait()
+    return row
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """Columns of a row that follow from the configuration and the code alone."""
+    result = config.result
+    model = model_of(result)
+    params = param_count(model)
+    commit, is_dirty = git_commit()
+    return {
+        "schema_version": ROW_VERSION,
+        "run_id": config.run_id,
+        "size": result.model.size,
+        "seed": result.seed,
+        "batch_size": result.optimiser.batch_size,
+        "lr_peak": result.optimiser.lr_peak,
+        "schedule": result.schedule.kind,
+        "precision": result.optimiser.precision,
+        "patch_order": result.model.patch_order,
+        "prefix": result.objective.prefix,
+        "target": result.objective.target,
+        "head_rule": result.model.head_rule,
+        "image_size": result.model.image_size,
+        "patch_size": result.model.patch_size,
+        "params_preprocessor": params.preprocessor,
+        "params_trunk": params.trunk,
+        "params_head": params.head,
+        "params_total": params.total,
+        "flops_per_image": flops_per_image(model).train,
+        "config_hash": fingerprint(result),
+        "git_commit": f"{commit}{'+dirty' if is_dirty else ''}" if commit else None,
+    }
