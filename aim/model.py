@@ -138,10 +138,9 @@ class AIM(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 bound = self._scale_of(name, module.weight).init_bound
-                module.weight.copy_(torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator))
+                values = torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator_for(seed, name))
+                module.weight.copy_(values)
                 if module.bias is not None:
                     module.bias.zero_()
         self.fill_constants()
@@ -273,6 +272,12 @@ class AIM(nn.Module):
         if self.config.target == "normalised":
             targets = normalise_patches(targets)
         return (predicted - targets).square().mean(dim=1), scored
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _run(module: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:

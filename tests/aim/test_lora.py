@@ -1,0 +1,54 @@
+import copy
+
+import torch
+
+from aim.config import model_config
+from aim.lora import TARGETS, add_lora, lora_state, merge_lora
+from aim.model import AIM
+
+CONFIG = model_config("w16-d2", image_size=12, patch_size=4)
+
+
+def test_adaptation_starts_from_the_model_trains_only_the_updates_and_merges_into_it() -> None:
+    model = AIM(CONFIG)
+    frozen = copy.deepcopy(model.state_dict())
+    images = torch.randn(4, 3, 12, 12)
+    before = model.features(images, [1]).detach()
+    added = add_lora(model, rank=2)
+    assert torch.equal(model.features(images, [1]), before)
+    assert len(added) == 2 * len(TARGETS) * CONFIG.depth
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in added}
+    # rank x (in + out) of qkv, proj, fc1 and fc2, in units of d
+    assert sum(p.numel() for p in added) == 2 * CONFIG.depth * CONFIG.width * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))
+
+    optimiser = torch.optim.AdamW(added, lr=1e-2)
+    wanted = torch.randn_like(before)
+    losses = []
+    for _ in range(20):
+        optimiser.zero_grad()
+        loss = (model.features(images, [1]) - wanted).square().mean()
+        loss.backward()
+        assert all(p.grad is not None for p in added)
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items() if name in frozen)
+    assert model.state_dict().keys() - lora_state(model).keys() == frozen.keys()
+
+    adapted = model.features(images, [1]).detach()
+    merge_lora(model)
+    assert model.state_dict().keys() == frozen.keys()
+    torch.testing.assert_close(model.features(images, [1]), adapted)
+
+
+def test_the_same_seed_gives_the_same_start_and_alpha_scales_the_update() -> None:
+    first, second = AIM(CONFIG), AIM(CONFIG)
+    add_lora(first, rank=2, seed=3)
+    add_lora(second, rank=2, seed=3, alpha=8)
+    for name, value in lora_state(first).items():
+        assert torch.equal(value, lora_state(second)[name])
+    layer = second.trunk.blocks[0].mlp.fc1
+    with torch.no_grad():
+        layer.lora_b.normal_()
+    x = torch.randn(3, CONFIG.width)
+    torch.testing.assert_close(layer(x), x @ (layer.weight + 8 / 2 * layer.lora_b @ layer.lora_a).T)
