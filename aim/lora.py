@@ -24,6 +24,7 @@ class LoRALinear(nn.Linear):
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    scale: float
 
     def __init__(self, frozen: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
         assert frozen.bias is None, "the trunk's linears have no bias"
