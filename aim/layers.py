@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Mix tokens (B, N, d); `mask` is bool, broadcastable to (B, heads, N, N), True = attend; None sees all."""
+        """Mix tokens (B, N, d); `mask` is added to the scores, broadcastable to (B, heads, N, N); None sees all."""
         batch, num_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)

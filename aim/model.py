@@ -69,7 +69,12 @@ class Trunk(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, d) -> normed tokens (B, N, d), or only those at flat indices `keep`, (M, d)."""
+        """Tokens (B, N, d) -> normed tokens (B, N, d), or only those at flat indices `keep`, (M, d).
+
+        `mask` is bool, True = attend; None lets every token see all.
+        """
+        if mask is not None:  # once, instead of in every block
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         *blocks, last = self.blocks
         for block in blocks:
             x = _run(block, x, mask, recompute=self.recompute)
