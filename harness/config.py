@@ -155,11 +155,14 @@ class ProbeSection(Section):
     """Folder of labelled, indexed shards to fit on (part of it is held out to choose blocks and rates)."""
     test: str
     """Folder of labelled, indexed shards, scored once."""
-    kinds: Annotated[tuple[Literal["linear", "attentive", "knn"], ...], Field(min_length=1)] = (
+    kinds: Annotated[tuple[Literal["linear", "attentive", "knn", "lora"], ...], Field(min_length=1)] = (
         "linear",
         "attentive",
     )
-    """Which probes to fit."""
+    """Which probes to fit. `lora` is none: it adapts the trunk (rank 8; paper, Table 8) under an attentive head."""
+    augmentation: Literal["none", "published"] = "none"
+    """Training views: one centre crop, whose features can be cached, or the published recipe (random resized crops of
+    scale 0.08 to 1, flips, RandAugment m9 mstd0.5 inc1), for which the backbone runs in every epoch."""
     epochs: int = Field(20, gt=0)
     """Passes over the training split."""
     batch_size: int = Field(256, gt=0)
