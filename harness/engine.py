@@ -192,12 +192,10 @@ class Engine:
     def _whole_or_mapped(self, param: nn.Parameter) -> Fragment:
         name = self._names[id(param)]
         if self.options.zero_stage == 0:
-            return Fragment(
-                name=name, shape=param.shape, flat=param.data, flat_start=0, param_start=0, numel=param.numel()
-            )
+            return Fragment(name=name, shape=param.shape, flat=param, flat_start=0, param_start=0, numel=param.numel())
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
-            return Fragment(name=name, shape=param.shape, flat=param.data, flat_start=0, param_start=0, numel=0)
+            return Fragment(name=name, shape=param.shape, flat=param, flat_start=0, param_start=0, numel=0)
         return Fragment(
             name=name,
             shape=param.shape,
@@ -223,6 +221,7 @@ class Engine:
 
     def adam_state(self, owner: Tensor) -> dict[str, Any]:
         """`step`, `exp_avg` and `exp_avg_sq` of one tensor; zeros before the first step."""
+        assert any(owner is tensor for tensor in self.optimiser_tensors()), "the state is keyed by the tensor object"
         inner = self._optimizer if self.options.zero_stage == 0 else self._optimizer.optimizer
         state = inner.state[owner]
         if not state:
@@ -251,21 +250,11 @@ def part_of(whole: Tensor, fragment: Fragment) -> Tensor:
     return whole.reshape(-1).narrow(0, fragment.param_start, fragment.numel)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not; `lr_scale` multiplies the step's rate (1 but for muP)."""
-    scales: dict[str, float] = getattr(model, "lr_scales", dict)()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, param in model.named_parameters():
-        key = (weight_decay if param.ndim >= 2 else 0.0, scales.get(name, 1.0))
-        groups.setdefault(key, []).append(param)
-    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]
-
-
 def _optimiser(
     model: nn.Module, section: OptimiserSection, options: EngineOptions, device: torch.device
 ) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": section.lr_peak, "betas": section.betas, "eps": section.eps, "fused": True}
-    groups = decay_groups(model, section.weight_decay)
+    groups = model.param_groups(section.weight_decay)  # type: ignore[operator]
     if options.zero_stage == 0:
         model.to(device)  # the fused kernel looks at the device of its parameters
         return GuardedAdamW(groups, clip_norm=section.clip_norm, **settings)
