@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from sweeps.cli_plan import Root, SweepName
-from sweeps.launch import launch, left_alone
+from sweeps.decide import Decision
+from sweeps.directory import prepare
+from sweeps.launch import launch, left_alone, planned
 
 app = typer.Typer(help="Start what is missing, resume what died, skip what is done.")
 
@@ -19,18 +22,77 @@ EXIT_INTERRUPTED = 130
 def launch_sweep(
     sweep: SweepName,
     root: Root = Path("aimscale-runs"),
+    on: Annotated[Literal["local", "slurm"], typer.Option(help="A queue on this machine, or the cluster's.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started; write nothing.")] = False,
     slots: Annotated[
-        int | None, typer.Option(help="Processes at a time; by default one a card, or as many as the cores feed.")
+        int | None, typer.Option(help="Local processes at a time; by default one a card, or as many as the cores feed.")
     ] = None,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
+    ] = False,
+    partition: Annotated[str | None, typer.Option(help="Instead of slurm.partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Instead of slurm.account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Instead of slurm.qos.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")] = None,
+    time_min: Annotated[int | None, typer.Option(help="Minutes a job, instead of slurm.time_min.")] = None,
 ) -> None:
     """Start what is missing, resume what died, skip what is done."""
+    again = f"{sweep} --root {root}"
+    if on == "slurm":
+        fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+        _launch_slurm(sweep, root, dry_run, allow_dirty, again, {**fields, "time_min": time_min})
+        return
+    if dry_run:
+        _print_local(sweep, root)
+        return
     result = launch(sweep, root, slots=slots)
-    for line in left_alone(result.left):
-        typer.echo(line)
+    _print_left(result.left)
     if result.interrupted:
-        typer.echo(f"stopped; `aimscale launch {sweep} --root {root}` goes on from here")
+        typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
         raise typer.Exit(EXIT_INTERRUPTED)
     typer.echo(f"{len(result.finished)} runs finished now, {len(result.failed)} failed")
     if result.failed or any(decision.verdict in ("failed", "damaged") for decision in result.left):
-        typer.echo(f"see `aimscale status {sweep} --root {root}`")
+        typer.echo(f"see `aimscale status {again}`")
         raise typer.Exit(1)
+
+
+def _print_left(left: Sequence[Decision]) -> None:
+    for line in left_alone(left):
+        typer.echo(line)
+
+
+def _print_local(sweep: str, root: Path) -> None:
+    """The commands that a local launch would run."""
+    from sweeps import slurm
+    from sweeps.decide import decide
+    from sweeps.directory import RunRecord
+    from sweeps.local_queue import worker_command
+
+    loaded, runs, _ = planned(sweep, root)
+    known = slurm.known_jobs() or {}
+    for run in runs:
+        record = RunRecord(loaded.run_dir(run.run_id))
+        decision = decide(run, record, slurm.is_queued(known))
+        what = " ".join(worker_command(record.path, run.devices)) if decision.startable else decision.why
+        typer.echo(f"{decision.verdict}: {what or run.run_id}")
+
+
+def _launch_slurm(
+    sweep: str, root: Path, dry_run: bool, allow_dirty: bool, again: str, fields: dict[str, str | int | None]
+) -> None:
+    from sweeps.slurm_launch import launch_slurm, with_slurm  # submitit is slow to import
+
+    loaded, runs, _ = planned(sweep, root)
+    loaded = with_slurm(loaded, **fields)
+    if not dry_run:
+        prepare(loaded)
+    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run)
+    for part in result.submitted:
+        if dry_run:
+            typer.echo(f"# {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
+        else:
+            shape = f"{part.shape.nodes} nodes x {part.shape.tasks_per_node} tasks"
+            typer.echo(f"submitted {len(part.run_ids)} runs of {shape} as job {part.job_id}")
+    _print_left(result.left)
+    if not dry_run:
+        typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")

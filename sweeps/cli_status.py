@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sweeps import views
+from sweeps import slurm, views
 from sweeps.cli_plan import AsJson, Root, SweepName
 from sweeps.costs import cost_cards
 from sweeps.planner import plan
@@ -33,7 +33,7 @@ def status(
     cards = cost_cards(loaded, runs)
 
     def look() -> SweepStatus:
-        return sweep_status(loaded, runs, cards)
+        return sweep_status(loaded, runs, cards, slurm.known_jobs())
 
     if as_json:
         typer.echo(json.dumps(asdict(look()), indent=1))

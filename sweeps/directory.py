@@ -58,17 +58,24 @@ def prepare(sweep: Sweep) -> None:
 
 @contextlib.contextmanager
 def launch_lock(sweep: Sweep) -> Iterator[None]:
-    """Serialise the decisions of launches, between processes and (flock over NFS) machines.
+    """Serialise the decisions of launches, between processes and (flock over NFS) machines."""
+    with lock_file(sweep.directory / "launch.lock"):
+        yield
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold an exclusive flock for the block; the kernel drops it when the process dies.
 
     Raises:
         SweepError: the file system has no locks.
     """
-    with (sweep.directory / "launch.lock").open("a") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise SweepError(
-                f"the file system of {sweep.directory} has no flock ({error.strerror}), without which two launches "
+                f"the file system of {path.parent} has no flock ({error.strerror}), without which two launches "
                 f"could start a run twice; mount it with flock or choose another --root"
             ) from error
         yield
@@ -92,6 +99,8 @@ class Claim:
     """Unix time of the claim."""
     job_id: str | None = None
     """Slurm's job (`123_4` for an array element)."""
+    restarts: int = 0
+    """How often Slurm had restarted that job when it last took the run over."""
     devices: int = 1
     """Data-parallel ranks."""
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from harness.schedule import schedule_of
-from sweeps import local_queue, views
+from sweeps import local_queue, slurm, views
 from sweeps.costs import CostCard, cost_cards
 from sweeps.decide import Decision
 from sweeps.directory import prepare
@@ -22,7 +21,6 @@ def launch(
     sweep: Sweep | str | Path,
     root: Path = Path("aimscale-runs"),
     *,
-    on: Literal["local"] = "local",
     slots: int | None = None,
     command: Command = worker_command,
 ) -> LaunchResult:
@@ -34,28 +32,35 @@ def launch(
     Raises:
         SweepError, ConfigError: the sweep cannot be planned, or its directory not be written.
     """
+    loaded, runs, cards = planned(sweep, root)
+    prepare(loaded)
+    known = slurm.known_jobs()
+    gpus = local_queue.visible_gpus()
+    with views.queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
+        return local_queue.run_queue(
+            loaded,
+            runs,
+            slots=local_queue.default_slots(runs, gpus) if slots is None else slots,
+            gpus=gpus,
+            command=command,
+            report=report,
+            is_queued=slurm.is_queued(known) if known is not None else lambda claim: True,
+        )
+
+
+def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
+    """A sweep with its runs, longest first, and their cards; what could not start is refused.
+
+    Raises:
+        SweepError, ConfigError: the sweep cannot be planned, or a run's warm-up reaches into its decay.
+    """
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     runs = plan(loaded)
     for run in runs:
         schedule_of(run.config.result)
     cards = cost_cards(loaded, runs)
-    prepare(loaded)
-    gpus = local_queue.visible_gpus()
-    with views.queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
-        return local_queue.run_queue(
-            loaded,
-            longest_first(runs, cards),
-            slots=local_queue.default_slots(runs, gpus) if slots is None else slots,
-            gpus=gpus,
-            command=command,
-            report=report,
-        )
-
-
-def longest_first(runs: Sequence[Run], cards: Sequence[CostCard]) -> list[Run]:
-    """Order by device time, so that no long run is left for the end."""
-    hours = {card.run_id: card.device_hours for card in cards}
-    return sorted(runs, key=lambda run: -hours[run.run_id])
+    order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
+    return loaded, [runs[i] for i in order], [cards[i] for i in order]
 
 
 def left_alone(left: Sequence[Decision]) -> list[str]:

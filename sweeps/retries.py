@@ -20,6 +20,9 @@ from sweeps.directory import RunRecord
 Outcome = Literal["finished", "preempted", "again", "stop", "held"]
 """`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `held`: it runs elsewhere."""
 
+Words = tuple[str, ReasonClass]
+"""A reason and its class."""
+
 MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "code": 2, "data": 1, "nan": 1, "config": 1}
 """Attempts in a row that ended for this reason and saved nothing new, after which a run is left failed.
 
@@ -28,11 +31,14 @@ the others would fail again.
 """
 
 
-def conclude(run: RunRecord, attempt: int, exit_code: int, where: str, *, asked: bool = False) -> Outcome:
+def conclude(
+    run: RunRecord, attempt: int, exit_code: int, where: str, *, asked: bool = False, peer: Words | None = None
+) -> Outcome:
     """Record how an attempt ended and decide what follows.
 
-    `exit_code` is the process's, negative for a signal; `asked` says that a person stopped it. Where the process could
-    not say why it ended (killed, or dead before its first line), the status is written here.
+    `exit_code` is the process's, negative for a signal; `asked` says that a person stopped it; `peer` is what another
+    rank said when it failed first. Where nobody could say why (killed, or dead before the first line), the status is
+    written here.
     """
     if exit_code == EXIT_USER_ERROR and run.is_held():
         return "held"
@@ -42,7 +48,7 @@ def conclude(run: RunRecord, attempt: int, exit_code: int, where: str, *, asked:
         return "finished"
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT):
         return _preempted(run, attempt, exit_code, where, asked)
-    reason, kind = _explain(run, attempt, exit_code)
+    reason, kind = peer or explain(run, attempt, exit_code)
     run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
     _record(run, attempt, exit_code, where, reason, kind)
     return "again" if may_try_again(run) else "stop"
@@ -73,17 +79,47 @@ def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: 
     return "preempted"
 
 
-def _explain(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
+def explain(run: RunRecord, attempt: int, exit_code: int, rank: int = 0) -> Words:
     """Why a process failed: in its own words where it had any."""
     status = run.checked_status()
     if exit_code == -signal.SIGKILL:
         return "killed by the system (SIGKILL), most often for want of memory; use a smaller micro-batch", "oom"
     if status.state in ("failed", "diverged") and status.reason and status.reason_class:
         return status.reason, status.reason_class
-    reason = _last_words(run, attempt) or (
+    reason = _last_words(run, attempt, rank) or (
         f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
     )
     return reason, {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}.get(exit_code, "code")  # type: ignore[return-value]
+
+
+def diagnose(run: RunRecord, job_state: str | None, where: str) -> None:
+    """Record the end of an attempt that nothing was left to record, from Slurm's word for how its job ended.
+
+    A run that was told to stop and saved, or ended by itself, has said so and is left as it is.
+    """
+    if run.checked_status().state not in ("running", "queued"):
+        return
+    reason, kind, state = explain_job(job_state)
+    run.write_status(state=state, reason=reason, reason_class=kind)
+    attempts = 1 + sum(not ended.get("forgiven") for ended in run.read_attempts())
+    _record(run, attempts, None, where, reason, kind)
+
+
+def explain_job(job_state: str | None) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
+    """Reason, kind and state of a run whose job ended in this state without leaving a word."""
+    match (job_state or "").split(" ")[0]:
+        case "OUT_OF_MEMORY":
+            return "Slurm killed the job for want of memory; raise slurm.mem_gb", "oom", "failed"
+        case "NODE_FAIL" | "BOOT_FAIL":
+            return "a node failed", "node", "failed"
+        case "TIMEOUT" | "DEADLINE":
+            return "the time limit came before it could save; raise slurm.signal_delay_s", "timeout", "failed"
+        case "CANCELLED":
+            return "cancelled before it could save", None, "preempted"
+        case "FAILED":
+            return "the job failed before the trainer started; see its output under slurm/", "code", "failed"
+        case _:
+            return f"the job is gone ({job_state or 'unknown to Slurm'})", "node", "failed"
 
 
 def may_try_again(run: RunRecord) -> bool:
@@ -126,7 +162,9 @@ def saved_progress(run: RunRecord) -> list[int]:
     return [len(run.read_rows()), max(images)]
 
 
-def _record(run: RunRecord, attempt: int, exit_code: int, where: str, reason: str | None, kind: str | None) -> None:
+def _record(
+    run: RunRecord, attempt: int, exit_code: int | None, where: str, reason: str | None, kind: str | None
+) -> None:
     run.append_attempt(
         attempt=attempt,
         ended=time.time(),
@@ -138,10 +176,10 @@ def _record(run: RunRecord, attempt: int, exit_code: int, where: str, reason: st
     )
 
 
-def _last_words(run: RunRecord, attempt: int) -> str | None:
+def _last_words(run: RunRecord, attempt: int, rank: int) -> str | None:
     """Last line of an attempt's log that says something."""
     try:
-        lines = run.log_file(attempt).read_text(errors="replace").splitlines()
+        lines = run.log_file(attempt, rank).read_text(errors="replace").splitlines()
     except OSError:
         return None
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from harness.rundir import Status
 from sweeps.costs import CostCard
 from sweeps.directory import Claim, RunRecord, local_claim_is_live
 from sweeps.planner import Run
+from sweeps.retries import explain_job
+from sweeps.slurm import JobInfo
 from sweeps.sweepfile import Sweep, SweepError
 
 Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]
@@ -80,9 +82,9 @@ def sweep_status(
     sweep: Sweep,
     runs: Sequence[Run],
     cards: Sequence[CostCard],
-    jobs: Callable[[Claim], tuple[Literal["pending", "running"], str] | None] = lambda claim: None,
+    jobs: Mapping[str, JobInfo] | None = None,
 ) -> SweepStatus:
-    """Look at every run; `jobs` says what Slurm knows of a claimed job: state and reason, or None."""
+    """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.jobs`), None where it cannot be asked."""
     now = time.time()
     lines = tuple(_run_status(run, RunRecord(sweep.run_dir(run.run_id)), jobs, now) for run in runs)
     counts: dict[str, int] = {}
@@ -102,37 +104,41 @@ def sweep_status(
     )
 
 
-def _run_status(
-    run: Run,
-    record: RunRecord,
-    jobs: Callable[[Claim], tuple[Literal["pending", "running"], str] | None],
-    now: float,
-) -> RunStatus:
+def _run_status(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float) -> RunStatus:
     try:
         status = record.checked_status()
     except SweepError as error:
         return _line(run, record, Status(reason=str(error)), "damaged", now)
     claim = record.read_claim()
-    held = status.state not in ("finished", "created") and record.is_held()
     state: Shown
-    if status.state == "finished" or held:
-        state = "finished" if status.state == "finished" else "running"
-    elif claim is not None and claim.backend == "slurm" and (job := jobs(claim)):
-        state = "running" if job[0] == "running" and status.state == "running" else "queued"
-        status = _with_reason(status, job[1])
-    elif claim is not None and claim.backend == "local" and local_claim_is_live(claim):
+    if status.state in ("finished", "created") and claim is None:
+        state = "finished" if status.state == "finished" else "not started"
+    elif status.state != "finished" and record.is_held():
+        state = "running"
+    elif claim is not None and claim.backend == "slurm" and status.state != "finished":
+        state, status = _by_job(status, jobs, claim)
+    elif claim is not None and status.state != "finished" and local_claim_is_live(claim):
         state = "queued"
-    elif status.state == "created":
-        state = "not started"
-    elif status.state in ("running", "queued"):
-        state = "dead"
     else:
-        state = status.state
+        state = "dead" if status.state in ("running", "queued") else _shown(status)
     return _line(run, record, status, state, now, claim)
 
 
-def _with_reason(status: Status, reason: str) -> Status:
-    return status if not reason else Status(**{**status.__dict__, "reason": reason})
+def _shown(status: Status) -> Shown:
+    return "not started" if status.state == "created" else status.state
+
+
+def _by_job(status: Status, jobs: Mapping[str, JobInfo] | None, claim: Claim) -> tuple[Shown, Status]:
+    """State and reason of a run that a Slurm job stands for and no process holds."""
+    if jobs is None:
+        return "queued", replace(status, reason="Slurm does not answer")
+    job = jobs.get(claim.job_id or "")
+    if job is not None and job.phase != "ended":
+        return "queued", replace(status, reason=job.reason or status.reason, reason_class=None)
+    if status.state not in ("running", "queued"):
+        return _shown(status), status
+    reason, kind, _ = explain_job(job.state if job else None)
+    return "dead", replace(status, reason=reason, reason_class=kind)
 
 
 def _line(

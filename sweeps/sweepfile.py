@@ -116,6 +116,8 @@ class SlurmSection(Section):
     """Seconds before the limit at which a job is told to save; must cover one checkpoint."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and cards) of one node."""
+    min_nodes: int | None = Field(None, gt=0)
+    """Start with as few nodes as this when no more are free; results do not depend on it."""
     gpus: bool = True
     """Ask for one card a task; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
