@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from aim.config import ModelConfig
+from aim.config import ModelConfig, known_sizes, model_config
 from aim.errors import UserError
 from aim.model import AIM
 from aim.mup import attention_scale
@@ -117,6 +117,33 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def identify(path: Path, *, image_size: int = 224) -> ModelConfig:
+    """Which size a backbone file was saved from, by its shapes alone, with a linear pixel head.
+
+    A width and depth that are no named size become `w<width>-d<depth>`. Positions are computed, not stored, so the file
+    does not tell `image_size`.
+
+    Raises:
+        WeightsError: an unreadable file, or one without a patch embedding or blocks.
+        ModelConfigError: shapes that no AIM has.
+    """
+    state = read_weights(path)
+    patch_embedding = state.get("preprocessor.patchifier.proj.weight")
+    depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
+    if patch_embedding is None or patch_embedding.ndim != 4 or depth == 0:
+        raise WeightsError(f"{path} is not an AIM backbone: it has no patch embedding or no trunk blocks")
+    width, channels, patch_size, _ = patch_embedding.shape
+    shapes = {size: model_config(size) for size in known_sizes()}
+    named = [size for size, config in shapes.items() if (config.width, config.depth) == (width, depth)]
+    return model_config(
+        named[0] if named else f"w{width}-d{depth}",
+        image_size=image_size,
+        patch_size=patch_size,
+        channels=channels,
+        head_rule="none",
+    )
 
 
 def load_model(

@@ -255,6 +255,22 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients() -> None:
         assert torch.equal(before, after)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses_and_gradients() -> None:
+    config = small()
+    images, prefix_len = batch(config)
+    outcomes = []
+    for compiled in (False, True):
+        model = make(config)
+        if compiled:
+            model.compile_blocks()
+        loss, _ = model(images, prefix_len)
+        loss.backward()
+        outcomes.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for eager, fused in zip(*outcomes, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_weights_keep_norm_and_loss_in_float32() -> None:
     config = small()
     model = make(config)

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from aim.model import AIM
 from aim.probes import AttentiveProbe
 from aim.weights import (
     WeightsError,
+    identify,
     load_backbone,
     load_model,
     load_probe,
@@ -71,6 +74,38 @@ def test_import_gives_the_models_values_and_export_gives_them_back(tmp_path: Pat
     exported = read_weights(out)
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("size", ["rung-24", "w16-d2"])
+def test_a_file_tells_its_size(tmp_path: Path, size: str) -> None:
+    config = model_config(size, image_size=12, patch_size=4, channels=1, head_rule="none")
+    write_weights(released_state(AIM(config)), tmp_path / "backbone.safetensors")
+    assert identify(tmp_path / "backbone.safetensors", image_size=12) == config
+    write_weights({"weight": torch.ones(2)}, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"other\.pth is not an AIM backbone"):
+        identify(tmp_path / "other.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_import_needs_little_more_memory_than_the_weights(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rung{suffix}"
+    with torch.device("meta"):
+        shapes = released_state(AIM(model_config("rung-768", head_rule="none")))
+    write_weights({name: torch.rand(meta.shape) for name, meta in shapes.items()}, path)
+    program = f"""
+from pathlib import Path
+from aim.weights import identify, load_backbone
+def memory(field): return [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if field in line][0]
+path = Path({str(path)!r})
+config = identify(path)
+before = memory("VmRSS")
+model = load_backbone(path, config)
+print(memory("VmHWM") - before)
+"""
+    peak = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert 1.0 < peak / path.stat().st_size < 1.25
 
 
 def test_separate_backbone_and_probe_files_load(tmp_path: Path, state: dict) -> None:
