@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,8 @@ def import_deepspeed(log_file: Path | None) -> Any:
 
     # Its shared-memory communicator is built by a C++ compiler at start-up (25 s) and gains nothing here.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives by names that new versions of torch warn about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     logger.handlers.clear()
     logger.propagate = False
     if log_file is None:

@@ -8,7 +8,9 @@ same way for every ZeRO stage; `harness.checkpoint` reads and writes them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,11 +128,12 @@ class Engine:
         initial = {name: p.detach().clone() for name, p in model.named_parameters()} if self.is_bf16 else {}
         if self.is_bf16:
             model.to(torch.bfloat16)  # buffers too, which DeepSpeed would leave as they are
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=_optimiser(model, optimiser, options, group.device),
-            config=_deepspeed_config(optimiser, options, num_values, group),
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=_optimiser(model, optimiser, options, group.device),
+                config=_deepspeed_config(optimiser, options, num_values, group),
+            )
         self.module: nn.Module = self._engine.module
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         if initial:

@@ -149,7 +149,7 @@ class Recorder:
                 "ms_per_step": 1000 * wall_s * batch_size / interval.num_images,
                 "mfu": mfu,
                 "data_wait": interval.data_wait_s / wall_s,
-                "device_memory_gb": _device_memory_bytes(self._group) / 1e9,
+                "device_memory_gb": device_memory_bytes(self._group) / 1e9,
             }
         )
         self._run.write_status(
@@ -224,7 +224,7 @@ def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
     return sum(num_tokens * len(batch.prefix_len) - int(batch.prefix_len.sum()) for batch in micro_batches)
 
 
-def _device_memory_bytes(group: Group) -> int:
+def device_memory_bytes(group: Group) -> int:
     """Peak memory of the device, or of the process on a CPU."""
     if group.device.type == "cuda":
         return torch.cuda.max_memory_allocated(group.device)
