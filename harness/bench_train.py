@@ -126,9 +126,7 @@ def run(
         for _ in range(2):
             _timed(ours)
         memory = device_memory_bytes(group)
-        bare = bare_step(
-            model_config, optimiser, step, num_targets, group.device, plan.activation_checkpointing, compile_blocks
-        )
+        bare = bare_step(model_config, optimiser, step, num_targets, group.device, options)
         for _ in range(3):
             _timed(bare)
         times = [(_timed(ours), _timed(bare)) for _ in range(num_steps)]
