@@ -26,16 +26,22 @@ def probe(
         str | None, typer.Option(help="Labelled data set of a task of your own: its training split.")
     ] = None,
     test: Annotated[str | None, typer.Option(help="And its test split.")] = None,
-    kind: Annotated[list[str] | None, typer.Option(help="linear, attentive or knn (repeatable), for --train.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    kind: Annotated[
+        list[str] | None, typer.Option(help="linear, attentive, knn or lora (repeatable), for --train.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cache_gb: Annotated[
         float, typer.Option(help="Memory for cached features; beyond it every epoch runs the backbone again.")
     ] = 2.0,
+    again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
 ) -> None:
-    """Train the task's probe heads on frozen features and score the chosen ones on the test split."""
+    """Train the task's probe heads on frozen features and score the chosen ones on the test split.
+
+    Runs by itself, under torchrun or in a Slurm job step with several tasks; a killed probe goes on where it was.
+    """
     from harness.probe_features import ProbeError
-    from harness.probe_run import probe_run, wanted_tasks
+    from harness.probe_run import join_ranks, probe_run, wanted_tasks
     from harness.rundir import RunDir
 
     sections: list[ProbeSection]
@@ -51,12 +57,13 @@ def probe(
         values: dict[str, Any] = {"task": task[0], "train": train, "test": test}
         sections = [parse(ProbeSection, values | ({"kinds": kind} if kind else {}), "the command line")]
     found = []
-    for budget, entries in probe_run(run_dir, images_seen, sections, device=device, cache_gb=cache_gb):
+    group = join_ranks(device)
+    for budget, entries in probe_run(run_dir, images_seen, sections, group=group, cache_gb=cache_gb, again=again):
         found += [{"images_seen": budget, **entry} for entry in entries]
-        if not as_json:
+        if group.is_first and not as_json:
             for entry in entries:
                 typer.echo(_line(budget, entry))
-    if as_json:
+    if group.is_first and as_json:
         typer.echo(json.dumps(found, indent=1))
 
 

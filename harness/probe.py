@@ -13,21 +13,26 @@ hold-out.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aim.model import AIM
 from harness.config import ModelSection, ProbeSection, fingerprint
+from harness.distributed import Group
+from harness.probe_augment import PublishedViews
 from harness.probe_features import (
+    ALONE,
     CACHE_GB,
     EXTRACT_BATCH,
     AimBackbone,
     Backbone,
+    BlockSet,
     LabelledImages,
     PixelBackbone,
     ProbeError,
@@ -36,10 +41,13 @@ from harness.probe_features import (
     block_sets,
     holdout_split,
     open_task,
+    share,
     token_source,
 )
-from harness.probe_fit import Candidate, Split, best, fit_candidates
-from harness.probe_score import score
+from harness.probe_fit import Candidate, GridFit, ProbeProgress, Split, best
+from harness.probe_heads import Setting
+from harness.probe_lora import RANK, adapt
+from harness.probe_score import Answers, answers, score
 from harness.rundir import write_json
 
 SCHEMA_VERSION = 1
@@ -53,7 +61,10 @@ def probe_model(
     model_section: ModelSection,
     seed: int,
     out: Path | None,
+    group: Group = ALONE,
     cache_gb: float = CACHE_GB,
+    name: str = "aim",
+    reuse: bool = False,
 ) -> list[dict[str, Any]]:
     """Probe one AIM on one task.
 
@@ -63,7 +74,10 @@ def probe_model(
         model_section: image geometry.
         seed: splits the hold-out, draws the heads' start and the order of images.
         out: folder for `<task>.json`, the same with per-class counts and the whole grid; None writes nothing.
-        cache_gb: memory for cached tokens; beyond it every epoch runs the backbone again.
+        group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
+        cache_gb: memory for a rank's cached tokens; beyond it every epoch runs the backbone again.
+        name: identifies the weights in the file.
+        reuse: return what the file says if it comes from the same name, task, data and seed.
 
     Returns:
         One entry per kind for the `probes` list of a results row.
@@ -75,7 +89,14 @@ def probe_model(
     model.eval()
     try:
         return probe_backbone(
-            AimBackbone(model), section, model_section=model_section, seed=seed, out=out, cache_gb=cache_gb
+            AimBackbone(model, name),
+            section,
+            model_section=model_section,
+            seed=seed,
+            out=out,
+            group=group,
+            cache_gb=cache_gb,
+            reuse=reuse,
         )
     finally:
         model.train(was_training)
@@ -88,74 +109,148 @@ def probe_backbone(
     model_section: ModelSection,
     seed: int,
     out: Path | None,
+    group: Group = ALONE,
     cache_gb: float = CACHE_GB,
+    reuse: bool = False,
 ) -> list[dict[str, Any]]:
     """Probe any frozen backbone on one task; arguments as for `probe_model`."""
     started = time.monotonic()
-    if isinstance(backbone, PixelBackbone) and "attentive" in section.kinds:
-        raise ProbeError(f"{backbone.name} has one token an image, nothing to attend over; leave out kind 'attentive'")
+    frozen = [kind for kind in section.kinds if kind != "lora"]
+    _check_kinds(backbone, section)
     train, test = open_task(section, model_section)
+    if section.augmentation == "published":
+        train = replace(train, views=PublishedViews(model_section, seed))
     fit, held = holdout_split(train.labels, section.holdout_fraction, seed)
     split = Split(train.labels, fit, held, len(train.classes))
+    key = "/".join(
+        [backbone.name, fingerprint(section), train.dataset.fingerprint, test.dataset.fingerprint, str(seed)]
+    )
+    if reuse and out is not None:
+        done = group.from_first(_finished(out / f"{section.task}.json", key) if group.is_first else None)
+        if done is not None:
+            return [as_entry(detail) for detail in done]
+    progress = ProbeProgress(out / f"{section.task}.partial.pt", key) if out is not None else None
     sets, last = block_sets(backbone.num_blocks)
-    source = token_source(backbone, train, cache_gb=cache_gb)
-    candidates = fit_candidates(source, split, section, sets, num_heads=backbone.num_heads, seed=seed)
-    chosen = {kind: (best(candidates, kind), best(candidates, kind, last)) for kind in section.kinds}
-    del source
-    logits = score_candidates(backbone, test, [candidate for pair in chosen.values() for candidate in pair])
-    entries, details = [], []
-    for position, (kind, (top, fixed)) in enumerate(chosen.items()):
-        result = score(logits[2 * position], test.labels, test.classes)
-        on_last = score(logits[2 * position + 1], test.labels, test.classes)
-        per_class = result.pop("per_class")
-        entry = {
-            "task": section.task,
-            "kind": kind,
-            "blocks": list(top.blocks),
-            "num_classes": split.num_classes,
-            **result,
-            "lr": top.setting.lr if top.setting else None,
-            "weight_decay": top.setting.weight_decay if top.setting else None,
-            "num_neighbours": top.num_neighbours,
-            "lr_at_edge": len(section.lrs) > 1 and top.setting is not None and top.setting.lr in _edges(section.lrs),
-            "holdout_top1": top.holdout_top1,
-            "last_blocks": list(fixed.blocks),
-            **{f"last_{key}": on_last[key] for key in ("top1", "top1_lo95", "top1_hi95")},
-            "num_fit": len(fit),
-            "num_holdout": len(held),
-            "seed": seed,
-        }
-        entries.append(entry)
-        details.append({**entry, "per_class": per_class, "grid": [_grid_row(c) for c in candidates if c.kind == kind]})
-    if out is not None:
+    about = {"num_fit": len(fit), "num_holdout": len(held), "augmentation": section.augmentation, "seed": seed}
+    details = []
+    if frozen:
+        fitting = GridFit(
+            split=split, section=section, num_heads=backbone.num_heads, seed=seed, group=group, progress=progress
+        )
+        candidates = fitting.candidates(token_source(backbone, train, group, cache_gb=cache_gb), sets)
+        chosen = {kind: (best(candidates, kind), best(candidates, kind, last)) for kind in frozen}
+        given = answers_on_test(backbone, test, [candidate for pair in chosen.values() for candidate in pair], group)
+        for position, (kind, (top, fixed)) in enumerate(chosen.items()):
+            on_last = score(given[2 * position + 1], test.labels, test.classes)
+            details.append(
+                _detail(section, kind, test, given[2 * position], top.blocks, top.setting)
+                | {
+                    "num_neighbours": top.num_neighbours,
+                    "holdout_top1": top.holdout_top1,
+                    "last_blocks": list(fixed.blocks),
+                    **{f"last_{name}": on_last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
+                    "grid": [_grid_row(candidate) for candidate in candidates if candidate.kind == kind],
+                }
+                | about
+            )
+    if "lora" in section.kinds:
+        assert isinstance(backbone, AimBackbone)
+        adapted = adapt(backbone.model, section, split, train, test, blocks=last, seed=seed, group=group)
+        points = [{"lr": p.lr, "weight_decay": p.weight_decay, "holdout_top1": top1} for p, top1 in adapted.grid]
+        details.append(
+            _detail(section, "lora", test, adapted.given, last, adapted.setting)
+            | {"holdout_top1": adapted.holdout_top1, "lora_rank": RANK, "num_trained": adapted.num_trained}
+            | {"grid": points}
+            | about
+        )
+    if out is not None and group.is_first:
         document = {
             "schema_version": SCHEMA_VERSION,
+            "key": key,
             "backbone": backbone.name,
             "task": section.model_dump(mode="json"),
-            "task_hash": fingerprint(section),
-            "data": {"train": train.dataset.fingerprint, "test": test.dataset.fingerprint},
             "classes": list(train.classes),
+            "world_size": group.world_size,
             "wall_s": time.monotonic() - started,
             "probes": details,
         }
         write_json(out / f"{section.task}.json", document)
-    return entries
+        assert progress is not None
+        progress.clear()
+    return [as_entry(detail) for detail in details]
+
+
+def _finished(path: Path, key: str) -> list[dict[str, Any]] | None:
+    """Probes of a finished task file with the same key."""
+    if not path.exists():
+        return None
+    document = json.loads(path.read_text())
+    probes: list[dict[str, Any]] = document["probes"]
+    return probes if document.get("key") == key else None
+
+
+def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
+    if isinstance(backbone, PixelBackbone) and "attentive" in section.kinds:
+        raise ProbeError(f"{backbone.name} has one token an image, nothing to attend over; leave out kind 'attentive'")
+    if "lora" in section.kinds and not isinstance(backbone, AimBackbone):
+        raise ProbeError(f"LoRA adapts AIM trunks, not {backbone.name}; leave out kind 'lora'")
+
+
+def _detail(
+    section: ProbeSection,
+    kind: str,
+    test: LabelledImages,
+    given: Answers,
+    blocks: BlockSet,
+    setting: Setting | None,
+) -> dict[str, Any]:
+    return {
+        "task": section.task,
+        "kind": kind,
+        "blocks": list(blocks),
+        "num_classes": len(test.classes),
+        **score(given, test.labels, test.classes),
+        "lr": setting.lr if setting else None,
+        "weight_decay": setting.weight_decay if setting else None,
+        # the best rate at the end of the grid says that the grid should go on there
+        "lr_at_edge": setting is not None
+        and len(section.lrs) > 1
+        and setting.lr in (min(section.lrs), max(section.lrs)),
+    }
+
+
+def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
+    """The part of a task file's probe that goes into a results row."""
+    return {name: value for name, value in detail.items() if name not in ("per_class", "grid")}
 
 
 @torch.no_grad()
-def score_candidates(backbone: Backbone, test: LabelledImages, candidates: Sequence[Candidate]) -> list[Tensor]:
-    """Class scores (n, K) of each candidate on the test split, from one backbone pass."""
+def answers_on_test(
+    backbone: Backbone, test: LabelledImages, candidates: Sequence[Candidate], group: Group
+) -> list[Answers]:
+    """What each candidate says about the test split, from one backbone pass that the ranks share."""
     blocks = sorted({block for candidate in candidates for block in candidate.blocks})
-    parts: list[list[Tensor]] = [[] for _ in candidates]
-    for indices in batched(range(len(test)), EXTRACT_BATCH):
+    own = share(range(len(test)), group)
+    parts: list[list[Answers]] = [[] for _ in candidates]
+    for indices in batched(own, EXTRACT_BATCH):
         tokens = backbone.features(test.images(indices), blocks)
         for candidate, part in zip(candidates, parts, strict=True):
-            part.append(candidate.scorer(averages(tokens, [candidate.blocks], blocks)).cpu())
-    return [torch.cat(part) for part in parts]
-
-
-def _edges(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
+            scores = candidate.scorer(averages(tokens, [candidate.blocks], blocks))
+            part.append(answers(scores, test.labels[indices]))
+    mine = [
+        (torch.cat([a.predicted for a in part]), torch.cat([a.in_top5 for a in part])) if part else None
+        for part in parts
+    ]
+    gathered = group.gather((own, mine))
+    merged = []
+    for position in range(len(candidates)):
+        predicted = torch.empty(len(test), dtype=torch.int64)
+        in_top5 = torch.empty(len(test), dtype=torch.bool)
+        for indices, theirs in gathered:
+            if indices:
+                predicted[indices], in_top5[indices] = theirs[position]
+        merged.append(Answers(predicted, in_top5))
+    return merged
 
 
 def _grid_row(candidate: Candidate) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from aim.model import AIM
 from harness.config import ModelSection, ProbeSection
 from harness.data.evalset import eval_images
 from harness.data.index import ShardDataset, open_dataset
+from harness.distributed import Group, Placement
+
+if TYPE_CHECKING:
+    from harness.probe_augment import PublishedViews
 
 CACHE_GB = 2.0
 """Tokens of the training split are kept in memory up to this size and recomputed every epoch beyond it."""
@@ -22,6 +26,9 @@ WORKING_GB = 0.25
 """Largest transient stack of tokens."""
 EXTRACT_BATCH = 64
 """Images per backbone pass."""
+
+ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
+"""The group of a process that probes by itself."""
 
 BlockSet = tuple[int, ...]
 """Blocks, counted from 0, whose outputs are averaged."""
@@ -53,13 +60,13 @@ class AimBackbone:
         self.name = name
         self.num_blocks = model.config.depth
         self.num_heads = model.config.num_heads
-        self._model = model
+        self.model = model
 
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Outputs (len(blocks), B, N, d); moves the images to the model's device and dtype."""
-        weight = next(self._model.trunk.parameters())
-        return self._model.features(images.to(weight.device, weight.dtype), blocks)
+        weight = next(self.model.trunk.parameters())
+        return self.model.features(images.to(weight.device, weight.dtype), blocks)
 
 
 class PixelBackbone:
@@ -88,13 +95,21 @@ class LabelledImages:
     """Class names."""
     model_section: ModelSection
     """Image size and channels to prepare for."""
+    views: PublishedViews | None = None
+    """Augmentation of training views; None has one centre crop an image."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        """Normalised float32 images (len(indices), C, H, W): shorter side resized, centre crop."""
-        return eval_images(self.dataset, self.rows[np.asarray(indices)], self.model_section)
+    def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
+        """Normalised float32 images (len(indices), C, H, W).
+
+        Shorter side resized and centre crop; with `epoch`, the training views of that epoch where there are any.
+        """
+        rows = self.rows[np.asarray(indices, dtype=np.int64)]
+        if epoch is not None and self.views is not None:
+            return self.views.images(self.dataset, rows, epoch)
+        return eval_images(self.dataset, rows, self.model_section)
 
 
 def open_labelled(path: str, section: ProbeSection, model_section: ModelSection) -> LabelledImages:
@@ -192,8 +207,13 @@ def averages(tokens: Tensor, sets: Sequence[BlockSet], blocks: Sequence[int] | N
 class Selection(Protocol):
     """The tokens of some block sets, batch by batch."""
 
-    def batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens (S, B, N, d) and labels (B,) of the images `indices`, in that order."""
+    def batches(
+        self, indices: np.ndarray, batch_size: int, epoch: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """This rank's part of every batch of the images `indices`, in that order.
+
+        Yields tokens (S, B, N, d), labels (B,) and how many images the whole batch has over all ranks; B may be 0.
+        """
         ...
 
 
@@ -202,13 +222,18 @@ class StreamedTokens:
 
     cached = False
 
-    def __init__(self, backbone: Backbone, images: LabelledImages):
+    def __init__(self, backbone: Backbone, images: LabelledImages, group: Group):
         self._backbone = backbone
         self._images = images
+        self.group = group
+        self.first = self.extract([0])
+        """Outputs of all blocks for one image (L, 1, N, d): shape, type and device of the others."""
 
-    def extract(self, indices: Sequence[int]) -> Tensor:
+    def extract(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
         """Outputs of all blocks (L, B, N, d)."""
-        return self._backbone.features(self._images.images(indices), range(self._backbone.num_blocks))
+        if not len(indices):
+            return self.first[:, :0]
+        return self._backbone.features(self._images.images(indices, epoch), range(self._backbone.num_blocks))
 
     def select(self, sets: Sequence[BlockSet]) -> Selection:
         """Averages over these sets."""
@@ -221,64 +246,80 @@ class _StreamedSelection:
     labels: Tensor
     sets: Sequence[BlockSet]
 
-    def batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, indices: np.ndarray, batch_size: int, epoch: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
         for part in batched(indices, batch_size):
-            chunks = [averages(self.source.extract(chunk), self.sets) for chunk in batched(part, EXTRACT_BATCH)]
-            tokens = torch.cat(chunks, dim=1)
-            yield tokens, self.labels[torch.as_tensor(part)].to(tokens.device)
+            own = share(part, self.source.group)
+            chunks = [averages(self.source.extract(chunk, epoch), self.sets) for chunk in batched(own, EXTRACT_BATCH)]
+            tokens = torch.cat(chunks, dim=1) if chunks else averages(self.source.extract([]), self.sets)
+            yield tokens, self.labels[torch.as_tensor(own, dtype=torch.int64)].to(tokens.device), len(part)
 
 
 class CachedTokens:
-    """Tokens of all blocks and images in memory, from one backbone pass."""
+    """Tokens of all blocks and of this rank's images in memory, from one backbone pass."""
 
     cached = True
 
-    def __init__(self, blocks: Tensor, labels: Tensor):
+    def __init__(self, blocks: Tensor, labels: Tensor, group: Group):
         self._blocks = blocks
         self._labels = labels
+        self._group = group
 
     def pooled(self) -> CachedTokens:
         """The mean over tokens as one token: all that a linear probe needs."""
         mean = self._blocks.new_empty((*self._blocks.shape[:2], 1, self._blocks.shape[3]), dtype=torch.float32)
         for out, tokens in zip(mean, self._blocks, strict=True):
             torch.mean(tokens, dim=1, keepdim=True, dtype=torch.float32, out=out)
-        return CachedTokens(mean, self._labels)
+        return CachedTokens(mean, self._labels, self._group)
 
     def sets_at_once(self, num_sets: int) -> int:
-        """Sets whose averaged tokens stay within the working memory together, at least one."""
-        return max(1, min(num_sets, int(WORKING_GB * 1e9 / (4 * self._blocks[0].numel()))))
+        """Sets whose averaged tokens stay within the working memory together, at least one; the same on all ranks."""
+        return max(1, min(num_sets, int(WORKING_GB * 1e9 / (4 * self._blocks[0, 0].numel() * len(self._labels)))))
 
     def select(self, sets: Sequence[BlockSet]) -> Selection:
         """Averages over these sets, computed once."""
-        return _CachedSelection(averages(self._blocks, sets), self._labels.to(self._blocks.device))
+        return _CachedSelection(averages(self._blocks, sets), self._labels, self._group)
 
 
 @dataclass(frozen=True)
 class _CachedSelection:
     tokens: Tensor
     labels: Tensor
+    group: Group
 
-    def batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, indices: np.ndarray, batch_size: int, epoch: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
         for part in batched(indices, batch_size):
-            rows = torch.as_tensor(part, device=self.tokens.device)
-            yield self.tokens.index_select(1, rows), self.labels[rows]
+            own = torch.as_tensor(share(part, self.group), dtype=torch.int64)
+            # image i lies in row i // world_size of rank i % world_size
+            rows = (own // self.group.world_size).to(self.tokens.device)
+            yield self.tokens.index_select(1, rows), self.labels[own].to(self.tokens.device), len(part)
 
 
 def token_source(
-    backbone: Backbone, images: LabelledImages, *, cache_gb: float = CACHE_GB
+    backbone: Backbone, images: LabelledImages, group: Group = ALONE, *, cache_gb: float = CACHE_GB
 ) -> CachedTokens | StreamedTokens:
-    """Cache the tokens of all blocks if they fit into `cache_gb` (10^9 bytes), else stream them."""
-    stream = StreamedTokens(backbone, images)
-    first = stream.extract([0])
-    if first.numel() * first.element_size() * len(images) > cache_gb * 1e9:
+    """Cache the tokens of all blocks if those of a rank's images fit into `cache_gb` (10^9 bytes), else stream them."""
+    stream = StreamedTokens(backbone, images, group)
+    first = stream.first
+    num_own = -(-len(images) // group.world_size)
+    if images.views is not None or first.numel() * first.element_size() * num_own > cache_gb * 1e9:
         return stream
-    blocks = first.new_empty((first.shape[0], len(images), *first.shape[2:]))
-    for indices in batched(np.arange(len(images)), EXTRACT_BATCH):
-        blocks[:, indices[0] : indices[-1] + 1] = stream.extract(indices)
-    return CachedTokens(blocks, images.labels)
+    own = share(range(len(images)), group)
+    blocks = first.new_empty((first.shape[0], len(own), *first.shape[2:]))
+    for rows in batched(range(len(own)), EXTRACT_BATCH):
+        blocks[:, rows[0] : rows[-1] + 1] = stream.extract([own[row] for row in rows])
+    return CachedTokens(blocks, images.labels, group)
 
 
-def batched(indices: np.ndarray | Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def share(indices: Sequence[int], group: Group) -> list[int]:
+    """Those of the images that this rank works on: i belongs to rank i mod world_size, whatever the batch."""
+    return [index for index in indices if index % group.world_size == group.rank]
+
+
+def batched(indices: np.ndarray | Sequence[int], size: int) -> Iterator[list[int]]:
     """Consecutive lists of `size` indices; the last may be shorter."""
     for start in range(0, len(indices), size):
         yield [int(i) for i in indices[start : start + size]]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,8 @@ class HeadStack(nn.Module):
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
         """Add tokens (S, B, N, d) to the statistics of the batch norm."""
+        if not tokens.shape[1]:  # a rank may have no image of a batch
+            return
         pooled = self.pool(tokens).flatten(1, 2).float()
         var, mean = (part.double() for part in torch.var_mean(pooled, dim=1, correction=0))
         # fp32 within a batch, fp64 across batches
@@ -222,6 +225,16 @@ STACKS: dict[str, type[LinearStack] | type[AttentiveStack]] = {"linear": LinearS
 """Kind -> class of its stack."""
 
 
+def learning_rate(peak: float, step: int, num_steps: int) -> float:
+    """Rate of a step: linear warm-up, then half a cosine down to `LR_END` (or to the peak where that is lower)."""
+    warmup = max(1, round(WARMUP_FRACTION * num_steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup + 1) / max(1, num_steps - warmup))
+    low = min(peak, LR_END)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 class StackedAdamW:
     """AdamW (0.9, 0.999) over a stack: each head has its own rate, decay, clipping and nothing shared."""
 
@@ -230,19 +243,15 @@ class StackedAdamW:
         self._decayed = [parameter for parameter in stack.parameters() if parameter.dim() > 3]
         self._parameters = list(stack.parameters())
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
-        self._lr_peaks = torch.tensor([setting.lr for setting in stack.settings], device=device)
+        self._lr_peaks = [setting.lr for setting in stack.settings]
         self._decays = torch.tensor([setting.weight_decay for setting in stack.settings], device=device)
         self.num_steps = num_steps
         self.step_index = 0
 
     def learning_rates(self) -> Tensor:
-        """Rates (G,) of the coming step: linear warm-up, then half a cosine down to `LR_END`."""
-        warmup = max(1, round(WARMUP_FRACTION * self.num_steps))
-        if self.step_index < warmup:
-            return self._lr_peaks * ((self.step_index + 1) / warmup)
-        progress = (self.step_index - warmup + 1) / max(1, self.num_steps - warmup)
-        low = self._lr_peaks.clamp_max(LR_END)
-        return low + (self._lr_peaks - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        """Rates (G,) of the coming step."""
+        rates = [learning_rate(peak, self.step_index, self.num_steps) for peak in self._lr_peaks]
+        return torch.tensor(rates, device=self._decays.device)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -268,3 +277,14 @@ class StackedAdamW:
             denominator = (second / correction2).sqrt_().add_(1e-8)
             parameter.sub_(rate / correction1 * first / denominator)
             parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and position of the schedule."""
+        return {"step_index": self.step_index, "moments": [list(pair) for pair in self._moments]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.step_index = state["step_index"]
+        for pair, saved in zip(self._moments, state["moments"], strict=True):
+            for moment, value in zip(pair, saved, strict=True):
+                moment.copy_(value)

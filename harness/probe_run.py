@@ -13,8 +13,9 @@ from aim.config import model_config
 from aim.model import AIM
 from aim.weights import load_backbone, load_model
 from harness.config import ProbeSection, RunConfig
+from harness.distributed import Group, LaunchError, find_placement, start_group
 from harness.probe import probe_model
-from harness.probe_features import CACHE_GB, ProbeError
+from harness.probe_features import ALONE, CACHE_GB, ProbeError
 from harness.rundir import RunDir
 
 
@@ -61,13 +62,29 @@ def wanted_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[ProbeSe
     return [known[task] for task in tasks]
 
 
+def join_ranks(device: str) -> Group:
+    """The ranks that torchrun or Slurm started, or this process by itself.
+
+    Raises:
+        LaunchError: a device that is not there, or variables that name half of a group.
+    """
+    placement = find_placement()
+    if placement.world_size > 1:
+        return start_group(placement, device)
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise LaunchError("--device cuda was asked for and torch sees no CUDA device; use cpu or auto")
+    return Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
+
+
 def probe_run(
     run_dir: Path,
     images_seen: int | None = None,
     sections: Sequence[ProbeSection] | None = None,
     *,
-    device: str = "cpu",
+    group: Group = ALONE,
     cache_gb: float = CACHE_GB,
+    again: bool = False,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
 
@@ -75,8 +92,9 @@ def probe_run(
         run_dir: a run directory with `config.yaml` and `budgets/`.
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
-        device: where the backbone and the heads run.
-        cache_gb: memory for cached tokens.
+        group: the ranks that share the work; all of them call this.
+        cache_gb: memory for a rank's cached tokens.
+        again: repeat tasks whose file is there already, from the same weights, data and seed.
 
     Raises:
         ProbeError: no saved budget, or a task that cannot be probed.
@@ -88,7 +106,8 @@ def probe_run(
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
     for budget in budgets:
-        model = load_budget(run, config, budget, device)
+        model = load_budget(run, config, budget, group.device)
+        weights = run.model_file(budget).stat()
         for section in sections:
             entries = probe_model(
                 model,
@@ -96,9 +115,13 @@ def probe_run(
                 model_section=config.result.model,
                 seed=config.result.seed,
                 out=run.probes_dir(budget),
+                group=group,
                 cache_gb=cache_gb,
+                name=f"{config.run_id}@{budget} ({weights.st_size} bytes of {weights.st_mtime_ns})",
+                reuse=not again,
             )
-            _merge_into_row(run, budget, entries)
+            if group.is_first:
+                _merge_into_row(run, budget, entries)
             yield budget, entries
 
 

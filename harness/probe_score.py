@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,29 +27,48 @@ def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
     return low, high
 
 
-def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Answers:
+    """What a probe said about each test image: little enough to keep for any number of classes."""
+
+    predicted: Tensor
+    """Class with the highest score (n,)."""
+    in_top5: Tensor
+    """Whether the label is among the five highest scores (n,), bool."""
+
+
+def answers(scores: Tensor, labels: Tensor) -> Answers:
+    """Judge class scores (n, K) against labels (n,)."""
+    top = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    return Answers(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
+
+
+def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, chance, per class.
 
     Chance is the share of the commonest class: what always naming it scores.
 
     Args:
-        logits: (n, K).
+        given: of a probe on n images.
         labels: (n,).
         classes: K names.
     """
-    correct = logits.argmax(1) == labels
+    correct = given.predicted == labels
     n, num_correct = len(labels), int(correct.sum())
     low, high = wilson_interval(num_correct, n)
-    result: dict[str, Any] = {"n": n, "top1": num_correct / n, "top1_lo95": low, "top1_hi95": high, "top5": None}
-    if len(classes) > 5:
-        result["top5"] = float((logits.topk(5, dim=1).indices == labels[:, None]).any(1).float().mean())
     totals = np.bincount(labels.numpy(), minlength=len(classes))
     rights = np.bincount(labels[correct].numpy(), minlength=len(classes))
     present = totals > 0
-    result["mean_class"] = float((rights[present] / totals[present]).mean())
-    result["chance"] = float(totals.max() / n)
-    result["per_class"] = [
-        {"class": name, "n": int(total), "correct": int(right)}
-        for name, total, right in zip(classes, totals, rights, strict=True)
-    ]
-    return result
+    return {
+        "n": n,
+        "top1": num_correct / n,
+        "top1_lo95": low,
+        "top1_hi95": high,
+        "top5": float(given.in_top5.float().mean()) if len(classes) > 5 else None,
+        "mean_class": float((rights[present] / totals[present]).mean()),
+        "chance": float(totals.max() / n),
+        "per_class": [
+            {"class": name, "n": int(total), "correct": int(right)}
+            for name, total, right in zip(classes, totals, rights, strict=True)
+        ],
+    }
