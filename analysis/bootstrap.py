@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.errors import AnalysisError
-from analysis.laws import Array
+from analysis.law import Array
 
 
 def point_counts(num_points: int, num_resamples: int, seed: int) -> Array:

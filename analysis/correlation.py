@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.bootstrap import interval
 from analysis.errors import AnalysisError
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.observations import Exclusion
 from analysis.result import Correlation
 

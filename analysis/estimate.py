@@ -10,7 +10,8 @@ import pandas as pd
 from analysis import bootstrap as boot
 from analysis.errors import AnalysisError
 from analysis.identify import Doubts, doubts, rivals_of
-from analysis.laws import Array, Law, find_law
+from analysis.law import Array, Columns, Law
+from analysis.laws import find_law
 from analysis.objectives import HUBER_LOG, Objective, find_objective
 from analysis.observations import Observations, observe
 from analysis.optimise import Minimum, Problem, global_minimum, make_problem, minimise
@@ -68,6 +69,8 @@ def fit(
         positive_y=objective.log,
         num_free=len(law.parameters) - len(fixed),
     )
+    if law.centred is not None:
+        law = law.centred(Columns(points.x))
     problem = make_problem(law, points.x, points.y, objective, weights=points.weights, fixed=fixed, bounds=bounds)
     minima = global_minimum(problem)
     if not minima:

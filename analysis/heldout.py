@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.result import Fit, HeldOut
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.observations import Observations
 from analysis.optimise import Minimum, Problem
 from analysis.result import Interval, Rival
@@ -30,7 +30,7 @@ class Doubts:
 
 def log_likelihood_ratio(problem: Problem, total: float, best: float) -> float:
     """Log-likelihood lost at a larger objective when the noise's scale is fitted too: n/2 ln(S/S0) or n ln(S/S0)."""
-    if problem.objective.fits_scale:
+    if problem.objective.likelihood:
         return total - best
     n = np.sum(problem.weights > 0)
     if best <= 0:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.errors import AnalysisError
-from analysis.laws import Array, Law
+from analysis.law import Array, Law
 
 CANONICAL = {
     "N": "params_total",

@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.laws import Array, Columns, Law
+from analysis.law import Array, Columns, Law
 from analysis.objectives import LAD_DELTA, Objective
 
 MAX_ITERATIONS = 200
 MAX_STARTS = 8
 CHUNK_VALUES = 250_000
 """Residuals per chunk of a batch: keeps the Jacobian in the cache."""
+GRID_VALUES = 1_000_000
+"""Residuals per chunk of the grid."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,14 @@ class Problem:
         for j, part in enumerate(parts):
             g = part * ones
             ref = g[..., -1:] if self.referenced[j] else 1.0
-            out.append(g[..., :-1] / ref)
+            out.append(g[..., :-1] / np.abs(ref))
             for q, derivatives in enumerate(gradients):
                 if np.ndim(derivatives[j]) == 0:  # a constant basis function
                     out_gradients[q].append(0.0)
                     continue
                 d = derivatives[j] * ones
                 dref = d[..., -1:] / ref if self.referenced[j] else 0.0
-                out_gradients[q].append(d[..., :-1] / ref - out[j] * dref)
+                out_gradients[q].append(d[..., :-1] / np.abs(ref) - out[j] * dref)
         return out, out_gradients
 
     def predict(self, phi: Array) -> Array:
@@ -105,16 +107,16 @@ class Problem:
         out = {}
         for j, p in enumerate(self.law.linear):
             ref = np.broadcast_to(parts[j], (len(phi), len(self.y) + 1))[:, -1] if self.referenced[j] else 1.0
-            out[p.name] = phi[:, j] / ref
+            out[p.name] = phi[:, j] / np.abs(ref)
         return out | {name: value[:, 0] for name, value in t.items()}
 
     def internal(self, params: dict[str, float]) -> Array:
         """The optimiser's vector (1, k) of parameters in the formula's units: the inverse of `natural`."""
         t = {p.name: np.full((1, 1), float(params[p.name])) for p in self.law.nonlinear}
         parts = self.law.basis(self.x, t)
+        at_reference = [np.abs(np.broadcast_to(part, (1, len(self.y) + 1))[0, -1]) for part in parts]
         phi = [
-            float(params[p.name])
-            * (np.broadcast_to(parts[j], (1, len(self.y) + 1))[0, -1] if self.referenced[j] else 1)
+            float(params[p.name]) * (at_reference[j] if self.referenced[j] else 1.0)
             for j, p in enumerate(self.law.linear)
         ]
         phi += [np.log(params[p.name]) if p.log else params[p.name] for p in self.law.nonlinear]
@@ -162,9 +164,13 @@ def make_problem(
 
 
 def _total(problem: Problem, value: Array, weights: Array, delta: Array | None) -> Array:
+    """Objective (batch,) of the law's values (batch, n); with `delta`, the Huber sum that continuation minimises."""
     with np.errstate(invalid="ignore", divide="ignore"):
         r = problem.objective.transform(problem.y) - problem.objective.transform(value)
-        total = np.sum(weights * problem.objective.loss(r, delta), axis=-1)
+        if delta is None:
+            total = problem.objective.total(r, weights)
+        else:
+            total = np.sum(weights * problem.objective.loss(r, delta), axis=-1)
     return np.where(np.isfinite(total), total, np.inf)
 
 
@@ -174,7 +180,7 @@ def grid_points(lower: Array, upper: Array) -> Array:
     if q == 0:
         return np.zeros((1, 0))
     if q <= 2:
-        axes = [np.linspace(lo, hi, {1: 96, 2: 24}[q] if hi > lo else 1) for lo, hi in zip(lower, upper, strict=True)]
+        axes = [np.linspace(lo, hi, {1: 96, 2: 20}[q] if hi > lo else 1) for lo, hi in zip(lower, upper, strict=True)]
         return np.stack([a.ravel() for a in np.meshgrid(*axes, indexing="ij")], axis=1)
     # The R-sequence: the generalised golden ratio's powers fill any dimension evenly.
     ratio = 2.0
@@ -185,15 +191,24 @@ def grid_points(lower: Array, upper: Array) -> Array:
     return lower + (upper - lower) * points
 
 
-def project(problem: Problem, theta: Array, weights: Array) -> Array:
-    """Best bounded linear coefficients (m, p) of weighted least squares for given non-linear parameters (m, q).
+def design(problem: Problem, theta: Array) -> Array:
+    """Normalised basis functions (m, p, n) at the non-linear parameters (m, q)."""
+    phi = np.concatenate([np.zeros((len(theta), problem.num_linear)), theta], axis=1)
+    parts, _ = problem.normalised(problem.law.basis(problem.x, problem.nonlinear(phi)), ())
+    shape = (len(theta), len(problem.y))
+    return (
+        np.stack([np.broadcast_to(part, shape) for part in parts], axis=1)
+        if parts
+        else np.zeros((*shape[:1], 0, shape[1]))
+    )
+
+
+def project(problem: Problem, g: Array, weights: Array) -> Array:
+    """Best bounded linear coefficients (m, p) of weighted least squares on designs (m, p, n).
 
     All 2^p choices of coefficients held at their nearest finite bound are tried; p is at most a few.
     """
     p = problem.num_linear
-    phi = np.concatenate([np.zeros((len(theta), p)), theta], axis=1)
-    parts, _ = problem.normalised(problem.law.basis(problem.x, problem.nonlinear(phi)), ())
-    g = np.stack(np.broadcast_arrays(*parts, np.empty((len(theta), len(problem.y))))[:p], axis=1)
     gw = g * (weights[:, None, :] if weights.ndim == 2 else weights)
     gram = gw @ g.transpose(0, 2, 1)
     moment = gw @ problem.y
@@ -202,7 +217,7 @@ def project(problem: Problem, theta: Array, weights: Array) -> Array:
     moment = moment / scale
     lower, upper = problem.lower[:p] * scale, problem.upper[:p] * scale
     held_at = np.where(np.isfinite(lower), lower, np.where(np.isfinite(upper), upper, 0.0))
-    best, best_value = np.zeros((len(theta), p)), np.full(len(theta), np.inf)
+    best, best_value = np.zeros((len(g), p)), np.full(len(g), np.inf)
     can_hold = np.isfinite(problem.lower[:p]) | np.isfinite(problem.upper[:p])
     must_hold = ~problem.movable[:p]
     for held in itertools.product((False, True), repeat=p):
@@ -240,16 +255,10 @@ def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array)
 def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     """The best distinct grid points with projected coefficients (count, k), by the objective itself."""
     theta = grid_points(problem.lower[problem.num_linear :], problem.upper[problem.num_linear :])
-    relative = (
-        problem.weights / np.maximum(np.abs(problem.y), 1e-300) ** 2 if problem.objective.log else problem.weights
-    )
-    rows = max(1, 4 * CHUNK_VALUES // len(problem.y))
-    phi = np.concatenate([_start_chunk(problem, theta[i : i + rows], relative) for i in range(0, len(theta), rows)])
-    total = (
-        problem.total(phi)
-        if len(phi) <= rows
-        else np.concatenate([problem.total(phi[i : i + rows]) for i in range(0, len(phi), rows)])
-    )
+    rows = max(1, GRID_VALUES // len(problem.y))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # far corners of the grid may overflow
+        chunks = [_project_chunk(problem, theta[i : i + rows]) for i in range(0, len(theta), rows)]
+    phi, total = (np.concatenate(part) for part in zip(*chunks, strict=True))
     span = np.where(problem.movable, problem.upper - problem.lower, 1.0)[problem.num_linear :]
     radius = 0.08 if theta.shape[1] <= 2 else 0.15
     chosen: list[int] = []
@@ -262,14 +271,23 @@ def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     return phi[chosen]
 
 
-def _start_chunk(problem: Problem, theta: Array, weights: Array) -> Array:
-    """Projected grid points, reweighted once where the objective is robust."""
-    phi = np.concatenate([project(problem, theta, weights), theta], axis=1)
-    if problem.objective.robust:
-        size = np.abs(problem.y - problem.predict(phi)) * np.sqrt(weights / np.maximum(problem.weights, 1e-300))
+def _project_chunk(problem: Problem, theta: Array) -> tuple[Array, Array]:
+    """Projected grid points (m, k) and their objective (m,); the better quarter is reweighted once if it is robust."""
+    objective = problem.objective
+    relative = problem.weights / problem.y**2 if objective.log else problem.weights
+    g = design(problem, theta)
+    c = project(problem, g, relative)
+    value = np.einsum("mp,mpn->mn", c, g)
+    total = _total(problem, value, problem.weights, None)
+    if objective.robust:
+        best = np.argsort(total)[: max(8, len(theta) // 4)]
+        size = np.abs(problem.y - value[best]) * (1 / problem.y if objective.log else 1.0)
         middle = np.median(size, axis=1, keepdims=True) + 1e-300
-        phi = np.concatenate([project(problem, theta, weights / np.maximum(size, middle)), theta], axis=1)
-    return phi
+        again = project(problem, g[best], relative / np.maximum(size, middle))
+        total_again = _total(problem, np.einsum("mp,mpn->mn", again, g[best]), problem.weights, None)
+        better = total_again < total[best]
+        c[best[better]], total[best[better]] = again[better], total_again[better]
+    return np.concatenate([c, theta], axis=1), total
 
 
 def minimise(problem: Problem, phi: Array, weights: Array | None = None) -> tuple[Array, Array]:
@@ -292,13 +310,31 @@ def _continue(problem: Problem, phi: Array, weights: Array) -> Array:
         return _newton(problem, phi, weights, np.full((len(phi), 1), np.inf), MAX_ITERATIONS)
     with np.errstate(invalid="ignore", divide="ignore"):
         r = objective.transform(problem.y) - objective.transform(problem.predict(phi))
-    middle = np.median(np.where(np.isfinite(r), np.abs(r), 1.0), axis=1, keepdims=True) + 1e-300
-    target = np.full_like(middle, objective.delta) if objective.delta > 0 else LAD_DELTA * middle
+    r = np.where(np.isfinite(r), r, 1.0)
+    middle = np.median(np.abs(r), axis=1, keepdims=True) + 1e-300
+    target = np.maximum(objective.zone(r, weights), LAD_DELTA * middle)
     delta = np.maximum(2 * middle, target)
+    vertex = objective.delta == 0
     while np.any(delta > target):
-        phi = _newton(problem, phi, weights, delta, 4)
-        delta = np.maximum(delta / 6, target)
-    return _newton(problem, phi, weights, target, MAX_ITERATIONS)
+        phi = _newton(problem, phi, weights, delta, 12 if vertex else 4)
+        smaller = np.maximum(delta / 6, target)
+        phi = _follow_path(problem, phi, weights, delta, smaller)
+        delta = smaller
+    phi = _newton(problem, phi, weights, target, MAX_ITERATIONS)
+    return _follow_path(problem, phi, weights, target, 1e-6 * target) if vertex else phi
+
+
+def _follow_path(problem: Problem, phi: Array, weights: Array, delta: Array, smaller: Array) -> Array:
+    """One step along the path of minima as the quadratic zone shrinks: the points inside stay inside, scaled down.
+
+    (Madsen and Nielsen 1993.) For absolute values this ends in a vertex, where as many residuals vanish as there are
+    parameters. Rows where the step does not lower the objective keep their place.
+    """
+    total, gradient, hessian, diagonal = _derivatives(problem, phi, weights, smaller, np.full(len(phi), 1e-9), delta)
+    step = _bounded_step(problem, phi, gradient, hessian, diagonal * 1e-12)
+    new = np.clip(phi + step, problem.lower, problem.upper)
+    better = _total(problem, problem.predict(new), weights, smaller) < total
+    return np.where(better[:, None], new, phi)
 
 
 def _newton(problem: Problem, phi: Array, weights: Array, delta: Array, max_iterations: int) -> Array:
@@ -326,11 +362,12 @@ def _newton(problem: Problem, phi: Array, weights: Array, delta: Array, max_iter
 
 
 def _derivatives(
-    problem: Problem, phi: Array, weights: Array, delta: Array, damping: Array
+    problem: Problem, phi: Array, weights: Array, delta: Array, damping: Array, zone: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """Objective, gradient, a positive Hessian model and its diagonal.
 
-    The model is Newton's, blended with that of reweighted least squares (which always descends) as the damping grows.
+    `zone` counts points up to another width than `delta` as quadratic (see `_follow_path`). The model is Newton's,
+    blended with that of reweighted least squares (which always descends) as the damping grows.
     """
     objective = problem.objective
     value, jacobian = problem.predict_and_jacobian(phi)
@@ -343,9 +380,9 @@ def _derivatives(
     size = np.abs(r)
     side = objective.side(r) * weights
     total = np.sum(side * _huber(size, delta), axis=1)
-    pull = side * np.minimum(size, delta) * np.sign(r)
+    inside = size <= (delta if zone is None else zone)
+    pull = side * (np.where(inside, r, delta * np.sign(r)) if np.all(np.isfinite(delta)) else r)
     ratio = np.minimum(1.0, delta / np.maximum(size, 1e-300))
-    inside = size <= delta
     blend = np.minimum(damping, 1.0)[:, None]
     curvature = side * (inside + blend * (ratio - inside))
     gradient = -np.einsum("bkn,bn->bk", jacobian, pull)

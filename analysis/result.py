@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.bootstrap import interval
-from analysis.laws import Array, Columns, Law
+from analysis.law import Array, Columns, Law
 from analysis.objectives import Objective
 from analysis.observations import CANONICAL, Exclusion
 
