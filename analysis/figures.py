@@ -1,0 +1,162 @@
+"""The figures of a report: which ones a table allows, each with a caption, its data and its files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.baselines import published_frame
+from analysis.plots import plot_beside_published, plot_fit, plot_loss_accuracy, plot_points, plot_residuals
+from analysis.plots_style import human, png_bytes, svg_text, themed_svg
+from analysis.report_study import Study
+from analysis.report_tables import csv_uri
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageFigure:
+    """One figure of the page."""
+
+    key: str
+    """HTML id and file name of the downloads."""
+    section: str
+    """`scaling`, `accuracy`, `checks` or `published`."""
+    title: str
+    """Heading: what the figure shows."""
+    caption: str
+    """What is drawn, with the formula and its interval where a law is."""
+    svg: str
+    """Inline SVG whose colours follow the page's theme."""
+    svg_uri: str
+    """Stand-alone SVG as a data URI."""
+    png_uri: str
+    """PNG as a data URI."""
+    csv_uri: str | None
+    """The drawn points as a data URI, or None when they are too many."""
+
+
+def page_figure(key: str, section: str, title: str, caption: str, figure: Figure, data: pd.DataFrame) -> PageFigure:
+    """Render a figure in every format the page offers."""
+    return PageFigure(
+        key=key,
+        section=section,
+        title=title,
+        caption=caption,
+        svg=themed_svg(figure, key, f"{title}. {caption}"),
+        svg_uri=data_uri("image/svg+xml", svg_text(figure).encode()),
+        png_uri=data_uri("image/png", png_bytes(figure)),
+        csv_uri=csv_uri(data),
+    )
+
+
+def data_uri(mime: str, content: bytes) -> str:
+    """Content that travels inside the page."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def page_figures(study: Study) -> list[PageFigure]:
+    """Every figure that the table allows, in reading order."""
+    return [*_scaling(study), *_accuracy(study), *_checks(study), *_published(study)]
+
+
+def law_caption(study: Study, key: str) -> str:
+    """Formula, parameters with intervals, points and rows of a fit."""
+    fit = study.fits[key]
+    names = [p.name for p in fit.law.parameters]
+    values = "; ".join(f"{name} = {fit.shown(name)}" for name in names)
+    return (
+        f"{fit.law.formula}: {values}. Brackets: {100 * fit.level:.0f} % bootstrap intervals, shaded for the curve. "
+        f"{fit.num_points} points ({study.selections.get(key, 'all rows')})."
+    )
+
+
+def _scaling(study: Study) -> Iterator[PageFigure]:
+    usable, fits = study.usable, study.fits
+    if usable.empty:
+        return
+    se = usable["val_loss_se"] if "val_loss_se" in usable else None
+    bars = " Bars: ± 1.96 standard errors over validation images." if se is not None and se.notna().any() else ""
+    for key, x, other, title in (
+        ("N", "params_total", "images_seen", "Loss against parameters"),
+        ("D", "images_seen", "params_total", "Loss against images seen"),
+    ):
+        if x not in usable or usable[x].isna().all():
+            continue
+        if "ND" in fits:
+            axes, caption = plot_fit(fits["ND"], x=key, se=se), law_caption(study, "ND") + bars
+            data = fits["ND"].data
+        elif key in fits:
+            axes, caption, data = plot_fit(fits[key], se=se), law_caption(study, key) + bars, fits[key].data
+        else:
+            by = other if other in usable and usable[other].notna().all() else None
+            axes = plot_points(usable, x, by=by)
+            caption, data = "No law could be fitted; see what is missing.", usable[[x, "val_loss"]]
+        yield page_figure(f"loss-{key}", "scaling", title, caption, axes.figure, data)
+    if "flops_train" in usable and usable["flops_train"].notna().any():
+        yield _compute_figure(study, se, bars)
+
+
+def _compute_figure(study: Study, se: pd.Series | None, bars: str) -> PageFigure:
+    usable = study.usable[["flops_train", "val_loss"]].dropna()
+    title = "Loss against compute"
+    if "C" not in study.fits:
+        axes = plot_points(usable, "flops_train")
+        return page_figure("loss-C", "scaling", title, "No law could be fitted.", axes.figure, usable)
+    background = usable.set_axis(["x", "y"], axis=1)
+    axes = plot_fit(study.fits["C"], se=se, background=background)
+    caption = f"Grey: all measurements; blue: the envelope. {law_caption(study, 'C')}{bars}"
+    return page_figure("loss-C", "scaling", title, caption, axes.figure, usable)
+
+
+def _accuracy(study: Study) -> Iterator[PageFigure]:
+    probes = study.probes
+    if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
+        return
+    for kind in dict.fromkeys(probes["kind"]):
+        rows = probes[probes["kind"] == kind]
+        found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
+        caption = (
+            f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of the "
+            f"{kind} probe's correlation with validation loss."
+        )
+        figure = plot_loss_accuracy(rows, found)
+        keep = [
+            c
+            for c in ("size", "params_total", "images_seen", "val_loss", "task", "top1", "top1_lo95", "top1_hi95")
+            if c in rows
+        ]
+        yield page_figure(
+            f"accuracy-{kind}", "accuracy", f"Loss against {kind}-probe accuracy", caption, figure, rows[keep]
+        )
+
+
+def _checks(study: Study) -> Iterator[PageFigure]:
+    joint = study.fits.get("ND") or study.fits.get("N")
+    if joint is not None:
+        caption = (
+            f"{joint.law.formula}. Points should scatter around zero without a pattern; a pattern along an axis means that "
+            f"the form does not describe that variable."
+        )
+        yield page_figure(
+            "residuals", "checks", "Residuals of the fitted law", caption, plot_residuals(joint), joint.data
+        )
+
+
+def _published(study: Study) -> Iterator[PageFigure]:
+    usable = study.usable
+    if usable.empty or "params_total" not in usable or usable["params_total"].isna().all():
+        return
+    ours = usable.loc[usable.groupby("params_total")["val_loss"].idxmin()].sort_values("params_total")
+    published = published_frame()
+    caption = (
+        f"Ours: lowest loss of each size, {human(ours['params_total'].min())} to {human(ours['params_total'].max())} "
+        f"parameters. AIM: IN-1k validation loss of the four published sizes. The levels are not comparable (other images, "
+        f"resolution, patches, prefixes and budgets); the slopes are, with the cautions below."
+    )
+    keep = ["params_total", "val_loss"]
+    data = pd.concat([ours[keep].assign(family="this table"), published[keep].assign(family="AIM, published")])
+    figure = plot_beside_published(ours, published)
+    yield page_figure("beside-aim", "published", "Beside the published AIM models", caption, figure, data)

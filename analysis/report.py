@@ -1,0 +1,125 @@
+"""`aimscale report`: one table in, one self-contained HTML page out.
+
+The page makes no request: style, script, figures, pictures and downloads are inside it. Every text that comes from
+a table is escaped by the template.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from analysis import report_tables as tables
+from analysis import report_text as words
+from analysis.errors import AnalysisError
+from analysis.figures import page_figures
+from analysis.plots_style import css_variables
+from analysis.report_pictures import picture_rows
+from analysis.report_study import Study, study_table
+from analysis.table import read_table
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class ReportError(AnalysisError):
+    """A report that cannot be written."""
+
+
+def write_report(
+    table: Path, out: Path | None = None, *, columns: Mapping[str, str] | None = None, resamples: int = 1000
+) -> Path:
+    """Analyse a table and write the page.
+
+    Args:
+        table: CSV or Parquet table, or a sweep's folder; `collect.json` beside it gives pictures and machine.
+        out: the page; None writes `report.html` beside the table.
+        columns: our name -> the file's, for foreign tables.
+        resamples: bootstrap resamples of every interval.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        TableError: the table cannot be read, or holds neither losses nor sizes.
+        ReportError: the page cannot be written.
+    """
+    if table.is_dir():
+        table = table / "results.parquet"
+    frame = read_table(table, columns)
+    page = render(study_table(table, frame, _read_collect(table), resamples=resamples))
+    out = out or table.with_name("report.html")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        aside.write_text(page, encoding="utf-8")
+        os.replace(aside, out)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise ReportError(f"cannot write {out}: {error.strerror}; give another path with --out") from error
+    return out
+
+
+def _read_collect(table: Path) -> dict[str, Any]:
+    """The sweep's collect.json beside the table, or nothing."""
+    path = table.with_name("collect.json")
+    if not path.exists():
+        return {}
+    try:
+        collect = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read {path} ({error}); collect the sweep again") from error
+    return collect if isinstance(collect, dict) else {}
+
+
+def render(study: Study) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    figures = page_figures(study)
+    pictures = picture_rows(study)
+    return environment.get_template("report.html").render(
+        title=page_title(study),
+        description=study.collect.get("description") or "",
+        made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        style=_asset("report.css"),
+        script=_asset("report.js"),
+        figure_colours_light=css_variables(dark=False),
+        figure_colours_dark=css_variables(dark=True),
+        summary=words.summary(study),
+        figures={s: [f for f in figures if f.section == s] for s in ("scaling", "accuracy", "checks", "published")},
+        pictures=pictures,
+        ladder=tables.ladder_table(study),
+        results=tables.results_page_table(study),
+        laws=tables.law_tables(study),
+        forecast=tables.forecast_table(study),
+        heldout=tables.heldout_table(study),
+        probes=tables.probe_table(study),
+        correlations=tables.correlation_table(study),
+        published=tables.published_tables(),
+        comparability=words.comparability(study),
+        missing=list(dict.fromkeys(study.missing)),
+        methods=words.methods(study),
+        provenance=words.provenance(study),
+    )
+
+
+def _asset(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def page_title(study: Study) -> str:
+    """Name of the sweep, or of the file."""
+    sweeps: list[Any] = list(study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else []
+    return " and ".join(map(str, sweeps[:3])) if sweeps else study.path.stem
+
+

@@ -1,0 +1,159 @@
+"""What a report says about one table: the fits, correlations and forecasts, each or a sentence why it is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from analysis.correlation import correlate
+from analysis.errors import AnalysisError
+from analysis.estimate import fit
+from analysis.heldout import held_out
+from analysis.result import Correlation, Fit
+from analysis.table import probe_frame, usable_rows
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(kw_only=True)
+class Study:
+    """One table, analysed."""
+
+    path: Path
+    """The table."""
+    frame: pd.DataFrame
+    """All rows, as `read_table` gives them."""
+    usable: pd.DataFrame
+    """Complete rows with a validation loss."""
+    probes: pd.DataFrame
+    """`probe_frame` of the complete rows."""
+    collect: dict[str, Any]
+    """The sweep's collect.json, or empty."""
+    exclusions: list[str]
+    """Rows left out and why, in sentences."""
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """`ND` the joint law; `N`, `D`, `C` power laws with offset along one variable."""
+    selections: dict[str, str] = field(default_factory=dict)
+    """Fit key -> which rows it used, in words."""
+    correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
+    """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
+    missing: list[str] = field(default_factory=list)
+    """What the table did not allow, in sentences."""
+
+    def attempt(self, what: str, work: Callable[[], ResultT]) -> ResultT | None:
+        """Do a piece of analysis; where the data do not allow it, note what is missing and why."""
+        try:
+            return work()
+        except AnalysisError as error:
+            self.missing.append(f"{what}: {error}")
+            return None
+
+
+def study_table(path: Path, frame: pd.DataFrame, collect: dict[str, Any], *, resamples: int = 1000) -> Study:
+    """Fit, test and correlate what the table allows."""
+    usable, exclusions = usable_rows(frame)
+    complete = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
+    study = Study(
+        path=path,
+        frame=frame,
+        usable=usable,
+        probes=probe_frame(complete),
+        collect=collect,
+        exclusions=exclusions,
+    )
+    if usable.empty:
+        study.missing.append("No row has a validation loss, so no law is fitted.")
+    else:
+        _fit_laws(study, resamples)
+    _correlate(study, resamples)
+    return study
+
+
+def _fit_laws(study: Study, resamples: int) -> None:
+    usable = study.usable
+    rows: dict[str, tuple[str, pd.DataFrame, str]] = {"ND": ("chinchilla", usable, "all complete rows")}
+    if "images_seen" in usable and "params_total" in usable:
+        largest, words = widest_slice(usable, "params_total", "images_seen")
+        rows["N"] = ("power_offset:N", largest, f"rows with {words} images seen")
+        largest, words = widest_slice(usable, "images_seen", "params_total")
+        rows["D"] = ("power_offset:D", largest, f"rows of the model with {words} parameters")
+    if "flops_train" in usable and usable["flops_train"].notna().any():
+        rows["C"] = ("power_offset:C", envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
+    for key, (law, subset, words) in rows.items():
+        study.selections[key] = words
+        found = study.attempt(f"Law {law}", lambda law=law, subset=subset: fit(law, subset, resamples=resamples))  # type: ignore[misc]
+        if found is not None:
+            study.fits[key] = found
+    if "ND" in study.fits:
+        study.fits["ND"] = _with_tests(study, study.fits["ND"])
+
+
+def _with_tests(study: Study, joint: Fit) -> Fit:
+    tests = []
+    for variable in ("N", "D"):
+        test = study.attempt(
+            f"Held-out test over the largest {variable}",
+            lambda variable=variable: held_out(joint, study.usable, by=variable),  # type: ignore[misc]
+        )
+        tests += [test] if test else []
+    return dataclasses.replace(joint, heldout=tuple(tests))
+
+
+def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
+    """The rows at the value of `fixed` that has most values of `varies` (the largest such value), and that value."""
+    spread = frame.groupby(fixed)[varies].nunique()
+    if spread.empty:
+        return frame.iloc[:0], "no"
+    value = spread[spread == spread.max()].index.max()
+    return frame[frame[fixed] == value], f"{value:,.0f}"
+
+
+def envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_loss") -> pd.DataFrame:
+    """Rows whose loss no row of equal or lower compute undercuts."""
+    ordered = frame[frame[x] > 0].sort_values([x, y], kind="stable")
+    best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
+    return ordered[ordered[y].to_numpy() < best_before]
+
+
+def _correlate(study: Study, resamples: int) -> None:
+    probes = study.probes
+    if probes.empty:
+        study.missing.append("The table has no probe results, so loss is not compared with accuracy.")
+        return
+    if study.usable.empty:
+        return
+    for (kind, task), rows in probes.groupby(["kind", "task"], sort=False):
+        found = study.attempt(
+            f"Correlation of loss with {kind} accuracy on {task}",
+            lambda rows=rows: correlate(rows.reset_index(drop=True), x="val_loss", y="top1"),  # type: ignore[misc]
+        )
+        if found:
+            study.correlations[(str(kind), str(task))] = found
+
+
+def best_probe_kind(kinds: Sequence[str]) -> str | None:
+    """The paper's protocol where there is one: attentive, else linear, else whatever was run."""
+    return next((kind for kind in ("attentive", "linear", *kinds) if kind in kinds), None)
+
+
+FORECAST_SCALES = ((2.0, 2.0), (10.0, 1.0), (1.0, 10.0), (10.0, 10.0))
+
+
+def forecasts(study: Study) -> pd.DataFrame:
+    """What the joint law expects beyond the table: N and D multiplied from the largest run.
+
+    Returns:
+        Columns: times_n, times_d, N, D, value, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range; empty without the law.
+    """
+    joint = study.fits.get("ND")
+    if joint is None:
+        return pd.DataFrame()
+    scales = pd.DataFrame(FORECAST_SCALES, columns=["times_n", "times_d"])
+    grid = scales.assign(N=scales["times_n"] * joint.ranges["N"][1], D=scales["times_d"] * joint.ranges["D"][1])
+    return pd.concat([grid, joint.predict(grid)], axis=1)

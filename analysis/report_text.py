@@ -1,0 +1,234 @@
+"""The report's words: a summary to read first, what may be compared with the paper, methods, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator
+
+import pandas as pd
+
+from analysis.baselines import PAPER_EXPONENTS, TASKS
+from analysis.plots_style import human
+from analysis.report_study import Study, best_probe_kind
+from analysis.result import Correlation, Fit
+
+
+def summary(study: Study) -> list[str]:
+    """What was run, what came out, how sure it is: sentences for someone who reads nothing else."""
+    return [
+        *_what_was_run(study),
+        *_what_came_out(study),
+        *_law_in_words(study),
+        *_frontier_in_words(study),
+        *_accuracy_in_words(study),
+    ]
+
+
+def _range(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return human(low) if low == high else f"{human(low)} to {human(high)}"
+
+
+def _count(num: int, noun: str) -> str:
+    return f"{num} {noun}{'' if num == 1 else 's'}"
+
+
+def _has(frame: pd.DataFrame, *names: str) -> bool:
+    return all(name in frame and frame[name].notna().any() for name in names)
+
+
+def _what_was_run(study: Study) -> Iterator[str]:
+    frame = study.frame
+    parts = [_count(len(frame), "row")]
+    if _has(frame, "params_total"):
+        num_sizes = frame["params_total"].nunique()
+        parts.append(f"{_count(num_sizes, 'model size')} ({_range(frame['params_total'])} parameters)")
+    if _has(frame, "images_seen"):
+        num_budgets = frame["images_seen"].nunique()
+        parts.append(f"{_count(num_budgets, 'data budget')} ({_range(frame['images_seen'])} images seen)")
+    cost = ""
+    if _has(frame, "device_hours"):
+        devices = (
+            ", ".join(dict.fromkeys(frame["device"].dropna())) if _has(frame, "device") else "the devices named below"
+        )
+        cost = f" Training and evaluation took {human(frame['device_hours'].sum())} device-hours on {devices}."
+    if _has(study.usable, "flops_train"):
+        runs = ["run_id"] if _has(study.usable, "run_id") else None
+        last = study.usable.groupby(runs)["flops_train"].max() if runs else study.usable["flops_train"]
+        cost += f" The runs used {human(last.sum())} FLOP up to their largest budgets."
+    yield f"The table holds {', '.join(parts)}; {len(study.usable)} of the rows have a validation loss.{cost}"
+
+
+def _what_came_out(study: Study) -> Iterator[str]:
+    usable = study.usable
+    if usable.empty:
+        return
+    best = usable.loc[usable["val_loss"].idxmin()]
+    error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(usable, "val_loss_se") and best["val_loss_se"] > 0 else ""
+    name = f" by {best['size']}" if _has(usable, "size") else ""
+    seen = f" after {human(best['images_seen'])} images" if _has(usable, "images_seen") else ""
+    yield f"The lowest validation loss is {best['val_loss']:.4f}{error}, reached{name}{seen}."
+    for varies, fixed, words in (
+        ("params_total", "images_seen", "from the smallest to the largest model at the largest budget"),
+        ("images_seen", "params_total", "from the smallest to the largest budget of the largest model"),
+    ):
+        if _has(usable, varies, fixed):
+            rows = usable[usable[fixed] == usable[fixed].max()].groupby(varies)["val_loss"].mean().sort_index()
+            if len(rows) > 1:
+                change = 100 * (rows.iloc[-1] / rows.iloc[0] - 1)
+                factor = human(rows.index[-1] / rows.index[0])
+                yield f"Going {words} ({factor}×) changes the loss by {change:+.1f} %."
+
+
+def _law_in_words(study: Study) -> Iterator[str]:
+    joint = study.fits.get("ND")
+    if joint is None:
+        yield "No joint law of parameters and data could be fitted; the section on what is missing says why."
+        return
+    unsure = [name for name in ("alpha", "beta", "E") if name in joint.not_identified]
+    values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
+    yield f"The joint law is {joint.law.formula.replace('alpha', 'α').replace('beta', 'β')} with {values}."
+    if unsure:
+        names = " and ".join(symbol(name) for name in unsure)
+        yield f"The data do not pin down {names}, so no digits are given for it and the law should not be used to extrapolate."
+    for test in joint.heldout:
+        verdict = "better" if test.mean_abs_relative_error < test.naive_mean_abs_relative_error else "no better"
+        yield (
+            f"Fitted without the largest {'model' if test.variable == 'N' else 'budget'}, the law predicts its losses with a mean "
+            f"error of {100 * test.mean_abs_relative_error:.2f} %; a straight line in log-log has "
+            f"{100 * test.naive_mean_abs_relative_error:.2f} %, so the law is {verdict} than a ruler here."
+        )
+
+
+def symbol(name: str) -> str:
+    """Greek letters for the parameters that carry their names."""
+    return {"alpha": "α", "beta": "β", "gamma": "γ"}.get(name, name)
+
+
+def _frontier_in_words(study: Study) -> Iterator[str]:
+    joint = study.fits.get("ND")
+    if joint is None or "a" not in joint.params or "a" in joint.not_identified:
+        return
+    a = joint.intervals.get("a")
+    interval = f" [{a.low:.2f}, {a.high:.2f}]" if a else ""
+    times_n = 10 ** joint.params["a"]
+    yield (
+        f"If compute is spent best, N grows like C^{joint.params['a']:.2f}{interval}: ten times the compute goes into "
+        f"{times_n:.1f}× the parameters and {10 / times_n:.1f}× the images (C taken as proportional to N × D)."
+    )
+
+
+def _accuracy_in_words(study: Study) -> Iterator[str]:
+    kind = best_probe_kind(list(dict.fromkeys(k for k, _ in study.correlations)))
+    for (k, task), found in study.correlations.items():
+        if k == kind and found:
+            yield correlation_words(task, k, found)
+
+
+def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
+    """One task's rank and linear correlation."""
+    by = {c.method: c for c in found}
+    parts = [
+        f"{words} {by[method].value:.2f} [{by[method].low:.2f}, {by[method].high:.2f}]"
+        for method, words in (("pearson", "Pearson"), ("spearman", "Spearman"))
+        if method in by
+    ]
+    first = found[0]
+    clear = (
+        "predicts" if max(abs(first.low), abs(first.high)) and first.low * first.high > 0 else "is not shown to predict"
+    )
+    return (
+        f"Validation loss {clear} {kind}-probe accuracy on {task}: {', '.join(parts)} over {first.num_points} points."
+    )
+
+
+def comparability(study: Study) -> list[str]:
+    """What may and may not be read from ours beside the paper's numbers."""
+    lines = [
+        "The levels of the losses may not be compared: other validation images, resolution, patch size and budgets, and the "
+        "paper does not say which prefixes its validation loss scores.",
+    ]
+    tasks = set(study.probes["task"]) if not study.probes.empty else set()
+    shared = [task for task in TASKS if task in tasks]
+    if shared:
+        lines.append(
+            f"Accuracy may be compared task by task on {', '.join(shared)} (same task name): see aimscale compare."
+        )
+    elif tasks:
+        lines.append(
+            "None of the tasks probed here is one of the paper's fifteen, so no accuracy is put beside AIM's, and no mean either."
+        )
+    slope = study.fits.get("N")
+    if slope is not None:
+        lines.append(
+            f"Slopes may be compared with care: the paper's four points give L ~ N^-{PAPER_EXPONENTS['params_trunk']:.4f} on trunk "
+            f"parameters and N^-{PAPER_EXPONENTS['params_total']:.4f} with the head counted, a straight line without offset over one "
+            "decade at equal numbers of updates. A power law with offset, or models much smaller than theirs, has another slope "
+            "for that reason alone."
+        )
+    return lines
+
+
+def methods(study: Study) -> list[str]:
+    """How the numbers were made; the (mis)fitting checklist, filled in by the fits themselves."""
+    lines = [fit.sentence() for fit in study.fits.values()]
+    lines += [flag_line(key, fit) for key, fit in study.fits.items() if fit.flags]
+    frame = study.frame
+    for name, words in (
+        ("schedule", "Schedule"),
+        ("precision", "Precision"),
+        ("target", "Target"),
+        ("prefix", "Prefix lengths"),
+        ("patch_order", "Patch order"),
+        ("head_rule", "Pixel head"),
+        ("lr_peak", "Peak learning rate"),
+        ("batch_size", "Batch size"),
+        ("image_size", "Image side (pixels)"),
+        ("patch_size", "Patch side (pixels)"),
+        ("val_num_images", "Validation images"),
+    ):
+        if _has(frame, name):
+            values = dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in frame[name].dropna())
+            lines.append(f"{words}: {', '.join(list(values)[:8])}{' and more' if len(values) > 8 else ''}.")
+    lines += study.exclusions or ["Nothing was left out of the fits."]
+    for name, words in (("num_skipped_steps", "skipped optimiser steps"), ("num_bad_samples", "undecodable samples")):
+        if _has(frame, name):
+            lines.append(f"{int(frame[name].sum())} {words} over all rows.")
+    return lines
+
+
+def flag_line(key: str, fit: Fit) -> str:
+    """What to be careful about in one fit."""
+    return f"Careful with {fit.law.formula} ({key}): {' '.join(fit.flags)}"
+
+
+def provenance(study: Study) -> list[tuple[str, str]]:
+    """Where the numbers come from: label and value."""
+    frame = study.frame
+    items = [
+        ("Table", study.path.name),
+        ("SHA-256 of the table", hashlib.sha256(study.path.read_bytes()).hexdigest()),
+    ]
+    for name, words in (
+        ("sweep", "Sweep"),
+        ("git_commit", "Code (git commit)"),
+        ("data_fingerprint", "Training data (fingerprint)"),
+        ("device", "Device"),
+        ("world_size", "Ranks"),
+        ("zero_stage", "ZeRO stage"),
+        ("seed", "Seeds"),
+        ("schema_version", "Table schema"),
+    ):
+        if _has(frame, name):
+            values = list(dict.fromkeys(str(v) for v in frame[name].dropna()))
+            items.append((words, ", ".join(values[:8]) + (" and more" if len(values) > 8 else "")))
+    if _has(frame, "finished_at"):
+        stamps = frame["finished_at"].dropna().astype(str)
+        items.append(("Measured", f"{stamps.min()} to {stamps.max()}"))
+    for machine in study.collect.get("machines", []):
+        if isinstance(machine, dict):
+            items += [(f"Machine: {k}", str(v)) for k, v in machine.items() if isinstance(v, (str, int, float))]
+    for name in ("numpy", "scipy", "pandas", "seaborn", "matplotlib"):
+        items.append((f"Analysed with {name}", importlib.metadata.version(name)))
+    return items

@@ -1,0 +1,24 @@
+"use strict";
+// A click on a heading sorts its table: numbers by value, texts by alphabet, missing values last.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    heads.forEach((other) => other.setAttribute("aria-sort", "none"));
+    head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
+    const key = (row) => row.cells[column].dataset.sort;
+    const compare = (a, b) => {
+      if (a === "" || b === "") return (a === "") - (b === "");
+      const difference = Number(a) - Number(b);
+      return sign * (Number.isNaN(difference) ? a.localeCompare(b, undefined, { numeric: true }) : difference);
+    };
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => compare(key(a), key(b))));
+  }));
+}
+// Printing shows every table, and puts them back as they were.
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details:not([open])")];
+  opened.forEach((details) => { details.open = true; });
+});
+addEventListener("afterprint", () => opened.forEach((details) => { details.open = false; }));
