@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +11,17 @@ import typer
 
 app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True)
 
+ClassesOption = Annotated[
+    Path | None, typer.Option("--classes", help="Text file of class names, one a line, in the order of the labels.")
+]
+
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(help="Image folder (sub-folders are classes); with --bundled, the output.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Image folder (sub-folders are classes) or an idx file of images; with --bundled, OUT."),
+    ],
     out: Annotated[Path | None, typer.Argument(help="New folder for the shards and their index.")] = None,
     bundled: Annotated[
         bool, typer.Option("--bundled", help="Pack the photographs and digits that ship inside installed packages.")
@@ -22,10 +29,11 @@ def pack(
     resize: Annotated[int | None, typer.Option(min=1, help="Shrink shorter sides above this to it, pixels.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave undecodable images out and list them.")] = False,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Size at which a new shard begins, MB.")] = 500.0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that index the shards.")] = 1,
+    classes: ClassesOption = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
     from harness.data.bundled import FOLDERS, write_bundled
+    from harness.data.idx import is_idx, pack_idx
     from harness.data.index import DataError
     from harness.data.pack import pack_folder
 
@@ -37,42 +45,85 @@ def pack(
         return
     if out is None:
         raise DataError(f"data pack needs an output folder: aimscale data pack {source} OUT")
-    info, skipped = pack_folder(
-        source, out, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6, num_workers=workers
-    )
+    skipped: list[Path] = []
+    if is_idx(source):
+        info = pack_idx(source, out, classes=_read_classes(classes))
+    else:
+        if classes is not None:
+            raise DataError("--classes is for idx files and data index; an image folder's classes are its sub-folders")
+        info, skipped = pack_folder(source, out, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6)
     for path in skipped:
         print(f"left out, cannot be decoded: {path}")
-    print(f"wrote {out}: {info.num_samples} images, {len(info.classes or ())} classes, {len(info.shards)} shards")
+    print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {len(info.shards)} shards")
 
 
 @app.command()
 def index(
-    folder: Annotated[str, typer.Argument(help="Folder of webdataset tar shards.")],
+    shards: Annotated[
+        str,
+        typer.Argument(help="Folder or URL of tar shards, or FOLDER/NAME-{000..123}.tar where a server lists nothing."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the index when the shards are remote or read-only; default: beside them."),
+    ] = None,
+    classes: ClassesOption = None,
+    name: Annotated[str | None, typer.Option(help="Name of the data set; default: its folder's.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; each reads one shard at a time.")] = 1,
 ) -> None:
-    """Read every shard once and write index.parquet and dataset.json beside them."""
+    """Read every shard once and write index.parquet and dataset.json; resumes where it was interrupted."""
     from harness.data.index import DataError
-    from harness.data.scan import scan_shards, write_scans
+    from harness.data.indexing import expand_shards, index_shards
+    from harness.data.shards import is_url
 
-    shards = sorted(path.name for path in Path(folder).glob("*.tar"))
-    if not shards:
-        raise DataError(f"{folder} holds no .tar shards")
-    info = write_scans(Path(folder), Path(folder).name, scan_shards(folder, shards, num_workers=workers), None)
-    print(f"indexed {folder}: {info.num_samples} images in {len(info.shards)} shards, {info.num_bad} undecodable")
+    location, names = expand_shards(shards)
+    if is_url(location) and out is None:
+        raise DataError(f"the index of {location} needs a local folder: add --out FOLDER")
+    if out is None and not Path(location).is_dir():
+        raise DataError(f"shard folder {location} does not exist")
+    info = index_shards(
+        location,
+        out or Path(location),
+        names=names,
+        name=name,
+        classes=_read_classes(classes),
+        num_workers=workers,
+        progress=_show_progress,
+    )
+    print(f"wrote the index of {out or location}: {info.num_samples:,} images, {info.num_bad:,} undecodable")
 
 
 @app.command()
 def info(
-    folder: Annotated[str, typer.Argument(help="Folder of indexed shards.")],
+    folder: Annotated[str, typer.Argument(help="Folder or URL with an index.")],
+    sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet to this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Describe an indexed data set."""
+    """Show counts, classes and resolutions of an indexed data set, and a contact sheet."""
+    from harness.data.contact_sheet import write_contact_sheet
+    from harness.data.describe import describe_dataset, format_description
     from harness.data.index import open_dataset
 
     dataset = open_dataset(folder)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(dataset.info)))
-        return
-    print(
-        f"{dataset.info.name}: {len(dataset)} images, {dataset.num_classes} classes, {dataset.info.num_bad} undecodable"
-    )
+    facts = describe_dataset(dataset)
+    if sheet is not None:
+        facts["contact_sheet"] = {"path": str(sheet), "num_images": write_contact_sheet(dataset, sheet)}
+    print(json.dumps(facts, indent=1) if as_json else format_description(facts))
+    if sheet is not None and not as_json:
+        print(f"  {'contact sheet':<14} {facts['contact_sheet']['num_images']} images in {sheet}")
+
+
+def _read_classes(path: Path | None) -> tuple[str, ...] | None:
+    from harness.data.index import DataError
+
+    if path is None:
+        return None
+    try:
+        return tuple(path.read_text().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read class names from {path}: {error}") from error
+
+
+def _show_progress(num_done: int, num_shards: int, num_images: int) -> None:
+    end = "\r" if sys.stderr.isatty() and num_done < num_shards else "\n"
+    print(f"indexed {num_done}/{num_shards} shards, {num_images:,} images", end=end, file=sys.stderr, flush=True)

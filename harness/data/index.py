@@ -21,7 +21,8 @@ import torch
 
 from aim.errors import UserError
 from harness.data.decode import decode
-from harness.data.shards import ShardReader, is_url, join, open_reader, read_bytes
+from harness.data.shard_cache import CachedReader
+from harness.data.shards import LocalReader, RemoteReader, ShardReader, is_url, join, read_bytes
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.parquet"
@@ -228,9 +229,16 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
             f"the index of {where} does not match its {DATASET_FILE}; run `aimscale data index {where}` again"
         )
     location = info.shards_at or where
+    reader: ShardReader
     if not is_url(location):
         _check_shards(Path(location), info)
-    return ShardDataset(where, info, table, open_reader(location, cache_dir=cache_dir, cache_gb=cache_gb))
+        reader = LocalReader(Path(location))
+    elif cache_dir is None:
+        reader = RemoteReader(location)
+    else:
+        sizes = {shard.name: shard.size for shard in info.shards}
+        reader = CachedReader(location, sizes, Path(cache_dir), int(cache_gb * 1e9))
+    return ShardDataset(where, info, table, reader)
 
 
 def _check_shards(folder: Path, info: DatasetInfo) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import webdataset
 from PIL import Image
@@ -18,8 +20,9 @@ from PIL import Image
 from harness.data.decode import UndecodableImageError, decode
 from harness.data.evalset import resize_shorter_side
 from harness.data.index import DataError, DatasetInfo
+from harness.data.indexing import write_scans
 from harness.data.random_access import make_key, permute
-from harness.data.scan import IMAGE_EXTENSIONS, scan_shards, write_scans
+from harness.data.scan import IMAGE_EXTENSIONS, scan_shard
 
 _MAX_SHARD_BYTES = 500e6
 _SHARD_PATTERN = "shard-%06d.tar"
@@ -71,7 +74,6 @@ def write_dataset(
     name: str | None = None,
     classes: tuple[str, ...] | None = None,
     max_shard_bytes: float = _MAX_SHARD_BYTES,
-    num_workers: int = 1,
 ) -> DatasetInfo:
     """Write shards of at most `max_shard_bytes` and their index to the new folder `out`.
 
@@ -89,7 +91,7 @@ def write_dataset(
                     members["cls"] = str(image.label).encode()
                 sink.write(members)
         shards = sorted(path.name for path in folder.glob("*.tar"))
-        info = write_scans(folder, name or out.name, scan_shards(str(folder), shards, num_workers=num_workers), classes)
+        info = write_scans(folder, name or out.name, [scan_shard(str(folder), shard) for shard in shards], classes)
         if info.num_bad:
             raise DataError(f"{info.num_bad} of {info.num_samples} images written to {out} cannot be decoded")
     return info
@@ -102,7 +104,6 @@ def pack_folder(
     resize: int | None = None,
     skip_bad: bool = False,
     max_shard_bytes: float = _MAX_SHARD_BYTES,
-    num_workers: int = 1,
 ) -> tuple[DatasetInfo, list[Path]]:
     """Pack an image folder; sub-folders, sorted, become classes. Returns the data set and the files left out as bad.
 
@@ -114,13 +115,16 @@ def pack_folder(
             (unless `skip_bad`).
     """
     files, classes = list_images(folder)
-    order = permute(np.arange(len(files)), len(files), make_key("pack order"))
     skipped: list[Path] = []
-    images = _read_images(folder, [files[i] for i in order], classes, resize, skipped if skip_bad else None)
-    info = write_dataset(
-        out, images, name=folder.name, classes=classes, max_shard_bytes=max_shard_bytes, num_workers=num_workers
-    )
+    files = [files[number] for number in shuffled_order(len(files))]
+    images = _read_images(folder, files, classes, resize, skipped if skip_bad else None)
+    info = write_dataset(out, images, name=out.name, classes=classes, max_shard_bytes=max_shard_bytes)
     return info, skipped
+
+
+def shuffled_order(number: int) -> npt.NDArray[np.int64]:
+    """The fixed order in which `number` images are packed."""
+    return permute(np.arange(number), number, make_key("pack order"))
 
 
 def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
@@ -163,7 +167,8 @@ def _read_images(
         extension = path.suffix[1:].lower()
         if resize is not None and min(image.shape[-2:]) > resize:
             extension, data = encode(resize_shorter_side(image, resize))
-        yield PackedImage(f"{number:09d}", extension, data, label)
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)  # a dot would end the key
+        yield PackedImage(f"{number:09d}-{stem}", extension, data, label)
     if skipped is not None and len(skipped) == len(files):
         raise DataError(f"none of the {len(files)} images of {folder} can be decoded")
 

@@ -1,43 +1,30 @@
-"""Read webdataset tar shards once, in parallel, and index every image in them.
+"""Read one webdataset tar shard from front to back and list its images.
 
-A sample is a run of members with one key (the path up to the first dot of the file name): one image (jpg, png, webp,
-...) and, for its label, `cls` (a number) or `json` with an integer `label` or `cls`. Captions (`txt`) are left alone.
+A sample is a run of members with one key (the path up to the first dot of the file name). It has one image (jpg, png,
+webp, ...) and, for its label, `cls` (a number) or `json` with a whole number under `label` or `cls`; other members, a
+caption in `txt` for one, are left alone. So the shards of timm's imagenet-1k-wds, of img2dataset and of DataComp read
+as they are.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import fsspec
-import numpy as np
+import pyarrow as pa
 
 from harness.data.decode import UndecodableImageError, decode
-from harness.data.index import NO_LABEL, DataError, DatasetInfo, ShardInfo, content_fingerprint, write_index
-from harness.data.shards import is_url, join
+from harness.data.index import SCHEMA, DataError
+from harness.data.shards import REMOTE_ERRORS, is_url, join
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")
+SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
 _LABEL_KEYS = ("label", "cls")
-
-
-class Entry(NamedTuple):
-    """One image of a shard."""
-
-    key: str
-    offset: int
-    size: int
-    label: int
-    width: int
-    height: int
-    checksum: int
-    ok: bool
 
 
 class ShardScan(NamedTuple):
@@ -45,84 +32,38 @@ class ShardScan(NamedTuple):
 
     name: str
     size: int
-    entries: list[Entry]
+    rows: pa.Table
+    """Of SCAN_SCHEMA: the index's columns without the shard number."""
 
 
 def scan_shard(location: str, name: str) -> ShardScan:
-    """Read one tar file from front to back, decoding every image.
+    """Read one tar file, decoding every image.
 
     Raises:
         DataError: the shard is missing, truncated, no tar file, or holds two images under one key.
     """
     path = join(location, name)
     try:
+        size = shard_size(path)
         with _open(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
             entries = [_entry(path, key, members) for key, members in _samples(tar)]
-        return ShardScan(name, _size(path), [entry for entry in entries if entry is not None])
+            # tarfile takes a file cut off between two members for a whole one; the end-of-archive mark tells them apart
+            if size <= tar.offset:
+                raise DataError(f"shard {path} is truncated: it lacks the end-of-archive mark; copy or write it again")
     except FileNotFoundError as error:
         raise DataError(f"shard {path} is missing; restore it or leave it out") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"shard {path} is truncated or no tar file ({error}); write it again") from error
+    except (tarfile.TarError, EOFError, *REMOTE_ERRORS) as error:
+        raise DataError(f"shard {path} is truncated or no tar file ({error}); copy or write it again") from error
+    rows = pa.Table.from_pylist([entry for entry in entries if entry is not None], schema=SCAN_SCHEMA)
+    return ShardScan(name, size, rows)
 
 
-def scan_shards(
-    location: str, names: Sequence[str], *, num_workers: int = 1, progress: Callable[[ShardScan], None] | None = None
-) -> list[ShardScan]:
-    """`scan_shard` of every shard, in order; `progress` is called as each ends."""
-    scans: dict[str, ShardScan] = {}
-    with contextlib.ExitStack() as stack:
-        results: Iterator[ShardScan]
-        if num_workers > 1 and len(names) > 1:
-            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names))))
-            futures = [pool.submit(scan_shard, location, name) for name in names]
-            stack.callback(lambda: [future.cancel() for future in futures])
-            results = (future.result() for future in concurrent.futures.as_completed(futures))
-        else:
-            results = (scan_shard(location, name) for name in names)
-        for scan in results:
-            scans[scan.name] = scan
-            if progress is not None:
-                progress(scan)
-    return [scans[name] for name in names]
-
-
-def write_scans(
-    folder: Path, name: str, scans: Sequence[ShardScan], classes: tuple[str, ...] | None, shards_at: str | None = None
-) -> DatasetInfo:
-    """Turn scans into `index.parquet` and `dataset.json` in `folder`.
-
-    Raises:
-        DataError: the shards hold no image, or a label that has no class name.
-    """
-    entries = [entry for scan in scans for entry in scan.entries]
-    if not entries:
-        raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
-    labels = np.array([entry.label for entry in entries], dtype=np.int64)
-    if classes is not None and labels.max() >= len(classes):
-        raise DataError(f"label {labels.max()} has no name: {len(classes)} class names were given; give one per label")
-    checksums = np.array([entry.checksum for entry in entries], dtype=np.uint64)
-    columns: dict[str, Any] = {
-        "key": [entry.key for entry in entries],
-        "shard": np.repeat(np.arange(len(scans), dtype=np.int32), [len(scan.entries) for scan in scans]),
-        "offset": [entry.offset for entry in entries],
-        "size": [entry.size for entry in entries],
-        "label": [None if entry.label == NO_LABEL else entry.label for entry in entries],
-        "width": [entry.width for entry in entries],
-        "height": [entry.height for entry in entries],
-        "checksum": checksums,
-        "ok": [entry.ok for entry in entries],
-    }
-    info = DatasetInfo(
-        name=name,
-        num_samples=len(entries),
-        num_bad=sum(not entry.ok for entry in entries),
-        classes=classes,
-        shards=tuple(ShardInfo(name=scan.name, size=scan.size, num_samples=len(scan.entries)) for scan in scans),
-        shards_at=shards_at,
-        fingerprint=content_fingerprint(checksums, labels),
-    )
-    write_index(folder, info, columns)
-    return info
+def shard_size(path: str) -> int:
+    """Bytes of a local or remote file."""
+    if not is_url(path):
+        return os.stat(path).st_size
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return int(filesystem.size(inner))
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
@@ -146,37 +87,44 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tuple[int, b
         yield current, members
 
 
-def _entry(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> Entry | None:
+def _entry(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> dict[str, Any] | None:
+    """The index row of one sample, or None when it holds no image."""
     images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if not images:
         return None
     if len(images) > 1:
         raise DataError(f"sample '{key}' of {path} has {len(images)} images ({', '.join(images)}); keep one per key")
     offset, data = members[images[0]]
-    checksum = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     try:
         height, width = decode(data).shape[-2:]
     except UndecodableImageError:
         height = width = 0
-    return Entry(key, offset, len(data), _label(path, key, members), width, height, checksum, height > 0)
+    return {
+        "key": key,
+        "offset": offset,
+        "size": len(data),
+        "label": _label(path, key, members),
+        "width": width,
+        "height": height,
+        "checksum": int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"),
+        "ok": height > 0,
+    }
 
 
-def _label(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> int:
-    """The sample's class number, or NO_LABEL."""
+def _label(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> int | None:
+    """The sample's class number, if it has one."""
     value: Any = None
     try:
         if "cls" in members:
             value = int(members["cls"][1])
         elif "json" in members:
             record = json.loads(members["json"][1])
-            value = next((record[name] for name in _LABEL_KEYS if isinstance(record.get(name), int)), None)
+            value = next((record[name] for name in _LABEL_KEYS if type(record.get(name)) is int), None)
     except (ValueError, AttributeError) as error:
-        raise DataError(
-            f"the label of sample '{key}' of {path} is no class number ({error}); repair the shard"
-        ) from error
+        raise DataError(f"the label of sample '{key}' of {path} is no class number ({error}); repair it") from error
     if value is not None and value < 0:
         raise DataError(f"the label of sample '{key}' of {path} is {value}; class numbers start at 0")
-    return NO_LABEL if value is None else int(value)
+    return value
 
 
 def _open(path: str) -> IO[bytes]:
@@ -184,10 +132,3 @@ def _open(path: str) -> IO[bytes]:
         return open(path, "rb")
     opened: IO[bytes] = fsspec.open(path, "rb").open()
     return opened
-
-
-def _size(path: str) -> int:
-    if not is_url(path):
-        return os.stat(path).st_size
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return int(filesystem.size(inner))

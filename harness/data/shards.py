@@ -1,23 +1,36 @@
-"""Byte ranges of shards, from local files or from anything that fsspec opens."""
+"""Byte ranges of shards: from local files, from anything that fsspec opens, and through a bounded local cache."""
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import aiohttp
 import fsspec
 
+T = TypeVar("T")
+REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
+"""What fsspec's file systems raise when the network or the server fails."""
 _MAX_OPEN_FILES = 128
+_NUM_TRIES = 4  # of a remote read
+_FIRST_PAUSE_S = 0.2  # before the second try; doubles
 
 
 class ShardReader(Protocol):
     """Reads byte ranges of the shards of one data set."""
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes of shard `name` from `offset` on; fewer when the file ends before."""
+        """At most `size` bytes of shard `name` from `offset` on; fewer when the file ends before.
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+        """
 
 
 def is_url(path: str) -> bool:
@@ -31,37 +44,49 @@ def join(folder: str, name: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """All bytes of a local file or URL."""
+    """All bytes of a local file or URL; OSError when it cannot be read."""
     if not is_url(path):
         return Path(path).read_bytes()
-    with fsspec.open(path, "rb") as file:
-        data: bytes = file.read()
-    return data
+
+    def read() -> bytes:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+        data: bytes = filesystem.cat_file(inner)
+        return data
+
+    return with_retries(read)
 
 
-def open_reader(location: str, *, cache_dir: str | None, cache_gb: float) -> ShardReader:
-    """The reader that suits a folder or URL of shards."""
-    return RemoteReader(location) if is_url(location) else LocalReader(Path(location))
+def with_retries(action: Callable[[], T]) -> T:
+    """Try a remote action four times with growing pauses; a missing file is final at once.
+
+    Raises:
+        OSError: the last failure, whatever type the file system gave it.
+    """
+    for attempt in range(_NUM_TRIES):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except REMOTE_ERRORS as error:
+            if attempt == _NUM_TRIES - 1:
+                raise OSError(f"{type(error).__name__} {error}".strip()) from error
+            time.sleep(_FIRST_PAUSE_S * 2**attempt)
+    raise AssertionError("unreachable")
 
 
 class LocalReader:
-    """Positioned reads on a bounded number of open files; a forked or unpickled copy opens its own."""
+    """Positioned reads on a bounded number of open files; an unpickled copy opens its own."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: collections.OrderedDict[str, int] = collections.OrderedDict()
-        self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_folder"])  # type: ignore[misc]  # a fresh object with no open file
+        return {"_folder": self._folder, "_files": collections.OrderedDict()}
 
     def __del__(self) -> None:
-        if self._pid == os.getpid():
-            for descriptor in self._files.values():
-                os.close(descriptor)
+        for descriptor in self._files.values():
+            os.close(descriptor)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See `ShardReader.read`."""
@@ -76,13 +101,21 @@ class LocalReader:
 
 
 class RemoteReader:
-    """One range request per image."""
+    """One range request per read."""
 
     def __init__(self, location: str) -> None:
         self._location = location
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See `ShardReader.read`."""
-        filesystem, path = fsspec.core.url_to_fs(join(self._location, name))
-        data: bytes = filesystem.cat_file(path, start=offset, end=offset + size)
+
+        def fetch() -> bytes:
+            # looked up every time: fsspec keeps one file system per process, so that a forked worker gets its own
+            filesystem, path = fsspec.core.url_to_fs(join(self._location, name))
+            data: bytes = filesystem.cat_file(path, start=offset, end=offset + size)
+            return data
+
+        data = with_retries(fetch)
+        if len(data) > size:
+            raise OSError("the server ignores byte ranges; set cache_dir and a cache_gb that holds the whole data set")
         return data

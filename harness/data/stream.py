@@ -27,6 +27,7 @@ from harness.data.augment import (
 )
 from harness.data.decode import UndecodableImageError
 from harness.data.index import DataError, ShardDataset, open_dataset
+from harness.data.overlap import refuse_overlap
 from harness.data.pixel_cache import PixelCache
 from harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
 
@@ -90,8 +91,8 @@ class TrainStream:
     """The stream of one run, from the result part of its configuration.
 
     Raises:
-        DataError: a source cannot be opened, holds too many undecodable images, or has fewer images than
-            `unique_images` asks of it.
+        DataError: a source cannot be opened, holds a validation image, holds too many undecodable images, or has
+            fewer images than `unique_images` asks of it.
     """
 
     def __init__(self, result: ResultConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> None:
@@ -101,6 +102,8 @@ class TrainStream:
         sources = result.data.sources
         self._shares = _quotas([source.probability for source in sources])
         datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
+        held_out = open_dataset(result.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
+        refuse_overlap(datasets, held_out)
         pools = [np.flatnonzero(dataset.ok) for dataset in datasets]
         self._sources = [
             _Source(
