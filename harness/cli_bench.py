@@ -89,7 +89,7 @@ def train(
             "MFU": f"{100 * measured.mfu:.1f} % of {measured.peak_flops_per_s / 1e9:.0f} GFLOP/s (measured GEMM)",
             "bare PyTorch loop": f"{measured.bare_ms_per_step:.1f} ms; ours / bare = {measured.ratio_to_bare:.3f}",
             "data wait": wait,
-            "peak memory": f"{measured.memory_bytes / 1e9:.2f} GB (estimate {measured.memory_estimate_bytes / 1e9:.2f})",
+            "peak memory": f"{measured.memory_bytes / 1e9:.2f} GB (est. {measured.memory_estimate_bytes / 1e9:.2f})",
             "start-up": f"{measured.startup_s:.1f} s to the end of the first step",
         }
     )

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,8 +219,11 @@ def import_deepspeed(log_file: Path | None) -> Any:
 
 
 def stop_group() -> None:
-    """Leave the process group."""
+    """Leave the process group, so that another run may start in this process."""
     import torch
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        # DeepSpeed remembers the group that it saw first.
+        sys.modules["deepspeed"].comm.comm.cdb = None

@@ -237,8 +237,12 @@ class Engine:
     def publish_masters(self) -> None:
         """Copy the masters into the weights that the forward pass uses, on all ranks."""
         if self.options.zero_stage == 3:
-            for sub_group in range(len(self._optimizer.fp16_groups)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            optimizer = self._optimizer
+            optimizer._partition_all_parameters()
+            for sub_group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if optimizer.persistent_parameters:  # small ones, kept whole on every rank
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif self.options.zero_stage > 0:
             self._optimizer.update_lp_params()
 

@@ -1,0 +1,80 @@
+"""A tiny run on packed images, and training processes that cost no start-up: forks of the test process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.config import RunConfig, parse
+from harness.data.pack import pack_folder
+
+
+def write_pictures(folder: Path, number: int, seed: int) -> None:
+    """Smooth random pictures of 16 px."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for index in range(number):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `train` (64 images) and `validation` (16 images) of 16 px."""
+    root = tmp_path_factory.mktemp("tiny")
+    for name, number, seed in (("train", 64, 0), ("validation", 16, 1)):
+        write_pictures(root / "images" / name, number, seed)
+        pack_folder(root / "images" / name, root / name)
+    return root
+
+
+@pytest.fixture
+def tiny_config(tiny_data: Path) -> Callable[..., RunConfig]:
+    """A run of a 2-block model on 16 tokens; keyword arguments replace sections of `result` and `runtime`."""
+
+    def make(runtime: dict[str, Any] | None = None, **result: Any) -> RunConfig:
+        values = {
+            "model": {"size": "w16-d2", "image_size": 16, "patch_size": 4},
+            "data": {"sources": [{"path": str(tiny_data / "train")}]},
+            "optimiser": {"batch_size": 8, "precision": "fp32"},
+            "schedule": {"warmup_images": 16},
+            "budgets": [64, 128],
+            "validation": {"path": str(tiny_data / "validation"), "num_prefixes": 2},
+            **result,
+        }
+        defaults = {"checkpoint_every_images": 24, "log_every_steps": 3}
+        return parse(RunConfig, {"result": values, "runtime": {**defaults, **(runtime or {})}}, "the test")
+
+    return make
+
+
+@pytest.fixture
+def in_processes() -> Callable[..., list[int]]:
+    """`run_in_processes`."""
+    return run_in_processes
+
+
+def run_in_processes(function: Callable[..., None], *args: Any, world_size: int = 1, port: int = 29611) -> list[int]:
+    """Run `function(rank, *args)` in forks that form one group; returns their exit codes (-9: killed)."""
+    context = multiprocessing.get_context("fork")
+
+    def child(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+        function(rank, *args)
+
+    children = [context.Process(target=child, args=(rank,)) for rank in range(world_size)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join()
+    return [process.exitcode or 0 for process in children]
