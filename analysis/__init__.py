@@ -14,6 +14,7 @@ _HOMES = {
     "fit": "analysis.estimate",
     "held_out": "analysis.heldout",
     "correlate": "analysis.correlation",
+    "all_approaches": "analysis.approaches",
     "read_table": "analysis.table",
 }
 """Public functions, imported at first use so that `aimscale --help` stays quick."""
