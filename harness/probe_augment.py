@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class PublishedViews:
             interpolation="bicubic",
             normalize=False,
         )
+        _keep_a_bit(self._transform)
 
     def images(self, dataset: ShardDataset, rows: np.ndarray, epoch: int) -> Tensor:
         """Normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch.
@@ -51,6 +53,15 @@ class PublishedViews:
             with _seeded([self._seed, 2, epoch, int(row)]):
                 views.append(self._transform(picture)[: self._channels])
         return normalise(torch.stack(views))
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """Let RandAugment's posterise keep at least one bit: timm may ask for none, which Pillow 12 refuses."""
+    for step in transform.transforms:
+        for op in getattr(step, "ops", ()):
+            if op.name.startswith("Posterize"):
+                level_of = op.level_fn
+                op.level_fn = lambda level, hparams, level_of=level_of: (max(1, level_of(level, hparams)[0]),)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from aim.model import AIM
 from harness.config import ModelSection, ProbeSection
 from harness.data.pack import PackedImage, write_dataset
 from harness.probe import probe_backbone, probe_model
+from harness.probe_augment import PublishedViews
 from harness.probe_features import AimBackbone, PixelBackbone, block_sets, holdout_split, open_task, token_source
 from harness.probe_knn import NeighbourVotes
 from harness.probe_score import wilson_interval
@@ -115,13 +116,13 @@ class PlantedBackbone:
     num_heads = 1
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-        pixels = images.flatten(1)[:, None, ::3]
+        pixels = images.flatten(1)[:, None, :256]  # one of three equal channels
         noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)) * 4
         return torch.stack([pixels if block == 1 else noise for block in blocks])
 
 
 def test_the_search_finds_the_block_that_holds_the_answer(digits: Path) -> None:
-    for entry in probe_backbone(PlantedBackbone(), section(digits), model_section=GEOMETRY, seed=0, out=None):
+    for entry in probe_backbone(PlantedBackbone(), section(digits, epochs=5), model_section=GEOMETRY, seed=0, out=None):
         assert entry["blocks"] == [1]
         assert entry["last_blocks"] == [2, 3]
         assert entry["top1"] > 0.75
@@ -189,3 +190,69 @@ def test_tokens_are_cached_only_within_the_stated_memory(digits: Path, model: AI
     num_bytes = 600 * model.config.depth * model.config.num_tokens * model.config.width * 4
     assert token_source(AimBackbone(model), train, cache_gb=1.01 * num_bytes / 1e9).cached
     assert not token_source(AimBackbone(model), train, cache_gb=0.99 * num_bytes / 1e9).cached
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedBackbone(AimBackbone):
+    """Dies at its n-th pass."""
+
+    passes_left = 10**9
+
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        self.passes_left -= 1
+        if self.passes_left < 0:
+            raise Interrupted
+        return super().features(images, blocks)
+
+
+def test_a_killed_streamed_probe_goes_on_to_the_same_numbers(digits: Path, model: AIM, tmp_path: Path) -> None:
+    wanted = section(digits, epochs=4, kinds=("linear", "attentive"))
+
+    def run(out: Path, passes: int) -> tuple[Any, int]:
+        backbone = InterruptedBackbone(model)
+        backbone.passes_left = passes
+        entries = probe_backbone(backbone, wanted, model_section=GEOMETRY, seed=0, out=out, cache_gb=0.0)
+        return entries, passes - backbone.passes_left
+
+    whole, num_passes = run(tmp_path / "whole", 10**9)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", num_passes * 2 // 3)
+    assert not (tmp_path / "cut" / "digits.json").exists()
+    resumed, num_left = run(tmp_path / "cut", 10**9)
+    assert resumed == whole
+    assert num_left < num_passes * 2 // 3
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["digits.json"]
+
+
+def test_published_views_depend_on_seed_epoch_and_image_alone(digits: Path) -> None:
+    train, _ = open_task(section(digits), GEOMETRY)
+    views = PublishedViews(GEOMETRY, seed=1)
+    both = views.images(train.dataset, np.array([3, 8]), epoch=0)
+    assert both.shape == (2, 3, 16, 16)
+    torch.rand(3)  # somebody else draws
+    assert torch.equal(views.images(train.dataset, np.array([8]), epoch=0)[0], both[1])
+    assert not torch.equal(views.images(train.dataset, np.array([8]), epoch=1)[0], both[1])
+
+
+def test_augmented_probes_learn_from_views(digits: Path, model: AIM) -> None:
+    wanted = section(digits, augmentation="published", kinds=("linear",), epochs=3)
+    (entry,) = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
+    assert entry["augmentation"] == "published"
+    assert entry["top1_lo95"] > entry["chance"]
+
+
+def test_lora_adapts_a_copy_of_the_trunk(digits: Path, model: AIM) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = section(digits, kinds=("lora",), epochs=3, lrs=(1e-2,))
+    (lora,) = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
+    assert (lora["kind"], lora["lora_rank"]) == ("lora", 8)
+    assert lora["top1_lo95"] > 2 * lora["chance"]
+    d, depth = model.config.width, model.config.depth
+    updates = 8 * depth * ((d + 3 * d) + (d + d) + 2 * (d + 4 * d))
+    assert lora["num_trained"] == updates + 2 * d * d + d + 10 * d
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match="leave out kind 'lora'"):
+        probe_backbone(PixelBackbone(), section(digits, kinds=("lora",)), model_section=GEOMETRY, seed=0, out=None)
