@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.baselines import published_frame
 from analysis.plots import plot_beside_published, plot_fit, plot_loss_accuracy, plot_points, plot_residuals
 from analysis.plots_style import human, png_bytes, svg_text, themed_svg
-from analysis.report_study import Study
+from analysis.report_study import Study, probe_kinds
 from analysis.report_tables import csv_uri
 
 
@@ -52,6 +53,13 @@ def page_figure(key: str, section: str, title: str, caption: str, figure: Figure
     )
 
 
+def root(axes: Axes) -> Figure:
+    """The figure that the axes stand in."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
 def data_uri(mime: str, content: bytes) -> str:
     """Content that travels inside the page."""
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
@@ -77,7 +85,7 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
     usable, fits = study.usable, study.fits
     if usable.empty:
         return
-    se = usable["val_loss_se"] if "val_loss_se" in usable else None
+    se = usable.get("val_loss_se")
     bars = " Bars: ± 1.96 standard errors over validation images." if se is not None and se.notna().any() else ""
     for key, x, other, title in (
         ("N", "params_total", "images_seen", "Loss against parameters"),
@@ -94,7 +102,7 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
             by = other if other in usable and usable[other].notna().all() else None
             axes = plot_points(usable, x, by=by)
             caption, data = "No law could be fitted; see what is missing.", usable[[x, "val_loss"]]
-        yield page_figure(f"loss-{key}", "scaling", title, caption, axes.figure, data)
+        yield page_figure(f"loss-{key}", "scaling", title, caption, root(axes), data)
     if "flops_train" in usable and usable["flops_train"].notna().any():
         yield _compute_figure(study, se, bars)
 
@@ -104,23 +112,23 @@ def _compute_figure(study: Study, se: pd.Series | None, bars: str) -> PageFigure
     title = "Loss against compute"
     if "C" not in study.fits:
         axes = plot_points(usable, "flops_train")
-        return page_figure("loss-C", "scaling", title, "No law could be fitted.", axes.figure, usable)
+        return page_figure("loss-C", "scaling", title, "No law could be fitted.", root(axes), usable)
     background = usable.set_axis(["x", "y"], axis=1)
     axes = plot_fit(study.fits["C"], se=se, background=background)
     caption = f"Grey: all measurements; blue: the envelope. {law_caption(study, 'C')}{bars}"
-    return page_figure("loss-C", "scaling", title, caption, axes.figure, usable)
+    return page_figure("loss-C", "scaling", title, caption, root(axes), usable)
 
 
 def _accuracy(study: Study) -> Iterator[PageFigure]:
     probes = study.probes
     if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
         return
-    for kind in dict.fromkeys(probes["kind"]):
+    for kind in probe_kinds(probes):
         rows = probes[probes["kind"] == kind]
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
         caption = (
-            f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of the "
-            f"{kind} probe's correlation with validation loss."
+            f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of "
+            f"the {kind} probe's correlation with validation loss."
         )
         figure = plot_loss_accuracy(rows, found)
         keep = [
@@ -137,8 +145,8 @@ def _checks(study: Study) -> Iterator[PageFigure]:
     joint = study.fits.get("ND") or study.fits.get("N")
     if joint is not None:
         caption = (
-            f"{joint.law.formula}. Points should scatter around zero without a pattern; a pattern along an axis means that "
-            f"the form does not describe that variable."
+            f"{joint.law.formula}. Points should scatter around zero; a pattern along an axis means that the form does "
+            "not describe that variable."
         )
         yield page_figure(
             "residuals", "checks", "Residuals of the fitted law", caption, plot_residuals(joint), joint.data
@@ -153,8 +161,8 @@ def _published(study: Study) -> Iterator[PageFigure]:
     published = published_frame()
     caption = (
         f"Ours: lowest loss of each size, {human(ours['params_total'].min())} to {human(ours['params_total'].max())} "
-        f"parameters. AIM: IN-1k validation loss of the four published sizes. The levels are not comparable (other images, "
-        f"resolution, patches, prefixes and budgets); the slopes are, with the cautions below."
+        "parameters. AIM: IN-1k validation loss of the four published sizes. The levels are not comparable (other "
+        "images, resolution, patches, prefixes and budgets); the slopes are, with the cautions below."
     )
     keep = ["params_total", "val_loss"]
     data = pd.concat([ours[keep].assign(family="this table"), published[keep].assign(family="AIM, published")])

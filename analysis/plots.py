@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -25,6 +25,7 @@ from analysis.plots_style import (
     log_axis,
     new_figure,
     ordered_colours,
+    power_of_ten,
     styled,
 )
 from analysis.table import KNOWN
@@ -96,7 +97,8 @@ def plot_fit(
             _error_bars(ax, group[x], group["y"], se, colours[i])
             _scatter(ax, group[x], group["y"], color=colours[i], marker=MARKERS[i], label=label)
         span = [*data[x], *([extend_to] if extend_to else []), *([] if background is None else background["x"])]
-        log_axis(ax, "x", span, _few_values(data[x]) if extend_to is None and background is None else None)
+        ticks = _few_values(data[x]) if extend_to is None and background is None else None
+        log_axis(ax, "x", span, ticks, _tick_label(fit.columns[x]))
         heights = [*data["y"], *([] if background is None else background["y"])]
         if extend_to is not None and not others:
             heights += fit.predict({x: [extend_to]})["value"].tolist()
@@ -139,6 +141,11 @@ def _few_values(values: pd.Series) -> list[float] | None:
     if not 2 <= len(distinct) <= 6 or np.min(np.diff(np.log(distinct))) < 0.09 * np.log(distinct[-1] / distinct[0]):
         return None
     return [float(value) for value in distinct]
+
+
+def _tick_label(column: str) -> Callable[[float], str]:
+    """FLOPs as powers of ten, counts as people say them."""
+    return power_of_ten if column.startswith("flops") or column == "C" else human
 
 
 def _law_line(
@@ -197,7 +204,7 @@ def plot_points(
         for i, (value, group) in enumerate(groups):
             label = human(value) if value is not None else None
             _scatter(ax, group[x], group[y], color=colours[i], marker=MARKERS[i], label=label)
-        log_axis(ax, "x", frame[x], _few_values(frame[x]))
+        log_axis(ax, "x", frame[x], _few_values(frame[x]), _tick_label(x))
         log_axis(ax, "y", frame[y])
         ax.set_xlabel(axis_label(x))
         ax.set_ylabel(axis_label(y))
@@ -221,10 +228,17 @@ def plot_residuals(fit: Fit) -> Figure:
             for i, (value, group) in enumerate(groups):
                 label = human(value) if value is not None else None
                 _scatter(ax, group[x], shown[group.index], color=colours[i], marker=MARKERS[i], label=label, size=26)
-            log_axis(ax, "x", fit.data[x], _few_values(fit.data[x]))
+            log_axis(ax, "x", fit.data[x], _few_values(fit.data[x]), _tick_label(fit.columns[x]))
             ax.set_xlabel(axis_label(fit.columns[x]).split(" (")[0])
             if others:
-                ax.legend(title=_short(fit.columns[others[0]]), loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
+                ax.legend(
+                    title=_short(fit.columns[others[0]]),
+                    loc="upper center",
+                    bbox_to_anchor=(0.5, -0.2),
+                    ncols=4,
+                    columnspacing=1,
+                    handletextpad=0.2,
+                )
         axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")
         for ax in axes[1:]:
             ax.set_ylim(axes[0].get_ylim())
@@ -282,7 +296,10 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
         ax.annotate("chance", (0.99, chance.iloc[0]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                     color=MUTED, fontsize=8)  # fmt: skip
     words = {"pearson": "Pearson r", "spearman": "Spearman ρ", "kendall": "Kendall τ"}
-    lines = [f"{words.get(c.method, c.method)} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]" for c in correlations]
+    lines = [
+        f"{words.get(c.method, c.method)} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]".replace("-", "−")
+        for c in correlations
+    ]
     ax.set_ylim(max(0.0, ax.get_ylim()[0] - 0.12 * np.ptp(ax.get_ylim())), None)
     ax.text(0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=8, color=INK)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +29,7 @@ ACCENT, SECOND = "#0b62a8", "#c8590a"
 _ORDERED_LIGHT = ["#31135f", "#433e85", "#2f6a8e", "#21908c", "#3fa860", "#86a81c", "#b58d00", "#a4631a"]
 _ORDERED_DARK = ["#b79cf0", "#8fa0f5", "#6fb4e6", "#48cfc6", "#6bdc86", "#b9e04a", "#f0d04a", "#f2b170"]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)))
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)))
 MAX_SERIES = len(MARKERS)
 RASTERISE_ABOVE = 3000
 """Points above which a scatter is stored as an image inside the vector figure."""
@@ -102,11 +103,11 @@ _SI = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def human(value: float, digits: int = 3) -> str:
-    """A count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.01, a power of ten."""
+    """A count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
     if not np.isfinite(value):
         return "–"
     size = abs(value)
-    if size >= 1e12 or 0 < size < 1e-2:
+    if size >= 1e12 or 0 < size < 1e-3:
         exponent = int(np.floor(np.log10(size)))
         mantissa = f"{value / 10.0**exponent:.{digits - 1}f}".rstrip("0").rstrip(".")
         power = "10" + str(exponent).translate(_SUPERSCRIPT)
@@ -117,7 +118,21 @@ def human(value: float, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
-def log_axis(axes: Axes, which: str, values: ArrayLike, ticks: Sequence[float] | None = None) -> None:
+def power_of_ten(value: float) -> str:
+    """A number of FLOPs: 3×10¹³."""
+    exponent = int(np.floor(np.log10(value) + 1e-9))
+    mantissa = f"{value / 10.0**exponent:.2g}"
+    power = "10" + str(exponent).translate(_SUPERSCRIPT)
+    return power if mantissa == "1" else f"{mantissa}×{power}"
+
+
+def log_axis(
+    axes: Axes,
+    which: str,
+    values: ArrayLike,
+    ticks: Sequence[float] | None = None,
+    label: Callable[[float], str] = human,
+) -> None:
     """Logarithmic axis with few, human tick labels: the given ticks, or round numbers over the range of `values`."""
     finite = np.asarray([v for v in np.ravel(np.asarray(values, float)) if np.isfinite(v) and v > 0], float)
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -129,7 +144,7 @@ def log_axis(axes: Axes, which: str, values: ArrayLike, ticks: Sequence[float] |
         axis.set_major_locator(FixedLocator(list(ticks) if ticks is not None else round_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
 
 
 def round_ticks(low: float, high: float, most: int = 7) -> list[float]:
@@ -163,10 +178,11 @@ def themed_svg(figure: Figure, key: str, label: str) -> str:
     for light in DARK:
         text = re.sub(light, f"var({css_variable(light)})", text, flags=re.IGNORECASE)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    escaped = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{escaped}">', text, count=1
-    )
+    width = round(1.25 * 72 * figure.get_figwidth())
+    attributes = f'role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
+    opening = re.search(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', text)
+    assert opening is not None
+    return f"<svg {opening[1]} {attributes}>{text[opening.end() :]}"
 
 
 def css_variable(colour: str) -> str:

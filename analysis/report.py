@@ -9,11 +9,13 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 
 from analysis import report_tables as tables
 from analysis import report_text as words
@@ -85,6 +87,7 @@ def render(study: Study) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["maths"] = maths
     figures = page_figures(study)
     pictures = picture_rows(study)
     return environment.get_template("report.html").render(
@@ -113,6 +116,15 @@ def render(study: Study) -> str:
     )
 
 
+def maths(value: str) -> markupsafe.Markup:
+    """A sentence of ours as HTML: escaped first, then exponents raised, Greek names, true minus signs, no lonely %."""
+    safe = str(markupsafe.escape(value))
+    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: words.symbol(found[0]), safe)
+    safe = re.sub(r"\^(-?[\w.]*\w)", lambda found: f"<sup>{found[1].replace('-', '−')}</sup>", safe)
+    safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", safe)
+    return markupsafe.Markup(safe.replace(" %", "\u00a0%"))
+
+
 def _asset(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
@@ -121,5 +133,3 @@ def page_title(study: Study) -> str:
     """Name of the sweep, or of the file."""
     sweeps: list[Any] = list(study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else []
     return " and ".join(map(str, sweeps[:3])) if sweeps else study.path.stem
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,18 +128,23 @@ def _correlate(study: Study, resamples: int) -> None:
         return
     if study.usable.empty:
         return
-    for (kind, task), rows in probes.groupby(["kind", "task"], sort=False):
+    kinds = probe_kinds(probes)
+    groups = {(str(kind), str(task)): rows for (kind, task), rows in probes.groupby(["kind", "task"], sort=False)}
+    for kind, task in sorted(groups, key=lambda group: kinds.index(group[0])):
+        rows = groups[kind, task]
         found = study.attempt(
             f"Correlation of loss with {kind} accuracy on {task}",
             lambda rows=rows: correlate(rows.reset_index(drop=True), x="val_loss", y="top1"),  # type: ignore[misc]
         )
         if found:
-            study.correlations[(str(kind), str(task))] = found
+            study.correlations[kind, task] = found
 
 
-def best_probe_kind(kinds: Sequence[str]) -> str | None:
-    """The paper's protocol where there is one: attentive, else linear, else whatever was run."""
-    return next((kind for kind in ("attentive", "linear", *kinds) if kind in kinds), None)
+def probe_kinds(probes: pd.DataFrame) -> list[str]:
+    """The kinds that were run, the paper's own first: attentive, linear, then the others."""
+    order = {"attentive": 0, "linear": 1}
+    kinds: list[str] = list(dict.fromkeys(probes["kind"])) if "kind" in probes else []
+    return sorted(kinds, key=lambda kind: order.get(kind, 2))
 
 
 FORECAST_SCALES = ((2.0, 2.0), (10.0, 1.0), (1.0, 10.0), (10.0, 10.0))

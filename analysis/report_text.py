@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.baselines import PAPER_EXPONENTS, TASKS
 from analysis.plots_style import human
-from analysis.report_study import Study, best_probe_kind
+from analysis.report_study import Study
 from analysis.result import Correlation, Fit
 
 
@@ -64,7 +64,7 @@ def _what_came_out(study: Study) -> Iterator[str]:
     usable = study.usable
     if usable.empty:
         return
-    best = usable.loc[usable["val_loss"].idxmin()]
+    best = usable.iloc[int(usable["val_loss"].argmin())]
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(usable, "val_loss_se") and best["val_loss_se"] > 0 else ""
     name = f" by {best['size']}" if _has(usable, "size") else ""
     seen = f" after {human(best['images_seen'])} images" if _has(usable, "images_seen") else ""
@@ -78,7 +78,8 @@ def _what_came_out(study: Study) -> Iterator[str]:
             if len(rows) > 1:
                 change = 100 * (rows.iloc[-1] / rows.iloc[0] - 1)
                 factor = human(rows.index[-1] / rows.index[0])
-                yield f"Going {words} ({factor}×) changes the loss by {change:+.1f} %."
+                verb = "lowers" if change < 0 else "raises"
+                yield f"Going {words} ({factor}×) {verb} the loss by {abs(change):.1f} %."
 
 
 def _law_in_words(study: Study) -> Iterator[str]:
@@ -91,13 +92,13 @@ def _law_in_words(study: Study) -> Iterator[str]:
     yield f"The joint law is {joint.law.formula.replace('alpha', 'α').replace('beta', 'β')} with {values}."
     if unsure:
         names = " and ".join(symbol(name) for name in unsure)
-        yield f"The data do not pin down {names}, so no digits are given for it and the law should not be used to extrapolate."
+        yield f"The data do not pin down {names}: no digits are given, and the law should not be used to extrapolate."
     for test in joint.heldout:
-        verdict = "better" if test.mean_abs_relative_error < test.naive_mean_abs_relative_error else "no better"
+        better = test.mean_abs_relative_error < test.naive_mean_abs_relative_error
         yield (
-            f"Fitted without the largest {'model' if test.variable == 'N' else 'budget'}, the law predicts its losses with a mean "
-            f"error of {100 * test.mean_abs_relative_error:.2f} %; a straight line in log-log has "
-            f"{100 * test.naive_mean_abs_relative_error:.2f} %, so the law is {verdict} than a ruler here."
+            f"Fitted without the largest {'model' if test.variable == 'N' else 'budget'}, the law predicts its losses "
+            f"with a mean error of {100 * test.mean_abs_relative_error:.2f} %; {test.naive} has "
+            f"{100 * test.naive_mean_abs_relative_error:.2f} %{'' if better else ', so the law does no better here'}."
         )
 
 
@@ -120,10 +121,10 @@ def _frontier_in_words(study: Study) -> Iterator[str]:
 
 
 def _accuracy_in_words(study: Study) -> Iterator[str]:
-    kind = best_probe_kind(list(dict.fromkeys(k for k, _ in study.correlations)))
-    for (k, task), found in study.correlations.items():
-        if k == kind and found:
-            yield correlation_words(task, k, found)
+    first = next(iter(study.correlations), (None,))[0]
+    for (kind, task), found in study.correlations.items():
+        if kind == first:
+            yield correlation_words(task, kind, found)
 
 
 def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
@@ -135,19 +136,20 @@ def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> s
         if method in by
     ]
     first = found[0]
-    clear = (
-        "predicts" if max(abs(first.low), abs(first.high)) and first.low * first.high > 0 else "is not shown to predict"
-    )
-    return (
-        f"Validation loss {clear} {kind}-probe accuracy on {task}: {', '.join(parts)} over {first.num_points} points."
-    )
+    if first.low * first.high <= 0:
+        verdict = f"Validation loss is not shown to go with {kind}-probe accuracy on {task}"
+    elif first.value < 0:
+        verdict = f"Lower validation loss goes with higher {kind}-probe accuracy on {task}"
+    else:
+        verdict = f"Lower validation loss goes with LOWER {kind}-probe accuracy on {task}"
+    return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
 
 
 def comparability(study: Study) -> list[str]:
     """What may and may not be read from ours beside the paper's numbers."""
     lines = [
-        "The levels of the losses may not be compared: other validation images, resolution, patch size and budgets, and the "
-        "paper does not say which prefixes its validation loss scores.",
+        "The levels of the losses may not be compared: other validation images, resolution, patch size and budgets, "
+        "and the paper does not say which prefixes its validation loss scores.",
     ]
     tasks = set(study.probes["task"]) if not study.probes.empty else set()
     shared = [task for task in TASKS if task in tasks]
@@ -157,15 +159,17 @@ def comparability(study: Study) -> list[str]:
         )
     elif tasks:
         lines.append(
-            "None of the tasks probed here is one of the paper's fifteen, so no accuracy is put beside AIM's, and no mean either."
+            "None of the tasks probed here is one of the paper's fifteen, so no accuracy is put beside AIM's, and no "
+            "mean either."
         )
     slope = study.fits.get("N")
     if slope is not None:
         lines.append(
-            f"Slopes may be compared with care: the paper's four points give L ~ N^-{PAPER_EXPONENTS['params_trunk']:.4f} on trunk "
-            f"parameters and N^-{PAPER_EXPONENTS['params_total']:.4f} with the head counted, a straight line without offset over one "
-            "decade at equal numbers of updates. A power law with offset, or models much smaller than theirs, has another slope "
-            "for that reason alone."
+            "Slopes may be compared with care: the paper's four points give "
+            f"L ~ N^-{PAPER_EXPONENTS['params_trunk']:.4f} on trunk parameters and "
+            f"N^-{PAPER_EXPONENTS['params_total']:.4f} with the head counted, a straight line without offset over one "
+            "decade at equal numbers of updates. A power law with offset, or models much smaller than theirs, has "
+            "another slope for that reason alone."
         )
     return lines
 
