@@ -16,6 +16,7 @@ from harness.config import ModelSection, ProbeSection
 from harness.data.evalset import eval_images
 from harness.data.index import ShardDataset, open_dataset
 from harness.distributed import Group, Placement
+from harness.tasks import check_against_card
 
 if TYPE_CHECKING:
     from harness.probe_augment import PublishedViews
@@ -139,6 +140,7 @@ def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[Label
 
     Raises:
         ProbeError: no labels, other classes on the two sides, or too few images to hold some out.
+        TaskError: the task bears a benchmark's name and is not that benchmark.
     """
     train = open_labelled(section.train, section, model_section)
     test = open_labelled(section.test, section, model_section)
@@ -155,6 +157,7 @@ def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[Label
             f"task '{section.task}': {len(train)} training images for {len(train.classes)} classes in {section.train} "
             "are too few to hold some out; give at least two a class"
         )
+    check_against_card(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
     if not len(test):
         raise ProbeError(f"task '{section.task}': {section.test} has no images")
     return train, test
