@@ -253,7 +253,7 @@ def _fill(
             setattr(owner, leaf, nn.Parameter(value))
         else:
             setattr(owner, leaf, value)
-        _forget_pages(tensor)
+        forget_pages(tensor)
     for submodule in module.modules():  # constants, which no file holds; `fill_constants` computes them
         for name, buffer in submodule._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -267,7 +267,7 @@ def _some(names: Mapping[str, Tensor] | set[str], prefix: str = "") -> str:
     return f"{prefix}{first}" + (f" and {len(more)} more" if more else "")
 
 
-def _forget_pages(tensor: Tensor) -> None:
+def forget_pages(tensor: Tensor) -> None:
     """Tell the kernel that a mapped tensor is not needed again, so that its pages stop counting as our memory.
 
     They would be read from the file again if it were; but never call this on memory that is not a mapped file.
