@@ -196,7 +196,7 @@ def bare_step(
     def one() -> Tensor:
         total = torch.zeros((), device=device)
         for batch in step:
-            images = batch.images.to(device, non_blocking=True)
+            images = batch.images_on(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=optimiser.precision == "bf16"):
                 loss_sum, _ = model(images, batch.prefix_len)
             (loss_sum / num_targets).backward()

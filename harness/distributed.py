@@ -201,11 +201,11 @@ def start_group(placement: Placement, device_name: str) -> Group:
 def import_deepspeed(log_file: Path | None) -> Any:
     """Import DeepSpeed without its compiler runs, and with its log in a file instead of on the terminal."""
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
 
-    # Its shared-memory communicator is built by a C++ compiler at start-up (25 s) and gains nothing here.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    # None of its own C++ operators is used. It would try the compiler for each at start-up, and build a shared-memory
+    # communicator (25 s) that gains nothing here.
+    deepspeed.ops.__compatible_ops__ = {}
     # It calls collectives by names that new versions of torch warn about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     logger.handlers.clear()

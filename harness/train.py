@@ -143,6 +143,7 @@ class Trainer:
             rank=self.group.rank,
             world_size=self.group.world_size,
             num_workers=self.config.runtime.num_workers,
+            pin_memory=self.group.device.type == "cuda",
         )
         every = self.config.runtime.checkpoint_every_images
         while position < segment.stop:
