@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.result import Correlation
+    from analysis.result import Fit
 
 app = typer.Typer(help="Correlate loss with accuracy and forecast accuracy from loss.", add_completion=False)
 
@@ -25,50 +25,66 @@ def correlate_table(
         str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
     ] = None,
     cluster: Annotated[str | None, typer.Option(help="Resample whole groups of this column (run_id, size).")] = None,
+    link: Annotated[
+        str | None, typer.Option(help="Also fit accuracy as sigmoid, exponential or linear in the loss.")
+    ] = None,
+    at_loss: Annotated[
+        list[float] | None, typer.Option(help="Losses to forecast the accuracy for (with --link).")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Pearson, Spearman and Kendall with intervals."""
     import json as json_module
 
+    from analysis.correlation import correlate
     from analysis.table import parse_columns, read_table
 
     df = read_table(table, columns=parse_columns(columns or []))
-    found = correlations_by_probe(df, x=x, y=y, partial=partial, cluster=cluster)
+    groups = groups_by_probe(df, y)
+    found = {k: correlate(group, x=x, y=y, partial=partial, cluster=cluster) for k, group in groups.items()}
+    links = {k: link_of(group, link, x, y, cluster) for k, group in groups.items()} if link else {}
     if json:
         rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
-        typer.echo(json_module.dumps(rows, indent=2))
+        fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]
+        typer.echo(json_module.dumps({"correlations": rows, "links": fits} if link else rows, indent=2, default=str))
         return
     for (task, kind), group in found.items():
         if task:
             typer.echo(f"{task}, {kind} probe:")
         for c in group:
             typer.echo(f"  {c.sentence()}")
+        if (task, kind) in links:
+            typer.echo(f"  {links[task, kind].sentence()}")
+            for loss, row in zip(at_loss or [], links[task, kind].predict({"L": at_loss}).itertuples(), strict=True):
+                typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
 
 
-def correlations_by_probe(
-    df: pd.DataFrame, *, x: str = "val_loss", y: str = "top1", partial: str | None = None, cluster: str | None = None
-) -> dict[tuple[str, str], tuple[Correlation, ...]]:
-    """(task, kind) -> the three correlations over the finished rows; one entry ("", "") for a plain column.
+def groups_by_probe(df: pd.DataFrame, y: str) -> dict[tuple[str, str], pd.DataFrame]:
+    """(task, kind) -> its rows over the finished runs; one entry ("", "") for a plain column.
 
     Raises:
-        AnalysisError: no such column, nothing probed, or too few rows.
+        AnalysisError: no such column, or nothing probed.
     """
-    from analysis.correlation import correlate
     from analysis.errors import AnalysisError
     from analysis.table import probe_frame
 
+    done = df[df["status"] == "complete"] if "status" in df.columns else df
     if y in df.columns:
-        return {("", ""): correlate(df, x=x, y=y, partial=partial, cluster=cluster)}
+        return {("", ""): done}
     if y != "top1" or "probes" not in df.columns:
-        raise AnalysisError(
-            f"The table has neither a column {y!r} nor probes; its columns are {', '.join(df.columns)}."
-        )
-    probes = probe_frame(df[df["status"] == "complete"] if "status" in df.columns else df)
+        names = ", ".join(map(str, df.columns))
+        raise AnalysisError(f"The table has neither a column {y!r} nor probes; its columns are {names}.")
+    probes = probe_frame(done)
     if probes.empty:
         raise AnalysisError(
-            "No finished run of the table has been probed; run `aimscale probe` or name a column with --y."
+            "No finished run of the table has been probed; run `aimscale probe` or name a column by --y."
         )
-    return {
-        (str(task), str(kind)): correlate(group, x=x, y="top1", partial=partial, cluster=cluster)
-        for (task, kind), group in probes.groupby(["task", "kind"], sort=True)
-    }
+    return {(str(task), str(kind)): group for (task, kind), group in probes.groupby(["task", "kind"], sort=True)}
+
+
+def link_of(rows: pd.DataFrame, kind: str, x: str, y: str, cluster: str | None) -> Fit:
+    """Accuracy as a function of loss, with the probe's chance level as its floor where the table knows it."""
+    from analysis.downstream import link
+
+    chance = float(rows["chance"].iloc[0]) if "chance" in rows.columns and len(rows["chance"].unique()) == 1 else None
+    return link(rows, kind=kind, loss=x, accuracy=y, chance=chance, cluster=cluster)

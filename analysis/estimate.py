@@ -35,6 +35,7 @@ def fit(
     counts: Array | None = None,
     level: float = 0.95,
     seed: int = 0,
+    zero_allowed: bool = False,
 ) -> Fit:
     """Fit a law to a table.
 
@@ -52,6 +53,7 @@ def fit(
         counts: resamples given as counts (num_resamples, num_points), instead of drawn here.
         level: level of the intervals.
         seed: seed of the bootstrap.
+        zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
 
     Raises:
         AnalysisError: missing column, unknown name, too few points, or a variable without variation.
@@ -68,6 +70,7 @@ def fit(
         weights=weights,
         positive_y=objective.log,
         num_free=len(law.parameters) - len(fixed),
+        zero_allowed=zero_allowed,
     )
     if law.centred is not None:
         law = law.centred(Columns(points.x))

@@ -69,8 +69,8 @@ def doubts(
         flags.append(f"A rival minimum lies within the noise: {other}.")
     _together(points, flags)
     _outliers(problem, best, points, flags)
-    if lost & set(raw):
-        lost |= {name for name in params if name not in raw}
+    if lost & {p.name for p in problem.law.nonlinear}:
+        lost |= {name for name in params if name not in raw}  # quantities derived from exponents
     return Doubts(flags=tuple(dict.fromkeys(flags)), not_identified=frozenset(lost & set(params)))
 
 
@@ -138,7 +138,7 @@ def _intervals(
 
 def _together(points: Observations, flags: list[str]) -> None:
     for v, values in points.x.items():
-        factor = values.max() / values.min()
+        factor = values.max() / max(values.min(), 1e-300)
         if factor < 2:
             flags.append(f"{v} varies by a factor of {factor:.3g} only, so its part of the law is hardly seen.")
     for a, b in itertools.combinations(points.x, 2):

@@ -293,12 +293,13 @@ LINK_SIGMOID = Law(
 
 LINK_EXPONENTIAL = Law(
     name="link_exponential",
-    formula="error = eps - k exp(-gamma L)",
+    formula="accuracy = 1 - eps + k exp(-gamma L)",
     variables=("L",),
-    linear=(coefficient("eps"), coefficient("k")),
+    linear=(coefficient("floor"), coefficient("k")),
     nonlinear=(_rate_of("gamma", "L"),),
-    basis=lambda x, t: (1.0, -np.exp(-t["gamma"] * x["L"])),
-    source="loss to error, Gadre et al. 2024",
+    basis=lambda x, t: (1.0, np.exp(-t["gamma"] * x["L"])),
+    report=lambda p: {"eps": 1 - p["floor"], "k": p["k"], "gamma": p["gamma"]},
+    source="loss to accuracy, Gadre et al. 2024 (there as error = eps - k exp(-gamma L)); the floor is 1 - eps",
 )
 
 POWER_OFFSET = power("x")

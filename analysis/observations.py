@@ -84,6 +84,7 @@ def observe(
     weights: str | Array | None = None,
     positive_y: bool = True,
     num_free: int | None = None,
+    zero_allowed: bool = False,
 ) -> Observations:
     """Collect the points of a fit.
 
@@ -106,7 +107,7 @@ def observe(
         w = np.ones(len(df)) if weights is None else np.asarray(weights, float)
     if len(w) != len(df):
         raise AnalysisError(f"There are {len(w)} weights for {len(df)} rows; give one weight a row.")
-    bad_variable = {v: ~(np.isfinite(used[v]) & (used[v] > 0)) for v in names}
+    bad_variable = {v: ~(np.isfinite(used[v]) & ((used[v] > 0) | ((used[v] == 0) & zero_allowed))) for v in names}
     reasons = [
         (
             "not complete (status)",

@@ -25,7 +25,7 @@ TRUTHS = [
     ("repeated_both", {"N": N, "D": D, "U": U, "V": U / 20}, CHINCHILLA | {"R_D": 15.0, "R_N": 5.0}),
     ("link_linear", {"L": np.linspace(2, 4, 30)}, {"c": 1.2, "s": 0.2}),
     ("link_sigmoid", {"L": np.linspace(2, 4, 30)}, {"floor": 0.25, "height": 0.6, "k": 4.0, "L0": 2.8}),
-    ("link_exponential", {"L": np.linspace(2, 4, 30)}, {"eps": 0.9, "k": 2.0, "gamma": 0.8}),
+    ("link_exponential", {"L": np.linspace(2, 4, 30)}, {"floor": 0.1, "k": 2.0, "gamma": 0.8}),
 ]
 
 
