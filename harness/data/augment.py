@@ -125,19 +125,20 @@ def jitter_colours(images: torch.Tensor, key: int, positions: npt.NDArray[np.int
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """uint8 (..., C, H, W) to float32, ImageNet mean and standard deviation; one channel takes their averages."""
-    mean, std = _moments(images.shape[-3])
-    return (images.float() - 255 * mean) / (255 * std)
+    mean, std = _moments(images)
+    return images.float().sub_(255 * mean).div_(255 * std)
 
 
 def denormalise(images: torch.Tensor) -> torch.Tensor:
     """Inverse of `normalise`: float32 (..., C, H, W) to uint8, clipped."""
-    mean, std = _moments(images.shape[-3])
+    mean, std = _moments(images)
     return (images.float() * (255 * std) + 255 * mean).round().clamp(0, 255).byte()
 
 
-def _moments(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
-    if channels == 1:
+def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C, 1, 1) mean and standard deviation of pixels in 0..1, on the images' device."""
+    mean, std = torch.tensor(IMAGE_MEAN, device=images.device), torch.tensor(IMAGE_STD, device=images.device)
+    if images.shape[-3] == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
     return mean[:, None, None], std[:, None, None]
 

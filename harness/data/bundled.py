@@ -53,7 +53,7 @@ def write_bundled(out: Path) -> None:
     classes = tuple(sorted(photographs()))
     with FolderWriter(out) as folder:
         for split in _REGIONS:
-            write_dataset(folder / f"photographs-{split}", _photograph_crops(split), classes=classes)
+            write_dataset(folder / f"photographs-{split}", photograph_crops(split), classes=classes)
             write_dataset(folder / f"digits-{split}", _digits(split), classes=tuple("0123456789"))
         write_dataset(folder / "validation", _mixed_validation(folder))
     _read_photographs.cache_clear()
@@ -87,7 +87,7 @@ def _read_photographs() -> dict[str, torch.Tensor]:
     return dict(sorted(found.items()))
 
 
-def _photograph_crops(split: str) -> Iterator[PackedImage]:
+def photograph_crops(split: str) -> Iterator[PackedImage]:
     """Equally many crops of every photograph, in shuffled order."""
     pictures = list(photographs().values())
     number = _NUM_PHOTOGRAPHS[split]

@@ -188,6 +188,7 @@ def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> 
         return
     # forkserver: a forked copy of a process that has used torch or fsspec threads may hang
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(
             concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names)), mp_context=context)

@@ -42,6 +42,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    pin_memory: bool = False,
     max_bad_fraction: float | None = None,
 ) -> Iterator[list[Batch]]:
     """One item per optimiser step: this rank's micro-batches, from position `start` (images seen) up to `stop`.
@@ -55,6 +56,7 @@ def train_batches(
         rank: of this process.
         world_size: number of ranks.
         num_workers: loader processes; 0 loads in this one.
+        pin_memory: hand out page-locked batches (needs CUDA).
         max_bad_fraction: share of undecodable images, counted by this rank since `start`, above which it stops;
             None takes the stream's configuration.
 
@@ -75,7 +77,7 @@ def train_batches(
             yield from parts
 
     step: list[Batch] = []
-    for batch in _load(stream, flat(), num_workers):
+    for batch in _load(stream, flat(), num_workers, pin_memory):
         num_seen += len(batch)
         bad += len(batch.bad_samples)
         if bad > limit * max(num_seen, _MIN_SEEN):
@@ -103,16 +105,19 @@ class _StreamItems(torch.utils.data.Dataset[Batch | DataError]):
             return error
 
 
-def _load(stream: TrainStream, parts: Iterable[I64], num_workers: int) -> Iterator[Batch]:
+def _load(stream: TrainStream, parts: Iterable[I64], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Batches in the order of `parts`."""
     if num_workers == 0:
-        yield from map(stream.batch, parts)
+        for part in parts:
+            batch = stream.batch(part)
+            yield batch.pin_memory() if pin_memory else batch
         return
     loader = torch.utils.data.DataLoader(
         _StreamItems(stream),
         batch_size=None,
         sampler=parts,
         num_workers=num_workers,
+        pin_memory=pin_memory,
         collate_fn=_keep,  # type: ignore[arg-type]
     )
     for item in loader:

@@ -55,7 +55,8 @@ class Batch:
     """Samples at some positions of the stream; may be empty."""
 
     images: torch.Tensor
-    """float32 (B, C, H, W), normalised."""
+    """(B, C, H, W): uint8 as decoded, a quarter of the bytes to move between processes and to a device, or float32,
+    normalised already; `images_on` takes either."""
     prefix_len: torch.Tensor
     """int64 (B,), 1..N-1."""
     positions: torch.Tensor
@@ -65,6 +66,15 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def images_on(self, device: torch.device | str) -> torch.Tensor:
+        """float32 (B, C, H, W), normalised; bytes are moved first and normalised on the device."""
+        images = self.images.to(device, non_blocking=True)
+        return normalise(images) if images.dtype == torch.uint8 else images
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, for asynchronous copies to a CUDA device."""
+        return dataclasses.replace(self, images=self.images.pin_memory(), prefix_len=self.prefix_len.pin_memory())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +178,7 @@ class TrainStream:
             DataError: the image cannot be read.
         """
         batch = self.batch([position])
-        return Sample(batch.images[0], int(batch.prefix_len[0]), position)
+        return Sample(batch.images_on("cpu")[0], int(batch.prefix_len[0]), position)
 
     def batch(self, positions: Sequence[int] | I64) -> Batch:
         """Samples at any positions, in that order; equal to `sample` at each, bit for bit.
@@ -199,7 +209,7 @@ class TrainStream:
         if self._data.color_jitter:
             jitter_colours(pixels, make_key("jitter", self._seed), where)
         return Batch(
-            images=normalise(pixels),
+            images=pixels,
             prefix_len=torch.from_numpy(self.prefix_lengths(where)),
             positions=torch.from_numpy(where),
             bad_samples=tuple(bad),

@@ -1,0 +1,239 @@
+"""How fast images are read: the training stream beside the bare decode-and-crop limit of each JPEG library.
+
+Everything is measured in one process on one thread, in turns of a few dozen images, so that a busy machine slows all
+alike; then the loader with worker processes. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from harness.config import ResultConfig
+from harness.data.augment import crop_resize, draw_boxes
+from harness.data.bundled import IMAGE_SIZE, photograph_crops, photographs
+from harness.data.loader import train_batches
+from harness.data.pack import PackedImage, write_dataset
+from harness.data.random_access import make_key, random_uniform
+from harness.data.stream import TrainStream
+
+_HEIGHT, _WIDTH, _QUALITY = 375, 500, 90
+_CROP_SIZE = 224
+_TURN = 32  # images a library decodes before the next has its turn
+_NUM_HELD_OUT = 8
+Box = tuple[int, int, int, int, bool]
+Reader = Callable[[bytes, Box], torch.Tensor]
+
+
+def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Measure for about `seconds` per table (three tables).
+
+    Args:
+        num_images: JPEGs to cycle over.
+        seconds: wall time of the single-thread comparison, and of all loader runs together.
+        workers: numbers of loader processes; one and every core by default.
+
+    Returns:
+        `single_thread`: images/s of each library (`kind` "limit") and of the stream; `fastest_limit`;
+        `stream_share`: stream over the fastest limit, median of turns; `loader`: rows with workers, images/s, and share
+        of the fastest limit times min(workers, cores); `small`: images/s of 32 px images, first epoch and later ones;
+        `setting`.
+    """
+    torch.set_num_threads(1)
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        stream = _stream(Path(folder) / "large", _photographs(num_images), _CROP_SIZE)
+        single, share = _single_thread(stream, num_images, seconds)
+        limit = max(rate for name, rate in single.items() if name != "stream")
+        numbers = workers if workers is not None else sorted({1, cores})
+        loader = [_loader_row(stream, number, cores, limit, seconds / len(numbers)) for number in numbers]
+        crops = (crop for crop, _ in zip(photograph_crops("validation"), range(2000), strict=False))
+        small = _small(_stream(Path(folder) / "small", crops, IMAGE_SIZE))
+    return {
+        "single_thread": single,
+        "fastest_limit": limit,
+        "stream_share": share,
+        "loader": loader,
+        "small": small,
+        "setting": {
+            "image_px": [_HEIGHT, _WIDTH],
+            "jpeg_quality": _QUALITY,
+            "crop_px": _CROP_SIZE,
+            "num_images": num_images,
+            "cores": cores,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The measurements for people."""
+    setting, limit = result["setting"], result["fastest_limit"]
+    height, width = setting["image_px"]
+    lines = [
+        f"decode + random resized crop to {setting['crop_px']} px, JPEGs of {width} x {height} px, one thread",
+        f"  {'':<28}{'images/s':>10}{'of limit':>10}",
+    ]
+    for name, rate in sorted(result["single_thread"].items(), key=lambda entry: -entry[1]):
+        share = result["stream_share"] if name == "stream" else rate / limit
+        label = "training stream" if name == "stream" else f"bare {name}"
+        lines.append(f"  {label:<28}{rate:>10,.0f}{share:>10.1%}")
+    lines.append(f"loader on {setting['cores']} cores, limit x min(workers, cores)")
+    for row in result["loader"]:
+        label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
+        lines.append(f"  {label:<28}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}")
+    small = result["small"]
+    lines.append("training stream, 32 px PNGs, one thread")
+    for name, key in (("first epoch", "first_epoch"), ("later epochs (in memory)", "later_epochs")):
+        lines.append(f"  {name:<28}{small[key]:>10,.0f}")
+    return "\n".join(lines)
+
+
+def _readers() -> dict[str, Reader]:
+    """Decode, crop, resize and flip with each library that is installed."""
+
+    def with_simplejpeg(data: bytes, box: Box) -> torch.Tensor:
+        return crop_resize(torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1), box, _CROP_SIZE)
+
+    def with_torchvision(data: bytes, box: Box) -> torch.Tensor:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return crop_resize(decode_jpeg(encoded, mode=ImageReadMode.RGB), box, _CROP_SIZE)
+
+    def with_pillow(data: bytes, box: Box) -> torch.Tensor:
+        top, left, height, width, flip = box
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = image.resize(
+            (_CROP_SIZE, _CROP_SIZE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+        )
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pixels.flip(-1) if flip else pixels
+
+    readers: dict[str, Reader] = {
+        "simplejpeg + torch": with_simplejpeg,
+        "torchvision": with_torchvision,
+        "Pillow": with_pillow,
+    }
+    if importlib.util.find_spec("cv2") is not None:
+        readers["OpenCV + torch"] = _opencv_reader()
+    return readers
+
+
+def _opencv_reader() -> Reader:
+    cv2 = importlib.import_module("cv2")  # an optional package: measured where it happens to be installed
+    cv2.setNumThreads(1)
+
+    def read(data: bytes, box: Box) -> torch.Tensor:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        return crop_resize(torch.from_numpy(pixels).permute(2, 0, 1), box, _CROP_SIZE)
+
+    return read
+
+
+def _single_thread(stream: TrainStream, num_images: int, seconds: float) -> tuple[dict[str, float], float]:
+    """Images/s of every reader on bytes in memory, and of the stream on its shards; share of the stream."""
+    dataset = stream.datasets[0]
+    data = [dataset.read(i) for i in range(num_images)]
+    boxes = draw_boxes(
+        make_key("bench"),
+        np.arange(num_images),
+        dataset.height,
+        dataset.width,
+        scale=(0.4, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        horizontal_flip=True,
+    )
+    each = [tuple(values[i].item() for values in boxes) for i in range(num_images)]
+
+    def bare(reader: Reader, first: int) -> None:
+        for i in range(first, first + _TURN):
+            reader(data[i % num_images], each[i % num_images])
+
+    turns: dict[str, Callable[[int], object]] = {
+        name: functools.partial(bare, reader) for name, reader in _readers().items()
+    }
+    turns["stream"] = lambda first: stream.batch(np.arange(first, first + _TURN))
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in turns.values():
+        turn(0)  # warm-up
+    stop = time.perf_counter() + seconds
+    first = 0
+    while time.perf_counter() < stop or len(times["stream"]) < 3:
+        for name, turn in turns.items():
+            start = time.perf_counter()
+            turn(first)
+            times[name].append(time.perf_counter() - start)
+        first += _TURN
+    rates = {name: _TURN / statistics.median(values) for name, values in times.items()}
+    fastest = max((name for name in rates if name != "stream"), key=rates.__getitem__)
+    return rates, statistics.median(limit / ours for limit, ours in zip(times[fastest], times["stream"], strict=True))
+
+
+def _loader_row(stream: TrainStream, workers: int, cores: int, limit: float, seconds: float) -> dict[str, Any]:
+    """Images/s of `train_batches` once its workers run."""
+    batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
+    for _ in range(4 * max(1, workers)):
+        next(batches)  # start the workers and use up what they prefetched meanwhile
+    start, number = time.perf_counter(), 0
+    while time.perf_counter() < start + seconds:
+        number += sum(map(len, next(batches)))
+    rate = number / (time.perf_counter() - start)
+    return {"workers": workers, "images_per_s": rate, "share": rate / (limit * min(max(1, workers), cores))}
+
+
+def _small(stream: TrainStream) -> dict[str, float]:
+    """Images/s of the in-memory path, one epoch each."""
+    rates = []
+    for epoch in range(3):
+        start = time.perf_counter()
+        for first in range(epoch * stream.unique_images, (epoch + 1) * stream.unique_images, 64):
+            stream.batch(np.arange(first, first + 64)).images_on("cpu")
+        rates.append(stream.unique_images / (time.perf_counter() - start))
+    return {"first_epoch": rates[0], "later_epochs": max(rates[1:])}
+
+
+def _photographs(number: int) -> Iterator[PackedImage]:
+    """Crops of the bundled photographs, resized to the size of a typical web photo."""
+    pictures = list(photographs().values())
+    draws = random_uniform(make_key("bench photograph"), np.arange(2 * number)).reshape(number, 2)
+    for i in range(number):
+        picture = pictures[i % len(pictures)]
+        scale = min(picture.shape[-2] / _HEIGHT, picture.shape[-1] / _WIDTH, 1.0)
+        height, width = int(_HEIGHT * scale), int(_WIDTH * scale)
+        top = int(draws[i, 0] * (picture.shape[-2] - height + 1))
+        left = int(draws[i, 1] * (picture.shape[-1] - width + 1))
+        pixels = picture[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()
+        buffer = io.BytesIO()
+        image = Image.fromarray(np.ascontiguousarray(pixels)).resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)
+        image.save(buffer, "jpeg", quality=_QUALITY)
+        yield PackedImage(f"{i:06d}", "jpg", buffer.getvalue(), None)
+
+
+def _stream(folder: Path, images: Iterator[PackedImage], image_size: int) -> TrainStream:
+    folder.mkdir()
+    write_dataset(folder / "train", images)
+    held_out = (image for image, _ in zip(photograph_crops("test"), range(_NUM_HELD_OUT), strict=False))
+    write_dataset(folder / "validation", held_out)
+    config = ResultConfig.model_validate(
+        {
+            "model": {"size": "rung-32", "image_size": image_size, "patch_size": image_size // 8},
+            "data": {"sources": [{"path": str(folder / "train")}]},
+            "optimiser": {"batch_size": _TURN},
+            "budgets": [_TURN],
+            "validation": {"path": str(folder / "validation")},
+        }
+    )
+    return TrainStream(config)
