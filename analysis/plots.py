@@ -47,6 +47,9 @@ AXIS_LABELS = {
 }
 """Axis labels of the results table's columns, with units."""
 
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": 4, "columnspacing": 1.2}
+"""Legends stand below the axes, where they hide no point."""
+
 
 def axis_label(column: str) -> str:
     """Label of a column: ours, else its unit and name from the schema, else the name as it is."""
@@ -111,7 +114,8 @@ def plot_fit(
                 for c, m, line, (value, _) in zip(colours, MARKERS, LINES, groups, strict=False)
                 if value is not None
             ]
-            ax.legend(handles=handles, title=legend_title or _short(fit.columns[others[0]]), handlelength=3)
+            title = legend_title or _short(fit.columns[others[0]])
+            ax.legend(handles=handles, title=title, handlelength=2.6, **BELOW)
     return ax
 
 
@@ -217,7 +221,7 @@ def plot_residuals(fit: Fit) -> Figure:
     """Residuals against every variable of the law; a pattern here means the form is wrong."""
     with styled():
         variables = list(fit.law.variables)
-        figure, axes = new_figure(3.9 * len(variables) if len(variables) > 1 else 5.6, 3.9, len(variables))
+        figure, axes = new_figure(3.5 * len(variables) if len(variables) > 1 else 5.4, 3.5, len(variables))
         residual = fit.data["residual"]
         shown = 100 * np.expm1(residual) if fit.objective.log else residual
         for ax, x in zip(axes, variables, strict=True):
@@ -231,14 +235,7 @@ def plot_residuals(fit: Fit) -> Figure:
             log_axis(ax, "x", fit.data[x], _few_values(fit.data[x]), _tick_label(fit.columns[x]))
             ax.set_xlabel(axis_label(fit.columns[x]).split(" (")[0])
             if others:
-                ax.legend(
-                    title=_short(fit.columns[others[0]]),
-                    loc="upper center",
-                    bbox_to_anchor=(0.5, -0.2),
-                    ncols=4,
-                    columnspacing=1,
-                    handletextpad=0.2,
-                )
+                ax.legend(title=_short(fit.columns[others[0]]), handletextpad=0.2, **BELOW)
         axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")
         for ax in axes[1:]:
             ax.set_ylim(axes[0].get_ylim())
@@ -256,7 +253,7 @@ def plot_loss_accuracy(probes: pd.DataFrame, correlations: Mapping[str, Sequence
         tasks = list(dict.fromkeys(probes["task"]))
         columns = min(3, len(tasks))
         rows = -(-len(tasks) // columns)
-        figure = Figure(figsize=(max(5.6, 3.6 * columns), 3.7 * rows + 0.5), layout="constrained")
+        figure = Figure(figsize=(max(5.4, 3.3 * columns), 3.3 * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         by = next(
             (name for name in ("params_total", "images_seen") if name in probes and probes[name].notna().any()), None
@@ -301,7 +298,7 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
         for c in correlations
     ]
     ax.set_ylim(max(0.0, ax.get_ylim()[0] - 0.12 * np.ptp(ax.get_ylim())), None)
-    ax.text(0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=8, color=INK)
+    ax.text(0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=7.5, color=INK)
 
 
 def plain(text: object) -> str:

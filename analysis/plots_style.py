@@ -85,7 +85,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float = 6.6, height: float = 4.3, num_axes: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float = 5.4, height: float = 3.7, num_axes: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of one row of axes that no global state keeps alive; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, num_axes, squeeze=False)[0]
@@ -178,7 +178,7 @@ def themed_svg(figure: Figure, key: str, label: str) -> str:
     for light in DARK:
         text = re.sub(light, f"var({css_variable(light)})", text, flags=re.IGNORECASE)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    width = round(1.25 * 72 * figure.get_figwidth())
+    width = round(1.45 * 72 * figure.get_figwidth())
     attributes = f'role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
     opening = re.search(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', text)
     assert opening is not None
