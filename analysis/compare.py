@@ -161,7 +161,7 @@ def _shared(probes: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
     )
     if small:
         left_out.append(
-            f"Resolution: these runs see {', '.join(map(str, small))} px, AIM {PAPER_SIDE} px; part of every gap is that."
+            f"Resolution: these runs see {', '.join(map(str, small))} px, AIM {PAPER_SIDE} px: a part of every gap."
         )
     return kept
 
@@ -196,8 +196,8 @@ def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
     partial = counts[counts < len(TASKS)]
     if len(partial):
         left_out.append(
-            f"The mean over tasks of {len(partial)} run{'s' if len(partial) > 1 else ''}: at most {partial.max()} of the "
-            f"paper's {len(TASKS)} tasks were probed, and a mean over other tasks is another quantity."
+            f"The mean over tasks of {len(partial)} run{'s' if len(partial) > 1 else ''}: at most {partial.max()} of "
+            f"the paper's {len(TASKS)} tasks were probed, and a mean over other tasks is another quantity."
         )
     full = rows[rows["run_id"].isin(counts[counts == len(TASKS)].index)]
     if full.empty:
