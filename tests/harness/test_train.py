@@ -46,7 +46,7 @@ def train_in(rank: int, path: Path) -> None:
 def results(path: Path) -> dict[str, Any]:
     """What must be equal between runs: metric lines, rows without times, weights."""
     run = RunDir(path)
-    timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "run_id", "config_hash"}
+    timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "run_id", "config_hash", "git_commit"}
     return {
         "metrics": run.metrics.read_text(),
         "rows": [{k: v for k, v in row.items() if k not in timing} for row in run.read_rows()],
