@@ -27,8 +27,8 @@ def make_key(*words: int | str) -> int:
 def random_bits(key: int | U64, counter: npt.ArrayLike) -> U64:
     """64 random bits for every counter; `key` may be an array that broadcasts with `counter`."""
     keys = np.asarray(key, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        return _mix(_mix(np.asarray(counter, dtype=np.uint64) * _GOLDEN + keys) + keys)
+    counters = np.atleast_1d(np.asarray(counter, dtype=np.uint64))  # arrays wrap around silently, scalars would warn
+    return _mix(_mix(counters * _GOLDEN + keys) + keys)
 
 
 def random_uniform(key: int | U64, counter: npt.ArrayLike) -> npt.NDArray[np.float64]:

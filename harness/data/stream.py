@@ -69,7 +69,7 @@ class Batch:
 
     def images_on(self, device: torch.device | str) -> torch.Tensor:
         """float32 (B, C, H, W), normalised; bytes are moved first and normalised on the device."""
-        images = self.images.to(device, non_blocking=True)
+        images = self.images.to(device, non_blocking=True).contiguous()
         return normalise(images) if images.dtype == torch.uint8 else images
 
     def pin_memory(self) -> Batch:
@@ -187,7 +187,9 @@ class TrainStream:
             DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
         """
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
-        pixels = torch.empty(len(where), self._channels, self._size, self._size, dtype=torch.uint8)
+        # decoders write pixel by pixel, so that this layout takes their rows as they are
+        shape = (len(where), self._channels, self._size, self._size)
+        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         source_of, sample_of = self.locate(where)
         bad: list[str] = []
         pending = np.arange(len(where))
