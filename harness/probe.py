@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from aim.model import AIM
+from aim.weights import write_weights
 from harness.config import ModelSection, ProbeSection, fingerprint
 from harness.distributed import Group
 from harness.probe_augment import PublishedViews
@@ -153,6 +154,8 @@ def probe_backbone(
                 }
                 | about
             )
+            if out is not None and group.is_first and top.head is not None:
+                save_head(top, out / f"{section.task}.{kind}.safetensors")
     if "lora" in section.kinds:
         assert isinstance(backbone, AimBackbone)
         adapted = adapt(backbone.model, section, split, train, test, blocks=last, seed=seed, group=group)
@@ -217,6 +220,14 @@ def _detail(
         and len(section.lrs) > 1
         and setting.lr in (min(section.lrs), max(section.lrs)),
     }
+
+
+def save_head(candidate: Candidate, path: Path) -> None:
+    """Write a trained head under the released names `head.*`; the blocks it averages are in the file's metadata."""
+    assert candidate.head is not None
+    state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of(0, 0).items()}
+    state["head.bn.num_batches_tracked"] = torch.tensor(0)
+    write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})
 
 
 def as_entry(detail: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Candidate:
     """Cross-entropy on the hold-out (0 for k-NN, which has none)."""
     scorer: Scorer
     """Scores new tokens."""
+    head: HeadStack | None = None
+    """The trained head, alone in its stack; None for k-NN."""
 
 
 @dataclass(frozen=True)
@@ -217,11 +219,13 @@ class GridFit:
                 num_neighbours=None,
                 holdout_top1=float(right[s, g]) / len(held),
                 holdout_loss=float(loss[s, g]) / len(held),
-                scorer=_head_scorer(stack.only(s, g)),
+                scorer=_head_scorer(head),
+                head=head,
             )
             for stack, right, loss in zip(stacks, correct, losses, strict=True)
             for s, blocks in enumerate(sets)
             for g, setting in enumerate(stack.settings)
+            for head in [stack.only(s, g)]
         ]
 
     @torch.no_grad()

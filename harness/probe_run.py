@@ -20,7 +20,7 @@ from harness.rundir import RunDir
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
-    """The float32 model of a budget; an imported backbone, which has no pixel head, gets an untrained one.
+    """The float32 model of a budget; an imported backbone, whose pixel head was not released, has a mere linear one.
 
     Raises:
         ProbeError: that budget is not saved.
@@ -30,11 +30,14 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
     if not path.exists():
         saved = ", ".join(str(budget) for budget in saved_budgets(run)) or "none yet"
         raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
-    model = model_config(**dict(config.result.model), target=config.result.objective.target)
+    shape = dict(config.result.model)
     with safe_open(path, framework="pt") as file:
         has_pixel_head = any(name.startswith("pixel_head.") for name in file.keys())  # noqa: SIM118 (not a dict)
-    load = load_model if has_pixel_head else load_backbone
-    return load(path, model, device=device).eval()
+    if has_pixel_head:
+        model = model_config(**shape, target=config.result.objective.target)
+        return load_model(path, model, device=device).eval()
+    shape |= {"head_rule": "none", "head_width": None, "head_depth": None}
+    return load_backbone(path, model_config(**shape), device=device).eval()
 
 
 def saved_budgets(run: RunDir) -> list[int]:
