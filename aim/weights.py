@@ -82,17 +82,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError(f"there is no weight file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except safetensors.SafetensorError as error:
-            raise WeightsError(f"{path} is not a whole safetensors file ({error}); download it again") from error
-    if path.suffix not in (".pth", ".pt"):
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise WeightsError(f"{path} is neither .pth nor .safetensors; convert it to one of them")
     try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); download it again") from error
     except Exception as error:  # torch raises many kinds, among them pickle's own, for files it will not read
+        if "Cannot allocate memory" in str(error):
+            size_gb = path.stat().st_size / 1e9
+            raise WeightsError(f"{path} ({size_gb:.1f} GB) does not fit; use a machine with more memory") from error
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{path} is not a plain PyTorch state dict ({reason}); save one with torch.save(model.state_dict(), path)"
