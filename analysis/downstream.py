@@ -136,7 +136,7 @@ def _link_values(law: Law, draws: Mapping[str, Array], loss: Array) -> Array:
 
 
 def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:
-    """Mean accuracy over tasks: accuracy, ci_lo, ci_hi, pi_lo, pi_hi; errors are as correlated as the tasks' draws."""
+    """Mean accuracy over tasks: accuracy, ci_lo, ci_hi, pi_lo, pi_hi; errors as correlated as the tasks' draws."""
     num = min(len(f.curve_draws) for f in forecasts)
     tails = [50 * (1 - forecasts[0].level), 50 * (1 + forecasts[0].level)]
     curve = np.mean([f.curve_draws[:num] for f in forecasts], axis=0)

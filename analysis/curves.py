@@ -1,0 +1,143 @@
+"""Learning curves: one loss against one scale, extrapolated.
+
+`extrapolate` is the default. M1, M2 and M3 of Alabdulmohsin et al. 2022 are here as their authors released them, so that
+a new extrapolator can be compared with the numbers in print; M2's released code stops in the local minimum of its
+objective that lies nearest to the smallest observed loss, which is not the global one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from analysis.errors import AnalysisError
+from analysis.estimate import fit
+from analysis.heldout import errors
+from analysis.law import Array
+from analysis.laws import saturating, sigmoidal
+from analysis.objectives import LOG_LSQ
+from analysis.result import Fit
+
+MARGIN = 1e-3
+"""How far below the smallest observed loss the released M2 starts its limit."""
+
+Curve = Callable[[Array], Array]
+
+
+def m1(x: Array, y: Array) -> Curve:
+    """M1, y = b x^-c: least squares on logarithms."""
+    slope, level = np.polyfit(np.log(x), np.log(y), 1)
+    return lambda z: np.exp(level + slope * np.log(z))
+
+
+def m2(x: Array, y: Array) -> Curve:
+    """M2, y = e_inf + b x^-c, as released: residuals of log(y - e_inf), descending from e_inf = min(y) - 1e-3."""
+    log_x = np.log(x)
+    basis, _ = np.linalg.qr(np.stack([np.ones_like(log_x), log_x], axis=1))
+
+    def objective(limits: Array) -> Array:
+        logs = np.log(y - np.atleast_1d(limits)[:, None])
+        return np.sum((logs - (logs @ basis) @ basis.T) ** 2, axis=1)
+
+    limits = np.linspace(max(0.0, y.min() - MARGIN), 0.0, 4001)
+    values = objective(limits)
+    rising = np.flatnonzero(np.diff(values) >= 0)
+    stop = int(rising[0]) if len(rising) else len(limits) - 1
+    low, high = limits[min(stop + 1, len(limits) - 1)], limits[max(stop - 1, 0)]
+    for _ in range(60):  # golden-section search around the first local minimum
+        inner = low + np.array([0.381966, 0.618034]) * (high - low)
+        left, right = objective(inner)
+        low, high = (low, inner[1]) if left < right else (inner[0], high)
+    limit = 0.0 if stop == len(limits) - 1 else (low + high) / 2
+    slope, level = np.polyfit(log_x, np.log(y - limit), 1)
+    return lambda z: limit + np.exp(level + slope * np.log(z))
+
+
+def m3(x: Array, y: Array) -> Curve:
+    """M3, y = b (1/x + g)^c, as released: (b, c) by regression and g from a grid that solves each point, in turns."""
+    log_y, gamma, beta, c = np.log(y), 0.0, 1.0, 0.5
+    for _ in range(10_000):
+        before = beta
+        slope, level = np.polyfit(np.log(1 / x + gamma), log_y, 1)
+        beta, c = float(np.exp(level)), max(0.0, float(slope))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            grid = (y / beta) ** (1 / c if c else np.inf) - 1 / x
+        grid = np.append(grid[np.isfinite(grid) & (grid >= 0)], gamma)
+        sums = np.sum((log_y - np.log(beta) - c * np.log(1 / x + grid[:, None])) ** 2, axis=1)
+        gamma = float(grid[np.argmin(sums)]) if sums.min() < sums[-1] else gamma
+        if abs(beta - before) < 1e-10:
+            break
+    return lambda z: beta * (1 / z + gamma) ** c
+
+
+RELEASED: dict[str, Callable[[Array, Array], Curve]] = {"M1": m1, "M2": m2, "M3": m3}
+"""Estimators as released, name -> function of x and y."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolation:
+    """The default forecast of a single curve."""
+
+    fits: tuple[Fit, ...]
+    """The saturating and the sigmoidal law, fitted to the curve."""
+    variable: str
+    """Name of x."""
+    table: pd.DataFrame = field(repr=False)
+    """The points used: x, y."""
+
+    def predict(self, x: Array) -> pd.DataFrame:
+        """value, ci_lo, ci_hi, pi_lo, pi_hi, disagreement (ratio of the two laws), beyond_range at x.
+
+        value is the geometric mean of the two laws; the intervals are the hulls of theirs.
+        """
+        parts = [f.predict({self.variable: np.asarray(x, float)}) for f in self.fits]
+        values = np.array([p["value"] for p in parts])
+        out = {"value": np.exp(np.mean(np.log(values), axis=0))}
+        for name in ("ci_lo", "pi_lo"):
+            out[name] = np.min([p[name] for p in parts], axis=0)
+        for name in ("ci_hi", "pi_hi"):
+            out[name] = np.max([p[name] for p in parts], axis=0)
+        out["disagreement"] = values.max(axis=0) / values.min(axis=0)
+        return pd.DataFrame({**out, "beyond_range": parts[0]["beyond_range"]})
+
+
+def extrapolate(
+    df: pd.DataFrame, *, x: str, y: str, tail_weight: float = 0.5, resamples: int = 0, level: float = 0.95
+) -> Extrapolation:
+    """Extrapolate one curve towards larger x.
+
+    Two laws that both level off at small and at large scale, the saturating power law and M4, are fitted by least squares
+    on logarithms to a global optimum, with weight (x / largest x)^tail_weight so that the end of the curve counts most,
+    and averaged on the logarithm. Residuals of log y need no Jacobian, unlike the published ones of log(y - e_inf).
+
+    Args:
+        df: one row a point; of several with the same x the last one counts.
+        x: column of the scale.
+        y: column of the loss or error, positive.
+        tail_weight: power of x in the weights.
+        resamples: bootstrap resamples for the intervals; 0 for none.
+        level: level of the intervals.
+
+    Raises:
+        AnalysisError: missing columns or fewer than 6 different x.
+    """
+    for name in (x, y):
+        if name not in df.columns:
+            raise AnalysisError(f"The table has no column {name!r}; its columns are {', '.join(map(str, df.columns))}.")
+    points = df[[x, y]].drop_duplicates(x, keep="last").sort_values(x)
+    if len(points) < 6:
+        raise AnalysisError(f"The curve has {len(points)} different {x}; extrapolating it needs at least 6.")
+    weights = (points[x] / points[x].max()).to_numpy() ** tail_weight
+    fits = tuple(
+        fit(law, points, y=y, objective=LOG_LSQ, weights=weights, resamples=resamples, level=level)
+        for law in (saturating(x), sigmoidal(x))
+    )
+    return Extrapolation(fits=fits, variable=x, table=points)
+
+
+def score(predicted: Array, measured: Array) -> float:
+    """Root mean square error of the logarithm, the benchmark's score."""
+    return errors(np.asarray(predicted, float), np.asarray(measured, float))[1]
