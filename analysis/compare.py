@@ -19,7 +19,7 @@ from analysis.plots_style import human
 from analysis.published import paper_exponent
 from analysis.report_study import widest_slice
 from analysis.result import Fit
-from analysis.table import probe_frame, require_columns, usable_rows
+from analysis.table import probe_frame, usable_rows
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -120,14 +120,8 @@ def _percent_table(frame: pd.DataFrame) -> str:
 
 
 def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
-    """Put the runs of a results table beside the published models.
-
-    Raises:
-        TableError: the table has neither losses nor probes to compare.
-    """
+    """Put the runs of a results table beside the published models; what the table lacks is named in `left_out`."""
     usable, exclusions = usable_rows(frame)
-    if "probes" not in frame:
-        require_columns(frame, ["val_loss", "params_total"])
     complete = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
     probes = probe_frame(complete)
     left_out = list(exclusions)

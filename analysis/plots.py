@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -11,52 +11,43 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.plots_laws import plot_frontier
+from analysis.plots_parts import (
+    axis_label,
+    below,
+    error_bars,
+    few_values,
+    groups,
+    plain,
+    scatter,
+    short,
+    tick_label,
+)
 from analysis.plots_style import (
     ACCENT,
     INK,
     LINES,
     MARKERS,
-    MAX_SERIES,
     MUTED,
-    PAPER,
-    RASTERISE_ABOVE,
     SECOND,
     human,
     log_axis,
     new_figure,
     ordered_colours,
-    power_of_ten,
     styled,
 )
-from analysis.table import KNOWN
+
+__all__ = [
+    "plot_beside_published",
+    "plot_fit",
+    "plot_frontier",
+    "plot_loss_accuracy",
+    "plot_points",
+    "plot_residuals",
+]
 
 if TYPE_CHECKING:
     from analysis.result import Correlation, Fit
-
-AXIS_LABELS = {
-    "params_total": "N: parameters (trunk, patch embedding, pixel head)",
-    "params_trunk": "N: trunk parameters",
-    "params_head": "N: pixel-head parameters",
-    "images_seen": "D: training images seen",
-    "unique_images": "U: different training images",
-    "flops_train": "C: training compute (FLOP)",
-    "flops_6nd": "C: training compute, 6 × N × tokens (FLOP)",
-    "val_loss": "validation loss (normalised MSE)",
-    "train_loss": "training loss (normalised MSE)",
-    "top1": "top-1 accuracy",
-}
-"""Axis labels of the results table's columns, with units."""
-
-BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": 4, "columnspacing": 1.2}
-"""Legends stand below the axes, where they hide no point."""
-
-
-def axis_label(column: str) -> str:
-    """Label of a column: ours, else its unit and name from the schema, else the name as it is."""
-    if column in AXIS_LABELS:
-        return AXIS_LABELS[column]
-    unit = KNOWN[column].unit if column in KNOWN else ""
-    return f"{column} ({unit})" if unit else column
 
 
 def plot_fit(
@@ -89,20 +80,25 @@ def plot_fit(
         others = [v for v in fit.law.variables if v != x]
         data = fit.data
         if background is not None and len(background):
-            _scatter(ax, background["x"], background["y"], color=MUTED, marker="o", alpha=0.45, size=14, zorder=1)
-        groups = _groups(data, others[0]) if others else [(None, data)]
-        colours = ordered_colours(len(groups)) if others else [ACCENT]
-        for i, (value, group) in enumerate(groups):
+            scatter(ax, background["x"], background["y"], color=MUTED, marker="o", alpha=0.45, size=14, zorder=1)
+        series = groups(data, others[0]) if others else [(None, data)]
+        colours = ordered_colours(len(series)) if others else [ACCENT]
+        for i, (value, group) in enumerate(series):
             label = human(value) if value is not None else "measured"
-            _law_line(
-                ax, fit, x, {others[0]: value} if value is not None else {}, group, colours[i], LINES[i], extend_to
-            )
-            _error_bars(ax, group[x], group["y"], se, colours[i])
-            _scatter(ax, group[x], group["y"], color=colours[i], marker=MARKERS[i], label=label)
+            fixed = {others[0]: value} if value is not None else {}
+            _law_line(ax, fit, x, fixed, group, colours[i], LINES[i], extend_to)
+            error_bars(ax, group[x], group["y"], se, colours[i])
+            scatter(ax, group[x], group["y"], color=colours[i], marker=MARKERS[i], label=label)
         span = [*data[x], *([extend_to] if extend_to else []), *([] if background is None else background["x"])]
-        ticks = _few_values(data[x]) if extend_to is None and background is None else None
-        log_axis(ax, "x", span, ticks, _tick_label(fit.columns[x]))
-        heights = [*data["y"], *([] if background is None else background["y"])]
+        ticks = few_values(data[x]) if extend_to is None and background is None else None
+        log_axis(ax, "x", span, ticks, tick_label(fit.columns[x]))
+        bars = 1.96 * se.reindex(data.index).fillna(0) if se is not None else 0 * data["y"]
+        heights = [
+            *(data["y"] - bars),
+            *(data["y"] + bars),
+            *data["fitted"],
+            *([] if background is None else background["y"]),
+        ]
         if extend_to is not None and not others:
             heights += fit.predict({x: [extend_to]})["value"].tolist()
         log_axis(ax, "y", heights)
@@ -111,45 +107,12 @@ def plot_fit(
         if others:
             handles = [
                 mpl.lines.Line2D([], [], color=c, marker=m, linestyle=line, label=human(value))
-                for c, m, line, (value, _) in zip(colours, MARKERS, LINES, groups, strict=False)
+                for c, m, line, (value, _) in zip(colours, MARKERS, LINES, series, strict=False)
                 if value is not None
             ]
-            title = legend_title or _short(fit.columns[others[0]])
-            ax.legend(handles=handles, title=title, handlelength=2.6, **BELOW)
+            title = legend_title or short(fit.columns[others[0]])
+            ax.legend(handles=handles, title=title, handlelength=2.2, **below(len(handles)))
     return ax
-
-
-def _short(column: str) -> str:
-    """A legend heading: the letter and a word or two."""
-    known = {"params_total": "N, parameters", "params_trunk": "N, trunk", "images_seen": "D, images seen"}
-    return known.get(column, column)
-
-
-def _groups(data: pd.DataFrame, by: str) -> list[tuple[float | None, pd.DataFrame]]:
-    """Rows by value of a column; more than eight values are put into eight classes by their logarithm."""
-    values = np.sort(data[by].unique())
-    if len(values) <= MAX_SERIES:
-        return [(float(value), data[data[by] == value]) for value in values]
-    edges = np.geomspace(values[0], values[-1], MAX_SERIES + 1)
-    classes = np.clip(np.digitize(data[by], edges[1:-1]), 0, MAX_SERIES - 1)
-    return [
-        (float(np.exp(np.log(data[by][classes == k]).mean())), data[classes == k])
-        for k in range(MAX_SERIES)
-        if (classes == k).any()
-    ]
-
-
-def _few_values(values: pd.Series) -> list[float] | None:
-    """The values themselves as ticks, if they are few and far enough apart to label."""
-    distinct = np.sort(values.unique())
-    if not 2 <= len(distinct) <= 6 or np.min(np.diff(np.log(distinct))) < 0.09 * np.log(distinct[-1] / distinct[0]):
-        return None
-    return [float(value) for value in distinct]
-
-
-def _tick_label(column: str) -> Callable[[float], str]:
-    """FLOPs as powers of ten, counts as people say them."""
-    return power_of_ten if column.startswith("flops") or column == "C" else human
 
 
 def _law_line(
@@ -177,25 +140,6 @@ def _law_line(
         ax.fill_between(beyond, curve["pi_lo"], curve["pi_hi"], color=colour, alpha=0.10, linewidth=0, zorder=1)
 
 
-def _scatter(
-    ax: Axes, x: Any, y: Any, *, color: str, marker: str, label: str | None = None, size: float = 34, **options: Any
-) -> None:
-    many = len(x) > RASTERISE_ABOVE
-    options = {"zorder": 3, "alpha": 0.25 if many else 1.0} | options
-    ax.scatter(
-        x, y, s=6 if many else size, color=color, marker=marker, label=label,
-        edgecolors="none" if many else PAPER, linewidths=0.6, rasterized=many, **options,
-    )  # fmt: skip
-
-
-def _error_bars(ax: Axes, x: pd.Series, y: pd.Series, se: pd.Series | None, colour: str) -> None:
-    if se is None or len(x) > RASTERISE_ABOVE:
-        return
-    half = 1.96 * se.reindex(x.index)
-    if half.notna().any():
-        ax.errorbar(x, y, yerr=half.fillna(0), fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
-
-
 def plot_points(
     frame: pd.DataFrame, x: str, y: str = "val_loss", by: str | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -203,17 +147,17 @@ def plot_points(
     with styled():
         if ax is None:
             ax = new_figure()[1][0]
-        groups = _groups(frame, by) if by else [(None, frame)]
-        colours = ordered_colours(len(groups)) if by else [ACCENT]
-        for i, (value, group) in enumerate(groups):
+        series = groups(frame, by) if by else [(None, frame)]
+        colours = ordered_colours(len(series)) if by else [ACCENT]
+        for i, (value, group) in enumerate(series):
             label = human(value) if value is not None else None
-            _scatter(ax, group[x], group[y], color=colours[i], marker=MARKERS[i], label=label)
-        log_axis(ax, "x", frame[x], _few_values(frame[x]), _tick_label(x))
+            scatter(ax, group[x], group[y], color=colours[i], marker=MARKERS[i], label=label)
+        log_axis(ax, "x", frame[x], few_values(frame[x]), tick_label(x))
         log_axis(ax, "y", frame[y])
         ax.set_xlabel(axis_label(x))
         ax.set_ylabel(axis_label(y))
         if by:
-            ax.legend(title=_short(by))
+            ax.legend(title=short(by))
     return ax
 
 
@@ -226,16 +170,16 @@ def plot_residuals(fit: Fit) -> Figure:
         shown = 100 * np.expm1(residual) if fit.objective.log else residual
         for ax, x in zip(axes, variables, strict=True):
             others = [v for v in variables if v != x]
-            groups = _groups(fit.data, others[0]) if others else [(None, fit.data)]
-            colours = ordered_colours(len(groups)) if others else [ACCENT]
+            series = groups(fit.data, others[0]) if others else [(None, fit.data)]
+            colours = ordered_colours(len(series)) if others else [ACCENT]
             ax.axhline(0, color=MUTED, linewidth=1)
-            for i, (value, group) in enumerate(groups):
+            for i, (value, group) in enumerate(series):
                 label = human(value) if value is not None else None
-                _scatter(ax, group[x], shown[group.index], color=colours[i], marker=MARKERS[i], label=label, size=26)
-            log_axis(ax, "x", fit.data[x], _few_values(fit.data[x]), _tick_label(fit.columns[x]))
+                scatter(ax, group[x], shown[group.index], color=colours[i], marker=MARKERS[i], label=label, size=26)
+            log_axis(ax, "x", fit.data[x], few_values(fit.data[x], 0.16), tick_label(fit.columns[x]))
             ax.set_xlabel(axis_label(fit.columns[x]).split(" (")[0])
             if others:
-                ax.legend(title=_short(fit.columns[others[0]]), handletextpad=0.2, **BELOW)
+                ax.legend(title=short(fit.columns[others[0]]), handletextpad=0.1, **below(len(series)))
         axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")
         for ax in axes[1:]:
             ax.set_ylim(axes[0].get_ylim())
@@ -258,10 +202,10 @@ def plot_loss_accuracy(probes: pd.DataFrame, correlations: Mapping[str, Sequence
         by = next(
             (name for name in ("params_total", "images_seen") if name in probes and probes[name].notna().any()), None
         )
-        groups = _groups(probes, by) if by else [(None, probes)]
-        colours = ordered_colours(len(groups)) if by else [ACCENT]
+        series = groups(probes, by) if by else [(None, probes)]
+        colours = ordered_colours(len(series)) if by else [ACCENT]
         for ax, task in zip(panels, tasks, strict=False):
-            for i, (value, group) in enumerate(groups):
+            for i, (value, group) in enumerate(series):
                 label = human(value) if value is not None else None
                 _accuracy_points(ax, group[group["task"] == task], colours[i], MARKERS[i], label)
             _accuracy_panel(ax, task, probes[probes["task"] == task], correlations.get(task, ()))
@@ -269,7 +213,7 @@ def plot_loss_accuracy(probes: pd.DataFrame, correlations: Mapping[str, Sequence
             ax.set_visible(False)
         if by:
             handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, title=_short(by), loc="outside lower center", ncols=min(8, len(labels)))
+            figure.legend(handles, labels, title=short(by), loc="outside lower center", ncols=min(8, len(labels)))
     return figure
 
 
@@ -279,7 +223,7 @@ def _accuracy_points(ax: Axes, rows: pd.DataFrame, colour: str, marker: str, lab
     if len(rows) and low.notna().any():
         bars = np.array([low.clip(lower=0).fillna(0), high.clip(lower=0).fillna(0)])
         ax.errorbar(rows["val_loss"], rows["top1"], yerr=bars, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.6)
-    _scatter(ax, rows["val_loss"], rows["top1"], color=colour, marker=marker, label=label)
+    scatter(ax, rows["val_loss"], rows["top1"], color=colour, marker=marker, label=label)
 
 
 def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Sequence[Correlation]) -> None:
@@ -299,11 +243,6 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
     ]
     ax.set_ylim(max(0.0, ax.get_ylim()[0] - 0.12 * np.ptp(ax.get_ylim())), None)
     ax.text(0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=7.5, color=INK)
-
-
-def plain(text: object) -> str:
-    """Text that matplotlib draws as it is, without reading dollar signs as mathematics."""
-    return str(text).replace("$", r"\$")
 
 
 def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: str = "params_total") -> Figure:
@@ -326,7 +265,7 @@ def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: st
                 grid = np.geomspace(n.min(), n.max(), 50)
                 ax.plot(grid, np.exp(level) * grid**slope, color=colour, linestyle="-" if marker == "o" else "--")
                 label = f"{name}: straight line has slope {slope:.4f}".replace("-", "−")
-            _scatter(ax, n, loss, color=colour, marker=marker, label=label)
+            scatter(ax, n, loss, color=colour, marker=marker, label=label)
         log_axis(ax, "x", [*ours[count], *published[count]])
         log_axis(ax, "y", [*ours["val_loss"], *published["val_loss"]])
         ax.set_xlabel(axis_label(count))

@@ -19,6 +19,7 @@ import markupsafe
 
 from analysis import report_tables as tables
 from analysis import report_text as words
+from analysis.compare import compare
 from analysis.errors import AnalysisError
 from analysis.figures import page_figures
 from analysis.plots_style import css_variables
@@ -90,6 +91,7 @@ def render(study: Study) -> str:
     environment.filters["maths"] = maths
     figures = page_figures(study)
     pictures = picture_rows(study)
+    comparison = compare(study.frame, resamples=study.resamples)
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -108,8 +110,11 @@ def render(study: Study) -> str:
         heldout=tables.heldout_table(study),
         probes=tables.probe_table(study),
         correlations=tables.correlation_table(study),
-        published=tables.published_tables(),
-        comparability=words.comparability(study),
+        frontiers=tables.frontier_table(study),
+        comparison=tables.task_comparison_table(comparison),
+        published=[tables.worked_example_table(), *tables.published_tables()],
+        comparability=[*words.comparability(study), *[gap.sentence() for gap in comparison.closing]],
+        left_out=comparison.left_out,
         missing=list(dict.fromkeys(study.missing)),
         methods=words.methods(study),
         provenance=words.provenance(study),

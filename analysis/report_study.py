@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from analysis.approaches import Approaches, all_approaches
 from analysis.correlation import correlate
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
@@ -37,12 +38,16 @@ class Study:
     """The sweep's collect.json, or empty."""
     exclusions: list[str]
     """Rows left out and why, in sentences."""
+    resamples: int = 1000
+    """Bootstrap resamples of every interval."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """`ND` the joint law; `N`, `D`, `C` power laws with offset along one variable."""
     selections: dict[str, str] = field(default_factory=dict)
     """Fit key -> which rows it used, in words."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
     """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
+    approaches: Approaches | None = None
+    """Compute-optimal frontiers by the approaches that the table allows."""
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
 
@@ -66,6 +71,7 @@ def study_table(path: Path, frame: pd.DataFrame, collect: dict[str, Any], *, res
         probes=probe_frame(complete),
         collect=collect,
         exclusions=exclusions,
+        resamples=resamples,
     )
     if usable.empty:
         study.missing.append("No row has a validation loss, so no law is fitted.")
@@ -92,6 +98,10 @@ def _fit_laws(study: Study, resamples: int) -> None:
             study.fits[key] = found
     if "ND" in study.fits:
         study.fits["ND"] = _with_tests(study, study.fits["ND"])
+        if "flops_train" in usable and usable["flops_train"].notna().any():
+            study.approaches = study.attempt(
+                "Compute-optimal frontier", lambda: all_approaches(usable, resamples=min(resamples, 500))
+            )
 
 
 def _with_tests(study: Study, joint: Fit) -> Fit:

@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.baselines import BASELINES, LOSS_SOURCE, PUBLISHED_SIZES, TASK_TITLES, TASKS
+from analysis.compare import Comparison
 from analysis.plots_style import human
+from analysis.published import forecast_frame, four_points
 from analysis.report_study import Study, forecasts
 
 MAX_ROWS = 400
@@ -274,6 +276,46 @@ def heldout_table(study: Study) -> PageTable | None:
     )
 
 
+def frontier_table(study: Study) -> PageTable | None:
+    """Exponents of N*(C) by each approach."""
+    if study.approaches is None or not study.approaches.frontiers:
+        return None
+    return page_table(
+        "frontiers",
+        "Compute-optimal size, by approach",
+        "N* ~ C^exponent: 1 the envelope of training curves, 2 a parabola at each compute, 3 the fitted joint law.",
+        study.approaches.table(),
+        [
+            ("approach", "approach", whole),
+            ("exponent", "exponent", number(3)),
+            ("low", "low", number(3)),
+            ("high", "high", number(3)),
+            ("method", "method", text),
+            ("refused", "budgets refused", whole),
+        ],
+    )
+
+
+def worked_example_table() -> PageTable:
+    """The paper's 7B forecast from its three smaller models."""
+    frame = forecast_frame()
+    frame["interval"] = [f"{low:.4f} to {high:.4f}" for low, high in zip(frame["low"], frame["high"], strict=True)]
+    return page_table(
+        "published-forecast",
+        "AIM-7B, forecast from the three smaller published models",
+        f"{four_points().sentence()} N: trunk parameters; Student's t with one degree of freedom.",
+        frame,
+        [
+            ("what", "quantity", text),
+            ("by", "forecast by", text),
+            ("predicted", "forecast", number(4)),
+            ("interval", "95 % prediction interval", text),
+            ("actual", "published", number(4)),
+            ("extrapolation", "beyond fitted N (×)", number(1)),
+        ],
+    )
+
+
 def probe_table(study: Study) -> PageTable | None:
     """Every frozen-feature result."""
     if study.probes.empty:
@@ -337,6 +379,30 @@ def correlation_table(study: Study) -> PageTable | None:
             ("low", "low", number(3)),
             ("high", "high", number(3)),
             ("n", "points", whole),
+        ],
+    )
+
+
+def task_comparison_table(comparison: Comparison) -> PageTable | None:
+    """Ours beside AIM-7B and the best frozen model, where the task is the same."""
+    if comparison.tasks.empty:
+        return None
+    return page_table(
+        "compare",
+        "The same tasks, ours and theirs",
+        "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs.",
+        comparison.tasks,
+        [
+            ("task", "task", text),
+            ("size", "size", text),
+            ("params_total", "N", whole),
+            ("images_seen", "D (images)", whole),
+            ("top1", "ours", percent),
+            ("aim_7b", "AIM-7B", percent),
+            ("gap_to_aim_7b", "gap", percent),
+            ("best_frozen", "best frozen", text),
+            ("best_frozen_top1", "its top-1", percent),
+            ("gap_to_best_frozen", "gap to it", percent),
         ],
     )
 

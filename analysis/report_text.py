@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.baselines import PAPER_EXPONENTS, TASKS
 from analysis.plots_style import human
 from analysis.report_study import Study
-from analysis.result import Correlation, Fit
+from analysis.result import Correlation
 
 
 def summary(study: Study) -> list[str]:
@@ -93,6 +93,8 @@ def _law_in_words(study: Study) -> Iterator[str]:
     if unsure:
         names = " and ".join(symbol(name) for name in unsure)
         yield f"The data do not pin down {names}: no digits are given, and the law should not be used to extrapolate."
+    for flag in [flag for flag in joint.flags if flag.startswith(("E ", "alpha ", "beta "))][:3]:
+        yield f"Careful: {flag}"
     for test in joint.heldout:
         better = test.mean_abs_relative_error < test.naive_mean_abs_relative_error
         yield (
@@ -177,7 +179,8 @@ def comparability(study: Study) -> list[str]:
 def methods(study: Study) -> list[str]:
     """How the numbers were made; the (mis)fitting checklist, filled in by the fits themselves."""
     lines = [fit.sentence() for fit in study.fits.values()]
-    lines += [flag_line(key, fit) for key, fit in study.fits.items() if fit.flags]
+    if study.approaches is not None:
+        lines.append(study.approaches.sentence())
     frame = study.frame
     for name, words in (
         ("schedule", "Schedule"),
@@ -200,11 +203,6 @@ def methods(study: Study) -> list[str]:
         if _has(frame, name):
             lines.append(f"{int(frame[name].sum())} {words} over all rows.")
     return lines
-
-
-def flag_line(key: str, fit: Fit) -> str:
-    """What to be careful about in one fit."""
-    return f"Careful with {fit.law.formula} ({key}): {' '.join(fit.flags)}"
 
 
 def provenance(study: Study) -> list[tuple[str, str]]:
