@@ -167,7 +167,7 @@ class ProbeSection(Section):
     """Passes over the training split."""
     batch_size: int = Field(256, gt=0)
     """Images per step of the probe's optimiser."""
-    lrs: Annotated[tuple[float, ...], Field(min_length=1)] = (1e-4, 3e-4, 1e-3)
+    lrs: Annotated[tuple[float, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates tried; chosen on the hold-out."""
     weight_decays: Annotated[tuple[float, ...], Field(min_length=1)] = (0.05,)
     """Weight decays tried; chosen on the hold-out."""

@@ -34,7 +34,7 @@ def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_
 def test_a_cosine_budget_is_its_own_run(write_sweep: Any) -> None:
     sweep = write_sweep(budgets=["1k", "2k"], axes={"schedule.kind": ["cosine", "wsd"]})
     budgets = sorted(run.budgets for run in plan(sweep) if run.cell["size"] == "rung-32")
-    assert budgets == [(992,), (992, 1984), (1984,)]  # rounded to whole batches of 32
+    assert budgets == [(992,), (992, 2000), (2000,)]  # rounded to whole batches of 16
 
 
 def test_exclusions_and_overrides_apply_to_their_cells_alone(write_sweep: Any) -> None:
@@ -105,7 +105,7 @@ def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
     )
     card = cost_cards(sweep, plan(sweep))[0]
     assert card.images_executed == 1280 + 128
-    assert card.steps == 44
+    assert card.steps == 88
 
 
 def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
@@ -117,7 +117,7 @@ def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
         cost={"memory_gb": 16, "pool_images": 50},
     )
     words = " | ".join(cost_cards(sweep, plan(sweep))[0].warnings)
-    for part in ("does not fit 16 GB", "+300 % off", "12.8 epochs", "the pool has 50", "warm-up of 640 images"):
+    for part in ("does not fit 16 GB", "+700 % off", "12.8 epochs", "the pool has 50", "warm-up of 640 images"):
         assert part in words
 
 
