@@ -88,10 +88,6 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
     se = usable.get("val_loss_se")
     has_bars = se is not None and se.notna().any()
     bars = " Bars: ± 1.96 standard errors over images that all runs share: differences are surer." if has_bars else ""
-        " Bars: ± 1.96 standard errors over validation images, which all runs share: differences are surer than that."
-        if se is not None and se.notna().any()
-        else ""
-    )
     for key, x, other, title in (
         ("N", "params_total", "images_seen", "Loss against parameters"),
         ("D", "images_seen", "params_total", "Loss against images seen"),

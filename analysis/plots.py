@@ -29,6 +29,7 @@ from analysis.plots_style import (
     LINES,
     MARKERS,
     MUTED,
+    PAPER,
     SECOND,
     human,
     log_axis,
@@ -242,7 +243,13 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
         for c in correlations
     ]
     ax.set_ylim(max(0.0, ax.get_ylim()[0] - 0.12 * np.ptp(ax.get_ylim())), None)
-    ax.text(0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=7.5, color=INK)
+    ax.text(
+        0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=7.5, color=INK, bbox=BOX
+    )
+
+
+BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+"""Behind text that stands in a plot."""
 
 
 def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: str = "params_total") -> Figure:
@@ -269,6 +276,6 @@ def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: st
         log_axis(ax, "x", [*ours[count], *published[count]])
         log_axis(ax, "y", [*ours["val_loss"], *published["val_loss"]])
         ax.set_xlabel(axis_label(count))
-        ax.set_ylabel("validation loss (normalised MSE), own images each")
+        ax.set_ylabel(axis_label("val_loss"))
         ax.legend(loc="best")
     return figure
