@@ -110,7 +110,7 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
         raise WeightsError(f"{path} is neither .pth nor .safetensors; name the output file so")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    plain = {name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in state.items()}
     try:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(plain, aside, metadata=dict(metadata or {}))
@@ -204,21 +204,27 @@ def load_probe(path: Path, config: ModelConfig) -> AttentiveProbe:
 
 
 def released_state(model: AIM, probe: AttentiveProbe | None = None) -> dict[str, Tensor]:
-    """Tensors under released names: the backbone's, and the probe's if one is given. Nothing is copied.
+    """Tensors under released names: the backbone's (see `backbone_state`), and the probe's if one is given."""
+    state = backbone_state(model.state_dict(), model.config)
+    if probe is not None:
+        state |= {f"{PROBE}{name}": tensor for name, tensor in probe.state_dict().items()}
+    return state
+
+
+def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The part of one of our states that a released backbone file holds. Nothing is copied.
 
     Only a muP model whose attention is not scaled by 1 / sqrt(head dim), as released models are, gets new queries, into
     which the ratio of the two scales is multiplied.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(BACKBONE)}
-    ratio = attention_scale(model.config) * model.config.head_dim**0.5
+    backbone = {name: tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
+    ratio = attention_scale(config) * config.head_dim**0.5
     if not math.isclose(ratio, 1):
-        for name, tensor in state.items():
+        for name, tensor in backbone.items():
             if name.endswith("attn.qkv.weight"):
-                query, key_value = tensor.tensor_split([model.config.width])
-                state[name] = torch.cat([query * ratio, key_value])
-    if probe is not None:
-        state |= {f"{PROBE}{name}": tensor for name, tensor in probe.state_dict().items()}
-    return state
+                query, key_value = tensor.tensor_split([config.width])
+                backbone[name] = torch.cat([query * ratio, key_value])
+    return backbone
 
 
 def _on_meta(config: ModelConfig) -> AIM:
@@ -261,6 +267,11 @@ def _fill(
             if buffer is not None and buffer.is_meta:
                 kind = dtype if buffer.is_floating_point() else buffer.dtype
                 submodule._buffers[name] = torch.empty(buffer.shape, device=device, dtype=kind)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own; torch.save writes whole storages, such as a mapped file's."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _some(names: Mapping[str, Tensor] | set[str], prefix: str = "") -> str:

@@ -24,6 +24,7 @@ from aim.weights import (
     BACKBONE,
     PROBE,
     WeightsError,
+    backbone_state,
     forget_pages,
     identify,
     read_weights,
@@ -166,7 +167,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     config = run.load_config()
     model = model_config(**dict(config.result.model), target=config.result.objective.target)
     source = run.model_file(images_seen)
-    state = {name: tensor for name, tensor in read_weights(source).items() if name.startswith(BACKBONE)}
+    state = backbone_state(read_weights(source), model)
     _check(state, model, source)
     if probe_file is not None:
         head = read_weights(probe_file)

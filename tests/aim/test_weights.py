@@ -13,6 +13,7 @@ from aim.model import AIM
 from aim.probes import AttentiveProbe
 from aim.weights import (
     WeightsError,
+    backbone_state,
     identify,
     load_backbone,
     load_model,
@@ -131,6 +132,17 @@ def test_separate_backbone_and_probe_files_load(tmp_path: Path, state: dict) -> 
         write_weights(part, tmp_path / f"{name}.pth")
     model, probe = load_backbone(tmp_path / "backbone.pth", CONFIG), load_probe(tmp_path / "probe.pth", CONFIG)
     assert released_state(model, probe).keys() == state.keys()
+
+
+def test_exporting_part_of_a_mapped_file_writes_that_part_alone(tmp_path: Path) -> None:
+    model = AIM(CONFIG)
+    write_weights(model.state_dict(), tmp_path / "whole.safetensors")
+    backbone = backbone_state(read_weights(tmp_path / "whole.safetensors"), CONFIG)
+    write_weights(backbone, tmp_path / "backbone.pth")
+    write_weights({name: tensor.clone() for name, tensor in backbone.items()}, tmp_path / "expected.pth")
+    assert (tmp_path / "backbone.pth").stat().st_size == pytest.approx(
+        (tmp_path / "expected.pth").stat().st_size, abs=1024
+    )
 
 
 def test_own_file_holds_the_whole_model(tmp_path: Path) -> None:
