@@ -85,9 +85,7 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
     usable, fits = study.usable, study.fits
     if usable.empty:
         return
-    se = usable.get("val_loss_se")
-    has_bars = se is not None and se.notna().any()
-    bars = " Bars: ± 1.96 standard errors over images that all runs share: differences are surer." if has_bars else ""
+    se, bars = _error_bars(usable)
     for key, x, other, title in (
         ("N", "params_total", "images_seen", "Loss against parameters"),
         ("D", "images_seen", "params_total", "Loss against images seen"),
@@ -106,6 +104,23 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
         yield page_figure(f"loss-{key}", "scaling", title, caption, root(axes), data)
     if "flops_train" in usable and usable["flops_train"].notna().any():
         yield _compute_figure(study, se, bars)
+
+
+def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
+    """Standard errors to draw and the caption's words for them.
+
+    Runs scored on the same images share most of that error: bars would hide how sure their differences are.
+    """
+    se = usable.get("val_loss_se")
+    if se is None or se.isna().all():
+        return None, ""
+    names = [name for name in ("sweep", "val_num_images") if name in usable]
+    if names and len(usable[names].drop_duplicates()) == 1:
+        return None, (
+            f" No error bars: all runs are scored on the same images, so their standard error, {se.median():.4f}, "
+            "would move all points together; the scatter about the curves is what counts."
+        )
+    return se, " Bars: ± 1.96 standard errors over validation images."
 
 
 def _compute_figure(study: Study, se: pd.Series | None, bars: str) -> PageFigure:

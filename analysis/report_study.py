@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,14 +94,15 @@ def _fit_laws(study: Study, resamples: int) -> None:
         rows["C"] = ("power_offset:C", envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
     for key, (law, subset, words) in rows.items():
         study.selections[key] = words
-        found = study.attempt(f"Law {law}", lambda law=law, subset=subset: fit(law, subset, resamples=resamples))  # type: ignore[misc]
+        found = study.attempt(f"Law {law}", partial(fit, law, subset, resamples=affordable(resamples, len(subset))))
         if found is not None:
             study.fits[key] = found
     if "ND" in study.fits:
         study.fits["ND"] = _with_tests(study, study.fits["ND"])
         if "flops_train" in usable and usable["flops_train"].notna().any():
             study.approaches = study.attempt(
-                "Compute-optimal frontier", lambda: all_approaches(usable, resamples=min(resamples, 500))
+                "Compute-optimal frontier",
+                lambda: all_approaches(usable, resamples=affordable(min(resamples, 500), len(usable))),
             )
 
 
@@ -109,7 +111,7 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
     for variable in ("N", "D"):
         test = study.attempt(
             f"Held-out test over the largest {variable}",
-            lambda variable=variable: held_out(joint, study.usable, by=variable),  # type: ignore[misc]
+            partial(held_out, joint, study.usable, by=variable, resamples=affordable(300, len(study.usable))),
         )
         tests += [test] if test else []
     return dataclasses.replace(joint, heldout=tuple(tests))
@@ -144,10 +146,36 @@ def _correlate(study: Study, resamples: int) -> None:
         rows = groups[kind, task]
         found = study.attempt(
             f"Correlation of loss with {kind} accuracy on {task}",
-            lambda rows=rows: correlate(rows.reset_index(drop=True), x="val_loss", y="top1"),  # type: ignore[misc]
+            partial(_correlations, rows.reset_index(drop=True), resamples),
         )
         if found:
             study.correlations[kind, task] = found
+
+
+def _correlations(rows: pd.DataFrame, resamples: int) -> tuple[Correlation, ...]:
+    """Pearson, Spearman, Kendall, and Pearson at equal compute; whole runs are resampled where there are enough."""
+    cluster = "run_id" if "run_id" in rows and rows["run_id"].nunique() >= 4 else None
+    resamples = affordable(resamples, len(rows))
+    found = correlate(rows, x="val_loss", y="top1", cluster=cluster, resamples=resamples)
+    if "flops_train" not in rows or rows["flops_train"].nunique() < 3:
+        return found
+    try:
+        return found + correlate(
+            rows,
+            x="val_loss",
+            y="top1",
+            methods=("pearson",),
+            partial="flops_train",
+            cluster=cluster,
+            resamples=resamples,
+        )
+    except AnalysisError:  # compute explains one of the two completely, so nothing is left to correlate
+        return found
+
+
+def affordable(resamples: int, num_rows: int) -> int:
+    """Fewer resamples for very large tables, whose intervals need fewer and whose resamples cost more."""
+    return max(20, min(resamples, 3_000_000 // max(1, num_rows)))
 
 
 def probe_kinds(probes: pd.DataFrame) -> list[str]:

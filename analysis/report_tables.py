@@ -356,7 +356,8 @@ def correlation_table(study: Study) -> PageTable | None:
         {
             "kind": kind,
             "task": task,
-            "method": c.method,
+            "method": c.method + (" at equal compute" if c.partial_on else ""),
+            "how": c.interval_method,
             "value": c.value,
             "low": c.low,
             "high": c.high,
@@ -368,8 +369,8 @@ def correlation_table(study: Study) -> PageTable | None:
     return page_table(
         "correlations",
         "Validation loss against accuracy",
-        "−1: whoever has the lower loss always has the higher accuracy. Points of one run at several budgets are not "
-        "independent, so the intervals are somewhat too narrow.",
+        "−1: whoever has the lower loss always has the higher accuracy. At equal compute: log compute is regressed "
+        "out of both first.",
         frame,
         [
             ("task", "task", text),
@@ -379,6 +380,7 @@ def correlation_table(study: Study) -> PageTable | None:
             ("low", "low", number(3)),
             ("high", "high", number(3)),
             ("n", "points", whole),
+            ("how", "95 % interval by", text),
         ],
     )
 

@@ -131,7 +131,8 @@ def _accuracy_in_words(study: Study) -> Iterator[str]:
 
 def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
     """One task's rank and linear correlation."""
-    by = {c.method: c for c in found}
+    by = {c.method: c for c in found if c.partial_on is None}
+    partial = next((c for c in found if c.partial_on is not None), None)
     parts = [
         f"{words} {by[method].value:.2f} [{by[method].low:.2f}, {by[method].high:.2f}]"
         for method, words in (("pearson", "Pearson"), ("spearman", "Spearman"))
@@ -144,6 +145,8 @@ def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> s
         verdict = f"Lower validation loss goes with higher {kind}-probe accuracy on {task}"
     else:
         verdict = f"Lower validation loss goes with LOWER {kind}-probe accuracy on {task}"
+    if partial is not None:
+        parts.append(f"at equal compute {partial.value:.2f} [{partial.low:.2f}, {partial.high:.2f}]")
     return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
 
 

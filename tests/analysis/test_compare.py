@@ -1,0 +1,112 @@
+"""Comparison with the published models: right gaps, nothing averaged or compared that is not the same."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from analysis.baselines import BY_KEY, TASKS, published_frame
+from analysis.cli_compare import app
+from analysis.compare import compare
+from analysis.published import fit_line, forecast_7b, four_points, worked_example
+from analysis.table import results_table, write_table
+
+
+def rows(tasks, kinds=("attentive",)):
+    """4 sizes x 4 budgets of a known law, with accuracy a steep function of loss."""
+    out = []
+    for n in (1e5, 4e5, 1.6e6, 6.4e6):
+        for d in (1e4, 4e4, 1.6e5, 6.4e5):
+            loss = 0.2 + 20 * n**-0.4 + 30 * d**-0.5
+            top1 = 0.1 + 0.89 / (1 + np.exp(9 * (loss - 0.42)))
+            probes = [{"task": t, "kind": k, "n": 1000, "chance": 0.1, "top1": top1} for t in tasks for k in kinds]
+            run = {"run_id": f"n{n:g}", "size": f"n{n:g}", "status": "complete", "image_size": 32, "val_loss": loss}
+            counts = {"params_total": n, "params_trunk": 0.6 * n, "images_seen": d, "flops_train": 6 * n * d}
+            out.append(run | counts | {"probes": probes})
+    return out
+
+
+def table(tasks, **options):
+    return results_table(rows(tasks, **options)).to_pandas()
+
+
+def test_gaps_are_ours_minus_theirs_at_the_largest_budget():
+    found = compare(table(["cifar10", "my-own"], kinds=("attentive", "knn")), resamples=50)
+    assert found.tasks["task"].unique().tolist() == ["cifar10"]
+    assert found.tasks["images_seen"].unique().tolist() == [640_000]
+    last = found.tasks.iloc[-1]
+    assert last["gap_to_aim_7b"] == pytest.approx(last["top1"] - 0.986)
+    assert (last["best_frozen"], last["best_frozen_top1"]) == ("dinov2-g14", 0.996)
+    said = " ".join(found.left_out)
+    for reason in ("my-own", "knn", "Loss levels", "32 px", "at most 1 of the paper's 15"):
+        assert reason in said
+    assert found.means.empty
+
+
+def test_the_mean_needs_all_fifteen_tasks():
+    whole = compare(table(TASKS), resamples=20).means
+    assert len(whole) == 4
+    assert whole["aim_7b"].iloc[0] == pytest.approx(BY_KEY["aim-7B"].mean)
+    assert compare(table(TASKS[:2]), resamples=20).means.empty
+
+
+def test_the_size_that_closes_a_gap_lies_where_the_known_law_puts_it():
+    frame = table(["dtd"])
+    found = {c.scale: c for c in compare(frame, resamples=100).closing}
+    target = BY_KEY["aim-7B"].accuracy("dtd")
+    loss = 0.42 + np.log(0.89 / (target - 0.1) - 1) / 9
+    n_true = ((loss - 0.2 - 30 * 6.4e5**-0.5) / 20) ** (-1 / 0.4)
+    assert n_true > 6.4e6
+    assert found["N"].value == pytest.approx(n_true, rel=0.1)
+    assert found["N"].extrapolation == pytest.approx(n_true / 6.4e6, rel=0.1)
+    assert "nobody has checked" in found["N"].sentence()
+
+
+def test_exponents_stand_beside_the_papers():
+    exponents = compare(table(["dtd"]), resamples=50).exponents.set_index(["whose", "N"])["exponent"]
+    assert exponents["AIM, four published points", "params_trunk"] == pytest.approx(0.0188, abs=5e-5)
+    largest = pd.DataFrame(rows(["dtd"])).query("images_seen == 640000")
+    slope = -np.polyfit(np.log(largest["params_total"]), np.log(largest["val_loss"]), 1)[0]
+    assert exponents["this table, 640,000 images seen", "params_total"] == pytest.approx(slope, rel=0.3)
+
+
+def test_worked_example_forecasts_7b_from_three_points():
+    loss, by_size, by_loss = forecast_7b("params_trunk")
+    assert loss.actual == 0.2989
+    assert loss.predicted == pytest.approx(0.2990, abs=1e-4)
+    assert loss.inside
+    assert by_size.actual == pytest.approx(0.778)
+    assert by_size.predicted > by_size.actual  # the paper's 7B gains less than the line through its smaller models
+    assert by_loss.high - by_loss.low > 0.1  # three points hardly constrain the mean
+    assert all(forecast.inside for forecast in (by_size, by_loss))
+
+
+def test_four_points_allow_little():
+    found = four_points()
+    assert found.pearson == pytest.approx(-0.926, abs=1e-3)
+    assert found.low < -0.99 < 0 < found.high
+    assert all("\n" not in sentence for sentence in worked_example()["sentences"])
+
+
+def test_line_intervals_are_students_t():
+    x = published_frame()["val_loss"].to_numpy()
+    y = published_frame()["mean15_last6"].to_numpy()
+    line = fit_line(x, y)
+    value, low, high = line.predict(float(x.mean()))
+    residual = y - np.polyval(np.polyfit(x, y, 1), x)
+    half = 4.302653 * np.sqrt(residual @ residual / 2) * np.sqrt(1 + 1 / 4)
+    assert value == pytest.approx(y.mean())
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-5)
+
+
+def test_command_prints_text_and_json(tmp_path):
+    write_table(results_table(rows(["dtd"])), tmp_path / "results.parquet")
+    text = CliRunner().invoke(app, [str(tmp_path), "--resamples", "30"])
+    assert text.exit_code == 0
+    assert "Not comparable, and left out" in text.output
+    found = CliRunner().invoke(app, [str(tmp_path), "--resamples", "30", "--json"])
+    assert len(json.loads(found.output)["tasks"]) == 4
+    published = CliRunner().invoke(app, ["--published", "--json"])
+    assert json.loads(published.output)["forecasts"]["params_trunk"][0]["inside"] is True
