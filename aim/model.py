@@ -44,9 +44,8 @@ class Preprocessor(nn.Module):
 
     def fill_constants(self) -> None:
         """Compute the buffers, which no state dict holds."""
-        order = torch.tensor(patch_order(self.config.patch_order, self.config.grid))
-        self.order.copy_(order)
-        self.positions.copy_(sincos_positions(self.config.grid, self.config.width)[order])
+        self.order.copy_(torch.tensor(patch_order(self.config.patch_order, self.config.grid)))
+        self.positions.copy_(_positions(self.config, self.config.width))
 
     def in_order(self, raster: Tensor) -> Tensor:
         """Bring (B, N, ...) from raster into sequence order."""
@@ -100,8 +99,7 @@ class PixelHead(nn.Module):
 
     def fill_constants(self) -> None:
         """Compute the buffer, which no state dict holds."""
-        order = torch.tensor(patch_order(self.config.patch_order, self.config.grid))
-        self.positions.copy_(sincos_positions(self.config.grid, self.config.head.width)[order])
+        self.positions.copy_(_positions(self.config, self.config.head.width))
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """Tokens (..., d) at sequence positions (...) -> predicted patches (..., o)."""
@@ -180,7 +178,7 @@ class AIM(nn.Module):
         self.pixel_head.recompute = enabled
 
     def compile_blocks(self) -> None:
-        """Run torch.compile on each block (one graph serves all of a kind)."""
+        """Run torch.compile on each block, in place; blocks of a kind share their graphs."""
         for block in (*self.trunk.blocks, *self.pixel_head.blocks):
             block.compile()
 
@@ -269,6 +267,8 @@ class AIM(nn.Module):
         """
         assert images.dtype == torch.float32, "targets are computed from float32 pixels"
         num_tokens = self.config.num_tokens
+        if not prefix_len.is_cuda:  # there, looking would wait for the device
+            assert ((prefix_len >= 1) & (prefix_len < num_tokens)).all(), "prefix lengths run from 1 to N - 1"
         scored = scored_positions(prefix_len, num_tokens).to(images.device, non_blocking=True)
         mask = prefix_causal_mask(prefix_len.to(images.device, non_blocking=True), num_tokens)
         tokens = self.trunk(self.preprocessor(images), mask, scored)
@@ -277,6 +277,11 @@ class AIM(nn.Module):
         if self.config.target == "normalised":
             targets = normalise_patches(targets)
         return (predicted - targets).square().mean(dim=1), scored
+
+
+def _positions(config: ModelConfig, width: int) -> Tensor:
+    """Fixed positions (N, width) in sequence order."""
+    return sincos_positions(config.grid, width)[list(patch_order(config.patch_order, config.grid))]
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
