@@ -1,6 +1,6 @@
 import pytest
 
-from aim.config import RUNG_WIDTHS, ModelConfigError, known_sizes, model_config
+from aim.config import RUNG_WIDTHS, ModelConfigError, model_config
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,3 @@ def test_mistake_is_one_sentence(arguments: dict, words: str) -> None:
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
-
-
-def test_every_named_size_is_sorted_by_width() -> None:
-    widths = [model_config(size).width for size in known_sizes()]
-    assert widths == sorted(widths)

@@ -8,6 +8,7 @@ import torch
 
 from aim.config import ModelConfig, ModelConfigError, model_config
 from aim.model import AIM
+from aim.objective import prefix_causal_mask
 
 ORDERS = ["raster", "spiral", "checkerboard", "random"]
 
@@ -205,15 +206,12 @@ def test_leak_test_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small()
     model = make(config)
     image = batch(config)[0][0]
-    # a prefix that is one patch longer in the mask than in the loss shows the first target to its own prediction
-    import aim.model
-
-    honest = aim.model.prefix_causal_mask
-    monkeypatch.setattr(aim.model, "prefix_causal_mask", lambda prefix_len, n: honest(prefix_len + 1, n))
+    # a mask whose prefix is one patch longer than the loss believes shows the first target to its own prediction
+    monkeypatch.setattr("aim.model.prefix_causal_mask", lambda prefix_len, n: prefix_causal_mask(prefix_len + 1, n))
     assert leaks(model, image, 4) == [(4, 4)]
-    # an order that permutes inputs but not positions or targets is caught by the reference; one mask for all by this
-    monkeypatch.setattr(aim.model, "prefix_causal_mask", lambda prefix_len, n: None)
-    assert len(leaks(model, image, 4)) == sum(range(1, config.num_tokens - 4 + 1))
+    # no mask at all shows every target to itself and to all earlier ones
+    monkeypatch.setattr("aim.model.prefix_causal_mask", lambda prefix_len, n: None)
+    assert leaks(model, image, 4) == [(k, j) for k in range(config.num_tokens) for j in range(4, k + 1)]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -354,30 +352,6 @@ def test_complete_keeps_the_prefix_and_pastes_predictions_in_pixels() -> None:
         std = truth[index, prefix:].var(1, keepdim=True).add(1e-6).sqrt()
         expected = predicted[index, prefix:] * std + truth[index, prefix:].mean(1, keepdim=True)
         torch.testing.assert_close(completed[index, prefix:], expected)
-
-
-def test_paired_prefixes_give_constant_shapes() -> None:
-    config = small()
-    model = make(config)
-    images, _ = batch(config)
-    n = config.num_tokens
-    for s in range(1, n):
-        assert model(images[:2], torch.tensor([s, n - s]))[1] == n
-
-
-def test_training_steps_lower_the_loss() -> None:
-    config = small()
-    model = make(config)
-    images, prefix_len = batch(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        optimiser.zero_grad()
-        loss_sum, num_targets = model(images, prefix_len)
-        (loss_sum / num_targets).backward()
-        optimiser.step()
-        losses.append((loss_sum / num_targets).item())
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_unknown_block_is_one_sentence() -> None:
