@@ -12,9 +12,10 @@ from safetensors import safe_open
 from aim.config import model_config
 from aim.model import AIM
 from aim.weights import load_backbone, load_model
+from harness.baseline_models import baseline
 from harness.config import ProbeSection, RunConfig
 from harness.distributed import Group, LaunchError, find_placement, start_group
-from harness.probe import probe_model
+from harness.probe import probe_backbone, probe_model
 from harness.probe_features import ALONE, CACHE_GB, ProbeError
 from harness.rundir import RunDir
 
@@ -126,6 +127,70 @@ def probe_run(
             if group.is_first:
                 _merge_into_row(run, budget, entries)
             yield budget, entries
+
+
+def probe_baseline(
+    target: str,
+    like: RunDir,
+    sections: Sequence[ProbeSection],
+    *,
+    weights: Path | None = None,
+    random_weights: bool = False,
+    hub: bool = False,
+    image_size: int | None = None,
+    out: Path | None = None,
+    group: Group = ALONE,
+    cache_gb: float = CACHE_GB,
+    again: bool = False,
+) -> Iterator[tuple[None, list[dict[str, Any]]]]:
+    """Probe a baseline on tasks; yields entries after each task.
+
+    Args:
+        target: `timm:NAME`, `random` or `raw-pixels`, see `harness.baseline_models`.
+        like: the run whose images and seed it gets.
+        sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
+        weights: weight file of a timm model.
+        random_weights: leave a timm model untrained.
+        hub: fetch the weights of a timm model.
+        image_size: of a timm model; None takes its own.
+        out: folder of the result files; None takes `baselines/<target>` of the run.
+        group: the ranks that share the work.
+        cache_gb: memory for a rank's cached tokens.
+        again: repeat tasks whose file is there already.
+
+    Raises:
+        ProbeError: an unknown baseline, or a task that cannot be probed.
+    """
+    config = like.load_config()
+    backbone, model_section = baseline(
+        target,
+        config,
+        weights=weights,
+        random_weights=random_weights,
+        hub=hub,
+        image_size=image_size,
+        device=group.device,
+    )
+    folder = out or like.path / "baselines" / target.replace(":", "-").replace("/", "-")
+    impossible = {"lora"} if target != "random" else set()
+    impossible |= {"attentive"} if target == "raw-pixels" else set()
+    for section in sections:
+        kinds = tuple(kind for kind in section.kinds if kind not in impossible)
+        if not kinds:
+            raise ProbeError(f"{target} has none of the probes {', '.join(section.kinds)} of task '{section.task}'")
+        yield (
+            None,
+            probe_backbone(
+                backbone,
+                section.model_copy(update={"kinds": kinds}),
+                model_section=model_section,
+                seed=config.result.seed,
+                out=folder,
+                group=group,
+                cache_gb=cache_gb,
+                reuse=not again,
+            ),
+        )
 
 
 def _merge_into_row(run: RunDir, budget: int, entries: list[dict[str, Any]]) -> None:
