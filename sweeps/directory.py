@@ -197,6 +197,10 @@ class RunRecord(RunDir):
         """Output of one attempt's process."""
         return self.logs / (f"attempt-{attempt}.log" if rank == 0 else f"attempt-{attempt}.rank-{rank}.log")
 
+    def job_log(self, job_id: str | None) -> Path:
+        """Output of a Slurm job's batch script, watcher and slurmstepd."""
+        return self.path.parent.parent / "slurm" / f"{job_id}_0_log.out"
+
     def last_log(self) -> Path | None:
         """Output of the last attempt's first rank."""
         logs = [path for path in self.logs.glob("attempt-*.log") if ".rank-" not in path.name]

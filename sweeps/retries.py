@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import time
+from pathlib import Path
 from typing import Literal
 
 from harness.rundir import (
@@ -29,6 +31,9 @@ MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "cod
 A node or a time limit is nobody's fault; memory and code may have failed by a neighbour's or a network's doing, once;
 the others would fail again.
 """
+
+
+_MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
 
 def conclude(
@@ -92,24 +97,25 @@ def explain(run: RunRecord, attempt: int, exit_code: int, rank: int = 0) -> Word
     return reason, {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}.get(exit_code, "code")  # type: ignore[return-value]
 
 
-def diagnose(run: RunRecord, job_state: str | None, where: str) -> None:
+def diagnose(run: RunRecord, job_state: str | None, job_id: str | None) -> None:
     """Record the end of an attempt that nothing was left to record, from Slurm's word for how its job ended.
 
     A run that was told to stop and saved, or ended by itself, has said so and is left as it is.
     """
     if run.checked_status().state not in ("running", "queued"):
         return
-    reason, kind, state = explain_job(job_state)
+    reason, kind, state = explain_job(job_state, run.job_log(job_id))
     run.write_status(state=state, reason=reason, reason_class=kind)
     attempts = 1 + sum(not ended.get("forgiven") for ended in run.read_attempts())
-    _record(run, attempts, None, where, reason, kind)
+    _record(run, attempts, None, f"slurm {job_id}", reason, kind)
 
 
-def explain_job(job_state: str | None) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
-    """Reason, kind and state of a run whose job ended in this state without leaving a word."""
-    match (job_state or "").split(" ")[0]:
-        case "OUT_OF_MEMORY":
-            return "Slurm killed the job for want of memory; raise slurm.mem_gb", "oom", "failed"
+def explain_job(job_state: str | None, log: Path) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
+    """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
+    state = (job_state or "").split(" ")[0]
+    if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(_last_start(log))):
+        return "Slurm killed the job for want of memory; raise slurm.mem_gb", "oom", "failed"
+    match state:
         case "NODE_FAIL" | "BOOT_FAIL":
             return "a node failed", "node", "failed"
         case "TIMEOUT" | "DEADLINE":
@@ -117,9 +123,17 @@ def explain_job(job_state: str | None) -> tuple[str, ReasonClass | None, Literal
         case "CANCELLED":
             return "cancelled before it could save", None, "preempted"
         case "FAILED":
-            return "the job failed before the trainer started; see its output under slurm/", "code", "failed"
+            return f"the job failed without a word; see {log}", "code", "failed"
         case _:
-            return f"the job is gone ({job_state or 'unknown to Slurm'})", "node", "failed"
+            return f"the job is gone ({job_state or 'Slurm does not know it any more'})", "node", "failed"
+
+
+def _last_start(log: Path) -> str:
+    """Output of a job since its last start, in which slurmstepd says why it killed something."""
+    try:
+        return log.read_text(errors="replace").rpartition("Starting with")[2]
+    except OSError:
+        return ""
 
 
 def may_try_again(run: RunRecord) -> bool:

@@ -122,7 +122,7 @@ def settle(records: Sequence[RunRecord], known: dict[str, slurm.JobInfo]) -> Non
     states = {job_id: info.state for job_id, info in known.items()}
     states |= slurm.ended_states([claim.job_id for _, claim in lost if claim.job_id and claim.job_id not in states])
     for record, claim in lost:
-        diagnose(record, states.get(claim.job_id or ""), f"slurm {claim.job_id}")
+        diagnose(record, states.get(claim.job_id or ""), claim.job_id)
         record.drop_claim()
 
 

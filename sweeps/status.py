@@ -116,7 +116,7 @@ def _run_status(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None,
     elif status.state != "finished" and record.is_held():
         state = "running"
     elif claim is not None and claim.backend == "slurm" and status.state != "finished":
-        state, status = _by_job(status, jobs, claim)
+        state, status = _by_job(record, status, jobs, claim)
     elif claim is not None and status.state != "finished" and local_claim_is_live(claim):
         state = "queued"
     else:
@@ -128,7 +128,9 @@ def _shown(status: Status) -> Shown:
     return "not started" if status.state == "created" else status.state
 
 
-def _by_job(status: Status, jobs: Mapping[str, JobInfo] | None, claim: Claim) -> tuple[Shown, Status]:
+def _by_job(
+    record: RunRecord, status: Status, jobs: Mapping[str, JobInfo] | None, claim: Claim
+) -> tuple[Shown, Status]:
     """State and reason of a run that a Slurm job stands for and no process holds."""
     if jobs is None:
         return "queued", replace(status, reason="Slurm does not answer")
@@ -137,7 +139,7 @@ def _by_job(status: Status, jobs: Mapping[str, JobInfo] | None, claim: Claim) ->
         return "queued", replace(status, reason=job.reason or status.reason, reason_class=None)
     if status.state not in ("running", "queued"):
         return _shown(status), status
-    reason, kind, _ = explain_job(job.state if job else None)
+    reason, kind, _ = explain_job(job.state if job else None, record.job_log(claim.job_id))
     return "dead", replace(status, reason=reason, reason_class=kind)
 
 

@@ -1,8 +1,9 @@
-"""The real trainer with steps slow enough for a fault to hit one, and with faults of its own.
+"""The real trainer with steps slow enough, on its first attempt, for a fault to hit one, and with faults of its own.
 
     STEP_S=0.2 FAULT=crash|hog python slow_trainer.py RUN_DIR
 
-`crash` raises after five steps, `hog` takes a gigabyte; both only while the run directory has no file `healthy`.
+`crash` raises at the first step, `hog` takes two gigabytes then; both only while the run directory has no file
+`healthy`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from harness import train
 from harness.engine import Engine
+from harness.rundir import RunDir
 
 step = Engine.step
 num_steps = 0
@@ -24,8 +26,9 @@ hoard: list[bytes] = []
 def slow_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
     global num_steps
     num_steps += 1
-    time.sleep(float(os.environ.get("STEP_S", "0.1")))
-    if num_steps == 5 and not (Path(sys.argv[1]) / "healthy").exists():
+    if RunDir(sys.argv[1]).read_status().attempt == 1:
+        time.sleep(float(os.environ["STEP_S"]))
+    if num_steps == 1 and not (Path(sys.argv[1]) / "healthy").exists():
         if os.environ.get("FAULT") == "crash":
             raise RuntimeError("the user's own code is wrong")
         if os.environ.get("FAULT") == "hog":

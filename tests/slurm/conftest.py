@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from harness.data.pack import PackedImage, write_dataset
+from sweeps import slurm
+from sweeps.costs import cost_cards
+from sweeps.directory import RunRecord, prepare
+from sweeps.launch import launch
+from sweeps.planner import Run, plan
+from sweeps.slurm_launch import SlurmLaunch, launch_slurm
+from sweeps.status import RunStatus, sweep_status
+from sweeps.sweepfile import Sweep, load_sweep
+
+HERE = Path(__file__).parent
+TRAINER = str(HERE / "slow_trainer.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in Path(item.path).parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path]:
+    """A running Slurm of two nodes; its folder."""
+    if shutil.which("slurmctld") is None or shutil.which("munged") is None or os.geteuid() != 0:
+        pytest.skip("needs slurm-wlm and munge, and root")
+    folder = Path(tempfile.mkdtemp(prefix="aimscale-slurm-", dir="/var/tmp"))
+    try:
+        subprocess.run([HERE / "start_slurm.sh", str(folder), "2"], check=True)
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        yield folder
+    finally:
+        subprocess.run([HERE / "stop_slurm.sh", str(folder)], check=False)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `train` and `validation` of small images."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, num_images in (("train", 96), ("validation", 16)):
+        images = []
+        for i in range(num_images):
+            ramp = np.linspace(0, 200, 20)[None, :, None] * rng.random(3) + 55 * rng.random((20, 20, 3))
+            file = io.BytesIO()
+            Image.fromarray(ramp.astype(np.uint8)).save(file, format="PNG")
+            images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), None))
+        write_dataset(folder / name, images)
+    return folder
+
+
+@dataclass(kw_only=True)
+class Fault:
+    """A sweep on the cluster, and what a test does to it."""
+
+    sweep: Sweep
+    runs: list[Run]
+
+    @property
+    def records(self) -> list[RunRecord]:
+        return [RunRecord(self.sweep.run_dir(run.run_id)) for run in self.runs]
+
+    def launch(self, worker: tuple[str, ...] = (TRAINER,)) -> SlurmLaunch:
+        prepare(self.sweep)
+        return launch_slurm(self.sweep, self.runs, allow_dirty=True, worker=worker)
+
+    def status(self) -> tuple[RunStatus, ...]:
+        return sweep_status(self.sweep, self.runs, cost_cards(self.sweep, self.runs), slurm.jobs()).runs
+
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
+        deadline = time.time() + seconds
+        while time.time() < deadline:
+            if value := condition():
+                return value
+            time.sleep(0.2)
+        logs = "\n".join(
+            f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(self.sweep.directory.rglob("*.log"))
+        )
+        states = [(line.state, line.reason, line.job_id) for line in self.status()]
+        pytest.fail(f"{what} did not happen within {seconds} s: {states} {slurm.jobs()}\n{logs}")
+
+    def wait_trained(self, index: int = 0) -> None:
+        """Until a run has a checkpoint and is past it."""
+        record = self.records[index]
+        self.wait(lambda: record.is_held() and any(record.checkpoints.glob("[0-9]*")), "a first checkpoint")
+
+    def wait_state(self, *states: str, seconds: float = 120) -> None:
+        self.wait(lambda: all(line.state in states for line in self.status()), f"state {states}", seconds)
+
+    def wait_empty_queue(self) -> None:
+        """Until no job of any kind is left: a fault must leave nothing behind."""
+        self.wait(lambda: all(job.phase == "ended" for job in slurm.jobs().values()), "an empty queue")
+
+    def losses(self) -> dict[str, list[tuple[int, float]]]:
+        return {r.path.name: [(row["images_seen"], row["val_loss"]) for row in r.read_rows()] for r in self.records}
+
+
+def sweep_values(data: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "faults",
+        "sizes": ["rung-32"],
+        "budgets": [160, 320],
+        "base": {
+            "model": {"image_size": 16, "patch_size": 4},
+            "data": {"sources": [{"path": str(data / "train")}]},
+            "optimiser": {"batch_size": 16},
+            "validation": {"path": str(data / "validation")},
+            "runtime": {"log_every_steps": 1, "checkpoint_every_images": 32},
+        },
+        "slurm": {"gpus": False, "devices_per_node": 1, "cpus_per_task": 1, "time_min": 10, "signal_delay_s": 10},
+        **changes,
+    }
+
+
+@pytest.fixture
+def fault(cluster: Path, data: Path, tmp_path: Path) -> Callable[..., Fault]:
+    """A sweep for the cluster; keywords are environment variables of `slow_trainer`, and `slurm` and other fields."""
+
+    def make(*, slurm: dict[str, Any] | None = None, step_s: float = 1.0, fault: str = "", **changes: Any) -> Fault:
+        values = sweep_values(data, **changes)
+        setup = [f"export STEP_S={step_s} FAULT={fault} OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu"]
+        values["slurm"] |= {"setup": setup, **(slurm or {})}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(values))
+        sweep = load_sweep(path, tmp_path / "root")
+        return Fault(sweep=sweep, runs=plan(sweep))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float]]]:
+    """Losses of the runs that the tests disturb, trained here without a fault."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep_values(data, seeds=[0, 1])))
+    sweep = load_sweep(path, folder / "root")
+    result = launch(
+        sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-m", "harness.train", str(run_dir)]
+    )
+    assert len(result.finished) == 2
+    records = [RunRecord(sweep.run_dir(run_id)) for run_id in result.finished]
+    return {r.path.name: [(row["images_seen"], row["val_loss"]) for row in r.read_rows()] for r in records}

@@ -1,0 +1,152 @@
+"""Each fault on a real Slurm ends as it should: the result of an undisturbed run, or a classified failure."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeps import slurm
+from sweeps.launch import left_alone
+from sweeps.stop import cancel, retry
+
+Losses = dict[str, list[tuple[int, float]]]
+
+
+def assert_as_undisturbed(fault: Any, undisturbed: Losses, rel: float = 1e-6) -> None:
+    """All runs finished with the losses of runs without a fault, and nothing is left in the queue."""
+    fault.wait_state("finished", seconds=150)
+    fault.wait_empty_queue()
+    for run_id, rows in fault.losses().items():
+        expected = undisturbed[run_id]
+        assert [images for images, _ in rows] == [images for images, _ in expected]
+        assert [loss for _, loss in rows] == pytest.approx([loss for _, loss in expected], rel=rel)
+
+
+def job(fault: Any, index: int = 0) -> str:
+    claim = fault.records[index].read_claim()
+    assert claim is not None
+    return str(claim.job_id)
+
+
+def kinds(fault: Any) -> list[str | None]:
+    return [ended["reason_class"] for ended in fault.records[0].read_attempts() if "exit_code" in ended]
+
+
+def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses) -> None:
+    case = fault(step_s=5.0, slurm={"time_min": 1, "signal_delay_s": 25})
+    case.launch()
+    assert_as_undisturbed(case, undisturbed)
+    codes = [ended["exit_code"] for ended in case.records[0].read_attempts()]
+    assert codes == [75] * (len(codes) - 1) + [0]
+    assert len(codes) > 1
+
+
+def test_scontrol_requeue_goes_on_where_it_saved(fault: Any, undisturbed: Losses) -> None:
+    case = fault()
+    case.launch()
+    case.wait_trained()
+    subprocess.run(["scontrol", "requeue", job(case)], check=True)
+    assert_as_undisturbed(case, undisturbed)
+    assert [ended["exit_code"] for ended in case.records[0].read_attempts()] == [75, 0]
+
+
+def test_a_lost_node_hands_the_run_to_another(fault: Any, undisturbed: Losses, cluster: Path) -> None:
+    case = fault(step_s=3.0)
+    case.launch()
+    case.wait_trained()
+    node = slurm.jobs()[job(case)].reason
+    os.kill(int((cluster / f"run/slurmd.{node}.pid").read_text()), signal.SIGKILL)
+    try:
+        case.wait(lambda: case.records[0].read_claim().restarts == 1, "a second incarnation of the job")
+        assert_as_undisturbed(case, undisturbed)
+    finally:
+        subprocess.run(["slurmd", "-N", node], check=True)
+    assert case.records[0].checked_status().attempt == 2
+
+
+def test_scancel_of_one_element_leaves_the_other_and_resumes_later(fault: Any, undisturbed: Losses) -> None:
+    case = fault(seeds=[0, 1])
+    case.launch()
+    case.wait_trained(0)
+    case.wait_trained(1)
+    subprocess.run(["scancel", job(case, 0)], check=True)
+    case.wait_state("finished", "preempted")
+    assert sorted(line.state for line in case.status()) == ["finished", "preempted"]
+    case.wait_empty_queue()
+    again = case.launch()
+    assert [part.run_ids for part in again.submitted] == [(case.runs[0].run_id,)]
+    assert left_alone(again.left) == ["left alone: 1 finished"]
+    assert_as_undisturbed(case, undisturbed)
+
+
+def test_out_of_memory_is_named_bounded_and_curable(fault: Any, undisturbed: Losses) -> None:
+    case = fault(fault="hog", slurm={"mem_gb": 1.5})
+    case.launch()
+    case.wait_state("dead", "failed")
+    assert case.status()[0].reason_class == "oom"
+    case.launch()
+    case.wait_state("dead", "failed")
+    case.wait_empty_queue()
+    assert not case.launch().submitted
+    assert case.records[0].checked_status().state == "failed"
+    assert kinds(case) == ["oom", "oom"]
+    (case.records[0].path / "healthy").touch()
+    assert retry(case.sweep, [case.runs[0].run_id]) == [case.runs[0].run_id]
+    case.launch()
+    assert_as_undisturbed(case, undisturbed)
+
+
+def test_a_crash_in_user_code_is_tried_once_more_and_then_left(fault: Any, undisturbed: Losses) -> None:
+    case = fault(fault="crash")
+    case.launch()
+    case.wait_state("failed")
+    status = case.records[0].checked_status()
+    assert (status.reason_class, status.reason) == ("code", "RuntimeError: the user's own code is wrong")
+    assert "user's own code" in case.records[0].last_log().read_text()
+    case.wait_empty_queue()
+    assert slurm.jobs()[job(case)].state == "FAILED"
+    again = case.launch()
+    assert not again.submitted
+    assert "`aimscale retry`" in left_alone(again.left)[0]
+
+
+def test_two_nodes_are_preempted_and_come_back_on_one(fault: Any, undisturbed: Losses) -> None:
+    case = fault(slurm={"min_nodes": 1, "partition": "main"}, cost={"devices": 2})
+    case.launch()
+    case.wait_trained()
+    urgent = [
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--cpus-per-task=2",
+        "--wrap",
+        "sleep 60",
+        "-o",
+        "/dev/null",
+    ]
+    urgent_id = subprocess.run(urgent, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        case.wait_state("finished", seconds=150)
+    finally:
+        slurm.cancel([urgent_id])
+    assert_as_undisturbed(case, undisturbed, rel=1e-4)
+    rows = case.records[0].read_rows()
+    assert [row["world_size"] for row in rows][-1] == 1
+    log = (case.records[0].log_file(1)).read_text()
+    assert "2 rank(s)" in log
+
+
+def test_cancel_saves_and_does_not_come_back(fault: Any) -> None:
+    case = fault()
+    case.launch()
+    case.wait_trained()
+    done, failed = cancel(case.sweep, [case.runs[0].run_id])
+    assert (len(done), failed) == (1, [])
+    case.wait_state("preempted")
+    case.wait_empty_queue()
+    assert case.records[0].checked_status().state == "preempted"
