@@ -134,6 +134,8 @@ class Engine:
                 optimizer=_optimiser(model, optimiser, options, group.device),
                 config=_deepspeed_config(optimiser, options, num_values, group),
             )
+        if options.zero_stage == 0 and group.world_size == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients to and fro
         self.module: nn.Module = self._engine.module
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         if initial:

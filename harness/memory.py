@@ -1,25 +1,14 @@
 """Memory of one rank, and the rule that chooses ZeRO stage, micro-batch and activation checkpointing from it.
 
-Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter follow from what
-DeepSpeed 0.19 keeps (W: number of ranks):
-
-| precision, stage | weights | gradients | master and moments |
-|---|---|---|---|
-| fp32, 0 | 4 | 4 | 8 |
-| fp32, 1 | 4 | 4 + 4/W in the step | 12/W |
-| fp32, 2 | 4 | 4/W | 12/W |
-| fp32, 3 | 4/W | 4/W | 12/W |
-| bf16, 1 | 2 | 4 (float32 accumulation, whole on every rank) | 12/W |
-| bf16, 2 | 2 | 4/W | 12/W |
-| bf16, 3 | 2/W | 4/W | 12/W |
-
-and stages 1 to 3 reduce through buckets. Activations are counted from what the backward pass of a block keeps.
+Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter are those that
+DeepSpeed 0.19 was measured to hold (tests/harness/test_memory.py measures again); activations are counted from what the
+backward pass of a block keeps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from aim.config import ModelConfig
 from aim.cost import param_count
@@ -27,8 +16,37 @@ from aim.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 
-MAX_BUCKET_VALUES = 200_000_000
-"""Largest reduction bucket (`harness.engine`)."""
+MAX_BUCKET_VALUES = 50_000_000
+"""Largest reduction bucket (`harness.engine`): 200 MB messages are long enough for any network."""
+MAX_BUFFER_VALUES = 500_000_000
+"""DeepSpeed flattens gradients and gathers weights in pieces of at most this many values."""
+
+
+class _Held(NamedTuple):
+    """Bytes per parameter during a step."""
+
+    weights: tuple[int, int]
+    """(on every rank, shared)."""
+    gradients: tuple[int, int]
+    """(on every rank, shared)."""
+    optimiser: tuple[int, int]
+    """(on every rank, shared): master weights and moments."""
+    buffers: int
+    """Of at most MAX_BUFFER_VALUES parameters."""
+    bucket: int
+    """Of at most MAX_BUCKET_VALUES parameters."""
+
+
+HELD = {
+    ("fp32", 0): _Held((4, 0), (4, 0), (8, 0), 4, 0),  # the buffer with several ranks only
+    ("fp32", 1): _Held((4, 0), (8, 4), (0, 12), 0, 2),
+    ("fp32", 2): _Held((4, 0), (0, 12), (0, 12), 0, 5),
+    ("fp32", 3): _Held((0, 4), (0, 4), (0, 8), 14, 8),
+    ("bf16", 1): _Held((2, 0), (6, 0), (0, 12), 8, 0),
+    ("bf16", 2): _Held((2, 0), (2, 8), (0, 12), 2, 8),
+    ("bf16", 3): _Held((0, 2), (0, 4), (0, 12), 11, 8),
+}
+"""By precision and ZeRO stage. bf16 gradients of one backward pass stand beside their float32 accumulation."""
 USABLE_FRACTION = 0.9
 """Share of a device that may be planned for; the rest is context, workspaces and fragmentation."""
 MAX_MICRO_BATCH_TOKENS = 65_536
@@ -53,8 +71,8 @@ class MemoryEstimate:
     """Accumulated gradients."""
     optimiser: int
     """Master weights and moments."""
-    buckets: int
-    """Reduction and gathering buffers."""
+    buffers: int
+    """Flattened gradients and gathered weights."""
     activations: int
     """Kept for the backward pass, or the working set of one recomputed block if larger."""
     workspace: int = WORKSPACE_BYTES
@@ -63,7 +81,7 @@ class MemoryEstimate:
     @property
     def states(self) -> int:
         """What does not depend on the micro-batch."""
-        return self.weights + self.gradients + self.optimiser + self.buckets
+        return self.weights + self.gradients + self.optimiser + self.buffers
 
     @property
     def total(self) -> int:
@@ -91,39 +109,57 @@ def memory_estimate(
         activation_checkpointing: keep only every block's input.
     """
     num_params = param_count(config).total
-    element = 4 if precision == "fp32" else 2
-    shared = world_size
-    if zero_stage == 0:
-        weights, gradients, optimiser = 4 * num_params, 4 * num_params, 8 * num_params
-    else:
-        weights = element * num_params // (shared if zero_stage == 3 else 1)
-        gradients = 4 * num_params // (1 if zero_stage == 1 else shared)
-        optimiser = 12 * num_params // shared
-    bucket = min(num_params, MAX_BUCKET_VALUES)
-    buckets = 0 if zero_stage == 0 else 4 * bucket + 4 * num_params // shared
+    held = HELD[precision, zero_stage]
+
+    def on_one_rank(part: tuple[int, int]) -> int:
+        return num_params * part[0] + num_params * part[1] // world_size
+
+    buffers = 0 if (zero_stage, world_size) == (0, 1) else held.buffers * min(num_params, MAX_BUFFER_VALUES)
+    buffers += held.bucket * min(num_params, MAX_BUCKET_VALUES)
     return MemoryEstimate(
-        weights=weights,
-        gradients=gradients,
-        optimiser=optimiser,
-        buckets=buckets,
+        weights=on_one_rank(held.weights),
+        gradients=on_one_rank(held.gradients),
+        optimiser=on_one_rank(held.optimiser),
+        buffers=buffers,
         activations=micro_batch * activation_bytes_per_image(config, precision, activation_checkpointing),
     )
 
 
 def activation_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
-    """Bytes that one image's forward pass keeps for the backward pass (half of the tokens are scored)."""
+    """Peak bytes of one image between its forward and its backward pass: what is kept, and one recomputed block."""
+    kept = kept_bytes_per_image(config, precision, activation_checkpointing)
+    return kept + max(_block_bytes(config, precision)) if activation_checkpointing else kept
+
+
+def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
+    """Bytes that one image's forward pass keeps for the backward pass; half of its tokens are scored."""
     element = 4 if precision == "fp32" else 2
     tokens, scored = config.num_tokens, config.num_tokens // 2
-    # A trunk block keeps its input, both norms' outputs, q, k, v, the attention's output, the sum before the MLP (8 d),
-    # and the MLP's inner values before and after GELU (8 d); the attention's row sums are float32.
-    block = tokens * (16 * config.width * element + 4 * config.num_heads)
-    head_block = scored * 10 * config.head.width * element
-    # Loss: prediction, target, difference, square in float32; embedding: the convolution's and the norm's outputs.
-    ends = scored * 6 * config.patch_dim * 4 + tokens * (config.patch_dim * 4 + 3 * config.width * element)
-    if not activation_checkpointing:
-        return config.depth * block + config.head.depth * head_block + ends
-    inputs = config.depth * tokens * config.width + config.head.depth * scored * config.head.width
-    return inputs * element + max(block, head_block if config.head.depth else 0) + ends
+    head_width = 0 if config.head.is_linear else config.head.width
+    pixels = config.channels * config.image_size**2
+    # The image and the mask in the weights' precision, the embedding before and after its norm, the trunk's and the
+    # head's last norms before and after, and the prediction's error in float32.
+    ends = (pixels + tokens**2 + 2 * tokens * config.width) * element
+    ends += scored * (2 * (config.width + head_width) * element + 4 * config.patch_dim)
+    if activation_checkpointing:
+        inputs = config.depth * tokens * config.width + config.head.depth * scored * head_width
+        return inputs * element + ends
+    block, head_block = _block_bytes(config, precision)
+    skipped = (tokens - scored) * 10 * config.width * element  # the last block's MLP sees scored tokens only
+    return config.depth * block - skipped + config.head.depth * head_block + ends
+
+
+def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
+    """What a block of the trunk and a block of the head keep.
+
+    The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); the sum, the second
+    norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the
+    latter.
+    """
+    element = 4 if precision == "fp32" else 2
+    trunk = config.num_tokens * (16 * config.width * element + 4 * config.num_heads)
+    head = config.num_tokens // 2 * 10 * config.head.width * element if config.head.depth else 0
+    return trunk, head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,57 +189,63 @@ def execution_plan(
 ) -> ExecutionPlan:
     """Choose what is not fixed.
 
-    The rule: take the first that fits of (stage, recompute), stages from the lowest (least communication; 0 for fp32,
-    1 for bf16, whose master weights need it), stored activations before recomputed ones, each with its largest
-    micro-batch. A micro-batch below 8 counts as not fitting while there is something left to try.
+    The rule: take the first setting that fits, each with its largest micro-batch. Stored activations come before
+    recomputed ones (a third more FLOPs), and among each the lower ZeRO stage (less communication; 0 for fp32, 1 for
+    bf16, whose master weights need it, and 2); stage 3, the slowest, comes last. A micro-batch below 8 counts as not
+    fitting while there is something left to try.
 
     Raises:
         DoesNotFitError: nothing fits.
     """
     first = 0 if precision == "fp32" else 1
-    stages = range(first, 4) if zero_stage == "auto" else [zero_stage]
-    recompute = [False, True] if activation_checkpointing == "auto" else [activation_checkpointing]
+    settings = [
+        (stage, recompute)
+        for stages in (range(first, 3), (3,))
+        for recompute in (False, True)
+        for stage in stages
+        if zero_stage in ("auto", stage) and activation_checkpointing in ("auto", recompute)
+    ]
     per_rank = -(-batch_size // world_size)
     limit = USABLE_FRACTION * device_bytes
 
     for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
-        for stage in stages:
-            for checkpointing in recompute:
-                empty = memory_estimate(
-                    config,
+        for stage, recompute in settings:
+            empty = memory_estimate(
+                config,
+                zero_stage=stage,
+                world_size=world_size,
+                micro_batch=0,
+                precision=precision,
+                activation_checkpointing=recompute,
+            )
+            per_image = activation_bytes_per_image(config, precision, recompute)
+            room = int((limit - empty.total) // per_image)
+            if micro_batch == "auto":
+                most = min(room, per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
+                chosen, fits = even_share(per_rank, most), most >= enough
+            else:
+                chosen, fits = micro_batch, micro_batch <= room
+            if fits:
+                return ExecutionPlan(
                     zero_stage=stage,
-                    world_size=world_size,
-                    micro_batch=0,
-                    precision=precision,
-                    activation_checkpointing=checkpointing,
+                    micro_batch=chosen,
+                    activation_checkpointing=recompute,
+                    estimate=dataclasses.replace(empty, activations=chosen * per_image),
                 )
-                per_image = activation_bytes_per_image(config, precision, checkpointing)
-                room = int((limit - empty.total) // per_image)
-                if micro_batch == "auto":
-                    most = min(room, per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
-                    chosen = _even_share(per_rank, most)
-                else:
-                    chosen = micro_batch
-                if enough <= chosen <= room or (micro_batch != "auto" and chosen <= room):
-                    activations = chosen * per_image
-                    return ExecutionPlan(
-                        zero_stage=stage,
-                        micro_batch=chosen,
-                        activation_checkpointing=checkpointing,
-                        estimate=dataclasses.replace(empty, activations=activations),
-                    )
     raise DoesNotFitError(
         f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "
         "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
     )
 
 
-def _even_share(per_rank: int, most: int) -> int:
-    """Largest equal share of a rank's images that is not above `most`, even where it can be (pairs stay together)."""
-    if most < 1:
-        return 0
-    share = -(-per_rank // -(-per_rank // most))
-    return share + 1 if share % 2 and share < most else share
+def even_share(per_rank: int, most: int) -> int:
+    """Images per pass when a rank's images go in the fewest equal passes of at most `most`; even, so pairs stay."""
+    if most < 2:
+        return max(0, most)
+    num_passes = -(-per_rank // most)
+    while (share := 2 * -(-per_rank // (2 * num_passes))) > most:
+        num_passes += 1
+    return share
 
 
 def host_bytes() -> int:

@@ -1,0 +1,134 @@
+"""The memory estimate against measured steps, and the rule that follows from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aim.config import ModelConfig, model_config
+from aim.model import AIM
+from harness.bench_train import random_batches
+from harness.config import OptimiserSection
+from harness.distributed import find_placement, start_group, stop_group
+from harness.engine import Engine, EngineOptions
+from harness.memory import DoesNotFitError, even_share, execution_plan, kept_bytes_per_image, memory_estimate
+from harness.record import count_targets
+
+Run = Callable[..., list[int]]
+GIB = 2**30
+
+
+def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bool) -> float:
+    """Bytes per image that autograd keeps, weights and constants left out."""
+    model = AIM(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    model.set_activation_checkpointing(activation_checkpointing)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    (batch,) = random_batches(config, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch.images, batch.prefix_len)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize(("size", "side", "patch"), [("rung-64", 32, 4), ("rung-128", 112, 14)])
+def test_kept_activations_are_within_ten_percent(
+    size: str, side: int, patch: int, precision: str, activation_checkpointing: bool
+) -> None:
+    config = model_config(size, image_size=side, patch_size=patch)
+    measured = kept_bytes(config, precision, activation_checkpointing)
+    assert kept_bytes_per_image(config, precision, activation_checkpointing) == pytest.approx(measured, rel=0.1)  # type: ignore[arg-type]
+
+
+BIG = model_config("w640-d4", image_size=32, patch_size=8)
+
+
+def peak_bytes(reset: bool = False) -> int:
+    """Peak resident memory of this process (VmHWM); `reset` starts a new peak."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    Engine(AIM(model_config("w16-d2", image_size=16, patch_size=4)), OptimiserSection(precision="fp32"),
+           EngineOptions(zero_stage=0), group)  # fmt: skip  # imports are no part of the model
+    before = peak_bytes(reset=True)
+    options = EngineOptions(zero_stage=stage)
+    engine = Engine(AIM(BIG), OptimiserSection(batch_size=16, precision=precision), options, group)  # type: ignore[arg-type]
+    peak_bytes(reset=True)
+    step = random_batches(BIG, 16 // group.world_size, 16)
+    for _ in range(2):
+        engine.step(step, num_targets=group.world_size * count_targets(step, BIG.num_tokens), lr=1e-3)
+    if rank == 0:
+        out.write_text(json.dumps(peak_bytes() - before))
+    stop_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "stage", "world_size"),
+    [("fp32", 0, 1), ("fp32", 1, 1), ("fp32", 2, 2), ("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 2), ("bf16", 3, 2)],
+)
+def test_the_peak_of_a_step_is_near_the_estimate(
+    precision: str, stage: int, world_size: int, tmp_path: Path, in_processes: Run
+) -> None:
+    out = tmp_path / "bytes"
+    assert in_processes(measure_step, out, precision, stage, world_size=world_size) == [0] * world_size
+    estimate = memory_estimate(
+        BIG,
+        zero_stage=stage,
+        world_size=world_size,
+        micro_batch=16 // world_size,
+        precision=precision,  # type: ignore[arg-type]
+        activation_checkpointing=False,
+    )
+    measured = json.loads(out.read_text())
+    assert estimate.total - estimate.workspace == pytest.approx(measured, rel=0.15)
+
+
+def test_the_rule_takes_the_lowest_stage_that_fits_with_enough_images() -> None:
+    def plan(
+        size: str, world_size: int, gib: float = 80, precision: str = "bf16", **fixed: object
+    ) -> tuple[int, int, bool]:
+        chosen = execution_plan(
+            model_config(size, head_rule="released"),
+            batch_size=4096,
+            world_size=world_size,
+            precision=precision,  # type: ignore[arg-type]
+            device_bytes=int(gib * GIB),
+            **fixed,  # type: ignore[arg-type]
+        )
+        assert chosen.estimate.total <= 0.9 * gib * GIB
+        return chosen.zero_stage, chosen.micro_batch, chosen.activation_checkpointing
+
+    assert plan("aim-600M", 8)[::2] == (1, False)
+    assert plan("aim-3B", 8)[::2] == (1, False)
+    assert plan("aim-7B", 8)[::2] == (2, False)
+    assert plan("aim-600M", 8, precision="fp32")[0] == 0
+    assert plan("aim-7B", 8, gib=40)[0] >= 2, "a smaller device shares more"
+    assert plan("aim-600M", 8, micro_batch=4)[1] == 4
+    assert plan("aim-600M", 8, zero_stage=3)[0] == 3
+    with pytest.raises(DoesNotFitError, match="aim-7B does not fit 16 GiB per rank with 1 ranks"):
+        plan("aim-7B", 1, gib=16)
+
+
+@pytest.mark.parametrize(
+    ("per_rank", "most", "share"), [(48, 48, 48), (48, 47, 24), (48, 17, 16), (48, 11, 10), (512, 171, 128), (7, 1, 1)]
+)
+def test_micro_batches_share_a_ranks_images_evenly_in_pairs(per_rank: int, most: int, share: int) -> None:
+    assert even_share(per_rank, most) == share
