@@ -1,6 +1,6 @@
 """Learning curves: one loss against one scale, extrapolated.
 
-`extrapolate` is the default. M1, M2 and M3 of Alabdulmohsin et al. 2022 are here as their authors released them, so that
+`extrapolate` is the default. M1 to M4 of Alabdulmohsin et al. 2022 are here as their authors released them, so that
 a new extrapolator can be compared with the numbers in print; M2's released code stops in the local minimum of its
 objective that lies nearest to the smallest observed loss, which is not the global one.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
@@ -73,7 +74,48 @@ def m3(x: Array, y: Array) -> Curve:
     return lambda z: beta * (1 / z + gamma) ** c
 
 
-RELEASED: dict[str, Callable[[Array, Array], Curve]] = {"M1": m1, "M2": m2, "M3": m3}
+def m4(x: Array, y: Array) -> Curve:
+    """M4, (y - e_inf) / (e_0 - y)^a = b x^-c, as released (about 2 s a curve).
+
+    In turns: ln b, c and a by non-negative least squares with log(1 - y) as the third column, then 1000 small gradient
+    steps (later 100 damped Newton steps) in e_inf and e_0 on the mean square, kept at MARGIN from the data.
+    """
+    log_x, n = np.log(x), len(x)
+    lowest, highest = float(y.min()) - MARGIN, float(y.max()) + MARGIN
+    e_inf, e_0, beta = lowest, 1.0, 1.0
+    design = np.stack([np.ones(n), -log_x, np.log(np.maximum(e_0 - y, 1e-12))], axis=1)
+    a = c = 0.0
+    for turn in range(10_000):
+        before = beta
+        (level, c, a), _ = nnls(design, np.log(y - e_inf))
+        beta, line = float(np.exp(level)), level - c * log_x
+        for _ in range(1000 if turn < 100 else 100):
+            below, above = y - e_inf, e_0 - y
+            r = np.log(below) - a * np.log(above) - line
+            down, up = -np.sum(r / below) / n, -a * np.sum(r / above) / n
+            if turn < 100:
+                e_inf, e_0 = e_inf - 1e-8 * down, e_0 - 1e-8 * up
+            else:
+                curve_down = np.sum((1 - r) / below**2) / n
+                curve_up = a * np.sum((a + r) / above**2) / n
+                e_inf -= 0.1 * down / curve_down if abs(curve_down) > 1e-5 else 0.0
+                e_0 -= 0.1 * up / curve_up if abs(curve_up) > 1e-5 else 0.0
+            e_inf, e_0 = min(max(e_inf, 0.0), lowest), max(e_0, highest)
+        if abs(beta - before) < 1e-10 and turn > 101:
+            break
+
+    def predict(z: Array) -> Array:
+        excess = beta * np.asarray(z, float) ** -c
+        if a < 1e-5:
+            return e_inf + excess
+        steps = np.linspace(0, e_0 - e_inf, 10_000)  # the released code's precision
+        gap = np.abs(steps - excess[:, None] * (e_0 - e_inf - steps) ** a)
+        return steps[np.argmin(gap, axis=1)] + e_inf
+
+    return predict
+
+
+RELEASED: dict[str, Callable[[Array, Array], Curve]] = {"M1": m1, "M2": m2, "M3": m3, "M4": m4}
 """Estimators as released, name -> function of x and y."""
 
 
@@ -109,8 +151,8 @@ def extrapolate(
 ) -> Extrapolation:
     """Extrapolate one curve towards larger x.
 
-    Two laws that both level off at small and at large scale, the saturating power law and M4, are fitted by least squares
-    on logarithms to a global optimum, with weight (x / largest x)^tail_weight so that the end of the curve counts most,
+    Two laws that level off at small and at large scale, the saturating power law and M4, are fitted by least squares on
+    logarithms to a global optimum, with weight (x / largest x)^tail_weight so that the end of the curve counts most,
     and averaged on the logarithm. Residuals of log y need no Jacobian, unlike the published ones of log(y - e_inf).
 
     Args:

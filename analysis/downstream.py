@@ -99,8 +99,8 @@ class Forecast:
 def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], *, seed: int = 0) -> Forecast:
     """Two-step forecast: scale -> loss by `first`, loss -> accuracy by `second`.
 
-    Draw b of the first is paired with draw b of the second, so that fits that resampled the same runs with the same seed
-    keep their correlation.
+    Draw b of the first is paired with draw b of the second, so that fits that resampled the same runs with the same
+    seed keep their correlation.
 
     Raises:
         AnalysisError: a fit has no bootstrap draws.
@@ -136,7 +136,7 @@ def _link_values(law: Law, draws: Mapping[str, Array], loss: Array) -> Array:
 
 
 def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:
-    """Mean accuracy over tasks: accuracy, ci_lo, ci_hi, pi_lo, pi_hi; errors as correlated as the tasks' draws."""
+    """Mean accuracy over tasks: accuracy, ci_lo, ci_hi, pi_lo, pi_hi (errors as correlated as the draws)."""
     num = min(len(f.curve_draws) for f in forecasts)
     tails = [50 * (1 - forecasts[0].level), 50 * (1 + forecasts[0].level)]
     curve = np.mean([f.curve_draws[:num] for f in forecasts], axis=0)

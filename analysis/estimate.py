@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,8 @@ def fit(
     intervals = intervals_of(law.reported(draws), level, method) if draws else {}
     rivals = rivals_of(problem, minima)
     found = doubts(problem, minima[0], raw, params, draws, intervals, rivals, points)
-    return _result(problem, minima[0], points, objective, params, raw, draws, found, rivals, intervals, method, level)
+    result = _result(problem, minima[0], points, objective, params, raw, draws, found, rivals, intervals, method, level)
+    return replace(result, fixed=fixed, bounds=bounds)
 
 
 def bootstrap_draws(problem: Problem, minima: list[Minimum], counts: Array) -> dict[str, Array]:

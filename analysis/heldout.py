@@ -30,6 +30,8 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
     points = df.loc[result.data.index]
     scale = _scale(result, points, by)
     values = np.unique(scale)
+    if values[0] <= 0:
+        raise AnalysisError(f"{by} has values that are not positive, so it is no scale to hold out by.")
     if len(values) <= num_values + 1:
         raise AnalysisError(
             f"{by} takes {len(values)} values, too few to hold out the largest {num_values}; vary {by} more."
@@ -43,6 +45,8 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         objective=result.objective,
         columns={k: v for k, v in result.columns.items() if k != "y"},
         weights=result.data["weight"].to_numpy()[~test],
+        fixed=result.fixed,
+        bounds=result.bounds,
         resamples=resamples,
         level=result.level,
     )

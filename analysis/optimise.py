@@ -297,7 +297,8 @@ def minimise(problem: Problem, phi: Array, weights: Array | None = None) -> tupl
     out, total = [], []
     for i in range(0, len(phi), rows):
         chunk = w[i : i + rows] if np.ndim(w) == 2 else w
-        refined = _continue(problem, phi[i : i + rows], chunk)
+        with np.errstate(over="ignore", invalid="ignore"):  # a trial step may overflow; it is rejected
+            refined = _continue(problem, phi[i : i + rows], chunk)
         out.append(refined)
         total.append(_total(problem, problem.predict(refined), chunk, None))
     return np.concatenate(out), np.concatenate(total)

@@ -119,11 +119,15 @@ class Fit:
     """Level of all intervals."""
     heldout: tuple[HeldOut, ...] = ()
     """Extrapolation tests, if asked for."""
+    fixed: dict[str, float] = field(default_factory=dict)
+    """Parameters that were held."""
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Parameters that were kept between two values."""
 
     @property
     def noise(self) -> Array:
         """Residuals of T(y), inflated for the parameters spent: the error of one more measurement."""
-        free = len(self.law.parameters)
+        free = len(self.law.parameters) - len(self.fixed)
         return self.data["residual"].to_numpy() * np.sqrt(self.num_points / max(1, self.num_points - free))
 
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
@@ -230,6 +234,8 @@ class Fit:
             "num_points": self.num_points,
             "num_rows": self.num_rows,
             "exclusions": [{"reason": e.reason, "rows": [str(r) for r in e.rows]} for e in self.exclusions],
+            "fixed": self.fixed,
+            "bounds": {k: list(v) for k, v in self.bounds.items()},
             "ranges": {k: list(v) for k, v in self.ranges.items()},
             "columns": self.columns,
             "heldout": [
