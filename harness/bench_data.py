@@ -6,6 +6,7 @@ alike; then the loader with worker processes. The images are JPEGs of 500 x 375 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -53,9 +54,8 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         of the fastest limit times min(workers, cores); `small`: images/s of 32 px images, first epoch and later ones;
         `setting`.
     """
-    torch.set_num_threads(1)
     cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _one_thread():
         stream = _stream(Path(folder) / "large", _photographs(num_images), _CROP_SIZE)
         single, share = _single_thread(stream, num_images, seconds)
         limit = max(rate for name, rate in single.items() if name != "stream")
@@ -101,6 +101,16 @@ def table(result: dict[str, Any]) -> str:
     for name, key in (("first epoch", "first_epoch"), ("later epochs (in memory)", "later_epochs")):
         lines.append(f"  {name:<28}{small[key]:>10,.0f}")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _readers() -> dict[str, Reader]:

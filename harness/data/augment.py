@@ -105,7 +105,7 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
     horizontal = _resize_weights(num_columns, size)[_weight_index(boxes.left, boxes.width, num_columns)]
     flip = torch.from_numpy(boxes.flip)
     horizontal = torch.where(flip[:, None, None], horizontal.flip(-2), horizontal)
-    pixels = torch.matmul(images.float(), horizontal.mT[:, None])
+    pixels = torch.bmm(images.float().flatten(1, 2), horizontal.mT).unflatten(1, images.shape[1:3])
     pixels = torch.matmul(vertical[:, None], pixels.round_().clamp_(0, 255))
     return pixels.round_().clamp_(0, 255).byte()
 

@@ -8,6 +8,7 @@ the shard, label, width, height, checksum (64-bit BLAKE2b of the image file) and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 INDEX_FILE = "index.parquet"
 DATASET_FILE = "dataset.json"
 NO_LABEL = -1
+_ROW_GROUP = 1 << 18  # rows; a single key is read by its group
 
 SCHEMA = pa.schema(
     [
@@ -109,32 +111,52 @@ def content_fingerprint(checksums: npt.NDArray[np.uint64], labels: npt.NDArray[n
 
 
 class ShardDataset:
-    """Random access to the images of one indexed data set; safe to fork and to pickle."""
+    """Random access to the images of one indexed data set; safe to fork and to pickle.
 
-    def __init__(self, path: str, info: DatasetInfo, table: pa.Table, reader: ShardReader) -> None:
+    What every read needs is held in memory, 25 bytes an image; keys, labels and checksums are fetched from the index
+    when somebody asks.
+    """
+
+    def __init__(self, path: str, info: DatasetInfo, index: str | pa.Buffer, reader: ShardReader) -> None:
         self.path = path
         self.info = info
-        self.keys: pa.ChunkedArray = table.column("key")
-        self.shard: npt.NDArray[np.int32] = table.column("shard").to_numpy()
-        self.offset: npt.NDArray[np.int64] = table.column("offset").to_numpy()
-        self.size: npt.NDArray[np.int64] = table.column("size").to_numpy()
-        self.width: npt.NDArray[np.int32] = table.column("width").to_numpy()
-        self.height: npt.NDArray[np.int32] = table.column("height").to_numpy()
-        self.checksum: npt.NDArray[np.uint64] = table.column("checksum").to_numpy()
-        self.ok: npt.NDArray[np.bool_] = table.column("ok").to_numpy(zero_copy_only=False)
-        labels = table.column("label")
-        self._labels: npt.NDArray[np.int64] | None = None
-        if labels.null_count < len(labels):
-            self._labels = labels.fill_null(NO_LABEL).to_numpy()
+        self._index = index
         self._reader = reader
+        table = self._columns("shard", "offset", "size", "width", "height", "ok")
+        self.shard: npt.NDArray[np.int32] = table["shard"].to_numpy()
+        self.offset: npt.NDArray[np.int64] = table["offset"].to_numpy()
+        self.size: npt.NDArray[np.int32] = table["size"].to_numpy().astype(np.int32)
+        self.width: npt.NDArray[np.int32] = table["width"].to_numpy()
+        self.height: npt.NDArray[np.int32] = table["height"].to_numpy()
+        self.ok: npt.NDArray[np.bool_] = table["ok"].to_numpy(zero_copy_only=False)
+
+    def _columns(self, *names: str) -> pa.Table:
+        source = self._index if isinstance(self._index, str) else pa.BufferReader(self._index)
+        return pq.read_table(source, columns=list(names))
 
     def __len__(self) -> int:
         return self.info.num_samples
 
-    @property
+    @functools.cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """(num_samples,) class numbers, -1 where one is missing; None when no sample has one."""
-        return self._labels
+        column = self._columns("label")["label"]
+        return None if column.null_count == len(column) else column.fill_null(NO_LABEL).to_numpy()
+
+    @property
+    def checksum(self) -> npt.NDArray[np.uint64]:
+        """(num_samples,) 64-bit hashes of the image files."""
+        return self._columns("checksum")["checksum"].to_numpy()
+
+    def key(self, i: int) -> str:
+        """Key of sample i: its path in the shard without extension."""
+        file = pq.ParquetFile(self._index if isinstance(self._index, str) else pa.BufferReader(self._index))
+        for number in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(number).num_rows
+            if i < num_rows:
+                return str(file.read_row_group(number, columns=["key"])["key"][i].as_py())
+            i -= num_rows
+        raise AssertionError("no such sample")
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -146,7 +168,7 @@ class ShardDataset:
         """Number of classes: names when known, else the largest label + 1; 0 without labels."""
         if self.info.classes is not None:
             return len(self.info.classes)
-        return 0 if self._labels is None else int(self._labels.max()) + 1
+        return 0 if self.labels is None else int(self.labels.max()) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -159,18 +181,18 @@ class ShardDataset:
         Raises:
             DataError: labels are missing.
         """
-        if self._labels is None:
+        if self.labels is None:
             raise DataError(
                 f"{self.path} has no labels; pack an image folder with one sub-folder per class, or add .cls"
             )
-        missing = int((self._labels[self.ok] < 0).sum())
+        missing = int((self.labels[self.ok] < 0).sum())
         if missing:
             raise DataError(f"{self.path}: {missing} of {len(self)} images have no label; label or remove them")
-        return self._labels
+        return self.labels
 
     def describe(self, i: int) -> str:
         """Shard and key of sample i, for messages."""
-        return f"sample '{self.keys[i].as_py()}' of {join(self.location, self.info.shards[self.shard[i]].name)}"
+        return f"sample '{self.key(i)}' of {join(self.location, self.info.shards[self.shard[i]].name)}"
 
     @property
     def location(self) -> str:
@@ -219,12 +241,14 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
         raise DataError(f"data set folder {where} does not exist")
     try:
         info = DatasetInfo.from_json(read_bytes(join(where, DATASET_FILE)).decode(), join(where, DATASET_FILE))
-        table = pq.read_table(pa.BufferReader(read_bytes(join(where, INDEX_FILE))))
+        index = join(where, INDEX_FILE)
+        source = pa.py_buffer(read_bytes(index)) if is_url(where) else index
+        metadata = pq.read_metadata(pa.BufferReader(source) if is_url(where) else index)
     except FileNotFoundError as error:
         raise DataError(f"{where} has no index; run `aimscale data index {where}` or `aimscale data pack`") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"cannot read the index of {where}: {error}") from error
-    if table.schema.remove_metadata() != SCHEMA or len(table) != info.num_samples:
+    if metadata.schema.to_arrow_schema().remove_metadata() != SCHEMA or metadata.num_rows != info.num_samples:
         raise DataError(
             f"the index of {where} does not match its {DATASET_FILE}; run `aimscale data index {where}` again"
         )
@@ -238,7 +262,7 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     else:
         sizes = {shard.name: shard.size for shard in info.shards}
         reader = CachedReader(location, sizes, Path(cache_dir), int(cache_gb * 1e9))
-    return ShardDataset(where, info, table, reader)
+    return ShardDataset(where, info, source, reader)
 
 
 def _check_shards(folder: Path, info: DatasetInfo) -> None:
@@ -260,7 +284,7 @@ def write_index(folder: Path, info: DatasetInfo, columns: dict[str, Any]) -> Non
     table = pa.table(columns, schema=SCHEMA)
     assert len(table) == info.num_samples, "write_index: rows and num_samples differ"
     aside = folder / f".{INDEX_FILE}.partial"
-    pq.write_table(table, aside)
+    pq.write_table(table, aside, row_group_size=_ROW_GROUP)
     aside.replace(folder / INDEX_FILE)
     aside = folder / f".{DATASET_FILE}.partial"
     aside.write_text(info.to_json())

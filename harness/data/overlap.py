@@ -17,11 +17,13 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
     Raises:
         DataError: names the first image that both sides hold, and how many there are.
     """
-    order = np.argsort(held_out.checksum)
-    wanted = held_out.checksum[order]
+    wanted = held_out.checksum
+    order = np.argsort(wanted)
+    wanted = wanted[order]
     for pool in pools:
-        nearest = np.minimum(np.searchsorted(wanted, pool.checksum), len(wanted) - 1)
-        shared = np.flatnonzero((wanted[nearest] == pool.checksum) & pool.ok)
+        checksum = pool.checksum
+        nearest = np.minimum(np.searchsorted(wanted, checksum), len(wanted) - 1)
+        shared = np.flatnonzero((wanted[nearest] == checksum) & pool.ok)
         if shared.size:
             twin = held_out.describe(int(order[nearest[shared[0]]]))
             raise DataError(

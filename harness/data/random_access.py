@@ -7,6 +7,7 @@ nothing has to be saved, split over workers or replayed.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiples of it spread over all 64 bits
+_MASK = (1 << 64) - 1
+_HIGH_HALF = np.uint64(32)  # a hash is shifted down by this, so that adding a half cannot overflow
 _NUM_FEISTEL_ROUNDS = 6
 
 
@@ -39,31 +42,32 @@ def random_uniform(key: int | U64, counter: npt.ArrayLike) -> npt.NDArray[np.flo
 def permute(values: npt.ArrayLike, size: int, key: int | U64) -> I64:
     """Apply a random permutation of range(size), chosen by `key`, to every value.
 
-    A Feistel network on the smallest power of two that holds `size`; results outside of range(size) walk on
-    along their cycle (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), fewer than two steps on
-    average. `key` may be an array: one permutation per value.
+    A Feistel network on the smallest nearly square grid that holds `size` cells, with sums modulo its sides; the few
+    results outside of range(size) walk on along their cycle (Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains").
+    `key` may be an array: one permutation per value.
     """
     out = np.array(values, dtype=np.uint64, ndmin=1)
     keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape)
     assert (out < size).all(), "permute: a value lies outside of range(size)"
-    num_bits = max(2, (size - 1).bit_length())
-    pending = np.arange(out.size)
-    while pending.size:
-        out[pending] = _feistel(out[pending], num_bits, keys[pending])
-        pending = pending[out[pending] >= size]
+    num_columns = math.isqrt(size - 1) + 1
+    num_rows = -(-size // num_columns)
+    out = _feistel(out, num_rows, num_columns, keys)
+    while (outside := np.flatnonzero(out >= size)).size:
+        out[outside] = _feistel(out[outside], num_rows, num_columns, keys[outside])
     return out.astype(np.int64)
 
 
-def _feistel(values: U64, num_bits: int, keys: U64) -> U64:
-    """One pass of an unbalanced Feistel network over range(2^num_bits)."""
-    low_bits = num_bits // 2
-    high_bits = num_bits - low_bits
-    high, low = values >> np.uint64(low_bits), values & np.uint64((1 << low_bits) - 1)
+def _feistel(values: U64, num_rows: int, num_columns: int, keys: U64) -> U64:
+    """One pass of a Feistel network over the cells of a grid: each half is shifted by a hash of the other in turn."""
+    row, column = np.divmod(values, np.uint64(num_columns))
     for round_ in range(_NUM_FEISTEL_ROUNDS):
-        # the half that is replaced keeps its width: `high` has high_bits in even rounds and low_bits in odd ones
-        mask = np.uint64((1 << (high_bits if round_ % 2 == 0 else low_bits)) - 1)
-        high, low = low, high ^ (random_bits(keys, low * np.uint64(8) + np.uint64(round_)) & mask)
-    return (high << np.uint64(low_bits)) | low
+        round_keys = keys + np.uint64((round_ + 1) * int(_GOLDEN) & _MASK)
+        if round_ % 2 == 0:
+            row = (row + (_mix(column * _GOLDEN + round_keys) >> _HIGH_HALF)) % np.uint64(num_rows)
+        else:
+            column = (column + (_mix(row * _GOLDEN + round_keys) >> _HIGH_HALF)) % np.uint64(num_columns)
+    return row * np.uint64(num_columns) + column
 
 
 def _mix(x: U64) -> U64:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from harness.config import ResultConfig
 
 _SHARE_UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20; positions stay below 2^43
+_MAX_LISTED = 1 << 22  # subsets up to this size are listed at start-up, which takes 2 s and spares a permutation later
 _MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
-_NEVER_SEEDED = 0  # the nested subsets are the same for every seed
 
 
 class Sample(NamedTuple):
@@ -86,6 +86,8 @@ class _Source:
     """Usable sample numbers, in index order."""
     num_unique: int
     """U of this source: the first of the fixed permutation of its pool."""
+    subset: I64 | None
+    """Those U sample numbers; None when they are too many to list at start-up."""
     key: int
     """Of its epochs; depends on the run's seed."""
     pixels: PixelCache
@@ -94,7 +96,7 @@ class _Source:
         """Sample numbers at `slots` (0..U-1) of `epochs`."""
         keys = random_bits(self.key, epochs)
         within = permute(slots, self.num_unique, keys)
-        return self.pool[permute(within, len(self.pool), make_key("subset", _NEVER_SEEDED))]
+        return self.subset[within] if self.subset is not None else _first_of_pool(self.pool, within)
 
 
 class TrainStream:
@@ -120,6 +122,7 @@ class TrainStream:
                 dataset=dataset,
                 pool=pool,
                 num_unique=num_unique,
+                subset=_first_of_pool(pool, np.arange(num_unique)) if num_unique <= _MAX_LISTED else None,
                 key=make_key("epoch", self._seed, number),
                 pixels=PixelCache(dataset, self._channels),
             )
@@ -187,9 +190,10 @@ class TrainStream:
             DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
         """
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
-        # decoders write pixel by pixel, so that this layout takes their rows as they are
+        # decoded photographs come with interleaved colours, small images from the cache in planes: keep copies straight
+        layout = torch.channels_last if self._size > SMALL_SIDE else torch.contiguous_format
         shape = (len(where), self._channels, self._size, self._size)
-        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
         source_of, sample_of = self.locate(where)
         bad: list[str] = []
         pending = np.arange(len(where))
@@ -232,8 +236,9 @@ class TrainStream:
         )
         failed: list[int] = []
         small = np.flatnonzero((height <= SMALL_SIDE) & (width <= SMALL_SIDE))
-        for shape in np.unique(np.stack([height[small], width[small]], axis=1), axis=0):
-            group = small[(height[small] == shape[0]) & (width[small] == shape[1])]
+        shapes = height[small] * (SMALL_SIDE + 1) + width[small]
+        for shape in np.unique(shapes):
+            group = small[shapes == shape]
             images, good = source.pixels.stack(samples[group])
             failed += rows[group[~good]].tolist()
             group = group[good]
@@ -284,6 +289,11 @@ class TrainStream:
                     f"usable ones; {'lower' if count else 'raise'} data.unique_images or change the probabilities"
                 )
         return counts
+
+
+def _first_of_pool(pool: I64, numbers: I64) -> I64:
+    """Sample numbers at `numbers` of the one fixed permutation of a pool, the same for every seed."""
+    return pool[permute(numbers, len(pool), make_key("subset"))]
 
 
 def _quotas(probabilities: Sequence[float]) -> list[tuple[int, int]]:

@@ -107,7 +107,7 @@ def test_public_layouts_are_read_as_they_are(tmp_path: Path) -> None:
     assert (info.num_samples, info.num_bad, len(info.shards)) == (18, 0, 3)
     assert dataset.require_labels().tolist() == [label_of(shard, n) for shard in range(3) for n in range(6)]
     assert dataset.num_classes == 11
-    assert dataset.keys[7].as_py() == f"n0144{label_of(1, 1)}_1"
+    assert dataset.key(7) == f"n0144{label_of(1, 1)}_1"
     assert dataset.decode(7).shape == (3, 80, 90)
 
     write_img2dataset(tmp_path / "datacomp")
@@ -300,7 +300,7 @@ def test_idx_files_are_packed(tmp_path: Path) -> None:
         aimscale("data", "pack", str(source), str(tmp_path / f"out{suffix}"))
         dataset = open_dataset(tmp_path / f"out{suffix}")
         for i in range(30):
-            number = int(dataset.keys[i].as_py())
+            number = int(dataset.key(i))
             assert (dataset.decode(i, channels=1)[0].numpy() == images[number]).all()
             assert dataset.require_labels()[i] == labels[number]
     write_idx(source, images, cut=5)

@@ -72,6 +72,7 @@ def test_permute_spreads_evenly_over_keys() -> None:
     assert (np.abs(counts - 2000) < 5 * np.sqrt(2000 * 0.9)).all()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize(
     ("world", "micro", "workers", "batch"),
     [(1, 16, 0, 16), (2, 3, 0, 16), (4, 4, 1, 16), (2, 8, 2, 16), (1, 1, 4, 16), (3, 4, 0, 10), (5, 16, 0, 6)],

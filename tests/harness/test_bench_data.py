@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from harness import bench_data
+from harness.data.augment import crop_resize
+from harness.data.decode import decode
+
+
+def test_readers_agree_on_the_pixels() -> None:
+    data = next(iter(bench_data._photographs(1))).data
+    box = (10, 30, 300, 320, True)
+    expected = crop_resize(decode(data), box, 224).int()
+    readers = bench_data._readers()
+    assert {"simplejpeg + torch", "torchvision", "Pillow"} <= readers.keys()
+    for name, read in readers.items():
+        difference = (read(data, box).int() - expected).abs()
+        assert difference.float().mean() < 0.6, name
+        assert difference.max() <= (12 if name == "Pillow" else 0), name
+
+
+def test_bench_reports_every_number() -> None:
+    threads = torch.get_num_threads()
+    result = bench_data.run(num_images=32, seconds=0.3, workers=[0, 1])
+    assert torch.get_num_threads() == threads
+    assert result["fastest_limit"] == max(rate for name, rate in result["single_thread"].items() if name != "stream")
+    assert [row["workers"] for row in result["loader"]] == [0, 1]
+    rates = [
+        *result["single_thread"].values(),
+        *result["small"].values(),
+        *(row["images_per_s"] for row in result["loader"]),
+    ]
+    assert np.min(rates) > 0
+    assert 0 < result["stream_share"] < 2
+    text = bench_data.table(result)
+    assert "training stream" in text
+    assert f"{result['fastest_limit']:,.0f}" in text
