@@ -18,6 +18,7 @@ TINY: dict[str, Any] = {
     "base": {
         "model": {"image_size": 16, "patch_size": 4},
         "data": {"sources": [{"path": "data/train"}]},
+        "optimiser": {"batch_size": 64},
         "validation": {"path": "data/validation"},
     },
 }

@@ -34,7 +34,7 @@ def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_
 def test_a_cosine_budget_is_its_own_run(write_sweep: Any) -> None:
     sweep = write_sweep(budgets=["1k", "2k"], axes={"schedule.kind": ["cosine", "wsd"]})
     budgets = sorted(run.budgets for run in plan(sweep) if run.cell["size"] == "rung-32")
-    assert budgets == [(992,), (992, 2000), (2000,)]  # rounded to whole batches of 16
+    assert budgets == [(1024,), (1024, 1984), (1984,)]  # rounded to whole batches of 64
 
 
 def test_exclusions_and_overrides_apply_to_their_cells_alone(write_sweep: Any) -> None:
@@ -105,7 +105,7 @@ def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
     )
     card = cost_cards(sweep, plan(sweep))[0]
     assert card.images_executed == 1280 + 128
-    assert card.steps == 88
+    assert card.steps == 22
 
 
 def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
