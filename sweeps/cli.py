@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import sys
@@ -10,6 +11,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 import typer.main
+
+from aim.errors import UserError
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("sweeps.cli_demo", "Run the whole loop on bundled real images; ends at a report."),
@@ -44,7 +47,9 @@ class LazyGroup(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import the verb's module and turn its typer app into a command."""
         if cmd_name not in VERBS:
-            return None
+            near = difflib.get_close_matches(cmd_name, VERBS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
+            raise UserError(f"there is no verb '{cmd_name}'; {hint}")
         command = typer.main.get_command(importlib.import_module(VERBS[cmd_name][0]).app)
         command.name = cmd_name
         return command

@@ -49,3 +49,9 @@ def test_help_names_every_verb_with_one_line() -> None:
     out = subprocess.run([sys.executable, "-m", "sweeps.cli", "--help"], capture_output=True, text=True, check=True)
     for verb in VERBS:
         assert f"\n  {verb} " in out.stdout
+
+
+def test_an_unknown_verb_is_one_sentence_with_the_nearest() -> None:
+    out = subprocess.run([sys.executable, "-m", "sweeps.cli", "lanch"], capture_output=True, text=True, check=False)
+    assert out.returncode == 2
+    assert out.stderr == "aimscale: there is no verb 'lanch'; did you mean 'launch'?\n"
