@@ -56,6 +56,8 @@ class Attention(nn.Module):
         batch, num_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        # A dense mask: these products are N / (6 d + N) of a block's FLOPs (2.7 % in aim-600M), of which a kernel that
+        # skips masked parts could save a third.
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, width))
         return out
