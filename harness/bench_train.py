@@ -18,7 +18,7 @@ from harness.config import OptimiserSection
 from harness.data.stream import Batch
 from harness.distributed import find_placement, start_group, stop_group
 from harness.engine import Engine, EngineOptions
-from harness.memory import execution_plan, host_bytes
+from harness.memory import execution_plan
 from harness.peak import device_name, measure_peak
 from harness.provenance import process_age_s
 from harness.record import count_targets, device_memory_bytes
@@ -101,9 +101,7 @@ def run(
         batch_size=optimiser.batch_size,
         world_size=group.world_size,
         precision=optimiser.precision,
-        device_bytes=torch.cuda.get_device_properties(group.device).total_memory
-        if group.device.type == "cuda"
-        else host_bytes(),
+        device_bytes=group.memory_bytes(),
         zero_stage=zero_stage,
         micro_batch=micro_batch,
         activation_checkpointing=activation_checkpointing,

@@ -96,6 +96,22 @@ def train(
 
 
 @app.command()
+def data(
+    images: Annotated[int, typer.Option(help="JPEGs to cycle over.")] = 256,
+    seconds: Annotated[float, typer.Option(help="Wall time of each of the two comparisons.")] = 10.0,
+    workers: Annotated[
+        list[int] | None, typer.Option(help="Numbers of loader processes; default: 1 and every core.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Images/s of the training stream against the fastest decode-and-crop of this machine."""
+    from harness.bench_data import run, table
+
+    result = run(num_images=images, seconds=seconds, workers=workers)
+    typer.echo(json.dumps(result) if as_json else table(result))
+
+
+@app.command()
 def gemm(
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "auto",
     threads: Annotated[int, typer.Option(help="Torch threads (CPU).")] = 1,

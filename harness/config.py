@@ -244,6 +244,9 @@ class RuntimeConfig(Section):
     """Besides `metrics.jsonl`, which is always written."""
     max_skipped_steps: int = Field(20, ge=0)
     """Consecutive non-finite steps after which a run stops as diverged."""
+    max_roll_backs: int = Field(0, ge=0)
+    """How often, instead of stopping there, a run may go back to the weights of its last checkpoint and on behind the
+    bad stretch; the row counts roll-backs and skipped steps."""
 
 
 class RunConfig(Section):

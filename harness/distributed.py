@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aim.errors import UserError
+from harness.memory import host_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,14 @@ class Group:
     def is_first(self) -> bool:
         """Whether this rank writes the run's files."""
         return self.rank == 0
+
+    def memory_bytes(self) -> int:
+        """Memory that this rank may plan for: its card's, or its share of what the host has free."""
+        if self.device.type == "cuda":
+            import torch
+
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def sum_and_any(self, count: int, flag: bool) -> tuple[int, bool]:
         """Sum of the counts, and whether any rank raised its flag; one exchange on the host, not on the device."""

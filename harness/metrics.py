@@ -7,10 +7,12 @@ so that an interrupted run writes the same lines as an uninterrupted one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ import torch
 from harness.distributed import Group
 from harness.engine import StepOutcome
 
+SPIKE_WINDOW = 100
+"""A loss is compared with this many before it ..."""
+SPIKE_SIGMAS = 6.0
+"""... and called a spike when it is above their mean by so many standard deviations (half of the window suffices)."""
 TAIL_FRACTION = 0.05
 """A budget's `train_loss` is the mean over this last share of it."""
 
@@ -66,6 +72,8 @@ class _Step:
     """Mean over its targets; null when it was not finite."""
     grad_norm: float | None = None
     """Before clipping; null when it was not finite."""
+    is_spike: bool = False
+    """Whether the loss stands out from those before it."""
 
 
 class StepLog:
@@ -76,7 +84,7 @@ class StepLog:
         self._settled: list[_Step] = []
         self._pending: list[tuple[_Step, StepOutcome]] = []
         self._tail_sum, self._tail_count = 0.0, 0
-        self.last_loss: float | None = None
+        self._recent: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
 
     def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int, in_tail: bool) -> None:
         """Note a step; `in_tail` counts it into the budget's `train_loss`."""
@@ -99,11 +107,17 @@ class StepLog:
             step.loss = loss_sum / step.num_targets if math.isfinite(loss_sum) else None
             step.grad_norm = norm if math.isfinite(norm) else None
             if step.loss is not None:
-                self.last_loss = step.loss
+                step.is_spike = self._stands_out(step.loss)
+                self._recent.append(step.loss)
                 if step.in_tail:
                     self._tail_sum, self._tail_count = self._tail_sum + step.loss, self._tail_count + 1
             self._settled.append(step)
         self._pending.clear()
+
+    def _stands_out(self, loss: float) -> bool:
+        if len(self._recent) < SPIKE_WINDOW // 2:
+            return False
+        return loss > statistics.fmean(self._recent) + SPIKE_SIGMAS * statistics.pstdev(self._recent)
 
     def line(self, batch_size: int, branch: int | None, num_skipped_steps: int) -> dict[str, Any]:
         """One line for the steps since the last; means are over applied steps, null if there was none."""
@@ -119,6 +133,7 @@ class StepLog:
             "grad_norm": _mean([step.grad_norm for step in applied]),
             "lr": last.lr,
             "num_skipped_steps": num_skipped_steps,
+            "loss_spikes": [step.images_seen for step in self._settled if step.is_spike],
         }
         self._settled.clear()
         return line
@@ -133,9 +148,10 @@ class StepLog:
         self._settle()
         return self._tail_sum / self._tail_count if self._tail_count else None
 
-    def start_branch(self) -> None:
-        """Forget the tail of an earlier budget."""
+    def start_segment(self) -> None:
+        """Forget the tail of an earlier budget, and losses at another learning rate."""
         self._tail_sum, self._tail_count = 0.0, 0
+        self._recent.clear()
 
     def state(self) -> dict[str, Any]:
         """Everything not yet in a line, for a checkpoint."""
@@ -144,6 +160,7 @@ class StepLog:
             "steps": [dataclasses.asdict(step) for step in self._settled],
             "tail_sum": self._tail_sum,
             "tail_count": self._tail_count,
+            "recent": list(self._recent),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -151,6 +168,7 @@ class StepLog:
         self._pending.clear()
         self._settled = [_Step(**step) for step in state["steps"]]
         self._tail_sum, self._tail_count = state["tail_sum"], state["tail_count"]
+        self._recent = collections.deque(state["recent"], maxlen=SPIKE_WINDOW)
 
 
 def _mean(values: list[float | None]) -> float | None:

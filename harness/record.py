@@ -16,10 +16,12 @@ from harness.data.stream import Batch
 from harness.distributed import Group
 from harness.engine import StepOutcome
 from harness.failures import DivergedError
+from harness.loggers import Logger, open_loggers, scalars
 from harness.metrics import TAIL_FRACTION, JsonLines, StepLog
 from harness.peak import Peak
 from harness.rundir import RunDir
 from harness.schedule import Segment
+from harness.terminal import Terminal
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,6 +38,10 @@ class Tally:
     """Non-finite steps."""
     num_bad_samples: int = 0
     """Undecodable samples on this rank, replaced."""
+    num_loss_spikes: int = 0
+    """Losses far above those before them."""
+    num_roll_backs: int = 0
+    """Returns to the last checkpoint's weights."""
 
     def __add__(self, other: Tally) -> Tally:
         ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
@@ -67,7 +73,7 @@ class Recorder:
     def __init__(
         self, run: RunDir, config: RunConfig, group: Group, model_config: ModelConfig, peak: Peak, images_planned: int
     ) -> None:
-        self.images_done, self.images_planned = 0, images_planned
+        self.images_done = 0
         self._run, self._config, self._group = run, config, group
         self._model_config, self._peak = model_config, peak
         self._trunk, self._branch = Tally(), Tally()
@@ -75,6 +81,8 @@ class Recorder:
         self._consecutive_skipped = 0
         self._interval = Interval()
         self._segment = Segment(start=0, stop=0, branch=None)
+        self._loggers: list[Logger] = []
+        self.terminal = Terminal(is_first=group.is_first, images_planned=images_planned)
 
     @property
     def _tally(self) -> Tally:
@@ -83,9 +91,10 @@ class Recorder:
     def enter(self, segment: Segment, *, from_its_start: bool) -> None:
         """A segment begins, or goes on after a restart."""
         self._segment, self._interval = segment, Interval()
-        if segment.branch is not None and from_its_start:
-            self._branch = Tally()
-            self._log.start_branch()
+        if from_its_start:
+            self._log.start_segment()
+            if segment.branch is not None:
+                self._branch = Tally()
 
     def next_of(self, batches: Iterator[list[Batch]]) -> list[Batch]:
         """The next step's images; the wait for them is counted."""
@@ -134,6 +143,7 @@ class Recorder:
         num_skipped = self._trunk.num_skipped_steps + self._branch.num_skipped_steps * (self._tally is self._branch)
         batch_size = self._config.result.optimiser.batch_size
         line = self._log.line(batch_size, self._segment.branch, num_skipped)
+        self._tally.num_loss_spikes += len(line["loss_spikes"])
         wall_s = self.book()
         interval, self._interval = self._interval, Interval()
         if not self._group.is_first:
@@ -141,17 +151,16 @@ class Recorder:
         images_per_s = interval.num_images / wall_s
         mfu = self.mfu(images_per_s, interval.num_targets / interval.num_images)
         self.metrics.write(line)
-        self.speed.write(
-            {
-                **{key: line[key] for key in ("images_seen", "step", "branch")},
-                "time": time.time(),
-                "images_per_s": images_per_s,
-                "ms_per_step": 1000 * wall_s * batch_size / interval.num_images,
-                "mfu": mfu,
-                "data_wait": interval.data_wait_s / wall_s,
-                "device_memory_gb": device_memory_bytes(self._group) / 1e9,
-            }
-        )
+        speed = {
+            **{key: line[key] for key in ("images_seen", "step", "branch")},
+            "time": time.time(),
+            "images_per_s": images_per_s,
+            "ms_per_step": 1000 * wall_s * batch_size / interval.num_images,
+            "mfu": mfu,
+            "data_wait": interval.data_wait_s / wall_s,
+            "device_memory_gb": device_memory_bytes(self._group) / 1e9,
+        }
+        self.speed.write(speed)
         self._run.write_status(
             durable=False,
             phase="train" if self._segment.branch is None else "decay",
@@ -164,11 +173,15 @@ class Recorder:
             num_skipped_steps=num_skipped,
             heartbeat=time.time(),
         )
+        for logger in self._loggers:
+            logger.log(scalars(line | speed, self._segment.branch), line["images_seen"])
         where = "trunk" if self._segment.branch is None else f"decay to {self._segment.branch}"
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        self.say(
-            f"{line['images_seen']:>10} images  {where:<20} loss {loss}  lr {line['lr']:.2e}  "
-            f"{images_per_s:.0f} images/s  MFU {100 * mfu:.1f} %"
+        self.terminal.step(
+            where,
+            f"loss {loss}  lr {line['lr']:.2e}  {images_per_s:.0f} images/s  MFU {100 * mfu:.1f} %",
+            images_seen=line["images_seen"],
+            images_done=self.images_done,
         )
 
     def mfu(self, images_per_s: float, scored_tokens: float) -> float:
@@ -197,6 +210,7 @@ class Recorder:
         if self._group.is_first:
             self.metrics = JsonLines(self._run.metrics, progress["metrics_bytes"] if progress else 0)
             self.speed = JsonLines(self._run.speed)
+            self._loggers = open_loggers(self._run, self._config)
 
     def facts(self, progress: dict[str, Any]) -> dict[str, Any]:
         """Columns of the results row of a budget that ended at `progress`."""
@@ -210,13 +224,24 @@ class Recorder:
             "mfu": self.mfu(images_per_s, self._model_config.num_tokens / 2),
             "num_skipped_steps": took.num_skipped_steps,
             "num_bad_samples": sum(self._group.gather(took.num_bad_samples)),
+            "num_loss_spikes": took.num_loss_spikes,
+            "num_roll_backs": took.num_roll_backs,
             "world_size": self._group.world_size,
         }
 
-    def say(self, text: str) -> None:
-        """Print a line on rank 0."""
-        if self._group.is_first:
-            print(text, flush=True)
+    def may_roll_back(self) -> bool:
+        """Whether too many bad steps in a row end in a return to the last checkpoint; counts it if so."""
+        if (self._trunk + self._branch).num_roll_backs >= self._config.runtime.max_roll_backs:
+            return False
+        self._tally.num_roll_backs += 1
+        self._consecutive_skipped = 0
+        return True
+
+    def close(self) -> None:
+        """Leave the terminal and the loggers."""
+        self.terminal.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:

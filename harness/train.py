@@ -28,7 +28,7 @@ from harness.data.stream import TrainStream
 from harness.distributed import Group, find_placement, start_group, stop_group
 from harness.engine import Engine, EngineOptions
 from harness.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
-from harness.memory import execution_plan, host_bytes
+from harness.memory import execution_plan
 from harness.peak import device_name, known_peak
 from harness.provenance import process_age_s, record_start
 from harness.record import Recorder, count_targets
@@ -51,7 +51,7 @@ class Trainer:
             batch_size=self.batch_size,
             world_size=group.world_size,
             precision=result.optimiser.precision,
-            device_bytes=group.from_first(_device_bytes(group)),
+            device_bytes=group.from_first(group.memory_bytes()),
             zero_stage=runtime.zero_stage,
             micro_batch=runtime.micro_batch,
             activation_checkpointing=runtime.activation_checkpointing,
@@ -118,7 +118,7 @@ class Trainer:
             try:
                 load_checkpoint(path, self.engine, self.group)
             except CheckpointError as error:
-                self.recorder.say(f"{error}; going on from an earlier one")
+                self.recorder.terminal.say(f"{error}; going on from an earlier one")
                 continue
             progress = manifest.progress
             break
@@ -157,9 +157,24 @@ class Trainer:
             lr = self.schedule.lr(position, segment.branch)
             outcome = self.engine.step(micro_batches, num_targets=num_targets, lr=lr)
             position += self.batch_size
-            self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=num_targets)
+            try:
+                self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=num_targets)
+            except DivergedError:
+                if not self._roll_back(position, segment.branch):
+                    raise
             if every and position < segment.stop and position // every > (position - self.batch_size) // every:
                 self._save(position, segment.branch)
+
+    def _roll_back(self, position: int, branch: int | None) -> bool:
+        """Take the last checkpoint's weights and go on behind the bad stretch, if the configuration says so."""
+        saved = self.group.from_first(complete_checkpoints(self.run.checkpoints))
+        if not saved or not self.recorder.may_roll_back():
+            return False
+        path, manifest = saved[-1]
+        load_checkpoint(path, self.engine, self.group)
+        self.recorder.terminal.say(f"too many bad steps: weights of image {manifest.images_seen}, on at {position}")
+        self._save(position, branch)  # where a restart goes on
+        return True
 
     def _save(self, position: int, branch: int | None) -> None:
         """Checkpoint, then drop what is needed neither to resume nor to return to the trunk."""
@@ -193,7 +208,7 @@ class Trainer:
         }
         row = evaluate_budget(self.run, self.config, self.group, images_seen=budget, facts=facts)
         probes = ", ".join(f"{each['task']} {each['kind']} {100 * each['top1']:.1f} %" for each in row["probes"])
-        self.recorder.say(
+        self.recorder.terminal.say(
             f"budget {budget}: validation loss {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}  {probes}"
         )
 
@@ -217,7 +232,7 @@ class Trainer:
         )
         done, planned = self.recorder.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
-        self.recorder.say(
+        self.recorder.terminal.say(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {self.plan.zero_stage}, micro-batch "
             f"{self.plan.micro_batch}, {self.group.world_size} rank(s), matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
@@ -257,7 +272,9 @@ def train(path: Path) -> int:
             torch.set_num_threads(config.runtime.num_threads)
             group = start_group(placement, config.runtime.device)
             stack.callback(stop_group)
-            Trainer(run, config, group, lease, flag).walk()
+            trainer = Trainer(run, config, group, lease, flag)
+            stack.callback(trainer.recorder.close)
+            trainer.walk()
         except PreemptedError:
             if is_first:
                 run.write_status(state="preempted", phase="", reason="stopped by a signal, after saving")
@@ -272,13 +289,6 @@ def train(path: Path) -> int:
             run.write_status(state="failed", phase="", reason=reason, reason_class=reason_class)
             raise
     return EXIT_FINISHED
-
-
-def _device_bytes(group: Group) -> int:
-    """Memory that this rank may plan for."""
-    if group.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(group.device).total_memory)
-    return host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))
 
 
 def main() -> None:

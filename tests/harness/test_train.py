@@ -205,6 +205,18 @@ def test_bad_steps_are_skipped_counted_and_stop_a_run_when_too_many(
     assert "3 steps in a row were not finite, up to image 40" in str(status.reason)
 
 
+def test_a_run_may_roll_back_and_go_on_behind_a_bad_stretch(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    runtime = {"max_skipped_steps": 1, "max_roll_backs": 1, "checkpoint_every_images": 24}
+    run = RunDir.create(tmp_path / "run", tiny_config(runtime, budgets=[128]))
+    assert in_processes(train_with_bad_steps, run.path, {32, 40}) == [0]
+    (row,) = run.read_rows()
+    assert (row["num_roll_backs"], row["num_skipped_steps"]) == (1, 2)
+    lost = RunDir.create(tmp_path / "lost", tiny_config(runtime, budgets=[128]))
+    assert in_processes(train_with_bad_steps, lost.path, {32, 40, 48, 56}) == [EXIT_DIVERGED]
+
+
 def test_one_run_never_runs_twice_at_once(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
     run = RunDir.create(tmp_path / "run", tiny_config(budgets=[64]))
     with run.hold():
