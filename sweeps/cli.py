@@ -52,6 +52,8 @@ class LazyGroup(typer.core.TyperGroup):
             raise UserError(f"there is no verb '{cmd_name}'; {hint}")
         command = typer.main.get_command(importlib.import_module(VERBS[cmd_name][0]).app)
         command.name = cmd_name
+        # Every typer app brings the shell-completion options; they belong to the top alone.
+        command.params = [param for param in command.params if "completion" not in str(param.name)]
         return command
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
