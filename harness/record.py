@@ -179,7 +179,8 @@ class Recorder:
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         self.terminal.step(
             where,
-            f"loss {loss}  lr {line['lr']:.2e}  {images_per_s:.0f} images/s  MFU {100 * mfu:.1f} %",
+            f"loss {loss}  {images_per_s:.0f} images/s",
+            f"MFU {100 * mfu:.1f} %  lr {line['lr']:.2e}",
             images_seen=line["images_seen"],
             images_done=self.images_done,
         )

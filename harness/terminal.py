@@ -16,9 +16,8 @@ class Terminal:
 
             self._progress = progress.Progress(
                 progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("images"),
+                progress.BarColumn(bar_width=20),
+                progress.TaskProgressColumn(),
                 progress.TimeRemainingColumn(compact=True),
                 progress.TextColumn("{task.fields[numbers]}"),
             )
@@ -32,12 +31,12 @@ class Terminal:
         elif self._is_first:
             print(text, flush=True)
 
-    def step(self, where: str, numbers: str, *, images_seen: int, images_done: int) -> None:
-        """Where the run stands: moves the bar, or prints a line."""
+    def step(self, where: str, numbers: str, more: str, *, images_seen: int, images_done: int) -> None:
+        """Where the run stands: moves the bar, or prints a line, which has room for `more`."""
         if self._progress is not None:
             self._progress.update(self._task, completed=images_done, description=where, numbers=numbers)
         elif self._is_first:
-            print(f"{images_seen:>10} images  {where:<20} {numbers}", flush=True)
+            print(f"{images_seen:>10} images  {where:<20} {numbers}  {more}", flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
