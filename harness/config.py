@@ -315,9 +315,11 @@ def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A misspelt key also leaves its place empty: say the spelling first, and do not count what is missing.
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first, others = errors[0], [each for each in errors[1:] if each["type"] != "missing"]
     key = ".".join(str(part) for part in first["loc"]) or "the file"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)

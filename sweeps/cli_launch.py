@@ -11,7 +11,7 @@ import typer
 from sweeps.cli_plan import Root, SweepName
 from sweeps.decide import Decision
 from sweeps.directory import prepare
-from sweeps.launch import launch, left_alone, planned
+from sweeps.launch import launch, left_alone, planned, startable
 
 app = typer.Typer(help="Start what is missing, resume what died, skip what is done.")
 
@@ -80,19 +80,22 @@ def _print_local(sweep: str, root: Path) -> None:
 def _launch_slurm(
     sweep: str, root: Path, dry_run: bool, allow_dirty: bool, again: str, fields: dict[str, str | int | None]
 ) -> None:
+    from sweeps import slurm
+    from sweeps.preflight import check_data
     from sweeps.slurm_launch import launch_slurm, with_slurm  # submitit is slow to import
 
     loaded, runs, _ = planned(sweep, root)
     loaded = with_slurm(loaded, **fields)
     if not dry_run:
+        check_data(startable(loaded, runs, slurm.jobs()))
         prepare(loaded)
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run)
     for part in result.submitted:
         if dry_run:
             typer.echo(f"# {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
         else:
-            shape = f"{part.shape.nodes} nodes x {part.shape.tasks_per_node} tasks"
-            typer.echo(f"submitted {len(part.run_ids)} runs of {shape} as job {part.job_id}")
+            shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
+            typer.echo(f"submitted {len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}")
     _print_left(result.left)
     if not dry_run:
         typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")

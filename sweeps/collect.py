@@ -6,6 +6,7 @@ The files depend on the run directories alone, so collecting twice writes the sa
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         finished_at += [row["finished_at"] for row in found if row.get("finished_at")]
         completions += _completions(sweep, run, record)
         machines |= _machine(record)
+    for record in _imported(sweep, {run.run_id for run in runs}):
+        try:
+            found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
+            results_table(found)
+        except (OSError, ValueError, TypeError, KeyError, TableError) as error:
+            damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
+            continue
+        rows += found
     num_complete = sum(row["status"] == "complete" for row in rows)
     table = results_table(rows)
     write_table(table, sweep.directory / "results.csv")
@@ -120,6 +129,19 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
             rows[-1] |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
             rows[-1] |= {"sweep": sweep.name, "status": missing}
     return rows
+
+
+def _imported(sweep: Sweep, planned: set[str]) -> list[RunRecord]:
+    """Finished runs beside the planned ones whose weights came from elsewhere (`aimscale weights import`).
+
+    Other directories that the plan does not name are of an earlier version of the sweep file and stay out.
+    """
+    found = []
+    for path in sorted(sweep.runs_dir.iterdir()):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if path.name not in planned and "imported" in json.loads((path / "provenance.json").read_text()):
+                found.append(RunRecord(path))
+    return found
 
 
 def _planned_row(run: Run, card: CostCard) -> dict[str, Any]:

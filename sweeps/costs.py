@@ -161,11 +161,12 @@ def with_bench(sweep: Sweep, path: Path) -> Sweep:
     """Replace the assumed MFU and peak by those of a training benchmark's JSON.
 
     Raises:
-        SweepError: the file has no `mfu` and `peak_tflops`.
+        SweepError: the file has no `mfu` and `peak_flops_per_s`.
     """
     try:
         measured = json.loads(path.read_text())
-        changes: dict[str, Any] = {"mfu": float(measured["mfu"]), "peak_tflops": float(measured["peak_tflops"])}
+        peak_tflops = float(measured["peak_flops_per_s"]) / 1e12
+        changes: dict[str, Any] = {"mfu": float(measured["mfu"]), "peak_tflops": peak_tflops}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SweepError(
             f"{path} holds no benchmark of training ({error}); make one with `aimscale bench train --json`"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.schedule import schedule_of
 from sweeps import local_queue, slurm, views
 from sweeps.costs import CostCard, cost_cards
-from sweeps.decide import Decision
-from sweeps.directory import prepare
+from sweeps.decide import Decision, decide
+from sweeps.directory import RunRecord, prepare
 from sweeps.local_queue import Command, LaunchResult, worker_command
 from sweeps.planner import Run, plan
+from sweeps.preflight import check_data
 from sweeps.status import sweep_status
 from sweeps.sweepfile import Sweep, load_sweep
 
@@ -23,18 +24,21 @@ def launch(
     *,
     slots: int | None = None,
     command: Command = worker_command,
+    check: Callable[[Sequence[Run]], None] = check_data,
 ) -> LaunchResult:
     """Start what is missing, resume what died, skip what is done; returns when nothing is left to start.
 
     Calling it again goes on where it was. `slots` is the number of processes at a time (default: one a card, or as
-    many as the cores feed).
+    many as the cores feed). `check` looks at the data of the runs that would start.
 
     Raises:
-        SweepError, ConfigError: the sweep cannot be planned, or its directory not be written.
+        SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
+            written; nothing was made.
     """
     loaded, runs, cards = planned(sweep, root)
-    prepare(loaded)
     known = slurm.known_jobs()
+    check(startable(loaded, runs, known))
+    prepare(loaded)
     gpus = local_queue.visible_gpus()
     with views.queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
         return local_queue.run_queue(
@@ -61,6 +65,12 @@ def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], li
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
+
+
+def startable(sweep: Sweep, runs: Sequence[Run], known: dict[str, slurm.JobInfo] | None) -> list[Run]:
+    """Runs that a launch would start now."""
+    is_queued = slurm.is_queued(known or {})
+    return [run for run in runs if decide(run, RunRecord(sweep.run_dir(run.run_id)), is_queued).startable]
 
 
 def left_alone(left: Sequence[Decision]) -> list[str]:

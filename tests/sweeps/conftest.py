@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+import sweeps.launch
 from sweeps.sweepfile import Sweep, load_sweep
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
@@ -34,6 +36,12 @@ def write_sweep(tmp_path: Path) -> Any:
         return load_sweep(path, tmp_path / "root")
 
     return write
+
+
+@pytest.fixture
+def launch() -> Any:
+    """A local launch of workers that read no data."""
+    return functools.partial(sweeps.launch.launch, check=lambda runs: None)
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from sweeps import cli_status
 from sweeps.collect import collect
 from sweeps.costs import cost_cards
 from sweeps.directory import RunRecord
-from sweeps.launch import launch
 from sweeps.planner import plan
 from sweeps.status import sweep_status
 
 
-def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: Any) -> None:
+def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     launch(write_sweep(sizes=["rung-32"], seeds=[0, 1]), slots=2, command=stand_in())
     sweep = write_sweep(seeds=[0, 1])
     runs = plan(sweep)
@@ -44,7 +43,19 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
     assert before == {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
 
 
-def test_rows_of_another_run_are_not_mixed_in(write_sweep: Any, stand_in: Any) -> None:
+def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    for name, provenance in (("imported-aim", {"imported": {"file": "x.pth"}}), ("earlier-version", {"starts": []})):
+        record = RunRecord(sweep.runs_dir / name)
+        record.record_row({"run_id": name, "size": "aim-600M", "images_seen": 2_048_000_000})
+        write_json(record.provenance, provenance)
+    found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    assert found.num_complete == 3
+    assert list(read_table(found.table)["run_id"])[2:] == ["imported-aim"]
+
+
+def test_rows_of_another_run_are_not_mixed_in(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(seeds=[0, 1], sizes=["rung-32"])
     launch(sweep, slots=2, command=stand_in())
     first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
@@ -83,7 +94,7 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     assert "version 99" in output
 
 
-def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand_in: Any) -> None:
+def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
     write_json(sweep.directory / "sweep.json", {"version": 2})

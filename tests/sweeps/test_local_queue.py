@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+import sweeps.launch
 from aim.errors import UserError
 from sweeps.directory import RunRecord
-from sweeps.launch import launch, left_alone
+from sweeps.launch import left_alone
 from sweeps.planner import plan
 from sweeps.retries import forgive
 
@@ -24,7 +25,7 @@ QUEUE_PROGRAM = """
     from pathlib import Path
     from sweeps.launch import launch
     command = lambda run_dir, devices: [sys.executable, {stand_in!r}, str(run_dir), {behaviour!r}]
-    result = launch({path!r}, Path({root!r}), slots=2, command=command)
+    result = launch({path!r}, Path({root!r}), slots=2, command=command, check=lambda runs: None)
     print("interrupted" if result.interrupted else "done")
 """
 
@@ -48,7 +49,9 @@ def wait_for(condition: Any, what: str) -> None:
     pytest.fail(f"{what} never happened")
 
 
-def test_longest_runs_first_and_a_second_launch_starts_nothing(write_sweep: Any, capsys: Any, stand_in: Any) -> None:
+def test_longest_runs_first_and_a_second_launch_starts_nothing(
+    write_sweep: Any, capsys: Any, stand_in: Any, launch: Any
+) -> None:
     sweep = write_sweep(seeds=[0, 1])
     result = launch(sweep, slots=1, command=stand_in())
     assert len(result.finished) == 4
@@ -71,7 +74,9 @@ def test_two_launches_at_once_start_each_run_once(write_sweep: Any, tmp_path: Pa
     assert all(len(record.read_rows()) == 2 for record in records)
 
 
-def test_interrupting_saves_and_launching_again_goes_on(write_sweep: Any, tmp_path: Path, stand_in: Any) -> None:
+def test_interrupting_saves_and_launching_again_goes_on(
+    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
+) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     queue = queue_process(tmp_path, "slow")
@@ -86,7 +91,7 @@ def test_interrupting_saves_and_launching_again_goes_on(write_sweep: Any, tmp_pa
 
 
 def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
-    write_sweep: Any, tmp_path: Path, stand_in: Any
+    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
@@ -106,7 +111,7 @@ def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
 
 @pytest.mark.parametrize(("behaviour", "kind", "tries"), [("crash", "code", 2), ("die", "oom", 2)])
 def test_failures_are_classified_retried_within_bounds_and_forgiven(
-    write_sweep: Any, behaviour: str, kind: str, tries: int, stand_in: Any
+    write_sweep: Any, behaviour: str, kind: str, tries: int, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
@@ -123,14 +128,16 @@ def test_failures_are_classified_retried_within_bounds_and_forgiven(
     assert launch(sweep, slots=1, command=stand_in()).finished == (record.path.name,)
 
 
-def test_an_edited_run_is_a_new_run(write_sweep: Any, stand_in: Any) -> None:
+def test_an_edited_run_is_a_new_run(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     launch(write_sweep(sizes=["rung-32"]), slots=1, command=stand_in())
     edited = write_sweep(sizes=["rung-32"], budgets=[640, 1920])
     assert len(launch(edited, slots=1, command=stand_in()).finished) == 1
     assert len(list(edited.runs_dir.iterdir())) == 2
 
 
-def test_bad_directories_are_refused_in_one_sentence(write_sweep: Any, tmp_path: Path, stand_in: Any) -> None:
+def test_bad_directories_are_refused_in_one_sentence(
+    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
+) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
     with pytest.raises(UserError, match="--slots must be 1"):
@@ -142,3 +149,10 @@ def test_bad_directories_are_refused_in_one_sentence(write_sweep: Any, tmp_path:
     (tmp_path / "root").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="cannot write into"):
         launch(sweep, slots=1, command=stand_in())
+
+
+def test_missing_data_stop_a_launch_before_anything_is_made(write_sweep: Any) -> None:
+    sweep = write_sweep()
+    with pytest.raises(UserError, match=r"data/train does not exist"):
+        sweeps.launch.launch(sweep, slots=1)
+    assert not sweep.root.exists()
