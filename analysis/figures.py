@@ -10,11 +10,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.approaches import Approaches
 from analysis.baselines import published_frame
+from analysis.frontier import points_of
+from analysis.isoflop import isoflop_points
 from analysis.plots import plot_beside_published, plot_fit, plot_loss_accuracy, plot_points, plot_residuals
+from analysis.plots_laws import plot_cloud, plot_forecasts, plot_frontiers, plot_isoflop, plot_surface
 from analysis.plots_style import human, png_bytes, svg_text, themed_svg
 from analysis.report_study import Study, probe_kinds
 from analysis.report_tables import csv_uri
+from analysis.result import Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +172,44 @@ def _checks(study: Study) -> Iterator[PageFigure]:
         yield page_figure(
             "residuals", "checks", "Residuals of the fitted law", caption, plot_residuals(joint), joint.data
         )
+    if "ND" in study.fits:
+        yield from _joint_figures(study, study.fits["ND"])
+    if study.approaches is not None and study.approaches.frontiers:
+        yield from _frontier_figures(study, study.approaches)
+
+
+def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
+    """Extrapolation tests, bootstrap cloud and the surface."""
+    if joint.heldout:
+        tests = {f"largest {'model' if t.variable == 'N' else 'budget'}": t.predictions for t in joint.heldout}
+        caption = "Fitted without the largest scale, then asked for it. Bars: 95 % prediction intervals."
+        data = pd.concat([rows.assign(left_out=label) for label, rows in tests.items()])
+        yield page_figure("held-out", "checks", "Forecast against actual", caption, plot_forecasts(tests), data)
+    if joint.draws:
+        caption = "Each point is the law refitted to one resample of the rows; dashed: 95 % intervals."
+        draws = pd.DataFrame({name: joint.reported_draws()[name] for name in ("alpha", "beta")})
+        yield page_figure("cloud", "checks", "How sure the exponents are", caption, plot_cloud(joint), draws)
+    frontiers = study.approaches.frontiers if study.approaches else ()
+    path = next((frontier for frontier in frontiers if frontier.approach == 3), None)
+    caption = "Contours of equal fitted loss, the measured points, and the path of least loss at each compute."
+    yield page_figure(
+        "surface", "checks", "The fitted loss over N and D", caption, plot_surface(joint, path), joint.data
+    )
+
+
+def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
+    """N*(C) by every approach that the table allows, and the parabolas where approach 2 is one of them."""
+    failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
+    caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
+    figure = plot_frontiers(approaches.frontiers)
+    yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table())
+    isoflop = next((frontier for frontier in approaches.frontiers if frontier.approach == 2), None)
+    if isoflop is not None:
+        points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None, 0.1)
+        caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
+        data = pd.concat([frame.assign(C=flops) for flops, frame in points])
+        figure = plot_isoflop(points, isoflop.pairs)
+        yield page_figure("isoflop", "checks", "Loss at equal compute", caption, figure, data)
 
 
 def _published(study: Study) -> Iterator[PageFigure]:

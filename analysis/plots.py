@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots_laws import plot_frontier
+from analysis.plots_laws import plot_frontier, plot_profile
 from analysis.plots_parts import (
     axis_label,
     below,
@@ -44,6 +44,7 @@ __all__ = [
     "plot_frontier",
     "plot_loss_accuracy",
     "plot_points",
+    "plot_profile",
     "plot_residuals",
 ]
 
@@ -92,7 +93,8 @@ def plot_fit(
             scatter(ax, group[x], group["y"], color=colours[i], marker=MARKERS[i], label=label)
         span = [*data[x], *([extend_to] if extend_to else []), *([] if background is None else background["x"])]
         ticks = few_values(data[x]) if extend_to is None and background is None else None
-        log_axis(ax, "x", span, ticks, tick_label(fit.columns[x]))
+        if x != "L":  # a link from loss to accuracy reads best on plain axes
+            log_axis(ax, "x", span, ticks, tick_label(fit.columns[x]))
         bars = 1.96 * se.reindex(data.index).fillna(0) if se is not None else 0 * data["y"]
         heights = [
             *(data["y"] - bars),
@@ -102,7 +104,8 @@ def plot_fit(
         ]
         if extend_to is not None and not others:
             heights += fit.predict({x: [extend_to]})["value"].tolist()
-        log_axis(ax, "y", heights)
+        if x != "L":
+            log_axis(ax, "y", heights)
         ax.set_xlabel(axis_label(fit.columns[x]))
         ax.set_ylabel(axis_label(fit.columns["y"]))
         if others:

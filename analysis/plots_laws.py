@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from scipy.stats import chi2
 
 from analysis.plots_parts import axis_label, below, plain, scatter
 from analysis.plots_style import (
@@ -30,6 +31,7 @@ from analysis.plots_style import (
 
 if TYPE_CHECKING:
     from analysis.frontier import Frontier
+    from analysis.profile import Profile
     from analysis.result import Fit
 
 
@@ -160,6 +162,24 @@ def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
         ax.set_ylabel(f"{names.get(y, y)} (exponent of D)" if y == "beta" else names.get(y, y))
         ax.legend(**below(2))
     return figure
+
+
+def plot_profile(profile: Profile, ax: Axes | None = None) -> Axes:
+    """Log-likelihood lost against a parameter's value, with the threshold of its interval."""
+    with styled():
+        if ax is None:
+            ax = new_figure()[1][0]
+        threshold = chi2.ppf(profile.level, 1) / 2
+        ax.plot(profile.values, profile.lost, color=ACCENT, marker="o", markersize=3)
+        ax.axhline(threshold, color=SECOND, linestyle="--", label=f"{profile.level:.0%} interval ends here")
+        for end, closed in zip((profile.low, profile.high), profile.closed, strict=True):
+            if closed:
+                ax.axvline(end, color=MUTED, linestyle=":")
+        ax.set_ylim(0, max(2 * threshold, min(5 * threshold, float(np.nanmax(profile.lost)))))
+        ax.set_xlabel(profile.parameter)
+        ax.set_ylabel("log-likelihood lost")
+        ax.legend(**below(1))
+    return ax
 
 
 def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation loss (normalised MSE)") -> Figure:

@@ -95,6 +95,8 @@ def error_bars(ax: Axes, x: pd.Series, y: pd.Series, se: pd.Series | None, colou
         ax.errorbar(x, y, yerr=half.fillna(0), fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
 
 
-def plain(text: object) -> str:
-    """Text that matplotlib draws as it is, without reading dollar signs as mathematics."""
-    return str(text).replace("$", r"\$")
+def plain(text: object, longest: int = 32) -> str:
+    """A name that matplotlib draws as it is, without reading dollar signs as mathematics; long ones are cut."""
+    name = str(text)
+    name = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return name.replace("$", r"\$")

@@ -201,6 +201,9 @@ def png_bytes(figure: Figure, dpi: int = 160) -> bytes:
 
 
 def _savefig(figure: Figure, kind: str, **options: Any) -> bytes:
+    if figure.get_layout_engine() is not None:  # lay out once, so that every format is the same picture
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     buffer = io.BytesIO()
     metadata = {"Date": None, "Creator": "aimscale"} if kind == "svg" else {"Software": "aimscale"}
     figure.savefig(buffer, format=kind, metadata=metadata, **options)
