@@ -155,7 +155,8 @@ def pypi_chinchilla(df: pd.DataFrame) -> dict[str, Any]:
 
 def _log_huber(measured: Array, predicted: Array) -> Array:
     """Huber loss of log residuals over delta^2: unscaled, the package's mean would make its optimiser stop early."""
-    size = np.abs(np.log(measured) - np.log(predicted)) / HUBER_DELTA
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size = np.abs(np.log(measured) - np.log(predicted)) / HUBER_DELTA
     return np.where(size <= 1, 0.5 * size * size, size - 0.5)
 
 

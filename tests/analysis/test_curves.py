@@ -19,7 +19,9 @@ INET_10 = {
 }
 """log-RMSE on the held-out x of M1, M2, M3, M4, from the released code (Alabdulmohsin et al. 2022)."""
 FAST = ("M1", "M2", "M3")
-M4_MEAN_VISION, M4_NMT, M4_LM = 0.0415, 0.0208, 0.00094
+M4_NMT, M4_LM = 0.0208, 0.00094
+M4_VISION_36 = 0.02362
+"""Mean of M4 as released (`RELEASED["M4"]`, about a minute) over the 36 vision curves of the file; 0.0415 over 72."""
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_the_default_beats_m4_on_language(curves):
 def test_the_default_beats_m4_on_vision(curves):
     scores = {(key, model): ours(train, test) for key, model, train, test in curves("vision_inet_c")}
     assert len(scores) == 36
-    assert np.mean(list(scores.values())) < 0.6 * M4_MEAN_VISION
+    assert np.mean(list(scores.values())) < M4_VISION_36
     assert np.mean([v for (key, _), v in scores.items() if key == "inet_10"]) < np.mean(
         [row[3] for row in INET_10.values()]
     )
