@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.config import ProbeSection, RunConfig, parse
+from harness.config import ConfigError, ProbeSection, RunConfig, parse, read_yaml
 
 app = typer.Typer(help="Probe the frozen features of one run's budgets.")
 
@@ -42,6 +42,9 @@ def probe(
     task: Annotated[
         list[str] | None, typer.Option(help="Task of the run's configuration (repeatable); all otherwise.")
     ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's.")
+    ] = None,
     train: Annotated[
         str | None, typer.Option(help="Labelled data set of a task of your own: its training split.")
     ] = None,
@@ -54,9 +57,7 @@ def probe(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Weight file of a timm model.")] = None,
     random_weights: Annotated[bool, typer.Option("--random", help="Leave a timm model untrained.")] = False,
-    hub: Annotated[
-        bool, typer.Option("--hub", help="Fetch a timm model's weights from the hub or its cache.")
-    ] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="Fetch a timm model's weights from the hub or its cache.")] = False,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Image side of a timm model, pixels; its own otherwise.")
     ] = None,
@@ -92,6 +93,8 @@ def probe(
     if is_baseline and images_seen is not None:
         raise ProbeError("--images-seen goes with a run, not with a baseline")
     config = RunDir(like or target).load_config()
+    if tasks is not None:
+        config = _with_tasks(config, tasks)
     sections = _sections(config, task, train, test, kind)
     group = join_ranks(device)
     found: list[dict[str, Any]] = []
@@ -119,6 +122,15 @@ def probe(
                 typer.echo(_line(budget, entry))
     if group.is_first and as_json:
         typer.echo(json.dumps(found, indent=1))
+
+
+def _with_tasks(config: RunConfig, path: Path) -> RunConfig:
+    """The configuration with the tasks of a file instead of its own."""
+    values = read_yaml(path)
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{path} must be a list of tasks, each with task, train and test")
+    sections = tuple(parse(ProbeSection, value, f"{path}, task {number}") for number, value in enumerate(values, 1))
+    return config.model_copy(update={"result": config.result.model_copy(update={"probes": sections})})
 
 
 def _sections(

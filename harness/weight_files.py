@@ -30,6 +30,7 @@ from aim.weights import (
     read_weights,
     released_probe_shapes,
     released_shapes,
+    write_weights,
 )
 from harness.budget import describe
 from harness.config import ModelSection, RunConfig
@@ -176,7 +177,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     stream_safetensors(state, aside / "model.safetensors", {"format": "pt", "run_id": config.run_id})
-    torch.save({name: tensor.clone() for name, tensor in state.items()}, aside / "model.pth")
+    write_weights(state, aside / "model.pth")
     write_text(aside / "config.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
     write_text(aside / "README.md", model_card(config, model, images_seen, rows[0] if rows else {}))
     aside.rename(out)

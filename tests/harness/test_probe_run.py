@@ -87,6 +87,30 @@ def test_probing_writes_files_and_its_part_of_the_row(run: RunDir, capsys: pytes
     assert path.stat().st_mtime_ns > written
 
 
+def test_imported_weights_are_probed_like_any_run(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released = AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict()
+    write_weights({name: t for name, t in released.items() if "pixel_head" not in name}, tmp_path / "aim.pth")
+    files = [str(tmp_path / "aim.pth"), str(tmp_path / "imported")]
+    with pytest.raises(SystemExit) as ended:
+        main(["weights", "import", *files, "--image-size", "8", "--images-seen", "4096"])
+    assert ended.value.code == 0
+    capsys.readouterr()
+    tasks = tmp_path / "tasks.yaml"
+    task = {"task": "digits", "train": str(digits / "train"), "test": str(digits / "test"), "kinds": ["knn", "linear"]}
+    tasks.write_text(json.dumps([task | {"lrs": [0.01], "epochs": 4}]))  # JSON is YAML
+    imported = str(tmp_path / "imported")
+    entries = call(capsys, "probe", imported, "--device", "cpu", "--tasks", str(tasks))
+    baseline = call(capsys, "probe", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
+    # the same seed's weights either way
+    assert [entry["top1"] for entry in entries] == [entry["top1"] for entry in baseline]
+    (row,) = RunDir(imported).read_rows()
+    assert [probe["kind"] for probe in row["probes"]] == [entry["kind"] for entry in entries]
+    tasks.write_text("task: digits")
+    assert "must be a list of tasks" in call(capsys, "probe", imported, "--tasks", str(tasks))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
