@@ -16,9 +16,13 @@ from analysis.approaches import Approaches, all_approaches
 from analysis.correlation import correlate
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
+from analysis.frontier import parametric_frontier
 from analysis.heldout import held_out
 from analysis.result import Correlation, Fit
 from analysis.table import probe_frame, usable_rows
+
+MANY_SIZES = 300
+"""Sizes above which a table is not a grid of sizes and budgets."""
 
 ResultT = TypeVar("ResultT")
 
@@ -100,10 +104,17 @@ def _fit_laws(study: Study, resamples: int) -> None:
     if "ND" in study.fits:
         study.fits["ND"] = _with_tests(study, study.fits["ND"])
         if "flops_train" in usable and usable["flops_train"].notna().any():
-            study.approaches = study.attempt(
-                "Compute-optimal frontier",
-                lambda: all_approaches(usable, resamples=affordable(min(resamples, 500), len(usable))),
-            )
+            study.approaches = study.attempt("Compute-optimal frontier", partial(_frontiers, study, resamples))
+
+
+def _frontiers(study: Study, resamples: int) -> Approaches:
+    """All approaches, or the third alone where nearly every row has a size of its own."""
+    usable, joint = study.usable, study.fits["ND"]
+    num_sizes = usable["params_total"].nunique() if "params_total" in usable else 0
+    if num_sizes <= MANY_SIZES:
+        return all_approaches(usable, resamples=affordable(min(resamples, 500), len(usable)))
+    why = f"it joins the budgets of a size, and the table has {num_sizes:,} sizes"
+    return Approaches(frontiers=(parametric_frontier(joint, usable),), failures={1: why, 2: why})
 
 
 def _with_tests(study: Study, joint: Fit) -> Fit:
