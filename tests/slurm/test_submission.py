@@ -1,0 +1,100 @@
+"""What reaches Slurm: arrays and scripts, each run once, and refusals in one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aim.errors import UserError
+from sweeps import cli_logs, cli_status, slurm
+from sweeps.directory import RunRecord
+from sweeps.slurm_launch import launch_slurm, with_slurm
+
+STAND_IN = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
+
+LAUNCHER = """
+    from pathlib import Path
+    from sweeps.directory import prepare
+    from sweeps.planner import plan
+    from sweeps.slurm_launch import launch_slurm
+    from sweeps.sweepfile import load_sweep
+    sweep = load_sweep({path!r}, Path({root!r}))
+    prepare(sweep)
+    launched = launch_slurm(sweep, plan(sweep), allow_dirty=True, worker=({worker!r},))
+    print(sum(len(part.run_ids) for part in launched.submitted))
+"""
+
+
+def test_two_launches_at_once_submit_each_run_once_in_split_arrays(fault: Any, tmp_path: Path) -> None:
+    case = fault(seeds=[0, 1, 2, 3, 4, 5])
+    program = textwrap.dedent(LAUNCHER).format(path=str(case.sweep.source), root=str(case.sweep.root), worker=STAND_IN)
+    launchers = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(int(launcher.communicate(timeout=60)[0]) for launcher in launchers) == [0, 6]
+    assert len({str(record.read_claim().job_id).split("_")[0] for record in case.records}) == 2  # MaxArraySize is 4
+    case.wait_state("finished")
+    case.wait_empty_queue()
+    assert [len((record.path / "starts").read_text().split()) for record in case.records] == [1] * 6
+
+    again = case.launch((STAND_IN,))
+    assert not again.submitted
+    (case.records[0].path / "status.json").unlink()  # a run that was lost starts again, alone
+    assert [part.run_ids for part in case.launch((STAND_IN,)).submitted] == [(case.runs[0].run_id,)]
+    case.wait_empty_queue()
+
+
+def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(fault: Any) -> None:
+    case = fault(seeds=[0, 1], slurm={"extra": {"comment": "night shift"}, "mem_gb": 1.0, "partition": "main"})
+    dry = launch_slurm(case.sweep, case.runs, allow_dirty=True, dry_run=True, worker=(STAND_IN,))
+    assert not case.sweep.root.exists()
+    for line in ("--array=0-1%2", "--requeue", "--signal=USR2@10", "--partition=main", "--comment='night shift'"):
+        assert f"#SBATCH {line}" in dry.submitted[0].script
+    case.launch((STAND_IN,))
+    (submitted,) = (case.sweep.directory / "slurm").glob("*_submission.sh")
+    assert submitted.read_text() == dry.submitted[0].script
+    case.wait_empty_queue()
+
+
+def test_watching_needs_nothing_but_squeue(fault: Any) -> None:
+    case = fault()
+    case.launch((STAND_IN,))
+    case.wait_state("finished")
+    where = ["--root", str(case.sweep.root)]
+    status = CliRunner().invoke(cli_status.app, [str(case.sweep.source), *where])
+    assert "1 finished" in status.output
+    record: RunRecord = case.records[0]
+    record.last_log().write_text("first\nsecond\n")
+    logs = CliRunner().invoke(cli_logs.app, [str(case.sweep.source), "rung-32", "-n", "1", "--follow", *where])
+    assert logs.output == "second\n"
+    case.wait_empty_queue()
+
+
+def test_a_job_whose_claim_is_gone_starts_nothing(fault: Any) -> None:
+    case = fault(slurm={"extra": {"begin": "now+3"}})
+    case.launch((STAND_IN,))
+    job_id = case.records[0].read_claim().job_id
+    case.records[0].drop_claim()
+    case.wait(lambda: slurm.jobs()[job_id].state == "COMPLETED", "end of the job")
+    assert not (case.records[0].path / "starts").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"partition": "mian"}, "no partition 'mian'; did you mean 'main'"),
+        ({"constraint": "gold"}, "Slurm refused the job: .*feature"),
+        ({"mem_gb": 10**6}, "Slurm refused the job: .*[Mm]emory"),
+    ],
+)
+def test_what_slurm_refuses_is_one_sentence(fault: Any, fields: dict[str, Any], words: str) -> None:
+    case = fault(slurm=fields)
+    with pytest.raises(UserError, match=words) as caught:
+        case.launch((STAND_IN,))
+    assert "\n" not in str(caught.value)
+    assert not case.records[0].path.exists()
+    assert with_slurm(case.sweep, partition="main").file.slurm.partition == "main"
