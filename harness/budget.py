@@ -23,6 +23,7 @@ from harness.checkpoint import save_weights
 from harness.config import ResultConfig, RunConfig, fingerprint
 from harness.distributed import Group
 from harness.engine import Engine
+from harness.failures import PreemptedError, StopFlag
 from harness.probe import probe_model
 from harness.provenance import git_commit
 from harness.rundir import RunDir, fsync_dir, publish_dir, write_json
@@ -90,16 +91,22 @@ def load_model(config: RunConfig, path: Path, device: torch.device) -> AIM:
 
 
 def evaluate_budget(
-    run: RunDir, config: RunConfig, group: Group, *, images_seen: int, facts: dict[str, Any]
+    run: RunDir, config: RunConfig, group: Group, flag: StopFlag, *, images_seen: int, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Validate and probe a budget's saved weights, and record its row; all ranks call this together.
+
+    A signal is obeyed between validation and probes; the weights are saved, and the next start evaluates them.
 
     Args:
         run: the run directory.
         config: of the run.
         group: the ranks.
+        flag: raised by a signal.
         images_seen: the budget.
         facts: columns of the row that training knows: losses, times, counts, device.
+
+    Raises:
+        PreemptedError: a signal asked to stop.
     """
     result = config.result
     started = time.monotonic()
@@ -108,21 +115,29 @@ def evaluate_budget(
         model.to(torch.bfloat16)  # as it trained
     if group.is_first:
         run.write_status(phase="validate", durable=False)
+    _stop_if_asked(group, flag)
     losses = validate(model, result.validation, result.model, group)
-    probes: list[dict[str, Any]] = []
     if group.is_first:
         losses.save(run.validation_file(images_seen))
         write_npz(run.completions_file(images_seen), completions(model, result.validation, result.model, group.device))
         run.write_status(phase="probe", durable=False)
-        frozen = load_model(config, run.model_file(images_seen), group.device) if result.probes else model
-        for section in result.probes:
-            probes += probe_model(
-                frozen,
-                section,
-                model_section=result.model,
-                seed=result.seed,
-                out=run.probes_dir(images_seen),
-            )
+    if result.probes:
+        model = load_model(config, run.model_file(images_seen), group.device)
+    weights = run.model_file(images_seen).stat()
+    probes: list[dict[str, Any]] = []
+    for section in result.probes:
+        _stop_if_asked(group, flag)
+        probes += probe_model(
+            model,
+            section,
+            model_section=result.model,
+            seed=result.seed,
+            out=run.probes_dir(images_seen),
+            group=group,
+            # As `aimscale probe` names them; what an earlier attempt finished is taken from its file.
+            name=f"{config.run_id}@{images_seen} ({weights.st_size} bytes of {weights.st_mtime_ns})",
+            reuse=True,
+        )
     row = describe(config) | facts
     evaluation_s = time.monotonic() - started
     row |= {
@@ -142,6 +157,11 @@ def evaluate_budget(
         run.record_row(row)
     group.wait()
     return row
+
+
+def _stop_if_asked(group: Group, flag: StopFlag) -> None:
+    if group.sum_and_any(0, flag.is_raised)[1]:
+        raise PreemptedError
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

@@ -206,7 +206,7 @@ class Trainer:
             "device": device_name(self.group.device),
             "zero_stage": self.plan.zero_stage,
         }
-        row = evaluate_budget(self.run, self.config, self.group, images_seen=budget, facts=facts)
+        row = evaluate_budget(self.run, self.config, self.group, self.flag, images_seen=budget, facts=facts)
         probes = ", ".join(f"{each['task']} {each['kind']} {100 * each['top1']:.1f} %" for each in row["probes"])
         self.recorder.terminal.say(
             f"budget {budget}: validation loss {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}  {probes}"

@@ -125,15 +125,15 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path: Path, tiny_config: 
     config = tiny_config({"checkpoint_every_images": None})
     whole, stopped = (RunDir.create(tmp_path / name, config) for name in ("whole", "stopped"))
     assert in_processes(train_in, whole.path) == [0]
-    # On the trunk, inside the second decay, and (the third) on the trunk between the two.
-    for num_images, signum in ((32, signal.SIGTERM), (72, signal.SIGUSR2), (136, signal.SIGTERM)):
+    # On the trunk, after the last step of the first decay but before its evaluation, on the trunk, in the second decay.
+    for num_images, signum in ((32, signal.SIGTERM), (64, signal.SIGTERM), (72, signal.SIGUSR2), (136, signal.SIGTERM)):
         assert in_processes(stop_after, stopped.path, num_images, signum) == [EXIT_PREEMPTED]
         assert stopped.read_status().state == "preempted"
         assert not stopped.is_held()
     assert in_processes(train_in, stopped.path) == [0]
     assert results(stopped.path) == results(whole.path)
     assert not stopped.checkpoints.exists(), "a finished run needs none"
-    assert stopped.read_status().attempt == 4
+    assert stopped.read_status().attempt == 5
 
 
 @pytest.mark.slow
@@ -235,8 +235,13 @@ def test_a_mistake_is_one_sentence_in_the_status(tmp_path: Path, tiny_config: Co
     assert "nowhere" in str(status.reason)
 
 
-def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
+    tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "two"), "epochs": 1}
     config = tiny_config(
+        {"loggers": ["tensorboard"]},
+        probes=[{**task, "kinds": ["linear"]}],
         budgets=[64],
         schedule={"kind": "cosine", "warmup_images": 16},
         optimiser={"batch_size": 8, "precision": "bf16"},
@@ -246,6 +251,8 @@ def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(tmp_path: Path, tiny_conf
     (row,) = run.read_rows()
     expected = {"zero_stage": 1, "world_size": 2, "unique_images": 64, "epochs": 1.0, "val_num_images": 16}
     assert {key: row[key] for key in expected} == expected
+    assert [(probe["task"], probe["kind"], probe["n"]) for probe in row["probes"]] == [("two", "linear", 24)]
+    assert len(list((run.path / "tensorboard").glob("events*"))) == 1
     assert 0 < row["val_loss"] < 5
     assert 0 < row["val_loss_se"] < 1
     assert all(tensor.dtype == torch.float32 for tensor in load_file(run.model_file(64)).values())
