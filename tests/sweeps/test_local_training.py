@@ -19,8 +19,8 @@ from sweeps.directory import RunRecord
 from sweeps.planner import plan
 
 
-def write_images(folder: Path, num_images: int) -> None:
-    rng = np.random.default_rng(0)
+def write_images(folder: Path, num_images: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     images = []
     for i in range(num_images):
         file = io.BytesIO()
@@ -31,8 +31,8 @@ def write_images(folder: Path, num_images: int) -> None:
 
 @pytest.mark.slow
 def test_one_process_and_two_give_the_same_rows(write_sweep: Any, tmp_path: Path) -> None:
-    write_images(tmp_path / "data" / "train", 64)
-    write_images(tmp_path / "data" / "validation", 8)
+    write_images(tmp_path / "data" / "train", 64, seed=0)
+    write_images(tmp_path / "data" / "validation", 8, seed=1)
     losses = []
     for devices in (1, 2):
         sweep = write_sweep(name=f"on-{devices}", sizes=["rung-32"], budgets=[128, 256], cost={"devices": devices})
