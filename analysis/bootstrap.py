@@ -10,7 +10,9 @@ from analysis.law import Array
 
 def point_counts(num_points: int, num_resamples: int, seed: int) -> Array:
     """Counts (num_resamples, num_points) of ordinary resamples with replacement."""
-    return np.random.default_rng(seed).multinomial(num_points, np.full(num_points, 1 / num_points), num_resamples)
+    rng = np.random.default_rng(seed)
+    draws = (np.bincount(rng.integers(0, num_points, num_points), minlength=num_points) for _ in range(num_resamples))
+    return np.stack([counts.astype(np.uint16) for counts in draws])
 
 
 def legacy_counts(num_points: int, num_resamples: int, seed: int) -> Array:

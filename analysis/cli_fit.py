@@ -54,6 +54,15 @@ def fit_table(
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,
+    leave_out: Annotated[
+        str | None, typer.Option(help="Name groups of this column (size, run_id) whose removal bends the fit.")
+    ] = None,
+    profiles: Annotated[
+        bool, typer.Option("--profile", help="Flag parameters whose profile likelihood is flat.")
+    ] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Rival law, compared by predicting the largest scale; may be repeated.")
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Also draw the fit into FIGURE.svg and FIGURE.png.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -62,6 +71,9 @@ def fit_table(
 
     from analysis.estimate import fit
     from analysis.heldout import held_out
+    from analysis.influence import with_influence_flags
+    from analysis.profile import with_profile_flags
+    from analysis.select import choose
     from analysis.table import parse_columns, read_table
 
     df = read_table(table, columns=parse_columns(columns or []))
@@ -83,6 +95,10 @@ def fit_table(
         by, _, count = wish.partition(":")
         tests.append(held_out(result, df, by=by, num_values=int(number(count or "1", "--hold-out"))))
     result = replace(result, heldout=tuple(tests))
+    if leave_out is not None:
+        result = with_influence_flags(result, df, by=leave_out)
+    if profiles:
+        result = with_profile_flags(result)
     if figure is not None:
         from matplotlib.figure import Figure
 
@@ -92,6 +108,10 @@ def fit_table(
         assert isinstance(drawn, Figure)
         save(drawn, figure)
     typer.echo(result.to_json() if json else text(result))
+    if against and not json:
+        by = (hold_out or [result.law.variables[0]])[0].partition(":")[0]
+        ranked = choose([law, *against], df, by=by, y=y, columns=names, objective=objective, resamples=0)
+        typer.echo("\n" + ranked.sentence())
 
 
 def variable_columns(present: Iterable[str], n: WhatN, c: WhatC) -> dict[str, str]:

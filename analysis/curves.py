@@ -154,8 +154,8 @@ def extrapolate(
     A power law with offset (M2) and M4 are fitted by least squares on logarithms to a global optimum, with weight
     (x / largest x)^tail_weight so that the end of the curve counts most, and averaged on the logarithm. Residuals of
     log y need no Jacobian, unlike the published ones of log(y - e_inf). Laws and weight were chosen on training points
-    alone: of five laws, their averages and five weights, this one best predicted the upper half of the training range of
-    the vision curves from the lower half, and the second quarter from the first.
+    alone: of five laws, their averages and five weights, this one best predicted the upper half of the training range
+    of the vision curves from the lower half, and the second quarter from the first.
 
     Args:
         df: one row a point; of several with the same x the last one counts.

@@ -18,6 +18,8 @@ from analysis.observations import Observations, observe
 from analysis.optimise import Minimum, Problem, global_minimum, make_problem, minimise
 from analysis.result import Fit, intervals_of
 
+WEIGHTS_AT_ONCE = 5_000_000
+"""Weights of resamples held in floating point at once."""
 OPTIMISER = "fixed grid with projected linear parameters, then bounded Newton refinement of every distinct start"
 
 
@@ -100,13 +102,17 @@ def bootstrap_draws(problem: Problem, minima: list[Minimum], counts: Array) -> d
 
     Every resample starts from the best minimum and from the rivals (at most two more), and keeps the lower result.
     """
-    weights = counts * problem.weights
-    best, best_total = minimise(problem, np.repeat(minima[0].phi[None], len(weights), axis=0), weights)
-    for rival in minima[1:3]:
-        phi, total = minimise(problem, np.repeat(rival.phi[None], len(weights), axis=0), weights)
-        better = total < best_total
-        best[better], best_total[better] = phi[better], total[better]
-    return problem.natural(best)
+    rows = max(1, WEIGHTS_AT_ONCE // len(problem.y))
+    blocks = []
+    for i in range(0, len(counts), rows):
+        weights = counts[i : i + rows] * problem.weights
+        best, best_total = minimise(problem, np.repeat(minima[0].phi[None], len(weights), axis=0), weights)
+        for rival in minima[1:3]:
+            phi, total = minimise(problem, np.repeat(rival.phi[None], len(weights), axis=0), weights)
+            better = total < best_total
+            best[better], best_total[better] = phi[better], total[better]
+        blocks.append(best)
+    return problem.natural(np.concatenate(blocks))
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:

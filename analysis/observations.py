@@ -139,6 +139,7 @@ def observe(
                 f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so the part of "
                 f"{law.formula} that depends on {v} cannot be fitted; vary {v} or choose a law without it."
             )
+    _refuse_mixed_units(df.loc[points.index], points, names, num_variables=len(law.variables))
     return Observations(
         x={v: points[v].to_numpy() for v in law.variables},
         y=points["y"].to_numpy(),
@@ -148,6 +149,42 @@ def observe(
         exclusions=tuple(exclusions),
         num_rows=len(df),
     )
+
+
+GAP_OF_UNITS = 1e4
+"""Neighbouring values of one variable further apart than this factor are taken for two units in one column."""
+SPREAD_OF_FLOPS = 300.0
+"""C / (N D) that varies by more than this factor over a table is taken for mixed units."""
+
+
+def _refuse_mixed_units(df: pd.DataFrame, points: pd.DataFrame, names: dict[str, str], num_variables: int) -> None:
+    """Refuse a column that holds counts and millions at once.
+
+    Raises:
+        AnalysisError: a variable jumps by more than GAP_OF_UNITS, or C / (N D) varies by more than SPREAD_OF_FLOPS.
+    """
+    for v in list(points.columns)[:num_variables]:
+        values = np.unique(points[v].to_numpy())
+        values = values[values > 0]
+        if len(values) < 2:
+            continue
+        jump = int(np.argmax(values[1:] / values[:-1]))
+        if values[jump + 1] / values[jump] > GAP_OF_UNITS:
+            rows = ", ".join(map(str, points.index[points[v] <= values[jump]][:5]))
+            raise AnalysisError(
+                f"{names[v]} jumps from {values[jump]:g} to {values[jump + 1]:g}, so rows seem to mix units ({rows}"
+                "... are the small ones); put all into one unit."
+            )
+    flops = next((c for c in ("C", CANONICAL["C"]) if c in df.columns), None)
+    if flops is None or not {"N", "D"} <= set(points.columns):
+        return
+    ratio = pd.to_numeric(df[flops], errors="coerce") / (points["N"] * points["D"])
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    if len(ratio) > 1 and ratio.max() / ratio.min() > SPREAD_OF_FLOPS:
+        raise AnalysisError(
+            f"{flops} / ({names['N']} x {names['D']}) varies from {ratio.min():.3g} (row {ratio.idxmin()}) to "
+            f"{ratio.max():.3g} (row {ratio.idxmax()}), so rows seem to mix units; put all into one unit."
+        )
 
 
 def _repeats(df: pd.DataFrame, used: pd.DataFrame) -> pd.Series:

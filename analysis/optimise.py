@@ -25,6 +25,8 @@ CHUNK_VALUES = 250_000
 """Residuals per chunk of a batch: keeps the Jacobian in the cache."""
 GRID_VALUES = 1_000_000
 """Residuals per chunk of the grid."""
+MAX_GRID_POINTS = 2000
+"""Points that the grid looks at."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,7 @@ def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array)
 
 def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     """The best distinct grid points with projected coefficients (count, k), by the objective itself."""
+    problem = _thinned(problem)
     theta = grid_points(problem.lower[problem.num_linear :], problem.upper[problem.num_linear :])
     rows = max(1, GRID_VALUES // len(problem.y))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # far corners of the grid may overflow
@@ -269,6 +272,16 @@ def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
         if not chosen or not np.any(np.all(near, axis=1)):
             chosen.append(int(i))
     return phi[chosen]
+
+
+def _thinned(problem: Problem) -> Problem:
+    """The problem on evenly spaced points where there are many: enough to find starts, which are refined on all."""
+    n = len(problem.y)
+    if n <= MAX_GRID_POINTS:
+        return problem
+    keep = np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int)
+    x = Columns({v: problem.x[v][np.append(keep, n)] for v in problem.law.variables})
+    return replace(problem, x=x, y=problem.y[keep], weights=problem.weights[keep])
 
 
 def _project_chunk(problem: Problem, theta: Array) -> tuple[Array, Array]:

@@ -28,13 +28,20 @@ def fit_sentence(fit: Fit) -> str:
     parts = [
         f"{fit.law.formula} with {numbers}, where L = {y} and {variables}.",
         f"Fitted to {fit.num_points} of {fit.num_rows} points over {ranges} by minimising the {fit.objective.label} "
-        f"(value {fit.objective_value:.6g}) with a {fit.optimiser}.",
+        f"(value {fit.objective_value:.6g}), {_weights(fit)}, with a {fit.optimiser}; no starting values are needed.",
         f"Left out: {'; '.join(map(str, fit.exclusions)) if fit.exclusions else 'nothing'}.",
         f"Intervals: {fit.level:.0%}, {fit.interval_method}." if fit.intervals else "No intervals were computed.",
     ]
     parts += [held_out_sentence(h) for h in fit.heldout] or ["Not tested on a held-out scale."]
     parts += list(fit.flags)
     return " ".join(parts)
+
+
+def _weights(fit: Fit) -> str:
+    weight = fit.data["weight"]
+    if weight.min() == weight.max():
+        return "every point with weight 1"
+    return f"points weighted from {weight.min():.3g} to {weight.max():.3g}"
 
 
 def _number(fit: Fit, name: str) -> str:

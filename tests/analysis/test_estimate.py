@@ -126,3 +126,14 @@ def test_rows_are_left_out_by_name_never_silently(grid):
 def test_what_cannot_be_fitted_is_refused_in_one_sentence(grid, change, words):
     with pytest.raises(AnalysisError, match=words):
         fit(laws.CHINCHILLA, change(grid))
+
+
+def test_mixed_units_are_refused(grid):
+    small = grid.index < 6
+    in_billions = grid.drop(columns="flops_train").assign(
+        params_total=lambda d: d["params_total"] / np.where(small, 1e9, 1)
+    )
+    with pytest.raises(AnalysisError, match=r"params_total jumps from 0.01 to 100000.*mix units"):
+        fit(laws.CHINCHILLA, in_billions)
+    with pytest.raises(AnalysisError, match=r"flops_train / \(params_total x images_seen\) varies"):
+        fit(laws.CHINCHILLA, grid.assign(flops_train=grid["flops_train"] / np.where(small, 1e3, 1)))

@@ -1,0 +1,73 @@
+"""`aimscale fit`, `frontier` and `correlate` on a results table, as a user runs them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from analysis import cli_correlate, cli_fit, cli_frontier
+from analysis.errors import AnalysisError
+
+RUNNER = CliRunner()
+
+
+def run(app, *args: object) -> str:
+    result = RUNNER.invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def table(grid, tmp_path):
+    probe = np.clip(0.9 - grid["val_loss"], 0.1, 0.9)
+    grid["probes"] = [
+        json.dumps([{"task": "digits", "kind": "linear", "top1": float(p), "chance": 0.1, "n": 1000}]) for p in probe
+    ]
+    grid["params_trunk"] = 0.6 * grid["params_total"]
+    path = tmp_path / "results.csv"
+    grid.to_csv(path, index=False)
+    return path
+
+
+def test_fit_prints_parameters_and_the_sentence(table):
+    out = run(cli_fit.app, table, "--hold-out", "N", "--leave-out", "size", "--against", "kaplan", "--resamples", 100)
+    assert "alpha" in out
+    assert "Held out N >=" in out
+    assert "Chosen by predicting the largest N" in out
+
+
+def test_fit_json_with_foreign_columns_and_another_n(table):
+    out = json.loads(run(cli_fit.app, table, "--n", "trunk", "--fix", "E=0.2", "--resamples", 50, "--json"))
+    assert out["columns"]["N"] == "params_trunk"
+    assert out["fixed"] == {"E": 0.2}
+    assert out["params"]["alpha"] == pytest.approx(0.4, abs=0.05)
+
+
+def test_frontier_prints_all_approaches(table):
+    out = json.loads(run(cli_frontier.app, table, "--budgets", 6, "--at", 1e14, "--json"))
+    assert {f["approach"] for f in out["frontiers"]} <= {1, 2, 3}
+    assert len(out["frontiers"]) + len(out["failures"]) == 3
+    parametric = next(f for f in out["frontiers"] if f["approach"] == 3)
+    assert parametric["exponent"] == pytest.approx(0.5 / 0.9, abs=0.03)
+    assert {row["N"] for row in out["exponents_by_count"]} == {"total", "trunk"}
+
+
+def test_correlate_takes_every_probe_and_links_it(table):
+    out = json.loads(run(cli_correlate.app, table, "--link", "linear", "--json"))
+    assert {(c["task"], c["kind"]) for c in out["correlations"]} == {("digits", "linear")}
+    assert next(c for c in out["correlations"] if c["method"] == "pearson")["value"] < -0.99
+    assert out["links"][0]["params"]["s"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_mistakes_are_one_sentence(table, tmp_path):
+    pd.DataFrame({"a": [1]}).to_csv(tmp_path / "other.csv", index=False)
+    for args, words in [
+        ((table, "--law", "chinchila"), "no law named"),
+        ((table, "--fix", "E"), "name=value"),
+        ((table, "--bound", "alpha=x:1"), "not a number"),
+        ((tmp_path / "other.csv",), "no column"),
+    ]:
+        with pytest.raises(AnalysisError, match=words):
+            run(cli_fit.app, *args)
