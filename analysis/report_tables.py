@@ -283,7 +283,7 @@ def frontier_table(study: Study) -> PageTable | None:
     return page_table(
         "frontiers",
         "Compute-optimal size, by approach",
-        "N* ~ C^exponent: 1 the envelope of training curves, 2 a parabola at each compute, 3 the fitted joint law.",
+        "N* grows as a power of C; 1: envelope of training curves, 2: a parabola at each compute, 3: the joint law.",
         study.approaches.table(),
         [
             ("approach", "approach", whole),

@@ -93,8 +93,9 @@ def _law_in_words(study: Study) -> Iterator[str]:
     if unsure:
         names = " and ".join(symbol(name) for name in unsure)
         yield f"The data do not pin down {names}: no digits are given, and the law should not be used to extrapolate."
-    for flag in [flag for flag in joint.flags if flag.startswith(("E ", "alpha ", "beta "))][:3]:
-        yield f"Careful: {flag}"
+    flags = [flag for flag in joint.flags if flag.startswith(("E ", "alpha ", "beta "))][:3]
+    if flags:
+        yield f"Careful: {' '.join(flags)}"
     for test in joint.heldout:
         better = test.mean_abs_relative_error < test.naive_mean_abs_relative_error
         yield (
