@@ -67,8 +67,9 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
             raise LaunchError(
                 f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
             ) from error
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1:
-        num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    # Only a step that srun started has this variable: a batch script's own process is alone, whatever its job holds.
+    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if num_tasks > 1:
         # Every task of a job computes the same port; jobs that share a host get different ones.
         port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
         return Placement(

@@ -22,7 +22,8 @@ def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
     placed = find_placement(slurm)
     assert (placed.rank, placed.world_size, placed.local_rank, placed.address) == (5, 8, 1, "gpu003")
     assert placed.port == find_placement(slurm | {"SLURM_PROCID": "0"}).port != alone.port
-    assert find_placement({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "9"}).world_size == 1
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "9"}
+    assert find_placement(batch_script).world_size == 1, "only what srun started is one of several"
 
 
 def test_half_an_environment_is_refused() -> None:
