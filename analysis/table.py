@@ -423,3 +423,12 @@ def usable_rows(frame: pd.DataFrame, needs: Sequence[str] = ("val_loss",)) -> tu
             exclusions.append(f"{num} row{'s' if num > 1 else ''} left out: no positive, finite {name}.")
         kept = kept[good]
     return kept, exclusions
+
+
+def schema_markdown() -> str:
+    """The schema as the Markdown tables of `docs/results-table.md`."""
+    parts = []
+    for title, columns in (("Columns", COLUMNS), ("Fields of an entry of `probes`", PROBE_FIELDS)):
+        lines = [f"| {c.name} | {c.dtype} | {c.unit} | {c.meaning} |" for c in columns]
+        parts.append("\n".join([f"## {title}", "", "| name | type | unit | meaning |", "|---|---|---|---|", *lines]))
+    return "\n\n".join(parts) + "\n"

@@ -1,6 +1,7 @@
 """Comparison with the published models: right gaps, nothing averaged or compared that is not the same."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -110,3 +111,10 @@ def test_command_prints_text_and_json(tmp_path):
     assert len(json.loads(found.output)["tasks"]) == 4
     published = CliRunner().invoke(app, ["--published", "--json"])
     assert json.loads(published.output)["forecasts"]["params_trunk"][0]["inside"] is True
+
+
+def test_the_docs_quote_the_forecasts_as_computed():
+    documented = (Path(__file__).parents[2] / "docs" / "published-models.md").read_text()
+    for forecast in [*forecast_7b("params_trunk"), *forecast_7b("params_total")]:
+        assert forecast.sentence() in documented
+    assert four_points().sentence() in documented

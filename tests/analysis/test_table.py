@@ -1,6 +1,7 @@
 """The results table: a round trip keeps every value, foreign tables map, and bad ones are refused in one sentence."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from analysis.table import (
     probe_frame,
     read_table,
     results_table,
+    schema_markdown,
     usable_rows,
     write_table,
 )
@@ -112,3 +114,8 @@ def test_unusable_rows_are_named_not_dropped_silently():
     kept, exclusions = usable_rows(frame)
     assert kept["val_loss"].tolist() == [0.5, 0.3]
     assert exclusions == ["1 row left out: failed.", "1 row left out: no positive, finite val_loss."]
+
+
+def test_the_documented_schema_is_the_schema():
+    documented = (Path(__file__).parents[2] / "docs" / "results-table.md").read_text()
+    assert documented.endswith(schema_markdown())
