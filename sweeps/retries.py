@@ -94,7 +94,8 @@ def explain(run: RunRecord, attempt: int, exit_code: int, rank: int = 0) -> Word
     reason = _last_words(run, attempt, rank) or (
         f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
     )
-    return reason, {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}.get(exit_code, "code")  # type: ignore[return-value]
+    kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
+    return reason, kinds.get(exit_code, "code")
 
 
 def diagnose(run: RunRecord, job_state: str | None, job_id: str | None) -> None:

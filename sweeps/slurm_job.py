@@ -164,7 +164,8 @@ class _Watcher:
 
     def _follow(self, outcome: Outcome) -> str:
         """Requeue where there is more to do and Slurm does not do it itself; free the run where the job is over."""
-        goes_on = outcome == "again" or (outcome == "preempted" and self.told_to_save)
+        # After TERM alone Slurm is cancelling or requeueing the job itself; after USR2 nobody but us will.
+        goes_on = (outcome == "again" and not self.told_to_end) or (outcome == "preempted" and self.told_to_save)
         if goes_on and self._is_claimed():
             try:
                 slurm.requeue(os.environ["SLURM_JOB_ID"])
@@ -172,8 +173,8 @@ class _Watcher:
                 raise JobError(f"could not requeue ({error}); `aimscale launch` resumes the run") from error
             time.sleep(REQUEUE_WAIT_S)
             return "requeued"
-        if outcome == "preempted":
-            return "saved"
+        if outcome in ("preempted", "again"):
+            return "to be gone on with"
         if outcome == "stop":
             status = self.record.checked_status()
             raise JobError(f"{status.reason_class}: {status.reason}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import submitit
-from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from sweeps import slurm
 from sweeps.decide import Decision, decide
@@ -178,8 +178,8 @@ def _print_only(executor: submitit.SlurmExecutor, jobs: list[SlurmJob]) -> None:
 
 def _submit(executor: submitit.SlurmExecutor, jobs: list[SlurmJob]) -> str:
     try:
-        executor.folder.mkdir(parents=True, exist_ok=True)
-        submitted = executor._internal_process_submissions([DelayedSubmission(job) for job in jobs])
+        with executor.batch():
+            submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         raise slurm.SlurmError(f"Slurm refused the job: {slurm.plain(str(error))}") from error
     except OSError as error:

@@ -13,7 +13,7 @@ import pytest
 
 import sweeps.launch
 from aim.errors import UserError
-from sweeps.directory import RunRecord
+from sweeps.directory import RunRecord, prepare
 from sweeps.launch import left_alone
 from sweeps.planner import plan
 from sweeps.retries import forgive
@@ -156,3 +156,10 @@ def test_missing_data_stop_a_launch_before_anything_is_made(write_sweep: Any) ->
     with pytest.raises(UserError, match=r"data/train does not exist"):
         sweeps.launch.launch(sweep, slots=1)
     assert not sweep.root.exists()
+
+
+def test_a_clock_that_is_off_is_refused(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    monkeypatch.setattr("sweeps.directory.time.time", lambda: now() + 120)
+    with pytest.raises(UserError, match=r"is \+120 s off .* synchronise the clocks"):
+        prepare(write_sweep())

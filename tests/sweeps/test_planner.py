@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from aim.errors import UserError
 from sweeps import cli_plan
-from sweeps.costs import cost_cards, to_json
+from sweeps.costs import cost_cards, to_json, with_bench
 from sweeps.planner import plan
 from sweeps.recipes import RECIPES, Scale
 from sweeps.sweepfile import load_sweep, preset_names
@@ -119,6 +119,18 @@ def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
     words = " | ".join(cost_cards(sweep, plan(sweep))[0].warnings)
     for part in ("does not fit 16 GB", "+700 % off", "12.8 epochs", "the pool has 50", "warm-up of 640 images"):
         assert part in words
+
+
+def test_a_benchmark_replaces_the_assumed_speed(write_sweep: Any, tmp_path: Path) -> None:
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"mfu": 0.5, "peak_flops_per_s": 2e12, "device": "toaster"}))
+    sweep = with_bench(write_sweep(), bench)
+    card = cost_cards(sweep, plan(sweep))[0]
+    assert card.wall_s == pytest.approx(card.flops_executed / 1e12)
+    assert sweep.file.cost.device == "toaster"
+    bench.write_text("{}")
+    with pytest.raises(UserError, match="aimscale bench train --json"):
+        with_bench(sweep, bench)
 
 
 @pytest.mark.parametrize(
