@@ -21,6 +21,7 @@ from aim.cost import flops_per_image, param_count
 from aim.model import AIM
 from harness.checkpoint import save_weights
 from harness.config import ResultConfig, RunConfig, fingerprint
+from harness.data.index import open_dataset
 from harness.distributed import Group
 from harness.engine import Engine
 from harness.failures import PreemptedError, StopFlag
@@ -116,10 +117,12 @@ def evaluate_budget(
     if group.is_first:
         run.write_status(phase="validate", durable=False)
     _stop_if_asked(group, flag)
-    losses = validate(model, result.validation, result.model, group)
+    dataset = open_dataset(result.validation.path, cache_dir=config.runtime.cache_dir, cache_gb=config.runtime.cache_gb)
+    losses = validate(model, dataset, result.validation, result.model, group)
     if group.is_first:
         losses.save(run.validation_file(images_seen))
-        write_npz(run.completions_file(images_seen), completions(model, result.validation, result.model, group.device))
+        pictures = completions(model, dataset, result.validation, result.model, group.device)
+        write_npz(run.completions_file(images_seen), pictures)
         run.write_status(phase="probe", durable=False)
     if result.probes:
         model = load_model(config, run.model_file(images_seen), group.device)

@@ -21,7 +21,7 @@ from aim.objective import unpatchify
 from harness.config import ModelSection, ValidationSection
 from harness.data.augment import denormalise
 from harness.data.evalset import eval_images, prefix_lengths, usable_indices
-from harness.data.index import open_dataset
+from harness.data.index import ShardDataset
 from harness.distributed import Group
 
 EVAL_TOKENS = 16_384
@@ -61,13 +61,14 @@ class ValidationLosses:
 
 
 @torch.no_grad()
-def validate(model: AIM, section: ValidationSection, model_section: ModelSection, group: Group) -> ValidationLosses:
+def validate(
+    model: AIM, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, group: Group
+) -> ValidationLosses:
     """Per-image losses; ranks share the images, and every rank returns all of them.
 
     Raises:
-        DataError: the folder cannot be read, or holds fewer images than asked for.
+        DataError: an image cannot be read, or there are fewer than asked for.
     """
-    dataset = open_dataset(section.path)
     indices = usable_indices(dataset, section.num_images)
     prefixes = prefix_lengths(len(indices), section.num_prefixes, model.config.num_tokens)
     own = np.arange(len(indices))[group.rank :: group.world_size]
@@ -92,7 +93,11 @@ def validate(model: AIM, section: ValidationSection, model_section: ModelSection
 
 @torch.no_grad()
 def completions(
-    model: AIM, section: ValidationSection, model_section: ModelSection, device: torch.device
+    model: AIM,
+    dataset: ShardDataset,
+    section: ValidationSection,
+    model_section: ModelSection,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Pictures of a few validation images, spread over the folder, seen to their middle.
 
@@ -100,7 +105,6 @@ def completions(
         uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and
         `index` and `prefix_len` (n,).
     """
-    dataset = open_dataset(section.path)
     usable = usable_indices(dataset, section.num_images)
     chosen = usable[np.linspace(0, len(usable) - 1, min(NUM_COMPLETIONS, len(usable))).round().astype(int)]
     config = model.config

@@ -27,7 +27,7 @@ def write_losses(rank: int, data: Path, out: Path) -> None:
     harness.validate.EVAL_TOKENS = 150  # passes of three images, the last one shorter
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
     section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13)
-    losses = validate(model, section, MODEL, group)
+    losses = validate(model, open_dataset(section.path), section, MODEL, group)
     losses.save(out / f"{group.world_size}-{rank}.npz")
     stop_group()
 
@@ -62,7 +62,8 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
 
 def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path) -> None:
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
-    pictures = completions(model, ValidationSection(path=str(tiny_data / "validation")), MODEL, torch.device("cpu"))
+    section = ValidationSection(path=str(tiny_data / "validation"))
+    pictures = completions(model, open_dataset(section.path), section, MODEL, torch.device("cpu"))
     assert all(pictures[key].shape == (8, 16, 16, 3) for key in ("truth", "prefix", "prediction"))
     given = (pictures["prefix"] != 128).any(axis=-1)
     assert given.mean() == pytest.approx(0.5, abs=0.01)
