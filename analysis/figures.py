@@ -149,9 +149,10 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
         caption = (
             f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of "
-            f"the {kind} probe's correlation with validation loss."
+            f"the {kind} probe's correlation with validation loss. Line: sigmoid above chance with its 95 % band."
         )
-        figure = plot_loss_accuracy(rows, found)
+        links = {task: link for (each, task), link in study.links.items() if each == kind}
+        figure = plot_loss_accuracy(rows, found, links)
         keep = [
             c
             for c in ("size", "params_total", "images_seen", "val_loss", "task", "top1", "top1_lo95", "top1_hi95")

@@ -190,12 +190,17 @@ def plot_residuals(fit: Fit) -> Figure:
     return figure
 
 
-def plot_loss_accuracy(probes: pd.DataFrame, correlations: Mapping[str, Sequence[Correlation]]) -> Figure:
+def plot_loss_accuracy(
+    probes: pd.DataFrame,
+    correlations: Mapping[str, Sequence[Correlation]],
+    links: Mapping[str, Fit] | None = None,
+) -> Figure:
     """Frozen-feature accuracy against validation loss, a panel per task of one probe kind.
 
     Args:
         probes: rows of `probe_frame`: val_loss, task, top1, top1_lo95, top1_hi95, chance, and params_total or size.
         correlations: task -> its correlation coefficients, written into the panel.
+        links: task -> fitted link from loss to accuracy, drawn with its confidence band.
     """
     with styled():
         tasks = list(dict.fromkeys(probes["task"]))
@@ -212,6 +217,8 @@ def plot_loss_accuracy(probes: pd.DataFrame, correlations: Mapping[str, Sequence
             for i, (value, group) in enumerate(series):
                 label = human(value) if value is not None else None
                 _accuracy_points(ax, group[group["task"] == task], colours[i], MARKERS[i], label)
+            if links and task in links:
+                _link_curve(ax, links[task])
             _accuracy_panel(ax, task, probes[probes["task"] == task], correlations.get(task, ()))
         for ax in panels[len(tasks) :]:
             ax.set_visible(False)
@@ -228,6 +235,13 @@ def _accuracy_points(ax: Axes, rows: pd.DataFrame, colour: str, marker: str, lab
         bars = np.array([low.clip(lower=0).fillna(0), high.clip(lower=0).fillna(0)])
         ax.errorbar(rows["val_loss"], rows["top1"], yerr=bars, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.6)
     scatter(ax, rows["val_loss"], rows["top1"], color=colour, marker=marker, label=label)
+
+
+def _link_curve(ax: Axes, link: Fit) -> None:
+    grid = np.linspace(*link.ranges["L"], 80)
+    curve = link.predict({"L": grid})
+    ax.plot(grid, curve["value"], color=MUTED, linewidth=1.4, zorder=1)
+    ax.fill_between(grid, curve["ci_lo"], curve["ci_hi"], color=MUTED, alpha=0.15, linewidth=0, zorder=0)
 
 
 def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Sequence[Correlation]) -> None:

@@ -107,6 +107,7 @@ def render(study: Study) -> str:
         results=tables.results_page_table(study),
         laws=tables.law_tables(study),
         forecast=tables.forecast_table(study),
+        accuracy_forecast=tables.accuracy_forecast_table(study),
         heldout=tables.heldout_table(study),
         probes=tables.probe_table(study),
         correlations=tables.correlation_table(study),

@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis.approaches import Approaches, all_approaches
 from analysis.correlation import correlate
+from analysis.downstream import forecast, link
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
 from analysis.frontier import parametric_frontier
@@ -51,6 +52,8 @@ class Study:
     """Fit key -> which rows it used, in words."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
     """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
+    links: dict[tuple[str, str], Fit] = field(default_factory=dict)
+    """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     approaches: Approaches | None = None
     """Compute-optimal frontiers by the approaches that the table allows."""
     missing: list[str] = field(default_factory=list)
@@ -161,6 +164,18 @@ def _correlate(study: Study, resamples: int) -> None:
         )
         if found:
             study.correlations[kind, task] = found
+        linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", partial(_link, rows, resamples))
+        if linked is not None:
+            study.links[kind, task] = linked
+
+
+def _link(rows: pd.DataFrame, resamples: int) -> Fit:
+    """Sigmoid from loss to accuracy above chance; whole runs are resampled where there are enough."""
+    rows = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
+    chance = rows["chance"].dropna()
+    cluster = "run_id" if "run_id" in rows and rows["run_id"].nunique() >= 4 else None
+    floor = float(chance.iloc[0]) if len(chance) else None
+    return link(rows, chance=floor, cluster=cluster, resamples=affordable(min(resamples, 500), len(rows)))
 
 
 def _correlations(rows: pd.DataFrame, resamples: int) -> tuple[Correlation, ...]:
@@ -211,3 +226,23 @@ def forecasts(study: Study) -> pd.DataFrame:
     scales = pd.DataFrame(FORECAST_SCALES, columns=["times_n", "times_d"])
     grid = scales.assign(N=scales["times_n"] * joint.ranges["N"][1], D=scales["times_d"] * joint.ranges["D"][1])
     return pd.concat([grid, joint.predict(grid)], axis=1)
+
+
+def accuracy_forecasts(study: Study) -> pd.DataFrame:
+    """What the two-step forecast, scale -> loss -> accuracy, expects beyond the table for the first probe kind.
+
+    Returns:
+        Columns: task, kind, times_n, times_d, loss, accuracy, pi_lo, pi_hi, beyond_range; empty without both steps.
+    """
+    joint = study.fits.get("ND")
+    kind = next((kind for kind, _ in study.links), None)
+    if joint is None or not joint.draws or kind is None:
+        return pd.DataFrame()
+    scales = forecasts(study)[["times_n", "times_d", "N", "D"]]
+    tables = []
+    for (each, task), second in study.links.items():
+        if each == kind and second.draws:
+            found = forecast(joint, second, scales[["N", "D"]]).table
+            keep = found[["loss", "accuracy", "pi_lo", "pi_hi", "beyond_range"]].reset_index(drop=True)
+            tables.append(pd.concat([scales[["times_n", "times_d"]], keep], axis=1).assign(task=task, kind=kind))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -16,7 +16,7 @@ from analysis.baselines import BASELINES, LOSS_SOURCE, PUBLISHED_SIZES, TASK_TIT
 from analysis.compare import Comparison
 from analysis.plots_style import human
 from analysis.published import forecast_frame, four_points
-from analysis.report_study import Study, forecasts
+from analysis.report_study import Study, accuracy_forecasts, forecasts
 
 MAX_ROWS = 400
 """Rows shown on the page; the CSV beside the table has all."""
@@ -239,6 +239,33 @@ def forecast_table(study: Study) -> PageTable | None:
             ("D", "D (images)", human),
             ("value", "expected loss", number(4)),
             ("interval", "95 % prediction interval", text),
+            ("beyond_range", "beyond range (×)", number(1)),
+        ],
+    )
+
+
+def accuracy_forecast_table(study: Study) -> PageTable | None:
+    """Accuracy beyond the table, by way of the loss."""
+    frame = accuracy_forecasts(study)
+    if frame.empty:
+        return None
+    frame["scale"] = [f"{n:g} × N, {d:g} × D" for n, d in zip(frame["times_n"], frame["times_d"], strict=True)]
+    frame["interval"] = [
+        f"{100 * low:.1f} to {100 * high:.1f}" for low, high in zip(frame["pi_lo"], frame["pi_hi"], strict=True)
+    ]
+    return page_table(
+        "accuracy-forecast",
+        "Accuracy expected beyond this table",
+        "Two steps: scale to loss by the joint law, loss to accuracy by a sigmoid above chance; the interval carries "
+        "the errors of both and the scatter of one measurement. Loss alone may not decide accuracy: see the figure.",
+        frame,
+        [
+            ("task", "task", text),
+            ("kind", "probe", text),
+            ("scale", "scale", text),
+            ("loss", "expected loss", number(4)),
+            ("accuracy", "expected top-1 (%)", percent),
+            ("interval", "95 % prediction interval (%)", text),
             ("beyond_range", "beyond range (×)", number(1)),
         ],
     )

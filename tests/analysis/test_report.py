@@ -117,6 +117,7 @@ def test_every_section_figure_and_table_is_there(page):
         "forecast",
         "probes",
         "correlations",
+        "accuracy-forecast",
         "published-tasks",
     }
     assert sections | figures | tables <= page.ids()
