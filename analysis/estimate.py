@@ -16,6 +16,7 @@ from analysis.laws import find_law
 from analysis.objectives import HUBER_LOG, Objective, find_objective
 from analysis.observations import Observations, observe
 from analysis.optimise import Minimum, Problem, global_minimum, make_problem, minimise
+from analysis.profile import profile
 from analysis.result import Fit, intervals_of
 
 WEIGHTS_AT_ONCE = 5_000_000
@@ -94,7 +95,26 @@ def fit(
     rivals = rivals_of(problem, minima)
     found = doubts(problem, minima[0], raw, params, draws, intervals, rivals, points)
     result = _result(problem, minima[0], points, objective, params, raw, draws, found, rivals, intervals, method, level)
-    return replace(result, fixed=fixed, bounds=bounds)
+    return _bounded_above(replace(result, fixed=fixed, bounds=bounds), problem)
+
+
+def _bounded_above(result: Fit, problem: Problem) -> Fit:
+    """Upper ends by profile likelihood for coefficients that are zero in nearly every resample.
+
+    A percentile interval at a bound has no width (and no coverage); the profile still says how large the coefficient
+    may be.
+    """
+    intervals, flags = dict(result.intervals), list(result.flags)
+    for p in problem.law.linear:
+        i = intervals.get(p.name)
+        if i is None or not (result.raw[p.name] == 0 and i.low == 0) or p.name in result.fixed:
+            continue
+        found = profile(result, p.name, num=15, level=result.level)
+        if found.high > i.high:
+            intervals[p.name] = replace(i, high=found.high, method="profile likelihood, on its bound 0")
+            flags = [f for f in flags if not f.startswith(f"{p.name} is known from above")]
+            flags.append(f"{p.name} is known from above only: the data allow any value from 0 to {found.high:.4g}.")
+    return replace(result, intervals=intervals, flags=tuple(flags))
 
 
 def bootstrap_draws(problem: Problem, minima: list[Minimum], counts: Array) -> dict[str, Array]:

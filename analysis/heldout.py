@@ -8,6 +8,7 @@ import pandas as pd
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
 from analysis.law import Array
+from analysis.observations import CANONICAL
 from analysis.result import Fit, HeldOut
 
 
@@ -88,6 +89,7 @@ def errors(predicted: Array, measured: Array) -> tuple[float, float]:
 def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
     if by in result.data.columns:
         return result.data[by].to_numpy(float)
+    by = CANONICAL.get(by, by) if by not in points.columns else by
     if by not in points.columns:
         raise AnalysisError(
             f"Cannot hold out by {by!r}: it is neither a variable of {result.law.formula} nor a column."

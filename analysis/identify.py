@@ -12,8 +12,8 @@ from analysis.observations import Observations
 from analysis.optimise import Minimum, Problem
 from analysis.result import Interval, Rival
 
-WIDE_FACTOR = 100.0
-"""An interval of a positive parameter whose ends differ by more than this factor does not identify it."""
+WIDE_FACTOR, WIDE_EXPONENT_FACTOR = 100.0, 10.0
+"""An interval of a positive parameter (an exponent) whose ends differ by more than this factor does not identify it."""
 OUTLIER_SCALES = 6.0
 """A residual beyond this many robust standard deviations is named."""
 
@@ -69,8 +69,14 @@ def doubts(
         flags.append(f"A rival minimum lies within the noise: {other}.")
     _together(points, flags)
     _outliers(problem, best, points, flags)
-    if lost & {p.name for p in problem.law.nonlinear}:
-        lost |= {name for name in params if name not in raw}  # quantities derived from exponents
+    exponents = {p.name for p in problem.law.nonlinear}
+    for name in [n for n in params if n not in raw]:  # derived: lost with an exponent on a bound, or if wide itself
+        i = intervals.get(name)
+        wide = i is not None and i.low > 0 and i.high / i.low > WIDE_EXPONENT_FACTOR
+        if wide or any(
+            flag.startswith(f"{e} lies on") or f"{e} is not identified" in flag for e in exponents for flag in flags
+        ):
+            lost.add(name)
     return Doubts(flags=tuple(dict.fromkeys(flags)), not_identified=frozenset(lost & set(params)))
 
 
@@ -129,9 +135,9 @@ def _intervals(
                 f"{p.name} is not identified: its interval reaches the bound {ends[0] if at_low else ends[1]:g}."
             )
             lost.add(p.name)
-        elif at_low and ends[0] == 0.0:
+        elif at_low and ends[0] == 0.0 and high > 1e-9 * abs(float(np.median(problem.y))):
             flags.append(f"{p.name} is known from above only: the data allow any value from 0 to {high:.4g}.")
-        elif low > 0 and high / low > WIDE_FACTOR:
+        elif low > 0 and high / low > (WIDE_FACTOR if j < problem.num_linear else WIDE_EXPONENT_FACTOR):
             flags.append(f"{p.name} is known only within a factor of {high / low:.2g}.")
             lost.add(p.name)
 

@@ -81,6 +81,8 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level
     p = fit.law.parameters[index]
     positive = at > 0 and (p.log or p.limits(problem.x)[0] >= 0)
     spread = _spread(fit, parameter, at, positive)
+    if at == 0 and index < problem.num_linear:  # on its bound: up to all of the loss at the centre of the data
+        spread = float(np.median(np.abs(problem.y)) / problem.reference(fit.raw)[index]) / span
     steps = np.linspace(-span, span, num) * spread
     values = at * np.exp(steps) if positive else at + steps
     low, high = p.limits(problem.x)

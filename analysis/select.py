@@ -32,10 +32,13 @@ class Choice:
     def sentence(self) -> str:
         """The ranking in words."""
         ranked = ", ".join(f"{r.law} {r.log_rmse:.4f}" for r in self.table.dropna(subset="log_rmse").itertuples())
+        unranked = "".join(
+            f" {law} was not ranked: {why}" for law, why in self.table[["law", "reason"]].to_numpy() if why
+        )
         return (
             f"Chosen by predicting the largest {self.by} from the smaller ones (mean log-RMSE over "
             f"{self.table['num_steps'].max()} held-out steps): {ranked}; "
-            f"a ruler {self.table['naive_log_rmse'].min():.4f}."
+            f"a ruler {self.table['naive_log_rmse'].min():.4f}.{unranked}"
         )
 
 
