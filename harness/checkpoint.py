@@ -212,7 +212,10 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
     ]
     damaged = [name for part in group.gather(own) for name in part]
     if manifest is None or damaged:
-        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(damaged) or 'incomplete'}); delete it")
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({', '.join(damaged) or 'incomplete'}); restore it, or delete checkpoints/ "
+            "and budgets/ of this run to train it again"
+        )
     readers = [safe_open(path / name, framework="pt") for name in names]
     where = {key: reader for reader in readers for key in reader.keys()}  # noqa: SIM118 (a reader is no mapping)
     for owner in engine.optimiser_tensors():
@@ -228,6 +231,39 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
     engine.publish_masters()
     group.wait()
     return manifest
+
+
+def load_newest(folder: Path, engine: Engine, group: Group, *, beyond: int) -> tuple[Manifest | None, list[str]]:
+    """Load the checkpoint furthest along the walk, or an earlier one where that is damaged (which is then deleted).
+
+    Args:
+        folder: the run's checkpoints.
+        engine: to bring to its state.
+        group: all ranks call this together.
+        beyond: only checkpoints with more images done than this.
+
+    Returns:
+        Its manifest (None when there is none), and a sentence for every damaged one.
+
+    Raises:
+        CheckpointError: all of them are damaged; nobody asked to train from the start.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for path, manifest in reversed(group.from_first(complete_checkpoints(folder))):
+        if manifest.progress["images_done"] <= beyond:
+            break
+        try:
+            load_checkpoint(path, engine, group)
+        except CheckpointError as error:
+            damaged[path] = error
+            continue
+        if group.is_first:
+            for bad in damaged:
+                shutil.rmtree(bad)
+        return manifest, [f"{error}; going on from {path.name} instead" for error in damaged.values()]
+    if damaged:
+        raise next(iter(damaged.values()))
+    return None, []
 
 
 def save_weights(path: Path, engine: Engine, group: Group) -> None:

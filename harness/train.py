@@ -21,7 +21,7 @@ import torch
 from aim.errors import UserError
 from aim.model import AIM
 from harness.budget import evaluate_budget, finished_budgets, model_of, save_budget
-from harness.checkpoint import CheckpointError, complete_checkpoints, load_checkpoint, save_checkpoint
+from harness.checkpoint import complete_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from harness.config import RunConfig
 from harness.data.loader import train_batches
 from harness.data.stream import TrainStream
@@ -112,16 +112,12 @@ class Trainer:
         budgets: dict[int, dict[str, Any]] = self.group.from_first(finished_budgets(self.run, self.config))
         rows = self.group.from_first({row["images_seen"] for row in self.run.read_rows()})
         progress = max(budgets.values(), key=lambda each: each["images_done"], default=None)
-        for path, manifest in reversed(self.group.from_first(complete_checkpoints(self.run.checkpoints))):
-            if progress is not None and manifest.progress["images_done"] <= progress["images_done"]:
-                break
-            try:
-                load_checkpoint(path, self.engine, self.group)
-            except CheckpointError as error:
-                self.recorder.terminal.say(f"{error}; going on from an earlier one")
-                continue
+        done = -1 if progress is None else progress["images_done"]
+        manifest, notes = load_newest(self.run.checkpoints, self.engine, self.group, beyond=done)
+        for note in notes:
+            self.recorder.terminal.say(note)
+        if manifest is not None:
             progress = manifest.progress
-            break
         self.recorder.restore(progress)
         for budget in budgets.keys() - rows:
             self._evaluate(budget, budgets[budget])
@@ -222,10 +218,7 @@ class Trainer:
             {
                 "device": device_name(self.group.device),
                 "world_size": self.group.world_size,
-                "zero_stage": self.plan.zero_stage,
-                "micro_batch": self.plan.micro_batch,
-                "activation_checkpointing": self.plan.activation_checkpointing,
-                "memory_estimate_bytes": self.plan.estimate.total,
+                **dataclasses.asdict(self.plan),
                 "peak": dataclasses.asdict(self.peak),
                 "startup_s": startup_s,
             },

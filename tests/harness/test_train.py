@@ -136,6 +136,31 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path: Path, tiny_config: 
     assert stopped.read_status().attempt == 5
 
 
+def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    def damage(path: Path) -> None:
+        part = next(path.glob("part-*"))
+        content = bytearray(part.read_bytes())
+        content[-1] ^= 1
+        part.write_bytes(content)
+
+    config = tiny_config({"checkpoint_every_images": None}, budgets=[128])
+    whole, broken = (RunDir.create(tmp_path / name, config) for name in ("whole", "broken"))
+    assert in_processes(train_in, whole.path) == [0]
+    assert in_processes(stop_after, broken.path, 112, signal.SIGTERM) == [EXIT_PREEMPTED]
+    assert sorted(path.name for path in broken.checkpoints.iterdir()) == ["104", "112-decay-128"]
+    damage(broken.checkpoint_dir(112, 128))
+    assert in_processes(stop_after, broken.path, 120, signal.SIGTERM) == [EXIT_PREEMPTED]
+    damage(broken.checkpoint_dir(120, 128))
+    damage(broken.checkpoint_dir(104))
+    assert in_processes(train_in, broken.path) == [2]
+    assert "120-decay-128 is damaged" in str(broken.read_status().reason)
+    damage(broken.checkpoint_dir(104))  # twice flipped is whole again
+    assert in_processes(train_in, broken.path) == [0]
+    assert results(broken.path) == results(whole.path)
+
+
 @pytest.mark.slow
 def test_a_run_moves_to_other_ranks_and_stages_by_itself(
     tmp_path: Path, tiny_config: Config, in_processes: Run
