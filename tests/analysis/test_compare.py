@@ -65,6 +65,16 @@ def test_the_size_that_closes_a_gap_lies_where_the_known_law_puts_it():
     assert "nobody has checked" in found["N"].sentence()
 
 
+def test_imported_models_without_a_loss_are_compared_by_task_alone():
+    imported = [row | {"val_loss": None, "size": "timm:some"} for row in rows(["cifar10"])[:1]]
+    found = compare(results_table(imported).to_pandas(), resamples=30)
+    assert found.tasks["size"].tolist() == ["timm:some"]
+    assert found.closing == ()
+    assert "What would close the gaps" in " ".join(found.left_out)
+    assert len(found.exponents) == 2
+    assert "timm:some" in found.text()
+
+
 def test_exponents_stand_beside_the_papers():
     exponents = compare(table(["dtd"]), resamples=50).exponents.set_index(["whose", "N"])["exponent"]
     assert exponents["AIM, four published points", "params_trunk"] == pytest.approx(0.0188, abs=5e-5)
