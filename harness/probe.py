@@ -130,7 +130,7 @@ def probe_backbone(
         done = group.from_first(_finished(out / f"{section.task}.json", key) if group.is_first else None)
         if done is not None:
             return [as_entry(detail) for detail in done]
-    progress = ProbeProgress(out / f"{section.task}.partial.pt", key) if out is not None else None
+    progress = ProbeProgress(out, section.task, key) if out is not None else None
     sets, last = block_sets(backbone.num_blocks)
     about = {"num_fit": len(fit), "num_holdout": len(held), "augmentation": section.augmentation, "seed": seed}
     details = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -207,21 +207,33 @@ def averages(tokens: Tensor, sets: Sequence[BlockSet], blocks: Sequence[int] | N
     return out
 
 
+class Chunk(NamedTuple):
+    """Some images of a batch."""
+
+    tokens: Tensor
+    """(S, B, N, d); B may be 0 where a rank has no image of a batch."""
+    labels: Tensor
+    """(B,)."""
+    batch_size: int
+    """Images of the whole batch, over all chunks and ranks."""
+    ends_batch: bool
+    """Whether this is the rank's last chunk of the batch."""
+
+
 class Selection(Protocol):
     """The tokens of some block sets, batch by batch."""
 
-    def batches(
-        self, indices: np.ndarray, batch_size: int, epoch: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """This rank's part of every batch of the images `indices`, in that order.
-
-        Yields tokens (S, B, N, d), labels (B,) and how many images the whole batch has over all ranks; B may be 0.
-        """
+    def batches(self, indices: np.ndarray, batch_size: int, epoch: int | None = None) -> Iterator[Chunk]:
+        """This rank's part of every batch of the images `indices`, in that order, in one chunk or several."""
         ...
 
 
 class StreamedTokens:
-    """Tokens recomputed by the backbone whenever they are asked for: memory for one batch."""
+    """Tokens recomputed by the backbone whenever they are asked for.
+
+    Memory: EXTRACT_BATCH images at a time, whatever the batch: 4 (L + S) x EXTRACT_BATCH x N x d bytes for L blocks and
+    S block sets.
+    """
 
     cached = False
 
@@ -231,6 +243,11 @@ class StreamedTokens:
         self.group = group
         self.first = self.extract([0])
         """Outputs of all blocks for one image (L, 1, N, d): shape, type and device of the others."""
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.first.shape[3]
 
     def extract(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
         """Outputs of all blocks (L, B, N, d)."""
@@ -249,14 +266,13 @@ class _StreamedSelection:
     labels: Tensor
     sets: Sequence[BlockSet]
 
-    def batches(
-        self, indices: np.ndarray, batch_size: int, epoch: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def batches(self, indices: np.ndarray, batch_size: int, epoch: int | None = None) -> Iterator[Chunk]:
         for part in batched(indices, batch_size):
-            own = share(part, self.source.group)
-            chunks = [averages(self.source.extract(chunk, epoch), self.sets) for chunk in batched(own, EXTRACT_BATCH)]
-            tokens = torch.cat(chunks, dim=1) if chunks else averages(self.source.extract([]), self.sets)
-            yield tokens, self.labels[torch.as_tensor(own, dtype=torch.int64)].to(tokens.device), len(part)
+            chunks = list(batched(share(part, self.source.group), EXTRACT_BATCH)) or [[]]
+            for number, chunk in enumerate(chunks, start=1):
+                tokens = averages(self.source.extract(chunk, epoch), self.sets)
+                labels = self.labels[torch.as_tensor(chunk, dtype=torch.int64)].to(tokens.device)
+                yield Chunk(tokens, labels, len(part), number == len(chunks))
 
 
 class CachedTokens:
@@ -268,6 +284,11 @@ class CachedTokens:
         self._blocks = blocks
         self._labels = labels
         self._group = group
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self._blocks.shape[3]
 
     def pooled(self) -> CachedTokens:
         """The mean over tokens as one token: all that a linear probe needs."""
@@ -291,14 +312,13 @@ class _CachedSelection:
     labels: Tensor
     group: Group
 
-    def batches(
-        self, indices: np.ndarray, batch_size: int, epoch: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def batches(self, indices: np.ndarray, batch_size: int, epoch: int | None = None) -> Iterator[Chunk]:
         for part in batched(indices, batch_size):
             own = torch.as_tensor(share(part, self.group), dtype=torch.int64)
             # image i lies in row i // world_size of rank i % world_size
             rows = (own // self.group.world_size).to(self.tokens.device)
-            yield self.tokens.index_select(1, rows), self.labels[own].to(self.tokens.device), len(part)
+            labels = self.labels[own].to(self.tokens.device)
+            yield Chunk(self.tokens.index_select(1, rows), labels, len(part), ends_batch=True)
 
 
 def token_source(

@@ -19,6 +19,9 @@ from harness.probe_features import BlockSet, CachedTokens, Selection, StreamedTo
 from harness.probe_heads import STACKS, HeadStack, Setting, StackedAdamW
 from harness.probe_knn import NeighbourVotes
 
+HEADS_GB = 8.0
+"""Heads that train together, with gradients and optimiser state; more block sets train group by group."""
+
 Scorer = Callable[[Tensor], Tensor]
 """Averaged tokens (1, B, N, d) -> class scores (B, K)."""
 
@@ -71,16 +74,27 @@ def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = N
 
 
 class ProbeProgress:
-    """The state of a streamed fit in one file, so that a killed job loses at most an epoch.
+    """The state of a streamed fit, a file per group of block sets, so that a killed job loses at most an epoch.
 
     `key` names everything the state depends on; a file with another key is ignored.
     """
 
-    def __init__(self, path: Path, key: str):
-        self._path = path
+    def __init__(self, folder: Path, task: str, key: str):
+        self._folder = folder
+        self._task = task
         self._key = key
 
-    def save(self, stacks: Sequence[HeadStack], optimisers: Sequence[StackedAdamW], epochs_done: int) -> None:
+    def _path(self, sets: Sequence[BlockSet]) -> Path:
+        name = "_".join("-".join(map(str, blocks)) for blocks in (sets[0], sets[-1]))
+        return self._folder / f"{self._task}.{name}.partial.pt"
+
+    def save(
+        self,
+        sets: Sequence[BlockSet],
+        stacks: Sequence[HeadStack],
+        optimisers: Sequence[StackedAdamW],
+        epochs_done: int,
+    ) -> None:
         """Write aside, then rename."""
         state = {
             "key": self._key,
@@ -88,16 +102,18 @@ class ProbeProgress:
             "stacks": [stack.state_dict() for stack in stacks],
             "optimisers": [optimiser.state_dict() for optimiser in optimisers],
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_suffix(".aside")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(sets)
+        aside = path.with_suffix(".aside")
         torch.save(state, aside)
-        aside.replace(self._path)
+        aside.replace(path)
 
-    def load(self, stacks: Sequence[HeadStack], optimisers: Sequence[StackedAdamW]) -> int:
+    def load(self, sets: Sequence[BlockSet], stacks: Sequence[HeadStack], optimisers: Sequence[StackedAdamW]) -> int:
         """Restore and return the number of epochs done; 0 when there is nothing to go on from."""
-        if not self._path.exists():
+        path = self._path(sets)
+        if not path.exists():
             return 0
-        state = torch.load(self._path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["key"] != self._key:
             return 0
         for stack, values in zip(stacks, state["stacks"], strict=True):
@@ -107,8 +123,9 @@ class ProbeProgress:
         return int(state["epochs_done"])
 
     def clear(self) -> None:
-        """Remove the file: the task is done."""
-        self._path.unlink(missing_ok=True)
+        """Remove the files: the task is done."""
+        for path in self._folder.glob(f"{self._task}.*.partial.*"):
+            path.unlink()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,21 +153,28 @@ class GridFit:
         """
         trained: list[str] = [kind for kind in self.section.kinds if kind in STACKS]
         found: list[Candidate] = []
+        pooled: CachedTokens | StreamedTokens = source
         if isinstance(source, StreamedTokens):
-            whole = source.select(sets)
-            if trained:
-                found += self._train(whole, sets, trained, self.progress)
+            for some in self._groups(sets, trained, source.width, len(sets)) if trained else ():
+                found += self._train(source.select(some), some, trained, self.progress)
         else:
-            whole = source.pooled().select(sets)
+            pooled = source.pooled()
             if "linear" in trained:
-                found += self._train(whole, sets, ["linear"], None)
+                for some in self._groups(sets, ["linear"], source.width, len(sets)):
+                    found += self._train(pooled.select(some), some, ["linear"], None)
             if "attentive" in trained:
-                for part in batched(range(len(sets)), source.sets_at_once(len(sets))):
-                    some = [sets[i] for i in part]
+                for some in self._groups(sets, ["attentive"], source.width, source.sets_at_once(len(sets))):
                     found += self._train(source.select(some), some, ["attentive"], None)
         if "knn" in self.section.kinds:
-            found += self._neighbours(whole, sets)
+            found += self._neighbours(pooled.select(sets), sets)
         return found
+
+    def _groups(self, sets: Sequence[BlockSet], kinds: Sequence[str], width: int, at_once: int) -> list[list[BlockSet]]:
+        """The sets in groups of at most `at_once` whose heads and optimiser state stay within `HEADS_GB` together."""
+        num_params = sum(STACKS[kind].num_params(width, self.split.num_classes) for kind in kinds)
+        # a value, its gradient and two moments, 4 bytes each
+        fitting = int(HEADS_GB * 1e9 / (16 * num_params * len(grid(self.section))))
+        return [[sets[i] for i in part] for part in batched(range(len(sets)), max(1, min(at_once, fitting)))]
 
     def _train(
         self, selection: Selection, sets: Sequence[BlockSet], kinds: Sequence[str], progress: ProbeProgress | None
@@ -159,11 +183,11 @@ class GridFit:
         stacks = self._stacks(selection, len(sets), kinds)
         num_steps = section.epochs * math.ceil(len(fit) / section.batch_size)
         optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in stacks]
-        epochs_done = progress.load(stacks, optimisers) if progress else 0
+        epochs_done = progress.load(sets, stacks, optimisers) if progress else 0
         if not epochs_done:
-            for tokens, _, _ in selection.batches(fit, section.batch_size):
+            for chunk in selection.batches(fit, section.batch_size):
                 for stack in stacks:
-                    stack.observe(tokens)
+                    stack.observe(chunk.tokens)
             for stack in stacks:
                 sums, squares, count = stack.statistics()
                 self.group.sum_(sums)
@@ -171,19 +195,23 @@ class GridFit:
                 stack.freeze(sums, squares, self.group.sum_and_any(count, False)[0])
         for epoch in range(epochs_done, section.epochs):
             order = np.random.default_rng([self.seed, 1, epoch]).permutation(fit)
-            for tokens, labels, batch_size in selection.batches(order, section.batch_size, epoch):
+            for chunk in selection.batches(order, section.batch_size, epoch):
                 for stack, optimiser in zip(stacks, optimisers, strict=True):
-                    stack.loss(tokens, labels, batch_size).backward()
-                    for parameter in stack.parameters():
-                        assert parameter.grad is not None
-                        self.group.sum_(parameter.grad)
-                    optimiser.step()
+                    stack.loss(chunk.tokens, chunk.labels, chunk.batch_size).backward()
+                    if chunk.ends_batch:
+                        self._sum_gradients(stack)
+                        optimiser.step()
             if progress and self.group.is_first:
-                progress.save(stacks, optimisers, epoch + 1)
+                progress.save(sets, stacks, optimisers, epoch + 1)
         return self._measure(selection, sets, stacks)
 
+    def _sum_gradients(self, stack: HeadStack) -> None:
+        for parameter in stack.parameters():
+            assert parameter.grad is not None
+            self.group.sum_(parameter.grad)
+
     def _stacks(self, selection: Selection, num_sets: int, kinds: Sequence[str]) -> list[HeadStack]:
-        tokens, _, _ = next(selection.batches(self.split.fit[:1], 1))
+        tokens = next(selection.batches(self.split.fit[:1], 1)).tokens
         return [
             STACKS[kind](
                 num_sets=num_sets,
@@ -203,7 +231,7 @@ class GridFit:
         held = self.split.held
         correct = [stack.mean.new_zeros(len(sets), len(stack.settings)) for stack in stacks]
         losses = [total.clone() for total in correct]
-        for tokens, labels, _ in selection.batches(held, self.section.batch_size):
+        for tokens, labels, _, _ in selection.batches(held, self.section.batch_size):
             for stack, right, loss in zip(stacks, correct, losses, strict=True):
                 logits = stack(tokens)
                 right += (logits.argmax(3) == labels[None, :, None]).sum(1)
@@ -234,8 +262,8 @@ class GridFit:
 
         def vectors(indices: np.ndarray) -> tuple[Tensor, Tensor]:
             batches = list(pooled.batches(indices, self.section.batch_size))
-            means = torch.cat([tokens.float().mean(2) for tokens, _, _ in batches], dim=1)
-            labels = torch.cat([labels for _, labels, _ in batches])
+            means = torch.cat([chunk.tokens.float().mean(2) for chunk in batches], dim=1)
+            labels = torch.cat([chunk.labels for chunk in batches])
             parts = self.group.gather((means.cpu(), labels.cpu()))
             # back into ascending order of images, which ranks hold in turns
             owned = np.concatenate([indices[indices % len(parts) == rank] for rank in range(len(parts))])

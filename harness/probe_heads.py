@@ -62,6 +62,11 @@ class HeadStack(nn.Module):
         self._sums: list[Tensor] = [torch.zeros(num_sets, width, dtype=torch.float64, device=device) for _ in "12"]
         self._count = 0
 
+    @staticmethod
+    def num_params(width: int, num_classes: int) -> int:
+        """Trained values of one head."""
+        raise NotImplementedError
+
     def pool(self, tokens: Tensor) -> Tensor:
         """What the statistics are taken over: the tokens (S, B, N, d) themselves unless a subclass pools first."""
         return tokens
@@ -139,6 +144,11 @@ class LinearStack(HeadStack):
         self.weight = nn.Parameter(torch.zeros(*heads, num_classes, width, device=device))
         self.bias = nn.Parameter(torch.zeros(*heads, num_classes, device=device))
 
+    @staticmethod
+    def num_params(width: int, num_classes: int) -> int:
+        """K d + K."""
+        return num_classes * (width + 1)
+
     def pool(self, tokens: Tensor) -> Tensor:
         """Mean over the tokens, (S, B, 1, d)."""
         return tokens.float().mean(2, keepdim=True)
@@ -187,6 +197,11 @@ class AttentiveStack(HeadStack):
         self.key = start(num_heads, per_head, width, std=xavier)
         self.value = start(num_heads, per_head, width, std=xavier)
         self.weight = start(num_classes, width, std=0.01)
+
+    @staticmethod
+    def num_params(width: int, num_classes: int) -> int:
+        """2 d^2 + d + K d."""
+        return 2 * width**2 + width + num_classes * width
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
