@@ -25,7 +25,7 @@ from analysis.figures import page_figures
 from analysis.plots_style import css_variables
 from analysis.report_pictures import picture_rows
 from analysis.report_study import Study, study_table
-from analysis.table import read_table
+from analysis.table import read_table, require_columns
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -49,12 +49,14 @@ def write_report(
         Path of the page.
 
     Raises:
-        TableError: the table cannot be read, or holds neither losses nor sizes.
+        TableError: the table cannot be read, or holds neither losses nor probes.
         ReportError: the page cannot be written.
     """
     if table.is_dir():
         table = table / "results.parquet"
     frame = read_table(table, columns)
+    if "probes" not in frame:
+        require_columns(frame, ["val_loss"], table)
     page = render(study_table(table, frame, _read_collect(table), resamples=resamples))
     out = out or table.with_name("report.html")
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")

@@ -122,7 +122,7 @@ def csv_uri(frame: pd.DataFrame) -> str | None:
     writer = csv.writer(buffer)
     writer.writerow(frame.columns)
     for values in frame.itertuples(index=False, name=None):
-        writer.writerow([f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "@") else v for v in values])
+        writer.writerow([f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in values])
     encoded = base64.b64encode(buffer.getvalue().encode()).decode()
     return f"data:text/csv;base64,{encoded}" if len(encoded) <= MAX_CSV_BYTES else None
 

@@ -220,8 +220,10 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     result = CliRunner().invoke(app, [str(tmp_path / "theirs.csv"), *options])
     assert result.exit_code == 0
     assert {"loss-N", "loss-D", "law-ND"} <= Page((tmp_path / "page.html").read_text()).ids()
-    with pytest.raises(TableError):
+    with pytest.raises(TableError, match="there is no table"):
         write_report(tmp_path / "absent.csv")
+    with pytest.raises(TableError, match=r"no values for val_loss .*--columns val_loss=THEIRS"):
+        write_report(tmp_path / "theirs.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "theirs.csv"]
 
 
