@@ -24,6 +24,7 @@ def correlate_table(
     partial: Annotated[
         str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
     ] = None,
+    within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
     cluster: Annotated[str | None, typer.Option(help="Resample whole groups of this column (run_id, size).")] = None,
     link: Annotated[
         str | None, typer.Option(help="Also fit accuracy as sigmoid, exponential or linear in the loss.")
@@ -41,7 +42,9 @@ def correlate_table(
 
     df = read_table(table, columns=parse_columns(columns or []))
     groups = groups_by_probe(df, y)
-    found = {k: correlate(group, x=x, y=y, partial=partial, cluster=cluster) for k, group in groups.items()}
+    found = {
+        k: correlate(group, x=x, y=y, partial=partial, within=within, cluster=cluster) for k, group in groups.items()
+    }
     links = {k: link_of(group, link, x, y, cluster) for k, group in groups.items()} if link else {}
     if json:
         rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]

@@ -23,6 +23,7 @@ def correlate(
     y: str,
     methods: Sequence[str] = METHODS,
     partial: str | None = None,
+    within: str | None = None,
     cluster: str | None = None,
     resamples: int = 2000,
     level: float = 0.95,
@@ -36,6 +37,7 @@ def correlate(
         y: second column, e.g. top1.
         methods: any of pearson, spearman, kendall.
         partial: positive column (usually flops_train) whose logarithm is regressed out of both first.
+        within: column (such as size) whose groups' means are taken out of both first.
         cluster: column whose groups are resampled whole (a run measured at several budgets).
         resamples: bootstrap resamples.
         level: level of the intervals.
@@ -49,6 +51,9 @@ def correlate(
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     a, b, z, groups, exclusions = _columns(df, x, y, partial, cluster)
     n = len(a)
+    if within is not None:
+        kept = df.index.difference([row for e in exclusions for row in e.rows], sort=False)
+        a, b = _without_group_means(df.loc[kept], within, a, b)
     rng = np.random.default_rng(seed)
     labels, member = np.unique(groups, return_inverse=True)
     if len(labels) < 4:
@@ -75,6 +80,7 @@ def correlate(
                 num_points=n,
                 interval_method=f"percentile bootstrap, {resamples} resamples of {unit}",
                 partial_on=partial,
+                within=within,
                 exclusions=exclusions,
             )
         )
@@ -118,6 +124,17 @@ def _without(a: Array, b: Array, z: Array | None, rows: Array) -> tuple[Array, A
     both = np.stack([a[rows], b[rows]], axis=1)
     left = both - design @ np.linalg.lstsq(design, both, rcond=None)[0]
     return left[:, 0], left[:, 1]
+
+
+def _without_group_means(rows: pd.DataFrame, within: str, a: Array, b: Array) -> tuple[Array, Array]:
+    """Both columns less the mean of their group."""
+    if within not in rows.columns:
+        raise AnalysisError(f"The table has no column {within!r} to correlate within.")
+    _, member = np.unique(rows[within].astype(str).to_numpy(), return_inverse=True)
+    sizes = np.bincount(member)
+    if sizes.max() < 2:
+        raise AnalysisError(f"Every {within} has a single row, so nothing varies within it.")
+    return a - (np.bincount(member, a) / sizes)[member], b - (np.bincount(member, b) / sizes)[member]
 
 
 def _columns(

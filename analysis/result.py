@@ -285,6 +285,8 @@ class Correlation:
     """How the interval was made."""
     partial_on: str | None = None
     """Column whose logarithm was regressed out of both, if any."""
+    within: str | None = None
+    """Column whose groups' means were taken out of both, if any."""
     exclusions: tuple[Exclusion, ...] = ()
     """Rows left out and why."""
 

@@ -64,6 +64,7 @@ def held_out_sentence(h: HeldOut) -> str:
 def correlation_sentence(c: Correlation) -> str:
     """Coefficient, interval, n and what was regressed out."""
     partial = f", log {c.partial_on} regressed out of both" if c.partial_on else ""
+    partial += f", within {c.within}" if c.within else ""
     left = f" Left out: {'; '.join(map(str, c.exclusions))}." if c.exclusions else ""
     return (
         f"{c.method.capitalize()} correlation of {c.x} and {c.y}{partial}: {c.value:.3f} "

@@ -33,6 +33,16 @@ def test_what_comes_from_compute_alone_vanishes_when_compute_is_regressed_out(fr
     assert "log c regressed out" in partial.sentence()
 
 
+def test_what_differs_only_between_groups_vanishes_within_them():
+    rng = np.random.default_rng(0)
+    level = np.repeat(np.arange(6.0), 10)
+    df = pd.DataFrame({"size": level, "x": level + rng.normal(size=60), "y": level + rng.normal(size=60)})
+    assert correlate(df, x="x", y="y", methods=["pearson"], resamples=200)[0].low > 0.5
+    inside = correlate(df, x="x", y="y", methods=["pearson"], within="size", resamples=200)[0]
+    assert inside.low < 0 < inside.high
+    assert "within size" in inside.sentence()
+
+
 def test_useless_columns_are_refused(frame):
     with pytest.raises(AnalysisError, match="same in all"):
         correlate(frame.assign(y=1.0), x="x", y="y")
