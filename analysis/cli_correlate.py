@@ -38,6 +38,7 @@ def correlate_table(
     import json as json_module
 
     from analysis.correlation import correlate
+    from analysis.result import plain_types
     from analysis.table import parse_columns, read_table
 
     df = read_table(table, columns=parse_columns(columns or []))
@@ -49,7 +50,11 @@ def correlate_table(
     if json:
         rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
         fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]
-        typer.echo(json_module.dumps({"correlations": rows, "links": fits} if link else rows, indent=2, default=str))
+        typer.echo(
+            json_module.dumps(
+                plain_types({"correlations": rows, "links": fits} if link else rows), indent=2, allow_nan=False
+            )
+        )
         return
     for (task, kind), group in found.items():
         if task:

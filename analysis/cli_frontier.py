@@ -32,6 +32,7 @@ def frontier_table(
     import json as json_module
 
     from analysis.approaches import all_approaches, exponents_by_count
+    from analysis.result import plain_types
     from analysis.table import parse_columns, read_table
 
     df = read_table(table, columns=parse_columns(columns or []))
@@ -42,7 +43,7 @@ def frontier_table(
     counts = exponents_by_count(df, y=y)
     if json:
         data = found.to_dict() | {"optima": optima.to_dict("records"), "exponents_by_count": counts.to_dict("records")}
-        typer.echo(json_module.dumps(data, indent=2, default=str))
+        typer.echo(json_module.dumps(plain_types(data), indent=2, allow_nan=False))
         return
     typer.echo(found.sentence())
     typer.echo("\n" + optima.to_string(index=False, float_format=lambda v: f"{v:.4g}"))

@@ -20,7 +20,7 @@ from analysis.errors import AnalysisError
 from analysis.law import Array
 from analysis.laws import CHINCHILLA
 from analysis.observations import resolve_columns
-from analysis.result import Fit, Interval
+from analysis.result import Fit, Interval, plain_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Frontier:
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
 
 
 def log_line(flops: Array, optimum: Array, log_std: Array | None = None) -> tuple[float, float]:

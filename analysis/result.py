@@ -247,15 +247,15 @@ class Fit:
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """`to_dict` as JSON (no NaN: null)."""
-        return json.dumps(_plain(self.to_dict()), indent=indent)
+        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain_types(value: Any) -> Any:
     """JSON types only; numbers that JSON cannot hold become null."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_types(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_types(v) for v in value]
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
@@ -298,9 +298,9 @@ class Correlation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
-        return _plain({k: v for k, v in vars(self).items() if k != "exclusions"} | {"sentence": self.sentence()}) | {
-            "exclusions": [str(e) for e in self.exclusions]
-        }
+        return plain_types(
+            {k: v for k, v in vars(self).items() if k != "exclusions"} | {"sentence": self.sentence()}
+        ) | {"exclusions": [str(e) for e in self.exclusions]}
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """`to_dict` as JSON."""
