@@ -139,6 +139,12 @@ def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[floa
     for name in (*fixed, *bounds):
         if name not in law.names:
             raise AnalysisError(f"{law.formula} has no parameter {name!r}; its parameters are {', '.join(law.names)}.")
+    for p in law.parameters:
+        given = [fixed[p.name]] if p.name in fixed else list(bounds.get(p.name, ()))
+        if p.log and any(v <= 0 for v in given):
+            raise AnalysisError(f"{p.name} of {law.formula} must be positive, so it cannot be {min(given):g}.")
+        if not all(np.isfinite(v) for v in given):
+            raise AnalysisError(f"{p.name} is fixed or bounded at a value that is not finite; give a number.")
     for name, (low, high) in bounds.items():
         if not low < high:
             raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")

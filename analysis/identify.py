@@ -77,7 +77,9 @@ def doubts(
             flag.startswith(f"{e} lies on") or f"{e} is not identified" in flag for e in exponents for flag in flags
         ):
             lost.add(name)
-    return Doubts(flags=tuple(dict.fromkeys(flags)), not_identified=frozenset(lost & set(params)))
+    inner = set(raw) - set(params)  # the law's own coordinates, unknown to the reader
+    flags = [f for f in dict.fromkeys(flags) if f.split(" ")[0] not in inner]
+    return Doubts(flags=tuple(flags), not_identified=frozenset(lost & set(params)))
 
 
 def _bounds(problem: Problem, best: Minimum, flags: list[str], lost: set[str]) -> None:

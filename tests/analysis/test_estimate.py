@@ -128,6 +128,30 @@ def test_what_cannot_be_fitted_is_refused_in_one_sentence(grid, change, words):
         fit(laws.CHINCHILLA, change(grid))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fixed": {"alpha": -1.0}}, "must be positive"),
+        ({"fixed": {"gamma": 1.0}}, "no parameter 'gamma'"),
+        ({"bounds": {"alpha": (0.5, 0.1)}}, "first must be the smaller"),
+        ({"weights": np.ones(3)}, "3 weights for 30 rows"),
+        ({"cluster": "rung"}, "no column 'rung'"),
+        ({"objective": "mse"}, "no objective named 'mse'"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_sentence(grid, options, words):
+    with pytest.raises(AnalysisError, match=words):
+        fit(laws.CHINCHILLA, grid, **options)
+
+
+def test_variables_that_move_together_are_flagged(grid):
+    rng = np.random.default_rng(0)
+    grid["images_seen"] = 20 * grid["params_total"] * np.exp(0.01 * rng.standard_normal(len(grid)))
+    result = fit(laws.CHINCHILLA, grid.drop(columns="flops_train"), resamples=100)
+    assert any("N and D move together" in flag for flag in result.flags)
+    assert {"alpha", "beta"} & result.not_identified
+
+
 def test_mixed_units_are_refused(grid):
     small = grid.index < 6
     in_billions = grid.drop(columns="flops_train").assign(
