@@ -104,6 +104,7 @@ def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
         num_deaths += len(codes) - 1
         assert results(broken.path) == expected
         assert broken.read_status().state == "finished"
+    print(f"{num_deaths} deaths in 6 runs of {num_events} file events each")
     assert num_deaths > 20
 
 
