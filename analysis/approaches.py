@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from analysis.frontier import Frontier, parametric_frontier
 from analysis.isoflop import isoflop_frontier
 from analysis.laws import CHINCHILLA
 from analysis.objectives import HUBER_LOG, Objective
+from analysis.result import plain_types
 
 SIZES = {"total": "params_total", "trunk": "params_trunk", "head": "params_head"}
 FLOPS = {"counted": "flops_train", "6ND": "flops_6nd"}
@@ -68,6 +70,10 @@ class Approaches:
             "failures": {str(k): v for k, v in self.failures.items()},
             "sentence": self.sentence(),
         }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
 
 
 def all_approaches(

@@ -13,7 +13,8 @@ import numpy as np
 from analysis.errors import AnalysisError
 from analysis.law import Array, Bounds, Columns, Law, Parameter, Params, coefficient, exponent, free, scale_of
 
-__all__ = ["LAWS", "Array", "Columns", "Law", "Parameter", "Params", "coefficient", "exponent", "find_law", "free"]
+__all__ = ["LAWS", "Law", "Parameter", "coefficient", "exponent", "find_law", "free", "scale_of"]
+"""Names that a user's own law needs; the laws themselves are attributes: `laws.CHINCHILLA`."""
 
 Parts = tuple[Any, ...]
 

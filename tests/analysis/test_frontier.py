@@ -29,6 +29,7 @@ def test_three_approaches_find_the_known_exponent(surface):
         assert f.exponent_interval.low < f.exponent < f.exponent_interval.high
     assert found.disagreement(1e20) < 1.1
     assert "Refused: C = 6e+14" in found.sentence()
+    assert "NaN" not in found.to_json()
 
 
 def test_closed_form_optimum_is_the_numerical_one_also_with_counted_flops(surface):
