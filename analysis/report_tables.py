@@ -129,7 +129,10 @@ def csv_uri(frame: pd.DataFrame) -> str | None:
 
 def ladder_table(study: Study) -> PageTable:
     """One row per size: what it is and what it cost."""
-    frame = study.frame.assign(size=study.frame.get("size", "all"))
+    frame = study.frame
+    if "size" not in frame:
+        named = frame["params_total"].map(human) if "params_total" in frame else "all"
+        frame = frame.assign(size=named)
     keep = [c for c in ("params_trunk", "params_head", "params_total", "flops_per_image") if c in frame]
     ladder = frame.groupby("size", sort=False)[keep].first()
     groups = frame.groupby("size", sort=False)

@@ -68,7 +68,8 @@ def _what_came_out(study: Study) -> Iterator[str]:
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(usable, "val_loss_se") and best["val_loss_se"] > 0 else ""
     name = f" by {best['size']}" if _has(usable, "size") else ""
     seen = f" after {human(best['images_seen'])} images" if _has(usable, "images_seen") else ""
-    yield f"The lowest validation loss is {best['val_loss']:.4f}{error}, reached{name}{seen}."
+    reached = f", reached{name}{seen}" if name or seen else ""
+    yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}."
     for varies, fixed, words in (
         ("params_total", "images_seen", "from the smallest to the largest model at the largest budget"),
         ("images_seen", "params_total", "from the smallest to the largest budget of the largest model"),
