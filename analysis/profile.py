@@ -59,8 +59,8 @@ def problem_of(fit: Fit) -> Problem:
 def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level: float = 0.95) -> Profile:
     """Profile a parameter over its bootstrap spread (or a factor of e each way without one).
 
-    The likelihood is that of normal residuals for squares and of Laplace residuals for robust objectives, with the
-    scale of the noise refitted: n/2 ln(S/S0) or n ln(S/S0).
+    The objective's increase is divided by `likelihood_scale`, so that the usual chi-squared threshold applies to squares
+    and to robust losses alike.
 
     Args:
         fit: the fit.
@@ -89,11 +89,30 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level
     values = np.unique(np.clip(values, low, high))
     totals = np.array([_held_total(problem, fit, parameter, v) for v in values])
     best = min(fit.objective_value, float(totals.min()))
-    n = float(np.sum(fit.data["weight"] > 0))
-    lost = totals - best if fit.objective.likelihood else n / fit.objective.power_of_residual * np.log(totals / best)
+    lost = (totals - best) / likelihood_scale(fit)
     threshold = chi2.ppf(level, 1) / 2
     ends, closed = _crossings(values, lost, at, threshold)
     return Profile(parameter=parameter, values=values, lost=lost, low=ends[0], high=ends[1], level=level, closed=closed)
+
+
+def likelihood_scale(fit: Fit) -> float:
+    """What to divide an objective's differences by, so that twice the result is chi-squared at the truth.
+
+    For an M-estimator that is the mean of psi^2 over the mean slope of psi (psi: derivative of the loss): sigma^2 for
+    squares. The slope is a difference over a bandwidth, since psi has kinks. 1 for a likelihood.
+    """
+    if fit.objective.likelihood:
+        return 1.0
+    r, w = fit.data["residual"].to_numpy(), fit.data["weight"].to_numpy()
+    n, free = len(r), len(fit.law.parameters) - len(fit.fixed)
+    width = 1.4826 * float(np.median(np.abs(r - np.median(r)))) * n**-0.2 + 1e-300
+
+    def psi(residual: Array) -> Array:
+        size = fit.objective.delta
+        return fit.objective.side(residual) * (np.sign(residual) if size == 0 else np.clip(residual, -size, size))
+
+    slope = float(np.sum(w * (psi(r + width) - psi(r - width)))) / (2 * width * n)
+    return float(np.sum((w * psi(r)) ** 2)) / max(1, n - free) / max(slope, 1e-300)
 
 
 def _spread(fit: Fit, parameter: str, at: float, positive: bool) -> float:
