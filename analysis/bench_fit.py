@@ -143,8 +143,7 @@ def pypi_chinchilla(df: pd.DataFrame) -> dict[str, Any]:
         rows.to_csv(Path(folder) / "df.csv", index=False)
         model = peer(
             folder,
-            param_grid={"E": np.exp(GRID["e"]), "A": np.exp(GRID["a"]), "B": np.exp(GRID["b"]),
-                        "alpha": GRID["alpha"], "beta": GRID["beta"]},
+            param_grid={name: GRID[name].tolist() for name in ("e", "a", "b", "alpha", "beta")},
             loss_fn=_log_huber,
         )  # fmt: skip
         seconds, _ = _timed(lambda: model.fit())

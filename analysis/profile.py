@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.stats import chi2
+from scipy.stats import t as student
 
 from analysis.errors import AnalysisError
 from analysis.law import Array
@@ -59,8 +60,8 @@ def problem_of(fit: Fit) -> Problem:
 def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level: float = 0.95) -> Profile:
     """Profile a parameter over its bootstrap spread (or a factor of e each way without one).
 
-    The objective's increase is divided by `likelihood_scale`, so that the usual chi-squared threshold applies to squares
-    and to robust losses alike.
+    The objective's increase is divided by `likelihood_scale`, so that squares and robust losses share the threshold of
+    Student's t (for a straight line and squares the interval is exact).
 
     Args:
         fit: the fit.
@@ -90,7 +91,8 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level
     totals = np.array([_held_total(problem, fit, parameter, v) for v in values])
     best = min(fit.objective_value, float(totals.min()))
     lost = (totals - best) / likelihood_scale(fit)
-    threshold = chi2.ppf(level, 1) / 2
+    spare = max(1, len(fit.data) - len(fit.law.parameters) + len(fit.fixed))
+    threshold = (chi2.ppf(level, 1) if fit.objective.likelihood else student.ppf(0.5 + level / 2, spare) ** 2) / 2
     ends, closed = _crossings(values, lost, at, threshold)
     return Profile(parameter=parameter, values=values, lost=lost, low=ends[0], high=ends[1], level=level, closed=closed)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from analysis import fit, laws
 from analysis.bench_fit import built_in_table, log_sum_exp_objective, run
@@ -17,14 +18,14 @@ from analysis.select import choose
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.4, "beta": 0.5}
 
 
-def test_profile_of_a_straight_line_is_the_exact_t_like_interval():
+def test_profile_of_a_straight_line_is_the_exact_t_interval():
     rng = np.random.default_rng(0)
     x = np.linspace(1, 2, 40)
     df = pd.DataFrame({"L": x, "acc": 0.9 - 0.3 * x + 0.01 * rng.standard_normal(40)})
     result = fit(laws.LINK_LINEAR, df, y="acc", objective="lsq", resamples=200)
     found = profile(result, "s", num=81)
     residual = result.data["residual"].to_numpy()
-    half = np.sqrt(3.841459 * np.sum(residual**2) / 38 / np.sum((x - x.mean()) ** 2))
+    half = stats.t.ppf(0.975, 38) * np.sqrt(np.sum(residual**2) / 38 / np.sum((x - x.mean()) ** 2))
     assert found.low == pytest.approx(result.params["s"] - half, rel=2e-3)
     assert found.high == pytest.approx(result.params["s"] + half, rel=2e-3)
     assert found.closed == (True, True)
