@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from harness.data.augment import normalise
 from harness.data.decode import UndecodableImageError
-from harness.data.index import DataError, ShardDataset
+from harness.data.index import DataError, ShardDataset, require_channels
 from harness.data.random_access import make_key, permute, random_uniform
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def eval_images(
     Raises:
         DataError: an image cannot be read or decoded; an evaluation never replaces one.
     """
+    require_channels(model.channels)
     size = model.image_size
     pixels = torch.empty(len(indices), model.channels, size, size, dtype=torch.uint8)
     for row, index in enumerate(indices):

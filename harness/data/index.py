@@ -131,8 +131,13 @@ class ShardDataset:
         self.ok: npt.NDArray[np.bool_] = table["ok"].to_numpy(zero_copy_only=False)
 
     def _columns(self, *names: str) -> pa.Table:
+        return self._file().read(columns=list(names), use_threads=False)
+
+    def _file(self) -> pq.ParquetFile:
+        # No thread of Arrow's may hold these bytes: when the program ends at once, with an error message, such a thread
+        # asks the dying interpreter for its lock to free them, and the process aborts instead of exiting with its code.
         source = self._index if isinstance(self._index, str) else pa.BufferReader(self._index)
-        return pq.read_table(source, columns=list(names))
+        return pq.ParquetFile(source, pre_buffer=False)
 
     def __len__(self) -> int:
         return self.info.num_samples
@@ -150,11 +155,11 @@ class ShardDataset:
 
     def key(self, i: int) -> str:
         """Key of sample i: its path in the shard without extension."""
-        file = pq.ParquetFile(self._index if isinstance(self._index, str) else pa.BufferReader(self._index))
+        file = self._file()
         for number in range(file.num_row_groups):
             num_rows = file.metadata.row_group(number).num_rows
             if i < num_rows:
-                return str(file.read_row_group(number, columns=["key"])["key"][i].as_py())
+                return str(file.read_row_group(number, columns=["key"], use_threads=False)["key"][i].as_py())
             i -= num_rows
         raise AssertionError("no such sample")
 
@@ -225,6 +230,12 @@ class ShardDataset:
             UndecodableImageError: the bytes are no image.
         """
         return decode(self.read(i), channels)
+
+
+def require_channels(channels: int) -> None:
+    """Refuse models of other than grey or colour images: DataError."""
+    if channels not in (1, 3):
+        raise DataError(f"image files are read as 1 (grey) or 3 (RGB) channels, not {channels}; change model.channels")
 
 
 def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> ShardDataset:

@@ -213,7 +213,7 @@ def _read_part(parts: Path, location: str, name: str) -> ShardScan | None:
     path = _part_path(parts, name)
     if not path.exists():
         return None
-    table = pq.read_table(path)
+    table = pq.ParquetFile(path).read(use_threads=False)
     size = int(table.schema.metadata[b"shard_size"])
     if size != shard_size(join(location, name)):
         return None

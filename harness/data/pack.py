@@ -137,6 +137,8 @@ def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
         raise DataError(f"image folder {folder} does not exist")
     files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file())
     if not files:
+        for path in sorted(folder.glob("*images-idx3-ubyte*")):
+            raise DataError(f"{folder} holds idx files, one data set each; name the images of one, as in {path}")
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     classes = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
     loose = sum(path.parent == folder for path in files)

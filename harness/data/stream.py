@@ -26,7 +26,8 @@ from harness.data.augment import (
     normalise,
 )
 from harness.data.decode import UndecodableImageError
-from harness.data.index import DataError, ShardDataset, open_dataset
+from harness.data.index import DataError, ShardDataset, open_dataset, require_channels
+from harness.data.mixture import Mixture
 from harness.data.overlap import refuse_overlap
 from harness.data.pixel_cache import PixelCache
 from harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
@@ -34,7 +35,6 @@ from harness.data.random_access import I64, make_key, permute, random_bits, rand
 if TYPE_CHECKING:
     from harness.config import ResultConfig
 
-_SHARE_UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20; positions stay below 2^43
 _MAX_LISTED = 1 << 22  # subsets up to this size are listed at start-up, which takes 2 s and spares a permutation later
 _MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
 
@@ -112,7 +112,8 @@ class TrainStream:
         self._size, self._channels = result.model.image_size, result.model.channels
         self.num_tokens = (result.model.image_size // result.model.patch_size) ** 2
         sources = result.data.sources
-        self._shares = _quotas([source.probability for source in sources])
+        require_channels(self._channels)
+        self._mixture = Mixture([source.probability for source in sources])
         datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
         held_out = open_dataset(result.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
         refuse_overlap(datasets, held_out)
@@ -155,7 +156,7 @@ class TrainStream:
     def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
         """(source number, sample number) at every position: the stream's order, without reading an image."""
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
-        source_of, rank = _interleave(where, self._shares)
+        source_of, rank = self._mixture.locate(where)
         sample_of = np.empty_like(where)
         for number, source in enumerate(self._sources):
             mine = np.flatnonzero(source_of == number)
@@ -280,8 +281,7 @@ class TrainStream:
         wanted = self._data.unique_images
         if wanted is None:
             return [len(pool) for pool in pools]
-        source_of, _ = _interleave(np.arange(wanted), self._shares)
-        counts = np.bincount(source_of, minlength=len(pools)).tolist()
+        counts = self._mixture.counts(wanted)
         for dataset, pool, count in zip(datasets, pools, counts, strict=True):
             if not 1 <= count <= len(pool):
                 raise DataError(
@@ -294,27 +294,3 @@ class TrainStream:
 def _first_of_pool(pool: I64, numbers: I64) -> I64:
     """Sample numbers at `numbers` of the one fixed permutation of a pool, the same for every seed."""
     return pool[permute(numbers, len(pool), make_key("subset"))]
-
-
-def _quotas(probabilities: Sequence[float]) -> list[tuple[int, int]]:
-    """(units of this source, units of it and all later ones): what `_interleave` divides by."""
-    units = [max(1, round(probability * _SHARE_UNITS)) for probability in probabilities]
-    return [(units[number], sum(units[number:])) for number in range(len(units))]
-
-
-def _interleave(positions: I64, quotas: Sequence[tuple[int, int]]) -> tuple[I64, I64]:
-    """(source, how many earlier positions have the same source) at every position, in O(number of sources).
-
-    The first source takes position p when floor(p q + 1/2) steps up there; the positions it leaves, renumbered, are
-    dealt among the others in the same way. Counting is exact at any p, which independent draws could not offer.
-    """
-    source_of, rank = np.full_like(positions, len(quotas) - 1), positions.copy()
-    left = np.arange(len(positions))
-    for number, (units, total) in enumerate(quotas[:-1]):
-        before = (rank[left] * units + total // 2) // total
-        takes = ((rank[left] + 1) * units + total // 2) // total > before
-        source_of[left[takes]] = number
-        rank[left[~takes]] -= before[~takes]
-        rank[left[takes]] = before[takes]
-        left = left[~takes]
-    return source_of, rank

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +155,21 @@ def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_se
     (tmp_path / "copy" / "dataset.json").write_text(json.dumps(record | {"version": 99}))
     with pytest.raises(DataError, match="format version 99"):
         open_dataset(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_real_process_ends_with_the_documented_code(small_set: Path, tmp_path: Path, scheme: str) -> None:
+    """A thread that outlives the message would abort it (134); a URL's index is read from memory, a local one is not."""
+    shutil.copytree(small_set, tmp_path / "copy")
+    arguments = [f"{scheme}{tmp_path / 'copy'}", "--sheet", str(tmp_path / "nowhere" / "sheet.png")]
+    if not scheme:
+        shard = next((tmp_path / "copy").glob("*.tar"))
+        shard.write_bytes(shard.read_bytes()[:-10])
+    command = [sys.executable, "-m", "sweeps.cli", "data", "info", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("aimscale: ")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

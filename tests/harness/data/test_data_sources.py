@@ -27,6 +27,7 @@ from harness.data.idx import pack_idx
 from harness.data.index import DataError, open_dataset
 from harness.data.indexing import expand_shards, index_shards
 from harness.data.loader import train_batches
+from harness.data.pack import pack_folder
 from harness.data.shard_cache import CachedReader
 from harness.data.stream import TrainStream
 from sweeps.cli import main
@@ -303,6 +304,8 @@ def test_idx_files_are_packed(tmp_path: Path) -> None:
             number = int(dataset.key(i))
             assert (dataset.decode(i, channels=1)[0].numpy() == images[number]).all()
             assert dataset.require_labels()[i] == labels[number]
+    with pytest.raises(DataError, match=r"holds idx files.* name the images of one, as in .*train-images-idx3-ubyte"):
+        pack_folder(tmp_path, tmp_path / "folder")
     write_idx(source, images, cut=5)
     with pytest.raises(DataError, match="is truncated: its header says"):
         pack_idx(source, tmp_path / "cut")

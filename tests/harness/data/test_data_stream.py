@@ -26,6 +26,7 @@ from harness.data.augment import (
 from harness.data.evalset import eval_images, prefix_lengths
 from harness.data.index import DataError, open_dataset
 from harness.data.loader import train_batches
+from harness.data.mixture import Mixture
 from harness.data.random_access import make_key, permute
 from harness.data.stream import Batch, TrainStream
 
@@ -142,6 +143,11 @@ def test_sources_are_mixed_in_exact_shares(small_set: Path, large_set: Path, con
     shares = np.stack([np.cumsum(source_of == number) / np.arange(1, 10_001) for number in range(3)])
     assert np.abs(shares[:, -1] - [0.5, 0.3, 0.2]).max() < 4e-4
     assert np.abs(shares[:, 99] - [0.5, 0.3, 0.2]).max() < 0.04
+    mixture = Mixture([0.5, 0.3, 0.2])
+    source_of, rank = mixture.locate(np.arange(997))
+    assert mixture.counts(997) == np.bincount(source_of).tolist()
+    for number in range(3):
+        assert rank[source_of == number].tolist() == list(range(mixture.counts(997)[number]))
 
 
 def test_prefixes_are_uniform_and_paired(configure: Configure) -> None:
@@ -238,6 +244,14 @@ def test_colour_jitter_is_drawn_by_position() -> None:
     got = out[changed].double().mean((2, 3))
     assert ((got.mean(0) - expected.mean(0)).abs() < 5 * (2 / len(got)) ** 0.5 * expected.std(0)).all()
     torch.testing.assert_close(got.std(0), expected.std(0), rtol=0.2, atol=0)
+
+
+def test_other_than_grey_or_colour_is_refused(configure: Configure) -> None:
+    config = configure()
+    grey = config.model_copy(update={"model": config.model.model_copy(update={"channels": 1})})
+    assert TrainStream(grey).batch(range(6)).images.shape == (6, 1, 32, 32)
+    with pytest.raises(DataError, match="not 4"):
+        TrainStream(config.model_copy(update={"model": config.model.model_copy(update={"channels": 4})}))
 
 
 def test_normalise_round_trip() -> None:
