@@ -1,4 +1,4 @@
-"""Speed of the fitter against the usual ways, on one machine in one run: `python -m analysis.bench_fit [TABLE]`.
+"""Speed of the fitter against the usual ways, on one machine in one run: `aimscale bench fit`.
 
 The job is that of Epoch's replication of Chinchilla: 240 points, Huber loss (delta 1e-3) on log residuals and 4000
 bootstraps.
@@ -6,11 +6,9 @@ bootstraps.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import itertools
-import json
 import platform
 import tempfile
 import time
@@ -159,15 +157,23 @@ def _log_huber(measured: Array, predicted: Array) -> Array:
     return np.where(size <= 1, 0.5 * size * size, size - 0.5)
 
 
-def main() -> None:
-    """Print the benchmark as JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("table", nargs="?", type=Path, help="CSV with columns N, D, loss; default: a built-in table")
-    parser.add_argument("--starts", type=int, default=4500, help="starts of the grid to run")
-    args = parser.parse_args()
-    table = None if args.table is None else pd.read_csv(args.table)
-    print(json.dumps(run(table, grid_starts=args.starts), indent=2))
-
-
-if __name__ == "__main__":
-    main()
+def table(result: dict[str, Any]) -> str:
+    """The result of `run` as lines for a terminal."""
+    grid, peer, limits = result["start_grid"], result["pypi_chinchilla"], result["limits"]
+    lines = [
+        f"Chinchilla fit on {result['num_points']} points, {result['machine']}",
+        f"one fit              {result['fit_ms']:9.1f} ms  objective {result['fit_objective']:.10e}  "
+        f"(limit {limits['fit_ms']:.0f} ms)",
+        f"{result['num_bootstraps']} bootstraps      {result['bootstrap_s']:9.2f} s   (limit {limits['bootstrap_s']:.0f} s)",
+        f"4500-start grid      {grid['seconds']:9.1f} s   objective {grid['objective']:.10e}  "
+        f"{grid['ratio']:.0f} times one fit ({grid['starts_run']} starts run)",
+    ]
+    if "seconds" in peer:
+        lines.append(
+            f"PyPI chinchilla      {peer['seconds']:9.1f} s   objective {peer['objective']:.10e}  "
+            f"{peer['ratio']:.0f} times one fit"
+        )
+    else:
+        lines.append(f"PyPI chinchilla      not run: {peer['skipped']}")
+    verdict = "no worse than" if result["no_worse_than_peers"] else "WORSE than"
+    return "\n".join([*lines, f"objective {verdict} the peers'"])

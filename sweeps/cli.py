@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("harness.cli_train", "Train or resume one run from its directory."),
     "probe": ("harness.cli_probe", "Probe the frozen features of one run's budgets."),
     "weights": ("harness.cli_weights", "Import, export and describe official AIM weights."),
-    "bench": ("harness.cli_bench", "Measure throughput, MFU, loader and fit speed against named limits."),
+    "bench": ("sweeps.cli_bench", "Measure throughput, MFU, loader and fit speed against named limits."),
     "fit": ("analysis.cli_fit", "Fit a scaling law to a table, with intervals and a held-out test."),
     "frontier": ("analysis.cli_frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("analysis.cli_correlate", "Correlate loss with accuracy and forecast accuracy from loss."),

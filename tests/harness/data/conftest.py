@@ -8,13 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from harness.config import ResultConfig
 from harness.data.pack import pack_folder
-
-torch.set_num_threads(1)  # small tensors: threads that wait for each other cost 10 ms an operation on a busy machine
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:

@@ -159,7 +159,7 @@ def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_se
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_real_process_ends_with_the_documented_code(small_set: Path, tmp_path: Path, scheme: str) -> None:
-    """A thread that outlives the message would abort it (134); a URL's index is read from memory, a local one is not."""
+    """A thread that outlives the message would abort it (134); a URL's index is read from memory, a local one not."""
     shutil.copytree(small_set, tmp_path / "copy")
     arguments = [f"{scheme}{tmp_path / 'copy'}", "--sheet", str(tmp_path / "nowhere" / "sheet.png")]
     if not scheme:

@@ -1,0 +1,22 @@
+"""`aimscale bench`: the harness's benchmarks and, because `harness` may not import `analysis`, the fit's beside them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from harness.cli_bench import app
+
+
+@app.command()
+def fit(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    starts: Annotated[int, typer.Option(help="Starts of the peers' grid (4500 is the published one).")] = 4500,
+) -> None:
+    """A Chinchilla fit and 4000 bootstraps against the start grid and PyPI's `chinchilla`, in one run."""
+    from analysis.bench_fit import run, table
+
+    result = run(grid_starts=starts)
+    typer.echo(json.dumps(result) if as_json else table(result))
