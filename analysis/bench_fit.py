@@ -164,7 +164,8 @@ def table(result: dict[str, Any]) -> str:
         f"Chinchilla fit on {result['num_points']} points, {result['machine']}",
         f"one fit              {result['fit_ms']:9.1f} ms  objective {result['fit_objective']:.10e}  "
         f"(limit {limits['fit_ms']:.0f} ms)",
-        f"{result['num_bootstraps']} bootstraps      {result['bootstrap_s']:9.2f} s   (limit {limits['bootstrap_s']:.0f} s)",
+        f"{result['num_bootstraps']} bootstraps      {result['bootstrap_s']:9.2f} s   "
+        f"(limit {limits['bootstrap_s']:.0f} s)",
         f"4500-start grid      {grid['seconds']:9.1f} s   objective {grid['objective']:.10e}  "
         f"{grid['ratio']:.0f} times one fit ({grid['starts_run']} starts run)",
     ]

@@ -1,4 +1,4 @@
-"""`aimscale bench`: the harness's benchmarks and, because `harness` may not import `analysis`, the fit's beside them."""
+"""`aimscale bench`: the harness's benchmarks and the fit's beside them, since `harness` may not import `analysis`."""
 
 from __future__ import annotations
 
