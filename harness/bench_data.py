@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -49,23 +50,24 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         workers: numbers of loader processes; one and every core by default.
 
     Returns:
-        `single_thread`: images/s of each library (`kind` "limit") and of the stream; `fastest_limit`;
-        `stream_share`: stream over the fastest limit, median of turns; `loader`: rows with workers, images/s, and share
-        of the fastest limit times min(workers, cores); `small`: images/s of 32 px images, first epoch and later ones;
-        `setting`.
+        `single_thread`: images/s of each library and of the stream; `fastest_limit`, the best library's; `stream_share`,
+        stream over that limit, median of turns; `loader`: rows with workers, images/s, the limit (the fastest library
+        in as many processes at once, at most one a core: cores share caches and clocks) and their ratio; `small`:
+        images/s of 32 px images, first epoch and later ones; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, _one_thread():
         stream = _stream(Path(folder) / "large", _photographs(num_images), _CROP_SIZE)
-        single, share = _single_thread(stream, num_images, seconds)
-        limit = max(rate for name, rate in single.items() if name != "stream")
+        work = _work(stream, num_images)
+        single, share = _single_thread(stream, work, seconds)
+        fastest = max((name for name in single if name != "stream"), key=single.__getitem__)
         numbers = workers if workers is not None else sorted({1, cores})
-        loader = [_loader_row(stream, number, cores, limit, seconds / len(numbers)) for number in numbers]
+        loader = [_loader_row(stream, fastest, work, number, cores, seconds / len(numbers)) for number in numbers]
         crops = (crop for crop, _ in zip(photograph_crops("validation"), range(2000), strict=False))
         small = _small(_stream(Path(folder) / "small", crops, IMAGE_SIZE))
     return {
         "single_thread": single,
-        "fastest_limit": limit,
+        "fastest_limit": single[fastest],
         "stream_share": share,
         "loader": loader,
         "small": small,
@@ -92,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
         share = result["stream_share"] if name == "stream" else rate / limit
         label = "training stream" if name == "stream" else f"bare {name}"
         lines.append(f"  {label:<28}{rate:>10,.0f}{share:>10.1%}")
-    lines.append(f"loader on {setting['cores']} cores, limit x min(workers, cores)")
+    lines.append(f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once")
     for row in result["loader"]:
         label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
         lines.append(f"  {label:<28}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}")
@@ -153,8 +155,8 @@ def _opencv_reader() -> Reader:
     return read
 
 
-def _single_thread(stream: TrainStream, num_images: int, seconds: float) -> tuple[dict[str, float], float]:
-    """Images/s of every reader on bytes in memory, and of the stream on its shards; share of the stream."""
+def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
+    """Image files in memory with a crop each, drawn as the stream draws them."""
     dataset = stream.datasets[0]
     data = [dataset.read(i) for i in range(num_images)]
     boxes = draw_boxes(
@@ -166,14 +168,20 @@ def _single_thread(stream: TrainStream, num_images: int, seconds: float) -> tupl
         ratio=(3 / 4, 4 / 3),
         horizontal_flip=True,
     )
-    each = [tuple(values[i].item() for values in boxes) for i in range(num_images)]
+    return [(data[i], tuple(values[i].item() for values in boxes)) for i in range(num_images)]
 
-    def bare(reader: Reader, first: int) -> None:
-        for i in range(first, first + _TURN):
-            reader(data[i % num_images], each[i % num_images])
 
+def _read_turn(reader: Reader, work: Sequence[tuple[bytes, Box]], first: int) -> None:
+    for i in range(first, first + _TURN):
+        reader(*work[i % len(work)])
+
+
+def _single_thread(
+    stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float
+) -> tuple[dict[str, float], float]:
+    """Images/s of every reader on bytes in memory, and of the stream on its shards; share of the stream."""
     turns: dict[str, Callable[[int], object]] = {
-        name: functools.partial(bare, reader) for name, reader in _readers().items()
+        name: functools.partial(_read_turn, reader, work) for name, reader in _readers().items()
     }
     turns["stream"] = lambda first: stream.batch(np.arange(first, first + _TURN))
     times: dict[str, list[float]] = {name: [] for name in turns}
@@ -192,16 +200,42 @@ def _single_thread(stream: TrainStream, num_images: int, seconds: float) -> tupl
     return rates, statistics.median(limit / ours for limit, ours in zip(times[fastest], times["stream"], strict=True))
 
 
-def _loader_row(stream: TrainStream, workers: int, cores: int, limit: float, seconds: float) -> dict[str, Any]:
-    """Images/s of `train_batches` once its workers run."""
+def _loader_row(
+    stream: TrainStream, fastest: str, work: Sequence[tuple[bytes, Box]], workers: int, cores: int, seconds: float
+) -> dict[str, Any]:
+    """Images/s of `train_batches` once its workers run, beside the bare reader in as many processes."""
+    limit = _bare_rate(fastest, work, min(max(1, workers), cores), seconds / 2)
     batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
     for _ in range(4 * max(1, workers)):
         next(batches)  # start the workers and use up what they prefetched meanwhile
     start, number = time.perf_counter(), 0
-    while time.perf_counter() < start + seconds:
+    while time.perf_counter() < start + seconds / 2:
         number += sum(map(len, next(batches)))
     rate = number / (time.perf_counter() - start)
-    return {"workers": workers, "images_per_s": rate, "share": rate / (limit * min(max(1, workers), cores))}
+    return {"workers": workers, "images_per_s": rate, "limit_images_per_s": limit, "share": rate / limit}
+
+
+def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> float:
+    """Images/s of one reader in some processes that start together."""
+    context = multiprocessing.get_context("fork")  # as the loader's workers
+    rates, barrier = context.SimpleQueue(), context.Barrier(num_processes)
+
+    def read() -> None:
+        reader, number = _readers()[name], 0
+        barrier.wait()
+        start = time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            _read_turn(reader, work, number)
+            number += _TURN
+        rates.put(number / (time.perf_counter() - start))
+
+    processes = [context.Process(target=read, daemon=True) for _ in range(num_processes)]
+    for process in processes:
+        process.start()
+    total: float = sum(rates.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return total
 
 
 def _small(stream: TrainStream) -> dict[str, float]:

@@ -33,6 +33,7 @@ def test_bench_reports_every_number() -> None:
     ]
     assert np.min(rates) > 0
     assert 0 < result["stream_share"] < 2
+    assert all(row["share"] == row["images_per_s"] / row["limit_images_per_s"] for row in result["loader"])
     text = bench_data.table(result)
     assert "training stream" in text
     assert f"{result['fastest_limit']:,.0f}" in text
