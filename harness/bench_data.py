@@ -50,10 +50,10 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         workers: numbers of loader processes; one and every core by default.
 
     Returns:
-        `single_thread`: images/s of each library and of the stream; `fastest_limit`, the best library's; `stream_share`,
-        stream over that limit, median of turns; `loader`: rows with workers, images/s, the limit (the fastest library
-        in as many processes at once, at most one a core: cores share caches and clocks) and their ratio; `small`:
-        images/s of 32 px images, first epoch and later ones; `setting`.
+        `single_thread`: images/s of each library and of the stream; `fastest_limit`: the best library's;
+        `stream_share`: the stream over it, median of turns; `loader`: rows with workers, images/s, the limit (the
+        fastest library in as many processes at once, at most one a core: cores share caches and clocks) and their
+        ratio; `small`: images/s of 32 px images, first epoch and later ones; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, _one_thread():
