@@ -8,5 +8,9 @@ for _ in $(seq 50); do
   sleep 0.2
 done
 for pid in $pids; do kill -9 "$pid" 2> /dev/null; done
+# Steps of a slurmd that a test killed live on; they work in this cluster's log folder.
+for pid in $(pgrep slurmstepd); do
+  case $(readlink "/proc/$pid/cwd") in "$dir"/*) kill -9 "$pid" ;; esac
+done
 [ -f "$dir/run/munged.pid" ] && kill "$(cat "$dir/run/munged.pid")" 2> /dev/null
 rm -rf "$dir"
