@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +17,14 @@ from analysis.frontier import Frontier, parametric_frontier
 from analysis.isoflop import isoflop_frontier
 from analysis.laws import CHINCHILLA
 from analysis.objectives import HUBER_LOG, Objective
-from analysis.result import plain_types
+from analysis.result import AsJson
 
 SIZES = {"total": "params_total", "trunk": "params_trunk", "head": "params_head"}
 FLOPS = {"counted": "flops_train", "6ND": "flops_6nd"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Approaches:
+class Approaches(AsJson):
     """Frontiers by every approach that the table allows."""
 
     frontiers: tuple[Frontier, ...]
@@ -70,10 +69,6 @@ class Approaches:
             "failures": {str(k): v for k, v in self.failures.items()},
             "sentence": self.sentence(),
         }
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
 
 
 def all_approaches(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from analysis.heldout import errors
 from analysis.law import Array
 from analysis.laws import power, sigmoidal
 from analysis.objectives import LOG_LSQ
-from analysis.result import Fit
+from analysis.result import AsJson, Fit
 
 MARGIN = 1e-3
 """How far below the smallest observed loss the released M2 starts its limit."""
@@ -120,7 +121,7 @@ RELEASED: dict[str, Callable[[Array, Array], Curve]] = {"M1": m1, "M2": m2, "M3"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extrapolation:
+class Extrapolation(AsJson):
     """The default forecast of a single curve."""
 
     fits: tuple[Fit, ...]
@@ -129,6 +130,10 @@ class Extrapolation:
     """Name of x."""
     table: pd.DataFrame = field(repr=False)
     """The points used: x, y."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {"variable": self.variable, "num_points": len(self.table), "fits": [f.to_dict() for f in self.fits]}
 
     def predict(self, x: Array) -> pd.DataFrame:
         """value, ci_lo, ci_hi, pi_lo, pi_hi, disagreement (ratio of the two laws), beyond_range at x.

@@ -14,7 +14,7 @@ from analysis.estimate import fit
 from analysis.law import Array, Columns, Law
 from analysis.laws import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
 from analysis.objectives import LSQ, Objective
-from analysis.result import Fit
+from analysis.result import AsJson, Fit
 
 LINKS: dict[str, Law] = {"sigmoid": LINK_SIGMOID, "exponential": LINK_EXPONENTIAL, "linear": LINK_LINEAR}
 
@@ -81,7 +81,7 @@ def link(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class Forecast(AsJson):
     """Accuracy at unseen scales, by way of the loss."""
 
     table: pd.DataFrame
@@ -94,6 +94,19 @@ class Forecast:
     """Draws of one measured accuracy (num_draws, rows)."""
     level: float
     """Level of the intervals."""
+
+    def sentence(self) -> str:
+        """One clause a scale."""
+        parts = [
+            f"at a loss of {row.loss:.4g} [{row.loss_lo:.4g}, {row.loss_hi:.4g}] an accuracy of {row.accuracy:.3f} "
+            f"[{row.pi_lo:.3f}, {row.pi_hi:.3f}], {row.beyond_range:.3g} times beyond the fitted range"
+            for row in self.table.itertuples()
+        ]
+        return f"Expected, with {100 * self.level:.0f} % prediction intervals of both steps: {'; '.join(parts)}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, without the draws."""
+        return {"level": self.level, "scales": self.table.to_dict("records"), "sentence": self.sentence()}
 
 
 def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], *, seed: int = 0) -> Forecast:
@@ -148,7 +161,7 @@ def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeavesChance:
+class LeavesChance(AsJson):
     """The loss at which a task rises above guessing."""
 
     loss: float
@@ -170,6 +183,10 @@ class LeavesChance:
             f"The task rises {self.margin:.3f} above chance ({self.chance:.3f}) at a loss of {self.loss:.4g} "
             f"({self.low:.4g} to {self.high:.4g})."
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return vars(self) | {"sentence": self.sentence()}
 
 
 def leaves_chance(second: Fit, *, chance: float, num_examples: int) -> LeavesChance:

@@ -7,7 +7,6 @@ meanings of N.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from analysis.errors import AnalysisError
 from analysis.law import Array
 from analysis.laws import CHINCHILLA
 from analysis.observations import resolve_columns
-from analysis.result import Fit, Interval, plain_types
+from analysis.result import AsJson, Fit, Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frontier:
+class Frontier(AsJson):
     """N*(C) = k C^a by one approach."""
 
     approach: int
@@ -150,10 +149,6 @@ class Frontier:
             "pairs": self.pairs.to_dict("records"),
             "sentence": self.sentence(),
         }
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
 
 
 def log_line(flops: Array, optimum: Array, log_std: Array | None = None) -> tuple[float, float]:

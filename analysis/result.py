@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 NOT_IDENTIFIED = "not identified"
 
 
+class AsJson:
+    """What every result can do: turn into plain types and into JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        raise NotImplementedError
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """`to_dict` as JSON; numbers that JSON cannot hold become null."""
+        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """A confidence interval of a parameter."""
@@ -76,7 +88,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class Fit(AsJson):
     """A fitted law."""
 
     law: Law
@@ -245,10 +257,6 @@ class Fit:
             "sentence": self.sentence(),
         }
 
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON (no NaN: null)."""
-        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
-
 
 def plain_types(value: Any) -> Any:
     """JSON types only; numbers that JSON cannot hold become null."""
@@ -262,7 +270,7 @@ def plain_types(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correlation:
+class Correlation(AsJson):
     """How two columns go together."""
 
     method: str
@@ -301,10 +309,6 @@ class Correlation:
         return plain_types(
             {k: v for k, v in vars(self).items() if k != "exclusions"} | {"sentence": self.sentence()}
         ) | {"exclusions": [str(e) for e in self.exclusions]}
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
 
 
 def intervals_of(draws: dict[str, Array], level: float, method: str) -> dict[str, Interval]:

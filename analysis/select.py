@@ -15,11 +15,11 @@ from analysis.heldout import held_out
 from analysis.law import Law
 from analysis.laws import find_law
 from analysis.objectives import HUBER_LOG, Objective
-from analysis.result import Fit
+from analysis.result import AsJson, Fit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Choice(AsJson):
     """Laws ranked by predictive score."""
 
     table: pd.DataFrame
@@ -40,6 +40,15 @@ class Choice:
             f"{self.table['num_steps'].max()} held-out steps): {ranked}; "
             f"a ruler {self.table['naive_log_rmse'].min():.4f}.{unranked}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {
+            "by": self.by,
+            "laws": self.table.to_dict("records"),
+            "best": self.best.to_dict(),
+            "sentence": self.sentence(),
+        }
 
 
 def choose(

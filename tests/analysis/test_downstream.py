@@ -1,5 +1,7 @@
 """Loss to accuracy: known links, Gadre's percentages, OpenCLIP's edge, the OLMo ladder."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,6 +42,8 @@ def test_forecasts_carry_both_errors(grid, scores):
     assert (width > (alone["ci_hi"] - alone["ci_lo"]) * 0.95).all()
     assert (both.table["pi_hi"] - both.table["pi_lo"] >= width * 0.95).all()
     assert both.table["beyond_range"].iloc[1] == pytest.approx(100, rel=1e-6)
+    assert json.loads(both.to_json())["scales"][1]["accuracy"] == pytest.approx(both.table["accuracy"].iloc[1])
+    assert "100 times beyond the fitted range" in both.sentence()
     mean = average([both, both])
     assert mean["accuracy"].tolist() == pytest.approx(both.table["accuracy"].tolist())
 

@@ -54,12 +54,17 @@ def test_kept_activations_are_within_ten_percent(
 BIG = model_config("w640-d4", image_size=32, patch_size=8)
 
 
+def status_bytes(field: str) -> int:
+    """A field of this process's status: `VmHWM` is its peak of resident memory, `RssFile` its pages of mapped files."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
 def peak_bytes(reset: bool = False) -> int:
-    """Peak resident memory of this process (VmHWM); `reset` starts a new peak."""
+    """Peak resident memory but for pages of libraries, which a fork touches one by one; `reset` starts a new peak."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+    return status_bytes("VmHWM") - status_bytes("RssFile")
 
 
 def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
