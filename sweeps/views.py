@@ -40,12 +40,16 @@ STYLE = {
 }
 
 
+ROUNDS_UP = 0.9995
+"""What three digits show as 1000 gets the next prefix."""
+
+
 def number(value: float | None, unit: str = "") -> str:
     """Three digits with a metric prefix: 1.09B, 12.3k; `-` for none."""
     if value is None:
         return "-"
     for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= ROUNDS_UP * size:
             return f"{value / size:.3g}{prefix}{unit}"
     return f"{value:.3g}{unit}"
 
@@ -53,7 +57,7 @@ def number(value: float | None, unit: str = "") -> str:
 def data_size(num_bytes: float) -> str:
     """Bytes in decimal units."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= size:
+        if num_bytes >= ROUNDS_UP * size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes:.0f} B"
 
