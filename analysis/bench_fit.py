@@ -131,7 +131,7 @@ def start_grid(df: pd.DataFrame, num_starts: int) -> dict[str, Any]:
 def pypi_chinchilla(df: pd.DataFrame) -> dict[str, Any]:
     """PyPI `chinchilla` on the same grid of starts and objective, or why it was not timed."""
     if importlib.util.find_spec("chinchilla") is None:
-        return {"skipped": "the package `chinchilla` is not installed"}
+        return {"skipped": "the package `chinchilla` is not installed (pip install -e '.[peers]')"}
     try:
         peer = importlib.import_module("chinchilla").Chinchilla
     except ImportError as error:
