@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,6 @@ from harness.engine import Engine, EngineOptions
 from harness.memory import DoesNotFitError, even_share, execution_plan, kept_bytes_per_image, memory_estimate
 from harness.record import count_targets
 
-Run = Callable[..., list[int]]
 GIB = 2**30
 M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
@@ -70,9 +72,15 @@ def peak_bytes(reset: bool = False) -> int:
     return status_bytes("VmHWM") - status_bytes("RssFile")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
     torch.set_num_threads(1)
-    # glibc keeps freed blocks below a threshold that earlier tests have raised; so every tensor goes back at once.
+    # Every freed tensor goes back at once, so that the peak is what lives, not what malloc keeps.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
     group = start_group(find_placement(), "cpu")
     Engine(AIM(model_config("w16-d2", image_size=16, patch_size=4)), OptimiserSection(precision="fp32"),
@@ -95,10 +103,18 @@ def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
     [("fp32", 0, 1), ("fp32", 1, 1), ("fp32", 2, 2), ("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 2), ("bf16", 3, 2)],
 )
 def test_the_estimate_covers_the_peak_of_a_step_and_little_more(
-    precision: str, stage: int, world_size: int, tmp_path: Path, in_processes: Run
+    precision: str, stage: int, world_size: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "bytes"
-    assert in_processes(measure_step, out, precision, stage, world_size=world_size) == [0] * world_size
+    place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out), precision, str(stage)],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]
+    assert [process.wait() for process in ranks] == [0] * world_size
     estimate = memory_estimate(
         BIG,
         zero_stage=stage,
@@ -143,3 +159,8 @@ def test_the_rule_takes_the_lowest_stage_that_fits_with_enough_images() -> None:
 )
 def test_micro_batches_share_a_ranks_images_evenly_in_pairs(per_rank: int, most: int, share: int) -> None:
     assert even_share(per_rank, most) == share
+
+
+if __name__ == "__main__":  # a fresh process: the heap that a test run leaves behind would be counted or used again
+    measure_step(int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    os._exit(0)  # as the forks of `in_processes` end: gloo's threads may outlive the interpreter
