@@ -96,31 +96,36 @@ def probe(
     if tasks is not None:
         config = _with_tasks(config, tasks)
     sections = _sections(config, task, train, test, kind)
-    group = join_ranks(device)
+    with join_ranks(device) as group:
+        results: Iterator[tuple[int | None, list[dict[str, Any]]]]
+        if is_baseline:
+            results = probe_baseline(
+                target,
+                RunDir(like or target),
+                sections,
+                weights=weights,
+                random_weights=random_weights,
+                hub=hub,
+                image_size=image_size,
+                out=out,
+                group=group,
+                cache_gb=cache_gb,
+                again=again,
+            )
+        else:
+            results = probe_run(Path(target), images_seen, sections, group=group, cache_gb=cache_gb, again=again)
+        _print(results, is_first=group.is_first, as_json=as_json)
+
+
+def _print(results: Iterator[tuple[int | None, list[dict[str, Any]]]], *, is_first: bool, as_json: bool) -> None:
+    """Probe, and print each entry when it is there, or all as JSON at the end; only rank 0 prints."""
     found: list[dict[str, Any]] = []
-    results: Iterator[tuple[int | None, list[dict[str, Any]]]]
-    if is_baseline:
-        results = probe_baseline(
-            target,
-            RunDir(like or target),
-            sections,
-            weights=weights,
-            random_weights=random_weights,
-            hub=hub,
-            image_size=image_size,
-            out=out,
-            group=group,
-            cache_gb=cache_gb,
-            again=again,
-        )
-    else:
-        results = probe_run(Path(target), images_seen, sections, group=group, cache_gb=cache_gb, again=again)
     for budget, entries in results:
         found += [{"images_seen": budget, **entry} for entry in entries]
-        if group.is_first and not as_json:
+        if is_first and not as_json:
             for entry in entries:
                 typer.echo(_line(budget, entry))
-    if group.is_first and as_json:
+    if is_first and as_json:
         typer.echo(json.dumps(found, indent=1))
 
 

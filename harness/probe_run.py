@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from aim.model import AIM
 from aim.weights import load_backbone, load_model
 from harness.baseline_models import baseline
 from harness.config import ProbeSection, RunConfig
-from harness.distributed import Group, LaunchError, find_placement, start_group
+from harness.distributed import Group, LaunchError, find_placement, start_group, stop_group
 from harness.probe import probe_backbone, probe_model
 from harness.probe_features import ALONE, CACHE_GB, ProbeError
 from harness.rundir import RunDir
@@ -66,19 +67,26 @@ def wanted_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[ProbeSe
     return [known[task] for task in tasks]
 
 
-def join_ranks(device: str) -> Group:
-    """The ranks that torchrun or Slurm started, or this process by itself.
+@contextlib.contextmanager
+def join_ranks(device: str) -> Iterator[Group]:
+    """The ranks that torchrun or Slurm started, or this process by itself; left again at the end, whatever happened.
 
     Raises:
         LaunchError: a device that is not there, or variables that name half of a group.
     """
     placement = find_placement()
     if placement.world_size > 1:
-        return start_group(placement, device)
+        try:
+            group = start_group(placement, device)
+            yield group
+            group.wait()  # no rank takes the store away from one that still needs it
+        finally:
+            stop_group()
+        return
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise LaunchError("--device cuda was asked for and torch sees no CUDA device; use cpu or auto")
-    return Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
+    yield Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
 
 
 def probe_run(
