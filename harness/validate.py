@@ -32,7 +32,7 @@ NUM_COMPLETIONS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses of single images, summed over their prefixes; one row an image, in the folder's order."""
+    """Losses of single images, of each prefix and summed over them; one row an image, in the folder's order."""
 
     index: np.ndarray
     """int64: sample number in the validation folder."""
@@ -40,6 +40,10 @@ class ValidationLosses:
     """float64: sum over scored targets of their mean squared errors."""
     num_targets: np.ndarray
     """float64: scored targets."""
+    prefix_len: np.ndarray
+    """int64 (images, prefixes): patches given."""
+    prefix_loss_sum: np.ndarray
+    """float64 (images, prefixes): `loss_sum` by prefix, from which the noise of the drawn prefixes can be told."""
 
     @property
     def loss(self) -> float:
@@ -79,16 +83,22 @@ def validate(
         repeated = images.repeat_interleave(section.num_prefixes, dim=0)
         loss_sum, num_targets = model.per_image_loss(repeated, prefixes[rows].reshape(-1))
         shape = (len(rows), section.num_prefixes)
-        sums.append(loss_sum.double().view(shape).sum(1))
+        sums.append(loss_sum.double().view(shape))
         counts.append(num_targets.double().view(shape).sum(1))
     mine = (
         own,
-        torch.cat(sums).cpu().numpy() if sums else np.zeros(0),
+        torch.cat(sums).cpu().numpy() if sums else np.zeros((0, section.num_prefixes)),
         torch.cat(counts).cpu().numpy() if counts else np.zeros(0),
     )
     rows, losses, targets = (np.concatenate(part) for part in zip(*group.gather(mine), strict=True))
     order = np.argsort(rows)
-    return ValidationLosses(index=indices, loss_sum=losses[order], num_targets=targets[order])
+    return ValidationLosses(
+        index=indices,
+        loss_sum=losses[order].sum(1),
+        num_targets=targets[order],
+        prefix_len=prefixes.numpy(),
+        prefix_loss_sum=losses[order],
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.table import TableError, results_table, write_table
-from harness.config import fingerprint
+from harness.config import ResultConfig, Section, fingerprint
 from harness.rundir import write_json
 from sweeps.costs import CostCard
 from sweeps.directory import RunRecord
@@ -120,12 +120,14 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
     if strangers:
         raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
     missing = status.state if status.state in ("diverged", "failed") else "unfinished"
+    planned = _planned_row(run, card)
     rows = []
     for budget in card.budgets:
         if budget.images_seen in found:
-            rows.append({**found[budget.images_seen], "sweep": sweep.name, "status": "complete"})
+            known = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
+            rows.append({**known, **found[budget.images_seen], "sweep": sweep.name, "status": "complete"})
         else:
-            rows.append({**_planned_row(run, card), "images_seen": budget.images_seen, "epochs": budget.epochs})
+            rows.append({**planned, "images_seen": budget.images_seen, "epochs": budget.epochs})
             rows[-1] |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
             rows[-1] |= {"sweep": sweep.name, "status": missing}
     return rows
@@ -161,6 +163,9 @@ def _planned_row(run: Run, card: CostCard) -> dict[str, Any]:
         "prefix": result.objective.prefix,
         "target": result.objective.target,
         "head_rule": result.model.head_rule,
+        "head_width": None if model.head.is_linear else model.head.width,
+        "head_depth": model.head.depth,
+        "setup": setup_of(result),
         "image_size": model.image_size,
         "patch_size": model.patch_size,
         "params_preprocessor": card.params_preprocessor,
@@ -170,6 +175,38 @@ def _planned_row(run: Run, card: CostCard) -> dict[str, Any]:
         "flops_per_image": card.flops_per_image,
         "config_hash": fingerprint(result),
     }
+
+
+SCALE_FIELDS = {
+    "model.size",
+    "data.sources",
+    "data.unique_images",
+    "optimiser.batch_size",
+    "optimiser.lr_peak",
+    "schedule.warmup_images",
+    "budgets",
+    "seed",
+    "validation",
+    "probes",
+}
+"""What a recipe makes follow from scale, or what has a column of its own: not part of a row's `setup`."""
+
+
+def setup_of(result: ResultConfig) -> dict[str, Any]:
+    """Dotted result fields that differ from their defaults, but for `SCALE_FIELDS`: equal in runs that differ in scale.
+
+    Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
+    """
+    setup: dict[str, Any] = {}
+    for name in ResultConfig.model_fields:
+        value = getattr(result, name)
+        if name in SCALE_FIELDS or not isinstance(value, Section):
+            continue
+        for key, field in type(value).model_fields.items():
+            dotted = f"{name}.{key}"
+            if dotted not in SCALE_FIELDS and getattr(value, key) != field.get_default(call_default_factory=True):
+                setup[dotted] = getattr(value, key)
+    return setup
 
 
 def _completions(sweep: Sweep, run: Run, record: RunRecord) -> list[dict[str, Any]]:

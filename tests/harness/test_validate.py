@@ -47,6 +47,9 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, tmp_path: Path
             assert losses["index"].tolist() == list(range(13))
             assert losses["loss_sum"] == pytest.approx(expected, rel=1e-5)
             assert losses["num_targets"].tolist() == (48 - prefix_lengths(13, 3, 16).sum(1)).tolist()
+            assert losses["prefix_len"].tolist() == prefix_lengths(13, 3, 16).tolist()
+            assert losses["prefix_loss_sum"].shape == (13, 3)
+            assert losses["prefix_loss_sum"].sum(1) == pytest.approx(losses["loss_sum"])
 
 
 def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
@@ -55,7 +58,13 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
     for _ in range(2000):
         num_targets = rng.integers(20, 40, 50).astype(float)
         loss_sum = num_targets * rng.gamma(4, 0.1, 50)
-        losses = ValidationLosses(index=np.arange(50), loss_sum=loss_sum, num_targets=num_targets)
+        losses = ValidationLosses(
+            index=np.arange(50),
+            loss_sum=loss_sum,
+            num_targets=num_targets,
+            prefix_len=np.ones((50, 1), np.int64),
+            prefix_loss_sum=loss_sum[:, None],
+        )
         deviations.append((losses.loss - 0.4) / losses.standard_error)
     assert np.mean(np.abs(deviations) < 1.96) == pytest.approx(0.94, abs=0.02)
 

@@ -43,6 +43,18 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
     assert before == {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
 
 
+def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    varied = {"model.head_depth": [0, 2], "objective.target": ["normalised", "raw"]}
+    sweep = write_sweep(sizes=["rung-32"], axes=varied)
+    launch(sweep, slots=2, command=stand_in())
+    table = read_table(collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep))).table)
+    setups = [json.loads(text) for text in table["setup"]]
+    assert list(table["head_depth"]) == [setup["model.head_depth"] for setup in setups]
+    assert {setup.get("objective.target", "normalised") for setup in setups} == {"normalised", "raw"}
+    scale = {"model.size", "optimiser.lr_peak", "optimiser.batch_size", "budgets", "seed", "data.sources"}
+    assert not scale & {key for setup in setups for key in setup}
+
+
 def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
