@@ -29,6 +29,14 @@ def pack(
     resize: Annotated[int | None, typer.Option(min=1, help="Shrink shorter sides above this to it, pixels.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave undecodable images out and list them.")] = False,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Size at which a new shard begins, MB.")] = 500.0,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:STOP",
+            help="Take these positions of the fixed shuffled order only; ranges that do not overlap are disjoint "
+            "random splits.",
+        ),
+    ] = None,
     classes: ClassesOption = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
@@ -46,12 +54,15 @@ def pack(
     if out is None:
         raise DataError(f"data pack needs an output folder: aimscale data pack {source} OUT")
     skipped: list[Path] = []
+    part = _read_part(images)
     if is_idx(source):
-        info = pack_idx(source, out, classes=_read_classes(classes))
+        info = pack_idx(source, out, classes=_read_classes(classes), part=part)
     else:
         if classes is not None:
             raise DataError("--classes is for idx files and data index; an image folder's classes are its sub-folders")
-        info, skipped = pack_folder(source, out, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6)
+        info, skipped = pack_folder(
+            source, out, resize=resize, skip_bad=skip_bad, part=part, max_shard_bytes=shard_mb * 1e6
+        )
     for path in skipped:
         print(f"left out, cannot be decoded: {path}")
     print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {len(info.shards)} shards")
@@ -111,6 +122,18 @@ def info(
     print(json.dumps(facts, indent=1) if as_json else format_description(facts))
     if sheet is not None and not as_json:
         print(f"  {'contact sheet':<14} {facts['contact_sheet']['num_images']} images in {sheet}")
+
+
+def _read_part(text: str | None) -> tuple[int, int] | None:
+    from harness.data.index import DataError
+
+    if text is None:
+        return None
+    try:
+        start, stop = (int(number) for number in text.split(":"))
+    except ValueError as error:
+        raise DataError(f"--images {text} is no range; write START:STOP, as in 0:50000") from error
+    return start, stop
 
 
 def _read_classes(path: Path | None) -> tuple[str, ...] | None:

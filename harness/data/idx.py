@@ -23,13 +23,16 @@ def is_idx(path: Path) -> bool:
     return "images-idx3-ubyte" in path.name
 
 
-def pack_idx(images_path: Path, out: Path, *, classes: tuple[str, ...] | None = None) -> DatasetInfo:
+def pack_idx(
+    images_path: Path, out: Path, *, classes: tuple[str, ...] | None = None, part: tuple[int, int] | None = None
+) -> DatasetInfo:
     """Pack one split: its `...-images-idx3-ubyte[.gz]`, and the `...-labels-idx1-ubyte[.gz]` beside it.
 
-    The sample's key is its number in the file; samples are written in a fixed shuffled order.
+    The sample's key is its number in the file; samples are written in a fixed shuffled order, or, with `part`,
+    positions start..stop-1 of that order.
 
     Raises:
-        DataError: a file is missing, truncated or no idx file, or the counts differ.
+        DataError: a file is missing, truncated or no idx file, the counts differ, or the part is not there.
     """
     labels_path = images_path.with_name(images_path.name.replace("images-idx3", "labels-idx1"))
     images, labels = read_idx(images_path), read_idx(labels_path)
@@ -39,7 +42,7 @@ def pack_idx(images_path: Path, out: Path, *, classes: tuple[str, ...] | None = 
         )
     if classes is None:
         classes = tuple(str(number) for number in range(int(labels.max(initial=0)) + 1))
-    return write_dataset(out, _samples(images, labels), name=out.name, classes=classes)
+    return write_dataset(out, _samples(images, labels, part), name=out.name, classes=classes)
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
@@ -67,7 +70,9 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
-def _samples(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]) -> Iterator[PackedImage]:
-    for number in shuffled_order(len(images)):
+def _samples(
+    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], part: tuple[int, int] | None
+) -> Iterator[PackedImage]:
+    for number in shuffled_order(len(images), part):
         extension, data = encode(torch.from_numpy(images[number].copy())[None])
         yield PackedImage(f"{number:09d}", extension, data, int(labels[number]))

@@ -103,28 +103,37 @@ def pack_folder(
     *,
     resize: int | None = None,
     skip_bad: bool = False,
+    part: tuple[int, int] | None = None,
     max_shard_bytes: float = _MAX_SHARD_BYTES,
 ) -> tuple[DatasetInfo, list[Path]]:
     """Pack an image folder; sub-folders, sorted, become classes. Returns the data set and the files left out as bad.
 
     Images are written in a fixed shuffled order, so that the first n are a random subset. With `resize`, shorter sides
-    above it are shrunk to it once, which spares every epoch the decoding of pixels that no crop keeps.
+    above it are shrunk to it once, which spares every epoch the decoding of pixels that no crop keeps. With `part`,
+    only positions start..stop-1 of the shuffled order: ranges that do not overlap are disjoint random subsets.
 
     Raises:
-        DataError: no images, images both in `folder` and in sub-folders, `out` exists, or an undecodable image
-            (unless `skip_bad`).
+        DataError: no images, images both in `folder` and in sub-folders, `out` exists, an undecodable image
+            (unless `skip_bad`), or a part beyond the images that are there.
     """
     files, classes = list_images(folder)
     skipped: list[Path] = []
-    files = [files[number] for number in shuffled_order(len(files))]
+    files = [files[number] for number in shuffled_order(len(files), part)]
     images = _read_images(folder, files, classes, resize, skipped if skip_bad else None)
     info = write_dataset(out, images, name=out.name, classes=classes, max_shard_bytes=max_shard_bytes)
     return info, skipped
 
 
-def shuffled_order(number: int) -> npt.NDArray[np.int64]:
-    """The fixed order in which `number` images are packed."""
-    return permute(np.arange(number), number, make_key("pack order"))
+def shuffled_order(number: int, part: tuple[int, int] | None = None) -> npt.NDArray[np.int64]:
+    """The fixed order in which `number` images are packed, or positions start..stop-1 of it.
+
+    Raises:
+        DataError: the part is empty or reaches beyond the images.
+    """
+    start, stop = part or (0, number)
+    if not 0 <= start < stop <= number:
+        raise DataError(f"images {start}:{stop} cannot be taken from {number}; give a range within 0:{number}")
+    return permute(np.arange(start, stop), number, make_key("pack order"))
 
 
 def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:

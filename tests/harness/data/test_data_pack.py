@@ -39,6 +39,27 @@ def test_pack_keeps_bytes_and_labels(small_set: Path) -> None:
     assert repeat.fingerprint == dataset.fingerprint
 
 
+def test_ranges_are_disjoint_splits_of_the_whole(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, whole = small_set.parent / "images", open_dataset(small_set)
+    parts = []
+    for bounds in ("0:45", "45:60"):
+        with pytest.raises(SystemExit) as end:
+            main(["data", "pack", str(source), str(tmp_path / bounds.replace(":", "-")), "--images", bounds])
+        assert end.value.code == 0
+        parts.append(open_dataset(tmp_path / bounds.replace(":", "-")))
+    read = [dataset.read(i) for dataset in parts for i in range(len(dataset))]
+    assert read == [whole.read(i) for i in range(60)]
+    assert parts[1].classes == whole.classes
+    for bad, why in (("50:61", "give a range within 0:60"), ("5:5", "0:60"), ("5", "write START:STOP")):
+        with pytest.raises(SystemExit) as end:
+            main(["data", "pack", str(source), str(tmp_path / "bad"), "--images", bad])
+        assert end.value.code == 2
+        assert why in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
 def test_pack_resizes_once(large_set: Path, tmp_path: Path) -> None:
     pack_folder(large_set.parent / "images", tmp_path / "out", resize=64)
     dataset = open_dataset(tmp_path / "out")
