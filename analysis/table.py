@@ -103,6 +103,12 @@ COLUMNS = _columns(
         ("flops_per_image", "float64", "FLOP", "Training FLOPs of one image (3 x forward, head and attention counted)"),
         ("flops_train", "float64", "FLOP", "C: flops_per_image x images_seen"),
         ("flops_6nd", "float64", "FLOP", "6 x params_total x tokens seen, the usual approximation of C"),
+        (
+            "flops_executed",
+            "float64",
+            "FLOP",
+            "C without what training skips: only scored tokens enter head and last MLP",
+        ),
         ("val_loss", "float64", "normalised MSE", "L: mean squared error per scored target on fixed held-out images"),
         ("val_loss_se", "float64", "normalised MSE", "Standard error of val_loss over validation images"),
         ("val_num_images", "int64", "images", "Validation images"),

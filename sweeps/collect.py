@@ -125,11 +125,13 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
     for budget in card.budgets:
         if budget.images_seen in found:
             known = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
-            rows.append({**known, **found[budget.images_seen], "sweep": sweep.name, "status": "complete"})
+            rows.append({**known, **found[budget.images_seen], "status": "complete"})
         else:
             rows.append({**planned, "images_seen": budget.images_seen, "epochs": budget.epochs})
             rows[-1] |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
-            rows[-1] |= {"sweep": sweep.name, "status": missing}
+            rows[-1] |= {"status": missing}
+        executed = card.flops_executed / card.images_executed * budget.images_seen
+        rows[-1] |= {"sweep": sweep.name, "flops_executed": executed}
     return rows
 
 

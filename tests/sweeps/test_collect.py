@@ -47,10 +47,13 @@ def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launc
     varied = {"model.head_depth": [0, 2], "objective.target": ["normalised", "raw"]}
     sweep = write_sweep(sizes=["rung-32"], axes=varied)
     launch(sweep, slots=2, command=stand_in())
-    table = read_table(collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep))).table)
+    cards = cost_cards(sweep, plan(sweep))
+    table = read_table(collect(sweep, plan(sweep), cards).table)
     setups = [json.loads(text) for text in table["setup"]]
     assert list(table["head_depth"]) == [setup["model.head_depth"] for setup in setups]
     assert {setup.get("objective.target", "normalised") for setup in setups} == {"normalised", "raw"}
+    counted = table["images_seen"] * [card.flops_per_image for card in cards for _ in card.budgets]
+    assert (table["flops_executed"] / counted).between(0.3, 0.99).all()
     scale = {"model.size", "optimiser.lr_peak", "optimiser.batch_size", "budgets", "seed", "data.sources"}
     assert not scale & {key for setup in setups for key in setup}
 
