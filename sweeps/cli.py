@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "probe": ("harness.cli_probe", "Probe the frozen features of one run's budgets."),
     "weights": ("harness.cli_weights", "Import, export and describe official AIM weights."),
     "bench": ("sweeps.cli_bench", "Measure throughput, MFU, loader and fit speed against named limits."),
+    "doctor": ("sweeps.cli_doctor", "Look at this machine: what works, and what to do about the rest."),
     "fit": ("analysis.cli_fit", "Fit a scaling law to a table, with intervals and a held-out test."),
     "frontier": ("analysis.cli_frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("analysis.cli_correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
@@ -47,6 +48,8 @@ class LazyGroup(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import the verb's module and turn its typer app into a command."""
         if cmd_name not in VERBS:
+            if ctx.resilient_parsing:  # the shell asks for completions: nothing to say, and no place to say it
+                return None
             near = difflib.get_close_matches(cmd_name, VERBS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
             raise UserError(f"there is no verb '{cmd_name}'; {hint}")
@@ -55,6 +58,12 @@ class LazyGroup(typer.core.TyperGroup):
         # Every typer app brings the shell-completion options; they belong to the top alone.
         command.params = [param for param in command.params if "completion" not in str(param.name)]
         return command
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Offer verbs with their lines, and options, without importing the verbs."""
+        lines: dict[str, Any] = {verb: typer.core.TyperCommand(name=verb, help=line) for verb, (_, line) in VERBS.items()}
+        light = typer.core.TyperGroup(name=self.name, commands=lines, params=self.params)
+        return light.shell_complete(type(ctx)(light, resilient_parsing=True), incomplete)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write usage and one line a verb, without importing the verbs or rich."""

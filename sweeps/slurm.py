@@ -53,7 +53,7 @@ class JobInfo:
         return "running" if self.state in RUNNING else "ended"
 
 
-def command(*words: str) -> str:
+def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
     """Run one of Slurm's commands and return what it prints.
 
     Raises:
@@ -62,9 +62,11 @@ def command(*words: str) -> str:
     if shutil.which(words[0]) is None:
         raise SlurmError(f"there is no Slurm here ({words[0]} is not on the PATH); use --on local, or a login node")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{words[0]} did not answer within {TIMEOUT_S} s; is slurmctld up? (scontrol ping)") from error
+        raise SlurmError(
+            f"{words[0]} did not answer within {timeout_s:.0f} s; is slurmctld up? (scontrol ping)"
+        ) from error
     if done.returncode:
         raise SlurmError(f"{words[0]} failed: {plain(done.stderr or done.stdout)}")
     return done.stdout
