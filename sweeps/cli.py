@@ -61,7 +61,9 @@ class LazyGroup(typer.core.TyperGroup):
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """Offer verbs with their lines, and options, without importing the verbs."""
-        lines: dict[str, Any] = {verb: typer.core.TyperCommand(name=verb, help=line) for verb, (_, line) in VERBS.items()}
+        lines: dict[str, Any] = {
+            verb: typer.core.TyperCommand(name=verb, help=line) for verb, (_, line) in VERBS.items()
+        }
         light = typer.core.TyperGroup(name=self.name, commands=lines, params=self.params)
         return light.shell_complete(type(ctx)(light, resilient_parsing=True), incomplete)
 
