@@ -29,8 +29,6 @@ PATH_FIELDS = {
     "probes": ("train", "test"),
     "runtime": ("cache_dir",),
 }
-EXTRA_FIELDS = ("runtime", "devices")
-"""What `base` and `set` may hold besides result fields: how a run is executed, and on how many devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +124,16 @@ class _Fixed:
             for key, values in sweep.file.axes.items()
             for i, value in enumerate(values)
         }
+        self.axes |= {
+            ("variant", i): _resolve(_nested(changes), sweep) for i, changes in enumerate(sweep.file.variants.values())
+        }
 
 
 def _cells(sweep: Sweep, fixed: _Fixed, chosen: Recipe) -> Iterator[tuple[Fields, tuple[int, ...], Fields]]:
     """Yield (cell, requested budgets, changed fields) of every run."""
     file = sweep.file
-    axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in file.axes.items()]
+    named = file.axes | ({"variant": tuple(file.variants)} if file.variants else {})
+    axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in named.items()]
     for values in itertools.product(*axes):
         axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), fixed.base)
         extra = {key: value for key, _, value in values}
@@ -192,8 +194,11 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
     fields["seed"] = cell["seed"]
     optimiser = fields["optimiser"]
-    if "lr_multiplier" in cell:
-        optimiser["lr_peak"] = float(f"{float(optimiser['lr_peak']) * float(cell['lr_multiplier']):.6g}")
+    factors = (fields.pop("lr_multiplier", 1.0), cell.get("lr_multiplier", 1.0))
+    if factors != (1.0, 1.0):
+        optimiser["lr_peak"] = float(
+            f"{optimiser['lr_peak'] * _factor(factors[0], sweep) * _factor(factors[1], sweep):.6g}"
+        )
     fields["budgets"] = _whole_batches(requested, optimiser["batch_size"], sweep)
     runtime = _runtime(json.dumps(fields.pop("runtime", {}), default=str), f"{sweep.source}: runtime")
     devices = sweep.file.cost.devices or fields.pop("devices", chosen.devices(scale))
@@ -203,6 +208,12 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     result = parse(ResultConfig, fields, str(sweep.source))
     config = RunConfig.model_construct(version=1, result=result, runtime=runtime)  # both parts are validated
     return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, batch_target=batch_target)
+
+
+def _factor(value: Any, sweep: Sweep) -> float:
+    if not isinstance(value, int | float) or value <= 0:
+        raise SweepError(f"{sweep.source}: lr_multiplier must be a number above 0, not {value!r}")
+    return float(value)
 
 
 @functools.lru_cache

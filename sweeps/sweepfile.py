@@ -6,7 +6,8 @@
     budgets: [4k, 8k, 16k]              # images seen; counts may be written 4k, 500M, 2B, 1e6
     unique_images: [1k, null]           # null: the whole pool
     seeds: [0, 1]
-    axes: {model.head_rule: [proportional, none]}
+    axes: {model.head_rule: [proportional, none]}       # crossed with everything above
+    variants: {base: {}, causal: {objective.prefix: none}}   # or whole settings side by side, under names
     base:                               # fields shared by all runs: those of ResultConfig, and `runtime`
       data: {sources: [{path: data/train}]}
       validation: {path: data/validation}
@@ -60,7 +61,8 @@ class OverrideSection(Section):
     when: dict[str, Any]
     """Axis -> value or list of values; a cell matches when every named axis does."""
     set: dict[str, Any]
-    """Result fields (dotted or nested) and `runtime`, replacing those of recipe, base and axes."""
+    """Result fields (dotted or nested) and `runtime`, or what else `base` may hold, replacing those of recipe,
+    base, axes and variants."""
 
 
 class IsoflopSection(Section):
@@ -155,10 +157,13 @@ class SweepFile(Section):
     """Seeds of weights and stream."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Dotted result field -> values; `lr_multiplier` multiplies the recipe's learning rate."""
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> fields that this variant changes, as in `base`: one-at-a-time ablations, crossed with the axes above."""
     isoflop: IsoflopSection | None = None
     """Instead of `budgets`."""
     base: dict[str, Any] = Field(default_factory=dict)
-    """Fields of every run: those of ResultConfig, and `runtime`."""
+    """Fields of every run: those of ResultConfig, `runtime`, `devices` (ranks, instead of the recipe's) and `lr_multiplier`
+    (a factor of the recipe's learning rate)."""
     exclude: tuple[dict[str, Any], ...] = ()
     """Cells left out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
@@ -179,7 +184,7 @@ class SweepFile(Section):
     def _consistent(self) -> SweepFile:
         if bool(self.budgets) == bool(self.isoflop):
             raise ValueError("give either `budgets` or `isoflop`")
-        known = [*AXES, *self.axes]
+        known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
         for key in [key for cells in (*self.exclude, *(o.when for o in self.override)) for key in cells]:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)

@@ -31,6 +31,29 @@ def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_
     assert max(rates) == pytest.approx(2 * min(rates))
 
 
+def test_variants_are_named_settings_side_by_side(write_sweep: Any) -> None:
+    variants: dict[str, Any] = {"base": {}, "causal": {"objective.prefix": "none", "lr_multiplier": 2.0}}
+    sweep = write_sweep(
+        sizes=["rung-32"],
+        seeds=[0, 1],
+        variants=variants,
+        override=[{"when": {"variant": "causal", "seed": 1}, "set": {"lr_multiplier": 4.0}}],
+    )
+    runs = {(run.cell["variant"], run.cell["seed"]): run.config.result for run in plan(sweep)}
+    assert set(runs) == {("base", 0), ("base", 1), ("causal", 0), ("causal", 1)}
+    assert runs["base", 0].objective.prefix == "paired"
+    assert runs["causal", 0].objective.prefix == "none"
+    rate = runs["base", 0].optimiser.lr_peak
+    assert runs["causal", 0].optimiser.lr_peak == pytest.approx(2 * rate)
+    assert runs["causal", 1].optimiser.lr_peak == pytest.approx(4 * rate)
+    with pytest.raises(UserError, match=r"cells .*base.* and .*same.* are the same run"):
+        plan(write_sweep(sizes=["rung-32"], variants={"base": {}, "same": {}}))
+    with pytest.raises(UserError, match="'variant' is no axis of this sweep"):
+        plan(write_sweep(exclude=[{"variant": "base"}]))
+    with pytest.raises(UserError, match="lr_multiplier must be a number above 0, not 'twice'"):
+        plan(write_sweep(override=[{"when": {"seed": 0}, "set": {"lr_multiplier": "twice"}}]))
+
+
 def test_a_cosine_budget_is_its_own_run(write_sweep: Any) -> None:
     sweep = write_sweep(budgets=["1k", "2k"], axes={"schedule.kind": ["cosine", "wsd"]})
     budgets = sorted(run.budgets for run in plan(sweep) if run.cell["size"] == "rung-32")
