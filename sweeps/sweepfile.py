@@ -162,8 +162,8 @@ class SweepFile(Section):
     isoflop: IsoflopSection | None = None
     """Instead of `budgets`."""
     base: dict[str, Any] = Field(default_factory=dict)
-    """Fields of every run: those of ResultConfig, `runtime`, `devices` (ranks, instead of the recipe's) and `lr_multiplier`
-    (a factor of the recipe's learning rate)."""
+    """Fields of every run: those of ResultConfig, `runtime`, `devices` (ranks, instead of the recipe's) and
+    `lr_multiplier` (a factor of the recipe's learning rate)."""
     exclude: tuple[dict[str, Any], ...] = ()
     """Cells left out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
