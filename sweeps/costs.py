@@ -14,6 +14,7 @@ from aim.cost import executed_flops_per_image
 from harness.config import ResultConfig, RunConfig
 from harness.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
 from harness.schedule import Schedule
+from sweeps.evaluation_cost import evaluation_flops, num_images
 from sweeps.planner import Run, counts_of, model_of
 from sweeps.sweepfile import CostSection, Sweep, SweepError
 
@@ -89,8 +90,10 @@ class CostCard:
     """One resumable checkpoint."""
     disk_bytes: int
     """Of the run directory: two checkpoints at a time and the final weights of every budget."""
+    flops_evaluation: float
+    """FLOPs of the forward passes of validation and probes, all budgets together."""
     wall_s: float
-    """Training time at the stated MFU and peak, without validation and probes."""
+    """Time of training and of those forward passes at the stated MFU and peak."""
     device_hours: float
     """`wall_s` x devices."""
     price: float
@@ -110,7 +113,9 @@ class Totals:
     images_executed: int
     """Images trained on."""
     flops_executed: float
-    """FLOPs executed."""
+    """FLOPs executed in training."""
+    flops_evaluation: float
+    """FLOPs of the forward passes of validation and probes."""
     device_hours: float
     """Device-hours."""
     price: float
@@ -138,6 +143,7 @@ def totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Tota
         num_rows=sum(len(card.budgets) for card in cards),
         images_executed=sum(card.images_executed for card in cards),
         flops_executed=sum(card.flops_executed for card in cards),
+        flops_evaluation=sum(card.flops_evaluation for card in cards),
         device_hours=sum(card.device_hours for card in cards),
         price=sum(card.price for card in cards),
         disk_bytes=sum(card.disk_bytes for card in cards),
@@ -184,7 +190,8 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
     # Half of the tokens are scored on average, whether prefixes are paired or independent; all but one without.
     scored = model.num_tokens - 1 if result.objective.prefix == "none" else model.num_tokens / 2
     flops_executed = executed_flops_per_image(model, scored).train * executed
-    wall_s = flops_executed / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
+    flops_evaluation = evaluation_flops(result, flops)
+    wall_s = (flops_executed + flops_evaluation) / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
     device_hours = wall_s * run.devices / 3600
     fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
     return CostCard(
@@ -206,6 +213,7 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
         ),
         images_executed=executed,
         flops_executed=flops_executed,
+        flops_evaluation=flops_evaluation,
         steps=executed // result.optimiser.batch_size,
         batch_size=result.optimiser.batch_size,
         lr_peak=result.optimiser.lr_peak,
@@ -328,8 +336,7 @@ def _pool(sweep: Sweep, result: ResultConfig, seen: dict[tuple[str, ...], int | 
         return sweep.file.cost.pool_images
     paths = tuple(source.path for source in result.data.sources)
     if paths not in seen:
-        try:
-            seen[paths] = sum(json.loads((Path(p) / "dataset.json").read_text())["num_samples"] for p in paths)
-        except (OSError, ValueError, KeyError, TypeError):
-            seen[paths] = None  # not made yet, or remote: the card says that epochs are unknown
+        counts = [num_images(path) for path in paths]
+        # not made yet, or remote: the card says that epochs are unknown
+        seen[paths] = None if None in counts else sum(count or 0 for count in counts)
     return seen[paths]

@@ -199,7 +199,8 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
     total, cost = totals(sweep, runs, cards), sweep.file.cost
     console.print(
         f"{total.num_runs} runs, {total.num_rows} rows; {total.images_executed:,} images and "
-        f"{total.flops_executed:.3g} FLOPs executed (decay branches included); {total.device_hours:,.4g} device-hours"
+        f"{total.flops_executed:.3g} FLOPs executed (decay branches included), {total.flops_evaluation:.3g} more in "
+        f"validation and probes; {total.device_hours:,.4g} device-hours"
         f"{f' = {total.price:,.0f} {cost.currency}' if total.price else ''}; longest run "
         f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}, "
         f"image cache {data_size(total.cache_bytes)}",
@@ -209,7 +210,7 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
     console.print(
         f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %"
         f"{f', {cost.price_per_device_hour:g} {cost.currency} a device-hour' if cost.price_per_device_hour else ''}; "
-        f"training alone, without validation and probes; recipe {sweep.file.recipe}",
+        f"start-up and the fitting of probe heads are not counted; recipe {sweep.file.recipe}",
         style="dim",
         highlight=False,
         soft_wrap=True,

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from aim.errors import UserError
 from sweeps import cli_plan
 from sweeps.costs import cost_cards, to_json, with_bench
-from sweeps.planner import plan
+from sweeps.planner import counts_of, model_of, plan
 from sweeps.recipes import RECIPES, Scale
 from sweeps.sweepfile import load_sweep, preset_names
 
@@ -131,6 +131,28 @@ def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
     assert card.steps == 22
 
 
+def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Path) -> None:
+    for name, number in (("val", 100), ("fit", 60), ("test", 40)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(json.dumps({"num_samples": number}))
+    base = write_sweep().file.base | {"validation": {"path": "val", "num_images": 50, "num_prefixes": 2}}
+    task = {"task": "pets", "train": "fit", "test": "test", "epochs": 10}
+
+    def passes(**probe: Any) -> float:
+        sweep = write_sweep(sizes=["rung-32"], base={**base, "probes": [task | probe] if probe else []})
+        run = plan(sweep)[0]
+        flops = counts_of(model_of(run.config.result))[1]
+        card = cost_cards(sweep, [run])[0]
+        validation = 2 * 50 * 2 * flops.forward  # two budgets, 50 images, two prefixes
+        return (card.flops_evaluation - validation) / 2 / (flops.trunk + flops.patch_embed)
+
+    assert passes() == pytest.approx(0)
+    assert passes(kinds=["linear", "attentive"]) == pytest.approx(100)
+    assert passes(kinds=["linear"], augmentation="published") == pytest.approx(10 * 60 + 40)
+    assert passes(kinds=["lora"]) == pytest.approx(3 * 10 * 60 + 40)
+    assert passes(kinds=["linear"], train="not-made-yet") == pytest.approx(40)
+
+
 def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
     base = write_sweep().file.base
     sweep = write_sweep(
@@ -149,7 +171,7 @@ def test_a_benchmark_replaces_the_assumed_speed(write_sweep: Any, tmp_path: Path
     bench.write_text(json.dumps({"mfu": 0.5, "peak_flops_per_s": 2e12, "device": "toaster"}))
     sweep = with_bench(write_sweep(), bench)
     card = cost_cards(sweep, plan(sweep))[0]
-    assert card.wall_s == pytest.approx(card.flops_executed / 1e12)
+    assert card.wall_s == pytest.approx((card.flops_executed + card.flops_evaluation) / 1e12)
     assert sweep.file.cost.device == "toaster"
     bench.write_text("{}")
     with pytest.raises(UserError, match="aimscale bench train --json"):
