@@ -26,6 +26,7 @@ from harness.distributed import Group
 from harness.engine import Engine
 from harness.failures import PreemptedError, StopFlag
 from harness.probe import probe_model
+from harness.probe_files import weights_name, with_probes_of_files
 from harness.provenance import git_commit
 from harness.rundir import RunDir, fsync_dir, publish_dir, write_json
 from harness.validate import completions, validate, write_npz
@@ -126,7 +127,6 @@ def evaluate_budget(
         run.write_status(phase="probe", durable=False)
     if result.probes:
         model = load_model(config, run.model_file(images_seen), group.device)
-    weights = run.model_file(images_seen).stat()
     probes: list[dict[str, Any]] = []
     for section in result.probes:
         _stop_if_asked(group, flag)
@@ -137,9 +137,9 @@ def evaluate_budget(
             seed=result.seed,
             out=run.probes_dir(images_seen),
             group=group,
-            # As `aimscale probe` names them; what an earlier attempt finished is taken from its file.
-            name=f"{config.run_id}@{images_seen} ({weights.st_size} bytes of {weights.st_mtime_ns})",
-            reuse=True,
+            name=weights_name(run, config, images_seen),
+            since=0.0,  # what an earlier attempt or a probe job finished is taken from its file
+            pause=lambda: _stop_if_asked(group, flag),
         )
     row = describe(config) | facts
     evaluation_s = time.monotonic() - started
@@ -157,7 +157,8 @@ def evaluate_budget(
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if group.is_first:
-        run.record_row(row)
+        # a probe job may have finished further tasks meanwhile
+        run.update_row(images_seen, lambda _: with_probes_of_files(run, config, row))
     group.wait()
     return row
 

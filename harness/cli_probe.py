@@ -96,6 +96,7 @@ def probe(
     if tasks is not None:
         config = _with_tasks(config, tasks)
     sections = _sections(config, task, train, test, kind)
+    since = None if again else 0.0
     with join_ranks(device) as group:
         results: Iterator[tuple[int | None, list[dict[str, Any]]]]
         if is_baseline:
@@ -110,10 +111,10 @@ def probe(
                 out=out,
                 group=group,
                 cache_gb=cache_gb,
-                again=again,
+                since=since,
             )
         else:
-            results = probe_run(Path(target), images_seen, sections, group=group, cache_gb=cache_gb, again=again)
+            results = probe_run(Path(target), images_seen, sections, group=group, cache_gb=cache_gb, since=since)
         _print(results, is_first=group.is_first, as_json=as_json)
 
 

@@ -173,6 +173,9 @@ class ProbeSection(Section):
     """Weight decays tried; chosen on the hold-out."""
     holdout_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the training split kept for choices."""
+    refit: bool = True
+    """Train what the hold-out chose once more, on the whole training split, before the test; false scores it as chosen,
+    trained on the rest alone."""
 
 
 class ResultConfig(Section):

@@ -6,9 +6,9 @@ rate x weight decay x block set) is trained on the fit part; the hold-out choose
 test split, as is the best head on the last six blocks (half of the blocks of a shallow model), which is the paper's
 default and has no choice of blocks in it.
 
-Two choices differ from a plain batch norm and say so: its statistics are those of the fit part, exactly, instead of a
-running estimate, which makes results independent of batch and world size; and heads are not retrained on the
-hold-out.
+Between the two the chosen heads train once more, with their settings, on the whole training split (`refit: false` in a
+task leaves that out, and every result says which). The batch norm uses the exact statistics of what its head was
+trained on instead of a running estimate, which makes results independent of batch and world size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 
 from aim.model import AIM
 from aim.weights import write_weights
-from harness.config import ModelSection, ProbeSection, fingerprint
+from harness.config import ModelSection, ProbeSection
 from harness.distributed import Group
 from harness.probe_augment import PublishedViews
 from harness.probe_features import (
@@ -45,14 +45,17 @@ from harness.probe_features import (
     share,
     token_source,
 )
-from harness.probe_fit import Candidate, GridFit, ProbeProgress, Split, best
+from harness.probe_files import SCHEMA_VERSION, Pause, as_entry, finished_probes, task_key, task_lock
+from harness.probe_fit import Candidate, GridFit, Split, best
 from harness.probe_heads import Setting
 from harness.probe_lora import RANK, adapt
+from harness.probe_progress import ProbeProgress
 from harness.probe_score import Answers, answers, score
 from harness.rundir import write_json
 
-SCHEMA_VERSION = 1
-"""Of `probes/<images_seen>/<task>.json`."""
+
+def _go_on() -> None:
+    """Never pause."""
 
 
 def probe_model(
@@ -65,7 +68,8 @@ def probe_model(
     group: Group = ALONE,
     cache_gb: float = CACHE_GB,
     name: str = "aim",
-    reuse: bool = False,
+    since: float | None = None,
+    pause: Pause = _go_on,
 ) -> list[dict[str, Any]]:
     """Probe one AIM on one task.
 
@@ -78,7 +82,9 @@ def probe_model(
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         cache_gb: memory for a rank's cached tokens; beyond it every epoch runs the backbone again.
         name: identifies the weights in the file.
-        reuse: return what the file says if it comes from the same name, task, data and seed.
+        since: return what the file says if it comes from the same name, task, data and seed and is not older than this
+            Unix time; None probes in any case.
+        pause: called by all ranks together wherever work is saved; raises to stop there, and the next call goes on.
 
     Returns:
         One entry per kind for the `probes` list of a results row.
@@ -97,7 +103,8 @@ def probe_model(
             out=out,
             group=group,
             cache_gb=cache_gb,
-            reuse=reuse,
+            since=since,
+            pause=pause,
         )
     finally:
         model.train(was_training)
@@ -112,39 +119,114 @@ def probe_backbone(
     out: Path | None,
     group: Group = ALONE,
     cache_gb: float = CACHE_GB,
-    reuse: bool = False,
+    since: float | None = None,
+    pause: Pause = _go_on,
 ) -> list[dict[str, Any]]:
     """Probe any frozen backbone on one task; arguments as for `probe_model`."""
-    started = time.monotonic()
-    frozen = [kind for kind in section.kinds if kind != "lora"]
     _check_kinds(backbone, section)
     train, test = open_task(section, model_section)
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
-    fit, held = holdout_split(train.labels, section.holdout_fraction, seed)
-    split = Split(train.labels, fit, held, len(train.classes))
-    key = "/".join(
-        [backbone.name, fingerprint(section), train.dataset.fingerprint, test.dataset.fingerprint, str(seed)]
-    )
-    if reuse and out is not None:
-        done = group.from_first(_finished(out / f"{section.task}.json", key) if group.is_first else None)
-        if done is not None:
-            return [as_entry(detail) for detail in done]
-    progress = ProbeProgress(out, section.task, key) if out is not None else None
-    sets, last = block_sets(backbone.num_blocks)
-    about = {"num_fit": len(fit), "num_holdout": len(held), "augmentation": section.augmentation, "seed": seed}
-    details = []
-    if frozen:
+    key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)
+    with task_lock(out, section.task, group, pause):
+        if since is not None and out is not None:
+            path = out / f"{section.task}.json"
+            done = group.from_first(finished_probes(path, key, since=since) if group.is_first else None)
+            if done is not None:
+                return [as_entry(detail) for detail in done]
+        progress = ProbeProgress(out, section.task, key) if out is not None else None
+        probing = _Probing(backbone, section, train, test, seed, out, group, cache_gb, progress, pause)
+        started = time.monotonic()
+        details = probing.details()
+        if out is not None and group.is_first:
+            document = {
+                "schema_version": SCHEMA_VERSION,
+                "key": key,
+                "backbone": backbone.name,
+                "task": section.model_dump(mode="json"),
+                "classes": list(train.classes),
+                "world_size": group.world_size,
+                "wall_s": time.monotonic() - started,
+                "probes": details,
+            }
+            write_json(out / f"{section.task}.json", document)
+            assert progress is not None
+            progress.clear()
+        return [as_entry(detail) for detail in details]
+
+
+@dataclass(frozen=True)
+class _Probing:
+    """One task under way; arguments as for `probe_model`."""
+
+    backbone: Backbone
+    section: ProbeSection
+    train: LabelledImages
+    test: LabelledImages
+    seed: int
+    out: Path | None
+    group: Group
+    cache_gb: float
+    progress: ProbeProgress | None
+    pause: Pause
+
+    def details(self) -> list[dict[str, Any]]:
+        """One entry a kind, with per-class counts and the grid."""
+        fit, held = holdout_split(self.train.labels, self.section.holdout_fraction, self.seed)
+        split = Split(self.train.labels, fit, held, len(self.train.classes))
+        about = {
+            "num_fit": len(fit),
+            "num_holdout": len(held),
+            "refit": self.section.refit,
+            "augmentation": self.section.augmentation,
+            "seed": self.seed,
+        }
+        details = self._frozen_once(split) if set(self.section.kinds) - {"lora"} else []
+        if "lora" in self.section.kinds:
+            details = [*details, self._lora(split)]
+        return [detail | about for detail in details]
+
+    def _frozen_once(self, split: Split) -> list[dict[str, Any]]:
+        """The frozen probes, kept while LoRA, which takes longer, is still under way."""
+        saved = self.progress.load("frozen") if self.progress and self.group.is_first else None
+        saved = self.group.from_first(saved)
+        if saved:
+            found: list[dict[str, Any]] = saved["details"]
+            return found
+        found = self._frozen(split)
+        if self.progress and "lora" in self.section.kinds:
+            if self.group.is_first:
+                self.progress.save("frozen", {"details": found})
+            self.pause()
+        return found
+
+    def _frozen(self, split: Split) -> list[dict[str, Any]]:
+        section, test, group = self.section, self.test, self.group
+        kinds = [kind for kind in section.kinds if kind != "lora"]
+        sets, last = block_sets(self.backbone.num_blocks)
         fitting = GridFit(
-            split=split, section=section, num_heads=backbone.num_heads, seed=seed, group=group, progress=progress
+            split=split,
+            section=section,
+            num_heads=self.backbone.num_heads,
+            seed=self.seed,
+            group=group,
+            progress=self.progress,
+            pause=self.pause,
         )
-        candidates = fitting.candidates(token_source(backbone, train, group, cache_gb=cache_gb), sets)
-        chosen = {kind: (best(candidates, kind), best(candidates, kind, last)) for kind in frozen}
-        given = answers_on_test(backbone, test, [candidate for pair in chosen.values() for candidate in pair], group)
-        for position, (kind, (top, fixed)) in enumerate(chosen.items()):
-            on_last = score(given[2 * position + 1], test.labels, test.classes)
+        source = token_source(self.backbone, self.train, group, cache_gb=self.cache_gb)
+        candidates = fitting.candidates(source, sets)
+        # for each kind the best of all, and the best on the fixed block set
+        chosen = [best(candidates, kind, blocks) for kind in kinds for blocks in (None, last)]
+        if section.refit:
+            chosen = fitting.refit(source, chosen)
+        given = answers_on_test(self.backbone, test, chosen, group)
+        details = []
+        for kind, top, fixed, on_top, on_fixed in zip(
+            kinds, chosen[::2], chosen[1::2], given[::2], given[1::2], strict=True
+        ):
+            on_last = score(on_fixed, test.labels, test.classes)
             details.append(
-                _detail(section, kind, test, given[2 * position], top.blocks, top.setting)
+                _detail(section, kind, test, on_top, top.blocks, top.setting)
                 | {
                     "num_neighbours": top.num_neighbours,
                     "holdout_top1": top.holdout_top1,
@@ -152,44 +234,32 @@ def probe_backbone(
                     **{f"last_{name}": on_last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
                     "grid": [_grid_row(candidate) for candidate in candidates if candidate.kind == kind],
                 }
-                | about
             )
-            if out is not None and group.is_first and top.head is not None:
-                save_head(top, out / f"{section.task}.{kind}.safetensors")
-    if "lora" in section.kinds:
-        assert isinstance(backbone, AimBackbone)
-        adapted = adapt(backbone.model, section, split, train, test, blocks=last, seed=seed, group=group)
+            if self.out is not None and group.is_first and top.head is not None:
+                save_head(top, self.out / f"{section.task}.{kind}.safetensors")
+        return details
+
+    def _lora(self, split: Split) -> dict[str, Any]:
+        assert isinstance(self.backbone, AimBackbone)
+        _, last = block_sets(self.backbone.num_blocks)
+        adapted = adapt(
+            self.backbone.model,
+            self.section,
+            split,
+            self.train,
+            self.test,
+            blocks=last,
+            seed=self.seed,
+            group=self.group,
+            progress=self.progress,
+            pause=self.pause,
+        )
         points = [{"lr": p.lr, "weight_decay": p.weight_decay, "holdout_top1": top1} for p, top1 in adapted.grid]
-        details.append(
-            _detail(section, "lora", test, adapted.given, last, adapted.setting)
+        return (
+            _detail(self.section, "lora", self.test, adapted.given, last, adapted.setting)
             | {"holdout_top1": adapted.holdout_top1, "lora_rank": RANK, "num_trained": adapted.num_trained}
             | {"grid": points}
-            | about
         )
-    if out is not None and group.is_first:
-        document = {
-            "schema_version": SCHEMA_VERSION,
-            "key": key,
-            "backbone": backbone.name,
-            "task": section.model_dump(mode="json"),
-            "classes": list(train.classes),
-            "world_size": group.world_size,
-            "wall_s": time.monotonic() - started,
-            "probes": details,
-        }
-        write_json(out / f"{section.task}.json", document)
-        assert progress is not None
-        progress.clear()
-    return [as_entry(detail) for detail in details]
-
-
-def _finished(path: Path, key: str) -> list[dict[str, Any]] | None:
-    """Probes of a finished task file with the same key."""
-    if not path.exists():
-        return None
-    document = json.loads(path.read_text())
-    probes: list[dict[str, Any]] = document["probes"]
-    return probes if document.get("key") == key else None
 
 
 def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
@@ -230,11 +300,6 @@ def save_head(candidate: Candidate, path: Path) -> None:
     write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})
 
 
-def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
-    """The part of a task file's probe that goes into a results row."""
-    return {name: value for name, value in detail.items() if name not in ("per_class", "grid")}
-
-
 @torch.no_grad()
 def answers_on_test(
     backbone: Backbone, test: LabelledImages, candidates: Sequence[Candidate], group: Group
@@ -243,8 +308,8 @@ def answers_on_test(
     blocks = sorted({block for candidate in candidates for block in candidate.blocks})
     own = share(range(len(test)), group)
     parts: list[list[Answers]] = [[] for _ in candidates]
-    for indices in batched(own, EXTRACT_BATCH):
-        tokens = backbone.features(test.images(indices), blocks)
+    for indices, images in test.ahead(batched(own, EXTRACT_BATCH)):
+        tokens = backbone.features(images, blocks)
         for candidate, part in zip(candidates, parts, strict=True):
             scores = candidate.scorer(averages(tokens, [candidate.blocks], blocks))
             part.append(answers(scores, test.labels[indices]))

@@ -7,6 +7,7 @@ The recipe also lists colour jitter 0.3; timm leaves it out where RandAugment is
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ class PublishedViews:
 
         self._channels = model_section.channels
         self._seed = seed
+        self._lock = threading.Lock()  # the generators that timm draws from are the process's, whatever the thread
         self._transform = create_transform(
             model_section.image_size,
             is_training=True,
@@ -50,7 +52,7 @@ class PublishedViews:
         views = []
         for row in rows:
             picture = to_pil_image(dataset.decode(int(row), self._channels)).convert("RGB")
-            with _seeded([self._seed, 2, epoch, int(row)]):
+            with self._lock, _seeded([self._seed, 2, epoch, int(row)]):
                 views.append(self._transform(picture)[: self._channels])
         return normalise(torch.stack(views))
 

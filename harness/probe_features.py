@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +32,8 @@ WORKING_GB = 0.25
 """Largest transient stack of tokens."""
 EXTRACT_BATCH = 64
 """Images per backbone pass."""
+MAX_DECODERS = 8
+"""Threads that decode the next images while the backbone works on these, where there are as many cores."""
 
 ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
 """The group of a process that probes by itself."""
@@ -111,6 +118,36 @@ class LabelledImages:
         if epoch is not None and self.views is not None:
             return self.views.images(self.dataset, rows, epoch)
         return eval_images(self.dataset, rows, self.model_section)
+
+    def ahead(
+        self, chunks: Iterable[Sequence[int]], epoch: int | None = None
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Each chunk of indices with its images, in order, decoded by threads while the caller works on earlier ones.
+
+        Memory: one chunk a thread and one more. An error comes out where its chunk would have.
+        """
+        pending: deque[tuple[Sequence[int], Future[Tensor]]] = deque()
+        num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
+        local = threading.local()
+
+        def open_files() -> None:
+            local.images = replace(self, dataset=self.dataset.with_own_files())
+
+        def decode(chunk: Sequence[int]) -> Tensor:
+            images: LabelledImages = local.images
+            return images.images(chunk, epoch)
+
+        pool = ThreadPoolExecutor(num_threads, "decode", initializer=open_files)
+        try:
+            for chunk in chunks:
+                pending.append((chunk, pool.submit(decode, chunk)))
+                if len(pending) > num_threads:
+                    first, images = pending.popleft()
+                    yield first, images.result()
+            for first, images in pending:
+                yield first, images.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def open_labelled(path: str, section: ProbeSection, model_section: ModelSection) -> LabelledImages:
@@ -241,7 +278,7 @@ class StreamedTokens:
         self._backbone = backbone
         self._images = images
         self.group = group
-        self.first = self.extract([0])
+        self.first = backbone.features(images.images([0]), range(backbone.num_blocks))
         """Outputs of all blocks for one image (L, 1, N, d): shape, type and device of the others."""
 
     @property
@@ -249,30 +286,37 @@ class StreamedTokens:
         """d."""
         return self.first.shape[3]
 
-    def extract(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
-        """Outputs of all blocks (L, B, N, d)."""
-        if not len(indices):
-            return self.first[:, :0]
-        return self._backbone.features(self._images.images(indices, epoch), range(self._backbone.num_blocks))
+    def extract(self, images: Tensor, blocks: Sequence[int] | None = None) -> Tensor:
+        """Outputs (L, B, N, d) of these blocks, of all by default, for normalised images (B, C, H, W)."""
+        blocks = range(self._backbone.num_blocks) if blocks is None else blocks
+        if not len(images):
+            return self.first[list(blocks), :0]
+        return self._backbone.features(images, blocks)
 
     def select(self, sets: Sequence[BlockSet]) -> Selection:
         """Averages over these sets."""
-        return _StreamedSelection(self, self._images.labels, sets)
+        return _StreamedSelection(self, self._images, sets)
 
 
 @dataclass(frozen=True)
 class _StreamedSelection:
     source: StreamedTokens
-    labels: Tensor
+    images: LabelledImages
     sets: Sequence[BlockSet]
 
     def batches(self, indices: np.ndarray, batch_size: int, epoch: int | None = None) -> Iterator[Chunk]:
-        for part in batched(indices, batch_size):
-            chunks = list(batched(share(part, self.source.group), EXTRACT_BATCH)) or [[]]
-            for number, chunk in enumerate(chunks, start=1):
-                tokens = averages(self.source.extract(chunk, epoch), self.sets)
-                labels = self.labels[torch.as_tensor(chunk, dtype=torch.int64)].to(tokens.device)
-                yield Chunk(tokens, labels, len(part), number == len(chunks))
+        blocks = sorted({block for members in self.sets for block in members})
+        plan = [
+            (chunk, len(part), number == len(chunks))
+            for part in batched(indices, batch_size)
+            for chunks in [list(batched(share(part, self.source.group), EXTRACT_BATCH)) or [[]]]
+            for number, chunk in enumerate(chunks, start=1)
+        ]
+        decoded = self.images.ahead((chunk for chunk, _, _ in plan), epoch)
+        for (chunk, size, ends_batch), (_, images) in zip(plan, decoded, strict=True):
+            tokens = averages(self.source.extract(images, blocks), self.sets, blocks)
+            labels = self.images.labels[torch.as_tensor(chunk, dtype=torch.int64)].to(tokens.device)
+            yield Chunk(tokens, labels, size, ends_batch)
 
 
 class CachedTokens:
@@ -290,6 +334,7 @@ class CachedTokens:
         """d."""
         return self._blocks.shape[3]
 
+    @functools.cached_property
     def pooled(self) -> CachedTokens:
         """The mean over tokens as one token: all that a linear probe needs."""
         mean = self._blocks.new_empty((*self._blocks.shape[:2], 1, self._blocks.shape[3]), dtype=torch.float32)
@@ -332,8 +377,10 @@ def token_source(
         return stream
     own = share(range(len(images)), group)
     blocks = first.new_empty((first.shape[0], len(own), *first.shape[2:]))
-    for rows in batched(range(len(own)), EXTRACT_BATCH):
-        blocks[:, rows[0] : rows[-1] + 1] = stream.extract([own[row] for row in rows])
+    done = 0
+    for chunk, decoded in images.ahead(batched(own, EXTRACT_BATCH)):
+        blocks[:, done : done + len(chunk)] = stream.extract(decoded)
+        done += len(chunk)
     return CachedTokens(blocks, images.labels, group)
 
 

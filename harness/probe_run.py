@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from aim.config import model_config
 from aim.model import AIM
 from aim.weights import load_backbone, load_model
 from harness.baseline_models import baseline
-from harness.config import ProbeSection, RunConfig
+from harness.config import ModelSection, ProbeSection, RunConfig
 from harness.distributed import Group, LaunchError, find_placement, start_group, stop_group
 from harness.probe import probe_backbone, probe_model
-from harness.probe_features import ALONE, CACHE_GB, ProbeError
+from harness.probe_features import ALONE, CACHE_GB, ProbeError, open_task
+from harness.probe_files import Pause, as_entry, finished_probes, merge_into_rows, task_key, weights_name
 from harness.rundir import RunDir
 
 
@@ -89,6 +91,28 @@ def join_ranks(device: str) -> Iterator[Group]:
     yield Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
 
 
+@functools.cache
+def _fingerprints(section: ProbeSection, model_section: ModelSection) -> tuple[str, str]:
+    """Of a task's training and test data."""
+    train, test = open_task(section, model_section)
+    return train.dataset.fingerprint, test.dataset.fingerprint
+
+
+def finished_task(
+    run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection, since: float = 0.0
+) -> list[dict[str, Any]] | None:
+    """Probes of a task at a budget, if they are there from its present weights, data and seed and not older than that.
+
+    Raises:
+        ProbeError, TaskError, DataError: the task's data cannot be used.
+    """
+    result = config.result
+    key = task_key(
+        weights_name(run, config, images_seen), section, *_fingerprints(section, result.model), seed=result.seed
+    )
+    return finished_probes(run.probes_dir(images_seen) / f"{section.task}.json", key, since=since)
+
+
 def probe_run(
     run_dir: Path,
     images_seen: int | None = None,
@@ -96,7 +120,8 @@ def probe_run(
     *,
     group: Group = ALONE,
     cache_gb: float = CACHE_GB,
-    again: bool = False,
+    since: float | None = 0.0,
+    pause: Pause = lambda: None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
 
@@ -106,7 +131,9 @@ def probe_run(
         sections: tasks; None takes those of the run's configuration.
         group: the ranks that share the work; all of them call this.
         cache_gb: memory for a rank's cached tokens.
-        again: repeat tasks whose file is there already, from the same weights, data and seed.
+        since: take what files of the same weights, data and seed say that are not older than this Unix time; None
+            probes in any case.
+        pause: called by all ranks together wherever work is saved; raises to stop there.
 
     Raises:
         ProbeError: no saved budget, or a task that cannot be probed.
@@ -115,25 +142,35 @@ def probe_run(
     config = run.load_config()
     sections = wanted_tasks(config, None) if sections is None else sections
     budgets = saved_budgets(run) if images_seen is None else [images_seen]
+    budgets = group.from_first(budgets)
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
     for budget in budgets:
-        model = load_budget(run, config, budget, group.device)
-        weights = run.model_file(budget).stat()
+        model: AIM | None = None
         for section in sections:
-            entries = probe_model(
-                model,
-                section,
-                model_section=config.result.model,
-                seed=config.result.seed,
-                out=run.probes_dir(budget),
-                group=group,
-                cache_gb=cache_gb,
-                name=f"{config.run_id}@{budget} ({weights.st_size} bytes of {weights.st_mtime_ns})",
-                reuse=not again,
-            )
+            pause()
+            entries = None
+            if since is not None and run.model_file(budget).exists():
+                # on every rank, so that a mistake in the task ends them all
+                done = finished_task(run, config, budget, section, since)
+                entries = group.from_first(done and [as_entry(detail) for detail in done])
+            if entries is None:
+                # read only where there is something to do: a 7B budget is 26 GB
+                model = load_budget(run, config, budget, group.device) if model is None else model
+                entries = probe_model(
+                    model,
+                    section,
+                    model_section=config.result.model,
+                    seed=config.result.seed,
+                    out=run.probes_dir(budget),
+                    group=group,
+                    cache_gb=cache_gb,
+                    name=weights_name(run, config, budget),
+                    since=since,
+                    pause=pause,
+                )
             if group.is_first:
-                _merge_into_row(run, budget, entries)
+                merge_into_rows(run, config, budget)
             yield budget, entries
 
 
@@ -149,7 +186,7 @@ def probe_baseline(
     out: Path | None = None,
     group: Group = ALONE,
     cache_gb: float = CACHE_GB,
-    again: bool = False,
+    since: float | None = 0.0,
 ) -> Iterator[tuple[None, list[dict[str, Any]]]]:
     """Probe a baseline on tasks; yields entries after each task.
 
@@ -164,7 +201,7 @@ def probe_baseline(
         out: folder of the result files; None takes `baselines/<target>` of the run.
         group: the ranks that share the work.
         cache_gb: memory for a rank's cached tokens.
-        again: repeat tasks whose file is there already.
+        since: as for `probe_run`.
 
     Raises:
         ProbeError: an unknown baseline, or a task that cannot be probed.
@@ -196,21 +233,6 @@ def probe_baseline(
                 out=folder,
                 group=group,
                 cache_gb=cache_gb,
-                reuse=not again,
+                since=since,
             ),
         )
-
-
-def _merge_into_row(run: RunDir, budget: int, entries: list[dict[str, Any]]) -> None:
-    """Replace the row's entries of the same task and kind; a budget without a row has its files only.
-
-    Raises:
-        LeaseHeld: the run is being trained; its own probes go into the row, these stay in `probes/`.
-    """
-    if not any(row["images_seen"] == budget for row in run.read_rows()):
-        return
-    with run.hold():
-        row = next(row for row in run.read_rows() if row["images_seen"] == budget)
-        new = {(entry["task"], entry["kind"]) for entry in entries}
-        kept = [entry for entry in row["probes"] if (entry["task"], entry["kind"]) not in new]
-        run.record_row({**row, "probes": [*kept, *entries]})

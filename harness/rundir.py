@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,9 +193,33 @@ class RunDir:
 
     def record_row(self, row: dict[str, Any]) -> None:
         """Add a budget's row, or replace the one it has (a probe run again)."""
-        rows = [other for other in self.read_rows() if other["images_seen"] != row["images_seen"]]
-        rows = sorted([*rows, row], key=lambda each: each["images_seen"])
-        write_json(self.results, {"version": RESULTS_VERSION, "rows": rows})
+        self.update_row(row["images_seen"], lambda _: row)
+
+    def update_row(
+        self, images_seen: int, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]
+    ) -> dict[str, Any] | None:
+        """Replace a budget's row by `change(row)`, one process at a time: a trainer and probe jobs write rows.
+
+        Args:
+            images_seen: the budget.
+            change: gets the row, None where there is none, and returns the new one, None to leave things as they are.
+
+        Returns:
+            The row as it stands afterwards.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _guarded(self.results):
+            rows = self.read_rows()
+            row = next((each for each in rows if each["images_seen"] == images_seen), None)
+            changed = change(row)
+            if changed is None or changed == row:
+                return row
+            rows = sorted(
+                [*(each for each in rows if each["images_seen"] != images_seen), changed],
+                key=lambda each: each["images_seen"],
+            )
+            write_json(self.results, {"version": RESULTS_VERSION, "rows": rows})
+            return changed
 
     def is_held(self) -> bool:
         """Whether a live process holds the lease."""
@@ -285,7 +309,7 @@ class Lease:
 
 @contextlib.contextmanager
 def _guarded(path: Path) -> Iterator[None]:
-    """Serialise reading and replacing a lease; the kernel drops the lock when a process dies."""
+    """Serialise reading and replacing a file; the kernel drops the lock when a process dies."""
     with path.with_suffix(".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

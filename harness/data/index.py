@@ -7,10 +7,12 @@ the shard, label, width, height, checksum (64-bit BLAKE2b of the image file) and
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,12 @@ class ShardDataset:
         self.width: npt.NDArray[np.int32] = table["width"].to_numpy()
         self.height: npt.NDArray[np.int32] = table["height"].to_numpy()
         self.ok: npt.NDArray[np.bool_] = table["ok"].to_numpy(zero_copy_only=False)
+
+    def with_own_files(self) -> ShardDataset:
+        """The same data set for another thread: it shares the arrays and opens its own files."""
+        other = copy.copy(self)
+        other._reader = pickle.loads(pickle.dumps(self._reader))
+        return other
 
     def _columns(self, *names: str) -> pa.Table:
         return self._file().read(columns=list(names), use_threads=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,18 @@ from harness.config import ModelSection, ProbeSection
 from harness.data.pack import PackedImage, write_dataset
 from harness.probe import probe_backbone, probe_model
 from harness.probe_augment import PublishedViews
-from harness.probe_features import AimBackbone, PixelBackbone, block_sets, holdout_split, open_task, token_source
+from harness.probe_features import (
+    ALONE,
+    AimBackbone,
+    PixelBackbone,
+    block_sets,
+    holdout_split,
+    open_task,
+    token_source,
+)
+from harness.probe_fit import GridFit, Split, Team, grid
 from harness.probe_knn import NeighbourVotes
+from harness.probe_lora import _Adaptation
 from harness.probe_score import wilson_interval
 
 GEOMETRY = ModelSection(size="rung-32", image_size=16, patch_size=4)
@@ -50,6 +61,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_digits(root / "train", slice(0, 600))
     write_digits(root / "test", slice(600, 1000))
     write_digits(root / "unlabelled", slice(0, 20), classes=None)
+    write_digits(root / "some", slice(0, 80))
     write_digits(root / "few", slice(0, 12))
     write_digits(root / "renamed", slice(0, 50), classes=tuple("abcdefghij"))
     return root
@@ -251,7 +263,7 @@ def test_published_views_depend_on_seed_epoch_and_image_alone(digits: Path) -> N
 
 
 def test_augmented_probes_learn_from_views(digits: Path, model: AIM) -> None:
-    wanted = section(digits, augmentation="published", kinds=("linear",), epochs=3)
+    wanted = section(digits, augmentation="published", kinds=("linear",), epochs=3, refit=False)
     (entry,) = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
     assert entry["augmentation"] == "published"
     assert entry["top1_lo95"] > entry["chance"]
@@ -269,3 +281,130 @@ def test_lora_adapts_a_copy_of_the_trunk(digits: Path, model: AIM) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(UserError, match="leave out kind 'lora'"):
         probe_backbone(PixelBackbone(), section(digits, kinds=("lora",)), model_section=GEOMETRY, seed=0, out=None)
+
+
+def test_a_refit_trains_what_the_holdout_chose_on_the_whole_training_split(
+    digits: Path, model: AIM, tmp_path: Path
+) -> None:
+    kinds = ("linear", "attentive", "knn")
+    once, twice = (
+        probe_model(
+            model,
+            section(digits, kinds=kinds, epochs=2, refit=refit, train=str(digits / "some")),
+            model_section=GEOMETRY,
+            seed=0,
+            out=tmp_path / str(refit),
+        )
+        for refit in (False, True)
+    )
+    train, _ = open_task(section(digits, train=str(digits / "some")), GEOMETRY)
+    fit, held = holdout_split(train.labels, 0.2, seed=0)
+    for chosen, refitted in zip(once, twice, strict=True):
+        assert (chosen["refit"], refitted["refit"]) == (False, True)
+        for name in ("blocks", "lr", "num_neighbours", "holdout_top1", "num_fit", "num_holdout"):
+            assert chosen[name] == refitted[name], name  # the choice is the hold-out's alone
+    for refit, images in ((False, fit), (True, np.sort(np.concatenate([fit, held])))):
+        saved = load_probe(tmp_path / str(refit) / "digits.attentive.safetensors", model.config)
+        with torch.no_grad():
+            tokens = model.eval().features(train.images(images), once[1]["blocks"]).mean(0)
+        # the head's statistics tell what it was trained on
+        assert saved.bn.running_mean == pytest.approx(tokens.flatten(0, 1).mean(0).numpy(), abs=1e-5)
+
+
+def test_a_refit_is_a_plain_training_on_everything(digits: Path, model: AIM) -> None:
+    train, _ = open_task(section(digits, train=str(digits / "some")), GEOMETRY)
+    wanted = section(digits, train=str(digits / "some"), kinds=("attentive",), epochs=2, lrs=(3e-3,))
+    source = token_source(AimBackbone(model.eval()), train)
+    everything = np.arange(len(train))
+    split = Split(train.labels, everything[::2], everything[1::2], 10)
+    fitting = GridFit(split=split, section=wanted, num_heads=model.config.num_heads, seed=0, group=ALONE)
+    (refitted,) = fitting.refit(source, fitting.candidates(source, [(0,)]))
+    teams = [Team(kind="attentive", sets=((0,),), settings=grid(wanted))]
+    (plain,) = fitting._train(source.select([(0,)]), [(0,)], teams, everything)
+    tokens = next(source.select([(0,)]).batches(everything, 64)).tokens
+    assert torch.equal(refitted.scorer(tokens), plain(tokens)[0, :, 0])
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_killed_lora_goes_on_to_the_same_numbers(
+    digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool
+) -> None:
+    wanted = section(
+        digits,
+        kinds=("knn", "lora"),
+        epochs=2,
+        batch_size=40,
+        lrs=(3e-3, 1e-2),
+        train=str(digits / "some"),
+        refit=refit,
+    )
+
+    def run(out: Path, pauses: int) -> tuple[Any, int]:
+        """Probe until the n-th save; counts the batches trained."""
+        left, batches = [pauses], [0]
+        batches_of = _Adaptation._batches
+
+        def counted(self: _Adaptation, order: np.ndarray, epoch: int) -> Any:
+            for each in batches_of(self, order, epoch):
+                batches[0] += 1
+                yield each
+
+        def pause() -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise Interrupted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Adaptation, "_batches", counted)
+            try:
+                return probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=out, pause=pause), batches[0]
+            except Interrupted:
+                return None, batches[0]
+
+    whole, num_batches = run(tmp_path / "whole", 10**9)
+    # saves: the frozen probes, then an epoch, another, and the end of each point of the grid
+    for pauses in (1, 2, 5):
+        out = tmp_path / f"cut-{pauses}"
+        cut, before = run(out, pauses)
+        assert cut is None
+        assert not (out / "digits.json").exists()
+        resumed, after = run(out, 10**9)
+        assert resumed == whole, pauses
+        assert before + after == num_batches  # no epoch was trained twice
+        assert not list(out.glob("*.partial*"))
+
+
+def test_images_are_decoded_ahead_in_order_and_errors_come_where_their_images_would(digits: Path) -> None:
+    train, _ = open_task(section(digits), GEOMETRY)
+    chunks = [[5, 3], [], [9], list(range(30)), [7]]
+    ahead = list(train.ahead(chunks))
+    assert [list(chunk) for chunk, _ in ahead] == chunks
+    for chunk, images in ahead:
+        assert torch.equal(images, train.images(chunk))
+    with pytest.raises(IndexError):
+        list(train.ahead([[0], [10**6]]))
+    first = next(iter(train.ahead([[0]] * 50)))  # a reader that stops early leaves no thread waiting
+    assert torch.equal(first[1], train.images([0]))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode") and thread.is_alive()]
+
+
+def test_two_processes_on_one_task_probe_it_once(digits: Path, model: AIM, tmp_path: Path) -> None:
+    wanted = section(digits, kinds=("linear",), epochs=2)
+    passes = []
+
+    class Counted(AimBackbone):
+        def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+            passes.append(threading.current_thread().name)
+            return super().features(images, blocks)
+
+    def probe() -> None:
+        found.append(probe_backbone(Counted(model), wanted, model_section=GEOMETRY, seed=0, out=tmp_path, since=0.0))
+
+    found: list[Any] = []
+    threads = [threading.Thread(target=probe, name=f"prober-{i}") for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] == found[2]
+    assert len(set(passes)) == 1

@@ -18,6 +18,7 @@ from aim.model import AIM
 from aim.weights import write_weights
 from harness.config import RunConfig
 from harness.data.pack import PackedImage, encode, write_dataset
+from harness.probe_files import with_probes_of_files
 from harness.rundir import RunDir
 from sweeps.cli import main
 
@@ -85,6 +86,38 @@ def test_probing_writes_files_and_its_part_of_the_row(run: RunDir, capsys: pytes
     assert path.stat().st_mtime_ns == written  # done once, not again
     assert call(capsys, "probe", str(run.path), "--device", "cpu", "--again") == entries
     assert path.stat().st_mtime_ns > written
+
+
+def in_row(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Printed entries as the row of their budget has them."""
+    return [{name: value for name, value in entry.items() if name != "images_seen"} for entry in entries]
+
+
+def test_a_run_in_training_is_probed_beside_it_and_keeps_what_was_found(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with run.hold():  # the trainer's lease
+        entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
+        (row,) = run.read_rows()
+        assert row["probes"][1:] == in_row(entries)
+        assert row["val_loss"] == 1.0
+    config = run.load_config()
+    # the trainer writes the budget's row only now, with a task of its own
+    own: dict[str, Any] = {"images_seen": 64, "val_loss": 0.9, "probes": [{"task": "own", "kind": "knn", "top1": 0.1}]}
+    assert with_probes_of_files(run, config, own)["probes"] == [*own["probes"], *in_row(entries)]
+    # other weights at the same budget: what was measured on the earlier ones is not theirs
+    write_weights(AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict(), run.model_file(64))
+    assert with_probes_of_files(run, config, own) == own
+
+
+def test_a_probe_that_found_no_row_is_merged_when_there_is_one(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run.read_rows()
+    run.results.unlink()
+    entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
+    assert run.read_rows() == []
+    run.record_row(rows[0])
+    assert call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn") == entries
+    assert run.read_rows()[0]["probes"][1:] == in_row(entries)
 
 
 def test_imported_weights_are_probed_like_any_run(

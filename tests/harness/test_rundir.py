@@ -132,3 +132,26 @@ def test_a_holder_notices_that_it_was_replaced(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(LeaseLost, match="taken over"):
             lease.check()
     assert json.loads(run.lease.read_text())["token"] == "other", "the new holder's lease is left alone"
+
+
+def test_rows_written_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    code = """
+import sys
+from harness.rundir import RunDir
+run, writer = RunDir(sys.argv[1]), sys.argv[2]
+for budget in range(1, 11):
+    run.update_row(budget, lambda row: {**(row or {"images_seen": budget}), writer: budget})
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in ("trainer", "prober")]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    rows = RunDir(tmp_path).read_rows()
+    assert rows == [{"images_seen": budget, "trainer": budget, "prober": budget} for budget in range(1, 11)]
+
+
+def test_a_row_that_does_not_change_is_not_written_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.record_row({"images_seen": 8, "val_loss": 1.0})
+    written = run.results.stat().st_mtime_ns
+    assert run.update_row(8, lambda row: row) == {"images_seen": 8, "val_loss": 1.0}
+    assert run.update_row(16, lambda row: None) is None
+    assert run.results.stat().st_mtime_ns == written
