@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aim.cpu_kernels import Linear, attend
+
 
 def sincos_positions(grid: int, width: int) -> Tensor:
     """Fixed 2-D sin-cos positions, float32 (grid * grid, width), in raster order.
@@ -48,8 +50,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = scale
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Mix tokens (B, N, d); `mask` is added to the scores, broadcastable to (B, heads, N, N); None sees all."""
@@ -58,7 +60,7 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         # A dense mask: these products are N / (6 d + N) of a block's FLOPs (2.7 % in aim-600M), of which a kernel that
         # skips masked parts could save a third.
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+        mixed = attend(query, key, value, mask, self.scale)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, width))
         return out
 
@@ -68,8 +70,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width, bias=False)
-        self.fc2 = nn.Linear(4 * width, width, bias=False)
+        self.fc1 = Linear(width, 4 * width, bias=False)
+        self.fc2 = Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., d)."""

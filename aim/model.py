@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aim.config import ModelConfig, ModelConfigError
+from aim.cpu_kernels import Linear
 from aim.layers import Block, HeadBlock, Patchifier, sincos_positions
 from aim.mup import MatrixScale, attention_scale, matrix_scale
 from aim.objective import (
@@ -90,10 +91,10 @@ class PixelHead(nn.Module):
         super().__init__()
         self.config = config
         head = config.head
-        self.proj_in = None if head.is_linear else nn.Linear(config.width, head.width)
+        self.proj_in = None if head.is_linear else Linear(config.width, head.width)
         self.blocks = nn.ModuleList(HeadBlock(head.width, head.ln_residual, config.norm_eps) for _ in range(head.depth))
         self.norm = None if head.is_linear else nn.LayerNorm(head.width, eps=config.norm_eps)
-        self.proj_out = nn.Linear(head.width, config.patch_dim)
+        self.proj_out = Linear(head.width, config.patch_dim)
         self.register_buffer("positions", torch.empty(config.num_tokens, head.width), persistent=False)
         self.recompute = False
 

@@ -1,4 +1,8 @@
-"""Throughput of one training step against a bare PyTorch loop and the measured matrix-multiplication peak."""
+"""Throughput of one training step against two plain PyTorch loops and the measured matrix-multiplication peak.
+
+The bare loop is ours without DeepSpeed and bookkeeping: its ratio is what those cost. The peer (`harness.bench_peer`)
+is the loop that others write: its ratio is what scoring only what counts, paired prefixes and faster kernels gain.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch import Tensor
 from aim.config import ModelConfig
 from aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image, param_count
 from aim.model import AIM
+from harness.bench_peer import peer_step
 from harness.config import OptimiserSection
 from harness.data.stream import Batch
 from harness.distributed import find_placement, start_group, stop_group
@@ -59,7 +64,7 @@ class TrainBench:
     bare_ms_per_step: float
     """The same model, batch and optimiser in a plain PyTorch loop, steps interleaved with ours."""
     ratio_to_bare: float
-    """Median of the ratio within neighbouring pairs of steps."""
+    """Median of the ratio within neighbouring steps."""
     memory_bytes: int
     """Peak of the device, or of the process on a CPU, before the bare loop exists."""
     memory_estimate_bytes: int
@@ -68,6 +73,10 @@ class TrainBench:
     """From the start of the process to the end of the first step."""
     data_wait: float | None = None
     """Share of the time spent waiting for images; null when no data set was given."""
+    peer_ms_per_step: float | None = None
+    """A plain loop that trains as the paper describes, steps interleaved with ours; null when not asked for."""
+    ratio_to_peer: float | None = None
+    """Median of the ratio within neighbouring steps."""
 
 
 def run(
@@ -81,8 +90,9 @@ def run(
     device: str = "auto",
     num_steps: int = 20,
     batches: Iterator[list[Batch]] | None = None,
+    with_peer: bool = False,
 ) -> TrainBench:
-    """Time `num_steps` optimiser steps of ours and of a bare loop, alternating, after three of each to warm up.
+    """Time `num_steps` optimiser steps of ours and of plain loops, alternating, after three of each to warm up.
 
     Args:
         model_config: the model.
@@ -94,6 +104,7 @@ def run(
         device: `auto`, `cpu` or `cuda`.
         num_steps: timed steps.
         batches: the training loader, to measure the wait for data; None takes random images.
+        with_peer: time the peer, too.
     """
     group = start_group(find_placement(), device)
     plan = execution_plan(
@@ -105,6 +116,7 @@ def run(
         zero_stage=zero_stage,
         micro_batch=micro_batch,
         activation_checkpointing=activation_checkpointing,
+        on_cpu=group.device.type == "cpu",
     )
     try:
         options = EngineOptions(
@@ -124,11 +136,15 @@ def run(
         for _ in range(2):
             _timed(ours)
         memory = device_memory_bytes(group)
-        bare = bare_step(model_config, optimiser, step, num_targets, group.device, options)
-        for _ in range(3):
-            _timed(bare)
-        times = [(_timed(ours), _timed(bare)) for _ in range(num_steps)]
-        our_s = statistics.median(pair[0] for pair in times)
+        loops = [ours, bare_step(model_config, optimiser, step, num_targets, group.device, options)]
+        if with_peer:
+            loops.append(peer_step(model_config, optimiser, step, group.device))
+        for loop in loops[1:]:
+            for _ in range(3):
+                _timed(loop)
+        rounds = [[_timed(loop) for loop in loops] for _ in range(num_steps)]
+        our_s, *other_s = (statistics.median(times) for times in zip(*rounds, strict=True))
+        ratios = [statistics.median(times[0] / times[index] for times in rounds) for index in range(1, len(loops))]
         peak = measure_peak(group.device, optimiser.precision)
         scored = num_targets / optimiser.batch_size
         flops = TRAIN_OVER_FORWARD * executed_flops_per_image(model_config, scored).forward * optimiser.batch_size
@@ -147,8 +163,10 @@ def run(
             images_per_s=optimiser.batch_size / our_s,
             mfu=flops / our_s / peak.flops_per_s,
             peak_flops_per_s=peak.flops_per_s,
-            bare_ms_per_step=1000 * statistics.median(pair[1] for pair in times),
-            ratio_to_bare=statistics.median(ours_s / bare_s for ours_s, bare_s in times),
+            bare_ms_per_step=1000 * other_s[0],
+            ratio_to_bare=ratios[0],
+            peer_ms_per_step=1000 * other_s[1] if with_peer else None,
+            ratio_to_peer=ratios[1] if with_peer else None,
             memory_bytes=memory,
             memory_estimate_bytes=plan.estimate.total,
             startup_s=startup_s,

@@ -11,7 +11,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 from aim.config import ModelConfig
-from aim.cost import param_count
+from aim.cost import DENSE_ATTENTION_TOKENS, param_count
 from aim.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
@@ -97,6 +97,7 @@ def memory_estimate(
     micro_batch: int,
     precision: Precision,
     activation_checkpointing: bool,
+    on_cpu: bool = False,
 ) -> MemoryEstimate:
     """Estimate the peak bytes of one rank.
 
@@ -107,6 +108,7 @@ def memory_estimate(
         micro_batch: images per forward pass.
         precision: of weights and activations.
         activation_checkpointing: keep only every block's input.
+        on_cpu: there the attention of short sequences keeps its scores.
     """
     num_params = param_count(config).total
     held = HELD[precision, zero_stage]
@@ -121,17 +123,21 @@ def memory_estimate(
         gradients=on_one_rank(held.gradients),
         optimiser=on_one_rank(held.optimiser),
         buffers=buffers,
-        activations=micro_batch * activation_bytes_per_image(config, precision, activation_checkpointing),
+        activations=micro_batch * activation_bytes_per_image(config, precision, activation_checkpointing, on_cpu),
     )
 
 
-def activation_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
+def activation_bytes_per_image(
+    config: ModelConfig, precision: Precision, activation_checkpointing: bool, on_cpu: bool = False
+) -> int:
     """Peak bytes of one image between its forward and its backward pass: what is kept, and one recomputed block."""
-    kept = kept_bytes_per_image(config, precision, activation_checkpointing)
-    return kept + max(_block_bytes(config, precision)) if activation_checkpointing else kept
+    kept = kept_bytes_per_image(config, precision, activation_checkpointing, on_cpu)
+    return kept + max(_block_bytes(config, precision, on_cpu)) if activation_checkpointing else kept
 
 
-def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
+def kept_bytes_per_image(
+    config: ModelConfig, precision: Precision, activation_checkpointing: bool, on_cpu: bool = False
+) -> int:
     """Bytes that one image's forward pass keeps for the backward pass; half of its tokens are scored."""
     element = 4 if precision == "fp32" else 2
     tokens, scored = config.num_tokens, config.num_tokens // 2
@@ -144,20 +150,22 @@ def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_c
     if activation_checkpointing:
         inputs = config.depth * tokens * config.width + config.head.depth * scored * head_width
         return inputs * element + ends
-    block, head_block = _block_bytes(config, precision)
+    block, head_block = _block_bytes(config, precision, on_cpu)
     skipped = (tokens - scored) * 10 * config.width * element  # the last block's MLP sees scored tokens only
     return config.depth * block - skipped + config.head.depth * head_block + ends
 
 
-def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
+def _block_bytes(config: ModelConfig, precision: Precision, on_cpu: bool) -> tuple[int, int]:
     """What a block of the trunk and a block of the head keep.
 
     The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); the sum, the second
-    norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the
-    latter.
+    norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32, or its whole weights.
+    The head's: the MLP's part.
     """
     element = 4 if precision == "fp32" else 2
-    trunk = config.num_tokens * (16 * config.width * element + 4 * config.num_heads)
+    is_dense = on_cpu and config.num_tokens <= DENSE_ATTENTION_TOKENS[precision]
+    per_head = config.num_tokens * element if is_dense else 4
+    trunk = config.num_tokens * (16 * config.width * element + per_head * config.num_heads)
     head = config.num_tokens // 2 * 10 * config.head.width * element if config.head.depth else 0
     return trunk, head
 
@@ -186,6 +194,7 @@ def execution_plan(
     zero_stage: Literal["auto"] | int = "auto",
     micro_batch: Literal["auto"] | int = "auto",
     activation_checkpointing: Literal["auto"] | bool = "auto",
+    on_cpu: bool = False,
 ) -> ExecutionPlan:
     """Choose what is not fixed.
 
@@ -217,8 +226,9 @@ def execution_plan(
                 micro_batch=0,
                 precision=precision,
                 activation_checkpointing=recompute,
+                on_cpu=on_cpu,
             )
-            per_image = activation_bytes_per_image(config, precision, recompute)
+            per_image = activation_bytes_per_image(config, precision, recompute, on_cpu)
             room = int((limit - empty.total) // per_image)
             if micro_batch == "auto":
                 most = min(room, per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))

@@ -55,6 +55,7 @@ class Trainer:
             zero_stage=runtime.zero_stage,
             micro_batch=runtime.micro_batch,
             activation_checkpointing=runtime.activation_checkpointing,
+            on_cpu=group.device.type == "cpu",
         )
         model = AIM(self.model_config)
         model.init_weights(result.seed)
@@ -70,9 +71,7 @@ class Trainer:
             group,
             log_file=run.logs / f"deepspeed-rank{group.rank}.log",
         )
-        self.peak = group.from_first(
-            known_peak(run, group.device, result.optimiser.precision) if group.is_first else None
-        )
+        self.peak = group.from_first(known_peak(group.device, result.optimiser.precision) if group.is_first else None)
         self.recorder = Recorder(
             run, config, group, self.model_config, self.peak, images_planned=self.schedule.images_planned()
         )

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import harness.bench_train
 import harness.peak
 import harness.train
+from aim.config import model_config
+from aim.cost import param_count
 from harness import cli_bench, cli_train
 from harness.config import ConfigError, RunConfig
 from harness.rundir import RunDir, RunDirError
@@ -68,6 +70,11 @@ def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_p
         "4",
         "--steps",
         "3",
+        "--head-width",
+        "16",
+        "--head-depth",
+        "3",
+        "--peer",
     ]
     assert in_processes(invoke, cli_bench.app, [*arguments, "--precision", precision, "--json"], out) == [0]
     measured = json.loads(out.read_text())
@@ -75,4 +82,7 @@ def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_p
     assert measured["images_per_s"] == pytest.approx(8000 / measured["ms_per_step"])
     assert measured["mfu"] > 0
     assert measured["ratio_to_bare"] > 0
+    assert measured["ratio_to_peer"] > 0
+    assert measured["params"] == param_count(model_config("w16-d2", image_size=16, patch_size=4, head_width=16,
+                                                          head_depth=3)).total  # fmt: skip
     assert measured["memory_bytes"] > 1e8
