@@ -1,4 +1,4 @@
-"""The three approaches on one table, how far they disagree, and how the exponent depends on what N and C count."""
+"""The three approaches on one table, and how far they disagree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis.envelope import envelope_frontier
@@ -18,9 +17,6 @@ from analysis.isoflop import isoflop_frontier
 from analysis.laws import CHINCHILLA
 from analysis.objectives import HUBER_LOG, Objective
 from analysis.result import AsJson
-
-SIZES = {"total": "params_total", "trunk": "params_trunk", "head": "params_head"}
-FLOPS = {"counted": "flops_train", "6ND": "flops_6nd"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +75,7 @@ def all_approaches(
     budgets: int | None = None,
     objective: Objective | str = HUBER_LOG,
     resamples: int = 500,
-    cluster: str | None = None,
+    cluster: str | None = "auto",
 ) -> Approaches:
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
 
@@ -90,7 +86,7 @@ def all_approaches(
         budgets: common budgets that approach 2 interpolates to; None takes the table's own.
         objective: of approach 3.
         resamples: bootstrap resamples of each.
-        cluster: column whose groups approach 3 resamples whole.
+        cluster: column whose groups approach 3 resamples whole, as for `fit`.
 
     Raises:
         AnalysisError: no approach is possible.
@@ -115,22 +111,3 @@ def all_approaches(
     if not frontiers:
         raise AnalysisError(f"No approach is possible: {failures[3]}")
     return Approaches(frontiers=tuple(frontiers), failures=failures)
-
-
-def exponents_by_count(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 200) -> pd.DataFrame:
-    """Approach 3 for every meaning of N and C in a results table: N, C, alpha, beta, exponent, low, high, reason."""
-    rows = []
-    for (size, n), (flops, c) in itertools.product(SIZES.items(), FLOPS.items()):
-        if n not in df.columns or c not in df.columns:
-            continue
-        row: dict[str, Any] = {"N": size, "C": flops}
-        try:
-            law = fit(CHINCHILLA, df, y=y, columns={"N": n}, resamples=resamples)
-            line = parametric_frontier(law, df, columns={"N": n, "C": c})
-        except AnalysisError as error:
-            rows.append({**row, "alpha": np.nan, "beta": np.nan, "exponent": np.nan, "reason": str(error)})
-            continue
-        i = line.exponent_interval
-        row |= {"alpha": law.params["alpha"], "beta": law.params["beta"], "exponent": line.exponent}
-        rows.append({**row, "low": i.low, "high": i.high, "reason": ""})
-    return pd.DataFrame(rows)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from analysis.cli_options import AsJson, Columns, Main, Tables, Where, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,36 +18,39 @@ app = typer.Typer(help="Correlate loss with accuracy and forecast accuracy from 
 
 @app.command()
 def correlate_table(
-    table: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a sweep's folder.")],
+    tables: Tables,
     x: Annotated[str, typer.Option(help="First column.")] = "val_loss",
     y: Annotated[str, typer.Option(help="Second column; top1 means every probe of the table.")] = "top1",
-    columns: Annotated[list[str] | None, typer.Option(help="Foreign columns as ours=theirs.")] = None,
+    columns: Columns = None,
+    where: Where = None,
+    main: Main = False,
     partial: Annotated[
         str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
     ] = None,
     within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
-    cluster: Annotated[str | None, typer.Option(help="Resample whole groups of this column (run_id, size).")] = None,
+    cluster: Annotated[
+        str, typer.Option(help="Resample whole groups of this column; auto: runs that have several rows; none: rows.")
+    ] = "auto",
     link: Annotated[
         str | None, typer.Option(help="Also fit accuracy as sigmoid, exponential or linear in the loss.")
     ] = None,
     at_loss: Annotated[
         list[float] | None, typer.Option(help="Losses to forecast the accuracy for (with --link).")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Pearson, Spearman and Kendall with intervals."""
     import json as json_module
 
     from analysis.correlation import correlate
     from analysis.result import plain_types
-    from analysis.table import parse_columns, read_table
 
-    df = read_table(table, columns=parse_columns(columns or []))
-    groups = groups_by_probe(df, y)
+    groups = groups_by_probe(table_of(tables, columns, where, main), y)
+    by = {k: clusters_of(group, cluster) for k, group in groups.items()}
     found = {
-        k: correlate(group, x=x, y=y, partial=partial, within=within, cluster=cluster) for k, group in groups.items()
+        k: correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]) for k, group in groups.items()
     }
-    links = {k: link_of(group, link, x, y, cluster) for k, group in groups.items()} if link else {}
+    links = {k: link_of(group, link, x, y, by[k]) for k, group in groups.items()} if link else {}
     if json:
         rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
         fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]
@@ -65,6 +69,14 @@ def correlate_table(
             typer.echo(f"  {links[task, kind].sentence()}")
             for loss, row in zip(at_loss or [], links[task, kind].predict({"L": at_loss}).itertuples(), strict=True):
                 typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
+
+
+def clusters_of(rows: pd.DataFrame, wish: str) -> str | None:
+    """The column to resample by; `auto` takes runs where at least four have several rows."""
+    if wish != "auto":
+        return None if wish == "none" else wish
+    runs = rows["run_id"].nunique() if "run_id" in rows.columns else 0
+    return "run_id" if 4 <= runs < len(rows) else None
 
 
 def groups_by_probe(df: pd.DataFrame, y: str) -> dict[tuple[str, str], pd.DataFrame]:

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from analysis.cli_options import AsJson, Columns, FigurePath, Main, Tables, Where, draw, table_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import pandas as pd
 
     from analysis.result import Fit, HeldOut
 
@@ -29,27 +33,31 @@ class WhatC(StrEnum):
 
     measured = "measured"
     sixnd = "6nd"
+    executed = "executed"
 
 
 @app.command()
 def fit_table(
-    table: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a sweep's folder.")],
+    tables: Tables,
     law: Annotated[
         str, typer.Option(help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C.")
     ] = "chinchilla",
     y: Annotated[str, typer.Option(help="Column to fit.")] = "val_loss",
     objective: Annotated[str, typer.Option(help="What to minimise: huber_log, lsq, log_lsq, lad, ...")] = "huber_log",
-    columns: Annotated[
-        list[str] | None, typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params.")
-    ] = None,
+    columns: Columns = None,
+    where: Where = None,
+    main: Main = False,
     n: Annotated[WhatN, typer.Option(help="What N counts.")] = WhatN.total,
-    c: Annotated[WhatC, typer.Option(help="C as counted FLOPs or as 6ND.")] = WhatC.measured,
+    c: Annotated[WhatC, typer.Option(help="C as counted FLOPs, as 6ND, or as executed.")] = WhatC.measured,
     weights: Annotated[str | None, typer.Option(help="Column of weights.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter, e.g. E=0.")] = None,
     bound: Annotated[
         list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
     ] = None,
-    cluster: Annotated[str | None, typer.Option(help="Resample whole groups of this column (run_id, size).")] = None,
+    cluster: Annotated[
+        str,
+        typer.Option(help="Resample whole groups of this column; auto: runs where they have several rows; none: rows."),
+    ] = "auto",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples; 0 for none.")] = 1000,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
@@ -63,20 +71,27 @@ def fit_table(
     against: Annotated[
         list[str] | None, typer.Option(help="Rival law, compared by predicting the largest scale; may be repeated.")
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Also draw the fit into FIGURE.svg and FIGURE.png.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    definitions: Annotated[
+        bool,
+        typer.Option("--definitions", help="Refit the joint law for every meaning of N and C in the table instead."),
+    ] = False,
+    figure: FigurePath = None,
+    json: AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from dataclasses import replace
 
+    from analysis.design import mixture_flags
     from analysis.estimate import fit
     from analysis.heldout import held_out
     from analysis.influence import with_influence_flags
     from analysis.profile import with_profile_flags
     from analysis.select import choose
-    from analysis.table import parse_columns, read_table
 
-    df = read_table(table, columns=parse_columns(columns or []))
+    df = table_of(tables, columns, where, main, fresh="repeated" not in law)
+    if definitions:
+        _definitions(df, y, objective, resamples, figure, json)
+        return
     names = variable_columns(df.columns, n, c)
     result = fit(
         law,
@@ -88,8 +103,9 @@ def fit_table(
         fixed={k: number(v, k) for k, v in pairs(fix or [], "--fix", "E=0")},
         bounds={k: number_pair(v, k) for k, v in pairs(bound or [], "--bound", "alpha=0.1:1")},
         resamples=resamples,
-        cluster=cluster,
+        cluster=None if cluster == "none" else cluster,
     )
+    result = replace(result, flags=(*result.flags, *mixture_flags(df, [*result.law.variables, *names])))
     tests: list[HeldOut] = []
     for wish in hold_out or []:
         by, _, count = wish.partition(":")
@@ -100,13 +116,9 @@ def fit_table(
     if profiles:
         result = with_profile_flags(result)
     if figure is not None:
-        from matplotlib.figure import Figure
-
-        from analysis.plots_style import save
-
-        drawn = result.plot().get_figure()
-        assert isinstance(drawn, Figure)
-        save(drawn, figure)
+        drawn = result.plot().get_figure(root=True)
+        assert drawn is not None
+        draw(drawn, figure)
     typer.echo(result.to_json() if json else text(result))
     if against and not json:
         by = (hold_out or [result.law.variables[0]])[0].partition(":")[0]
@@ -114,9 +126,21 @@ def fit_table(
         typer.echo("\n" + ranked.sentence())
 
 
+def _definitions(df: pd.DataFrame, y: str, objective: str, resamples: int, figure: Path | None, json: bool) -> None:
+    """Print, and draw, how the exponents depend on what N and C count."""
+    from analysis.definitions import by_definition
+    from analysis.plots_contrast import plot_definitions
+
+    found = by_definition(df, y=y, objective=objective, resamples=resamples)
+    if figure is not None:
+        draw(plot_definitions(found), figure)
+    typer.echo(found.to_json() if json else found.text())
+
+
 def variable_columns(present: Iterable[str], n: WhatN, c: WhatC) -> dict[str, str]:
     """Columns of N and C by the user's choice, as far as the table is a results table."""
-    wanted = {"N": f"params_{n.value}", "C": "flops_train" if c == WhatC.measured else "flops_6nd"}
+    flops = {WhatC.measured: "flops_train", WhatC.sixnd: "flops_6nd", WhatC.executed: "flops_executed"}
+    wanted = {"N": f"params_{n.value}", "C": flops[c]}
     present = set(present)
     chosen = {"N": n != WhatN.total, "C": c != WhatC.measured}
     return {v: name for v, name in wanted.items() if name in present or chosen[v]}

@@ -229,9 +229,8 @@ def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], r
     closings: list[Closing] = []
     if shared.empty:
         return closings
-    cluster = "run_id" if "run_id" in usable and usable["run_id"].notna().all() else None
     try:
-        joint = fit("chinchilla", usable, resamples=resamples, cluster=cluster)
+        joint = fit("chinchilla", usable, resamples=resamples)
     except AnalysisError as error:
         left_out.append(f"What would close the gaps: {error}")
         return closings
@@ -241,7 +240,7 @@ def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], r
         try:
             second = link(
                 rows.reset_index(drop=True), chance=float(chance.iloc[0]) if len(chance) else None,
-                cluster=cluster, resamples=resamples,
+                resamples=resamples,
             )  # fmt: skip
             closings += [closing(str(task), joint, second, scale, target) for scale in ("N", "D")]
         except AnalysisError as error:

@@ -28,7 +28,7 @@ def link(
     chance: float | None = None,
     anchor: tuple[float, float] | None = None,
     objective: Objective | str = LSQ,
-    cluster: str | None = None,
+    cluster: str | None = "auto",
     resamples: int = 1000,
     seed: int = 0,
 ) -> Fit:
@@ -42,7 +42,8 @@ def link(
         chance: accuracy of guessing; holds the floor of the sigmoid and the exponential there. None fits the floor.
         anchor: an ideal point (loss, accuracy) added as one more measurement, such as (0, 1) in the OLMo ladder.
         objective: what to minimise.
-        cluster: column whose groups (runs) are resampled whole: the evaluations of one run are not independent.
+        cluster: column whose groups (runs) are resampled whole: the evaluations of one run are not independent; as for
+            `fit`.
         resamples: bootstrap resamples.
         seed: seed of the bootstrap; equal seeds and clusters pair the draws of several tasks.
 
@@ -61,7 +62,8 @@ def link(
         )
     rows = df
     if anchor is not None:
-        ideal = {loss: anchor[0], accuracy: anchor[1]} | ({cluster: "ideal point"} if cluster else {})
+        by = "run_id" if cluster == "auto" and "run_id" in df.columns else cluster
+        ideal = {loss: anchor[0], accuracy: anchor[1]} | ({by: "ideal point"} if by not in (None, "auto") else {})
         rows = pd.concat([df, pd.DataFrame([ideal], index=["ideal point"])])
     fixed = {"floor": chance} if chance is not None and kind != "linear" else None
     bounds = None if fixed or kind == "linear" else {"floor": (0.0, 1.0)}

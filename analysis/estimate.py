@@ -35,7 +35,7 @@ def fit(
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     resamples: int = 1000,
-    cluster: str | None = None,
+    cluster: str | None = "auto",
     counts: Array | None = None,
     level: float = 0.95,
     seed: int = 0,
@@ -53,7 +53,8 @@ def fit(
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
         resamples: bootstrap resamples; 0 for none.
-        cluster: column whose groups (a run, a size) are resampled whole; None resamples points.
+        cluster: column whose groups (a run, a size) are resampled whole; None resamples points; "auto" resamples runs
+            (`run_id`) where at least `MIN_RUNS` of them have several rows, which share their trunk's error.
         counts: resamples given as counts (num_resamples, num_points), instead of drawn here.
         level: level of the intervals.
         seed: seed of the bootstrap.
@@ -86,6 +87,7 @@ def fit(
         )
     draws: dict[str, Array] = {}
     method = "none"
+    cluster, shared = _cluster(df, points, cluster)
     if counts is not None or resamples:
         counts, method = _counts(df, points, counts, cluster, resamples, seed)
         draws = bootstrap_draws(problem, minima, counts)
@@ -94,6 +96,8 @@ def fit(
     intervals = intervals_of(law.reported(draws), level, method) if draws else {}
     rivals = rivals_of(problem, minima)
     found = doubts(problem, minima[0], raw, params, draws, intervals, rivals, points)
+    if shared and draws:
+        found = replace(found, flags=(*found.flags, shared))
     result = _result(problem, minima[0], points, objective, params, raw, draws, found, rivals, intervals, method, level)
     return _bounded_above(replace(result, fixed=fixed, bounds=bounds), problem)
 
@@ -148,6 +152,28 @@ def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[floa
     for name, (low, high) in bounds.items():
         if not low < high:
             raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")
+
+
+MIN_RUNS = 5
+"""Fewer runs than this are not resampled unless asked for: three or four say too little about their own spread."""
+
+
+def _cluster(df: pd.DataFrame, points: Observations, wish: str | None) -> tuple[str | None, str]:
+    """The column to resample by, and a warning where runs share errors but are too few to resample."""
+    if wish != "auto":
+        return wish, ""
+    if "run_id" not in df.columns:
+        return None, ""
+    runs = df.loc[points.index, "run_id"]
+    num_runs = runs.nunique()
+    if runs.isna().any() or num_runs == len(runs):
+        return None, ""
+    if num_runs >= MIN_RUNS:
+        return "run_id", ""
+    return None, (
+        f"The {len(runs)} points come from {num_runs} run{'s' * (num_runs > 1)}, too few to resample; rows of a run "
+        "share its error, so the intervals, which resample rows, are too narrow."
+    )
 
 
 def _counts(

@@ -222,6 +222,16 @@ REPEATED = Law(
     source="Muennighoff et al. 2023, the data half",
 )
 
+REPEATED_DATA = Law(
+    name="repeated_data",
+    formula="L = E + B D'^-beta, D' = U + U R_D (1 - exp(-(D/U - 1)/R_D))",
+    variables=("D", "U"),
+    linear=(coefficient("E"), coefficient("B")),
+    nonlinear=(exponent("beta"), exponent("R_D", 0.1, 1e3)),
+    basis=lambda x, t: (1.0, effective(np.minimum(x["U"], x["D"]), x["D"], t["R_D"]) ** -t["beta"]),
+    source="Muennighoff et al. 2023, the data half, at one size",
+)
+
 REPEATED_BOTH = Law(
     name="repeated_both",
     formula="L = E + A N'^-alpha + B D'^-beta, N' = V + V R_N (1 - exp(-(N/V - 1)/R_N)), D' likewise of U with R_D",
@@ -324,6 +334,7 @@ LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()}
         KAPLAN,
         OVERTRAINED,
         REPEATED,
+        REPEATED_DATA,
         REPEATED_BOTH,
         LINK_LINEAR,
         LINK_SIGMOID,

@@ -46,6 +46,7 @@ DARK = {
 
 _RC = {
     "figure.dpi": 100,
+    "figure.constrained_layout.w_pad": 0.09,  # inches; the default cuts the first letter of long labels
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "axes.facecolor": PAPER,

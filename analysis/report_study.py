@@ -173,9 +173,8 @@ def _link(rows: pd.DataFrame, resamples: int) -> Fit:
     """Sigmoid from loss to accuracy above chance; whole runs are resampled where there are enough."""
     rows = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
     chance = rows["chance"].dropna()
-    cluster = "run_id" if "run_id" in rows and rows["run_id"].nunique() >= 4 else None
     floor = float(chance.iloc[0]) if len(chance) else None
-    return link(rows, chance=floor, cluster=cluster, resamples=affordable(min(resamples, 500), len(rows)))
+    return link(rows, chance=floor, resamples=affordable(min(resamples, 500), len(rows)))
 
 
 def _correlations(rows: pd.DataFrame, resamples: int) -> tuple[Correlation, ...]:

@@ -1,10 +1,16 @@
 """Where the published measurements live, and a table made from a known law."""
 
+import itertools
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+
+from analysis.laws import effective
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -47,3 +53,55 @@ def grid() -> pd.DataFrame:
             "status": "complete",
         }
     )
+
+
+TRUTH = {"E": 0.2, "A": 8.0, "B": 12.0, "alpha": 0.4, "beta": 0.5, "R_D": 6.0}
+SIZES = {"s1": 2e4, "s2": 6e4, "s3": 2e5, "s4": 6e5, "s5": 2e6, "s6": 6e6}
+
+
+def study_rows(
+    *,
+    sizes: Sequence[str] = tuple(SIZES),
+    budgets: Sequence[int] = (4000, 8000, 16000, 32000, 64000),
+    seeds: Sequence[int] = (0, 1, 2),
+    uniques: Sequence[int] = (64000,),
+    seed_sd: float = 0.004,
+    row_sd: float = 0.001,
+    effect: float = 0.0,
+    **design: object,
+) -> list[dict[str, Any]]:
+    """Rows of a known study: E + A N^-alpha + B D'^-beta, times an effect, a run's own error and a row's.
+
+    A run's error depends on its size and seed alone, as a trunk's does: paired runs share it.
+    """
+    rows = []
+    for size, seed, unique in itertools.product(sizes, seeds, uniques):
+        n = SIZES[size]
+        key = zlib.crc32(f"{size} {seed}".encode())
+        run_error = seed_sd * np.random.default_rng(key).standard_normal()
+        rng = np.random.default_rng(zlib.crc32(f"{size} {seed} {unique} {sorted(design.items())}".encode()))
+        for seen in budgets:
+            worth = effective(np.array(min(unique, seen)), np.array(seen), np.array(TRUTH["R_D"]))
+            loss = TRUTH["E"] + TRUTH["A"] * n ** -TRUTH["alpha"] + TRUTH["B"] * float(worth) ** -TRUTH["beta"]
+            loss *= float(np.exp(effect + run_error + row_sd * rng.standard_normal()))
+            tag = "_".join(str(value) for value in design.values())
+            rows.append(
+                {"sweep": "known", "run_id": f"{size}_u{unique}_s{seed}_{tag}", "status": "complete", "size": size,
+                 "seed": seed, "images_seen": seen, "unique_images": unique, "batch_size": 32, "lr_peak": 1e-3,
+                 "params_trunk": 0.6 * n, "params_head": 0.35 * n, "params_preprocessor": 0.05 * n, "params_total": n,
+                 "flops_train": 6 * n * 64 * seen, "flops_6nd": 6 * n * 64 * seen, "flops_executed": 4 * n * 64 * seen,
+                 "prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
+                 "val_loss": loss, "val_loss_se": 0.01 * loss, "val_num_images": 500, "epochs": seen / unique}
+                | design
+            )  # fmt: skip
+    return rows
+
+
+@pytest.fixture
+def known_study():
+    """`study_rows` as a data frame, as `read_table` would give it."""
+
+    def make(*parts: dict[str, Any]) -> pd.DataFrame:
+        return pd.DataFrame([row for part in parts or ({},) for row in study_rows(**part)])
+
+    return make
