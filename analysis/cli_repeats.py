@@ -31,5 +31,5 @@ def repeats_table(
     df = table_of(tables, columns, where, main)
     found = repeats(df, y=y, objective=objective, resamples=resamples)
     if figure is not None:
-        draw(plot_repeats(*found.curves()), figure)
+        draw(plot_repeats(*found.curves(), found.fit.loss_unit), figure)
     typer.echo(found.to_json() if json else "\n".join([found.text(), *mixture_flags(df, ["N", "D", "U"])]))

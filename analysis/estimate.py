@@ -18,6 +18,7 @@ from analysis.observations import Observations, observe
 from analysis.optimise import Minimum, Problem, global_minimum, make_problem, minimise
 from analysis.profile import profile
 from analysis.result import Fit, intervals_of
+from analysis.table import loss_unit
 
 WEIGHTS_AT_ONCE = 5_000_000
 """Weights of resamples held in floating point at once."""
@@ -99,7 +100,8 @@ def fit(
     if shared and draws:
         found = replace(found, flags=(*found.flags, shared))
     result = _result(problem, minima[0], points, objective, params, raw, draws, found, rivals, intervals, method, level)
-    return _bounded_above(replace(result, fixed=fixed, bounds=bounds), problem)
+    result = replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df))
+    return _bounded_above(result, problem)
 
 
 def _bounded_above(result: Fit, problem: Problem) -> Fit:

@@ -16,10 +16,12 @@ from analysis.frontier import points_of
 from analysis.isoflop import isoflop_points
 from analysis.plots import plot_beside_published, plot_fit, plot_loss_accuracy, plot_points, plot_residuals
 from analysis.plots_laws import plot_cloud, plot_forecasts, plot_frontiers, plot_isoflop, plot_surface
+from analysis.plots_parts import axis_label
 from analysis.plots_style import human, png_bytes, svg_text, themed_svg
 from analysis.report_study import Study, probe_kinds
 from analysis.report_tables import csv_uri
 from analysis.result import Fit
+from analysis.table import loss_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,14 @@ def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
         tests = {f"largest {'model' if t.variable == 'N' else 'budget'}": t.predictions for t in joint.heldout}
         caption = "Fitted without the largest scale, then asked for it. Bars: 95 % prediction intervals."
         data = pd.concat([rows.assign(left_out=label) for label, rows in tests.items()])
-        yield page_figure("held-out", "checks", "Forecast against actual", caption, plot_forecasts(tests), data)
+        yield page_figure(
+            "held-out",
+            "checks",
+            "Forecast against actual",
+            caption,
+            plot_forecasts(tests, axis_label("val_loss", joint.loss_unit)),
+            data,
+        )
     if joint.draws:
         caption = "Each point is the law refitted to one resample of the rows; dashed: 95 % intervals."
         draws = pd.DataFrame({name: joint.reported_draws()[name] for name in ("alpha", "beta")})
@@ -209,7 +218,7 @@ def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigu
         points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None, 0.1)
         caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
         data = pd.concat([frame.assign(C=flops) for flops, frame in points])
-        figure = plot_isoflop(points, isoflop.pairs)
+        figure = plot_isoflop(points, isoflop.pairs, loss_unit(study.usable))
         yield page_figure("isoflop", "checks", "Loss at equal compute", caption, figure, data)
 
 

@@ -15,8 +15,9 @@ from analysis.result import Fit, HeldOut
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
     """Refit without the `num_values` largest values of a variable or column, and predict those rows.
 
-    The naive baseline is a straight line in log-log (no offset) through the training points' best loss at each
-    value of `by`, extended: what one would draw with a ruler.
+    The naive baseline is a straight line in log-log (no offset) against `by`, extended: what one would draw with a
+    ruler through the training points that share the other variables' values (a size held out: at the same D), or
+    through the best loss at each value of `by` where fewer than two of those are there.
 
     Args:
         result: the fit whose law, objective and columns are used.
@@ -53,15 +54,18 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
     )
     measured = result.data["y"].to_numpy()[test]
     predicted = refit.predict(points[test])
-    naive = _naive(scale[~test], result.data["y"].to_numpy()[~test], scale[test])
+    y = result.data["y"].to_numpy()
+    others = [result.data[v].to_numpy(float) for v in result.law.variables if v != by]
+    naive, num_own = _naive(scale, y, test, others)
     table = result.data.loc[test, list(result.law.variables)].assign(
         measured=measured,
+        measured_se=_standard_errors(points[test], result.columns["y"]),
         predicted=predicted["value"],
         pi_lo=predicted["pi_lo"],
         pi_hi=predicted["pi_hi"],
+        inside=(measured >= predicted["pi_lo"]) & (measured <= predicted["pi_hi"]),
         naive=naive,
     )
-    inside = (measured >= predicted["pi_lo"]) & (measured <= predicted["pi_hi"])
     relative, log_rmse = errors(predicted["value"].to_numpy(), measured)
     naive_relative, naive_log_rmse = errors(naive, measured)
     return HeldOut(
@@ -73,8 +77,8 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         log_rmse=log_rmse,
         naive_mean_abs_relative_error=naive_relative,
         naive_log_rmse=naive_log_rmse,
-        naive="a straight line in log-log through the best loss at each value",
-        coverage=float(inside.mean()),
+        naive=_ruler_words(result, by, num_own, int(test.sum())),
+        coverage=float(table["inside"].mean()),
         predictions=table,
     )
 
@@ -97,8 +101,41 @@ def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
     return points[by].to_numpy(float)
 
 
-def _naive(scale: Array, y: Array, target: Array) -> Array:
-    values = np.unique(scale)
-    best = np.array([y[scale == v].min() for v in values])
-    slope, level = np.polyfit(np.log(values), np.log(best), 1)
-    return np.exp(level + slope * np.log(target))
+def _naive(scale: Array, y: Array, test: Array, others: list[Array]) -> tuple[Array, int]:
+    """The ruler's forecast of every held-out point, and for how many it was drawn at their own other values."""
+    train = ~test
+    values = np.unique(scale[train])
+    best = np.array([y[train & (scale == v)].min() for v in values])
+    overall = _ruler(values, best)
+    out, num_own = [], 0
+    for i in np.flatnonzero(test):
+        alike = train.copy()
+        for other in others:
+            alike &= np.isclose(other, other[i], rtol=0.01)
+        own = len(np.unique(scale[alike])) > 1
+        num_own += own
+        slope, level = _ruler(scale[alike], y[alike]) if own and others else overall
+        out.append(np.exp(level + slope * np.log(scale[i])))
+    return np.array(out), num_own if others else 0
+
+
+def _ruler(x: Array, y: Array) -> tuple[float, float]:
+    """Slope and level of a straight line in log-log."""
+    slope, level = np.polyfit(np.log(x), np.log(y), 1)
+    return float(slope), float(level)
+
+
+def _ruler_words(result: Fit, by: str, num_own: int, num: int) -> str:
+    others = " and ".join(v for v in result.law.variables if v != by)
+    if num_own == 0:
+        return "a straight line in log-log through the best loss at each value"
+    rest = "" if num_own == num else f" ({num_own} of {num} points; else through the best loss at each value)"
+    return f"a straight line in log-log at the same {others}{rest}"
+
+
+def _standard_errors(points: pd.DataFrame, y: str) -> Array:
+    """Standard errors of the measurements, where the table has them beside the column."""
+    name = f"{y}_se"
+    if name not in points.columns:
+        return np.full(len(points), np.nan)
+    return pd.to_numeric(points[name], errors="coerce").to_numpy(float)

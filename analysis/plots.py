@@ -37,6 +37,7 @@ from analysis.plots_style import (
     ordered_colours,
     styled,
 )
+from analysis.table import loss_unit
 
 __all__ = [
     "plot_beside_published",
@@ -106,8 +107,8 @@ def plot_fit(
             heights += fit.predict({x: [extend_to]})["value"].tolist()
         if x != "L":
             log_axis(ax, "y", heights)
-        ax.set_xlabel(axis_label(fit.columns[x]))
-        ax.set_ylabel(axis_label(fit.columns["y"]))
+        ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit))
+        ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit))
         if others:
             handles = [
                 mpl.lines.Line2D([], [], color=c, marker=m, linestyle=line, label=human(value))
@@ -158,8 +159,8 @@ def plot_points(
             scatter(ax, group[x], group[y], color=colours[i], marker=MARKERS[i], label=label)
         log_axis(ax, "x", frame[x], few_values(frame[x]), tick_label(x))
         log_axis(ax, "y", frame[y])
-        ax.set_xlabel(axis_label(x))
-        ax.set_ylabel(axis_label(y))
+        ax.set_xlabel(axis_label(x, loss_unit(frame)))
+        ax.set_ylabel(axis_label(y, loss_unit(frame)))
         if by:
             ax.legend(title=short(by))
     return ax
@@ -181,7 +182,7 @@ def plot_residuals(fit: Fit) -> Figure:
                 label = human(value) if value is not None else None
                 scatter(ax, group[x], shown[group.index], color=colours[i], marker=MARKERS[i], label=label, size=26)
             log_axis(ax, "x", fit.data[x], few_values(fit.data[x], 0.16), tick_label(fit.columns[x]))
-            ax.set_xlabel(axis_label(fit.columns[x]).split(" (")[0])
+            ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit).split(" (")[0])
             if others:
                 ax.legend(title=short(fit.columns[others[0]]), handletextpad=0.1, **below(len(series)))
         axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")
@@ -246,7 +247,7 @@ def _link_curve(ax: Axes, link: Fit) -> None:
 
 def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Sequence[Correlation]) -> None:
     ax.set_title(plain(task))
-    ax.set_xlabel(axis_label("val_loss"))
+    ax.set_xlabel(axis_label("val_loss", loss_unit(rows)))
     ax.set_ylabel("top-1 accuracy (%)")
     ax.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{100 * value:g}"))
     chance = rows["chance"].dropna()
@@ -293,7 +294,7 @@ def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: st
             scatter(ax, n, loss, color=colour, marker=marker, label=label)
         log_axis(ax, "x", [*ours[count], *published[count]])
         log_axis(ax, "y", [*ours["val_loss"], *published["val_loss"]])
-        ax.set_xlabel(axis_label(count))
-        ax.set_ylabel(axis_label("val_loss"))
+        ax.set_xlabel(axis_label(count, loss_unit(ours)))
+        ax.set_ylabel(axis_label("val_loss", loss_unit(ours)))
         ax.legend(loc="best")
     return figure

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots_parts import below, plain, scatter
+from analysis.plots_parts import axis_label, below, plain, scatter
 from analysis.plots_style import (
     ACCENT,
     INK,
@@ -138,12 +138,13 @@ def plot_definitions(found: Definitions) -> Figure:
         return figure
 
 
-def plot_repeats(curves: pd.DataFrame, points: pd.DataFrame) -> Figure:
+def plot_repeats(curves: pd.DataFrame, points: pd.DataFrame, loss_unit: str = "") -> Figure:
     """Loss against images seen, a line per number of unique images, dotted where no image is repeated.
 
     Args:
         curves: D, U, loss of the fitted law, and `fresh`: its loss were every image new.
         points: measured D, U, loss.
+        loss_unit: `table.loss_unit`.
     """
     with styled():
         figure, (ax,) = new_figure(5.8, 4.0)
@@ -157,7 +158,7 @@ def plot_repeats(curves: pd.DataFrame, points: pd.DataFrame) -> Figure:
             scatter(ax, dot["D"], dot["loss"], color=colour, marker=MARKERS[i % len(MARKERS)], label=human(unique))
         log_axis(ax, "x", points["D"])
         log_axis(ax, "y", [*points["loss"], *curves["loss"]])
-        ax.set_xlabel("D: training images seen")
-        ax.set_ylabel("validation loss")
+        ax.set_xlabel(axis_label("images_seen", loss_unit))
+        ax.set_ylabel(axis_label("val_loss", loss_unit))
         ax.legend(title="U, different images", **below(len(uniques) + 1))
         return figure

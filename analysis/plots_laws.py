@@ -80,7 +80,9 @@ def plot_frontiers(frontiers: Sequence[Frontier]) -> Figure:
     return figure
 
 
-def plot_isoflop(points: Sequence[tuple[float, pd.DataFrame]], minima: pd.DataFrame | None = None) -> Figure:
+def plot_isoflop(
+    points: Sequence[tuple[float, pd.DataFrame]], minima: pd.DataFrame | None = None, loss_unit: str = ""
+) -> Figure:
     """Iso-FLOP parabolas: loss against N at equal compute, a parabola in ln N through each.
 
     Args:
@@ -108,8 +110,8 @@ def plot_isoflop(points: Sequence[tuple[float, pd.DataFrame]], minima: pd.DataFr
             ax.plot(minima["N"], minima["loss"], color=INK, linewidth=0, marker="x", markersize=7, label="minimum")
         log_axis(ax, "x", every["N"])
         log_axis(ax, "y", every["loss"])
-        ax.set_xlabel(axis_label("params_total"))
-        ax.set_ylabel(axis_label("val_loss"))
+        ax.set_xlabel(axis_label("params_total", loss_unit))
+        ax.set_ylabel(axis_label("val_loss", loss_unit))
         ax.legend(title="C, FLOP", **below(len(picks) + (minima is not None)))
     return figure
 
@@ -133,8 +135,8 @@ def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
             ax.plot(inside["N"], inside["D"], color=SECOND, linewidth=2.2, label="compute-optimal")
         log_axis(ax, "x", spans["N"])
         log_axis(ax, "y", spans["D"])
-        ax.set_xlabel(axis_label(fit.columns["N"]))
-        ax.set_ylabel(axis_label(fit.columns["D"]))
+        ax.set_xlabel(axis_label(fit.columns["N"], fit.loss_unit))
+        ax.set_ylabel(axis_label(fit.columns["D"], fit.loss_unit))
         ax.legend(**below(2))
     return figure
 
@@ -182,7 +184,7 @@ def plot_profile(profile: Profile, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation loss (normalised MSE)") -> Figure:
+def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation loss") -> Figure:
     """Forecast against what happened; on the diagonal a forecast was right.
 
     Args:

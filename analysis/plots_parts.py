@@ -20,11 +20,18 @@ AXIS_LABELS = {
     "unique_images": "U: different training images",
     "flops_train": "C: training compute (FLOP)",
     "flops_6nd": "C: training compute, 6 × N × tokens (FLOP)",
-    "val_loss": "validation loss (normalised MSE)",
-    "train_loss": "training loss (normalised MSE)",
+    "flops_executed": "C: training compute, executed (FLOP)",
+    "val_loss": "validation loss",
+    "train_loss": "training loss",
     "top1": "top-1 accuracy",
 }
-"""Axis labels of the results table's columns, with units."""
+"""Axis labels of the results table's columns."""
+FOREIGN_LABELS = {
+    "params_total": "N: parameters",
+    "images_seen": "D: samples seen",
+    "unique_images": "U: unique samples",
+}
+"""The same for tables of others, which may count other things under our names."""
 
 
 def below(num: int) -> dict[str, Any]:
@@ -33,8 +40,17 @@ def below(num: int) -> dict[str, Any]:
     return {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": columns, "columnspacing": 1.2}
 
 
-def axis_label(column: str) -> str:
-    """Label of a column: ours, else its unit and name from the schema, else the name as it is."""
+def axis_label(column: str, loss_unit: str = "") -> str:
+    """Label of a column: ours, else its unit and name from the schema, else the name as it is.
+
+    Args:
+        column: a column's name.
+        loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
+    """
+    if column in ("val_loss", "train_loss") and loss_unit:
+        return f"{AXIS_LABELS[column]} ({loss_unit})"
+    if not loss_unit and column in FOREIGN_LABELS:
+        return FOREIGN_LABELS[column]
     if column in AXIS_LABELS:
         return AXIS_LABELS[column]
     unit = KNOWN[column].unit if column in KNOWN else ""
@@ -43,7 +59,7 @@ def axis_label(column: str) -> str:
 
 def short(column: str) -> str:
     """A legend heading: the letter and a word or two."""
-    known = {"params_total": "N, parameters", "params_trunk": "N, trunk", "images_seen": "D, images seen"}
+    known = {"params_total": "N, parameters", "params_trunk": "N, trunk", "images_seen": "D, seen"}
     return known.get(column, column)
 
 

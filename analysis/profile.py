@@ -90,7 +90,10 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level
     values = np.unique(np.clip(values, low, high))
     totals = np.array([_held_total(problem, fit, parameter, v) for v in values])
     best = min(fit.objective_value, float(totals.min()))
-    lost = (totals - best) / likelihood_scale(fit)
+    scale = likelihood_scale(fit)
+    tiny = 1e-24 * float(np.sum(fit.data["weight"].to_numpy()))  # what rounding leaves of squared residuals
+    # without noise every worse value is ruled out
+    lost = (totals - best) / scale if scale > tiny else np.where(totals - best > tiny, np.inf, 0.0)
     spare = max(1, len(fit.data) - len(fit.law.parameters) + len(fit.fixed))
     threshold = (chi2.ppf(level, 1) if fit.objective.likelihood else student.ppf(0.5 + level / 2, spare) ** 2) / 2
     ends, closed = _crossings(values, lost, at, threshold)

@@ -17,6 +17,7 @@ from analysis.compare import Comparison
 from analysis.plots_style import human
 from analysis.published import forecast_frame, four_points
 from analysis.report_study import Study, accuracy_forecasts, forecasts
+from analysis.table import loss_unit
 
 MAX_ROWS = 400
 """Rows shown on the page; the CSV beside the table has all."""
@@ -174,8 +175,7 @@ def results_page_table(study: Study) -> PageTable:
     return page_table(
         "results",
         "Every measurement",
-        "One row per run and data budget. Loss is the mean squared error per scored patch on normalised pixels; "
-        "SE its standard error over validation images.",
+        f"One row per run and data budget.{_loss_words(study)} SE: standard error of the loss over validation images.",
         study.frame,
         [
             ("size", "size", text),
@@ -195,6 +195,12 @@ def results_page_table(study: Study) -> PageTable:
             ("run_id", "run", text),
         ],
     )
+
+
+def _loss_words(study: Study) -> str:
+    """What a loss is, where the table says so."""
+    unit = loss_unit(study.usable)
+    return f" Loss: {unit} per scored target on held-out images." if unit else ""
 
 
 def law_tables(study: Study) -> list[PageTable]:
@@ -286,7 +292,7 @@ def heldout_table(study: Study) -> PageTable | None:
             "num_test": test.num_test,
             "error": test.mean_abs_relative_error,
             "naive": test.naive_mean_abs_relative_error,
-            "coverage": test.coverage,
+            "inside": f"{test.num_inside} of {test.num_test}",
         }
         for test in joint.heldout
     )
@@ -301,7 +307,7 @@ def heldout_table(study: Study) -> PageTable | None:
             ("num_test", "predicted", whole),
             ("error", "mean error of the law (%)", lambda v: f"{100 * v:.2f}"),
             ("naive", "of a ruler (%)", lambda v: f"{100 * v:.2f}"),
-            ("coverage", "inside 95 % interval (%)", percent),
+            ("inside", "inside their 95 % interval", text),
         ],
     )
 

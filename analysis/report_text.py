@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.baselines import PAPER_EXPONENTS, TASKS
 from analysis.plots_style import human
 from analysis.report_study import Study
-from analysis.result import Correlation
+from analysis.result import Correlation, HeldOut
 
 
 def summary(study: Study) -> list[str]:
@@ -102,8 +102,17 @@ def _law_in_words(study: Study) -> Iterator[str]:
         yield (
             f"Fitted without the largest {'model' if test.variable == 'N' else 'budget'}, the law predicts its losses "
             f"with a mean error of {100 * test.mean_abs_relative_error:.2f} %; {test.naive} has "
-            f"{100 * test.naive_mean_abs_relative_error:.2f} %{'' if better else ', so the law does no better here'}."
+            f"{100 * test.naive_mean_abs_relative_error:.2f} %{'' if better else ', so the law does no better here'}. "
+            f"{_inside(test)}"
         )
+
+
+def _inside(test: HeldOut) -> str:
+    """Whether the measurements lie where the law said, and how sure the measurements themselves are."""
+    rows = test.predictions
+    share = f"{test.num_inside} of {test.num_test} of them lie inside their 95 % prediction interval"
+    error = (rows["measured_se"] / rows["measured"]).median()
+    return f"{share}; the images they are measured on leave ± {196 * error:.2g} %." if error > 0 else f"{share}."
 
 
 def symbol(name: str) -> str:

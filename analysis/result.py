@@ -84,7 +84,13 @@ class HeldOut:
     coverage: float
     """Share of held-out points inside their prediction interval."""
     predictions: pd.DataFrame = field(repr=False)
-    """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, naive."""
+    """Rows: index of the table, variables, measured, measured_se (standard error of the measurement, NaN if unknown),
+    predicted, pi_lo, pi_hi, inside, naive."""
+
+    @property
+    def num_inside(self) -> int:
+        """Held-out points inside their prediction interval."""
+        return int(self.predictions["inside"].sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +135,8 @@ class Fit(AsJson):
     """How the optimum was found."""
     level: float = 0.95
     """Level of all intervals."""
+    loss_unit: str = ""
+    """Unit of the losses, for axes; empty for a table that is not a results table."""
     heldout: tuple[HeldOut, ...] = ()
     """Extrapolation tests, if asked for."""
     fixed: dict[str, float] = field(default_factory=dict)

@@ -55,9 +55,23 @@ def held_out_sentence(h: HeldOut) -> str:
     return (
         f"Held out {h.variable} >= {min(h.values):.3g}: fitted on {h.num_train} points, the law predicts the other "
         f"{h.num_test} with mean error {h.mean_abs_relative_error:.2%} (log-RMSE {h.log_rmse:.4f}), {verdict} than "
-        f"{h.naive} "
-        f"({h.naive_mean_abs_relative_error:.2%}, {h.naive_log_rmse:.4f}); {h.coverage:.0%} lie inside the prediction "
-        "interval."
+        f"{h.naive} ({h.naive_mean_abs_relative_error:.2%}, {h.naive_log_rmse:.4f}); {h.num_inside} of {h.num_test} "
+        f"lie inside their prediction interval.{_farthest(h)}"
+    )
+
+
+def _farthest(h: HeldOut) -> str:
+    """The point at the largest scale: forecast, interval, measurement with its own error."""
+    rows = h.predictions
+    if rows["pi_lo"].isna().all():
+        return ""
+    at = list(rows.columns[: list(rows.columns).index("measured")])
+    last = rows.sort_values([h.variable, *at] if h.variable in rows else at).iloc[-1]
+    scale = ", ".join(f"{v} = {last[v]:.4g}" for v in at)
+    error = f" ± {1.96 * last['measured_se']:.4g} (its images)" if last["measured_se"] > 0 else ""
+    return (
+        f" At {scale}: forecast {last['predicted']:.4g} [{last['pi_lo']:.4g}, {last['pi_hi']:.4g}], measured "
+        f"{last['measured']:.4g}{error}: {'inside' if last['inside'] else 'outside'}."
     )
 
 

@@ -434,6 +434,12 @@ def usable_rows(frame: pd.DataFrame, needs: Sequence[str] = ("val_loss",)) -> tu
     return kept, exclusions
 
 
+def loss_unit(frame: pd.DataFrame) -> str:
+    """Unit of a table's losses: ours by their target; a foreign table, which has none, does not say."""
+    targets = set(frame["target"].dropna()) if "target" in frame else set()
+    return {"normalised": "normalised MSE", "raw": "MSE"}.get(targets.pop(), "") if len(targets) == 1 else ""
+
+
 def schema_markdown() -> str:
     """The schema as the Markdown tables of `docs/results-table.md`."""
     parts = []

@@ -31,6 +31,17 @@ def test_profile_of_a_straight_line_is_the_exact_t_interval():
     assert found.closed == (True, True)
 
 
+@pytest.mark.parametrize("objective", ["lsq", "log_lsq", "huber_log", "lad"])
+def test_without_noise_every_other_value_is_ruled_out(objective):
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, 6), np.geomspace(1e5, 3e6, 5)))
+    df = pd.DataFrame({"N": n, "D": d, "y": 0.2 + 30 * n**-0.4 + 40 * d**-0.5})
+    with np.errstate(all="raise", under="ignore"):
+        found = profile(fit("chinchilla", df, y="y", objective=objective, resamples=0), "alpha", num=9)
+    assert found.low == pytest.approx(0.4, rel=0.05)
+    assert found.high == pytest.approx(0.4, rel=0.05)
+    assert found.closed == (True, True)
+
+
 def test_a_flat_profile_is_said_in_words(grid):
     grid["val_loss"] = 1 + 0.01 * np.random.default_rng(0).standard_normal(len(grid))
     result = with_profile_flags(fit(laws.CHINCHILLA, grid, resamples=0))

@@ -29,6 +29,16 @@ def lightness(colour: str) -> float:
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
 
 
+def test_units_are_named_for_our_tables_only(grid):
+    ours = plot_points(grid.assign(target="normalised"), "params_total")
+    assert ours.get_ylabel() == "validation loss (normalised MSE)"
+    assert "pixel head" in ours.get_xlabel()
+    raw = plot_fit(fit("chinchilla", grid.assign(target="raw"), resamples=0), x="D")
+    assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss (MSE)", "D: training images seen")
+    theirs = plot_fit(fit("chinchilla", grid, resamples=0), x="D")
+    assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
+
+
 def test_the_law_is_drawn_where_it_predicts(joint):
     ax = plot_fit(joint, x="N")
     budgets = np.sort(joint.data["D"].unique())
@@ -42,7 +52,7 @@ def test_the_law_is_drawn_where_it_predicts(joint):
     assert {tuple(point) for point in measured} <= {tuple(point) for point in drawn}
     assert len({line.get_linestyle() for line in ax.lines}) >= 4
     assert "parameters" in ax.get_xlabel()
-    assert "MSE" in ax.get_ylabel()
+    assert "loss" in ax.get_ylabel()
 
 
 def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
