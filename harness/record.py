@@ -16,7 +16,7 @@ from harness.data.stream import Batch
 from harness.distributed import Group
 from harness.engine import StepOutcome
 from harness.failures import DivergedError
-from harness.loggers import Logger, open_loggers, scalars
+from harness.loggers import Logger, open_loggers
 from harness.metrics import TAIL_FRACTION, JsonLines, StepLog
 from harness.peak import Peak
 from harness.rundir import RunDir
@@ -174,7 +174,7 @@ class Recorder:
             heartbeat=time.time(),
         )
         for logger in self._loggers:
-            logger.log(scalars(line | speed, self._segment.branch), line["images_seen"])
+            logger.log(line | speed)
         where = "trunk" if self._segment.branch is None else f"decay to {self._segment.branch}"
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         self.terminal.step(
