@@ -159,6 +159,7 @@ def evaluate_budget(
     if group.is_first:
         # a probe job may have finished further tasks meanwhile
         run.update_row(images_seen, lambda _: with_probes_of_files(run, config, row))
+        run.write_status(val_loss=losses.loss, durable=False)
     group.wait()
     return row
 

@@ -37,7 +37,9 @@ class RunStatus:
     step: int
     """Optimiser step."""
     loss: float | None
-    """Training loss."""
+    """Training loss of the last step logged."""
+    val_loss: float | None
+    """Validation loss of the last budget recorded."""
     images_per_s: float | None
     """All ranks."""
     mfu: float | None
@@ -158,6 +160,7 @@ def _line(
         images_seen=status.images_seen,
         step=status.step,
         loss=status.loss,
+        val_loss=status.val_loss,
         images_per_s=status.images_per_s,
         mfu=status.mfu,
         eta_s=left / speed if speed else None,

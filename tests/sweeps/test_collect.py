@@ -93,7 +93,9 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     fresh, dead, other_version, running = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
     dead.write_status(state="running", images_done=500, images_planned=1000, images_per_s=10.0)
     other_version.write_status(version=99)
-    running.write_status(state="running", images_done=250, images_planned=1000, images_per_s=10.0, loss=0.5)
+    running.write_status(
+        state="running", images_done=250, images_planned=1000, images_per_s=10.0, loss=0.5, val_loss=0.4321
+    )
     (sweep.runs_dir / "old-run").mkdir()
     with running.hold():
         status = sweep_status(sweep, runs, cards)
@@ -107,6 +109,7 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     output = CliRunner().invoke(cli_status.app, [str(tmp_path / "sweep.yaml"), "--root", str(tmp_path / "root")]).output
     assert "2 dead" in output
     assert "version 99" in output
+    assert "0.4321" in output
 
 
 def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand_in: Any, launch: Any) -> None:
