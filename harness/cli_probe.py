@@ -1,20 +1,20 @@
-"""`aimscale probe RUN_DIR`: frozen-feature accuracies of a run's budgets."""
+"""Probing in this process: one run's budgets, or a baseline on the same tasks (`sweeps.cli_probe` calls it)."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from harness.config import ConfigError, ProbeSection, RunConfig, parse, read_yaml
 
-app = typer.Typer(help="Probe the frozen features of one run's budgets.")
 
-
-def _list_tasks(wanted: bool) -> None:
+def list_tasks(wanted: bool) -> None:
+    """Print the cards of the paper's benchmarks and end, if `wanted`."""
     if wanted:
         from harness.tasks import CARDS
 
@@ -27,60 +27,27 @@ def _list_tasks(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command()
-def probe(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="Run directory with saved budgets; or, with --like, a baseline: timm:NAME, random or raw-pixels.",
-            show_default=False,
-        ),
-    ],
-    images_seen: Annotated[
-        int | None, typer.Option(help="Probe this budget only; all saved ones otherwise.", show_default=False)
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="Task of the run's configuration (repeatable); all otherwise.")
-    ] = None,
-    tasks: Annotated[
-        Path | None, typer.Option(help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's.")
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="Labelled data set of a task of your own: its training split.")
-    ] = None,
-    test: Annotated[str | None, typer.Option(help="And its test split.")] = None,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="linear, attentive, knn or lora (repeatable) instead of the task's own.")
-    ] = None,
-    like: Annotated[
-        Path | None, typer.Option(help="Run directory whose tasks, images and seed a baseline is probed with.")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weight file of a timm model.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random", help="Leave a timm model untrained.")] = False,
-    hub: Annotated[bool, typer.Option("--hub", help="Fetch a timm model's weights from the hub or its cache.")] = False,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Image side of a timm model, pixels; its own otherwise.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for a baseline's results; LIKE/baselines/NAME otherwise.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    cache_gb: Annotated[
-        float, typer.Option(help="Memory for cached features; beyond it every epoch runs the backbone again.")
-    ] = 2.0,
-    again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
-    list_tasks: Annotated[
-        bool,
-        typer.Option(
-            "--list-tasks", callback=_list_tasks, is_eager=True, help="The paper's benchmarks and their data."
-        ),
-    ] = False,
+def probe_here(
+    target: str,
+    *,
+    images_seen: int | None,
+    task: list[str] | None,
+    tasks: Path | None,
+    train: str | None,
+    test: str | None,
+    kind: list[str] | None,
+    like: Path | None,
+    weights: Path | None,
+    random_weights: bool,
+    hub: bool,
+    image_size: int | None,
+    out: Path | None,
+    device: str,
+    cache_gb: float,
+    again: bool,
+    as_json: bool,
 ) -> None:
-    """Train the task's probe heads on frozen features and score the chosen ones on the test split.
-
-    Runs by itself, under torchrun or in a Slurm job step with several tasks; a killed probe goes on where it was.
-    """
+    """Probe a run or a baseline by itself, under torchrun or in a Slurm job step with several tasks; prints entries."""
     from harness.probe_features import ProbeError
     from harness.probe_run import join_ranks, probe_baseline, probe_run
     from harness.rundir import RunDir
@@ -92,10 +59,7 @@ def probe(
         raise ProbeError("--like, --weights, --random, --hub, --image-size and --out go with baselines, not with a run")
     if is_baseline and images_seen is not None:
         raise ProbeError("--images-seen goes with a run, not with a baseline")
-    config = RunDir(like or target).load_config()
-    if tasks is not None:
-        config = _with_tasks(config, tasks)
-    sections = _sections(config, task, train, test, kind)
+    sections = wanted_sections(RunDir(like or target).load_config(), task, tasks, train, test, kind)
     since = None if again else 0.0
     with join_ranks(device) as group:
         results: Iterator[tuple[int | None, list[dict[str, Any]]]]
@@ -130,31 +94,51 @@ def _print(results: Iterator[tuple[int | None, list[dict[str, Any]]]], *, is_fir
         typer.echo(json.dumps(found, indent=1))
 
 
-def _with_tasks(config: RunConfig, path: Path) -> RunConfig:
-    """The configuration with the tasks of a file instead of its own."""
-    values = read_yaml(path)
-    if not isinstance(values, list) or not values:
-        raise ConfigError(f"{path} must be a list of tasks, each with task, train and test")
-    sections = tuple(parse(ProbeSection, value, f"{path}, task {number}") for number, value in enumerate(values, 1))
-    return config.model_copy(update={"result": config.result.model_copy(update={"probes": sections})})
-
-
-def _sections(
-    config: RunConfig, task: list[str] | None, train: str | None, test: str | None, kind: list[str] | None
+def wanted_sections(
+    config: RunConfig,
+    task: list[str] | None,
+    tasks: Path | None,
+    train: str | None,
+    test: str | None,
+    kind: list[str] | None,
 ) -> list[ProbeSection]:
-    """The run's own tasks, or the one spelled out on the command line."""
+    """The run's own tasks, those of a file, or the one spelled out on the command line (relative paths: to here).
+
+    Raises:
+        ConfigError, ProbeError: no such task, or one that is only half given.
+    """
     from harness.probe_features import ProbeError
     from harness.probe_run import wanted_tasks
 
     kinds = {"kinds": kind} if kind else {}
     if (train is None) != (test is None):
         raise ProbeError("--train and --test belong together; give both")
-    if train is None:
-        own = wanted_tasks(config, task)
-        return [parse(ProbeSection, section.model_dump() | kinds, "the command line") for section in own]
-    if task is None or len(task) != 1:
-        raise ProbeError("name the task of --train and --test with one --task NAME")
-    return [parse(ProbeSection, {"task": task[0], "train": train, "test": test} | kinds, "the command line")]
+    if train is not None and test is not None:
+        if task is None or len(task) != 1:
+            raise ProbeError("name the task of --train and --test with one --task NAME")
+        values = {"task": task[0], "train": _absolute(train), "test": _absolute(test)}
+        return [parse(ProbeSection, values | kinds, "the command line")]
+    if tasks is not None:
+        config = _with_tasks(config, tasks)
+    own = wanted_tasks(config, task)
+    return [parse(ProbeSection, section.model_dump() | kinds, "the command line") for section in own]
+
+
+def _with_tasks(config: RunConfig, path: Path) -> RunConfig:
+    """The configuration with the tasks of a file instead of its own."""
+    values = read_yaml(path)
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{path} must be a list of tasks, each with task, train and test")
+    sections = (parse(ProbeSection, value, f"{path}, task {number}") for number, value in enumerate(values, 1))
+    placed = tuple(
+        section.model_copy(update={"train": _absolute(section.train), "test": _absolute(section.test)})
+        for section in sections
+    )
+    return config.model_copy(update={"result": config.result.model_copy(update={"probes": placed})})
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _line(budget: int | None, entry: dict[str, Any]) -> str:

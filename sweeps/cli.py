@@ -25,7 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "retry": ("sweeps.cli_retry", "Clear the failure of runs, so that the next launch resumes them."),
     "collect": ("sweeps.cli_collect", "Gather every run's rows into one typed table."),
     "train": ("harness.cli_train", "Train or resume one run from its directory."),
-    "probe": ("sweeps.cli_probe", "Probe frozen features: a run's budgets, or all of a sweep by jobs, local or on Slurm."),
+    "probe": ("sweeps.cli_probe", "Probe frozen features of a run, or of a whole sweep by local or Slurm jobs."),
     "weights": ("harness.cli_weights", "Import, export and describe official AIM weights."),
     "bench": ("sweeps.cli_bench", "Measure throughput, MFU, loader and fit speed against named limits."),
     "doctor": ("sweeps.cli_doctor", "Look at this machine: what works, and what to do about the rest."),

@@ -22,4 +22,4 @@ def retry_runs(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-
     cleared = retry(loaded, some_runs(loaded, runs or []))
     for run_id in cleared:
         typer.echo(f"{run_id}: cleared")
-    typer.echo(f"{len(cleared)} failures cleared; `aimscale launch` resumes them")
+    typer.echo(f"{len(cleared)} failures cleared; `aimscale launch` (of probes: `aimscale probe`) resumes them")

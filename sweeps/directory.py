@@ -138,6 +138,19 @@ class RunRecord(RunDir):
         self.claim = self.path / "launch.json"
         self.attempts = self.path / "attempts.jsonl"
 
+    @property
+    def home(self) -> Path:
+        """Folder of the launch lock and of Slurm's logs: the sweep's."""
+        return self.path.parent.parent
+
+    def saved_progress(self) -> list[int]:
+        """What an attempt that resumes now would start from: rows recorded, and images of the furthest checkpoint."""
+        images = [0]
+        for path in self.checkpoints.glob("[0-9]*"):
+            with contextlib.suppress(ValueError):
+                images.append(int(path.name.split("-")[0]))
+        return [len(self.read_rows()), max(images)]
+
     def checked_status(self) -> Status:
         """The run's status.
 
@@ -199,7 +212,7 @@ class RunRecord(RunDir):
 
     def job_log(self, job_id: str | None) -> Path:
         """Output of a Slurm job's batch script, watcher and slurmstepd."""
-        return self.path.parent.parent / "slurm" / f"{job_id}_0_log.out"
+        return self.home / "slurm" / f"{job_id}_0_log.out"
 
     def last_log(self) -> Path | None:
         """Output of the last attempt's first rank."""

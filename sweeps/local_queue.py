@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from sweeps.decide import Decision, decide
-from sweeps.directory import Claim, RunRecord, claim_run, launch_lock, own_claim
+from sweeps.decide import Decision
+from sweeps.directory import Claim, RunRecord, launch_lock, own_claim
 from sweeps.planner import Run
 from sweeps.retries import Outcome, conclude
 from sweeps.sweepfile import Sweep, SweepError
+from sweeps.work import Work, training
 
 POLL_S = 0.2
 
@@ -35,10 +36,10 @@ Report = Callable[["Queue"], None]
 """Called every few moments with the queue, to show where it stands."""
 
 
-def worker_command(run_dir: Path, devices: int) -> list[str]:
+def worker_command(run_dir: Path, devices: int, worker: tuple[str, ...] = ("-m", "harness.train")) -> list[str]:
     """`python -m harness.train RUN_DIR`, by torchrun where it has several devices."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if devices > 1 else []
-    return [sys.executable, *launcher, "-m", "harness.train", str(run_dir)]
+    return [sys.executable, *launcher, *worker, str(run_dir)]
 
 
 @dataclass(kw_only=True)
@@ -65,6 +66,8 @@ class Queue:
 
     sweep: Sweep
     """The sweep."""
+    work: Work
+    """What is done with its runs."""
     runs: Sequence[Run]
     """All its runs."""
     pending: list[Run]
@@ -108,18 +111,20 @@ def run_queue(
     command: Command = worker_command,
     report: Report = lambda queue: None,
     is_queued: Callable[[Claim], bool] = lambda claim: True,
+    work: Work | None = None,
 ) -> LaunchResult:
     """Execute runs (longest first as given) until none is left to start.
 
     With `gpus`, slot i sees the card `gpus[i]` alone. `is_queued` tells whether Slurm still knows a job that an earlier
-    launch submitted.
+    launch submitted; `work` is what is done with the runs, training by default.
 
     Raises:
         SweepError: no slot.
     """
     if slots < 1:
         raise SweepError(f"--slots must be 1 or more, not {slots}")
-    queue = Queue(sweep=sweep, runs=runs, pending=list(runs), free=list(range(slots)), num_slots=slots)
+    work = work or training(sweep)
+    queue = Queue(sweep=sweep, work=work, runs=runs, pending=list(runs), free=list(range(slots)), num_slots=slots)
     with _stop_requests(queue):
         try:
             while queue.active or (queue.pending and not queue.stopping):
@@ -148,11 +153,11 @@ def _start_what_fits(queue: Queue, gpus: Sequence[str], command: Command, is_que
         if devices > len(queue.free):
             return
         queue.pending.pop(0)
-        record = RunRecord(queue.sweep.run_dir(run.run_id))
+        record = queue.work.record(run)
         with launch_lock(queue.sweep):
-            decision = decide(run, record, is_queued)
+            decision = queue.work.decide(run, record, is_queued)
             if decision.startable:
-                claim_run(record, run, own_claim("local", devices))
+                queue.work.claim(record, run, own_claim("local", devices))
         if not decision.startable:
             queue.left.append(decision)
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import signal
 import time
@@ -168,15 +167,6 @@ def fruitless_attempts(run: RunRecord) -> int:
     return num
 
 
-def saved_progress(run: RunRecord) -> list[int]:
-    """What an attempt that resumes now would start from: rows recorded, and images of the furthest checkpoint."""
-    images = [0]
-    for path in run.checkpoints.glob("[0-9]*"):
-        with contextlib.suppress(ValueError):
-            images.append(int(path.name.split("-")[0]))
-    return [len(run.read_rows()), max(images)]
-
-
 def _record(
     run: RunRecord, attempt: int, exit_code: int | None, where: str, reason: str | None, kind: str | None
 ) -> None:
@@ -185,7 +175,7 @@ def _record(
         ended=time.time(),
         exit_code=exit_code,
         where=where,
-        saved=saved_progress(run),
+        saved=run.saved_progress(),
         reason_class=kind,
         reason=reason,
     )

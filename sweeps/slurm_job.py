@@ -38,11 +38,14 @@ class JobError(RuntimeError):
 
 
 class SlurmJob:
-    """The callable that submitit pickles; it carries the run's directory and nothing else."""
+    """The callable that submitit pickles; it carries the work's directory and nothing else."""
 
-    def __init__(self, run_dir: Path, worker: tuple[str, ...] = ("-m", "harness.train")) -> None:
-        self.run_dir = run_dir
+    def __init__(
+        self, path: Path, worker: tuple[str, ...] = ("-m", "harness.train"), record: type[RunRecord] = RunRecord
+    ) -> None:
+        self.path = path
         self.worker = worker
+        self.record = record
 
     def __call__(self) -> str:
         """Execute one attempt of the run.
@@ -50,7 +53,7 @@ class SlurmJob:
         Raises:
             JobError: the run failed for good.
         """
-        return _Watcher(RunRecord(self.run_dir), self.worker).watch()
+        return _Watcher(self.record(self.path), self.worker).watch()
 
     def checkpoint(self) -> Any:
         """Asked for by submitit when it is told to stop before the watcher took over: the same call again."""
@@ -96,7 +99,7 @@ class _Watcher:
 
     def _take_over(self) -> bool:
         """Whether the launcher's claim names this job; the first rank then enters which restart of it this is."""
-        with lock_file(self.record.path.parent.parent / "launch.lock"):
+        with lock_file(self.record.home / "launch.lock"):
             claim = self.record.read_claim()
             if claim is None or claim.job_id != self.job_id or claim.restarts > self.restarts:
                 return False

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from sweeps import slurm
-from sweeps.decide import Decision, decide
-from sweeps.directory import Claim, RunRecord, claim_run, launch_lock, own_claim
+from sweeps.decide import Decision
+from sweeps.directory import Claim, RunRecord, launch_lock, own_claim
 from sweeps.planner import Run
 from sweeps.retries import diagnose
 from sweeps.slurm_job import SlurmJob
 from sweeps.snapshot import Snapshot, find_snapshot, make_snapshot
 from sweeps.sweepfile import SlurmSection, Sweep, SweepError
+from sweeps.work import Work, training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +78,29 @@ def launch_slurm(
     *,
     allow_dirty: bool = False,
     dry_run: bool = False,
-    worker: tuple[str, ...] = ("-m", "harness.train"),
+    worker: tuple[str, ...] | None = None,
+    work: Work | None = None,
 ) -> SlurmLaunch:
     """Submit what is missing and return at once; the sweep's directory exists, but in a dry run, which writes nothing.
+
+    `work` is what is done with the runs, training by default; `worker` replaces the program that does it.
 
     Raises:
         SweepError, SlurmError: no Slurm, an unknown partition, a dirty tree, a job that Slurm refuses.
     """
+    work = work or training(sweep)
+    work = replace(work, worker=worker) if worker else work
     section = sweep.file.slurm
     slurm.check_partition(section.partition)
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
     chunk = slurm.max_array_size()
     if dry_run:
-        decisions = _decide(sweep, runs, settle_ended=False)
-        return _result(_arrays(sweep, decisions, chunk, snapshot, worker, _print_only), decisions, snapshot)
+        decisions = _decide(work, runs, settle_ended=False)
+        return _result(_arrays(sweep, decisions, chunk, snapshot, work, _print_only), decisions, snapshot)
     make_snapshot(snapshot)
     with launch_lock(sweep):
-        decisions = _decide(sweep, runs, settle_ended=True)
-        return _result(_arrays(sweep, decisions, chunk, snapshot, worker, _submit), decisions, snapshot)
+        decisions = _decide(work, runs, settle_ended=True)
+        return _result(_arrays(sweep, decisions, chunk, snapshot, work, _submit), decisions, snapshot)
 
 
 def _result(submitted: Sequence[Submission], decisions: Sequence[Decision], snapshot: Snapshot) -> SlurmLaunch:
@@ -102,13 +108,13 @@ def _result(submitted: Sequence[Submission], decisions: Sequence[Decision], snap
     return SlurmLaunch(submitted=tuple(submitted), left=left, snapshot=snapshot)
 
 
-def _decide(sweep: Sweep, runs: Sequence[Run], *, settle_ended: bool) -> list[Decision]:
+def _decide(work: Work, runs: Sequence[Run], *, settle_ended: bool) -> list[Decision]:
     """The verdict on every run; how a job ended that could not say so itself is written down first."""
-    records = [RunRecord(sweep.run_dir(run.run_id)) for run in runs]
+    records = [work.record(run) for run in runs]
     known = slurm.jobs()
     if settle_ended:
         settle(records, known)
-    return [decide(run, record, slurm.is_queued(known)) for run, record in zip(runs, records, strict=True)]
+    return [work.decide(run, record, slurm.is_queued(known)) for run, record in zip(runs, records, strict=True)]
 
 
 def settle(records: Sequence[RunRecord], known: dict[str, slurm.JobInfo]) -> None:
@@ -134,7 +140,7 @@ def _arrays(
     decisions: Sequence[Decision],
     chunk: int,
     snapshot: Snapshot,
-    worker: tuple[str, ...],
+    work: Work,
     submit: Submit,
 ) -> list[Submission]:
     by_shape: dict[Shape, list[Decision]] = {}
@@ -145,25 +151,24 @@ def _arrays(
     for shape, members in by_shape.items():
         for i in range(math.ceil(len(members) / chunk)):
             part = members[i * chunk : (i + 1) * chunk]
-            executor = executor_for(sweep, shape, snapshot)
-            submissions.append(_submit_array(sweep, executor, shape, part, worker, submit))
+            executor = executor_for(sweep, shape, snapshot, work.name)
+            submissions.append(_submit_array(executor, shape, part, work, submit))
     return submissions
 
 
 def _submit_array(
-    sweep: Sweep,
     executor: submitit.SlurmExecutor,
     shape: Shape,
     members: Sequence[Decision],
-    worker: tuple[str, ...],
+    work: Work,
     submit: Submit,
 ) -> Submission:
     """Submit one array and claim its runs; a job that starts before its claim waits for the launch's lock."""
-    job_id = submit(executor, [SlurmJob(decision.record.path, worker) for decision in members])
+    job_id = submit(executor, [SlurmJob(each.record.path, work.worker, type(each.record)) for each in members])
     if job_id is not None:
         for i, decision in enumerate(members):
             element = job_id if len(members) == 1 else f"{job_id}_{i}"
-            claim_run(decision.record, decision.run, own_claim("slurm", decision.run.devices, element))
+            work.claim(decision.record, decision.run, own_claim("slurm", decision.run.devices, element))
     return Submission(
         shape=shape,
         run_ids=tuple(decision.run.run_id for decision in members),
@@ -187,7 +192,7 @@ def _submit(executor: submitit.SlurmExecutor, jobs: list[SlurmJob]) -> str:
     return str(submitted[0].job_id).split("_")[0]
 
 
-def executor_for(sweep: Sweep, shape: Shape, snapshot: Snapshot) -> submitit.SlurmExecutor:
+def executor_for(sweep: Sweep, shape: Shape, snapshot: Snapshot, job_name: str) -> submitit.SlurmExecutor:
     """A submitit executor with everything that a job of this shape asks for."""
     section = sweep.file.slurm
     # A time limit is not a failure here: progress bounds the attempts (sweeps.retries), not submitit's count.
@@ -195,7 +200,7 @@ def executor_for(sweep: Sweep, shape: Shape, snapshot: Snapshot) -> submitit.Slu
         folder=sweep.directory / "slurm", max_num_timeout=1_000_000, python=section.python
     )
     parameters: dict[str, Any] = {
-        "job_name": f"aimscale-{sweep.name}",
+        "job_name": job_name,
         "partition": section.partition,
         "account": section.account,
         "qos": section.qos,

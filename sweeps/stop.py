@@ -6,10 +6,11 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sweeps import slurm
 from sweeps.directory import RunRecord, launch_lock, local_claim_is_live
+from sweeps.probe_record import ProbeRecord
 from sweeps.retries import forgive
 from sweeps.sweepfile import Sweep, SweepError
 
@@ -31,8 +32,7 @@ def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
     running: list[str] = []
     with launch_lock(sweep):
         known: dict[str, slurm.JobInfo] | None = None
-        for run_id in run_ids:
-            record = RunRecord(sweep.run_dir(run_id))
+        for run_id, record in _records(sweep, run_ids):
             claim = record.read_claim()
             if claim is not None and claim.backend == "slurm" and claim.job_id:
                 known = slurm.jobs() if known is None else known
@@ -48,10 +48,19 @@ def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
                     f"{run_id}: {'taken out of the queue' if job.phase == 'pending' else 'told to save and end'}"
                 )
             elif record.is_held() or (claim is not None and local_claim_is_live(claim)):
-                (done if _stop_local(record) else failed).append(_local_sentence(record))
+                (done if _stop_local(record) else failed).append(f"{run_id}: {_local_sentence(record)}")
         slurm.cancel(pending)
         slurm.cancel(running, signal="USR2")
     return done, failed
+
+
+def _records(sweep: Sweep, run_ids: Sequence[str]) -> Iterator[tuple[str, RunRecord]]:
+    """Training and probe job of each run, with what to call them."""
+    for run_id in run_ids:
+        yield run_id, RunRecord(sweep.run_dir(run_id))
+        probing = ProbeRecord.of(sweep.run_dir(run_id))
+        if probing.path.is_dir():
+            yield f"probes of {run_id}", probing
 
 
 def _stop_local(record: RunRecord) -> bool:
@@ -67,9 +76,9 @@ def _stop_local(record: RunRecord) -> bool:
 def _local_sentence(record: RunRecord) -> str:
     status = record.checked_status()
     if status.host == socket.gethostname() and record.is_held():
-        return f"{record.path.name}: told to save and end (its queue may start it again; stop the queue with Ctrl-C)"
+        return "told to save and end (its queue may start it again; stop the queue with Ctrl-C)"
     where = status.host or "its queue's machine"
-    return f"{record.path.name}: belongs to a queue on {where}; stop that with Ctrl-C there"
+    return f"belongs to a queue on {where}; stop that with Ctrl-C there"
 
 
 def retry(sweep: Sweep, run_ids: Sequence[str]) -> list[str]:
@@ -77,8 +86,7 @@ def retry(sweep: Sweep, run_ids: Sequence[str]) -> list[str]:
     cleared = []
     if sweep.directory.is_dir():
         with launch_lock(sweep):
-            for run_id in run_ids:
-                record = RunRecord(sweep.run_dir(run_id))
+            for run_id, record in _records(sweep, run_ids):
                 if record.checked_status().state in ("failed", "diverged") and not record.is_held():
                     forgive(record)
                     cleared.append(run_id)
