@@ -14,6 +14,9 @@ from harness.rundir import EXIT_DIVERGED, LeaseLost, ReasonClass
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """Slurm's end of a job and submitit's preemption warning."""
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say when the process at the other end died."""
+
 
 class PreemptedError(Exception):
     """A signal asked the run to stop; it has saved."""
@@ -61,6 +64,8 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if isinstance(error, UserError):
         kinds: dict[str, ReasonClass] = {"DataError": "data", "ProbeError": "data", "CheckpointError": "node"}
         return kinds.get(name, "config"), sentence
+    if any(sign in text for sign in LOST_PEER):
+        return "node", f"another rank is gone, and its own entry in logs/ may say why ({sentence})"
     is_network = name.startswith("Dist") or "onnection" in text or "NCCL" in text or "gloo" in text
     if isinstance(error, LeaseLost | OSError) or is_network:
         return "node", sentence

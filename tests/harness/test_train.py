@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import harness.checkpoint
 import harness.engine
 import harness.peak
 import harness.record
@@ -159,6 +160,40 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
     assert "120-decay-128 is damaged" in str(broken.read_status().reason)
     damage(broken.checkpoint_dir(104))  # twice flipped is whole again
     assert in_processes(train_in, broken.path) == [0]
+    assert results(broken.path) == results(whole.path)
+
+
+def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place: str) -> None:
+    """Train on several ranks of which one dies of SIGKILL after a step or inside a save, at its `number`-th."""
+    owner, name = {"step": (harness.record.Recorder, "step"), "save": (harness.checkpoint, "_write_part")}[place]
+    real, calls = getattr(owner, name), iter(range(1, number))
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if rank == victim and next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, watched)
+    train_in(rank, path)
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_the_others_end_with_a_reason_and_the_next_start_goes_on(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config({"zero_stage": 1})
+    whole, broken = (RunDir.create(tmp_path / name, config) for name in ("whole", "broken"))
+    assert in_processes(train_in, whole.path, world_size=2) == [0, 0]
+    # Far sooner than a collective's own time limit, which is longer than that of a test.
+    for victim, number, place in ((1, 4, "step"), (0, 2, "step"), (1, 1, "save"), (0, 1, "save"), (1, 9, "step")):
+        codes = in_processes(train_and_lose_a_rank, broken.path, victim, number, place, world_size=2)
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] == 1, "ended, and not as if it were finished"
+        status = broken.read_status()
+        assert (status.state, status.reason_class) == ("failed", "node"), status
+        assert status.reason
+        assert not broken.is_held()
+    assert in_processes(train_in, broken.path, world_size=2) == [0, 0]
     assert results(broken.path) == results(whole.path)
 
 
