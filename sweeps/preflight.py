@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.config import ModelSection, ProbeSection
 from sweeps.planner import Run
 
 MAX_OPENED = 50_000_000
@@ -16,24 +17,30 @@ def check_data(runs: Sequence[Run]) -> None:
     """Open every data set that the runs read, once.
 
     Raises:
-        DataError: a folder or an index is missing, a shard is missing or truncated, or a probe's data have no labels.
+        DataError: a folder or an index is missing, or a shard is missing or truncated.
+        ProbeError: the data of a probe have no labels, or its two sides do not fit together.
+        TaskError: a probe's data bear a benchmark's name and are not that benchmark.
     """
     unlabelled: dict[str, None] = {}
-    labelled: dict[str, None] = {}
+    tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection]] = {}
     for run in runs:
         result = run.config.result
         unlabelled |= dict.fromkeys([*(source.path for source in result.data.sources), result.validation.path])
-        labelled |= dict.fromkeys(path for probe in result.probes for path in (probe.train, probe.test))
+        tasks |= {(probe.task, probe.train, probe.test): (probe, result.model) for probe in result.probes}
     if not unlabelled:
         return
     from harness.data.index import open_dataset  # imports torch
 
-    for path in unlabelled | labelled:
-        if _num_samples(path) > MAX_OPENED:
-            continue
-        dataset = open_dataset(path)
-        if path in labelled:
-            dataset.require_labels()
+    for path in unlabelled:
+        if _num_samples(path) <= MAX_OPENED:
+            open_dataset(path)
+    if not tasks:
+        return
+    from harness.probe_features import open_task
+
+    for probe, model in tasks.values():
+        if max(_num_samples(probe.train), _num_samples(probe.test)) <= MAX_OPENED:
+            open_task(probe, model)
 
 
 def _num_samples(path: str) -> int:
