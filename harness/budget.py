@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from aim.config import ModelConfig, model_config
-from aim.cost import flops_per_image, param_count
 from aim.model import AIM
 from harness.checkpoint import save_weights
-from harness.config import ResultConfig, RunConfig, fingerprint
+from harness.config import RunConfig
 from harness.data.index import open_dataset
 from harness.distributed import Group
 from harness.engine import Engine
@@ -28,19 +26,11 @@ from harness.failures import PreemptedError, StopFlag
 from harness.probe import probe_model
 from harness.probe_files import weights_name, with_probes_of_files
 from harness.provenance import git_commit
+from harness.row import configured_columns, model_of
 from harness.rundir import RunDir, fsync_dir, publish_dir, write_json
 from harness.validate import completions, validate, write_npz
 
 ROW_VERSION = 1
-
-
-def model_of(result: ResultConfig) -> ModelConfig:
-    """The model that a run trains.
-
-    Raises:
-        ModelConfigError: no such model.
-    """
-    return model_config(**dict(result.model), target=result.objective.target)
 
 
 def save_budget(
@@ -171,30 +161,9 @@ def _stop_if_asked(group: Group, flag: StopFlag) -> None:
 
 def describe(config: RunConfig) -> dict[str, Any]:
     """Columns of a row that follow from the configuration and the code alone."""
-    result = config.result
-    model = model_of(result)
-    params = param_count(model)
     commit, is_dirty = git_commit()
     return {
         "schema_version": ROW_VERSION,
-        "run_id": config.run_id,
-        "size": result.model.size,
-        "seed": result.seed,
-        "batch_size": result.optimiser.batch_size,
-        "lr_peak": result.optimiser.lr_peak,
-        "schedule": result.schedule.kind,
-        "precision": result.optimiser.precision,
-        "patch_order": result.model.patch_order,
-        "prefix": result.objective.prefix,
-        "target": result.objective.target,
-        "head_rule": result.model.head_rule,
-        "image_size": result.model.image_size,
-        "patch_size": result.model.patch_size,
-        "params_preprocessor": params.preprocessor,
-        "params_trunk": params.trunk,
-        "params_head": params.head,
-        "params_total": params.total,
-        "flops_per_image": flops_per_image(model).train,
-        "config_hash": fingerprint(result),
+        **configured_columns(config),
         "git_commit": f"{commit}{'+dirty' if is_dirty else ''}" if commit else None,
     }

@@ -50,8 +50,8 @@ def train(
 
     from aim.config import model_config
     from harness.bench_train import run
-    from harness.budget import model_of
     from harness.config import OptimiserSection, load_run_config, parse
+    from harness.row import model_of
 
     torch.set_num_threads(threads)
     batches = None

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from analysis.table import TableError, results_table, write_table
-from harness.config import ResultConfig, Section, fingerprint
+from harness.config import ResultConfig, Section
+from harness.row import configured_columns
 from harness.rundir import write_json
 from sweeps.costs import CostCard
 from sweeps.directory import RunRecord
-from sweeps.planner import Run, model_of
+from sweeps.planner import Run
 from sweeps.sweepfile import Sweep, SweepError
 
 COLLECT_VERSION = 1
@@ -120,7 +121,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
     if strangers:
         raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
     missing = status.state if status.state in ("diverged", "failed") else "unfinished"
-    planned = _planned_row(run, card)
+    planned = {**configured_columns(run.config), "setup": setup_of(run.config.result)}
     rows = []
     for budget in card.budgets:
         if budget.images_seen in found:
@@ -146,37 +147,6 @@ def _imported(sweep: Sweep, planned: set[str]) -> list[RunRecord]:
             if path.name not in planned and "imported" in json.loads((path / "provenance.json").read_text()):
                 found.append(RunRecord(path))
     return found
-
-
-def _planned_row(run: Run, card: CostCard) -> dict[str, Any]:
-    """What is known of a row before it is measured."""
-    result = run.config.result
-    model = model_of(result)
-    return {
-        "run_id": run.run_id,
-        "size": result.model.size,
-        "seed": result.seed,
-        "unique_images": result.data.unique_images,
-        "batch_size": result.optimiser.batch_size,
-        "lr_peak": result.optimiser.lr_peak,
-        "schedule": result.schedule.kind,
-        "precision": result.optimiser.precision,
-        "patch_order": result.model.patch_order,
-        "prefix": result.objective.prefix,
-        "target": result.objective.target,
-        "head_rule": result.model.head_rule,
-        "head_width": None if model.head.is_linear else model.head.width,
-        "head_depth": model.head.depth,
-        "setup": setup_of(result),
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-        "params_preprocessor": card.params_preprocessor,
-        "params_trunk": card.params_trunk,
-        "params_head": card.params_head,
-        "params_total": card.params_total,
-        "flops_per_image": card.flops_per_image,
-        "config_hash": fingerprint(result),
-    }
 
 
 SCALE_FIELDS = {

@@ -13,9 +13,10 @@ from aim.config import ModelConfig
 from aim.cost import executed_flops_per_image
 from harness.config import ResultConfig, RunConfig
 from harness.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
+from harness.row import model_of
 from harness.schedule import Schedule
 from sweeps.evaluation_cost import evaluation_flops, num_images
-from sweeps.planner import Run, counts_of, model_of
+from sweeps.planner import Run, counts_of
 from sweeps.sweepfile import CostSection, Sweep, SweepError
 
 CHECKPOINT_BYTES_PER_PARAM = 14

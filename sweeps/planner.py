@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aim.config import ModelConfig, model_config
+from aim.config import ModelConfig
 from aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from harness.config import ConfigError, ResultConfig, RunConfig, RuntimeConfig, parse
+from harness.row import cached_model
 from sweeps.recipes import Recipe, Scale, recipe
 from sweeps.sweepfile import Sweep, SweepError, count
 
@@ -92,16 +93,6 @@ def _plan(sweep: Sweep) -> list[Run]:
     if not runs:
         raise SweepError(f"{sweep.source}: no run is left after the exclusions")
     return runs
-
-
-def model_of(result: ResultConfig) -> ModelConfig:
-    """The model configuration of a run."""
-    return _model(tuple(result.model.__dict__.items()), result.objective.target)
-
-
-@functools.cache
-def _model(fields: tuple[tuple[str, Any], ...], target: Any) -> ModelConfig:
-    return model_config(**dict(fields), target=target)
 
 
 @functools.cache
@@ -226,7 +217,7 @@ def _model_from(section: Mapping[str, Any], changes: Fields, sweep: Sweep) -> Mo
     """The model that raw `model` fields describe; what is wrong with them is said by the strict parser."""
     target = changes.get("objective", {}).get("target", "normalised")
     try:
-        return _model(tuple(section.items()), target)
+        return cached_model(tuple(section.items()), target)
     except TypeError as error:
         result = {"model": section, "data": {}, "validation": {}, "budgets": ()}
         parse(ResultConfig, result, str(sweep.source))

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from aim.errors import UserError
+from harness.row import model_of
 from sweeps import cli_plan
 from sweeps.costs import cost_cards, to_json, with_bench
-from sweeps.planner import counts_of, model_of, plan
+from sweeps.planner import counts_of, plan
 from sweeps.recipes import RECIPES, Scale
 from sweeps.sweepfile import load_sweep, preset_names
 

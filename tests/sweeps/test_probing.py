@@ -27,12 +27,13 @@ from harness.config import ProbeSection
 from harness.data.pack import PackedImage, write_dataset
 from harness.probe_job import ProbeRequest, probe_job
 from harness.probe_run import probe_run
+from harness.row import model_of
 from harness.rundir import EXIT_FINISHED, RunDir, RunDirError
 from sweeps import cli_probe
 from sweeps.collect import collect
 from sweeps.costs import cost_cards
 from sweeps.directory import own_claim, prepare
-from sweeps.planner import Run, model_of, plan
+from sweeps.planner import Run, plan
 from sweeps.probe_record import ProbeRecord
 from sweeps.probing import missing, probing, run_at, runs_of_sweep, sweep_of_run
 from sweeps.retries import conclude
