@@ -23,10 +23,11 @@ from harness.config import OptimiserSection
 from harness.data.stream import Batch
 from harness.distributed import find_placement, start_group, stop_group
 from harness.engine import Engine, EngineOptions
+from harness.feed import count_targets
 from harness.memory import execution_plan
 from harness.peak import device_name, measure_peak
 from harness.provenance import process_age_s
-from harness.record import count_targets, device_memory_bytes
+from harness.record import device_memory_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -122,14 +122,19 @@ class Group:
         return host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def sum_and_any(self, count: int, flag: bool) -> tuple[int, bool]:
-        """Sum of the counts, and whether any rank raised its flag; one exchange on the host, not on the device."""
+        """Sum of the counts, and whether any rank raised its flag."""
+        total, num_raised = self.sums(count, int(flag))
+        return total, num_raised > 0
+
+    def sums(self, *counts: int) -> list[int]:
+        """Each count's sum over ranks; one exchange on the host, not on the device."""
         if self.world_size == 1:
-            return count, flag
+            return list(counts)
         import torch
 
-        values = torch.tensor([count, int(flag)], dtype=torch.int64)
+        values = torch.tensor(counts, dtype=torch.int64)
         torch.distributed.all_reduce(values, group=self._host_group)
-        return int(values[0]), bool(values[1])
+        return [int(value) for value in values]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor on the device over ranks, in place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from harness.data.stream import Batch
 from harness.distributed import Group
 from harness.engine import StepOutcome
 from harness.failures import DivergedError
+from harness.feed import Feed, Step
 from harness.loggers import Logger, open_loggers
 from harness.metrics import TAIL_FRACTION, JsonLines, StepLog
 from harness.peak import Peak
@@ -37,7 +38,7 @@ class Tally:
     num_skipped_steps: int = 0
     """Non-finite steps."""
     num_bad_samples: int = 0
-    """Undecodable samples on this rank, replaced."""
+    """Undecodable samples, replaced."""
     num_loss_spikes: int = 0
     """Losses far above those before them."""
     num_roll_backs: int = 0
@@ -77,6 +78,10 @@ class Recorder:
         self._run, self._config, self._group = run, config, group
         self._model_config, self._peak = model_config, peak
         self._trunk, self._branch = Tally(), Tally()
+        self._num_bad = 0  # among `images_done`
+        self._feed = Feed(
+            group, num_tokens=model_config.num_tokens, max_bad_fraction=config.result.data.max_bad_fraction
+        )
         self._log = StepLog(group)
         self._consecutive_skipped = 0
         self._interval = Interval()
@@ -96,13 +101,20 @@ class Recorder:
             if segment.branch is not None:
                 self._branch = Tally()
 
-    def next_of(self, batches: Iterator[list[Batch]]) -> list[Batch]:
-        """The next step's images; the wait for them is counted."""
+    def next_of(self, batches: Iterator[list[Batch]], *, stop_asked: bool) -> Step:
+        """The next step's images; the wait for them, here and on other ranks, is counted.
+
+        Raises:
+            DataError: on every rank, as `Feed.next` says.
+        """
         started = time.perf_counter()
-        micro_batches = next(batches)
+        num_images = self.images_done + self._config.result.optimiser.batch_size
+        step = self._feed.next(batches, stop_asked=stop_asked, num_images=num_images, num_bad=self._num_bad)
         self._interval.data_wait_s += time.perf_counter() - started
-        self._tally.num_bad_samples += sum(len(batch.bad_samples) for batch in micro_batches)
-        return micro_batches
+        if not step.must_stop:  # else the next start loads these images again
+            self._num_bad += step.num_bad_samples
+            self._tally.num_bad_samples += step.num_bad_samples
+        return step
 
     def step(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
         """One step is done, up to `images_seen`; a line is written when it is due.
@@ -195,6 +207,7 @@ class Recorder:
         self.book()
         return {
             "images_done": self.images_done,
+            "num_bad_done": self._num_bad,
             "trunk": dataclasses.asdict(self._trunk),
             "branch": dataclasses.asdict(self._branch),
             "log": self._log.state(),
@@ -206,6 +219,7 @@ class Recorder:
         """Take up `progress`, or start anew; lines that it does not know of are cut off."""
         if progress is not None:
             self.images_done = progress["images_done"]
+            self._num_bad = progress.get("num_bad_done", 0)  # runs begun before it was counted lack it
             self._trunk, self._branch = Tally(**progress["trunk"]), Tally(**progress["branch"])
             self._log.restore(progress["log"])
         if self._group.is_first:
@@ -224,7 +238,7 @@ class Recorder:
             "images_per_s": images_per_s,
             "mfu": self.mfu(images_per_s, self._model_config.num_tokens / 2),
             "num_skipped_steps": took.num_skipped_steps,
-            "num_bad_samples": sum(self._group.gather(took.num_bad_samples)),
+            "num_bad_samples": took.num_bad_samples,
             "num_loss_spikes": took.num_loss_spikes,
             "num_roll_backs": took.num_roll_backs,
             "world_size": self._group.world_size,
@@ -243,11 +257,6 @@ class Recorder:
         self.terminal.close()
         for logger in self._loggers:
             logger.close()
-
-
-def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
-    """Scored targets of these images: patches S..N-1 of each."""
-    return sum(num_tokens * len(batch.prefix_len) - int(batch.prefix_len.sum()) for batch in micro_batches)
 
 
 def device_memory_bytes(group: Group) -> int:

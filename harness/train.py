@@ -28,10 +28,11 @@ from harness.data.stream import TrainStream
 from harness.distributed import Group, find_placement, start_group, stop_group
 from harness.engine import Engine, EngineOptions
 from harness.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
+from harness.feed import together
 from harness.memory import execution_plan
 from harness.peak import device_name, known_peak
 from harness.provenance import process_age_s, record_start
-from harness.record import Recorder, count_targets
+from harness.record import Recorder
 from harness.rundir import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, Lease, RunDir
 from harness.schedule import Segment, schedule_of
 
@@ -45,7 +46,9 @@ class Trainer:
         self.batch_size = result.optimiser.batch_size
         self.schedule = schedule_of(result)
         self.model_config = model_of(result)
-        self.stream = TrainStream(result, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+        self.stream = together(
+            group, lambda: TrainStream(result, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+        )
         self.plan = execution_plan(
             self.model_config,
             batch_size=self.batch_size,
@@ -141,24 +144,22 @@ class Trainer:
             pin_memory=self.group.device.type == "cuda",
         )
         every = self.config.runtime.checkpoint_every_images
-        while position < segment.stop:
-            micro_batches = self.recorder.next_of(batches)
-            num_targets, must_stop = self.group.sum_and_any(
-                count_targets(micro_batches, self.model_config.num_tokens), self.flag.is_raised
-            )
-            if must_stop:
-                self._save(position, segment.branch)
-                raise PreemptedError
-            lr = self.schedule.lr(position, segment.branch)
-            outcome = self.engine.step(micro_batches, num_targets=num_targets, lr=lr)
-            position += self.batch_size
-            try:
-                self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=num_targets)
-            except DivergedError:
-                if not self._roll_back(position, segment.branch):
-                    raise
-            if every and position < segment.stop and position // every > (position - self.batch_size) // every:
-                self._save(position, segment.branch)
+        with contextlib.closing(batches):
+            while position < segment.stop:
+                step = self.recorder.next_of(batches, stop_asked=self.flag.is_raised)
+                if step.must_stop:
+                    self._save(position, segment.branch)
+                    raise PreemptedError
+                lr = self.schedule.lr(position, segment.branch)
+                outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+                position += self.batch_size
+                try:
+                    self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
+                except DivergedError:
+                    if not self._roll_back(position, segment.branch):
+                        raise
+                if every and position < segment.stop and position // every > (position - self.batch_size) // every:
+                    self._save(position, segment.branch)
 
     def _roll_back(self, position: int, branch: int | None) -> bool:
         """Take the last checkpoint's weights and go on behind the bad stretch, if the configuration says so."""
@@ -277,8 +278,9 @@ def train(path: Path) -> int:
                 print(f"aimscale: {error}", file=sys.stderr)
             return EXIT_DIVERGED
         except Exception as error:
-            reason_class, reason = classify(error)
-            run.write_status(state="failed", phase="", reason=reason, reason_class=reason_class)
+            if run.read_status().state != "failed":  # else this rank lost its connection to one that failed before
+                reason_class, reason = classify(error)
+                run.write_status(state="failed", phase="", reason=reason, reason_class=reason_class)
             raise
     return EXIT_FINISHED
 

@@ -8,14 +8,12 @@ depend on the batch it is computed in. Larger images go one by one through torch
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.v2 import functional as colour
 
 from harness.data.random_access import random_uniform
 
@@ -28,9 +26,6 @@ SMALL_SIDE = 64
 """Images with both sides at most this long take the fixed-point batch path, pixels."""
 _NUM_TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
 _DRAWS = 2 * _NUM_TRIES + 3
-_JITTER_PROBABILITY = 0.8
-_JITTER = (0.4, 0.4, 0.2, 0.1)  # of brightness, contrast, saturation, hue
-_JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 _WEIGHT_SCALE = 2.0**14  # 255 * 1.5 * 2^14 < 2^24: exact in fp32
 
 
@@ -108,21 +103,6 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
     pixels = torch.bmm(images.float().flatten(1, 2), horizontal.mT).unflatten(1, images.shape[1:3])
     pixels = torch.matmul(vertical[:, None], pixels.round_().clamp_(0, 255))
     return pixels.round_().clamp_(0, 255).byte()
-
-
-def jitter_colours(images: torch.Tensor, key: int, positions: npt.NDArray[np.int64]) -> torch.Tensor:
-    """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 of uint8 (B, C, H, W), one draw a position, in place.
-
-    As in torchvision the four changes come in random order, each by a factor uniform around one (the hue: a shift
-    around zero).
-    """
-    adjust = (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation, colour.adjust_hue)
-    uniform = random_uniform(key, positions[:, None] * 8 + np.arange(6))
-    for row in np.flatnonzero(uniform[:, 0] < _JITTER_PROBABILITY):
-        for change in _JITTER_ORDERS[int(uniform[row, 1] * len(_JITTER_ORDERS))]:
-            shift = _JITTER[change] * (2 * float(uniform[row, 2 + change]) - 1)
-            images[row] = adjust[change](images[row], shift if change == 3 else 1 + shift)
-    return images
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

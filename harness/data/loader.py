@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import collections
+import contextlib
+from collections.abc import Generator, Iterator
 
 import numpy as np
-import torch
-import torch.utils.data
 
-from harness.data.index import DataError
+from harness.data.background import Background
 from harness.data.random_access import I64
 from harness.data.stream import Batch, TrainStream
-
-_MIN_SEEN = 1000  # images before the share of undecodable ones means something
+from harness.data.worker_pool import WorkerPool
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[I64]:
@@ -43,9 +42,10 @@ def train_batches(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-    max_bad_fraction: float | None = None,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """One item per optimiser step: this rank's micro-batches, from position `start` (images seen) up to `stop`.
+
+    At least one whole step is loaded ahead. Close the iterator when it is left before its end.
 
     Args:
         stream: the run's stream.
@@ -55,76 +55,54 @@ def train_batches(
         micro_batch: most images per item of the list.
         rank: of this process.
         world_size: number of ranks.
-        num_workers: loader processes; 0 loads in this one.
+        num_workers: loader processes; 0 loads in a thread of this one.
         pin_memory: hand out page-locked batches (needs CUDA).
-        max_bad_fraction: share of undecodable images, counted by this rank since `start`, above which it stops;
-            None takes the stream's configuration.
 
     Raises:
-        DataError: a shard cannot be read, or too many images cannot be decoded (named by shard and key).
+        DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
+        WorkerDiedError: a loader process was killed.
     """
-    limit = stream.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
-    num_seen, bad = 0, 0
     steps = (
         split_step(first, min(first + batch_size, stop), micro_batch=micro_batch, rank=rank, world_size=world_size)
         for first in range(start, stop, batch_size)
     )
-    sizes: list[int] = []  # micro-batches of the steps handed to the loader and not yet yielded
+    sizes: collections.deque[int] = collections.deque()  # micro-batches of the steps under way
 
     def flat() -> Iterator[I64]:
         for parts in steps:
             sizes.append(len(parts))
             yield from parts
 
-    step: list[Batch] = []
-    for batch in _load(stream, flat(), num_workers, pin_memory):
-        num_seen += len(batch)
-        bad += len(batch.bad_samples)
-        if bad > limit * max(num_seen, _MIN_SEEN):
-            raise DataError(
-                f"{bad} of the last {num_seen} images cannot be decoded, last {batch.bad_samples[-1]}; "
-                f"repair the shard and index it again, or raise data.max_bad_fraction ({limit:g})"
-            )
-        step.append(batch)
-        if len(step) == sizes[0]:
-            sizes.pop(0)
-            yield step
-            step = []
-
-
-class _StreamItems(torch.utils.data.Dataset[Batch | DataError]):
-    """Maps an array of positions to their batch; an error travels as a value, to keep its one sentence."""
-
-    def __init__(self, stream: TrainStream) -> None:
-        self._stream = stream
-
-    def __getitem__(self, positions: I64) -> Batch | DataError:
-        try:
-            return self._stream.batch(positions)
-        except DataError as error:
-            return error
-
-
-def _load(stream: TrainStream, parts: Iterable[I64], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Batches in the order of `parts`."""
-    if num_workers == 0:
-        for part in parts:
-            batch = stream.batch(part)
-            yield batch.pin_memory() if pin_memory else batch
-        return
-    loader = torch.utils.data.DataLoader(
-        _StreamItems(stream),
-        batch_size=None,
-        sampler=parts,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_keep,  # type: ignore[arg-type]
+    first_step = split_step(
+        start, min(start + batch_size, stop), micro_batch=micro_batch, rank=0, world_size=world_size
     )
-    for item in loader:
-        if isinstance(item, DataError):
-            raise item
-        yield item
+    with _loading(stream, flat(), num_workers, pin_memory, micro_batch, len(first_step)) as batches:
+        step: list[Batch] = []
+        for batch in batches:
+            step.append(batch)
+            if len(step) == sizes[0]:
+                sizes.popleft()
+                yield step
+                step = []
 
 
-def _keep(item: Batch | DataError) -> Batch | DataError:
-    return item
+@contextlib.contextmanager
+def _loading(
+    stream: TrainStream, parts: Iterator[I64], num_workers: int, pin_memory: bool, micro_batch: int, num_micro: int
+) -> Iterator[Iterator[Batch]]:
+    """Batches in the order of `parts`, loaded ahead; what loads them ends with the block."""
+    batches: Iterator[Batch]
+    with contextlib.ExitStack() as stack:
+        if num_workers == 0:
+            batches = map(stream.batch, parts)
+        else:
+            pool = WorkerPool(stream, num_workers=num_workers, micro_batch=micro_batch, num_micro=num_micro)
+            stack.callback(pool.close)
+            batches = pool.load(parts)
+        if pin_memory:
+            batches = map(Batch.pin_memory, batches)
+        if num_workers == 0 or pin_memory:
+            ahead = Background(batches, depth=num_micro + 1)
+            stack.callback(ahead.close)
+            batches = ahead
+        yield batches

@@ -1,6 +1,12 @@
-"""Decoded small images kept in memory, so that a run over many epochs decodes each once."""
+"""Decoded small images kept in memory, so that a run over many epochs decodes each once.
+
+The memory is shared with the processes that are forked from this one: what one loader worker has decoded, the others
+need not, nor those of the next stretch of the run.
+"""
 
 from __future__ import annotations
+
+import mmap
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +17,7 @@ from harness.data.decode import UndecodableImageError
 from harness.data.index import ShardDataset
 
 MAX_CACHE_BYTES = 512 * 2**20
-"""Bound of the decoded pixels of one data set in one process; data sets that would exceed it are decoded anew."""
+"""Bound of the decoded pixels of one data set in a process and its forks; larger data sets are decoded anew."""
 
 
 class PixelCache:
@@ -24,15 +30,14 @@ class PixelCache:
         ok = dataset.ok
         uniform = bool((dataset.height[ok] == height).all() and (dataset.width[ok] == width).all())
         fits = max(height, width) <= SMALL_SIDE and int(np.prod(shape)) <= MAX_CACHE_BYTES
-        # torch.empty maps pages only when they are written: memory grows with the images that were read
-        self._pixels = torch.empty(shape, dtype=torch.uint8) if uniform and fits else None
-        self._known = np.zeros(len(dataset), dtype=bool)
+        self._pixels = torch.from_numpy(_shared(shape)) if uniform and fits else None
+        self._known = _shared((len(dataset),))
 
     def stack(self, samples: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
         """Images of one size: uint8 (number that decoded, C, H, W), and bool (len(samples),) saying which did."""
         good = np.ones(len(samples), dtype=bool)
         fresh: list[torch.Tensor] = []
-        for i in range(len(samples)) if self._pixels is None else np.flatnonzero(~self._known[samples]):
+        for i in range(len(samples)) if self._pixels is None else np.flatnonzero(self._known[samples] == 0):
             sample = int(samples[i])
             try:
                 image = self._dataset.decode(sample, self._channels)
@@ -43,8 +48,14 @@ class PixelCache:
                 fresh.append(image)
             else:
                 self._pixels[sample] = image
-                self._known[sample] = True
+                self._known[sample] = 1  # after the pixels: another process may look at any moment
         if self._pixels is not None:
             return self._pixels[torch.from_numpy(samples[good])], good
         empty = torch.empty(0, self._channels, 1, 1, dtype=torch.uint8)
         return torch.stack(fresh) if fresh else empty, good
+
+
+def _shared(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Zeros; pages are mapped when they are written, so that memory grows with the images that were read."""
+    size = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, size).reshape(shape)

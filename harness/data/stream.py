@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,12 @@ from harness.data.augment import (
     crop_resize,
     crop_resize_small,
     draw_boxes,
-    jitter_colours,
     normalise,
 )
+from harness.data.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
 from harness.data.decode import UndecodableImageError
 from harness.data.index import DataError, ShardDataset, open_dataset, require_channels
+from harness.data.jitter import jitter_colours
 from harness.data.mixture import Mixture
 from harness.data.overlap import refuse_overlap
 from harness.data.pixel_cache import PixelCache
@@ -54,9 +55,9 @@ class Sample(NamedTuple):
 class Batch:
     """Samples at some positions of the stream; may be empty."""
 
-    images: torch.Tensor
+    images: torch.Tensor | Crops
     """(B, C, H, W): uint8 as decoded, a quarter of the bytes to move between processes and to a device, or float32,
-    normalised already; `images_on` takes either."""
+    normalised already; or crops that the device resizes. `images_on` takes each."""
     prefix_len: torch.Tensor
     """int64 (B,), 1..N-1."""
     positions: torch.Tensor
@@ -68,13 +69,29 @@ class Batch:
         return len(self.positions)
 
     def images_on(self, device: torch.device | str) -> torch.Tensor:
-        """float32 (B, C, H, W), normalised; bytes are moved first and normalised on the device."""
-        images = self.images.to(device, non_blocking=True).contiguous()
+        """float32 (B, C, H, W), normalised; bytes are moved first, and resized and normalised on the device."""
+        if isinstance(self.images, Crops):
+            images = self.images.resized(device)
+        else:
+            images = self.images.to(device, non_blocking=True).contiguous()
         return normalise(images) if images.dtype == torch.uint8 else images
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory, for asynchronous copies to a CUDA device."""
-        return dataclasses.replace(self, images=self.images.pin_memory(), prefix_len=self.prefix_len.pin_memory())
+        return dataclasses.replace(
+            self._with_pixels(self._pixels().pin_memory()), prefix_len=self.prefix_len.pin_memory()
+        )
+
+    def clone(self) -> Batch:
+        """A copy with memory of its own."""
+        return self._with_pixels(self._pixels().clone())
+
+    def _pixels(self) -> torch.Tensor:
+        return self.images.pixels if isinstance(self.images, Crops) else self.images
+
+    def _with_pixels(self, pixels: torch.Tensor) -> Batch:
+        images = dataclasses.replace(self.images, pixels=pixels) if isinstance(self.images, Crops) else pixels
+        return dataclasses.replace(self, images=images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +124,15 @@ class TrainStream:
             fewer images than `unique_images` asks of it.
     """
 
-    def __init__(self, result: ResultConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> None:
+    def __init__(
+        self,
+        result: ResultConfig,
+        *,
+        cache_dir: str | None = None,
+        cache_gb: float = 100.0,
+        resize_on: Literal["loader", "device"] = "loader",
+    ) -> None:
+        self._resize_on = resize_on
         self._data, self._prefix, self._seed = result.data, result.objective.prefix, result.seed
         self._size, self._channels = result.model.image_size, result.model.channels
         self.num_tokens = (result.model.image_size // result.model.patch_size) ** 2
@@ -131,6 +156,11 @@ class TrainStream:
                 zip(datasets, pools, self._unique_per_source(datasets, pools), strict=True)
             )
         ]
+
+        self._max_pixels = self._size**2
+        if resize_on == "device":
+            largest = max(int((data.height.astype(np.int64) * data.width).max(initial=0)) for data in datasets)
+            self._max_pixels = max(self._max_pixels, min(largest, MAX_CROP_PIXELS))
 
     @property
     def unique_images(self) -> int:
@@ -184,17 +214,66 @@ class TrainStream:
         batch = self.batch([position])
         return Sample(batch.images_on("cpu")[0], int(batch.prefix_len[0]), position)
 
-    def batch(self, positions: Sequence[int] | I64) -> Batch:
+    def num_bytes(self, num_images: int) -> int:
+        """Most bytes that the pixels of a batch of so many images take."""
+        return num_images * self._channels * self._max_pixels
+
+    def batch(self, positions: Sequence[int] | I64, *, into: torch.Tensor | None = None) -> Batch:
         """Samples at any positions, in that order; equal to `sample` at each, bit for bit.
+
+        Args:
+            positions: B of them.
+            into: uint8, `num_bytes(B)` or more: where the pixels go; None takes new memory.
 
         Raises:
             DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
         """
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        if into is None:
+            into = torch.empty(self.num_bytes(len(where)), dtype=torch.uint8)
+        if self._resize_on == "loader":
+            bad = self._decode_all(where, self._rows(into, len(where)), None)
+            if self._data.color_jitter:
+                jitter_colours(self._rows(into, len(where)), *self._jitter(where))
+            return self.batch_in(into, where, None, bad)
+        resized = self._rows(torch.empty(len(where) * self._channels * self._size**2, dtype=torch.uint8), len(where))
+        raw: dict[int, tuple[torch.Tensor, bool]] = {}
+        bad = self._decode_all(where, resized, raw)
+        _, layout = pack([raw[row] if row in raw else (resized[row], False) for row in range(len(where))], into)
+        return self.batch_in(into, where, layout, bad)
+
+    def batch_in(self, pixels: torch.Tensor, where: I64, layout: CropLayout | None, bad: tuple[str, ...]) -> Batch:
+        """The batch at positions `where`, whose pixels `batch` has written into a flat buffer, here or elsewhere."""
+        images: torch.Tensor | Crops = self._rows(pixels, len(where))
+        if layout is not None:
+            num_bytes = int((layout.height.astype(np.int64) * layout.width).sum()) * self._channels
+            jitter = Jitter(*self._jitter(where)) if self._data.color_jitter else None
+            images = Crops(
+                pixels=pixels[:num_bytes], layout=layout, size=self._size, channels=self._channels, jitter=jitter
+            )
+        return Batch(
+            images=images,
+            prefix_len=torch.from_numpy(self.prefix_lengths(where)),
+            positions=torch.from_numpy(where),
+            bad_samples=bad,
+        )
+
+    def _rows(self, flat: torch.Tensor, num_images: int) -> torch.Tensor:
+        """uint8 (B, C, H, W) at the front of a flat buffer."""
+        shape = (num_images, self._channels, self._size, self._size)
+        images = flat[: num_images * self._channels * self._size**2]
         # decoded photographs come with interleaved colours, small images from the cache in planes: keep copies straight
-        layout = torch.channels_last if self._size > SMALL_SIDE else torch.contiguous_format
-        shape = (len(where), self._channels, self._size, self._size)
-        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
+        if self._size > SMALL_SIDE:
+            return images.view(num_images, self._size, self._size, self._channels).permute(0, 3, 1, 2)
+        return images.view(shape)
+
+    def _jitter(self, where: I64) -> Jitter:
+        return Jitter(make_key("jitter", self._seed), where)
+
+    def _decode_all(
+        self, where: I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
+    ) -> tuple[str, ...]:
+        """Fill each row of `resized`, or put its crop and flip into `raw`; returns the samples that were replaced."""
         source_of, sample_of = self.locate(where)
         bad: list[str] = []
         pending = np.arange(len(where))
@@ -203,27 +282,26 @@ class TrainStream:
             for number, source in enumerate(self._sources):
                 rows = pending[source_of[pending] == number]
                 if rows.size:
-                    failed += self._fill(pixels, rows, where, source, sample_of)
+                    failed += self._fill(resized, raw, rows, where, source, sample_of)
             if not failed:
-                break
+                return tuple(bad)
             bad += [self._sources[source_of[row]].dataset.describe(int(sample_of[row])) for row in failed]
             pending = np.array(failed)
             self._replace(pending, where, source_of, sample_of, attempt)
-        else:
-            raise DataError(
-                f"position {where[pending[0]]}: {_MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
-            )
-        if self._data.color_jitter:
-            jitter_colours(pixels, make_key("jitter", self._seed), where)
-        return Batch(
-            images=pixels,
-            prefix_len=torch.from_numpy(self.prefix_lengths(where)),
-            positions=torch.from_numpy(where),
-            bad_samples=tuple(bad),
+        raise DataError(
+            f"position {where[pending[0]]}: {_MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
         )
 
-    def _fill(self, pixels: torch.Tensor, rows: I64, positions: I64, source: _Source, sample_of: I64) -> list[int]:
-        """Write the crops of one source's rows into `pixels`; returns the rows whose image did not decode."""
+    def _fill(
+        self,
+        resized: torch.Tensor,
+        raw: dict[int, tuple[torch.Tensor, bool]] | None,
+        rows: I64,
+        positions: I64,
+        source: _Source,
+        sample_of: I64,
+    ) -> list[int]:
+        """`_decode_all` of one source's rows, once; returns the rows whose image did not decode."""
         samples, dataset = sample_of[rows], source.dataset
         height, width = dataset.height[samples], dataset.width[samples]
         boxes = draw_boxes(
@@ -243,21 +321,19 @@ class TrainStream:
             images, good = source.pixels.stack(samples[group])
             failed += rows[group[~good]].tolist()
             group = group[good]
-            pixels[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
-        for i in np.setdiff1d(np.arange(len(rows)), small):
+            resized[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
+        listed = [values.tolist() for values in boxes]
+        for i in np.setdiff1d(np.arange(len(rows)), small).tolist():
             try:
                 image = dataset.decode(int(samples[i]), self._channels)
             except UndecodableImageError:
                 failed.append(int(rows[i]))
                 continue
-            box = (
-                int(boxes.top[i]),
-                int(boxes.left[i]),
-                int(boxes.height[i]),
-                int(boxes.width[i]),
-                bool(boxes.flip[i]),
-            )
-            pixels[rows[i]] = crop_resize(image, box, self._size)
+            top, left, rows_of, columns, flip = (values[i] for values in listed)
+            if raw is not None and rows_of * columns <= MAX_CROP_PIXELS:
+                raw[int(rows[i])] = image[:, top : top + rows_of, left : left + columns], flip
+            else:
+                resized[int(rows[i])] = crop_resize(image, (top, left, rows_of, columns, flip), self._size)
         return failed
 
     def _replace(self, rows: I64, positions: I64, source_of: I64, sample_of: I64, attempt: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,12 @@ def in_processes() -> Callable[..., list[int]]:
     return run_in_processes
 
 
-def run_in_processes(function: Callable[..., None], *args: Any, world_size: int = 1, port: int = 29611) -> list[int]:
+def run_in_processes(function: Callable[..., None], *args: Any, world_size: int = 1) -> list[int]:
     """Run `function(rank, *args)` in forks that form one group; returns their exit codes (-9: killed)."""
     context = multiprocessing.get_context("fork")
+    with socket.socket() as free:  # several test processes may run on a machine
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
     def child(rank: int) -> None:
         os.environ.update(

@@ -18,8 +18,8 @@ from harness.bench_train import random_batches
 from harness.config import OptimiserSection
 from harness.distributed import find_placement, start_group, stop_group
 from harness.engine import Engine, EngineOptions
+from harness.feed import count_targets
 from harness.memory import DoesNotFitError, even_share, execution_plan, kept_bytes_per_image, memory_estimate
-from harness.record import count_targets
 
 GIB = 2**30
 
