@@ -20,7 +20,7 @@ import torch
 
 from aim.errors import UserError
 from aim.model import AIM
-from harness.budget import evaluate_budget, finished_budgets, model_of, save_budget
+from harness.budget import evaluate_budget, finished_budgets, save_budget
 from harness.checkpoint import complete_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from harness.config import RunConfig
 from harness.data.loader import train_batches
@@ -33,6 +33,7 @@ from harness.memory import execution_plan
 from harness.peak import device_name, known_peak
 from harness.provenance import process_age_s, record_start
 from harness.record import Recorder
+from harness.row import model_of
 from harness.rundir import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, Lease, RunDir
 from harness.schedule import Segment, schedule_of
 
