@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.baseline_rows import beside_runs, read_baselines
 from analysis.baselines import BY_KEY, PAPER_EXPONENTS, TASKS, best_frozen
 from analysis.downstream import forecast, link
 from analysis.errors import AnalysisError
@@ -23,8 +24,15 @@ from analysis.table import probe_frame, usable_rows
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
+ADAPTED = "lora"
+"""The kind of probe that is none: it adapts the trunk, and its accuracy is that of no frozen feature."""
 PAPER_SIDE = 224
 TARGET = "aim-7B"
+LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
+"""Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or a foreign table
+that does not say which."""
+REFERENCE = {LAST: "aim-7B", CHOSEN: "aim-7B-best", UNSAID: "aim-7B"}
+"""AIM-7B's row under the same choice of blocks; the default where the table does not say."""
 REACH = 1e6
 """How far beyond the largest run a size or budget that closes a gap is looked for."""
 
@@ -72,10 +80,13 @@ class Comparison:
     """Runs beside the published models."""
 
     tasks: pd.DataFrame
-    """One row per shared task and run (its largest budget): size, params_total, images_seen, task, top1, top1_lo95,
-    top1_hi95, aim_7b, gap_to_aim_7b (ours minus theirs), best_frozen, best_frozen_top1, gap_to_best_frozen."""
+    """One row per shared task, run (its largest budget) and choice of blocks: size, params_total, images_seen, task,
+    blocks (last, chosen, not said), top1, top1_lo95, top1_hi95, aim_7b (with the same choice of blocks), gap_to_aim_7b
+    (ours minus theirs), best_frozen, best_frozen_top1, gap_to_best_frozen."""
     means: pd.DataFrame
-    """Mean over all fifteen tasks of the runs that have them all: size, run_id, mean, aim_7b, gap."""
+    """Mean over all fifteen tasks of the runs that have them all: size, run_id, blocks, mean, aim_7b, gap."""
+    baselines: pd.DataFrame
+    """The runs' largest budgets beside the project's own baselines, on all tasks and frozen probes: `beside_runs`."""
     exponents: pd.DataFrame
     """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
     closing: tuple[Closing, ...]
@@ -88,6 +99,15 @@ class Comparison:
         parts = ["Task by task, attentive probe on frozen features, top-1 in per cent", _percent_table(self.tasks)]
         if len(self.means):
             parts += ["", "Mean over the paper's fifteen tasks", _percent_table(self.means)]
+        if len(self.baselines):
+            shown = self.baselines
+            if shown["params_total"].notna().any():
+                shown = shown[shown["params_total"] == shown["params_total"].max()]
+            parts += [
+                "",
+                "The largest run beside baselines on the same probes, top-1 in per cent",
+                _percent_table(shown),
+            ]
         parts += ["", "Scaling exponents, L ~ N^-a", self.exponents.to_string(index=False, float_format="%.4g")]
         if self.closing:
             parts += [
@@ -100,7 +120,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON: NaN becomes null."""
-        frames = {"tasks": self.tasks, "means": self.means, "exponents": self.exponents}
+        frames = {
+            "tasks": self.tasks, "means": self.means, "baselines": self.baselines, "exponents": self.exponents
+        }  # fmt: skip
         plain = {name: frame.astype(object).where(frame.notna(), None) for name, frame in frames.items()}
         return {
             **{name: frame.to_dict("records") for name, frame in plain.items()},
@@ -114,13 +136,15 @@ def _percent_table(frame: pd.DataFrame) -> str:
         return "(no task of this table is one of the paper's)"
     shown = frame.copy()
     for name in shown.columns:
-        if name.startswith(("top1", "aim", "gap", "mean")) or name == "best_frozen_top1":
+        if name.startswith(("top1", "aim", "gap", "mean")) or name in ("best_frozen_top1", "baseline_top1"):
             shown[name] = 100 * shown[name]
     return shown.to_string(index=False, float_format="%.1f")
 
 
 def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
-    """Put the runs of a results table beside the published models; what the table lacks is named in `left_out`."""
+    """Put the runs of a results table beside the published models, and beside the project's own baselines where the
+    table's folder has some; what the table lacks is named in `left_out`.
+    """
     usable, exclusions = usable_rows(frame)
     complete = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
     probes = probe_frame(complete)
@@ -132,6 +156,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     return Comparison(
         tasks=_task_rows(shared),
         means=_means(shared, left_out),
+        baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
         exponents=_exponents(usable, left_out, resamples),
         closing=tuple(_closings(usable, shared, left_out, resamples)),
         left_out=tuple(left_out),
@@ -168,11 +193,22 @@ def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["images_seen"] == rows.groupby(key)["images_seen"].transform("max")] if key else rows
 
 
+def _by_blocks(shared: pd.DataFrame) -> pd.DataFrame:
+    """A row per probe and choice of blocks; `top1` and its interval are those of the choice named in `blocks`."""
+    says = shared["last_top1"].notna()
+    names = ("top1", "top1_lo95", "top1_hi95")
+    last = shared[says].assign(blocks=LAST, **{name: shared.loc[says, f"last_{name}"] for name in names})
+    own = shared.assign(blocks=np.where(says, CHOSEN, UNSAID))
+    return pd.concat([last, own]).sort_index(kind="stable")
+
+
 def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
-    rows = _last_budgets(shared)
+    rows = _by_blocks(_last_budgets(shared))
     keep = [name for name in ("size", "params_total", "images_seen") if name in rows]
-    out = rows[[*keep, "task", "top1", "top1_lo95", "top1_hi95"]].reset_index(drop=True)
-    out["aim_7b"] = [BY_KEY[TARGET].accuracy(task) for task in out["task"]]
+    out = rows[[*keep, "task", "blocks", "top1", "top1_lo95", "top1_hi95"]].reset_index(drop=True)
+    out["aim_7b"] = [
+        BY_KEY[REFERENCE[blocks]].accuracy(task) for blocks, task in zip(out["blocks"], out["task"], strict=True)
+    ]
     out["gap_to_aim_7b"] = out["top1"] - out["aim_7b"]
     out["best_frozen"] = [best_frozen(task).key for task in out["task"]]
     out["best_frozen_top1"] = [best_frozen(task).accuracy(task) for task in out["task"]]
@@ -181,8 +217,8 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
 
 
 def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
-    """Means of the runs that have all fifteen tasks."""
-    columns = ["size", "run_id", "mean", "aim_7b", "gap"]
+    """Means of the runs that have all fifteen tasks, by choice of blocks."""
+    columns = ["size", "run_id", "blocks", "mean", "aim_7b", "gap"]
     rows = _last_budgets(shared)
     if rows.empty or "run_id" not in rows:
         return pd.DataFrame(columns=columns)
@@ -193,13 +229,17 @@ def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
             f"The mean over tasks of {len(partial)} run{'s' if len(partial) > 1 else ''}: at most {partial.max()} of "
             f"the paper's {len(TASKS)} tasks were probed, and a mean over other tasks is another quantity."
         )
-    full = rows[rows["run_id"].isin(counts[counts == len(TASKS)].index)]
+    full = _by_blocks(rows[rows["run_id"].isin(counts[counts == len(TASKS)].index)])
     if full.empty:
         return pd.DataFrame(columns=columns)
-    means = full.groupby("run_id", sort=False).agg(size=("size", "first"), mean=("top1", "mean")).reset_index()
-    means["aim_7b"] = BY_KEY[TARGET].mean
+    groups = full.groupby(["run_id", "blocks"], sort=False)
+    means = groups.agg(size=("size", "first"), mean=("top1", "mean"), tasks=("task", "nunique")).reset_index()
+    means = means[
+        means["tasks"] == len(TASKS)
+    ]  # a mean over tasks that say their blocks and others that do not is none
+    means["aim_7b"] = [BY_KEY[REFERENCE[blocks]].mean for blocks in means["blocks"]]
     means["gap"] = means["mean"] - means["aim_7b"]
-    return means[columns]
+    return means[columns].reset_index(drop=True)
 
 
 def _exponents(usable: pd.DataFrame, left_out: list[str], resamples: int) -> pd.DataFrame:
@@ -237,6 +277,8 @@ def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], r
     for task, rows in shared.groupby("task", sort=False):
         target = BY_KEY[TARGET].accuracy(str(task))
         chance = rows["chance"].dropna()
+        # on the blocks of AIM-7B's row, where the table has them
+        rows = rows.assign(top1=rows["last_top1"].fillna(rows["top1"]))
         try:
             second = link(
                 rows.reset_index(drop=True), chance=float(chance.iloc[0]) if len(chance) else None,

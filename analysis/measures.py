@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,15 +145,8 @@ def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.
 
 
 def _probes(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """`probe_frame` with the accuracy on the last six blocks beside that on the chosen ones."""
+    """`probe_frame`; to compare by blocks, those that were scored on the last six as well as on the chosen ones."""
     probes = probe_frame(rows)
-    probes["last_top1"] = [_last(text) for text in probes["extra"]]
     if by == BLOCKS:
         probes = probes[probes["last_top1"].notna()]
     return probes
-
-
-def _last(extra: object) -> float:
-    known = json.loads(extra) if isinstance(extra, str) and extra else {}
-    value = known.get("last_top1") if isinstance(known, dict) else None
-    return float(value) if isinstance(value, int | float) else float("nan")

@@ -55,15 +55,19 @@ def _columns(dtype_unit_rows: Iterable[tuple[str, Dtype, str, str]]) -> tuple[Co
 PROBE_FIELDS = _columns(
     [
         ("task", "string", "", "Name of the labelled task"),
-        ("kind", "string", "", "attentive, linear or knn"),
+        ("kind", "string", "", "attentive, linear or knn on frozen features, or lora, which adapts the trunk"),
         ("blocks", "list<int64>", "", "0-based trunk blocks whose outputs were averaged"),
         ("num_classes", "int64", "", "Classes of the task"),
         ("chance", "float64", "fraction", "Accuracy of always naming the commonest class of the test split"),
         ("n", "int64", "images", "Images of the test split, scored once"),
-        ("top1", "float64", "fraction", "Test accuracy"),
+        ("top1", "float64", "fraction", "Test accuracy on the blocks that the hold-out chose"),
         ("top1_lo95", "float64", "fraction", "Lower end of the 95 % interval of top1"),
         ("top1_hi95", "float64", "fraction", "Upper end of the 95 % interval of top1"),
         ("top5", "float64", "fraction", "Share of test images whose class is among the five first"),
+        ("last_blocks", "list<int64>", "", "The last six blocks (half of a shallow trunk): nothing is chosen there"),
+        ("last_top1", "float64", "fraction", "Test accuracy on the last blocks (lora uses no others)"),
+        ("last_top1_lo95", "float64", "fraction", "Lower end of the 95 % interval of last_top1"),
+        ("last_top1_hi95", "float64", "fraction", "Upper end of the 95 % interval of last_top1"),
         ("holdout_top1", "float64", "fraction", "Accuracy on the hold-out of the training split that made the choices"),
         ("lr", "float64", "", "Chosen learning rate"),
         ("weight_decay", "float64", "", "Chosen weight decay"),
@@ -401,13 +405,20 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
     counts = [len(entry) for entry in entries]
     base = frame[keep].loc[frame.index.repeat(counts)].reset_index(drop=True)
-    flat = [{name: entry.get(name) for name in names} for row in entries for entry in row]
+    flat = [{name: entry.get(name) for name in names} for row in entries for entry in map(_with_extra, row)]
     probes = pd.DataFrame(flat, columns=names)
     for field in PROBE_FIELDS:
         if field.dtype in ("int64", "float64"):
             probes[field.name] = pd.to_numeric(probes[field.name]).astype("float64")
     clash = [name for name in names if name in base.columns]
     return pd.concat([base.drop(columns=clash), probes], axis=1)
+
+
+def _with_extra(entry: dict[str, Any]) -> dict[str, Any]:
+    """A probe with the fields that tables of earlier schemas kept in `extra`."""
+    extra = json.loads(entry["extra"]) if entry.get("extra") else {}
+    names = {field.name for field in PROBE_FIELDS} & extra.keys() if isinstance(extra, dict) else set()
+    return entry | {name: extra[name] for name in names if entry.get(name) is None}
 
 
 def usable_rows(frame: pd.DataFrame, needs: Sequence[str] = ("val_loss",)) -> tuple[pd.DataFrame, list[str]]:

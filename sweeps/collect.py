@@ -1,7 +1,9 @@
 """From run directories to one typed table: `results.parquet`, `results.csv` and `collect.json`.
 
 Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
-The files depend on the run directories alone, so collecting twice writes the same bytes.
+Baselines that were probed like a run (`aimscale probe NAME --like RUN`) go to `baselines.parquet` by the same columns:
+they are no runs, and no law should take them for some. The files depend on the run directories alone, so collecting
+twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 from analysis.table import TableError, results_table, write_table
 from harness.config import ResultConfig, Section
+from harness.probe_files import as_entry
 from harness.row import configured_columns
 from harness.rundir import write_json
 from sweeps.costs import CostCard
@@ -39,6 +42,8 @@ class Collected:
     """Rows with results."""
     damaged: dict[str, str]
     """Runs skipped -> one sentence why."""
+    num_baselines: int
+    """Baselines found in the runs' folders."""
 
 
 def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Collected:
@@ -78,6 +83,8 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     table = results_table(rows)
     write_table(table, sweep.directory / "results.csv")
     write_table(table, sweep.directory / "results.parquet")
+    baselines = _baselines(sweep, damaged)
+    _write_baselines(sweep, baselines)
     try:
         write_json(
             sweep.directory / "collect.json",
@@ -103,7 +110,39 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         num_rows=len(rows),
         num_complete=num_complete,
         damaged=damaged,
+        num_baselines=len(baselines),
     )
+
+
+def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[dict[str, Any]]:
+    """A row per baseline that was probed like one of the sweep's runs."""
+    rows = []
+    for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
+        run = RunRecord(folder.parent.parent)
+        try:
+            documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+            by_name: dict[str, list[dict[str, Any]]] = {}
+            for document in documents:
+                by_name.setdefault(document["backbone"], []).extend(map(as_entry, document["probes"]))
+            found = [
+                {"sweep": sweep.name, "run_id": run.path.name, "size": name, "probes": entries}
+                for name, entries in by_name.items()
+            ]
+            results_table(found)
+        except (OSError, ValueError, TypeError, KeyError, TableError) as error:
+            damaged[f"{run.path.name}/baselines/{folder.name}"] = f"{folder} is damaged ({error}); probe it again"
+            continue
+        rows += found
+    return rows
+
+
+def _write_baselines(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
+    for suffix in ("csv", "parquet"):
+        path = sweep.directory / f"baselines.{suffix}"
+        if rows:
+            write_table(results_table(rows), path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dict[str, Any]]:

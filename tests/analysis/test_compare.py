@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from analysis.baseline_rows import beside_runs
 from analysis.baselines import BY_KEY, TASKS, published_frame
 from analysis.cli_compare import app
 from analysis.compare import compare
 from analysis.published import fit_line, forecast_7b, four_points, worked_example
-from analysis.table import results_table, write_table
+from analysis.table import probe_frame, results_table, write_table
 
 
 def rows(tasks, kinds=("attentive",)):
@@ -44,6 +45,91 @@ def test_gaps_are_ours_minus_theirs_at_the_largest_budget():
     for reason in ("my-own", "knn", "Loss levels", "32 px", "at most 1 of the paper's 15"):
         assert reason in said
     assert found.means.empty
+
+
+def with_last_blocks(entry, drop):
+    """A probe entry as our own prober writes it: the last six blocks are worth `drop` less than the chosen ones."""
+    last = entry["top1"] - drop
+    return entry | {"last_top1": last, "last_top1_lo95": last - 0.03, "last_top1_hi95": last + 0.03}
+
+
+def test_each_choice_of_blocks_stands_beside_the_papers_row_of_that_choice():
+    ours = rows(["cifar10", "dtd"])
+    for row in ours:
+        row["probes"] = [with_last_blocks(entry, 0.05) for entry in row["probes"]]
+    found = compare(results_table(ours).to_pandas(), resamples=20)
+    largest = found.tasks[found.tasks["size"] == "n6.4e+06"].set_index(["task", "blocks"])
+    assert largest["aim_7b"].to_dict() == {
+        ("cifar10", "last"): 0.986, ("cifar10", "chosen"): 0.989, ("dtd", "last"): 0.823, ("dtd", "chosen"): 0.856,
+    }  # fmt: skip
+    gap = largest["top1"]["cifar10", "chosen"] - largest["top1"]["cifar10", "last"]
+    assert gap == pytest.approx(0.05)
+    assert (largest["top1"] - largest["aim_7b"]).to_list() == pytest.approx(largest["gap_to_aim_7b"].to_list())
+    # the gap that is to be closed is that of the last blocks, where nothing was chosen
+    plain = {c.scale: c.value for c in compare(table(["dtd"]), resamples=20).closing}
+    closing = {c.scale: c.value for c in found.closing if c.task == "dtd"}
+    assert closing["N"] is None or closing["N"] > plain["N"]
+
+
+@pytest.fixture
+def no_fits(monkeypatch):
+    """Leave out what takes the time: exponents and what would close the gaps."""
+    monkeypatch.setattr("analysis.compare._closings", lambda *_: [])
+    monkeypatch.setattr("analysis.compare._exponents", lambda *_: pd.DataFrame())
+
+
+def test_means_keep_the_choices_of_blocks_apart(no_fits):
+    ours = rows(TASKS)
+    for row in ours:
+        row["probes"] = [with_last_blocks(entry, 0.05) for entry in row["probes"]]
+    means = compare(results_table(ours).to_pandas(), resamples=20).means.set_index(["run_id", "blocks"])
+    assert means.loc[("n100000", "last"), "aim_7b"] == pytest.approx(BY_KEY["aim-7B"].mean)
+    assert means.loc[("n100000", "chosen"), "aim_7b"] == pytest.approx(BY_KEY["aim-7B-best"].mean)
+    assert means.loc[("n100000", "chosen"), "mean"] - means.loc[("n100000", "last"), "mean"] == pytest.approx(0.05)
+    # one task without the last blocks: the mean over fourteen is not given
+    del ours[3]["probes"][0]["last_top1"]
+    kept = compare(results_table(ours).to_pandas(), resamples=20).means
+    assert ("n100000", "last") not in set(zip(kept["run_id"], kept["blocks"], strict=True))
+
+
+def test_lora_is_in_no_frozen_comparison(no_fits):
+    plain = rows(TASKS)
+    adapted = rows(TASKS, kinds=("attentive", "lora"))
+    for row in adapted:
+        for entry in row["probes"]:
+            entry["top1"] = 1.0 if entry["kind"] == "lora" else entry["top1"]
+    one, other = (compare(results_table(table).to_pandas(), resamples=20) for table in (plain, adapted))
+    pd.testing.assert_frame_equal(one.tasks, other.tasks)
+    pd.testing.assert_frame_equal(one.means, other.means)
+    assert "lora" in " ".join(other.left_out)
+
+
+def test_tables_of_earlier_schemas_keep_the_last_blocks_in_extra():
+    ours = rows(["dtd"])[:1]
+    ours[0]["probes"] = [
+        entry | {"extra": json.dumps({"last_top1": 0.25, "refit": False})} for entry in ours[0]["probes"]
+    ]
+    assert probe_frame(results_table(ours).to_pandas())["last_top1"].tolist() == [0.25]
+
+
+def test_gaps_to_baselines_have_newcombes_interval():
+    # Newcombe, Statistics in Medicine 17:873 (1998), table II, (a): 56/70 and 48/80, method 10: 0.0524 to 0.3339
+    probes = pd.DataFrame(
+        {"task": "t", "kind": "knn", "size": ["w64"], "params_total": [1e5], "images_seen": [8], "n": [100],
+         "top1": [56 / 70], "top1_lo95": [0.6919], "top1_hi95": [0.8769]}
+    )  # fmt: skip
+    baselines = pd.DataFrame(
+        {"task": "t", "kind": "knn", "size": ["raw-pixels"], "n": [100],
+         "top1": [48 / 80], "top1_lo95": [0.4905], "top1_hi95": [0.7003]}
+    )  # fmt: skip
+    (row,) = beside_runs(probes, baselines).to_dict("records")
+    assert (row["gap_lo95"], row["gap_hi95"]) == pytest.approx((0.0524, 0.3339), abs=2e-4)
+    assert (row["baseline"], row["verdict"]) == ("raw-pixels", "above")
+    (turned,) = beside_runs(
+        baselines.assign(params_total=1e5, images_seen=8), probes.drop(columns=["params_total", "images_seen"])
+    ).to_dict("records")
+    assert turned["verdict"] == "below"
+    assert beside_runs(probes, baselines.assign(n=99)).empty  # other test images
 
 
 def test_the_mean_needs_all_fifteen_tasks():

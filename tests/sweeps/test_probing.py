@@ -22,11 +22,13 @@ from typer.testing import CliRunner
 from aim.errors import UserError
 from aim.model import AIM
 from aim.weights import write_weights
+from analysis.compare import compare
+from analysis.inputs import read_tables
 from analysis.table import probe_frame, read_table
 from harness.config import ProbeSection
 from harness.data.pack import PackedImage, write_dataset
 from harness.probe_job import ProbeRequest, probe_job
-from harness.probe_run import probe_run
+from harness.probe_run import probe_baseline, probe_run
 from harness.row import model_of
 from harness.rundir import EXIT_FINISHED, RunDir, RunDirError
 from sweeps import cli_probe
@@ -146,6 +148,28 @@ def test_a_row_written_after_its_probes_gets_them_when_the_sweep_is_looked_at(tr
     directory.record_row(rows[0])
     assert verdicts(work_on(sweep, [run]), [run]) == ["finished"]
     assert [entry["task"] for entry in directory.read_rows()[0]["probes"]] == ["colour"]
+
+
+def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -> None:
+    sweep, runs = trained()
+    for run in runs:
+        list(probe_run(sweep.run_dir(run.run_id)))
+    first = RunDir(sweep.run_dir(runs[0].run_id))
+    (entries,) = [found for _, found in probe_baseline("raw-pixels", first, runs[0].config.result.probes)]
+    found = collect(sweep, runs, cost_cards(sweep, runs))
+    assert (found.num_rows, found.num_complete, found.num_baselines) == (4, 4, 1)
+    frame = read_tables([found.table])
+    assert len(frame) == 4  # no law meets a baseline
+    beside = compare(frame, resamples=20).baselines
+    assert list(beside["baseline"]) == ["raw-pixels"] * 2
+    assert list(beside["images_seen"]) == [128] * 2
+    assert list(beside["baseline_top1"]) == [entries[0]["top1"]] * 2
+    assert "raw-pixels" in compare(frame, resamples=20).text()
+    next((first.path / "baselines" / "raw-pixels").glob("*.json")).write_text("{")
+    again = collect(sweep, runs, cost_cards(sweep, runs))
+    assert again.num_baselines == 0
+    assert "probe it again" in next(iter(again.damaged.values()))
+    assert not (sweep.directory / "baselines.parquet").exists()
 
 
 def test_running_queued_and_failed_jobs_are_left_alone_until_cleared(trained: Any) -> None:
