@@ -227,12 +227,17 @@ class RuntimeConfig(Section):
     """Images per forward pass and rank."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute block activations in the backward pass."""
-    offload_optimiser: bool = False
-    """Keep optimiser state in host memory."""
+    offload_optimiser: Literal["auto"] | bool = "auto"
+    """Keep master weights and moments in host memory (ZeRO 1 to 3); `auto` where nothing else fits."""
+    offload_weights: Literal["auto"] | bool = "auto"
+    """Keep the weights there, too, between their uses (ZeRO 3 with `offload_optimiser`)."""
     compile: bool = False
     """torch.compile the blocks."""
     num_workers: int = Field(0, ge=0)
-    """Loader processes per rank."""
+    """Loader processes per rank; 0 loads in a thread of the trainer."""
+    augment_on: Literal["loader", "device"] = "loader"
+    """Who resizes, flips and jitters: the loader, image by image, or the device, in the batch. Both give the same
+    bytes; the device takes work off loaders that cannot keep up, for two to three times their traffic to it."""
     num_threads: int = Field(1, ge=1)
     """Torch threads per rank (CPU)."""
     cache_dir: str | None = None

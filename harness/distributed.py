@@ -119,6 +119,10 @@ class Group:
             import torch
 
             return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return self.host_memory_bytes()
+
+    def host_memory_bytes(self) -> int:
+        """This rank's share of what its host has free."""
         return host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def sum_and_any(self, count: int, flag: bool) -> tuple[int, bool]:

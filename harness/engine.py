@@ -37,7 +37,9 @@ class EngineOptions:
     compile: bool = False
     """torch.compile the blocks."""
     offload_optimiser: bool = False
-    """Keep optimiser state in host memory."""
+    """Keep master weights and moments in host memory and update them there; ZeRO 1 to 3."""
+    offload_weights: bool = False
+    """Keep the weights themselves in host memory between their uses, too; ZeRO 3."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,10 @@ class Engine:
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
+        if options.offload_optimiser and options.zero_stage == 0:
+            raise ConfigError("zero_stage 0 keeps its optimiser on the device; use zero_stage 1, 2 or 3 to offload it")
+        if options.offload_weights and not (options.zero_stage == 3 and options.offload_optimiser):
+            raise ConfigError("offload_weights needs zero_stage 3 and offload_optimiser")
         deepspeed = import_deepspeed(log_file)
         self.group = group
         self.options = options
@@ -291,8 +297,11 @@ def _deepspeed_config(
             "overlap_comm": group.device.type == "cuda" and group.world_size > 1,
         },
     }
+    to_host = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
     if options.offload_optimiser:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        config["zero_optimization"]["offload_optimizer"] = to_host
+    if options.offload_weights:
+        config["zero_optimization"]["offload_param"] = to_host
     if section.precision == "bf16":
         config["bf16"] = {"enabled": True, "immediate_grad_update": options.zero_stage == 1}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

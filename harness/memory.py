@@ -35,6 +35,8 @@ class _Held(NamedTuple):
     """Of at most MAX_BUFFER_VALUES parameters."""
     bucket: int
     """Of at most MAX_BUCKET_VALUES parameters."""
+    host: tuple[int, int] = (0, 0)
+    """(on every rank, shared), in host memory."""
 
 
 HELD = {
@@ -47,6 +49,17 @@ HELD = {
     ("bf16", 3): _Held((0, 2), (0, 4), (0, 12), 11, 8),
 }
 """By precision and ZeRO stage. bf16 gradients of one backward pass stand beside their float32 accumulation."""
+OFFLOADED = {
+    ("fp32", 1): _Held((4, 0), (8, 0), (0, 0), 1, 2, (0, 20)),
+    ("fp32", 2): _Held((4, 0), (0, 4), (0, 0), 2, 5, (0, 20)),
+    ("fp32", 3): _Held((0, 4), (0, 0), (0, 0), 12, 8, (0, 16)),
+    ("bf16", 1): _Held((2, 0), (6, 0), (0, 0), 4, 8, (0, 20)),
+    ("bf16", 2): _Held((2, 0), (2, 4), (0, 0), 1, 8, (0, 20)),
+    ("bf16", 3): _Held((0, 2), (0, 0), (0, 0), 12, 8, (0, 20)),
+}
+"""The same with optimiser state offloaded: the host holds master weights, moments, and float32 gradients twice (as they
+add up and as they are applied). Device and host together are measured on a CPU; how they divide is read from
+DeepSpeed's source, and only a card can show it."""
 USABLE_FRACTION = 0.9
 """Share of a device that may be planned for; the rest is context, workspaces and fragmentation."""
 MAX_MICRO_BATCH_TOKENS = 65_536
@@ -77,6 +90,8 @@ class MemoryEstimate:
     """Kept for the backward pass, or the working set of one recomputed block if larger."""
     workspace: int = WORKSPACE_BYTES
     """Kernels' workspaces and slack."""
+    host: int = 0
+    """Offloaded: in the memory of the host, not of the device, and not in `total`."""
 
     @property
     def states(self) -> int:
@@ -85,7 +100,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Everything on the device."""
         return self.states + self.activations + self.workspace
 
 
@@ -98,6 +113,8 @@ def memory_estimate(
     precision: Precision,
     activation_checkpointing: bool,
     on_cpu: bool = False,
+    offload_optimiser: bool = False,
+    offload_weights: bool = False,
 ) -> MemoryEstimate:
     """Estimate the peak bytes of one rank.
 
@@ -109,9 +126,14 @@ def memory_estimate(
         precision: of weights and activations.
         activation_checkpointing: keep only every block's input.
         on_cpu: there the attention of short sequences keeps its scores.
+        offload_optimiser: master weights and moments live in host memory; ZeRO 1 to 3.
+        offload_weights: so do the weights between their uses; ZeRO 3.
     """
     num_params = param_count(config).total
-    held = HELD[precision, zero_stage]
+    held = (OFFLOADED if offload_optimiser else HELD)[precision, zero_stage]
+    if offload_weights:
+        host = (held.host[0], held.host[1] + held.weights[1])
+        held = held._replace(weights=(0, 0), host=host)
 
     def on_one_rank(part: tuple[int, int]) -> int:
         return num_params * part[0] + num_params * part[1] // world_size
@@ -124,6 +146,7 @@ def memory_estimate(
         optimiser=on_one_rank(held.optimiser),
         buffers=buffers,
         activations=micro_batch * activation_bytes_per_image(config, precision, activation_checkpointing, on_cpu),
+        host=on_one_rank(held.host),
     )
 
 
@@ -180,8 +203,39 @@ class ExecutionPlan:
     """Most images per forward pass and rank."""
     activation_checkpointing: bool
     """Recompute activations."""
+    offload_optimiser: bool
+    """Keep optimiser state in host memory."""
+    offload_weights: bool
+    """Keep weights in host memory between their uses."""
     estimate: MemoryEstimate
     """Of one rank."""
+
+
+class _Setting(NamedTuple):
+    """What the rule tries."""
+
+    zero_stage: int
+    activation_checkpointing: bool
+    offload_optimiser: bool
+    offload_weights: bool
+
+
+def _settings(precision: Precision, may_offload: bool) -> list[_Setting]:
+    """All settings, the best first, as `execution_plan` says."""
+    first = 0 if precision == "fp32" else 1
+    on_device = [
+        _Setting(stage, recompute, False, False)
+        for stages in (range(first, 3), (3,))
+        for recompute in (False, True)
+        for stage in stages
+    ]
+    on_host = [
+        _Setting(stage, recompute, True, weights)
+        for stages, weights in ((range(1, 3), False), ((3,), False), ((3,), True))
+        for recompute in (False, True)
+        for stage in stages
+    ]
+    return on_device + on_host if may_offload else on_device
 
 
 def execution_plan(
@@ -191,44 +245,66 @@ def execution_plan(
     world_size: int,
     precision: Precision,
     device_bytes: int,
+    host_bytes: int | None = None,
     zero_stage: Literal["auto"] | int = "auto",
     micro_batch: Literal["auto"] | int = "auto",
     activation_checkpointing: Literal["auto"] | bool = "auto",
+    offload_optimiser: Literal["auto"] | bool = "auto",
+    offload_weights: Literal["auto"] | bool = "auto",
     on_cpu: bool = False,
 ) -> ExecutionPlan:
     """Choose what is not fixed.
 
     The rule: take the first setting that fits, each with its largest micro-batch. Stored activations come before
     recomputed ones (a third more FLOPs), and among each the lower ZeRO stage (less communication; 0 for fp32, 1 for
-    bf16, whose master weights need it, and 2); stage 3, the slowest, comes last. A micro-batch below 8 counts as not
-    fitting while there is something left to try.
+    bf16, whose master weights need it, and 2); stage 3, slower, comes next. Offloading comes last, first of optimiser
+    state in the same order (every step then moves gradients and weights over the bus, and the host updates them at the
+    speed of its memory), then of the weights, too; without being told only where the host's memory is known and
+    suffices, and never on a CPU, whose memory is the host's. A micro-batch below 8 counts as not fitting while there is
+    something left to try.
+
+    Args:
+        config: the model.
+        batch_size: images per step, over all ranks.
+        world_size: ranks that share the states.
+        precision: of weights and activations.
+        device_bytes: memory of a rank's device.
+        host_bytes: a rank's share of its host's memory, for what is offloaded; None where it is not known.
+        zero_stage: fixes it.
+        micro_batch: fixes it.
+        activation_checkpointing: fixes it.
+        offload_optimiser: fixes it.
+        offload_weights: fixes it.
+        on_cpu: the device is the host.
 
     Raises:
         DoesNotFitError: nothing fits.
     """
-    first = 0 if precision == "fp32" else 1
     settings = [
-        (stage, recompute)
-        for stages in (range(first, 3), (3,))
-        for recompute in (False, True)
-        for stage in stages
-        if zero_stage in ("auto", stage) and activation_checkpointing in ("auto", recompute)
+        setting
+        for setting in _settings(precision, offload_optimiser is True or (host_bytes is not None and not on_cpu))
+        if zero_stage in ("auto", setting.zero_stage)
+        and activation_checkpointing in ("auto", setting.activation_checkpointing)
+        and offload_optimiser in ("auto", setting.offload_optimiser)
+        and offload_weights in ("auto", setting.offload_weights)
     ]
+    if not settings:
+        raise DoesNotFitError(
+            f"no setting has zero_stage {zero_stage} in {precision}, offload_optimiser {offload_optimiser} and "
+            f"offload_weights {offload_weights}; offloading needs zero_stage 1 to 3, of the weights 3 and of both"
+        )
     per_rank = -(-batch_size // world_size)
     limit = USABLE_FRACTION * device_bytes
-
     for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
-        for stage, recompute in settings:
+        for setting in settings:
             empty = memory_estimate(
-                config,
-                zero_stage=stage,
-                world_size=world_size,
-                micro_batch=0,
-                precision=precision,
-                activation_checkpointing=recompute,
-                on_cpu=on_cpu,
+                config, world_size=world_size, micro_batch=0, precision=precision, on_cpu=on_cpu, **setting._asdict()
             )
-            per_image = activation_bytes_per_image(config, precision, recompute, on_cpu)
+            if on_cpu:
+                limit = USABLE_FRACTION * device_bytes - empty.host
+            elif host_bytes is not None and empty.host > USABLE_FRACTION * host_bytes:
+                continue
+            per_image = activation_bytes_per_image(config, precision, setting.activation_checkpointing, on_cpu)
             room = int((limit - empty.total) // per_image)
             if micro_batch == "auto":
                 most = min(room, per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
@@ -237,14 +313,13 @@ def execution_plan(
                 chosen, fits = micro_batch, micro_batch <= room
             if fits:
                 return ExecutionPlan(
-                    zero_stage=stage,
                     micro_batch=chosen,
-                    activation_checkpointing=recompute,
                     estimate=dataclasses.replace(empty, activations=chosen * per_image),
+                    **setting._asdict(),
                 )
     raise DoesNotFitError(
         f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "
-        "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
+        "use more ranks, or leave zero_stage, micro_batch, activation_checkpointing and offloading on auto"
     )
 
 

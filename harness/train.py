@@ -48,7 +48,10 @@ class Trainer:
         self.schedule = schedule_of(result)
         self.model_config = model_of(result)
         self.stream = together(
-            group, lambda: TrainStream(result, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+            group,
+            lambda: TrainStream(
+                result, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, augment_on=runtime.augment_on
+            ),
         )
         self.plan = execution_plan(
             self.model_config,
@@ -56,9 +59,12 @@ class Trainer:
             world_size=group.world_size,
             precision=result.optimiser.precision,
             device_bytes=group.from_first(group.memory_bytes()),
+            host_bytes=group.from_first(group.host_memory_bytes()),
             zero_stage=runtime.zero_stage,
             micro_batch=runtime.micro_batch,
             activation_checkpointing=runtime.activation_checkpointing,
+            offload_optimiser=runtime.offload_optimiser,
+            offload_weights=runtime.offload_weights,
             on_cpu=group.device.type == "cpu",
         )
         model = AIM(self.model_config)
@@ -70,7 +76,8 @@ class Trainer:
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
                 compile=runtime.compile,
-                offload_optimiser=runtime.offload_optimiser,
+                offload_optimiser=self.plan.offload_optimiser,
+                offload_weights=self.plan.offload_weights,
             ),
             group,
             log_file=run.logs / f"deepspeed-rank{group.rank}.log",

@@ -256,6 +256,8 @@ def _fit(model: ModelConfig, config: RunConfig, devices: int, device_bytes: int)
         runtime.zero_stage,
         runtime.micro_batch,
         runtime.activation_checkpointing,
+        runtime.offload_optimiser,
+        runtime.offload_weights,
     )
 
 
@@ -269,6 +271,8 @@ def _fit_cached(
     zero_stage: Literal["auto"] | int,
     micro_batch: Literal["auto"] | int,
     activation_checkpointing: Literal["auto"] | bool,
+    offload_optimiser: Literal["auto"] | bool,
+    offload_weights: Literal["auto"] | bool,
 ) -> _Fit:
     try:
         chosen = execution_plan(
@@ -280,6 +284,8 @@ def _fit_cached(
             zero_stage=zero_stage,
             micro_batch=micro_batch,
             activation_checkpointing=activation_checkpointing,
+            offload_optimiser=offload_optimiser,
+            offload_weights=offload_weights,
         )
     except DoesNotFitError:
         chosen = None

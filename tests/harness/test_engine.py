@@ -56,14 +56,15 @@ def split(images: torch.Tensor, prefix_len: torch.Tensor, rank: int, world_size:
     ]
 
 
-def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int]]) -> None:
-    """Run every (precision, stage, micro-batches) in this process group and write losses and norms."""
+def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, str]]) -> None:
+    """Run every (precision, stage, micro-batches, offload) in this process group and write losses and norms."""
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     results = []
-    for precision, stage, num_micro in cases:
+    for precision, stage, num_micro, offload in cases:
         optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
-        engine = Engine(AIM(CONFIG), optimiser, EngineOptions(zero_stage=stage), group)
+        options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
+        engine = Engine(AIM(CONFIG), optimiser, options, group)
         losses, norms = [], []
         for step in range(NUM_STEPS):
             images, prefix_len = step_batch(step)
@@ -86,8 +87,13 @@ def largest_difference(ours: list[float], plain: list[float]) -> float:
 def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in_processes: Run) -> None:
     stages = (0, 1, 2, 3) if world_size == 2 else (0, 1, 2)
     micro = (1, 2, 3)  # 8 images in 3 or 6 parts: unequal sizes
-    cases = [("fp32", stage, num_micro) for stage, num_micro in product(stages, micro)]
-    cases += [("bf16", stage, 2) for stage in stages if stage]
+    cases = [("fp32", stage, num_micro, "none") for stage, num_micro in product(stages, micro)]
+    cases += [("bf16", stage, 2, "none") for stage in stages if stage]
+    if world_size == 2:
+        cases += [(precision, stage, 2, "optimiser") for precision, stage in product(("fp32", "bf16"), (1, 2, 3))]
+        cases += [("fp32", 3, 3, "all"), ("bf16", 3, 2, "all")]
+    else:
+        cases += [("fp32", 2, 2, "optimiser"), ("bf16", 1, 2, "optimiser")]
     out = tmp_path / "losses.json"
     assert in_processes(engine_losses, out, cases, world_size=world_size) == [0] * world_size
     losses, norms = plain_losses(OptimiserSection(batch_size=BATCH, clip_norm=0.5))
@@ -133,7 +139,12 @@ def refuse(rank: int) -> None:
     group = start_group(find_placement(), "cpu")
     with pytest.raises(ConfigError, match="zero_stage 0 cannot keep float32 master weights"):
         Engine(AIM(CONFIG), OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
+    fp32 = OptimiserSection(precision="fp32")
+    with pytest.raises(ConfigError, match="use zero_stage 1, 2 or 3 to offload it"):
+        Engine(AIM(CONFIG), fp32, EngineOptions(zero_stage=0, offload_optimiser=True), group)
+    with pytest.raises(ConfigError, match="offload_weights needs zero_stage 3"):
+        Engine(AIM(CONFIG), fp32, EngineOptions(zero_stage=2, offload_optimiser=True, offload_weights=True), group)
 
 
-def test_bf16_without_masters_is_refused(in_processes: Run) -> None:
+def test_what_deepspeed_gets_wrong_or_cannot_do_is_refused(in_processes: Run) -> None:
     assert in_processes(refuse) == [0]

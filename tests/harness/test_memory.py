@@ -76,13 +76,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
+def measure_step(rank: int, out: Path, precision: str, stage: int, offload: str) -> None:
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     Engine(AIM(model_config("w16-d2", image_size=16, patch_size=4)), OptimiserSection(precision="fp32"),
            EngineOptions(zero_stage=0), group)  # fmt: skip  # imports are no part of the model
     before = peak_bytes(reset=True)
-    options = EngineOptions(zero_stage=stage)
+    options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
     engine = Engine(AIM(BIG), OptimiserSection(batch_size=16, precision=precision), options, group)  # type: ignore[arg-type]
     peak_bytes(reset=True)
     step = random_batches(BIG, 16 // group.world_size, 16)
@@ -95,17 +95,30 @@ def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "stage", "world_size"),
-    [("fp32", 0, 1), ("fp32", 1, 1), ("fp32", 2, 2), ("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 2), ("bf16", 3, 2)],
+    ("precision", "stage", "world_size", "offload"),
+    [
+        ("fp32", 0, 1, "none"),
+        ("fp32", 1, 1, "none"),
+        ("fp32", 2, 2, "none"),
+        ("bf16", 1, 1, "none"),
+        ("bf16", 1, 2, "none"),
+        ("bf16", 2, 2, "none"),
+        ("bf16", 3, 2, "none"),
+        ("fp32", 1, 1, "optimiser"),
+        ("bf16", 1, 1, "optimiser"),
+        ("bf16", 2, 2, "optimiser"),
+        ("bf16", 3, 1, "optimiser"),
+        ("bf16", 3, 2, "all"),
+    ],
 )
 def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(
-    precision: str, stage: int, world_size: int, tmp_path: Path
+    precision: str, stage: int, world_size: int, offload: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "bytes"
     place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(out), precision, str(stage)],
+            [sys.executable, __file__, str(out), precision, str(stage), offload],
             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world_size)
@@ -119,9 +132,12 @@ def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(
         precision=precision,  # type: ignore[arg-type]
         activation_checkpointing=False,
         on_cpu=True,
+        offload_optimiser=offload != "none",
+        offload_weights=offload == "all",
     )
     measured = json.loads(out.read_text())
-    assert estimate.total - estimate.workspace == pytest.approx(measured, rel=0.1)
+    # Here the host is the device: only the sum of both can be measured.
+    assert estimate.total + estimate.host - estimate.workspace == pytest.approx(measured, rel=0.1)
 
 
 def test_the_rule_takes_the_lowest_stage_that_fits_with_enough_images() -> None:
@@ -150,6 +166,53 @@ def test_the_rule_takes_the_lowest_stage_that_fits_with_enough_images() -> None:
         plan("aim-7B", 1, gib=16)
 
 
+def test_offloading_comes_last_and_only_where_the_host_has_room() -> None:
+    def plan(gib: float, host: int | None = None, precision: str = "bf16", **fixed: object) -> tuple[int, bool, bool]:
+        chosen = execution_plan(
+            model_config("aim-7B", head_rule="released"),
+            batch_size=4096,
+            world_size=8,
+            precision=precision,  # type: ignore[arg-type]
+            device_bytes=int(gib * GIB),
+            host_bytes=None if host is None else host * GIB,
+            **fixed,  # type: ignore[arg-type]
+        )
+        assert chosen.estimate.total <= 0.9 * gib * GIB
+        assert (chosen.estimate.host > 0) == chosen.offload_optimiser
+        return chosen.zero_stage, chosen.offload_optimiser, chosen.offload_weights
+
+    assert plan(80, host=200) == (2, False, False), "not while the device has room"
+    assert plan(24, host=200) == plan(24) == (3, False, False)
+    assert plan(14, host=200) == (3, True, False)
+    for host in (None, 4):
+        with pytest.raises(DoesNotFitError, match="offloading on auto"):
+            plan(14, host=host)
+    assert plan(80, offload_optimiser=True) == (1, True, False)
+    assert plan(80, offload_optimiser=True, offload_weights=True) == (3, True, True)
+    assert plan(80, offload_optimiser=True, zero_stage=1, micro_batch=8) == (1, True, False)
+    assert plan(80, host=200, precision="fp32", zero_stage=2, offload_optimiser=True)[1]
+    with pytest.raises(DoesNotFitError):
+        plan(14, host=200, offload_optimiser=False)
+    with pytest.raises(DoesNotFitError, match="no setting has zero_stage 0 in fp32, offload_optimiser True"):
+        plan(80, precision="fp32", zero_stage=0, offload_optimiser=True)
+
+
+def test_a_cpu_offloads_only_where_told_and_then_counts_both() -> None:
+    def plan(mib: int, **fixed: object) -> object:
+        return execution_plan(
+            BIG, batch_size=16, world_size=1, precision="fp32", device_bytes=mib * 2**20, host_bytes=mib * 2**20,
+            on_cpu=True, **fixed,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    assert not plan(4000).offload_optimiser  # type: ignore[attr-defined]
+    told = plan(4000, offload_optimiser=True)
+    assert (told.zero_stage, told.offload_optimiser) == (1, True)  # type: ignore[attr-defined]
+    # 32 million parameters at 20 bytes on the host and 15 on the device are 1068 MiB, more than nine tenths of 1150.
+    assert not plan(1150).offload_optimiser  # type: ignore[attr-defined]
+    with pytest.raises(DoesNotFitError):
+        plan(1150, offload_optimiser=True)
+
+
 @pytest.mark.parametrize(
     ("per_rank", "most", "share"), [(48, 48, 48), (48, 47, 24), (48, 17, 16), (48, 11, 10), (512, 171, 128), (7, 1, 1)]
 )
@@ -158,5 +221,5 @@ def test_micro_batches_share_a_ranks_images_evenly_in_pairs(per_rank: int, most:
 
 
 if __name__ == "__main__":  # a fresh process: the heap that a test run leaves behind would be counted or used again
-    measure_step(int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    measure_step(int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
     os._exit(0)  # as the forks of `in_processes` end: gloo's threads may outlive the interpreter
