@@ -270,8 +270,8 @@ class AIM(nn.Module):
         num_tokens = self.config.num_tokens
         if not prefix_len.is_cuda:  # there, looking would wait for the device
             assert ((prefix_len >= 1) & (prefix_len < num_tokens)).all(), "prefix lengths run from 1 to N - 1"
-        scored = scored_positions(prefix_len, num_tokens).to(images.device, non_blocking=True)
-        mask = prefix_causal_mask(prefix_len.to(images.device, non_blocking=True), num_tokens)
+        scored = copy_to(scored_positions(prefix_len, num_tokens), images.device)
+        mask = prefix_causal_mask(copy_to(prefix_len, images.device), num_tokens)
         tokens = self.trunk(self.preprocessor(images), mask, scored)
         predicted = self.pixel_head(tokens, scored % num_tokens).float()
         targets = self._patches(images).flatten(0, 1).index_select(0, scored + 1)
@@ -283,6 +283,17 @@ class AIM(nn.Module):
 def _positions(config: ModelConfig, width: int) -> Tensor:
     """Fixed positions (N, width) in sequence order."""
     return sincos_positions(config.grid, width)[list(patch_order(config.patch_order, config.grid))]
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for what that has to do still.
+
+    CUDA finishes its queue before it copies from memory that is not page-locked (CUDA Driver API, "API synchronization
+    behavior"), whatever `non_blocking` says.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
