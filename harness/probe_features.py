@@ -176,17 +176,20 @@ def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[Label
     """Training and test split of a task.
 
     Raises:
-        ProbeError: no labels, other classes on the two sides, or too few images to hold some out.
+        ProbeError: no labels, test classes that the training split lacks, or too few images to hold some out.
         TaskError: the task bears a benchmark's name and is not that benchmark.
     """
     train = open_labelled(section.train, section, model_section)
     test = open_labelled(section.test, section, model_section)
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
+    strange = sorted(set(test.classes) - set(train.classes))
+    if strange:
         raise ProbeError(
-            f"task '{section.task}': the classes of {section.train} and {section.test} differ "
-            f"({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); pack both with the same class folders"
+            f"task '{section.task}': the classes of {section.train} and {section.test} differ: the first has no "
+            f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}; pack both with the same class folders"
         )
+    if train.classes != test.classes:  # in another order, or some have no test image
+        number = torch.tensor([train.classes.index(name) for name in test.classes])
+        test = replace(test, labels=number[test.labels], classes=train.classes)
     if len(train.classes) < 2:
         raise ProbeError(f"task '{section.task}': {section.train} has one class only; a probe needs two or more")
     if len(train) < 2 * len(train.classes):

@@ -2,7 +2,8 @@
 
 A probe whose task bears one of these names is checked against the card, so that a subset, another split or another
 class list cannot pass for the benchmark. Any other name is a task of one's own and is not checked. Sizes and classes:
-AIMv2 (arXiv 2411.14402), Table B1; iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out.
+AIMv2 (arXiv 2411.14402), Table B1; iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out. How splits
+follow from a WILDS set's metadata is what the loaders of the `wilds` package (2.0) do.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ CARDS: dict[str, TaskCard] = {
             num_test=None,
             test_split="not stated in the paper; say which WILDS split was used",
             source="wilds.stanford.edu, iwildcam v2.0",
-            folders="sort by column `y` of metadata.csv within each `split` into <split>/<y, three digits>/",
+            folders="sort by column `y` of metadata.csv within each `split` (train, val, test, id_val, id_test) into "
+            "<split>/<y, three digits>/",
         ),
         TaskCard(
             name="camelyon17",
@@ -148,7 +150,8 @@ CARDS: dict[str, TaskCard] = {
             num_test=34_904,
             test_split="validation (another hospital)",
             source="wilds.stanford.edu, camelyon17 v1.0",
-            folders="sort by `tumor` of metadata.csv within each split into <split>/<0 or 1>/",
+            folders="sort by `tumor` of metadata.csv into <split>/<0 or 1>/; train: `split` 0 of the centers 0, 3, 4; "
+            "val: center 1 (center 2 is the test hospital)",
         ),
         TaskCard(
             name="pcam",
@@ -168,7 +171,8 @@ CARDS: dict[str, TaskCard] = {
             num_test=9_854,
             test_split="validation (other experiments)",
             source="wilds.stanford.edu, rxrx1 v1.0",
-            folders="sort by `sirna_id` of metadata.csv within each split into <split>/<id, four digits>/",
+            folders="sort by `sirna_id` of metadata.csv within each `dataset` into <split>/<id, four digits>/; train: "
+            "`site` 1 alone (site 2 of the same experiments is the in-distribution test)",
         ),
         TaskCard(
             name="eurosat",
@@ -177,8 +181,9 @@ CARDS: dict[str, TaskCard] = {
             num_train=16_200,
             num_test=5_400,
             test_split="60 / 20 / 20 split of the RGB images; the paper does not list its files",
-            source="github.com/phelber/EuroSAT",
-            folders="the archive holds class folders; write down the split you make",
+            source="github.com/phelber/EuroSAT; lists of a split of these sizes: google-research, "
+            "remote_sensing_representations",
+            folders="the archive holds class folders; write down which split you take",
         ),
         TaskCard(
             name="fmow",
@@ -188,7 +193,8 @@ CARDS: dict[str, TaskCard] = {
             num_test=19_915,
             test_split="validation (later years)",
             source="wilds.stanford.edu, fmow v1.1",
-            folders="sort by `category` of rgb_metadata.csv within each split into <split>/<category>/",
+            folders="sort images/rgb_img_<row>.png by `category` of rgb_metadata.csv into <split>/<category>/; train: "
+            "`split` train before 2013 by `timestamp`; val: `split` val from 2013 to 2015",
         ),
         TaskCard(
             name="infographic",

@@ -188,6 +188,29 @@ def test_bad_tasks_are_refused_in_one_sentence(digits: Path, model: AIM, changes
     assert "\n" not in str(caught.value)
 
 
+def test_classes_are_matched_by_name_and_may_lack_test_images(digits: Path, model: AIM, tmp_path: Path) -> None:
+    bunch = load_digits()
+    names = tuple("98765430")  # in another order; no test image shows a 1 or a 2
+
+    def images() -> Any:
+        for i in range(600, 1000):
+            if str(bunch.target[i]) in names:
+                buffer = io.BytesIO()
+                Image.fromarray((bunch.images[i] * 15).astype(np.uint8)).resize((16, 16)).save(buffer, "png")
+                yield PackedImage(f"{i:06d}", "png", buffer.getvalue(), names.index(str(bunch.target[i])))
+
+    write_dataset(tmp_path / "fewer", images(), classes=names)
+    wanted = section(digits, kinds=("knn",), train=str(digits / "some"))
+    probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=tmp_path / "all")
+    fewer = wanted.model_copy(update={"test": str(tmp_path / "fewer")})
+    probe_model(model, fewer, model_section=GEOMETRY, seed=0, out=tmp_path / "part")
+    per_class = [
+        json.loads((tmp_path / name / "digits.json").read_text())["probes"][0]["per_class"] for name in ("all", "part")
+    ]
+    for whole, part in zip(*per_class, strict=True):
+        assert part == (whole if whole["class"] in names else whole | {"n": 0, "correct": 0})
+
+
 def test_raw_pixels_have_no_tokens_to_attend_over(digits: Path) -> None:
     with pytest.raises(UserError, match="leave out kind 'attentive'"):
         probe_backbone(PixelBackbone(), section(digits), model_section=GEOMETRY, seed=0, out=None)
