@@ -7,21 +7,25 @@ from typing import Annotated
 
 import typer
 
+from analysis.cli_options import Columns, Tables, Where
+
 app = typer.Typer(help="Write one self-contained HTML page from a table.", add_completion=False)
 
 
 @app.command()
 def report(
-    table: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a sweep's folder.")],
-    out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the table.")] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params.")
-    ] = None,
+    tables: Tables,
+    out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
+    columns: Columns = None,
+    where: Where = None,
     resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
 ) -> None:
-    """Write one self-contained HTML page: summary, figures, laws, pictures, tables, methods, provenance."""
+    """Write one self-contained HTML page: summary, figures, laws, single changes, noise, pictures, methods.
+
+    Several tables make one page: laws are fitted to the experiment with most sizes and budgets, the rest are contrasts.
+    """
     from analysis.report import write_report
     from analysis.table import parse_columns
 
-    page = write_report(table, out, columns=parse_columns(columns or []), resamples=resamples)
+    page = write_report(tables, out, columns=parse_columns(columns or []), where=where or [], resamples=resamples)
     typer.echo(f"Report: {page.resolve()}")

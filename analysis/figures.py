@@ -21,6 +21,7 @@ from analysis.plots_style import human, png_bytes, svg_text, themed_svg
 from analysis.report_study import Study, probe_kinds
 from analysis.report_tables import csv_uri
 from analysis.result import Fit
+from analysis.sentences import accuracy_of
 from analysis.table import loss_unit
 
 
@@ -121,7 +122,7 @@ def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
     se = usable.get("val_loss_se")
     if se is None or se.isna().all():
         return None, ""
-    names = [name for name in ("sweep", "val_num_images") if name in usable]
+    names = [name for name in ("data_fingerprint", "val_num_images") if name in usable]
     if names and len(usable[names].drop_duplicates()) == 1:
         return None, (
             f" No error bars: all runs are scored on the same images, so their standard error, {se.median():.4f}, "
@@ -151,7 +152,7 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
         caption = (
             f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of "
-            f"the {kind} probe's correlation with validation loss. Line: sigmoid above chance with its 95 % band."
+            f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
         )
         links = {task: link for (each, task), link in study.links.items() if each == kind}
         figure = plot_loss_accuracy(rows, found, links)
@@ -161,7 +162,7 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
             if c in rows
         ]
         yield page_figure(
-            f"accuracy-{kind}", "accuracy", f"Loss against {kind}-probe accuracy", caption, figure, rows[keep]
+            f"accuracy-{kind}", "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, rows[keep]
         )
 
 

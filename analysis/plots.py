@@ -259,7 +259,7 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
     lines = [
         f"{words.get(c.method, c.method)} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]".replace("-", "−")
         for c in correlations
-        if c.partial_on is None
+        if c.partial_on is None and c.within is None
     ]
     ax.set_ylim(max(0.0, ax.get_ylim()[0] - 0.12 * np.ptp(ax.get_ylim())), None)
     ax.text(

@@ -1,4 +1,4 @@
-"""`aimscale report`: one table in, one self-contained HTML page out.
+"""`aimscale report`: tables in, one self-contained HTML page out.
 
 The page makes no request: style, script, figures, pictures and downloads are inside it. Every text that comes from
 a table is escaped by the template.
@@ -10,7 +10,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from analysis import report_text as words
 from analysis.compare import compare
 from analysis.errors import AnalysisError
 from analysis.figures import page_figures
+from analysis.inputs import read_tables
 from analysis.plots_style import css_variables
+from analysis.report_findings import findings
 from analysis.report_pictures import picture_rows
-from analysis.report_study import Study, study_table
-from analysis.table import read_table, require_columns
+from analysis.report_study import Study, study_tables
+from analysis.table import require_columns
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -35,14 +37,20 @@ class ReportError(AnalysisError):
 
 
 def write_report(
-    table: Path, out: Path | None = None, *, columns: Mapping[str, str] | None = None, resamples: int = 1000
+    tables: Path | Sequence[Path],
+    out: Path | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
+    resamples: int = 1000,
 ) -> Path:
-    """Analyse a table and write the page.
+    """Analyse tables and write the page.
 
     Args:
-        table: CSV or Parquet table, or a sweep's folder; `collect.json` beside it gives pictures and machine.
-        out: the page; None writes `report.html` beside the table.
+        tables: CSV or Parquet tables, or sweeps' folders; `collect.json` beside them gives pictures and machine.
+        out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
+        where: conditions that rows must meet, see `inputs.select`.
         resamples: bootstrap resamples of every interval.
 
     Returns:
@@ -52,13 +60,13 @@ def write_report(
         TableError: the table cannot be read, or holds neither losses nor probes.
         ReportError: the page cannot be written.
     """
-    if table.is_dir():
-        table = table / "results.parquet"
-    frame = read_table(table, columns)
+    given = [tables] if isinstance(tables, Path) else list(tables)
+    paths = [path / "results.parquet" if path.is_dir() else path for path in given]
+    frame = read_tables(paths, columns, where=where)
     if "probes" not in frame:
-        require_columns(frame, ["val_loss"], table)
-    page = render(study_table(table, frame, _read_collect(table), resamples=resamples))
-    out = out or table.with_name("report.html")
+        require_columns(frame, ["val_loss"], paths[0])
+    page = render(study_tables(paths, frame, _read_collects(paths), resamples=resamples))
+    out = out or paths[0].with_name("report.html")
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         aside.write_text(page, encoding="utf-8")
@@ -67,6 +75,23 @@ def write_report(
         aside.unlink(missing_ok=True)
         raise ReportError(f"cannot write {out}: {error.strerror}; give another path with --out") from error
     return out
+
+
+def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
+    """The collect.json of all tables: descriptions, completions with their whole paths, machines."""
+    found = [(path, _read_collect(path)) for path in paths]
+    completions = [
+        {**entry, "path": str((path.parent / str(entry.get("path", ""))).absolute())}
+        for path, collect in found
+        for entry in collect.get("completions", [])
+        if isinstance(entry, dict)
+    ]
+    machines: dict[str, Any] = {}
+    for _, collect in found:
+        for machine in collect.get("machines", []):
+            machines.setdefault(json.dumps(machine, sort_keys=True), machine)
+    words = [str(collect["description"]) for _, collect in found if collect.get("description")]
+    return {"completions": completions, "machines": list(machines.values()), "description": "; ".join(words)}
 
 
 def _read_collect(table: Path) -> dict[str, Any]:
@@ -93,7 +118,8 @@ def render(study: Study) -> str:
     environment.filters["maths"] = maths
     figures = page_figures(study)
     pictures = picture_rows(study)
-    comparison = compare(study.frame, resamples=study.resamples)
+    found = findings(study)
+    comparison = compare(study.main, resamples=study.resamples)
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -105,6 +131,7 @@ def render(study: Study) -> str:
         summary=words.summary(study),
         figures={s: [f for f in figures if f.section == s] for s in ("scaling", "accuracy", "checks", "published")},
         pictures=pictures,
+        findings={s: [f for f in found if f.section == s] for s in ("laws", "changes", "noise")},
         ladder=tables.ladder_table(study),
         results=tables.results_page_table(study),
         laws=tables.law_tables(study),
@@ -115,6 +142,7 @@ def render(study: Study) -> str:
         correlations=tables.correlation_table(study),
         frontiers=tables.frontier_table(study),
         comparison=tables.task_comparison_table(comparison),
+        baselines=tables.baseline_table(comparison),
         published=[tables.worked_example_table(), *tables.published_tables()],
         comparability=[*words.comparability(study), *[gap.sentence() for gap in comparison.closing]],
         left_out=comparison.left_out,
@@ -138,6 +166,9 @@ def _asset(name: str) -> str:
 
 
 def page_title(study: Study) -> str:
-    """Name of the sweep, or of the file."""
+    """Names of the sweeps, or of the file."""
     sweeps: list[Any] = list(study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else []
-    return " and ".join(map(str, sweeps[:3])) if sweeps else study.path.stem
+    more = f" and {len(sweeps) - 3} more" if len(sweeps) > 3 else ""
+    names = [str(sweep) for sweep in sweeps[:3]]
+    joined = ", ".join(names) if more else " and ".join(names)
+    return joined + more if sweeps else study.paths[0].stem

@@ -38,7 +38,7 @@ def picture_rows(study: Study) -> list[PictureRow]:
     rows: list[PictureRow] = []
     shown: tuple[np.ndarray, np.ndarray] | None = None
     for entry in chosen:
-        arrays = _load(study, study.path.parent / str(entry.get("path", "")))
+        arrays = _load(study, study.paths[0].parent / str(entry.get("path", "")))
         if arrays is None:
             continue
         truth, prefix, prediction = arrays
@@ -52,8 +52,11 @@ def picture_rows(study: Study) -> list[PictureRow]:
 
 
 def _chosen(study: Study) -> list[dict]:
-    """Entries of the smallest, middle and largest size, each at its largest budget."""
+    """Entries of the smallest, middle and largest size of the main experiment, each at its largest budget."""
     entries = [entry for entry in study.collect.get("completions", []) if isinstance(entry, dict)]
+    if "run_id" in study.main:  # a raw target or another order has pictures of its own kind
+        ours = set(study.main["run_id"])
+        entries = [entry for entry in entries if entry.get("run_id") in ours] or entries
     if not entries:
         study.missing.append("The sweep stored no next-patch predictions, so no pictures are shown.")
         return []

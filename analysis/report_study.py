@@ -1,9 +1,14 @@
-"""What a report says about one table: the fits, correlations and forecasts, each or a sentence why it is not there."""
+"""What a report says about its tables: fits, correlations, contrasts, noise, each or a sentence why it is not there.
+
+Laws are fitted to the main experiment of the tables (`design.main_part`) at its largest pool of images; the other rows
+are what contrasts and repeats are made of.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,15 +18,23 @@ import numpy as np
 import pandas as pd
 
 from analysis.approaches import Approaches, all_approaches
+from analysis.contrast import Contrasts, contrast, factors
 from analysis.correlation import correlate
+from analysis.definitions import Definitions, by_definition
+from analysis.design import fresh_part, main_part, varies
 from analysis.downstream import forecast, link
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
 from analysis.frontier import parametric_frontier
 from analysis.heldout import held_out
+from analysis.measures import BLOCKS, KIND
+from analysis.noise import Noise, noise
+from analysis.repeats import Repeats, repeats
 from analysis.result import Correlation, Fit
 from analysis.table import probe_frame, usable_rows
 
+MANY_ROWS = 20_000
+"""Rows above which noise, repeats and definitions are left to their own verbs."""
 MANY_SIZES = 300
 """Sizes above which a table is not a grid of sizes and budgets."""
 
@@ -30,18 +43,22 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(kw_only=True)
 class Study:
-    """One table, analysed."""
+    """Tables read as one, analysed."""
 
-    path: Path
-    """The table."""
+    paths: tuple[Path, ...]
+    """The tables."""
     frame: pd.DataFrame
-    """All rows, as `read_table` gives them."""
+    """All rows, as `read_tables` gives them."""
+    main: pd.DataFrame
+    """All rows of the main experiment."""
     usable: pd.DataFrame
-    """Complete rows with a validation loss."""
+    """Complete rows of the main experiment at its largest pool that have a validation loss: what laws are fitted to."""
+    num_usable: int
+    """Complete rows with a validation loss, of all experiments."""
     probes: pd.DataFrame
-    """`probe_frame` of the complete rows."""
+    """`probe_frame` of the main experiment's complete rows."""
     collect: dict[str, Any]
-    """The sweep's collect.json, or empty."""
+    """The sweeps' collect.json, joined, or empty."""
     exclusions: list[str]
     """Rows left out and why, in sentences."""
     resamples: int = 1000
@@ -56,6 +73,14 @@ class Study:
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     approaches: Approaches | None = None
     """Compute-optimal frontiers by the approaches that the table allows."""
+    contrasts: dict[str, Contrasts] = field(default_factory=dict)
+    """Column -> what its levels do with everything else equal."""
+    noise: Noise | None = None
+    """Where the spread of the main experiment's loss comes from."""
+    repeats: Repeats | None = None
+    """What repeated images are worth."""
+    definitions: Definitions | None = None
+    """The exponents by meaning of N and C."""
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
 
@@ -68,30 +93,81 @@ class Study:
             return None
 
 
-def study_table(path: Path, frame: pd.DataFrame, collect: dict[str, Any], *, resamples: int = 1000) -> Study:
-    """Fit, test and correlate what the table allows."""
-    usable, exclusions = usable_rows(frame)
-    complete = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
+def study_tables(
+    paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], *, resamples: int = 1000
+) -> Study:
+    """Fit, test, correlate and compare what the tables allow."""
+    everything, exclusions = usable_rows(frame)
+    part = main_part(frame)
+    fresh = fresh_part(usable_rows(part.rows)[0])
     study = Study(
-        path=path,
+        paths=tuple(paths),
         frame=frame,
-        usable=usable,
-        probes=probe_frame(complete),
+        main=part.rows,
+        usable=fresh.rows,
+        num_usable=len(everything),
+        probes=probe_frame(_complete(part.rows)),
         collect=collect,
         exclusions=exclusions,
         resamples=resamples,
     )
-    if usable.empty:
+    if part.num_others:
+        study.exclusions.append(
+            f"Laws and correlations use the experiment with most sizes and budgets ({part.words}); the other "
+            f"{part.num_others} rows are in the contrasts."
+        )
+    if fresh.num_others:
+        study.exclusions.append(
+            f"Laws use the rows with {fresh.words}; the other {fresh.num_others} are in what repeats are worth."
+        )
+    if study.usable.empty:
         study.missing.append("No row has a validation loss, so no law is fitted.")
     else:
         _fit_laws(study, resamples)
     _correlate(study, resamples)
+    _contrast(study)
+    if not study.usable.empty:
+        _explain(study, resamples)
     return study
+
+
+def _complete(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
+
+
+def _contrast(study: Study) -> None:
+    """Every column that the tables vary, and kinds of probes and blocks over all their runs."""
+    rows = _complete(study.frame)
+    for name in factors(rows):
+        if name in (KIND, BLOCKS):
+            with contextlib.suppress(AnalysisError):  # fewer than two kinds were run, or none was probed
+                study.contrasts[name] = contrast(study.main, by=name)
+            continue
+        found = study.attempt(f"Contrast by {name}", partial(contrast, rows, by=name))
+        if found is not None:
+            study.contrasts[name] = found
+
+
+def _explain(study: Study, resamples: int) -> None:
+    """Noise, repeats and definitions, where the tables hold what they need."""
+    usable = study.usable
+    if len(usable) > MANY_ROWS:
+        return
+    with contextlib.suppress(AnalysisError):  # neither seeds nor standard errors
+        study.noise = noise(usable)
+    main, _ = usable_rows(study.main)
+    if "unique_images" in main and varies(main["unique_images"]):
+        study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=min(resamples, 500)))
+    if len({"params_total", "params_trunk", "params_head"} & set(usable.columns)) > 1 and "ND" in study.fits:
+        study.definitions = study.attempt(
+            "Exponents by definition", partial(by_definition, usable, resamples=min(resamples, 200))
+        )
 
 
 def _fit_laws(study: Study, resamples: int) -> None:
     usable = study.usable
-    rows: dict[str, tuple[str, pd.DataFrame, str]] = {"ND": ("chinchilla", usable, "all complete rows")}
+    all_rows = "all complete rows" if len(usable) == study.num_usable else f"the {len(usable)} rows of the main grid"
+    rows: dict[str, tuple[str, pd.DataFrame, str]] = {"ND": ("chinchilla", usable, all_rows)}
     if "images_seen" in usable and "params_total" in usable:
         largest, words = widest_slice(usable, "params_total", "images_seen")
         rows["N"] = ("power_offset:N", largest, f"rows with {words} images seen")
@@ -178,24 +254,24 @@ def _link(rows: pd.DataFrame, resamples: int) -> Fit:
 
 
 def _correlations(rows: pd.DataFrame, resamples: int) -> tuple[Correlation, ...]:
-    """Pearson, Spearman, Kendall, and Pearson at equal compute; whole runs are resampled where there are enough."""
-    cluster = "run_id" if "run_id" in rows and rows["run_id"].nunique() >= 4 else None
+    """Pearson, Spearman, Kendall, and Pearson at equal compute and within a size; four runs or more are resampled."""
+    cluster = "run_id" if "run_id" in rows and 4 <= rows["run_id"].nunique() < len(rows) else None
     resamples = affordable(resamples, len(rows))
     found = correlate(rows, x="val_loss", y="top1", cluster=cluster, resamples=resamples)
-    if "flops_train" not in rows or rows["flops_train"].nunique() < 3:
-        return found
-    try:
-        return found + correlate(
-            rows,
-            x="val_loss",
-            y="top1",
-            methods=("pearson",),
-            partial="flops_train",
-            cluster=cluster,
-            resamples=resamples,
-        )
-    except AnalysisError:  # compute explains one of the two completely, so nothing is left to correlate
-        return found
+    more: list[dict[str, str]] = []
+    if "flops_train" in rows and rows["flops_train"].nunique() > 2:
+        more.append({"partial": "flops_train"})
+    size = next((name for name in ("size", "params_total") if name in rows and varies(rows[name])), None)
+    if size is not None:
+        more.append({"within": size})
+    for options in more:
+        # compute or size may explain one of the two completely, so that nothing is left to correlate
+        with contextlib.suppress(AnalysisError):
+            found += correlate(
+                rows, x="val_loss", y="top1", methods=("pearson",), cluster=cluster, resamples=resamples,
+                partial=options.get("partial"), within=options.get("within"),
+            )  # fmt: skip
+    return found
 
 
 def affordable(resamples: int, num_rows: int) -> int:

@@ -14,9 +14,11 @@ import pandas as pd
 
 from analysis.baselines import BASELINES, LOSS_SOURCE, PUBLISHED_SIZES, TASK_TITLES, TASKS
 from analysis.compare import Comparison
+from analysis.design import DESIGN, design_columns
 from analysis.plots_style import human
 from analysis.published import forecast_frame, four_points
 from analysis.report_study import Study, accuracy_forecasts, forecasts
+from analysis.sentences import kind_name
 from analysis.table import loss_unit
 
 MAX_ROWS = 400
@@ -131,9 +133,7 @@ def csv_uri(frame: pd.DataFrame) -> str | None:
 def ladder_table(study: Study) -> PageTable:
     """One row per size: what it is and what it cost."""
     frame = study.frame
-    if "size" not in frame:
-        named = frame["params_total"].map(human) if "params_total" in frame else "all"
-        frame = frame.assign(size=named)
+    frame = frame.assign(size=_size_of(frame))
     keep = [c for c in ("params_trunk", "params_head", "params_total", "flops_per_image") if c in frame]
     ladder = frame.groupby("size", sort=False)[keep].first()
     groups = frame.groupby("size", sort=False)
@@ -145,7 +145,7 @@ def ladder_table(study: Study) -> PageTable:
     if "device_hours" in frame:
         ladder["device_hours"] = groups["device_hours"].sum(min_count=1)
     if "val_loss" in frame:
-        ladder["best_loss"] = groups["val_loss"].min()
+        ladder["best_loss"] = study.usable.groupby(_size_of(study.usable))["val_loss"].min()
     ladder = ladder.reset_index()
     if "params_total" in ladder:
         ladder = ladder.sort_values("params_total")
@@ -170,6 +170,14 @@ def ladder_table(study: Study) -> PageTable:
     )
 
 
+def _size_of(frame: pd.DataFrame) -> pd.Series:
+    """Name of each row's size, or its parameters."""
+    if "size" in frame:
+        return frame["size"]
+    named = frame["params_total"].map(human) if "params_total" in frame else pd.Series("all", index=frame.index)
+    return named.rename("size")
+
+
 def results_page_table(study: Study) -> PageTable:
     """Every row of the table."""
     return page_table(
@@ -188,6 +196,7 @@ def results_page_table(study: Study) -> PageTable:
             ("train_loss", "train loss", number(4)),
             ("status", "status", text),
             ("seed", "seed", whole),
+            *[(name, name.replace("_", " "), text) for name in design_columns(study.frame) if name in DESIGN],
             ("images_per_s", "images/s", human),
             ("mfu", "MFU (%)", percent),
             ("wall_s", "wall (s)", number(1)),
@@ -258,6 +267,7 @@ def accuracy_forecast_table(study: Study) -> PageTable | None:
     frame = accuracy_forecasts(study)
     if frame.empty:
         return None
+    frame["kind"] = frame["kind"].map(kind_name)
     frame["scale"] = [f"{n:g} × N, {d:g} × D" for n, d in zip(frame["times_n"], frame["times_d"], strict=True)]
     frame["interval"] = [
         f"{100 * low:.1f} to {100 * high:.1f}" for low, high in zip(frame["pi_lo"], frame["pi_hi"], strict=True)
@@ -357,6 +367,7 @@ def probe_table(study: Study) -> PageTable | None:
     if study.probes.empty:
         return None
     frame = study.probes.copy()
+    frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = [
         f"{100 * lo:.1f} to {100 * hi:.1f}" if np.isfinite(lo) and np.isfinite(hi) else "–"
         for lo, hi in zip(frame["top1_lo95"], frame["top1_hi95"], strict=True)
@@ -364,8 +375,11 @@ def probe_table(study: Study) -> PageTable | None:
     frame["block_list"] = ["–" if b is None else ", ".join(str(int(i)) for i in b) for b in frame["blocks"]]
     return page_table(
         "probes",
-        "Frozen-feature accuracy",
-        "Top-1 on the test split, scored once; blocks and rates were chosen on a hold-out of the training split.",
+        "Frozen-feature accuracy, and LoRA's"
+        if (frame["kind"] == kind_name("lora")).any()
+        else "Frozen-feature accuracy",
+        "Top-1 on the test split, scored once; blocks and rates were chosen on a hold-out of the training split. LoRA "
+        "adapts the trunk and uses the last blocks; all other kinds read frozen features.",
         frame,
         [
             ("task", "task", text),
@@ -376,6 +390,7 @@ def probe_table(study: Study) -> PageTable | None:
             ("val_loss", "loss", number(4)),
             ("top1", "top-1 (%)", percent),
             ("interval", "95 % interval", text),
+            ("last_top1", "on the last blocks (%)", percent),
             ("chance", "chance (%)", percent),
             ("n", "n", whole),
             ("block_list", "blocks", text),
@@ -390,9 +405,9 @@ def correlation_table(study: Study) -> PageTable | None:
         return None
     frame = pd.DataFrame(
         {
-            "kind": kind,
+            "kind": kind_name(kind),
             "task": task,
-            "method": c.method + (" at equal compute" if c.partial_on else ""),
+            "method": c.method + (" at equal compute" if c.partial_on else f" within a {c.within}" if c.within else ""),
             "how": c.interval_method,
             "value": c.value,
             "low": c.low,
@@ -406,7 +421,7 @@ def correlation_table(study: Study) -> PageTable | None:
         "correlations",
         "Validation loss against accuracy",
         "−1: whoever has the lower loss always has the higher accuracy. At equal compute: log compute is regressed "
-        "out of both first.",
+        "out of both first; within a size: less the mean of each size.",
         frame,
         [
             ("task", "task", text),
@@ -428,19 +443,53 @@ def task_comparison_table(comparison: Comparison) -> PageTable | None:
     return page_table(
         "compare",
         "The same tasks, ours and theirs",
-        "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs.",
+        "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks stand "
+        "beside AIM-7B's last six, chosen ones beside its best six.",
         comparison.tasks,
         [
             ("task", "task", text),
             ("size", "size", text),
             ("params_total", "N", whole),
             ("images_seen", "D (images)", whole),
+            ("blocks", "blocks", text),
             ("top1", "ours", percent),
             ("aim_7b", "AIM-7B", percent),
             ("gap_to_aim_7b", "gap", percent),
             ("best_frozen", "best frozen", text),
             ("best_frozen_top1", "its top-1", percent),
             ("gap_to_best_frozen", "gap to it", percent),
+        ],
+    )
+
+
+def baseline_table(comparison: Comparison) -> PageTable | None:
+    """Ours beside raw pixels, random weights and other models that were probed on the same tasks."""
+    if comparison.baselines.empty:
+        return None
+    frame = comparison.baselines.copy()
+    frame["kind"] = frame["kind"].map(kind_name)
+    frame["interval"] = [
+        f"{100 * low:.1f} to {100 * high:.1f}" for low, high in zip(frame["gap_lo95"], frame["gap_hi95"], strict=True)
+    ]
+    return page_table(
+        "baselines",
+        "Beside baselines on the same probes",
+        "The largest budget of each run; same tasks, probes, images and seed for the baseline. Gap: ours minus the "
+        "baseline's, with Newcombe's 95 % interval, which takes the two as independent.",
+        frame,
+        [
+            ("task", "task", text),
+            ("kind", "probe", text),
+            ("size", "size", text),
+            ("params_total", "N", whole),
+            ("images_seen", "D (images)", whole),
+            ("top1", "ours (%)", percent),
+            ("baseline", "baseline", text),
+            ("baseline_top1", "its top-1 (%)", percent),
+            ("gap", "gap", percent),
+            ("interval", "95 % interval", text),
+            ("verdict", "ours is", text),
+            ("n", "n", whole),
         ],
     )
 

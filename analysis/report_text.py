@@ -12,6 +12,7 @@ from analysis.baselines import PAPER_EXPONENTS, TASKS
 from analysis.plots_style import human
 from analysis.report_study import Study
 from analysis.result import Correlation, HeldOut
+from analysis.sentences import accuracy_of
 
 
 def summary(study: Study) -> list[str]:
@@ -22,6 +23,7 @@ def summary(study: Study) -> list[str]:
         *_law_in_words(study),
         *_frontier_in_words(study),
         *_accuracy_in_words(study),
+        *_changes_in_words(study),
     ]
 
 
@@ -53,11 +55,12 @@ def _what_was_run(study: Study) -> Iterator[str]:
             ", ".join(dict.fromkeys(frame["device"].dropna())) if _has(frame, "device") else "the devices named below"
         )
         cost = f" Training and evaluation took {human(frame['device_hours'].sum())} device-hours on {devices}."
-    if _has(study.usable, "flops_train"):
-        runs = ["run_id"] if _has(study.usable, "run_id") else None
-        last = study.usable.groupby(runs)["flops_train"].max() if runs else study.usable["flops_train"]
+    if _has(frame, "flops_train"):
+        runs = ["run_id"] if _has(frame, "run_id") else None
+        last = frame.groupby(runs)["flops_train"].max() if runs else frame["flops_train"]
         cost += f" The runs used {human(last.sum())} FLOP up to their largest budgets."
-    yield f"The table holds {', '.join(parts)}; {len(study.usable)} of the rows have a validation loss.{cost}"
+    one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
+    yield f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
 
 
 def _what_came_out(study: Study) -> Iterator[str]:
@@ -140,10 +143,31 @@ def _accuracy_in_words(study: Study) -> Iterator[str]:
             yield correlation_words(task, kind, found)
 
 
+def _changes_in_words(study: Study) -> Iterator[str]:
+    """What is shown of single changes, of repeats and of noise, a sentence each."""
+    for name, found in study.contrasts.items():
+        shown = [each for each in found.contrasts if each.verdict != "not shown to differ"]
+        by_level = [
+            f"{level} {' and '.join(dict.fromkeys(e.verdict for e in shown if e.level == level))} in "
+            f"{sum(e.level == level for e in shown)} of {sum(e.level == level for e in found.contrasts)} measures"
+            for level in dict.fromkeys(each.level for each in found.contrasts)
+        ]
+        yield f"With everything else equal, {name} against {found.baseline}: {', '.join(by_level)}."
+    if study.repeats is not None:
+        yield study.repeats.sentences()[0]
+    seeds = study.noise.component("between seeds") if study.noise else None
+    if seeds is not None:
+        yield (
+            f"Two seeds of one cell differ by a standard deviation of {100 * seeds.value:.2g} % of the loss "
+            f"[{100 * seeds.low:.2g}, {100 * seeds.high:.2g}]."
+        )
+
+
 def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
     """One task's rank and linear correlation."""
-    by = {c.method: c for c in found if c.partial_on is None}
+    by = {c.method: c for c in found if c.partial_on is None and c.within is None}
     partial = next((c for c in found if c.partial_on is not None), None)
+    inside = next((c for c in found if c.within is not None), None)
     parts = [
         f"{words} {by[method].value:.2f} [{by[method].low:.2f}, {by[method].high:.2f}]"
         for method, words in (("pearson", "Pearson"), ("spearman", "Spearman"))
@@ -151,13 +175,15 @@ def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> s
     ]
     first = found[0]
     if first.low * first.high <= 0:
-        verdict = f"Validation loss is not shown to go with {kind}-probe accuracy on {task}"
+        verdict = f"Validation loss is not shown to go with {accuracy_of(kind)} on {task}"
     elif first.value < 0:
-        verdict = f"Lower validation loss goes with higher {kind}-probe accuracy on {task}"
+        verdict = f"Lower validation loss goes with higher {accuracy_of(kind)} on {task}"
     else:
-        verdict = f"Lower validation loss goes with LOWER {kind}-probe accuracy on {task}"
+        verdict = f"Lower validation loss goes with LOWER {accuracy_of(kind)} on {task}"
     if partial is not None:
         parts.append(f"at equal compute {partial.value:.2f} [{partial.low:.2f}, {partial.high:.2f}]")
+    if inside is not None:
+        parts.append(f"within a size {inside.value:.2f} [{inside.low:.2f}, {inside.high:.2f}]")
     return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
 
 
@@ -222,10 +248,10 @@ def methods(study: Study) -> list[str]:
 def provenance(study: Study) -> list[tuple[str, str]]:
     """Where the numbers come from: label and value."""
     frame = study.frame
-    items = [
-        ("Table", study.path.name),
-        ("SHA-256 of the table", hashlib.sha256(study.path.read_bytes()).hexdigest()),
-    ]
+    items = []
+    for path in study.paths:
+        name = path.name if len(study.paths) == 1 else f"{path.parent.name}/{path.name}"
+        items += [("Table", name), ("SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest())]
     for name, words in (
         ("sweep", "Sweep"),
         ("git_commit", "Code (git commit)"),

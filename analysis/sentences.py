@@ -16,6 +16,16 @@ UNITS = {
 """What a column of the results table counts."""
 
 
+def kind_name(kind: str) -> str:
+    """A kind of probe in a table: LoRA is none, because it adapts the trunk."""
+    return "LoRA (not frozen)" if kind == "lora" else kind
+
+
+def accuracy_of(kind: str) -> str:
+    """What a kind of probe measures, in prose."""
+    return "accuracy after LoRA adaptation (not frozen)" if kind == "lora" else f"{kind}-probe accuracy"
+
+
 def fit_sentence(fit: Fit) -> str:
     """Law, what its variables count, objective, optimiser, n, exclusions, range, intervals, held-out error, flags."""
     y = fit.columns["y"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import json
 import math
 import os
@@ -161,6 +162,7 @@ def _arrow_field(column: Column) -> pa.Field:
     return pa.field(column.name, _arrow_type(column.dtype), metadata=note)
 
 
+@functools.cache
 def arrow_schema() -> pa.Schema:
     """The schema as pyarrow states it, with unit and meaning on every field and the version on the table."""
     fields = [_arrow_field(column) for column in COLUMNS]

@@ -204,7 +204,14 @@ def test_a_damaged_picture_is_named_and_the_rest_stands(tmp_path):
     collect = json.loads((folder / "collect.json").read_text())
     nothing = frame.iloc[:0]
     study = Study(
-        path=folder / "results.parquet", frame=frame, usable=nothing, probes=nothing, collect=collect, exclusions=[]
+        paths=(folder / "results.parquet",),
+        frame=frame,
+        main=frame,
+        usable=nothing,
+        num_usable=0,
+        probes=nothing,
+        collect=collect,
+        exclusions=[],
     )
     rows = picture_rows(study)
     assert [row.label.split(",")[0] for row in rows] == ["truth", "given patches", "large", "huge"]
