@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from aim.errors import UserError
 
@@ -178,6 +186,17 @@ class ProbeSection(Section):
     trained on the rest alone."""
 
 
+class RollBackSection(Section):
+    """What a run does about a stretch of images on which it does not stay finite, instead of stopping as diverged."""
+
+    every_images: int = Field(gt=0)
+    """Distance of the points to go back to: the weights and moments of the last one are kept."""
+    after_skipped_steps: int = Field(20, ge=0)
+    """Consecutive non-finite steps after which a run takes that point's weights and goes on behind the stretch."""
+    max_times: int = Field(1, gt=0)
+    """How often; the row counts roll-backs and skipped steps."""
+
+
 class ResultConfig(Section):
     """Everything that defines what a run measures; its hash is the run's identity."""
 
@@ -199,6 +218,16 @@ class ResultConfig(Section):
     """Where the pre-training loss is measured."""
     probes: tuple[ProbeSection, ...] = ()
     """Where the features are measured."""
+    roll_back: RollBackSection | None = None
+    """Go back when steps stop being finite; null stops the run. It changes what is measured, so it is part of the run's
+    identity, but only where it is set: runs without it keep the names they had before it existed."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if values.get("roll_back") is None:
+            values.pop("roll_back", None)
+        return values
 
     @model_validator(mode="after")
     def _budgets_fit_schedule(self) -> ResultConfig:
@@ -251,10 +280,16 @@ class RuntimeConfig(Section):
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Besides `metrics.jsonl`, which is always written."""
     max_skipped_steps: int = Field(20, ge=0)
-    """Consecutive non-finite steps after which a run stops as diverged."""
-    max_roll_backs: int = Field(0, ge=0)
-    """How often, instead of stopping there, a run may go back to the weights of its last checkpoint and on behind the
-    bad stretch; the row counts roll-backs and skipped steps."""
+    """Consecutive non-finite steps after which a run stops as diverged, where it cannot roll back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _roll_backs_moved(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "max_roll_backs" in values:
+            values = dict(values)
+            if values.pop("max_roll_backs"):
+                raise ValueError("max_roll_backs changes results; set roll_back among the result fields instead")
+        return values
 
 
 class RunConfig(Section):
@@ -342,6 +377,7 @@ def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[
     node: dict[str, Any] = schema
     for part in location:
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        node = next((each for each in node.get("anyOf", []) if "$ref" in each), node)  # an optional section
         while "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     return list(node.get("properties", {}))

@@ -42,7 +42,7 @@ class Tally:
     num_loss_spikes: int = 0
     """Losses far above those before them."""
     num_roll_backs: int = 0
-    """Returns to the last checkpoint's weights."""
+    """Returns to an earlier point's weights."""
 
     def __add__(self, other: Tally) -> Tally:
         ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
@@ -84,6 +84,8 @@ class Recorder:
         )
         self._log = StepLog(group)
         self._consecutive_skipped = 0
+        self.point: str | None = None
+        """Name of the checkpoint to roll back to."""
         self._interval = Interval()
         self._segment = Segment(start=0, stop=0, branch=None)
         self._loggers: list[Logger] = []
@@ -134,7 +136,9 @@ class Recorder:
         is_due = images_seen // batch_size % self._config.runtime.log_every_steps == 0
         if is_due or images_seen == segment.stop:
             self._write_line()
-        if self._consecutive_skipped > self._config.runtime.max_skipped_steps:
+        section = self._config.result.roll_back
+        limit = section.after_skipped_steps if section and self._may_roll_back else None
+        if self._consecutive_skipped > (self._config.runtime.max_skipped_steps if limit is None else limit):
             raise DivergedError(
                 f"{self._consecutive_skipped} steps in a row were not finite, up to image {images_seen}; "
                 "lower optimiser.lr_peak or lengthen the warm-up"
@@ -211,6 +215,8 @@ class Recorder:
             "trunk": dataclasses.asdict(self._trunk),
             "branch": dataclasses.asdict(self._branch),
             "log": self._log.state(),
+            "consecutive_skipped": self._consecutive_skipped,
+            "point": self.point,
             "train_loss": self._log.train_loss(),
             "metrics_bytes": self.metrics.sync() if self._group.is_first else 0,
         }
@@ -222,6 +228,8 @@ class Recorder:
             self._num_bad = progress.get("num_bad_done", 0)  # runs begun before it was counted lack it
             self._trunk, self._branch = Tally(**progress["trunk"]), Tally(**progress["branch"])
             self._log.restore(progress["log"])
+            self._consecutive_skipped = progress.get("consecutive_skipped", 0)  # older runs lack these two
+            self.point = progress.get("point")
         if self._group.is_first:
             self.metrics = JsonLines(self._run.metrics, progress["metrics_bytes"] if progress else 0)
             self.speed = JsonLines(self._run.speed)
@@ -244,13 +252,23 @@ class Recorder:
             "world_size": self._group.world_size,
         }
 
-    def may_roll_back(self) -> bool:
-        """Whether too many bad steps in a row end in a return to the last checkpoint; counts it if so."""
-        if (self._trunk + self._branch).num_roll_backs >= self._config.runtime.max_roll_backs:
-            return False
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step was."""
+        return self._consecutive_skipped == 0
+
+    @property
+    def _may_roll_back(self) -> bool:
+        section, done = self._config.result.roll_back, (self._trunk + self._branch).num_roll_backs
+        return section is not None and self.point is not None and done < section.max_times
+
+    def roll_back(self) -> str | None:
+        """The checkpoint to take the weights of, where too many bad steps end in that; counts it."""
+        if not self._may_roll_back:
+            return None
         self._tally.num_roll_backs += 1
         self._consecutive_skipped = 0
-        return True
+        return self.point
 
     def close(self) -> None:
         """Leave the terminal and the loggers."""

@@ -21,7 +21,7 @@ import torch
 from aim.errors import UserError
 from aim.model import AIM
 from harness.budget import evaluate_budget, finished_budgets, save_budget
-from harness.checkpoint import complete_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from harness.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from harness.config import RunConfig
 from harness.data.loader import train_batches
 from harness.data.stream import TrainStream
@@ -99,6 +99,8 @@ class Trainer:
                 load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
             if is_start and segment.branch is not None and len(segments) > 1:
                 self._save(segment.start, None)
+            if is_start and index > 0:
+                self.recorder.point = self.run.checkpoint_dir(segment.start).name
             self.recorder.enter(segment, from_its_start=is_start)
             self._train_segment(segment, position)
             if segment.branch is not None:
@@ -151,7 +153,11 @@ class Trainer:
             num_workers=self.config.runtime.num_workers,
             pin_memory=self.group.device.type == "cuda",
         )
-        every = self.config.runtime.checkpoint_every_images
+        every, roll_back = self.config.runtime.checkpoint_every_images, self.config.result.roll_back
+
+        def is_crossed(distance: int | None) -> bool:
+            return distance is not None and position < segment.stop and position % distance < self.batch_size
+
         with contextlib.closing(batches):
             while position < segment.stop:
                 step = self.recorder.next_of(batches, stop_asked=self.flag.is_raised)
@@ -166,16 +172,21 @@ class Trainer:
                 except DivergedError:
                     if not self._roll_back(position, segment.branch):
                         raise
-                if every and position < segment.stop and position // every > (position - self.batch_size) // every:
+                if roll_back and is_crossed(roll_back.every_images) and self.recorder.is_finite:
+                    self.recorder.point = self.run.checkpoint_dir(position, segment.branch).name
+                    self._save(position, segment.branch)
+                elif is_crossed(every):
                     self._save(position, segment.branch)
 
     def _roll_back(self, position: int, branch: int | None) -> bool:
-        """Take the last checkpoint's weights and go on behind the bad stretch, if the configuration says so."""
-        saved = self.group.from_first(complete_checkpoints(self.run.checkpoints))
-        if not saved or not self.recorder.may_roll_back():
+        """Take the weights of the last point and go on behind the bad stretch, if the configuration says so.
+
+        Points follow from the configuration alone, not from where the run was interrupted.
+        """
+        point = self.recorder.roll_back()
+        if point is None:
             return False
-        path, manifest = saved[-1]
-        load_checkpoint(path, self.engine, self.group)
+        manifest = load_checkpoint(self.run.checkpoints / point, self.engine, self.group)
         self.recorder.terminal.say(f"too many bad steps: weights of image {manifest.images_seen}, on at {position}")
         self._save(position, branch)  # where a restart goes on
         return True
@@ -195,6 +206,8 @@ class Trainer:
             progress=self.recorder.progress(),
         )
         needed = {path}
+        if self.recorder.point is not None and self.config.result.roll_back is not None:
+            needed.add(self.run.checkpoints / self.recorder.point)
         if branch is not None:
             needed.add(self.run.checkpoint_dir(self.schedule.branch_point(branch)))
         if self.group.is_first:

@@ -266,16 +266,53 @@ def test_bad_steps_are_skipped_counted_and_stop_a_run_when_too_many(
     assert "3 steps in a row were not finite, up to image 40" in str(status.reason)
 
 
-def test_a_run_may_roll_back_and_go_on_behind_a_bad_stretch(
+def stop_with_bad_steps(rank: int, path: Path, bad: set[int], num_images: int) -> None:
+    """`train_with_bad_steps`, and a signal once `num_images` are done."""
+    real = harness.record.Recorder.step
+
+    def step(self: harness.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        try:
+            real(self, *args, **kwargs)
+        finally:
+            if self.images_done == num_images:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    harness.record.Recorder.step = step  # type: ignore[method-assign]
+    train_with_bad_steps(rank, path, bad)
+
+
+@pytest.mark.slow
+def test_a_run_rolls_back_behind_a_bad_stretch_however_it_is_interrupted(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:
-    runtime = {"max_skipped_steps": 1, "max_roll_backs": 1, "checkpoint_every_images": 24}
-    run = RunDir.create(tmp_path / "run", tiny_config(runtime, budgets=[128]))
-    assert in_processes(train_with_bad_steps, run.path, {32, 40}) == [0]
-    (row,) = run.read_rows()
+    section = {"every_images": 24, "after_skipped_steps": 1, "max_times": 1}
+    config = tiny_config({"checkpoint_every_images": None, "log_every_steps": 1}, budgets=[128], roll_back=section)
+    bad = {56, 64}
+    whole = RunDir.create(tmp_path / "whole", config)
+    assert in_processes(train_with_bad_steps, whole.path, bad) == [0]
+    (row,) = whole.read_rows()
     assert (row["num_roll_backs"], row["num_skipped_steps"]) == (1, 2)
-    lost = RunDir.create(tmp_path / "lost", tiny_config(runtime, budgets=[128]))
+    # Saved at 32, 40 and 56 too, stopped between the two bad steps, at the roll-back and behind it.
+    often = tiny_config({"checkpoint_every_images": 8, "log_every_steps": 1}, budgets=[128], roll_back=section)
+    assert often.run_id == config.run_id
+    broken = RunDir.create(tmp_path / "broken", often)
+    for num_images in (64, 72, 80):
+        assert in_processes(stop_with_bad_steps, broken.path, bad, num_images) == [EXIT_PREEMPTED]
+        assert len(list(broken.checkpoints.iterdir())) <= 3
+    assert in_processes(train_with_bad_steps, broken.path, bad) == [0]
+    assert results(broken.path) == results(whole.path)
+    steady = RunDir.create(tmp_path / "steady", config)
+    assert in_processes(train_in, steady.path) == [0]
+    assert steady.model_file(128).read_bytes() != whole.model_file(128).read_bytes()
+
+
+def test_roll_backs_come_to_an_end(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    section = {"every_images": 24, "after_skipped_steps": 1}
+    lost = RunDir.create(tmp_path / "lost", tiny_config({"max_skipped_steps": 1}, budgets=[128], roll_back=section))
     assert in_processes(train_with_bad_steps, lost.path, {32, 40, 48, 56}) == [EXIT_DIVERGED]
+    assert "2 steps in a row were not finite, up to image 64" in str(lost.read_status().reason)
+    early = RunDir.create(tmp_path / "early", tiny_config({"max_skipped_steps": 1}, budgets=[128], roll_back=section))
+    assert in_processes(train_with_bad_steps, early.path, {8, 16}) == [EXIT_DIVERGED], "nothing to go back to yet"
 
 
 def test_one_run_never_runs_twice_at_once(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
