@@ -1,0 +1,117 @@
+"""The generated pages name everything, and their committed copies are what the code says now."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import sweeps.sweepfile
+from harness.config import RunConfig, Section
+from sweeps import command_reference, config_reference
+from sweeps.cli import VERBS, app
+
+ROOT = Path(__file__).parents[2]
+
+
+def all_sections(kind: type[Section] = Section) -> Iterator[type[Section]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from all_sections(each)
+
+
+def tables(page: str) -> dict[str, dict[str, list[str]]]:
+    """Heading -> first cell -> all cells of that row."""
+    found: dict[str, dict[str, list[str]]] = {}
+    heading = ""
+    for line in page.splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ").strip("`")
+        elif line.startswith("| `"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            found.setdefault(heading, {})[cells[0].strip("`")] = cells
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("configuration", config_reference), ("commands", command_reference)],
+    ids=["fields", "commands"],
+)
+def test_the_committed_page_is_what_the_code_says(name: str, module: object) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    command = f"python -m {module.__name__} > docs/{name}.md"  # type: ignore[attr-defined]
+    assert page == module.markdown(), f"the code has changed; run `{command}`"  # type: ignore[attr-defined]
+
+
+def test_every_field_of_every_section_is_listed_with_its_meaning() -> None:
+    page = config_reference.markdown()
+    listed = {kind for _, kind in config_reference.sections()}
+    ours = {kind for kind in all_sections() if kind.__module__ in ("harness.config", "sweeps.sweepfile")}
+    assert ours - listed == {RunConfig}  # its three keys are told in the introduction
+    found = tables(page)
+    tops = {"": ["The sweep file", "A run: what it measures"], "runtime": ["A run: how it is executed"]}
+    for place, kind in config_reference.sections():
+        headings = [heading for heading in tops.get(place, [place]) if heading in found]
+        fields: set[str] = set()
+        for heading in headings:
+            fields |= set(found[heading])
+        assert set(kind.model_fields) <= fields, f"{place or kind.__name__} lacks {set(kind.model_fields) - fields}"
+        for name, field in kind.model_fields.items():
+            assert field.description, f"{kind.__name__}.{name} has no line of documentation"
+
+
+def test_a_fields_value_and_default_are_said_in_words() -> None:
+    found = tables(config_reference.markdown())
+    assert found["model"]["image_size"][1:3] == ["integer > 0", "`224`"]
+    assert found["objective"]["prefix"][1:3] == ["`paired` or `uniform` or `none`", "`paired`"]
+    assert found["The sweep file"]["budgets"][1] == "list of count > 0"
+    assert found["A run: how it is executed"]["zero_stage"][1] == "`auto` or `0` or `1` or `2` or `3`"
+    assert found["The sweep file"]["name"][2] == "*required*"
+    assert found["data"]["crop_scale"][2] == "`[0.4, 1.0]`"
+
+
+def test_what_base_may_hold_besides_result_fields_is_told() -> None:
+    for name in ("runtime", "devices", "lr_multiplier"):
+        assert f"`{name}`" in config_reference.INTRODUCTION
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_that_typer_takes_is_listed(verb: str) -> None:
+    found = tables(command_reference.markdown())
+    group = typer.main.get_command(app)
+    context = group.make_context("aimscale", [], resilient_parsing=True)
+    command = group.get_command(context, verb)  # type: ignore[attr-defined]
+    inner = getattr(command, "commands", None)
+    named = (
+        {f"aimscale {verb} {name}": each for name, each in inner.items()} if inner else {f"aimscale {verb}": command}
+    )
+    for heading, each in named.items():
+        cells = " ".join(found.get(heading, {}))
+        for param in each.params:
+            if param.name != "help" and param.param_type_name == "option":
+                assert f"{param.opts[0]}" in cells, f"{heading} lacks {param.opts}"
+
+
+def test_every_choice_is_listed() -> None:
+    found = tables(command_reference.markdown())
+    assert found["aimscale launch"]["--on"][1] == "`local` or `slurm`"
+    assert found["aimscale fit"]["--n"][1] == "`total` or `trunk` or `head`"
+    assert found["aimscale fit"]["--where"][1].endswith("may be repeated")
+    assert found["aimscale bench train"]["--steps"][1:3] == ["integer", "`20`"]
+
+
+def test_a_new_kind_of_field_asks_for_words() -> None:
+    class Strange(Section):
+        what: complex = 1j
+        """A number."""
+
+    with pytest.raises(TypeError, match="no words for the type"):
+        config_reference.type_words(Strange.model_fields["what"])
+
+
+def test_the_module_that_defines_sweeps_is_read() -> None:
+    assert sweeps.sweepfile.SweepFile in {kind for _, kind in config_reference.sections()}

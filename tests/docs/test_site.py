@@ -1,0 +1,151 @@
+"""The site is built without a warning, its links lead somewhere, and what it says of commands and files is true."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+from sweeps import command_reference
+from sweeps.cli import VERBS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+needs_sphinx = pytest.mark.skipif(find_spec("sphinx") is None, reason="needs pip install -e '.[docs]'")
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.S | re.M)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", without_blocks(text))
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text()), flags=re.M)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere_from_the_repository_too(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        parts = urlsplit(target)
+        if parts.scheme:
+            assert parts.scheme in ("https", "http", "mailto"), target
+            assert re.fullmatch(r"[\w.-]+\.[a-z]{2,}", parts.netloc), f"{page.name}: {target} is no address"
+            continue
+        file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+        assert file.exists(), f"{page.name} links to {target}, which is not there"
+        if parts.fragment:
+            assert parts.fragment in anchors(file), f"{page.name}: {file.name} has no heading #{parts.fragment}"
+
+
+def mistakes_in_commands(text: str) -> list[str]:
+    """What code spans and blocks say of `aimscale` and is not so: an unknown verb, command or option."""
+    blocks = re.findall(r"^(`{3,})\w*\n(.*?)^\1", text, flags=re.S | re.M)
+    lines = [line for _, block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = [*lines, *re.findall(r"`([^`]+)`", without_blocks(text))]
+    mistakes = []
+    for span in spans:
+        for command in re.findall(r"(?:^|[&;(|] ?|until )aimscale ([a-z][^#&|;)]*)", " ".join(span.split())):
+            words = command.split()
+            if words[0] not in VERBS:
+                mistakes.append(f"there is no verb '{words[0]}' ({command})")
+                continue
+            try:
+                known = flags_of(words)
+            except KeyError as error:
+                mistakes.append(f"aimscale {words[0]} has no command {error}")
+                continue
+            used = {word.split("=")[0].rstrip(".,:)") for word in words if re.match(r"--?[a-z]", word)}
+            mistakes += [f"aimscale {words[0]} has no {flag} ({command})" for flag in sorted(used - known)]
+    return mistakes
+
+
+def flags_of(words: list[str]) -> set[str]:
+    """Options of a verb, or of a command inside a verb; all of them where the command is not said.
+
+    Raises:
+        KeyError: the verb has no such command.
+    """
+    functions = command_reference.verb_functions(words[0])
+    if list(functions) == [words[0]] or len(words) == 1 or words[1].startswith("-"):
+        chosen = list(functions.values())
+    else:
+        chosen = [functions[words[1]]]
+    rows = " ".join(command_reference._row(*each) for one in chosen for each in command_reference.parameters(one))
+    return {"--help", "-h", *re.findall(r"`(--?[a-z][a-z-]*)`", rows)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_that_are_mentioned_exist(page: Path) -> None:
+    """Also those that no test runs, and those inside sentences."""
+    assert mistakes_in_commands(page.read_text()) == []
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    blocks = "```bash\naimscale fit t.csv --nope \\\n  --y z\ncd a && aimscale bench trane --size x\n```\n"
+    blocks = "```bash\naimscale fit t.csv --nope \\\n  --y z\ncd a && aimscale bench trane --size x\n```\n"
+    wrong = f"`aimscale lunch x` and\n{blocks}"
+    assert mistakes_in_commands(wrong) == [
+        "aimscale fit has no --nope (fit t.csv --nope --y z)",
+        "aimscale bench has no command 'trane'",
+        "there is no verb 'lunch' (lunch x)",
+    ]
+
+
+def test_the_citation_is_valid() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "version", "license"} <= set(cited)
+    for entry in (cited, *cited["references"]):
+        for author in entry["authors"]:
+            assert set(author) <= {"name", "family-names", "given-names", "orcid", "affiliation"}, author
+    for reference in cited["references"]:
+        assert {"type", "title", "authors"} <= set(reference)
+    assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_changelog_has_the_present_version_and_known_headings() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## (.+)$", text, flags=re.M)
+    present = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)
+    assert versions[0] == "Unreleased"
+    assert present is not None
+    assert any(version.startswith(present[1]) for version in versions)
+    assert set(re.findall(r"^### (.+)$", text, flags=re.M)) <= {
+        "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security",
+    }  # fmt: skip
+
+
+@needs_sphinx
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "zero_stage" in (tmp_path / "configuration.html").read_text()
+    assert "aimscale launch" in (tmp_path / "commands.html").read_text()
+
+
+@needs_sphinx
+@pytest.mark.slow
+def test_a_dead_link_ends_the_build(tmp_path: Path) -> None:
+    source = tmp_path / "docs"
+    source.mkdir()
+    (source / "conf.py").write_text((ROOT / "docs" / "conf.py").read_text())
+    (source / "index.md").write_text("# A page\n\n[dead](nowhere.md) and [dead](#nothing)\n")
+    words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", str(source), str(tmp_path / "site")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "nowhere.md" in done.stderr
+    assert "#nothing" in done.stderr or "'nothing'" in done.stderr
