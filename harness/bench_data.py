@@ -1,7 +1,8 @@
 """How fast images are read: the training stream beside the bare decode-and-crop limit of each JPEG library.
 
 Everything is measured in one process on one thread, in turns of a few dozen images, so that a busy machine slows all
-alike; then the loader with worker processes. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
+alike; then the loader with worker processes, which resizes or leaves that to the device, in turns with as many bare
+readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -37,6 +38,9 @@ _HEIGHT, _WIDTH, _QUALITY = 375, 500, 90
 _CROP_SIZE = 224
 _TURN = 32  # images a library decodes before the next has its turn
 _NUM_HELD_OUT = 8
+_ROUNDS = 5  # in each of which the bare reader and the loaders have a turn: a busy machine slows all alike
+_Place = Literal["loader", "device"]
+_PLACES: tuple[_Place, ...] = ("loader", "device")
 Box = tuple[int, int, int, int, bool]
 Reader = Callable[[bytes, Box], torch.Tensor]
 
@@ -51,25 +55,34 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
 
     Returns:
         `single_thread`: images/s of each library and of the stream; `fastest_limit`: the best library's;
-        `stream_share`: the stream over it, median of turns; `loader`: rows with workers, images/s, the limit (the
-        fastest library in as many processes at once, at most one a core: cores share caches and clocks) and their
-        ratio; `small`: images/s of 32 px images, first epoch and later ones; `setting`.
+        `stream_share`: the stream over it, median of turns; `loader`: rows with workers, who augments, images/s, the
+        limit (the fastest library in as many processes at once, at most one a core: cores share caches and clocks),
+        the median of their ratio over rounds in which both have a turn, and kB an image handed to the trainer;
+        `device`: its name and the images/s that it resizes when the loader only cuts out;
+        `small`: images/s of 32 px images, first epoch and later ones; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder, _one_thread():
-        stream = _stream(Path(folder) / "large", _photographs(num_images), _CROP_SIZE)
+        config = _config(Path(folder) / "large", _photographs(num_images), _CROP_SIZE)
+        streams = {where: TrainStream(config, augment_on=where) for where in _PLACES}
+        stream = streams["loader"]
         work = _work(stream, num_images)
         single, share = _single_thread(stream, work, seconds)
         fastest = max((name for name in single if name != "stream"), key=single.__getitem__)
         numbers = workers if workers is not None else sorted({1, cores})
-        loader = [_loader_row(stream, fastest, work, number, cores, seconds / len(numbers)) for number in numbers]
+        loader = [
+            row for number in numbers for row in _loader_rows(streams, fastest, work, number, seconds / len(numbers))
+        ]
         crops = (crop for crop, _ in zip(photograph_crops("validation"), range(2000), strict=False))
-        small = _small(_stream(Path(folder) / "small", crops, IMAGE_SIZE))
+        small = _small(TrainStream(_config(Path(folder) / "small", crops, IMAGE_SIZE)))
+        resized = _device_rate(streams["device"], device, seconds / 4)
     return {
         "single_thread": single,
         "fastest_limit": single[fastest],
         "stream_share": share,
         "loader": loader,
+        "device": {"name": device, "images_per_s": resized},
         "small": small,
         "setting": {
             "image_px": [_HEIGHT, _WIDTH],
@@ -88,20 +101,25 @@ def table(result: dict[str, Any]) -> str:
     height, width = setting["image_px"]
     lines = [
         f"decode + random resized crop to {setting['crop_px']} px, JPEGs of {width} x {height} px, one thread",
-        f"  {'':<28}{'images/s':>10}{'of limit':>10}",
+        f"  {'':<38}{'images/s':>10}{'of limit':>10}",
     ]
     for name, rate in sorted(result["single_thread"].items(), key=lambda entry: -entry[1]):
         share = result["stream_share"] if name == "stream" else rate / limit
         label = "training stream" if name == "stream" else f"bare {name}"
-        lines.append(f"  {label:<28}{rate:>10,.0f}{share:>10.1%}")
-    lines.append(f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once")
+        lines.append(f"  {label:<38}{rate:>10,.0f}{share:>10.1%}")
+    lines.append(
+        f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once, in turns"
+    )
     for row in result["loader"]:
         label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
-        lines.append(f"  {label:<28}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}")
-    small = result["small"]
+        label += ", resizing left to the device" if row["augment_on"] == "device" else ""
+        lines.append(f"  {label:<38}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}{row['kb_per_image']:>7.0f} kB")
+    device, small = result["device"], result["small"]
+    lines.append(f"resize, flip and normalise crops in the batch on {device['name']}")
+    lines.append(f"  {'in the trainer':<38}{device['images_per_s']:>10,.0f}")
     lines.append("training stream, 32 px PNGs, one thread")
     for name, key in (("first epoch", "first_epoch"), ("later epochs (in memory)", "later_epochs")):
-        lines.append(f"  {name:<28}{small[key]:>10,.0f}")
+        lines.append(f"  {name:<38}{small[key]:>10,.0f}")
     return "\n".join(lines)
 
 
@@ -200,19 +218,61 @@ def _single_thread(
     return rates, statistics.median(limit / ours for limit, ours in zip(times[fastest], times["stream"], strict=True))
 
 
-def _loader_row(
-    stream: TrainStream, fastest: str, work: Sequence[tuple[bytes, Box]], workers: int, cores: int, seconds: float
-) -> dict[str, Any]:
+def _loader_rows(
+    streams: Mapping[_Place, TrainStream],
+    fastest: str,
+    work: Sequence[tuple[bytes, Box]],
+    workers: int,
+    seconds: float,
+) -> list[dict[str, Any]]:
     """Images/s of `train_batches` once its workers run, beside the bare reader in as many processes."""
-    limit = _bare_rate(fastest, work, min(max(1, workers), cores), seconds / 2)
+    num_processes = min(max(1, workers), len(os.sched_getaffinity(0)))
+    turn_s = seconds / _ROUNDS / (1 + len(streams))
+    limits: list[float] = []
+    rates: dict[_Place, list[float]] = {where: [] for where in streams}
+    sizes: dict[_Place, float] = {}
+    for _ in range(_ROUNDS):
+        limits.append(_bare_rate(fastest, work, num_processes, turn_s))
+        for where, stream in streams.items():
+            rate, sizes[where] = _loader_rate(stream, workers, turn_s)
+            rates[where].append(rate)
+    return [
+        {
+            "workers": workers,
+            "augment_on": where,
+            "images_per_s": statistics.median(rates[where]),
+            "limit_images_per_s": statistics.median(limits),
+            "share": statistics.median(rate / limit for rate, limit in zip(rates[where], limits, strict=True)),
+            "kb_per_image": sizes[where] / 1000,
+        }
+        for where in streams
+    ]
+
+
+def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
+    """Images/s, and bytes an image, that a loader hands out while nobody else works."""
     batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
-    for _ in range(4 * max(1, workers)):
-        next(batches)  # start the workers and use up what they prefetched meanwhile
+    with contextlib.closing(batches):
+        for _ in range(4 * (workers + 1)):
+            next(batches)  # start the workers, and use up what they loaded ahead meanwhile
+        start, number, num_bytes = time.perf_counter(), 0, 0
+        while time.perf_counter() < start + seconds or not number:
+            for batch in next(batches):
+                number += len(batch)
+                num_bytes += batch.num_bytes
+        return number / (time.perf_counter() - start), num_bytes / number
+
+
+def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
+    """Images/s that a device resizes, flips and normalises."""
+    batch = stream.batch(np.arange(_TURN))
+    for _ in range(3):
+        float(batch.images_on(device).sum())
     start, number = time.perf_counter(), 0
-    while time.perf_counter() < start + seconds / 2:
-        number += sum(map(len, next(batches)))
-    rate = number / (time.perf_counter() - start)
-    return {"workers": workers, "images_per_s": rate, "limit_images_per_s": limit, "share": rate / limit}
+    while time.perf_counter() < start + seconds or not number:
+        float(batch.images_on(device)[0, 0, 0, 0])  # waits for the device
+        number += len(batch)
+    return number / (time.perf_counter() - start)
 
 
 def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> float:
@@ -266,12 +326,12 @@ def _photographs(number: int) -> Iterator[PackedImage]:
         yield PackedImage(f"{i:06d}", "jpg", buffer.getvalue(), None)
 
 
-def _stream(folder: Path, images: Iterator[PackedImage], image_size: int) -> TrainStream:
+def _config(folder: Path, images: Iterator[PackedImage], image_size: int) -> ResultConfig:
     folder.mkdir()
     write_dataset(folder / "train", images)
     held_out = (image for image, _ in zip(photograph_crops("test"), range(_NUM_HELD_OUT), strict=False))
     write_dataset(folder / "validation", held_out)
-    config = ResultConfig.model_validate(
+    return ResultConfig.model_validate(
         {
             "model": {"size": "rung-32", "image_size": image_size, "patch_size": image_size // 8},
             "data": {"sources": [{"path": str(folder / "train")}]},
@@ -280,4 +340,3 @@ def _stream(folder: Path, images: Iterator[PackedImage], image_size: int) -> Tra
             "validation": {"path": str(folder / "validation")},
         }
     )
-    return TrainStream(config)

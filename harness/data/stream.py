@@ -82,6 +82,11 @@ class Batch:
             self._with_pixels(self._pixels().pin_memory()), prefix_len=self.prefix_len.pin_memory()
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels, as the loader hands them out."""
+        return self._pixels().nbytes
+
     def clone(self) -> Batch:
         """A copy with memory of its own."""
         return self._with_pixels(self._pixels().clone())
@@ -130,9 +135,9 @@ class TrainStream:
         *,
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
-        resize_on: Literal["loader", "device"] = "loader",
+        augment_on: Literal["loader", "device"] = "loader",
     ) -> None:
-        self._resize_on = resize_on
+        self._augment_on = augment_on
         self._data, self._prefix, self._seed = result.data, result.objective.prefix, result.seed
         self._size, self._channels = result.model.image_size, result.model.channels
         self.num_tokens = (result.model.image_size // result.model.patch_size) ** 2
@@ -158,7 +163,7 @@ class TrainStream:
         ]
 
         self._max_pixels = self._size**2
-        if resize_on == "device":
+        if augment_on == "device":
             largest = max(int((data.height.astype(np.int64) * data.width).max(initial=0)) for data in datasets)
             self._max_pixels = max(self._max_pixels, min(largest, MAX_CROP_PIXELS))
 
@@ -231,7 +236,7 @@ class TrainStream:
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
         if into is None:
             into = torch.empty(self.num_bytes(len(where)), dtype=torch.uint8)
-        if self._resize_on == "loader":
+        if self._augment_on == "loader":
             bad = self._decode_all(where, self._rows(into, len(where)), None)
             if self._data.color_jitter:
                 jitter_colours(self._rows(into, len(where)), *self._jitter(where))

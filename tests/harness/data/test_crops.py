@@ -109,7 +109,7 @@ def test_the_device_gets_what_the_loader_would_have_made(
     config = configure(color_jitter=jitter)
     expected = TrainStream(config).batch(np.arange(40, 100)).images_on("cpu")
     for world_size, micro_batch, num_workers in ((1, 20, 0), (2, 4, 1), (1, 7, 2)):
-        stream = TrainStream(config, resize_on="device")
+        stream = TrainStream(config, augment_on="device")
         how = {"world_size": world_size, "micro_batch": micro_batch, "num_workers": num_workers}
         ranks = [list(stretch(stream, 40, 100, rank=rank, **how)) for rank in range(world_size)]
         if world_size == 1:
@@ -117,10 +117,10 @@ def test_the_device_gets_what_the_loader_would_have_made(
         assert sorted(image.sum().item() for rank in ranks for images in rank for image in images) == sorted(
             image.sum().item() for image in expected
         )
-    restarted = TrainStream(config, resize_on="device")
+    restarted = TrainStream(config, augment_on="device")
     assert torch.equal(torch.cat(list(stretch(restarted, 80, 100, micro_batch=8))), expected[40:])
     monkeypatch.setattr(stream_module, "MAX_CROP_PIXELS", 10_000)  # the larger half of the crops is resized before
-    some = TrainStream(config, resize_on="device")
+    some = TrainStream(config, augment_on="device")
     batch = some.batch(np.arange(40, 100))
     assert isinstance(batch.images, Crops)
     assert torch.equal(batch.images_on("cpu"), expected)
@@ -128,7 +128,7 @@ def test_the_device_gets_what_the_loader_would_have_made(
 
 
 def test_pinned_or_copied_crops_are_the_same(configure: Configure) -> None:
-    batch = TrainStream(configure(), resize_on="device").batch(np.arange(12))
+    batch = TrainStream(configure(), augment_on="device").batch(np.arange(12))
     assert isinstance(batch.images, Crops)
     copy = batch.clone()
     expected = batch.images_on("cpu")
@@ -139,7 +139,7 @@ def test_pinned_or_copied_crops_are_the_same(configure: Configure) -> None:
 def test_replaced_samples_are_cropped_alike(large_set: Path, tmp_path: Path, configure: Configure) -> None:
     dataset = open_dataset(large_set)
     sources = [{"path": str(large_set)}]
-    streams = [TrainStream(configure(sources=sources), resize_on=where) for where in ("loader", "device")]
+    streams = [TrainStream(configure(sources=sources), augment_on=where) for where in ("loader", "device")]
     _, samples = streams[0].locate(np.arange(24))
     for stream in streams:
         stream.datasets[0].size[samples[3]] = 5  # its first bytes alone are no image
