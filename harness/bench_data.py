@@ -58,7 +58,8 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         `stream_share`: the stream over it, median of turns; `loader`: rows with workers, who augments, images/s, the
         limit (the fastest library in as many processes at once, at most one a core: cores share caches and clocks),
         the median of their ratio over rounds in which both have a turn, and kB an image handed to the trainer;
-        `device`: its name and the images/s that it resizes when the loader only cuts out;
+        `device`: its name and the images/s that it resizes when the loader only cuts out; `jitter`: images/s of the
+        stream with colour jitter, by who augments, one thread;
         `small`: images/s of 32 px images, first epoch and later ones; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
@@ -77,12 +78,15 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         crops = (crop for crop, _ in zip(photograph_crops("validation"), range(2000), strict=False))
         small = _small(TrainStream(_config(Path(folder) / "small", crops, IMAGE_SIZE)))
         resized = _device_rate(streams["device"], device, seconds / 4)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"color_jitter": True})})
+        jitter = _rates({where: TrainStream(config, augment_on=where) for where in _PLACES}, seconds / 4)
     return {
         "single_thread": single,
         "fastest_limit": single[fastest],
         "stream_share": share,
         "loader": loader,
         "device": {"name": device, "images_per_s": resized},
+        "jitter": jitter,
         "small": small,
         "setting": {
             "image_px": [_HEIGHT, _WIDTH],
@@ -114,7 +118,10 @@ def table(result: dict[str, Any]) -> str:
         label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
         label += ", resizing left to the device" if row["augment_on"] == "device" else ""
         lines.append(f"  {label:<38}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}{row['kb_per_image']:>7.0f} kB")
-    device, small = result["device"], result["small"]
+    device, small, jitter = result["device"], result["small"], result["jitter"]
+    lines.append("training stream with colour jitter, one thread")
+    for where, label in (("loader", "all in the loader"), ("device", "resizing and jitter left to the device")):
+        lines.append(f"  {label:<38}{jitter[where]:>10,.0f}")
     lines.append(f"resize, flip and normalise crops in the batch on {device['name']}")
     lines.append(f"  {'in the trainer':<38}{device['images_per_s']:>10,.0f}")
     lines.append("training stream, 32 px PNGs, one thread")
@@ -261,6 +268,18 @@ def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[flo
                 number += len(batch)
                 num_bytes += batch.num_bytes
         return number / (time.perf_counter() - start), num_bytes / number
+
+
+def _rates(streams: Mapping[_Place, TrainStream], seconds: float) -> dict[_Place, float]:
+    """Images/s of some streams on one thread, in turns."""
+    times: dict[_Place, list[float]] = {where: [] for where in streams}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or not all(times.values()):
+        for where, stream in streams.items():
+            start = time.perf_counter()
+            stream.batch(np.arange(_TURN))
+            times[where].append(time.perf_counter() - start)
+    return {where: _TURN / statistics.median(values) for where, values in times.items()}
 
 
 def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:

@@ -8,6 +8,7 @@ so that their share is that of the whole run, over ranks and restarts.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
@@ -37,6 +38,8 @@ class Step:
     """Undecodable samples, over all ranks; replaced."""
     must_stop: bool
     """Whether any rank was asked to stop."""
+    wait_s: float
+    """How long this rank's loader let it wait."""
 
 
 class Feed:
@@ -61,10 +64,12 @@ class Feed:
         """
         micro_batches: list[Batch] = []
         error: Exception | None = None
+        started = time.perf_counter()
         try:
             micro_batches = next(batches)
         except Exception as caught:
             error = caught
+        wait_s = time.perf_counter() - started
         bad_here = [name for batch in micro_batches for name in batch.bad_samples]
         num_targets, num_bad_now, num_stops, num_errors = self._group.sums(
             count_targets(micro_batches, self._num_tokens), len(bad_here), int(stop_asked), int(error is not None)
@@ -82,6 +87,7 @@ class Feed:
             num_targets=num_targets,
             num_bad_samples=num_bad_now,
             must_stop=num_stops > 0,
+            wait_s=wait_s,
         )
 
 

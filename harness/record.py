@@ -104,15 +104,14 @@ class Recorder:
                 self._branch = Tally()
 
     def next_of(self, batches: Iterator[list[Batch]], *, stop_asked: bool) -> Step:
-        """The next step's images; the wait for them, here and on other ranks, is counted.
+        """The next step's images; the wait for them is counted.
 
         Raises:
             DataError: on every rank, as `Feed.next` says.
         """
-        started = time.perf_counter()
         num_images = self.images_done + self._config.result.optimiser.batch_size
         step = self._feed.next(batches, stop_asked=stop_asked, num_images=num_images, num_bad=self._num_bad)
-        self._interval.data_wait_s += time.perf_counter() - started
+        self._interval.data_wait_s += step.wait_s
         if not step.must_stop:  # else the next start loads these images again
             self._num_bad += step.num_bad_samples
             self._tally.num_bad_samples += step.num_bad_samples

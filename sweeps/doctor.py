@@ -29,7 +29,7 @@ from sweeps.views import data_size
 
 IMPORT_TIMEOUT_S = 180
 MIN_SHM_BYTES = 1_000_000_000
-"""Loader workers hand batches over in shared memory; containers get 64 MB unless told otherwise."""
+"""NCCL passes gradients between the cards of a machine in shared memory; containers get 64 MB unless told otherwise."""
 MIN_MEMORY_BYTES = 3_000_000_000
 """The demo's two processes take 2.9 GB."""
 MIN_OPEN_FILES = 1024
@@ -320,14 +320,14 @@ def check_open_files(limit: int) -> Check:
 
 
 def check_shared_memory(folder: Path) -> Check:
-    """Room in /dev/shm, through which loader workers hand over batches."""
+    """Room in /dev/shm, through which the cards of a machine talk. Loader workers need none of it."""
     name = "shared memory"
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        advice = "Mount a tmpfs there, or keep `runtime.num_workers: 0`."
+        advice = "Mount a tmpfs there, or train on one card a machine."
         return Check(name=name, level="warn", found=f"{folder}: {error.strerror}", advice=advice)
     if free < MIN_SHM_BYTES:
-        advice = "Start the container with `--shm-size 8g` or `--ipc host`, or keep `runtime.num_workers: 0`."
+        advice = "Start the container with `--shm-size 8g` or `--ipc host`, or train on one card a machine."
         return Check(name=name, level="warn", found=f"{data_size(free)} free in {folder}", advice=advice)
     return Check(name=name, level="ok", found=f"{data_size(free)} free in {folder}")

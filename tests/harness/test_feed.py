@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import harness.feed
 import harness.peak
@@ -19,6 +21,7 @@ import harness.record
 from aim.errors import UserError
 from harness.config import RunConfig
 from harness.data.index import DataError, open_dataset
+from harness.data.pack import pack_folder
 from harness.data.stream import TrainStream
 from harness.distributed import Group, find_placement, start_group, stop_group
 from harness.feed import PeerFailedError, together
@@ -241,3 +244,34 @@ def test_a_signal_to_every_process_of_a_step_leaves_the_workers_alone(
         assert run.read_status().state == "preempted"
     assert in_processes(train_in, run.path) == [0]
     assert [row["images_seen"] for row in run.read_rows()] == [64, 128]
+
+
+def test_who_augments_changes_no_bit_of_a_run(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, two_sizes: dict[str, Path]
+) -> None:
+    """Neither do workers: small images come from memory, large ones are resized here or there."""
+    data = {"sources": [{"path": str(two_sizes["train"])}], "color_jitter": True}
+    runs = []
+    for place, num_workers in (("loader", 0), ("device", 1)):
+        runtime = {"augment_on": place, "num_workers": num_workers, "micro_batch": 4}
+        config = tiny_config(runtime, data=data, validation={"path": str(two_sizes["validation"])}, budgets=[64])
+        runs.append(RunDir.create(tmp_path / place, config))
+        assert in_processes(train_in, runs[-1].path) == [0]
+    assert runs[0].load_config().run_id == runs[1].load_config().run_id
+    first, second = runs
+    assert first.metrics.read_bytes() == second.metrics.read_bytes()
+    assert first.model_file(64).read_bytes() == second.model_file(64).read_bytes()
+
+
+@pytest.fixture
+def two_sizes(tmp_path: Path) -> dict[str, Path]:
+    """Pictures of 20 and of 90 x 110 px, and others to validate on."""
+    rng = np.random.default_rng(7)
+    for name, number in (("train", 24), ("validation", 8)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(number):
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            size = (20, 20) if index % 2 else (110, 90)
+            coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "images" / name / f"{index}.png")
+        pack_folder(tmp_path / "images" / name, tmp_path / "packed" / name)
+    return {name: tmp_path / "packed" / name for name in ("train", "validation")}

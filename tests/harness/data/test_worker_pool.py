@@ -20,6 +20,7 @@ from harness.data.index import DataError
 from harness.data.loader import train_batches
 from harness.data.stream import Batch, TrainStream
 from harness.data.worker_pool import WorkerDiedError, WorkerPool
+from harness.failures import classify
 
 Configure = Callable[..., ResultConfig]
 
@@ -130,9 +131,10 @@ def test_a_dead_worker_is_an_error_that_says_how_it_died(
     batches = pool.load(parts(10_000))
     next(batches)
     os.kill(pool._processes[0].pid or 0, signum)
-    with pytest.raises(WorkerDiedError, match=reason):
+    with pytest.raises(WorkerDiedError, match=reason) as caught:
         for _ in batches:
             pass
+    assert classify(caught.value)[0] == ("oom" if signum == signal.SIGKILL else "code")
     pool.close()
     assert all(is_gone(process.pid or 0) for process in pool._processes)
 
