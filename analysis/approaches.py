@@ -109,5 +109,6 @@ def all_approaches(
         except AnalysisError as error:
             failures[number] = str(error)
     if not frontiers:
-        raise AnalysisError(f"No approach is possible: {failures[3]}")
+        reasons = " ".join(f"{number}: {why}" for number, why in failures.items())
+        raise AnalysisError(f"No approach is possible. {reasons}")
     return Approaches(frontiers=tuple(frontiers), failures=failures)

@@ -18,7 +18,7 @@ def contrast_table(
         str,
         typer.Option(
             help="Column to compare, e.g. prefix, head_depth, patch_order, target, optimiser.weight_decay; within a "
-            "row, `kind` compares kinds of probes and `blocks` the chosen blocks with the last six."
+            "row, `kind` compares kinds of probes and `blocks` the chosen blocks with the last ones."
         ),
     ],
     baseline: Annotated[str | None, typer.Option(help="Level to compare with; default: the paper's.")] = None,

@@ -49,6 +49,10 @@ def fit_table(
     main: Main = False,
     n: Annotated[WhatN, typer.Option(help="What N counts.")] = WhatN.total,
     c: Annotated[WhatC, typer.Option(help="C as counted FLOPs, as 6ND, or as executed.")] = WhatC.measured,
+    on_envelope: Annotated[
+        bool,
+        typer.Option("--envelope", help="Only rows that no row of equal or less compute undercuts (laws of C)."),
+    ] = False,
     weights: Annotated[str | None, typer.Option(help="Column of weights.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter, e.g. E=0.")] = None,
     bound: Annotated[
@@ -81,7 +85,7 @@ def fit_table(
     """Fit LAW to a table and say how far to trust it."""
     from dataclasses import replace
 
-    from analysis.design import mixture_flags
+    from analysis.design import lower_envelope, mixture_flags
     from analysis.estimate import fit
     from analysis.heldout import held_out
     from analysis.influence import with_influence_flags
@@ -93,6 +97,8 @@ def fit_table(
         _definitions(df, y, objective, resamples, figure, json)
         return
     names = variable_columns(df.columns, n, c)
+    if on_envelope:
+        df = lower_envelope(df, names.get("C", "flops_train"), y)
     result = fit(
         law,
         df,
@@ -105,7 +111,7 @@ def fit_table(
         resamples=resamples,
         cluster=None if cluster == "none" else cluster,
     )
-    result = replace(result, flags=(*result.flags, *mixture_flags(df, [*result.law.variables, *names])))
+    result = replace(result, flags=(*result.flags, *mixture_flags(df, result.law.variables)))
     tests: list[HeldOut] = []
     for wish in hold_out or []:
         by, _, count = wish.partition(":")

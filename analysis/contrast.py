@@ -33,7 +33,7 @@ FOLLOWS = {
 }
 """Column in question -> columns that change with it and so cannot be held equal."""
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
-         KIND: "attentive", BLOCKS: "last six"}  # fmt: skip
+         KIND: "attentive", BLOCKS: "last"}  # fmt: skip
 """Column -> the level that the paper uses, the baseline unless another is named."""
 OTHER_UNIT = {"target": "are errors of other targets", "patch_size": "are means over other patches",
               "image_size": "are measured on other pictures"}  # fmt: skip
@@ -210,7 +210,7 @@ def contrast(
 
     Args:
         frame: a results table, as `read_tables` gives it.
-        by: a column; `kind` for kinds of probes and `blocks` for the chosen blocks against the last six, both within a
+        by: a column; `kind` for kinds of probes and `blocks` for the chosen blocks against the last ones, both within a
             row.
         baseline: level to compare with; None takes the paper's, else the one with most rows.
         measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
@@ -252,14 +252,14 @@ def contrast(
             else:
                 found.append(one)
     if not found:
-        raise AnalysisError(" ".join(dict.fromkeys(left_out)))
+        raise AnalysisError(" ".join(_some_lines(left_out)))
     equal = tuple(name for name in keys if varies(rows[name]))
     return Contrasts(
         by=by,
         baseline=baseline,
         equal=equal,
         contrasts=tuple(found),
-        left_out=tuple(dict.fromkeys(left_out)),
+        left_out=_some_lines(left_out),
         caution=CAUTION.get(by, ""),
     )
 
@@ -271,6 +271,13 @@ def factors(frame: pd.DataFrame) -> list[str]:
         head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
         varied = [head, *[name for name in varied if name not in HEAD]]
     return [*varied, KIND, BLOCKS]
+
+
+def _some_lines(lines: list[str], limit: int = 5) -> tuple[str, ...]:
+    """The first few different ones."""
+    different = list(dict.fromkeys(lines))
+    more = (f"And {len(different) - limit} more like these.",) if len(different) > limit else ()
+    return (*different[:limit], *more)
 
 
 def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str]) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+
+from analysis.observations import CANONICAL
 
 DESIGN = ("prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size")
 """Columns of the results table that make runs another experiment, not another scale of the same."""
@@ -74,6 +77,13 @@ def _num_cells(rows: pd.DataFrame) -> int:
     return len(rows[names].drop_duplicates()) if names else len(rows)
 
 
+def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_loss") -> pd.DataFrame:
+    """Rows whose loss no row of equal or lower compute undercuts."""
+    ordered = frame[(frame[x] > 0) & (frame[y] > 0)].sort_values([x, y], kind="stable")
+    best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
+    return ordered[ordered[y].to_numpy() < best_before]
+
+
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, ...]:
     """Sentences of warning about rows that differ in more than a law's variables."""
     flags = []
@@ -90,4 +100,12 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, .
             f"The rows differ in unique images ({', '.join(f'{value:,.0f}' for value in values[:6])}), which this law "
             "does not know; choose with --where or fit the law 'repeated'."
         )
+    known = {CANONICAL.get(v, v) for v in variables} | set(variables)
+    for name, words in (("images_seen", "images seen"), ("params_total", "parameters")):
+        one = {"images_seen": {"params_total"}, "params_total": {"images_seen"}}[name]
+        if name in frame and varies(frame[name]) and known & one and name not in known:
+            flags.append(
+                f"The rows differ in {words} ({frame[name].nunique()} values), which this law does not know; choose "
+                "one with --where, or fit the joint law."
+            )
     return tuple(flags)

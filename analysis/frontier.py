@@ -7,7 +7,7 @@ meanings of N.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,18 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"C = {self.flops:.3g}: {self.reason}"
+
+
+def refusal_words(refusals: Sequence[Refusal]) -> list[str]:
+    """Refusals in words; more than three for the same reason are counted."""
+    reasons = [r.reason for r in refusals]
+    words = []
+    for reason in dict.fromkeys(reasons):
+        mine = [r for r in refusals if r.reason == reason]
+        ends = [f"{end(r.flops for r in mine):.3g}" for end in (min, max)]
+        counted = f"{len(mine)} budgets from C = {' to '.join(ends)}: {reason}"
+        words += [counted] if len(mine) > 3 else [str(r) for r in mine]
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +128,7 @@ class Frontier(AsJson):
             f"{self.range[1]:.3g} FLOPs."
         )
         if self.refusals:
-            text += f" Refused: {'; '.join(map(str, self.refusals))}."
+            text += f" Refused: {'; '.join(refusal_words(self.refusals))}."
         return text
 
     def table(self) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.bootstrap import interval
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
-from analysis.frontier import Frontier, Refusal, cost_of, log_line, points_of
+from analysis.frontier import Frontier, Refusal, cost_of, log_line, points_of, refusal_words
 from analysis.law import Array
 from analysis.laws import power
 from analysis.result import Fit, Interval
@@ -61,7 +61,7 @@ def isoflop_frontier(
     if len(pairs) < 2:
         raise AnalysisError(
             f"Approach 2 finds {len(pairs)} budget(s) with an interior, convex minimum and needs 2"
-            f"{': ' if refusals else ''}{'; '.join(map(str, refusals[:6]))}."
+            f"{': ' if refusals else ''}{'; '.join(refusal_words(refusals))}."
         )
     table = pd.DataFrame(pairs)
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
@@ -98,8 +98,29 @@ def isoflop_points(points: pd.DataFrame, budgets: int | None, tolerance: float) 
         return _interpolated(points, budgets)
     ordered = points.sort_values("C")
     log_c = np.log(ordered["C"].to_numpy())
-    group = np.concatenate([[0], np.cumsum(np.diff(log_c) > np.log1p(tolerance))])
-    return [(float(np.exp(log_c[group == k].mean())), ordered[group == k]) for k in np.unique(group)]
+    group = _shared_budgets(log_c, ordered["N"].to_numpy(), tolerance)
+    found = [(float(np.exp(log_c[group == k].mean())), ordered[group == k]) for k in np.unique(group)]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _shared_budgets(log_c: Array, num_params: Array, tolerance: float) -> Array:
+    """Group number of every row (n,), rows by ascending C: the budgets that most sizes share are taken first.
+
+    A table that holds a grid of (N, D) beside its iso-FLOP runs has rows at nearly every C; chained by nearness they
+    would all be one budget.
+    """
+    half = np.log1p(tolerance) / 2
+    starts, ends = np.searchsorted(log_c, log_c - half), np.searchsorted(log_c, log_c + half, side="right")
+    group, number = np.full(len(log_c), -1), 0
+    sizes = np.array([len(np.unique(num_params[a:b])) for a, b in zip(starts, ends, strict=True)])
+    spread = np.array([np.ptp(log_c[a:b]) for a, b in zip(starts, ends, strict=True)])
+    for i in np.lexsort((log_c, spread, -sizes)):
+        if group[i] >= 0:
+            continue
+        rows = np.arange(starts[i], ends[i])
+        group[rows[group[rows] < 0]] = number
+        number += 1
+    return group
 
 
 def _interpolated(points: pd.DataFrame, budgets: int) -> list[tuple[float, pd.DataFrame]]:
@@ -120,12 +141,15 @@ def _interpolated(points: pd.DataFrame, budgets: int) -> list[tuple[float, pd.Da
     return out
 
 
+FEW_SIZES = "fewer than 4 sizes, which a parabola with an error needs"
+
+
 def vertex(
     num_params: Array, loss: Array, window: float, resamples: int, rng: np.random.Generator
 ) -> tuple[float, float, Array] | str:
     """(ln N*, loss*, draws of ln N*) of a parabola in ln N, or the reason why there is none."""
     if len(np.unique(num_params)) < 4:
-        return f"{len(np.unique(num_params))} sizes, a parabola with an error needs 4"
+        return FEW_SIZES
     best = num_params[np.argmin(loss)]
     if best in (num_params.min(), num_params.max()):
         edge = "smallest" if best == num_params.min() else "largest"

@@ -13,9 +13,9 @@ from analysis.table import KNOWN, probe_frame
 KIND = "kind"
 """Compares kinds of probes within a row."""
 BLOCKS = "blocks"
-"""Compares the blocks chosen on the hold-out with the last six, within a row and kind."""
+"""Compares the blocks chosen on the hold-out with the last six (or half), within a row and kind."""
 ACCURACIES = ("top1", "last_top1")
-CHOSEN, LAST = "chosen", "last six"
+CHOSEN, LAST = "chosen", "last"
 """Levels of `BLOCKS`."""
 
 
@@ -60,7 +60,7 @@ class Measure:
         """For a reader."""
         if not self.is_accuracy:
             return {"val_loss": "validation loss"}.get(self.column, self.column)
-        last = " on the last six blocks" if self.column == "last_top1" else ""
+        last = " on the last blocks" if self.column == "last_top1" else ""
         return f"{self.task} {self.kind + ' probe' if self.kind else 'accuracy'}{last}"
 
     def shown(self, value: float) -> str:

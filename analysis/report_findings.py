@@ -39,7 +39,7 @@ TITLES = {
     "patch_order": "Order of patches",
     "target": "What is predicted",
     KIND: "Kinds of probes",
-    BLOCKS: "Blocks chosen on a hold-out against the last six",
+    BLOCKS: "Blocks chosen on a hold-out against the last ones",
 }
 """Column -> heading."""
 

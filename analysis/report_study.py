@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 
 from analysis.approaches import Approaches, all_approaches
 from analysis.contrast import Contrasts, contrast, factors
 from analysis.correlation import correlate
 from analysis.definitions import Definitions, by_definition
-from analysis.design import fresh_part, main_part, varies
+from analysis.design import fresh_part, lower_envelope, main_part, varies
 from analysis.downstream import forecast, link
 from analysis.errors import AnalysisError
 from analysis.estimate import fit
@@ -174,7 +173,7 @@ def _fit_laws(study: Study, resamples: int) -> None:
         largest, words = widest_slice(usable, "images_seen", "params_total")
         rows["D"] = ("power_offset:D", largest, f"rows of the model with {words} parameters")
     if "flops_train" in usable and usable["flops_train"].notna().any():
-        rows["C"] = ("power_offset:C", envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
+        rows["C"] = ("power_offset:C", lower_envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
     for key, (law, subset, words) in rows.items():
         study.selections[key] = words
         found = study.attempt(f"Law {law}", partial(fit, law, subset, resamples=affordable(resamples, len(subset))))
@@ -214,13 +213,6 @@ def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataF
         return frame.iloc[:0], "no"
     value = spread[spread == spread.max()].index.max()
     return frame[frame[fixed] == value], f"{value:,.0f}"
-
-
-def envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_loss") -> pd.DataFrame:
-    """Rows whose loss no row of equal or lower compute undercuts."""
-    ordered = frame[frame[x] > 0].sort_values([x, y], kind="stable")
-    best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
-    return ordered[ordered[y].to_numpy() < best_before]
 
 
 def _correlate(study: Study, resamples: int) -> None:

@@ -199,7 +199,7 @@ def test_measures_are_named_by_column_task_and_kind(known_study):
         "top1:pets:attentive",
     ]
     (one,) = wanted_measures(df, ["last_top1:pets:linear"], "prefix")
-    assert one.title == "pets linear probe on the last six blocks"
+    assert one.title == "pets linear probe on the last blocks"
     assert [m.name for m in wanted_measures(df, [], "kind")] == ["top1:pets"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from analysis import all_approaches, fit, laws
 from analysis.errors import AnalysisError
 from analysis.frontier import cost_of, log_line, off_optimum, parametric_frontier
-from analysis.isoflop import isoflop_frontier
+from analysis.isoflop import isoflop_frontier, isoflop_points
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70
@@ -28,7 +28,7 @@ def test_three_approaches_find_the_known_exponent(surface):
         assert f.exponent == pytest.approx(EXPONENT, abs=slack)
         assert f.exponent_interval.low < f.exponent < f.exponent_interval.high
     assert found.disagreement(1e20) < 1.1
-    assert "Refused: C = 6e+14" in found.sentence()
+    assert "budgets from C = 6e+14 to" in found.sentence()
     assert "NaN" not in found.to_json()
 
 
@@ -87,3 +87,26 @@ def test_cost_of_6nd_is_exact():
     n = np.array([1e6, 1e7, 1e8])
     cost = cost_of(n, 20 * n, 6 * n * 20 * n)
     assert (cost.kappa, cost.s, cost.worst_error) == (pytest.approx(6), 0.0, pytest.approx(0, abs=1e-9))
+
+
+def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
+    """A grid of (N, D) beside iso-FLOP runs has rows at nearly every C; the shared budgets are still found."""
+    grid = known_study({"seeds": [0], "row_sd": 0.0, "seed_sd": 0.0})
+    fine = pd.DataFrame({"N": np.geomspace(2e4, 6e6, 200), "C": np.geomspace(1e11, 1e14, 200), "loss": 0.4})
+    lines = [
+        pd.DataFrame({"N": 1e5 * 2.0 ** np.arange(-2, 3), "C": flops * (1 + 0.01 * np.arange(-2, 3)), "loss": 0.3})
+        for flops in (1e12, 1e13)
+    ]
+    groups = isoflop_points(pd.concat([fine, *lines], ignore_index=True), None, 0.1)
+    with_lines = [(flops, rows) for flops, rows in groups if (rows["loss"] == 0.3).any()]
+    assert [round(flops / 1e12) for flops, _ in with_lines] == [1, 10]
+    assert all((rows["loss"] == 0.3).sum() == 5 for _, rows in with_lines)
+    assert sum(len(rows) for _, rows in groups) == 210
+    assert all(np.ptp(np.log(rows["C"])) <= np.log(1.1) for _, rows in groups)
+    with pytest.raises(AnalysisError, match=r"\d+ budgets from C = \S+ to \S+: fewer than 4 sizes"):
+        isoflop_frontier(grid)
+
+
+def test_every_approach_that_fails_says_why(known_study):
+    with pytest.raises(AnalysisError, match=r"1: Approach 1 needs 3 sizes.* 2: .* 3: "):
+        all_approaches(known_study({"sizes": ["s1"], "budgets": [4000, 8000], "seeds": [0]}))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.design import design_columns, fresh_part, main_part, mixture_flags
+from analysis.design import design_columns, fresh_part, lower_envelope, main_part, mixture_flags
 from analysis.inputs import FOLDER, read_tables, select, with_setup
 from analysis.table import TableError
 
@@ -82,3 +82,16 @@ def test_the_main_experiment_is_the_one_with_most_cells(known_study):
 def test_other_validation_images_are_another_experiment(known_study):
     df = known_study({"sizes": ["s1", "s2"]}, {"sizes": ["s1"], "val_num_images": 100, "effect": 0.4})
     assert set(main_part(df).rows["val_num_images"]) == {500}
+
+
+def test_what_a_law_does_not_know_is_flagged(known_study):
+    df = known_study({"sizes": ["s1", "s2"]})
+    assert "differ in images seen (5 values)" in mixture_flags(df, ["N"])[0]
+    assert "differ in parameters (2 values)" in mixture_flags(df, ["D"])[0]
+    assert mixture_flags(df, ["C"]) == ()
+    assert mixture_flags(df[df["images_seen"] == 8000], ["N"]) == ()
+
+
+def test_the_envelope_keeps_what_no_cheaper_row_undercuts():
+    df = pd.DataFrame({"flops_train": [1.0, 2, 3, 4, 5], "val_loss": [5.0, np.nan, 6, 4, 4]}).sample(frac=1)
+    assert sorted(lower_envelope(df)["flops_train"]) == [1, 4]
