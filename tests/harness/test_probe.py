@@ -27,7 +27,9 @@ from harness.probe_augment import PublishedViews
 from harness.probe_features import (
     ALONE,
     AimBackbone,
+    LabelledImages,
     PixelBackbone,
+    StreamedTokens,
     block_sets,
     holdout_split,
     open_task,
@@ -409,6 +411,32 @@ def test_images_are_decoded_ahead_in_order_and_errors_come_where_their_images_wo
     first = next(iter(train.ahead([[0]] * 50)))  # a reader that stops early leaves no thread waiting
     assert torch.equal(first[1], train.images([0]))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode") and thread.is_alive()]
+
+
+def test_the_next_images_are_decoded_while_the_backbone_works(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = open_task(section(digits), GEOMETRY)
+    under_way = {chunk: threading.Event() for chunk in range(3)}
+    images_of = LabelledImages.images
+
+    def images(self: LabelledImages, indices: Sequence[int], epoch: int | None = None) -> Tensor:
+        under_way[indices[0] // 64].set()
+        return images_of(self, indices, epoch)
+
+    class Patient:
+        """Does not answer for a chunk before the next one is being decoded: without reading ahead it never would."""
+
+        name, num_blocks, num_heads, passes = "patient", 1, 1, 0
+
+        def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+            self.passes += 1
+            if self.passes in (2, 3):  # the first pass is one image, for the shape
+                assert under_way[self.passes - 1].wait(timeout=60)
+            return torch.zeros(len(blocks), len(images), 1, 4)
+
+    source = StreamedTokens(Patient(), train, ALONE)
+    monkeypatch.setattr(LabelledImages, "images", images)
+    chunks = list(source.select([(0,)]).batches(np.arange(192), 192))
+    assert [chunk.tokens.shape[1] for chunk in chunks] == [64, 64, 64]
 
 
 def test_two_processes_on_one_task_probe_it_once(digits: Path, model: AIM, tmp_path: Path) -> None:
