@@ -123,7 +123,7 @@ def test_workers_outlive_the_trainers_signals(stream: TrainStream, signum: signa
     assert all(process.exitcode == 0 for process in pool._processes)
 
 
-@pytest.mark.parametrize(("signum", "reason"), [(signal.SIGKILL, "out of memory"), (signal.SIGSEGV, "SIGSEGV")])
+@pytest.mark.parametrize(("signum", "reason"), [(signal.SIGKILL, "out of memory"), (signal.SIGUSR1, "SIGUSR1")])
 def test_a_dead_worker_is_an_error_that_says_how_it_died(
     stream: TrainStream, signum: signal.Signals, reason: str
 ) -> None:
