@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analysis.cli_options import AsJson, Columns, Main, Tables, Where, table_of
+from analysis.cli_options import AsJson, Columns, FigurePath, Main, Tables, Where, draw, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,12 +37,17 @@ def correlate_table(
     at_loss: Annotated[
         list[float] | None, typer.Option(help="Losses to forecast the accuracy for (with --link).")
     ] = None,
+    figure: FigurePath = None,
     json: AsJson = False,
 ) -> None:
     """Pearson, Spearman and Kendall with intervals."""
     import json as json_module
 
+    import pandas as pd
+
     from analysis.correlation import correlate
+    from analysis.errors import AnalysisError
+    from analysis.plots import plot_loss_accuracy
     from analysis.result import plain_types
 
     groups = groups_by_probe(table_of(tables, columns, where, main), y)
@@ -51,6 +56,17 @@ def correlate_table(
         k: correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]) for k, group in groups.items()
     }
     links = {k: link_of(group, link, x, y, by[k]) for k, group in groups.items()} if link else {}
+    if figure is not None:
+        if x != "val_loss" or ("", "") in groups:
+            raise AnalysisError("--figure draws probe accuracies against val_loss; leave out --x and --y.")
+        for kind in dict.fromkeys(kind for _, kind in groups):
+            of_kind = {key[0]: key for key in groups if key[1] == kind}
+            drawn = plot_loss_accuracy(
+                pd.concat([groups[key] for key in of_kind.values()]),
+                {task: found[key] for task, key in of_kind.items()},
+                {task: links[key] for task, key in of_kind.items() if key in links},
+            )
+            draw(drawn, figure.with_name(f"{figure.stem}-{kind}"))
     if json:
         rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
         fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]

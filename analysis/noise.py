@@ -133,9 +133,9 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", level: float = 0.95) -> Nois
         share = min(1.0, found[0].value ** 2 / components[0].value ** 2) if components[0].value > 0 else np.nan
     if y == "val_loss":
         components += _validation(rows, y, _cells(rows), level, missing)
-    components += _law(rows, y)
     if len(components) == 1:
         raise AnalysisError(f"This table cannot tell noise from anything: {' '.join(missing)}")
+    components += _law(rows, y)
     return Noise(components=tuple(components), seed_share=share, cells=cells, missing=tuple(missing))
 
 

@@ -97,11 +97,18 @@ def study_rows(
     return rows
 
 
+def study_frame(*parts: dict[str, Any]) -> pd.DataFrame:
+    """`study_rows` of every part as a data frame, as `read_table` would give it."""
+    return pd.DataFrame([row for part in parts or ({},) for row in study_rows(**part)])
+
+
 @pytest.fixture
 def known_study():
-    """`study_rows` as a data frame, as `read_table` would give it."""
+    """Maker of known studies."""
+    return study_frame
 
-    def make(*parts: dict[str, Any]) -> pd.DataFrame:
-        return pd.DataFrame([row for part in parts or ({},) for row in study_rows(**part)])
 
-    return make
+@pytest.fixture(scope="module")
+def known_study_module():
+    """The same for fixtures that a module shares."""
+    return study_frame

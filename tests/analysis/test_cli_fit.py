@@ -60,6 +60,20 @@ def test_correlate_takes_every_probe_and_links_it(table):
     assert out["links"][0]["params"]["s"] == pytest.approx(1.0, abs=0.05)
 
 
+def test_correlate_draws_every_kind_of_probe(table, tmp_path):
+    run(cli_correlate.app, table, "--figure", tmp_path / "accuracy")
+    assert (tmp_path / "accuracy-linear.svg").exists()
+    with pytest.raises(AnalysisError, match="leave out --x and --y"):
+        run(cli_correlate.app, table, "--y", "val_loss", "--x", "images_seen", "--figure", tmp_path / "other")
+
+
+def test_laws_of_compute_are_fitted_to_the_envelope(table):
+    out = json.loads(run(cli_fit.app, table, "--law", "power_offset:C", "--envelope", "--resamples", 0, "--json"))
+    assert 5 < out["num_points"] < 30
+    law = json.loads(run(cli_fit.app, table, "--law", "power_offset:N", "--resamples", 0, "--json"))
+    assert any("differ in images seen (5 values)" in flag for flag in law["flags"])
+
+
 def test_mistakes_are_one_sentence(table, tmp_path):
     pd.DataFrame({"a": [1]}).to_csv(tmp_path / "other.csv", index=False)
     for args, words in [
