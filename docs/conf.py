@@ -19,10 +19,12 @@ extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4
+smartquotes = False  # it would make a dash of the two hyphens of an option
 
 html_theme = "furo"
 html_title = f"aimscale {release}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
