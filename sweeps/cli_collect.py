@@ -23,6 +23,12 @@ def collect_sweep(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
     found = collect(loaded, runs, cost_cards(loaded, runs))
     for why in found.damaged.values():
         typer.echo(f"skipped: {why}", err=True)
+    if found.unplanned:
+        typer.echo(
+            f"left out: {len(found.unplanned)} run directories of another sweep file or version, such as "
+            f"{found.unplanned[0]}",
+            err=True,
+        )
     if found.num_baselines:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {found.num_runs} runs: {found.table}")

@@ -44,13 +44,16 @@ class Collected:
     """Runs skipped -> one sentence why."""
     num_baselines: int
     """Baselines found in the runs' folders."""
+    unplanned: tuple[str, ...]
+    """Run directories left out: another sweep file, or another version's fields, gave them their names."""
 
 
 def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Collected:
     """Gather the rows of all runs of the plan.
 
     Raises:
-        SweepError: the sweep was never launched here, or its directory cannot be written.
+        SweepError: the sweep was never launched here, its directory cannot be written, or all runs there are of another
+            plan (the table is left as it was).
     """
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
@@ -71,7 +74,18 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         finished_at += [row["finished_at"] for row in found if row.get("finished_at")]
         completions += _completions(sweep, run, record)
         machines |= _machine(record)
-    for record in _imported(sweep, {run.run_id for run in runs}):
+    imported = _imported(sweep, {run.run_id for run in runs})
+    known = {run.run_id for run in runs} | {record.path.name for record in imported}
+    unplanned = tuple(
+        sorted(path.name for path in sweep.runs_dir.iterdir() if path.is_dir() and path.name not in known)
+    )
+    if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
+        raise SweepError(
+            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
+            f"sweep file was edited, or another version of aimscale launched them; collect with what launched them "
+            f"(the commit is in provenance.json)"
+        )
+    for record in imported:
         try:
             found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
             results_table(found)
@@ -111,6 +125,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         num_complete=num_complete,
         damaged=damaged,
         num_baselines=len(baselines),
+        unplanned=unplanned,
     )
 
 

@@ -80,6 +80,24 @@ def test_rows_of_another_run_are_not_mixed_in(write_sweep: Any, stand_in: Any, l
     assert first.path.name in found.damaged[second.path.name]
 
 
+def test_runs_of_another_plan_are_named_and_never_empty_the_table(
+    write_sweep: Any, stand_in: Any, launch: Any, tmp_path: Path
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    before = (sweep.directory / "results.parquet").read_bytes()
+    edited = write_sweep(sizes=["rung-32"], seeds=[7])
+    with pytest.raises(UserError, match=r"none of the 1 planned runs is under .* which holds 1 others"):
+        collect(edited, plan(edited), cost_cards(edited, plan(edited)))
+    assert (sweep.directory / "results.parquet").read_bytes() == before
+    both = write_sweep(sizes=["rung-32"], seeds=[0, 7])
+    launch(both, slots=1, command=stand_in())
+    again = write_sweep(sizes=["rung-32"], seeds=[7])
+    found = collect(again, plan(again), cost_cards(again, plan(again)))
+    assert (found.num_complete, len(found.unplanned)) == (2, 1)
+
+
 def test_collecting_what_was_never_launched_is_refused(write_sweep: Any) -> None:
     sweep = write_sweep()
     with pytest.raises(UserError, match="launch it first"):
