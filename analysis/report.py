@@ -168,7 +168,9 @@ def _asset(name: str) -> str:
 def page_title(study: Study) -> str:
     """Names of the sweeps, or of the file."""
     sweeps: list[Any] = list(study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else []
+    if not sweeps:
+        return study.paths[0].stem
     more = f" and {len(sweeps) - 3} more" if len(sweeps) > 3 else ""
     names = [str(sweep) for sweep in sweeps[:3]]
-    joined = ", ".join(names) if more else " and ".join(names)
-    return joined + more if sweeps else study.paths[0].stem
+    joined = ", ".join(names) if more or len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return joined + more

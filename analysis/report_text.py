@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.baselines import PAPER_EXPONENTS, TASKS
 from analysis.plots_style import human
-from analysis.report_study import Study
+from analysis.report_study import Study, widest_slice
 from analysis.result import Correlation, HeldOut
 from analysis.sentences import accuracy_of
 
@@ -44,7 +44,8 @@ def _what_was_run(study: Study) -> Iterator[str]:
     frame = study.frame
     parts = [_count(len(frame), "row")]
     if _has(frame, "params_total"):
-        num_sizes = frame["params_total"].nunique()
+        named = "size" if _has(frame, "size") else "params_total"  # another head makes another N, not another size
+        num_sizes = frame[named].nunique()
         parts.append(f"{_count(num_sizes, 'model size')} ({_range(frame['params_total'])} parameters)")
     if _has(frame, "images_seen"):
         num_budgets = frame["images_seen"].nunique()
@@ -73,17 +74,19 @@ def _what_came_out(study: Study) -> Iterator[str]:
     seen = f" after {human(best['images_seen'])} images" if _has(usable, "images_seen") else ""
     reached = f", reached{name}{seen}" if name or seen else ""
     yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}."
-    for varies, fixed, words in (
-        ("params_total", "images_seen", "from the smallest to the largest model at the largest budget"),
-        ("images_seen", "params_total", "from the smallest to the largest budget of the largest model"),
+    for varied, fixed, words in (
+        ("params_total", "images_seen", "from the smallest to the largest model at {} images seen"),
+        ("images_seen", "params_total", "from the smallest to the largest budget of the model of {} parameters"),
     ):
-        if _has(usable, varies, fixed):
-            rows = usable[usable[fixed] == usable[fixed].max()].groupby(varies)["val_loss"].mean().sort_index()
+        if _has(usable, varied, fixed):
+            widest, _ = widest_slice(usable, varied, fixed)
+            rows = widest.groupby(varied)["val_loss"].mean().sort_index()
             if len(rows) > 1:
                 change = 100 * (rows.iloc[-1] / rows.iloc[0] - 1)
                 factor = human(rows.index[-1] / rows.index[0])
                 verb = "lowers" if change < 0 else "raises"
-                yield f"Going {words} ({factor}×) {verb} the loss by {abs(change):.1f} %."
+                at = words.format(human(widest[fixed].iloc[0]))
+                yield f"Going {at} ({factor}×) {verb} the loss by {abs(change):.1f} %."
 
 
 def _law_in_words(study: Study) -> Iterator[str]:
@@ -146,13 +149,12 @@ def _accuracy_in_words(study: Study) -> Iterator[str]:
 def _changes_in_words(study: Study) -> Iterator[str]:
     """What is shown of single changes, of repeats and of noise, a sentence each."""
     for name, found in study.contrasts.items():
-        shown = [each for each in found.contrasts if each.verdict != "not shown to differ"]
-        by_level = [
-            f"{level} {' and '.join(dict.fromkeys(e.verdict for e in shown if e.level == level))} in "
-            f"{sum(e.level == level for e in shown)} of {sum(e.level == level for e in found.contrasts)} measures"
-            for level in dict.fromkeys(each.level for each in found.contrasts)
-        ]
-        yield f"With everything else equal, {name} against {found.baseline}: {', '.join(by_level)}."
+        by_level = []
+        for level in dict.fromkeys(each.level for each in found.contrasts):
+            verdicts = [each.verdict for each in found.contrasts if each.level == level]
+            counts = [f"{word} in {verdicts.count(word)}" for word in ("better", "worse") if word in verdicts]
+            by_level.append(f"{level} {', '.join(counts) or 'not shown to differ in any'} of {len(verdicts)} measures")
+        yield f"With everything else equal, {name} against {found.baseline}: {'; '.join(by_level)}."
     if study.repeats is not None:
         yield study.repeats.sentences()[0]
     seeds = study.noise.component("between seeds") if study.noise else None

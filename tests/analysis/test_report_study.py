@@ -55,6 +55,7 @@ def words(page: str) -> str:
 @pytest.mark.slow
 def test_laws_are_of_the_main_grid_alone(page):
     text = words(page)
+    assert "<h1>main, repeats and changes</h1>" in page
     assert "The 3 tables hold 117 rows" in text
     assert "the 65 rows of the main grid" in text
     found = re.search(r"α = ([\d.]+) \[([\d.]+), ([\d.]+)\], β = ([\d.]+) \[([\d.]+), ([\d.]+)\]", text)
