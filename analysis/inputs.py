@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.observations import CANONICAL
+from analysis.observations import CANONICAL, NOT_CHOSEN
 from analysis.table import TableError, read_table
 
 FOLDER = "table_folder"
@@ -129,11 +129,14 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
         if name not in frame:
             there = ", ".join(map(str, frame.columns))
             raise TableError(f"--where {text}: the table has no column '{name}' (columns: {there})")
-        kept = frame[_meets(frame[name], sign, value, text)]
+        meets = _meets(frame[name], sign, value, text)
+        kept = frame[meets]
         if kept.empty:
             values = ", ".join(map(str, pd.unique(frame[name].dropna())[:8]))
             raise TableError(f"--where {text}: no row is left; {name} takes {values}")
+        left_out = (*frame.attrs.get(NOT_CHOSEN, ()), (f"not chosen by --where {text.strip()}", int((~meets).sum())))
         frame = kept
+        frame.attrs[NOT_CHOSEN] = left_out
     return frame.reset_index(drop=True) if conditions else frame
 
 

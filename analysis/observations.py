@@ -21,6 +21,10 @@ CANONICAL = {
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
 
 
+NOT_CHOSEN = "not_chosen"
+"""Key of a frame's `attrs`: (reason, number of rows) of what `--where` left out, so that a fit can say so."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
     """Rows that a fit left out, and why."""
@@ -28,7 +32,7 @@ class Exclusion:
     reason: str
     """In words."""
     rows: tuple[object, ...]
-    """Index labels of the rows."""
+    """Index labels of the rows; None for those that the table lost before (`--where`)."""
 
     def __str__(self) -> str:
         return f"{len(self.rows)} row{'s' if len(self.rows) != 1 else ''} {self.reason}"
@@ -120,7 +124,8 @@ def observe(
         ("that repeat another row exactly", _repeats(df, used)),
     ]
     keep = np.ones(len(df), bool)
-    exclusions = []
+    not_chosen = df.attrs.get(NOT_CHOSEN, ())
+    exclusions = [Exclusion(reason=reason, rows=(None,) * number) for reason, number in not_chosen if number]
     for reason, bad in reasons:
         out = keep & bad.to_numpy(bool)
         keep &= ~out
@@ -147,7 +152,7 @@ def observe(
         index=points.index,
         columns={**names, "y": y},
         exclusions=tuple(exclusions),
-        num_rows=len(df),
+        num_rows=len(df) + sum(number for _, number in not_chosen),
     )
 
 

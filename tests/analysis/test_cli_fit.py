@@ -84,3 +84,12 @@ def test_mistakes_are_one_sentence(table, tmp_path):
     ]:
         with pytest.raises(AnalysisError, match=words):
             run(cli_fit.app, *args)
+
+
+def test_fit_says_what_where_left_out(table):
+    rows = pd.read_csv(table)
+    smallest = rows["images_seen"].min()
+    dropped = int((rows["images_seen"] == smallest).sum())
+    out = run(cli_fit.app, table, "--where", f"D>{smallest}", "--resamples", 20)
+    assert f"Fitted to {len(rows) - dropped} of {len(rows)} points" in out
+    assert f"Left out: {dropped} rows not chosen by --where D>{smallest}." in out
