@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -109,7 +110,13 @@ def results(home: Path) -> None:
     pd.DataFrame(rows).to_parquet(home.parent / "work" / "results.parquet")
 
 
-GIVEN: dict[str, Callable[[Path], None]] = {"images": images, "results.parquet": results}
+def study(home: Path) -> None:
+    """The tables of the study that the repository keeps."""
+    for table in (ROOT / "docs" / "study" / "results").glob("*.parquet"):
+        shutil.copy(table, home.parent / "work")
+
+
+GIVEN: dict[str, Callable[[Path], None]] = {"images": images, "results.parquet": results, "study": study}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,5 +60,5 @@ def test_a_task_without_labels_or_with_other_classes_stops_a_launch(runs_with: A
     plain, ab, ac = (write_images(tmp_path / "".join(c or "p"), 8, c) for c in ((), ("a", "b"), ("a", "c")))
     with pytest.raises(ProbeError, match="has no labels"):
         check_data(runs_with({"task": "mine", "train": plain, "test": ab}))
-    with pytest.raises(ProbeError, match=r"differ \(b, c\)"):
+    with pytest.raises(ProbeError, match="differ: the first has no c"):
         check_data(runs_with({"task": "mine", "train": ab, "test": ac}))
