@@ -54,7 +54,7 @@ OFFLOADED = {
     ("fp32", 2): _Held((4, 0), (0, 4), (0, 0), 2, 5, (0, 20)),
     ("fp32", 3): _Held((0, 4), (0, 0), (0, 0), 12, 8, (0, 16)),
     ("bf16", 1): _Held((2, 0), (6, 0), (0, 0), 4, 8, (0, 20)),
-    ("bf16", 2): _Held((2, 0), (2, 4), (0, 0), 1, 8, (0, 20)),
+    ("bf16", 2): _Held((2, 0), (6, 0), (0, 0), 1, 8, (0, 20)),
     ("bf16", 3): _Held((0, 2), (0, 0), (0, 0), 12, 8, (0, 20)),
 }
 """The same with optimiser state offloaded: the host holds master weights, moments, and float32 gradients twice (as they
