@@ -15,7 +15,7 @@ TRAIN_OVER_FORWARD = 3
 """A backward pass multiplies twice as often as the forward pass: gradients of inputs and of weights. (Images need no
 gradient, so at most 1 % is counted that is not executed.)"""
 
-DENSE_ATTENTION_TOKENS = {"fp32": 128, "bf16": 256}
+DENSE_ATTENTION_TOKENS = {"fp32": 0, "bf16": 256}
 """Longest sequence for which a CPU computes, and keeps, whole score matrices: there `aim.cpu_kernels.attend` is faster
 than the fused kernel. Here because memory estimates need it, too."""
 
