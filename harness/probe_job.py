@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -80,18 +78,7 @@ def probe_job(path: Path) -> int:
             stack.enter_context(job.hold())
         flag = stack.enter_context(stop_signals())
         if is_first:
-            job.write_status(
-                state="running",
-                phase="start",
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                started=time.time(),
-                heartbeat=time.time(),
-                attempt=job.read_status().attempt + 1,
-                job_id=os.environ.get("SLURM_JOB_ID"),
-                reason=None,
-                reason_class=None,
-            )
+            job.write_start()
         try:
             _probe(job, request, flag)
         except PreemptedError:

@@ -179,6 +179,21 @@ class RunDir:
         known = {field.name for field in dataclasses.fields(Status)}
         return Status(**{key: value for key, value in values.items() if key in known})
 
+    def write_start(self) -> Status:
+        """Note in `status.json` that this process begins a further attempt."""
+        return self.write_status(
+            state="running",
+            phase="start",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=time.time(),
+            heartbeat=time.time(),
+            attempt=self.read_status().attempt + 1,
+            job_id=os.environ.get("SLURM_JOB_ID"),
+            reason=None,
+            reason_class=None,
+        )
+
     def write_status(self, *, durable: bool = True, **changes: Any) -> Status:
         """Replace some fields of the status; `durable=False` skips the fsync (heartbeats)."""
         status = dataclasses.replace(self.read_status(), **changes)

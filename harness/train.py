@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
@@ -270,18 +268,7 @@ def train(path: Path) -> int:
             return EXIT_FINISHED
         flag = stack.enter_context(stop_signals())
         if is_first:
-            run.write_status(
-                state="running",
-                phase="start",
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                started=time.time(),
-                heartbeat=time.time(),
-                attempt=run.read_status().attempt + 1,
-                job_id=os.environ.get("SLURM_JOB_ID"),
-                reason=None,
-                reason_class=None,
-            )
+            run.write_start()
         try:
             torch.set_num_threads(config.runtime.num_threads)
             group = start_group(placement, config.runtime.device)
