@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,11 @@ def whole(value: Any) -> str:
 def text(value: Any) -> str:
     """A name as it is."""
     return str(value)
+
+
+def spans(lows: Iterable[Any], highs: Iterable[Any], as_text: Formatter) -> list[str]:
+    """Intervals in words, `low to high`."""
+    return [f"{as_text(low)} to {as_text(high)}" for low, high in zip(lows, highs, strict=True)]
 
 
 def page_table(
@@ -244,7 +249,7 @@ def forecast_table(study: Study) -> PageTable | None:
     if frame.empty:
         return None
     frame["scale"] = [f"{n:g} × N, {d:g} × D" for n, d in zip(frame["times_n"], frame["times_d"], strict=True)]
-    frame["interval"] = [f"{lo:.4f} to {hi:.4f}" for lo, hi in zip(frame["pi_lo"], frame["pi_hi"], strict=True)]
+    frame["interval"] = spans(frame["pi_lo"], frame["pi_hi"], number(4))
     return page_table(
         "forecast",
         "What the joint law expects beyond this table",
@@ -269,9 +274,7 @@ def accuracy_forecast_table(study: Study) -> PageTable | None:
         return None
     frame["kind"] = frame["kind"].map(kind_name)
     frame["scale"] = [f"{n:g} × N, {d:g} × D" for n, d in zip(frame["times_n"], frame["times_d"], strict=True)]
-    frame["interval"] = [
-        f"{100 * low:.1f} to {100 * high:.1f}" for low, high in zip(frame["pi_lo"], frame["pi_hi"], strict=True)
-    ]
+    frame["interval"] = spans(frame["pi_lo"], frame["pi_hi"], percent)
     return page_table(
         "accuracy-forecast",
         "Accuracy expected beyond this table",
@@ -345,7 +348,7 @@ def frontier_table(study: Study) -> PageTable | None:
 def worked_example_table() -> PageTable:
     """The paper's 7B forecast from its three smaller models."""
     frame = forecast_frame()
-    frame["interval"] = [f"{low:.4f} to {high:.4f}" for low, high in zip(frame["low"], frame["high"], strict=True)]
+    frame["interval"] = spans(frame["low"], frame["high"], number(4))
     return page_table(
         "published-forecast",
         "AIM-7B, forecast from the three smaller published models",
@@ -468,9 +471,7 @@ def baseline_table(comparison: Comparison) -> PageTable | None:
         return None
     frame = comparison.baselines.copy()
     frame["kind"] = frame["kind"].map(kind_name)
-    frame["interval"] = [
-        f"{100 * low:.1f} to {100 * high:.1f}" for low, high in zip(frame["gap_lo95"], frame["gap_hi95"], strict=True)
-    ]
+    frame["interval"] = spans(frame["gap_lo95"], frame["gap_hi95"], percent)
     return page_table(
         "baselines",
         "Beside baselines on the same probes",
