@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from aim.errors import UserError
+from aimscale.aim.errors import UserError
 
 HeadRule = Literal["released", "proportional", "none"]
 PatchOrder = Literal["raster", "spiral", "checkerboard", "random"]

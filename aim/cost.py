@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aim.config import ModelConfig
+from aimscale.aim.config import ModelConfig
 
 TRAIN_OVER_FORWARD = 3
 """A backward pass multiplies twice as often as the forward pass: gradients of inputs and of weights. (Images need no

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from aim.cost import DENSE_ATTENTION_TOKENS
+from aimscale.aim.cost import DENSE_ATTENTION_TOKENS
 
 MIN_LINEAR_FLOPS = 4e6
 """A smaller product takes longer to hand to oneDNN than it gains."""

@@ -4,7 +4,7 @@
 class UserError(Exception):
     """A mistake in the input; the message says what, where and what to do about it.
 
-    Every room that imports `aim` raises this class or a subclass; `sweeps.cli` prints the message and exits
+    Every room that imports `aim` raises this class or a subclass; `sweeps.cli.main` prints the message and exits
     with `exit_code`.
     """
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aim.cpu_kernels import Linear, attend
+from aimscale.aim.cpu_kernels import Linear, attend
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aim.model import AIM, generator_for
+from aimscale.aim.model import AIM, generator_for
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 """Which linears of a block are adapted: all of them (the paper gives the rank alone)."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aim.config import ModelConfig, ModelConfigError
-from aim.cpu_kernels import Linear
-from aim.layers import Block, HeadBlock, Patchifier, sincos_positions
-from aim.mup import MatrixScale, attention_scale, matrix_scale
-from aim.objective import (
+from aimscale.aim.config import ModelConfig, ModelConfigError
+from aimscale.aim.cpu_kernels import Linear
+from aimscale.aim.layers import Block, HeadBlock, Patchifier, sincos_positions
+from aimscale.aim.mup import MatrixScale, attention_scale, matrix_scale
+from aimscale.aim.objective import (
     normalise_patches,
     patch_statistics,
     patchify,
@@ -27,7 +27,7 @@ from aim.objective import (
     scored_positions,
     unpatchify,
 )
-from aim.orders import patch_order
+from aimscale.aim.orders import patch_order
 
 
 class Preprocessor(nn.Module):

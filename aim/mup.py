@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from aim.config import ModelConfig
+from aimscale.aim.config import ModelConfig
 
 BASE_WIDTH = 256
 """Trunk width (rung-256) at which `mup` equals `standard`."""

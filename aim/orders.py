@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-from aim.config import PatchOrder
+from aimscale.aim.config import PatchOrder
 
 
 def patch_order(order: PatchOrder, grid: int) -> tuple[int, ...]:

@@ -19,11 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from aim.config import ModelConfig, known_sizes, model_config
-from aim.errors import UserError
-from aim.model import AIM
-from aim.mup import attention_scale
-from aim.probes import AttentiveProbe
+from aimscale.aim.config import ModelConfig, known_sizes, model_config
+from aimscale.aim.errors import UserError
+from aimscale.aim.model import AIM
+from aimscale.aim.mup import attention_scale
+from aimscale.aim.probes import AttentiveProbe
 
 BACKBONE = ("preprocessor.", "trunk.")
 """Prefixes of a released backbone's names."""

@@ -1,6 +1,6 @@
 """Tables in, laws and pictures out. Imports neither torch nor the other rooms.
 
-from analysis import fit, laws, read_table
+from aimscale.analysis import fit, laws, read_table
 result = fit(laws.CHINCHILLA, read_table("results.parquet"))
 print(result.sentence())
 """
@@ -11,11 +11,11 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "fit": "analysis.estimate",
-    "held_out": "analysis.heldout",
-    "correlate": "analysis.correlation",
-    "all_approaches": "analysis.approaches",
-    "read_table": "analysis.table",
+    "fit": "aimscale.analysis.fitting.estimate",
+    "held_out": "aimscale.analysis.fitting.heldout",
+    "correlate": "aimscale.analysis.downstream.correlation",
+    "all_approaches": "aimscale.analysis.frontier.approaches",
+    "read_table": "aimscale.analysis.tables.results",
 }
 """Public functions, imported at first use so that `aimscale --help` stays quick."""
 

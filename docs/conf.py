@@ -1,16 +1,19 @@
 """How the pages are built: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
 
-Two pages are written from the code by `sweeps.config_reference` and `sweeps.command_reference`; their committed copies
+Two pages are written from the code by the modules in `generate`; their committed copies
 are for readers of the repository, the site always shows what the code says now.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import Any
 
-from sweeps import command_reference, config_reference
+sys.path.insert(0, str(Path(__file__).parent))
+
+from generate import command_reference, config_reference
 
 project = "aimscale"
 copyright = "the aimscale maintainers, Apache-2.0"

@@ -1,6 +1,6 @@
 import pytest
 
-from aim.config import RUNG_WIDTHS, ModelConfigError, model_config
+from aimscale.aim.config import RUNG_WIDTHS, ModelConfigError, model_config
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from aim.config import ModelConfig, known_sizes, model_config
-from aim.cost import executed_flops_per_image, flops_per_image, param_count
-from aim.model import AIM
+from aimscale.aim.config import ModelConfig, known_sizes, model_config
+from aimscale.aim.cost import executed_flops_per_image, flops_per_image, param_count
+from aimscale.aim.model import AIM
 
 PRINTED_TRUNKS = {
     "aim-600M": 679_627_776,

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aim import cpu_kernels
-from aim.config import model_config
-from aim.cpu_kernels import Linear, attend, float32_matmul, onednn_is_faster
-from aim.model import AIM
-from aim.objective import prefix_causal_mask
+from aimscale.aim import cpu_kernels
+from aimscale.aim.config import model_config
+from aimscale.aim.cpu_kernels import Linear, attend, float32_matmul, onednn_is_faster
+from aimscale.aim.model import AIM
+from aimscale.aim.objective import prefix_causal_mask
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@ import copy
 
 import torch
 
-from aim.config import model_config
-from aim.lora import TARGETS, add_lora, lora_state, merge_lora
-from aim.model import AIM
+from aimscale.aim.config import model_config
+from aimscale.aim.lora import TARGETS, add_lora, lora_state, merge_lora
+from aimscale.aim.model import AIM
 
 CONFIG = model_config("w16-d2", image_size=12, patch_size=4)
 

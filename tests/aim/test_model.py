@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from aim.config import ModelConfig, ModelConfigError, model_config
-from aim.model import AIM, copy_to
-from aim.objective import prefix_causal_mask
+from aimscale.aim.config import ModelConfig, ModelConfigError, model_config
+from aimscale.aim.model import AIM, copy_to
+from aimscale.aim.objective import prefix_causal_mask
 
 ORDERS = ["raster", "spiral", "checkerboard", "random"]
 
@@ -207,10 +207,12 @@ def test_leak_test_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(config)
     image = batch(config)[0][0]
     # a mask whose prefix is one patch longer than the loss believes shows the first target to its own prediction
-    monkeypatch.setattr("aim.model.prefix_causal_mask", lambda prefix_len, n: prefix_causal_mask(prefix_len + 1, n))
+    monkeypatch.setattr(
+        "aimscale.aim.model.prefix_causal_mask", lambda prefix_len, n: prefix_causal_mask(prefix_len + 1, n)
+    )
     assert leaks(model, image, 4) == [(4, 4)]
     # no mask at all shows every target to itself and to all earlier ones
-    monkeypatch.setattr("aim.model.prefix_causal_mask", lambda prefix_len, n: None)
+    monkeypatch.setattr("aimscale.aim.model.prefix_causal_mask", lambda prefix_len, n: None)
     assert leaks(model, image, 4) == [(k, j) for k in range(config.num_tokens) for j in range(4, k + 1)]
 
 

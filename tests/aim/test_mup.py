@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from aim.config import model_config
-from aim.model import AIM
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
 
 WIDTHS = (32, 64, 128)
 PROPORTIONAL = {"head_depth": 2}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from aim.objective import normalise_patches, patchify, prefix_causal_mask, scored_positions, unpatchify
-from aim.orders import patch_order
+from aimscale.aim.objective import normalise_patches, patchify, prefix_causal_mask, scored_positions, unpatchify
+from aimscale.aim.orders import patch_order
 
 
 def test_orders_of_a_3_by_3_grid_written_out() -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from aim.probes import AttentiveProbe, LinearProbe
+from aimscale.aim.probes import AttentiveProbe, LinearProbe
 
 
 def test_attentive_probe_equals_its_description() -> None:

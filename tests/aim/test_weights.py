@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aim.config import model_config
-from aim.model import AIM
-from aim.probes import AttentiveProbe
-from aim.weights import (
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.aim.probes import AttentiveProbe
+from aimscale.aim.weights import (
     WeightsError,
     backbone_state,
     identify,
@@ -94,7 +94,7 @@ def test_import_needs_little_more_memory_than_the_weights(tmp_path: Path, suffix
     write_weights({name: torch.rand(meta.shape) for name, meta in shapes.items()}, path)
     program = f"""
 from pathlib import Path
-from aim.weights import identify, load_backbone
+from aimscale.aim.weights import identify, load_backbone
 def memory(field): return [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if field in line][0]
 path = Path({str(path)!r})
 config = identify(path)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.laws import effective
+from aimscale.analysis.laws.catalogue import effective
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -196,7 +196,7 @@ def reader(tmp_path: Path) -> Reader:
     wrapper = tmp_path / "bin" / "aimscale"
     # The reader's checkout is clean; the one under test may hold changes, which a launch on Slurm would refuse.
     wrapper.write_text(
-        f'#!/bin/sh\n[ "$1" = launch ] && set -- "$@" --allow-dirty\nexec {sys.executable} -m sweeps.cli "$@"\n'
+        f'#!/bin/sh\n[ "$1" = launch ] && set -- "$@" --allow-dirty\nexec {sys.executable} -m aimscale "$@"\n'
     )
     wrapper.chmod(0o755)
     environment = os.environ | {

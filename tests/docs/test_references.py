@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from generate import command_reference, config_reference
 
-import sweeps.sweepfile
-from harness.config import RunConfig, Section
-from sweeps import command_reference, config_reference
-from sweeps.cli import VERBS, app
+import aimscale.sweeps.plan.sweepfile
+from aimscale.harness.run.config import RunConfig, Section
+from aimscale.sweeps.cli.main import VERBS, app
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,14 +43,18 @@ def tables(page: str) -> dict[str, dict[str, list[str]]]:
 )
 def test_the_committed_page_is_what_the_code_says(name: str, module: object) -> None:
     page = (ROOT / "docs" / f"{name}.md").read_text()
-    command = f"python -m {module.__name__} > docs/{name}.md"  # type: ignore[attr-defined]
+    command = f"python docs/{module.__name__.replace('.', '/')}.py > docs/{name}.md"  # type: ignore[attr-defined]
     assert page == module.markdown(), f"the code has changed; run `{command}`"  # type: ignore[attr-defined]
 
 
 def test_every_field_of_every_section_is_listed_with_its_meaning() -> None:
     page = config_reference.markdown()
     listed = {kind for _, kind in config_reference.sections()}
-    ours = {kind for kind in all_sections() if kind.__module__ in ("harness.config", "sweeps.sweepfile")}
+    ours = {
+        kind
+        for kind in all_sections()
+        if kind.__module__ in ("aimscale.harness.run.config", "aimscale.sweeps.plan.sweepfile")
+    }
     assert ours - listed == {RunConfig}  # its three keys are told in the introduction
     found = tables(page)
     tops = {"": ["The sweep file", "A run: what it measures"], "runtime": ["A run: how it is executed"]}
@@ -114,4 +118,4 @@ def test_a_new_kind_of_field_asks_for_words() -> None:
 
 
 def test_the_module_that_defines_sweeps_is_read() -> None:
-    assert sweeps.sweepfile.SweepFile in {kind for _, kind in config_reference.sections()}
+    assert aimscale.sweeps.plan.sweepfile.SweepFile in {kind for _, kind in config_reference.sections()}

@@ -11,9 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from generate import command_reference
 
-from sweeps import command_reference
-from sweeps.cli import VERBS
+from aimscale.sweeps.cli.main import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.config import RunConfig, parse
-from harness.data.pack import pack_folder
+from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.run.config import RunConfig, parse
 
 
 def write_pictures(folder: Path, number: int, seed: int) -> None:

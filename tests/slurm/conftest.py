@@ -17,15 +17,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from harness.data.pack import PackedImage, write_dataset
-from sweeps import slurm
-from sweeps.costs import cost_cards
-from sweeps.directory import RunRecord, prepare
-from sweeps.launch import launch
-from sweeps.planner import Run, plan
-from sweeps.slurm_launch import SlurmLaunch, launch_slurm
-from sweeps.status import RunStatus, sweep_status
-from sweeps.sweepfile import Sweep, load_sweep
+from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.sweeps.launch.claims import RunRecord, prepare
+from aimscale.sweeps.launch.start import launch
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import Run, plan
+from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
+from aimscale.sweeps.table.status import RunStatus, sweep_status
 
 HERE = Path(__file__).parent
 TRAINER = str(HERE / "slow_trainer.py")
@@ -155,7 +155,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     path.write_text(yaml.safe_dump(sweep_values(data, seeds=[0, 1])))
     sweep = load_sweep(path, folder / "root")
     result = launch(
-        sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-m", "harness.train", str(run_dir)]
+        sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-m", "aimscale.harness.train", str(run_dir)]
     )
     assert len(result.finished) == 2
     records = [RunRecord(sweep.run_dir(run_id)) for run_id in result.finished]

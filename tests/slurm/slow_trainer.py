@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import train
-from harness.engine import Engine
-from harness.rundir import RunDir
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.train import loop as train
+from aimscale.harness.train.engine import Engine
 
 step = Engine.step
 num_steps = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_a_real_slurm_is_found_with_its_partitions(cluster: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sweeps.cli", "doctor", "--json", "--on", "slurm", "--root", str(tmp_path)]
+    words = [sys.executable, "-m", "aimscale", "doctor", "--json", "--on", "slurm", "--root", str(tmp_path)]
     out = subprocess.run(words, capture_output=True, text=True, check=False)
     checks = {check["name"]: check for check in json.loads(out.stdout)["checks"]}
     assert out.returncode == 0, out.stdout
@@ -19,7 +19,7 @@ def test_a_real_slurm_is_found_with_its_partitions(cluster: Path, tmp_path: Path
 
 
 def test_a_configuration_of_no_cluster_fails_with_slurms_own_words(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sweeps.cli", "doctor", "--on", "slurm", "--root", str(tmp_path)]
+    words = [sys.executable, "-m", "aimscale", "doctor", "--on", "slurm", "--root", str(tmp_path)]
     env = os.environ | {"SLURM_CONF": str(tmp_path / "none.conf")}
     out = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
     assert out.returncode == 1

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sweeps import slurm
-from sweeps.launch import left_alone
-from sweeps.stop import cancel, retry
+from aimscale.sweeps.launch.start import left_alone
+from aimscale.sweeps.launch.stop import cancel, retry
+from aimscale.sweeps.slurm import commands as slurm
 
 Losses = dict[str, list[tuple[int, float]]]
 

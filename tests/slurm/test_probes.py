@@ -15,18 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from aim.model import AIM
-from aim.weights import write_weights
-from harness.data.pack import PackedImage, write_dataset
-from harness.probe_job import ProbeRequest
-from harness.probe_run import probe_run
-from harness.row import model_of
-from harness.rundir import RunDir
-from sweeps.directory import prepare
-from sweeps.launch import left_alone
-from sweeps.probe_record import ProbeRecord
-from sweeps.probing import probing
-from sweeps.slurm_launch import launch_slurm
+from aimscale.aim.model import AIM
+from aimscale.aim.weights import write_weights
+from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.harness.probe.job import ProbeRequest
+from aimscale.harness.probe.run import probe_run
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.row import model_of
+from aimscale.sweeps.launch.claims import prepare
+from aimscale.sweeps.launch.probe_record import ProbeRecord
+from aimscale.sweeps.launch.probes import probing
+from aimscale.sweeps.launch.start import left_alone
+from aimscale.sweeps.slurm.submit import launch_slurm
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def trained(fault: Any, labelled: Path) -> Callable[..., Any]:
 
 
 def submit(case: Any, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sweeps.cli", "probe", str(case.sweep.source), "--root", str(case.sweep.root)]
+    command = [sys.executable, "-m", "aimscale", "probe", str(case.sweep.source), "--root", str(case.sweep.root)]
     return subprocess.Popen(
         [*command, "--on", "slurm", "--allow-dirty", *words],
         stdout=subprocess.PIPE,

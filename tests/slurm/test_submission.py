@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from aim.errors import UserError
-from sweeps import cli_logs, cli_status, slurm
-from sweeps.directory import RunRecord
-from sweeps.slurm_launch import launch_slurm, with_slurm
+from aimscale.aim.errors import UserError
+from aimscale.sweeps.cli import logs as cli_logs
+from aimscale.sweeps.cli import status as cli_status
+from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm
 
 STAND_IN = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
 
 LAUNCHER = """
     from pathlib import Path
-    from sweeps.directory import prepare
-    from sweeps.planner import plan
-    from sweeps.slurm_launch import launch_slurm
-    from sweeps.sweepfile import load_sweep
+    from aimscale.sweeps.launch.claims import prepare
+    from aimscale.sweeps.plan.planner import plan
+    from aimscale.sweeps.slurm.submit import launch_slurm
+    from aimscale.sweeps.plan.sweepfile import load_sweep
     sweep = load_sweep({path!r}, Path({root!r}))
     prepare(sweep)
     launched = launch_slurm(sweep, plan(sweep), allow_dirty=True, worker=({worker!r},))

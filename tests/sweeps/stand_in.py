@@ -1,4 +1,4 @@
-"""A worker that is no trainer: it writes a run directory as `harness.train` does, in milliseconds a step.
+"""A worker that is no trainer: it writes a run directory as `harness.train.loop` does, in milliseconds a step.
 
     python stand_in.py RUN_DIR [BEHAVIOUR]
 
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from harness.rundir import EXIT_FINISHED, EXIT_PREEMPTED, LeaseHeld, RunDir, write_json
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, LeaseHeld, RunDir, write_json
 
 STEPS = 5
 

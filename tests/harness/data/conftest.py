@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.config import ResultConfig
-from harness.data.pack import pack_folder
+from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.run.config import ResultConfig
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:

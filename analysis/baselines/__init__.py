@@ -1,0 +1,1 @@
+"""Published results and our own baselines, beside the runs."""

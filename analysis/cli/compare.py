@@ -1,0 +1,41 @@
+"""`aimscale compare TABLE`: runs beside the published baselines; `--published`: the paper's own four sizes."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Put runs beside the published baselines.", add_completion=False)
+
+
+@app.command()
+def compare(
+    table: Annotated[
+        Path | None, typer.Argument(help="CSV or Parquet table, or a sweep's folder; none with --published.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Fit the paper's 0.6B, 1B, 3B and forecast its 7B instead.")
+    ] = False,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Task by task, exponents, and what would close the gap; what is not comparable is named and left out."""
+    from aimscale.analysis.baselines.comparison import compare as compare_frame
+    from aimscale.analysis.baselines.worked_example import worked_example
+    from aimscale.analysis.errors import AnalysisError
+    from aimscale.analysis.tables.results import parse_columns, read_table
+
+    if published == (table is not None):
+        raise AnalysisError("give either a table to compare, or --published for the paper's own four sizes")
+    if table is None:
+        example = worked_example()
+        typer.echo(json_module.dumps(example, indent=2) if json else "\n".join(example["sentences"]))
+        return
+    comparison = compare_frame(read_table(table, parse_columns(columns or [])), resamples=resamples)
+    typer.echo(json_module.dumps(comparison.to_dict(), indent=2) if json else comparison.text())

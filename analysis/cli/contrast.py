@@ -1,0 +1,46 @@
+"""`aimscale contrast TABLE --by COLUMN`: what one change does with everything else equal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Tables, Where, draw, table_of
+
+app = typer.Typer(help="Compare the levels of one column with everything else equal.", add_completion=False)
+
+
+@app.command()
+def contrast_table(
+    tables: Tables,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Column to compare, e.g. prefix, head_depth, patch_order, target, optimiser.weight_decay; within a "
+            "row, `kind` compares kinds of probes and `blocks` the chosen blocks with the last ones."
+        ),
+    ],
+    baseline: Annotated[str | None, typer.Option(help="Level to compare with; default: the paper's.")] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(help="val_loss, another column, top1, top1:TASK or top1:TASK:KIND; default: loss and all probes."),
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
+    columns: Columns = None,
+    where: Where = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Also print the differences by size and by images seen.")
+    ] = False,
+    figure: FigurePath = None,
+    json: AsJson = False,
+) -> None:
+    """Pair rows over size, data, seed and all other settings; differences and ratios with Student's intervals."""
+    from aimscale.analysis.effects.contrasts import contrast
+    from aimscale.analysis.plots.intervals import plot_contrasts
+
+    df = table_of(tables, columns, where)
+    found = contrast(df, by=by, baseline=baseline, measures=measure or [], ignore=ignore or [])
+    if figure is not None:
+        draw(plot_contrasts(found), figure)
+    typer.echo(found.to_json() if json else found.text(each))

@@ -1,0 +1,126 @@
+"""`aimscale correlate TABLE`: loss and probe accuracy, per task and kind of probe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Main, Tables, Where, draw, table_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from aimscale.analysis.fitting.result import Fit
+
+app = typer.Typer(help="Correlate loss with accuracy and forecast accuracy from loss.", add_completion=False)
+
+
+@app.command()
+def correlate_table(
+    tables: Tables,
+    x: Annotated[str, typer.Option(help="First column.")] = "val_loss",
+    y: Annotated[str, typer.Option(help="Second column; top1 means every probe of the table.")] = "top1",
+    columns: Columns = None,
+    where: Where = None,
+    main: Main = False,
+    partial: Annotated[
+        str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
+    ] = None,
+    within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
+    cluster: Annotated[
+        str, typer.Option(help="Resample whole groups of this column; auto: runs that have several rows; none: rows.")
+    ] = "auto",
+    link: Annotated[
+        str | None, typer.Option(help="Also fit accuracy as sigmoid, exponential or linear in the loss.")
+    ] = None,
+    at_loss: Annotated[
+        list[float] | None, typer.Option(help="Losses to forecast the accuracy for (with --link).")
+    ] = None,
+    figure: FigurePath = None,
+    json: AsJson = False,
+) -> None:
+    """Pearson, Spearman and Kendall with intervals."""
+    import json as json_module
+
+    import pandas as pd
+
+    from aimscale.analysis.downstream.correlation import correlate
+    from aimscale.analysis.errors import AnalysisError
+    from aimscale.analysis.fitting.result import plain_types
+    from aimscale.analysis.plots.scaling import plot_loss_accuracy
+
+    groups = groups_by_probe(table_of(tables, columns, where, main), y)
+    by = {k: clusters_of(group, cluster) for k, group in groups.items()}
+    found = {
+        k: correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]) for k, group in groups.items()
+    }
+    links = {k: link_of(group, link, x, y, by[k]) for k, group in groups.items()} if link else {}
+    if figure is not None:
+        if x != "val_loss" or ("", "") in groups:
+            raise AnalysisError("--figure draws probe accuracies against val_loss; leave out --x and --y.")
+        for kind in dict.fromkeys(kind for _, kind in groups):
+            of_kind = {key[0]: key for key in groups if key[1] == kind}
+            drawn = plot_loss_accuracy(
+                pd.concat([groups[key] for key in of_kind.values()]),
+                {task: found[key] for task, key in of_kind.items()},
+                {task: links[key] for task, key in of_kind.items() if key in links},
+            )
+            draw(drawn, figure.with_name(f"{figure.stem}-{kind}"))
+    if json:
+        rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
+        fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]
+        typer.echo(
+            json_module.dumps(
+                plain_types({"correlations": rows, "links": fits} if link else rows), indent=2, allow_nan=False
+            )
+        )
+        return
+    for (task, kind), group in found.items():
+        if task:
+            typer.echo(f"{task}, {kind} probe:")
+        for c in group:
+            typer.echo(f"  {c.sentence()}")
+        if (task, kind) in links:
+            typer.echo(f"  {links[task, kind].sentence()}")
+            for loss, row in zip(at_loss or [], links[task, kind].predict({"L": at_loss}).itertuples(), strict=True):
+                typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
+
+
+def clusters_of(rows: pd.DataFrame, wish: str) -> str | None:
+    """The column to resample by; `auto` takes runs where at least four have several rows."""
+    if wish != "auto":
+        return None if wish == "none" else wish
+    runs = rows["run_id"].nunique() if "run_id" in rows.columns else 0
+    return "run_id" if 4 <= runs < len(rows) else None
+
+
+def groups_by_probe(df: pd.DataFrame, y: str) -> dict[tuple[str, str], pd.DataFrame]:
+    """(task, kind) -> its rows over the finished runs; one entry ("", "") for a plain column.
+
+    Raises:
+        AnalysisError: no such column, or nothing probed.
+    """
+    from aimscale.analysis.errors import AnalysisError
+    from aimscale.analysis.tables.results import probe_frame
+
+    done = df[df["status"] == "complete"] if "status" in df.columns else df
+    if y in df.columns:
+        return {("", ""): done}
+    if y != "top1" or "probes" not in df.columns:
+        names = ", ".join(map(str, df.columns))
+        raise AnalysisError(f"The table has neither a column {y!r} nor probes; its columns are {names}.")
+    probes = probe_frame(done)
+    if probes.empty:
+        raise AnalysisError(
+            "No finished run of the table has been probed; run `aimscale probe` or name a column by --y."
+        )
+    return {(str(task), str(kind)): group for (task, kind), group in probes.groupby(["task", "kind"], sort=True)}
+
+
+def link_of(rows: pd.DataFrame, kind: str, x: str, y: str, cluster: str | None) -> Fit:
+    """Accuracy as a function of loss, with the probe's chance level as its floor where the table knows it."""
+    from aimscale.analysis.downstream.links import link
+
+    chance = float(rows["chance"].iloc[0]) if "chance" in rows.columns and len(rows["chance"].unique()) == 1 else None
+    return link(rows, kind=kind, loss=x, accuracy=y, chance=chance, cluster=cluster)

@@ -1,0 +1,31 @@
+"""`aimscale noise TABLE`: how much of the loss's spread comes from seeds, validation images and prefixes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Main, Tables, Where, draw, table_of
+
+app = typer.Typer(help="Tell the noise of seeds, validation images and prefixes apart.", add_completion=False)
+
+
+@app.command()
+def noise_table(
+    tables: Tables,
+    y: Annotated[str, typer.Option(help="Loss column.")] = "val_loss",
+    columns: Columns = None,
+    where: Where = None,
+    main: Main = False,
+    figure: FigurePath = None,
+    json: AsJson = False,
+) -> None:
+    """Standard deviations with intervals; per-image losses are read from the run directories beside the tables."""
+    from aimscale.analysis.effects.noise_sources import noise
+    from aimscale.analysis.plots.intervals import plot_noise
+
+    found = noise(table_of(tables, columns, where, main), y=y)
+    if figure is not None:
+        draw(plot_noise(found), figure)
+    typer.echo(found.to_json() if json else found.text())

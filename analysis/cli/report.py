@@ -1,0 +1,31 @@
+"""`aimscale report TABLE`: one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimscale.analysis.cli.options import Columns, Tables, Where
+
+app = typer.Typer(help="Write one self-contained HTML page from a table.", add_completion=False)
+
+
+@app.command()
+def report(
+    tables: Tables,
+    out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
+    columns: Columns = None,
+    where: Where = None,
+    resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
+) -> None:
+    """Write one self-contained HTML page: summary, figures, laws, single changes, noise, pictures, methods.
+
+    Several tables make one page: laws are fitted to the experiment with most sizes and budgets, the rest are contrasts.
+    """
+    from aimscale.analysis.report.page import write_report
+    from aimscale.analysis.tables.results import parse_columns
+
+    page = write_report(tables, out, columns=parse_columns(columns or []), where=where or [], resamples=resamples)
+    typer.echo(f"Report: {page.resolve()}")

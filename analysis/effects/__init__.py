@@ -1,0 +1,1 @@
+"""What one change does, where noise comes from, what a repeated image is worth."""

@@ -1,0 +1,405 @@
+"""What one change does with everything else equal: levels of a column, paired over size, data, seed and the rest.
+
+Two rows are a pair when they agree in every other column of the design and stand at two levels of the one in question.
+Budgets of the same two runs share a trunk, so their differences are averaged first: a pair of runs counts once, and the
+interval is Student's over pairs of runs (sizes x seeds). With three pairs it is wide, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.result import AsJson, plain_types
+from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
+from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
+from aimscale.analysis.tables.observations import CANONICAL
+
+SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
+"""Columns of scale and chance that a pair must share."""
+HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
+FOLLOWS = {
+    **dict.fromkeys(HEAD, HEAD),
+    "schedule": ("schedule.decay_fraction", "schedule.lr_end"),
+    "image_size": ("patch_size", *MEASURED_ON),
+    "patch_size": ("image_size",),
+    "size": ("head_depth", "head_width", "lr_peak", "batch_size"),
+}
+"""Column in question -> columns that change with it and so cannot be held equal."""
+USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
+         KIND: "attentive", BLOCKS: "last"}  # fmt: skip
+"""Column -> the level that the paper uses, the baseline unless another is named."""
+OTHER_UNIT = {"target": "are errors of other targets", "patch_size": "are means over other patches",
+              "image_size": "are measured on other pictures"}  # fmt: skip
+"""Column whose levels have losses that cannot be subtracted, and why."""
+CAUTION = {
+    "prefix": "The validation loss gives every model a bidirectional prefix, which one trained without has never seen.",
+    "patch_order": "Orders score other patches after the same prefix length, so their losses differ in what is asked.",
+    "head_depth": "Equal images, not equal compute: a deeper head costs more per image.",
+    "head_rule": "Equal images, not equal compute: a larger head costs more per image.",
+}
+"""Column -> what a reader should know about its losses."""
+POWER_Z = 0.8
+"""Power at which the smallest effect that could have been seen is stated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """One level against the baseline, in one measure."""
+
+    measure: Measure
+    """What is compared."""
+    baseline: str
+    """Level that is subtracted."""
+    level: str
+    """Level in question."""
+    num_pairs: int
+    """Pairs of rows."""
+    num_run_pairs: int
+    """Pairs of runs, over which the interval is: budgets of the same two runs are averaged first."""
+    baseline_mean: float
+    """Mean of the measure at the baseline, over pairs of runs."""
+    level_mean: float
+    """Mean at the level."""
+    difference: float
+    """Mean of level minus baseline."""
+    low: float
+    """Lower end of its interval; NaN with a single pair of runs."""
+    high: float
+    """Upper end."""
+    ratio: float
+    """Geometric mean of level over baseline; NaN where a value is not positive."""
+    ratio_low: float
+    """Lower end."""
+    ratio_high: float
+    """Upper end."""
+    detectable: float
+    """Size of a true difference that would have been seen with probability 0.8; NaN with a single pair."""
+    confidence: float
+    """Level of the intervals, such as 0.95."""
+    pairs: pd.DataFrame = field(repr=False)
+    """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
+    by_scale: pd.DataFrame = field(repr=False)
+    """The difference per size and per budget: column, value, num_run_pairs, difference, low, high."""
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `not shown to differ`."""
+        if not (self.low > 0 or self.high < 0):
+            return "not shown to differ"
+        return "better" if (self.difference < 0) == self.measure.lower_is_better else "worse"
+
+    def sentence(self) -> str:
+        """Difference, interval, pairs, what could have been seen, and where the sign is the other one."""
+        m = self.measure
+        values = f"{m.shown(self.level_mean)} against {m.shown(self.baseline_mean)}"
+        head = f"{m.title}: {self.level} {values}, difference {m.shown_difference(self.difference)}"
+        if self.num_run_pairs < 2:
+            return f"{head}, from one pair of runs: no interval, so nothing is shown."
+        text = f"{head} [{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]"
+        if np.isfinite(self.ratio):
+            text += f", ratio {self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
+        runs = f"{self.num_run_pairs} pairs of runs"
+        rows = f" ({self.num_pairs} of rows)" if self.num_pairs > self.num_run_pairs else ""
+        text += f", over {runs}{rows}: {self.level} is {self.verdict}{self._other_way()}."
+        if self.verdict == "not shown to differ":
+            text += f" A true difference of {m.shown_size(self.detectable)} would have been seen four times in five."
+        return text
+
+    def _other_way(self) -> str:
+        """Sizes and budgets whose mean difference has the other sign."""
+        sign = np.sign(self.difference)
+        parts = []
+        for column, word in (("size", "at size"), ("images_seen", "at D =")):
+            rows = self.by_scale[self.by_scale["column"] == column]
+            other = rows[np.sign(rows["difference"]) == -sign]
+            if len(other) and len(rows) > 1:
+                named = ", ".join(str(v) if column == "size" else f"{float(v):,.0f}" for v in other["value"])
+                parts.append(f"{word} {named}")
+        return f"; the sign is the other one {' and '.join(parts)}" if parts else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        skip = {"measure", "pairs", "by_scale"}
+        return {
+            "measure": self.measure.name,
+            "unit": self.measure.unit,
+            **{key: value for key, value in vars(self).items() if key not in skip},
+            "verdict": self.verdict,
+            "by_scale": self.by_scale.to_dict("records"),
+            "pairs": self.pairs.astype(object).where(self.pairs.notna(), None).to_dict("records"),
+            "sentence": self.sentence(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrasts(AsJson):
+    """All levels of a column against the baseline."""
+
+    by: str
+    """The column."""
+    baseline: str
+    """The baseline level."""
+    equal: tuple[str, ...]
+    """Columns that take several values and are equal within every pair."""
+    contrasts: tuple[Contrast, ...]
+    """One per measure and level."""
+    left_out: tuple[str, ...]
+    """What was not compared, and why, in sentences."""
+    caution: str
+    """What to know about this column's losses, or an empty string."""
+
+    def sentences(self) -> list[str]:
+        """In words."""
+        equal = ", ".join(self.equal) or "no other column varies"
+        lines = [f"{self.by}, against {self.baseline}, with everything else equal ({equal}):"]
+        lines += [f"- {each.sentence()}" for each in self.contrasts]
+        lines += [self.caution] if self.caution else []
+        num = sum(each.num_run_pairs > 1 for each in self.contrasts)
+        if num >= 5:
+            lines.append(f"{num} intervals at 95 %: about {num / 20:.1g} of them miss zero by chance alone.")
+        return [*lines, *self.left_out]
+
+    def table(self) -> pd.DataFrame:
+        """One row per measure and level."""
+        skip = {"measure", "pairs", "by_scale", "confidence"}
+        return pd.DataFrame(
+            {"measure": c.measure.name, **{k: v for k, v in vars(c).items() if k not in skip}, "verdict": c.verdict}
+            for c in self.contrasts
+        )
+
+    def text(self, by_scale: bool = False) -> str:
+        """Sentences, and if asked for the differences per size and budget."""
+        lines = self.sentences()
+        for each in self.contrasts if by_scale else ():
+            if len(each.by_scale) and each.num_run_pairs > 1:
+                lines += ["", f"{each.measure.title}, {each.level} minus {each.baseline}, by size and by images seen:"]
+                lines.append(each.by_scale.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return plain_types(
+            {
+                "by": self.by,
+                "baseline": self.baseline,
+                "equal": list(self.equal),
+                "contrasts": [each.to_dict() for each in self.contrasts],
+                "left_out": list(self.left_out),
+                "caution": self.caution,
+            }
+        )
+
+
+def contrast(
+    frame: pd.DataFrame,
+    *,
+    by: str,
+    baseline: str | None = None,
+    measures: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    confidence: float = 0.95,
+) -> Contrasts:
+    """Compare the levels of a column with everything else equal.
+
+    Args:
+        frame: a results table, as `read_tables` gives it.
+        by: a column; `kind` for kinds of probes and `blocks` for the chosen blocks against the last ones, both within a
+            row.
+        baseline: level to compare with; None takes the paper's, else the one with most rows.
+        measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
+            validation loss and every probe.
+        ignore: columns that may differ within a pair.
+        confidence: level of the intervals.
+
+    Raises:
+        AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
+    """
+    by = by if by in frame.columns or by in (KIND, BLOCKS) else CANONICAL.get(by, by)
+    rows = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
+    if by in rows and not varies(rows[by]):
+        values = [level_name(value) for value in rows[by].dropna().unique()]
+        only = f"the single value {values[0]}" if values else "no value"
+        raise AnalysisError(f"{by} takes {only} among the complete rows, so there is nothing to compare; vary it.")
+    asked = wanted_measures(rows, measures, by)
+    left_out: list[str] = []
+    if by in OTHER_UNIT and any(m.column == "val_loss" for m in asked):
+        asked = [m for m in asked if m.column != "val_loss"]
+        left_out.append(f"Losses at different {by} {OTHER_UNIT[by]}, so they are not compared.")
+    if not asked:
+        raise AnalysisError(f"Nothing can be compared over {by}. {' '.join(left_out)}".rstrip())
+    keys = _keys(rows, by, ignore)
+    long = long_format(rows, asked, by)
+    levels = _levels(long[by])
+    if len(levels) < 2:
+        only = f"{by} = {levels[0]} alone has" if levels else "no row has"
+        raise AnalysisError(f"Nothing can be compared: {only} values of {', '.join(m.title for m in asked)}.")
+    baseline = _baseline(long, by, levels, baseline)
+    found: list[Contrast] = []
+    for m in asked:
+        for level in levels:
+            if level == baseline:
+                continue
+            one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level, confidence)
+            if isinstance(one, str):
+                left_out.append(one)
+            else:
+                found.append(one)
+    if not found:
+        raise AnalysisError(" ".join(_some_lines(left_out)))
+    equal = tuple(name for name in keys if varies(rows[name]))
+    return Contrasts(
+        by=by,
+        baseline=baseline,
+        equal=equal,
+        contrasts=tuple(found),
+        left_out=_some_lines(left_out),
+        caution=CAUTION.get(by, ""),
+    )
+
+
+def factors(frame: pd.DataFrame) -> list[str]:
+    """Columns that `contrast` may compare in a table: those of the design that vary, probe kinds and blocks."""
+    varied = [name for name in (*DESIGN, *setup_columns(frame)) if name in frame and varies(frame[name])]
+    if set(HEAD) & set(varied):  # the actual depth tells the heads apart; it varies with size alone otherwise
+        head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
+        varied = [head, *[name for name in varied if name not in HEAD]]
+    return [*varied, KIND, BLOCKS]
+
+
+def _some_lines(lines: list[str], limit: int = 5) -> tuple[str, ...]:
+    """The first few different ones."""
+    different = list(dict.fromkeys(lines))
+    more = (f"And {len(different) - limit} more like these.",) if len(different) > limit else ()
+    return (*different[:limit], *more)
+
+
+def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str]) -> list[str]:
+    """Columns that a pair must share."""
+    unknown = [name for name in ignore if name not in rows]
+    if unknown:
+        raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {', '.join(map(str, rows))}.")
+    if by in (KIND, BLOCKS):
+        return [name for name in ("run_id", *SCALE) if name in rows]
+    names = [*SCALE, *DESIGN, "head_depth", "head_width", *MEASURED_ON, *setup_columns(rows)]
+    free = {by, *FOLLOWS.get(by, ()), *ignore}
+    return [name for name in dict.fromkeys(names) if name in rows and name not in free]
+
+
+def _levels(values: pd.Series) -> list[str]:
+    """Levels as words, numbers in order."""
+    present = values.dropna().unique()
+    numbers = pd.to_numeric(pd.Series(present), errors="coerce")
+    order = np.argsort(numbers) if numbers.notna().all() else np.argsort([str(v) for v in present])
+    return list(dict.fromkeys(level_name(present[i]) for i in order))
+
+
+def level_name(value: Any) -> str:
+    """A level as a reader writes it: 6, not 6.0."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) -> str:
+    if wish is not None:
+        if wish not in levels:
+            raise AnalysisError(f"{by} takes {', '.join(levels)}, not {wish!r}; choose the baseline from these.")
+        return wish
+    if USUAL.get(by) in levels:
+        return USUAL[by]
+    counts = long[by].dropna().map(level_name).value_counts()
+    return max(levels, key=lambda level: (counts[level], -levels.index(level)))
+
+
+def _one(
+    long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baseline: str, level: str, confidence: float
+) -> Contrast | str:
+    """One contrast, or a sentence why there is none."""
+    names = long[by].map(level_name, na_action="ignore")
+    sides = [long[names == each] for each in (baseline, level)]
+    if min(map(len, sides)) == 0:
+        absent = baseline if sides[0].empty else level
+        return f"{measure.title}: no value at {by} = {absent}."
+    means = [side.groupby(keys, dropna=False)["value"].mean().reset_index() for side in sides]
+    pairs = means[0].merge(means[1], on=keys, suffixes=("_baseline", "_level"))
+    pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
+    if pairs.empty:
+        return f"{measure.title}: nothing is paired between {by} = {baseline} and {level}; {_why(sides, keys)}"
+    pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
+    runs = [name for name in keys if name != "images_seen"]
+    pairs["run_pair"] = pairs.groupby(runs, dropna=False).ngroup() if runs else 0
+    by_run = pairs.groupby("run_pair")[["baseline_value", "level_value", "difference"]].mean()
+    centre, low, high, se = t_interval(by_run["difference"].to_numpy(), confidence)
+    ratio: tuple[float, ...] = (np.nan, np.nan, np.nan)
+    positive = (pairs[["baseline_value", "level_value"]] > 0).all(axis=None)
+    if positive and measure.has_ratio:
+        logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log).groupby(pairs["run_pair"]).mean()
+        ratio = tuple(float(np.exp(v)) for v in t_interval(logs.to_numpy(), confidence)[:3])
+    spare = len(by_run) - 1
+    needed = student.ppf(0.5 + confidence / 2, spare) + student.ppf(POWER_Z, spare) if spare else np.nan
+    return Contrast(
+        measure=measure,
+        baseline=baseline,
+        level=level,
+        num_pairs=len(pairs),
+        num_run_pairs=len(by_run),
+        baseline_mean=float(by_run["baseline_value"].mean()),
+        level_mean=float(by_run["level_value"].mean()),
+        difference=centre,
+        low=low,
+        high=high,
+        ratio=ratio[0],
+        ratio_low=ratio[1],
+        ratio_high=ratio[2],
+        detectable=float(needed * se),
+        confidence=confidence,
+        pairs=pairs,
+        by_scale=_by_scale(pairs, confidence),
+    )
+
+
+def t_interval(values: np.ndarray, confidence: float) -> tuple[float, float, float, float]:
+    """Mean, Student's interval and standard error of independent values; NaN ends for a single one."""
+    centre, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return centre, np.nan, np.nan, np.nan
+    se = float(np.std(values, ddof=1) / np.sqrt(n))
+    half = float(student.ppf(0.5 + confidence / 2, n - 1)) * se
+    return centre, centre - half, centre + half, se
+
+
+def _by_scale(pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    rows = []
+    for column in ("size", "images_seen"):
+        if column not in pairs or not varies(pairs[column]):
+            continue
+        for value, group in pairs.groupby(column, sort=column != "size"):
+            means = group.groupby("run_pair")["difference"].mean()
+            centre, low, high, _ = t_interval(means.to_numpy(), confidence)
+            row = {"column": column, "value": value, "num_run_pairs": len(means), "difference": centre}
+            rows.append({**row, "low": low, "high": high})
+    return pd.DataFrame(rows, columns=["column", "value", "num_run_pairs", "difference", "low", "high"])
+
+
+def _why(sides: list[pd.DataFrame], keys: list[str]) -> str:
+    """Columns in which the two levels never agree."""
+    apart = []
+    for name in keys:
+        ours, theirs = (set(side[name].dropna().unique()) for side in sides)
+        if (ours or theirs) and not ours & theirs:
+            apart.append(f"{name} ({_some(ours)} against {_some(theirs)})")
+    if apart:
+        return f"their rows never agree in {', '.join(apart)}; run both with the same, or --ignore that column."
+    return f"no row of one agrees with a row of the other in all of {', '.join(keys)}."
+
+
+def _some(values: set[Any]) -> str:
+    names = sorted(level_name(value) for value in values)
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none"

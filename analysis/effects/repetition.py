@@ -1,0 +1,184 @@
+"""What repeated images are worth: Muennighoff et al.'s law, read in words that hold even where R_D has no upper end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.bootstrap import interval
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
+from aimscale.analysis.fitting.result import AsJson, Fit, plain_types
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
+from aimscale.analysis.tables.design import varies
+from aimscale.analysis.tables.observations import resolve_columns
+
+PUBLISHED = 15.387
+"""R_D of Muennighoff et al. 2023, language, up to 44 epochs."""
+EPOCHS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+UNBOUNDED = 0.9e3
+"""An R_D beyond this is the search's own end (1e3): repeats cannot be told from new images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats(AsJson):
+    """What the k-th sight of an image is worth."""
+
+    fit: Fit
+    """The fitted law."""
+    max_epochs: float
+    """Most passes over the same images in the table."""
+    table: pd.DataFrame = field(repr=False)
+    """One row a number of passes k: epochs; worth, worth_low, worth_high (of the k-th sight, a share of a new image's);
+    effective, effective_low, effective_high (all k passes in passes of new images); measured (within the table)."""
+    num_uniques: int
+    """Different pool sizes."""
+
+    @property
+    def is_unbounded(self) -> bool:
+        """Whether the data allow that repeats are as good as new images."""
+        i = self.fit.intervals.get("R_D")
+        return self.fit.params["R_D"] > UNBOUNDED or (i is not None and i.high > UNBOUNDED)
+
+    def sentences(self) -> list[str]:
+        """R_D, what the second, fourth and last measured sights are worth, and what cannot be said."""
+        r, i = self.fit.params["R_D"], self.fit.intervals.get("R_D")
+        lines = []
+        if not self.is_unbounded:
+            ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
+            half = f" [{i.low * np.log(2) + 1:.2g}, {i.high * np.log(2) + 1:.2g}]" if i else ""
+            lines.append(
+                f"R_D = {r:.3g}{ends} (language: {PUBLISHED:.1f}): a repeat is worth half of a new image at its "
+                f"{r * np.log(2) + 1:.2g}th sight{half}."
+            )
+        else:
+            least = i.low if i else r
+            lines.append(
+                f"R_D has no upper end in these data; it is at least {least:.3g}. Up to {self.max_epochs:.3g} passes, "
+                "repeats cannot be told from new images."
+            )
+        measured = self.table[self.table["measured"]]
+        told = measured[measured["epochs"].isin((2, 4, 8, 16, 32)) | (measured["epochs"] == measured["epochs"].max())]
+        for row in told.itertuples():
+            lines.append(
+                f"The {row.epochs}{_th(row.epochs)} sight of an image is worth {100 * row.worth:.0f} % "
+                f"[{100 * row.worth_low:.0f}, {100 * row.worth_high:.0f}] of a new one; {row.epochs} passes are worth "
+                f"{row.effective:.2f} [{row.effective_low:.2f}, {row.effective_high:.2f}] of new images."
+            )
+        lines.append(
+            f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
+            f"passes; {self.fit.interval_method}."
+        )
+        return [*lines, *(flag for flag in self.fit.flags if not flag.startswith("R_D "))]
+
+    def text(self) -> str:
+        """Sentences and the table."""
+        shown = self.table.copy()
+        for name in ("worth", "worth_low", "worth_high"):
+            shown[name] = 100 * shown[name]
+        shown = shown.rename(columns={"worth": "worth (%)"})
+        return "\n".join([*self.sentences(), "", shown.to_string(index=False, float_format=lambda v: f"{v:.3g}")])
+
+    def curves(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """(curves D, U, loss, fresh; points D, U, loss) at the size with most pool sizes, for `plot_repeats`."""
+        data = self.fit.data
+        if "N" in data:
+            pools = data.groupby("N")["U"].nunique()
+            size = pools[pools == pools.max()].index.max()
+            data = data[data["N"] == size]
+        parts = []
+        for unique in sorted(data["U"].unique()):
+            seen = np.geomspace(data["D"].min(), data["D"].max(), 60)
+            x: dict[str, Any] = {"D": seen, "U": np.full(60, unique)} | (
+                {"N": np.full(60, size)} if "N" in data else {}
+            )
+            loss = self.fit.law.value(x, self.fit.raw)
+            fresh = self.fit.law.value(x | {"U": seen}, self.fit.raw)
+            parts.append(pd.DataFrame({"D": seen, "U": unique, "loss": loss, "fresh": fresh}))
+        return pd.concat(parts, ignore_index=True), data[["D", "U"]].assign(loss=data["y"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return plain_types(
+            {
+                "R_D": None if self.is_unbounded else self.fit.params["R_D"],
+                "unbounded": self.is_unbounded,
+                "max_epochs": self.max_epochs,
+                "epochs": self.table.to_dict("records"),
+                "fit": self.fit.to_dict(),
+                "sentences": self.sentences(),
+            }
+        )
+
+
+def _th(number: int) -> str:
+    if number % 100 in (11, 12, 13):
+        return "th"
+    return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+
+
+def repeats(
+    df: pd.DataFrame,
+    *,
+    y: str = "val_loss",
+    columns: dict[str, str] | None = None,
+    objective: Objective | str = HUBER_LOG,
+    resamples: int = 1000,
+) -> Repeats:
+    """Fit the law of repeated data; with one model size, its data half alone.
+
+    Args:
+        df: a table with images seen D, different images U and, where it varies, N.
+        y: loss column.
+        columns: variable -> column.
+        objective: what to minimise.
+        resamples: bootstrap resamples.
+
+    Raises:
+        AnalysisError: no repeats in the table, a single pool size, or too few points.
+    """
+    names = resolve_columns(REPEATED_DATA, df, columns)
+    rows = df[df["status"].isna() | (df["status"] == "complete")] if "status" in df else df
+    uniques = rows[names["U"]].dropna().unique()
+    ratio = (rows[names["D"]] / rows[names["U"]]).dropna()
+    if len(uniques) < 2:
+        raise AnalysisError(
+            f"{names['U']} takes {len(uniques)} value(s), so what repeats are worth cannot be told from what images "
+            "are worth; run a grid over unique_images."
+        )
+    if not (ratio > 1.5).any():
+        raise AnalysisError(
+            f"No row repeats its images (most passes: {ratio.max():.3g}); run small pools at large budgets."
+        )
+    n = next((c for c in ((columns or {}).get("N"), "N", "params_total") if c and c in rows), None)
+    law = REPEATED if n is not None and varies(rows[n]) else REPEATED_DATA
+    found = fit(law, rows, y=y, columns=columns, objective=objective, resamples=resamples)
+    most = float(ratio.max())
+    draws = found.draws.get("R_D", np.array([found.raw["R_D"]]))
+    records = [_record(k, found.raw["R_D"], draws, most, found.level) for k in _passes(most)]
+    return Repeats(fit=found, max_epochs=most, table=pd.DataFrame(records), num_uniques=len(uniques))
+
+
+def _passes(most: float) -> list[int]:
+    """Numbers of passes to tell of: up to four times the measured ones, the largest measured one included."""
+    return sorted({k for k in EPOCHS if k <= 4 * most} | {max(2, int(most))})
+
+
+def _record(k: int, r: float, draws: Array, most: float, level: float) -> dict[str, Any]:
+    worth, total = np.exp(-(k - 1) / draws), effective(np.ones(len(draws)), np.full(len(draws), float(k)), draws)
+    worth_ends, total_ends = interval(worth, level), interval(total, level)
+    return {
+        "epochs": k,
+        "worth": float(np.exp(-(k - 1) / r)),
+        "worth_low": worth_ends[0],
+        "worth_high": worth_ends[1],
+        "effective": float(effective(np.ones(1), np.array([float(k)]), np.array([r]))[0]),
+        "effective_low": total_ends[0],
+        "effective_high": total_ends[1],
+        "measured": k <= most,
+    }

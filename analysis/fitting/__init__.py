@@ -1,0 +1,1 @@
+"""A law and a table in, parameters with intervals and flags out."""

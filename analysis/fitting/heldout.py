@@ -1,0 +1,141 @@
+"""Does a law extrapolate? Fit without the largest scales, predict them, and compare with a naive baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.result import Fit, HeldOut
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.tables.observations import CANONICAL
+
+
+def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
+    """Refit without the `num_values` largest values of a variable or column, and predict those rows.
+
+    The naive baseline is a straight line in log-log (no offset) against `by`, extended: what one would draw with a
+    ruler through the training points that share the other variables' values (a size held out: at the same D), or
+    through the best loss at each value of `by` where fewer than two of those are there.
+
+    Args:
+        result: the fit whose law, objective and columns are used.
+        df: the table it was fitted on.
+        by: variable of the law (N, D, C) or a column of the table.
+        num_values: how many of the largest distinct values to hold out.
+        resamples: bootstrap resamples for the prediction intervals.
+
+    Raises:
+        AnalysisError: unknown `by`, or too few values or points remain.
+    """
+    points = df.loc[result.data.index]
+    scale = _scale(result, points, by)
+    values = np.unique(scale)
+    if values[0] <= 0:
+        raise AnalysisError(f"{by} has values that are not positive, so it is no scale to hold out by.")
+    if len(values) <= num_values + 1:
+        raise AnalysisError(
+            f"{by} takes {len(values)} values, too few to hold out the largest {num_values}; vary {by} more."
+        )
+    cut = values[-num_values]
+    test = scale >= cut
+    refit = fit(
+        result.law,
+        points[~test],
+        y=result.columns["y"],
+        objective=result.objective,
+        columns={k: v for k, v in result.columns.items() if k != "y"},
+        weights=result.data["weight"].to_numpy()[~test],
+        fixed=result.fixed,
+        bounds=result.bounds,
+        resamples=resamples,
+        level=result.level,
+    )
+    measured = result.data["y"].to_numpy()[test]
+    predicted = refit.predict(points[test])
+    y = result.data["y"].to_numpy()
+    others = [result.data[v].to_numpy(float) for v in result.law.variables if v != by]
+    naive, num_own = _naive(scale, y, test, others)
+    table = result.data.loc[test, list(result.law.variables)].assign(
+        measured=measured,
+        measured_se=_standard_errors(points[test], result.columns["y"]),
+        predicted=predicted["value"],
+        pi_lo=predicted["pi_lo"],
+        pi_hi=predicted["pi_hi"],
+        inside=(measured >= predicted["pi_lo"]) & (measured <= predicted["pi_hi"]),
+        naive=naive,
+    )
+    relative, log_rmse = errors(predicted["value"].to_numpy(), measured)
+    naive_relative, naive_log_rmse = errors(naive, measured)
+    return HeldOut(
+        variable=by,
+        values=tuple(float(v) for v in values[-num_values:]),
+        num_train=int((~test).sum()),
+        num_test=int(test.sum()),
+        mean_abs_relative_error=relative,
+        log_rmse=log_rmse,
+        naive_mean_abs_relative_error=naive_relative,
+        naive_log_rmse=naive_log_rmse,
+        naive=_ruler_words(result, by, num_own, int(test.sum())),
+        coverage=float(table["inside"].mean()),
+        predictions=table,
+    )
+
+
+def errors(predicted: Array, measured: Array) -> tuple[float, float]:
+    """Mean absolute relative error and root mean square log error."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        log_rmse = float(np.sqrt(np.mean(np.log(predicted / measured) ** 2)))
+    return float(np.mean(np.abs(predicted / measured - 1))), log_rmse
+
+
+def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
+    if by in result.data.columns:
+        return result.data[by].to_numpy(float)
+    by = CANONICAL.get(by, by) if by not in points.columns else by
+    if by not in points.columns:
+        raise AnalysisError(
+            f"Cannot hold out by {by!r}: it is neither a variable of {result.law.formula} nor a column."
+        )
+    return points[by].to_numpy(float)
+
+
+def _naive(scale: Array, y: Array, test: Array, others: list[Array]) -> tuple[Array, int]:
+    """The ruler's forecast of every held-out point, and for how many it was drawn at their own other values."""
+    train = ~test
+    values = np.unique(scale[train])
+    best = np.array([y[train & (scale == v)].min() for v in values])
+    overall = _ruler(values, best)
+    out, num_own = [], 0
+    for i in np.flatnonzero(test):
+        alike = train.copy()
+        for other in others:
+            alike &= np.isclose(other, other[i], rtol=0.01)
+        own = len(np.unique(scale[alike])) > 1
+        num_own += own
+        slope, level = _ruler(scale[alike], y[alike]) if own and others else overall
+        out.append(np.exp(level + slope * np.log(scale[i])))
+    return np.array(out), num_own if others else 0
+
+
+def _ruler(x: Array, y: Array) -> tuple[float, float]:
+    """Slope and level of a straight line in log-log."""
+    slope, level = np.polyfit(np.log(x), np.log(y), 1)
+    return float(slope), float(level)
+
+
+def _ruler_words(result: Fit, by: str, num_own: int, num: int) -> str:
+    others = " and ".join(v for v in result.law.variables if v != by)
+    if num_own == 0:
+        return "a straight line in log-log through the best loss at each value"
+    rest = "" if num_own == num else f" ({num_own} of {num} points; else through the best loss at each value)"
+    return f"a straight line in log-log at the same {others}{rest}"
+
+
+def _standard_errors(points: pd.DataFrame, y: str) -> Array:
+    """Standard errors of the measurements, where the table has them beside the column."""
+    name = f"{y}_se"
+    if name not in points.columns:
+        return np.full(len(points), np.nan)
+    return pd.to_numeric(points[name], errors="coerce").to_numpy(float)

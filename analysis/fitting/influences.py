@@ -1,0 +1,75 @@
+"""One badly tuned rung can bend a law: refit without each size (or run, or budget) and see what moves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.optimise import Minimum, global_minimum, make_problem
+from aimscale.analysis.fitting.result import Fit
+
+BENDS = 3.0
+"""A group whose removal moves a parameter by more than this many bootstrap standard deviations bends the fit."""
+
+
+def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFrame:
+    """Leave each group out: one row a group with its points, every parameter without it, and `shift`.
+
+    `shift` is the largest movement of a parameter in its bootstrap standard deviations (NaN without a bootstrap).
+
+    Args:
+        result: the fit.
+        df: the table it was fitted on.
+        by: column of the groups, or a variable of the law.
+
+    Raises:
+        AnalysisError: no such column, or a single group.
+    """
+    rows = df.loc[result.data.index]
+    groups = result.data[by] if by in result.data.columns else rows[by] if by in rows.columns else None
+    if groups is None:
+        raise AnalysisError(f"There is no column {by!r} whose groups could be left out.")
+    labels = pd.unique(groups)
+    if len(labels) < 2:
+        raise AnalysisError(f"{by} has a single value, so nothing can be left out.")
+    out = []
+    for label in labels:
+        left = result.data[(groups != label).to_numpy()]
+        params = _without(result, left)
+        shifts = [
+            abs(params[k] - result.raw[k]) / np.std(draws) for k, draws in result.draws.items() if np.std(draws) > 0
+        ]
+        out.append(
+            {by: label, "num_points": len(result.data) - len(left), **params, "shift": max(shifts, default=np.nan)}
+        )
+    return pd.DataFrame(out)
+
+
+def _without(result: Fit, left: pd.DataFrame) -> dict[str, float]:
+    """The law's own parameters refitted to some of the fitted points."""
+    x = {v: left[v].to_numpy() for v in result.law.variables}
+    problem = make_problem(
+        result.law,
+        x,
+        left["y"].to_numpy(),
+        result.objective,
+        weights=left["weight"].to_numpy(),
+        fixed=result.fixed,
+        bounds=result.bounds,
+    )
+    best: Minimum = global_minimum(problem, count=4)[0]
+    return {name: float(v[0]) for name, v in problem.natural(best.phi[None]).items()}
+
+
+def with_influence_flags(result: Fit, df: pd.DataFrame, *, by: str = "size") -> Fit:
+    """The fit with a flag for every group that bends it."""
+    table = influence(result, df, by=by)
+    bends = table[table["shift"] > BENDS]
+    flags = [
+        f"Leaving out {by} {label} moves a parameter by {shift:.1f} standard deviations: it bends the fit."
+        for label, shift in zip(bends[by], bends["shift"], strict=True)
+    ]
+    return replace(result, flags=(*result.flags, *flags))

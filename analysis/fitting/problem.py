@@ -1,0 +1,161 @@
+"""A law, its data and its objective, in the coordinates in which the optimiser works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aimscale.analysis.fitting.objectives import Objective
+from aimscale.analysis.laws.base import Array, Columns, Law
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A law, its data and its objective, in the coordinates of the optimiser.
+
+    A linear coefficient is multiplied by its basis function at the geometric mean of the data (so that A and alpha are
+    nearly independent), a non-linear parameter marked `log` is replaced by its logarithm.
+    """
+
+    law: Law
+    x: Columns
+    """Variables (n + 1,); the last entry is the reference point."""
+    y: Array
+    """Measurements (n,)."""
+    weights: Array
+    """Weight of each measurement (n,)."""
+    objective: Objective
+    lower: Array
+    """Bounds (k,) in the optimiser's coordinates."""
+    upper: Array
+    referenced: Array
+    """Which linear coefficients are scaled by the reference point (p,): not those held by a finite, non-zero bound."""
+
+    @property
+    def num_linear(self) -> int:
+        """p, the linear parameters; they come first."""
+        return len(self.law.linear)
+
+    @property
+    def movable(self) -> Array:
+        """Which parameters are not fixed (k,)."""
+        return self.upper > self.lower
+
+    def nonlinear(self, phi: Array) -> dict[str, Array]:
+        """Non-linear parameters (batch, 1) of the optimiser's vectors (batch, k)."""
+        columns = phi[:, self.num_linear :, None]
+        return {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
+
+    def normalised(self, parts: tuple[Array, ...], gradients: tuple[tuple[Array, ...], ...]) -> tuple[list, list]:
+        """Basis functions over their value at the reference point, and their derivatives."""
+        ones = np.ones_like(self.x[self.law.variables[0]])
+        out, out_gradients = [], [list[Array]() for _ in gradients]
+        for j, part in enumerate(parts):
+            g = part * ones
+            ref = g[..., -1:] if self.referenced[j] else 1.0
+            out.append(g[..., :-1] / np.abs(ref))
+            for q, derivatives in enumerate(gradients):
+                if np.ndim(derivatives[j]) == 0:  # a constant basis function
+                    out_gradients[q].append(0.0)
+                    continue
+                d = derivatives[j] * ones
+                dref = d[..., -1:] / ref if self.referenced[j] else 0.0
+                out_gradients[q].append(d[..., :-1] / np.abs(ref) - out[j] * dref)
+        return out, out_gradients
+
+    def predict(self, phi: Array) -> Array:
+        """Law's values (batch, n)."""
+        g, _ = self.normalised(self.law.basis(self.x, self.nonlinear(phi)), ())
+        return sum(phi[:, j, None] * part for j, part in enumerate(g))
+
+    def predict_and_jacobian(self, phi: Array) -> tuple[Array, Array]:
+        """Law's values (batch, n) and their derivatives (batch, k, n)."""
+        t = self.nonlinear(phi)
+        g, dg = self.normalised(*self.law.basis_and_gradient(self.x, t))
+        jacobian = np.empty((len(phi), phi.shape[1], len(self.y)))
+        value = np.zeros((len(phi), len(self.y)))
+        for j, part in enumerate(g):
+            jacobian[:, j] = part
+            value += phi[:, j, None] * part
+        for q, p in enumerate(self.law.nonlinear):
+            row = sum(phi[:, j, None] * d for j, d in enumerate(dg[q]) if np.ndim(d))
+            jacobian[:, self.num_linear + q] = row * t[p.name] if p.log else row
+        return value, jacobian
+
+    def natural(self, phi: Array) -> dict[str, Array]:
+        """Parameters by name (batch,), in the formula's own units."""
+        t = self.nonlinear(phi)
+        parts = self.law.basis(self.x, t)
+        out = {}
+        for j, p in enumerate(self.law.linear):
+            ref = np.broadcast_to(parts[j], (len(phi), len(self.y) + 1))[:, -1] if self.referenced[j] else 1.0
+            out[p.name] = phi[:, j] / np.abs(ref)
+        return out | {name: value[:, 0] for name, value in t.items()}
+
+    def internal(self, params: dict[str, float]) -> Array:
+        """The optimiser's vector (1, k) of parameters in the formula's units: the inverse of `natural`."""
+        at_reference = self.reference(params)
+        phi = [
+            float(params[p.name]) * (at_reference[j] if self.referenced[j] else 1.0)
+            for j, p in enumerate(self.law.linear)
+        ]
+        phi += [np.log(params[p.name]) if p.log else params[p.name] for p in self.law.nonlinear]
+        return np.clip(np.array([phi], float), self.lower, self.upper)
+
+    def reference(self, params: dict[str, float]) -> list[float]:
+        """Absolute value of every basis function at the centre of the data."""
+        t = {p.name: np.full((1, 1), float(params[p.name])) for p in self.law.nonlinear}
+        parts = self.law.basis(self.x, t)
+        return [float(np.abs(np.broadcast_to(part, (1, len(self.y) + 1))[0, -1])) for part in parts]
+
+    def total(self, phi: Array, weights: Array | None = None) -> Array:
+        """Objective (batch,), summed over points; infinite where the law leaves the domain of T."""
+        return objective_of(self, self.predict(phi), self.weights if weights is None else weights, None)
+
+
+def make_problem(
+    law: Law,
+    x: dict[str, Array],
+    y: Array,
+    objective: Objective,
+    *,
+    weights: Array | None = None,
+    fixed: dict[str, float] | None = None,
+    bounds: dict[str, tuple[float, float]] | None = None,
+) -> Problem:
+    """Put a law, data (n,) and restrictions on parameters into the optimiser's coordinates."""
+    reference = {
+        name: float(np.exp(np.mean(np.log(v)))) if np.all(v > 0) else float(np.mean(v)) for name, v in x.items()
+    }
+    columns = Columns({name: np.append(np.asarray(v, float), reference[name]) for name, v in x.items()})
+    limits = []
+    for p in law.parameters:
+        low, high = p.limits(columns)
+        low, high = (bounds or {}).get(p.name, (low, high))
+        low, high = ((fixed or {})[p.name],) * 2 if p.name in (fixed or {}) else (low, high)
+        limits.append((np.log(low), np.log(high)) if p.log else (low, high))
+    lower, upper = np.array(limits, float).reshape(-1, 2).T
+    p_linear = len(law.linear)
+    plain = [(lo in (0.0, -np.inf)) and (hi in (0.0, np.inf)) and lo < hi for lo, hi in limits[:p_linear]]
+    return Problem(
+        law=law,
+        x=columns,
+        y=np.asarray(y, float),
+        weights=np.ones(len(y)) if weights is None else np.asarray(weights, float),
+        objective=objective,
+        lower=lower,
+        upper=upper,
+        referenced=np.array(plain, bool),
+    )
+
+
+def objective_of(problem: Problem, value: Array, weights: Array, delta: Array | None) -> Array:
+    """Objective (batch,) of the law's values (batch, n); with `delta`, the Huber sum that continuation minimises."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = problem.objective.transform(problem.y) - problem.objective.transform(value)
+        if delta is None:
+            total = problem.objective.total(r, weights)
+        else:
+            total = np.sum(weights * problem.objective.loss(r, delta), axis=-1)
+    return np.where(np.isfinite(total), total, np.inf)

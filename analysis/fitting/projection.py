@@ -1,0 +1,144 @@
+"""Where to start: a fixed grid of the non-linear parameters, the linear ones projected out (variable projection)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+
+from aimscale.analysis.fitting.problem import Problem, objective_of
+from aimscale.analysis.laws.base import Array, Columns
+
+MAX_STARTS = 8
+GRID_VALUES = 1_000_000
+"""Residuals per chunk of the grid."""
+MAX_GRID_POINTS = 2000
+"""Points that the grid looks at."""
+
+
+def grid_points(lower: Array, upper: Array) -> Array:
+    """Fixed points (m, q) of the box: a product grid for q <= 2, a low-discrepancy lattice above."""
+    q = len(lower)
+    if q == 0:
+        return np.zeros((1, 0))
+    if q <= 2:
+        axes = [np.linspace(lo, hi, {1: 96, 2: 20}[q] if hi > lo else 1) for lo, hi in zip(lower, upper, strict=True)]
+        return np.stack([a.ravel() for a in np.meshgrid(*axes, indexing="ij")], axis=1)
+    # The R-sequence: the generalised golden ratio's powers fill any dimension evenly.
+    ratio = 2.0
+    for _ in range(50):
+        ratio = (1 + ratio) ** (1 / (q + 1))
+    steps = ratio ** -np.arange(1, q + 1)
+    points = np.mod(0.5 + np.arange(1, 1024 * (q - 1) + 1)[:, None] * steps, 1.0)
+    return lower + (upper - lower) * points
+
+
+def design(problem: Problem, theta: Array) -> Array:
+    """Normalised basis functions (m, p, n) at the non-linear parameters (m, q)."""
+    phi = np.concatenate([np.zeros((len(theta), problem.num_linear)), theta], axis=1)
+    parts, _ = problem.normalised(problem.law.basis(problem.x, problem.nonlinear(phi)), ())
+    shape = (len(theta), len(problem.y))
+    return (
+        np.stack([np.broadcast_to(part, shape) for part in parts], axis=1)
+        if parts
+        else np.zeros((*shape[:1], 0, shape[1]))
+    )
+
+
+def project(problem: Problem, g: Array, weights: Array) -> Array:
+    """Best bounded linear coefficients (m, p) of weighted least squares on designs (m, p, n).
+
+    All 2^p choices of coefficients held at their nearest finite bound are tried; p is at most a few.
+    """
+    p = problem.num_linear
+    gw = g * (weights[:, None, :] if weights.ndim == 2 else weights)
+    gram = gw @ g.transpose(0, 2, 1)
+    moment = gw @ problem.y
+    scale = np.sqrt(np.einsum("mjj->mj", gram)) + 1e-300
+    gram = gram / (scale[:, :, None] * scale[:, None, :]) + 1e-11 * np.eye(p)
+    moment = moment / scale
+    lower, upper = problem.lower[:p] * scale, problem.upper[:p] * scale
+    held_at = np.where(np.isfinite(lower), lower, np.where(np.isfinite(upper), upper, 0.0))
+    best, best_value = np.zeros((len(g), p)), np.full(len(g), np.inf)
+    can_hold = np.isfinite(problem.lower[:p]) | np.isfinite(problem.upper[:p])
+    must_hold = ~problem.movable[:p]
+    for held in itertools.product((False, True), repeat=p):
+        mask = np.array(held)
+        if np.any(mask & ~can_hold) or np.any(must_hold & ~mask):
+            continue
+        todo = (
+            np.isinf(best_value) if not np.any(mask & ~must_hold) else ~_settled(best, best_value, lower, upper, mask)
+        )
+        if not np.any(todo):
+            continue
+        c = np.where(mask, held_at[todo], 0.0)
+        free = ~mask
+        if np.any(free):
+            sub = gram[todo][:, free][:, :, free]
+            rhs = moment[todo][:, free] - np.einsum("mij,mj->mi", gram[todo][:, free][:, :, mask], c[:, mask])
+            c[:, free] = np.linalg.solve(sub, rhs[..., None])[..., 0]
+        inside = np.all((c >= lower[todo] - 1e-12) & (c <= upper[todo] + 1e-12), axis=1)
+        value = 0.5 * np.einsum("mi,mij,mj->m", c, gram[todo], c) - np.einsum("mi,mi->m", c, moment[todo])
+        value = np.where(inside, value, np.inf)
+        rows = np.flatnonzero(todo)
+        better = value < best_value[rows]
+        best[rows[better]], best_value[rows[better]] = c[better], value[better]
+    return np.where(
+        np.isfinite(best_value)[:, None], best / scale, np.clip(held_at / scale, problem.lower[:p], problem.upper[:p])
+    )
+
+
+def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array) -> Array:
+    """Grid points whose unconstrained solution was inside the bounds: nothing can beat it."""
+    inside = np.all((best > lower) & (best < upper), axis=1)
+    return inside & np.isfinite(value)
+
+
+def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
+    """The best distinct grid points with projected coefficients (count, k), by the objective itself."""
+    problem = _thinned(problem)
+    theta = grid_points(problem.lower[problem.num_linear :], problem.upper[problem.num_linear :])
+    rows = max(1, GRID_VALUES // len(problem.y))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # far corners of the grid may overflow
+        chunks = [_project_chunk(problem, theta[i : i + rows]) for i in range(0, len(theta), rows)]
+    phi, total = (np.concatenate(part) for part in zip(*chunks, strict=True))
+    span = np.where(problem.movable, problem.upper - problem.lower, 1.0)[problem.num_linear :]
+    radius = 0.08 if theta.shape[1] <= 2 else 0.15
+    chosen: list[int] = []
+    for i in np.argsort(total, kind="stable"):
+        if not np.isfinite(total[i]) or len(chosen) == count:
+            break
+        near = np.abs(theta[chosen] - theta[i]) / span < radius
+        if not chosen or not np.any(np.all(near, axis=1)):
+            chosen.append(int(i))
+    return phi[chosen]
+
+
+def _thinned(problem: Problem) -> Problem:
+    """The problem on evenly spaced points where there are many: enough to find starts, which are refined on all."""
+    n = len(problem.y)
+    if n <= MAX_GRID_POINTS:
+        return problem
+    keep = np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int)
+    x = Columns({v: problem.x[v][np.append(keep, n)] for v in problem.law.variables})
+    return replace(problem, x=x, y=problem.y[keep], weights=problem.weights[keep])
+
+
+def _project_chunk(problem: Problem, theta: Array) -> tuple[Array, Array]:
+    """Projected grid points (m, k) and their objective (m,); the better quarter is reweighted once if it is robust."""
+    objective = problem.objective
+    relative = problem.weights / problem.y**2 if objective.log else problem.weights
+    g = design(problem, theta)
+    c = project(problem, g, relative)
+    value = np.einsum("mp,mpn->mn", c, g)
+    total = objective_of(problem, value, problem.weights, None)
+    if objective.robust:
+        best = np.argsort(total)[: max(8, len(theta) // 4)]
+        size = np.abs(problem.y - value[best]) * (1 / problem.y if objective.log else 1.0)
+        middle = np.median(size, axis=1, keepdims=True) + 1e-300
+        again = project(problem, g[best], relative / np.maximum(size, middle))
+        total_again = objective_of(problem, np.einsum("mp,mpn->mn", again, g[best]), problem.weights, None)
+        better = total_again < total[best]
+        c[best[better]], total[best[better]] = again[better], total_again[better]
+    return np.concatenate([c, theta], axis=1), total

@@ -1,0 +1,328 @@
+"""What a fit hands back: numbers with intervals, ranges and flags, and ways to show them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.fitting.bootstrap import interval
+from aimscale.analysis.fitting.objectives import Objective
+from aimscale.analysis.laws.base import Array, Columns, Law
+from aimscale.analysis.tables.observations import CANONICAL, Exclusion
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NOT_IDENTIFIED = "not identified"
+
+
+class AsJson:
+    """What every result can do: turn into plain types and into JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        raise NotImplementedError
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """`to_dict` as JSON; numbers that JSON cannot hold become null."""
+        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A confidence interval of a parameter."""
+
+    low: float
+    """Lower end."""
+    high: float
+    """Upper end."""
+    level: float
+    """E.g. 0.95."""
+    method: str
+    """E.g. "bootstrap over 240 points"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A local minimum other than the best."""
+
+    params: dict[str, float]
+    """Its parameters."""
+    objective_value: float
+    """Its objective, summed over points."""
+    within_noise: bool
+    """The data hardly prefer the best minimum to this one (log-likelihood ratio below 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a fit to the smaller scales predicts for the largest, and what happened."""
+
+    variable: str
+    """Scale that was held out: N, D, C or another column."""
+    values: tuple[float, ...]
+    """The held-out values of it."""
+    num_train: int
+    """Points fitted."""
+    num_test: int
+    """Points predicted."""
+    mean_abs_relative_error: float
+    """Mean of |prediction / measurement - 1|."""
+    log_rmse: float
+    """Root mean square of ln prediction - ln measurement."""
+    naive_mean_abs_relative_error: float
+    """The same error of the naive baseline."""
+    naive_log_rmse: float
+    """The same of the naive baseline."""
+    naive: str
+    """What the naive baseline is."""
+    coverage: float
+    """Share of held-out points inside their prediction interval."""
+    predictions: pd.DataFrame = field(repr=False)
+    """Rows: index of the table, variables, measured, measured_se (standard error of the measurement, NaN if unknown),
+    predicted, pi_lo, pi_hi, inside, naive."""
+
+    @property
+    def num_inside(self) -> int:
+        """Held-out points inside their prediction interval."""
+        return int(self.predictions["inside"].sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(AsJson):
+    """A fitted law."""
+
+    law: Law
+    """The form."""
+    objective: Objective
+    """What was minimised."""
+    params: dict[str, float]
+    """Reported parameters and derived quantities; see `not_identified` before printing digits."""
+    intervals: dict[str, Interval]
+    """Confidence intervals of `params`; empty if no bootstrap was asked for."""
+    flags: tuple[str, ...]
+    """What to be careful about, in sentences."""
+    not_identified: frozenset[str]
+    """Parameters that the data do not pin down: `.table()` prints words instead of digits."""
+    objective_value: float
+    """Objective at the optimum, summed over points."""
+    rivals: tuple[Rival, ...]
+    """Other local minima, best first."""
+    num_points: int
+    """Points fitted."""
+    num_rows: int
+    """Rows of the table given."""
+    exclusions: tuple[Exclusion, ...]
+    """Rows left out and why."""
+    ranges: dict[str, tuple[float, float]]
+    """Smallest and largest value of each variable among the fitted points."""
+    columns: dict[str, str]
+    """Variable (and 'y') -> column of the table."""
+    data: pd.DataFrame = field(repr=False)
+    """The fitted points: variables, y, weight, fitted, residual (of T(y)); index as in the table."""
+    raw: dict[str, float] = field(repr=False)
+    """The law's own parameters."""
+    draws: dict[str, Array] = field(repr=False)
+    """Bootstrap draws of the law's own parameters (num_resamples,)."""
+    interval_method: str
+    """How the intervals were made."""
+    optimiser: str
+    """How the optimum was found."""
+    level: float = 0.95
+    """Level of all intervals."""
+    loss_unit: str = ""
+    """Unit of the losses, for axes; empty for a table that is not a results table."""
+    heldout: tuple[HeldOut, ...] = ()
+    """Extrapolation tests, if asked for."""
+    fixed: dict[str, float] = field(default_factory=dict)
+    """Parameters that were held."""
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Parameters that were kept between two values."""
+
+    @property
+    def noise(self) -> Array:
+        """Residuals of T(y), inflated for the parameters spent: the error of one more measurement."""
+        free = len(self.law.parameters) - len(self.fixed)
+        return self.data["residual"].to_numpy() * np.sqrt(self.num_points / max(1, self.num_points - free))
+
+    def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
+        """The law's variables, taken from a table by the variable's name or by the fit's column names."""
+        out = Columns()
+        for v in self.law.variables:
+            key = next((c for c in (v, self.columns[v], CANONICAL.get(v, v)) if c in df), None)
+            if key is None:
+                raise KeyError(f"{v} (column {self.columns[v]!r})")
+            out[v] = np.atleast_1d(np.asarray(df[key], float))
+        return out
+
+    def predict(self, df: pd.DataFrame | Mapping[str, Any]) -> pd.DataFrame:
+        """Predictions (rows as given): value, ci_lo, ci_hi (of the law), pi_lo, pi_hi (of one new measurement), and
+        beyond_range: the largest factor by which a variable lies outside the fitted range (1 inside).
+
+        The confidence interval covers the uncertainty of the curve, the prediction interval also the scatter of a
+        measurement around it. Both are NaN without a bootstrap.
+        """
+        x = self.variables(df)
+        value = np.broadcast_to(self.law.value(x, self.raw), (len(x[self.law.variables[0]]),))
+        out = {"value": value}
+        nan = np.full(len(value), np.nan)
+        out |= dict.fromkeys(("ci_lo", "ci_hi", "pi_lo", "pi_hi"), nan)
+        if self.draws:
+            curves = np.broadcast_to(self.law.value(x, self.draws), (self.num_draws, len(value)))
+            tails = [50 * (1 - self.level), 50 * (1 + self.level)]
+            out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, tails, axis=0)
+            noise = np.random.default_rng(0).choice(self.noise, curves.shape)
+            with np.errstate(invalid="ignore"):
+                measured = self.objective.inverse(self.objective.transform(curves) + noise)
+            out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
+        factor = np.ones(len(value))
+        for v, (low, high) in self.ranges.items():
+            factor = np.maximum(factor, np.maximum(low / x[v], x[v] / high))
+        return pd.DataFrame({**out, "beyond_range": factor}, index=df.index if isinstance(df, pd.DataFrame) else None)
+
+    @property
+    def num_draws(self) -> int:
+        """Bootstrap resamples kept."""
+        return len(next(iter(self.draws.values()))) if self.draws else 0
+
+    def reported_draws(self) -> dict[str, Array]:
+        """Bootstrap draws of `params`, derived quantities included."""
+        return self.law.reported(self.draws) if self.draws else {}
+
+    def shown(self, name: str, digits: int = 4) -> str:
+        """A parameter as text: digits with its interval, or the words "not identified"."""
+        if name in self.not_identified:
+            return NOT_IDENTIFIED
+        text = f"{self.params[name]:.{digits}g}"
+        if name in self.intervals:
+            i = self.intervals[name]
+            text += f" [{i.low:.{digits}g}, {i.high:.{digits}g}]"
+        return text
+
+    def table(self) -> pd.DataFrame:
+        """One row a parameter: parameter, value, low, high, level, method, note."""
+        rows = []
+        for name, value in self.params.items():
+            i = self.intervals.get(name)
+            rows.append(
+                {
+                    "parameter": name,
+                    "value": NOT_IDENTIFIED if name in self.not_identified else value,
+                    "low": i.low if i else np.nan,
+                    "high": i.high if i else np.nan,
+                    "level": i.level if i else np.nan,
+                    "method": i.method if i else "",
+                    "note": " ".join(f for f in self.flags if f.startswith(f"{name} ")),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def sentence(self) -> str:
+        """The fit as prose: law, variables, objective, optimiser, n, exclusions, range, intervals, held-out error."""
+        from aimscale.analysis.fitting.sentences import fit_sentence
+
+        return fit_sentence(self)
+
+    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """Measurements, law, interval and held-out points on one axis (see `analysis.plots.scaling`)."""
+        from aimscale.analysis.plots import scaling as plots
+
+        return plots.plot_fit(self, ax=ax, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the data and the draws, in plain types."""
+        return {
+            "law": self.law.name,
+            "formula": self.law.formula,
+            "source": self.law.source,
+            "objective": {"name": self.objective.name, "label": self.objective.label, "value": self.objective_value},
+            "params": {k: None if k in self.not_identified else v for k, v in self.params.items()},
+            "not_identified": sorted(self.not_identified),
+            "intervals": {k: {"low": i.low, "high": i.high, "level": i.level} for k, i in self.intervals.items()},
+            "interval_method": self.interval_method,
+            "optimiser": self.optimiser,
+            "flags": list(self.flags),
+            "rivals": [
+                {"params": r.params, "objective": r.objective_value, "within_noise": r.within_noise}
+                for r in self.rivals
+            ],
+            "num_points": self.num_points,
+            "num_rows": self.num_rows,
+            "exclusions": [{"reason": e.reason, "rows": [str(r) for r in e.rows]} for e in self.exclusions],
+            "fixed": self.fixed,
+            "bounds": {k: list(v) for k, v in self.bounds.items()},
+            "ranges": {k: list(v) for k, v in self.ranges.items()},
+            "columns": self.columns,
+            "heldout": [
+                {k: v for k, v in vars(h).items() if k != "predictions"} | {"values": list(h.values)}
+                for h in self.heldout
+            ],
+            "sentence": self.sentence(),
+        }
+
+
+def plain_types(value: Any) -> Any:
+    """JSON types only; numbers that JSON cannot hold become null."""
+    if isinstance(value, dict):
+        return {str(k): plain_types(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_types(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlation(AsJson):
+    """How two columns go together."""
+
+    method: str
+    """pearson, spearman or kendall."""
+    x: str
+    """Column."""
+    y: str
+    """Column."""
+    value: float
+    """Coefficient, -1 to 1."""
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end."""
+    level: float
+    """Level of the interval."""
+    num_points: int
+    """Rows used."""
+    interval_method: str
+    """How the interval was made."""
+    partial_on: str | None = None
+    """Column whose logarithm was regressed out of both, if any."""
+    within: str | None = None
+    """Column whose groups' means were taken out of both, if any."""
+    exclusions: tuple[Exclusion, ...] = ()
+    """Rows left out and why."""
+
+    def sentence(self) -> str:
+        """The correlation as prose."""
+        from aimscale.analysis.fitting.sentences import correlation_sentence
+
+        return correlation_sentence(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return plain_types(
+            {k: v for k, v in vars(self).items() if k != "exclusions"} | {"sentence": self.sentence()}
+        ) | {"exclusions": [str(e) for e in self.exclusions]}
+
+
+def intervals_of(draws: dict[str, Array], level: float, method: str) -> dict[str, Interval]:
+    """Percentile intervals of named draws."""
+    out = {}
+    for name, values in draws.items():
+        low, high = interval(values, level)
+        out[name] = Interval(low=low, high=high, level=level, method=method)
+    return out

@@ -1,0 +1,114 @@
+"""The three approaches on one table, and how far they disagree."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
+from aimscale.analysis.fitting.result import AsJson
+from aimscale.analysis.frontier.envelope import envelope_frontier
+from aimscale.analysis.frontier.isoflop import isoflop_frontier
+from aimscale.analysis.frontier.optimum import Frontier, parametric_frontier
+from aimscale.analysis.laws.catalogue import CHINCHILLA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approaches(AsJson):
+    """Frontiers by every approach that the table allows."""
+
+    frontiers: tuple[Frontier, ...]
+    """In the order 1, 2, 3."""
+    failures: dict[int, str]
+    """Approach -> why it was not possible."""
+
+    def table(self) -> pd.DataFrame:
+        """One row an approach: approach, exponent, low, high, method, refused."""
+        return pd.concat([f.table() for f in self.frontiers], ignore_index=True)
+
+    def at(self, flops: Any) -> pd.DataFrame:
+        """Optimum at budgets by every approach (see `Frontier.at`)."""
+        return pd.concat([f.at(flops).assign(approach=f.approach) for f in self.frontiers], ignore_index=True)
+
+    def disagreement(self, flops: float) -> float:
+        """Largest N* over smallest N* at a budget."""
+        sizes = self.at(flops)["N"]
+        return float(sizes.max() / sizes.min())
+
+    def sentence(self) -> str:
+        """All approaches, their disagreement at the largest budget and beyond, and what failed."""
+        parts = [f.sentence() for f in self.frontiers]
+        if len(self.frontiers) > 1:
+            top = max(f.range[1] for f in self.frontiers)
+            apart = all(
+                a.exponent_interval.high < b.exponent_interval.low or b.exponent_interval.high < a.exponent_interval.low
+                for a, b in itertools.combinations(self.frontiers, 2)
+            )
+            parts.append(
+                f"Their N* differ by a factor of {self.disagreement(top):.2f} at the largest budget {top:.3g} and of "
+                f"{self.disagreement(100 * top):.2f} at a hundred times it; the intervals of their exponents "
+                f"{'do not overlap' if apart else 'overlap'}."
+            )
+        parts += [f"Approach {k} was not possible: {why}" for k, why in self.failures.items()]
+        return " ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {
+            "frontiers": [f.to_dict() for f in self.frontiers],
+            "failures": {str(k): v for k, v in self.failures.items()},
+            "sentence": self.sentence(),
+        }
+
+
+def all_approaches(
+    df: pd.DataFrame,
+    *,
+    y: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
+    budgets: int | None = None,
+    objective: Objective | str = HUBER_LOG,
+    resamples: int = 500,
+    cluster: str | None = "auto",
+) -> Approaches:
+    """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
+
+    Args:
+        df: one row a point.
+        y: loss column.
+        columns: N, D or C -> column.
+        budgets: common budgets that approach 2 interpolates to; None takes the table's own.
+        objective: of approach 3.
+        resamples: bootstrap resamples of each.
+        cluster: column whose groups approach 3 resamples whole, as for `fit`.
+
+    Raises:
+        AnalysisError: no approach is possible.
+    """
+    frontiers, failures = [], {}
+
+    def parametric() -> Frontier:
+        nd = {k: v for k, v in (columns or {}).items() if k in ("N", "D")}
+        law = fit(CHINCHILLA, df, y=y, columns=nd, objective=objective, resamples=resamples, cluster=cluster)
+        return parametric_frontier(law, df, columns=columns)
+
+    attempts = (
+        lambda: envelope_frontier(df, y=y, columns=columns, resamples=resamples),
+        lambda: isoflop_frontier(df, y=y, columns=columns, budgets=budgets, resamples=resamples),
+        parametric,
+    )
+    for number, attempt in enumerate(attempts, start=1):
+        try:
+            frontiers.append(attempt())
+        except AnalysisError as error:
+            failures[number] = str(error)
+    if not frontiers:
+        reasons = " ".join(f"{number}: {why}" for number, why in failures.items())
+        raise AnalysisError(f"No approach is possible. {reasons}")
+    return Approaches(frontiers=tuple(frontiers), failures=failures)

@@ -1,0 +1,256 @@
+"""Compute-optimal size and data: N*(C) = k C^a, by the three approaches of Hoffmann et al. 2022, with intervals.
+
+The cost of training is read from the table, C = kappa N^(1+s) D, so that 6ND (s = 0, kappa = 6) and counted FLOPs
+(attention, head and patches included; kappa holds the tokens per image) go through the same algebra; so do the three
+meanings of N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.bootstrap import interval
+from aimscale.analysis.fitting.result import AsJson, Fit, Interval
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.tables.observations import resolve_columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Training FLOPs as C = kappa N^(1 + s) D."""
+
+    kappa: float
+    """FLOPs per parameter and sample at N = 1."""
+    s: float
+    """How much faster than N the FLOPs of a sample grow; 0 for 6ND."""
+    worst_error: float
+    """Largest relative error of this formula over the table."""
+
+    def samples(self, flops: Array, num_params: Array) -> Array:
+        """D that the budget buys at a size."""
+        return flops / (self.kappa * num_params ** (1 + self.s))
+
+
+def cost_of(num_params: Array, samples: Array, flops: Array) -> Cost:
+    """Fit kappa and s to a table's N, D and C."""
+    per_sample = np.log(flops / (num_params * samples))
+    if np.ptp(np.log(num_params)) == 0 or np.ptp(per_sample) < 1e-9:
+        s, level = 0.0, float(np.mean(per_sample))
+    else:
+        s, level = (float(v) for v in np.polyfit(np.log(num_params), per_sample, 1))
+    error = np.abs(np.expm1(level + s * np.log(num_params) - per_sample)).max()
+    return Cost(kappa=float(np.exp(level)), s=s, worst_error=float(error))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A budget that an approach cannot use."""
+
+    flops: float
+    """The budget."""
+    reason: str
+    """Why, in words."""
+
+    def __str__(self) -> str:
+        return f"C = {self.flops:.3g}: {self.reason}"
+
+
+def refusal_words(refusals: Sequence[Refusal]) -> list[str]:
+    """Refusals in words; more than three for the same reason are counted."""
+    reasons = [r.reason for r in refusals]
+    words = []
+    for reason in dict.fromkeys(reasons):
+        mine = [r for r in refusals if r.reason == reason]
+        ends = [f"{end(r.flops for r in mine):.3g}" for end in (min, max)]
+        counted = f"{len(mine)} budgets from C = {' to '.join(ends)}: {reason}"
+        words += [counted] if len(mine) > 3 else [str(r) for r in mine]
+    return words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier(AsJson):
+    """N*(C) = k C^a by one approach."""
+
+    approach: int
+    """1 envelope of training curves, 2 iso-FLOP parabolas, 3 parametric law."""
+    method: str
+    """How, in words."""
+    exponent: float
+    """a, of N*(C)."""
+    exponent_interval: Interval
+    """Its confidence interval."""
+    log_k: float = field(repr=False)
+    """ln k."""
+    draws: Array = field(repr=False)
+    """Bootstrap draws (num_resamples, 2) of (ln k, a)."""
+    cost: Cost
+    """C of N and D."""
+    pairs: pd.DataFrame = field(repr=False)
+    """The optima the line goes through: C, N, D, loss, log_N_std (approaches 1 and 2)."""
+    refusals: tuple[Refusal, ...]
+    """Budgets left out and why."""
+    range: tuple[float, float]
+    """Smallest and largest C used."""
+    law: Fit | None = field(default=None, repr=False)
+    """The (N, D) law of approach 3, or the loss-against-C law along the optima of approaches 1 and 2."""
+
+    def at(self, flops: Any) -> pd.DataFrame:
+        """Optimum at budgets: C, N, N_lo, N_hi, D, D_lo, D_hi, loss, loss_lo, loss_hi, beyond_range.
+
+        `beyond_range` is the factor above the largest C used (1 within).
+        """
+        c = np.atleast_1d(np.asarray(flops, float))
+        n = np.exp(self.log_k + self.exponent * np.log(c))
+        tails = [50 * (1 - self.exponent_interval.level), 50 * (1 + self.exponent_interval.level)]
+        n_draws = np.exp(self.draws[:, :1] + self.draws[:, 1:] * np.log(c))
+        n_lo, n_hi = np.nanpercentile(n_draws, tails, axis=0)
+        out = {"C": c, "N": n, "N_lo": n_lo, "N_hi": n_hi, "D": self.cost.samples(c, n)}
+        out |= {"D_lo": self.cost.samples(c, n_hi), "D_hi": self.cost.samples(c, n_lo)}
+        if self.law is not None:
+            x = {"N": n, "D": out["D"]} if self.approach == 3 else {"C": c}
+            predicted = self.law.predict(x)
+            out |= {"loss": predicted["value"], "loss_lo": predicted["ci_lo"], "loss_hi": predicted["ci_hi"]}
+        return pd.DataFrame({**out, "beyond_range": np.maximum(1.0, c / self.range[1])})
+
+    def sentence(self) -> str:
+        """The exponent with its interval, method, range and refusals."""
+        i = self.exponent_interval
+        text = (
+            f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} "
+            f"({i.level:.0%} interval {i.low:.3f} to {i.high:.3f}, {i.method}), C from {self.range[0]:.3g} to "
+            f"{self.range[1]:.3g} FLOPs."
+        )
+        if self.refusals:
+            text += f" Refused: {'; '.join(refusal_words(self.refusals))}."
+        return text
+
+    def table(self) -> pd.DataFrame:
+        """One row: approach, exponent, low, high, method, refused."""
+        i = self.exponent_interval
+        row = {"approach": self.approach, "exponent": self.exponent, "low": i.low, "high": i.high}
+        return pd.DataFrame([{**row, "method": self.method, "refused": len(self.refusals)}])
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Optima and line on one axis (see `analysis.plots.scaling`)."""
+        from aimscale.analysis.plots import scaling as plots
+
+        return plots.plot_frontier(self, ax=ax, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        i = self.exponent_interval
+        return {
+            "approach": self.approach,
+            "method": self.method,
+            "exponent": self.exponent,
+            "low": i.low,
+            "high": i.high,
+            "level": i.level,
+            "k": float(np.exp(self.log_k)),
+            "kappa": self.cost.kappa,
+            "s": self.cost.s,
+            "range": list(self.range),
+            "refusals": [{"C": r.flops, "reason": r.reason} for r in self.refusals],
+            "pairs": self.pairs.to_dict("records"),
+            "sentence": self.sentence(),
+        }
+
+
+def log_line(flops: Array, optimum: Array, log_std: Array | None = None) -> tuple[float, float]:
+    """(ln k, a) of optimum = k C^a by least squares on logarithms, weighted by 1/log_std^2 where given."""
+    weight = np.ones(len(flops)) if log_std is None else 1 / np.asarray(log_std, float)
+    a, log_k = np.polyfit(np.log(flops), np.log(optimum), 1, w=weight)
+    return float(log_k), float(a)
+
+
+def points_of(df: pd.DataFrame, *, y: str, columns: Mapping[str, str] | None) -> pd.DataFrame:
+    """N, D, C and loss of the finished rows with positive values, under these names (index kept).
+
+    Raises:
+        AnalysisError: a column is missing or no row is left.
+    """
+    names = {v: columns[v] for v in ("N", "D", "C") if columns and v in columns}
+    law = CHINCHILLA
+    found = resolve_columns(law, df, {k: v for k, v in names.items() if k in law.variables})
+    c = names.get("C", "C" if "C" in df.columns else "flops_train")
+    for name in (c, y):
+        if name not in df.columns:
+            raise AnalysisError(f"The table has no column {name!r}; its columns are {', '.join(map(str, df.columns))}.")
+    used = df if "status" not in df.columns else df[df["status"] == "complete"]
+    out = used[[found["N"], found["D"], c, y]].apply(pd.to_numeric, errors="coerce").astype(float)
+    out.columns = pd.Index(["N", "D", "C", "loss"])
+    for extra in ("size", "run_id"):
+        if extra in df.columns:
+            out[extra] = used[extra]
+    out = out[(np.isfinite(out[["N", "D", "C", "loss"]]) & (out[["N", "D", "C", "loss"]] > 0)).all(axis=1)]
+    if out.empty:
+        raise AnalysisError("No row of the table has positive N, D, C and loss, so there is no frontier to draw.")
+    return out
+
+
+def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str] | None = None) -> Frontier:
+    """Approach 3: the minimum of E + A N^-alpha + B D^-beta on C = kappa N^(1+s) D, in closed form.
+
+    Raises:
+        AnalysisError: the fit is of another law, or its exponents are not identified.
+    """
+    if fit.law.name != "chinchilla":
+        raise AnalysisError(f"Approach 3 needs the law {CHINCHILLA.formula}, not {fit.law.formula}.")
+    if "a" in fit.not_identified:
+        raise AnalysisError(
+            "The exponents alpha and beta are not identified by this table, so approach 3 has no frontier."
+        )
+    points = points_of(df, y=fit.columns["y"], columns=columns or {k: fit.columns[k] for k in ("N", "D")})
+    cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
+    log_k, a = (float(v[0]) for v in optimum_of({k: np.array([v]) for k, v in fit.raw.items()}, cost))
+    draws = np.stack(optimum_of(fit.draws, cost), axis=1) if fit.draws else np.array([[log_k, a]])
+    low, high = interval(draws[:, 1], fit.level)
+    return Frontier(
+        approach=3,
+        method=f"minimum of {fit.law.formula} on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
+        exponent=a,
+        exponent_interval=Interval(low=low, high=high, level=fit.level, method=fit.interval_method),
+        log_k=log_k,
+        draws=draws,
+        cost=cost,
+        pairs=pd.DataFrame(columns=["C", "N", "D", "loss", "log_N_std"]),
+        refusals=(),
+        range=(float(points["C"].min()), float(points["C"].max())),
+        law=fit,
+    )
+
+
+def optimum_of(p: Mapping[str, Array], cost: Cost) -> tuple[Array, Array]:
+    """(ln k, a) of N*(C): set to zero the derivative of A N^-alpha + B (C / kappa)^-beta N^((1+s) beta)."""
+    grow = (1 + cost.s) * p["beta"]
+    a = p["beta"] / (p["alpha"] + grow)
+    with np.errstate(divide="ignore"):
+        log_g = (np.log(p["alpha"] * p["A"]) - np.log(grow * p["B"])) / (p["alpha"] + grow)
+    return log_g - a * np.log(cost.kappa), a
+
+
+def off_optimum(fit: Fit, frontier: Frontier, flops: float, factors: Array) -> pd.DataFrame:
+    """What a size other than N* costs at one budget: factor, N, D, loss, extra_loss, and compute_factor.
+
+    compute_factor is how many times the budget this size needs to reach the loss of the optimum; inf where no amount of
+    data gets it there.
+    """
+    p, cost = fit.raw, frontier.cost
+    best = frontier.at(flops).iloc[0]
+    n = best["N"] * np.asarray(factors, float)
+    d = cost.samples(np.full(len(n), flops), n)
+    loss = fit.law.value({"N": n, "D": d}, p)
+    optimal = float(fit.law.value({"N": np.array([best["N"]]), "D": np.array([best["D"]])}, p)[0])
+    room = optimal - p["E"] - p["A"] * n ** -p["alpha"]
+    with np.errstate(divide="ignore", over="ignore"):
+        needed = (p["B"] / np.maximum(room, 0.0)) ** (1 / p["beta"])
+    return pd.DataFrame(
+        {"factor": factors, "N": n, "D": d, "loss": loss, "extra_loss": loss - optimal, "compute_factor": needed / d}
+    )

@@ -1,0 +1,140 @@
+"""A scaling law as a small object: `y = sum_j c_j g_j(x; t)`, linear in the coefficients c, non-linear in t.
+
+Every form in use is linear in some of its parameters once the others are fixed, and that is what makes a global
+optimum cheap (`analysis.fitting.optimise`). A new law is ten lines: names, bounds, and the basis functions g_j
+in numpy. Its gradient is taken by the complex step, exact to rounding, unless the law brings its own.
+
+    from aimscale.analysis.laws.catalogue import Law, coefficient
+    LOG_LINEAR = Law(
+        name="log_linear", formula="L = E - A ln N", variables=("N",),
+        linear=(coefficient("E"), coefficient("A")), nonlinear=(),
+        basis=lambda x, t: (1.0, -x.log("N")),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = Any  # float64 ndarray; `Any` because numpy's stubs do not follow broadcasting
+Bounds = tuple[float, float]
+
+
+class Columns(dict[str, Array]):
+    """The variables of a law, name -> float64 array (n,), with their logarithms kept after the first use."""
+
+    def log(self, name: str) -> Array:
+        """Natural logarithm of a variable."""
+        key = f"ln {name}"
+        if key not in self:
+            self[key] = np.log(self[name])
+        return self[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of a law."""
+
+    name: str
+    """As the formula writes it."""
+    bounds: Bounds | Callable[[Columns], Bounds]
+    """Lowest and highest value, or a function of the data that returns them."""
+    log: bool = False
+    """Search on a logarithmic scale (exponents, scales)."""
+
+    def limits(self, x: Columns) -> Bounds:
+        """The bounds for this table."""
+        return self.bounds(x) if callable(self.bounds) else self.bounds
+
+
+def coefficient(name: str) -> Parameter:
+    """A linear parameter that cannot be negative."""
+    return Parameter(name=name, bounds=(0.0, np.inf))
+
+
+def free(name: str) -> Parameter:
+    """A linear parameter of either sign."""
+    return Parameter(name=name, bounds=(-np.inf, np.inf))
+
+
+def exponent(name: str, lower: float = 0.005, upper: float = 5.0) -> Parameter:
+    """A positive exponent or rate, searched on a logarithmic scale."""
+    return Parameter(name=name, bounds=(lower, upper), log=True)
+
+
+def scale_of(name: str, variable: str, below: float = 1e-4, above: float = 1e4) -> Parameter:
+    """A parameter in the units of a variable: from `below` x its smallest to `above` x its largest value."""
+    return Parameter(
+        name=name, bounds=lambda x: (below * float(np.min(x[variable])), above * float(np.max(x[variable]))), log=True
+    )
+
+
+Params = Mapping[str, Array]
+Basis = Callable[[Columns, Params], tuple[Any, ...]]
+BasisGradient = Callable[[Columns, Params, tuple[Any, ...]], tuple[tuple[Any, ...], ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """A formula with its variables, its parameters and their bounds."""
+
+    name: str
+    """Short name, as `--law` takes it."""
+    formula: str
+    """For sentences and figures."""
+    variables: tuple[str, ...]
+    """Names of the inputs: N parameters, D samples, C FLOPs, U unique samples, x anything, L loss."""
+    linear: tuple[Parameter, ...]
+    """Coefficients c_j, in the order of the basis."""
+    nonlinear: tuple[Parameter, ...]
+    """Parameters t inside the basis functions."""
+    basis: Basis
+    """(x, t) -> the g_j, each broadcastable to (..., n); t holds arrays (..., 1)."""
+    gradient: BasisGradient | None = None
+    """(x, t, g) -> for each non-linear parameter, the derivative of every g_j; None: complex step."""
+    report: Callable[[Params], dict[str, Array]] | None = None
+    """Turns the parameters into the published ones where those differ (Kaplan's Nc, Dc)."""
+    centred: Callable[[Columns], Law] | None = None
+    """Returns this law with constants that suit the data (Kaplan's N and D over their means); None: it has none."""
+    derived: Mapping[str, Callable[[Params], Array]] = field(default_factory=dict)
+    """Further quantities that deserve an interval, e.g. the exponent of N*(C)."""
+    source: str = ""
+    """Paper and equation."""
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Linear first, then non-linear: the order of every parameter vector."""
+        return self.linear + self.nonlinear
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of `parameters`."""
+        return tuple(p.name for p in self.parameters)
+
+    def value(self, x: Mapping[str, Array], params: Params) -> Array:
+        """y of the law; parameters may carry leading batch dimensions, the result is (..., n)."""
+        columns = x if isinstance(x, Columns) else Columns({k: np.asarray(v, float) for k, v in x.items()})
+        t = {name: np.asarray(value)[..., None] for name, value in params.items()}
+        parts = self.basis(columns, t)
+        return sum(t[p.name] * g for p, g in zip(self.linear, parts, strict=True))
+
+    def basis_and_gradient(self, x: Columns, t: Params) -> tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]:
+        """The g_j and, for every non-linear parameter, their derivatives."""
+        parts = self.basis(x, t)
+        if self.gradient is not None:
+            return parts, self.gradient(x, t, parts)
+        step = 1e-30
+        derivatives = []
+        for p in self.nonlinear:
+            moved = self.basis(x, {**t, p.name: t[p.name] + 1j * step})
+            derivatives.append(tuple(np.imag(g) / step for g in moved))
+        return parts, tuple(derivatives)
+
+    def reported(self, params: Params) -> dict[str, Array]:
+        """Published parameters and derived quantities, from the fitted parameters."""
+        shown = dict(params) if self.report is None else self.report(params)
+        return {**shown, **{name: function(params) for name, function in self.derived.items()}}

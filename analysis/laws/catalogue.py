@@ -1,0 +1,372 @@
+"""The catalogue of scaling laws: N parameters, D samples seen, U unique samples, C training FLOPs, L loss, x any scale.
+
+Each is an `analysis.laws.base.Law`; `LAWS` lists them by the name that `aimscale fit --law` takes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.laws.base import (
+    Array,
+    Bounds,
+    Columns,
+    Law,
+    Parameter,
+    Params,
+    coefficient,
+    exponent,
+    free,
+    scale_of,
+)
+
+__all__ = ["LAWS", "Law", "Parameter", "coefficient", "exponent", "find_law", "free", "scale_of"]
+"""Names that a user's own law needs; the laws themselves are attributes: `laws.CHINCHILLA`."""
+
+Parts = tuple[Any, ...]
+
+
+def power(x: str = "x", *, offset: bool = True) -> Law:
+    """Power law in one variable, with or without an offset."""
+    head, ones, zeros = ((coefficient("E"),), (1.0,), (0.0,)) if offset else ((), (), ())
+    return Law(
+        name="power_offset" if offset else "power",
+        formula=f"L = {'E + ' if offset else ''}A {x}^-a",
+        variables=(x,),
+        linear=(*head, coefficient("A")),
+        nonlinear=(exponent("a"),),
+        basis=lambda v, t: (*ones, np.exp(-t["a"] * v.log(x))),
+        gradient=lambda v, t, g: ((*zeros, -v.log(x) * g[-1]),),
+        source="M2 of Alabdulmohsin et al. 2022" if offset else "Kaplan et al. 2020; M1 of Alabdulmohsin et al. 2022",
+    )
+
+
+def saturating(x: str = "x") -> Law:
+    """Power law that levels off at small scale too."""
+    return Law(
+        name="saturating",
+        formula=f"L = E + A ({x} + {x}0)^-a",
+        variables=(x,),
+        linear=(coefficient("E"), coefficient("A")),
+        nonlinear=(exponent("a"), scale_of(f"{x}0", x, below=1e-3, above=1.0)),
+        basis=lambda v, t: (1.0, np.exp(-t["a"] * np.log(v[x] + t[f"{x}0"]))),
+        source="Zhai et al. 2022",
+    )
+
+
+def shifted(x: str = "x") -> Law:
+    """Power law of 1/x + g: levels off at large scale by another route than an offset."""
+    return Law(
+        name="shifted",
+        formula=f"L = b (1/{x} + g)^c",
+        variables=(x,),
+        linear=(coefficient("b"),),
+        nonlinear=(
+            exponent("c"),
+            Parameter(name="g", bounds=lambda v: (1e-4 / float(v[x].max()), 10 / float(v[x].min())), log=True),
+        ),
+        basis=lambda v, t: (np.exp(t["c"] * np.log(1 / v[x] + t["g"])),),
+        source="M3 of Alabdulmohsin et al. 2022",
+    )
+
+
+def _softplus(z: Array) -> Array:
+    """ln(1 + e^z), also of complex z (for the complex step) and of large z."""
+    return np.where(np.real(z) > 30, z, np.log1p(np.exp(np.where(np.real(z) > 30, 0, z))))
+
+
+def _sigmoid(z: Array) -> Array:
+    return np.exp(-_softplus(-z))
+
+
+def _m4_logit(v: Columns, t: Params, x: str) -> Array:
+    """Logit of z with ln z - a ln(1 - z) = -c ln(x / x0): Newton's method on a monotone function."""
+    s = -t["c"] * (v.log(x) - np.log(t[f"{x}0"]))
+    z = np.where(s < 0, s, s / t["a"])
+    for _ in range(12):
+        error = -_softplus(-z) + t["a"] * _softplus(z) - s
+        z = z - error / (_sigmoid(-z) + t["a"] * _sigmoid(z))
+    return z
+
+
+def _m4_gradient(v: Columns, t: Params, g: Parts, x: str) -> tuple[Parts, ...]:
+    z = _m4_logit(v, t, x)
+    slope = g[1] * (1 - g[1]) / (_sigmoid(-z) + t["a"] * _sigmoid(z))
+    return (
+        (0.0, -slope * _softplus(z)),
+        (0.0, -slope * (v.log(x) - np.log(t[f"{x}0"]))),
+        (0.0, slope * t["c"] / t[f"{x}0"]),
+    )
+
+
+def sigmoidal(x: str = "x") -> Law:
+    """M4: from a random-guess level to a limit, a power law in between.
+
+    The published (y - e_inf) / (e_0 - y)^a = b x^-c reads, with z = (y - e_inf) / (e_0 - e_inf), as
+    z / (1 - z)^a = (x / x0)^-c.
+    """
+
+    def report(p: Params) -> dict[str, Array]:
+        span = p["span"]
+        return {
+            "e_inf": p["e_inf"],
+            "e_0": p["e_inf"] + span,
+            "a": p["a"],
+            "c": p["c"],
+            "b": p[f"{x}0"] ** p["c"] * span ** (1 - p["a"]),
+        }
+
+    return Law(
+        name="sigmoidal",
+        formula=f"(L - e_inf) / (e_0 - L)^a = b {x}^-c",
+        variables=(x,),
+        linear=(coefficient("e_inf"), coefficient("span")),
+        nonlinear=(exponent("a", 0.05, 5.0), exponent("c"), scale_of(f"{x}0", x, below=1e-3, above=1e2)),
+        basis=lambda v, t: (1.0, _sigmoid(_m4_logit(v, t, x))),
+        gradient=lambda v, t, g: _m4_gradient(v, t, g, x),
+        report=report,
+        source="M4 of Alabdulmohsin et al. 2022",
+    )
+
+
+def broken(x: str = "x", *, breaks: int = 1) -> Law:
+    """Smoothly broken power law."""
+
+    def basis(v: Columns, t: Params) -> Parts:
+        log_value = -t["c0"] * v.log(x)
+        for i in range(1, breaks + 1):
+            bend = (v.log(x) - np.log(t[f"d{i}"])) / t[f"f{i}"]
+            log_value = log_value - t[f"c{i}"] * t[f"f{i}"] * _softplus(bend)
+        return 1.0, np.exp(log_value)
+
+    parameters = [exponent("c0")]
+    for i in range(1, breaks + 1):
+        parameters += [
+            Parameter(name=f"c{i}", bounds=(-3.0, 5.0)),
+            scale_of(f"d{i}", x, below=1.0, above=1.0),
+            Parameter(name=f"f{i}", bounds=(0.05, 4.0), log=True),
+        ]
+    return Law(
+        name=f"broken{breaks}",
+        formula=f"L = a + b {x}^-c0 prod_i (1 + ({x}/d_i)^(1/f_i))^(-c_i f_i), {breaks} break{'s' * (breaks > 1)}",
+        variables=(x,),
+        linear=(coefficient("a"), coefficient("b")),
+        nonlinear=tuple(parameters),
+        basis=basis,
+        source="Caballero et al. 2023",
+    )
+
+
+def _chinchilla_basis(x: Columns, t: Params) -> Parts:
+    return 1.0, np.exp(-t["alpha"] * x.log("N")), np.exp(-t["beta"] * x.log("D"))
+
+
+def _chinchilla_gradient(x: Columns, t: Params, g: Parts) -> tuple[Parts, ...]:
+    return (0.0, -x.log("N") * g[1], 0.0), (0.0, 0.0, -x.log("D") * g[2])
+
+
+CHINCHILLA = Law(
+    name="chinchilla",
+    formula="L = E + A N^-alpha + B D^-beta",
+    variables=("N", "D"),
+    linear=(coefficient("E"), coefficient("A"), coefficient("B")),
+    nonlinear=(exponent("alpha"), exponent("beta")),
+    basis=_chinchilla_basis,
+    gradient=_chinchilla_gradient,
+    derived={"a": lambda p: p["beta"] / (p["alpha"] + p["beta"]), "b": lambda p: p["alpha"] / (p["alpha"] + p["beta"])},
+    source="Hoffmann et al. 2022, approach 3; a and b are the exponents of N*(C) and D*(C)",
+)
+
+
+def _kaplan(n0: float = 1.0, d0: float = 1.0) -> Law:
+    """Kaplan's law as K ((N/n0)^-p + w d0/D)^aD with p = aN/aD, so that one coefficient is linear."""
+
+    def report(p: Params) -> dict[str, Array]:
+        n_c = n0 * p["K"] ** (1 / p["aN"])
+        return {"aN": p["aN"], "aD": p["aD"], "Nc": n_c, "Dc": p["w"] * d0 * p["K"] ** (1 / p["aD"])}
+
+    def basis(x: Columns, t: Params) -> Parts:
+        size = np.exp(-t["aN"] / t["aD"] * (x.log("N") - np.log(n0)))
+        return (np.exp(t["aD"] * np.log(size + t["w"] * d0 / x["D"])),)
+
+    return Law(
+        name="kaplan",
+        formula="L = ((Nc/N)^(aN/aD) + Dc/D)^aD",
+        variables=("N", "D"),
+        linear=(coefficient("K"),),
+        nonlinear=(
+            exponent("aN", 0.005, 2.0),
+            exponent("aD", 0.005, 2.0),
+            Parameter(name="w", bounds=(1e-6, 1e6), log=True),
+        ),
+        basis=basis,
+        report=report,
+        centred=lambda x: _kaplan(float(np.exp(np.mean(x.log("N")))), float(np.exp(np.mean(x.log("D"))))),
+        source="Kaplan et al. 2020, equation 1.5",
+    )
+
+
+KAPLAN = _kaplan()
+
+
+def effective(unique: Array, seen: Array, worth: Array) -> Array:
+    """Effective amount U + U R (1 - exp(-(seen/U - 1) / R)) of something of which U is fresh and the rest repeated."""
+    repeats = np.maximum(seen / unique, 1.0) - 1.0
+    return unique + unique * worth * -np.expm1(-repeats / worth)
+
+
+REPEATED = Law(
+    name="repeated",
+    formula="L = E + A N^-alpha + B D'^-beta, D' = U + U R_D (1 - exp(-(D/U - 1)/R_D))",
+    variables=("N", "D", "U"),
+    linear=(coefficient("E"), coefficient("A"), coefficient("B")),
+    nonlinear=(exponent("alpha"), exponent("beta"), exponent("R_D", 0.1, 1e3)),
+    basis=lambda x, t: (
+        1.0,
+        np.exp(-t["alpha"] * x.log("N")),
+        effective(np.minimum(x["U"], x["D"]), x["D"], t["R_D"]) ** -t["beta"],
+    ),
+    source="Muennighoff et al. 2023, the data half",
+)
+
+REPEATED_DATA = Law(
+    name="repeated_data",
+    formula="L = E + B D'^-beta, D' = U + U R_D (1 - exp(-(D/U - 1)/R_D))",
+    variables=("D", "U"),
+    linear=(coefficient("E"), coefficient("B")),
+    nonlinear=(exponent("beta"), exponent("R_D", 0.1, 1e3)),
+    basis=lambda x, t: (1.0, effective(np.minimum(x["U"], x["D"]), x["D"], t["R_D"]) ** -t["beta"]),
+    source="Muennighoff et al. 2023, the data half, at one size",
+)
+
+REPEATED_BOTH = Law(
+    name="repeated_both",
+    formula="L = E + A N'^-alpha + B D'^-beta, N' = V + V R_N (1 - exp(-(N/V - 1)/R_N)), D' likewise of U with R_D",
+    variables=("N", "D", "U", "V"),
+    linear=(coefficient("E"), coefficient("A"), coefficient("B")),
+    nonlinear=(exponent("alpha"), exponent("beta"), exponent("R_D", 0.1, 1e3), exponent("R_N", 0.1, 1e3)),
+    basis=lambda x, t: (
+        1.0,
+        effective(np.minimum(x["V"], x["N"]), x["N"], t["R_N"]) ** -t["alpha"],
+        effective(np.minimum(x["U"], x["D"]), x["D"], t["R_D"]) ** -t["beta"],
+    ),
+    source="Muennighoff et al. 2023; V is the compute-optimal size for U samples (aimscale.analysis.frontier.optimum)",
+)
+
+OVERTRAINED = Law(
+    name="overtrained",
+    formula="L = E + (a M^h + b M^-h) C^-h, M = D/N",
+    variables=("N", "D", "C"),
+    linear=(coefficient("E"), coefficient("a"), coefficient("b")),
+    nonlinear=(exponent("h"),),
+    basis=lambda x, t: (
+        1.0,
+        np.exp(t["h"] * (x.log("D") - x.log("N") - x.log("C"))),
+        np.exp(-t["h"] * (x.log("D") - x.log("N") + x.log("C"))),
+    ),
+    source="Gadre et al. 2024, equation 4",
+)
+
+
+def _range_of(name: str, variable: str, margin: float) -> Parameter:
+    """A location within the data's range widened by `margin` of it on both sides."""
+
+    def bounds(x: Columns) -> Bounds:
+        low, high = float(x[variable].min()), float(x[variable].max())
+        return low - margin * (high - low), high + margin * (high - low)
+
+    return Parameter(name=name, bounds=bounds)
+
+
+def _rate_of(name: str, variable: str) -> Parameter:
+    """A rate per unit of a variable, from hardly curved to a step over the data's range."""
+
+    def bounds(x: Columns) -> Bounds:
+        span = float(np.ptp(x[variable]))
+        return 0.01 / span, 100.0 / span
+
+    return Parameter(name=name, bounds=bounds, log=True)
+
+
+LINK_LINEAR = Law(
+    name="link_linear",
+    formula="accuracy = c - s L",
+    variables=("L",),
+    linear=(free("c"), free("s")),
+    nonlinear=(),
+    basis=lambda x, t: (1.0, -x["L"]),
+    source="loss to accuracy, straight line",
+)
+
+LINK_SIGMOID = Law(
+    name="link_sigmoid",
+    formula="accuracy = floor + (ceiling - floor) / (1 + exp(k (L - L0)))",
+    variables=("L",),
+    linear=(coefficient("floor"), coefficient("height")),
+    nonlinear=(_rate_of("k", "L"), _range_of("L0", "L", 2.0)),
+    basis=lambda x, t: (1.0, _sigmoid(-t["k"] * (x["L"] - t["L0"]))),
+    report=lambda p: {"floor": p["floor"], "ceiling": p["floor"] + p["height"], "k": p["k"], "L0": p["L0"]},
+    source="loss to accuracy, OLMo ladder (Bhagia et al. 2024)",
+)
+
+LINK_EXPONENTIAL = Law(
+    name="link_exponential",
+    formula="accuracy = 1 - eps + k exp(-gamma L)",
+    variables=("L",),
+    linear=(coefficient("floor"), coefficient("k")),
+    nonlinear=(_rate_of("gamma", "L"),),
+    basis=lambda x, t: (1.0, np.exp(-t["gamma"] * x["L"])),
+    report=lambda p: {"eps": 1 - p["floor"], "k": p["k"], "gamma": p["gamma"]},
+    source="loss to accuracy, Gadre et al. 2024 (there as error = eps - k exp(-gamma L)); the floor is 1 - eps",
+)
+
+POWER_OFFSET = power("x")
+POWER = power("x", offset=False)
+
+_ONE_VARIABLE = {
+    "power": lambda x: power(x, offset=False),
+    "power_offset": power,
+    "saturating": saturating,
+    "shifted": shifted,
+    "sigmoidal": sigmoidal,
+    "broken1": broken,
+    "broken2": lambda x: broken(x, breaks=2),
+}
+"""Laws in one variable, as functions of its name."""
+
+LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()} | {
+    law.name: law
+    for law in (
+        CHINCHILLA,
+        KAPLAN,
+        OVERTRAINED,
+        REPEATED,
+        REPEATED_DATA,
+        REPEATED_BOTH,
+        LINK_LINEAR,
+        LINK_SIGMOID,
+        LINK_EXPONENTIAL,
+    )
+}
+"""Name -> law; those in x go on any variable: `power_offset:N`."""
+
+
+def find_law(name: str) -> Law:
+    """A law by name; `power_offset:N` puts a one-variable law on a named variable or column.
+
+    Raises:
+        AnalysisError: the name is unknown.
+    """
+    base, _, variable = name.partition(":")
+    if base in _ONE_VARIABLE and variable:
+        return _ONE_VARIABLE[base](variable)
+    more = re.fullmatch(r"broken(\d)", base)
+    if more and int(more[1]) > 0:
+        return broken(variable or "x", breaks=int(more[1]))
+    if name not in LAWS:
+        raise AnalysisError(f"There is no law named {name!r}; the laws are {', '.join(LAWS)}.")
+    return LAWS[name]

@@ -1,0 +1,164 @@
+"""Dots with intervals: what a change does, where noise comes from, how exponents depend on definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from aimscale.analysis.plots.parts import axis_label, below, plain, scatter
+from aimscale.analysis.plots.style import (
+    ACCENT,
+    INK,
+    MARKERS,
+    MUTED,
+    PAPER,
+    human,
+    log_axis,
+    new_figure,
+    ordered_colours,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from aimscale.analysis.effects.contrasts import Contrast, Contrasts
+    from aimscale.analysis.effects.noise_sources import Noise
+    from aimscale.analysis.fitting.definitions import Definitions
+
+
+def dots(ax: Axes, rows: Sequence[tuple[str, float, float, float]], *, colours: Sequence[Any] | None = None) -> None:
+    """Values with intervals on a horizontal axis, one row each, from the top down.
+
+    Args:
+        ax: where to draw.
+        rows: (label, value, low, high); ends that are NaN leave the dot alone.
+        colours: of the rows; None takes the accent for all.
+    """
+    for i, (_, value, low, high) in enumerate(rows):
+        colour = ACCENT if colours is None else colours[i]
+        if np.isfinite(low) and np.isfinite(high):
+            ax.plot([low, high], [i, i], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
+        scatter(ax, [value], [i], color=colour, marker="o", size=44)
+    row_labels(ax, [label for label, *_ in rows])
+
+
+def row_labels(ax: Axes, labels: Sequence[str]) -> None:
+    """Rows from the top down, with words instead of ticks."""
+    ax.set_yticks(range(len(labels)), [plain(label, 60) for label in labels])
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0, labelcolor=INK)
+    ax.grid(axis="y", visible=False)
+
+
+def plot_contrasts(found: Contrasts) -> Figure:
+    """Differences against the baseline with intervals: a row a measure, a marker a level; ticks are pairs of runs.
+
+    Losses are drawn as per cent of the baseline, accuracies in points, each unit on its own axes. A marker is filled
+    where its interval leaves zero out.
+    """
+    with styled():
+        levels = list(dict.fromkeys(each.level for each in found.contrasts))
+        colours = dict(zip(levels, ordered_colours(len(levels)) if len(levels) > 1 else [ACCENT], strict=True))
+        groups = [
+            [each for each in found.contrasts if each.measure.is_accuracy == is_accuracy]
+            for is_accuracy in (False, True)
+        ]
+        panels = [group for group in groups if group]
+        heights = [0.45 + (0.16 + 0.17 * len(levels)) * len({each.measure for each in group}) for group in panels]
+        figure = Figure(figsize=(6.2, sum(heights) + 0.5 * len(panels) + 0.45), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, group in zip(axes, panels, strict=True):
+            _contrast_panel(ax, group, found.baseline, levels, colours)
+        handles = [
+            mpl.lines.Line2D([], [], color=colours[level], marker=MARKERS[i % len(MARKERS)], label=plain(level))
+            for i, level in enumerate(levels)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(levels)), title=plain(found.by))
+        return figure
+
+
+def _contrast_panel(
+    ax: Axes, group: Sequence[Contrast], baseline: str, levels: Sequence[str], colours: dict[str, Any]
+) -> None:
+    is_accuracy = group[0].measure.is_accuracy
+    measures = list(dict.fromkeys(each.measure for each in group))
+    for each in group:
+        scale = 100.0 if is_accuracy else 100 / each.baseline_mean
+        number = levels.index(each.level)
+        y = measures.index(each.measure) + (number - (len(levels) - 1) / 2) * 0.7 / len(levels)
+        colour, marker = colours[each.level], MARKERS[number % len(MARKERS)]
+        means = each.pairs.groupby("run_pair").mean(numeric_only=True)
+        single = means["difference"] * (100.0 if is_accuracy else 100 / means["baseline_value"])
+        ax.scatter(single, np.full(len(single), y), s=22, color=colour, marker="|", linewidths=1, alpha=0.55, zorder=1)
+        if np.isfinite(each.low):
+            ax.plot([scale * each.low, scale * each.high], [y, y], color=colour, linewidth=1.8, zorder=2)
+        face = PAPER if each.verdict == "not shown to differ" else colour
+        ax.scatter(scale * each.difference, y, s=36, facecolors=face, edgecolors=colour, marker=marker, zorder=3)
+    ax.axvline(0, color=MUTED, linewidth=1)
+    row_labels(ax, [measure.title for measure in measures])
+    unit = "points of accuracy" if is_accuracy else "%"
+    better = "left" if group[0].measure.lower_is_better else "right"
+    ax.set_xlabel(f"against {plain(baseline)}, {unit} ({better} is better)")
+
+
+def plot_noise(found: Noise) -> Figure:
+    """Standard deviations of the loss by source, per cent of it, on a logarithmic axis."""
+    with styled():
+        parts = [each for each in found.components if each.value > 0]
+        figure = Figure(figsize=(7.2, 0.42 * len(parts) + 0.9), layout="constrained")
+        ax = figure.subplots()
+        rows = [(each.source, 100 * each.value, 100 * each.low, 100 * each.high) for each in parts]
+        dots(ax, rows)
+        ends = [end for row in rows for end in row[1:] if np.isfinite(end) and end > 0]
+        log_axis(ax, "x", ends)
+        ax.set_xlabel("standard deviation, % of the loss")
+        return figure
+
+
+def plot_definitions(found: Definitions) -> Figure:
+    """Exponents with intervals for every meaning of N and C."""
+    with styled():
+        table = found.table
+        names = {"alpha": "α: exponent of N", "beta": "β: exponent of D", "exponent": "exponent of N*(C)"}
+        figure = Figure(figsize=(8.4, 0.3 * len(table) + 1.1), layout="constrained")
+        axes = figure.subplots(1, len(names), sharey=True)
+        colours = dict(zip(dict.fromkeys(table["N"]), ordered_colours(table["N"].nunique()), strict=True))
+        for ax, (name, label) in zip(axes, names.items(), strict=True):
+            rows = [
+                (f"N {row['N']}, C {row['C']}", row[name], row[f"{name}_low"], row[f"{name}_high"])
+                for row in table.to_dict("records")
+            ]
+            dots(ax, rows, colours=[colours[n] for n in table["N"]])
+            ax.set_xlabel(label)
+        return figure
+
+
+def plot_repeats(curves: pd.DataFrame, points: pd.DataFrame, loss_unit: str = "") -> Figure:
+    """Loss against images seen, a line per number of unique images, dotted where no image is repeated.
+
+    Args:
+        curves: D, U, loss of the fitted law, and `fresh`: its loss were every image new.
+        points: measured D, U, loss.
+        loss_unit: `table.loss_unit`.
+    """
+    with styled():
+        figure, (ax,) = new_figure(5.8, 4.0)
+        uniques = sorted(points["U"].unique())
+        colours = ordered_colours(len(uniques))
+        fresh = curves.groupby("D")["fresh"].first()
+        ax.plot(fresh.index, fresh, color=MUTED, linestyle=":", label="all images new", zorder=4)
+        for i, (unique, colour) in enumerate(zip(uniques, colours, strict=True)):
+            line, dot = curves[curves["U"] == unique], points[points["U"] == unique]
+            ax.plot(line["D"], line["loss"], color=colour)
+            scatter(ax, dot["D"], dot["loss"], color=colour, marker=MARKERS[i % len(MARKERS)], label=human(unique))
+        log_axis(ax, "x", points["D"])
+        log_axis(ax, "y", [*points["loss"], *curves["loss"]])
+        ax.set_xlabel(axis_label("images_seen", loss_unit))
+        ax.set_ylabel(axis_label("val_loss", loss_unit))
+        ax.legend(title="U, different images", **below(len(uniques) + 1))
+        return figure

@@ -1,0 +1,212 @@
+"""Figures of laws and frontiers: iso-FLOP parabolas, the (N, D) surface, bootstrap clouds, forecast against actual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from scipy.stats import chi2
+
+from aimscale.analysis.plots.parts import axis_label, below, plain, scatter
+from aimscale.analysis.plots.style import (
+    ACCENT,
+    INK,
+    LINES,
+    MARKERS,
+    MAX_SERIES,
+    MUTED,
+    PAPER,
+    SECOND,
+    log_axis,
+    new_figure,
+    ordered_colours,
+    power_of_ten,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from aimscale.analysis.fitting.profiles import Profile
+    from aimscale.analysis.fitting.result import Fit
+    from aimscale.analysis.frontier.optimum import Frontier
+
+
+def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = ACCENT, number: int = 0) -> Axes:
+    """N*(C) of one approach: its optima and its line with the interval, dashed beyond the budgets used.
+
+    Args:
+        frontier: an approach's result.
+        ax: where to draw; None makes a figure. Several approaches can share one.
+        colour: of the line.
+        number: 0-based place among several, which picks marker and line style.
+    """
+    with styled():
+        if ax is None:
+            ax = new_figure()[1][0]
+        low, high = frontier.range
+        i = frontier.exponent_interval
+        label = f"approach {frontier.approach}: exponent {frontier.exponent:.2f} [{i.low:.2f}, {i.high:.2f}]"
+        for start, end, style, alpha in ((low, high, LINES[number], 0.18), (high, 10 * high, (0, (1, 2)), 0.08)):
+            line = frontier.at(np.geomspace(start, end, 60))
+            ax.plot(line["C"], line["N"], color=colour, linestyle=style, label=label if end == high else None)
+            ax.fill_between(line["C"], line["N_lo"], line["N_hi"], color=colour, alpha=alpha, linewidth=0)
+        if len(frontier.pairs) <= 40:
+            scatter(ax, frontier.pairs["C"], frontier.pairs["N"], color=colour, marker=MARKERS[number], size=26)
+        lines = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
+        log_axis(
+            ax, "x", np.concatenate([np.asarray(line.get_xdata(), float) for line in ax.lines]), None, power_of_ten
+        )
+        log_axis(ax, "y", lines)
+        ax.set_xlabel(axis_label("flops_train"))
+        ax.set_ylabel("N*: compute-optimal parameters")
+        ax.legend(loc="upper left", handlelength=2.2)
+    return ax
+
+
+def _line_data(ax: Axes) -> tuple[list[Any], list[Any]]:
+    return [line.get_xdata() for line in ax.lines], [line.get_ydata() for line in ax.lines]
+
+
+def plot_frontiers(frontiers: Sequence[Frontier]) -> Figure:
+    """All approaches on one pair of axes: where they agree and where they do not."""
+    with styled():
+        figure, (ax,) = new_figure()
+        for number, frontier in enumerate(frontiers):
+            plot_frontier(frontier, ax, colour=(ACCENT, SECOND, INK)[number % 3], number=number)
+    return figure
+
+
+def plot_isoflop(
+    points: Sequence[tuple[float, pd.DataFrame]], minima: pd.DataFrame | None = None, loss_unit: str = ""
+) -> Figure:
+    """Iso-FLOP parabolas: loss against N at equal compute, a parabola in ln N through each.
+
+    Args:
+        points: (C, frame with columns N and loss), as `frontier.isoflop.isoflop_points` gives them; more than eight
+            budgets are thinned evenly.
+        minima: columns C, N and loss of the accepted minima, drawn as crosses.
+    """
+    with styled():
+        figure, (ax,) = new_figure()
+        picks = np.unique(np.linspace(0, len(points) - 1, min(MAX_SERIES, len(points))).round().astype(int))
+        colours = ordered_colours(len(picks))
+        shown: list[pd.DataFrame] = []
+        for i, pick in enumerate(picks):
+            flops, frame = points[pick]
+            shown.append(frame)
+            scatter(
+                ax, frame["N"], frame["loss"], color=colours[i], marker=MARKERS[i], label=power_of_ten(flops), size=24
+            )
+            if frame["N"].nunique() > 2:
+                curve = np.polyfit(np.log(frame["N"]), frame["loss"], 2)
+                grid = np.geomspace(frame["N"].min(), frame["N"].max(), 60)
+                ax.plot(grid, np.polyval(curve, np.log(grid)), color=colours[i], linestyle=LINES[i], linewidth=1.3)
+        every = pd.concat(shown)
+        if minima is not None and len(minima):
+            ax.plot(minima["N"], minima["loss"], color=INK, linewidth=0, marker="x", markersize=7, label="minimum")
+        log_axis(ax, "x", every["N"])
+        log_axis(ax, "y", every["loss"])
+        ax.set_xlabel(axis_label("params_total", loss_unit))
+        ax.set_ylabel(axis_label("val_loss", loss_unit))
+        ax.legend(title="C, FLOP", **below(len(picks) + (minima is not None)))
+    return figure
+
+
+def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
+    """Contours of the fitted loss over N and D, the points it was fitted to, and the compute-optimal path."""
+    with styled():
+        figure, (ax,) = new_figure()
+        spans = {v: (fit.ranges[v][0] / 1.5, fit.ranges[v][1] * 1.5) for v in ("N", "D")}
+        n, d = (np.geomspace(*spans[v], 70) for v in ("N", "D"))
+        grid_n, grid_d = np.meshgrid(n, d)
+        loss = fit.law.value({"N": grid_n.ravel(), "D": grid_d.ravel()}, fit.raw).reshape(grid_n.shape)
+        levels = np.unique(np.quantile(loss, np.linspace(0.02, 0.98, 9)))
+        contours = ax.contour(grid_n, grid_d, loss, levels=levels, colors=MUTED, linewidths=1)
+        for text in ax.clabel(contours, fmt="%.3g", fontsize=8, colors=INK):
+            text.set_path_effects([withStroke(linewidth=2, foreground=PAPER)])
+        scatter(ax, fit.data["N"], fit.data["D"], color=ACCENT, marker="o", label="measured", size=22)
+        if frontier is not None:
+            path = frontier.at(np.geomspace(frontier.range[0], 3 * frontier.range[1], 80))
+            inside = path[path["N"].between(*spans["N"]) & path["D"].between(*spans["D"])]
+            ax.plot(inside["N"], inside["D"], color=SECOND, linewidth=2.2, label="compute-optimal")
+        log_axis(ax, "x", spans["N"])
+        log_axis(ax, "y", spans["D"])
+        ax.set_xlabel(axis_label(fit.columns["N"], fit.loss_unit))
+        ax.set_ylabel(axis_label(fit.columns["D"], fit.loss_unit))
+        ax.legend(**below(2))
+    return figure
+
+
+def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
+    """Bootstrap draws of two parameters, the fit, and the box of their intervals.
+
+    Raises:
+        KeyError: a parameter that the law does not report.
+    """
+    with styled():
+        figure, (ax,) = new_figure(4.6, 4.0)
+        draws = fit.reported_draws()
+        scatter(ax, draws[x], draws[y], color=ACCENT, marker="o", size=10, alpha=0.3, label="bootstrap draw")
+        ax.plot(fit.params[x], fit.params[y], color=SECOND, marker="D", linewidth=0, markersize=8, label="fit")
+        for name, line, limit in ((x, ax.axvline, ax.set_xlim), (y, ax.axhline, ax.set_ylim)):
+            i = fit.intervals[name]
+            for end in (i.low, i.high):
+                line(end, color=MUTED, linestyle="--", linewidth=1)
+            inside = np.nanpercentile(draws[name], [0.5, 99.5])
+            margin = 0.1 * float(np.ptp(inside)) + 1e-12
+            limit(inside[0] - margin, inside[1] + margin)
+        names = {"alpha": "α", "beta": "β"}
+        ax.set_xlabel(f"{names.get(x, x)} (exponent of N)" if x == "alpha" else names.get(x, x))
+        ax.set_ylabel(f"{names.get(y, y)} (exponent of D)" if y == "beta" else names.get(y, y))
+        ax.legend(**below(2))
+    return figure
+
+
+def plot_profile(profile: Profile, ax: Axes | None = None) -> Axes:
+    """Log-likelihood lost against a parameter's value, with the threshold of its interval."""
+    with styled():
+        if ax is None:
+            ax = new_figure()[1][0]
+        threshold = chi2.ppf(profile.level, 1) / 2
+        ax.plot(profile.values, profile.lost, color=ACCENT, marker="o", markersize=3)
+        ax.axhline(threshold, color=SECOND, linestyle="--", label=f"{profile.level:.0%} interval ends here")
+        for end, closed in zip((profile.low, profile.high), profile.closed, strict=True):
+            if closed:
+                ax.axvline(end, color=MUTED, linestyle=":")
+        ax.set_ylim(0, max(2 * threshold, min(5 * threshold, float(np.nanmax(profile.lost)))))
+        ax.set_xlabel(profile.parameter)
+        ax.set_ylabel("log-likelihood lost")
+        ax.legend(**below(1))
+    return ax
+
+
+def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation loss") -> Figure:
+    """Forecast against what happened; on the diagonal a forecast was right.
+
+    Args:
+        tests: label -> rows with measured, predicted, pi_lo and pi_hi, e.g. `HeldOut.predictions`.
+        unit: of both axes.
+    """
+    with styled():
+        figure, (ax,) = new_figure(4.6, 4.3)
+        colours: list[Any] = ordered_colours(len(tests)) if len(tests) > 2 else [ACCENT, SECOND]
+        ends: list[float] = []
+        for i, (label, rows) in enumerate(tests.items()):
+            bars = np.abs(rows[["pi_lo", "pi_hi"]].to_numpy(float).T - rows["predicted"].to_numpy(float))
+            if np.isfinite(bars).all():
+                ax.errorbar(rows["measured"], rows["predicted"], yerr=bars, fmt="none", ecolor=colours[i], elinewidth=1)
+            scatter(ax, rows["measured"], rows["predicted"], color=colours[i], marker=MARKERS[i], label=plain(label))
+            ends += [*rows["measured"], *rows["predicted"]]
+        low, high = min(ends), max(ends)
+        pad = 0.08 * (high - low) + 1e-12
+        ax.plot([low - pad, high + pad], [low - pad, high + pad], color=MUTED, linewidth=1)
+        ax.set_xlim(low - pad, high + pad)
+        ax.set_ylim(low - pad, high + pad)
+        ax.set_xlabel(f"measured: {unit}")
+        ax.set_ylabel(f"forecast: {unit}")
+        ax.legend(title="left out of the fit", **below(min(2, len(tests))))
+    return figure

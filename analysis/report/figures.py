@@ -1,0 +1,246 @@
+"""The figures of a report: which ones a table allows, each with a caption, its data and its files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from aimscale.analysis.baselines.published import published_frame
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.fitting.sentences import accuracy_of
+from aimscale.analysis.frontier.approaches import Approaches
+from aimscale.analysis.frontier.isoflop import isoflop_points
+from aimscale.analysis.frontier.optimum import points_of
+from aimscale.analysis.plots.laws import plot_cloud, plot_forecasts, plot_frontiers, plot_isoflop, plot_surface
+from aimscale.analysis.plots.parts import axis_label
+from aimscale.analysis.plots.scaling import (
+    plot_beside_published,
+    plot_fit,
+    plot_loss_accuracy,
+    plot_points,
+    plot_residuals,
+)
+from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
+from aimscale.analysis.report.study import Study, probe_kinds
+from aimscale.analysis.report.tables import csv_uri
+from aimscale.analysis.tables.results import loss_unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageFigure:
+    """One figure of the page."""
+
+    key: str
+    """HTML id and file name of the downloads."""
+    section: str
+    """`scaling`, `accuracy`, `checks` or `published`."""
+    title: str
+    """Heading: what the figure shows."""
+    caption: str
+    """What is drawn, with the formula and its interval where a law is."""
+    svg: str
+    """Inline SVG whose colours follow the page's theme."""
+    svg_uri: str
+    """Stand-alone SVG as a data URI."""
+    png_uri: str
+    """PNG as a data URI."""
+    csv_uri: str | None
+    """The drawn points as a data URI, or None when they are too many."""
+
+
+def page_figure(key: str, section: str, title: str, caption: str, figure: Figure, data: pd.DataFrame) -> PageFigure:
+    """Render a figure in every format the page offers."""
+    return PageFigure(
+        key=key,
+        section=section,
+        title=title,
+        caption=caption,
+        svg=themed_svg(figure, key, f"{title}. {caption}"),
+        svg_uri=data_uri("image/svg+xml", svg_text(figure).encode()),
+        png_uri=data_uri("image/png", png_bytes(figure)),
+        csv_uri=csv_uri(data),
+    )
+
+
+def root(axes: Axes) -> Figure:
+    """The figure that the axes stand in."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def data_uri(mime: str, content: bytes) -> str:
+    """Content that travels inside the page."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def page_figures(study: Study) -> list[PageFigure]:
+    """Every figure that the table allows, in reading order."""
+    return [*_scaling(study), *_accuracy(study), *_checks(study), *_published(study)]
+
+
+def law_caption(study: Study, key: str) -> str:
+    """Formula, parameters with intervals, points and rows of a fit."""
+    fit = study.fits[key]
+    names = [p.name for p in fit.law.parameters]
+    values = "; ".join(f"{name} = {fit.shown(name)}" for name in names)
+    return (
+        f"{fit.law.formula}: {values}. Brackets: {100 * fit.level:.0f} % bootstrap intervals, shaded for the curve. "
+        f"{fit.num_points} points ({study.selections.get(key, 'all rows')})."
+    )
+
+
+def _scaling(study: Study) -> Iterator[PageFigure]:
+    usable, fits = study.usable, study.fits
+    if usable.empty:
+        return
+    se, bars = _error_bars(usable)
+    for key, x, other, title in (
+        ("N", "params_total", "images_seen", "Loss against parameters"),
+        ("D", "images_seen", "params_total", "Loss against images seen"),
+    ):
+        if x not in usable or usable[x].isna().all():
+            continue
+        if "ND" in fits:
+            axes, caption = plot_fit(fits["ND"], x=key, se=se), law_caption(study, "ND") + bars
+            data = fits["ND"].data
+        elif key in fits:
+            axes, caption, data = plot_fit(fits[key], se=se), law_caption(study, key) + bars, fits[key].data
+        else:
+            by = other if other in usable and usable[other].notna().all() else None
+            axes = plot_points(usable, x, by=by)
+            caption, data = "No law could be fitted; see what is missing.", usable[[x, "val_loss"]]
+        yield page_figure(f"loss-{key}", "scaling", title, caption, root(axes), data)
+    if "flops_train" in usable and usable["flops_train"].notna().any():
+        yield _compute_figure(study, se, bars)
+
+
+def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
+    """Standard errors to draw and the caption's words for them.
+
+    Runs scored on the same images share most of that error: bars would hide how sure their differences are.
+    """
+    se = usable.get("val_loss_se")
+    if se is None or se.isna().all():
+        return None, ""
+    names = [name for name in ("data_fingerprint", "val_num_images") if name in usable]
+    if names and len(usable[names].drop_duplicates()) == 1:
+        return None, (
+            f" No error bars: all runs are scored on the same images, so their standard error, {se.median():.4f}, "
+            "would move all points together; the scatter about the curves is what counts."
+        )
+    return se, " Bars: ± 1.96 standard errors over validation images."
+
+
+def _compute_figure(study: Study, se: pd.Series | None, bars: str) -> PageFigure:
+    usable = study.usable[["flops_train", "val_loss"]].dropna()
+    title = "Loss against compute"
+    if "C" not in study.fits:
+        axes = plot_points(usable, "flops_train")
+        return page_figure("loss-C", "scaling", title, "No law could be fitted.", root(axes), usable)
+    background = usable.set_axis(["x", "y"], axis=1)
+    axes = plot_fit(study.fits["C"], se=se, background=background)
+    caption = f"Grey: all measurements; blue: the envelope. {law_caption(study, 'C')}{bars}"
+    return page_figure("loss-C", "scaling", title, caption, root(axes), usable)
+
+
+def _accuracy(study: Study) -> Iterator[PageFigure]:
+    probes = study.probes
+    if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
+        return
+    for kind in probe_kinds(probes):
+        rows = probes[probes["kind"] == kind]
+        found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
+        caption = (
+            f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of "
+            f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
+        )
+        links = {task: link for (each, task), link in study.links.items() if each == kind}
+        figure = plot_loss_accuracy(rows, found, links)
+        keep = [
+            c
+            for c in ("size", "params_total", "images_seen", "val_loss", "task", "top1", "top1_lo95", "top1_hi95")
+            if c in rows
+        ]
+        yield page_figure(
+            f"accuracy-{kind}", "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, rows[keep]
+        )
+
+
+def _checks(study: Study) -> Iterator[PageFigure]:
+    joint = study.fits.get("ND") or study.fits.get("N")
+    if joint is not None:
+        caption = (
+            f"{joint.law.formula}. Points should scatter around zero; a pattern along an axis means that the form does "
+            "not describe that variable."
+        )
+        yield page_figure(
+            "residuals", "checks", "Residuals of the fitted law", caption, plot_residuals(joint), joint.data
+        )
+    if "ND" in study.fits:
+        yield from _joint_figures(study, study.fits["ND"])
+    if study.approaches is not None and study.approaches.frontiers:
+        yield from _frontier_figures(study, study.approaches)
+
+
+def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
+    """Extrapolation tests, bootstrap cloud and the surface."""
+    if joint.heldout:
+        tests = {f"largest {'model' if t.variable == 'N' else 'budget'}": t.predictions for t in joint.heldout}
+        caption = "Fitted without the largest scale, then asked for it. Bars: 95 % prediction intervals."
+        data = pd.concat([rows.assign(left_out=label) for label, rows in tests.items()])
+        yield page_figure(
+            "held-out",
+            "checks",
+            "Forecast against actual",
+            caption,
+            plot_forecasts(tests, axis_label("val_loss", joint.loss_unit)),
+            data,
+        )
+    if joint.draws:
+        caption = "Each point is the law refitted to one resample of the rows; dashed: 95 % intervals."
+        draws = pd.DataFrame({name: joint.reported_draws()[name] for name in ("alpha", "beta")})
+        yield page_figure("cloud", "checks", "How sure the exponents are", caption, plot_cloud(joint), draws)
+    frontiers = study.approaches.frontiers if study.approaches else ()
+    path = next((frontier for frontier in frontiers if frontier.approach == 3), None)
+    caption = "Contours of equal fitted loss, the measured points, and the path of least loss at each compute."
+    yield page_figure(
+        "surface", "checks", "The fitted loss over N and D", caption, plot_surface(joint, path), joint.data
+    )
+
+
+def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
+    """N*(C) by every approach that the table allows, and the parabolas where approach 2 is one of them."""
+    failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
+    caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
+    figure = plot_frontiers(approaches.frontiers)
+    yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table())
+    isoflop = next((frontier for frontier in approaches.frontiers if frontier.approach == 2), None)
+    if isoflop is not None:
+        points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None, 0.1)
+        caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
+        data = pd.concat([frame.assign(C=flops) for flops, frame in points])
+        figure = plot_isoflop(points, isoflop.pairs, loss_unit(study.usable))
+        yield page_figure("isoflop", "checks", "Loss at equal compute", caption, figure, data)
+
+
+def _published(study: Study) -> Iterator[PageFigure]:
+    usable = study.usable
+    if usable.empty or "params_total" not in usable or usable["params_total"].isna().all():
+        return
+    ours = usable.loc[usable.groupby("params_total")["val_loss"].idxmin()].sort_values("params_total")
+    published = published_frame()
+    caption = (
+        f"Ours: lowest loss of each size, {human(ours['params_total'].min())} to {human(ours['params_total'].max())} "
+        "parameters. AIM: IN-1k validation loss of the four published sizes. The levels are not comparable (other "
+        "images, resolution, patches, prefixes and budgets); the slopes are, with the cautions below."
+    )
+    keep = ["params_total", "val_loss"]
+    data = pd.concat([ours[keep].assign(family="this table"), published[keep].assign(family="AIM, published")])
+    figure = plot_beside_published(ours, published)
+    yield page_figure("beside-aim", "published", "Beside the published AIM models", caption, figure, data)

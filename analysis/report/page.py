@@ -1,0 +1,176 @@
+"""`aimscale report`: tables in, one self-contained HTML page out.
+
+The page makes no request: style, script, figures, pictures and downloads are inside it. Every text that comes from
+a table is escaped by the template.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from aimscale.analysis.baselines.comparison import compare
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.plots.style import css_variables
+from aimscale.analysis.report import tables
+from aimscale.analysis.report import text as words
+from aimscale.analysis.report.changes import findings
+from aimscale.analysis.report.figures import page_figures
+from aimscale.analysis.report.pictures import picture_rows
+from aimscale.analysis.report.study import Study, study_tables
+from aimscale.analysis.tables.inputs import read_tables
+from aimscale.analysis.tables.results import require_columns
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class ReportError(AnalysisError):
+    """A report that cannot be written."""
+
+
+def write_report(
+    tables: Path | Sequence[Path],
+    out: Path | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
+    resamples: int = 1000,
+) -> Path:
+    """Analyse tables and write the page.
+
+    Args:
+        tables: CSV or Parquet tables, or sweeps' folders; `collect.json` beside them gives pictures and machine.
+        out: the page; None writes `report.html` beside the first table.
+        columns: our name -> the file's, for foreign tables.
+        where: conditions that rows must meet, see `inputs.select`.
+        resamples: bootstrap resamples of every interval.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        TableError: the table cannot be read, or holds neither losses nor probes.
+        ReportError: the page cannot be written.
+    """
+    given = [tables] if isinstance(tables, Path) else list(tables)
+    paths = [path / "results.parquet" if path.is_dir() else path for path in given]
+    frame = read_tables(paths, columns, where=where)
+    if "probes" not in frame:
+        require_columns(frame, ["val_loss"], paths[0])
+    page = render(study_tables(paths, frame, _read_collects(paths), resamples=resamples))
+    out = out or paths[0].with_name("report.html")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        aside.write_text(page, encoding="utf-8")
+        os.replace(aside, out)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise ReportError(f"cannot write {out}: {error.strerror}; give another path with --out") from error
+    return out
+
+
+def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
+    """The collect.json of all tables: descriptions, completions with their whole paths, machines."""
+    found = [(path, _read_collect(path)) for path in paths]
+    completions = [
+        {**entry, "path": str((path.parent / str(entry.get("path", ""))).absolute())}
+        for path, collect in found
+        for entry in collect.get("completions", [])
+        if isinstance(entry, dict)
+    ]
+    machines: dict[str, Any] = {}
+    for _, collect in found:
+        for machine in collect.get("machines", []):
+            machines.setdefault(json.dumps(machine, sort_keys=True), machine)
+    words = [str(collect["description"]) for _, collect in found if collect.get("description")]
+    return {"completions": completions, "machines": list(machines.values()), "description": "; ".join(words)}
+
+
+def _read_collect(table: Path) -> dict[str, Any]:
+    """The sweep's collect.json beside the table, or nothing."""
+    path = table.with_name("collect.json")
+    if not path.exists():
+        return {}
+    try:
+        collect = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read {path} ({error}); collect the sweep again") from error
+    return collect if isinstance(collect, dict) else {}
+
+
+def render(study: Study) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["maths"] = maths
+    figures = page_figures(study)
+    pictures = picture_rows(study)
+    found = findings(study)
+    comparison = compare(study.main, resamples=study.resamples)
+    return environment.get_template("report.html").render(
+        title=page_title(study),
+        description=study.collect.get("description") or "",
+        made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        style=_asset("report.css"),
+        script=_asset("report.js"),
+        figure_colours_light=css_variables(dark=False),
+        figure_colours_dark=css_variables(dark=True),
+        summary=words.summary(study),
+        figures={s: [f for f in figures if f.section == s] for s in ("scaling", "accuracy", "checks", "published")},
+        pictures=pictures,
+        findings={s: [f for f in found if f.section == s] for s in ("laws", "changes", "noise")},
+        ladder=tables.ladder_table(study),
+        results=tables.results_page_table(study),
+        laws=tables.law_tables(study),
+        forecast=tables.forecast_table(study),
+        accuracy_forecast=tables.accuracy_forecast_table(study),
+        heldout=tables.heldout_table(study),
+        probes=tables.probe_table(study),
+        correlations=tables.correlation_table(study),
+        frontiers=tables.frontier_table(study),
+        comparison=tables.task_comparison_table(comparison),
+        baselines=tables.baseline_table(comparison),
+        published=[tables.worked_example_table(), *tables.published_tables()],
+        comparability=[*words.comparability(study), *[gap.sentence() for gap in comparison.closing]],
+        left_out=comparison.left_out,
+        missing=list(dict.fromkeys(study.missing)),
+        methods=words.methods(study),
+        provenance=words.provenance(study),
+    )
+
+
+def maths(value: str) -> markupsafe.Markup:
+    """A sentence of ours as HTML: escaped first, then exponents raised, Greek names, true minus signs, no lonely %."""
+    safe = str(markupsafe.escape(value))
+    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: words.symbol(found[0]), safe)
+    safe = re.sub(r"\^(-?[\w.]*\w)", lambda found: f"<sup>{found[1].replace('-', '−')}</sup>", safe)
+    safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", safe)
+    return markupsafe.Markup(safe.replace(" %", "\u00a0%"))
+
+
+def _asset(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def page_title(study: Study) -> str:
+    """Names of the sweeps, or of the file."""
+    sweeps: list[Any] = list(study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else []
+    if not sweeps:
+        return study.paths[0].stem
+    more = f" and {len(sweeps) - 3} more" if len(sweeps) > 3 else ""
+    names = [str(sweep) for sweep in sweeps[:3]]
+    joined = ", ".join(names) if more or len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return joined + more

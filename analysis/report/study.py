@@ -1,0 +1,315 @@
+"""What a report says about its tables: fits, correlations, contrasts, noise, each or a sentence why it is not there.
+
+Laws are fitted to the main experiment of the tables (`design.main_part`) at its largest pool of images; the other rows
+are what contrasts and repeats are made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from aimscale.analysis.downstream.correlation import correlate
+from aimscale.analysis.downstream.links import forecast, link
+from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
+from aimscale.analysis.effects.noise_sources import Noise, noise
+from aimscale.analysis.effects.repetition import Repeats, repeats
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.definitions import Definitions, by_definition
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.heldout import held_out
+from aimscale.analysis.fitting.result import Correlation, Fit
+from aimscale.analysis.frontier.approaches import Approaches, all_approaches
+from aimscale.analysis.frontier.optimum import parametric_frontier
+from aimscale.analysis.tables.design import fresh_part, lower_envelope, main_part, varies
+from aimscale.analysis.tables.measures import BLOCKS, KIND
+from aimscale.analysis.tables.results import probe_frame, usable_rows
+
+MANY_ROWS = 20_000
+"""Rows above which noise, repeats and definitions are left to their own verbs."""
+MANY_SIZES = 300
+"""Sizes above which a table is not a grid of sizes and budgets."""
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(kw_only=True)
+class Study:
+    """Tables read as one, analysed."""
+
+    paths: tuple[Path, ...]
+    """The tables."""
+    frame: pd.DataFrame
+    """All rows, as `read_tables` gives them."""
+    main: pd.DataFrame
+    """All rows of the main experiment."""
+    usable: pd.DataFrame
+    """Complete rows of the main experiment at its largest pool that have a validation loss: what laws are fitted to."""
+    num_usable: int
+    """Complete rows with a validation loss, of all experiments."""
+    probes: pd.DataFrame
+    """`probe_frame` of the main experiment's complete rows."""
+    collect: dict[str, Any]
+    """The sweeps' collect.json, joined, or empty."""
+    exclusions: list[str]
+    """Rows left out and why, in sentences."""
+    resamples: int = 1000
+    """Bootstrap resamples of every interval."""
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """`ND` the joint law; `N`, `D`, `C` power laws with offset along one variable."""
+    selections: dict[str, str] = field(default_factory=dict)
+    """Fit key -> which rows it used, in words."""
+    correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
+    """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
+    links: dict[tuple[str, str], Fit] = field(default_factory=dict)
+    """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
+    approaches: Approaches | None = None
+    """Compute-optimal frontiers by the approaches that the table allows."""
+    contrasts: dict[str, Contrasts] = field(default_factory=dict)
+    """Column -> what its levels do with everything else equal."""
+    noise: Noise | None = None
+    """Where the spread of the main experiment's loss comes from."""
+    repeats: Repeats | None = None
+    """What repeated images are worth."""
+    definitions: Definitions | None = None
+    """The exponents by meaning of N and C."""
+    missing: list[str] = field(default_factory=list)
+    """What the table did not allow, in sentences."""
+
+    def attempt(self, what: str, work: Callable[[], ResultT]) -> ResultT | None:
+        """Do a piece of analysis; where the data do not allow it, note what is missing and why."""
+        try:
+            return work()
+        except AnalysisError as error:
+            self.missing.append(f"{what}: {error}")
+            return None
+
+
+def study_tables(
+    paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], *, resamples: int = 1000
+) -> Study:
+    """Fit, test, correlate and compare what the tables allow."""
+    everything, exclusions = usable_rows(frame)
+    part = main_part(frame)
+    fresh = fresh_part(usable_rows(part.rows)[0])
+    study = Study(
+        paths=tuple(paths),
+        frame=frame,
+        main=part.rows,
+        usable=fresh.rows,
+        num_usable=len(everything),
+        probes=probe_frame(_complete(part.rows)),
+        collect=collect,
+        exclusions=exclusions,
+        resamples=resamples,
+    )
+    if part.num_others:
+        study.exclusions.append(
+            f"Laws and correlations use the experiment with most sizes and budgets ({part.words}); the other "
+            f"{part.num_others} rows are in the contrasts."
+        )
+    if fresh.num_others:
+        study.exclusions.append(
+            f"Laws use the rows with {fresh.words}; the other {fresh.num_others} are in what repeats are worth."
+        )
+    if study.usable.empty:
+        study.missing.append("No row has a validation loss, so no law is fitted.")
+    else:
+        _fit_laws(study, resamples)
+    _correlate(study, resamples)
+    _contrast(study)
+    if not study.usable.empty:
+        _explain(study, resamples)
+    return study
+
+
+def _complete(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
+
+
+def _contrast(study: Study) -> None:
+    """Every column that the tables vary, and kinds of probes and blocks over all their runs."""
+    rows = _complete(study.frame)
+    for name in factors(rows):
+        if name in (KIND, BLOCKS):
+            with contextlib.suppress(AnalysisError):  # fewer than two kinds were run, or none was probed
+                study.contrasts[name] = contrast(study.main, by=name)
+            continue
+        found = study.attempt(f"Contrast by {name}", partial(contrast, rows, by=name))
+        if found is not None:
+            study.contrasts[name] = found
+
+
+def _explain(study: Study, resamples: int) -> None:
+    """Noise, repeats and definitions, where the tables hold what they need."""
+    usable = study.usable
+    if len(usable) > MANY_ROWS:
+        return
+    with contextlib.suppress(AnalysisError):  # neither seeds nor standard errors
+        study.noise = noise(usable)
+    main, _ = usable_rows(study.main)
+    if "unique_images" in main and varies(main["unique_images"]):
+        study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=min(resamples, 500)))
+    if len({"params_total", "params_trunk", "params_head"} & set(usable.columns)) > 1 and "ND" in study.fits:
+        study.definitions = study.attempt(
+            "Exponents by definition", partial(by_definition, usable, resamples=min(resamples, 200))
+        )
+
+
+def _fit_laws(study: Study, resamples: int) -> None:
+    usable = study.usable
+    all_rows = "all complete rows" if len(usable) == study.num_usable else f"the {len(usable)} rows of the main grid"
+    rows: dict[str, tuple[str, pd.DataFrame, str]] = {"ND": ("chinchilla", usable, all_rows)}
+    if "images_seen" in usable and "params_total" in usable:
+        largest, words = widest_slice(usable, "params_total", "images_seen")
+        rows["N"] = ("power_offset:N", largest, f"rows with {words} images seen")
+        largest, words = widest_slice(usable, "images_seen", "params_total")
+        rows["D"] = ("power_offset:D", largest, f"rows of the model with {words} parameters")
+    if "flops_train" in usable and usable["flops_train"].notna().any():
+        rows["C"] = ("power_offset:C", lower_envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
+    for key, (law, subset, words) in rows.items():
+        study.selections[key] = words
+        found = study.attempt(f"Law {law}", partial(fit, law, subset, resamples=affordable(resamples, len(subset))))
+        if found is not None:
+            study.fits[key] = found
+    if "ND" in study.fits:
+        study.fits["ND"] = _with_tests(study, study.fits["ND"])
+        if "flops_train" in usable and usable["flops_train"].notna().any():
+            study.approaches = study.attempt("Compute-optimal frontier", partial(_frontiers, study, resamples))
+
+
+def _frontiers(study: Study, resamples: int) -> Approaches:
+    """All approaches, or the third alone where nearly every row has a size of its own."""
+    usable, joint = study.usable, study.fits["ND"]
+    num_sizes = usable["params_total"].nunique() if "params_total" in usable else 0
+    if num_sizes <= MANY_SIZES:
+        return all_approaches(usable, resamples=affordable(min(resamples, 500), len(usable)))
+    why = f"it joins the budgets of a size, and the table has {num_sizes:,} sizes"
+    return Approaches(frontiers=(parametric_frontier(joint, usable),), failures={1: why, 2: why})
+
+
+def _with_tests(study: Study, joint: Fit) -> Fit:
+    tests = []
+    for variable in ("N", "D"):
+        test = study.attempt(
+            f"Held-out test over the largest {variable}",
+            partial(held_out, joint, study.usable, by=variable, resamples=affordable(300, len(study.usable))),
+        )
+        tests += [test] if test else []
+    return dataclasses.replace(joint, heldout=tuple(tests))
+
+
+def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
+    """The rows at the value of `fixed` that has most values of `varies` (the largest such value), and that value."""
+    spread = frame.groupby(fixed)[varies].nunique()
+    if spread.empty:
+        return frame.iloc[:0], "no"
+    value = spread[spread == spread.max()].index.max()
+    return frame[frame[fixed] == value], f"{value:,.0f}"
+
+
+def _correlate(study: Study, resamples: int) -> None:
+    probes = study.probes
+    if probes.empty:
+        study.missing.append("The table has no probe results, so loss is not compared with accuracy.")
+        return
+    if study.usable.empty:
+        return
+    kinds = probe_kinds(probes)
+    groups = {(str(kind), str(task)): rows for (kind, task), rows in probes.groupby(["kind", "task"], sort=False)}
+    for kind, task in sorted(groups, key=lambda group: kinds.index(group[0])):
+        rows = groups[kind, task]
+        found = study.attempt(
+            f"Correlation of loss with {kind} accuracy on {task}",
+            partial(_correlations, rows.reset_index(drop=True), resamples),
+        )
+        if found:
+            study.correlations[kind, task] = found
+        linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", partial(_link, rows, resamples))
+        if linked is not None:
+            study.links[kind, task] = linked
+
+
+def _link(rows: pd.DataFrame, resamples: int) -> Fit:
+    """Sigmoid from loss to accuracy above chance; whole runs are resampled where there are enough."""
+    rows = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
+    chance = rows["chance"].dropna()
+    floor = float(chance.iloc[0]) if len(chance) else None
+    return link(rows, chance=floor, resamples=affordable(min(resamples, 500), len(rows)))
+
+
+def _correlations(rows: pd.DataFrame, resamples: int) -> tuple[Correlation, ...]:
+    """Pearson, Spearman, Kendall, and Pearson at equal compute and within a size; four runs or more are resampled."""
+    cluster = "run_id" if "run_id" in rows and 4 <= rows["run_id"].nunique() < len(rows) else None
+    resamples = affordable(resamples, len(rows))
+    found = correlate(rows, x="val_loss", y="top1", cluster=cluster, resamples=resamples)
+    more: list[dict[str, str]] = []
+    if "flops_train" in rows and rows["flops_train"].nunique() > 2:
+        more.append({"partial": "flops_train"})
+    size = next((name for name in ("size", "params_total") if name in rows and varies(rows[name])), None)
+    if size is not None:
+        more.append({"within": size})
+    for options in more:
+        # compute or size may explain one of the two completely, so that nothing is left to correlate
+        with contextlib.suppress(AnalysisError):
+            found += correlate(
+                rows, x="val_loss", y="top1", methods=("pearson",), cluster=cluster, resamples=resamples,
+                partial=options.get("partial"), within=options.get("within"),
+            )  # fmt: skip
+    return found
+
+
+def affordable(resamples: int, num_rows: int) -> int:
+    """Fewer resamples for very large tables, whose intervals need fewer and whose resamples cost more."""
+    return max(20, min(resamples, 3_000_000 // max(1, num_rows)))
+
+
+def probe_kinds(probes: pd.DataFrame) -> list[str]:
+    """The kinds that were run, the paper's own first: attentive, linear, then the others."""
+    order = {"attentive": 0, "linear": 1}
+    kinds: list[str] = list(dict.fromkeys(probes["kind"])) if "kind" in probes else []
+    return sorted(kinds, key=lambda kind: order.get(kind, 2))
+
+
+FORECAST_SCALES = ((2.0, 2.0), (10.0, 1.0), (1.0, 10.0), (10.0, 10.0))
+
+
+def forecasts(study: Study) -> pd.DataFrame:
+    """What the joint law expects beyond the table: N and D multiplied from the largest run.
+
+    Returns:
+        Columns: times_n, times_d, N, D, value, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range; empty without the law.
+    """
+    joint = study.fits.get("ND")
+    if joint is None:
+        return pd.DataFrame()
+    scales = pd.DataFrame(FORECAST_SCALES, columns=["times_n", "times_d"])
+    grid = scales.assign(N=scales["times_n"] * joint.ranges["N"][1], D=scales["times_d"] * joint.ranges["D"][1])
+    return pd.concat([grid, joint.predict(grid)], axis=1)
+
+
+def accuracy_forecasts(study: Study) -> pd.DataFrame:
+    """What the two-step forecast, scale -> loss -> accuracy, expects beyond the table for the first probe kind.
+
+    Returns:
+        Columns: task, kind, times_n, times_d, loss, accuracy, pi_lo, pi_hi, beyond_range; empty without both steps.
+    """
+    joint = study.fits.get("ND")
+    kind = next((kind for kind, _ in study.links), None)
+    if joint is None or not joint.draws or kind is None:
+        return pd.DataFrame()
+    scales = forecasts(study)[["times_n", "times_d", "N", "D"]]
+    tables = []
+    for (each, task), second in study.links.items():
+        if each == kind and second.draws:
+            found = forecast(joint, second, scales[["N", "D"]]).table
+            keep = found[["loss", "accuracy", "pi_lo", "pi_hi", "beyond_range"]].reset_index(drop=True)
+            tables.append(pd.concat([scales[["times_n", "times_d"]], keep], axis=1).assign(task=task, kind=kind))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

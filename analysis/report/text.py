@@ -1,0 +1,278 @@
+"""The report's words: a summary to read first, what may be compared with the paper, methods, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator
+
+import pandas as pd
+
+from aimscale.analysis.baselines.published import PAPER_EXPONENTS, TASKS
+from aimscale.analysis.fitting.result import Correlation, HeldOut
+from aimscale.analysis.fitting.sentences import accuracy_of
+from aimscale.analysis.plots.style import human
+from aimscale.analysis.report.study import Study, widest_slice
+
+
+def summary(study: Study) -> list[str]:
+    """What was run, what came out, how sure it is: sentences for someone who reads nothing else."""
+    return [
+        *_what_was_run(study),
+        *_what_came_out(study),
+        *_law_in_words(study),
+        *_frontier_in_words(study),
+        *_accuracy_in_words(study),
+        *_changes_in_words(study),
+    ]
+
+
+def _range(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return human(low) if low == high else f"{human(low)} to {human(high)}"
+
+
+def _count(num: int, noun: str) -> str:
+    return f"{num} {noun}{'' if num == 1 else 's'}"
+
+
+def _has(frame: pd.DataFrame, *names: str) -> bool:
+    return all(name in frame and frame[name].notna().any() for name in names)
+
+
+def _what_was_run(study: Study) -> Iterator[str]:
+    frame = study.frame
+    parts = [_count(len(frame), "row")]
+    if _has(frame, "params_total"):
+        named = "size" if _has(frame, "size") else "params_total"  # another head makes another N, not another size
+        num_sizes = frame[named].nunique()
+        parts.append(f"{_count(num_sizes, 'model size')} ({_range(frame['params_total'])} parameters)")
+    if _has(frame, "images_seen"):
+        num_budgets = frame["images_seen"].nunique()
+        parts.append(f"{_count(num_budgets, 'data budget')} ({_range(frame['images_seen'])} images seen)")
+    cost = ""
+    if _has(frame, "device_hours"):
+        devices = (
+            ", ".join(dict.fromkeys(frame["device"].dropna())) if _has(frame, "device") else "the devices named below"
+        )
+        cost = f" Training and evaluation took {human(frame['device_hours'].sum())} device-hours on {devices}."
+    if _has(frame, "flops_train"):
+        runs = ["run_id"] if _has(frame, "run_id") else None
+        last = frame.groupby(runs)["flops_train"].max() if runs else frame["flops_train"]
+        cost += f" The runs used {human(last.sum())} FLOP up to their largest budgets."
+    one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
+    yield f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
+
+
+def _what_came_out(study: Study) -> Iterator[str]:
+    usable = study.usable
+    if usable.empty:
+        return
+    best = usable.iloc[int(usable["val_loss"].argmin())]
+    error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(usable, "val_loss_se") and best["val_loss_se"] > 0 else ""
+    name = f" by {best['size']}" if _has(usable, "size") else ""
+    seen = f" after {human(best['images_seen'])} images" if _has(usable, "images_seen") else ""
+    reached = f", reached{name}{seen}" if name or seen else ""
+    yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}."
+    for varied, fixed, words in (
+        ("params_total", "images_seen", "from the smallest to the largest model at {} images seen"),
+        ("images_seen", "params_total", "from the smallest to the largest budget of the model of {} parameters"),
+    ):
+        if _has(usable, varied, fixed):
+            widest, _ = widest_slice(usable, varied, fixed)
+            rows = widest.groupby(varied)["val_loss"].mean().sort_index()
+            if len(rows) > 1:
+                change = 100 * (rows.iloc[-1] / rows.iloc[0] - 1)
+                factor = human(rows.index[-1] / rows.index[0])
+                verb = "lowers" if change < 0 else "raises"
+                at = words.format(human(widest[fixed].iloc[0]))
+                yield f"Going {at} ({factor}×) {verb} the loss by {abs(change):.1f} %."
+
+
+def _law_in_words(study: Study) -> Iterator[str]:
+    joint = study.fits.get("ND")
+    if joint is None:
+        yield "No joint law of parameters and data could be fitted; the section on what is missing says why."
+        return
+    unsure = [name for name in ("alpha", "beta", "E") if name in joint.not_identified]
+    values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
+    yield f"The joint law is {joint.law.formula.replace('alpha', 'α').replace('beta', 'β')} with {values}."
+    if unsure:
+        names = " and ".join(symbol(name) for name in unsure)
+        yield f"The data do not pin down {names}: no digits are given, and the law should not be used to extrapolate."
+    flags = [flag for flag in joint.flags if flag.startswith(("E ", "alpha ", "beta "))][:3]
+    if flags:
+        yield f"Careful: {' '.join(flags)}"
+    for test in joint.heldout:
+        better = test.mean_abs_relative_error < test.naive_mean_abs_relative_error
+        yield (
+            f"Fitted without the largest {'model' if test.variable == 'N' else 'budget'}, the law predicts its losses "
+            f"with a mean error of {100 * test.mean_abs_relative_error:.2f} %; {test.naive} has "
+            f"{100 * test.naive_mean_abs_relative_error:.2f} %{'' if better else ', so the law does no better here'}. "
+            f"{_inside(test)}"
+        )
+
+
+def _inside(test: HeldOut) -> str:
+    """Whether the measurements lie where the law said, and how sure the measurements themselves are."""
+    rows = test.predictions
+    share = f"{test.num_inside} of {test.num_test} of them lie inside their 95 % prediction interval"
+    error = (rows["measured_se"] / rows["measured"]).median()
+    return f"{share}; the images they are measured on leave ± {196 * error:.2g} %." if error > 0 else f"{share}."
+
+
+def symbol(name: str) -> str:
+    """Greek letters for the parameters that carry their names."""
+    return {"alpha": "α", "beta": "β", "gamma": "γ"}.get(name, name)
+
+
+def _frontier_in_words(study: Study) -> Iterator[str]:
+    joint = study.fits.get("ND")
+    if joint is None or "a" not in joint.params or "a" in joint.not_identified:
+        return
+    a = joint.intervals.get("a")
+    interval = f" [{a.low:.2f}, {a.high:.2f}]" if a else ""
+    times_n = 10 ** joint.params["a"]
+    yield (
+        f"If compute is spent best, N grows like C^{joint.params['a']:.2f}{interval}: ten times the compute goes into "
+        f"{times_n:.1f}× the parameters and {10 / times_n:.1f}× the images (C taken as proportional to N × D)."
+    )
+
+
+def _accuracy_in_words(study: Study) -> Iterator[str]:
+    first = next(iter(study.correlations), (None,))[0]
+    for (kind, task), found in study.correlations.items():
+        if kind == first:
+            yield correlation_words(task, kind, found)
+
+
+def _changes_in_words(study: Study) -> Iterator[str]:
+    """What is shown of single changes, of repeats and of noise, a sentence each."""
+    for name, found in study.contrasts.items():
+        by_level = []
+        for level in dict.fromkeys(each.level for each in found.contrasts):
+            verdicts = [each.verdict for each in found.contrasts if each.level == level]
+            counts = [f"{word} in {verdicts.count(word)}" for word in ("better", "worse") if word in verdicts]
+            by_level.append(f"{level} {', '.join(counts) or 'not shown to differ in any'} of {len(verdicts)} measures")
+        yield f"With everything else equal, {name} against {found.baseline}: {'; '.join(by_level)}."
+    if study.repeats is not None:
+        yield study.repeats.sentences()[0]
+    seeds = study.noise.component("between seeds") if study.noise else None
+    if seeds is not None:
+        yield (
+            f"Two seeds of one cell differ by a standard deviation of {100 * seeds.value:.2g} % of the loss "
+            f"[{100 * seeds.low:.2g}, {100 * seeds.high:.2g}]."
+        )
+
+
+def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
+    """One task's rank and linear correlation."""
+    by = {c.method: c for c in found if c.partial_on is None and c.within is None}
+    partial = next((c for c in found if c.partial_on is not None), None)
+    inside = next((c for c in found if c.within is not None), None)
+    parts = [
+        f"{words} {by[method].value:.2f} [{by[method].low:.2f}, {by[method].high:.2f}]"
+        for method, words in (("pearson", "Pearson"), ("spearman", "Spearman"))
+        if method in by
+    ]
+    first = found[0]
+    if first.low * first.high <= 0:
+        verdict = f"Validation loss is not shown to go with {accuracy_of(kind)} on {task}"
+    elif first.value < 0:
+        verdict = f"Lower validation loss goes with higher {accuracy_of(kind)} on {task}"
+    else:
+        verdict = f"Lower validation loss goes with LOWER {accuracy_of(kind)} on {task}"
+    if partial is not None:
+        parts.append(f"at equal compute {partial.value:.2f} [{partial.low:.2f}, {partial.high:.2f}]")
+    if inside is not None:
+        parts.append(f"within a size {inside.value:.2f} [{inside.low:.2f}, {inside.high:.2f}]")
+    return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
+
+
+def comparability(study: Study) -> list[str]:
+    """What may and may not be read from ours beside the paper's numbers."""
+    lines = [
+        "The levels of the losses may not be compared: other validation images, resolution, patch size and budgets, "
+        "and the paper does not say which prefixes its validation loss scores.",
+    ]
+    tasks = set(study.probes["task"]) if not study.probes.empty else set()
+    shared = [task for task in TASKS if task in tasks]
+    if shared:
+        lines.append(
+            f"Accuracy may be compared task by task on {', '.join(shared)} (same task name): see aimscale compare."
+        )
+    elif tasks:
+        lines.append(
+            "None of the tasks probed here is one of the paper's fifteen, so no accuracy is put beside AIM's, and no "
+            "mean either."
+        )
+    slope = study.fits.get("N")
+    if slope is not None:
+        lines.append(
+            "Slopes may be compared with care: the paper's four points give "
+            f"L ~ N^-{PAPER_EXPONENTS['params_trunk']:.4f} on trunk parameters and "
+            f"N^-{PAPER_EXPONENTS['params_total']:.4f} with the head counted, a straight line without offset over one "
+            "decade at equal numbers of updates. A power law with offset, or models much smaller than theirs, has "
+            "another slope for that reason alone."
+        )
+    return lines
+
+
+def methods(study: Study) -> list[str]:
+    """How the numbers were made; the (mis)fitting checklist, filled in by the fits themselves."""
+    lines = [fit.sentence() for fit in study.fits.values()]
+    if study.approaches is not None:
+        lines.append(study.approaches.sentence())
+    frame = study.frame
+    for name, words in (
+        ("schedule", "Schedule"),
+        ("precision", "Precision"),
+        ("target", "Target"),
+        ("prefix", "Prefix lengths"),
+        ("patch_order", "Patch order"),
+        ("head_rule", "Pixel head"),
+        ("lr_peak", "Peak learning rate"),
+        ("batch_size", "Batch size"),
+        ("image_size", "Image side (pixels)"),
+        ("patch_size", "Patch side (pixels)"),
+        ("val_num_images", "Validation images"),
+    ):
+        if _has(frame, name):
+            values = dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in frame[name].dropna())
+            lines.append(f"{words}: {', '.join(list(values)[:8])}{' and more' if len(values) > 8 else ''}.")
+    lines += study.exclusions or ["Nothing was left out of the fits."]
+    for name, words in (("num_skipped_steps", "skipped optimiser steps"), ("num_bad_samples", "undecodable samples")):
+        if _has(frame, name):
+            lines.append(f"{int(frame[name].sum())} {words} over all rows.")
+    return lines
+
+
+def provenance(study: Study) -> list[tuple[str, str]]:
+    """Where the numbers come from: label and value."""
+    frame = study.frame
+    items = []
+    for path in study.paths:
+        name = path.name if len(study.paths) == 1 else f"{path.parent.name}/{path.name}"
+        items += [("Table", name), ("SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest())]
+    for name, words in (
+        ("sweep", "Sweep"),
+        ("git_commit", "Code (git commit)"),
+        ("data_fingerprint", "Training data (fingerprint)"),
+        ("device", "Device"),
+        ("world_size", "Ranks"),
+        ("zero_stage", "ZeRO stage"),
+        ("seed", "Seeds"),
+        ("schema_version", "Table schema"),
+    ):
+        if _has(frame, name):
+            values = list(dict.fromkeys(str(v) for v in frame[name].dropna()))
+            items.append((words, ", ".join(values[:8]) + (" and more" if len(values) > 8 else "")))
+    if _has(frame, "finished_at"):
+        stamps = frame["finished_at"].dropna().astype(str)
+        items.append(("Measured", f"{stamps.min()} to {stamps.max()}"))
+    for machine in study.collect.get("machines", []):
+        if isinstance(machine, dict):
+            items += [(f"Machine: {k}", str(v)) for k, v in machine.items() if isinstance(v, (str, int, float))]
+    for name in ("numpy", "scipy", "pandas", "seaborn", "matplotlib"):
+        items.append((f"Analysed with {name}", importlib.metadata.version(name)))
+    return items

@@ -1,0 +1,1 @@
+"""Tables in: the results table, foreign tables, and the points of a fit."""

@@ -1,0 +1,111 @@
+"""Which rows belong to one experiment: a law is fitted to runs that differ in scale, not in anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.tables.observations import CANONICAL
+
+DESIGN = ("prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size")
+"""Columns of the results table that make runs another experiment, not another scale of the same."""
+MEASURED_ON = ("data_fingerprint", "val_num_images")
+"""Other training data or another validation set: losses that cannot share a law."""
+
+
+def design_columns(frame: pd.DataFrame) -> list[str]:
+    """Columns, those of the set-up included, that take several values and make runs differ in more than scale."""
+    return [name for name in (*DESIGN, *MEASURED_ON, *setup_columns(frame)) if name in frame and varies(frame[name])]
+
+
+SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
+"""Parts of a run's configuration whose fields `read_tables` makes into columns."""
+
+
+def setup_columns(frame: pd.DataFrame) -> list[str]:
+    """Columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
+    return [str(name) for name in frame.columns if "." in str(name) and str(name).split(".")[0] in SECTIONS]
+
+
+def varies(values: pd.Series) -> bool:
+    """Whether a column takes several values, missing ones aside."""
+    return len(pd.unique(values.dropna())) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The rows of one experiment out of a table that holds several."""
+
+    rows: pd.DataFrame
+    """Them."""
+    words: str
+    """What they have in common that others do not, or an empty string when there are no others."""
+    num_others: int
+    """Rows of other experiments."""
+
+
+def main_part(frame: pd.DataFrame) -> Part:
+    """The experiment with most (size, images seen) cells; with most rows among equals.
+
+    A table that mixes, say, attention kinds and head depths holds several; a law fitted to all of them would take their
+    differences for scatter.
+    """
+    names = design_columns(frame)
+    if not names or frame.empty:
+        return Part(rows=frame, words="", num_others=0)
+    groups = [rows for _, rows in frame.groupby(names, dropna=False, sort=True)]
+    best = max(groups, key=lambda rows: (_num_cells(rows), len(rows)))
+    words = ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
+    return Part(rows=best, words=words, num_others=len(frame) - len(best))
+
+
+def fresh_part(frame: pd.DataFrame) -> Part:
+    """The rows at the number of unique images that has most cells, the largest among equals: data hardly repeated."""
+    name = "unique_images"
+    if name not in frame or not varies(frame[name]):
+        return Part(rows=frame, words="", num_others=0)
+    groups = [rows for _, rows in frame.groupby(name, sort=True)]
+    best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
+    return Part(rows=best, words=f"{best[name].iloc[0]:,.0f} unique images", num_others=len(frame) - len(best))
+
+
+def _num_cells(rows: pd.DataFrame) -> int:
+    names = [name for name in ("size", "params_total", "images_seen") if name in rows]
+    return len(rows[names].drop_duplicates()) if names else len(rows)
+
+
+def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_loss") -> pd.DataFrame:
+    """Rows whose loss no row of equal or lower compute undercuts."""
+    ordered = frame[(frame[x] > 0) & (frame[y] > 0)].sort_values([x, y], kind="stable")
+    best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
+    return ordered[ordered[y].to_numpy() < best_before]
+
+
+def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, ...]:
+    """Sentences of warning about rows that differ in more than a law's variables."""
+    flags = []
+    names = design_columns(frame)
+    if names:
+        several = "; ".join(f"{name}: {', '.join(map(str, frame[name].dropna().unique()[:4]))}" for name in names)
+        flags.append(
+            f"The rows mix experiments ({several}), whose differences count as scatter here; choose with --where."
+        )
+    repeated = "unique_images" in frame and varies(frame["unique_images"])
+    if repeated and not {"U", "unique_images"} & set(variables):
+        values = sorted(frame["unique_images"].dropna().unique())
+        flags.append(
+            f"The rows differ in unique images ({', '.join(f'{value:,.0f}' for value in values[:6])}), which this law "
+            "does not know; choose with --where or fit the law 'repeated'."
+        )
+    known = {CANONICAL.get(v, v) for v in variables} | set(variables)
+    for name, words in (("images_seen", "images seen"), ("params_total", "parameters")):
+        one = {"images_seen": {"params_total"}, "params_total": {"images_seen"}}[name]
+        if name in frame and varies(frame[name]) and known & one and name not in known:
+            flags.append(
+                f"The rows differ in {words} ({frame[name].nunique()} values), which this law does not know; choose "
+                "one with --where, or fit the joint law."
+            )
+    return tuple(flags)

@@ -1,0 +1,164 @@
+"""Several tables as one: how every verb reads its tables, and how rows are chosen with `--where`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.tables.observations import CANONICAL, NOT_CHOSEN
+from aimscale.analysis.tables.results import TableError, read_table
+
+FOLDER = "table_folder"
+"""Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
+OWN_COLUMN = {
+    "objective.prefix": "prefix",
+    "objective.target": "target",
+    "model.patch_order": "patch_order",
+    "model.head_rule": "head_rule",
+    "model.image_size": "image_size",
+    "model.patch_size": "patch_size",
+    "schedule.kind": "schedule",
+    "optimiser.precision": "precision",
+}
+"""Fields of the set-up that the table has as columns."""
+DEFAULT = "default"
+"""What stands in a column of the set-up where a run left the field at its default."""
+
+_CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
+
+
+def read_tables(
+    paths: Sequence[str | Path],
+    columns: Mapping[str, str] | None = None,
+    *,
+    where: Sequence[str] = (),
+    require: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Read tables into one frame, with a column for every field of the set-up that varies over them.
+
+    A run and budget that two tables hold (a cell that two sweeps share) counts once, the first time it stands complete.
+
+    Args:
+        paths: tables or sweeps' folders, as for `read_table`.
+        columns: our name -> theirs, in every table.
+        where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
+        require: our names that every table must have.
+
+    Raises:
+        TableError: no table, one that cannot be read, or conditions that no row meets.
+    """
+    if not paths:
+        raise TableError("name at least one table")
+    frames = []
+    for path in map(Path, paths):
+        frame = read_table(path, columns, require)
+        frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
+    together = frames[0] if len(frames) == 1 else _without_repeats(pd.concat(frames, ignore_index=True))
+    return select(with_setup(together), where)
+
+
+def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
+    if not {"run_id", "images_seen"} <= set(frame.columns):
+        return frame
+    order = frame["status"].ne("complete").to_numpy() if "status" in frame else np.zeros(len(frame), bool)
+    ordered = frame.iloc[np.argsort(order, kind="stable")]
+    known = ordered[["run_id", "images_seen"]].notna().all(axis=1)
+    repeats = ordered.duplicated(["run_id", "images_seen"]) & known
+    return frame.loc[ordered.index[~repeats].sort_values()].reset_index(drop=True)
+
+
+def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the fields of `setup` that vary as columns of their own, e.g. `optimiser.weight_decay`.
+
+    Raises:
+        TableError: a set-up is no JSON object.
+    """
+    if "setup" not in frame or frame["setup"].isna().all():
+        return frame
+    setups = [_parsed(text, row) for row, text in enumerate(frame["setup"])]
+    known = [setup for setup in setups if setup is not None]
+    new: dict[str, list[Any]] = {}
+    for name in sorted({key for setup in known for key in setup}):
+        if name in frame or OWN_COLUMN.get(name) in frame:
+            continue
+        values = [None if setup is None else _plain(setup.get(name, DEFAULT)) for setup in setups]
+        if len({value for value in values if value is not None}) > 1:
+            new[name] = values
+    return frame.assign(**{name: pd.Series(values, index=frame.index, dtype=object) for name, values in new.items()})
+
+
+def _parsed(text: Any, row: int) -> dict[str, Any] | None:
+    if text is None or (isinstance(text, float) and np.isnan(text)):
+        return None
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise TableError(f"'setup' of row {row + 1} is no JSON object; collect the sweep again") from error
+    return value
+
+
+def _plain(value: Any) -> str | float | None:
+    """A value that can be compared and shown."""
+    if isinstance(value, bool | str):
+        return str(value)
+    return float(value) if isinstance(value, int | float) else json.dumps(value)
+
+
+def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    """Rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = or != is a choice.
+
+    Letters of laws stand for their columns (`N>=1e6`).
+
+    Raises:
+        TableError: a malformed condition, an unknown column, a comparison with words, or no row left.
+    """
+    for text in conditions:
+        found = _CONDITION.fullmatch(text.strip())
+        if found is None:
+            raise TableError(f"--where needs a condition such as prefix=paired or D>=8000, not '{text}'")
+        name, sign, value = found["name"].strip(), found["sign"], found["value"].strip()
+        name = name if name in frame else CANONICAL.get(name, name)
+        if name not in frame:
+            there = ", ".join(map(str, frame.columns))
+            raise TableError(f"--where {text}: the table has no column '{name}' (columns: {there})")
+        meets = _meets(frame[name], sign, value, text)
+        kept = frame[meets]
+        if kept.empty:
+            values = ", ".join(map(str, pd.unique(frame[name].dropna())[:8]))
+            raise TableError(f"--where {text}: no row is left; {name} takes {values}")
+        left_out = (*frame.attrs.get(NOT_CHOSEN, ()), (f"not chosen by --where {text.strip()}", int((~meets).sum())))
+        frame = kept
+        frame.attrs[NOT_CHOSEN] = left_out
+    return frame.reset_index(drop=True) if conditions else frame
+
+
+def _meets(values: pd.Series, sign: str, value: str, text: str) -> np.ndarray:
+    if sign in ("=", "!="):
+        wanted = [part.strip() for part in value.split("|")]
+        equal = np.logical_or.reduce([_equals(values, part) for part in wanted])
+        return ~equal if sign == "!=" else equal
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
+    try:
+        limit = float(value)
+    except ValueError:
+        raise TableError(f"--where {text}: '{value}' is no number to compare with") from None
+    if np.isnan(numbers).all():
+        raise TableError(f"--where {text}: the column holds no numbers")
+    with np.errstate(invalid="ignore"):
+        return {"<=": numbers <= limit, ">=": numbers >= limit, "<": numbers < limit, ">": numbers > limit}[sign]
+
+
+def _equals(values: pd.Series, wanted: str) -> np.ndarray:
+    same = values.astype(str).to_numpy() == wanted
+    try:
+        return same | (pd.to_numeric(values, errors="coerce").to_numpy(float) == float(wanted))
+    except ValueError:
+        return same

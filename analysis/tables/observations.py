@@ -1,0 +1,202 @@
+"""From a table to the points of a fit: which columns, which rows, and a named reason for every row left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.laws.base import Array, Law
+
+CANONICAL = {
+    "N": "params_total",
+    "D": "images_seen",
+    "U": "unique_images",
+    "C": "flops_train",
+    "L": "val_loss",
+}
+"""Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
+
+
+NOT_CHOSEN = "not_chosen"
+"""Key of a frame's `attrs`: (reason, number of rows) of what `--where` left out, so that a fit can say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exclusion:
+    """Rows that a fit left out, and why."""
+
+    reason: str
+    """In words."""
+    rows: tuple[object, ...]
+    """Index labels of the rows; None for those that the table lost before (`--where`)."""
+
+    def __str__(self) -> str:
+        return f"{len(self.rows)} row{'s' if len(self.rows) != 1 else ''} {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observations:
+    """The points of a fit."""
+
+    x: dict[str, Array]
+    """Variable -> values (n,)."""
+    y: Array
+    """Measurements (n,)."""
+    weights: Array
+    """Weights (n,)."""
+    index: pd.Index
+    """Labels of the table's rows (n,)."""
+    columns: dict[str, str]
+    """Variable (and 'y') -> column of the table."""
+    exclusions: tuple[Exclusion, ...]
+    """What was left out."""
+    num_rows: int
+    """Rows of the table."""
+
+
+def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Column of each variable: named by the caller, of the variable's own name, or the results table's.
+
+    Raises:
+        AnalysisError: a column is missing.
+    """
+    found = {}
+    for variable in law.variables:
+        choices = (
+            [columns[variable]] if columns and variable in columns else [variable, CANONICAL.get(variable, variable)]
+        )
+        present = [c for c in choices if c in df.columns]
+        if not present:
+            raise AnalysisError(
+                f"The table has no column {' or '.join(repr(c) for c in dict.fromkeys(choices))} for {variable} of "
+                f"{law.formula}; its columns are {', '.join(map(str, df.columns))}."
+            )
+        found[variable] = present[0]
+    return found
+
+
+def observe(
+    law: Law,
+    df: pd.DataFrame,
+    *,
+    y: str,
+    columns: Mapping[str, str] | None = None,
+    weights: str | Array | None = None,
+    positive_y: bool = True,
+    num_free: int | None = None,
+    zero_allowed: bool = False,
+) -> Observations:
+    """Collect the points of a fit.
+
+    Rows with a missing, infinite or (for logarithms) non-positive value, exact duplicates, and rows whose `status` is
+    not "complete" are left out and named.
+
+    Raises:
+        AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
+    """
+    names = resolve_columns(law, df, columns)
+    if y not in df.columns:
+        raise AnalysisError(f"The table has no column {y!r} to fit; its columns are {', '.join(map(str, df.columns))}.")
+    used = df[[*names.values(), y]].apply(pd.to_numeric, errors="coerce").astype(float)
+    used.columns = pd.Index([*names, "y"])
+    if isinstance(weights, str):
+        if weights not in df.columns:
+            raise AnalysisError(f"The table has no column {weights!r} for the weights.")
+        w = pd.to_numeric(df[weights], errors="coerce").to_numpy(float)
+    else:
+        w = np.ones(len(df)) if weights is None else np.asarray(weights, float)
+    if len(w) != len(df):
+        raise AnalysisError(f"There are {len(w)} weights for {len(df)} rows; give one weight a row.")
+    bad_variable = {v: ~(np.isfinite(used[v]) & ((used[v] > 0) | ((used[v] == 0) & zero_allowed))) for v in names}
+    reasons = [
+        (
+            "not complete (status)",
+            df["status"].ne("complete") if "status" in df.columns else pd.Series(False, df.index),
+        ),
+        *((f"with a missing or non-positive {names[v]}", bad) for v, bad in bad_variable.items()),
+        (f"with a missing or infinite {y}", ~np.isfinite(used["y"])),
+        (f"with a non-positive {y}, which has no logarithm", (used["y"] <= 0) & positive_y),
+        ("with a missing or non-positive weight", pd.Series(~(np.isfinite(w) & (w > 0)), df.index)),
+        ("that repeat another row exactly", _repeats(df, used)),
+    ]
+    keep = np.ones(len(df), bool)
+    not_chosen = df.attrs.get(NOT_CHOSEN, ())
+    exclusions = [Exclusion(reason=reason, rows=(None,) * number) for reason, number in not_chosen if number]
+    for reason, bad in reasons:
+        out = keep & bad.to_numpy(bool)
+        keep &= ~out
+        if out.any():
+            exclusions.append(Exclusion(reason=reason, rows=tuple(df.index[out])))
+    points = used[keep]
+    free = len(law.parameters) if num_free is None else num_free
+    if len(points) <= free:
+        raise AnalysisError(
+            f"{law.formula} has {free} free parameters but the table has {len(points)} usable of {len(df)} points"
+            f"{_why(exclusions)}; give at least {free + 1} or fix a parameter."
+        )
+    for v in law.variables:
+        if points[v].nunique() < 2:
+            raise AnalysisError(
+                f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so the part of "
+                f"{law.formula} that depends on {v} cannot be fitted; vary {v} or choose a law without it."
+            )
+    _refuse_mixed_units(df.loc[points.index], points, names, num_variables=len(law.variables))
+    return Observations(
+        x={v: points[v].to_numpy() for v in law.variables},
+        y=points["y"].to_numpy(),
+        weights=w[keep],
+        index=points.index,
+        columns={**names, "y": y},
+        exclusions=tuple(exclusions),
+        num_rows=len(df) + sum(number for _, number in not_chosen),
+    )
+
+
+GAP_OF_UNITS = 1e4
+"""Neighbouring values of one variable further apart than this factor are taken for two units in one column."""
+SPREAD_OF_FLOPS = 300.0
+"""C / (N D) that varies by more than this factor over a table is taken for mixed units."""
+
+
+def _refuse_mixed_units(df: pd.DataFrame, points: pd.DataFrame, names: dict[str, str], num_variables: int) -> None:
+    """Refuse a column that holds counts and millions at once.
+
+    Raises:
+        AnalysisError: a variable jumps by more than GAP_OF_UNITS, or C / (N D) varies by more than SPREAD_OF_FLOPS.
+    """
+    for v in list(points.columns)[:num_variables]:
+        values = np.unique(points[v].to_numpy())
+        values = values[values > 0]
+        if len(values) < 2:
+            continue
+        jump = int(np.argmax(values[1:] / values[:-1]))
+        if values[jump + 1] / values[jump] > GAP_OF_UNITS:
+            rows = ", ".join(map(str, points.index[points[v] <= values[jump]][:5]))
+            raise AnalysisError(
+                f"{names[v]} jumps from {values[jump]:g} to {values[jump + 1]:g}, so rows seem to mix units ({rows}"
+                "... are the small ones); put all into one unit."
+            )
+    flops = next((c for c in ("C", CANONICAL["C"]) if c in df.columns), None)
+    if flops is None or not {"N", "D"} <= set(points.columns):
+        return
+    ratio = pd.to_numeric(df[flops], errors="coerce") / (points["N"] * points["D"])
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    if len(ratio) > 1 and ratio.max() / ratio.min() > SPREAD_OF_FLOPS:
+        raise AnalysisError(
+            f"{flops} / ({names['N']} x {names['D']}) varies from {ratio.min():.3g} (row {ratio.idxmin()}) to "
+            f"{ratio.max():.3g} (row {ratio.idxmax()}), so rows seem to mix units; put all into one unit."
+        )
+
+
+def _repeats(df: pd.DataFrame, used: pd.DataFrame) -> pd.Series:
+    """Rows equal to an earlier one in the used columns and in run and seed where the table has them."""
+    keys = used.assign(**{c: df[c].astype(str) for c in ("run_id", "seed") if c in df.columns})
+    return keys.duplicated() & used.notna().all(axis=1)
+
+
+def _why(exclusions: list[Exclusion]) -> str:
+    return f" (left out: {'; '.join(map(str, exclusions))})" if exclusions else ""

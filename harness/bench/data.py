@@ -1,0 +1,361 @@
+"""How fast images are read: the training stream beside the bare decode-and-crop limit of each JPEG library.
+
+Everything is measured in one process on one thread, in turns of a few dozen images, so that a busy machine slows all
+alike; then the loader with worker processes, which resizes or leaves that to the device, in turns with as many bare
+readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from aimscale.harness.data.store.bundled import IMAGE_SIZE, photograph_crops, photographs
+from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.harness.data.stream.augment import crop_resize, draw_boxes
+from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.random_access import make_key, random_uniform
+from aimscale.harness.run.config import ResultConfig
+
+_HEIGHT, _WIDTH, _QUALITY = 375, 500, 90
+_CROP_SIZE = 224
+_TURN = 32  # images a library decodes before the next has its turn
+_NUM_HELD_OUT = 8
+_ROUNDS = 5  # in each of which the bare reader and the loaders have a turn: a busy machine slows all alike
+_Place = Literal["loader", "device"]
+_PLACES: tuple[_Place, ...] = ("loader", "device")
+Box = tuple[int, int, int, int, bool]
+Reader = Callable[[bytes, Box], torch.Tensor]
+
+
+def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Measure for about `seconds` per table (three tables).
+
+    Args:
+        num_images: JPEGs to cycle over.
+        seconds: wall time of the single-thread comparison, and of all loader runs together.
+        workers: numbers of loader processes; one and every core by default.
+
+    Returns:
+        `single_thread`: images/s of each library and of the stream; `fastest_limit`: the best library's;
+        `stream_share`: the stream over it, median of turns; `loader`: rows with workers, who augments, images/s, the
+        limit (the fastest library in as many processes at once, at most one a core: cores share caches and clocks),
+        the median of their ratio over rounds in which both have a turn, and kB an image handed to the trainer;
+        `device`: its name and the images/s that it resizes when the loader only cuts out; `jitter`: images/s of the
+        stream with colour jitter, by who augments, one thread;
+        `small`: images/s of 32 px images, first epoch and later ones; `setting`.
+    """
+    cores = len(os.sched_getaffinity(0))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder, _one_thread():
+        config = _config(Path(folder) / "large", _photographs(num_images), _CROP_SIZE)
+        streams = {where: TrainStream(config, augment_on=where) for where in _PLACES}
+        stream = streams["loader"]
+        work = _work(stream, num_images)
+        single, share = _single_thread(stream, work, seconds)
+        fastest = max((name for name in single if name != "stream"), key=single.__getitem__)
+        numbers = workers if workers is not None else sorted({1, cores})
+        loader = [
+            row for number in numbers for row in _loader_rows(streams, fastest, work, number, seconds / len(numbers))
+        ]
+        crops = (crop for crop, _ in zip(photograph_crops("validation"), range(2000), strict=False))
+        small = _small(TrainStream(_config(Path(folder) / "small", crops, IMAGE_SIZE)))
+        resized = _device_rate(streams["device"], device, seconds / 4)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"color_jitter": True})})
+        jitter = _rates({where: TrainStream(config, augment_on=where) for where in _PLACES}, seconds / 4)
+    return {
+        "single_thread": single,
+        "fastest_limit": single[fastest],
+        "stream_share": share,
+        "loader": loader,
+        "device": {"name": device, "images_per_s": resized},
+        "jitter": jitter,
+        "small": small,
+        "setting": {
+            "image_px": [_HEIGHT, _WIDTH],
+            "jpeg_quality": _QUALITY,
+            "crop_px": _CROP_SIZE,
+            "num_images": num_images,
+            "cores": cores,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The measurements for people."""
+    setting, limit = result["setting"], result["fastest_limit"]
+    height, width = setting["image_px"]
+    lines = [
+        f"decode + random resized crop to {setting['crop_px']} px, JPEGs of {width} x {height} px, one thread",
+        f"  {'':<38}{'images/s':>10}{'of limit':>10}",
+    ]
+    for name, rate in sorted(result["single_thread"].items(), key=lambda entry: -entry[1]):
+        share = result["stream_share"] if name == "stream" else rate / limit
+        label = "training stream" if name == "stream" else f"bare {name}"
+        lines.append(f"  {label:<38}{rate:>10,.0f}{share:>10.1%}")
+    lines.append(
+        f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once, in turns"
+    )
+    for row in result["loader"]:
+        label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
+        label += ", resizing left to the device" if row["augment_on"] == "device" else ""
+        lines.append(f"  {label:<38}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}{row['kb_per_image']:>7.0f} kB")
+    device, small, jitter = result["device"], result["small"], result["jitter"]
+    lines.append("training stream with colour jitter, one thread")
+    for where, label in (("loader", "all in the loader"), ("device", "resizing and jitter left to the device")):
+        lines.append(f"  {label:<38}{jitter[where]:>10,.0f}")
+    lines.append(f"resize, flip and normalise crops in the batch on {device['name']}")
+    lines.append(f"  {'in the trainer':<38}{device['images_per_s']:>10,.0f}")
+    lines.append("training stream, 32 px PNGs, one thread")
+    for name, key in (("first epoch", "first_epoch"), ("later epochs (in memory)", "later_epochs")):
+        lines.append(f"  {name:<38}{small[key]:>10,.0f}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _readers() -> dict[str, Reader]:
+    """Decode, crop, resize and flip with each library that is installed."""
+
+    def with_simplejpeg(data: bytes, box: Box) -> torch.Tensor:
+        return crop_resize(torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1), box, _CROP_SIZE)
+
+    def with_torchvision(data: bytes, box: Box) -> torch.Tensor:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return crop_resize(decode_jpeg(encoded, mode=ImageReadMode.RGB), box, _CROP_SIZE)
+
+    def with_pillow(data: bytes, box: Box) -> torch.Tensor:
+        top, left, height, width, flip = box
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = image.resize(
+            (_CROP_SIZE, _CROP_SIZE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+        )
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pixels.flip(-1) if flip else pixels
+
+    readers: dict[str, Reader] = {
+        "simplejpeg + torch": with_simplejpeg,
+        "torchvision": with_torchvision,
+        "Pillow": with_pillow,
+    }
+    if importlib.util.find_spec("cv2") is not None:
+        readers["OpenCV + torch"] = _opencv_reader()
+    return readers
+
+
+def _opencv_reader() -> Reader:
+    cv2 = importlib.import_module("cv2")  # an optional package: measured where it happens to be installed
+    cv2.setNumThreads(1)
+
+    def read(data: bytes, box: Box) -> torch.Tensor:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        return crop_resize(torch.from_numpy(pixels).permute(2, 0, 1), box, _CROP_SIZE)
+
+    return read
+
+
+def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
+    """Image files in memory with a crop each, drawn as the stream draws them."""
+    dataset = stream.datasets[0]
+    data = [dataset.read(i) for i in range(num_images)]
+    boxes = draw_boxes(
+        make_key("bench"),
+        np.arange(num_images),
+        dataset.height,
+        dataset.width,
+        scale=(0.4, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        horizontal_flip=True,
+    )
+    return [(data[i], tuple(values[i].item() for values in boxes)) for i in range(num_images)]
+
+
+def _read_turn(reader: Reader, work: Sequence[tuple[bytes, Box]], first: int) -> None:
+    for i in range(first, first + _TURN):
+        reader(*work[i % len(work)])
+
+
+def _single_thread(
+    stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float
+) -> tuple[dict[str, float], float]:
+    """Images/s of every reader on bytes in memory, and of the stream on its shards; share of the stream."""
+    turns: dict[str, Callable[[int], object]] = {
+        name: functools.partial(_read_turn, reader, work) for name, reader in _readers().items()
+    }
+    turns["stream"] = lambda first: stream.batch(np.arange(first, first + _TURN))
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in turns.values():
+        turn(0)  # warm-up
+    stop = time.perf_counter() + seconds
+    first = 0
+    while time.perf_counter() < stop or len(times["stream"]) < 3:
+        for name, turn in turns.items():
+            start = time.perf_counter()
+            turn(first)
+            times[name].append(time.perf_counter() - start)
+        first += _TURN
+    rates = {name: _TURN / statistics.median(values) for name, values in times.items()}
+    fastest = max((name for name in rates if name != "stream"), key=rates.__getitem__)
+    return rates, statistics.median(limit / ours for limit, ours in zip(times[fastest], times["stream"], strict=True))
+
+
+def _loader_rows(
+    streams: Mapping[_Place, TrainStream],
+    fastest: str,
+    work: Sequence[tuple[bytes, Box]],
+    workers: int,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Images/s of `train_batches` once its workers run, beside the bare reader in as many processes."""
+    num_processes = min(max(1, workers), len(os.sched_getaffinity(0)))
+    turn_s = seconds / _ROUNDS / (1 + len(streams))
+    limits: list[float] = []
+    rates: dict[_Place, list[float]] = {where: [] for where in streams}
+    sizes: dict[_Place, float] = {}
+    for _ in range(_ROUNDS):
+        limits.append(_bare_rate(fastest, work, num_processes, turn_s))
+        for where, stream in streams.items():
+            rate, sizes[where] = _loader_rate(stream, workers, turn_s)
+            rates[where].append(rate)
+    return [
+        {
+            "workers": workers,
+            "augment_on": where,
+            "images_per_s": statistics.median(rates[where]),
+            "limit_images_per_s": statistics.median(limits),
+            "share": statistics.median(rate / limit for rate, limit in zip(rates[where], limits, strict=True)),
+            "kb_per_image": sizes[where] / 1000,
+        }
+        for where in streams
+    ]
+
+
+def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
+    """Images/s, and bytes an image, that a loader hands out while nobody else works."""
+    batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
+    with contextlib.closing(batches):
+        for _ in range(4 * (workers + 1)):
+            next(batches)  # start the workers, and use up what they loaded ahead meanwhile
+        start, number, num_bytes = time.perf_counter(), 0, 0
+        while time.perf_counter() < start + seconds or not number:
+            for batch in next(batches):
+                number += len(batch)
+                num_bytes += batch.num_bytes
+        return number / (time.perf_counter() - start), num_bytes / number
+
+
+def _rates(streams: Mapping[_Place, TrainStream], seconds: float) -> dict[_Place, float]:
+    """Images/s of some streams on one thread, in turns."""
+    times: dict[_Place, list[float]] = {where: [] for where in streams}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or not all(times.values()):
+        for where, stream in streams.items():
+            start = time.perf_counter()
+            stream.batch(np.arange(_TURN))
+            times[where].append(time.perf_counter() - start)
+    return {where: _TURN / statistics.median(values) for where, values in times.items()}
+
+
+def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
+    """Images/s that a device resizes, flips and normalises."""
+    batch = stream.batch(np.arange(_TURN))
+    for _ in range(3):
+        float(batch.images_on(device).sum())
+    start, number = time.perf_counter(), 0
+    while time.perf_counter() < start + seconds or not number:
+        float(batch.images_on(device)[0, 0, 0, 0])  # waits for the device
+        number += len(batch)
+    return number / (time.perf_counter() - start)
+
+
+def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> float:
+    """Images/s of one reader in some processes that start together."""
+    context = multiprocessing.get_context("fork")  # as the loader's workers
+    rates, barrier = context.SimpleQueue(), context.Barrier(num_processes)
+
+    def read() -> None:
+        reader, number = _readers()[name], 0
+        barrier.wait()
+        start = time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            _read_turn(reader, work, number)
+            number += _TURN
+        rates.put(number / (time.perf_counter() - start))
+
+    processes = [context.Process(target=read, daemon=True) for _ in range(num_processes)]
+    for process in processes:
+        process.start()
+    total: float = sum(rates.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return total
+
+
+def _small(stream: TrainStream) -> dict[str, float]:
+    """Images/s of the in-memory path, one epoch each."""
+    rates = []
+    for epoch in range(3):
+        start = time.perf_counter()
+        for first in range(epoch * stream.unique_images, (epoch + 1) * stream.unique_images, 64):
+            stream.batch(np.arange(first, first + 64)).images_on("cpu")
+        rates.append(stream.unique_images / (time.perf_counter() - start))
+    return {"first_epoch": rates[0], "later_epochs": max(rates[1:])}
+
+
+def _photographs(number: int) -> Iterator[PackedImage]:
+    """Crops of the bundled photographs, resized to the size of a typical web photo."""
+    pictures = list(photographs().values())
+    draws = random_uniform(make_key("bench photograph"), np.arange(2 * number)).reshape(number, 2)
+    for i in range(number):
+        picture = pictures[i % len(pictures)]
+        scale = min(picture.shape[-2] / _HEIGHT, picture.shape[-1] / _WIDTH, 1.0)
+        height, width = int(_HEIGHT * scale), int(_WIDTH * scale)
+        top = int(draws[i, 0] * (picture.shape[-2] - height + 1))
+        left = int(draws[i, 1] * (picture.shape[-1] - width + 1))
+        pixels = picture[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()
+        buffer = io.BytesIO()
+        image = Image.fromarray(np.ascontiguousarray(pixels)).resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)
+        image.save(buffer, "jpeg", quality=_QUALITY)
+        yield PackedImage(f"{i:06d}", "jpg", buffer.getvalue(), None)
+
+
+def _config(folder: Path, images: Iterator[PackedImage], image_size: int) -> ResultConfig:
+    folder.mkdir()
+    write_dataset(folder / "train", images)
+    held_out = (image for image, _ in zip(photograph_crops("test"), range(_NUM_HELD_OUT), strict=False))
+    write_dataset(folder / "validation", held_out)
+    return ResultConfig.model_validate(
+        {
+            "model": {"size": "rung-32", "image_size": image_size, "patch_size": image_size // 8},
+            "data": {"sources": [{"path": str(folder / "train")}]},
+            "optimiser": {"batch_size": _TURN},
+            "budgets": [_TURN],
+            "validation": {"path": str(folder / "validation")},
+        }
+    )

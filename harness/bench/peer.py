@@ -1,0 +1,143 @@
+"""The loop that others write: AIM in plain PyTorch, trained as the paper describes it, for `aimscale bench train`.
+
+Every token passes through the pixel head and is scored or not afterwards; prefixes are drawn independently; bf16 is
+autocast over float32 weights. Nothing of `aim`'s layers is used, so none of its savings leak in. The parameters have
+the same names, which lets a test load one model's weights into the other and prove the losses equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.layers import sincos_positions
+from aimscale.aim.objective import normalise_patches, patchify, prefix_causal_mask
+from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.run.config import OptimiserSection
+
+
+class PeerModel(nn.Module):
+    """AIM with raster order and the standard parametrisation, float32 weights."""
+
+    positions: Tensor
+    head_positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.patch_order == "raster"
+        assert config.parametrisation == "standard"
+        self.config = config
+        width, head, eps = config.width, config.head, config.norm_eps
+        patchifier = nn.Module()
+        patchifier.proj = nn.Conv2d(config.channels, width, config.patch_size, stride=config.patch_size)
+        patchifier.norm = nn.LayerNorm(width, eps=eps)
+        self.preprocessor = _group(patchifier=patchifier)
+        self.trunk = _group(
+            blocks=nn.ModuleList(_PeerBlock(width, config.num_heads, eps) for _ in range(config.depth)),
+            post_trunk_norm=nn.LayerNorm(width, eps=eps),
+        )
+        parts: dict[str, nn.Module] = {"proj_out": nn.Linear(head.width, config.patch_dim)}
+        if not head.is_linear:
+            parts["proj_in"] = nn.Linear(width, head.width)
+            parts["norm"] = nn.LayerNorm(head.width, eps=eps)
+        parts["blocks"] = nn.ModuleList(_PeerBlock(head.width, 0, eps, head.ln_residual) for _ in range(head.depth))
+        self.pixel_head = _group(**parts)
+        self.register_buffer("positions", sincos_positions(config.grid, width), persistent=False)
+        self.register_buffer("head_positions", sincos_positions(config.grid, head.width), persistent=False)
+
+    def forward(self, images: Tensor, prefix_len: Tensor) -> Tensor:
+        """Mean loss over the scored targets, float32 scalar."""
+        num_tokens = self.config.num_tokens
+        patchifier, trunk, head = self.preprocessor.patchifier, self.trunk, self.pixel_head
+        x = patchifier.norm(patchifier.proj(images).flatten(2).transpose(1, 2)) + self.positions
+        mask = prefix_causal_mask(prefix_len, num_tokens)
+        for block in trunk.blocks:
+            x = block(x, mask)
+        x = trunk.post_trunk_norm(x)
+        if not self.config.head.is_linear:
+            x = head.proj_in(x) + self.head_positions
+            for block in head.blocks:
+                x = block(x, None)
+            x = head.norm(x)
+        targets = patchify(images, self.config.patch_size)
+        if self.config.target == "normalised":
+            targets = normalise_patches(targets)
+        error = (head.proj_out(x)[:, :-1].float() - targets[:, 1:]).square().mean(dim=-1)
+        position = torch.arange(num_tokens - 1, device=images.device)
+        scored = (position[None, :] >= prefix_len[:, None] - 1).float()
+        return (error * scored).sum() / scored.sum()
+
+
+class _PeerBlock(nn.Module):
+    """Pre-norm block: attention (none with 0 heads), then an MLP."""
+
+    def __init__(self, width: int, num_heads: int, eps: float, ln_residual: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        if num_heads or ln_residual:
+            self.norm_1 = nn.LayerNorm(width, eps=eps)
+        if num_heads:
+            qkv, proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+            self.attn = _group(qkv=qkv, proj=proj)
+        self.ln_residual = ln_residual
+        self.norm_2 = nn.LayerNorm(width, eps=eps)
+        fc1, fc2 = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.mlp = _group(fc1=fc1, fc2=fc2)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Map (B, N, d) to (B, N, d)."""
+        if self.num_heads:
+            batch, num_tokens, width = x.shape
+            qkv = self.attn.qkv(self.norm_1(x)).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            x = x + self.attn.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, width))
+        elif self.ln_residual:
+            x = x + self.norm_1(x)
+        out: Tensor = x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm_2(x))))
+        return out
+
+
+def _group(**parts: nn.Module) -> Any:
+    """A module that only names its parts."""
+    group = nn.Module()
+    for name, part in parts.items():
+        group.add_module(name, part)
+    return group
+
+
+def peer_step(
+    config: ModelConfig, optimiser: OptimiserSection, step: Sequence[Batch], device: torch.device
+) -> Callable[[], Tensor]:
+    """One optimiser step over the same images: fused AdamW, clipping, and prefixes drawn anew every time."""
+    model = PeerModel(config).to(device)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optimiser.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=optimiser.lr_peak,
+        betas=optimiser.betas,
+        eps=optimiser.eps,
+        fused=True,
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def one() -> Tensor:
+        total = torch.zeros((), device=device)
+        for batch in step:
+            prefix_len = torch.randint(1, config.num_tokens, (len(batch),), generator=generator).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=optimiser.precision == "bf16"):
+                loss = model(batch.images_on(device), prefix_len)
+            (loss / len(step)).backward()
+            total += loss.detach() / len(step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.clip_norm)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return total
+
+    return one

@@ -1,0 +1,1 @@
+"""The verbs of one run: train, probe, data, weights, bench."""

@@ -1,0 +1,160 @@
+"""`aimscale bench`: throughput against named limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure throughput, MFU, loader and fit speed against named limits.", no_args_is_help=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def train(
+    size: Annotated[str, typer.Option(help="Model size: a name, or w<width>-d<depth>.")] = "rung-128",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Take model, batch and data from a run's config.yaml; measures the data wait too."),
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the image, pixels.")] = 32,
+    patch_size: Annotated[int, typer.Option(help="Side of a patch, pixels.")] = 4,
+    head_rule: Annotated[str, typer.Option(help="released, proportional or none.")] = "proportional",
+    head_width: Annotated[int | None, typer.Option(help="Width of the pixel head; default: by the head rule.")] = None,
+    head_depth: Annotated[int | None, typer.Option(help="Blocks of the pixel head; default: by the head rule.")] = None,
+    batch: Annotated[int, typer.Option(help="Images per optimiser step.")] = 64,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    zero_stage: Annotated[int | None, typer.Option(help="ZeRO stage; default: the memory rule.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Images per forward pass; default: the memory rule.")] = None,
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Torch threads (CPU).")] = 1,
+    workers: Annotated[int, typer.Option(help="Loader processes, with --config.")] = 0,
+    steps: Annotated[int, typer.Option(help="Timed steps.")] = 20,
+    peer: Annotated[
+        bool,
+        typer.Option(
+            "--peer",
+            help="Time a plain PyTorch loop beside it that trains as the paper describes: the head on every token, "
+            "independent prefixes, autocast for bf16.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """ms/step, images/s, MFU, data wait, peak memory, and the ratios to plain PyTorch loops, in one run."""
+    import torch
+
+    from aimscale.aim.config import model_config
+    from aimscale.harness.bench.train import run
+    from aimscale.harness.run.config import OptimiserSection, load_run_config, parse
+    from aimscale.harness.run.row import model_of
+
+    torch.set_num_threads(threads)
+    batches = None
+    if config is None:
+        shape = model_config(
+            size,
+            image_size=image_size,
+            patch_size=patch_size,
+            head_rule=head_rule,  # type: ignore[arg-type]
+            head_width=head_width,
+            head_depth=head_depth,
+        )
+        optimiser = parse(OptimiserSection, {"batch_size": batch, "precision": precision}, "the command line")
+    else:
+        from aimscale.harness.data.stream.loader import train_batches
+        from aimscale.harness.data.stream.positions import TrainStream
+
+        result = load_run_config(config).result
+        shape, optimiser = model_of(result), result.optimiser
+        batches = train_batches(
+            TrainStream(result),
+            start=0,
+            stop=(steps + 2) * optimiser.batch_size,
+            batch_size=optimiser.batch_size,
+            micro_batch=micro_batch or optimiser.batch_size,
+            num_workers=workers,
+        )
+    measured = run(
+        shape,
+        optimiser,
+        zero_stage="auto" if zero_stage is None else zero_stage,
+        micro_batch="auto" if micro_batch is None else micro_batch,
+        compile_blocks=compile_blocks,
+        device=device,
+        num_steps=steps,
+        batches=batches,
+        with_peer=peer,
+    )
+    values = dataclasses.asdict(measured)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    typer.echo(
+        f"{measured.size}, {measured.params:,} parameters, batch {measured.batch_size} (micro-batch "
+        f"{measured.micro_batch}), {measured.precision}, ZeRO {measured.zero_stage}, {measured.device}, "
+        f"{measured.num_threads} thread(s)"
+    )
+    plain = f"{measured.bare_ms_per_step:.1f} ms; ours / bare = {measured.ratio_to_bare:.3f}"
+    others = {"bare PyTorch loop": plain}
+    if measured.ratio_to_peer is not None:
+        others["loop as published"] = f"{measured.peer_ms_per_step:.1f} ms; ours / peer = {measured.ratio_to_peer:.3f}"
+    wait = "not measured (give --config)" if measured.data_wait is None else f"{100 * measured.data_wait:.1f} %"
+    _table(
+        {
+            "step": f"{measured.ms_per_step:.1f} ms",
+            "images/s": f"{measured.images_per_s:.0f}",
+            "MFU": f"{100 * measured.mfu:.1f} % of {measured.peak_flops_per_s / 1e9:.0f} GFLOP/s (measured GEMM)",
+            **others,
+            "data wait": wait,
+            "peak memory": f"{measured.memory_bytes / 1e9:.2f} GB (est. {measured.memory_estimate_bytes / 1e9:.2f})",
+            "start-up": f"{measured.startup_s:.1f} s to the end of the first step",
+        }
+    )
+
+
+@app.command()
+def data(
+    images: Annotated[int, typer.Option(help="JPEGs to cycle over.")] = 256,
+    seconds: Annotated[float, typer.Option(help="Wall time of each of the two comparisons.")] = 10.0,
+    workers: Annotated[
+        list[int] | None, typer.Option(help="Numbers of loader processes; default: 1 and every core.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Images/s of the training stream against the fastest decode-and-crop of this machine."""
+    from aimscale.harness.bench.data import run, table
+
+    result = run(num_images=images, seconds=seconds, workers=workers)
+    typer.echo(json.dumps(result) if as_json else table(result))
+
+
+@app.command()
+def gemm(
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Torch threads (CPU).")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Matrix-multiplication rate of this device, in fp32 and bf16: the peak of MFU."""
+    import torch
+
+    from aimscale.harness.train.peak import measure_peak
+
+    torch.set_num_threads(threads)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    peaks = [measure_peak(torch.device(name), precision) for precision in ("fp32", "bf16")]
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(peak) for peak in peaks]))
+        return
+    for peak in peaks:
+        typer.echo(f"{peak.precision}  {peak.flops_per_s / 1e9:9.0f} GFLOP/s  (n = {peak.gemm_side}, {peak.device})")
+
+
+def _table(rows: dict[str, Any]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        typer.echo(f"  {name:<{width}}  {value}")

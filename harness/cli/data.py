@@ -1,0 +1,152 @@
+"""`aimscale data`: images to indexed shards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True)
+
+ClassesOption = Annotated[
+    Path | None, typer.Option("--classes", help="Text file of class names, one a line, in the order of the labels.")
+]
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Image folder (sub-folders are classes) or an idx file of images; with --bundled, OUT."),
+    ],
+    out: Annotated[Path | None, typer.Argument(help="New folder for the shards and their index.")] = None,
+    bundled: Annotated[
+        bool, typer.Option("--bundled", help="Pack the photographs and digits that ship inside installed packages.")
+    ] = False,
+    resize: Annotated[int | None, typer.Option(min=1, help="Shrink shorter sides above this to it, pixels.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave undecodable images out and list them.")] = False,
+    shard_mb: Annotated[float, typer.Option(min=0.001, help="Size at which a new shard begins, MB.")] = 500.0,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:STOP",
+            help="Take these positions of the fixed shuffled order only; ranges that do not overlap are disjoint "
+            "random splits.",
+        ),
+    ] = None,
+    classes: ClassesOption = None,
+) -> None:
+    """Pack images into webdataset shards with an index."""
+    from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
+    from aimscale.harness.data.store.idx import is_idx, pack_idx
+    from aimscale.harness.data.store.index import DataError
+    from aimscale.harness.data.store.pack import pack_folder
+
+    if bundled:
+        if out is not None:
+            raise DataError("data pack --bundled takes one folder, the output")
+        write_bundled(source)
+        print(f"wrote {len(FOLDERS)} data sets under {source}: {', '.join(FOLDERS)}")
+        return
+    if out is None:
+        raise DataError(f"data pack needs an output folder: aimscale data pack {source} OUT")
+    skipped: list[Path] = []
+    part = _read_part(images)
+    if is_idx(source):
+        info = pack_idx(source, out, classes=_read_classes(classes), part=part)
+    else:
+        if classes is not None:
+            raise DataError("--classes is for idx files and data index; an image folder's classes are its sub-folders")
+        info, skipped = pack_folder(
+            source, out, resize=resize, skip_bad=skip_bad, part=part, max_shard_bytes=shard_mb * 1e6
+        )
+    for path in skipped:
+        print(f"left out, cannot be decoded: {path}")
+    print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {len(info.shards)} shards")
+
+
+@app.command()
+def index(
+    shards: Annotated[
+        str,
+        typer.Argument(help="Folder or URL of tar shards, or FOLDER/NAME-{000..123}.tar where a server lists nothing."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the index when the shards are remote or read-only; default: beside them."),
+    ] = None,
+    classes: ClassesOption = None,
+    name: Annotated[str | None, typer.Option(help="Name of the data set; default: its folder's.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each reads one shard at a time.")] = 1,
+) -> None:
+    """Read every shard once and write index.parquet and dataset.json; resumes where it was interrupted."""
+    from aimscale.harness.data.store.index import DataError
+    from aimscale.harness.data.store.indexing import expand_shards, index_shards
+    from aimscale.harness.data.store.shards import is_url
+
+    location, names = expand_shards(shards)
+    if is_url(location) and out is None:
+        raise DataError(f"the index of {location} needs a local folder: add --out FOLDER")
+    if out is None and not Path(location).is_dir():
+        raise DataError(f"shard folder {location} does not exist")
+    info = index_shards(
+        location,
+        out or Path(location),
+        names=names,
+        name=name,
+        classes=_read_classes(classes),
+        num_workers=workers,
+        progress=_show_progress,
+    )
+    print(f"wrote the index of {out or location}: {info.num_samples:,} images, {info.num_bad:,} undecodable")
+
+
+@app.command()
+def info(
+    folder: Annotated[str, typer.Argument(help="Folder or URL with an index.")],
+    sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet to this PNG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show counts, classes and resolutions of an indexed data set, and a contact sheet."""
+    from aimscale.harness.data.store.contact_sheet import write_contact_sheet
+    from aimscale.harness.data.store.describe import describe_dataset, format_description
+    from aimscale.harness.data.store.index import open_dataset
+
+    dataset = open_dataset(folder)
+    facts = describe_dataset(dataset)
+    if sheet is not None:
+        facts["contact_sheet"] = {"path": str(sheet), "num_images": write_contact_sheet(dataset, sheet)}
+    print(json.dumps(facts, indent=1) if as_json else format_description(facts))
+    if sheet is not None and not as_json:
+        print(f"  {'contact sheet':<14} {facts['contact_sheet']['num_images']} images in {sheet}")
+
+
+def _read_part(text: str | None) -> tuple[int, int] | None:
+    from aimscale.harness.data.store.index import DataError
+
+    if text is None:
+        return None
+    try:
+        start, stop = (int(number) for number in text.split(":"))
+    except ValueError as error:
+        raise DataError(f"--images {text} is no range; write START:STOP, as in 0:50000") from error
+    return start, stop
+
+
+def _read_classes(path: Path | None) -> tuple[str, ...] | None:
+    from aimscale.harness.data.store.index import DataError
+
+    if path is None:
+        return None
+    try:
+        return tuple(path.read_text().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read class names from {path}: {error}") from error
+
+
+def _show_progress(num_done: int, num_shards: int, num_images: int) -> None:
+    end = "\r" if sys.stderr.isatty() and num_done < num_shards else "\n"
+    print(f"indexed {num_done}/{num_shards} shards, {num_images:,} images", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,42 @@
+"""`aimscale train`: one run by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train or resume one run from its directory.")
+
+
+@app.command()
+def train(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|CONFIG.yaml", help="A run directory, or a configuration to start from.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory to make from CONFIG.yaml; default: the run's id.")
+    ] = None,
+) -> None:
+    """Train one run to its last budget, from wherever it stands.
+
+    Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 75 stopped by
+    SIGTERM or SIGUSR2 after saving (start it again to go on).
+    """
+    from aimscale.harness.run.config import ConfigError, load_run_config
+    from aimscale.harness.run.directory import RunDir
+    from aimscale.harness.train.distributed import find_placement
+
+    if run.is_dir():
+        if out is not None:
+            raise ConfigError(f"{run} is a run directory already; leave --out away")
+        directory = run
+    else:
+        config = load_run_config(run)
+        directory = out or Path(config.run_id)
+        if find_placement().rank == 0:
+            RunDir.create(directory, config)
+    from aimscale.harness.train.loop import train as train_run
+
+    raise typer.Exit(train_run(directory))

@@ -1,0 +1,83 @@
+"""`aimscale weights`: official AIM weights in and out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Import, export and describe official AIM weights.", no_args_is_help=True)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Released backbone file, .pth or .safetensors.", show_default=False)],
+    run_dir: Annotated[Path, typer.Argument(help="New run directory.", show_default=False)],
+    size: Annotated[str | None, typer.Option(help="Insist on this size; told by the shapes otherwise.")] = None,
+    image_size: Annotated[int, typer.Option(min=1, help="Side of its input images, pixels.")] = 224,
+    images_seen: Annotated[
+        int | None, typer.Option(min=1, help="Images it was trained on; the published number otherwise.")
+    ] = None,
+) -> None:
+    """Turn released weights into a finished run, which probe and collect read like any other."""
+    from aimscale.harness.weights import import_weights
+
+    run = import_weights(file, run_dir, size=size, image_size=image_size, images_seen=images_seen)
+    config = run.load_config()
+    typer.echo(
+        f"wrote {run.path}: {config.result.model.size}, {config.result.budgets[0]:,} images; probe it with "
+        f"`aimscale probe {run.path} --task NAME --train DIR --test DIR`"
+    )
+
+
+@app.command("export")
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory with saved budgets.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
+    images_seen: Annotated[
+        int | None, typer.Option(help="Which budget; the last otherwise.", show_default=False)
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="Task whose attentive probe goes into the file as head.*.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a budget's backbone under the released names, as safetensors and .pth, with a model card."""
+    from aimscale.harness.probe.run import saved_budgets
+    from aimscale.harness.run.directory import RunDir, RunDirError
+    from aimscale.harness.weights import export_weights
+
+    run = RunDir(run_dir)
+    run.load_config()
+    budgets = saved_budgets(run)
+    if not budgets:
+        raise RunDirError(f"{run_dir} has no finished budget yet; nothing to export")
+    budget = budgets[-1] if images_seen is None else images_seen
+    if budget not in budgets:
+        raise RunDirError(f"{run_dir} has no saved budget of {budget} images; it has {', '.join(map(str, budgets))}")
+    probe_file = None if probe is None else run.probes_dir(budget) / f"{probe}.attentive.safetensors"
+    for path in export_weights(run, budget, out, probe_file=probe_file):
+        typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
+
+
+@app.command("info")
+def info(
+    file: Annotated[Path, typer.Argument(help="Weight file, .pth or .safetensors.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe a weight file from its names and shapes."""
+    from aimscale.harness.weights import describe_weights
+
+    facts: dict[str, Any] = describe_weights(file)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {count:,}" for part, count in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        typer.echo(f"{name.replace('_', ' '):<22}{value}")

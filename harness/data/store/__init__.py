@@ -1,0 +1,1 @@
+"""Images on disk: packing, indexing, reading shards."""

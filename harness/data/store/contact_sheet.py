@@ -1,0 +1,65 @@
+"""One PNG that shows a data set at a glance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from aimscale.harness.data.store.decoding import UndecodableImageError
+from aimscale.harness.data.store.index import DataError, ShardDataset
+from aimscale.harness.data.stream.evalset import centre_crop
+from aimscale.harness.data.stream.random_access import make_key, permute
+
+_CAPTION_PX = 14
+_MARGIN_PX = 4
+
+
+def write_contact_sheet(
+    dataset: ShardDataset, path: Path, *, rows: int = 8, columns: int = 8, tile_px: int = 96
+) -> int:
+    """Write a grid of random images, centre-cropped, each with its class below; returns how many are shown.
+
+    Raises:
+        DataError: no image decodes, or the file cannot be written.
+    """
+    usable = np.flatnonzero(dataset.ok)
+    order = usable[permute(np.arange(len(usable)), len(usable), make_key("contact sheet"))] if len(usable) else usable
+    cell = (tile_px + _MARGIN_PX, tile_px + _MARGIN_PX + (_CAPTION_PX if dataset.labels is not None else 0))
+    sheet = Image.new("RGB", (columns * cell[0] + _MARGIN_PX, rows * cell[1] + _MARGIN_PX), "white")
+    draw = ImageDraw.Draw(sheet)
+    shown = 0
+    for sample in order.tolist():
+        if shown == rows * columns:
+            break
+        try:
+            tile = centre_crop(dataset.decode(sample), tile_px)
+        except UndecodableImageError:
+            continue
+        left, top = _MARGIN_PX + shown % columns * cell[0], _MARGIN_PX + shown // columns * cell[1]
+        sheet.paste(_picture(tile), (left, top))
+        draw.text((left, top + tile_px), _caption(dataset, sample, tile_px), fill="black")
+        shown += 1
+    if not shown:
+        raise DataError(f"{dataset.path} has no image that decodes, so there is nothing to show")
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot write the contact sheet {path} ({error}); name a .png in a folder that exists"
+        ) from error
+    return shown
+
+
+def _picture(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _caption(dataset: ShardDataset, sample: int, width_px: int) -> str:
+    if dataset.labels is None or dataset.labels[sample] < 0:
+        return ""
+    label = int(dataset.labels[sample])
+    text = dataset.classes[label] if dataset.classes else str(label)
+    return text[: width_px // 6]

@@ -1,0 +1,224 @@
+"""Index many shards: in parallel, keeping what is done when interrupted, and never leaving a half-written index.
+
+While it works, the rows of every finished shard lie in `.index-parts/`; the next start takes them over for shards whose
+size has not changed. The folder disappears when the index is complete.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aimscale.harness.data.store.index import (
+    NO_LABEL,
+    SCHEMA,
+    DataError,
+    DatasetInfo,
+    ShardInfo,
+    content_fingerprint,
+    write_index,
+)
+from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan, scan_shard, shard_size
+from aimscale.harness.data.store.shards import REMOTE_ERRORS, is_url, join
+
+PARTS_FOLDER = ".index-parts"
+Progress = Callable[[int, int, int], None]
+"""Called with shards done, shards in all, and images so far."""
+
+
+def index_shards(
+    location: str,
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    name: str | None = None,
+    classes: tuple[str, ...] | None = None,
+    num_workers: int = 1,
+    progress: Progress | None = None,
+) -> DatasetInfo:
+    """Write the index of the shards at `location` into the folder `out`, which may be `location` itself.
+
+    Args:
+        location: folder or URL; all `*.tar` in it, unless `names` lists the shards.
+        out: local folder for `index.parquet` and `dataset.json`.
+        names: shard names relative to `location`.
+        name: of the data set; the folder's name by default.
+        classes: class names by label.
+        num_workers: processes, each reading one shard at a time.
+        progress: told of every finished shard.
+
+    Raises:
+        DataError: no shards, no images, or a shard that is missing, truncated or malformed.
+    """
+    shards = sorted(names) if names is not None else list_shards(location)
+    same_place = not is_url(location) and Path(location).resolve() == out.resolve()
+    parts = out / PARTS_FOLDER
+    created = not out.exists()
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
+    try:
+        scans = _scan_all(location, shards, parts, num_workers, progress)
+        info = write_scans(
+            out, name or Path(location).name, scans, classes, None if same_place else _absolute(location)
+        )
+    except BaseException:
+        if not any(parts.iterdir()):
+            parts.rmdir()
+            if created:
+                out.rmdir()
+        raise
+    shutil.rmtree(parts)
+    return info
+
+
+def list_shards(location: str) -> list[str]:
+    """Names of the `*.tar` files of a folder or URL, sorted.
+
+    Raises:
+        DataError: there are none, or the server does not list its folders.
+    """
+    if is_url(location):
+        try:
+            filesystem, inner = fsspec.core.url_to_fs(location)
+            found = [path.rstrip("/").rpartition("/")[2] for path in filesystem.ls(inner, detail=False)]
+        except REMOTE_ERRORS as error:
+            raise DataError(
+                f"cannot list {location} ({error}); name the shards: {location}/NAME-{{000..123}}.tar"
+            ) from error
+    else:
+        found = [path.name for path in Path(location).glob("*.tar")]
+    shards = sorted({name for name in found if name.endswith(".tar")})
+    if not shards:
+        raise DataError(f"{location} holds no .tar shards")
+    return shards
+
+
+def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
+    """(folder or URL, shard names) of `FOLDER/NAME-{000..123}.tar`; names are None for a plain folder."""
+    if not pattern.endswith(".tar"):
+        return pattern.rstrip("/"), None
+    folder, _, name = pattern.rpartition("/")
+    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name)
+    if found is None:
+        return folder or ".", [name]
+    before, first, last, after = found.groups()
+    return folder or ".", [f"{before}{n:0{len(first)}d}{after}" for n in range(int(first), int(last) + 1)]
+
+
+def write_scans(
+    folder: Path,
+    name: str,
+    scans: Sequence[ShardScan],
+    classes: tuple[str, ...] | None,
+    shards_at: str | None = None,
+) -> DatasetInfo:
+    """Turn scans into `index.parquet` and `dataset.json` in `folder`.
+
+    Raises:
+        DataError: the shards hold no image, or a label that has no class name.
+    """
+    rows = pa.concat_tables([scan.rows for scan in scans]) if scans else SCAN_SCHEMA.empty_table()
+    if not len(rows):
+        raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
+    largest = pc.max(rows["label"]).as_py()
+    if classes is not None and largest is not None and largest >= len(classes):
+        raise DataError(f"label {largest} has no name: {len(classes)} class names were given; give one per label")
+    counts = [len(scan.rows) for scan in scans]
+    columns = {column: rows[column] for column in rows.column_names}
+    columns["shard"] = pa.array(np.repeat(np.arange(len(scans), dtype=np.int32), counts))
+    labels = rows["label"].fill_null(NO_LABEL).to_numpy()
+    info = DatasetInfo(
+        name=name,
+        num_samples=len(rows),
+        num_bad=len(rows) - pc.sum(rows["ok"]).as_py(),
+        classes=classes,
+        shards=tuple(ShardInfo(name=scan.name, size=scan.size, num_samples=len(scan.rows)) for scan in scans),
+        shards_at=shards_at,
+        fingerprint=content_fingerprint(rows["checksum"].to_numpy(), labels),
+    )
+    write_index(folder, info, {field.name: columns[field.name] for field in SCHEMA})
+    return info
+
+
+def _absolute(location: str) -> str:
+    return location if is_url(location) else str(Path(location).resolve())
+
+
+def _scan_all(
+    location: str, names: Sequence[str], parts: Path, num_workers: int, progress: Progress | None
+) -> list[ShardScan]:
+    """Scans of all shards, in order, from finished parts where there are some."""
+    missing = []
+    num_images = 0
+    for name in names:
+        part = _read_part(parts, location, name)
+        if part is None:
+            missing.append(name)
+        else:
+            num_images += len(part.rows)
+    num_done = len(names) - len(missing)
+    for num_rows in _run(location, missing, parts, num_workers):
+        num_done += 1
+        num_images += num_rows
+        if progress is not None:
+            progress(num_done, len(names), num_images)
+    scans = [_read_part(parts, location, name) for name in names]
+    assert None not in scans, "a shard changed while it was indexed"
+    return [scan for scan in scans if scan is not None]
+
+
+def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> Iterator[int]:
+    """Number of images of each shard as it is finished, in any order."""
+    if num_workers == 1 or len(names) <= 1:
+        yield from (_scan_to_part(location, name, parts) for name in names)
+        return
+    # forkserver: a forked copy of a process that has used torch or fsspec threads may hang
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(
+            concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names)), mp_context=context)
+        )
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        futures = [pool.submit(_scan_to_part, location, name, parts) for name in names]
+        yield from (future.result() for future in concurrent.futures.as_completed(futures))
+
+
+def _scan_to_part(location: str, name: str, parts: Path) -> int:
+    scan = scan_shard(location, name)
+    table = scan.rows.replace_schema_metadata({"shard_size": str(scan.size)})
+    part = _part_path(parts, name)
+    aside = part.with_suffix(f".partial-{os.getpid()}")
+    pq.write_table(table, aside)
+    aside.replace(part)
+    return len(scan.rows)
+
+
+def _read_part(parts: Path, location: str, name: str) -> ShardScan | None:
+    """The finished part of a shard whose size is still the same."""
+    path = _part_path(parts, name)
+    if not path.exists():
+        return None
+    table = pq.ParquetFile(path).read(use_threads=False)
+    size = int(table.schema.metadata[b"shard_size"])
+    if size != shard_size(join(location, name)):
+        return None
+    return ShardScan(name, size, table.replace_schema_metadata(None).cast(SCAN_SCHEMA))
+
+
+def _part_path(parts: Path, name: str) -> Path:
+    return parts / f"{name.replace('/', '%')}.parquet"

@@ -1,0 +1,95 @@
+"""Validation and probe images: no randomness in the pixels, fixed prefixes per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from aimscale.harness.data.store.decoding import UndecodableImageError
+from aimscale.harness.data.store.index import DataError, ShardDataset, require_channels
+from aimscale.harness.data.stream.augment import normalise
+from aimscale.harness.data.stream.random_access import make_key, permute, random_uniform
+
+if TYPE_CHECKING:
+    from aimscale.harness.run.config import ModelSection
+
+
+def eval_images(
+    dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection
+) -> torch.Tensor:
+    """Shorter side resized to `image_size` (bicubic, antialiased), centre crop, normalised: float32 (B, C, H, W).
+
+    Raises:
+        DataError: an image cannot be read or decoded; an evaluation never replaces one.
+    """
+    require_channels(model.channels)
+    size = model.image_size
+    pixels = torch.empty(len(indices), model.channels, size, size, dtype=torch.uint8)
+    for row, index in enumerate(indices):
+        try:
+            image = dataset.decode(int(index), model.channels)
+        except UndecodableImageError as error:
+            raise DataError(
+                f"{dataset.describe(int(index))} cannot be decoded ({error}); remove it and index again"
+            ) from error
+        pixels[row] = centre_crop(image, size)
+    return normalise(pixels)
+
+
+def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (C, H, W) to (C, size, size): shorter side to `size`, then the middle of the longer one."""
+    image = resize_shorter_side(image, size)
+    height, width = image.shape[-2:]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[:, top : top + size, left : left + size]
+
+
+def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (C, H, W) with its shorter side brought to `size`, aspect ratio kept: bicubic, antialiased."""
+    height, width = image.shape[-2:]
+    if min(height, width) == size:
+        return image
+    scale = size / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    return F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
+
+
+def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:
+    """Fixed prefix lengths: int64 (num_images, num_prefixes), a function of the image's position alone.
+
+    The range 1..N-1 is cut into `num_prefixes` equal strata, and every image draws one length from each; the same for
+    every run, so that losses can be compared image by image.
+    """
+    row = np.arange(num_images)[:, None]
+    column = np.arange(num_prefixes)[None, :]
+    draw = random_uniform(make_key("validation prefix"), row * 4096 + column)
+    lengths = 1 + np.floor((column + draw) / num_prefixes * (num_tokens - 1)).astype(np.int64)
+    return torch.from_numpy(np.minimum(lengths, num_tokens - 1))
+
+
+def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.NDArray[np.int64]:
+    """Sample numbers of the decodable images, in index order, the first `num_images` of them.
+
+    Raises:
+        DataError: fewer are there than asked for.
+    """
+    indices = np.flatnonzero(dataset.ok)
+    if num_images is not None and len(indices) < num_images:
+        raise DataError(
+            f"{dataset.path} has {len(indices)} usable images, {num_images} were asked for; lower num_images"
+        )
+    return indices[:num_images]
+
+
+def shuffled_split(
+    indices: npt.NDArray[np.int64], fraction: float, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(kept, held out): a random `fraction` of the indices is held out, at least one, the same for every run."""
+    order = indices[permute(np.arange(len(indices)), len(indices), make_key("hold-out", seed))]
+    num_held = max(1, round(fraction * len(indices)))
+    return np.sort(order[num_held:]), np.sort(order[:num_held])

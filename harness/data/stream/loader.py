@@ -1,0 +1,108 @@
+"""Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Generator, Iterator
+
+import numpy as np
+
+from aimscale.harness.data.stream.background import Background
+from aimscale.harness.data.stream.positions import Batch, TrainStream
+from aimscale.harness.data.stream.random_access import I64
+from aimscale.harness.data.stream.worker_pool import WorkerPool
+
+
+def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[I64]:
+    """Positions [start, stop) of one optimiser step to this rank's micro-batches.
+
+    Every rank gets the same number of micro-batches, none above `micro_batch`; their sizes differ by one pair
+    at most. Pairs (2i, 2i+1) stay on one rank, and in one micro-batch unless it holds a single image. A rank that has
+    fewer pairs than micro-batches gets empty ones.
+    """
+    unit = 2 if start % 2 == 0 and stop % 2 == 0 else 1
+    ranks = np.array_split(np.arange(start, stop, unit), world_size)
+    if unit == 2 and micro_batch == 1:
+        ranks = [np.stack([first, first + 1], axis=1).reshape(-1) for first in ranks]
+        unit = 1
+    num_micro = max(1, -(-max(map(len, ranks)) // max(1, micro_batch // unit)))
+    parts = np.array_split(ranks[rank], num_micro)
+    return [(part[:, None] + np.arange(unit)).reshape(-1).astype(np.int64) for part in parts]
+
+
+def train_batches(
+    stream: TrainStream,
+    *,
+    start: int,
+    stop: int,
+    batch_size: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[list[Batch]]:
+    """One item per optimiser step: this rank's micro-batches, from position `start` (images seen) up to `stop`.
+
+    At least one whole step is loaded ahead. Close the iterator when it is left before its end.
+
+    Args:
+        stream: the run's stream.
+        start: first position, anything; costs nothing however large.
+        stop: end; the last step is shorter when `batch_size` does not divide the distance.
+        batch_size: images per step, over all ranks.
+        micro_batch: most images per item of the list.
+        rank: of this process.
+        world_size: number of ranks.
+        num_workers: loader processes; 0 loads in a thread of this one.
+        pin_memory: hand out page-locked batches (needs CUDA).
+
+    Raises:
+        DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
+        WorkerDiedError: a loader process was killed.
+    """
+    steps = (
+        split_step(first, min(first + batch_size, stop), micro_batch=micro_batch, rank=rank, world_size=world_size)
+        for first in range(start, stop, batch_size)
+    )
+    sizes: collections.deque[int] = collections.deque()  # micro-batches of the steps under way
+
+    def flat() -> Iterator[I64]:
+        for parts in steps:
+            sizes.append(len(parts))
+            yield from parts
+
+    first_step = split_step(
+        start, min(start + batch_size, stop), micro_batch=micro_batch, rank=0, world_size=world_size
+    )
+    with _loading(stream, flat(), num_workers, pin_memory, micro_batch, len(first_step)) as batches:
+        step: list[Batch] = []
+        for batch in batches:
+            step.append(batch)
+            if len(step) == sizes[0]:
+                sizes.popleft()
+                yield step
+                step = []
+
+
+@contextlib.contextmanager
+def _loading(
+    stream: TrainStream, parts: Iterator[I64], num_workers: int, pin_memory: bool, micro_batch: int, num_micro: int
+) -> Iterator[Iterator[Batch]]:
+    """Batches in the order of `parts`, loaded ahead; what loads them ends with the block."""
+    batches: Iterator[Batch]
+    with contextlib.ExitStack() as stack:
+        if num_workers == 0:
+            batches = map(stream.batch, parts)
+        else:
+            pool = WorkerPool(stream, num_workers=num_workers, micro_batch=micro_batch, num_micro=num_micro)
+            stack.callback(pool.close)
+            batches = pool.load(parts)
+        if pin_memory:
+            batches = map(Batch.pin_memory, batches)
+        if num_workers == 0 or pin_memory:
+            ahead = Background(batches, depth=num_micro + 1)
+            stack.callback(ahead.close)
+            batches = ahead
+        yield batches

@@ -1,0 +1,377 @@
+"""The training stream: which image, crop, flip and prefix length stand at position p, as a pure function of (seed, p).
+
+Nothing is stored between positions, so any rank, worker or restarted process computes any position in O(1). Each
+source is walked epoch by epoch, every epoch a fresh permutation of the same U images; sources are interleaved by quota
+(after p positions a source of probability q has given p q images, within one), so their epochs stay exact too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from aimscale.harness.data.store.decoding import UndecodableImageError
+from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset, require_channels
+from aimscale.harness.data.stream.augment import (
+    SMALL_SIDE,
+    Boxes,
+    crop_resize,
+    crop_resize_small,
+    draw_boxes,
+    normalise,
+)
+from aimscale.harness.data.stream.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
+from aimscale.harness.data.stream.jitter import jitter_colours
+from aimscale.harness.data.stream.mixture import Mixture
+from aimscale.harness.data.stream.overlap import refuse_overlap
+from aimscale.harness.data.stream.pixel_cache import PixelCache
+from aimscale.harness.data.stream.random_access import I64, make_key, permute, random_bits, random_uniform
+
+if TYPE_CHECKING:
+    from aimscale.harness.run.config import ResultConfig
+
+_MAX_LISTED = 1 << 22  # subsets up to this size are listed at start-up, which takes 2 s and spares a permutation later
+_MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
+
+
+class Sample(NamedTuple):
+    """What stands at one position."""
+
+    image: torch.Tensor
+    """float32 (C, H, W), normalised."""
+    prefix_len: int
+    """S, 1..N-1."""
+    position: int
+    """p."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples at some positions of the stream; may be empty."""
+
+    images: torch.Tensor | Crops
+    """(B, C, H, W): uint8 as decoded, a quarter of the bytes to move between processes and to a device, or float32,
+    normalised already; or crops that the device resizes. `images_on` takes each."""
+    prefix_len: torch.Tensor
+    """int64 (B,), 1..N-1."""
+    positions: torch.Tensor
+    """int64 (B,)."""
+    bad_samples: tuple[str, ...] = ()
+    """Shard and key of every undecodable sample that was replaced."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def images_on(self, device: torch.device | str) -> torch.Tensor:
+        """float32 (B, C, H, W), normalised; bytes are moved first, and resized and normalised on the device."""
+        if isinstance(self.images, Crops):
+            images = self.images.resized(device)
+        else:
+            images = self.images.to(device, non_blocking=True).contiguous()
+        return normalise(images) if images.dtype == torch.uint8 else images
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, for asynchronous copies to a CUDA device."""
+        return dataclasses.replace(
+            self._with_pixels(self._pixels().pin_memory()), prefix_len=self.prefix_len.pin_memory()
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels, as the loader hands them out."""
+        return self._pixels().nbytes
+
+    def clone(self) -> Batch:
+        """A copy with memory of its own."""
+        return self._with_pixels(self._pixels().clone())
+
+    def _pixels(self) -> torch.Tensor:
+        return self.images.pixels if isinstance(self.images, Crops) else self.images
+
+    def _with_pixels(self, pixels: torch.Tensor) -> Batch:
+        images = dataclasses.replace(self.images, pixels=pixels) if isinstance(self.images, Crops) else pixels
+        return dataclasses.replace(self, images=images)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """One data set of the mixture."""
+
+    dataset: ShardDataset
+    pool: I64
+    """Usable sample numbers, in index order."""
+    num_unique: int
+    """U of this source: the first of the fixed permutation of its pool."""
+    subset: I64 | None
+    """Those U sample numbers; None when they are too many to list at start-up."""
+    key: int
+    """Of its epochs; depends on the run's seed."""
+    pixels: PixelCache
+
+    def sample_numbers(self, slots: I64, epochs: I64) -> I64:
+        """Sample numbers at `slots` (0..U-1) of `epochs`."""
+        keys = random_bits(self.key, epochs)
+        within = permute(slots, self.num_unique, keys)
+        return self.subset[within] if self.subset is not None else _first_of_pool(self.pool, within)
+
+
+class TrainStream:
+    """The stream of one run, from the result part of its configuration.
+
+    Raises:
+        DataError: a source cannot be opened, holds a validation image, holds too many undecodable images, or has
+            fewer images than `unique_images` asks of it.
+    """
+
+    def __init__(
+        self,
+        result: ResultConfig,
+        *,
+        cache_dir: str | None = None,
+        cache_gb: float = 100.0,
+        augment_on: Literal["loader", "device"] = "loader",
+    ) -> None:
+        self._augment_on = augment_on
+        self._data, self._prefix, self._seed = result.data, result.objective.prefix, result.seed
+        self._size, self._channels = result.model.image_size, result.model.channels
+        self.num_tokens = (result.model.image_size // result.model.patch_size) ** 2
+        sources = result.data.sources
+        require_channels(self._channels)
+        self._mixture = Mixture([source.probability for source in sources])
+        datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
+        held_out = open_dataset(result.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
+        refuse_overlap(datasets, held_out)
+        pools = [np.flatnonzero(dataset.ok) for dataset in datasets]
+        self._sources = [
+            _Source(
+                dataset=dataset,
+                pool=pool,
+                num_unique=num_unique,
+                subset=_first_of_pool(pool, np.arange(num_unique)) if num_unique <= _MAX_LISTED else None,
+                key=make_key("epoch", self._seed, number),
+                pixels=PixelCache(dataset, self._channels),
+            )
+            for number, (dataset, pool, num_unique) in enumerate(
+                zip(datasets, pools, self._unique_per_source(datasets, pools), strict=True)
+            )
+        ]
+
+        self._max_pixels = self._size**2
+        if augment_on == "device":
+            largest = max(int((data.height.astype(np.int64) * data.width).max(initial=0)) for data in datasets)
+            self._max_pixels = max(self._max_pixels, min(largest, MAX_CROP_PIXELS))
+
+    @property
+    def unique_images(self) -> int:
+        """U: how many different images the stream can give."""
+        return sum(source.num_unique for source in self._sources)
+
+    @property
+    def max_bad_fraction(self) -> float:
+        """Share of undecodable images above which a run stops."""
+        return self._data.max_bad_fraction
+
+    @property
+    def datasets(self) -> tuple[ShardDataset, ...]:
+        """The sources' data sets, in the order of the configuration."""
+        return tuple(source.dataset for source in self._sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the sources' content."""
+        text = " ".join(dataset.fingerprint for dataset in self.datasets)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
+        """(source number, sample number) at every position: the stream's order, without reading an image."""
+        where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        source_of, rank = self._mixture.locate(where)
+        sample_of = np.empty_like(where)
+        for number, source in enumerate(self._sources):
+            mine = np.flatnonzero(source_of == number)
+            if mine.size:
+                epochs, slots = np.divmod(rank[mine], source.num_unique)
+                sample_of[mine] = source.sample_numbers(slots, epochs)
+        return source_of, sample_of
+
+    def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
+        """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""
+        where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        if self._prefix == "none":
+            return np.ones_like(where)
+        paired = self._prefix == "paired"
+        draw = random_uniform(make_key("prefix", self._seed), where // 2 if paired else where)
+        lengths = 1 + np.floor(draw * (self.num_tokens - 1)).astype(np.int64)
+        return np.where(where % 2 == 1, self.num_tokens - lengths, lengths) if paired else lengths
+
+    def sample(self, position: int) -> Sample:
+        """What stands at one position.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        batch = self.batch([position])
+        return Sample(batch.images_on("cpu")[0], int(batch.prefix_len[0]), position)
+
+    def num_bytes(self, num_images: int) -> int:
+        """Most bytes that the pixels of a batch of so many images take."""
+        return num_images * self._channels * self._max_pixels
+
+    def batch(self, positions: Sequence[int] | I64, *, into: torch.Tensor | None = None) -> Batch:
+        """Samples at any positions, in that order; equal to `sample` at each, bit for bit.
+
+        Args:
+            positions: B of them.
+            into: uint8, `num_bytes(B)` or more: where the pixels go; None takes new memory.
+
+        Raises:
+            DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
+        """
+        where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        if into is None:
+            into = torch.empty(self.num_bytes(len(where)), dtype=torch.uint8)
+        if self._augment_on == "loader":
+            bad = self._decode_all(where, self._rows(into, len(where)), None)
+            if self._data.color_jitter:
+                jitter_colours(self._rows(into, len(where)), *self._jitter(where))
+            return self.batch_in(into, where, None, bad)
+        resized = self._rows(torch.empty(len(where) * self._channels * self._size**2, dtype=torch.uint8), len(where))
+        raw: dict[int, tuple[torch.Tensor, bool]] = {}
+        bad = self._decode_all(where, resized, raw)
+        _, layout = pack([raw[row] if row in raw else (resized[row], False) for row in range(len(where))], into)
+        return self.batch_in(into, where, layout, bad)
+
+    def batch_in(self, pixels: torch.Tensor, where: I64, layout: CropLayout | None, bad: tuple[str, ...]) -> Batch:
+        """The batch at positions `where`, whose pixels `batch` has written into a flat buffer, here or elsewhere."""
+        images: torch.Tensor | Crops = self._rows(pixels, len(where))
+        if layout is not None:
+            num_bytes = int((layout.height.astype(np.int64) * layout.width).sum()) * self._channels
+            jitter = Jitter(*self._jitter(where)) if self._data.color_jitter else None
+            images = Crops(
+                pixels=pixels[:num_bytes], layout=layout, size=self._size, channels=self._channels, jitter=jitter
+            )
+        return Batch(
+            images=images,
+            prefix_len=torch.from_numpy(self.prefix_lengths(where)),
+            positions=torch.from_numpy(where),
+            bad_samples=bad,
+        )
+
+    def _rows(self, flat: torch.Tensor, num_images: int) -> torch.Tensor:
+        """uint8 (B, C, H, W) at the front of a flat buffer."""
+        shape = (num_images, self._channels, self._size, self._size)
+        images = flat[: num_images * self._channels * self._size**2]
+        # decoded photographs come with interleaved colours, small images from the cache in planes: keep copies straight
+        if self._size > SMALL_SIDE:
+            return images.view(num_images, self._size, self._size, self._channels).permute(0, 3, 1, 2)
+        return images.view(shape)
+
+    def _jitter(self, where: I64) -> Jitter:
+        return Jitter(make_key("jitter", self._seed), where)
+
+    def _decode_all(
+        self, where: I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
+    ) -> tuple[str, ...]:
+        """Fill each row of `resized`, or put its crop and flip into `raw`; returns the samples that were replaced."""
+        source_of, sample_of = self.locate(where)
+        bad: list[str] = []
+        pending = np.arange(len(where))
+        for attempt in range(_MAX_REPLACEMENTS + 1):
+            failed: list[int] = []
+            for number, source in enumerate(self._sources):
+                rows = pending[source_of[pending] == number]
+                if rows.size:
+                    failed += self._fill(resized, raw, rows, where, source, sample_of)
+            if not failed:
+                return tuple(bad)
+            bad += [self._sources[source_of[row]].dataset.describe(int(sample_of[row])) for row in failed]
+            pending = np.array(failed)
+            self._replace(pending, where, source_of, sample_of, attempt)
+        raise DataError(
+            f"position {where[pending[0]]}: {_MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
+        )
+
+    def _fill(
+        self,
+        resized: torch.Tensor,
+        raw: dict[int, tuple[torch.Tensor, bool]] | None,
+        rows: I64,
+        positions: I64,
+        source: _Source,
+        sample_of: I64,
+    ) -> list[int]:
+        """`_decode_all` of one source's rows, once; returns the rows whose image did not decode."""
+        samples, dataset = sample_of[rows], source.dataset
+        height, width = dataset.height[samples], dataset.width[samples]
+        boxes = draw_boxes(
+            make_key("crop", self._seed),
+            positions[rows],
+            height,
+            width,
+            scale=self._data.crop_scale,
+            ratio=self._data.crop_ratio,
+            horizontal_flip=self._data.horizontal_flip,
+        )
+        failed: list[int] = []
+        small = np.flatnonzero((height <= SMALL_SIDE) & (width <= SMALL_SIDE))
+        shapes = height[small] * (SMALL_SIDE + 1) + width[small]
+        for shape in np.unique(shapes):
+            group = small[shapes == shape]
+            images, good = source.pixels.stack(samples[group])
+            failed += rows[group[~good]].tolist()
+            group = group[good]
+            resized[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
+        listed = [values.tolist() for values in boxes]
+        for i in np.setdiff1d(np.arange(len(rows)), small).tolist():
+            try:
+                image = dataset.decode(int(samples[i]), self._channels)
+            except UndecodableImageError:
+                failed.append(int(rows[i]))
+                continue
+            top, left, rows_of, columns, flip = (values[i] for values in listed)
+            if raw is not None and rows_of * columns <= MAX_CROP_PIXELS:
+                raw[int(rows[i])] = image[:, top : top + rows_of, left : left + columns], flip
+            else:
+                resized[int(rows[i])] = crop_resize(image, (top, left, rows_of, columns, flip), self._size)
+        return failed
+
+    def _replace(self, rows: I64, positions: I64, source_of: I64, sample_of: I64, attempt: int) -> None:
+        """Put another image of the same source and subset in the place of each row's, chosen by (seed, p, attempt)."""
+        key = make_key("replacement", self._seed)
+        for row in rows:
+            source = self._sources[source_of[row]]
+            draw = random_bits(key, positions[row : row + 1] * _MAX_REPLACEMENTS + attempt)
+            slot = (draw % np.uint64(source.num_unique)).astype(np.int64)
+            sample_of[row] = source.sample_numbers(slot, np.zeros_like(slot))[0]
+
+    def _unique_per_source(self, datasets: Sequence[ShardDataset], pools: Sequence[I64]) -> list[int]:
+        for dataset, pool in zip(datasets, pools, strict=True):
+            num_bad = len(dataset) - len(pool)
+            if not len(pool) or num_bad / len(dataset) > self._data.max_bad_fraction:
+                first = dataset.describe(int(np.flatnonzero(~dataset.ok)[0]))
+                raise DataError(
+                    f"{dataset.path}: {num_bad} of {len(dataset)} images cannot be decoded, first {first}; "
+                    f"repair them or raise data.max_bad_fraction ({self._data.max_bad_fraction:g})"
+                )
+        wanted = self._data.unique_images
+        if wanted is None:
+            return [len(pool) for pool in pools]
+        counts = self._mixture.counts(wanted)
+        for dataset, pool, count in zip(datasets, pools, counts, strict=True):
+            if not 1 <= count <= len(pool):
+                raise DataError(
+                    f"unique_images {wanted} takes {count} images of {dataset.path}, which has {len(pool)} "
+                    f"usable ones; {'lower' if count else 'raise'} data.unique_images or change the probabilities"
+                )
+        return counts
+
+
+def _first_of_pool(pool: I64, numbers: I64) -> I64:
+    """Sample numbers at `numbers` of the one fixed permutation of a pool, the same for every seed."""
+    return pool[permute(numbers, len(pool), make_key("subset"))]

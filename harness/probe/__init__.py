@@ -1,0 +1,1 @@
+"""Frozen-feature evaluation: features, heads, protocol, scores, and the files they leave in a run directory."""

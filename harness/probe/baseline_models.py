@@ -1,0 +1,147 @@
+"""Models to compare with, through the same probes: any timm model, random weights, raw pixels.
+
+    timm:NAME     a model of timm with weights from a file, from the hub, or random: whichever is asked for
+    random        the run's own architecture with untrained weights
+    raw-pixels    the normalised pixels themselves
+
+Baselines see the same images as the run; a timm model gets them at its own size and normalisation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
+from aimscale.harness.probe.features import AimBackbone, Backbone, PixelBackbone, ProbeError
+from aimscale.harness.run.config import ModelSection, RunConfig
+
+TIMM = "timm:"
+"""Prefix of a timm model's name."""
+
+
+class TimmBackbone:
+    """A timm model: all blocks of a vision transformer, or the last feature map of anything else.
+
+    Class and register tokens are left out, as AIM has none; block outputs are raw, without the last norm.
+    """
+
+    def __init__(self, model: Any, name: str, device: torch.device):
+        self.name = name
+        self._model = model.to(device).eval()
+        self._device = device
+        blocks = getattr(model, "blocks", None)
+        self._has_blocks = isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(blocks[0], "attn")
+        self.num_blocks = len(blocks) if self._has_blocks and blocks is not None else 1
+        self.num_heads = int(blocks[0].attn.num_heads) if self._has_blocks and blocks is not None else 1
+        settings = model.pretrained_cfg
+        mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
+        # images arrive with ImageNet's mean and deviation
+        self._scale = (torch.tensor(IMAGE_STD) / std).view(3, 1, 1).to(device)
+        self._shift = ((torch.tensor(IMAGE_MEAN) - mean) / std).view(3, 1, 1).to(device)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Outputs (len(blocks), B, N, d) for images (B, 3, H, W)."""
+        images = images.to(self._device) * self._scale + self._shift
+        if self._has_blocks:
+            outputs = self._model.forward_intermediates(
+                images, indices=list(blocks), norm=False, output_fmt="NLC", intermediates_only=True
+            )
+            return torch.stack(list(outputs))
+        tokens = self._model.forward_features(images)
+        if tokens.dim() == 4:
+            tokens = tokens.flatten(2).transpose(1, 2)
+        return tokens.expand(len(blocks), *tokens.shape)
+
+
+def baseline(
+    target: str,
+    like: RunConfig,
+    *,
+    weights: Path | None,
+    random_weights: bool,
+    hub: bool,
+    image_size: int | None,
+    device: torch.device,
+) -> tuple[Backbone, ModelSection]:
+    """The baseline a user named, and the geometry of the images it gets.
+
+    Args:
+        target: `timm:NAME`, `random` or `raw-pixels`.
+        like: the run whose tasks it is compared on.
+        weights: weight file of a timm model.
+        random_weights: leave a timm model untrained.
+        hub: download the weights of a timm model, or take them from the hub's local cache.
+        image_size: side of a timm model's images; None takes the size it was trained at.
+        device: where it runs.
+
+    Raises:
+        ProbeError: an unknown target or timm model, or weights that cannot be had.
+    """
+    section = like.result.model
+    if not target.startswith(TIMM) and (weights or random_weights or hub or image_size):
+        raise ProbeError(f"--weights, --hub, --random and --image-size go with {TIMM}NAME, not with '{target}'")
+    if target == "raw-pixels":
+        return PixelBackbone(), section
+    if target == "random":
+        model = AIM(model_config(**dict(section))).to(device).eval()
+        return AimBackbone(model, f"random-{section.size}"), section
+    if not target.startswith(TIMM):
+        raise ProbeError(f"'{target}' is neither a run directory nor {TIMM}NAME, random or raw-pixels")
+    if section.channels != 3:
+        raise ProbeError(f"timm models take 3 channels, the tasks of this run have {section.channels}")
+    if sum((weights is not None, random_weights, hub)) != 1:
+        raise ProbeError(f"say which weights {target} gets: --weights FILE, --hub, or --random for an untrained model")
+    timm_model = _create(target.removeprefix(TIMM), weights, hub, image_size)
+    size = image_size or int(timm_model.pretrained_cfg["input_size"][1])
+    origin = "random weights" if random_weights else "hub weights" if hub else str(weights)
+    geometry = ModelSection(size=target, image_size=size, patch_size=section.patch_size)
+    return TimmBackbone(timm_model, f"{target} ({origin})", device), geometry
+
+
+def _create(name: str, weights: Path | None, hub: bool, image_size: int | None) -> Any:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "timm.list_models() lists them"
+        raise ProbeError(f"timm has no model '{name}'; {hint}")
+    if weights is not None and not weights.is_file():
+        raise ProbeError(f"there is no weight file {weights}")
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        model = timm.create_model(name, pretrained=hub, num_classes=0, **options)
+    except TypeError as error:
+        raise ProbeError(f"{name} cannot be built for --image-size {image_size}; leave it out") from error
+    except Exception as error:  # the hub fails in many ways, all of which mean that there are no weights
+        if not hub:
+            raise
+        raise ProbeError(
+            f"the hub does not give the weights of {name} ({type(error).__name__}); download them elsewhere and give "
+            "--weights FILE"
+        ) from error
+    if weights is not None:
+        _load(model, weights)
+    return model
+
+
+def _load(model: nn.Module, weights: Path) -> None:
+    from timm.models import load_state_dict
+
+    try:
+        # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
+        state = load_state_dict(str(weights), weights_only=True)
+        missing, _ = model.load_state_dict(state, strict=False)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ProbeError(f"{weights} cannot be loaded into {type(model).__name__} ({reason})") from error
+    if missing:
+        raise ProbeError(f"{weights} lacks {missing[0]} and {len(missing) - 1} more of this model; give its own file")

@@ -1,0 +1,108 @@
+"""The files of probes in a run directory: when a task counts as done, who works on it, how it gets into the rows.
+
+`probes/<images_seen>/<task>.json` is the truth; a row's `probes` follow from it. A probe job, the trainer and a person
+may come to one task at the same time: the first holds its lock, the others wait and then find it done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from aimscale.harness.run.config import ProbeSection, RunConfig, fingerprint
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.train.distributed import Group
+
+SCHEMA_VERSION = 1
+"""Of `probes/<images_seen>/<task>.json`."""
+LOCK_POLL_S = 1.0
+"""How often a process that waits for another's task looks again."""
+
+Pause = Callable[[], None]
+"""Called by all ranks together wherever a probe's work is saved; raises to stop there."""
+
+
+def weights_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
+    """Identifies a budget's weights in the files of its probes."""
+    weights = run.model_file(images_seen).stat()
+    return f"{config.run_id}@{images_seen} ({weights.st_size} bytes of {weights.st_mtime_ns})"
+
+
+def task_key(backbone: str, section: ProbeSection, train: str, test: str, seed: int) -> str:
+    """Everything that a task's numbers depend on: weights, settings, both data fingerprints and the seed."""
+    return "/".join([backbone, fingerprint(section), train, test, str(seed)])
+
+
+def finished_probes(path: Path, key: str | None = None, *, since: float = 0.0) -> list[dict[str, Any]] | None:
+    """Probes of a finished task file; None where there is none, or one of another key, or one older than `since`."""
+    try:
+        if path.stat().st_mtime < since:
+            return None
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    probes: list[dict[str, Any]] = document["probes"]
+    return probes if key in (None, document.get("key")) else None
+
+
+def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
+    """The part of a task file's probe that goes into a results row."""
+    return {name: value for name, value in detail.items() if name not in ("per_class", "grid")}
+
+
+@contextlib.contextmanager
+def task_lock(folder: Path | None, task: str, group: Group, pause: Pause = lambda: None) -> Iterator[None]:
+    """Hold a task of one folder for this group of ranks, after any other that has it; the kernel drops it at death."""
+    if folder is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        file = None
+        if group.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / f".{task}.lock").open("a"))
+        told = False
+        while not group.from_first(_try_lock(file) if file else None):
+            if group.is_first and not told:
+                print(f"waiting: another process probes {task} in {folder}", file=sys.stderr, flush=True)
+            told = True
+            pause()
+            time.sleep(LOCK_POLL_S)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def with_probes_of_files(run: RunDir, config: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
+    """A budget's row with the probes that the budget's task files hold for its present weights.
+
+    They replace those of the same task and kind; other entries (of imported rows, say) stay.
+    """
+    images_seen = row["images_seen"]
+    folder = run.probes_dir(images_seen)
+    if not folder.is_dir() or not run.model_file(images_seen).exists():
+        return row
+    name = weights_name(run, config, images_seen)
+    entries = {(entry["task"], entry["kind"]): entry for entry in row.get("probes") or []}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if document.get("backbone") == name:
+            entries |= {(each["task"], each["kind"]): as_entry(each) for each in document["probes"]}
+    return {**row, "probes": list(entries.values())}
+
+
+def merge_into_rows(run: RunDir, config: RunConfig, images_seen: int) -> None:
+    """Bring a budget's row up to its task files; a budget without a row has its files until the trainer writes one."""
+    run.update_row(images_seen, lambda row: None if row is None else with_probes_of_files(run, config, row))

@@ -1,0 +1,149 @@
+"""Probe a run as a job: `python -m aimscale.harness.probe.job RUN_DIR/probing`, alone, by torchrun, in Slurm.
+
+`RUN_DIR/probing/` holds what a job of its own has, as a run directory does for training: `request.json` (what to
+probe), `status.json`, the lease and the logs. So probing neither waits for the training of the same run nor disturbs
+it. The job takes up budgets that the run finishes meanwhile, and ends when all that are there are probed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.config import ConfigError, ProbeSection, Section, parse
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir, write_text
+from aimscale.harness.run.failures import PreemptedError, StopFlag, classify, stop_signals
+from aimscale.harness.train.distributed import Group, find_placement
+
+FOLDER = "probing"
+"""Of the job within a run directory."""
+REQUEST_FILE = "request.json"
+
+
+class ProbeRequest(Section):
+    """What a probe job is to do."""
+
+    version: Literal[1] = 1
+    """Of this file format."""
+    tasks: tuple[ProbeSection, ...] = Field(min_length=1)
+    """Tasks."""
+    images_seen: int | None = None
+    """One budget; null probes all that are saved."""
+    since: float = 0.0
+    """Repeat what was finished before this Unix time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the backbone runs."""
+    cache_gb: float = 2.0
+    """Memory for a rank's cached tokens, 10^9 bytes."""
+
+    def write(self, job: RunDir) -> None:
+        """Store it in the job's folder."""
+        write_text(job.path / REQUEST_FILE, self.model_dump_json(indent=1) + "\n")
+
+
+def read_request(job: RunDir) -> ProbeRequest:
+    """The request of a job.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    path = job.path / REQUEST_FILE
+    try:
+        return parse(ProbeRequest, json.loads(path.read_text()), str(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{job.path} holds no probe job; start one with `aimscale probe RUN --on local`") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it and start the probes again") from error
+
+
+def probe_job(path: Path) -> int:
+    """Execute the job in `path` and return the exit code, as `harness.train.loop` does.
+
+    Raises:
+        UserError: the tasks cannot be probed; `status.json` says why, too.
+        LeaseHeld: another process executes this job.
+    """
+    job = RunDir(path)
+    request = read_request(job)
+    is_first = find_placement().rank == 0
+    with contextlib.ExitStack() as stack:
+        if is_first:
+            stack.enter_context(job.hold())
+        flag = stack.enter_context(stop_signals())
+        if is_first:
+            job.write_start()
+        try:
+            _probe(job, request, flag)
+        except PreemptedError:
+            if is_first:
+                job.write_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
+            return EXIT_PREEMPTED
+        except Exception as error:
+            reason_class, reason = classify(error)
+            job.write_status(state="failed", phase="", reason=reason, reason_class=reason_class)
+            raise
+        if is_first:
+            job.write_status(state="finished", phase="", heartbeat=time.time())
+    return EXIT_FINISHED
+
+
+def _probe(job: RunDir, request: ProbeRequest, flag: StopFlag) -> None:
+    """Probe budget by budget, those included that come to be saved meanwhile."""
+    from aimscale.harness.probe.run import join_ranks, probe_run, saved_budgets
+
+    run = RunDir(job.path.parent)
+    with join_ranks(request.device) as group:
+
+        def pause() -> None:
+            if group.sum_and_any(0, flag.is_raised)[1]:
+                raise PreemptedError
+            if group.is_first:
+                job.write_status(durable=False, heartbeat=time.time())
+
+        done: set[int] = set()
+        while left := _left(run, request, group, done, saved_budgets(run)):
+            budget = left[0]
+            probing = probe_run(
+                run.path,
+                budget,
+                request.tasks,
+                group=group,
+                cache_gb=request.cache_gb,
+                since=request.since,
+                pause=pause,
+            )
+            if group.is_first:
+                job.write_status(durable=False, phase=f"probe at {budget:,} images ({len(left)} budgets left)")
+            for _, entries in probing:
+                for entry in entries if group.is_first else []:
+                    print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
+            done.add(budget)
+
+
+def _left(run: RunDir, request: ProbeRequest, group: Group, done: set[int], saved: list[int]) -> list[int]:
+    """Budgets still to be looked at, the same on all ranks."""
+    wanted = saved if request.images_seen is None else [request.images_seen]
+    left: list[int] = group.from_first([budget for budget in wanted if budget not in done])
+    return left
+
+
+def main() -> None:
+    """Entry point of the launchers."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m aimscale.harness.probe.job RUN_DIR/probing")
+    try:
+        sys.exit(probe_job(Path(sys.argv[1])))
+    except UserError as error:
+        print(f"aimscale: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

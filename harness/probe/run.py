@@ -1,0 +1,238 @@
+"""Probe the budgets of a run directory, beside training or later, knowing only its path."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.aim.weights import load_backbone, load_model
+from aimscale.harness.probe.baseline_models import baseline
+from aimscale.harness.probe.features import ALONE, CACHE_GB, ProbeError, open_task
+from aimscale.harness.probe.files import Pause, as_entry, finished_probes, merge_into_rows, task_key, weights_name
+from aimscale.harness.probe.protocol import probe_backbone, probe_model
+from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.train.distributed import Group, LaunchError, find_placement, start_group, stop_group
+
+
+def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
+    """The float32 model of a budget; an imported backbone, whose pixel head was not released, has a mere linear one.
+
+    Raises:
+        ProbeError: that budget is not saved.
+        WeightsError: the file is damaged or holds another model's weights.
+    """
+    path = run.model_file(images_seen)
+    if not path.exists():
+        saved = ", ".join(str(budget) for budget in saved_budgets(run)) or "none yet"
+        raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
+    shape = dict(config.result.model)
+    with safe_open(path, framework="pt") as file:
+        has_pixel_head = any(name.startswith("pixel_head.") for name in file.keys())  # noqa: SIM118 (not a dict)
+    if has_pixel_head:
+        model = model_config(**shape, target=config.result.objective.target)
+        return load_model(path, model, device=device).eval()
+    shape |= {"head_rule": "none", "head_width": None, "head_depth": None}
+    return load_backbone(path, model_config(**shape), device=device).eval()
+
+
+def saved_budgets(run: RunDir) -> list[int]:
+    """Images seen of the budgets whose weights are there, ascending."""
+    folder = run.path / "budgets"
+    found = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(budget for budget in found if run.model_file(budget).exists())
+
+
+def wanted_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[ProbeSection]:
+    """The run's own probe sections, all or those named.
+
+    Raises:
+        ProbeError: the run has no tasks, or none of that name.
+    """
+    sections = config.result.probes
+    if not sections:
+        raise ProbeError("the run's configuration names no probes; give a task with --task NAME --train DIR --test DIR")
+    if tasks is None:
+        return list(sections)
+    known = {section.task: section for section in sections}
+    for task in tasks:
+        if task not in known:
+            raise ProbeError(f"the run has no task '{task}'; its tasks: {', '.join(known)}")
+    return [known[task] for task in tasks]
+
+
+@contextlib.contextmanager
+def join_ranks(device: str) -> Iterator[Group]:
+    """The ranks that torchrun or Slurm started, or this process by itself; left again at the end, whatever happened.
+
+    Raises:
+        LaunchError: a device that is not there, or variables that name half of a group.
+    """
+    placement = find_placement()
+    if placement.world_size > 1:
+        try:
+            group = start_group(placement, device)
+            yield group
+            group.wait()  # no rank takes the store away from one that still needs it
+        finally:
+            stop_group()
+        return
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise LaunchError("--device cuda was asked for and torch sees no CUDA device; use cpu or auto")
+    yield Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
+
+
+@functools.cache
+def _fingerprints(section: ProbeSection, model_section: ModelSection) -> tuple[str, str]:
+    """Of a task's training and test data."""
+    train, test = open_task(section, model_section)
+    return train.dataset.fingerprint, test.dataset.fingerprint
+
+
+def finished_task(
+    run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection, since: float = 0.0
+) -> list[dict[str, Any]] | None:
+    """Probes of a task at a budget, if they are there from its present weights, data and seed and not older than that.
+
+    Raises:
+        ProbeError, TaskError, DataError: the task's data cannot be used.
+    """
+    result = config.result
+    key = task_key(
+        weights_name(run, config, images_seen), section, *_fingerprints(section, result.model), seed=result.seed
+    )
+    return finished_probes(run.probes_dir(images_seen) / f"{section.task}.json", key, since=since)
+
+
+def probe_run(
+    run_dir: Path,
+    images_seen: int | None = None,
+    sections: Sequence[ProbeSection] | None = None,
+    *,
+    group: Group = ALONE,
+    cache_gb: float = CACHE_GB,
+    since: float | None = 0.0,
+    pause: Pause = lambda: None,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
+
+    Args:
+        run_dir: a run directory with `config.yaml` and `budgets/`.
+        images_seen: one budget; None probes all that are saved.
+        sections: tasks; None takes those of the run's configuration.
+        group: the ranks that share the work; all of them call this.
+        cache_gb: memory for a rank's cached tokens.
+        since: take what files of the same weights, data and seed say that are not older than this Unix time; None
+            probes in any case.
+        pause: called by all ranks together wherever work is saved; raises to stop there.
+
+    Raises:
+        ProbeError: no saved budget, or a task that cannot be probed.
+    """
+    run = RunDir(run_dir)
+    config = run.load_config()
+    sections = wanted_tasks(config, None) if sections is None else sections
+    budgets = saved_budgets(run) if images_seen is None else [images_seen]
+    budgets = group.from_first(budgets)
+    if not budgets:
+        raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
+    for budget in budgets:
+        model: AIM | None = None
+        for section in sections:
+            pause()
+            entries = None
+            if since is not None and run.model_file(budget).exists():
+                # on every rank, so that a mistake in the task ends them all
+                done = finished_task(run, config, budget, section, since)
+                entries = group.from_first(done and [as_entry(detail) for detail in done])
+            if entries is None:
+                # read only where there is something to do: a 7B budget is 26 GB
+                model = load_budget(run, config, budget, group.device) if model is None else model
+                entries = probe_model(
+                    model,
+                    section,
+                    model_section=config.result.model,
+                    seed=config.result.seed,
+                    out=run.probes_dir(budget),
+                    group=group,
+                    cache_gb=cache_gb,
+                    name=weights_name(run, config, budget),
+                    since=since,
+                    pause=pause,
+                )
+            if group.is_first:
+                merge_into_rows(run, config, budget)
+            yield budget, entries
+
+
+def probe_baseline(
+    target: str,
+    like: RunDir,
+    sections: Sequence[ProbeSection],
+    *,
+    weights: Path | None = None,
+    random_weights: bool = False,
+    hub: bool = False,
+    image_size: int | None = None,
+    out: Path | None = None,
+    group: Group = ALONE,
+    cache_gb: float = CACHE_GB,
+    since: float | None = 0.0,
+) -> Iterator[tuple[None, list[dict[str, Any]]]]:
+    """Probe a baseline on tasks; yields entries after each task.
+
+    Args:
+        target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.baseline_models`.
+        like: the run whose images and seed it gets.
+        sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
+        weights: weight file of a timm model.
+        random_weights: leave a timm model untrained.
+        hub: fetch the weights of a timm model.
+        image_size: of a timm model; None takes its own.
+        out: folder of the result files; None takes `baselines/<target>` of the run.
+        group: the ranks that share the work.
+        cache_gb: memory for a rank's cached tokens.
+        since: as for `probe_run`.
+
+    Raises:
+        ProbeError: an unknown baseline, or a task that cannot be probed.
+    """
+    config = like.load_config()
+    backbone, model_section = baseline(
+        target,
+        config,
+        weights=weights,
+        random_weights=random_weights,
+        hub=hub,
+        image_size=image_size,
+        device=group.device,
+    )
+    folder = out or like.path / "baselines" / target.replace(":", "-").replace("/", "-")
+    impossible = {"lora"} if target != "random" else set()
+    impossible |= {"attentive"} if target == "raw-pixels" else set()
+    for section in sections:
+        kinds = tuple(kind for kind in section.kinds if kind not in impossible)
+        if not kinds:
+            raise ProbeError(f"{target} has none of the probes {', '.join(section.kinds)} of task '{section.task}'")
+        yield (
+            None,
+            probe_backbone(
+                backbone,
+                section.model_copy(update={"kinds": kinds}),
+                model_section=model_section,
+                seed=config.result.seed,
+                out=folder,
+                group=group,
+                cache_gb=cache_gb,
+                since=since,
+            ),
+        )

@@ -1,0 +1,1 @@
+"""A run: its configuration, its directory, its schedule, its provenance."""

@@ -1,0 +1,384 @@
+"""The configuration of one run: *result* fields, which define what is measured, and *runtime* fields, which must not.
+
+`run_id` is a readable slug plus eight hex digits of the canonical JSON of the result fields, so an edited
+experiment is a new run and a run moved to other hardware stays itself. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from aimscale.aim.errors import UserError
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class ConfigError(UserError):
+    """A run or sweep configuration that cannot be used as written."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and strict about keys (an unknown key is an error)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which AIM is trained; `aim.config.model_config` turns this into the model's own configuration."""
+
+    size: str
+    """A named size: `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>`, or `w<width>-d<depth>`."""
+    image_size: int = Field(224, gt=0)
+    """Side of the square input, pixels."""
+    patch_size: int = Field(14, gt=0)
+    """Side of a square patch, pixels; must divide `image_size`."""
+    channels: int = Field(3, gt=0)
+    """Colour channels of the input."""
+    head_rule: Literal["released", "proportional", "none"] = "proportional"
+    """How the pixel head follows the trunk: 12 blocks of width 2048 as published; the same share of the trunk as
+    in aim-600M (width 4/3 d, half of the blocks); or a linear head alone."""
+    head_width: int | None = Field(None, gt=0)
+    """Overrides the width that `head_rule` gives."""
+    head_depth: int | None = Field(None, ge=0)
+    """Overrides the number of blocks that `head_rule` gives."""
+    ln_residual: bool = False
+    """Head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
+    patch_order: Literal["raster", "spiral", "checkerboard", "random"] = "raster"
+    """Order in which patches are predicted."""
+    parametrisation: Literal["standard", "mup"] = "standard"
+    """`standard`: the paper's constant learning rate and xavier init; `mup`: width-aware rates and scales."""
+
+
+class SourceSection(Section):
+    """One packed or indexed data set and how often it is drawn."""
+
+    path: str
+    """Folder of indexed shards (`aimscale data pack` or `aimscale data index` makes one), local or an fsspec URL."""
+    probability: float = Field(1.0, gt=0, le=1)
+    """Probability of drawing from this source; the probabilities of a run add up to 1."""
+
+
+class DataSection(Section):
+    """The training stream: which images, how many different ones, and their augmentation."""
+
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
+    """Where the images come from."""
+    unique_images: int | None = Field(None, gt=0)
+    """U: train on the first U images of one fixed permutation of the pool; null takes the whole pool."""
+    crop_scale: tuple[float, float] = (0.4, 1.0)
+    """Area range of the random resized crop (paper, section 3)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect-ratio range of the random resized crop."""
+    horizontal_flip: bool = True
+    """Flip half of the images left to right."""
+    color_jitter: bool = False
+    """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8, as in the authors' trainer but not in the paper."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of undecodable samples above which the run stops."""
+
+    @model_validator(mode="after")
+    def _probabilities_add_up(self) -> DataSection:
+        total = sum(source.probability for source in self.sources)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the probabilities of the data sources add up to {total:g}; make them add up to 1")
+        return self
+
+
+class ObjectiveSection(Section):
+    """What is predicted and from which prefix."""
+
+    target: Literal["normalised", "raw"] = "normalised"
+    """Regress pixels normalised per patch (paper) or the image-normalised pixels themselves."""
+    prefix: Literal["paired", "uniform", "none"] = "paired"
+    """How prefix lengths S are drawn. `paired`: positions 2i and 2i+1 get S and N - S, each uniform on 1..N-1, so that
+    every pair scores exactly N targets; `uniform`: independently; `none`: S = 1, plain causal attention."""
+
+
+class OptimiserSection(Section):
+    """AdamW and its batch (paper, Table 9)."""
+
+    batch_size: int = Field(4096, gt=0)
+    """Images per optimiser step, over all ranks and micro-batches."""
+    lr_peak: float = Field(1e-3, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled decay of matrices; biases and norms have none."""
+    clip_norm: float = Field(1.0, gt=0)
+    """The global gradient norm is clipped to this."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16` keeps fp32 master weights, fp32 gradient accumulation, and LayerNorm and loss in fp32."""
+
+
+class ScheduleSection(Section):
+    """Learning rate against images seen."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    """`wsd`: warm-up, stable, and a decay branched off for every budget; `cosine`: one run a budget."""
+    warmup_images: int = Field(128_000_000, ge=0)
+    """Linear warm-up from `lr_start`, images (paper: 31,250 iterations of 4096)."""
+    lr_start: float = Field(1e-6, ge=0)
+    """Learning rate at the first image."""
+    lr_end: float = Field(0.0, ge=0)
+    """Learning rate at a budget's last image."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of a budget spent decaying (wsd)."""
+
+
+class ValidationSection(Section):
+    """The held-out images on which the pre-training loss is measured, the same for every run of a sweep."""
+
+    path: str
+    """Folder of indexed shards."""
+    num_images: int | None = Field(None, gt=0)
+    """Use the first images of the folder only; null uses all."""
+    num_prefixes: int = Field(4, gt=0)
+    """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone."""
+
+
+class ProbeSection(Section):
+    """One frozen-feature task."""
+
+    task: str
+    """Name of the task in tables and plots."""
+    train: str
+    """Folder of labelled, indexed shards to fit on (part of it is held out to choose blocks and rates)."""
+    test: str
+    """Folder of labelled, indexed shards, scored once."""
+    kinds: Annotated[tuple[Literal["linear", "attentive", "knn", "lora"], ...], Field(min_length=1)] = (
+        "linear",
+        "attentive",
+    )
+    """Which probes to fit. `lora` is none: it adapts the trunk (rank 8; paper, Table 8) under an attentive head."""
+    augmentation: Literal["none", "published"] = "none"
+    """Training views: one centre crop, whose features can be cached, or the published recipe (random resized crops of
+    scale 0.08 to 1, flips, RandAugment m9 mstd0.5 inc1), for which the backbone runs in every epoch."""
+    epochs: int = Field(20, gt=0)
+    """Passes over the training split."""
+    batch_size: int = Field(256, gt=0)
+    """Images per step of the probe's optimiser."""
+    lrs: Annotated[tuple[float, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
+    """Learning rates tried; chosen on the hold-out."""
+    weight_decays: Annotated[tuple[float, ...], Field(min_length=1)] = (0.05,)
+    """Weight decays tried; chosen on the hold-out."""
+    holdout_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the training split kept for choices."""
+    refit: bool = True
+    """Train what the hold-out chose once more, on the whole training split, before the test; false scores it as chosen,
+    trained on the rest alone."""
+
+
+class RollBackSection(Section):
+    """What a run does about a stretch of images on which it does not stay finite, instead of stopping as diverged."""
+
+    every_images: int = Field(gt=0)
+    """Distance of the points to go back to: the weights and moments of the last one are kept."""
+    after_skipped_steps: int = Field(20, ge=0)
+    """Consecutive non-finite steps after which a run takes that point's weights and goes on behind the stretch."""
+    max_times: int = Field(1, gt=0)
+    """How often; the row counts roll-backs and skipped steps."""
+
+
+class ResultConfig(Section):
+    """Everything that defines what a run measures; its hash is the run's identity."""
+
+    model: ModelSection
+    """The model."""
+    data: DataSection
+    """The training stream."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """The objective."""
+    optimiser: OptimiserSection = OptimiserSection()
+    """The optimiser."""
+    schedule: ScheduleSection = ScheduleSection()
+    """The learning-rate schedule."""
+    budgets: Annotated[tuple[int, ...], Field(min_length=1)]
+    """D: images seen at each of which a row of results is recorded; multiples of the batch size."""
+    seed: int = Field(0, ge=0)
+    """Seeds the initial weights and the stream."""
+    validation: ValidationSection
+    """Where the pre-training loss is measured."""
+    probes: tuple[ProbeSection, ...] = ()
+    """Where the features are measured."""
+    roll_back: RollBackSection | None = None
+    """Go back when steps stop being finite; null stops the run. It changes what is measured, so it is part of the run's
+    identity, but only where it is set: runs without it keep the names they had before it existed."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if values.get("roll_back") is None:
+            values.pop("roll_back", None)
+        return values
+
+    @model_validator(mode="after")
+    def _budgets_fit_schedule(self) -> ResultConfig:
+        batch = self.optimiser.batch_size
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets {list(self.budgets)} must increase")
+        for budget in self.budgets:
+            if budget <= 0 or budget % batch:
+                near = max(1, round(budget / batch)) * batch
+                raise ValueError(f"budget {budget} is not a multiple of the batch size {batch}; use {near}")
+        if self.schedule.kind == "cosine" and len(self.budgets) > 1:
+            raise ValueError("a cosine run decays to one budget; give each budget its own run, or use wsd")
+        if self.objective.prefix == "paired" and batch % 2:
+            raise ValueError(f"paired prefixes need an even batch size, not {batch}")
+        return self
+
+
+class RuntimeConfig(Section):
+    """How and where a run is executed; none of this may change its result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is a card."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO stage; `auto` follows `harness.train.memory`'s rule."""
+    micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Images per forward pass and rank."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute block activations in the backward pass."""
+    offload_optimiser: Literal["auto"] | bool = "auto"
+    """Keep master weights and moments in host memory (ZeRO 1 to 3); `auto` where nothing else fits."""
+    offload_weights: Literal["auto"] | bool = "auto"
+    """Keep the weights there, too, between their uses (ZeRO 3 with `offload_optimiser`)."""
+    compile: bool = False
+    """torch.compile the blocks."""
+    num_workers: int = Field(0, ge=0)
+    """Loader processes per rank; 0 loads in a thread of the trainer."""
+    augment_on: Literal["loader", "device"] = "loader"
+    """Who resizes, flips and jitters: the loader, image by image, or the device, in the batch. Both give the same
+    bytes. The device spares a loader that cannot keep up the jitter, three quarters of its work; without jitter
+    measure first (`aimscale bench data`): crops of photographs have two to three times the bytes of resized ones."""
+    num_threads: int = Field(1, ge=1)
+    """Torch threads per rank (CPU)."""
+    cache_dir: str | None = None
+    """Local cache of remote shards."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Bound of that cache, GB."""
+    checkpoint_every_images: int | None = Field(None, gt=0)
+    """Trunk checkpoints at this distance; null saves at branch points only."""
+    log_every_steps: int = Field(10, gt=0)
+    """Distance of metric lines."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Besides `metrics.jsonl`, which is always written."""
+    max_skipped_steps: int = Field(20, ge=0)
+    """Consecutive non-finite steps after which a run stops as diverged, where it cannot roll back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _roll_backs_moved(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "max_roll_backs" in values:
+            values = dict(values)
+            if values.pop("max_roll_backs"):
+                raise ValueError("max_roll_backs changes results; set roll_back among the result fields instead")
+        return values
+
+
+class RunConfig(Section):
+    """One run, as stored in `config.yaml` of its run directory."""
+
+    version: Literal[1] = 1
+    """Of this file format."""
+    result: ResultConfig
+    """What is measured."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """How it is executed."""
+
+    @property
+    def run_id(self) -> str:
+        """Readable slug and eight hex digits, e.g. `rung-64_u12000_s0_1a2b3c4d`."""
+        result = self.result
+        unique = "all" if result.data.unique_images is None else str(result.data.unique_images)
+        return f"{result.model.size}_u{unique}_s{result.seed}_{fingerprint(result)}"
+
+    def to_yaml(self) -> str:
+        """The file's text; `load_run_config` reads it back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def canonical_json(section: Section) -> str:
+    """JSON with sorted keys and no spaces, defaults included; NaN and infinities are refused."""
+    return json.dumps(section.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(section: Section) -> str:
+    """First eight hex digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(section).encode()).hexdigest()[:8]
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Read `config.yaml`.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or does not validate; the sentence names the key.
+    """
+    return parse(RunConfig, read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML document; a missing or malformed file is a ConfigError."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
+    """Validate `values` as `kind`, turning pydantic's report into one sentence.
+
+    Raises:
+        ConfigError: names the file, the key and, for an unknown key, the nearest known one.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of keys to values, not {type(values).__name__}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(kind, error)}") from error
+
+
+def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
+    # A misspelt key also leaves its place empty: say the spelling first, and do not count what is missing.
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first, others = errors[0], [each for each in errors[1:] if each["type"] != "missing"]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(kind, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key '{key}'; {hint}{more}"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}{more}"
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section that `location` leads to."""
+    schema = kind.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in location:
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        node = next((each for each in node.get("anyOf", []) if "$ref" in each), node)  # an optional section
+        while "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    return list(node.get("properties", {}))

@@ -1,0 +1,410 @@
+"""The run directory: the names of its files, its status, its lease, and its rows.
+
+Everything about a run is re-discovered from this folder, so another process can take over knowing only the path.
+Torch is not imported here: the planner and `aimscale status` read hundreds of run directories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
+
+State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
+ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
+
+STATUS_VERSION = 1
+RESULTS_VERSION = 1
+LEASE_BEAT_S = 10.0
+"""A holder renews its lease this often."""
+LEASE_STALE_S = 120.0
+"""A lease not renewed for this long may be taken over (at once when its holder is known to be gone)."""
+
+EXIT_FINISHED = 0
+EXIT_CRASHED = 1
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+EXIT_PREEMPTED = 75
+"""Saved after a signal; start the same run directory again to go on (75 is EX_TEMPFAIL of sysexits.h)."""
+
+
+class RunDirError(UserError):
+    """A run directory that cannot be used as asked."""
+
+
+class LeaseHeld(RunDirError):
+    """Another process is executing this run."""
+
+
+class LeaseLost(RuntimeError):
+    """This process no longer holds the lease it started with; it must stop writing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """`status.json`: what a run is doing, rewritten at every logging step."""
+
+    version: int = STATUS_VERSION
+    """Of this file format."""
+    state: State = "created"
+    """Where the run stands."""
+    phase: str = ""
+    """What a running run does: start, train, decay, validate, probe."""
+    images_seen: int = 0
+    """Position in the stream of the step last logged."""
+    images_done: int = 0
+    """Images trained on so far, decay branches included."""
+    images_planned: int = 0
+    """Images the whole run trains on, decay branches included."""
+    step: int = 0
+    """`images_seen` in optimiser steps."""
+    loss: float | None = None
+    """Training loss at that step."""
+    val_loss: float | None = None
+    """Validation loss of the budget last recorded."""
+    images_per_s: float | None = None
+    """Over the last logging interval, all ranks."""
+    mfu: float | None = None
+    """Model FLOPs utilisation over the last logging interval, 0..1; null while no peak is known."""
+    num_skipped_steps: int = 0
+    """Non-finite steps that were skipped."""
+    heartbeat: float | None = None
+    """Unix time of the last logging step."""
+    started: float | None = None
+    """Unix time at which this attempt started."""
+    host: str | None = None
+    """Where rank 0 runs."""
+    pid: int | None = None
+    """Process of rank 0."""
+    reason: str | None = None
+    """Why the run failed, diverged or was preempted: one sentence."""
+    reason_class: ReasonClass | None = None
+    """The kind of reason, for deciding whether to try again."""
+    attempt: int = 0
+    """Starts so far."""
+    job_id: str | None = None
+    """Slurm's job, where there is one."""
+
+
+class RunDir:
+    """Paths and small files of one run directory."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.provenance = self.path / "provenance.json"
+        self.status = self.path / "status.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.speed = self.path / "speed.jsonl"
+        self.results = self.path / "results.json"
+        self.lease = self.path / "lease.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    def budget_dir(self, images_seen: int) -> Path:
+        """Final weights of a budget: `model.safetensors` and `model.json`."""
+        return self.path / "budgets" / str(images_seen)
+
+    def model_file(self, images_seen: int) -> Path:
+        """Final weights of a budget."""
+        return self.budget_dir(images_seen) / "model.safetensors"
+
+    def validation_file(self, images_seen: int) -> Path:
+        """Per-image validation losses at a budget."""
+        return self.path / "validation" / f"{images_seen}.npz"
+
+    def completions_file(self, images_seen: int) -> Path:
+        """Next-patch predictions on a few validation images at a budget."""
+        return self.path / "completions" / f"{images_seen}.npz"
+
+    def probes_dir(self, images_seen: int) -> Path:
+        """One JSON file per probed task at a budget."""
+        return self.path / "probes" / str(images_seen)
+
+    def checkpoint_dir(self, images_seen: int, branch: int | None = None) -> Path:
+        """A resumable state on the trunk, or on the decay branch of the budget `branch`."""
+        return self.checkpoints / (str(images_seen) if branch is None else f"{images_seen}-decay-{branch}")
+
+    @classmethod
+    def create(cls, path: Path | str, config: RunConfig) -> RunDir:
+        """Make the directory with its `config.yaml` and a status; an existing run of the same id is left as it is.
+
+        Raises:
+            RunDirError: the directory holds another run.
+        """
+        run = cls(path)
+        if run.config.exists():
+            existing = run.load_config()
+            if existing.run_id != config.run_id:
+                raise RunDirError(f"{path} holds run {existing.run_id}, not {config.run_id}; choose another directory")
+            return run
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_text(run.config, config.to_yaml())
+        if not run.status.exists():
+            write_json(run.status, dataclasses.asdict(Status()))
+        return run
+
+    def load_config(self) -> RunConfig:
+        """Read `config.yaml`.
+
+        Raises:
+            ConfigError: there is none, or it does not validate.
+        """
+        if not self.config.exists():
+            raise ConfigError(f"{self.path} is no run directory: it has no config.yaml")
+        return load_run_config(self.config)
+
+    def read_status(self) -> Status:
+        """The last status written; a directory without one counts as created."""
+        try:
+            values = json.loads(self.status.read_text())
+        except FileNotFoundError:
+            return Status()
+        known = {field.name for field in dataclasses.fields(Status)}
+        return Status(**{key: value for key, value in values.items() if key in known})
+
+    def write_start(self) -> Status:
+        """Note in `status.json` that this process begins a further attempt."""
+        return self.write_status(
+            state="running",
+            phase="start",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=time.time(),
+            heartbeat=time.time(),
+            attempt=self.read_status().attempt + 1,
+            job_id=os.environ.get("SLURM_JOB_ID"),
+            reason=None,
+            reason_class=None,
+        )
+
+    def write_status(self, *, durable: bool = True, **changes: Any) -> Status:
+        """Replace some fields of the status; `durable=False` skips the fsync (heartbeats)."""
+        status = dataclasses.replace(self.read_status(), **changes)
+        write_json(self.status, dataclasses.asdict(status), durable=durable)
+        return status
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The rows recorded so far, one per budget, by images seen."""
+        try:
+            rows: list[dict[str, Any]] = json.loads(self.results.read_text())["rows"]
+        except FileNotFoundError:
+            return []
+        return rows
+
+    def record_row(self, row: dict[str, Any]) -> None:
+        """Add a budget's row, or replace the one it has (a probe run again)."""
+        self.update_row(row["images_seen"], lambda _: row)
+
+    def update_row(
+        self, images_seen: int, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]
+    ) -> dict[str, Any] | None:
+        """Replace a budget's row by `change(row)`, one process at a time: a trainer and probe jobs write rows.
+
+        Args:
+            images_seen: the budget.
+            change: gets the row, None where there is none, and returns the new one, None to leave things as they are.
+
+        Returns:
+            The row as it stands afterwards.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _guarded(self.results):
+            rows = self.read_rows()
+            row = next((each for each in rows if each["images_seen"] == images_seen), None)
+            changed = change(row)
+            if changed is None or changed == row:
+                return row
+            rows = sorted(
+                [*(each for each in rows if each["images_seen"] != images_seen), changed],
+                key=lambda each: each["images_seen"],
+            )
+            write_json(self.results, {"version": RESULTS_VERSION, "rows": rows})
+            return changed
+
+    def is_held(self) -> bool:
+        """Whether a live process holds the lease."""
+        holder = _read_lease(self.lease)
+        return holder is not None and not _is_gone(holder)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[Lease]:
+        """Hold the lease for the block; a thread renews it.
+
+        Raises:
+            LeaseHeld: another live process holds it.
+        """
+        lease = Lease(self)
+        lease.start()
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+
+class Lease:
+    """The right to write into a run directory: `lease.json` with host, pid and a heartbeat.
+
+    A holder that is known to be gone (its process on this host is dead, or the same Slurm job was requeued) is
+    replaced at once, any other only after `LEASE_STALE_S` seconds without a heartbeat. Who checks and replaces holds
+    an flock on the side, and a holder notices at its next heartbeat when it was replaced, so that two never write.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._path = run.lease
+        self._holder = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": _process_started(os.getpid()),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "job_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        }
+        self._lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def start(self) -> None:
+        """Take the lease and renew it until `release`."""
+        with _guarded(self._path):
+            holder = _read_lease(self._path)
+            if holder is not None and not _is_gone(holder):
+                raise LeaseHeld(
+                    f"{self._path.parent} is being executed by process {holder['pid']} on {holder['host']}; wait for "
+                    f"it or cancel it (a lease is free {LEASE_STALE_S:.0f} s after its holder died)"
+                )
+            self._path.unlink(missing_ok=True)
+            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(self._holder | {"heartbeat": time.time()}, file)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise LeaseLost when another process took over; call before anything is written for good."""
+        if self._lost:
+            raise LeaseLost(f"{self._path.parent} was taken over by another process; this one stops")
+
+    def release(self) -> None:
+        """Give the lease up."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with _guarded(self._path):
+            if self._is_own():
+                self._path.unlink(missing_ok=True)
+
+    def _is_own(self) -> bool:
+        holder = _read_lease(self._path)
+        return holder is not None and holder["token"] == self._holder["token"]
+
+    def _renew(self) -> None:
+        while not self._stop.wait(LEASE_BEAT_S):
+            with _guarded(self._path):
+                if not self._is_own():
+                    self._lost = True
+                    return
+                # A disk that is full now may have room at the next beat.
+                with contextlib.suppress(OSError):
+                    write_json(self._path, self._holder | {"heartbeat": time.time()}, durable=False)
+
+
+@contextlib.contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Serialise reading and replacing a file; the kernel drops the lock when a process dies."""
+    with path.with_suffix(".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_lease(path: Path) -> dict[str, Any] | None:
+    try:
+        holder: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        # Its writer died between creating and filling it.
+        return None
+    return holder
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Whether a lease's holder has certainly or presumably died."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if job is not None and holder["job_id"] == job and holder["job_restarts"] < restarts:
+        return True  # Slurm ended the earlier incarnation of this job before it started this one.
+    if holder["host"] == socket.gethostname():
+        return _process_started(holder["pid"]) != holder["process_started"]
+    return time.time() - holder["heartbeat"] > LEASE_STALE_S
+
+
+def _process_started(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat), null when there is none.
+
+    A zombie counts as gone. Together with the pid it names a process for good: pids are used again.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part; NaN and infinities are refused."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write aside, fsync if `durable`, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_dir(path.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_dir(aside: Path, final: Path) -> None:
+    """Make a folder that was written aside visible under its final name, durably and in one step."""
+    if final.exists():
+        doomed = final.with_name(f".old-{final.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        final.rename(doomed)
+        aside.rename(final)
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        aside.rename(final)
+    fsync_dir(final.parent)

@@ -1,0 +1,72 @@
+"""Why a run ended: the exceptions that end it on purpose, and the class of any other (torch is not imported here)."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.directory import EXIT_DIVERGED, LeaseLost, ReasonClass
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+"""Slurm's end of a job and submitit's preemption warning."""
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say when the process at the other end died."""
+
+
+class PreemptedError(Exception):
+    """A signal asked the run to stop; it has saved."""
+
+
+class DivergedError(UserError):
+    """Too many steps in a row were not finite."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class StopFlag:
+    """Raised by a signal, read by the training loop; nothing else happens inside the handler."""
+
+    def __init__(self) -> None:
+        self.is_raised = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.is_raised = True
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """A flag that `STOP_SIGNALS` raise during the block; the handlers of before come back after it."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag  # only a main thread may handle signals
+        return
+    before = {number: signal.signal(number, flag) for number in STOP_SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def classify(error: BaseException) -> tuple[ReasonClass, str]:
+    """The kind of a failure and one sentence about it."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    sentence = text if isinstance(error, UserError) else f"{name}: {text}"
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "out of memory" in text.lower():
+        return "oom", sentence
+    if isinstance(error, UserError):
+        kinds: dict[str, ReasonClass] = {"DataError": "data", "ProbeError": "data", "CheckpointError": "node"}
+        return kinds.get(name, "config"), sentence
+    if any(sign in text for sign in LOST_PEER):
+        return "node", f"another rank is gone, and its own entry in logs/ may say why ({sentence})"
+    is_network = name.startswith("Dist") or "onnection" in text or "NCCL" in text or "gloo" in text
+    if isinstance(error, LeaseLost | OSError) or is_network:
+        return "node", sentence
+    return "code", sentence

@@ -1,0 +1,99 @@
+"""Where a result came from: code, command, packages, hardware (`provenance.json`, one entry per start of a run)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from aimscale.harness.run.directory import RunDir, write_json
+
+PROVENANCE_VERSION = 1
+PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "webdataset", "pandas")
+
+
+@functools.cache
+def git_commit() -> tuple[str | None, bool | None]:
+    """Commit of the source tree this code runs from and whether it has uncommitted changes; nulls outside git.
+
+    A launcher that copied the code (`sweeps.launch.snapshot`) says in the environment what it copied.
+    """
+    if "AIMSCALE_GIT_COMMIT" in os.environ:
+        return os.environ["AIMSCALE_GIT_COMMIT"], os.environ.get("AIMSCALE_GIT_DIRTY") == "1"
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        return commit, bool(git("status", "--porcelain", "--untracked-files=no").strip())
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages a result depends on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, imports included (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def record_start(run: RunDir, facts: dict[str, Any]) -> None:
+    """Append this start to `provenance.json`.
+
+    Args:
+        run: the run directory.
+        facts: what the caller knows: device, world size, ZeRO stage, measured peaks.
+    """
+    try:
+        starts = json.loads(run.provenance.read_text())["starts"]
+    except FileNotFoundError:
+        starts = []
+    commit, is_dirty = git_commit()
+    starts.append(
+        {
+            "time": time.time(),
+            "argv": sys.argv,
+            "git_commit": commit,
+            "git_dirty": is_dirty,
+            "packages": package_versions(),
+            "python": platform.python_version(),
+            "host": socket.gethostname(),
+            "cpu": cpu_name(),
+            "num_cpus": os.cpu_count(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            **facts,
+        }
+    )
+    write_json(run.provenance, {"version": PROVENANCE_VERSION, "starts": starts})

@@ -1,0 +1,100 @@
+"""The learning rate as a function of images seen, and the walk over trunk and decay branches.
+
+Warm-up-stable-decay (Hu et al. 2024, arXiv 2404.06395, section 4; Hägele et al. 2024, arXiv 2405.18392) lets one run
+serve several data budgets: the trunk keeps the peak rate, and every budget branches a decay off it. Cosine is what
+the AIM paper used. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from aimscale.harness.run.config import ConfigError, ResultConfig, ScheduleSection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A stretch of training: a piece of the trunk, or the decay to one budget."""
+
+    start: int
+    """Images seen before its first step."""
+    stop: int
+    """Images seen after its last step."""
+    branch: int | None
+    """The budget this segment decays to; null on the trunk."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate and segments of one run."""
+
+    section: ScheduleSection
+    """Its shape."""
+    lr_peak: float
+    """Rate after warm-up."""
+    batch_size: int
+    """Images per step."""
+    budgets: tuple[int, ...]
+    """Images seen at which a row is recorded, increasing multiples of the batch size."""
+
+    def branch_point(self, budget: int) -> int:
+        """Images seen where the decay to `budget` leaves the trunk (wsd), a whole number of steps."""
+        num_steps = budget // self.batch_size
+        num_decay_steps = min(num_steps, max(1, round(self.section.decay_fraction * num_steps)))
+        return (num_steps - num_decay_steps) * self.batch_size
+
+    def segments(self) -> list[Segment]:
+        """What a run does, in order: up the trunk to a branch point, down its branch, back to the trunk, and on."""
+        if self.section.kind == "cosine":
+            return [Segment(start=0, stop=self.budgets[0], branch=self.budgets[0])]
+        walk = []
+        position = 0
+        for budget in self.budgets:
+            point = self.branch_point(budget)
+            if point > position:
+                walk.append(Segment(start=position, stop=point, branch=None))
+                position = point
+            walk.append(Segment(start=point, stop=budget, branch=budget))
+        return walk
+
+    def images_planned(self) -> int:
+        """Images the whole run trains on: the trunk once and every branch."""
+        return sum(segment.stop - segment.start for segment in self.segments())
+
+    def lr(self, images_seen: int, branch: int | None) -> float:
+        """Rate of the step that starts after `images_seen` images, on the trunk or on the branch of a budget.
+
+        It is `lr_start` at the first step, and would be `lr_end` at the step after a budget's last.
+        """
+        section = self.section
+        if images_seen < section.warmup_images:
+            return section.lr_start + (self.lr_peak - section.lr_start) * images_seen / section.warmup_images
+        if branch is None:
+            return self.lr_peak
+        start = section.warmup_images if section.kind == "cosine" else self.branch_point(branch)
+        progress = min(1.0, max(0.0, (images_seen - start) / (branch - start)))
+        share = 0.5 * (1 + math.cos(math.pi * progress)) if section.kind == "cosine" else 1 - progress
+        return section.lr_end + (self.lr_peak - section.lr_end) * share
+
+
+def schedule_of(result: ResultConfig) -> Schedule:
+    """The schedule of a run.
+
+    Raises:
+        ConfigError: the warm-up reaches into the decay of the smallest budget.
+    """
+    schedule = Schedule(
+        section=result.schedule,
+        lr_peak=result.optimiser.lr_peak,
+        batch_size=result.optimiser.batch_size,
+        budgets=result.budgets,
+    )
+    smallest = result.budgets[0]
+    limit = smallest if result.schedule.kind == "cosine" else schedule.branch_point(smallest)
+    if result.schedule.warmup_images > limit or result.schedule.warmup_images >= smallest:
+        raise ConfigError(
+            f"schedule.warmup_images {result.schedule.warmup_images} reaches past image {limit}, where the budget "
+            f"{smallest} starts to decay; shorten the warm-up"
+        )
+    return schedule

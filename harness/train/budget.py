@@ -1,0 +1,169 @@
+"""What happens at a budget: weights saved, validation, pictures, probes, and the row of results.
+
+The evaluation is a function of the saved weights: a process that died in the middle of it leaves the weights, and the
+next one evaluates them without training again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from aimscale.aim.model import AIM
+from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.probe.files import weights_name, with_probes_of_files
+from aimscale.harness.probe.protocol import probe_model
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import RunDir, fsync_dir, publish_dir, write_json
+from aimscale.harness.run.failures import PreemptedError, StopFlag
+from aimscale.harness.run.provenance import git_commit
+from aimscale.harness.run.row import configured_columns, model_of
+from aimscale.harness.train.checkpoint import save_weights
+from aimscale.harness.train.distributed import Group
+from aimscale.harness.train.engine import Engine
+from aimscale.harness.train.validation import completions, validate, write_npz
+
+ROW_VERSION = 1
+
+
+def save_budget(
+    run: RunDir, engine: Engine, group: Group, *, config: RunConfig, images_seen: int, progress: dict[str, Any]
+) -> None:
+    """Write `budgets/<images_seen>/` in one step: weights, and the run's progress at that point."""
+    final = run.budget_dir(images_seen)
+    aside = final.with_name(f".writing-{final.name}")
+    if group.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    group.wait()
+    save_weights(aside / "model.safetensors", engine, group)
+    if group.is_first:
+        write_json(
+            aside / "model.json",
+            {
+                "version": ROW_VERSION,
+                "run_id": config.run_id,
+                "images_seen": images_seen,
+                "model": config.result.model.model_dump(mode="json"),
+                "target": config.result.objective.target,
+                "progress": progress,
+            },
+        )
+        fsync_dir(aside)
+        publish_dir(aside, final)
+    group.wait()
+
+
+def finished_budgets(run: RunDir, config: RunConfig) -> dict[int, dict[str, Any]]:
+    """Budget -> progress at its end, of the budgets whose weights are saved."""
+    found = {}
+    for budget in config.result.budgets:
+        try:
+            found[budget] = json.loads((run.budget_dir(budget) / "model.json").read_text())["progress"]
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def load_model(config: RunConfig, path: Path, device: torch.device) -> AIM:
+    """The model of a budget, float32."""
+    with torch.device("meta"):
+        model = AIM(model_of(config.result))
+    model.to_empty(device=device)
+    model.load_state_dict(load_file(path))
+    model.fill_constants()
+    return model.eval()
+
+
+def evaluate_budget(
+    run: RunDir, config: RunConfig, group: Group, flag: StopFlag, *, images_seen: int, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Validate and probe a budget's saved weights, and record its row; all ranks call this together.
+
+    A signal is obeyed between validation and probes; the weights are saved, and the next start evaluates them.
+
+    Args:
+        run: the run directory.
+        config: of the run.
+        group: the ranks.
+        flag: raised by a signal.
+        images_seen: the budget.
+        facts: columns of the row that training knows: losses, times, counts, device.
+
+    Raises:
+        PreemptedError: a signal asked to stop.
+    """
+    result = config.result
+    started = time.monotonic()
+    model = load_model(config, run.model_file(images_seen), group.device)
+    if result.optimiser.precision == "bf16":
+        model.to(torch.bfloat16)  # as it trained
+    if group.is_first:
+        run.write_status(phase="validate", durable=False)
+    _stop_if_asked(group, flag)
+    dataset = open_dataset(result.validation.path, cache_dir=config.runtime.cache_dir, cache_gb=config.runtime.cache_gb)
+    losses = validate(model, dataset, result.validation, result.model, group)
+    if group.is_first:
+        losses.save(run.validation_file(images_seen))
+        pictures = completions(model, dataset, result.validation, result.model, group.device)
+        write_npz(run.completions_file(images_seen), pictures)
+        run.write_status(phase="probe", durable=False)
+    if result.probes:
+        model = load_model(config, run.model_file(images_seen), group.device)
+    probes: list[dict[str, Any]] = []
+    for section in result.probes:
+        _stop_if_asked(group, flag)
+        probes += probe_model(
+            model,
+            section,
+            model_section=result.model,
+            seed=result.seed,
+            out=run.probes_dir(images_seen),
+            group=group,
+            name=weights_name(run, config, images_seen),
+            since=0.0,  # what an earlier attempt or a probe job finished is taken from its file
+            pause=lambda: _stop_if_asked(group, flag),
+        )
+    row = describe(config) | facts
+    evaluation_s = time.monotonic() - started
+    row |= {
+        "wall_s": facts["wall_s"] + evaluation_s,
+        "device_hours": facts["device_hours"] + evaluation_s * group.world_size / 3600,
+        "images_seen": images_seen,
+        "epochs": images_seen / row["unique_images"],
+        "flops_train": row["flops_per_image"] * images_seen,
+        "flops_6nd": 6 * row["params_total"] * model.config.num_tokens * images_seen,
+        "val_loss": losses.loss,
+        "val_loss_se": losses.standard_error,
+        "val_num_images": len(losses.index),
+        "probes": probes,
+        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if group.is_first:
+        # a probe job may have finished further tasks meanwhile
+        run.update_row(images_seen, lambda _: with_probes_of_files(run, config, row))
+        run.write_status(val_loss=losses.loss, durable=False)
+    group.wait()
+    return row
+
+
+def _stop_if_asked(group: Group, flag: StopFlag) -> None:
+    if group.sum_and_any(0, flag.is_raised)[1]:
+        raise PreemptedError
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """Columns of a row that follow from the configuration and the code alone."""
+    commit, is_dirty = git_commit()
+    return {
+        "schema_version": ROW_VERSION,
+        **configured_columns(config),
+        "git_commit": f"{commit}{'+dirty' if is_dirty else ''}" if commit else None,
+    }

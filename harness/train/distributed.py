@@ -1,0 +1,252 @@
+"""Who this process is among the ranks, the process group, and the few exchanges the training loop needs.
+
+A run is started alone, by torchrun, or under Slurm's variables; all three end in the same environment variables,
+set here before DeepSpeed looks for them (without them it would look for MPI).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import os
+import re
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.train.memory import host_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+COLLECTIVE_TIMEOUT_S = 1800
+"""A collective that takes longer than this means that a rank is gone."""
+
+
+class LaunchError(UserError):
+    """The environment does not say which rank of how many this process is, or names a device that is not there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """This process among all processes of the run."""
+
+    rank: int
+    """0..world_size-1."""
+    world_size: int
+    """Number of processes, one per device."""
+    local_rank: int
+    """Index of the device on this host."""
+    address: str
+    """Host of rank 0."""
+    port: int
+    """TCP port of rank 0."""
+
+
+def find_placement(environment: dict[str, str] | None = None) -> Placement:
+    """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a process alone.
+
+    Raises:
+        LaunchError: some variables are there and others are missing.
+    """
+    env = dict(os.environ) if environment is None else environment
+    if "RANK" in env or "WORLD_SIZE" in env:
+        try:
+            return Placement(
+                rank=int(env["RANK"]),
+                world_size=int(env["WORLD_SIZE"]),
+                local_rank=int(env.get("LOCAL_RANK", "0")),
+                address=env["MASTER_ADDR"],
+                port=int(env["MASTER_PORT"]),
+            )
+        except KeyError as error:
+            raise LaunchError(
+                f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
+            ) from error
+    # Only a step that srun started has this variable: a batch script's own process is alone, whatever its job holds.
+    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if num_tasks > 1:
+        # Every task of a job computes the same port; jobs that share a host get different ones.
+        port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        return Placement(
+            rank=int(env["SLURM_PROCID"]),
+            world_size=num_tasks,
+            local_rank=int(env.get("SLURM_LOCALID", "0")),
+            address=env.get("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"]))),
+            port=port,
+        )
+    return Placement(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=_free_port())
+
+
+def first_host(node_list: str) -> str:
+    """First name of a Slurm host list: `gpu[003-004,7],other` gives `gpu003`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", node_list)
+    if match is None:
+        raise LaunchError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the host of rank 0")
+    return "".join(part or "" for part in match.groups())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Group:
+    """All ranks of a run: the device of this one and exchanges of small host values.
+
+    With one rank every exchange is the identity and costs nothing.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device, host_group: Any) -> None:
+        self.rank = placement.rank
+        self.world_size = placement.world_size
+        self.device = device
+        self._host_group = host_group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the run's files."""
+        return self.rank == 0
+
+    def memory_bytes(self) -> int:
+        """Memory that this rank may plan for: its card's, or its share of what the host has free."""
+        if self.device.type == "cuda":
+            import torch
+
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return self.host_memory_bytes()
+
+    def host_memory_bytes(self) -> int:
+        """This rank's share of what its host has free."""
+        return host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    def sum_and_any(self, count: int, flag: bool) -> tuple[int, bool]:
+        """Sum of the counts, and whether any rank raised its flag."""
+        total, num_raised = self.sums(count, int(flag))
+        return total, num_raised > 0
+
+    def sums(self, *counts: int) -> list[int]:
+        """Each count's sum over ranks; one exchange on the host, not on the device."""
+        if self.world_size == 1:
+            return list(counts)
+        import torch
+
+        values = torch.tensor(counts, dtype=torch.int64)
+        torch.distributed.all_reduce(values, group=self._host_group)
+        return [int(value) for value in values]
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor on the device over ranks, in place."""
+        if self.world_size > 1:
+            import torch
+
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        import torch
+
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self._host_group)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        return self.gather(value)[0]
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            import torch
+
+            torch.distributed.barrier(group=self._host_group)
+
+
+def start_group(placement: Placement, device_name: str) -> Group:
+    """Choose the device, tell DeepSpeed about it, and join the process group.
+
+    Args:
+        placement: this process among the ranks.
+        device_name: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
+    """
+    os.environ.update(
+        RANK=str(placement.rank),
+        WORLD_SIZE=str(placement.world_size),
+        LOCAL_RANK=str(placement.local_rank),
+        MASTER_ADDR=placement.address,
+        MASTER_PORT=str(placement.port),
+    )
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if device_name == "cuda" and not has_cuda:
+        raise LaunchError("runtime.device is cuda but torch sees no CUDA device; use cpu or auto")
+    if device_name == "cpu" or not has_cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        device = torch.device("cpu")
+    else:
+        if placement.local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"local rank {placement.local_rank} has no CUDA device: this host shows {torch.cuda.device_count()}; "
+                "start one process per device"
+            )
+        device = torch.device("cuda", placement.local_rank)
+        torch.cuda.set_device(device)
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=placement.rank,
+            world_size=placement.world_size,
+            timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            device_id=device if device.type == "cuda" else None,
+        )
+    # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
+    host_group = torch.distributed.new_group(backend="gloo") if device.type == "cuda" else None
+    return Group(placement, device, host_group)
+
+
+def import_deepspeed(log_file: Path | None) -> Any:
+    """Import DeepSpeed without its compiler runs, and with its log in a file instead of on the terminal."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    # None of its own C++ operators is used. It would try the compiler for each at start-up, and build a shared-memory
+    # communicator (25 s) that gains nothing here.
+    deepspeed.ops.__compatible_ops__ = {}
+    # It calls collectives by names that new versions of torch warn about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    logger.handlers.clear()
+    logger.propagate = False
+    if log_file is None:
+        logger.addHandler(logging.NullHandler())
+    else:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        logger.addHandler(logging.FileHandler(log_file))
+    return deepspeed
+
+
+def stop_group() -> None:
+    """Leave the process group, so that another run may start in this process.
+
+    A process that ends without this is aborted by gloo's threads now and then (measured: 16 of 80 exits),
+    its work done.
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        # DeepSpeed remembers the group that it saw first.
+        sys.modules["deepspeed"].comm.comm.cdb = None

@@ -1,0 +1,308 @@
+"""Official AIM weights in and out: a released file becomes a run directory, a run becomes a released file.
+
+Files are copied tensor by tensor through mapped memory, so that importing 7B parameters needs memory for about one
+tensor. No pickled code is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
+from aimscale.aim.cost import param_count
+from aimscale.aim.weights import (
+    BACKBONE,
+    PROBE,
+    WeightsError,
+    backbone_state,
+    forget_pages,
+    identify,
+    read_weights,
+    released_probe_shapes,
+    released_shapes,
+    write_weights,
+)
+from aimscale.harness.run.config import ModelSection, RunConfig
+from aimscale.harness.run.directory import RunDir, RunDirError, write_text
+from aimscale.harness.run.provenance import record_start
+from aimscale.harness.train.budget import describe
+
+PUBLISHED_IMAGES_SEEN = {
+    "aim-600M": 500_000 * 4096,
+    "aim-1B": 1_200_000 * 4096,
+    "aim-3B": 1_200_000 * 4096,
+    "aim-7B": 1_200_000 * 4096,
+}
+"""Iterations x batch of the released models (paper, Table 9 and section 4)."""
+PUBLISHED_DATA = "DFN-2B+ (0.8 DFN-2B, 0.2 ImageNet-1k; not part of this project)"
+"""Stands where an imported run's training data would be named."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CHUNK_BYTES = 16 * 2**20
+
+
+def stream_safetensors(
+    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], *, forget: bool = False
+) -> None:
+    """Write a safetensors file one tensor at a time, aside first, then renamed.
+
+    Args:
+        state: CPU tensors, which may be mapped from a file.
+        path: ends in `.safetensors`.
+        metadata: text kept in the header.
+        forget: the tensors are mapped and not used afterwards: let their pages go once written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in state.items():
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in state.values():
+                flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+                for start in range(0, flat.numel(), _CHUNK_BYTES):
+                    file.write(flat[start : start + _CHUNK_BYTES].numpy().data)
+                if forget:
+                    forget_pages(tensor)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def import_weights(
+    source: Path, run_path: Path, *, size: str | None, image_size: int, images_seen: int | None
+) -> RunDir:
+    """Turn a released backbone file into a finished run directory that `probe` and `collect` read.
+
+    Args:
+        source: `.pth` or `.safetensors` with `preprocessor.*` and `trunk.*`; probe tensors `head.*` are left out.
+        run_path: new directory.
+        size: named size; None takes the one whose shapes fit.
+        image_size: side of the images, pixels, which the file does not tell.
+        images_seen: D; None takes the published number of that size.
+
+    Raises:
+        WeightsError: an unreadable file, or one that is not the backbone of `size`.
+        RunDirError: `run_path` exists.
+    """
+    if run_path.exists():
+        raise RunDirError(f"{run_path} exists already; choose another directory for the imported weights")
+    found = identify(source, image_size=image_size)
+    section = ModelSection(
+        size=size or found.name,
+        image_size=image_size,
+        patch_size=found.patch_size,
+        channels=found.channels,
+        head_rule="released",
+    )
+    config = model_config(**dict(section))
+    if (config.width, config.depth) != (found.width, found.depth):
+        raise WeightsError(f"{source} holds {found.name}, not {section.size}; leave out --size, or give the other file")
+    if images_seen is None:
+        if section.size not in PUBLISHED_IMAGES_SEEN:
+            raise WeightsError(
+                f"{source} is no published size ({section.size}); say --images-seen, its training images"
+            )
+        images_seen = PUBLISHED_IMAGES_SEEN[section.size]
+    state = {name: tensor for name, tensor in read_weights(source).items() if not name.startswith(PROBE)}
+    _check(state, config, source)
+    run_config = _published_recipe(section, images_seen)
+    aside = RunDir(run_path.with_name(f".{run_path.name}.{os.getpid()}"))
+    origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": _sha256(source)}
+    stream_safetensors(
+        state, aside.model_file(images_seen), {"format": "pt", "imported_from": source.name}, forget=True
+    )
+    write_text(aside.config, run_config.to_yaml())
+    aside.record_row(_row(run_config, images_seen))
+    aside.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
+    record_start(aside, {"imported": origin})
+    aside.path.rename(run_path)
+    return RunDir(run_path)
+
+
+def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path | None) -> list[Path]:
+    """Write a budget's backbone under released names: `model.safetensors`, `model.pth` and `README.md` in `out`.
+
+    Args:
+        run: a run directory.
+        images_seen: the budget.
+        out: new folder.
+        probe_file: an attentive probe `probes/<images seen>/<task>.attentive.safetensors` to add as `head.*`.
+
+    Raises:
+        WeightsError: `out` exists, or the budget's file does not hold the model.
+    """
+    if out.exists():
+        raise WeightsError(f"{out} exists already; choose another folder for the export")
+    config = run.load_config()
+    model = model_config(**dict(config.result.model), target=config.result.objective.target)
+    source = run.model_file(images_seen)
+    state = backbone_state(read_weights(source), model)
+    _check(state, model, source)
+    if probe_file is not None:
+        head = read_weights(probe_file)
+        _check(head, model, probe_file, released_probe_shapes(model, len(head["head.linear.weight"])))
+        state |= head
+    rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    stream_safetensors(state, aside / "model.safetensors", {"format": "pt", "run_id": config.run_id})
+    write_weights(state, aside / "model.pth")
+    write_text(aside / "config.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
+    write_text(aside / "README.md", model_card(config, model, images_seen, rows[0] if rows else {}))
+    aside.rename(out)
+    return sorted(out.iterdir())
+
+
+def describe_weights(path: Path) -> dict[str, Any]:
+    """What a weight file holds, from names and shapes alone.
+
+    Raises:
+        WeightsError: an unreadable file, or one that is no AIM.
+    """
+    state = read_weights(path)
+    parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0}
+    for name, tensor in state.items():
+        part = name.split(".", 1)[0]
+        parts[part] = parts.get(part, 0) + tensor.numel()
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "num_tensors": len(state),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
+        "params": {part: count for part, count in parts.items() if count},
+    }
+    if parts["head"]:
+        facts["num_classes"] = len(state["head.linear.weight"])
+    if parts["trunk"]:
+        config = identify(path)
+        wanted = released_shapes(config)
+        backbone = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(BACKBONE)}
+        facts |= {
+            "size": config.name,
+            "width": config.width,
+            "depth": config.depth,
+            "num_heads": config.num_heads,
+            "patch_size": config.patch_size,
+            "is_complete_backbone": backbone == wanted,
+        }
+    return facts
+
+
+def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Mapping[str, Any]) -> str:
+    """Markdown: what the model is, how it was trained, what was measured, and what it must not be taken for."""
+    result, optimiser, params = config.result, config.result.optimiser, param_count(model)
+    loss = row.get("val_loss")
+    lines = [
+        f"# {model.name}, {images_seen:,} images",
+        "",
+        f"An autoregressive image model (AIM, arXiv 2401.08541) trained by aimscale; run `{config.run_id}`.",
+        "",
+        f"- Trunk: width {model.width}, {model.depth} blocks, {model.num_heads} heads, {params.trunk:,} parameters "
+        f"(+ {params.preprocessor:,} in the patch embedding). The pixel head ({params.head:,}) is not in the file.",
+        f"- Input: {model.channels} x {model.image_size} x {model.image_size} pixels, patches of {model.patch_size}, "
+        "ImageNet mean and standard deviation.",
+        f"- Data: {', '.join(f'{source.path} ({source.probability:g})' for source in result.data.sources)}; "
+        f"unique images: {result.data.unique_images or 'all'}.",
+        f"- Objective: next patch, {model.patch_order} order, {model.target} pixels, prefix {result.objective.prefix}.",
+        f"- Optimiser: AdamW, batch {optimiser.batch_size}, peak rate {optimiser.lr_peak:g}, weight decay "
+        f"{optimiser.weight_decay:g}, schedule {result.schedule.kind}, {optimiser.precision}.",
+        f"- Validation loss: {f'{loss:.4f}' if loss is not None else 'not measured'}.",
+        "",
+        "Features for probes are raw block outputs with bidirectional attention, without the last norm.",
+        "",
+    ]
+    if row.get("probes"):
+        lines += ["| task | probe | blocks | top-1 | 95 % interval | n |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"| {probe['task']} | {probe['kind']} | {', '.join(map(str, probe['blocks']))} | {probe['top1']:.4f} | "
+            f"{probe['top1_lo95']:.4f} to {probe['top1_hi95']:.4f} | {probe['n']} |"
+            for probe in row["probes"]
+        ]
+        lines.append("")
+    lines.append("Names and shapes are those of the released AIM models, so code written for them loads these files.")
+    return "\n".join(lines) + "\n"
+
+
+def _check(
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    source: Path,
+    wanted: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Names and shapes must be exactly the released ones."""
+    wanted = released_shapes(config) if wanted is None else wanted
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise WeightsError(f"{source} lacks {missing[0]} and so is not a whole {config.name}; download it again")
+    if extra := sorted(state.keys() - wanted.keys()):
+        raise WeightsError(f"{source} holds {extra[0]}, which {config.name} does not have; choose another --size")
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise WeightsError(
+                f"{source}: {name} has the shape {tuple(tensor.shape)}, {config.name} needs {wanted[name]}; "
+                "choose another --size"
+            )
+
+
+def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:
+    """Configuration of an imported run: the paper's recipe, which is what `RunConfig` defaults to but the schedule."""
+    return RunConfig.model_validate(
+        {
+            "result": {
+                "model": section.model_dump(),
+                "data": {"sources": [{"path": PUBLISHED_DATA}]},
+                "objective": {"prefix": "uniform"},
+                "optimiser": {"batch_size": math.gcd(images_seen, 4096)},
+                "schedule": {"kind": "cosine"},
+                "budgets": [images_seen],
+                "validation": {"path": "none: validation losses of imported weights are the published ones"},
+            }
+        }
+    )
+
+
+def _row(config: RunConfig, images_seen: int) -> dict[str, Any]:
+    """A results row without a loss: what the configuration says, and no measurement."""
+    row = describe(config) | {"images_seen": images_seen, "probes": [], "imported": True, "git_commit": None}
+    num_tokens = (config.result.model.image_size // config.result.model.patch_size) ** 2
+    row["flops_train"] = row["flops_per_image"] * images_seen
+    row["flops_6nd"] = 6 * row["params_total"] * num_tokens * images_seen
+    return row
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+assert set(PUBLISHED_IMAGES_SEEN) == set(RELEASED_SIZES)

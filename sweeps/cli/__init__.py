@@ -1,0 +1,1 @@
+"""The command and the verbs of a sweep."""

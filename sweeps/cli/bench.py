@@ -1,0 +1,35 @@
+"""`aimscale bench`: the harness's benchmarks and the fit's beside them, since `harness` may not import `analysis`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from aimscale.harness.cli.bench import app
+
+
+@app.command()
+def fit(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    starts: Annotated[int, typer.Option(help="Starts of the peers' grid (4500 is the published one).")] = 4500,
+) -> None:
+    """A Chinchilla fit and 4000 bootstraps against the start grid and PyPI's `chinchilla`, in one run."""
+    from aimscale.analysis.bench import run, table
+
+    result = run(grid_starts=starts)
+    typer.echo(json.dumps(result) if as_json else table(result))
+
+
+@app.command()
+def sweep(
+    runs: Annotated[int, typer.Option(min=10, help="Runs of the sweep.")] = 500,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Planner, status and collect over many runs, and the start of commands, each beside the least it could take."""
+    from aimscale.sweeps.bench import run, table
+
+    result = run(num_runs=runs, repeats=repeats)
+    typer.echo(json.dumps(result) if as_json else table(result))

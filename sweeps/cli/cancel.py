@@ -1,0 +1,29 @@
+"""`aimscale cancel`: stop runs; each saves first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.launch.stop import cancel
+from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps.table.select import some_runs
+
+app = typer.Typer(help="Stop the runs of a sweep; each saves first.")
+
+Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
+
+
+@app.command()
+def cancel_runs(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
+    """Stop the runs of a sweep (or those named); each saves first, and `aimscale launch` goes on later."""
+    loaded = load_sweep(sweep, root)
+    done, failed = cancel(loaded, some_runs(loaded, runs or []))
+    for line in [*done, *failed]:
+        typer.echo(line)
+    typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,101 @@
+"""`aimscale launch`: start what is missing, resume what died, skip what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.launch.claims import prepare
+from aimscale.sweeps.launch.decision import Decision
+from aimscale.sweeps.launch.start import launch, left_alone, planned, startable
+
+app = typer.Typer(help="Start what is missing, resume what died, skip what is done.")
+
+EXIT_INTERRUPTED = 130
+
+
+@app.command()
+def launch_sweep(
+    sweep: SweepName,
+    root: Root = Path("aimscale-runs"),
+    on: Annotated[Literal["local", "slurm"], typer.Option(help="A queue on this machine, or the cluster's.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started; write nothing.")] = False,
+    slots: Annotated[
+        int | None, typer.Option(help="Local processes at a time; by default one a card, or as many as the cores feed.")
+    ] = None,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
+    ] = False,
+    partition: Annotated[str | None, typer.Option(help="Instead of slurm.partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Instead of slurm.account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Instead of slurm.qos.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")] = None,
+    time_min: Annotated[int | None, typer.Option(help="Minutes a job, instead of slurm.time_min.")] = None,
+) -> None:
+    """Start what is missing, resume what died, skip what is done."""
+    again = f"{sweep} --root {root}"
+    if on == "slurm":
+        fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+        _launch_slurm(sweep, root, dry_run, allow_dirty, again, {**fields, "time_min": time_min})
+        return
+    if dry_run:
+        _print_local(sweep, root)
+        return
+    result = launch(sweep, root, slots=slots)
+    _print_left(result.left)
+    if result.interrupted:
+        typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    typer.echo(f"{len(result.finished)} runs finished now, {len(result.failed)} failed")
+    if result.failed or any(decision.verdict in ("failed", "damaged") for decision in result.left):
+        typer.echo(f"see `aimscale status {again}`")
+        raise typer.Exit(1)
+
+
+def _print_left(left: Sequence[Decision]) -> None:
+    for line in left_alone(left):
+        typer.echo(line)
+
+
+def _print_local(sweep: str, root: Path) -> None:
+    """The commands that a local launch would run."""
+    from aimscale.sweeps.launch.claims import RunRecord
+    from aimscale.sweeps.launch.decision import decide
+    from aimscale.sweeps.launch.local_queue import worker_command
+    from aimscale.sweeps.slurm import commands as slurm
+
+    loaded, runs, _ = planned(sweep, root)
+    known = slurm.known_jobs() or {}
+    for run in runs:
+        record = RunRecord(loaded.run_dir(run.run_id))
+        decision = decide(run, record, slurm.is_queued(known))
+        what = " ".join(worker_command(record.path, run.devices)) if decision.startable else decision.why
+        typer.echo(f"{decision.verdict}: {what or run.run_id}")
+
+
+def _launch_slurm(
+    sweep: str, root: Path, dry_run: bool, allow_dirty: bool, again: str, fields: dict[str, str | int | None]
+) -> None:
+    from aimscale.sweeps.launch.preflight import check_data
+    from aimscale.sweeps.slurm import commands as slurm
+    from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
+
+    loaded, runs, _ = planned(sweep, root)
+    loaded = with_slurm(loaded, **fields)
+    if not dry_run:
+        check_data(startable(loaded, runs, slurm.jobs()))
+        prepare(loaded)
+    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run)
+    for part in result.submitted:
+        if dry_run:
+            typer.echo(f"# {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
+        else:
+            shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
+            typer.echo(f"submitted {len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}")
+    _print_left(result.left)
+    if not dry_run:
+        typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")

@@ -1,0 +1,47 @@
+"""`aimscale logs`: the output of one run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.table.select import one_run
+
+app = typer.Typer(help="Print or follow the log of one run.")
+
+ENDED = ("finished", "failed", "diverged")
+
+
+@app.command()
+def logs(
+    sweep: SweepName,
+    run: Annotated[str, typer.Argument(help="A run's id, or any part that only it has.")],
+    root: Root = Path("aimscale-runs"),
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines to print; 0 for all.", min=0)] = 0,
+) -> None:
+    """Print or follow the log of one run's last attempt."""
+    record = RunRecord(load_sweep(sweep, root).run_dir(one_run(load_sweep(sweep, root), run)))
+    path = record.last_log()
+    if path is None:
+        raise SweepError(f"{record.path.name} has no log yet; it was never started")
+    with path.open(errors="replace") as file:
+        text = file.read().splitlines(keepends=True)
+        typer.echo("".join(text[-lines:] if lines else text), nl=False)
+        try:
+            while follow and record.last_log() == path:
+                piece = file.read()
+                if piece:
+                    typer.echo(piece, nl=False)
+                elif record.checked_status().state in ENDED:
+                    return
+                else:
+                    time.sleep(0.5)
+        except KeyboardInterrupt:
+            return

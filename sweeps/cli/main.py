@@ -1,0 +1,114 @@
+"""The one command, `aimscale`: a table of verbs whose modules are imported only when one is used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from aimscale.aim.errors import UserError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
+    "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
+    "plan": ("aimscale.sweeps.cli.plan", "List the runs of a sweep with a cost card each; no side effect."),
+    "launch": ("aimscale.sweeps.cli.launch", "Start what is missing, resume what died, skip what is done."),
+    "status": ("aimscale.sweeps.cli.status", "One line a run: state, step, loss, images/s, MFU, ETA, why it failed."),
+    "logs": ("aimscale.sweeps.cli.logs", "Print or follow the log of one run."),
+    "cancel": ("aimscale.sweeps.cli.cancel", "Stop the runs of a sweep; each saves first."),
+    "retry": ("aimscale.sweeps.cli.retry", "Clear the failure of runs, so that the next launch resumes them."),
+    "collect": ("aimscale.sweeps.cli.collect", "Gather every run's rows into one typed table."),
+    "train": ("aimscale.harness.cli.train", "Train or resume one run from its directory."),
+    "probe": (
+        "aimscale.sweeps.cli.probe",
+        "Probe frozen features of a run, or of a whole sweep by local or Slurm jobs.",
+    ),
+    "weights": ("aimscale.harness.cli.weights", "Import, export and describe official AIM weights."),
+    "bench": ("aimscale.sweeps.cli.bench", "Measure throughput, MFU, loader and fit speed against named limits."),
+    "doctor": ("aimscale.sweeps.cli.doctor", "Look at this machine: what works, and what to do about the rest."),
+    "fit": ("aimscale.analysis.cli.fit", "Fit a scaling law to a table, with intervals and a held-out test."),
+    "frontier": ("aimscale.analysis.cli.frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
+    "correlate": ("aimscale.analysis.cli.correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
+    "contrast": ("aimscale.analysis.cli.contrast", "Compare the levels of one column with everything else equal."),
+    "noise": ("aimscale.analysis.cli.noise", "Tell the noise of seeds, validation images and prefixes apart."),
+    "repeats": ("aimscale.analysis.cli.repeats", "Tell what a repeated image is worth beside a new one."),
+    "compare": ("aimscale.analysis.cli.compare", "Put runs beside the published baselines."),
+    "report": ("aimscale.analysis.cli.report", "Write one self-contained HTML page from a table."),
+}
+"""Verb -> (module holding a typer app named `app`, the line that `aimscale --help` prints)."""
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Lists verbs from `VERBS` and imports a verb's module only to run it or to print its own help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Verbs in the order of a session's work."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import the verb's module and turn its typer app into a command."""
+        if cmd_name not in VERBS:
+            if ctx.resilient_parsing:  # the shell asks for completions: nothing to say, and no place to say it
+                return None
+            near = difflib.get_close_matches(cmd_name, VERBS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
+            raise UserError(f"there is no verb '{cmd_name}'; {hint}")
+        command = typer.main.get_command(importlib.import_module(VERBS[cmd_name][0]).app)
+        command.name = cmd_name
+        # Every typer app brings the shell-completion options; they belong to the top alone.
+        command.params = [param for param in command.params if "completion" not in str(param.name)]
+        return command
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Offer verbs with their lines, and options, without importing the verbs."""
+        lines: dict[str, Any] = {
+            verb: typer.core.TyperCommand(name=verb, help=line) for verb, (_, line) in VERBS.items()
+        }
+        light = typer.core.TyperGroup(name=self.name, commands=lines, params=self.params)
+        return light.shell_complete(type(ctx)(light, resilient_parsing=True), incomplete)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage and one line a verb, without importing the verbs or rich."""
+        formatter.write_usage("aimscale", "VERB [OPTIONS] [ARGS]...")
+        formatter.write_paragraph()
+        formatter.write_text(self.help or "")
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+        with formatter.section("Options"):
+            formatter.write_dl([record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))])
+
+
+app = typer.Typer(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"aimscale {importlib.metadata.version('aimscale')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """How do autoregressive image models scale, and what will the next size be worth?"""
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point: a user's mistake prints one sentence and exits with its code, never a traceback."""
+    try:
+        return typer.main.get_command(app)(args=argv, prog_name="aimscale")
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"aimscale: {error}", file=sys.stderr)
+        sys.exit(code)

@@ -1,0 +1,25 @@
+"""`aimscale retry`: clear failures, so that the next launch resumes the runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from aimscale.sweeps.cli.cancel import Runs
+from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.launch.stop import retry
+from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps.table.select import some_runs
+
+app = typer.Typer(help="Clear the failure of runs, so that the next launch resumes them.")
+
+
+@app.command()
+def retry_runs(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
+    """Clear the failure of failed and diverged runs (or of those named)."""
+    loaded = load_sweep(sweep, root)
+    cleared = retry(loaded, some_runs(loaded, runs or []))
+    for run_id in cleared:
+        typer.echo(f"{run_id}: cleared")
+    typer.echo(f"{len(cleared)} failures cleared; `aimscale launch` (of probes: `aimscale probe`) resumes them")

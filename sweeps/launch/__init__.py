@@ -1,0 +1,1 @@
+"""Starting what is missing: decisions, claims, attempts, the local queue."""

@@ -1,0 +1,56 @@
+"""What a launch does with each run of a sweep: start it, or leave it and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from aimscale.sweeps.launch.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.launch.retries import may_try_again
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import SweepError
+
+Verdict = Literal["start", "resume", "finished", "running", "queued", "failed", "damaged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The verdict on one run."""
+
+    run: Run
+    """The planned run."""
+    record: RunRecord
+    """Its directory."""
+    verdict: Verdict
+    """What to do: `start` and `resume` are to be started, the others left alone."""
+    why: str = ""
+    """For the reader."""
+
+    @property
+    def startable(self) -> bool:
+        """Whether a process is to be started."""
+        return self.verdict in ("start", "resume")
+
+
+def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> Decision:
+    """Look at a run's directory; `is_queued` says whether a Slurm claim's job is still known to the queue."""
+    try:
+        verdict, why = _verdict(record, is_queued)
+    except SweepError as error:
+        verdict, why = "damaged", str(error)
+    return Decision(run=run, record=record, verdict=verdict, why=why)
+
+
+def _verdict(record: RunRecord, is_queued: Callable[[Claim], bool]) -> tuple[Verdict, str]:
+    status = record.checked_status()
+    if status.state == "finished":
+        return "finished", ""
+    if record.is_held():
+        return "running", f"on {status.host}"
+    claim = record.read_claim()
+    if claim and (local_claim_is_live(claim) if claim.backend == "local" else is_queued(claim)):
+        return "queued", f"by {claim.backend} {claim.job_id or claim.host}"
+    if status.state in ("failed", "diverged") and not may_try_again(record):
+        return "failed", f"{status.reason_class}: {status.reason}"
+    return ("start", "") if not record.config.exists() or status.state == "created" else ("resume", status.state)

@@ -1,0 +1,51 @@
+"""Look at the data before anything is made: a missing folder should stop a launch, not its hundredth run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from aimscale.harness.run.config import ModelSection, ProbeSection
+from aimscale.sweeps.plan.planner import Run
+
+MAX_OPENED = 50_000_000
+"""The index of a larger data set is left to the workers: opening it takes 25 bytes an image."""
+
+
+def check_data(runs: Sequence[Run]) -> None:
+    """Open every data set that the runs read, once.
+
+    Raises:
+        DataError: a folder or an index is missing, or a shard is missing or truncated.
+        ProbeError: the data of a probe have no labels, or its two sides do not fit together.
+        TaskError: a probe's data bear a benchmark's name and are not that benchmark.
+    """
+    unlabelled: dict[str, None] = {}
+    tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection]] = {}
+    for run in runs:
+        result = run.config.result
+        unlabelled |= dict.fromkeys([*(source.path for source in result.data.sources), result.validation.path])
+        tasks |= {(probe.task, probe.train, probe.test): (probe, result.model) for probe in result.probes}
+    if not unlabelled:
+        return
+    from aimscale.harness.data.store.index import open_dataset  # imports torch
+
+    for path in unlabelled:
+        if _num_samples(path) <= MAX_OPENED:
+            open_dataset(path)
+    if not tasks:
+        return
+    from aimscale.harness.probe.features import open_task
+
+    for probe, model in tasks.values():
+        if max(_num_samples(probe.train), _num_samples(probe.test)) <= MAX_OPENED:
+            open_task(probe, model)
+
+
+def _num_samples(path: str) -> int:
+    """Images of a local data set by its own word; 0 where it cannot be asked, which `open_dataset` then explains."""
+    try:
+        return int(json.loads((Path(path) / "dataset.json").read_text())["num_samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -1,0 +1,41 @@
+"""Where launchers find the probe job of a run (neither torch nor data are imported here)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aimscale.harness.probe.job import FOLDER
+from aimscale.harness.run.directory import RunDir
+from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD
+
+
+class ProbeRecord(RunRecord):
+    """`RUN/probing/`: a probe job as launchers see it."""
+
+    @classmethod
+    def of(cls, run_dir: Path) -> ProbeRecord:
+        """That of a run."""
+        return cls(run_dir / FOLDER)
+
+    @property
+    def run(self) -> RunDir:
+        """The run that is probed."""
+        return RunDir(self.path.parent)
+
+    @property
+    def home(self) -> Path:
+        """The sweep's folder, or the run's where it belongs to none."""
+        return sweep_folder(self.path.parent) or self.path.parent
+
+    def saved_progress(self) -> list[int]:
+        """Finished task files, and when the last epoch of an unfinished one was saved."""
+        probes = self.run.path / "probes"
+        partial = [path.stat().st_mtime_ns for path in probes.glob("*/*.partial.pt")]
+        return [len(list(probes.glob("*/*.json"))), max(partial, default=0)]
+
+
+def sweep_folder(run_dir: Path) -> Path | None:
+    """The folder of the sweep that a run directory belongs to; None where it belongs to none."""
+    folder = run_dir.resolve().parent.parent
+    return folder if run_dir.resolve().parent.name == "runs" and (folder / SWEEP_RECORD).is_file() else None

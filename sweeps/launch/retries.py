@@ -1,0 +1,190 @@
+"""What an ended attempt means, and whether to try again: bounded by progress, not by a count of attempts."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Literal
+
+from aimscale.harness.run.directory import (
+    EXIT_CRASHED,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    ReasonClass,
+)
+from aimscale.sweeps.launch.claims import RunRecord
+
+Outcome = Literal["finished", "preempted", "again", "stop", "held"]
+"""`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `held`: it runs elsewhere."""
+
+Words = tuple[str, ReasonClass]
+"""A reason and its class."""
+
+MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "code": 2, "data": 1, "nan": 1, "config": 1}
+"""Attempts in a row that ended for this reason and saved nothing new, after which a run is left failed.
+
+A node or a time limit is nobody's fault; memory and code may have failed by a neighbour's or a network's doing, once;
+the others would fail again.
+"""
+
+
+_MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
+
+
+def conclude(
+    run: RunRecord, attempt: int, exit_code: int, where: str, *, asked: bool = False, peer: Words | None = None
+) -> Outcome:
+    """Record how an attempt ended and decide what follows.
+
+    `exit_code` is the process's, negative for a signal; `asked` says that a person stopped it; `peer` is what another
+    rank said when it failed first. Where nobody could say why (killed, or dead before the first line), the status is
+    written here.
+    """
+    if exit_code == EXIT_USER_ERROR and run.is_held():
+        return "held"
+    exit_code = _by_torchrun(run, exit_code)
+    if exit_code == EXIT_FINISHED:
+        _record(run, attempt, exit_code, where, None, None)
+        return "finished"
+    if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT):
+        return _preempted(run, attempt, exit_code, where, asked)
+    reason, kind = peer or explain(run, attempt, exit_code)
+    run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
+    _record(run, attempt, exit_code, where, reason, kind)
+    return "again" if may_try_again(run) else "stop"
+
+
+def _by_torchrun(run: RunRecord, exit_code: int) -> int:
+    """torchrun turns every failure of its workers into exit code 1; what they wrote last tells which it was.
+
+    The launcher wrote `queued` before it started them, so the state is this attempt's.
+    """
+    if exit_code != EXIT_CRASHED:
+        return exit_code
+    return {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED}.get(run.checked_status().state, exit_code)
+
+
+def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: bool) -> Outcome:
+    """An attempt that was told to stop: to be gone on with, unless it is stopped again and again before it saves."""
+    reason = run.checked_status().reason if exit_code == EXIT_PREEMPTED else "stopped before it could save"
+    _record(run, attempt, exit_code, where, reason, None if asked else "timeout")
+    if not asked and not _tries_left(run, "timeout"):
+        reason = (
+            f"stopped {MAX_FRUITLESS['timeout']} times before it saved anything new; give it more time "
+            f"(slurm.time_min) or save more often (runtime.checkpoint_every_images)"
+        )
+        run.write_status(state="failed", reason=reason, reason_class="timeout")
+        return "stop"
+    run.write_status(state="preempted", reason=reason, reason_class=None)
+    return "preempted"
+
+
+def explain(run: RunRecord, attempt: int, exit_code: int, rank: int = 0) -> Words:
+    """Why a process failed: in its own words where it had any."""
+    status = run.checked_status()
+    if exit_code == -signal.SIGKILL:
+        return "killed by the system (SIGKILL), most often for want of memory; use a smaller micro-batch", "oom"
+    if status.state in ("failed", "diverged") and status.reason and status.reason_class:
+        return status.reason, status.reason_class
+    reason = _last_words(run, attempt, rank) or (
+        f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    )
+    kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
+    return reason, kinds.get(exit_code, "code")
+
+
+def diagnose(run: RunRecord, job_state: str | None, job_id: str | None) -> None:
+    """Record the end of an attempt that nothing was left to record, from Slurm's word for how its job ended.
+
+    A run that was told to stop and saved, or ended by itself, has said so and is left as it is.
+    """
+    if run.checked_status().state not in ("running", "queued"):
+        return
+    reason, kind, state = explain_job(job_state, run.job_log(job_id))
+    run.write_status(state=state, reason=reason, reason_class=kind)
+    attempts = 1 + sum(not ended.get("forgiven") for ended in run.read_attempts())
+    _record(run, attempts, None, f"slurm {job_id}", reason, kind)
+
+
+def explain_job(job_state: str | None, log: Path) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
+    """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
+    state = (job_state or "").split(" ")[0]
+    if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(_last_start(log))):
+        return "Slurm killed the job for want of memory; raise slurm.mem_gb", "oom", "failed"
+    match state:
+        case "NODE_FAIL" | "BOOT_FAIL":
+            return "a node failed", "node", "failed"
+        case "TIMEOUT" | "DEADLINE":
+            return "the time limit came before it could save; raise slurm.signal_delay_s", "timeout", "failed"
+        case "CANCELLED":
+            return "cancelled before it could save", None, "preempted"
+        case "FAILED":
+            return f"the job failed without a word; see {log}", "code", "failed"
+        case _:
+            return f"the job is gone ({job_state or 'Slurm does not know it any more'})", "node", "failed"
+
+
+def _last_start(log: Path) -> str:
+    """Output of a job since its last start, in which slurmstepd says why it killed something."""
+    try:
+        return log.read_text(errors="replace").rpartition("Starting with")[2]
+    except OSError:
+        return ""
+
+
+def may_try_again(run: RunRecord) -> bool:
+    """Whether a run that failed has tries left."""
+    kind = run.checked_status().reason_class
+    return kind is None or _tries_left(run, kind)
+
+
+def forgive(run: RunRecord) -> None:
+    """Clear a failure, so that the next launch resumes the run (`aimscale retry`)."""
+    run.write_status(state="preempted", reason="to be tried again", reason_class=None)
+    run.append_attempt(forgiven=True, ended=time.time())
+
+
+def _tries_left(run: RunRecord, kind: ReasonClass) -> bool:
+    return fruitless_attempts(run) < MAX_FRUITLESS[kind]
+
+
+def fruitless_attempts(run: RunRecord) -> int:
+    """Attempts at the end of the record that ended for one reason and saved nothing new."""
+    num, kind, saved = 0, None, None
+    for ended in run.read_attempts():
+        if ended.get("forgiven") or ended["reason_class"] is None:
+            num = 0
+        elif ended["reason_class"] == kind and ended["saved"] == saved:
+            num += 1
+        else:
+            num = 1
+        if not ended.get("forgiven"):
+            kind, saved = ended["reason_class"], ended["saved"]
+    return num
+
+
+def _record(
+    run: RunRecord, attempt: int, exit_code: int | None, where: str, reason: str | None, kind: str | None
+) -> None:
+    run.append_attempt(
+        attempt=attempt,
+        ended=time.time(),
+        exit_code=exit_code,
+        where=where,
+        saved=run.saved_progress(),
+        reason_class=kind,
+        reason=reason,
+    )
+
+
+def _last_words(run: RunRecord, attempt: int, rank: int) -> str | None:
+    """Last line of an attempt's log that says something."""
+    try:
+        lines = run.log_file(attempt, rank).read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), None)

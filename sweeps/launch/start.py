@@ -1,0 +1,88 @@
+"""Launch a sweep: make its directory, then start what is missing on the chosen back end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aimscale.harness.run.schedule import schedule_of
+from aimscale.sweeps.launch import local_queue
+from aimscale.sweeps.launch.claims import RunRecord, prepare
+from aimscale.sweeps.launch.decision import Decision, decide
+from aimscale.sweeps.launch.local_queue import Command, LaunchResult, worker_command
+from aimscale.sweeps.launch.preflight import check_data
+from aimscale.sweeps.plan.costs import CostCard, cost_cards
+from aimscale.sweeps.plan.planner import Run, plan
+from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.table import views
+from aimscale.sweeps.table.status import sweep_status
+
+
+def launch(
+    sweep: Sweep | str | Path,
+    root: Path = Path("aimscale-runs"),
+    *,
+    slots: int | None = None,
+    command: Command = worker_command,
+    check: Callable[[Sequence[Run]], None] = check_data,
+) -> LaunchResult:
+    """Start what is missing, resume what died, skip what is done; returns when nothing is left to start.
+
+    Calling it again goes on where it was. `slots` is the number of processes at a time (default: one a card, or as
+    many as the cores feed). `check` looks at the data of the runs that would start.
+
+    Raises:
+        SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
+            written; nothing was made.
+    """
+    loaded, runs, cards = planned(sweep, root)
+    known = slurm.known_jobs()
+    check(startable(loaded, runs, known))
+    prepare(loaded)
+    gpus = local_queue.visible_gpus()
+    with views.queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
+        return local_queue.run_queue(
+            loaded,
+            runs,
+            slots=local_queue.default_slots(runs, gpus) if slots is None else slots,
+            gpus=gpus,
+            command=command,
+            report=report,
+            is_queued=slurm.is_queued(known) if known is not None else lambda claim: True,
+        )
+
+
+def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
+    """A sweep with its runs, longest first, and their cards; what could not start is refused.
+
+    Raises:
+        SweepError, ConfigError: the sweep cannot be planned, or a run's warm-up reaches into its decay.
+    """
+    loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
+    runs = plan(loaded)
+    for run in runs:
+        schedule_of(run.config.result)
+    cards = cost_cards(loaded, runs)
+    order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
+    return loaded, [runs[i] for i in order], [cards[i] for i in order]
+
+
+def startable(sweep: Sweep, runs: Sequence[Run], known: dict[str, slurm.JobInfo] | None) -> list[Run]:
+    """Runs that a launch would start now."""
+    is_queued = slurm.is_queued(known or {})
+    return [run for run in runs if decide(run, RunRecord(sweep.run_dir(run.run_id)), is_queued).startable]
+
+
+def left_alone(left: Sequence[Decision]) -> list[str]:
+    """What a launch did not touch: finished and running ones counted, failed and damaged ones named."""
+    counts = Counter(decision.verdict for decision in left)
+    lines = [f"{num} {verdict}" for verdict, num in counts.items() if verdict in ("finished", "running", "queued")]
+    sentences = [f"left alone: {', '.join(lines)}"] if lines else []
+    for decision in left:
+        if decision.verdict == "damaged":
+            sentences.append(f"skipped {decision.run.run_id}: {decision.why}")
+        elif decision.verdict == "failed":
+            sentences.append(f"not tried again: {decision.run.run_id} ({decision.why}); `aimscale retry` clears it")
+    return sentences

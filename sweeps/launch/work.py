@@ -1,0 +1,43 @@
+"""What a launcher does with a run: train it, or (`sweeps.launch.probes`) probe it. Both queues execute either."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aimscale.sweeps.launch.claims import Claim, RunRecord, claim_run
+from aimscale.sweeps.launch.decision import Decision, decide
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One kind of work on runs."""
+
+    name: str
+    """Goes into the names of Slurm's jobs."""
+    record: Callable[[Run], RunRecord]
+    """Where the work on a run keeps its status, claim, attempts and logs."""
+    decide: Callable[[Run, RunRecord, Callable[[Claim], bool]], Decision]
+    """Whether a run is to be started; the last argument says whether Slurm still knows a claim's job."""
+    claim: Callable[[RunRecord, Run, Claim], None]
+    """Claims a run that was decided upon, under the launch lock."""
+    worker: tuple[str, ...]
+    """Arguments of Python; the record's directory follows."""
+
+
+def training(sweep: Sweep) -> Work:
+    """Train the runs of a sweep."""
+    return Work(
+        name=f"aimscale-{sweep.name}",
+        record=functools.partial(_record, sweep),
+        decide=decide,
+        claim=claim_run,
+        worker=("-m", "aimscale.harness.train"),
+    )
+
+
+def _record(sweep: Sweep, run: Run) -> RunRecord:
+    return RunRecord(sweep.run_dir(run.run_id))

@@ -1,0 +1,1 @@
+"""From a sweep file to its runs and their cost cards."""

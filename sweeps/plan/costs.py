@@ -1,0 +1,349 @@
+"""The cost card of a planned run: what it holds, takes and costs, from closed formulas and stated assumptions."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.cost import executed_flops_per_image
+from aimscale.harness.run.config import ResultConfig, RunConfig
+from aimscale.harness.run.row import model_of
+from aimscale.harness.run.schedule import Schedule
+from aimscale.harness.train.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
+from aimscale.sweeps.plan.evaluation_cost import evaluation_flops, num_images
+from aimscale.sweeps.plan.planner import Run, counts_of
+from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
+
+CHECKPOINT_BYTES_PER_PARAM = 14
+"""bf16 weights, fp32 master weights and two fp32 moments."""
+WEIGHTS_BYTES_PER_PARAM = 4
+"""Final weights of a budget, fp32."""
+MAX_EPOCHS = 4
+MAX_BATCH_DEVIATION = 0.10
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetCost:
+    """One row that a run will give."""
+
+    images_seen: int
+    """D."""
+    epochs: float | None
+    """D / U; null where the pool's size is unknown."""
+    flops: float
+    """C: training FLOPs to this budget by the published formula."""
+    flops_6nd: float
+    """6 N D with N trunk, head and preprocessor and D in images x tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostCard:
+    """What one run costs."""
+
+    run_id: str
+    """Identity."""
+    cell: dict[str, Any]
+    """Axis -> value."""
+    params_preprocessor: int
+    """Parameters of the patch embedding."""
+    params_trunk: int
+    """Parameters of the trunk."""
+    params_head: int
+    """Parameters of the pixel head."""
+    params_total: int
+    """All parameters."""
+    flops_per_image: float
+    """Training FLOPs of one image by the published formula."""
+    budgets: tuple[BudgetCost, ...]
+    """The rows."""
+    images_executed: int
+    """Images trained on: the stable trunk, and the decay branch of every budget beside it."""
+    flops_executed: float
+    """FLOPs the devices execute: fewer an image than the formula (only scored tokens enter the head), more images."""
+    steps: int
+    """Optimiser steps executed."""
+    batch_size: int
+    """Images a step."""
+    lr_peak: float
+    """Learning rate after warm-up."""
+    warmup_images: int
+    """Images of warm-up."""
+    schedule: str
+    """`wsd` or `cosine`."""
+    devices: int
+    """Data-parallel ranks."""
+    zero_stage: int | None
+    """DeepSpeed ZeRO stage, chosen or given; null where nothing fits."""
+    micro_batch: int | None
+    """Images per forward pass and rank."""
+    activation_checkpointing: bool | None
+    """Recompute activations."""
+    memory_bytes: int | None
+    """Peak of one rank at that stage and micro-batch, activations included."""
+    memory_by_stage: dict[int, int]
+    """The same at every ZeRO stage."""
+    checkpoint_bytes: int
+    """One resumable checkpoint."""
+    disk_bytes: int
+    """Of the run directory: two checkpoints at a time and the final weights of every budget."""
+    flops_evaluation: float
+    """FLOPs of the forward passes of validation and probes, all budgets together."""
+    wall_s: float
+    """Time of training and of those forward passes at the stated MFU and peak."""
+    device_hours: float
+    """`wall_s` x devices."""
+    price: float
+    """`device_hours` at the stated rate."""
+    warnings: tuple[str, ...]
+    """What should be looked at before launching."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over a sweep."""
+
+    num_runs: int
+    """Runs."""
+    num_rows: int
+    """Rows of the results table."""
+    images_executed: int
+    """Images trained on."""
+    flops_executed: float
+    """FLOPs executed in training."""
+    flops_evaluation: float
+    """FLOPs of the forward passes of validation and probes."""
+    device_hours: float
+    """Device-hours."""
+    price: float
+    """At the stated rate."""
+    disk_bytes: int
+    """Of all run directories."""
+    cache_bytes: int
+    """Of the different training images, if all are cached locally."""
+    longest_wall_s: float
+    """Time of the longest run: the sweep's with enough devices."""
+
+
+def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
+    """One card a run, in order."""
+    pools: dict[tuple[str, ...], int | None] = {}
+    return [_card(sweep.file.cost, run, _pool(sweep, run.config.result, pools)) for run in runs]
+
+
+def totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Totals:
+    """Sum the cards."""
+    pools: dict[tuple[str, ...], int | None] = {}
+    unique = [r.config.result.data.unique_images or _pool(sweep, r.config.result, pools) or 0 for r in runs]
+    return Totals(
+        num_runs=len(cards),
+        num_rows=sum(len(card.budgets) for card in cards),
+        images_executed=sum(card.images_executed for card in cards),
+        flops_executed=sum(card.flops_executed for card in cards),
+        flops_evaluation=sum(card.flops_evaluation for card in cards),
+        device_hours=sum(card.device_hours for card in cards),
+        price=sum(card.price for card in cards),
+        disk_bytes=sum(card.disk_bytes for card in cards),
+        cache_bytes=max(unique) * sweep.file.cost.image_bytes,
+        longest_wall_s=max(card.wall_s for card in cards),
+    )
+
+
+def to_json(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> dict[str, Any]:
+    """The plan as one JSON value: assumptions, totals, runs with cards."""
+    return {
+        "sweep": sweep.name,
+        "recipe": sweep.file.recipe,
+        "assumptions": sweep.file.cost.model_dump(mode="json"),
+        "totals": asdict(totals(sweep, runs, cards)),
+        "runs": [asdict(card) for card in cards],
+    }
+
+
+def with_bench(sweep: Sweep, path: Path) -> Sweep:
+    """Replace the assumed MFU and peak by those of a training benchmark's JSON.
+
+    Raises:
+        SweepError: the file has no `mfu` and `peak_flops_per_s`.
+    """
+    try:
+        measured = json.loads(path.read_text())
+        peak_tflops = float(measured["peak_flops_per_s"]) / 1e12
+        changes: dict[str, Any] = {"mfu": float(measured["mfu"]), "peak_tflops": peak_tflops}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SweepError(
+            f"{path} holds no benchmark of training ({error}); make one with `aimscale bench train --json`"
+        ) from error
+    changes["device"] = str(measured.get("device", sweep.file.cost.device))
+    return sweep.with_fields(cost={**sweep.file.cost.model_dump(mode="json"), **changes})
+
+
+def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
+    result = run.config.result
+    model = model_of(result)
+    params, flops = counts_of(model)
+    unique = result.data.unique_images or pool
+    executed = _schedule(result).images_planned()
+    # Half of the tokens are scored on average, whether prefixes are paired or independent; all but one without.
+    scored = model.num_tokens - 1 if result.objective.prefix == "none" else model.num_tokens / 2
+    flops_executed = executed_flops_per_image(model, scored).train * executed
+    flops_evaluation = evaluation_flops(result, flops)
+    wall_s = (flops_executed + flops_evaluation) / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
+    device_hours = wall_s * run.devices / 3600
+    fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
+    return CostCard(
+        run_id=run.run_id,
+        cell=run.cell,
+        params_preprocessor=params.preprocessor,
+        params_trunk=params.trunk,
+        params_head=params.head,
+        params_total=params.total,
+        flops_per_image=flops.train,
+        budgets=tuple(
+            BudgetCost(
+                images_seen=budget,
+                epochs=budget / unique if unique else None,
+                flops=flops.train * budget,
+                flops_6nd=6.0 * params.total * budget * model.num_tokens,
+            )
+            for budget in result.budgets
+        ),
+        images_executed=executed,
+        flops_executed=flops_executed,
+        flops_evaluation=flops_evaluation,
+        steps=executed // result.optimiser.batch_size,
+        batch_size=result.optimiser.batch_size,
+        lr_peak=result.optimiser.lr_peak,
+        warmup_images=result.schedule.warmup_images,
+        schedule=result.schedule.kind,
+        devices=run.devices,
+        zero_stage=fit.chosen.zero_stage if fit.chosen else None,
+        micro_batch=fit.chosen.micro_batch if fit.chosen else None,
+        activation_checkpointing=fit.chosen.activation_checkpointing if fit.chosen else None,
+        memory_bytes=fit.chosen.estimate.total if fit.chosen else None,
+        memory_by_stage=fit.by_stage,
+        checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
+        disk_bytes=(2 * CHECKPOINT_BYTES_PER_PARAM + len(result.budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
+        wall_s=wall_s,
+        device_hours=device_hours,
+        price=device_hours * cost.price_per_device_hour,
+        warnings=tuple(_warnings(run, pool, cost, fit)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """How a run fits its devices."""
+
+    chosen: ExecutionPlan | None
+    """Stage, micro-batch and recomputation; null where nothing fits."""
+    by_stage: dict[int, int]
+    """Bytes of a rank at every stage, at that micro-batch (1 where nothing fits)."""
+
+
+def _fit(model: ModelConfig, config: RunConfig, devices: int, device_bytes: int) -> _Fit:
+    runtime, optimiser = config.runtime, config.result.optimiser
+    return _fit_cached(
+        model,
+        devices,
+        device_bytes,
+        optimiser.batch_size,
+        optimiser.precision,
+        runtime.zero_stage,
+        runtime.micro_batch,
+        runtime.activation_checkpointing,
+        runtime.offload_optimiser,
+        runtime.offload_weights,
+    )
+
+
+@functools.cache
+def _fit_cached(
+    model: ModelConfig,
+    devices: int,
+    device_bytes: int,
+    batch_size: int,
+    precision: Precision,
+    zero_stage: Literal["auto"] | int,
+    micro_batch: Literal["auto"] | int,
+    activation_checkpointing: Literal["auto"] | bool,
+    offload_optimiser: Literal["auto"] | bool,
+    offload_weights: Literal["auto"] | bool,
+) -> _Fit:
+    try:
+        chosen = execution_plan(
+            model,
+            batch_size=batch_size,
+            world_size=devices,
+            precision=precision,
+            device_bytes=device_bytes,
+            zero_stage=zero_stage,
+            micro_batch=micro_batch,
+            activation_checkpointing=activation_checkpointing,
+            offload_optimiser=offload_optimiser,
+            offload_weights=offload_weights,
+        )
+    except DoesNotFitError:
+        chosen = None
+    by_stage = {
+        stage: memory_estimate(
+            model,
+            zero_stage=stage,
+            world_size=devices,
+            micro_batch=chosen.micro_batch if chosen else 1,
+            precision=precision,
+            activation_checkpointing=chosen.activation_checkpointing if chosen else True,
+        ).total
+        for stage in ((0, 1, 2, 3) if precision == "fp32" else (1, 2, 3))  # bf16 needs the master weights of 1 and up
+    }
+    return _Fit(chosen=chosen, by_stage=by_stage)
+
+
+def _schedule(result: ResultConfig) -> Schedule:
+    """The run's schedule, unchecked: a warm-up that is too long is a warning of the plan."""
+    optimiser = result.optimiser
+    return Schedule(
+        section=result.schedule, lr_peak=optimiser.lr_peak, batch_size=optimiser.batch_size, budgets=result.budgets
+    )
+
+
+def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[str]:
+    result = run.config.result
+    found = []
+    if fit.chosen is None:
+        least = min(fit.by_stage, key=fit.by_stage.__getitem__)
+        found.append(
+            f"{result.model.size} does not fit {cost.memory_gb:g} GB on {run.devices} devices: ZeRO stage {least} "
+            f"takes {fit.by_stage[least] / 1e9:.0f} GB even one image at a time"
+        )
+    batch, target = result.optimiser.batch_size, run.batch_target
+    if abs(batch / target - 1) > MAX_BATCH_DEVIATION:
+        found.append(f"batch {batch} is {100 * (batch / target - 1):+.0f} % off the recipe's {target}")
+    unique = result.data.unique_images or pool
+    if unique and result.budgets[-1] / unique > MAX_EPOCHS:
+        found.append(f"{result.budgets[-1] / unique:.1f} epochs of {unique} images (more than {MAX_EPOCHS})")
+    if result.data.unique_images and pool and result.data.unique_images > pool:
+        found.append(f"{result.data.unique_images} unique images asked for, and the pool has {pool}")
+    smallest, warmup = result.budgets[0], result.schedule.warmup_images
+    limit = smallest - 1 if result.schedule.kind == "cosine" else _schedule(result).branch_point(smallest)
+    if warmup > limit:
+        found.append(f"warm-up of {warmup} images reaches past image {limit} of budget {smallest}: it will not start")
+    if batch < run.devices:
+        found.append(f"batch {batch} is smaller than {run.devices} devices")
+    return found
+
+
+def _pool(sweep: Sweep, result: ResultConfig, seen: dict[tuple[str, ...], int | None]) -> int | None:
+    """Images of the pool: as stated in the sweep file, else as counted in the data sets' `dataset.json`."""
+    if sweep.file.cost.pool_images:
+        return sweep.file.cost.pool_images
+    paths = tuple(source.path for source in result.data.sources)
+    if paths not in seen:
+        counts = [num_images(path) for path in paths]
+        # not made yet, or remote: the card says that epochs are unknown
+        seen[paths] = None if None in counts else sum(count or 0 for count in counts)
+    return seen[paths]

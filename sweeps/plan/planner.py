@@ -1,0 +1,286 @@
+"""From a sweep to its runs: every combination of the axes, minus exclusions, each with one configuration and identity.
+
+A warm-up-stable-decay run serves all budgets of its cell; with cosine each budget is a run. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
+from aimscale.harness.run.config import ConfigError, ResultConfig, RunConfig, RuntimeConfig, parse
+from aimscale.harness.run.row import cached_model
+from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, count
+
+Fields = dict[str, Any]
+
+PATH_FIELDS = {
+    "data": ("sources", "path"),
+    "validation": ("path",),
+    "probes": ("train", "test"),
+    "runtime": ("cache_dir",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One planned run."""
+
+    run_id: str
+    """Identity: the slug and hash of the result fields."""
+    config: RunConfig
+    """What goes into its `config.yaml`."""
+    cell: Fields
+    """Axis -> value, without budgets, which are in `config`."""
+    devices: int
+    """Data-parallel ranks."""
+    batch_target: int
+    """The recipe's batch size, before base, axes and overrides."""
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """D of every row the run will give, images."""
+        return self.config.result.budgets
+
+
+def plan(sweep: Sweep) -> list[Run]:
+    """All runs of a sweep, in the order of its axes.
+
+    Raises:
+        SweepError: nothing is left to run, or two cells are the same run.
+        ConfigError, ModelConfigError: a field, a size or a combination that does not exist.
+    """
+    with _without_collection():
+        return _plan(sweep)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pause the garbage collector: thousands of objects that all stay would make it half of the planner's time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _plan(sweep: Sweep) -> list[Run]:
+    chosen = recipe(sweep.file.recipe)
+    fixed = _Fixed(sweep)
+    seen: dict[str, Fields] = {}
+    runs: list[Run] = []
+    for cell, budgets, changes in _cells(sweep, fixed, chosen):
+        run = _run(sweep, chosen, cell, budgets, changes)
+        if run.run_id in seen:
+            raise SweepError(
+                f"{sweep.source}: cells {_words(seen[run.run_id])} and {_words(cell)} are the same run; "
+                f"an axis has no effect on the result fields"
+            )
+        seen[run.run_id] = cell
+        runs.append(run)
+    if not runs:
+        raise SweepError(f"{sweep.source}: no run is left after the exclusions")
+    return runs
+
+
+@functools.cache
+def counts_of(config: ModelConfig) -> tuple[ParamCount, FlopCount]:
+    """Parameters, and FLOPs an image by the published formula."""
+    return param_count(config), flops_per_image(config)
+
+
+class _Fixed:
+    """The parts of a sweep that are the same in every cell: paths resolved, dotted keys nested."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.base = _resolve(_nested(sweep.file.base), sweep)
+        self.overrides = [
+            (_conditions(override.when), _resolve(_nested(override.set), sweep)) for override in sweep.file.override
+        ]
+        self.excludes = [_conditions(exclude) for exclude in sweep.file.exclude]
+        self.axes = {
+            (key, i): {} if key == "lr_multiplier" else _resolve(_nested({key: value}), sweep)
+            for key, values in sweep.file.axes.items()
+            for i, value in enumerate(values)
+        }
+        self.axes |= {
+            ("variant", i): _resolve(_nested(changes), sweep) for i, changes in enumerate(sweep.file.variants.values())
+        }
+
+
+def _cells(sweep: Sweep, fixed: _Fixed, chosen: Recipe) -> Iterator[tuple[Fields, tuple[int, ...], Fields]]:
+    """Yield (cell, requested budgets, changed fields) of every run."""
+    file = sweep.file
+    named = file.axes | ({"variant": tuple(file.variants)} if file.variants else {})
+    axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in named.items()]
+    for values in itertools.product(*axes):
+        axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), fixed.base)
+        extra = {key: value for key, _, value in values}
+        budgets_of = _isoflop_budgets(sweep, axis_fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
+        for size, unique, seed in itertools.product(file.sizes, file.unique_images, file.seeds):
+            cell = {"size": size, "unique_images": unique, "seed": seed, **extra}
+            one_a_budget = merge({"schedule": {"kind": chosen.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
+            groups: dict[Any, list[int]] = {}
+            for budget in budgets_of.get(size, ()):
+                whole = {**cell, "budget": budget}
+                if any(_matches(whole, conditions) for conditions in fixed.excludes):
+                    continue
+                matched = tuple(i for i, (when, _) in enumerate(fixed.overrides) if _matches(whole, when))
+                groups.setdefault((matched, budget if one_a_budget else None), []).append(budget)
+            for (matched, _), budgets in groups.items():
+                changes = functools.reduce(merge, (fixed.overrides[i][1] for i in matched), axis_fields)
+                yield cell, tuple(budgets), changes
+
+
+def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]]:
+    """Images seen by each size, so that every C is met by the sizes nearest to its expected optimum."""
+    isoflop = sweep.file.isoflop
+    assert isoflop is not None
+    budgets: dict[str, list[int]] = {size: [] for size in sweep.file.sizes}
+    counts = {
+        size: counts_of(_model_from({**changes.get("model", {}), "size": size}, changes, sweep)) for size in budgets
+    }
+    for flops in isoflop.flops:
+        distance = {}
+        for size, (params, cost) in counts.items():
+            images = flops / cost.train
+            if images >= isoflop.min_images:
+                distance[size] = abs(math.log(images / params.total / isoflop.optimum_images_per_param))
+        nearest = sorted(distance, key=distance.__getitem__)[: isoflop.sizes_per_budget]
+        if len(nearest) < 3:
+            raise SweepError(
+                f"{sweep.source}: {flops:.3g} FLOPs reach min_images with {len(nearest)} of the sizes, and a minimum "
+                f"needs three; raise the budget, lower min_images or add smaller sizes"
+            )
+        for size in nearest:
+            budgets[size].append(round(flops / counts[size][1].train))
+    return {size: tuple(sorted(values)) for size, values in budgets.items()}
+
+
+def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...], changes: Fields) -> Run:
+    section = {**changes.get("model", {}), "size": cell["size"]}
+    model = _model_from(section, changes, sweep)
+    scale = Scale(
+        width=model.width,
+        params_total=counts_of(model)[0].total,
+        budget_min=min(requested),
+        budget_max=max(requested),
+    )
+    fields = chosen.fields(scale)
+    batch_target = fields["optimiser"]["batch_size"]
+    fields = merge(fields, changes)
+    fields["model"] = section
+    fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
+    fields["seed"] = cell["seed"]
+    optimiser = fields["optimiser"]
+    factors = (fields.pop("lr_multiplier", 1.0), cell.get("lr_multiplier", 1.0))
+    if factors != (1.0, 1.0):
+        optimiser["lr_peak"] = float(
+            f"{optimiser['lr_peak'] * _factor(factors[0], sweep) * _factor(factors[1], sweep):.6g}"
+        )
+    fields["budgets"] = _whole_batches(requested, optimiser["batch_size"], sweep)
+    runtime = _runtime(json.dumps(fields.pop("runtime", {}), default=str), f"{sweep.source}: runtime")
+    devices = sweep.file.cost.devices or fields.pop("devices", chosen.devices(scale))
+    fields.pop("devices", None)
+    if not isinstance(devices, int) or devices < 1:
+        raise SweepError(f"{sweep.source}: devices must be a whole number above 0, not {devices!r}")
+    result = parse(ResultConfig, fields, str(sweep.source))
+    config = RunConfig.model_construct(version=1, result=result, runtime=runtime)  # both parts are validated
+    return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, batch_target=batch_target)
+
+
+def _factor(value: Any, sweep: Sweep) -> float:
+    if not isinstance(value, int | float) or value <= 0:
+        raise SweepError(f"{sweep.source}: lr_multiplier must be a number above 0, not {value!r}")
+    return float(value)
+
+
+@functools.lru_cache
+def _runtime(fields: str, where: str) -> RuntimeConfig:
+    """Most runs of a sweep share their runtime fields (given as JSON, which can be a key)."""
+    return parse(RuntimeConfig, json.loads(fields), where)
+
+
+def _model_from(section: Mapping[str, Any], changes: Fields, sweep: Sweep) -> ModelConfig:
+    """The model that raw `model` fields describe; what is wrong with them is said by the strict parser."""
+    target = changes.get("objective", {}).get("target", "normalised")
+    try:
+        return cached_model(tuple(section.items()), target)
+    except TypeError as error:
+        result = {"model": section, "data": {}, "validation": {}, "budgets": ()}
+        parse(ResultConfig, result, str(sweep.source))
+        raise ConfigError(f"{sweep.source}: model: {error}") from error
+
+
+def _whole_batches(requested: tuple[int, ...], batch: Any, sweep: Sweep) -> tuple[int, ...]:
+    if not isinstance(batch, int) or batch < 1:
+        raise SweepError(f"{sweep.source}: optimiser.batch_size must be a whole number above 0, not {batch!r}")
+    return tuple(sorted({max(1, round(budget / batch)) * batch for budget in requested}))
+
+
+def merge(base: Fields, changes: Fields) -> Fields:
+    """Nested mappings united, `changes` winning; lists are replaced whole. Neither argument is altered."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return merged
+
+
+def _nested(fields: Mapping[str, Any]) -> Fields:
+    """`{a.b: 1}` -> `{a: {b: 1}}`."""
+    nested: Fields = {}
+    for dotted, value in fields.items():
+        *parents, leaf = str(dotted).split(".")
+        piece: Fields = {leaf: _nested(value) if isinstance(value, dict) else value}
+        for parent in reversed(parents):
+            piece = {parent: piece}
+        nested = merge(nested, piece)
+    return nested
+
+
+def _conditions(cell: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Axis -> accepted values, counts read as numbers."""
+    return {
+        key: tuple(
+            count(value) if key in ("budget", "unique_images") else value
+            for value in (values if isinstance(values, list | tuple) else [values])
+        )
+        for key, values in cell.items()
+    }
+
+
+def _matches(cell: Fields, conditions: Mapping[str, tuple[Any, ...]]) -> bool:
+    return all(cell[key] in values for key, values in conditions.items())
+
+
+def _resolve(fields: Fields, sweep: Sweep) -> Fields:
+    """Make the paths of a fragment absolute: relative ones are relative to the sweep file."""
+
+    def absolute(value: Any) -> Any:
+        return value if not isinstance(value, str) or "://" in value else str(sweep.base_dir / value)
+
+    def walk(value: Any, keys: tuple[str, ...]) -> Any:
+        if isinstance(value, list | tuple):
+            return [walk(item, keys) for item in value]
+        if isinstance(value, dict):
+            return {k: absolute(v) if k in keys and isinstance(v, str) else walk(v, keys) for k, v in value.items()}
+        return value
+
+    return {key: walk(value, PATH_FIELDS[key]) if key in PATH_FIELDS else value for key, value in fields.items()}
+
+
+def _words(cell: Fields) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in cell.items()) + "}"

@@ -1,0 +1,303 @@
+"""The sweep file: a whole experiment as one strict YAML document.
+
+    name: width-and-data
+    recipe: small                       # how batch, rate, schedule, ZeRO stage and devices follow from size
+    sizes: [rung-32, rung-64, rung-128]
+    budgets: [4k, 8k, 16k]              # images seen; counts may be written 4k, 500M, 2B, 1e6
+    unique_images: [1k, null]           # null: the whole pool
+    seeds: [0, 1]
+    axes: {model.head_rule: [proportional, none]}       # crossed with everything above
+    variants: {base: {}, causal: {objective.prefix: none}}   # or whole settings side by side, under names
+    base:                               # fields shared by all runs: those of ResultConfig, and `runtime`
+      data: {sources: [{path: data/train}]}
+      validation: {path: data/validation}
+    exclude: [{size: rung-128, unique_images: 1k}]
+    override: [{when: {size: rung-128}, set: {optimiser.lr_peak: 0.0005}}]
+
+Relative paths are relative to the file; those of a preset, to the sweep root.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.config import Section, parse, read_yaml
+
+PRESETS = Path(__file__).parent / "presets"
+SWEEP_FILE = "sweep.yaml"
+SWEEP_RECORD = "sweep.json"
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kKMB]?)")
+_UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+class SweepError(UserError):
+    """A sweep that cannot be planned, launched or read as written."""
+
+
+def count(value: Any) -> Any:
+    """Turn `4k`, `500M`, `2B`, `1e6` or `4096` into an integer; what is no count is left for pydantic to report."""
+    if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip().replace("_", ""))):
+        value = round(float(match[1]) * _UNIT[match[2]], 6)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(count), Field(gt=0)]
+"""A number of images or parameters, with an optional unit."""
+
+
+class OverrideSection(Section):
+    """Fields changed for the cells that match."""
+
+    when: dict[str, Any]
+    """Axis -> value or list of values; a cell matches when every named axis does."""
+    set: dict[str, Any]
+    """Result fields (dotted or nested) and `runtime`, or what else `base` may hold, replacing those of recipe,
+    base, axes and variants."""
+
+
+class IsoflopSection(Section):
+    """Budgets of training compute; the planner picks sizes and data around the expected optimum of each."""
+
+    flops: Annotated[tuple[float, ...], Field(min_length=1)]
+    """C: training FLOPs of one (size, images) pair."""
+    sizes_per_budget: int = Field(5, ge=3)
+    """Sizes around the expected optimum of each budget, from `sizes`."""
+    optimum_images_per_param: float = Field(gt=0)
+    """D / N at the expected optimum (N with the head): an assumption that the sweep itself then tests."""
+    min_images: Count = 1
+    """Pairs with fewer images are left out."""
+
+
+class CostSection(Section):
+    """What a device is taken to be worth on the cost card; all of it is stated beside the numbers."""
+
+    device: str = "H100"
+    """Name of the device, for the reader."""
+    peak_tflops: float = Field(989.0, gt=0)
+    """Dense peak of one device at the run's precision, TFLOP/s."""
+    mfu: float = Field(0.40, gt=0, le=1)
+    """Share of that peak that training executes (a bench result given to `plan --bench` replaces it)."""
+    memory_gb: float = Field(80.0, gt=0)
+    """Memory of one device, GB."""
+    price_per_device_hour: float = Field(0.0, ge=0)
+    """In `currency`."""
+    currency: str = "USD"
+    """Of the price."""
+    pool_images: Count | None = None
+    """Size of the image pool, where the data sets are not at hand to be counted."""
+    image_bytes: int = Field(110_000, gt=0)
+    """Mean size of one stored image, bytes, for the cache's disk."""
+    devices: int | None = Field(None, gt=0)
+    """Replaces the recipe's device count of every run."""
+
+
+class SlurmSection(Section):
+    """How jobs are asked for; each field can also be given to `launch`."""
+
+    partition: str | None = None
+    """Partition."""
+    account: str | None = None
+    """Account."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Node features."""
+    time_min: int = Field(1440, gt=0)
+    """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
+    signal_delay_s: int = Field(120, gt=0)
+    """Seconds before the limit at which a job is told to save; must cover one checkpoint."""
+    devices_per_node: int = Field(8, gt=0)
+    """Tasks (and cards) of one node."""
+    min_nodes: int | None = Field(None, gt=0)
+    """Start with as few nodes as this when no more are free; results do not depend on it."""
+    gpus: bool = True
+    """Ask for one card a task; false for CPU nodes."""
+    cpus_per_task: int = Field(8, gt=0)
+    """Cores a task."""
+    mem_gb: float | None = Field(None, gt=0)
+    """Memory of one node, GB; null takes the partition's default."""
+    max_parallel: int = Field(256, gt=0)
+    """Elements of one array running at the same time."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further sbatch options by long name, e.g. {reservation: vision}."""
+    setup: tuple[str, ...] = ()
+    """Shell lines run before the workers, e.g. module loads."""
+    python: str | None = None
+    """Interpreter of the workers (a venv's, or a container's wrapper); null takes the launcher's own."""
+
+
+class SweepFile(Section):
+    """One experiment."""
+
+    version: Literal[1] = 1
+    """Of this file format."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the sweep's directory."""
+    description: str = ""
+    """What the sweep is for, one line."""
+    recipe: str = "small"
+    """A recipe of `sweeps.plan.recipes`."""
+    sizes: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Model sizes."""
+    budgets: tuple[Count, ...] = ()
+    """D: images seen, rounded to whole batches. One run serves them all (wsd) or each has its own (cosine)."""
+    unique_images: Annotated[tuple[Count | None, ...], Field(min_length=1)] = (None,)
+    """U: different images in the stream; null is the whole pool."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Seeds of weights and stream."""
+    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    """Dotted result field -> values; `lr_multiplier` multiplies the recipe's learning rate."""
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> fields that this variant changes, as in `base`: one-at-a-time ablations, crossed with the axes above."""
+    isoflop: IsoflopSection | None = None
+    """Instead of `budgets`."""
+    base: dict[str, Any] = Field(default_factory=dict)
+    """Fields of every run: those of ResultConfig, `runtime`, `devices` (ranks, instead of the recipe's) and
+    `lr_multiplier` (a factor of the recipe's learning rate)."""
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Cells left out: axis -> value or list of values."""
+    override: tuple[OverrideSection, ...] = ()
+    """Cells changed."""
+    cost: CostSection = CostSection()
+    """Assumptions of the cost card."""
+    slurm: SlurmSection = SlurmSection()
+    """For `launch --on slurm`."""
+
+    @field_validator("sizes", "budgets", "unique_images", "seeds")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the same value stands twice")
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepFile:
+        if bool(self.budgets) == bool(self.isoflop):
+            raise ValueError("give either `budgets` or `isoflop`")
+        known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
+        for key in [key for cells in (*self.exclude, *(o.when for o in self.override)) for key in cells]:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"the axes are {', '.join(known)}"
+                raise ValueError(f"'{key}' is no axis of this sweep; {hint}")
+        for key in self.axes:
+            if key in FIELDS_OF_AXES:
+                raise ValueError(f"axis '{key}' is written as `{FIELDS_OF_AXES[key]}`")
+        return self
+
+
+AXES = ("size", "budget", "unique_images", "seed")
+FIELDS_OF_AXES = {"model.size": "sizes", "budgets": "budgets", "data.unique_images": "unique_images", "seed": "seeds"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep file with the places it refers to."""
+
+    file: SweepFile
+    """What was written."""
+    text: str
+    """The YAML as written, copied into the sweep's directory."""
+    source: Path
+    """Where it was read."""
+    base_dir: Path
+    """What its relative paths are relative to."""
+    root: Path
+    """Sweep directories are made under this."""
+
+    @property
+    def name(self) -> str:
+        """The sweep's name."""
+        return self.file.name
+
+    @property
+    def directory(self) -> Path:
+        """`<root>/<name>`."""
+        return self.root / self.file.name
+
+    @property
+    def runs_dir(self) -> Path:
+        """Holds the run directories."""
+        return self.directory / "runs"
+
+    def run_dir(self, run_id: str) -> Path:
+        """The directory of one run."""
+        return self.runs_dir / run_id
+
+    def with_fields(self, **fields: Any) -> Sweep:
+        """The same sweep with top-level fields of its file replaced and validated again."""
+        values = {**self.file.model_dump(mode="json"), **fields}
+        return replace(self, file=parse(SweepFile, values, str(self.source)))
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped sweeps."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_sweep(name: str | Path, root: Path) -> Sweep:
+    """Read a sweep by file, by sweep directory, by preset name, or by the name of a sweep under `root`.
+
+    Raises:
+        SweepError: nothing of that name; a sweep directory that was moved.
+        ConfigError: the file does not validate.
+    """
+    root, path = Path(os.path.abspath(root)), Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return _read(path, base_dir=Path(os.path.abspath(path)).parent, root=root)
+    if (path / SWEEP_FILE).is_file():
+        return _read_directory(Path(os.path.abspath(path)))
+    if str(name) in preset_names():
+        return _read(PRESETS / f"{name}.yaml", base_dir=root, root=root)
+    if (root / path / SWEEP_FILE).is_file():
+        return _read_directory(root / path)
+    near = difflib.get_close_matches(str(name), preset_names(), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"presets: {', '.join(preset_names())}"
+    raise SweepError(f"no sweep '{name}': it is no YAML file, no preset and no sweep under {root}; {hint}")
+
+
+def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
+    file = parse(SweepFile, read_yaml(path), str(path))
+    return Sweep(file=file, text=path.read_text(), source=path, base_dir=base_dir, root=root)
+
+
+def _read_directory(directory: Path) -> Sweep:
+    record = read_record(directory)
+    if record is None:
+        raise SweepError(f"{directory} has a {SWEEP_FILE} but no {SWEEP_RECORD}; name the original sweep file instead")
+    return _read(directory / SWEEP_FILE, base_dir=Path(record["base_dir"]), root=directory.parent)
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """`sweep.json` of a sweep directory, or None where there is none.
+
+    Raises:
+        SweepError: the directory is not where it was made, or was made by another version.
+    """
+    path = directory / SWEEP_RECORD
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SweepError(f"cannot read {path} ({error}); restore it or launch into another --root") from error
+    if record.get("version") != 1:
+        raise SweepError(
+            f"{path} is of version {record.get('version')!r}, this aimscale reads 1; use the one that made it"
+        )
+    if Path(record["directory"]) != directory:
+        raise SweepError(
+            f"this sweep was made at {record['directory']} and now lies at {directory}, but its jobs and data paths "
+            f"name the old place; move it back, or leave a symbolic link there and use that path"
+        )
+    return record

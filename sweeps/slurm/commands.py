@@ -1,0 +1,166 @@
+"""What Slurm knows and is told, through its own commands: no accounting needed, but used where there is some."""
+
+from __future__ import annotations
+
+import difflib
+import getpass
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from aimscale.sweeps.launch.claims import Claim
+from aimscale.sweeps.plan.sweepfile import SweepError
+
+TIMEOUT_S = 60
+
+PENDING = (
+    "PENDING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "REQUEUE_FED",
+    "RESV_DEL_HOLD",
+    "SUSPENDED",
+    "STOPPED",
+)
+RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "PREEMPTED")
+
+
+class SlurmError(SweepError):
+    """Slurm is not there, does not answer, or refuses; in its own words where it has some."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobInfo:
+    """One job or array element."""
+
+    job_id: str
+    """`123` or `123_4`."""
+    state: str
+    """Slurm's word, e.g. PENDING, RUNNING, OUT_OF_MEMORY."""
+    reason: str = ""
+    """Why it waits, or where it runs."""
+
+    @property
+    def phase(self) -> Literal["pending", "running", "ended"]:
+        """`ended` jobs need a launch to go on; COMPLETING and PREEMPTED ones are still being dealt with."""
+        if self.state in PENDING:
+            return "pending"
+        return "running" if self.state in RUNNING else "ended"
+
+
+def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
+    """Run one of Slurm's commands and return what it prints.
+
+    Raises:
+        SlurmError: it is not installed, fails, or does not answer.
+    """
+    if shutil.which(words[0]) is None:
+        raise SlurmError(f"there is no Slurm here ({words[0]} is not on the PATH); use --on local, or a login node")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(
+            f"{words[0]} did not answer within {timeout_s:.0f} s; is slurmctld up? (scontrol ping)"
+        ) from error
+    if done.returncode:
+        raise SlurmError(f"{words[0]} failed: {plain(done.stderr or done.stdout)}")
+    return done.stdout
+
+
+def plain(message: str) -> str:
+    """Slurm's complaint in one line."""
+    lines = [line.split("error: ", 1)[-1].strip() for line in message.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines)) or "it gave no reason"
+
+
+def jobs(job_ids: Iterable[str] | None = None) -> dict[str, JobInfo]:
+    """Jobs of this user that slurmctld remembers (ended ones for MinJobAge), by id; array elements one by one."""
+    text = command("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "-o", "%i|%T|%R")
+    found = {}
+    for line in text.splitlines():
+        job_id, state, reason = line.strip().split("|", 2)
+        if job_ids is None or job_id in job_ids:
+            found[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
+    return found
+
+
+def is_queued(known: dict[str, JobInfo]) -> Callable[[Claim], bool]:
+    """Whether the job of a claim is still waiting or running."""
+    return lambda claim: (job := known.get(claim.job_id or "")) is not None and job.phase != "ended"
+
+
+def known_jobs() -> dict[str, JobInfo] | None:
+    """`jobs`, or None where Slurm is not installed or does not answer: then nothing is known."""
+    try:
+        return jobs() if shutil.which("squeue") else None
+    except SlurmError:
+        return None
+
+
+def ended_states(job_ids: Sequence[str]) -> dict[str, str]:
+    """How jobs ended that slurmctld has forgotten, from accounting; empty where there is none."""
+    if not job_ids or shutil.which("sacct") is None:
+        return {}
+    words = ["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(job_ids)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        return {}
+    rows = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+    return {job_id: state.split()[0] for job_id, state, *_ in rows if state}
+
+
+def partitions() -> list[str]:
+    """Names of the partitions."""
+    return sorted(set(command("sinfo", "--noheader", "-o", "%R").split()))
+
+
+def check_partition(name: str | None) -> None:
+    """Refuse a partition that does not exist.
+
+    Raises:
+        SlurmError: names the nearest.
+    """
+    known = partitions()
+    if name is None:
+        return
+    for part in name.split(","):
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise SlurmError(f"Slurm has no partition '{part}'; {hint}")
+
+
+def max_array_size() -> int:
+    """Most elements of one array."""
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", command("scontrol", "show", "config"))
+    return int(match[1]) if match else 1001  # Slurm's default
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job of ours back into the queue.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    command("scontrol", "requeue", job_id)
+
+
+def cancel(job_ids: Sequence[str], *, signal: str | None = None) -> None:
+    """Cancel jobs, or send their steps a signal; jobs that ended meanwhile are no error.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    if job_ids:
+        command("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *job_ids)
+
+
+def own_job_id() -> str | None:
+    """Id of the job this process runs in, `123_4` for an array element."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")

@@ -1,0 +1,187 @@
+"""What a Slurm job executes: one trainer a task, watched by a process without torch that decides what follows.
+
+The trainer (`python -m aimscale.harness.train RUN_DIR`) saves when it is told to and exits; nothing collective happens
+in a signal handler. Rank 0's watcher then records how the attempt ended and requeues the job where there is more to do.
+submitit's own handler is replaced: it would requeue on rank 0 while the other ranks are still saving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from aimscale.harness.run.directory import EXIT_PREEMPTED, LEASE_STALE_S
+from aimscale.sweeps.launch.claims import Claim, RunRecord, lock_file
+from aimscale.sweeps.launch.retries import Outcome, Words, conclude, explain
+from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.sweeps.slurm import commands as slurm
+
+POLL_S = 0.5
+PEER_GRACE_S = 60.0
+"""Ranks that a failed peer leaves waiting in a collective are ended after this."""
+REQUEUE_WAIT_S = 120.0
+"""Slurm ends a requeued job within its KillWait; until then the watcher waits."""
+
+
+class JobError(RuntimeError):
+    """A run ended in a way that a person must look at; makes Slurm's job FAILED."""
+
+
+class SlurmJob:
+    """The callable that submitit pickles; it carries the work's directory and nothing else."""
+
+    def __init__(
+        self,
+        path: Path,
+        worker: tuple[str, ...] = ("-m", "aimscale.harness.train"),
+        record: type[RunRecord] = RunRecord,
+    ) -> None:
+        self.path = path
+        self.worker = worker
+        self.record = record
+
+    def __call__(self) -> str:
+        """Execute one attempt of the run.
+
+        Raises:
+            JobError: the run failed for good.
+        """
+        return _Watcher(self.record(self.path), self.worker).watch()
+
+    def checkpoint(self) -> Any:
+        """Asked for by submitit when it is told to stop before the watcher took over: the same call again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+class _Watcher:
+    def __init__(self, record: RunRecord, worker: tuple[str, ...]) -> None:
+        self.record, self.worker = record, worker
+        self.rank = int(os.environ.get("SLURM_PROCID", "0"))
+        self.job_id = slurm.own_job_id() or ""
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.child: subprocess.Popen[bytes] | None = None
+        self.told_to_save = False  # USR2: a limit is near, or `aimscale cancel`
+        self.told_to_end = False  # TERM: Slurm cancels, preempts or requeues the job itself
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.told_to_save |= number == signal.SIGUSR2
+        self.told_to_end |= number == signal.SIGTERM
+        if self.child is not None and self.child.poll() is None and number != signal.SIGCONT:
+            self.child.send_signal(number)
+
+    def watch(self) -> str:
+        if not self._take_over():
+            return "not this job's run any more"
+        self._wait_for_lease()
+        attempt = 1 + sum(not ended.get("forgiven") for ended in self.record.read_attempts())
+        exit_code = self._run_child(attempt)
+        if self.rank:
+            if exit_code not in (0, EXIT_PREEMPTED):
+                self._tell_first_rank(attempt, exit_code)
+            return f"rank {self.rank} ended with {exit_code}"
+        if not self._is_ours():
+            return "another incarnation of this job took over"
+        failed_peer = None if exit_code in (0, EXIT_PREEMPTED) else self._failed_peer(attempt)
+        where, asked = f"slurm {self.job_id}", not self._is_claimed()
+        outcome = conclude(self.record, attempt, exit_code, where, asked=asked, peer=failed_peer)
+        return self._follow(outcome)
+
+    def _take_over(self) -> bool:
+        """Whether the launcher's claim names this job; the first rank then enters which restart of it this is."""
+        with lock_file(self.record.home / "launch.lock"):
+            claim = self.record.read_claim()
+            if claim is None or claim.job_id != self.job_id or claim.restarts > self.restarts:
+                return False
+            if self.rank == 0:
+                self.record.write_claim(dataclasses.replace(claim, restarts=self.restarts))
+        return True
+
+    def _claim(self) -> Claim | None:
+        claim = self.record.read_claim()
+        return claim if claim and claim.job_id == self.job_id else None
+
+    def _is_claimed(self) -> bool:
+        """Whether nobody cancelled the run meanwhile."""
+        return self._claim() is not None
+
+    def _is_ours(self) -> bool:
+        """Whether no later incarnation of this job has started (after a node was given up for lost)."""
+        claim = self.record.read_claim()
+        return claim is None or (claim.job_id == self.job_id and claim.restarts <= self.restarts)
+
+    def _wait_for_lease(self) -> None:
+        """A trainer of an earlier attempt, cut off from Slurm, gives the lease up when it notices."""
+        for _ in range(int(2 * LEASE_STALE_S / POLL_S)):
+            if self.rank or not self.record.is_held() or self.told_to_end:
+                return
+            time.sleep(POLL_S)
+
+    def _run_child(self, attempt: int) -> int:
+        self.record.logs.mkdir(parents=True, exist_ok=True)
+        with self.record.log_file(attempt, self.rank).open("ab") as log:
+            self.child = subprocess.Popen(
+                [sys.executable, *self.worker, str(self.record.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        if self.told_to_end or self.told_to_save:
+            self.child.send_signal(signal.SIGTERM)  # the signal came between the handler and the child
+        deadline = float("inf")
+        while (exit_code := self.child.poll()) is None:
+            time.sleep(POLL_S)
+            if self.rank == 0 and deadline == float("inf") and self._failed_peer(attempt) is not None:
+                deadline = time.time() + PEER_GRACE_S
+            if time.time() > deadline:
+                self.child.kill()
+        return exit_code
+
+    def _peer_file(self, attempt: int) -> Path:
+        return self.record.logs / f"attempt-{attempt}.restart-{self.restarts}.failed-rank.json"
+
+    def _tell_first_rank(self, attempt: int, exit_code: int) -> None:
+        """Say why this rank failed: its death explains more than the connection that it broke on the others."""
+        reason, kind = explain(self.record, attempt, exit_code, self.rank)
+        words = {"reason": f"rank {self.rank} on {socket.gethostname()}: {reason}", "reason_class": kind}
+        # The others fail because of the first to fail.
+        with contextlib.suppress(FileExistsError), self._peer_file(attempt).open("x") as file:
+            json.dump(words, file)
+
+    def _failed_peer(self, attempt: int) -> Words | None:
+        try:
+            words = json.loads(self._peer_file(attempt).read_text())
+        except (OSError, ValueError):
+            return None
+        return words["reason"], words["reason_class"]
+
+    def _follow(self, outcome: Outcome) -> str:
+        """Requeue where there is more to do and Slurm does not do it itself; free the run where the job is over."""
+        # After TERM alone Slurm is cancelling or requeueing the job itself; after USR2 nobody but us will.
+        goes_on = (outcome == "again" and not self.told_to_end) or (outcome == "preempted" and self.told_to_save)
+        if goes_on and self._is_claimed():
+            try:
+                slurm.requeue(os.environ["SLURM_JOB_ID"])
+            except SweepError as error:
+                raise JobError(f"could not requeue ({error}); `aimscale launch` resumes the run") from error
+            time.sleep(REQUEUE_WAIT_S)
+            return "requeued"
+        if outcome in ("preempted", "again"):
+            return "to be gone on with"
+        if outcome == "stop":
+            status = self.record.checked_status()
+            raise JobError(f"{status.reason_class}: {status.reason}")
+        return outcome

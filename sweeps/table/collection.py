@@ -1,0 +1,259 @@
+"""From run directories to one typed table: `results.parquet`, `results.csv` and `collect.json`.
+
+Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
+Baselines that were probed like a run (`aimscale probe NAME --like RUN`) go to `baselines.parquet` by the same columns:
+they are no runs, and no law should take them for some. The files depend on the run directories alone, so collecting
+twice writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aimscale.analysis.tables.results import TableError, results_table, write_table
+from aimscale.harness.probe.files import as_entry
+from aimscale.harness.run.config import ResultConfig, Section
+from aimscale.harness.run.directory import write_json
+from aimscale.harness.run.row import configured_columns
+from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.plan.costs import CostCard
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+
+COLLECT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a collect found."""
+
+    table: Path
+    """The Parquet file; the CSV lies beside it."""
+    num_runs: int
+    """Runs of the plan."""
+    num_rows: int
+    """Rows written: runs x budgets, but those of damaged runs."""
+    num_complete: int
+    """Rows with results."""
+    damaged: dict[str, str]
+    """Runs skipped -> one sentence why."""
+    num_baselines: int
+    """Baselines found in the runs' folders."""
+    unplanned: tuple[str, ...]
+    """Run directories left out: another sweep file, or another version's fields, gave them their names."""
+
+
+def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Collected:
+    """Gather the rows of all runs of the plan.
+
+    Raises:
+        SweepError: the sweep was never launched here, its directory cannot be written, or all runs there are of another
+            plan (the table is left as it was).
+    """
+    if not sweep.runs_dir.is_dir():
+        raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
+    rows: list[dict[str, Any]] = []
+    damaged: dict[str, str] = {}
+    completions: list[dict[str, Any]] = []
+    machines: dict[str, dict[str, Any]] = {}
+    finished_at: list[Any] = []
+    for run, card in zip(runs, cards, strict=True):
+        record = RunRecord(sweep.run_dir(run.run_id))
+        try:
+            found = _rows(sweep, run, card, record)
+            results_table(found)
+        except (SweepError, TableError) as error:
+            damaged[run.run_id] = str(error)
+            continue
+        rows += found
+        finished_at += [row["finished_at"] for row in found if row.get("finished_at")]
+        completions += _completions(sweep, run, record)
+        machines |= _machine(record)
+    imported = _imported(sweep, {run.run_id for run in runs})
+    known = {run.run_id for run in runs} | {record.path.name for record in imported}
+    unplanned = tuple(
+        sorted(path.name for path in sweep.runs_dir.iterdir() if path.is_dir() and path.name not in known)
+    )
+    if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
+        raise SweepError(
+            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
+            f"sweep file was edited, or another version of aimscale launched them; collect with what launched them "
+            f"(the commit is in provenance.json)"
+        )
+    for record in imported:
+        try:
+            found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
+            results_table(found)
+        except (OSError, ValueError, TypeError, KeyError, TableError) as error:
+            damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
+            continue
+        rows += found
+    num_complete = sum(row["status"] == "complete" for row in rows)
+    table = results_table(rows)
+    write_table(table, sweep.directory / "results.csv")
+    write_table(table, sweep.directory / "results.parquet")
+    baselines = _baselines(sweep, damaged)
+    _write_baselines(sweep, baselines)
+    try:
+        write_json(
+            sweep.directory / "collect.json",
+            {
+                "version": COLLECT_VERSION,
+                "sweep": sweep.name,
+                "description": sweep.file.description,
+                "recipe": sweep.file.recipe,
+                "created": max(map(str, finished_at), default=None),
+                "num_runs": len(runs),
+                "num_rows": len(rows),
+                "num_complete": num_complete,
+                "completions": completions,
+                "damaged": damaged,
+                "machines": list(machines.values()),
+            },
+        )
+    except OSError as error:
+        raise SweepError(f"cannot write {sweep.directory / 'collect.json'}: {error.strerror}") from error
+    return Collected(
+        table=sweep.directory / "results.parquet",
+        num_runs=len(runs),
+        num_rows=len(rows),
+        num_complete=num_complete,
+        damaged=damaged,
+        num_baselines=len(baselines),
+        unplanned=unplanned,
+    )
+
+
+def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[dict[str, Any]]:
+    """A row per baseline that was probed like one of the sweep's runs."""
+    rows = []
+    for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
+        run = RunRecord(folder.parent.parent)
+        try:
+            documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+            by_name: dict[str, list[dict[str, Any]]] = {}
+            for document in documents:
+                by_name.setdefault(document["backbone"], []).extend(map(as_entry, document["probes"]))
+            found = [
+                {"sweep": sweep.name, "run_id": run.path.name, "size": name, "probes": entries}
+                for name, entries in by_name.items()
+            ]
+            results_table(found)
+        except (OSError, ValueError, TypeError, KeyError, TableError) as error:
+            damaged[f"{run.path.name}/baselines/{folder.name}"] = f"{folder} is damaged ({error}); probe it again"
+            continue
+        rows += found
+    return rows
+
+
+def _write_baselines(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
+    for suffix in ("csv", "parquet"):
+        path = sweep.directory / f"baselines.{suffix}"
+        if rows:
+            write_table(results_table(rows), path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dict[str, Any]]:
+    """A run's rows, one per planned budget.
+
+    Raises:
+        SweepError: the directory is damaged, or holds another run.
+    """
+    status = record.checked_status()
+    try:
+        found = {row["images_seen"]: row for row in record.read_rows()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SweepError(f"{record.results} is damaged ({error}); remove it and launch again") from error
+    strangers = {row.get("run_id") for row in found.values()} - {run.run_id}
+    if strangers:
+        raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
+    missing = status.state if status.state in ("diverged", "failed") else "unfinished"
+    planned = {**configured_columns(run.config), "setup": setup_of(run.config.result)}
+    rows = []
+    for budget in card.budgets:
+        if budget.images_seen in found:
+            known = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
+            rows.append({**known, **found[budget.images_seen], "status": "complete"})
+        else:
+            rows.append({**planned, "images_seen": budget.images_seen, "epochs": budget.epochs})
+            rows[-1] |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
+            rows[-1] |= {"status": missing}
+        executed = card.flops_executed / card.images_executed * budget.images_seen
+        rows[-1] |= {"sweep": sweep.name, "flops_executed": executed}
+    return rows
+
+
+def _imported(sweep: Sweep, planned: set[str]) -> list[RunRecord]:
+    """Finished runs beside the planned ones whose weights came from elsewhere (`aimscale weights import`).
+
+    Other directories that the plan does not name are of an earlier version of the sweep file and stay out.
+    """
+    found = []
+    for path in sorted(sweep.runs_dir.iterdir()):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if path.name not in planned and "imported" in json.loads((path / "provenance.json").read_text()):
+                found.append(RunRecord(path))
+    return found
+
+
+SCALE_FIELDS = {
+    "model.size",
+    "data.sources",
+    "data.unique_images",
+    "optimiser.batch_size",
+    "optimiser.lr_peak",
+    "schedule.warmup_images",
+    "budgets",
+    "seed",
+    "validation",
+    "probes",
+}
+"""What a recipe makes follow from scale, or what has a column of its own: not part of a row's `setup`."""
+
+
+def setup_of(result: ResultConfig) -> dict[str, Any]:
+    """Dotted result fields that differ from their defaults, but for `SCALE_FIELDS`: equal in runs that differ in scale.
+
+    Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
+    """
+    setup: dict[str, Any] = {}
+    for name in ResultConfig.model_fields:
+        value = getattr(result, name)
+        if name in SCALE_FIELDS or not isinstance(value, Section):
+            continue
+        for key, field in type(value).model_fields.items():
+            dotted = f"{name}.{key}"
+            if dotted not in SCALE_FIELDS and getattr(value, key) != field.get_default(call_default_factory=True):
+                setup[dotted] = getattr(value, key)
+    return setup
+
+
+def _completions(sweep: Sweep, run: Run, record: RunRecord) -> list[dict[str, Any]]:
+    """Pictures for the report, by paths relative to the sweep's directory."""
+    return [
+        {
+            "run_id": run.run_id,
+            "size": run.config.result.model.size,
+            "images_seen": budget,
+            "path": str(record.completions_file(budget).relative_to(sweep.directory)),
+        }
+        for budget in run.budgets
+        if record.completions_file(budget).exists()
+    ]
+
+
+def _machine(record: RunRecord) -> dict[str, dict[str, Any]]:
+    """The machine of the run's last start, keyed by itself so that equal machines count once."""
+    try:
+        start = json.loads(record.provenance.read_text())["starts"][-1]
+        machine = {key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return {}
+    return {json.dumps(machine, sort_keys=True): machine}

@@ -1,0 +1,186 @@
+"""Where every run of a sweep stands: its directory, joined with what the queue knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from aimscale.harness.run.directory import Status
+from aimscale.sweeps.launch.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.launch.retries import explain_job
+from aimscale.sweeps.plan.costs import CostCard
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.slurm.commands import JobInfo
+
+Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """One line of `aimscale status`."""
+
+    run_id: str
+    """Identity."""
+    cell: dict[str, Any]
+    """Axis -> value."""
+    state: Shown
+    """`dead`: it says running, and no process does; the next launch resumes it."""
+    phase: str
+    """What a running run does."""
+    progress: float
+    """Share of the planned images trained on, 0..1."""
+    images_seen: int
+    """Position in the stream."""
+    step: int
+    """Optimiser step."""
+    loss: float | None
+    """Training loss of the last step logged."""
+    val_loss: float | None
+    """Validation loss of the last budget recorded."""
+    images_per_s: float | None
+    """All ranks."""
+    mfu: float | None
+    """0..1."""
+    eta_s: float | None
+    """To the end, at the present speed, without validation and probes."""
+    attempts: int
+    """Starts so far."""
+    reason: str | None
+    """Why it failed, was preempted or waits."""
+    reason_class: str | None
+    """Kind of reason."""
+    heartbeat_age_s: float | None
+    """Since its last sign of life."""
+    job_id: str | None
+    """Slurm's job, where there is one."""
+    host: str | None
+    """Where it runs or ran."""
+    log: str | None
+    """Output of its last attempt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepStatus:
+    """All of `aimscale status`."""
+
+    sweep: str
+    """Name."""
+    runs: tuple[RunStatus, ...]
+    """In the order of the plan."""
+    counts: dict[str, int]
+    """Runs by state."""
+    progress: float
+    """Share of the sweep's FLOPs executed, 0..1."""
+    eta_s: float | None
+    """To the end of what is queued and running, at the present speed of all running runs."""
+    unplanned: tuple[str, ...]
+    """Run directories that are not in the plan any more: of an earlier version of the sweep file."""
+
+
+def sweep_status(
+    sweep: Sweep,
+    runs: Sequence[Run],
+    cards: Sequence[CostCard],
+    jobs: Mapping[str, JobInfo] | None = None,
+) -> SweepStatus:
+    """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
+    now = time.time()
+    lines = tuple(_run_status(run, RunRecord(sweep.run_dir(run.run_id)), jobs, now) for run in runs)
+    counts: dict[str, int] = {}
+    for line in lines:
+        counts[line.state] = counts.get(line.state, 0) + 1
+    planned = {run.run_id for run in runs}
+    there = {path.name for path in sweep.runs_dir.iterdir()} if sweep.runs_dir.is_dir() else set()
+    flops = [card.flops_executed for card in cards]
+    done = sum(f * (1.0 if line.state == "finished" else line.progress) for f, line in zip(flops, lines, strict=True))
+    return SweepStatus(
+        sweep=sweep.name,
+        runs=lines,
+        counts=counts,
+        progress=done / sum(flops),
+        eta_s=_eta(lines, cards),
+        unplanned=tuple(sorted(there - planned)),
+    )
+
+
+def _run_status(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float) -> RunStatus:
+    try:
+        status = record.checked_status()
+    except SweepError as error:
+        return _line(run, record, Status(reason=str(error)), "damaged", now)
+    claim = record.read_claim()
+    state: Shown
+    if status.state in ("finished", "created") and claim is None:
+        state = "finished" if status.state == "finished" else "not started"
+    elif status.state != "finished" and record.is_held():
+        state = "running"
+    elif claim is not None and claim.backend == "slurm" and status.state != "finished":
+        state, status = _by_job(record, status, jobs, claim)
+    elif claim is not None and status.state != "finished" and local_claim_is_live(claim):
+        state = "queued"
+    else:
+        state = "dead" if status.state in ("running", "queued") else _shown(status)
+    return _line(run, record, status, state, now, claim)
+
+
+def _shown(status: Status) -> Shown:
+    return "not started" if status.state == "created" else status.state
+
+
+def _by_job(
+    record: RunRecord, status: Status, jobs: Mapping[str, JobInfo] | None, claim: Claim
+) -> tuple[Shown, Status]:
+    """State and reason of a run that a Slurm job stands for and no process holds."""
+    if jobs is None:
+        return "queued", replace(status, reason="Slurm does not answer")
+    job = jobs.get(claim.job_id or "")
+    if job is not None and job.phase != "ended":
+        return "queued", replace(status, reason=job.reason or status.reason, reason_class=None)
+    if status.state not in ("running", "queued"):
+        return _shown(status), status
+    reason, kind, _ = explain_job(job.state if job else None, record.job_log(claim.job_id))
+    return "dead", replace(status, reason=reason, reason_class=kind)
+
+
+def _line(
+    run: Run, record: RunRecord, status: Status, state: Shown, now: float, claim: Claim | None = None
+) -> RunStatus:
+    log = record.last_log() if state != "not started" else None
+    left = status.images_planned - status.images_done
+    speed = status.images_per_s if state == "running" else None
+    return RunStatus(
+        run_id=run.run_id,
+        cell=run.cell,
+        state=state,
+        phase=status.phase if state == "running" else "",
+        progress=1.0 if state == "finished" else status.images_done / max(1, status.images_planned),
+        images_seen=status.images_seen,
+        step=status.step,
+        loss=status.loss,
+        val_loss=status.val_loss,
+        images_per_s=status.images_per_s,
+        mfu=status.mfu,
+        eta_s=left / speed if speed else None,
+        attempts=status.attempt,
+        reason=status.reason,
+        reason_class=status.reason_class,
+        heartbeat_age_s=max(0.0, now - status.heartbeat) if status.heartbeat else None,
+        job_id=claim.job_id if claim else status.job_id,
+        host=status.host,
+        log=str(log) if log else None,
+    )
+
+
+def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
+    """FLOPs left of what is waiting or running, over the FLOPs a second of what is running."""
+    left = speed = 0.0
+    for line, card in zip(lines, cards, strict=True):
+        flops_per_image = card.flops_executed / card.images_executed
+        if line.state in ("not started", "queued", "running", "preempted", "dead"):
+            left += card.flops_executed * (1 - line.progress)
+        if line.state == "running" and line.images_per_s:
+            speed += flops_per_image * line.images_per_s
+    return left / speed if speed else None

@@ -1,0 +1,97 @@
+"""`aimscale fit`, `frontier` and `correlate` on a results table, as a user runs them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis.cli import correlate as cli_correlate
+from aimscale.analysis.cli import fit as cli_fit
+from aimscale.analysis.cli import frontier as cli_frontier
+from aimscale.analysis.errors import AnalysisError
+
+RUNNER = CliRunner()
+
+
+def run(app, *args: object) -> str:
+    result = RUNNER.invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def table(grid, tmp_path):
+    probe = np.clip(0.9 - grid["val_loss"], 0.1, 0.9)
+    grid["probes"] = [
+        json.dumps([{"task": "digits", "kind": "linear", "top1": float(p), "chance": 0.1, "n": 1000}]) for p in probe
+    ]
+    grid["params_trunk"] = 0.6 * grid["params_total"]
+    path = tmp_path / "results.csv"
+    grid.to_csv(path, index=False)
+    return path
+
+
+def test_fit_prints_parameters_and_the_sentence(table):
+    out = run(cli_fit.app, table, "--hold-out", "N", "--leave-out", "size", "--against", "kaplan", "--resamples", 100)
+    assert "alpha" in out
+    assert "Held out N >=" in out
+    assert "Chosen by predicting the largest N" in out
+
+
+def test_fit_json_with_foreign_columns_and_another_n(table):
+    out = json.loads(run(cli_fit.app, table, "--n", "trunk", "--fix", "E=0.2", "--resamples", 50, "--json"))
+    assert out["columns"]["N"] == "params_trunk"
+    assert out["fixed"] == {"E": 0.2}
+    assert out["params"]["alpha"] == pytest.approx(0.4, abs=0.05)
+
+
+def test_frontier_prints_all_approaches(table):
+    out = json.loads(run(cli_frontier.app, table, "--budgets", 6, "--at", 1e14, "--json"))
+    assert {f["approach"] for f in out["frontiers"]} <= {1, 2, 3}
+    assert len(out["frontiers"]) + len(out["failures"]) == 3
+    parametric = next(f for f in out["frontiers"] if f["approach"] == 3)
+    assert parametric["exponent"] == pytest.approx(0.5 / 0.9, abs=0.03)
+
+
+def test_correlate_takes_every_probe_and_links_it(table):
+    out = json.loads(run(cli_correlate.app, table, "--link", "linear", "--json"))
+    assert {(c["task"], c["kind"]) for c in out["correlations"]} == {("digits", "linear")}
+    assert next(c for c in out["correlations"] if c["method"] == "pearson")["value"] < -0.99
+    assert out["links"][0]["params"]["s"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_correlate_draws_every_kind_of_probe(table, tmp_path):
+    run(cli_correlate.app, table, "--figure", tmp_path / "accuracy")
+    assert (tmp_path / "accuracy-linear.svg").exists()
+    with pytest.raises(AnalysisError, match="leave out --x and --y"):
+        run(cli_correlate.app, table, "--y", "val_loss", "--x", "images_seen", "--figure", tmp_path / "other")
+
+
+def test_laws_of_compute_are_fitted_to_the_envelope(table):
+    out = json.loads(run(cli_fit.app, table, "--law", "power_offset:C", "--envelope", "--resamples", 0, "--json"))
+    assert 5 < out["num_points"] < 30
+    law = json.loads(run(cli_fit.app, table, "--law", "power_offset:N", "--resamples", 0, "--json"))
+    assert any("differ in images seen (5 values)" in flag for flag in law["flags"])
+
+
+def test_mistakes_are_one_sentence(table, tmp_path):
+    pd.DataFrame({"a": [1]}).to_csv(tmp_path / "other.csv", index=False)
+    for args, words in [
+        ((table, "--law", "chinchila"), "no law named"),
+        ((table, "--fix", "E"), "name=value"),
+        ((table, "--bound", "alpha=x:1"), "not a number"),
+        ((tmp_path / "other.csv",), "no column"),
+    ]:
+        with pytest.raises(AnalysisError, match=words):
+            run(cli_fit.app, *args)
+
+
+def test_fit_says_what_where_left_out(table):
+    rows = pd.read_csv(table)
+    smallest = rows["images_seen"].min()
+    dropped = int((rows["images_seen"] == smallest).sum())
+    out = run(cli_fit.app, table, "--where", f"D>{smallest}", "--resamples", 20)
+    assert f"Fitted to {len(rows) - dropped} of {len(rows)} points" in out
+    assert f"Left out: {dropped} rows not chosen by --where D>{smallest}." in out

@@ -1,0 +1,217 @@
+"""Contrasts: a known effect is found with its interval, pairs are what they say, and what is not paired is refused."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from aimscale.analysis.cli import contrast as cli_contrast
+from aimscale.analysis.effects.contrasts import contrast, factors, t_interval
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.tables.inputs import with_setup
+from aimscale.analysis.tables.measures import wanted_measures
+
+DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
+
+
+def with_probes(frame: pd.DataFrame, attentive: float = 0.02, best: float = 0.01) -> pd.DataFrame:
+    """Probes of two kinds whose accuracies differ by a known amount, and by another on the last six blocks."""
+    probes = []
+    for number, loss in enumerate(frame["val_loss"]):
+        base = 0.9 - 0.5 * loss
+        wobble = 0.001 * np.sin(number)
+        probes.append(
+            [
+                {"task": "pets", "kind": kind, "top1": base + gain + wobble, "n": 1000, "chance": 0.1}
+                | {"extra": json.dumps({"last_top1": base + gain - best})}
+                for kind, gain in (("linear", 0.0), ("attentive", attentive))
+            ]
+        )
+    return frame.assign(probes=probes)
+
+
+def test_a_known_effect_is_found_over_runs_not_rows(known_study):
+    df = known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05})
+    (found,) = contrast(df, by="prefix").contrasts
+    assert (found.baseline, found.level, found.num_pairs, found.num_run_pairs) == ("paired", "none", 6, 3)
+    assert found.ratio == pytest.approx(np.exp(0.05), abs=0.002)
+    assert found.ratio_low < np.exp(0.05) < found.ratio_high
+    assert found.verdict == "worse"
+    by_run = found.pairs.groupby("seed")["difference"].mean()
+    exact = stats.ttest_1samp(by_run, 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+    assert "worse" in found.sentence()
+    assert "3 pairs of runs (6 of rows)" in found.sentence()
+
+
+def test_pairing_takes_out_what_the_runs_share(known_study):
+    """The seeds' spread is ten times the effect, and still the effect is seen: pairs share their seed."""
+    part = {"sizes": ["s2", "s3"], "seed_sd": 0.05, "row_sd": 0.0005}
+    df = known_study(part, part | {"patch_order": "random", "effect": 0.005})
+    (found,) = contrast(df, by="patch_order").contrasts
+    assert found.verdict == "worse"
+    assert found.ratio == pytest.approx(np.exp(0.005), abs=0.001)
+    assert np.std(np.log(df["val_loss"])) > 0.04
+
+
+def test_nothing_is_claimed_where_there_is_nothing_and_the_visible_effect_is_told(known_study):
+    df = known_study(DIRECTION, DIRECTION | {"prefix": "none"})
+    (found,) = contrast(df, by="prefix").contrasts
+    assert found.verdict == "not shown to differ"
+    assert "would have been seen four times in five" in found.sentence()
+    se = np.std(found.pairs.groupby("seed")["difference"].mean(), ddof=1) / np.sqrt(3)
+    assert found.detectable == pytest.approx(se * (stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)))
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_the_interval_covers_as_often_as_it_says(n):
+    rng = np.random.default_rng(n)
+    inside = [t_interval(rng.normal(1, 2, n), 0.95) for _ in range(4000)]
+    assert np.mean([low <= 1 <= high for _, low, high, _ in inside]) == pytest.approx(0.95, abs=0.012)
+
+
+def test_the_stated_power_is_the_power():
+    """A true difference of the stated size is seen about four times in five, at the true standard error."""
+    rng = np.random.default_rng(0)
+    n, se = 6, 1 / np.sqrt(6)
+    size = (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * se
+    seen = [t_interval(rng.normal(size, 1, n), 0.95)[1] > 0 for _ in range(4000)]
+    assert np.mean(seen) == pytest.approx(0.8, abs=0.04)
+
+
+def test_one_pair_of_runs_has_no_interval(known_study):
+    one = DIRECTION | {"seeds": [0]}
+    (found,) = contrast(known_study(one, one | {"prefix": "none", "effect": 0.5}), by="prefix").contrasts
+    assert found.num_run_pairs == 1
+    assert np.isnan(found.low)
+    assert found.verdict == "not shown to differ"
+    assert "no interval, so nothing is shown" in found.sentence()
+    assert (
+        json.loads(contrast(known_study(one, one | {"prefix": "none"}), by="prefix").to_json())["contrasts"][0]["low"]
+        is None
+    )
+
+
+def test_where_the_sign_turns_is_said(known_study):
+    small, large = {"sizes": ["s1", "s2"]}, {"sizes": ["s6"]}
+    df = known_study(
+        small, large, small | {"prefix": "none", "effect": 0.05}, large | {"prefix": "none", "effect": -0.02}
+    )
+    (found,) = contrast(df, by="prefix").contrasts
+    assert "the sign is the other one at size s6" in found.sentence()
+    sizes = found.by_scale[found.by_scale["column"] == "size"].set_index("value")
+    assert sizes.loc["s6", "high"] < 0 < sizes.loc["s1", "low"]
+
+
+def test_kinds_of_probes_and_blocks_are_compared_within_a_row(known_study):
+    df = with_probes(known_study({"sizes": ["s1", "s3", "s5"]}))
+    (kinds,) = contrast(df, by="kind").contrasts
+    assert (kinds.baseline, kinds.level) == ("attentive", "linear")
+    assert kinds.difference == pytest.approx(-0.02)
+    assert kinds.num_run_pairs == 9
+    assert kinds.num_pairs == 45
+    blocks = contrast(df, by="blocks").contrasts
+    assert [each.measure.name for each in blocks] == ["top1:pets:linear", "top1:pets:attentive"]
+    assert blocks[0].difference == pytest.approx(0.01, abs=0.001)
+    assert blocks[0].verdict == "better"
+
+
+def test_losses_on_another_target_are_not_subtracted_but_accuracies_are(known_study):
+    df = with_probes(known_study(DIRECTION, DIRECTION | {"target": "raw", "effect": 0.3}))
+    found = contrast(df, by="target")
+    assert {each.measure.column for each in found.contrasts} == {"top1"}
+    assert any("errors of other targets" in line for line in found.left_out)
+    with pytest.raises(AnalysisError, match="Nothing can be compared over target"):
+        contrast(df, by="target", measures=["val_loss"])
+
+
+def test_heads_are_told_apart_though_rule_and_depth_change_together(known_study):
+    parts = [
+        DIRECTION | {"head_depth": 6, "head_rule": "proportional"},
+        DIRECTION | {"head_depth": 0, "head_rule": "none", "effect": 0.03},
+        DIRECTION | {"head_depth": 12, "head_rule": "proportional", "effect": -0.01},
+    ]
+    found = contrast(known_study(*parts), by="head_depth", baseline="6")
+    assert {each.level: each.verdict for each in found.contrasts} == {"0": "worse", "12": "better"}
+    assert "head_depth" in factors(known_study(*parts))
+
+
+def test_fields_without_a_column_are_compared_and_held_equal(known_study):
+    rows = known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05})
+    decay = rows.assign(val_loss=rows["val_loss"] * 1.1, run_id=rows["run_id"] + "d")
+    setups = [json.dumps({}), json.dumps({"optimiser.weight_decay": 0.1})]
+    df = with_setup(pd.concat([rows.assign(setup=setups[0]), decay.assign(setup=setups[1])], ignore_index=True))
+    by_prefix = contrast(df, by="prefix")
+    assert "optimiser.weight_decay" in by_prefix.equal
+    assert by_prefix.contrasts[0].num_run_pairs == 6
+    (by_decay,) = contrast(df, by="optimiser.weight_decay", baseline="default").contrasts
+    assert by_decay.ratio == pytest.approx(1.1)
+    assert by_decay.level == "0.1"
+
+
+def test_what_is_not_paired_is_refused_with_the_reason(known_study):
+    df = known_study(DIRECTION, DIRECTION | {"prefix": "none", "lr_peak": 3e-3})
+    with pytest.raises(AnalysisError, match=r"nothing is paired .* never agree in lr_peak \(0\.001 against 0\.003\)"):
+        contrast(df, by="prefix")
+    assert contrast(df, by="prefix", ignore=["lr_peak"]).contrasts[0].num_run_pairs == 3
+    for options, words in (
+        ({"by": "prefix", "baseline": "usual"}, "takes none, paired, not 'usual'"),
+        ({"by": "nothing"}, "no column 'nothing' to compare by"),
+        ({"by": "target"}, "single value normalised"),
+        ({"by": "prefix", "measures": ["size"]}, "no numeric column 'size'"),
+        ({"by": "prefix", "measures": ["top1:pets"]}, "no probe for the measure"),
+        ({"by": "kind"}, "no probes to compare by kind"),
+        ({"by": "prefix", "ignore": ["nothing"]}, "no column 'nothing' to ignore"),
+    ):
+        with pytest.raises(AnalysisError, match=words):
+            contrast(known_study(DIRECTION, DIRECTION | {"prefix": "none"}) if options["by"] != "target" else
+                     known_study(DIRECTION), **options)  # fmt: skip
+
+
+def test_the_order_of_rows_and_the_unit_of_the_loss_do_not_matter(known_study):
+    df = known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05})
+    (plain,) = contrast(df, by="prefix").contrasts
+    (shuffled,) = contrast(df.sample(frac=1, random_state=1), by="prefix").contrasts
+    (scaled,) = contrast(df.assign(val_loss=1000 * df["val_loss"]), by="prefix").contrasts
+    assert shuffled.difference == pytest.approx(plain.difference)
+    assert (shuffled.low, shuffled.high) == pytest.approx((plain.low, plain.high))
+    assert scaled.ratio_high == pytest.approx(plain.ratio_high)
+    assert scaled.difference == pytest.approx(1000 * plain.difference)
+
+
+def test_unfinished_rows_are_not_compared(known_study):
+    df = known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05})
+    failed = df.assign(status=np.where(df["seed"] == 2, "diverged", "complete"), val_loss=df["val_loss"])
+    failed.loc[failed["seed"] == 2, "val_loss"] = 99.0
+    (found,) = contrast(failed, by="prefix").contrasts
+    assert found.num_run_pairs == 2
+    assert found.level_mean < 1
+
+
+def test_measures_are_named_by_column_task_and_kind(known_study):
+    df = with_probes(known_study(DIRECTION))
+    assert [m.name for m in wanted_measures(df, [], "prefix")] == [
+        "val_loss",
+        "top1:pets:linear",
+        "top1:pets:attentive",
+    ]
+    (one,) = wanted_measures(df, ["last_top1:pets:linear"], "prefix")
+    assert one.title == "pets linear probe on the last blocks"
+    assert [m.name for m in wanted_measures(df, [], "kind")] == ["top1:pets"]
+
+
+def test_the_verb_prints_sentences_json_and_a_figure(known_study, tmp_path):
+    table = with_probes(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}))
+    table["probes"] = table["probes"].map(json.dumps)
+    table.to_csv(tmp_path / "results.csv", index=False)
+    arguments = [str(tmp_path / "results.csv"), "--by", "prefix", "--each", "--figure", str(tmp_path / "prefix")]
+    out = CliRunner().invoke(cli_contrast.app, arguments, catch_exceptions=False)
+    assert "none is worse" in out.output
+    assert "never seen" in out.output
+    assert (tmp_path / "prefix.svg").exists()
+    found = json.loads(CliRunner().invoke(cli_contrast.app, [*arguments, "--json"]).output)
+    assert len(found["contrasts"]) == 3
+    assert found["contrasts"][0]["pairs"][0]["size"] == "s3"

@@ -1,0 +1,161 @@
+"""Noise components: known spreads are recovered, paired images beat single ones, the prefix bound is a bound."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis.cli import noise as cli_noise
+from aimscale.analysis.effects.noise_sources import _chi_ends, _prefix_noise, noise
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.tables.inputs import read_tables
+
+NUM_TOKENS = 49
+
+
+def patch_losses(num: int, seed: int = 0) -> np.ndarray:
+    """(images, patches) with images of different difficulty that get easier or harder on the way."""
+    rng = np.random.default_rng(seed)
+    level = rng.gamma(8, 0.05, (num, 1))
+    slope = rng.normal(0, 0.3, (num, 1)) * np.linspace(-1, 1, NUM_TOKENS)
+    return level * np.exp(slope) * rng.gamma(4, 0.25, (num, NUM_TOKENS))
+
+
+def draw(num: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """Stratified prefix lengths (images, columns), as the harness draws them."""
+    where = (np.arange(columns) + rng.random((num, columns))) / columns
+    return np.minimum(1 + np.floor(where * (NUM_TOKENS - 1)).astype(int), NUM_TOKENS - 1)
+
+
+def arrays_of(losses: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    after = losses[:, ::-1].cumsum(1)[:, ::-1]
+    sums = np.take_along_axis(after, lengths, axis=1)
+    targets = (NUM_TOKENS - lengths).sum(1).astype(float)
+    return {"index": np.arange(len(losses)), "loss_sum": sums.sum(1), "num_targets": targets, "prefix_len": lengths,
+            "prefix_loss_sum": sums}  # fmt: skip
+
+
+def loss_of(arrays: dict[str, np.ndarray]) -> float:
+    return float(arrays["loss_sum"].sum() / arrays["num_targets"].sum())
+
+
+@pytest.fixture
+def sweep(known_study, tmp_path: Path) -> Path:
+    """A sweep whose per-image losses lie where the harness puts them."""
+    rows = known_study({"sizes": ["s1", "s3"], "seeds": [0, 1, 2], "budgets": [8000, 32000]})
+    lengths = draw(400, 2, np.random.default_rng(5))
+    base = patch_losses(400)
+    rng = np.random.default_rng(6)
+    for i, row in rows.iterrows():
+        own = base * np.exp(0.1 * rng.standard_normal((400, 1)))
+        arrays = arrays_of(own * row["val_loss"] / loss_of(arrays_of(own, lengths)), lengths)
+        path = tmp_path / "runs" / row["run_id"] / "validation" / f"{row['images_seen']}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **arrays)
+        residual = arrays["loss_sum"] - loss_of(arrays) * arrays["num_targets"]
+        rows.loc[i, "val_loss_se"] = np.std(residual, ddof=1) / np.sqrt(400) / arrays["num_targets"].mean()
+    rows.to_parquet(tmp_path / "results.parquet")
+    return tmp_path
+
+
+def test_the_seeds_spread_is_recovered_and_its_interval_counts_runs(known_study):
+    df = known_study({"seeds": list(range(12)), "seed_sd": 0.01, "row_sd": 0.002})
+    found = noise(df)
+    seeds = found.component("between seeds")
+    assert seeds.value == pytest.approx(np.hypot(0.01, 0.002), rel=0.2)
+    assert seeds.low < np.hypot(0.01, 0.002) < seeds.high
+    assert "30 cells, 66 degrees of freedom" in seeds.basis
+    shared = found.component("of it, shared")
+    assert shared.value == pytest.approx(0.01, rel=0.2)
+    assert len(found.cells) == 30
+    assert 0 < found.seed_share < 0.05
+
+
+def test_independent_rows_share_nothing(known_study):
+    df = known_study({"seeds": list(range(12)), "seed_sd": 0.0, "row_sd": 0.01})
+    found = noise(df)
+    assert found.component("between seeds").value == pytest.approx(0.01, rel=0.15)
+    assert found.component("of it, shared").value < 0.003
+
+
+def test_the_interval_of_the_seeds_covers():
+    """Three seeds, four sizes, five budgets: counting every run once, 95 % hold the truth about that often."""
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(2000):
+        log_loss = 0.01 * rng.standard_normal((4, 3, 1)) + 0.002 * rng.standard_normal((4, 3, 5))
+        variance = float(np.mean(np.var(log_loss, axis=1, ddof=1)))
+        low, high = _chi_ends(variance, 4 * 2, 0.95)
+        hits.append(low < np.hypot(0.01, 0.002) < high)
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
+
+
+def test_images_are_shared_so_differences_are_surer_than_levels(sweep):
+    found = noise(read_tables([sweep]))
+    level = found.component("validation images, shared")
+    two = found.component("validation images, difference of any two")
+    seeds = found.component("validation images, difference of two seeds")
+    assert level.value > 0.01
+    assert two.value < level.value / 2
+    assert seeds.value == pytest.approx(0.1 * np.sqrt(2 / 400), rel=0.35)  # images move by 10 % from run to run
+    assert found.component("which prefixes").value < level.value
+    assert found.missing == ()
+
+
+def test_what_the_table_does_not_hold_is_said(sweep, known_study):
+    rows = pd.read_parquet(sweep / "results.parquet")
+    alone = noise(rows)
+    assert any("No per-image losses were found" in line for line in alone.missing)
+    one_seed = noise(rows[rows["seed"] == 0])
+    assert any("run more seeds" in line for line in one_seed.missing)
+    with pytest.raises(AnalysisError, match="cannot tell noise from anything"):
+        noise(rows[rows["seed"] == 0].drop(columns="val_loss_se"))
+    with pytest.raises(AnalysisError, match="no column 'loss'"):
+        noise(rows, y="loss")
+    with pytest.raises(AnalysisError, match="0 complete rows"):
+        noise(rows.assign(status="failed"))
+
+
+def test_damaged_and_older_files_of_losses_are_left_out(sweep):
+    paths = sorted(sweep.rglob("*.npz"))
+    paths[0].write_bytes(b"PK broken")
+    for path in paths[1:]:
+        with np.load(path) as stored:
+            kept = {key: stored[key] for key in ("index", "loss_sum", "num_targets")}
+        np.savez(path, **kept)
+    found = noise(read_tables([sweep]))
+    assert found.component("validation images, difference of any two") is not None
+    assert any("not kept per prefix" in line for line in found.missing)
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_the_prefix_noise_is_a_bound_and_not_a_loose_one(columns):
+    losses, rng = patch_losses(500, seed=columns), np.random.default_rng(9)
+    drawn = [arrays_of(losses, draw(500, columns, rng)) for _ in range(300)]
+    truth = np.std(np.log([loss_of(each) for each in drawn]))
+    bounds = [_prefix_noise(each) for each in drawn[:20]]
+    assert 0.95 * truth < np.mean(bounds) < 2.5 * truth
+
+
+def test_prefix_noise_needs_several_prefixes():
+    lengths = draw(50, 1, np.random.default_rng(0))
+    assert _prefix_noise(arrays_of(patch_losses(50), lengths)) is None
+
+
+def test_order_and_unit_do_not_matter(known_study):
+    df = known_study({"sizes": ["s1", "s2"]})
+    plain, other = noise(df), noise(df.sample(frac=1, random_state=0).assign(val_loss=lambda d: 7 * d["val_loss"]))
+    for ours, theirs in zip(plain.components, other.components, strict=True):
+        assert theirs.source == ours.source
+        if "shared by all runs" not in ours.source:
+            assert theirs.value == pytest.approx(ours.value, rel=1e-3)
+
+
+def test_the_verb_prints_draws_and_gives_json(sweep, tmp_path):
+    out = CliRunner().invoke(cli_noise.app, [str(sweep), "--figure", str(tmp_path / "n")], catch_exceptions=False)
+    assert "between seeds" in out.output
+    assert (tmp_path / "n.svg").exists()
+    found = json.loads(CliRunner().invoke(cli_noise.app, [str(sweep), "--json"]).output)
+    assert {"components", "seed_share", "cells", "sentences"} <= set(found)

@@ -1,0 +1,87 @@
+"""The law of repeated data: R_D is recovered where it is bounded, and said to have no end where it has none."""
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.cli import repeats as cli_repeats
+from aimscale.analysis.effects.repetition import _th, repeats
+from aimscale.analysis.errors import AnalysisError
+
+GRID = {"sizes": ["s3", "s5"], "uniques": [1000, 4000, 16000, 64000], "seeds": [0, 1], "seed_sd": 0.001}
+
+
+def test_a_known_worth_of_repeats_is_recovered(known_study):
+    found = repeats(known_study(GRID), resamples=200)
+    i = found.fit.intervals["R_D"]
+    assert i.low < 6.0 < i.high
+    assert not found.is_unbounded
+    assert found.max_epochs == 64
+    row = found.table.set_index("epochs").loc[4]
+    assert row["worth"] == pytest.approx(np.exp(-3 / 6), abs=0.08)
+    assert row["worth_low"] < np.exp(-3 / 6) < row["worth_high"]
+    assert row["effective"] == pytest.approx(1 + 6 * (1 - np.exp(-0.5)), abs=0.15)
+    text = " ".join(found.sentences())
+    assert "worth half of a new image at its" in text
+    assert "The 4th sight of an image is worth" in text
+    assert "The 64th sight" in text
+
+
+def test_repeats_as_good_as_new_have_no_upper_end_but_a_worth(known_study):
+    df = known_study(GRID | {"uniques": [16000, 64000]})
+    truth = 0.2 + 8 * df["params_total"] ** -0.4 + 12 * df["images_seen"] ** -0.5
+    df["val_loss"] = truth * np.exp(0.001 * np.random.default_rng(0).standard_normal(len(df)))
+    found = repeats(df, resamples=200)
+    assert found.is_unbounded
+    assert found.to_dict()["R_D"] is None
+    assert "R_D has no upper end in these data; it is at least" in found.sentences()[0]
+    second = found.table.set_index("epochs").loc[2]
+    assert second["worth_low"] > 0.5  # what a repeat is worth is known though R_D is not
+    assert second["worth_high"] > 0.99
+
+
+def test_at_one_size_the_data_half_alone_is_fitted(known_study):
+    found = repeats(known_study(GRID | {"sizes": ["s5"]}), resamples=60)
+    assert found.fit.law.name == "repeated_data"
+    assert found.fit.params["R_D"] == pytest.approx(6, rel=0.2)
+    curves, points = found.curves()
+    assert set(points["U"]) == {1000, 4000, 16000, 64000}
+    assert (curves["loss"] >= curves["fresh"] - 1e-9).all()
+    never_repeated = curves[curves["D"] <= curves["U"]]
+    np.testing.assert_allclose(never_repeated["loss"], never_repeated["fresh"])
+
+
+def test_worth_and_effective_data_agree_with_the_law(known_study):
+    """The effective passes are the sum of what each sight adds, to the law's continuous limit."""
+    found = repeats(known_study(GRID), resamples=20)
+    r = found.fit.params["R_D"]
+    eight = found.table.set_index("epochs").loc[8, "effective"]
+    assert eight == pytest.approx(1 + r * (1 - np.exp(-7 / r)))
+    law = fit(laws.REPEATED, known_study(GRID), resamples=0)
+    fresh = law.predict({"N": [2e6], "D": [eight * 4000], "U": [1e9]})["value"][0]
+    seen = law.predict({"N": [2e6], "D": [8 * 4000], "U": [4000]})["value"][0]
+    assert fresh == pytest.approx(seen)
+
+
+def test_tables_without_repeats_are_refused(known_study):
+    with pytest.raises(AnalysisError, match=r"unique_images takes 1 value\(s\)"):
+        repeats(known_study({"seeds": [0]}))
+    with pytest.raises(AnalysisError, match="No row repeats its images"):
+        repeats(known_study({"seeds": [0], "uniques": [64000, 128000]}))
+    with pytest.raises(AnalysisError, match="no column 'U'"):
+        repeats(known_study({"seeds": [0]}).drop(columns="unique_images"))
+
+
+def test_the_verb_prints_and_draws(known_study, tmp_path):
+    known_study(GRID).to_csv(tmp_path / "t.csv", index=False)
+    arguments = [str(tmp_path / "t.csv"), "--resamples", "30", "--figure", str(tmp_path / "r")]
+    out = CliRunner().invoke(cli_repeats.app, arguments, catch_exceptions=False)
+    assert "sight of an image is worth" in out.output
+    assert (tmp_path / "r.png").exists()
+
+
+def test_ordinals():
+    assert [f"{k}{_th(k)}" for k in (2, 3, 4, 11, 12, 22, 32, 113)] == [
+        "2nd", "3rd", "4th", "11th", "12th", "22nd", "32nd", "113th",
+    ]  # fmt: skip

@@ -1,0 +1,163 @@
+"""Fits of known laws and of the published Chinchilla measurements."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.bootstrap import legacy_counts
+from aimscale.analysis.fitting.objectives import HUBER_LOG
+from aimscale.analysis.fitting.optimise import global_minimum, make_problem, minimise
+from aimscale.analysis.laws.catalogue import Law, coefficient, exponent
+
+
+def test_known_law_is_recovered_exactly_without_noise(grid):
+    grid["val_loss"] = 0.2 + 30 * grid["params_total"] ** -0.4 + 40 * grid["images_seen"] ** -0.5
+    result = fit("chinchilla", grid, resamples=0)
+    expected = {"E": 0.2, "A": 30, "B": 40, "alpha": 0.4, "beta": 0.5, "a": 0.5 / 0.9, "b": 0.4 / 0.9}
+    assert result.params == pytest.approx(expected, rel=1e-5)
+
+
+def test_intervals_hold_the_truth_and_json_is_plain(grid):
+    result = fit(laws.CHINCHILLA, grid, resamples=300, cluster="size")
+    assert result.intervals["alpha"].low < 0.4 < result.intervals["alpha"].high
+    assert "6 clusters by size" in result.interval_method
+    data = json.loads(result.to_json())
+    assert data["params"]["alpha"] == pytest.approx(result.params["alpha"])
+    assert "images seen, repeats counted" in data["sentence"]
+    inside = result.predict(grid)
+    assert (inside["pi_hi"] - inside["pi_lo"]).mean() > (inside["ci_hi"] - inside["ci_lo"]).mean()
+    assert (inside["beyond_range"] == 1).all()
+    assert result.predict({"N": [1e8], "D": [3e6]})["beyond_range"].iloc[0] == pytest.approx(10, rel=1e-6)
+
+
+def test_epoch_huber_optimum_is_at_or_below_the_published_one(epoch):
+    result = fit(laws.CHINCHILLA, epoch, y="loss", resamples=0)
+    assert result.objective_value <= 1.0182740346e-3
+    published = {"A": 477.842, "B": 2143.864, "E": 1.817236, "alpha": 0.347313, "beta": 0.367183}
+    for name, value in published.items():
+        assert result.params[name] == pytest.approx(value, rel=3e-4)
+
+
+def test_no_random_start_finds_a_lower_minimum(epoch):
+    problem = make_problem(laws.CHINCHILLA, {"N": epoch["N"], "D": epoch["D"]}, epoch["loss"].to_numpy(), HUBER_LOG)
+    best = global_minimum(problem)[0]
+    rng = np.random.default_rng(0)
+    low, high = [0, 0, 0, np.log(0.05), np.log(0.05)], [2, 1, 1, np.log(2), np.log(2)]
+    _, totals = minimise(problem, rng.uniform(low, high, (300, 5)))
+    assert totals.min() >= best.total * (1 - 1e-9)
+
+
+def test_epoch_bootstrap_with_the_same_legacy_seed(epoch):
+    result = fit(laws.CHINCHILLA, epoch, y="loss", counts=legacy_counts(240, 4000, 42))
+    published = {
+        "A": (285, 744),
+        "B": (1042, 5810),
+        "E": (1.769, 1.871),
+        "alpha": (0.317, 0.373),
+        "beta": (0.331, 0.415),
+    }
+    for name, (low, high) in published.items():
+        assert result.intervals[name].low == pytest.approx(low, rel=5e-3)
+        assert result.intervals[name].high == pytest.approx(high, rel=5e-3)
+    errors = {"A": 124.52, "B": 1293.28, "E": 0.02566, "alpha": 0.01540, "beta": 0.02060}
+    for name, value in errors.items():
+        assert result.draws[name].std() == pytest.approx(value, rel=1e-3)
+
+
+def test_a_users_law_of_ten_lines_needs_no_gradient():
+    law = Law(
+        name="exponential",
+        formula="y = E + A exp(-k x)",
+        variables=("x",),
+        linear=(coefficient("E"), coefficient("A")),
+        nonlinear=(exponent("k"),),
+        basis=lambda x, t: (1.0, np.exp(-t["k"] * x["x"])),
+    )
+    x = np.linspace(1, 5, 12)
+    result = fit(law, pd.DataFrame({"x": x, "y": 1 + 3 * np.exp(-0.7 * x)}), y="y", objective="lsq", resamples=0)
+    assert result.params == pytest.approx({"E": 1, "A": 3, "k": 0.7}, rel=1e-6)
+
+
+def test_fixed_and_bounded_parameters(grid):
+    result = fit(laws.CHINCHILLA, grid, fixed={"E": 0.1, "beta": 0.45}, bounds={"alpha": (0.1, 0.2)}, resamples=0)
+    assert result.params["E"] == pytest.approx(0.1)
+    assert result.params["beta"] == pytest.approx(0.45)
+    assert result.params["alpha"] == pytest.approx(0.2)
+    assert any(flag.startswith("alpha lies on its upper bound") for flag in result.flags)
+    assert result.shown("alpha") == "not identified"
+
+
+def test_what_the_data_do_not_pin_down_is_said_in_words(grid):
+    rng = np.random.default_rng(0)
+    grid["val_loss"] = 1 + 0.01 * rng.standard_normal(len(grid))
+    result = fit(laws.CHINCHILLA, grid, resamples=200)
+    assert {"alpha", "beta", "a"} <= result.not_identified
+    assert "alpha not identified" in result.sentence()
+    assert json.loads(result.to_json())["params"]["alpha"] is None
+
+
+def test_rows_are_left_out_by_name_never_silently(grid):
+    grid.loc[0, "val_loss"] = np.nan
+    grid.loc[1, "val_loss"] = -1.0
+    grid.loc[2, "status"] = "diverged"
+    doubled = pd.concat([grid, grid.iloc[[5]]], ignore_index=True)
+    result = fit(laws.CHINCHILLA, doubled, resamples=0)
+    reasons = {e.reason: e.rows for e in result.exclusions}
+    assert result.num_points == 27
+    assert result.num_rows == 31
+    assert reasons["with a missing or infinite val_loss"] == (0,)
+    assert reasons["with a non-positive val_loss, which has no logarithm"] == (1,)
+    assert reasons["not complete (status)"] == (2,)
+    assert reasons["that repeat another row exactly"] == (30,)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda df: df.assign(images_seen=1e6), "single value"),
+        (lambda df: df.head(5), "5 free parameters"),
+        (lambda df: df.drop(columns="params_total"), "no column 'N' or 'params_total'"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_in_one_sentence(grid, change, words):
+    with pytest.raises(AnalysisError, match=words):
+        fit(laws.CHINCHILLA, change(grid))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fixed": {"alpha": -1.0}}, "must be positive"),
+        ({"fixed": {"gamma": 1.0}}, "no parameter 'gamma'"),
+        ({"bounds": {"alpha": (0.5, 0.1)}}, "first must be the smaller"),
+        ({"weights": np.ones(3)}, "3 weights for 30 rows"),
+        ({"cluster": "rung"}, "no column 'rung'"),
+        ({"objective": "mse"}, "no objective named 'mse'"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_sentence(grid, options, words):
+    with pytest.raises(AnalysisError, match=words):
+        fit(laws.CHINCHILLA, grid, **options)
+
+
+def test_variables_that_move_together_are_flagged(grid):
+    rng = np.random.default_rng(0)
+    grid["images_seen"] = 20 * grid["params_total"] * np.exp(0.01 * rng.standard_normal(len(grid)))
+    result = fit(laws.CHINCHILLA, grid.drop(columns="flops_train"), resamples=100)
+    assert any("N and D move together" in flag for flag in result.flags)
+    assert {"alpha", "beta"} & result.not_identified
+
+
+def test_mixed_units_are_refused(grid):
+    small = grid.index < 6
+    in_billions = grid.drop(columns="flops_train").assign(
+        params_total=lambda d: d["params_total"] / np.where(small, 1e9, 1)
+    )
+    with pytest.raises(AnalysisError, match=r"params_total jumps from 0.01 to 100000.*mix units"):
+        fit(laws.CHINCHILLA, in_billions)
+    with pytest.raises(AnalysisError, match=r"flops_train / \(params_total x images_seen\) varies"):
+        fit(laws.CHINCHILLA, grid.assign(flops_train=grid["flops_train"] / np.where(small, 1e3, 1)))

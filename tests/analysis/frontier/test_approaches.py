@@ -1,0 +1,112 @@
+"""Approaches 1, 2 and 3 on a surface whose optimum is known, and on Porian's measurements."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import all_approaches, fit, laws
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.frontier.isoflop import isoflop_frontier, isoflop_points
+from aimscale.analysis.frontier.optimum import cost_of, log_line, off_optimum, parametric_frontier
+
+TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
+EXPONENT = 0.36 / 0.70
+
+
+@pytest.fixture
+def surface() -> pd.DataFrame:
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e10, 17), np.geomspace(1e8, 1e12, 17)))
+    loss = laws.CHINCHILLA.value({"N": n, "D": d}, TRUTH)
+    loss = loss * np.exp(0.001 * np.random.default_rng(0).standard_normal(n.size))
+    return pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": loss})
+
+
+def test_three_approaches_find_the_known_exponent(surface):
+    found = all_approaches(surface, budgets=12, resamples=200)
+    assert [f.approach for f in found.frontiers] == [1, 2, 3]
+    for f, slack in zip(found.frontiers, (0.03, 0.01, 0.003), strict=True):
+        assert f.exponent == pytest.approx(EXPONENT, abs=slack)
+        assert f.exponent_interval.low < f.exponent < f.exponent_interval.high
+    assert found.disagreement(1e20) < 1.1
+    assert "budgets from C = 6e+14 to" in found.sentence()
+    assert "NaN" not in found.to_json()
+
+
+def test_closed_form_optimum_is_the_numerical_one_also_with_counted_flops(surface):
+    surface["C"] = 9.0 * surface["N"] ** 1.1 * surface["D"]
+    result = fit(laws.CHINCHILLA, surface, resamples=0)
+    line = parametric_frontier(result, surface)
+    assert (line.cost.kappa, line.cost.s) == (pytest.approx(9), pytest.approx(0.1))
+    best = line.at(1e20).iloc[0]
+    assert 9.0 * best["N"] ** 1.1 * best["D"] == pytest.approx(1e20)
+    n = np.geomspace(best["N"] / 3, best["N"] * 3, 20001)
+    loss = result.law.value({"N": n, "D": line.cost.samples(1e20, n)}, result.raw)
+    assert n[np.argmin(loss)] == pytest.approx(best["N"], rel=1e-3)
+    cost = off_optimum(result, line, 1e20, np.array([0.02, 0.5, 1.0, 2.0]))
+    assert cost["extra_loss"].iloc[2] == pytest.approx(0, abs=1e-12)
+    assert np.isinf(cost["compute_factor"].iloc[0])
+    assert (cost["compute_factor"].iloc[[1, 3]] > 1).all()
+    spent = cost.iloc[3]
+    reached = result.law.value({"N": spent["N"], "D": spent["D"] * spent["compute_factor"]}, result.raw)
+    assert reached == pytest.approx(cost["loss"].iloc[2])
+
+
+def test_budgets_without_an_interior_convex_minimum_are_refused_by_name():
+    n = np.geomspace(1e6, 1e8, 7)
+    bowl = (np.log(n) - np.log(1e7)) ** 2
+    frames = {1e15: 3 + bowl, 1e16: 2.5 + bowl, 1e17: 2 - 0.1 * np.log(n), 1e18: 2 - bowl}
+    df = pd.concat([pd.DataFrame({"C": c, "N": n, "D": c / 6 / n, "val_loss": y}) for c, y in frames.items()])
+    found = isoflop_frontier(df)
+    assert [r.flops for r in found.refusals] == pytest.approx([1e17, 1e18])
+    assert "largest size has the lowest loss" in str(found.refusals[0])
+    with pytest.raises(AnalysisError, match=r"1 budget.*C = 1e\+17"):
+        isoflop_frontier(df[df["C"] > 2e15])
+
+
+PORIAN = {
+    "rw/base/long/kaplan/kaplan/train": 0.8353,
+    "rw/base/long/kaplan/standard/val": 0.7065,
+    "rw/base/short/kaplan/standard/val": 0.6020,
+    "rw/base/short/chinchilla/standard/val": 0.5715,
+    "rw/tuned/short/const/standard/val": 0.4969,
+}
+
+
+@pytest.mark.parametrize("experiment", PORIAN)
+def test_porians_exponents(measurements, experiment):
+    pairs = measurements("porian_isoflops/optimal_pairs.csv")
+    pairs = pairs[(pairs["experiment"] == experiment) & pairs["N_star"].notna()]
+    _, a = log_line(*(pairs[c].to_numpy() for c in ("flops", "N_star", "log_N_star_std")))
+    assert round(a, 4) == PORIAN[experiment]
+    points = measurements("porian_isoflops/isoflop_points.csv")
+    ours = isoflop_frontier(points[points["experiment"] == experiment].rename(columns={"flops": "C"}), y="loss")
+    assert ours.exponent == pytest.approx(PORIAN[experiment], abs=0.02)
+
+
+def test_cost_of_6nd_is_exact():
+    n = np.array([1e6, 1e7, 1e8])
+    cost = cost_of(n, 20 * n, 6 * n * 20 * n)
+    assert (cost.kappa, cost.s, cost.worst_error) == (pytest.approx(6), 0.0, pytest.approx(0, abs=1e-9))
+
+
+def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
+    """A grid of (N, D) beside iso-FLOP runs has rows at nearly every C; the shared budgets are still found."""
+    grid = known_study({"seeds": [0], "row_sd": 0.0, "seed_sd": 0.0})
+    fine = pd.DataFrame({"N": np.geomspace(2e4, 6e6, 200), "C": np.geomspace(1e11, 1e14, 200), "loss": 0.4})
+    lines = [
+        pd.DataFrame({"N": 1e5 * 2.0 ** np.arange(-2, 3), "C": flops * (1 + 0.01 * np.arange(-2, 3)), "loss": 0.3})
+        for flops in (1e12, 1e13)
+    ]
+    groups = isoflop_points(pd.concat([fine, *lines], ignore_index=True), None, 0.1)
+    with_lines = [(flops, rows) for flops, rows in groups if (rows["loss"] == 0.3).any()]
+    assert [round(flops / 1e12) for flops, _ in with_lines] == [1, 10]
+    assert all((rows["loss"] == 0.3).sum() == 5 for _, rows in with_lines)
+    assert sum(len(rows) for _, rows in groups) == 210
+    assert all(np.ptp(np.log(rows["C"])) <= np.log(1.1) for _, rows in groups)
+    with pytest.raises(AnalysisError, match=r"\d+ budgets from C = \S+ to \S+: fewer than 4 sizes"):
+        isoflop_frontier(grid)
+
+
+def test_every_approach_that_fails_says_why(known_study):
+    with pytest.raises(AnalysisError, match=r"1: Approach 1 needs 3 sizes.* 2: .* 3: "):
+        all_approaches(known_study({"sizes": ["s1"], "budgets": [4000, 8000], "seeds": [0]}))

@@ -1,0 +1,65 @@
+"""Every law of the catalogue is recovered from its own values, and its gradient is right."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.laws.base import Columns
+
+X = {"x": np.geomspace(1e3, 1e8, 40)}
+N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 7), np.geomspace(1e8, 1e11, 6)))
+U = np.array([1e8, 1e9, 1e10])[np.arange(N.size) % 3]
+CHINCHILLA = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
+TRUTHS = [
+    ("power_offset", X, {"E": 0.1, "A": 3, "a": 0.3}),
+    ("power", X, {"A": 3, "a": 0.3}),
+    ("saturating", X, {"E": 0.1, "A": 30, "a": 0.4, "x0": 5e3}),
+    ("shifted", X, {"b": 3, "c": 0.3, "g": 1e-7}),
+    ("sigmoidal", X, {"e_inf": 0.1, "span": 0.9, "a": 1.5, "c": 0.4, "x0": 1e5}),
+    ("broken1", X, {"a": 0.05, "b": 3, "c0": 0.1, "c1": 0.3, "d1": 1e5, "f1": 0.4}),
+    ("chinchilla", {"N": N, "D": D}, CHINCHILLA),
+    ("overtrained", {"N": N, "D": D, "C": 6 * N * D}, {"E": 1.8, "a": 100.0, "b": 200.0, "h": 0.15}),
+    ("repeated", {"N": N, "D": D, "U": U}, CHINCHILLA | {"R_D": 15.0}),
+    ("repeated_both", {"N": N, "D": D, "U": U, "V": U / 20}, CHINCHILLA | {"R_D": 15.0, "R_N": 5.0}),
+    ("link_linear", {"L": np.linspace(2, 4, 30)}, {"c": 1.2, "s": 0.2}),
+    ("link_sigmoid", {"L": np.linspace(2, 4, 30)}, {"floor": 0.25, "height": 0.6, "k": 4.0, "L0": 2.8}),
+    ("link_exponential", {"L": np.linspace(2, 4, 30)}, {"floor": 0.1, "k": 2.0, "gamma": 0.8}),
+]
+
+
+@pytest.mark.parametrize(("name", "x", "truth"), TRUTHS, ids=[t[0] for t in TRUTHS])
+def test_a_law_is_recovered_from_its_own_values(name, x, truth):
+    law = laws.find_law(name)
+    df = pd.DataFrame({**x, "y": law.value(x, truth)})
+    result = fit(law, df, y="y", objective="lsq" if name.startswith("link") else "log_lsq", resamples=0)
+    assert result.raw == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "x", "truth"), TRUTHS, ids=[t[0] for t in TRUTHS])
+def test_gradients_agree_with_differences(name, x, truth):
+    law, columns = laws.find_law(name), Columns(x)
+    t = {p.name: np.array([truth[p.name]], float) for p in law.nonlinear}
+    parts, gradients = law.basis_and_gradient(columns, t)
+    for p, derivatives in zip(law.nonlinear, gradients, strict=True):
+        h = 1e-6 * t[p.name]
+        up, down = (law.basis(columns, {**t, p.name: t[p.name] + s * h}) for s in (1, -1))
+        for j in range(len(parts)):
+            assert np.allclose(
+                derivatives[j], (up[j] - down[j]) / (2 * h), rtol=1e-5, atol=1e-7 * np.max(np.abs(up[j]))
+            )
+
+
+def test_kaplans_published_constants_come_back():
+    a_n, a_d, n_c, d_c = 0.076, 0.095, 8.8e13, 5.4e13
+    df = pd.DataFrame({"N": N, "D": D, "y": ((n_c / N) ** (a_n / a_d) + d_c / D) ** a_d})
+    result = fit(laws.KAPLAN, df, y="y", objective="log_lsq", resamples=0)
+    assert result.params == pytest.approx({"aN": a_n, "aD": a_d, "Nc": n_c, "Dc": d_c}, rel=1e-6)
+
+
+def test_a_law_in_x_goes_on_any_column():
+    df = pd.DataFrame({"flops": X["x"], "y": 2 * X["x"] ** -0.2})
+    assert fit("power:flops", df, y="y", resamples=0).params["a"] == pytest.approx(0.2)
+    with pytest.raises(AnalysisError, match="no law named 'powr'"):
+        laws.find_law("powr")

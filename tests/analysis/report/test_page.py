@@ -1,0 +1,315 @@
+"""The report says what the table holds and what is missing, lets nothing hostile through, and asks nobody."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis.cli.report import app
+from aimscale.analysis.report.page import maths, write_report
+from aimscale.analysis.report.pictures import picture_rows
+from aimscale.analysis.report.study import Study
+from aimscale.analysis.tables.results import TableError, read_table, results_table, write_table
+
+E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5
+SIZES = {"small": 3e4, "medium": 2e5, "large": 1e6, "huge": 4e6}
+
+
+def sweep_rows(name: str = "known", probes: bool = True) -> list[dict[str, Any]]:
+    """4 sizes x 4 budgets; loss = E + A N^-alpha + B D^-beta with 0.2 % noise, accuracy falling with it."""
+    rng = np.random.default_rng(7)
+    rows = []
+    for size, n in SIZES.items():
+        for d in (4000, 8000, 16000, 32000):
+            loss = (E + A * n**-ALPHA + B * d**-BETA) * float(np.exp(0.002 * rng.standard_normal()))
+            entries = [
+                {"task": task, "kind": kind, "blocks": [0, 1], "num_classes": 10, "chance": 0.1, "n": 500, "lr": 1e-3}
+                | {"top1": 1.1 - loss, "top1_lo95": 1.08 - loss, "top1_hi95": 1.12 - loss}
+                for task in ("photographs", "digits")
+                for kind in ("attentive", "linear")
+            ]
+            row = {"sweep": name, "run_id": f"{size}_s0", "size": size, "status": "complete", "seed": 0}
+            row |= {"images_seen": d, "unique_images": 4000, "params_total": int(n), "params_trunk": int(0.6 * n)}
+            row |= {"flops_per_image": 400.0 * n, "flops_train": 400.0 * n * d, "val_loss": loss, "val_loss_se": 0.004}
+            row |= {"val_num_images": 300, "device_hours": n * d / 1e12, "device": "cpu", "mfu": 0.4, "schedule": "wsd"}
+            rows.append(row | {"probes": entries if probes else []})
+    return rows
+
+
+def write_sweep(folder: Path, rows: list[dict[str, Any]], pictures: bool = True) -> Path:
+    """`results.parquet`, `collect.json` and the pictures of every size, as `aimscale collect` leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(results_table(rows), folder / "results.parquet")
+    completions = []
+    rng = np.random.default_rng(1)
+    truth, prefix = rng.integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    for size in dict.fromkeys(row["size"] for row in rows) if pictures else ():
+        path = folder / "runs" / f"run{len(completions)}" / "completions" / "32000.npz"
+        path.parent.mkdir(parents=True)
+        np.savez(path, truth=truth, prefix=prefix, prediction=rng.integers(0, 256, truth.shape, dtype=np.uint8))
+        completions.append({"run_id": size, "size": size, "images_seen": 32000, "path": str(path.relative_to(folder))})
+    (folder / "collect.json").write_text(json.dumps({"completions": completions, "description": "A known law."}))
+    return folder
+
+
+HOSTILE = """<script>alert(1)</script>"><img src=x onerror=alert(2)>$x^2$ & 'it'"""
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the words a reader sees."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.skipping = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.skipping = tag in ("style", "script")
+
+    def handle_endtag(self, tag):
+        self.skipping = False
+
+    def handle_data(self, data):
+        if not self.skipping:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def ids(self) -> set[str]:
+        return {str(attrs["id"]) for _, attrs in self.tags if "id" in attrs}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Page:
+    folder = write_sweep(tmp_path_factory.mktemp("sweep"), sweep_rows())
+    return Page(write_report(folder, resamples=200).read_text())
+
+
+def test_every_section_figure_and_table_is_there(page):
+    sections = {"summary", "runs", "scaling", "laws", "accuracy", "pictures", "published", "methods", "provenance"}
+    figures = {
+        "loss-N",
+        "loss-D",
+        "loss-C",
+        "accuracy-attentive",
+        "accuracy-linear",
+        "residuals",
+        "beside-aim",
+        "surface",
+    }
+    tables = {
+        "ladder",
+        "results",
+        "law-ND",
+        "law-N",
+        "heldout",
+        "forecast",
+        "probes",
+        "correlations",
+        "accuracy-forecast",
+        "published-tasks",
+    }
+    assert sections | figures | tables <= page.ids()
+    assert sum(tag == "svg" for tag, _ in page.tags) >= len(figures)
+    assert sum(tag == "img" for tag, _ in page.tags) == 3 * (2 + 3)  # truth, prefix and three models of three images
+    assert "What is missing" not in page.text
+
+
+def test_the_summary_tells_the_known_law(page):
+    found = re.search(r"α = ([\d.]+) \[([\d.]+), ([\d.]+)\], β = ([\d.]+) \[([\d.]+), ([\d.]+)\]", page.text)
+    assert found is not None
+    alpha, alpha_lo, alpha_hi, beta, beta_lo, beta_hi = map(float, found.groups())
+    assert alpha_lo <= ALPHA <= alpha_hi
+    assert beta_lo <= BETA <= beta_hi
+    assert alpha == pytest.approx(ALPHA, abs=0.1)
+    assert beta == pytest.approx(BETA, abs=0.15)
+    assert "16 rows, 4 model sizes (30k to 4M parameters)" in page.text
+    assert "Lower validation loss goes with higher attentive-probe accuracy on digits" in page.text
+    assert "may not be compared" in page.text
+
+
+def test_the_page_asks_nobody_for_anything(page):
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "xlink:href", "data", "action", "srcset", "poster"):
+            value = attrs.get(name) or ""
+            assert value == "" or value.startswith(("data:", "#")), (tag, name, value[:80])
+    downloads = [attrs["download"] for tag, attrs in page.tags if tag == "a" and "download" in attrs]
+    assert {"loss-N.svg", "loss-N.png", "loss-N.csv", "results.csv"} <= set(downloads)
+
+
+def test_ids_are_unique(page):
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_hostile_names_are_only_text(tmp_path):
+    rows = sweep_rows(name=HOSTILE)
+    for row in rows:
+        row["run_id"] = row["size"] = f"{row['size']} {HOSTILE}"
+        for probe in row["probes"]:
+            probe["task"] = f"{probe['task']}{HOSTILE}"
+    text = write_report(write_sweep(tmp_path, rows), resamples=40).read_text()
+    page = Page(text)
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert all(attrs.get("src") != "x" for _, attrs in page.tags)
+    assert HOSTILE in page.text
+
+
+def test_partial_tables_say_what_is_missing(tmp_path):
+    few = write_report(write_sweep(tmp_path / "few", sweep_rows(probes=False)[:2], pictures=False), resamples=40)
+    text = Page(few.read_text()).text
+    assert "What is missing" in text
+    assert "no probe results" in text
+    assert "no next-patch predictions" in text
+    assert "No joint law of parameters and data could be fitted" in text
+
+    imported = [row | {"val_loss": None} for row in sweep_rows()[:3]]
+    text = Page(write_report(write_sweep(tmp_path / "imported", imported), resamples=40).read_text()).text
+    assert "no law is fitted" in text
+    assert "Frozen-feature accuracy" in text
+
+    failed = [row | {"status": "failed", "val_loss": None, "probes": None} for row in sweep_rows()[:3]]
+    text = Page(write_report(write_sweep(tmp_path / "failed", [*sweep_rows(), *failed]), resamples=40).read_text()).text
+    assert "3 rows left out: failed." in text
+
+
+def test_an_unidentified_law_prints_words_not_digits(tmp_path):
+    rng = np.random.default_rng(2)
+    rows = sweep_rows(probes=False)
+    for row in rows:  # the loss does not depend on N at all
+        row["val_loss"] = (0.5 + 2.0 * row["images_seen"] ** -0.5) * (1 + 1e-3 * rng.standard_normal())
+    page = Page(write_report(write_sweep(tmp_path, rows, pictures=False), resamples=60).read_text())
+    assert "pin down α" in page.text
+    assert "α = not identified" in page.text
+
+
+def test_a_damaged_picture_is_named_and_the_rest_stands(tmp_path):
+    folder = write_sweep(tmp_path, sweep_rows())
+    (folder / "runs" / "run0" / "completions" / "32000.npz").write_bytes(b"PK broken")
+    frame = read_table(folder)
+    collect = json.loads((folder / "collect.json").read_text())
+    nothing = frame.iloc[:0]
+    study = Study(
+        paths=(folder / "results.parquet",),
+        frame=frame,
+        main=frame,
+        usable=nothing,
+        num_usable=0,
+        probes=nothing,
+        collect=collect,
+        exclusions=[],
+    )
+    rows = picture_rows(study)
+    assert [row.label.split(",")[0] for row in rows] == ["truth", "given patches", "large", "huge"]
+    assert all(uri.startswith("data:image/png;base64,") for row in rows for uri in row.uris)
+    assert len(study.missing) == 1
+    assert "32000.npz of run0 cannot be shown" in study.missing[0]
+
+
+def test_foreign_csv_with_mapped_columns(tmp_path):
+    frame = pd.DataFrame(sweep_rows())[["params_total", "images_seen", "val_loss"]]
+    frame.set_axis(["size_m", "tokens", "loss"], axis=1).to_csv(tmp_path / "theirs.csv", index=False)
+    options = ["--columns", "N=size_m,D=tokens,L=loss", "--resamples", "40", "--out", str(tmp_path / "page.html")]
+    result = CliRunner().invoke(app, [str(tmp_path / "theirs.csv"), *options])
+    assert result.exit_code == 0
+    assert {"loss-N", "loss-D", "law-ND"} <= Page((tmp_path / "page.html").read_text()).ids()
+    with pytest.raises(TableError, match="there is no table"):
+        write_report(tmp_path / "absent.csv")
+    with pytest.raises(TableError, match=r"no values for val_loss .*--columns val_loss=THEIRS"):
+        write_report(tmp_path / "theirs.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "theirs.csv"]
+
+
+def test_formulas_become_html_only_after_escaping():
+    assert str(maths("L = A N^-alpha <b> -0.5 at 3 %")) == "L = A N<sup>−α</sup> &lt;b&gt; −0.5 at 3\u00a0%"
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_make_a_page(tmp_path):
+    rng = np.random.default_rng(0)
+    n, d = rng.lognormal(14, 1.5, 100_000), rng.lognormal(13, 1.0, 100_000)
+    loss = (0.3 + 5 * n**-0.35 + 20 * d**-0.5) * np.exp(0.01 * rng.standard_normal(n.size))
+    frame = pd.DataFrame(
+        {"params_total": n.round(), "images_seen": d.round(), "flops_train": 6 * n * d, "val_loss": loss}
+    )
+    frame.to_parquet(tmp_path / "many.parquet")
+    page = write_report(tmp_path / "many.parquet", resamples=100)
+    assert page.stat().st_size < 20_000_000
+    text = Page(page.read_text()).text
+    assert "The first 400 of 100,000 rows" in text
+
+
+SELF_CHECK = """
+<pre id="self-check"></pre>
+<script>
+const problems = window.problems;
+document.querySelectorAll("details").forEach((details) => { details.open = true; });
+const cells = (table, column) => [...table.tBodies[0].rows].map((row) => row.cells[column].textContent);
+const table = document.querySelector("#results table");
+const head = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.trim() === "loss");
+const button = table.tHead.rows[0].cells[head].querySelector("button");
+button.click();
+const up = cells(table, head);
+button.click();
+const down = cells(table, head);
+const boxes = [...document.querySelectorAll("figure svg")].map((svg) => svg.getBoundingClientRect());
+document.getElementById("self-check").textContent = JSON.stringify({
+  problems, up, down,
+  figures: document.querySelectorAll("figure").length,
+  drawn: boxes.filter((box) => box.height > 100 && box.width > 100).length,
+  pictures: [...document.images].every((image) => image.complete && image.naturalWidth > 0),
+  requests: performance.getEntriesByType("resource").filter((entry) => !entry.name.startsWith("data:")).length,
+  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+});
+</script>
+"""
+WATCH = """
+<script>
+window.problems = [];
+addEventListener("error", (event) => window.problems.push(String(event.message || event.target)), true);
+addEventListener("securitypolicyviolation", (event) => window.problems.push(event.blockedURI));
+for (const level of ["error", "warn"]) console[level] = (...words) => window.problems.push(words.join(" "));
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 1200])
+def test_a_browser_draws_every_figure_and_sorts_every_table(tmp_path, width):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    rows = sweep_rows(name=HOSTILE)
+    text = write_report(write_sweep(tmp_path / "sweep", rows), resamples=60).read_text()
+    checked = text.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{SELF_CHECK}</body>", 1)
+    (tmp_path / "checked.html").write_text(checked)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --hide-scrollbars --window-size={width},2000"
+    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    run = subprocess.run([*command, (tmp_path / "checked.html").as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="self-check">(.*?)</pre>', run.stdout, re.DOTALL)
+    assert found is not None, run.stderr[-2000:]
+    state = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert state["problems"] == []
+    assert state["requests"] == 0
+    assert state["pictures"]
+    assert state["figures"] >= 9
+    assert state["drawn"] == state["figures"]
+    losses = sorted(f"{row['val_loss']:.4f}" for row in rows)
+    assert state["up"] == losses
+    assert state["down"] == losses[::-1]
+    assert state["overflow"] <= 0

@@ -1,0 +1,112 @@
+"""One page of a whole study: laws from the main grid, single changes, repeats, definitions, noise, in words first."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from aimscale.analysis.effects.contrasts import contrast
+from aimscale.analysis.report.changes import contrast_words
+from aimscale.analysis.report.page import write_report
+from aimscale.analysis.tables.results import results_table, write_table
+
+DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
+
+
+def rows_of(known_study, *parts):
+    """Row dictionaries with probes of two kinds."""
+    rows = known_study(*parts).to_dict("records")
+    for i, row in enumerate(rows):
+        for name in ("params_total", "params_trunk", "params_head", "params_preprocessor"):
+            row[name] = round(row[name])
+        row["probes"] = [
+            {"task": "pets", "kind": kind, "blocks": [1], "num_classes": 10, "n": 1000, "chance": 0.1}
+            | {"top1": 0.9 - 0.5 * row["val_loss"] + gain + 0.001 * np.sin(i)}
+            | {"top1_lo95": 0.1, "top1_hi95": 0.9, "last_top1": 0.88 - 0.5 * row["val_loss"] + gain}
+            for kind, gain in (("attentive", 0.02), ("linear", 0.0))
+        ]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, request):
+    known_study = request.getfixturevalue("known_study_module")
+    folders = []
+    for name, parts in (
+        ("main", [{"sizes": ["s1", "s2", "s3", "s4"]}, {"sizes": ["s5"], "seeds": [0]}]),
+        ("repeats", [{"sizes": ["s2", "s4"], "uniques": [1000, 4000], "seeds": [0, 1]}]),
+        ("changes", [DIRECTION | {"prefix": "none", "effect": 0.04}, DIRECTION | {"target": "raw", "effect": 0.5}]),
+    ):
+        folder = tmp_path_factory.mktemp("study") / name
+        folder.mkdir()
+        rows = [row | {"sweep": name} for row in rows_of(known_study, *parts)]
+        write_table(results_table(rows), folder / "results.parquet")
+        (folder / "collect.json").write_text(json.dumps({"description": f"The {name}.", "machines": [{"cpu": "one"}]}))
+        folders.append(folder)
+    return write_report(folders, resamples=60).read_text()
+
+
+def words(page: str) -> str:
+    text = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", text)).replace("&#39;", "'")
+
+
+@pytest.mark.slow
+def test_laws_are_of_the_main_grid_alone(page):
+    text = words(page)
+    assert "<h1>main, repeats and changes</h1>" in page
+    assert "The 3 tables hold 117 rows" in text
+    assert "the 65 rows of the main grid" in text
+    found = re.search(r"α = ([\d.]+) \[([\d.]+), ([\d.]+)\], β = ([\d.]+) \[([\d.]+), ([\d.]+)\]", text)
+    assert found is not None
+    alpha, beta = float(found[1]), float(found[4])
+    assert alpha == pytest.approx(0.4, abs=0.08)
+    assert beta == pytest.approx(0.5, abs=0.05)
+    assert "prefix paired, target normalised" in text
+    assert "The main.; The repeats.; The changes." in text
+
+
+@pytest.mark.slow
+def test_every_answer_stands_in_the_summary_and_has_its_section(page):
+    text = words(page)
+    summary = text[text.index("Summary") : text.index("What was run")]
+    assert "prefix against paired: none worse in" in summary
+    assert "a repeat is worth half of a new image" in summary
+    assert "Two seeds of one cell differ by a standard deviation of" in summary
+    assert "within a size" in summary
+    for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "contrast-blocks", "repeats", "definitions"):
+        assert f'id="{key}"' in page, key
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert "Losses at different target are errors of other targets" in text
+    assert "validation loss +4." in text
+
+
+@pytest.mark.slow
+def test_a_table_without_variants_has_no_such_sections(known_study, tmp_path):
+    rows = [row | {"probes": []} for row in rows_of(known_study, {"sizes": ["s1", "s2", "s3"], "seeds": [0]})]
+    for row in rows:
+        del row["val_loss_se"]
+    write_table(results_table(rows), tmp_path / "results.parquet")
+    page = write_report(tmp_path, resamples=30).read_text()
+    assert 'id="changes"' not in page
+    assert 'id="noise"' not in page
+    assert "Contrast by" not in page
+
+
+@pytest.mark.slow
+def test_rows_can_be_chosen_for_the_page(known_study, tmp_path):
+    rows = rows_of(known_study, {"sizes": ["s1", "s2", "s3"], "seeds": [0]})
+    write_table(results_table(rows), tmp_path / "results.parquet")
+    text = words(write_report(tmp_path, where=["D>=16000"], resamples=30).read_text())
+    assert "holds 9 rows, 3 model sizes" in text
+    assert "3 data budgets (16k to 64k images seen)" in text
+
+
+def test_words_of_a_contrast_count_what_is_shown(known_study):
+    found = contrast(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}), by="prefix")
+    (line, *rest) = contrast_words(found)
+    assert line.startswith("none against paired, over 3 pairs of runs: validation loss +5.")
+    assert "worse" in line
+    assert any("never seen" in each for each in rest)

@@ -1,0 +1,90 @@
+"""`aimscale train` and `aimscale bench train` from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import aimscale.harness.bench.train
+import aimscale.harness.train.loop
+import aimscale.harness.train.peak
+from aimscale.aim.config import model_config
+from aimscale.aim.cost import param_count
+from aimscale.harness.cli import bench as cli_bench
+from aimscale.harness.cli import train as cli_train
+from aimscale.harness.run.config import ConfigError, RunConfig
+from aimscale.harness.run.directory import RunDir, RunDirError
+
+Run = Callable[..., list[int]]
+Config = Callable[..., RunConfig]
+
+
+def invoke(rank: int, app: object, arguments: list[str], out: Path) -> None:
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    aimscale.harness.train.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
+    result = CliRunner().invoke(app, arguments)  # type: ignore[arg-type]
+    out.write_text(result.output)
+    assert result.exit_code == 0, result.exception
+
+
+def test_train_from_a_configuration_and_again_from_its_directory(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config(budgets=[64])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    out, run = tmp_path / "output", RunDir(tmp_path / "run")
+    arguments = [str(tmp_path / "config.yaml"), "--out", str(run.path)]
+    assert in_processes(invoke, cli_train.app, arguments, out) == [0]
+    assert f"{config.run_id}: 0 of 64 images done, ZeRO 0, micro-batch 8, 1 rank(s)" in out.read_text()
+    assert "budget 64: validation loss" in out.read_text()
+    assert run.read_status().state == "finished"
+    assert in_processes(invoke, cli_train.app, [str(run.path)], out) == [0]
+    (row,) = run.read_rows()
+    assert run.read_status().val_loss == row["val_loss"]
+    (tmp_path / "other.yaml").write_text(tiny_config(budgets=[64], seed=1).to_yaml())
+    refused = CliRunner().invoke(cli_train.app, [str(tmp_path / "other.yaml"), "--out", str(run.path)])
+    assert isinstance(refused.exception, RunDirError)
+
+
+def test_train_refuses_what_is_no_run(tmp_path: Path) -> None:
+    assert isinstance(CliRunner().invoke(cli_train.app, [str(tmp_path)]).exception, ConfigError)
+    assert isinstance(CliRunner().invoke(cli_train.app, [str(tmp_path / "no.yaml")]).exception, ConfigError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_processes: Run) -> None:
+    out = tmp_path / "bench.json"
+    arguments = [
+        "train",
+        "--size",
+        "w16-d2",
+        "--image-size",
+        "16",
+        "--batch",
+        "8",
+        "--micro-batch",
+        "4",
+        "--steps",
+        "3",
+        "--head-width",
+        "16",
+        "--head-depth",
+        "3",
+        "--peer",
+    ]
+    assert in_processes(invoke, cli_bench.app, [*arguments, "--precision", precision, "--json"], out) == [0]
+    measured = json.loads(out.read_text())
+    assert (measured["micro_batch"], measured["zero_stage"]) == (4, 0 if precision == "fp32" else 1)
+    assert measured["images_per_s"] == pytest.approx(8000 / measured["ms_per_step"])
+    assert measured["mfu"] > 0
+    assert measured["ratio_to_bare"] > 0
+    assert measured["ratio_to_peer"] > 0
+    assert measured["params"] == param_count(model_config("w16-d2", image_size=16, patch_size=4, head_width=16,
+                                                          head_depth=3)).total  # fmt: skip
+    assert measured["memory_bytes"] > 1e8

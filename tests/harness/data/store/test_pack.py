@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aimscale.harness.data.store import bundled
+from aimscale.harness.data.store.decoding import decode
+from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.store.pack import pack_folder
+from aimscale.sweeps.cli.main import main
+
+
+def test_pack_keeps_bytes_and_labels(small_set: Path) -> None:
+    dataset = open_dataset(small_set)
+    assert len(dataset) == 60
+    assert len(dataset.info.shards) > 1
+    assert dataset.classes == ("ant", "bee", "cat")
+    originals = {
+        path.read_bytes(): label
+        for label, name in enumerate(dataset.classes)
+        for path in (small_set.parent / "images" / name).iterdir()
+    }
+    labels = dataset.require_labels()
+    assert {dataset.read(i): labels[i] for i in range(60)} == originals
+    assert len(set(labels[:12].tolist())) == 3, "the first samples are not a random subset"
+    assert dataset.decode(5).shape == (3, 32, 32)
+    repeat = pack_folder(small_set.parent / "images", small_set.parent / "again")[0]
+    assert repeat.fingerprint == dataset.fingerprint
+
+
+def test_ranges_are_disjoint_splits_of_the_whole(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, whole = small_set.parent / "images", open_dataset(small_set)
+    parts = []
+    for bounds in ("0:45", "45:60"):
+        with pytest.raises(SystemExit) as end:
+            main(["data", "pack", str(source), str(tmp_path / bounds.replace(":", "-")), "--images", bounds])
+        assert end.value.code == 0
+        parts.append(open_dataset(tmp_path / bounds.replace(":", "-")))
+    read = [dataset.read(i) for dataset in parts for i in range(len(dataset))]
+    assert read == [whole.read(i) for i in range(60)]
+    assert parts[1].classes == whole.classes
+    for bad, why in (("50:61", "give a range within 0:60"), ("5:5", "0:60"), ("5", "write START:STOP")):
+        with pytest.raises(SystemExit) as end:
+            main(["data", "pack", str(source), str(tmp_path / "bad"), "--images", bad])
+        assert end.value.code == 2
+        assert why in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
+def test_pack_resizes_once(large_set: Path, tmp_path: Path) -> None:
+    pack_folder(large_set.parent / "images", tmp_path / "out", resize=64)
+    dataset = open_dataset(tmp_path / "out")
+    assert np.minimum(dataset.height, dataset.width).max() == 64
+    assert np.minimum(dataset.height, dataset.width).min() == 40
+    assert dataset.labels is None
+
+
+def test_decode_reads_odd_formats() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    for mode, kind in (("RGB", "bmp"), ("RGB", "tiff"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpeg"), ("L", "png")):
+        buffer = io.BytesIO()
+        picture.convert(mode).save(buffer, kind)
+        image = decode(buffer.getvalue())
+        assert image.shape == (3, 5, 7)
+        if mode.startswith("RGB"):
+            assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(pixels))
+        assert decode(buffer.getvalue(), channels=1).shape == (1, 5, 7)
+
+
+def no_images(root: Path) -> list[str]:
+    (root / "in").mkdir()
+    (root / "in" / "notes.txt").write_text("hello")
+    return ["pack", str(root / "in"), str(root / "out")]
+
+
+def no_folder(root: Path) -> list[str]:
+    return ["pack", str(root / "nowhere"), str(root / "out")]
+
+
+def loose_images(root: Path) -> list[str]:
+    (root / "in" / "cat").mkdir(parents=True)
+    for path in (root / "in" / "a.png", root / "in" / "cat" / "b.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    return ["pack", str(root / "in"), str(root / "out")]
+
+
+def broken_image(root: Path) -> list[str]:
+    (root / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "in" / "a.png")
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "jpeg")
+    (root / "in" / "b.jpg").write_bytes(buffer.getvalue()[:900])
+    return ["pack", str(root / "in"), str(root / "out")]
+
+
+def existing_output(root: Path) -> list[str]:
+    (root / "out").mkdir()
+    return ["pack", "--bundled", str(root / "out")]
+
+
+def truncated_tar(root: Path) -> list[str]:
+    (root / "in").mkdir()
+    with tarfile.open(root / "in" / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("0.png")
+        member.size = 5000
+        tar.addfile(member, io.BytesIO(bytes(5000)))
+    with (root / "in" / "a.tar").open("r+b") as file:
+        file.truncate(3000)
+    return ["index", str(root / "in")]
+
+
+def no_tar(root: Path) -> list[str]:
+    (root / "in").mkdir()
+    (root / "in" / "a.tar").write_bytes(b"not a tar file" * 100)
+    return ["index", str(root / "in")]
+
+
+def no_index(root: Path) -> list[str]:
+    (root / "in").mkdir()
+    return ["info", str(root / "in")]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (no_images, "holds no images"),
+        (no_folder, "does not exist"),
+        (loose_images, "beside its sub-folders"),
+        (broken_image, "b.jpg cannot be decoded"),
+        (existing_output, "exists already"),
+        (truncated_tar, "a.tar is truncated"),
+        (no_tar, "a.tar is truncated or no tar file"),
+        (no_index, "has no index"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    prepare: Callable[[Path], list[str]], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", *arguments])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert says in message
+    assert message.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_set: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_set, tmp_path / "copy")
+    shard = tmp_path / "copy" / open_dataset(small_set).info.shards[1].name
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(DataError, match=f"{shard.name} is truncated"):
+        open_dataset(tmp_path / "copy")
+    shard.unlink()
+    with pytest.raises(DataError, match=f"{shard.name} is missing"):
+        open_dataset(tmp_path / "copy")
+    with pytest.raises(DataError, match="has no labels"):
+        open_dataset(large_set).require_labels()
+    record = json.loads((tmp_path / "copy" / "dataset.json").read_text())
+    (tmp_path / "copy" / "dataset.json").write_text(json.dumps(record | {"version": 99}))
+    with pytest.raises(DataError, match="format version 99"):
+        open_dataset(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_real_process_ends_with_the_documented_code(small_set: Path, tmp_path: Path, scheme: str) -> None:
+    """A thread that outlives the message would abort it (134); a URL's index is read from memory, a local one not."""
+    shutil.copytree(small_set, tmp_path / "copy")
+    arguments = [f"{scheme}{tmp_path / 'copy'}", "--sheet", str(tmp_path / "nowhere" / "sheet.png")]
+    if not scheme:
+        shard = next((tmp_path / "copy").glob("*.tar"))
+        shard.write_bytes(shard.read_bytes()[:-10])
+    command = [sys.executable, "-m", "aimscale", "data", "info", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("aimscale: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundled, "_NUM_PHOTOGRAPHS", {"pretrain": 340, "train": 170, "validation": 68, "test": 51})
+    monkeypatch.setattr(bundled, "_NUM_DIGITS", {"pretrain": 100, "train": 60, "validation": 17, "test": 30})
+    bundled.write_bundled(tmp_path / "out")
+    sets = {name: open_dataset(tmp_path / "out" / name) for name in bundled.FOLDERS}
+    for kind, classes in (("photographs", 17), ("digits", 10)):
+        checksums = [set(sets[f"{kind}-{split}"].checksum) for split in ("pretrain", "validation", "test")]
+        assert not checksums[0] & checksums[1]
+        assert not (checksums[0] | checksums[1]) & checksums[2]
+        assert sets[f"{kind}-train"].num_classes == classes
+        assert (sets[f"{kind}-train"].width == 32).all()
+    assert set(np.bincount(sets["photographs-test"].require_labels())) == {3}
+    for name, image in bundled.photographs().items():
+        regions = [bundled.region(image, split) for split in ("pretrain", "validation", "test")]
+        assert torch.equal(torch.cat(regions, dim=2), image), name
+        assert min(part.shape[-1] for part in regions) >= 32, name
+    mixed = sets["validation"]
+    digits = np.isin(mixed.checksum, sets["digits-validation"].checksum)
+    assert digits.reshape(-1, 5).sum(1).tolist() == [1] * 17

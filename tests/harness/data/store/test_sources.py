@@ -1,0 +1,356 @@
+"""Data that others wrote: idx files, public webdataset layouts, URLs; and what the index says of them."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import http.server
+import io
+import json
+import re
+import shutil
+import struct
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aimscale.harness.data.store import indexing
+from aimscale.harness.data.store.idx import pack_idx
+from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.store.indexing import expand_shards, index_shards
+from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.shard_cache import CachedReader
+from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.run.config import ResultConfig
+from aimscale.sweeps.cli.main import main
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(rng: np.random.Generator, height: int, width: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(rng, height, width).save(buffer, "jpeg", quality=90)
+    return buffer.getvalue()
+
+
+def aimscale(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments])
+    assert stopped.value.code == 0
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def webp(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    picture(rng, 50, 60).save(buffer, "webp")
+    return buffer.getvalue()
+
+
+def write_imagenet_wds(folder: Path) -> None:
+    """The layout of timm/imagenet-1k-wds: jpg, cls and json under one key."""
+    rng = np.random.default_rng(5)
+    folder.mkdir()
+    for shard in range(3):
+        members = []
+        for number in range(6):
+            key, label = f"n0144{label_of(shard, number)}_{number}", label_of(shard, number)
+            record = json.dumps({"label": label, "filename": f"{key}.JPEG", "width": 90, "height": 80}).encode()
+            members += [(f"{key}.jpg", jpeg(rng, 80, 90)), (f"{key}.cls", b"%d" % label), (f"{key}.json", record)]
+        write_tar(folder / f"imagenet1k-train-{shard:04d}.tar", members)
+
+
+def label_of(shard: int, number: int) -> int:
+    return (shard * 6 + number) * 7 % 11
+
+
+def write_img2dataset(folder: Path) -> None:
+    """The layout of img2dataset and DataComp: an image, its caption and a record; failed downloads have no image."""
+    rng = np.random.default_rng(6)
+    folder.mkdir()
+    for shard in range(2):
+        members = []
+        for number in range(5):
+            key = f"{shard:05d}{number:04d}"
+            if number != 2:
+                extension, data = ("jpg", jpeg(rng, 70, 75)) if number % 2 else ("webp", webp(rng))
+                members += [(f"{key}.{extension}", data)]
+            record = {"url": "https://x.test/a.b.jpg", "caption": "7", "key": key, "status": "success"}
+            members += [(f"{key}.txt", b"7"), (f"{key}.json", json.dumps(record).encode())]
+        write_tar(folder / f"{shard:05d}.tar", members)
+        (folder / f"{shard:05d}_stats.json").write_text("{}")
+        (folder / f"{shard:05d}.parquet").write_bytes(b"")
+
+
+def test_public_layouts_are_read_as_they_are(tmp_path: Path) -> None:
+    write_imagenet_wds(tmp_path / "imagenet")
+    info = index_shards(str(tmp_path / "imagenet"), tmp_path / "imagenet", num_workers=2)
+    dataset = open_dataset(tmp_path / "imagenet")
+    assert (info.num_samples, info.num_bad, len(info.shards)) == (18, 0, 3)
+    assert dataset.require_labels().tolist() == [label_of(shard, n) for shard in range(3) for n in range(6)]
+    assert dataset.num_classes == 11
+    assert dataset.key(7) == f"n0144{label_of(1, 1)}_1"
+    assert dataset.decode(7).shape == (3, 80, 90)
+
+    write_img2dataset(tmp_path / "datacomp")
+    index_shards(str(tmp_path / "datacomp"), tmp_path / "datacomp")
+    dataset = open_dataset(tmp_path / "datacomp")
+    assert len(dataset) == 8
+    assert dataset.labels is None, "a caption was taken for a label"
+    assert {dataset.decode(i).shape for i in range(8)} == {(3, 70, 75), (3, 50, 60)}
+    assert sorted(path.name for path in (tmp_path / "datacomp").iterdir() if "index" in path.name) == ["index.parquet"]
+
+
+def test_index_records_undecodable_images(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    good, cut = jpeg(rng, 60, 60), jpeg(rng, 60, 60)[:-200]
+    write_tar(tmp_path / "a.tar", [("0.jpg", good), ("1.jpg", cut), ("2.jpg", b""), ("3.jpg", jpeg(rng, 64, 64))])
+    index_shards(str(tmp_path), tmp_path)
+    dataset = open_dataset(tmp_path)
+    assert dataset.ok.tolist() == [True, False, False, True]
+    assert dataset.info.num_bad == 2
+    for broken, says in ((b"cat", "no class number"), (b"-3", "start at 0")):
+        write_tar(tmp_path / "b.tar", [("0.jpg", good), ("0.cls", broken)])
+        with pytest.raises(DataError, match=rf"sample '0' of .*b.tar .*{says}"):
+            index_shards(str(tmp_path), tmp_path)
+
+
+def test_shard_cut_between_two_samples_is_refused(tmp_path: Path) -> None:
+    write_imagenet_wds(tmp_path / "in")
+    shard = tmp_path / "in" / "imagenet1k-train-0001.tar"
+    with tarfile.open(shard) as tar:
+        end = tar.getmembers()[9].offset
+    shard.write_bytes(shard.read_bytes()[:end])
+    with pytest.raises(DataError, match=r"0001.tar is truncated: it lacks the end-of-archive mark"):
+        index_shards(str(tmp_path / "in"), tmp_path / "in")
+    assert not (tmp_path / "in" / "dataset.json").exists()
+
+
+def test_interrupted_index_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_imagenet_wds(tmp_path / "in")
+    scanned: list[str] = []
+    scan_shard = indexing.scan_shard
+
+    def stop_at_third(location: str, name: str) -> Any:
+        if len(scanned) == 2:
+            raise KeyboardInterrupt
+        scanned.append(name)
+        return scan_shard(location, name)
+
+    monkeypatch.setattr(indexing, "scan_shard", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        index_shards(str(tmp_path / "in"), tmp_path / "in")
+    assert not (tmp_path / "in" / "index.parquet").exists()
+    scanned.clear()
+    changed = tmp_path / "in" / "imagenet1k-train-0000.tar"
+    write_tar(changed, [("new.jpg", jpeg(np.random.default_rng(0), 66, 66))])
+    index_shards(str(tmp_path / "in"), tmp_path / "in")
+    assert scanned == ["imagenet1k-train-0000.tar", "imagenet1k-train-0002.tar"]
+    assert len(open_dataset(tmp_path / "in")) == 13
+    assert not (tmp_path / "in" / indexing.PARTS_FOLDER).exists()
+
+
+class RangeHandler(http.server.SimpleHTTPRequestHandler):
+    """A file server with byte ranges, which counts requests and fails the first of every path when told to."""
+
+    requests: list[str]
+    flaky: set[str]
+    ranges = True
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.requests.append(f"{self.path} {self.headers.get('Range')}")
+        if self.path in self.flaky:
+            self.flaky.discard(self.path)
+            self.send_error(503)
+            return
+        path = Path(self.translate_path(self.path))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if path.is_dir() or not path.exists() or wanted is None or not self.ranges:
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], tuple[str, type[RangeHandler]]]]:
+    servers: list[http.server.ThreadingHTTPServer] = []
+
+    def start(folder: Path) -> tuple[str, type[RangeHandler]]:
+        handler = type("Handler", (RangeHandler,), {"requests": [], "flaky": set()})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}", handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_http_gives_the_same_stream_as_files(
+    small_set: Path, tmp_path: Path, configure: Callable[..., ResultConfig], serve: Callable[[Path], Any]
+) -> None:
+    url, handler = serve(small_set)
+    index_shards(url, tmp_path / "index", name="remote", classes=("ant", "bee", "cat"))
+    assert open_dataset(tmp_path / "index").fingerprint == open_dataset(small_set).fingerprint
+    expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(40))
+    handler.requests.clear()
+    handler.flaky = {f"/{shard.name}" for shard in open_dataset(small_set).info.shards}
+    for path in (str(tmp_path / "index"), url):
+        stream = TrainStream(configure(sources=[{"path": path}]))
+        assert torch.equal(stream.batch(range(40)).images, expected.images)
+    assert handler.flaky == set()
+    assert all("bytes=" in request for request in handler.requests if ".tar" in request)
+
+    size = sum(shard.size for shard in open_dataset(small_set).info.shards)
+    handler.requests.clear()
+    cached = configure(sources=[{"path": url}])
+    for workers in (0, 2):
+        stream = TrainStream(cached, cache_dir=str(tmp_path / "cache"), cache_gb=size / 1e9)
+        steps = train_batches(stream, start=0, stop=40, batch_size=8, micro_batch=8, num_workers=workers)
+        assert torch.equal(torch.cat([batch.images for step in steps for batch in step]), expected.images)
+    fetched = [request.split()[0] for request in handler.requests if ".tar" in request]
+    assert sorted(fetched) == sorted({*fetched}), "a shard was fetched twice"
+
+
+def test_cache_keeps_its_bound_and_makes_room(small_set: Path, tmp_path: Path, serve: Callable[[Path], Any]) -> None:
+    dataset = open_dataset(small_set)
+    sizes = {shard.name: shard.size for shard in dataset.info.shards}
+    bound = sum(sorted(sizes.values())[:2]) + 1000
+    cache = tmp_path / "cache"
+
+    def stored() -> int:
+        return sum(path.stat().st_size for path in cache.glob("*/*"))
+
+    for turn in range(2):  # the second data set takes the place of the first
+        url, _ = serve(small_set)
+        reader = CachedReader(url, sizes, cache, bound)
+        for i in range(len(dataset)):
+            name = dataset.info.shards[dataset.shard[i]].name
+            assert reader.read(name, int(dataset.offset[i]), int(dataset.size[i])) == dataset.read(i)
+            assert stored() <= bound
+        assert len([*reader._folder.iterdir()]) >= 1, turn
+    wrong = CachedReader(url, sizes | {name: sizes[name] + 1}, tmp_path / "other", 10**9)
+    with pytest.raises(OSError, match="the index says"):
+        wrong.read(name, 0, 10)
+    assert not [*(tmp_path / "other").glob("*/*")]
+
+
+def test_remote_mistakes_are_named(
+    small_set: Path, tmp_path: Path, serve: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small_set, tmp_path / "copy")
+    url, handler = serve(tmp_path / "copy")
+    dataset = open_dataset(url)
+    handler.ranges = False
+    with pytest.raises(DataError, match="ignores byte ranges; set cache_dir"):
+        dataset.read(0)
+    (tmp_path / "copy" / dataset.info.shards[0].name).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        dataset.read(0)
+    with pytest.raises(DataError, match="has no index"):
+        open_dataset(f"{url}/nowhere")
+    monkeypatch.setattr("aimscale.harness.data.store.shards._FIRST_PAUSE_S", 0.0)
+    with pytest.raises(DataError, match="cannot read the index of"):
+        open_dataset("http://127.0.0.1:9")
+    assert expand_shards("gs://b/x-{008..010}.tar") == ("gs://b", ["x-008.tar", "x-009.tar", "x-010.tar"])
+
+
+def write_idx(path: Path, values: np.ndarray, *, cut: int = 0) -> None:
+    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+    data = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data[: len(data) - cut]) if path.suffix == ".gz" else data[: len(data) - cut])
+
+
+def test_idx_files_are_packed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    images, labels = rng.integers(0, 256, (30, 9, 11)), rng.integers(0, 4, 30)
+    for suffix in ("", ".gz"):
+        source = tmp_path / f"train-images-idx3-ubyte{suffix}"
+        write_idx(source, images)
+        write_idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", labels)
+        aimscale("data", "pack", str(source), str(tmp_path / f"out{suffix}"))
+        dataset = open_dataset(tmp_path / f"out{suffix}")
+        for i in range(30):
+            number = int(dataset.key(i))
+            assert (dataset.decode(i, channels=1)[0].numpy() == images[number]).all()
+            assert dataset.require_labels()[i] == labels[number]
+    with pytest.raises(DataError, match=r"holds idx files.* name the images of one, as in .*train-images-idx3-ubyte"):
+        pack_folder(tmp_path, tmp_path / "folder")
+    write_idx(source, images, cut=5)
+    with pytest.raises(DataError, match="is truncated: its header says"):
+        pack_idx(source, tmp_path / "cut")
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    write_idx(source, images)
+    with pytest.raises(DataError, match=r"labels-idx1-ubyte.gz does not exist"):
+        pack_idx(source, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist_is_packed(tmp_path: Path) -> None:
+    info = pack_idx(FASHION_MNIST / "t10k-images-idx3-ubyte.gz", tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
+    assert (info.num_samples, info.num_bad) == (10_000, 0)
+    assert np.bincount(dataset.require_labels()).tolist() == [1000] * 10
+    assert dataset.decode(0).shape == (3, 28, 28)
+
+
+def test_info_describes_and_shows(
+    small_set: Path, large_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aimscale("data", "info", str(small_set), "--json", "--sheet", str(tmp_path / "sheet.png"))
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["class_counts"] == {"ant": 20, "bee": 20, "cat": 20}
+    assert facts["shorter_side_px"] == dict.fromkeys(facts["shorter_side_px"], 32)
+    assert facts["contact_sheet"]["num_images"] == 60
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (8 * 114 + 4, 8 * 100 + 4, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+    aimscale("data", "info", str(large_set))
+    text = capsys.readouterr().out
+    assert "24 (24 different files), 0 undecodable" in text
+    assert "no labels" in text
+
+
+def test_validation_images_can_never_enter_training(
+    small_set: Path, tmp_path: Path, configure: Callable[..., ResultConfig]
+) -> None:
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(9)
+    for number in range(5):
+        picture(rng, 32, 32).save(tmp_path / "in" / f"{number}.png")
+    (tmp_path / "in" / "leak.png").write_bytes(open_dataset(small_set).read(33))
+    aimscale("data", "pack", str(tmp_path / "in"), str(tmp_path / "validation"))
+    with pytest.raises(DataError, match=r"1 training images of .* are validation images of .*leak"):
+        TrainStream(configure(validation=tmp_path / "validation", unique_images=5))

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.stream.augment import (
+    crop_resize,
+    crop_resize_small,
+    denormalise,
+    draw_boxes,
+    normalise,
+)
+from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
+from aimscale.harness.data.stream.jitter import jitter_colours
+from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.mixture import Mixture
+from aimscale.harness.data.stream.positions import Batch, TrainStream
+from aimscale.harness.data.stream.random_access import make_key, permute
+from aimscale.harness.run.config import ResultConfig
+
+Configure = Callable[..., ResultConfig]
+
+
+def whole(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, prefix lengths and positions of some batches, sorted by position."""
+    positions = torch.cat([batch.positions for batch in parts])
+    order = positions.argsort()
+    images = torch.cat([batch.images for batch in parts])[order]
+    return images, torch.cat([batch.prefix_len for batch in parts])[order], positions[order]
+
+
+def run(stream: TrainStream, start: int, stop: int, *, micro: int, world: int = 1, workers: int = 0, batch: int = 16):
+    """Every rank's batches of a stretch, step by step."""
+    ranks = [
+        train_batches(
+            stream,
+            start=start,
+            stop=stop,
+            batch_size=batch,
+            micro_batch=micro,
+            rank=rank,
+            world_size=world,
+            num_workers=workers,
+        )
+        for rank in range(world)
+    ]
+    for step in zip(*ranks, strict=True):
+        assert len({len(micro_batches) for micro_batches in step}) == 1, "ranks differ in their number of micro-batches"
+        yield [batch for micro_batches in step for batch in micro_batches]
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_permutation(size: int, key: int) -> None:
+    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
+
+
+def test_permute_spreads_evenly_over_keys() -> None:
+    keys = np.array([make_key("test", number) for number in range(20_000)], dtype=np.uint64)
+    counts = np.bincount(permute(np.full(20_000, 3), 10, keys), minlength=10)
+    assert (np.abs(counts - 2000) < 5 * np.sqrt(2000 * 0.9)).all()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize(
+    ("world", "micro", "workers", "batch"),
+    [(1, 16, 0, 16), (2, 3, 0, 16), (4, 4, 1, 16), (2, 8, 2, 16), (1, 1, 4, 16), (3, 4, 0, 10), (5, 16, 0, 6)],
+)
+def test_stream_is_the_same_for_any_split(
+    configure: Configure, world: int, micro: int, workers: int, batch: int
+) -> None:
+    stream = TrainStream(configure(color_jitter=True))
+    expected = whole([stream.batch(np.arange(100, 220))])
+    parts = [
+        part for step in run(stream, 100, 220, micro=micro, world=world, workers=workers, batch=batch) for part in step
+    ]
+    for got, want in zip(whole(parts), expected, strict=True):
+        assert torch.equal(got, want)
+    assert max(len(part) for part in parts) <= micro
+    restarted = TrainStream(configure(color_jitter=True)).sample(170)
+    assert torch.equal(restarted.image, normalise(expected[0][70]))
+    assert restarted.prefix_len == expected[1][70]
+    if micro > 1:
+        assert all((part.positions[0::2] + 1 == part.positions[1::2]).all() for part in parts), "a pair was split"
+
+
+def test_every_epoch_is_a_permutation_over_restarts_and_world_sizes(configure: Configure) -> None:
+    config = configure()
+    seen: list[tuple[int, int]] = []
+    position = 0
+    for world, stop in ((1, 48), (2, 112), (4, 128), (3, 272), (1, 300)):
+        stream = TrainStream(config)  # a restart
+        for step in run(stream, position, stop, micro=4, world=world):
+            where = whole(step)[2].numpy()
+            seen += zip(*(values.tolist() for values in stream.locate(where)), strict=True)
+        position = stop
+    assert len(seen) == 300
+    for source, size in ((0, 60), (1, 24)):
+        samples = [sample for number, sample in seen if number == source]
+        for epoch in range(len(samples) // size):
+            assert sorted(samples[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert sum(number == 0 for number, _ in seen) == 240
+
+
+def test_seeds_change_order_and_prefixes_but_not_the_subset(configure: Configure) -> None:
+    first, second = (TrainStream(configure(seed=seed, unique_images=40)) for seed in (0, 1))
+    a, b = (np.stack(stream.locate(np.arange(40))) for stream in (first, second))
+    assert not np.array_equal(a, b)
+    assert {*zip(*a.tolist(), strict=True)} == {*zip(*b.tolist(), strict=True)}
+    assert not np.array_equal(first.prefix_lengths(range(40)), second.prefix_lengths(range(40)))
+
+
+def test_subsets_are_nested_and_counted(configure: Configure) -> None:
+    subsets = []
+    for unique in (5, 20, 37, 75, None):
+        stream = TrainStream(configure(unique_images=unique))
+        assert stream.unique_images == (unique or 84)
+        subsets.append({*zip(*(values.tolist() for values in stream.locate(np.arange(4000))), strict=True)})
+    assert [len(subset) for subset in subsets] == [5, 20, 37, 75, 84]
+    assert all(small < big for small, big in itertools.pairwise(subsets))
+    with pytest.raises(DataError, match=r"unique_images 100 takes 80 images of .*, which has 60 usable ones"):
+        TrainStream(configure(unique_images=100))
+
+
+def test_sources_are_mixed_in_exact_shares(small_set: Path, large_set: Path, configure: Configure) -> None:
+    sources = [
+        {"path": str(path), "probability": share}
+        for path, share in ((small_set, 0.5), (large_set, 0.3), (small_set, 0.2))
+    ]
+    source_of, _ = TrainStream(configure(sources=sources)).locate(np.arange(10**9, 10**9 + 10_000))
+    shares = np.stack([np.cumsum(source_of == number) / np.arange(1, 10_001) for number in range(3)])
+    assert np.abs(shares[:, -1] - [0.5, 0.3, 0.2]).max() < 4e-4
+    assert np.abs(shares[:, 99] - [0.5, 0.3, 0.2]).max() < 0.04
+    mixture = Mixture([0.5, 0.3, 0.2])
+    source_of, rank = mixture.locate(np.arange(997))
+    assert mixture.counts(997) == np.bincount(source_of).tolist()
+    for number in range(3):
+        assert rank[source_of == number].tolist() == list(range(mixture.counts(997)[number]))
+
+
+def test_prefixes_are_uniform_and_paired(configure: Configure) -> None:
+    paired = TrainStream(configure()).prefix_lengths(range(64_000))
+    assert (paired[0::2] + paired[1::2] == 64).all()
+    uniform = TrainStream(configure(prefix="uniform")).prefix_lengths(range(64_000))
+    for lengths in (paired, uniform, paired[0::2]):
+        counts = np.bincount(lengths, minlength=65)
+        expected = len(lengths) / 63
+        assert counts[0] == counts[64] == 0
+        assert np.abs(counts[1:64] - expected).max() < 6 * np.sqrt(expected)
+    assert (TrainStream(configure(prefix="none")).prefix_lengths(range(9)) == 1).all()
+
+
+def test_validation_prefixes_are_stratified_and_fixed() -> None:
+    lengths = prefix_lengths(2000, 4, 64)
+    assert torch.equal(lengths[:7], prefix_lengths(7, 4, 64))
+    assert lengths.min() == 1
+    assert lengths.max() == 63
+    for stratum in range(4):
+        inside = lengths[:, stratum]
+        assert 1 + 63 * stratum // 4 <= inside.min()
+        assert inside.max() <= 1 + 63 * (stratum + 1) // 4
+    assert abs(lengths.double().mean() - 32) < 0.5
+
+
+def test_boxes_follow_random_resized_crop() -> None:
+    torch.manual_seed(0)
+    number, height, width = 4000, 120, 200
+    boxes = draw_boxes(
+        7,
+        np.arange(number),
+        np.full(number, height),
+        np.full(number, width),
+        scale=(0.4, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        horizontal_flip=True,
+    )
+    reference = np.array(
+        [
+            torchvision.transforms.RandomResizedCrop.get_params(
+                torch.empty(3, height, width), [0.4, 1.0], [3 / 4, 4 / 3]
+            )
+            for _ in range(number)
+        ]
+    )
+    ours = np.stack(boxes[:4], axis=1)
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    error = np.hypot(ours.std(0), reference.std(0)) / np.sqrt(number)
+    assert (np.abs(ours.mean(0) - reference.mean(0)) < 5 * error).all()
+    np.testing.assert_allclose(ours.std(0), reference.std(0), rtol=0.06)
+    assert abs(boxes.flip.mean() - 0.5) < 0.04
+
+
+@given(data=st.data(), height=st.integers(1, 64), width=st.integers(1, 64), size=st.sampled_from([8, 32, 56]))
+@settings(max_examples=40, deadline=None)
+def test_batched_crop_equals_the_single_one(data: st.DataObject, height: int, width: int, size: int) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    images = torch.from_numpy(rng.integers(0, 256, (5, 3, height, width), dtype=np.uint8))
+    boxes = draw_boxes(
+        1,
+        rng.integers(0, 2**40, 5),
+        np.full(5, height),
+        np.full(5, width),
+        scale=(0.1, 1.0),
+        ratio=(0.5, 2.0),
+        horizontal_flip=True,
+    )
+    batch = crop_resize_small(images, boxes, size)
+    for row in range(5):
+        top, left, rows, columns, flip = (values[row].item() for values in boxes)
+        single = crop_resize(images[row], (top, left, rows, columns, flip), size)
+        assert (batch[row].int() - single.int()).abs().max() <= 2
+    soft = images // 3 + 80  # overshoots of the filter stay inside of 0..255: the exact result needs no clipping
+    batch = crop_resize_small(soft, boxes, size)
+    for row in range(5):
+        top, left, rows, columns, flip = (values[row].item() for values in boxes)
+        exact = soft[row][:, top : top + rows, left : left + columns].double()[None]
+        exact = F.interpolate(exact, size=(size, size), mode="bicubic", antialias=True)[0]
+        assert (batch[row].flip(-1) if flip else batch[row]).double().sub(exact).abs().max() < 1.5
+
+
+def test_colour_jitter_is_drawn_by_position() -> None:
+    images = torch.full((400, 3, 4, 4), 0, dtype=torch.uint8)
+    images[:, 0], images[:, 1], images[:, 2] = 150, 100, 60
+    out = jitter_colours(images.clone(), 3, np.arange(400))
+    changed = (out != images).flatten(1).any(1)
+    assert abs(changed.double().mean() - 0.8) < 0.08
+    assert torch.equal(jitter_colours(images[:50].clone(), 3, np.arange(200, 250)), out[200:250])
+    torch.manual_seed(0)
+    reference = torchvision.transforms.v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
+    expected = torch.stack([reference(image) for image in images[changed]]).double().mean((2, 3))
+    got = out[changed].double().mean((2, 3))
+    assert ((got.mean(0) - expected.mean(0)).abs() < 5 * (2 / len(got)) ** 0.5 * expected.std(0)).all()
+    torch.testing.assert_close(got.std(0), expected.std(0), rtol=0.2, atol=0)
+
+
+def test_other_than_grey_or_colour_is_refused(configure: Configure) -> None:
+    config = configure()
+    grey = config.model_copy(update={"model": config.model.model_copy(update={"channels": 1})})
+    assert TrainStream(grey).batch(range(6)).images.shape == (6, 1, 32, 32)
+    with pytest.raises(DataError, match="not 4"):
+        TrainStream(config.model_copy(update={"model": config.model.model_copy(update={"channels": 4})}))
+
+
+def test_normalise_round_trip() -> None:
+    images = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8)
+    assert torch.equal(denormalise(normalise(images)), images)
+    assert abs(normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8))[0].item() - (1 - 0.485) / 0.229) < 1e-6
+
+
+def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> None:
+    dataset = open_dataset(large_set)
+    images = eval_images(dataset, [3, 0], configure().model)
+    assert images.shape == (2, 3, 32, 32)
+    raw = dataset.decode(3).float()
+    assert abs(denormalise(images[0]).float().mean() - raw.mean()) < 25
+    assert torch.equal(images[1], eval_images(dataset, [0], configure().model)[0])
+
+
+def spoil(folder: Path, out: Path, samples: list[int]) -> Path:
+    """Copy of a data set whose index stays and whose given samples hold zeros."""
+    shutil.copytree(folder, out)
+    dataset = open_dataset(out)
+    for sample in samples:
+        with (out / dataset.info.shards[dataset.shard[sample]].name).open("r+b") as shard:
+            shard.seek(dataset.offset[sample])
+            shard.write(bytes(int(dataset.size[sample])))
+    return out
+
+
+def test_bad_samples_are_replaced_alike_and_counted(small_set: Path, tmp_path: Path, configure: Configure) -> None:
+    path = spoil(small_set, tmp_path / "spoilt", [7, 30])
+    config = configure(sources=[{"path": str(path)}])
+    expected = TrainStream(config).batch(np.arange(60))
+    assert len(expected.bad_samples) >= 2
+    assert all("sample '" in text and "shard-" in text for text in expected.bad_samples)
+    clean = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(np.arange(60))
+    changed = (expected.images != clean.images).flatten(1).any(1)
+    assert changed.sum() == 2
+    for world, micro in ((2, 4), (4, 3)):
+        parts = [part for step in run(TrainStream(config), 0, 60, micro=micro, world=world, batch=20) for part in step]
+        assert torch.equal(whole(parts)[0], expected.images)
+        assert {name for part in parts for name in part.bad_samples} == {*expected.bad_samples}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sixteen_undecodable_samples_in_a_row_are_an_error_that_names_one(
+    small_set: Path, tmp_path: Path, configure: Configure, workers: int
+) -> None:
+    path = spoil(small_set, tmp_path / "spoilt", list(range(60)))
+    stream = TrainStream(configure(sources=[{"path": str(path)}]))
+    with pytest.raises(DataError, match=r"position 0: 16 undecodable samples in a row, last sample '[\w-]+' of .*"):
+        list(run(stream, 0, 64, micro=16, workers=workers))

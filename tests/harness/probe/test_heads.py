@@ -1,0 +1,110 @@
+"""The stacked heads against the written-out probes of `aim.probes`, torch.optim and heads trained alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aimscale.aim.probes import AttentiveProbe, LinearProbe
+from aimscale.harness.probe.heads import CLIP_NORM, LR_END, STACKS, HeadStack, Setting, StackedAdamW
+
+NUM_SETS, BATCH, NUM_TOKENS, WIDTH, NUM_CLASSES, NUM_HEADS = 2, 12, 9, 16, 5, 4
+SETTINGS = (Setting(lr=1e-2, weight_decay=0.05), Setting(lr=3e-3, weight_decay=0.0), Setting(lr=0.1, weight_decay=0.5))
+
+
+def make(kind: str, num_sets: int = NUM_SETS, settings: tuple[Setting, ...] = SETTINGS) -> HeadStack:
+    return STACKS[kind](
+        num_sets=num_sets,
+        settings=settings,
+        width=WIDTH,
+        num_classes=NUM_CLASSES,
+        num_heads=NUM_HEADS,
+        generator=torch.Generator().manual_seed(0),
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(WIDTH, generator=generator) * 5 + 0.1
+    return torch.randn(NUM_SETS, BATCH, NUM_TOKENS, WIDTH, generator=generator) * scale + 20
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.arange(BATCH) % NUM_CLASSES
+
+
+def fitted(kind: str, tokens: Tensor, labels: Tensor, num_steps: int, **kwargs: object) -> HeadStack:
+    stack = make(kind, **kwargs)  # type: ignore[arg-type]
+    for part in tokens.split(5, dim=1):
+        stack.observe(part)
+    stack.freeze(*stack.statistics())
+    optimiser = StackedAdamW(stack, num_steps=num_steps)
+    for _ in range(num_steps):
+        stack.loss(tokens, labels, len(labels)).backward()
+        optimiser.step()
+    return stack
+
+
+def written_out(stack: HeadStack, set_index: int, setting_index: int) -> AttentiveProbe | LinearProbe:
+    """The same head as an ordinary module."""
+    probe: AttentiveProbe | LinearProbe = (
+        AttentiveProbe(WIDTH, NUM_HEADS, NUM_CLASSES) if stack.kind == "attentive" else LinearProbe(WIDTH, NUM_CLASSES)
+    )
+    state = copy.deepcopy(stack.state_of(set_index, setting_index))
+    probe.load_state_dict(state | {"bn.num_batches_tracked": torch.tensor(0)})
+    return probe.eval()
+
+
+@pytest.mark.parametrize("kind", list(STACKS))
+def test_stacked_heads_are_the_written_out_probes(kind: str, tokens: Tensor, labels: Tensor) -> None:
+    stack = fitted(kind, tokens, labels, num_steps=5)
+    logits = stack(tokens)
+    for s in range(NUM_SETS):
+        for g in range(len(SETTINGS)):
+            torch.testing.assert_close(logits[s, :, g], written_out(stack, s, g)(tokens[s]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(stack.only(s, g)(tokens[s : s + 1])[0, :, 0], logits[s, :, g])
+    # the statistics are those of a batch norm that saw the whole training split as one batch
+    pooled = tokens if kind == "attentive" else tokens.mean(2, keepdim=True)
+    torch.testing.assert_close(stack.mean, pooled.mean((1, 2)))
+    torch.testing.assert_close(stack.var, pooled.var((1, 2), correction=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(STACKS))
+def test_training_follows_torch_adamw_with_clipping_and_schedule(kind: str, tokens: Tensor, labels: Tensor) -> None:
+    num_steps, s, g = 40, 1, 2
+    stack = fitted(kind, tokens, labels, num_steps=0)
+    probe = written_out(stack, s, g)
+    decayed = [p for p in probe.parameters() if p.dim() > 1]
+    plain = [p for p in probe.parameters() if p.dim() == 1]
+    setting = SETTINGS[g]
+    reference = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": setting.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+    for step in range(num_steps):
+        progress = (step - 2 + 1) / (num_steps - 2)  # 5 % of 40 steps warm up
+        cosine = LR_END + (setting.lr - LR_END) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in reference.param_groups:
+            group["lr"] = setting.lr * (step + 1) / 2 if step < 2 else cosine
+        functional.cross_entropy(probe(tokens[s]), labels).backward()
+        torch.nn.utils.clip_grad_norm_(probe.parameters(), CLIP_NORM)
+        reference.step()
+        reference.zero_grad()
+    trained = fitted(kind, tokens, labels, num_steps=num_steps)
+    torch.testing.assert_close(trained(tokens)[s, :, g], probe(tokens[s]), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", list(STACKS))
+def test_a_head_of_the_grid_equals_one_trained_alone(kind: str, tokens: Tensor, labels: Tensor) -> None:
+    grid = fitted(kind, tokens, labels, num_steps=20)
+    alone = fitted(kind, tokens[1:], labels, num_steps=20, num_sets=1, settings=SETTINGS[:1])
+    torch.testing.assert_close(grid(tokens)[1, :, 0], alone(tokens[1:])[0, :, 0], rtol=1e-3, atol=1e-4)

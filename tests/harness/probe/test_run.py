@@ -1,0 +1,200 @@
+"""`aimscale probe` on a run directory: alone, over ranks, again, and refusing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sklearn.datasets import load_digits
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.aim.weights import write_weights
+from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
+from aimscale.harness.probe.files import with_probes_of_files
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import RunDir
+from aimscale.sweeps.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    root = tmp_path_factory.mktemp("digits")
+    bunch = load_digits()
+    pixels = torch.as_tensor(bunch.images * 15).byte()[:, None]
+    for name, rows in (("train", range(300)), ("test", range(300, 421))):
+        images = (PackedImage(f"{i:04d}", *encode(pixels[i]), int(bunch.target[i])) for i in rows)
+        write_dataset(root / name, images, classes=tuple("0123456789"))
+    return root
+
+
+@pytest.fixture
+def run(digits: Path, tmp_path: Path) -> RunDir:
+    """A run of 8-px digits with one saved budget (random weights) and its row."""
+    config = RunConfig.model_validate(
+        {
+            "result": {
+                "model": {"size": "rung-24", "image_size": 8, "patch_size": 2},
+                "data": {"sources": [{"path": str(digits / "train")}]},
+                "optimiser": {"batch_size": 32},
+                "budgets": [64],
+                "validation": {"path": str(digits / "test")},
+                "probes": [
+                    {
+                        "task": "digits",
+                        "train": str(digits / "train"),
+                        "test": str(digits / "test"),
+                        "kinds": ["linear", "attentive", "knn"],
+                        "epochs": 4,
+                        "batch_size": 50,
+                        "lrs": [1e-2],
+                    }
+                ],
+            }
+        }
+    )
+    run = RunDir.create(tmp_path / "run", config)
+    write_weights(AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict(), run.model_file(64))
+    run.record_row({"images_seen": 64, "val_loss": 1.0, "probes": [{"task": "other", "kind": "linear", "top1": 0.5}]})
+    return run
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json"])
+    captured = capsys.readouterr()
+    return json.loads(captured.out) if ended.value.code == 0 else captured.err
+
+
+def test_probing_writes_files_and_its_part_of_the_row(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = call(capsys, "probe", str(run.path), "--device", "cpu")
+    assert [entry["kind"] for entry in entries] == ["linear", "attentive", "knn"]
+    (row,) = run.read_rows()
+    assert [probe["task"] for probe in row["probes"]] == ["other", "digits", "digits", "digits"]
+    assert row["val_loss"] == 1.0
+    path = run.probes_dir(64) / "digits.json"
+    written = path.stat().st_mtime_ns
+    assert call(capsys, "probe", str(run.path), "--device", "cpu") == entries
+    assert path.stat().st_mtime_ns == written  # done once, not again
+    assert call(capsys, "probe", str(run.path), "--device", "cpu", "--again") == entries
+    assert path.stat().st_mtime_ns > written
+
+
+def in_row(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Printed entries as the row of their budget has them."""
+    return [{name: value for name, value in entry.items() if name != "images_seen"} for entry in entries]
+
+
+def test_a_run_in_training_is_probed_beside_it_and_keeps_what_was_found(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with run.hold():  # the trainer's lease
+        entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
+        (row,) = run.read_rows()
+        assert row["probes"][1:] == in_row(entries)
+        assert row["val_loss"] == 1.0
+    config = run.load_config()
+    # the trainer writes the budget's row only now, with a task of its own
+    own: dict[str, Any] = {"images_seen": 64, "val_loss": 0.9, "probes": [{"task": "own", "kind": "knn", "top1": 0.1}]}
+    assert with_probes_of_files(run, config, own)["probes"] == [*own["probes"], *in_row(entries)]
+    # other weights at the same budget: what was measured on the earlier ones is not theirs
+    write_weights(AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict(), run.model_file(64))
+    assert with_probes_of_files(run, config, own) == own
+
+
+def test_a_probe_that_found_no_row_is_merged_when_there_is_one(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run.read_rows()
+    run.results.unlink()
+    entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
+    assert run.read_rows() == []
+    run.record_row(rows[0])
+    assert call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn") == entries
+    assert run.read_rows()[0]["probes"][1:] == in_row(entries)
+
+
+def test_imported_weights_are_probed_like_any_run(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released = AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict()
+    write_weights({name: t for name, t in released.items() if "pixel_head" not in name}, tmp_path / "aim.pth")
+    files = [str(tmp_path / "aim.pth"), str(tmp_path / "imported")]
+    with pytest.raises(SystemExit) as ended:
+        main(["weights", "import", *files, "--image-size", "8", "--images-seen", "4096"])
+    assert ended.value.code == 0
+    capsys.readouterr()
+    tasks = tmp_path / "tasks.yaml"
+    task = {"task": "digits", "train": str(digits / "train"), "test": str(digits / "test"), "kinds": ["knn", "linear"]}
+    tasks.write_text(json.dumps([task | {"lrs": [0.01], "epochs": 4}]))  # JSON is YAML
+    imported = str(tmp_path / "imported")
+    entries = call(capsys, "probe", imported, "--device", "cpu", "--tasks", str(tasks))
+    baseline = call(capsys, "probe", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
+    # the same seed's weights either way
+    assert [entry["top1"] for entry in entries] == [entry["top1"] for entry in baseline]
+    (row,) = RunDir(imported).read_rows()
+    assert [probe["kind"] for probe in row["probes"]] == [entry["kind"] for entry in entries]
+    tasks.write_text("task: digits")
+    assert "must be a list of tasks" in call(capsys, "probe", imported, "--tasks", str(tasks))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images-seen", "7"], "no saved budget of 7 images; it has 64"),
+        (["--task", "cats"], "no task 'cats'; its tasks: digits"),
+        (["--train", "somewhere"], "--train and --test belong together"),
+        (["--task", "a", "--train", "x", "--test", "y", "--kind", "svm"], "kinds.0"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    run: RunDir, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    error = call(capsys, "probe", str(run.path), "--device", "cpu", *arguments)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+LEAVES_GROUP = """
+import atexit, os, torch.distributed
+atexit.register(lambda: torch.distributed.is_initialized() and os._exit(77))
+from aimscale.sweeps.cli.main import main
+main()
+"""
+# The command; exits with 77 when it ends inside its process group, where gloo's threads abort it now and then.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_gb", ["2", "0"])
+def test_two_ranks_get_the_numbers_of_one(run: RunDir, capsys: pytest.CaptureFixture[str], cache_gb: str) -> None:
+    alone = call(capsys, "probe", str(run.path), "--device", "cpu", "--cache-gb", cache_gb)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", LEAVES_GROUP, "probe", str(run.path), "--device", "cpu", "--again", "--json"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--cache-gb", cache_gb],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    together = json.loads(outputs[0])
+    assert outputs[1] == ""  # rank 0 speaks
+    for one, two in zip(alone, together, strict=True):
+        assert one["top1"] == pytest.approx(two["top1"], abs=0.02)  # sums in another order
+        assert {k: v for k, v in one.items() if k.startswith("num")} == {
+            k: v for k, v in two.items() if k.startswith("num")
+        }

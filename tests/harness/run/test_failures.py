@@ -1,0 +1,87 @@
+"""Why a run ended, in one sentence and one class; and the flag that signals raise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aimscale.aim.config import ModelConfigError
+from aimscale.harness.data.store.index import DataError
+from aimscale.harness.run.directory import LeaseLost
+from aimscale.harness.run.failures import classify, stop_signals
+from aimscale.harness.train.checkpoint import CheckpointError
+from aimscale.harness.train.distributed import find_placement, start_group
+
+Run = Callable[..., list[int]]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason_class", "words"),
+    [
+        (MemoryError(), "oom", "MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory"), "oom", "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "oom", "CUDA"),
+        (DataError("shard 3 is broken; mend it"), "data", "shard 3 is broken; mend it"),
+        (CheckpointError("no space; make room"), "node", "no space; make room"),
+        (ModelConfigError("unknown size"), "config", "unknown size"),
+        (LeaseLost("another process took over"), "node", "another process"),
+        (OSError("Input/output error"), "node", "OSError: Input/output error"),
+        (RuntimeError("NCCL error in:\n  unhandled system error"), "node", "NCCL error in: unhandled system error"),
+        (RuntimeError("[gloo] Connection reset by peer"), "node", "another rank is gone"),
+        (ValueError("a bug"), "code", "ValueError: a bug"),
+    ],
+)
+def test_every_failure_has_a_class_and_one_sentence(error: BaseException, reason_class: str, words: str) -> None:
+    found, sentence = classify(error)
+    assert found == reason_class
+    assert words in sentence
+    assert "\n" not in sentence
+
+
+def lose_a_peer(rank: int, out: Path) -> None:
+    group = start_group(find_placement(), "cpu")
+    assert group.sum_and_any(rank, False) == (1, False)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        while True:
+            group.sum_and_any(1, False)
+    except RuntimeError as error:
+        out.write_text("\n".join(classify(error)))
+    os._exit(0)  # the group can no longer be left
+
+
+def test_a_killed_peer_is_noticed_at_once_and_named(tmp_path: Path, in_processes: Run) -> None:
+    assert in_processes(lose_a_peer, tmp_path / "out", world_size=2) == [0, -signal.SIGKILL]
+    reason_class, sentence = (tmp_path / "out").read_text().split("\n")
+    assert reason_class == "node"
+    assert sentence.startswith("another rank is gone")
+
+
+def test_stop_signals_raise_a_flag_and_give_back_the_handlers_of_before() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        with stop_signals() as flag:
+            assert not flag.is_raised
+            os.kill(os.getpid(), number)
+            assert flag.is_raised
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before
+
+
+def test_another_thread_gets_a_flag_that_no_signal_raises() -> None:
+    flags = []
+
+    def use() -> None:
+        with stop_signals() as flag:
+            flags.append(flag.is_raised)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert flags == [False]

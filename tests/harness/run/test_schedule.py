@@ -1,0 +1,62 @@
+"""Rates and segments, keyed to images seen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from aimscale.harness.run.config import ConfigError, RunConfig
+from aimscale.harness.run.schedule import Schedule, Segment, schedule_of
+
+Config = Callable[..., RunConfig]
+
+
+def make(tiny_config: Config, kind: str = "wsd", budgets: tuple[int, ...] = (400, 800), **section: object) -> Schedule:
+    optimiser = {"batch_size": 8, "lr_peak": 0.5, "precision": "fp32"}
+    schedule = {"kind": kind, "warmup_images": 80, "lr_start": 0.1, "lr_end": 0.05, **section}
+    return schedule_of(tiny_config(optimiser=optimiser, schedule=schedule, budgets=list(budgets)).result)
+
+
+def test_the_walk_goes_up_the_trunk_and_down_every_branch(tiny_config: Config) -> None:
+    schedule = make(tiny_config)
+    assert schedule.segments() == [
+        Segment(start=0, stop=320, branch=None),
+        Segment(start=320, stop=400, branch=400),
+        Segment(start=320, stop=640, branch=None),
+        Segment(start=640, stop=800, branch=800),
+    ]
+    assert schedule.images_planned() == 640 + 80 + 160
+
+
+def test_a_branch_may_leave_the_trunk_at_its_foot(tiny_config: Config) -> None:
+    schedule = make(tiny_config, decay_fraction=1.0, warmup_images=0)
+    assert [(s.start, s.stop) for s in schedule.segments()] == [(0, 400), (0, 800)]
+
+
+def test_wsd_rates_by_hand(tiny_config: Config) -> None:
+    schedule = make(tiny_config)
+    assert schedule.lr(0, None) == 0.1
+    assert schedule.lr(40, None) == pytest.approx(0.3)
+    assert schedule.lr(80, None) == schedule.lr(10**9, None) == 0.5
+    assert schedule.lr(320, 400) == 0.5
+    assert schedule.lr(360, 400) == pytest.approx(0.275)
+    assert schedule.lr(400, 400) == 0.05
+    assert schedule.lr(720, 800) == pytest.approx(0.275)
+
+
+def test_cosine_falls_from_the_peak_to_the_end(tiny_config: Config) -> None:
+    schedule = make(tiny_config, "cosine", budgets=(480,))
+    assert schedule.segments() == [Segment(start=0, stop=480, branch=480)]
+    rates = [schedule.lr(images, 480) for images in range(80, 481, 8)]
+    assert rates[0] == 0.5
+    assert rates[25] == pytest.approx(0.275)
+    assert rates[-1] == pytest.approx(0.05)
+    assert all(before > after for before, after in itertools.pairwise(rates))
+
+
+@pytest.mark.parametrize(("kind", "warmup"), [("wsd", 328), ("cosine", 400)])
+def test_a_warm_up_that_reaches_into_the_decay_is_refused(tiny_config: Config, kind: str, warmup: int) -> None:
+    with pytest.raises(ConfigError, match=f"warmup_images {warmup} reaches past image"):
+        make(tiny_config, kind, budgets=(400,), warmup_images=warmup)

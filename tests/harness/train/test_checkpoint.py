@@ -1,0 +1,185 @@
+"""A checkpoint written by any ranks and stage is read by any other; a failed write costs nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.train.checkpoint import (
+    CheckpointError,
+    complete_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from aimscale.harness.train.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.train.engine import Engine, EngineOptions
+
+CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
+Run = Callable[..., list[int]]
+
+
+def make_engine(group: Group, stage: int, precision: str = "fp32", **options: bool) -> Engine:
+    optimiser = OptimiserSection(batch_size=8, precision=precision)  # type: ignore[arg-type]
+    return Engine(AIM(CONFIG), optimiser, EngineOptions(zero_stage=stage, **options), group)
+
+
+def train(engine: Engine, group: Group, start: int, stop: int) -> list[float]:
+    """Losses of steps start..stop-1, on images that depend on the step alone."""
+    losses = []
+    for step in range(start, stop):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(8, 3, 16, 16, generator=generator)
+        prefix_len = torch.randint(1, 16, (8,), generator=generator)
+        mine = torch.arange(8).tensor_split(group.world_size)[group.rank]
+        batch = Batch(images=images[mine], prefix_len=prefix_len[mine], positions=mine)
+        num_targets = int((16 - prefix_len).sum())
+        outcome = engine.step([batch], num_targets=num_targets, lr=1e-2)
+        losses.append(group.sum_(outcome.loss_sum.clone()).item() / num_targets)
+    return losses
+
+
+def save(path: Path, engine: Engine, group: Group, images_seen: int = 40) -> None:
+    save_checkpoint(
+        path, engine, group, run_id="r", images_seen=images_seen, branch=None, progress={"images_done": images_seen}
+    )
+
+
+def write_all(rank: int, folder: Path, cases: list[tuple[int, str]]) -> None:
+    """Train five steps, save, and note the losses of five more."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    for stage, precision in cases:
+        engine = make_engine(group, stage, precision)
+        train(engine, group, 0, 5)
+        name = f"{group.world_size}-{stage}-{precision}"
+        save(folder / name, engine, group)
+        losses = train(engine, group, 5, 10)
+        save_weights(folder / f"{name}.weights", engine, group)
+        if rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps(losses))
+    stop_group()
+
+
+def read_all(rank: int, folder: Path, cases: list[tuple[int, str]], sources: list[str]) -> None:
+    """Every stage goes on from every checkpoint of another world size, and exactly so from its own."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    for stage, precision in cases:
+        for source in sources:
+            is_own = source == f"{group.world_size}-{stage}-{precision}"
+            if not source.endswith(precision) or not (is_own or source[0] != str(group.world_size)):
+                continue
+            engine = make_engine(group, stage, precision)
+            train(engine, group, 20, 22)  # what was there before must not matter
+            manifest = load_checkpoint(folder / source, engine, group)
+            assert manifest.adam_step == 5
+            losses = train(engine, group, 5, 10)
+            expected = json.loads((folder / f"{source}.json").read_text())
+            if is_own:
+                assert losses == expected, (source, stage)
+                save_weights(folder / "again.weights", engine, group)
+                if rank == 0:
+                    same = (folder / "again.weights").read_bytes() == (folder / f"{source}.weights").read_bytes()
+                    assert same, (source, stage)
+            else:
+                tolerance = 1e-5 if precision == "fp32" else 2e-2
+                assert losses == pytest.approx(expected, rel=tolerance), (source, stage)
+    stop_group()
+
+
+@pytest.mark.slow
+def test_any_ranks_and_stage_go_on_from_any_checkpoint(tmp_path: Path, in_processes: Run) -> None:
+    fp32 = [(stage, "fp32") for stage in (0, 1, 2, 3)]
+    bf16 = [(stage, "bf16") for stage in (1, 2, 3)]
+    for world_size in (1, 2):
+        assert in_processes(write_all, tmp_path, fp32 + bf16, world_size=world_size) == [0] * world_size
+    sources = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert len(sources) == 14
+    for world_size in (1, 2):
+        codes = in_processes(read_all, tmp_path, fp32 + bf16, sources, world_size=world_size)
+        assert codes == [0] * world_size
+
+
+def offload_and_back(rank: int, folder: Path, cases: list[tuple[int, str, bool]]) -> None:
+    """What an offloading engine saved goes on exactly, in an offloading engine and in one that does not offload."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    for stage, precision, weights in cases:
+        offloading = {"offload_optimiser": True, "offload_weights": weights}
+        engine = make_engine(group, stage, precision, **offloading)
+        train(engine, group, 0, 3)
+        path = folder / f"{stage}-{precision}-{weights}"
+        save(path, engine, group)
+        expected = train(engine, group, 3, 6)
+        for options in (offloading, {}):
+            other = make_engine(group, stage, precision, **options)
+            train(other, group, 20, 21)
+            load_checkpoint(path, other, group)
+            losses = train(other, group, 3, 6)
+            assert losses == (expected if options else pytest.approx(expected, rel=1e-5)), (stage, precision, options)
+    stop_group()
+
+
+@pytest.mark.slow
+def test_an_offloaded_run_is_saved_and_goes_on_with_or_without_offloading(tmp_path: Path, in_processes: Run) -> None:
+    cases = [(1, "fp32", False), (2, "bf16", False), (3, "fp32", True)]
+    assert in_processes(offload_and_back, tmp_path, cases, world_size=2) == [0, 0]
+
+
+def round_trip(rank: int, folder: Path) -> None:
+    group = start_group(find_placement(), "cpu")
+    engine = make_engine(group, 0)
+    train(engine, group, 0, 3)
+    save(folder / "1", engine, group, images_seen=24)
+    losses = train(engine, group, 3, 6)
+    load_checkpoint(folder / "1", engine, group)
+    assert train(engine, group, 3, 6) == losses
+    save(folder / "2", engine, group, images_seen=48)
+    assert [path.name for path, _ in complete_checkpoints(folder)] == ["1", "2"]
+
+    part = next((folder / "2").glob("part-*"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(folder / "2", engine, group)
+    part.write_bytes(content[:-1])
+    assert [path.name for path, _ in complete_checkpoints(folder)] == ["1"], "a short file is incomplete"
+    stop_group()
+
+
+def test_a_checkpoint_restores_weights_moments_and_count_and_notices_damage(tmp_path: Path, in_processes: Run) -> None:
+    assert in_processes(round_trip, tmp_path) == [0]
+
+
+def fill_the_disk(rank: int, folder: Path) -> None:
+    group = start_group(find_placement(), "cpu")
+    engine = make_engine(group, 0)
+    save(folder / "1", engine, group, images_seen=24)
+    train(engine, group, 0, 1)
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*make room"):
+        save(folder / "2", engine, group, images_seen=48)
+    assert [path.name for path in folder.iterdir()] == ["1"], "nothing half-written is left"
+    load_checkpoint(folder / "1", engine, group)
+    stop_group()
+
+
+def test_a_full_disk_never_costs_the_last_good_checkpoint(tmp_path: Path, in_processes: Run) -> None:
+    size = 12 * sum(parameter.numel() for parameter in AIM(CONFIG).parameters())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", tmp_path], check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        assert in_processes(fill_the_disk, tmp_path) == [0]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

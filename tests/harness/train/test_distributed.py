@@ -1,0 +1,39 @@
+"""Who am I among the ranks, by whatever started me."""
+
+from __future__ import annotations
+
+import pytest
+
+from aimscale.harness.train.distributed import LaunchError, find_placement, first_host
+
+
+def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
+    alone = find_placement({})
+    assert (alone.rank, alone.world_size, alone.local_rank, alone.address) == (0, 1, 0, "127.0.0.1")
+
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
+    placed = find_placement(torchrun)
+    assert (placed.rank, placed.world_size, placed.local_rank, placed.address, placed.port) == (3, 4, 1, "node1", 1234)
+
+    slurm = {
+        "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "gpu[003-004,9]",
+    }  # fmt: skip
+    placed = find_placement(slurm)
+    assert (placed.rank, placed.world_size, placed.local_rank, placed.address) == (5, 8, 1, "gpu003")
+    assert placed.port == find_placement(slurm | {"SLURM_PROCID": "0"}).port != alone.port
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "9"}
+    assert find_placement(batch_script).world_size == 1, "only what srun started is one of several"
+
+
+def test_half_an_environment_is_refused() -> None:
+    with pytest.raises(LaunchError, match="MASTER_ADDR"):
+        find_placement({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-12]", "gpu07"), ("a-[1,3]-ib", "a-1-ib"), ("rack[2-3],other", "rack2")],
+)
+def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first

@@ -1,0 +1,150 @@
+"""Every ZeRO stage, split and rank count takes the steps of a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.run.config import ConfigError, OptimiserSection
+from aimscale.harness.train.distributed import find_placement, start_group, stop_group
+from aimscale.harness.train.engine import Engine, EngineOptions
+
+CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
+BATCH, NUM_STEPS, LR = 8, 20, 3e-3
+Run = Callable[..., list[int]]
+
+
+def step_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and prefixes of unequal length."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(BATCH, 3, 16, 16, generator=generator)
+    return images, torch.randint(1, CONFIG.num_tokens, (BATCH,), generator=generator)
+
+
+def plain_losses(optimiser: OptimiserSection) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a loop without DeepSpeed, ranks or micro-batches."""
+    model = AIM(CONFIG)
+    adamw = torch.optim.AdamW(
+        model.param_groups(optimiser.weight_decay), lr=LR, betas=optimiser.betas, eps=optimiser.eps
+    )
+    losses, norms = [], []
+    for step in range(NUM_STEPS):
+        loss_sum, num_targets = model(*step_batch(step))
+        (loss_sum / num_targets).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.clip_norm).item())
+        adamw.step()
+        adamw.zero_grad()
+        losses.append((loss_sum / num_targets).item())
+    return losses, norms
+
+
+def split(images: torch.Tensor, prefix_len: torch.Tensor, rank: int, world_size: int, num_micro: int) -> list[Batch]:
+    """This rank's micro-batches, of unequal sizes where the batch does not divide."""
+    parts = [torch.tensor_split(each, world_size * num_micro) for each in (images, prefix_len, torch.arange(BATCH))]
+    mine = slice(rank * num_micro, (rank + 1) * num_micro)
+    return [
+        Batch(images=image, prefix_len=prefix, positions=position)
+        for image, prefix, position in zip(*(part[mine] for part in parts), strict=True)
+    ]
+
+
+def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, str]]) -> None:
+    """Run every (precision, stage, micro-batches, offload) in this process group and write losses and norms."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    results = []
+    for precision, stage, num_micro, offload in cases:
+        optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
+        options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
+        engine = Engine(AIM(CONFIG), optimiser, options, group)
+        losses, norms = [], []
+        for step in range(NUM_STEPS):
+            images, prefix_len = step_batch(step)
+            num_targets = int((CONFIG.num_tokens - prefix_len).sum())
+            micro_batches = split(images, prefix_len, rank, group.world_size, num_micro)
+            outcome = engine.step(micro_batches, num_targets=num_targets, lr=LR)
+            losses.append(group.sum_(outcome.loss_sum.clone()).item() / num_targets)
+            norms.append(float(outcome.grad_norm))
+        results.append((losses, norms))
+    stop_group()
+    if rank == 0:
+        out.write_text(json.dumps(results))
+
+
+def largest_difference(ours: list[float], plain: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in_processes: Run) -> None:
+    stages = (0, 1, 2, 3) if world_size == 2 else (0, 1, 2)
+    micro = (1, 2, 3)  # 8 images in 3 or 6 parts: unequal sizes
+    cases = [("fp32", stage, num_micro, "none") for stage, num_micro in product(stages, micro)]
+    cases += [("bf16", stage, 2, "none") for stage in stages if stage]
+    if world_size == 2:
+        cases += [(precision, stage, 2, "optimiser") for precision, stage in product(("fp32", "bf16"), (1, 2, 3))]
+        cases += [("fp32", 3, 3, "all"), ("bf16", 3, 2, "all")]
+    else:
+        cases += [("fp32", 2, 2, "optimiser"), ("bf16", 1, 2, "optimiser")]
+    out = tmp_path / "losses.json"
+    assert in_processes(engine_losses, out, cases, world_size=world_size) == [0] * world_size
+    losses, norms = plain_losses(OptimiserSection(batch_size=BATCH, clip_norm=0.5))
+    assert min(norms) < 0.5 < max(norms), "some steps are clipped and some are not"
+    for case, (our_losses, our_norms) in zip(cases, json.loads(out.read_text()), strict=True):
+        tolerance = 1e-5 if case[0] == "fp32" else 1e-2
+        assert largest_difference(our_losses, losses) < tolerance, case
+        assert largest_difference(our_norms, norms) < 10 * tolerance, case
+
+
+def bad_steps(rank: int, out: Path, stages: list[tuple[str, int]]) -> None:
+    """Take one good step, one with an infinite pixel, one good; note weights and what was applied."""
+    group = start_group(find_placement(), "cpu")
+    results = []
+    for precision, stage in stages:
+        optimiser = OptimiserSection(batch_size=BATCH, precision=precision)  # type: ignore[arg-type]
+        engine = Engine(AIM(CONFIG), optimiser, EngineOptions(zero_stage=stage), group)
+        applied, weights = [], []
+        for step, poison in enumerate([False, True, False]):
+            images, prefix_len = step_batch(step)
+            images[0, 0, 8, 8] = float("inf") if poison else images[0, 0, 8, 8]
+            num_targets = int((CONFIG.num_tokens - prefix_len).sum())
+            batches = split(images, prefix_len, 0, 1, 2)
+            applied.append(engine.step(batches, num_targets=num_targets, lr=LR).was_applied)
+            flat = engine.optimiser_tensors()[0]
+            state = engine.adam_state(flat)
+            weights.append((float(flat.detach().double().sum()), float(state["step"]), float(state["exp_avg"].sum())))
+        results.append((applied, weights))
+    stop_group()
+    out.write_text(json.dumps(results))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, in_processes: Run) -> None:
+    stages = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+    assert in_processes(bad_steps, tmp_path / "steps.json", stages) == [0]
+    for stage, (applied, weights) in zip(stages, json.loads((tmp_path / "steps.json").read_text()), strict=True):
+        assert applied == [True, False, True], stage
+        assert weights[1] == weights[0], stage
+        assert weights[2] != weights[1], stage
+
+
+def refuse(rank: int) -> None:
+    group = start_group(find_placement(), "cpu")
+    with pytest.raises(ConfigError, match="zero_stage 0 cannot keep float32 master weights"):
+        Engine(AIM(CONFIG), OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
+    fp32 = OptimiserSection(precision="fp32")
+    with pytest.raises(ConfigError, match="use zero_stage 1, 2 or 3 to offload it"):
+        Engine(AIM(CONFIG), fp32, EngineOptions(zero_stage=0, offload_optimiser=True), group)
+    with pytest.raises(ConfigError, match="offload_weights needs zero_stage 3"):
+        Engine(AIM(CONFIG), fp32, EngineOptions(zero_stage=2, offload_optimiser=True, offload_weights=True), group)
+
+
+def test_what_deepspeed_gets_wrong_or_cannot_do_is_refused(in_processes: Run) -> None:
+    assert in_processes(refuse) == [0]

@@ -1,0 +1,277 @@
+"""What goes wrong with one rank's images is known to all ranks at once, and counted over the whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import aimscale.harness.log.record
+import aimscale.harness.train.feed
+import aimscale.harness.train.peak
+from aimscale.aim.errors import UserError
+from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
+from aimscale.harness.train.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.train.feed import PeerFailedError, together
+from aimscale.harness.train.loop import train
+
+Run = Callable[..., list[int]]
+Config = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the peak on a small product, and take shares over few images; forks inherit it."""
+    monkeypatch.setattr(aimscale.harness.train.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+    monkeypatch.setattr(aimscale.harness.train.feed, "MIN_IMAGES", 40)
+
+
+def train_in(rank: int, path: Path) -> None:
+    """A launcher's process."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        sys.exit(train(path))
+    except UserError as error:
+        sys.exit(error.exit_code)
+
+
+def spoil(folder: Path, out: Path, samples: range) -> Path:
+    """Copy of a data set whose index stays and whose given samples hold zeros."""
+    shutil.copytree(folder, out)
+    dataset = open_dataset(out)
+    for sample in samples:
+        with (out / dataset.info.shards[dataset.shard[sample]].name).open("r+b") as shard:
+            shard.seek(dataset.offset[sample])
+            shard.write(bytes(int(dataset.size[sample])))
+    return out
+
+
+def fail_on_some(rank: int, out: Path) -> None:
+    group = start_group(find_placement(), "cpu")
+    assert together(group, lambda: rank) == rank
+
+    def load() -> None:
+        if rank == 1:
+            raise DataError("shard 7 is gone")
+
+    def crash() -> None:
+        if rank == 0:
+            raise ZeroDivisionError("a bug")
+
+    told = []
+    for action in (load, crash):
+        try:
+            together(group, action)
+        except Exception as error:
+            told.append([type(error).__name__, str(error)])
+    (out / f"{rank}.json").write_text(json.dumps(told))
+    assert group.sums(rank, 2, 10 * rank) == [1, 4, 10], "the ranks are still in step"
+    stop_group()
+
+
+def test_all_ranks_raise_what_one_raised(tmp_path: Path, in_processes: Run) -> None:
+    assert in_processes(fail_on_some, tmp_path, world_size=2) == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == [["DataError", "shard 7 is gone"], ["ZeroDivisionError", "a bug"]]
+    assert second == [
+        ["DataError", "shard 7 is gone"],
+        [PeerFailedError.__name__, "rank 0 failed: ZeroDivisionError: a bug"],
+    ]
+
+
+def alone() -> Group:
+    import torch
+
+    placement = find_placement({})
+    return Group(placement, torch.device("cpu"), None)
+
+
+def test_alone_an_error_is_itself() -> None:
+    error = ZeroDivisionError("a bug")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        together(alone(), fail)
+    assert caught.value is error
+
+
+def train_elsewhere(rank: int, path: Path, folders: Path, truncate_at: int | None) -> None:
+    """Train in a folder of this rank's own; cut rank 1's shards off while it trains."""
+    os.chdir(folders / str(rank))
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if self.images_done == truncate_at and rank == 1:
+            for shard in Path("train").glob("*.tar"):
+                os.truncate(shard, 512)
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    train_in(rank, path)
+
+
+@pytest.mark.parametrize(("truncate_at", "num_workers"), [(None, 0), (32, 1)])
+def test_a_broken_shard_of_one_rank_ends_all_ranks_with_the_reason(
+    tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run, truncate_at: int | None, num_workers: int
+) -> None:
+    """Well before the timeout of a collective: the test's own is shorter."""
+    for rank in (0, 1):
+        shutil.copytree(tiny_data / "train", tmp_path / str(rank) / "train")
+    if truncate_at is None:
+        next((tmp_path / "1" / "train").glob("*.tar")).unlink()
+    config = tiny_config(
+        {"num_workers": num_workers},
+        data={"sources": [{"path": "train"}]},
+        budgets=[1024],
+        schedule={"warmup_images": 8},
+    )
+    run = RunDir.create(tmp_path / "run", config)
+    assert in_processes(train_elsewhere, run.path, tmp_path, truncate_at, world_size=2) == [2, 2]
+    status = run.read_status()
+    assert (status.state, status.reason_class) == ("failed", "data")
+    assert ("is missing" if truncate_at is None else "is truncated") in str(status.reason)
+
+
+def crash_on_one(rank: int, path: Path) -> None:
+    """Train; rank 1 crashes in a step."""
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if self.images_done == 32 and rank == 1:
+            raise ZeroDivisionError("a bug")
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    train_in(rank, path)
+
+
+def test_a_lost_connection_does_not_hide_why_a_rank_crashed(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config())
+    assert 0 not in in_processes(crash_on_one, run.path, world_size=2)
+    status = run.read_status()
+    assert (status.state, status.reason_class, status.reason) == ("failed", "code", "ZeroDivisionError: a bug")
+
+
+def stop_at(rank: int, path: Path, num_images: int) -> None:
+    """Train and be asked to stop once `num_images` are done."""
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if self.images_done == num_images and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    train_in(rank, path)
+
+
+def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
+    tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    path = spoil(tiny_data / "train", tmp_path / "spoilt", range(6))
+    config = tiny_config(data={"sources": [{"path": str(path)}], "max_bad_fraction": 0.5})
+    stream = TrainStream(config.result)
+    expected = {budget: len(stream.batch(range(budget)).bad_samples) for budget in (64, 128)}
+    assert expected[128] >= 2 * 6, "two epochs"
+    run = RunDir.create(tmp_path / "run", config)
+    for num_images in (24, 72):
+        assert in_processes(stop_at, run.path, num_images, world_size=2) == [EXIT_PREEMPTED] * 2
+    assert in_processes(train_in, run.path) == [0]
+    assert {row["images_seen"]: row["num_bad_samples"] for row in run.read_rows()} == expected
+
+
+@pytest.mark.slow
+def test_too_many_undecodable_samples_stop_a_run_wherever_it_was_restarted(
+    tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    path = spoil(tiny_data / "train", tmp_path / "spoilt", range(0, 64, 5))
+    config = tiny_config(data={"sources": [{"path": str(path)}], "max_bad_fraction": 0.2}, budgets=[128])
+    reasons = []
+    for name, stops, world_size in (("whole", (), 1), ("broken", (16,), 2)):
+        run = RunDir.create(tmp_path / name, config)
+        for num_images in stops:
+            assert in_processes(stop_at, run.path, num_images, world_size=world_size) == [EXIT_PREEMPTED] * world_size
+        assert in_processes(train_in, run.path, world_size=world_size) == [2] * world_size
+        assert run.read_status().reason_class == "data"
+        reasons.append(str(run.read_status().reason))
+    assert reasons[0] == reasons[1]
+    assert "of the run's first" in reasons[0]
+    assert "cannot be decoded, last sample '" in reasons[0]
+    assert "max_bad_fraction (0.2)" in reasons[0]
+    number, total = (int(word) for word in reasons[0].split() if word.isdigit())
+    assert number > 0.2 * max(total, 40)
+
+
+def signal_the_group(rank: int, path: Path, num_images: int, signum: int) -> None:
+    """Train in a process group of its own, every process of which gets the signal, as Slurm does it."""
+    os.setpgrp()
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if self.images_done == num_images:
+            os.killpg(0, signum)
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    train_in(rank, path)
+
+
+def test_a_signal_to_every_process_of_a_step_leaves_the_workers_alone(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config({"num_workers": 2, "checkpoint_every_images": None})
+    run = RunDir.create(tmp_path / "run", config)
+    for num_images, signum in ((24, signal.SIGUSR2), (72, signal.SIGTERM)):
+        assert in_processes(signal_the_group, run.path, num_images, signum) == [EXIT_PREEMPTED]
+        assert run.read_status().state == "preempted"
+    assert in_processes(train_in, run.path) == [0]
+    assert [row["images_seen"] for row in run.read_rows()] == [64, 128]
+
+
+def test_who_augments_changes_no_bit_of_a_run(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, two_sizes: dict[str, Path]
+) -> None:
+    """Neither do workers: small images come from memory, large ones are resized here or there."""
+    data = {"sources": [{"path": str(two_sizes["train"])}], "color_jitter": True}
+    runs = []
+    for place, num_workers in (("loader", 0), ("device", 1)):
+        runtime = {"augment_on": place, "num_workers": num_workers, "micro_batch": 4}
+        config = tiny_config(runtime, data=data, validation={"path": str(two_sizes["validation"])}, budgets=[64])
+        runs.append(RunDir.create(tmp_path / place, config))
+        assert in_processes(train_in, runs[-1].path) == [0]
+    assert runs[0].load_config().run_id == runs[1].load_config().run_id
+    first, second = runs
+    assert first.metrics.read_bytes() == second.metrics.read_bytes()
+    assert first.model_file(64).read_bytes() == second.model_file(64).read_bytes()
+
+
+@pytest.fixture
+def two_sizes(tmp_path: Path) -> dict[str, Path]:
+    """Pictures of 20 and of 90 x 110 px, and others to validate on."""
+    rng = np.random.default_rng(7)
+    for name, number in (("train", 24), ("validation", 8)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(number):
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            size = (20, 20) if index % 2 else (110, 90)
+            coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "images" / name / f"{index}.png")
+        pack_folder(tmp_path / "images" / name, tmp_path / "packed" / name)
+    return {name: tmp_path / "packed" / name for name in ("train", "validation")}

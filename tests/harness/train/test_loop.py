@@ -1,0 +1,364 @@
+"""Runs end to end: killed anywhere, stopped, moved to other ranks, not finite, and beside another process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import aimscale.harness.log.record
+import aimscale.harness.train.checkpoint
+import aimscale.harness.train.engine
+import aimscale.harness.train.peak
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.train.loop import train
+
+Run = Callable[..., list[int]]
+Config = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def _small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the peak on a small product; forks inherit it."""
+    monkeypatch.setattr(aimscale.harness.train.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+
+
+def train_in(rank: int, path: Path) -> None:
+    """A launcher's process."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        sys.exit(train(path))
+    except UserError as error:
+        sys.exit(error.exit_code)
+
+
+def results(path: Path) -> dict[str, Any]:
+    """What must be equal between runs: metric lines, rows without times, weights."""
+    run = RunDir(path)
+    timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "run_id", "config_hash", "git_commit"}
+    return {
+        "metrics": run.metrics.read_text(),
+        "rows": [{k: v for k, v in row.items() if k not in timing} for row in run.read_rows()],
+        "weights": {row["images_seen"]: run.model_file(row["images_seen"]).read_bytes() for row in run.read_rows()},
+    }
+
+
+FILE_EVENTS = ("fsync", "replace", "rename", "unlink", "rmdir", "truncate")
+
+
+def train_until_event(rank: int, path: Path, number: int, counter: Path) -> None:
+    """Train and die of SIGKILL just before the `number`-th change of a file that makes something durable or visible."""
+    events = iter(range(number))
+
+    def watched(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(events, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            counter.write_text(str(int(counter.read_text() or 0) + 1))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in FILE_EVENTS:
+        setattr(os, name, watched(name))
+    train_in(rank, path)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config()
+    whole = RunDir.create(tmp_path / "whole", config)
+    counter = tmp_path / "events"
+    counter.write_text("0")
+    assert in_processes(train_until_event, whole.path, 10**9, counter) == [0]
+    num_events = int(counter.read_text())
+    assert num_events > 60
+    expected = results(whole.path)
+    assert [row["images_seen"] for row in expected["rows"]] == [64, 128]
+
+    # Each run dies again and again, after a stride of its own, so that the deaths meet all stages of the work.
+    num_deaths = 0
+    for stride in (5, 7, 11, 17, 31, 53):
+        broken = RunDir.create(tmp_path / f"broken-{stride}", config)
+        codes = []
+        for attempt in range(40):
+            codes += in_processes(train_until_event, broken.path, stride + attempt, counter)
+            if codes[-1] == 0:
+                break
+        assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0]
+        num_deaths += len(codes) - 1
+        assert results(broken.path) == expected
+        assert broken.read_status().state == "finished"
+    print(f"{num_deaths} deaths in 6 runs of {num_events} file events each")
+    assert num_deaths > 20
+
+
+def stop_after(rank: int, path: Path, num_images: int, signum: int) -> None:
+    """Train and send this process a signal once `num_images` are done."""
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        # One rank of a group gets it: all must agree to stop.
+        if self.images_done == num_images and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signum)
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    train_in(rank, path)
+
+
+def test_a_signal_saves_and_the_next_start_goes_on(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    config = tiny_config({"checkpoint_every_images": None})
+    whole, stopped = (RunDir.create(tmp_path / name, config) for name in ("whole", "stopped"))
+    assert in_processes(train_in, whole.path) == [0]
+    # On the trunk, after the last step of the first decay but before its evaluation, on the trunk, in the second decay.
+    for num_images, signum in ((32, signal.SIGTERM), (64, signal.SIGTERM), (72, signal.SIGUSR2), (136, signal.SIGTERM)):
+        assert in_processes(stop_after, stopped.path, num_images, signum) == [EXIT_PREEMPTED]
+        assert stopped.read_status().state == "preempted"
+        assert not stopped.is_held()
+    assert in_processes(train_in, stopped.path) == [0]
+    assert results(stopped.path) == results(whole.path)
+    assert not stopped.checkpoints.exists(), "a finished run needs none"
+    assert stopped.read_status().attempt == 5
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    def damage(path: Path) -> None:
+        part = next(path.glob("part-*"))
+        content = bytearray(part.read_bytes())
+        content[-1] ^= 1
+        part.write_bytes(content)
+
+    config = tiny_config({"checkpoint_every_images": None}, budgets=[128])
+    whole, broken = (RunDir.create(tmp_path / name, config) for name in ("whole", "broken"))
+    assert in_processes(train_in, whole.path) == [0]
+    assert in_processes(stop_after, broken.path, 112, signal.SIGTERM) == [EXIT_PREEMPTED]
+    assert sorted(path.name for path in broken.checkpoints.iterdir()) == ["104", "112-decay-128"]
+    damage(broken.checkpoint_dir(112, 128))
+    assert in_processes(stop_after, broken.path, 120, signal.SIGTERM) == [EXIT_PREEMPTED]
+    damage(broken.checkpoint_dir(120, 128))
+    damage(broken.checkpoint_dir(104))
+    assert in_processes(train_in, broken.path) == [2]
+    assert "120-decay-128 is damaged" in str(broken.read_status().reason)
+    damage(broken.checkpoint_dir(104))  # twice flipped is whole again
+    assert in_processes(train_in, broken.path) == [0]
+    assert results(broken.path) == results(whole.path)
+
+
+def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place: str) -> None:
+    """Train on several ranks of which one dies of SIGKILL after a step or inside a save, at its `number`-th."""
+    owner, name = {
+        "step": (aimscale.harness.log.record.Recorder, "step"),
+        "save": (aimscale.harness.train.checkpoint, "_write_part"),
+    }[place]
+    real, calls = getattr(owner, name), iter(range(1, number))
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if rank == victim and next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, watched)
+    train_in(rank, path)
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_the_others_end_with_a_reason_and_the_next_start_goes_on(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config({"zero_stage": 1})
+    whole, broken = (RunDir.create(tmp_path / name, config) for name in ("whole", "broken"))
+    assert in_processes(train_in, whole.path, world_size=2) == [0, 0]
+    # Far sooner than a collective's own time limit, which is longer than that of a test.
+    for victim, number, place in ((1, 4, "step"), (0, 2, "step"), (1, 1, "save"), (0, 1, "save"), (1, 9, "step")):
+        codes = in_processes(train_and_lose_a_rank, broken.path, victim, number, place, world_size=2)
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] == 1, "ended, and not as if it were finished"
+        status = broken.read_status()
+        assert (status.state, status.reason_class) == ("failed", "node"), status
+        assert status.reason
+        assert not broken.is_held()
+    assert in_processes(train_in, broken.path, world_size=2) == [0, 0]
+    assert results(broken.path) == results(whole.path)
+
+
+@pytest.mark.slow
+def test_a_run_moves_to_other_ranks_and_stages_by_itself(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    whole = RunDir.create(tmp_path / "whole", tiny_config())
+    assert in_processes(train_in, whole.path) == [0]
+    moved = RunDir.create(tmp_path / "moved", tiny_config({"zero_stage": 2, "micro_batch": 2}))
+    assert in_processes(stop_after, moved.path, 40, signal.SIGTERM, world_size=2) == [EXIT_PREEMPTED] * 2
+    for stage, num_images, world_size in ((1, 96, 1), (3, 136, 2)):
+        moved.config.write_text(tiny_config({"zero_stage": stage, "micro_batch": 4}).to_yaml())
+        codes = in_processes(stop_after, moved.path, num_images, signal.SIGTERM, world_size=world_size)
+        assert codes == [EXIT_PREEMPTED] * world_size
+    moved.config.write_text(tiny_config().to_yaml())
+    assert in_processes(train_in, moved.path) == [0]
+    ours, theirs = ([json.loads(line) for line in run.metrics.read_text().splitlines()] for run in (moved, whole))
+    assert [line["images_seen"] for line in ours] == [line["images_seen"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [64, 128])
+def test_a_branch_equals_a_run_that_had_only_that_budget(
+    budget: int, tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    several = RunDir.create(tmp_path / "several", tiny_config(budgets=[64, 128]))
+    alone = RunDir.create(tmp_path / "alone", tiny_config(budgets=[budget]))
+    assert in_processes(train_in, several.path) == in_processes(train_in, alone.path) == [0]
+    row = next(row for row in several.read_rows() if row["images_seen"] == budget)
+    (only,) = alone.read_rows()
+    assert several.model_file(budget).read_bytes() == alone.model_file(budget).read_bytes()
+    assert (row["val_loss"], row["train_loss"]) == (only["val_loss"], only["train_loss"])
+    with np.load(several.validation_file(budget)) as ours, np.load(alone.validation_file(budget)) as theirs:
+        assert np.array_equal(ours["loss_sum"], theirs["loss_sum"])
+
+
+def train_with_bad_steps(rank: int, path: Path, bad: set[int]) -> None:
+    """Train with the losses of some steps (by their image position) made infinite."""
+    real = aimscale.harness.train.engine.Engine.step
+
+    def step(self: aimscale.harness.train.engine.Engine, micro_batches: Any, **kwargs: Any) -> Any:
+        first = micro_batches[0]
+        if int(first.positions[0]) in bad:
+            images = first.images_on("cpu").clone()
+            images[0, 0, -1, -1] = torch.inf
+            micro_batches = [dataclasses.replace(first, images=images), *micro_batches[1:]]
+        return real(self, micro_batches, **kwargs)
+
+    aimscale.harness.train.engine.Engine.step = step  # type: ignore[method-assign]
+    train_in(rank, path)
+
+
+def test_bad_steps_are_skipped_counted_and_stop_a_run_when_too_many(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    clean, skipping, lost = (RunDir.create(tmp_path / name, tiny_config({"max_skipped_steps": 2}, budgets=[64]))
+                             for name in ("clean", "skipping", "lost"))  # fmt: skip
+    assert in_processes(train_in, clean.path) == [0]
+    assert in_processes(train_with_bad_steps, skipping.path, {16, 24}) == [0]
+    (row,) = skipping.read_rows()
+    assert row["num_skipped_steps"] == 2
+    lines = [json.loads(line) for line in skipping.metrics.read_text().splitlines()]
+    assert [line["num_skipped_steps"] for line in lines][:2] == [1, 2]
+    usual = [json.loads(line) for line in clean.metrics.read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [line["lr"] for line in usual], "the schedule does not drift"
+    assert in_processes(train_with_bad_steps, lost.path, set(range(16, 64))) == [EXIT_DIVERGED]
+    status = lost.read_status()
+    assert (status.state, status.reason_class) == ("diverged", "nan")
+    assert "3 steps in a row were not finite, up to image 40" in str(status.reason)
+
+
+def stop_with_bad_steps(rank: int, path: Path, bad: set[int], num_images: int) -> None:
+    """`train_with_bad_steps`, and a signal once `num_images` are done."""
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        try:
+            real(self, *args, **kwargs)
+        finally:
+            if self.images_done == num_images:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    train_with_bad_steps(rank, path, bad)
+
+
+@pytest.mark.slow
+def test_a_run_rolls_back_behind_a_bad_stretch_however_it_is_interrupted(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    section = {"every_images": 24, "after_skipped_steps": 1, "max_times": 1}
+    config = tiny_config({"checkpoint_every_images": None, "log_every_steps": 1}, budgets=[128], roll_back=section)
+    bad = {56, 64}
+    whole = RunDir.create(tmp_path / "whole", config)
+    assert in_processes(train_with_bad_steps, whole.path, bad) == [0]
+    (row,) = whole.read_rows()
+    assert (row["num_roll_backs"], row["num_skipped_steps"]) == (1, 2)
+    # Saved at 32, 40 and 56 too, stopped between the two bad steps, at the roll-back and behind it.
+    often = tiny_config({"checkpoint_every_images": 8, "log_every_steps": 1}, budgets=[128], roll_back=section)
+    assert often.run_id == config.run_id
+    broken = RunDir.create(tmp_path / "broken", often)
+    for num_images in (64, 72, 80):
+        assert in_processes(stop_with_bad_steps, broken.path, bad, num_images) == [EXIT_PREEMPTED]
+        assert len(list(broken.checkpoints.iterdir())) <= 3
+    assert in_processes(train_with_bad_steps, broken.path, bad) == [0]
+    assert results(broken.path) == results(whole.path)
+    steady = RunDir.create(tmp_path / "steady", config)
+    assert in_processes(train_in, steady.path) == [0]
+    assert steady.model_file(128).read_bytes() != whole.model_file(128).read_bytes()
+
+
+def test_roll_backs_come_to_an_end(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    section = {"every_images": 24, "after_skipped_steps": 1}
+    lost = RunDir.create(tmp_path / "lost", tiny_config({"max_skipped_steps": 1}, budgets=[128], roll_back=section))
+    assert in_processes(train_with_bad_steps, lost.path, {32, 40, 48, 56}) == [EXIT_DIVERGED]
+    assert "2 steps in a row were not finite, up to image 64" in str(lost.read_status().reason)
+    early = RunDir.create(tmp_path / "early", tiny_config({"max_skipped_steps": 1}, budgets=[128], roll_back=section))
+    assert in_processes(train_with_bad_steps, early.path, {8, 16}) == [EXIT_DIVERGED], "nothing to go back to yet"
+
+
+def test_one_run_never_runs_twice_at_once(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config(budgets=[64]))
+    with run.hold():
+        assert in_processes(train_in, run.path) == [2]
+        assert run.read_status().state == "created"
+    assert in_processes(train_in, run.path) == [0]
+    assert in_processes(train_in, run.path) == [0], "a finished run has nothing left to do"
+    assert run.read_status().attempt == 1
+
+
+def test_a_mistake_is_one_sentence_in_the_status(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config(data={"sources": [{"path": str(tmp_path / "nowhere")}]}))
+    assert in_processes(train_in, run.path) == [2]
+    status = run.read_status()
+    assert (status.state, status.reason_class) == ("failed", "data")
+    assert "nowhere" in str(status.reason)
+
+
+def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
+    tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "two"), "epochs": 1}
+    config = tiny_config(
+        {"loggers": ["tensorboard"]},
+        probes=[{**task, "kinds": ["linear"]}],
+        budgets=[64],
+        schedule={"kind": "cosine", "warmup_images": 16},
+        optimiser={"batch_size": 8, "precision": "bf16"},
+    )
+    run = RunDir.create(tmp_path / "run", config)
+    assert in_processes(train_in, run.path, world_size=2) == [0, 0]
+    (row,) = run.read_rows()
+    expected = {"zero_stage": 1, "world_size": 2, "unique_images": 64, "epochs": 1.0, "val_num_images": 16}
+    assert {key: row[key] for key in expected} == expected
+    assert [(probe["task"], probe["kind"], probe["n"]) for probe in row["probes"]] == [("two", "linear", 24)]
+    assert json.loads((run.probes_dir(64) / "two.json").read_text())["world_size"] == 2  # shared by the ranks
+    assert len(list((run.path / "tensorboard").glob("events*"))) == 1
+    assert 0 < row["val_loss"] < 5
+    assert 0 < row["val_loss_se"] < 1
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(run.model_file(64)).values())
+    with np.load(run.completions_file(64)) as pictures:
+        assert (pictures["prediction"].shape, pictures["prediction"].dtype) == ((8, 16, 16, 3), np.uint8)
+        known = (pictures["prefix"] != 128).any(axis=-1)
+        assert np.array_equal(pictures["prediction"][known], pictures["truth"][known]), "the prefix is given"

@@ -1,0 +1,231 @@
+"""The memory estimate against measured steps, and the rule that follows from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aimscale.aim.config import ModelConfig, model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.bench.train import random_batches
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.train.distributed import find_placement, start_group, stop_group
+from aimscale.harness.train.engine import Engine, EngineOptions
+from aimscale.harness.train.feed import count_targets
+from aimscale.harness.train.memory import (
+    DoesNotFitError,
+    even_share,
+    execution_plan,
+    kept_bytes_per_image,
+    memory_estimate,
+)
+
+GIB = 2**30
+
+
+def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bool) -> float:
+    """Bytes per image that autograd keeps, weights and constants left out."""
+    model = AIM(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    model.set_activation_checkpointing(activation_checkpointing)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    (batch,) = random_batches(config, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch.images, batch.prefix_len)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize(("size", "side", "patch"), [("rung-64", 32, 4), ("rung-128", 112, 14)])
+def test_kept_activations_are_within_ten_percent(
+    size: str, side: int, patch: int, precision: str, activation_checkpointing: bool
+) -> None:
+    config = model_config(size, image_size=side, patch_size=patch)
+    measured = kept_bytes(config, precision, activation_checkpointing)
+    estimate = kept_bytes_per_image(config, precision, activation_checkpointing, on_cpu=True)  # type: ignore[arg-type]
+    assert estimate == pytest.approx(measured, rel=0.1)
+
+
+BIG = model_config("w640-d4", image_size=32, patch_size=8)
+
+
+def status_bytes(field: str) -> int:
+    """A field of this process's status: `VmHWM` is its peak of resident memory, `RssFile` its pages of mapped files."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def peak_bytes(reset: bool = False) -> int:
+    """Peak resident memory but for pages of libraries, which a fork touches one by one; `reset` starts a new peak."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmHWM") - status_bytes("RssFile")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def measure_step(rank: int, out: Path, precision: str, stage: int, offload: str) -> None:
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    Engine(AIM(model_config("w16-d2", image_size=16, patch_size=4)), OptimiserSection(precision="fp32"),
+           EngineOptions(zero_stage=0), group)  # fmt: skip  # imports are no part of the model
+    before = peak_bytes(reset=True)
+    options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
+    engine = Engine(AIM(BIG), OptimiserSection(batch_size=16, precision=precision), options, group)  # type: ignore[arg-type]
+    peak_bytes(reset=True)
+    step = random_batches(BIG, 16 // group.world_size, 16)
+    for _ in range(2):
+        engine.step(step, num_targets=group.world_size * count_targets(step, BIG.num_tokens), lr=1e-3)
+    if rank == 0:
+        out.write_text(json.dumps(peak_bytes() - before))
+    stop_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "stage", "world_size", "offload"),
+    [
+        ("fp32", 0, 1, "none"),
+        ("fp32", 1, 1, "none"),
+        ("fp32", 2, 2, "none"),
+        ("bf16", 1, 1, "none"),
+        ("bf16", 1, 2, "none"),
+        ("bf16", 2, 2, "none"),
+        ("bf16", 3, 2, "none"),
+        ("fp32", 1, 1, "optimiser"),
+        ("bf16", 1, 1, "optimiser"),
+        ("bf16", 2, 2, "optimiser"),
+        ("bf16", 3, 1, "optimiser"),
+        ("bf16", 3, 2, "all"),
+    ],
+)
+def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(
+    precision: str, stage: int, world_size: int, offload: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "bytes"
+    place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out), precision, str(stage), offload],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]
+    assert [process.wait() for process in ranks] == [0] * world_size
+    estimate = memory_estimate(
+        BIG,
+        zero_stage=stage,
+        world_size=world_size,
+        micro_batch=16 // world_size,
+        precision=precision,  # type: ignore[arg-type]
+        activation_checkpointing=False,
+        on_cpu=True,
+        offload_optimiser=offload != "none",
+        offload_weights=offload == "all",
+    )
+    measured = json.loads(out.read_text())
+    # Here the host is the device: only the sum of both can be measured.
+    assert estimate.total + estimate.host - estimate.workspace == pytest.approx(measured, rel=0.1)
+
+
+def test_the_rule_takes_the_lowest_stage_that_fits_with_enough_images() -> None:
+    def plan(
+        size: str, world_size: int, gib: float = 80, precision: str = "bf16", **fixed: object
+    ) -> tuple[int, int, bool]:
+        chosen = execution_plan(
+            model_config(size, head_rule="released"),
+            batch_size=4096,
+            world_size=world_size,
+            precision=precision,  # type: ignore[arg-type]
+            device_bytes=int(gib * GIB),
+            **fixed,  # type: ignore[arg-type]
+        )
+        assert chosen.estimate.total <= 0.9 * gib * GIB
+        return chosen.zero_stage, chosen.micro_batch, chosen.activation_checkpointing
+
+    assert plan("aim-600M", 8)[::2] == (1, False)
+    assert plan("aim-3B", 8)[::2] == (1, False)
+    assert plan("aim-7B", 8)[::2] == (2, False)
+    assert plan("aim-600M", 8, precision="fp32")[0] == 0
+    assert plan("aim-7B", 8, gib=40)[0] >= 2, "a smaller device shares more"
+    assert plan("aim-600M", 8, micro_batch=4)[1] == 4
+    assert plan("aim-600M", 8, zero_stage=3)[0] == 3
+    with pytest.raises(DoesNotFitError, match="aim-7B does not fit 16 GiB per rank with 1 ranks"):
+        plan("aim-7B", 1, gib=16)
+
+
+def test_offloading_comes_last_and_only_where_the_host_has_room() -> None:
+    def plan(gib: float, host: int | None = None, precision: str = "bf16", **fixed: object) -> tuple[int, bool, bool]:
+        chosen = execution_plan(
+            model_config("aim-7B", head_rule="released"),
+            batch_size=4096,
+            world_size=8,
+            precision=precision,  # type: ignore[arg-type]
+            device_bytes=int(gib * GIB),
+            host_bytes=None if host is None else host * GIB,
+            **fixed,  # type: ignore[arg-type]
+        )
+        assert chosen.estimate.total <= 0.9 * gib * GIB
+        assert (chosen.estimate.host > 0) == chosen.offload_optimiser
+        return chosen.zero_stage, chosen.offload_optimiser, chosen.offload_weights
+
+    assert plan(80, host=200) == (2, False, False), "not while the device has room"
+    assert plan(24, host=200) == plan(24) == (3, False, False)
+    assert plan(14, host=200) == (3, True, False)
+    for host in (None, 4):
+        with pytest.raises(DoesNotFitError, match="offloading on auto"):
+            plan(14, host=host)
+    assert plan(80, offload_optimiser=True) == (1, True, False)
+    assert plan(80, offload_optimiser=True, offload_weights=True) == (3, True, True)
+    assert plan(80, offload_optimiser=True, zero_stage=1, micro_batch=8) == (1, True, False)
+    assert plan(80, host=200, precision="fp32", zero_stage=2, offload_optimiser=True)[1]
+    with pytest.raises(DoesNotFitError):
+        plan(14, host=200, offload_optimiser=False)
+    with pytest.raises(DoesNotFitError, match="no setting has zero_stage 0 in fp32, offload_optimiser True"):
+        plan(80, precision="fp32", zero_stage=0, offload_optimiser=True)
+
+
+def test_a_cpu_offloads_only_where_told_and_then_counts_both() -> None:
+    def plan(mib: int, **fixed: object) -> object:
+        return execution_plan(
+            BIG, batch_size=16, world_size=1, precision="fp32", device_bytes=mib * 2**20, host_bytes=mib * 2**20,
+            on_cpu=True, **fixed,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    assert not plan(4000).offload_optimiser  # type: ignore[attr-defined]
+    told = plan(4000, offload_optimiser=True)
+    assert (told.zero_stage, told.offload_optimiser) == (1, True)  # type: ignore[attr-defined]
+    # 32 million parameters at 20 bytes on the host and 15 on the device are 1068 MiB, more than nine tenths of 1150.
+    assert not plan(1150).offload_optimiser  # type: ignore[attr-defined]
+    with pytest.raises(DoesNotFitError):
+        plan(1150, offload_optimiser=True)
+
+
+@pytest.mark.parametrize(
+    ("per_rank", "most", "share"), [(48, 48, 48), (48, 47, 24), (48, 17, 16), (48, 11, 10), (512, 171, 128), (7, 1, 1)]
+)
+def test_micro_batches_share_a_ranks_images_evenly_in_pairs(per_rank: int, most: int, share: int) -> None:
+    assert even_share(per_rank, most) == share
+
+
+if __name__ == "__main__":  # a fresh process: the heap that a test run leaves behind would be counted or used again
+    measure_step(int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    os._exit(0)  # as the forks of `in_processes` end: gloo's threads may outlive the interpreter

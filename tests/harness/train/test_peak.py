@@ -1,0 +1,79 @@
+"""Starts side by side state their MFU against one peak: the largest this host has shown lately."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import aimscale.harness.train.peak
+from aimscale.harness.train.peak import EXPIRY_S, Peak, known_peak, measure_peak
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """What the next measurements will find, in an empty cache."""
+    monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path / "cache"))
+    rates: list[float] = []
+
+    def measure(device: torch.device, precision: str) -> Peak:
+        threads = torch.get_num_threads()
+        return Peak(device="c", precision=precision, num_threads=threads, gemm_side=8, flops_per_s=rates.pop(0))
+
+    monkeypatch.setattr(aimscale.harness.train.peak, "measure_peak", measure)
+    return rates
+
+
+def rate(precision: str = "fp32") -> float:
+    return known_peak(CPU, precision).flops_per_s
+
+
+def test_the_largest_is_kept_for_each_precision_and_number_of_threads(
+    measured: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured += [3.0, 2.0, 9.0, 5.0, 4.0, 1.0, 1.0]
+    assert [rate(), rate(), rate("bf16"), rate(), rate()] == [3.0, 3.0, 9.0, 5.0, 5.0]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert rate() == 1.0
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert rate() == 1.0
+
+
+def test_a_peak_is_forgotten_after_a_month_and_a_damaged_file_counts_for_nothing(
+    measured: list[float], tmp_path: Path
+) -> None:
+    file = tmp_path / "cache" / "peaks.json"
+    measured += [5.0, 1.0, 2.0, 3.0, 4.0]
+    assert rate() == 5.0
+    entries = json.loads(file.read_text())
+    for age, expected in ((EXPIRY_S + 1, 1.0), (-60, 2.0)):  # too old; from the future, by a clock that was wrong
+        file.write_text(json.dumps({key: {"flops_per_s": 9.0, "time": time.time() - age} for key in entries}))
+        assert rate() == expected
+    for text, expected in (('{"x": 1}', 3.0), ("not json", 4.0)):
+        file.write_text(text)
+        assert rate() == expected
+
+
+def test_a_home_that_cannot_be_written_is_no_obstacle(
+    measured: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path / "file" / "below"))
+    measured += [2.0]
+    assert rate() == 2.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_measurement_is_a_rate_of_the_best_try(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 4.0, 4.0, 4.0, 6.0, 6.0, 6.0, 9.0, 9.0])  # tries of 4, 2 and 3 seconds
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(aimscale.harness.train.peak, "MAX_SECONDS", 8.0)
+    peak = measure_peak(CPU, precision, side=16)
+    assert peak.flops_per_s == 2 * 16**3 / 2.0
+    assert dataclasses.asdict(peak).keys() >= {"device", "precision", "num_threads", "gemm_side"}

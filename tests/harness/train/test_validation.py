@@ -1,0 +1,81 @@
+"""Validation losses: by hand, shared over ranks, with the standard error of a ratio; pictures keep what is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import aimscale.harness.train.validation
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
+from aimscale.harness.run.config import ModelSection, ValidationSection
+from aimscale.harness.train.distributed import find_placement, start_group, stop_group
+from aimscale.harness.train.validation import ValidationLosses, completions, validate
+
+Run = Callable[..., list[int]]
+MODEL = ModelSection(size="w16-d2", image_size=16, patch_size=4)
+
+
+def write_losses(rank: int, data: Path, out: Path) -> None:
+    group = start_group(find_placement(), "cpu")
+    aimscale.harness.train.validation.EVAL_TOKENS = 150  # passes of three images, the last one shorter
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
+    section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13)
+    losses = validate(model, open_dataset(section.path), section, MODEL, group)
+    losses.save(out / f"{group.world_size}-{rank}.npz")
+    stop_group()
+
+
+def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, tmp_path: Path, in_processes: Run) -> None:
+    for world_size in (1, 2):
+        assert in_processes(write_losses, tiny_data, tmp_path, world_size=world_size) == [0] * world_size
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
+    images = eval_images(open_dataset(tiny_data / "validation"), range(13), MODEL)
+    with torch.no_grad():
+        expected = [
+            sum(model(image[None], prefix[None])[0].item() for prefix in prefixes)
+            for image, prefixes in zip(images, prefix_lengths(13, 3, 16), strict=True)
+        ]
+    for name in ("1-0", "2-0", "2-1"):
+        with np.load(tmp_path / f"{name}.npz") as losses:
+            assert losses["index"].tolist() == list(range(13))
+            assert losses["loss_sum"] == pytest.approx(expected, rel=1e-5)
+            assert losses["num_targets"].tolist() == (48 - prefix_lengths(13, 3, 16).sum(1)).tolist()
+            assert losses["prefix_len"].tolist() == prefix_lengths(13, 3, 16).tolist()
+            assert losses["prefix_loss_sum"].shape == (13, 3)
+            assert losses["prefix_loss_sum"].sum(1) == pytest.approx(losses["loss_sum"])
+
+
+def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    deviations = []
+    for _ in range(2000):
+        num_targets = rng.integers(20, 40, 50).astype(float)
+        loss_sum = num_targets * rng.gamma(4, 0.1, 50)
+        losses = ValidationLosses(
+            index=np.arange(50),
+            loss_sum=loss_sum,
+            num_targets=num_targets,
+            prefix_len=np.ones((50, 1), np.int64),
+            prefix_loss_sum=loss_sum[:, None],
+        )
+        deviations.append((losses.loss - 0.4) / losses.standard_error)
+    assert np.mean(np.abs(deviations) < 1.96) == pytest.approx(0.94, abs=0.02)
+
+
+def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path) -> None:
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
+    section = ValidationSection(path=str(tiny_data / "validation"))
+    pictures = completions(model, open_dataset(section.path), section, MODEL, torch.device("cpu"))
+    assert all(pictures[key].shape == (8, 16, 16, 3) for key in ("truth", "prefix", "prediction"))
+    given = (pictures["prefix"] != 128).any(axis=-1)
+    assert given.mean() == pytest.approx(0.5, abs=0.01)
+    assert np.array_equal(pictures["prefix"][given], pictures["truth"][given])
+    assert np.array_equal(pictures["prediction"][given], pictures["truth"][given])
+    assert (pictures["prediction"][~given] != pictures["truth"][~given]).mean() > 0.5

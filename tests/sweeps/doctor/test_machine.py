@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.sweeps.cli import doctor as cli_doctor
+from aimscale.sweeps.doctor import machine as doctor
+from aimscale.sweeps.doctor import storage as doctor_storage
+from aimscale.sweeps.doctor.machine import Check
+
+GCC = shutil.which("gcc")
+FACTS: dict[str, Any] = {
+    "errors": {},
+    "decoders": {"JPEG": None, "PNG": None},
+    "torch": {"version": "2.13.0", "cuda": "13.0", "cards": [], "card_error": None, "bf16": False},
+}
+CARD = {"name": "NVIDIA H100", "bytes": 85_000_000_000}
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    """An executable shell script."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def with_torch(**changes: Any) -> dict[str, Any]:
+    return {**FACTS, "torch": {**FACTS["torch"], **changes}}
+
+
+# The whole verb
+
+
+@pytest.mark.slow
+def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "aimscale", "doctor", "--json", "--root", str(tmp_path / "runs")]
+    out = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stdout + out.stderr
+    found = json.loads(out.stdout)
+    checks = {check["name"]: check for check in found["checks"]}
+    assert found["version"] == 1
+    assert found["ok"]
+    assert {"python", "packages", "compiler", "accelerator", "decoders", "locks", "disk", "slurm", "threads"} <= set(
+        checks
+    )
+    assert "torch 2" in checks["packages"]["found"]
+    assert "deepspeed 0" in checks["packages"]["found"]
+    assert checks["decoders"]["found"] == "JPEG, PNG, WebP, GIF, BMP decode"
+    assert all(check["advice"] for check in found["checks"] if check["level"] != "ok")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [
+        Check(name="disk", level="fail", found="1 MB free", advice="Free some space."),
+        Check(name="slurm", level="warn", found="does not answer", advice="Ask."),
+    ]
+    monkeypatch.setattr(cli_doctor, "_checks", lambda root, on: iter(checks))
+    result = CliRunner().invoke(cli_doctor.app, [])
+    assert result.exit_code == 1
+    assert "fail  disk          1 MB free\n                    -> Free some space." in result.stdout
+    assert result.stdout.endswith("0 ok, 1 to look at, 1 failed\n")
+
+
+def test_a_warning_alone_gives_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [Check(name="slurm", level="warn", found="does not answer", advice="Ask.")]
+    monkeypatch.setattr(cli_doctor, "_checks", lambda root, on: iter(checks))
+    result = CliRunner().invoke(cli_doctor.app, ["--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["checks"][0]["advice"] == "Ask."
+
+
+# Packages
+
+
+def import_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str) -> Check:
+    """What is said of packages where `import torch` executes this code instead."""
+    (tmp_path / "torch.py").write_text(torch)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with doctor.importing() as facts:
+        return doctor.check_packages(facts())
+
+
+def test_a_package_that_aborts_its_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = import_with(tmp_path, monkeypatch, "import os, sys; sys.stderr.write('libfoo is broken\\n'); os.abort()")
+    assert check.level == "fail"
+    assert "the process that imported torch ended with signal 6: libfoo is broken" in check.found
+    assert "--no-cache-dir torch`" in check.advice
+
+
+def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = import_with(tmp_path, monkeypatch, "raise OSError('libcudart.so.13: cannot open shared object file')")
+    assert check.level == "fail"
+    assert "torch does not import (OSError: libcudart.so.13: cannot open shared object file)" in check.found
+
+
+def test_an_old_version_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "submitit-1.2.0.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: submitit\nVersion: 1.2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = doctor.check_packages(FACTS)
+    assert check.level == "fail"
+    assert check.found == "submitit is 1.2.0, wanted >=1.5.2"
+    assert "pip install -e ." in check.advice
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["no-such-thing>=1", 'other; extra == "dev"'])
+    assert doctor.check_packages(FACTS).found == "no-such-thing is missing"
+
+
+def test_an_undecodable_format_warns_and_jpeg_fails() -> None:
+    webp = doctor.check_decoders({**FACTS, "decoders": {"JPEG": None, "WebP": "no libwebp"}})
+    assert (webp.level, webp.found) == ("warn", "WebP does not decode (no libwebp)")
+    assert doctor.check_decoders({**FACTS, "decoders": {"JPEG": "no libjpeg", "WebP": None}}).level == "fail"
+    assert doctor.check_decoders({"error": "died"}).level == "fail"
+
+
+# Accelerator
+
+
+def test_a_card_that_torch_does_not_see_fails_with_the_build_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path, "nvidia-smi", "printf 'NVIDIA H100 80GB HBM3\\nNVIDIA H100 80GB HBM3\\n'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cpu_build = doctor.check_accelerator(with_torch(cuda=None))
+    assert cpu_build.level == "fail"
+    assert cpu_build.found == "2 x NVIDIA H100 80GB HBM3, which torch does not see (torch 2.13.0, a CPU build)"
+    assert "CUDA build" in cpu_build.advice
+    assert "driver" in doctor.check_accelerator(with_torch()).advice
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "unset it" in doctor.check_accelerator(with_torch()).advice
+
+
+def test_a_machine_without_cards_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path, "nvidia-smi", "echo 'could not communicate with the NVIDIA driver'; exit 9")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    check = doctor.check_accelerator(with_torch(cuda=None))
+    assert (check.level, check.found) == ("ok", "no card; training runs on the CPU (torch 2.13.0, a CPU build)")
+
+
+def test_cards_are_counted_and_a_kernel_that_does_not_run_fails() -> None:
+    good = with_torch(cards=[CARD, CARD], bf16=True)
+    assert doctor.check_accelerator(good).found == "2 x NVIDIA H100, 85 GB each (torch 2.13.0, CUDA 13.0), bf16"
+    assert doctor.check_accelerator(with_torch(cards=[CARD])).level == "warn"
+    bad = doctor.check_accelerator(with_torch(cards=[CARD], bf16=True, card_error="no kernel image is available"))
+    assert bad.level == "fail"
+    assert "no kernel image is available" in bad.found
+
+
+# Machine
+
+
+def test_a_missing_compiler_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    check = doctor.check_compiler()
+    assert (check.level, check.found) == ("warn", "no C compiler on the PATH")
+    assert "gcc" in check.advice
+
+
+@pytest.mark.skipif(GCC is None, reason="needs gcc")
+def test_a_compiler_without_the_c_library_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", str(program(tmp_path, "cc", f'exec {GCC} -nostdinc "$@"')))
+    check = doctor.check_compiler()
+    assert check.level == "warn"
+    assert "stdio.h" in check.found
+    assert "build-essential" in check.advice
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_the_cores(tmp_path: Path, files: dict[str, str], granted: float | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert doctor.cpu_quota(tmp_path) == granted
+
+
+def test_fewer_cores_than_counted_names_the_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    check = doctor.check_cores(tmp_path)
+    assert (check.level, check.found) == ("warn", "64 cores, of which the container may use 4")
+    assert "--slots 4" in check.advice
+
+
+def test_the_containers_bound_counts_as_memory(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 99000000 kB\nMemAvailable:   64000000 kB\n")
+    assert doctor.check_memory(tmp_path, tmp_path / "meminfo").found == "65.5 GB available"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert doctor.check_memory(tmp_path, tmp_path / "meminfo").level == "ok"
+    (tmp_path / "memory.max").write_text("2000000000\n")
+    check = doctor.check_memory(tmp_path, tmp_path / "meminfo")
+    assert (check.level, check.found) == ("warn", "65.5 GB available, the container's bound is 2 GB")
+
+
+@pytest.mark.parametrize(
+    ("value", "cores", "level", "word"),
+    [
+        (None, 1, "ok", ""),
+        (None, 8, "ok", "export OMP_NUM_THREADS=1"),
+        ("1", 8, "ok", ""),
+        ("16", 8, "warn", "8 or less"),
+        ("four", 8, "warn", "whole number"),
+        ("0", 8, "warn", "whole number"),
+    ],
+)
+def test_threads(value: str | None, cores: int, level: str, word: str) -> None:
+    check = doctor.check_threads(value, cores)
+    assert check.level == level
+    assert word in check.advice
+
+
+def test_open_files_by_the_real_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        low = doctor.check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (low.level, low.found) == ("warn", "at most 256")
+    assert "ulimit -n 4096" in low.advice
+    assert doctor.check_open_files(resource.RLIM_INFINITY).found == "no limit"
+
+
+def test_little_or_no_shared_memory_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_shared_memory(tmp_path / "none").level == "warn"
+    usage = type(shutil.disk_usage(tmp_path))(64_000_000, 0, 64_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    check = doctor.check_shared_memory(tmp_path)
+    assert (check.level, check.found) == ("warn", f"64 MB free in {tmp_path}")
+    assert "--shm-size" in check.advice
+
+
+# Storage
+
+
+def test_a_root_that_cannot_be_written_fails() -> None:
+    found = {check.name: check for check in doctor_storage.storage_checks(Path("/proc/runs"), "local")}
+    assert found["sweep root"].level == "fail"
+    assert "/proc cannot be written" in found["sweep root"].found
+    assert "--root" in found["sweep root"].advice
+    assert "locks" not in found
+
+
+def test_a_file_in_the_place_of_the_root_fails(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    check = doctor_storage.check_writable(tmp_path / "runs", tmp_path)
+    assert (check.level, check.found) == ("fail", f"{tmp_path / 'runs'} is no folder")
+
+
+def test_a_root_to_be_made_is_looked_at_where_it_would_be_made(tmp_path: Path) -> None:
+    root = tmp_path / "a" / "b"
+    found = {check.name: check for check in doctor_storage.storage_checks(root, "local")}
+    assert found["sweep root"].found == f"{tmp_path} can be written; {root} will be made"
+    assert found["locks"].level == "ok"
+    assert found["clock"].level == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(GCC is None, reason="needs gcc")
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("errno = ENOLCK; return -1;", "no flock on "),
+        ("return 0;", "excludes nobody"),
+    ],
+)
+def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str, said: str) -> None:
+    """As NFS without a lock daemon answers, and as a mount does that pretends to lock."""
+    (tmp_path / "flock.c").write_text(f"#include <errno.h>\nint flock(int fd, int op) {{ {body} }}\n")
+    library = tmp_path / "flock.so"
+    subprocess.run([str(GCC), "-shared", "-fPIC", str(tmp_path / "flock.c"), "-o", str(library)], check=True)
+    code = (
+        "import dataclasses, json, pathlib, sys; from aimscale.sweeps.doctor.storage import *\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "print(json.dumps(dataclasses.asdict(check_locks(folder, mount_of(folder)))))"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    env = os.environ | {"LD_PRELOAD": str(library)}
+    found = json.loads(subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout)
+    assert found["level"] == "fail"
+    assert said in found["found"]
+    assert "another --root" in found["advice"]
+
+
+def test_locks_that_hold_on_one_machine_only_warn(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    nfs = f"server:/home {tmp_path} nfs4 rw,relatime,vers=4.2,local_lock=all 0 0"
+    mounts.write_text(f"/dev/vda / ext4 rw 0 0\n{nfs}\n")
+    mount = doctor_storage.mount_of(tmp_path / "runs", mounts)
+    assert mount is not None
+    assert (mount.kind, mount.point) == ("nfs4", tmp_path)
+    check = doctor_storage.check_locks(tmp_path, mount)
+    assert (check.level, check.found) == ("warn", "flock works on this machine only (nfs4 mounted with local_lock=all)")
+
+
+def test_a_mount_point_with_a_space(tmp_path: Path) -> None:
+    (tmp_path / "mounts").write_text(f"/dev/vda / ext4 rw 0 0\n/dev/vdb {tmp_path}/my\\040disk xfs rw 0 0\n")
+    mount = doctor_storage.mount_of(tmp_path / "my disk" / "runs", tmp_path / "mounts")
+    assert mount is not None
+    assert mount.kind == "xfs"
+
+
+@pytest.mark.parametrize(("free", "level"), [(5e8, "fail"), (5e9, "warn"), (5e10, "ok")])
+def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, level: str) -> None:
+    usage = type(shutil.disk_usage(tmp_path))(10**12, 0, int(free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    check = doctor_storage.check_space(tmp_path, tmp_path)
+    assert check.level == level
+    assert bool(check.advice) == (level != "ok")
+
+
+def test_a_file_server_whose_clock_is_off_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = doctor_storage.time.time()
+    monkeypatch.setattr(doctor_storage.time, "time", lambda: now - 120)
+    check = doctor_storage.check_clock(tmp_path)
+    assert check.level == "fail"
+    assert check.found.startswith("120")
+
+
+# Slurm
+
+
+def slurm_at(folder: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str) -> None:
+    for name in doctor_storage.SLURM_COMMANDS:
+        program(folder, name, sinfo if name == "sinfo" else "exit 0")
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_no_slurm_is_a_failure_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor_storage.check_slurm(needed=False).level == "ok"
+    needed = doctor_storage.check_slurm(needed=True)
+    assert (needed.level, needed.found) == ("fail", "not installed")
+
+
+def test_half_a_slurm_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path, "sinfo", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = doctor_storage.check_slurm(needed=False)
+    assert (check.level, check.found) == ("warn", "sbatch, squeue, scontrol, scancel, srun not on the PATH")
+
+
+def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    slurm_at(tmp_path, monkeypatch, f'[ "$1" = --version ] && {{ echo slurm 24.11.5; exit 0; }}; {refusal}')
+    check = doctor_storage.check_slurm(needed=True)
+    assert check.level == "fail"
+    assert "Unable to contact slurm controller" in check.found
+    assert "scontrol ping" in check.advice
+    monkeypatch.setattr(doctor_storage, "SLURM_TIMEOUT_S", 0.2)
+    program(tmp_path, "sinfo", "exec sleep 20")
+    check = doctor_storage.check_slurm(needed=False)
+    assert check.level == "warn"
+    assert "did not answer within" in check.found
+
+
+def test_partitions_are_listed_and_one_must_be_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = '[ "$1" = --version ] && { echo slurm 24.11.5; exit 0; }'
+    slurm_at(
+        tmp_path, monkeypatch, f"{version}; echo 'gpu*|up|16|gpu:h100:8|1-00:00:00'; echo 'cpu|down|4|(null)|infinite'"
+    )
+    check = doctor_storage.check_slurm(needed=True)
+    assert check.level == "ok"
+    assert check.found == (
+        "24.11.5, partitions gpu* up: 16 nodes, gpu:h100:8, time limit 1-00:00:00; "
+        "cpu down: 4 nodes, time limit infinite"
+    )
+    program(tmp_path, "sinfo", f"{version}; echo 'gpu*|down|16|gpu:h100:8|1-00:00:00'")
+    assert doctor_storage.check_slurm(needed=True).level == "fail"
+
+
+def test_a_root_that_the_nodes_may_not_see_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_at(tmp_path, monkeypatch, "echo far1; echo far2")
+    local = doctor_storage.Mount(point=Path("/"), kind="ext4", options=("rw",))
+    check = doctor_storage.check_shared(tmp_path, local)
+    assert check.level == "warn"
+    assert "lies on ext4, which far1 and 1 other nodes may not see" in check.found
+    shared = doctor_storage.Mount(point=Path("/"), kind="nfs4", options=("rw",))
+    assert doctor_storage.check_shared(tmp_path, shared).level == "ok"

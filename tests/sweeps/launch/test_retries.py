@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.launch.retries import conclude, diagnose, forgive, may_try_again
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> RunRecord:
+    return RunRecord(tmp_path / "sweep" / "runs" / "run")
+
+
+def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any) -> str:
+    """One attempt that saves a checkpoint at `saves` images and ends with `exit_code`."""
+    record.write_status(state="running", reason=None, reason_class=None)
+    if saves:
+        record.checkpoint_dir(saves).mkdir(parents=True)
+    if status:
+        record.write_status(**status)
+    return conclude(record, 1, exit_code, "test")
+
+
+def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
+    for images in range(100, 1100, 100):
+        assert attempt(record, EXIT_PREEMPTED, saves=images) == "preempted"
+    assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "stop"]
+    assert record.checked_status().reason_class == "timeout"
+    assert "slurm.time_min" in str(record.checked_status().reason)
+
+
+def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
+    for _ in range(5):
+        assert conclude(record, 1, -signal.SIGTERM, "test", asked=True) == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "status", "kind", "outcomes"),
+    [
+        (EXIT_CRASHED, {}, "code", ["again", "stop"]),
+        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "node"}, "node", ["again", "again", "stop"]),
+        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "oom"}, "oom", ["again", "stop"]),
+        (EXIT_CRASHED, {"state": "preempted"}, "timeout", ["preempted", "preempted", "stop"]),  # by torchrun
+        (EXIT_USER_ERROR, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),
+        (EXIT_USER_ERROR, {}, "config", ["stop"]),
+        (EXIT_DIVERGED, {"state": "diverged", "reason": "r", "reason_class": "nan"}, "nan", ["stop"]),
+        (-signal.SIGKILL, {}, "oom", ["again", "stop"]),
+        (-signal.SIGSEGV, {}, "code", ["again", "stop"]),
+    ],
+)
+def test_each_end_has_its_class_and_its_bound(
+    record: RunRecord, exit_code: int, status: dict[str, Any], kind: str, outcomes: list[str]
+) -> None:
+    assert [attempt(record, exit_code, **status) for _ in outcomes] == outcomes
+    assert record.checked_status().reason_class == kind
+    assert not may_try_again(record)
+    forgive(record)
+    assert may_try_again(record)
+    assert attempt(record, EXIT_FINISHED) == "finished"
+
+
+def test_progress_restores_the_tries(record: RunRecord) -> None:
+    outcomes = [attempt(record, EXIT_CRASHED, saves=images) for images in (0, 100, 200, 0)]
+    assert outcomes == ["again", "again", "again", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("job_state", "output", "state", "kind"),
+    [
+        ("NODE_FAIL", "", "failed", "node"),
+        ("TIMEOUT", "", "failed", "timeout"),
+        ("OUT_OF_MEMORY", "", "failed", "oom"),
+        ("FAILED", "Starting with x\nslurmstepd: error: Detected 1 oom_kill event in StepId=1.0", "failed", "oom"),
+        ("FAILED", "exceeded memory limit\nStarting with x\nTraceback", "failed", "code"),
+        ("CANCELLED by 0", "", "preempted", None),
+        (None, "", "failed", "node"),
+    ],
+)
+def test_jobs_that_left_no_word_are_diagnosed(
+    record: RunRecord, job_state: str | None, output: str, state: str, kind: str | None
+) -> None:
+    record.write_status(state="running")
+    record.job_log("7").parent.mkdir(parents=True)
+    record.job_log("7").write_text(output)
+    diagnose(record, job_state, "7")
+    status = record.checked_status()
+    assert (status.state, status.reason_class) == (state, kind)
+    diagnose(record, "NODE_FAIL", "7")
+    assert record.checked_status() == status  # what was said first stays

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.row import model_of
+from aimscale.sweeps.cli import plan as cli_plan
+from aimscale.sweeps.plan.costs import cost_cards, to_json, with_bench
+from aimscale.sweeps.plan.planner import counts_of, plan
+from aimscale.sweeps.plan.recipes import RECIPES, Scale
+from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names
+
+
+def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(
+        unique_images=["1k", None],
+        seeds=[0, 1],
+        axes={"model.head_rule": ["proportional", "none"], "lr_multiplier": [0.5, 1.0]},
+    )
+    runs = plan(sweep)
+    assert len(runs) == 2 * 2 * 2 * 2 * 2
+    assert len({run.run_id for run in runs}) == len(runs)
+    assert {run.budgets for run in runs} == {(640, 1280)}
+    assert {run.config.result.data.unique_images for run in runs} == {1000, None}
+    assert {run.config.result.data.sources[0].path for run in runs} == {str(tmp_path / "data/train")}
+    rates = {run.config.result.optimiser.lr_peak for run in runs if run.cell["size"] == "rung-32"}
+    assert max(rates) == pytest.approx(2 * min(rates))
+
+
+def test_variants_are_named_settings_side_by_side(write_sweep: Any) -> None:
+    variants: dict[str, Any] = {"base": {}, "causal": {"objective.prefix": "none", "lr_multiplier": 2.0}}
+    sweep = write_sweep(
+        sizes=["rung-32"],
+        seeds=[0, 1],
+        variants=variants,
+        override=[{"when": {"variant": "causal", "seed": 1}, "set": {"lr_multiplier": 4.0}}],
+    )
+    runs = {(run.cell["variant"], run.cell["seed"]): run.config.result for run in plan(sweep)}
+    assert set(runs) == {("base", 0), ("base", 1), ("causal", 0), ("causal", 1)}
+    assert runs["base", 0].objective.prefix == "paired"
+    assert runs["causal", 0].objective.prefix == "none"
+    rate = runs["base", 0].optimiser.lr_peak
+    assert runs["causal", 0].optimiser.lr_peak == pytest.approx(2 * rate)
+    assert runs["causal", 1].optimiser.lr_peak == pytest.approx(4 * rate)
+    with pytest.raises(UserError, match=r"cells .*base.* and .*same.* are the same run"):
+        plan(write_sweep(sizes=["rung-32"], variants={"base": {}, "same": {}}))
+    with pytest.raises(UserError, match="'variant' is no axis of this sweep"):
+        plan(write_sweep(exclude=[{"variant": "base"}]))
+    with pytest.raises(UserError, match="lr_multiplier must be a number above 0, not 'twice'"):
+        plan(write_sweep(override=[{"when": {"seed": 0}, "set": {"lr_multiplier": "twice"}}]))
+
+
+def test_a_cosine_budget_is_its_own_run(write_sweep: Any) -> None:
+    sweep = write_sweep(budgets=["1k", "2k"], axes={"schedule.kind": ["cosine", "wsd"]})
+    budgets = sorted(run.budgets for run in plan(sweep) if run.cell["size"] == "rung-32")
+    assert budgets == [(1024,), (1024, 1984), (1984,)]  # rounded to whole batches of 64
+
+
+def test_exclusions_and_overrides_apply_to_their_cells_alone(write_sweep: Any) -> None:
+    sweep = write_sweep(
+        seeds=[0, 1],
+        exclude=[{"size": "rung-48", "budget": "1280"}, {"size": "rung-32", "seed": 1}],
+        override=[{"when": {"size": ["rung-48"], "seed": 1}, "set": {"optimiser.lr_peak": 0.25, "devices": 2}}],
+    )
+    runs = {(run.cell["size"], run.cell["seed"]): run for run in plan(sweep)}
+    assert set(runs) == {("rung-32", 0), ("rung-48", 0), ("rung-48", 1)}
+    assert runs["rung-32", 0].budgets == (640, 1280)
+    assert runs["rung-48", 0].budgets == (640,)
+    assert runs["rung-48", 1].config.result.optimiser.lr_peak == 0.25
+    assert [run.devices for run in runs.values()] == [1, 1, 2]
+    assert runs["rung-48", 0].config.result.optimiser.lr_peak != 0.25
+
+
+def test_isoflop_pairs_meet_their_compute_around_the_expected_optimum(write_sweep: Any) -> None:
+    sizes = ["rung-32", "rung-48", "rung-64", "rung-96", "rung-128", "rung-192"]
+    flops = [1e14, 4e14]
+    isoflop = {"flops": flops, "sizes_per_budget": 3, "optimum_images_per_param": 1.0}
+    sweep = write_sweep(sizes=sizes, budgets=[], isoflop=isoflop)
+    runs = plan(sweep)
+    pairs = [
+        (budget.flops, budget.images_seen / card.params_total)
+        for card in cost_cards(sweep, runs)
+        for budget in card.budgets
+    ]
+    assert len(pairs) == 6
+    for target in flops:
+        ratios = [ratio for compute, ratio in pairs if abs(compute / target - 1) < 0.05]
+        assert len(ratios) == 3
+        assert min(ratios) < 1.0 < max(ratios)
+
+
+def test_aim_paper_reproduces_published_parameters_and_flops(tmp_path: Path) -> None:
+    sweep = load_sweep("aim-paper", tmp_path)
+    cards = cost_cards(sweep, plan(sweep))
+    trunks = {card.cell["size"]: card.params_trunk for card in cards}
+    assert list(trunks.values()) == [679_627_776, 1_208_160_256, 2_718_210_048, 6_442_983_424]
+    num_tokens, o, head, n = 256, 588, 2048, 12
+    shapes = {"aim-600M": (1536, 24), "aim-1B": (2048, 24), "aim-3B": (3072, 24), "aim-7B": (4096, 32)}
+    for card in cards:
+        d, depth = shapes[card.cell["size"]]
+        trunk = 2 * depth * (12 * num_tokens * d**2 + 2 * num_tokens**2 * d)
+        forward = 2 * num_tokens * o * d + trunk + 2 * num_tokens * (d * head + 8 * n * head**2 + head * o)
+        assert [budget.flops for budget in card.budgets] == [3 * forward * b.images_seen for b in card.budgets]
+        assert card.flops_executed < card.budgets[-1].flops  # half of the tokens skip the head
+        assert card.memory_bytes is not None
+    assert f"{cards[0].budgets[0].flops:.1e}" == "3.5e+21"
+    assert f"{cards[-1].budgets[0].flops:.1e}" == "5.4e+22"
+    assert [card.zero_stage for card in cards] == [1, 1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_plan_cleanly(name: str, tmp_path: Path) -> None:
+    sweep = load_sweep(name, tmp_path)
+    runs = plan(sweep)
+    cards = to_json(sweep, runs, cost_cards(sweep, runs))
+    assert json.loads(json.dumps(cards))["totals"]["num_runs"] == len(runs) >= 4
+    assert not any("does not fit" in w or "not start" in w for card in cards["runs"] for w in card["warnings"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
+    sweep = write_sweep(
+        sizes=["rung-32"], budgets=[640, 1280], base={**write_sweep().file.base, "schedule": {"decay_fraction": 0.2}}
+    )
+    card = cost_cards(sweep, plan(sweep))[0]
+    assert card.images_executed == 1280 + 128
+    assert card.steps == 22
+
+
+def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Path) -> None:
+    for name, number in (("val", 100), ("fit", 60), ("test", 40)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(json.dumps({"num_samples": number}))
+    base = write_sweep().file.base | {"validation": {"path": "val", "num_images": 50, "num_prefixes": 2}}
+    task = {"task": "pets", "train": "fit", "test": "test", "epochs": 10}
+
+    def passes(**probe: Any) -> float:
+        sweep = write_sweep(sizes=["rung-32"], base={**base, "probes": [task | probe] if probe else []})
+        run = plan(sweep)[0]
+        flops = counts_of(model_of(run.config.result))[1]
+        card = cost_cards(sweep, [run])[0]
+        validation = 2 * 50 * 2 * flops.forward  # two budgets, 50 images, two prefixes
+        return (card.flops_evaluation - validation) / 2 / (flops.trunk + flops.patch_embed)
+
+    assert passes() == pytest.approx(0)
+    assert passes(kinds=["linear", "attentive"]) == pytest.approx(100)
+    assert passes(kinds=["linear"], augmentation="published") == pytest.approx(10 * 60 + 40)
+    assert passes(kinds=["lora"]) == pytest.approx(3 * 10 * 60 + 40)
+    assert passes(kinds=["linear"], train="not-made-yet") == pytest.approx(40)
+
+
+def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
+    base = write_sweep().file.base
+    sweep = write_sweep(
+        sizes=["aim-7B"],
+        unique_images=[100],
+        base={**base, "optimiser": {"batch_size": 128}, "schedule": {"warmup_images": 640}},
+        cost={"memory_gb": 16, "pool_images": 50},
+    )
+    words = " | ".join(cost_cards(sweep, plan(sweep))[0].warnings)
+    for part in ("does not fit 16 GB", "+700 % off", "12.8 epochs", "the pool has 50", "warm-up of 640 images"):
+        assert part in words
+
+
+def test_a_benchmark_replaces_the_assumed_speed(write_sweep: Any, tmp_path: Path) -> None:
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"mfu": 0.5, "peak_flops_per_s": 2e12, "device": "toaster"}))
+    sweep = with_bench(write_sweep(), bench)
+    card = cost_cards(sweep, plan(sweep))[0]
+    assert card.wall_s == pytest.approx((card.flops_executed + card.flops_evaluation) / 1e12)
+    assert sweep.file.cost.device == "toaster"
+    bench.write_text("{}")
+    with pytest.raises(UserError, match="aimscale bench train --json"):
+        with_bench(sweep, bench)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sizs": ["rung-32"]}, "did you mean 'sizes'"),
+        ({"sizes": ["rung-33"]}, "did you mean 'rung-32'"),
+        ({"recipe": "smal"}, "did you mean 'small'"),
+        ({"sizes": ["rung-32", "rung-32"]}, "stands twice"),
+        ({"budgets": ["4 thousand"]}, "budgets.0"),
+        ({"budgets": []}, "either `budgets` or `isoflop`"),
+        ({"exclude": [{"sise": "rung-32"}]}, "did you mean 'size'"),
+        ({"exclude": [{"size": ["rung-32", "rung-48"]}]}, "no run is left"),
+        ({"axes": {"model.size": ["rung-32"]}}, "written as `sizes`"),
+        ({"axes": {"model.hed_rule": ["none"]}}, "hed_rule"),
+        ({"axes": {"runtime.num_workers": [0, 1]}}, "are the same run"),
+        ({"base": {"validation": {"path": "v"}}}, "data"),
+        ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices must be a whole number"),
+        (
+            {"base": {"model": {"image_size": 30, "patch_size": 4}, "data": {"sources": [{"path": "x"}]}}},
+            "patches of 4",
+        ),
+    ],
+)
+def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(write_sweep(**changes))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_sweep_names_the_nearest_preset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'aim-paper'"):
+        load_sweep("aimpaper", tmp_path)
+
+
+def test_recipes_stay_sane_over_scales() -> None:
+    for recipe in RECIPES.values():
+        for width, budget in ((32, 3_000), (256, 10**6), (4096, 10**9)):
+            scale = Scale(width=width, params_total=12 * 24 * width**2, budget_min=budget, budget_max=8 * budget)
+            fields = recipe.fields(scale)
+            assert fields["optimiser"]["batch_size"] % 2 == 0
+            assert 1e-5 < fields["optimiser"]["lr_peak"] < 1e-2
+            assert fields["schedule"]["warmup_images"] <= budget / 5
+
+
+def test_plan_prints_cards_and_json(tmp_path: Path) -> None:
+    runner = CliRunner()
+    table = runner.invoke(cli_plan.app, ["demo", "--root", str(tmp_path)])
+    assert table.exit_code == 0
+    assert "rung-128" in table.output
+    assert "FLOPs executed" in table.output
+    as_json = runner.invoke(cli_plan.app, ["demo", "--json", "--root", str(tmp_path)])
+    assert json.loads(as_json.output)["sweep"] == "demo"

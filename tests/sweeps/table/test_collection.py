@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.aim.errors import UserError
+from aimscale.analysis.tables.results import read_table
+from aimscale.harness.run.directory import write_json
+from aimscale.sweeps.cli import status as cli_status
+from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.table.collection import collect
+from aimscale.sweeps.table.status import sweep_status
+
+
+def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    launch(write_sweep(sizes=["rung-32"], seeds=[0, 1]), slots=2, command=stand_in())
+    sweep = write_sweep(seeds=[0, 1])
+    runs = plan(sweep)
+    cards = cost_cards(sweep, runs)
+    done, damaged, diverged, missing = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
+    damaged.results.write_text("{ half")
+    diverged.write_status(state="diverged", reason="loss is NaN", reason_class="nan")
+    found = collect(sweep, runs, cards)
+    assert (found.num_runs, found.num_rows, found.num_complete) == (4, 6, 2)
+    assert list(found.damaged) == [damaged.path.name]
+    table = read_table(found.table)
+    assert list(table["status"]) == ["complete", "complete", "diverged", "diverged", "unfinished", "unfinished"]
+    assert list(table["images_seen"]) == [640, 1280] * 3
+    assert table["val_loss"].notna().sum() == 2
+    assert set(table["run_id"]) == {done.path.name, diverged.path.name, missing.path.name}
+    assert (table["params_total"].iloc[2:] == cards[2].params_total).all()
+    read_table(found.table.with_suffix(".csv"), require=["val_loss"])
+
+    before = {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
+    collect(sweep, runs, cards)
+    assert before == {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
+
+
+def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    varied = {"model.head_depth": [0, 2], "objective.target": ["normalised", "raw"]}
+    sweep = write_sweep(sizes=["rung-32"], axes=varied)
+    launch(sweep, slots=2, command=stand_in())
+    cards = cost_cards(sweep, plan(sweep))
+    table = read_table(collect(sweep, plan(sweep), cards).table)
+    setups = [json.loads(text) for text in table["setup"]]
+    assert list(table["head_depth"]) == [setup["model.head_depth"] for setup in setups]
+    assert {setup.get("objective.target", "normalised") for setup in setups} == {"normalised", "raw"}
+    counted = table["images_seen"] * [card.flops_per_image for card in cards for _ in card.budgets]
+    assert (table["flops_executed"] / counted).between(0.3, 0.99).all()
+    scale = {"model.size", "optimiser.lr_peak", "optimiser.batch_size", "budgets", "seed", "data.sources"}
+    assert not scale & {key for setup in setups for key in setup}
+
+
+def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    for name, provenance in (("imported-aim", {"imported": {"file": "x.pth"}}), ("earlier-version", {"starts": []})):
+        record = RunRecord(sweep.runs_dir / name)
+        record.record_row({"run_id": name, "size": "aim-600M", "images_seen": 2_048_000_000})
+        write_json(record.provenance, provenance)
+    found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    assert found.num_complete == 3
+    assert list(read_table(found.table)["run_id"])[2:] == ["imported-aim"]
+
+
+def test_rows_of_another_run_are_not_mixed_in(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    sweep = write_sweep(seeds=[0, 1], sizes=["rung-32"])
+    launch(sweep, slots=2, command=stand_in())
+    first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
+    second.results.write_bytes(first.results.read_bytes())
+    found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    assert found.num_complete == 2
+    assert first.path.name in found.damaged[second.path.name]
+
+
+def test_runs_of_another_plan_are_named_and_never_empty_the_table(
+    write_sweep: Any, stand_in: Any, launch: Any, tmp_path: Path
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    before = (sweep.directory / "results.parquet").read_bytes()
+    edited = write_sweep(sizes=["rung-32"], seeds=[7])
+    with pytest.raises(UserError, match=r"none of the 1 planned runs is under .* which holds 1 others"):
+        collect(edited, plan(edited), cost_cards(edited, plan(edited)))
+    assert (sweep.directory / "results.parquet").read_bytes() == before
+    both = write_sweep(sizes=["rung-32"], seeds=[0, 7])
+    launch(both, slots=1, command=stand_in())
+    again = write_sweep(sizes=["rung-32"], seeds=[7])
+    found = collect(again, plan(again), cost_cards(again, plan(again)))
+    assert (found.num_complete, len(found.unplanned)) == (2, 1)
+
+
+def test_collecting_what_was_never_launched_is_refused(write_sweep: Any) -> None:
+    sweep = write_sweep()
+    with pytest.raises(UserError, match="launch it first"):
+        collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+
+
+def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(seeds=[0, 1])
+    runs = plan(sweep)
+    cards = cost_cards(sweep, runs)
+    fresh, dead, other_version, running = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
+    dead.write_status(state="running", images_done=500, images_planned=1000, images_per_s=10.0)
+    other_version.write_status(version=99)
+    running.write_status(
+        state="running", images_done=250, images_planned=1000, images_per_s=10.0, loss=0.5, val_loss=0.4321
+    )
+    (sweep.runs_dir / "old-run").mkdir()
+    with running.hold():
+        status = sweep_status(sweep, runs, cards)
+    assert [line.state for line in status.runs] == ["not started", "dead", "damaged", "running"]
+    assert "version 99" in str(status.runs[2].reason)
+    assert status.runs[3].eta_s == 75
+    assert status.unplanned == ("old-run",)
+    assert status.eta_s is not None
+    assert not fresh.path.exists()
+    json.dumps(asdict(status), allow_nan=False)
+    output = CliRunner().invoke(cli_status.app, [str(tmp_path / "sweep.yaml"), "--root", str(tmp_path / "root")]).output
+    assert "2 dead" in output
+    assert "version 99" in output
+    assert "0.4321" in output
+
+
+def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    write_json(sweep.directory / "sweep.json", {"version": 2})
+    with pytest.raises(UserError, match="of version 2"):
+        launch(sweep, slots=1, command=stand_in())
