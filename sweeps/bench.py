@@ -22,10 +22,10 @@ import yaml
 
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import cpu_name, git_commit
-from aimscale.sweeps.launch.claims import RunRecord
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import sweep_status
 

@@ -19,7 +19,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.report.study import widest_slice
+from aimscale.analysis.tables.design import widest_slice
 from aimscale.analysis.tables.results import probe_frame, usable_rows
 
 PROTOCOL = "attentive"

@@ -122,7 +122,9 @@ def fit_table(
     if profiles:
         result = with_profile_flags(result)
     if figure is not None:
-        drawn = result.plot().get_figure(root=True)
+        from aimscale.analysis.plots.scaling import plot_fit
+
+        drawn = plot_fit(result).get_figure(root=True)
         assert drawn is not None
         draw(drawn, figure)
     typer.echo(result.to_json() if json else text(result))
@@ -134,7 +136,7 @@ def fit_table(
 
 def _definitions(df: pd.DataFrame, y: str, objective: str, resamples: int, figure: Path | None, json: bool) -> None:
     """Print, and draw, how the exponents depend on what N and C count."""
-    from aimscale.analysis.fitting.definitions import by_definition
+    from aimscale.analysis.frontier.definitions import by_definition
     from aimscale.analysis.plots.intervals import plot_definitions
 
     found = by_definition(df, y=y, objective=objective, resamples=resamples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,12 +40,6 @@ class Profile:
             return f"{self.parameter} is not identified: its profile is flat from {self.low:.4g} to {self.high:.4g}."
         open_end = "" if all(self.closed) else f"; not bounded {'below' if not self.closed[0] else 'above'}"
         return f"{self.parameter}: {self.level:.0%} profile interval {self.low:.4g} to {self.high:.4g}{open_end}."
-
-    def plot(self, ax: Any = None, **options: Any) -> Any:
-        """Log-likelihood lost against the parameter, with the threshold."""
-        from aimscale.analysis.plots import scaling as plots
-
-        return plots.plot_profile(self, ax=ax, **options)
 
 
 def problem_of(fit: Fit) -> Problem:

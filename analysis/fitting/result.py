@@ -16,7 +16,7 @@ from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.tables.observations import CANONICAL, Exclusion
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 NOT_IDENTIFIED = "not identified"
 
@@ -227,12 +227,6 @@ class Fit(AsJson):
         from aimscale.analysis.fitting.sentences import fit_sentence
 
         return fit_sentence(self)
-
-    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
-        """Measurements, law, interval and held-out points on one axis (see `analysis.plots.scaling`)."""
-        from aimscale.analysis.plots import scaling as plots
-
-        return plots.plot_fit(self, ax=ax, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the data and the draws, in plain types."""

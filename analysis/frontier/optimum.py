@@ -137,12 +137,6 @@ class Frontier(AsJson):
         row = {"approach": self.approach, "exponent": self.exponent, "low": i.low, "high": i.high}
         return pd.DataFrame([{**row, "method": self.method, "refused": len(self.refusals)}])
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
-        """Optima and line on one axis (see `analysis.plots.scaling`)."""
-        from aimscale.analysis.plots import scaling as plots
-
-        return plots.plot_frontier(self, ax=ax, **options)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
         i = self.exponent_interval

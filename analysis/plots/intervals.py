@@ -28,7 +28,7 @@ from aimscale.analysis.plots.style import (
 if TYPE_CHECKING:
     from aimscale.analysis.effects.contrasts import Contrast, Contrasts
     from aimscale.analysis.effects.noise_sources import Noise
-    from aimscale.analysis.fitting.definitions import Definitions
+    from aimscale.analysis.frontier.definitions import Definitions
 
 
 def dots(ax: Axes, rows: Sequence[tuple[str, float, float, float]], *, colours: Sequence[Any] | None = None) -> None:

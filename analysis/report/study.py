@@ -22,13 +22,13 @@ from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.repetition import Repeats, repeats
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.definitions import Definitions, by_definition
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.heldout import held_out
 from aimscale.analysis.fitting.result import Correlation, Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
+from aimscale.analysis.frontier.definitions import Definitions, by_definition
 from aimscale.analysis.frontier.optimum import parametric_frontier
-from aimscale.analysis.tables.design import fresh_part, lower_envelope, main_part, varies
+from aimscale.analysis.tables.design import fresh_part, lower_envelope, main_part, varies, widest_slice
 from aimscale.analysis.tables.measures import BLOCKS, KIND
 from aimscale.analysis.tables.results import probe_frame, usable_rows
 
@@ -204,15 +204,6 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
         )
         tests += [test] if test else []
     return dataclasses.replace(joint, heldout=tuple(tests))
-
-
-def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
-    """The rows at the value of `fixed` that has most values of `varies` (the largest such value), and that value."""
-    spread = frame.groupby(fixed)[varies].nunique()
-    if spread.empty:
-        return frame.iloc[:0], "no"
-    value = spread[spread == spread.max()].index.max()
-    return frame[frame[fixed] == value], f"{value:,.0f}"
 
 
 def _correlate(study: Study, resamples: int) -> None:

@@ -12,7 +12,8 @@ from aimscale.analysis.baselines.published import PAPER_EXPONENTS, TASKS
 from aimscale.analysis.fitting.result import Correlation, HeldOut
 from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.report.study import Study, widest_slice
+from aimscale.analysis.report.study import Study
+from aimscale.analysis.tables.design import widest_slice
 
 
 def summary(study: Study) -> list[str]:

@@ -109,3 +109,12 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, .
                 "one with --where, or fit the joint law."
             )
     return tuple(flags)
+
+
+def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
+    """The rows at the value of `fixed` that has most values of `varies` (the largest such value), and that value."""
+    spread = frame.groupby(fixed)[varies].nunique()
+    if spread.empty:
+        return frame.iloc[:0], "no"
+    value = spread[spread == spread.max()].index.max()
+    return frame[frame[fixed] == value], f"{value:,.0f}"

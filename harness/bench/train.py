@@ -20,14 +20,14 @@ from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image, para
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.peer import peer_step
 from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.memory import execution_plan
+from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.run.provenance import process_age_s
-from aimscale.harness.train.distributed import find_placement, start_group, stop_group
-from aimscale.harness.train.engine import Engine, EngineOptions
-from aimscale.harness.train.feed import count_targets
-from aimscale.harness.train.memory import execution_plan
-from aimscale.harness.train.peak import device_name, measure_peak
+from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.feed import count_targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class TrainBench:
     memory_bytes: int
     """Peak of the device, or of the process on a CPU, before the bare loop exists."""
     memory_estimate_bytes: int
-    """By `harness.train.memory`."""
+    """By `harness.device.memory`."""
     startup_s: float
     """From the start of the process to the end of the first step."""
     data_wait: float | None = None

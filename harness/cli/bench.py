@@ -142,7 +142,7 @@ def gemm(
     """Matrix-multiplication rate of this device, in fp32 and bf16: the peak of MFU."""
     import torch
 
-    from aimscale.harness.train.peak import measure_peak
+    from aimscale.harness.device.peak import measure_peak
 
     torch.set_num_threads(threads)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -24,9 +24,9 @@ def train(
     Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 75 stopped by
     SIGTERM or SIGUSR2 after saving (start it again to go on).
     """
+    from aimscale.harness.device.distributed import find_placement
     from aimscale.harness.run.config import ConfigError, load_run_config
     from aimscale.harness.run.directory import RunDir
-    from aimscale.harness.train.distributed import find_placement
 
     if run.is_dir():
         if out is not None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.train.distributed import Group
-from aimscale.harness.train.engine import StepOutcome
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.step.engine import StepOutcome
 
 SPIKE_WINDOW = 100
 """A loss is compared with this many before it ..."""

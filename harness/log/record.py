@@ -12,6 +12,8 @@ import torch
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image
 from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.device.peak import Peak
 from aimscale.harness.log.loggers import Logger, open_loggers
 from aimscale.harness.log.metrics import TAIL_FRACTION, JsonLines, StepLog
 from aimscale.harness.log.terminal import Terminal
@@ -19,10 +21,8 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.schedule import Segment
-from aimscale.harness.train.distributed import Group
-from aimscale.harness.train.engine import StepOutcome
-from aimscale.harness.train.feed import Feed, Step
-from aimscale.harness.train.peak import Peak
+from aimscale.harness.step.engine import StepOutcome
+from aimscale.harness.step.feed import Feed, Step
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -19,9 +19,9 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.evalset import eval_images
+from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.probe.benchmarks import check_against_card
 from aimscale.harness.run.config import ModelSection, ProbeSection
-from aimscale.harness.train.distributed import Group, Placement
 
 if TYPE_CHECKING:
     from aimscale.harness.probe.views import PublishedViews

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ProbeSection, RunConfig, fingerprint
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.train.distributed import Group
 
 SCHEMA_VERSION = 1
 """Of `probes/<images_seen>/<task>.json`."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features import BlockSet, CachedTokens, Selection, StreamedTokens, batched
 from aimscale.harness.probe.files import Pause
 from aimscale.harness.probe.heads import STACKS, HeadStack, Setting, StackedAdamW
 from aimscale.harness.probe.knn import NeighbourVotes
 from aimscale.harness.probe.progress import ProbeProgress
 from aimscale.harness.run.config import ProbeSection
-from aimscale.harness.train.distributed import Group
 
 HEADS_GB = 8.0
 """Heads that train together, with gradients and optimiser state; more block sets train group by group."""

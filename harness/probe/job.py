@@ -17,10 +17,10 @@ from typing import Literal
 from pydantic import Field
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.device.distributed import Group, find_placement
 from aimscale.harness.run.config import ConfigError, ProbeSection, Section, parse
 from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir, write_text
 from aimscale.harness.run.failures import PreemptedError, StopFlag, classify, stop_signals
-from aimscale.harness.train.distributed import Group, find_placement
 
 FOLDER = "probing"
 """Of the job within a run directory."""

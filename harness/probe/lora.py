@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features import BlockSet, LabelledImages, batched, share
 from aimscale.harness.probe.files import Pause
 from aimscale.harness.probe.fit import Split, grid
@@ -27,7 +28,6 @@ from aimscale.harness.probe.heads import CLIP_NORM, AttentiveStack, Setting, lea
 from aimscale.harness.probe.progress import ProbeProgress
 from aimscale.harness.probe.scores import Answers, answers
 from aimscale.harness.run.config import ProbeSection
-from aimscale.harness.train.distributed import Group
 
 RANK = 8
 """Of the updates (paper, Table 8)."""

@@ -24,6 +24,7 @@ import torch
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features import (
     ALONE,
     CACHE_GB,
@@ -51,7 +52,6 @@ from aimscale.harness.probe.scores import Answers, answers, score
 from aimscale.harness.probe.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.harness.run.directory import write_json
-from aimscale.harness.train.distributed import Group
 
 
 def _go_on() -> None:

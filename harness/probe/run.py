@@ -14,13 +14,13 @@ from safetensors import safe_open
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model
+from aimscale.harness.device.distributed import Group, LaunchError, find_placement, start_group, stop_group
 from aimscale.harness.probe.baseline_models import baseline
 from aimscale.harness.probe.features import ALONE, CACHE_GB, ProbeError, open_task
 from aimscale.harness.probe.files import Pause, as_entry, finished_probes, merge_into_rows, task_key, weights_name
 from aimscale.harness.probe.protocol import probe_backbone, probe_model
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.train.distributed import Group, LaunchError, find_placement, start_group, stop_group
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:

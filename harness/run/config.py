@@ -251,7 +251,7 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a card."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage; `auto` follows `harness.train.memory`'s rule."""
+    """DeepSpeed ZeRO stage; `auto` follows `harness.device.memory`'s rule."""
     micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Images per forward pass and rank."""
     activation_checkpointing: Literal["auto"] | bool = "auto"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.files import weights_name, with_probes_of_files
 from aimscale.harness.probe.protocol import probe_model
 from aimscale.harness.run.config import RunConfig
@@ -25,9 +26,8 @@ from aimscale.harness.run.directory import RunDir, fsync_dir, publish_dir, write
 from aimscale.harness.run.failures import PreemptedError, StopFlag
 from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.run.row import configured_columns, model_of
-from aimscale.harness.train.checkpoint import save_weights
-from aimscale.harness.train.distributed import Group
-from aimscale.harness.train.engine import Engine
+from aimscale.harness.step.checkpoint import save_weights
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.train.validation import completions, validate, write_npz
 
 ROW_VERSION = 1

@@ -20,6 +20,9 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.device.memory import execution_plan
+from aimscale.harness.device.peak import device_name, known_peak
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, Lease, RunDir
@@ -27,13 +30,10 @@ from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFla
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
+from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.feed import together
 from aimscale.harness.train.budget import evaluate_budget, finished_budgets, save_budget
-from aimscale.harness.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from aimscale.harness.train.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.train.engine import Engine, EngineOptions
-from aimscale.harness.train.feed import together
-from aimscale.harness.train.memory import execution_plan
-from aimscale.harness.train.peak import device_name, known_peak
 
 
 class Trainer:

@@ -21,8 +21,8 @@ from aimscale.aim.objective import unpatchify
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths, usable_indices
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.train.distributed import Group
 
 EVAL_TOKENS = 16_384
 """Tokens per forward pass."""

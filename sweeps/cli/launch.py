@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import typer
 
 from aimscale.sweeps.cli.plan import Root, SweepName
-from aimscale.sweeps.launch.claims import prepare
-from aimscale.sweeps.launch.decision import Decision
 from aimscale.sweeps.launch.start import launch, left_alone, planned, startable
+from aimscale.sweeps.runs.claims import prepare
+from aimscale.sweeps.runs.decision import Decision
 
 app = typer.Typer(help="Start what is missing, resume what died, skip what is done.")
 
@@ -63,9 +63,9 @@ def _print_left(left: Sequence[Decision]) -> None:
 
 def _print_local(sweep: str, root: Path) -> None:
     """The commands that a local launch would run."""
-    from aimscale.sweeps.launch.claims import RunRecord
-    from aimscale.sweeps.launch.decision import decide
     from aimscale.sweeps.launch.local_queue import worker_command
+    from aimscale.sweeps.runs.claims import RunRecord
+    from aimscale.sweeps.runs.decision import decide
     from aimscale.sweeps.slurm import commands as slurm
 
     loaded, runs, _ = planned(sweep, root)

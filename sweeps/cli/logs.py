@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from aimscale.sweeps.cli.plan import Root, SweepName
-from aimscale.sweeps.launch.claims import RunRecord
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.table.select import one_run
 
 app = typer.Typer(help="Print or follow the log of one run.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from aimscale.sweeps.doctor.machine import Check
-from aimscale.sweeps.launch.claims import MAX_CLOCK_SKEW_S
+from aimscale.sweeps.runs.claims import MAX_CLOCK_SKEW_S
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.views import data_size
 

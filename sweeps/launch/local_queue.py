@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from aimscale.sweeps.launch.claims import Claim, RunRecord, launch_lock, own_claim
-from aimscale.sweeps.launch.decision import Decision
-from aimscale.sweeps.launch.retries import Outcome, conclude
-from aimscale.sweeps.launch.work import Work, training
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.runs.claims import Claim, RunRecord, launch_lock, own_claim
+from aimscale.sweeps.runs.decision import Decision
+from aimscale.sweeps.runs.retries import Outcome, conclude
+from aimscale.sweeps.runs.work import Work, training
 
 POLL_S = 0.2
 

@@ -20,13 +20,13 @@ from aimscale.harness.probe.job import ProbeRequest, read_request
 from aimscale.harness.probe.run import finished_task, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.launch.claims import Claim, RunRecord, local_claim_is_live
-from aimscale.sweeps.launch.decision import Decision, Verdict
-from aimscale.sweeps.launch.probe_record import ProbeRecord, sweep_folder
-from aimscale.sweeps.launch.retries import forgive, may_try_again
-from aimscale.sweeps.launch.work import Work
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, SweepFile, load_sweep
+from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.runs.decision import Decision, Verdict
+from aimscale.sweeps.runs.probe_record import ProbeRecord, sweep_folder
+from aimscale.sweeps.runs.retries import forgive, may_try_again
+from aimscale.sweeps.runs.work import Work
 
 WORKER = ("-m", "aimscale.harness.probe.job")
 

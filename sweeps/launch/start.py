@@ -8,15 +8,15 @@ from pathlib import Path
 
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.launch import local_queue
-from aimscale.sweeps.launch.claims import RunRecord, prepare
-from aimscale.sweeps.launch.decision import Decision, decide
+from aimscale.sweeps.launch.display import queue_display
 from aimscale.sweeps.launch.local_queue import Command, LaunchResult, worker_command
 from aimscale.sweeps.launch.preflight import check_data
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.runs.claims import RunRecord, prepare
+from aimscale.sweeps.runs.decision import Decision, decide
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.table import views
 from aimscale.sweeps.table.status import sweep_status
 
 
@@ -42,7 +42,7 @@ def launch(
     check(startable(loaded, runs, known))
     prepare(loaded)
     gpus = local_queue.visible_gpus()
-    with views.queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
+    with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
         return local_queue.run_queue(
             loaded,
             runs,

@@ -8,10 +8,10 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 
-from aimscale.sweeps.launch.claims import RunRecord, launch_lock, local_claim_is_live
-from aimscale.sweeps.launch.probe_record import ProbeRecord
-from aimscale.sweeps.launch.retries import forgive
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.runs.claims import RunRecord, launch_lock, local_claim_is_live
+from aimscale.sweeps.runs.probe_record import ProbeRecord
+from aimscale.sweeps.runs.retries import forgive
 from aimscale.sweeps.slurm import commands as slurm
 
 

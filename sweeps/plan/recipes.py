@@ -110,7 +110,7 @@ SMALL = Recipe(
     lr_peak=_small_lr,
     # Assumption: a tenth of the smallest budget, so that its stable phase exists.
     warmup_images=lambda scale: scale.budget_min // 10,
-    zero_stage=lambda scale: "auto",  # aimscale.harness.train.memory's rule
+    zero_stage=lambda scale: "auto",  # aimscale.harness.device.memory's rule
     devices=lambda scale: 1,
 )
 

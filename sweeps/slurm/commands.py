@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from aimscale.sweeps.launch.claims import Claim
 from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.sweeps.runs.claims import Claim
 
 TIMEOUT_S = 60
 

@@ -21,9 +21,9 @@ from types import FrameType
 from typing import Any
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED, LEASE_STALE_S
-from aimscale.sweeps.launch.claims import Claim, RunRecord, lock_file
-from aimscale.sweeps.launch.retries import Outcome, Words, conclude, explain
 from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.sweeps.runs.claims import Claim, RunRecord, lock_file
+from aimscale.sweeps.runs.retries import Outcome, Words, conclude, explain
 from aimscale.sweeps.slurm import commands as slurm
 
 POLL_S = 0.5

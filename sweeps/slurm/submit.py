@@ -10,13 +10,13 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from aimscale.sweeps.launch.claims import Claim, RunRecord, launch_lock, own_claim
-from aimscale.sweeps.launch.decision import Decision
-from aimscale.sweeps.launch.retries import diagnose
-from aimscale.sweeps.launch.snapshot import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.launch.work import Work, training
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
+from aimscale.sweeps.runs.claims import Claim, RunRecord, launch_lock, own_claim
+from aimscale.sweeps.runs.decision import Decision
+from aimscale.sweeps.runs.retries import diagnose
+from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
+from aimscale.sweeps.runs.work import Work, training
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
 
@@ -195,7 +195,7 @@ def _submit(executor: submitit.SlurmExecutor, jobs: list[SlurmJob]) -> str:
 def executor_for(sweep: Sweep, shape: Shape, snapshot: Snapshot, job_name: str) -> submitit.SlurmExecutor:
     """A submitit executor with everything that a job of this shape asks for."""
     section = sweep.file.slurm
-    # A time limit is not a failure here: progress bounds the attempts (sweeps.launch.retries), not submitit's count.
+    # A time limit is not a failure here: progress bounds the attempts (sweeps.runs.retries), not submitit's count.
     executor = submitit.SlurmExecutor(
         folder=sweep.directory / "slurm", max_num_timeout=1_000_000, python=section.python
     )

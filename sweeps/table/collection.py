@@ -20,10 +20,10 @@ from aimscale.harness.probe.files import as_entry
 from aimscale.harness.run.config import ResultConfig, Section
 from aimscale.harness.run.directory import write_json
 from aimscale.harness.run.row import configured_columns
-from aimscale.sweeps.launch.claims import RunRecord
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.runs.claims import RunRecord
 
 COLLECT_VERSION = 1
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aimscale.harness.run.directory import Status
-from aimscale.sweeps.launch.claims import Claim, RunRecord, local_claim_is_live
-from aimscale.sweeps.launch.retries import explain_job
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.runs.retries import explain_job
 from aimscale.sweeps.slurm.commands import JobInfo
 
 Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]

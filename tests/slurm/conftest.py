@@ -18,11 +18,11 @@ import yaml
 from PIL import Image
 
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.sweeps.launch.claims import RunRecord, prepare
 from aimscale.sweeps.launch.start import launch
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.runs.claims import RunRecord, prepare
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
 from aimscale.sweeps.table.status import RunStatus, sweep_status

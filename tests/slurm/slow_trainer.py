@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.train import loop as train
-from aimscale.harness.train.engine import Engine
 
 step = Engine.step
 num_steps = 0

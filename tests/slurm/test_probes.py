@@ -22,10 +22,10 @@ from aimscale.harness.probe.job import ProbeRequest
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.launch.claims import prepare
-from aimscale.sweeps.launch.probe_record import ProbeRecord
 from aimscale.sweeps.launch.probes import probing
 from aimscale.sweeps.launch.start import left_alone
+from aimscale.sweeps.runs.claims import prepare
+from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.slurm.submit import launch_slurm
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.cli import logs as cli_logs
 from aimscale.sweeps.cli import status as cli_status
-from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm
 
@@ -22,7 +22,7 @@ STAND_IN = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
 
 LAUNCHER = """
     from pathlib import Path
-    from aimscale.sweeps.launch.claims import prepare
+    from aimscale.sweeps.runs.claims import prepare
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.slurm.submit import launch_slurm
     from aimscale.sweeps.plan.sweepfile import load_sweep

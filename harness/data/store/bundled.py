@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from aimscale.harness.data.random_access import make_key, permute, random_uniform
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.pack import FolderWriter, PackedImage, encode, write_dataset
-from aimscale.harness.data.stream.random_access import make_key, permute, random_uniform
 
 IMAGE_SIZE = 32
 """Side of every bundled image, pixels."""

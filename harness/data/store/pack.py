@@ -17,12 +17,12 @@ import torch
 import webdataset
 from PIL import Image
 
+from aimscale.harness.data.random_access import make_key, permute
+from aimscale.harness.data.resize import resize_shorter_side
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import DataError, DatasetInfo
 from aimscale.harness.data.store.indexing import write_scans
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, scan_shard
-from aimscale.harness.data.stream.evalset import resize_shorter_side
-from aimscale.harness.data.stream.random_access import make_key, permute
 
 _MAX_SHARD_BYTES = 500e6
 _SHARD_PATTERN = "shard-%06d.tar"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from aimscale.harness.data.stream.random_access import random_uniform
+from aimscale.harness.data.random_access import random_uniform
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 """ImageNet's channel means, for pixels in 0..1."""

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.augment import crop_resize
 from aimscale.harness.data.stream.jitter import jitter_colours
-from aimscale.harness.data.stream.random_access import I64
 
 MAX_CROP_PIXELS = 1 << 18
 """Larger crops (more than 512 x 512) are resized by the loader: moving them would cost more than it saves."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
+from aimscale.harness.data.random_access import make_key, permute, random_uniform
+from aimscale.harness.data.resize import centre_crop
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import DataError, ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.data.stream.random_access import make_key, permute, random_uniform
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import ModelSection
@@ -39,24 +39,6 @@ def eval_images(
             ) from error
         pixels[row] = centre_crop(image, size)
     return normalise(pixels)
-
-
-def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (C, H, W) to (C, size, size): shorter side to `size`, then the middle of the longer one."""
-    image = resize_shorter_side(image, size)
-    height, width = image.shape[-2:]
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[:, top : top + size, left : left + size]
-
-
-def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (C, H, W) with its shorter side brought to `size`, aspect ratio kept: bicubic, antialiased."""
-    height, width = image.shape[-2:]
-    if min(height, width) == size:
-        return image
-    scale = size / min(height, width)
-    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
-    return F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as colour
 
-from aimscale.harness.data.stream.random_access import I64, random_uniform
+from aimscale.harness.data.random_access import I64, random_uniform
 
 _PROBABILITY = 0.8
 _STRENGTH = np.array([0.4, 0.4, 0.2, 0.1])  # of brightness, contrast, saturation, hue

@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
+from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.background import Background
 from aimscale.harness.data.stream.positions import Batch, TrainStream
-from aimscale.harness.data.stream.random_access import I64
 from aimscale.harness.data.stream.worker_pool import WorkerPool
 
 

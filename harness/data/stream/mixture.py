@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aimscale.harness.data.stream.random_access import I64
+from aimscale.harness.data.random_access import I64
 
 _UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20, so that positions may reach 2^42
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aimscale.harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset, require_channels
 from aimscale.harness.data.stream.augment import (
@@ -31,7 +32,6 @@ from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.mixture import Mixture
 from aimscale.harness.data.stream.overlap import refuse_overlap
 from aimscale.harness.data.stream.pixel_cache import PixelCache
-from aimscale.harness.data.stream.random_access import I64, make_key, permute, random_bits, random_uniform
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import ResultConfig

@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.crops import CropLayout, Crops
 from aimscale.harness.data.stream.positions import Batch, TrainStream
-from aimscale.harness.data.stream.random_access import I64
 
 _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or handed out as a copy
 _MAX_WINDOW = 256  # tasks under way: all fit into a pipe (64 KiB), so that sending one never blocks

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import aimscale.harness.bench.train
+import aimscale.harness.device.peak
 import aimscale.harness.train.loop
-import aimscale.harness.train.peak
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.cli import bench as cli_bench
@@ -26,7 +26,7 @@ Config = Callable[..., RunConfig]
 
 def invoke(rank: int, app: object, arguments: list[str], out: Path) -> None:
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
-    aimscale.harness.train.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
+    aimscale.harness.device.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
     result = CliRunner().invoke(app, arguments)  # type: ignore[arg-type]
     out.write_text(result.output)
     assert result.exit_code == 0, result.exception

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+import aimscale.harness.device.peak
 import aimscale.harness.log.record
-import aimscale.harness.train.peak
 from aimscale.harness.log.loggers import open_loggers, past_lines, scalars
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -50,7 +50,7 @@ def points(run: RunDir) -> dict[str, list[tuple[int, float]]]:
 
 def train_and_die(rank: int, path: Path, num_images: int) -> None:
     """Train and die of SIGKILL once `num_images` are done (0: never)."""
-    aimscale.harness.train.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
+    aimscale.harness.device.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     real = aimscale.harness.log.record.Recorder.step
 

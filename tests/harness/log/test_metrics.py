@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.log.metrics import SPIKE_WINDOW, JsonLines, StepLog
-from aimscale.harness.train.distributed import Group, Placement
-from aimscale.harness.train.engine import StepOutcome
+from aimscale.harness.step.engine import StepOutcome
 
 ALONE = Group(
     Placement(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0), torch.device("cpu"), host_group=None

@@ -20,7 +20,7 @@ Config = Callable[..., RunConfig]
 
 
 def test_rundir_needs_no_torch() -> None:
-    names = ("run.directory", "run.schedule", "train.memory", "run.failures")
+    names = ("run.directory", "run.schedule", "device.memory", "run.failures")
     modules = ", ".join(f"aimscale.harness.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

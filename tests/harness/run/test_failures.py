@@ -13,10 +13,10 @@ import torch
 
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data.store.index import DataError
+from aimscale.harness.device.distributed import find_placement, start_group
 from aimscale.harness.run.directory import LeaseLost
 from aimscale.harness.run.failures import classify, stop_signals
-from aimscale.harness.train.checkpoint import CheckpointError
-from aimscale.harness.train.distributed import find_placement, start_group
+from aimscale.harness.step.checkpoint import CheckpointError
 
 Run = Callable[..., list[int]]
 

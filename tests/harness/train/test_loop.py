@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import aimscale.harness.device.peak
 import aimscale.harness.log.record
-import aimscale.harness.train.checkpoint
-import aimscale.harness.train.engine
-import aimscale.harness.train.peak
+import aimscale.harness.step.checkpoint
+import aimscale.harness.step.engine
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
@@ -32,7 +32,7 @@ Config = Callable[..., RunConfig]
 @pytest.fixture(autouse=True)
 def _small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the peak on a small product; forks inherit it."""
-    monkeypatch.setattr(aimscale.harness.train.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+    monkeypatch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
 
 
 def train_in(rank: int, path: Path) -> None:
@@ -167,7 +167,7 @@ def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place
     """Train on several ranks of which one dies of SIGKILL after a step or inside a save, at its `number`-th."""
     owner, name = {
         "step": (aimscale.harness.log.record.Recorder, "step"),
-        "save": (aimscale.harness.train.checkpoint, "_write_part"),
+        "save": (aimscale.harness.step.checkpoint, "_write_part"),
     }[place]
     real, calls = getattr(owner, name), iter(range(1, number))
 
@@ -236,9 +236,9 @@ def test_a_branch_equals_a_run_that_had_only_that_budget(
 
 def train_with_bad_steps(rank: int, path: Path, bad: set[int]) -> None:
     """Train with the losses of some steps (by their image position) made infinite."""
-    real = aimscale.harness.train.engine.Engine.step
+    real = aimscale.harness.step.engine.Engine.step
 
-    def step(self: aimscale.harness.train.engine.Engine, micro_batches: Any, **kwargs: Any) -> Any:
+    def step(self: aimscale.harness.step.engine.Engine, micro_batches: Any, **kwargs: Any) -> Any:
         first = micro_batches[0]
         if int(first.positions[0]) in bad:
             images = first.images_on("cpu").clone()
@@ -246,7 +246,7 @@ def train_with_bad_steps(rank: int, path: Path, bad: set[int]) -> None:
             micro_batches = [dataclasses.replace(first, images=images), *micro_batches[1:]]
         return real(self, micro_batches, **kwargs)
 
-    aimscale.harness.train.engine.Engine.step = step  # type: ignore[method-assign]
+    aimscale.harness.step.engine.Engine.step = step  # type: ignore[method-assign]
     train_in(rank, path)
 
 

@@ -14,8 +14,8 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.train.distributed import find_placement, start_group, stop_group
 from aimscale.harness.train.validation import ValidationLosses, completions, validate
 
 Run = Callable[..., list[int]]

@@ -13,9 +13,9 @@ from PIL import Image
 import aimscale.sweeps.launch.start
 from aimscale.analysis.tables.results import read_table
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.sweeps.launch.claims import RunRecord
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.table.collection import collect
 
 

@@ -32,14 +32,14 @@ from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir, RunDirError
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli import probe as cli_probe
-from aimscale.sweeps.launch.claims import own_claim, prepare
-from aimscale.sweeps.launch.probe_record import ProbeRecord
 from aimscale.sweeps.launch.probes import missing, probing, run_at, runs_of_sweep, sweep_of_run
-from aimscale.sweeps.launch.retries import conclude
 from aimscale.sweeps.launch.stop import cancel, retry
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.runs.claims import own_claim, prepare
+from aimscale.sweeps.runs.probe_record import ProbeRecord
+from aimscale.sweeps.runs.retries import conclude
 from aimscale.sweeps.slurm.submit import launch_slurm
 from aimscale.sweeps.table.collection import collect
 

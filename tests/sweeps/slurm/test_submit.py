@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from aimscale.aim.errors import UserError
-from aimscale.sweeps.launch.snapshot import find_snapshot, make_snapshot
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.runs.snapshot import find_snapshot, make_snapshot
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import Shape, launch_slurm, shape_of, with_slurm
 

@@ -12,9 +12,9 @@ from aimscale.aim.errors import UserError
 from aimscale.analysis.tables.results import read_table
 from aimscale.harness.run.directory import write_json
 from aimscale.sweeps.cli import status as cli_status
-from aimscale.sweeps.launch.claims import RunRecord
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import sweep_status
 

@@ -14,6 +14,7 @@ import torchvision.transforms.v2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.store.index import DataError, open_dataset
 from aimscale.harness.data.stream.augment import (
     crop_resize,
@@ -27,7 +28,6 @@ from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.mixture import Mixture
 from aimscale.harness.data.stream.positions import Batch, TrainStream
-from aimscale.harness.data.stream.random_access import make_key, permute
 from aimscale.harness.run.config import ResultConfig
 
 Configure = Callable[..., ResultConfig]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from aimscale.harness.probe.job import FOLDER
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.launch.claims import RunRecord
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD
+from aimscale.sweeps.runs.claims import RunRecord
 
 
 class ProbeRecord(RunRecord):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.train.memory import host_bytes
+from aimscale.harness.device.memory import host_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from aimscale.analysis.cli import fit as cli_fit
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.definitions import by_definition
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.frontier.definitions import by_definition
 
 
 def test_proportional_counts_share_one_exponent(known_study):

@@ -16,7 +16,7 @@ from aimscale.harness.run.directory import (
     EXIT_USER_ERROR,
     ReasonClass,
 )
-from aimscale.sweeps.launch.claims import RunRecord
+from aimscale.sweeps.runs.claims import RunRecord
 
 Outcome = Literal["finished", "preempted", "again", "stop", "held"]
 """`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `held`: it runs elsewhere."""

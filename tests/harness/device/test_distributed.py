@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aimscale.harness.train.distributed import LaunchError, find_placement, first_host
+from aimscale.harness.device.distributed import LaunchError, find_placement, first_host
 
 
 def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:

@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 from aimscale.harness.data.store.index import DataError
 from aimscale.harness.data.stream.positions import Batch
-from aimscale.harness.train.distributed import Group
+from aimscale.harness.device.distributed import Group
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 What DeepSpeed averages over ranks, this module turns back into a sum divided by the global count of targets. The
 learning rate is set here for every step: DeepSpeed's own schedulers would stand still on skipped steps.
 `Engine.fragments` shows where the float32 master weights and Adam moments of every parameter live on this rank, the
-same way for every ZeRO stage; `harness.train.checkpoint` reads and writes them.
+same way for every ZeRO stage; `harness.step.checkpoint` reads and writes them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.device.distributed import Group, import_deepspeed
+from aimscale.harness.device.memory import MAX_BUCKET_VALUES
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.train.distributed import Group, import_deepspeed
-from aimscale.harness.train.memory import MAX_BUCKET_VALUES
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 

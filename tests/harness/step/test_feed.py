@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import aimscale.harness.device.peak
 import aimscale.harness.log.record
-import aimscale.harness.train.feed
-import aimscale.harness.train.peak
+import aimscale.harness.step.feed
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.index import DataError, open_dataset
 from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
-from aimscale.harness.train.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.train.feed import PeerFailedError, together
+from aimscale.harness.step.feed import PeerFailedError, together
 from aimscale.harness.train.loop import train
 
 Run = Callable[..., list[int]]
@@ -35,8 +35,8 @@ Config = Callable[..., RunConfig]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the peak on a small product, and take shares over few images; forks inherit it."""
-    monkeypatch.setattr(aimscale.harness.train.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
-    monkeypatch.setattr(aimscale.harness.train.feed, "MIN_IMAGES", 40)
+    monkeypatch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+    monkeypatch.setattr(aimscale.harness.step.feed, "MIN_IMAGES", 40)
 
 
 def train_in(rank: int, path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from aimscale.sweeps.launch.claims import RunRecord
-from aimscale.sweeps.launch.retries import conclude, diagnose, forgive, may_try_again
+from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.retries import conclude, diagnose, forgive, may_try_again
 
 
 @pytest.fixture

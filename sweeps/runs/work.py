@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aimscale.sweeps.launch.claims import Claim, RunRecord, claim_run
-from aimscale.sweeps.launch.decision import Decision, decide
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.runs.claims import Claim, RunRecord, claim_run
+from aimscale.sweeps.runs.decision import Decision, decide
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,16 @@ import torch
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.train.checkpoint import (
+from aimscale.harness.step.checkpoint import (
     CheckpointError,
     complete_checkpoints,
     load_checkpoint,
     save_checkpoint,
     save_weights,
 )
-from aimscale.harness.train.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.train.engine import Engine, EngineOptions
+from aimscale.harness.step.engine import Engine, EngineOptions
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 Run = Callable[..., list[int]]

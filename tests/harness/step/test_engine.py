@@ -13,9 +13,9 @@ import torch
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.train.distributed import find_placement, start_group, stop_group
-from aimscale.harness.train.engine import Engine, EngineOptions
+from aimscale.harness.step.engine import Engine, EngineOptions
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 BATCH, NUM_STEPS, LR = 8, 20, 3e-3

@@ -15,17 +15,17 @@ import torch
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.train.distributed import find_placement, start_group, stop_group
-from aimscale.harness.train.engine import Engine, EngineOptions
-from aimscale.harness.train.feed import count_targets
-from aimscale.harness.train.memory import (
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.memory import (
     DoesNotFitError,
     even_share,
     execution_plan,
     kept_bytes_per_image,
     memory_estimate,
 )
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.feed import count_targets
 
 GIB = 2**30
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import fsync_dir, publish_dir, write_json
-from aimscale.harness.train.distributed import Group
-from aimscale.harness.train.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
+from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 
 CHECKPOINT_VERSION = 1
 MASTER = "param"

@@ -1,7 +1,7 @@
 """Memory of one rank, and the rule that chooses ZeRO stage, micro-batch and activation checkpointing from it.
 
 Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter are those that
-DeepSpeed 0.19 was measured to hold (tests/harness/train/test_memory.py measures again); activations are counted from
+DeepSpeed 0.19 was measured to hold (tests/harness/device/test_memory.py measures again); activations are counted from
 what the backward pass of a block keeps.
 """
 
@@ -17,7 +17,7 @@ from aimscale.aim.errors import UserError
 Precision = Literal["fp32", "bf16"]
 
 MAX_BUCKET_VALUES = 50_000_000
-"""Largest reduction bucket (`harness.train.engine`): 200 MB messages are long enough for any network."""
+"""Largest reduction bucket (`harness.step.engine`): 200 MB messages are long enough for any network."""
 MAX_BUFFER_VALUES = 500_000_000
 """DeepSpeed flattens gradients and gathers weights in pieces of at most this many values."""
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from aimscale.sweeps.launch.claims import Claim, RunRecord, local_claim_is_live
-from aimscale.sweeps.launch.retries import may_try_again
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.runs.retries import may_try_again
 
 Verdict = Literal["start", "resume", "finished", "running", "queued", "failed", "damaged"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import aimscale.harness.train.peak
-from aimscale.harness.train.peak import EXPIRY_S, Peak, known_peak, measure_peak
+import aimscale.harness.device.peak
+from aimscale.harness.device.peak import EXPIRY_S, Peak, known_peak, measure_peak
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
         threads = torch.get_num_threads()
         return Peak(device="c", precision=precision, num_threads=threads, gemm_side=8, flops_per_s=rates.pop(0))
 
-    monkeypatch.setattr(aimscale.harness.train.peak, "measure_peak", measure)
+    monkeypatch.setattr(aimscale.harness.device.peak, "measure_peak", measure)
     return rates
 
 
@@ -73,7 +73,7 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(
 def test_the_measurement_is_a_rate_of_the_best_try(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 4.0, 4.0, 4.0, 6.0, 6.0, 6.0, 9.0, 9.0])  # tries of 4, 2 and 3 seconds
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(aimscale.harness.train.peak, "MAX_SECONDS", 8.0)
+    monkeypatch.setattr(aimscale.harness.device.peak, "MAX_SECONDS", 8.0)
     peak = measure_peak(CPU, precision, side=16)
     assert peak.flops_per_s == 2 * 16**3 / 2.0
     assert dataclasses.asdict(peak).keys() >= {"device", "precision", "num_threads", "gemm_side"}

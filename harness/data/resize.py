@@ -1,0 +1,24 @@
+"""Resizing and cropping without randomness."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (C, H, W) to (C, size, size): shorter side to `size`, then the middle of the longer one."""
+    image = resize_shorter_side(image, size)
+    height, width = image.shape[-2:]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[:, top : top + size, left : left + size]
+
+
+def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (C, H, W) with its shorter side brought to `size`, aspect ratio kept: bicubic, antialiased."""
+    height, width = image.shape[-2:]
+    if min(height, width) == size:
+        return image
+    scale = size / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    return F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]

@@ -1,0 +1,1 @@
+"""One optimiser step: its images, the DeepSpeed engine, and checkpoints of its state."""
