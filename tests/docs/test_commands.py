@@ -29,7 +29,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"<!-- (run|not run|file|given|shows|page)(?:: (.*?))? -->")
 FENCE = re.compile(r"(`{3,})([^\s`]*)(?: .*)?")
 TIMEOUT_S = 900
