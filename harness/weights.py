@@ -33,7 +33,8 @@ from aimscale.aim.weights import (
     write_weights,
 )
 from aimscale.harness.run.config import ModelSection, RunConfig
-from aimscale.harness.run.directory import RunDir, RunDirError, write_text
+from aimscale.harness.run.directory import RunDir, RunDirError
+from aimscale.harness.run.files import write_text, written_aside
 from aimscale.harness.run.provenance import record_start
 from aimscale.harness.train.budget import describe
 
@@ -82,22 +83,14 @@ def stream_safetensors(
         offset += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in state.values():
-                flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-                for start in range(0, flat.numel(), _CHUNK_BYTES):
-                    file.write(flat[start : start + _CHUNK_BYTES].numpy().data)
-                if forget:
-                    forget_pages(tensor)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in state.values():
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            for start in range(0, flat.numel(), _CHUNK_BYTES):
+                file.write(flat[start : start + _CHUNK_BYTES].numpy().data)
+            if forget:
+                forget_pages(tensor)
 
 
 def import_weights(

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from aimscale.aim.cpu_kernels import float32_matmul
-from aimscale.harness.run.directory import write_json
+from aimscale.harness.run.files import write_json
 from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}

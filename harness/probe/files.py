@@ -7,17 +7,17 @@ may come to one task at the same time: the first holds its lock, the others wait
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ProbeSection, RunConfig, fingerprint
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.files import try_lock
 
 SCHEMA_VERSION = 1
 """Of `probes/<images_seen>/<task>.json`."""
@@ -68,21 +68,13 @@ def task_lock(folder: Path | None, task: str, group: Group, pause: Pause = lambd
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((folder / f".{task}.lock").open("a"))
         told = False
-        while not group.from_first(_try_lock(file) if file else None):
+        while not group.from_first(try_lock(file) if file else None):
             if group.is_first and not told:
                 print(f"waiting: another process probes {task} in {folder}", file=sys.stderr, flush=True)
             told = True
             pause()
             time.sleep(LOCK_POLL_S)
         yield
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def with_probes_of_files(run: RunDir, config: RunConfig, row: dict[str, Any]) -> dict[str, Any]:

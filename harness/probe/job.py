@@ -19,8 +19,9 @@ from pydantic import Field
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group, find_placement
 from aimscale.harness.run.config import ConfigError, ProbeSection, Section, parse
-from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir, write_text
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
 from aimscale.harness.run.failures import PreemptedError, StopFlag, classify, stop_signals
+from aimscale.harness.run.files import write_text
 
 FOLDER = "probing"
 """Of the job within a run directory."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from aimscale.harness.run.files import written_aside
+
 
 class ProbeProgress:
     """What a killed probe goes on from: a file for each part of its work, rewritten whenever some of it is done.
@@ -25,11 +27,8 @@ class ProbeProgress:
 
     def save(self, part: str, state: dict[str, Any]) -> None:
         """Write tensors and plain values aside, then rename."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(part)
-        aside = path.with_suffix(".aside")
-        torch.save({**state, "key": self._key}, aside)
-        aside.replace(path)
+        with written_aside(self._path(part), durable=False) as aside:
+            torch.save({**state, "key": self._key}, aside)
 
     def load(self, part: str) -> dict[str, Any] | None:
         """The state of a part; None when there is nothing to go on from."""

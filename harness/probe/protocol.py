@@ -51,7 +51,7 @@ from aimscale.harness.probe.progress import ProbeProgress
 from aimscale.harness.probe.scores import Answers, answers, score
 from aimscale.harness.probe.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
-from aimscale.harness.run.directory import write_json
+from aimscale.harness.run.files import write_json
 
 
 def _go_on() -> None:

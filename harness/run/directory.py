@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
-import shutil
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
+from aimscale.harness.run.files import locked, process_started, write_json, write_text
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
@@ -272,7 +272,7 @@ class Lease:
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "process_started": _process_started(os.getpid()),
+            "process_started": process_started(os.getpid()),
             "job_id": os.environ.get("SLURM_JOB_ID"),
             "job_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         }
@@ -324,12 +324,9 @@ class Lease:
                     write_json(self._path, self._holder | {"heartbeat": time.time()}, durable=False)
 
 
-@contextlib.contextmanager
-def _guarded(path: Path) -> Iterator[None]:
-    """Serialise reading and replacing a file; the kernel drops the lock when a process dies."""
-    with path.with_suffix(".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _guarded(path: Path) -> AbstractContextManager[bool]:
+    """Serialise reading and replacing a file."""
+    return locked(path.with_suffix(".lock"))
 
 
 def _read_lease(path: Path) -> dict[str, Any] | None:
@@ -349,62 +346,5 @@ def _is_gone(holder: dict[str, Any]) -> bool:
     if job is not None and holder["job_id"] == job and holder["job_restarts"] < restarts:
         return True  # Slurm ended the earlier incarnation of this job before it started this one.
     if holder["host"] == socket.gethostname():
-        return _process_started(holder["pid"]) != holder["process_started"]
+        return process_started(holder["pid"]) != holder["process_started"]
     return time.time() - holder["heartbeat"] > LEASE_STALE_S
-
-
-def _process_started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat), null when there is none.
-
-    A zombie counts as gone. Together with the pid it names a process for good: pids are used again.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else fields[19]
-
-
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part; NaN and infinities are refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
-
-
-def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write aside, fsync if `durable`, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    if durable:
-        fsync_dir(path.parent)
-
-
-def fsync_dir(path: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish_dir(aside: Path, final: Path) -> None:
-    """Make a folder that was written aside visible under its final name, durably and in one step."""
-    if final.exists():
-        doomed = final.with_name(f".old-{final.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        final.rename(doomed)
-        aside.rename(final)
-        shutil.rmtree(doomed, ignore_errors=True)
-    else:
-        aside.rename(final)
-    fsync_dir(final.parent)

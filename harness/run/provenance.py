@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aimscale.harness.run.directory import RunDir, write_json
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.files import process_started, write_json
 
 PROVENANCE_VERSION = 1
 PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "webdataset", "pandas")
@@ -64,7 +65,7 @@ def cpu_name() -> str:
 
 def process_age_s() -> float:
     """Seconds since this process was started, imports included (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    ticks = int(process_started(os.getpid()) or 0)
     uptime_s = float(Path("/proc/uptime").read_text().split()[0])
     return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
 
@@ -97,3 +98,11 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
         }
     )
     write_json(run.provenance, {"version": PROVENANCE_VERSION, "starts": starts})
+
+
+def is_imported(run: RunDir) -> bool:
+    """Whether the run's weights came from elsewhere (`aimscale weights import`)."""
+    try:
+        return any("imported" in start for start in json.loads(run.provenance.read_text())["starts"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.run.directory import fsync_dir, publish_dir, write_json
+from aimscale.harness.run.files import fsync_dir, publish_dir, write_json
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 
 CHECKPOINT_VERSION = 1

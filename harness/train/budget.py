@@ -22,8 +22,9 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.files import weights_name, with_probes_of_files
 from aimscale.harness.probe.protocol import probe_model
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import RunDir, fsync_dir, publish_dir, write_json
+from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import PreemptedError, StopFlag
+from aimscale.harness.run.files import fsync_dir, publish_dir, write_json
 from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.run.row import configured_columns, model_of
 from aimscale.harness.step.checkpoint import save_weights

@@ -7,7 +7,6 @@ be compared image by image: the published losses of 0.6B to 7B differ by 0.013 i
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from aimscale.harness.data.stream.augment import denormalise
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths, usable_indices
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ModelSection, ValidationSection
+from aimscale.harness.run.files import written_aside
 
 EVAL_TOKENS = 16_384
 """Tokens per forward pass."""
@@ -145,11 +145,6 @@ def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def write_npz(path: Path, arrays: dict[str, Any]) -> None:
-    """Write an npz file aside and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    with aside.open("wb") as file:
+    """Replace an npz file in one step."""
+    with written_aside(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

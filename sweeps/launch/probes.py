@@ -7,7 +7,6 @@ A job works on one run and knows its directory alone (`harness.probe.job`); its 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from aimscale.harness.probe.job import ProbeRequest, read_request
 from aimscale.harness.probe.run import finished_task, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
@@ -40,20 +40,13 @@ def runs_of_sweep(sweep: Sweep, parts: Sequence[str] = ()) -> list[Run]:
     planned = [run for run in plan(sweep) if sweep.run_dir(run.run_id).is_dir()]
     names = {run.run_id for run in planned}
     there = sorted(sweep.runs_dir.iterdir()) if sweep.runs_dir.is_dir() else []
-    runs = planned + [run_at(path) for path in there if path.name not in names and _is_imported(path)]
+    runs = planned + [run_at(path) for path in there if path.name not in names and is_imported(RunDir(path))]
     if not runs:
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
     for part in parts:
         if not any(part in run.run_id for run in runs):
             raise SweepError(f"no run of sweep '{sweep.name}' has '{part}' in its id; `aimscale status` lists them")
     return [run for run in runs if not parts or any(part in run.run_id for part in parts)]
-
-
-def _is_imported(path: Path) -> bool:
-    try:
-        return "imported" in json.loads((path / "provenance.json").read_text())
-    except (OSError, ValueError):
-        return False
 
 
 def run_at(path: Path) -> Run:

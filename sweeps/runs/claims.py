@@ -7,7 +7,6 @@ of the launcher that started or queued the run, and `attempts.jsonl`, one line p
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -17,7 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from aimscale.harness.run.directory import STATUS_VERSION, RunDir, Status, write_json, write_text
+from aimscale.harness.run.directory import STATUS_VERSION, RunDir, Status
+from aimscale.harness.run.files import locked, process_started, write_json, write_text
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 
@@ -70,9 +70,9 @@ def lock_file(path: Path) -> Iterator[None]:
     Raises:
         SweepError: the file system has no locks.
     """
-    with path.open("a") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.enter_context(locked(path))
         except OSError as error:
             raise SweepError(
                 f"the file system of {path.parent} has no flock ({error.strerror}), without which two launches "
@@ -119,15 +119,6 @@ def own_claim(backend: Literal["local", "slurm"], devices: int, job_id: str | No
         job_id=job_id,
         devices=devices,
     )
-
-
-def process_started(pid: int) -> str | None:
-    """Start time of a live process in clock ticks since boot; null when there is none or it is a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if stat[0] == "Z" else stat[19]
 
 
 class RunRecord(RunDir):

@@ -8,7 +8,6 @@ twice writes the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Any
 from aimscale.analysis.tables.results import TableError, results_table, write_table
 from aimscale.harness.probe.files import as_entry
 from aimscale.harness.run.config import ResultConfig, Section
-from aimscale.harness.run.directory import write_json
+from aimscale.harness.run.files import write_json
+from aimscale.harness.run.provenance import is_imported
 from aimscale.harness.run.row import configured_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
@@ -195,12 +195,8 @@ def _imported(sweep: Sweep, planned: set[str]) -> list[RunRecord]:
 
     Other directories that the plan does not name are of an earlier version of the sweep file and stay out.
     """
-    found = []
-    for path in sorted(sweep.runs_dir.iterdir()):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            if path.name not in planned and "imported" in json.loads((path / "provenance.json").read_text()):
-                found.append(RunRecord(path))
-    return found
+    others = (RunRecord(path) for path in sorted(sweep.runs_dir.iterdir()) if path.name not in planned)
+    return [record for record in others if is_imported(record)]
 
 
 SCALE_FIELDS = {

@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 
-from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, LeaseHeld, RunDir, write_json
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, LeaseHeld, RunDir
+from aimscale.harness.run.files import write_json
 
 STEPS = 5
 

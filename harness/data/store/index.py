@@ -26,6 +26,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.shard_cache import CachedReader
 from aimscale.harness.data.store.shards import LocalReader, RemoteReader, ShardReader, is_url, join, read_bytes
+from aimscale.harness.run.files import write_text, written_aside
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.parquet"
@@ -299,12 +300,9 @@ def _check_shards(folder: Path, info: DatasetInfo) -> None:
 
 
 def write_index(folder: Path, info: DatasetInfo, columns: dict[str, Any]) -> None:
-    """Write both files, each aside and then renamed; `dataset.json` last, so that it vouches for the index."""
+    """Replace both files, each in one step; `dataset.json` last, so that it vouches for the index."""
     table = pa.table(columns, schema=SCHEMA)
     assert len(table) == info.num_samples, "write_index: rows and num_samples differ"
-    aside = folder / f".{INDEX_FILE}.partial"
-    pq.write_table(table, aside, row_group_size=_ROW_GROUP)
-    aside.replace(folder / INDEX_FILE)
-    aside = folder / f".{DATASET_FILE}.partial"
-    aside.write_text(info.to_json())
-    aside.replace(folder / DATASET_FILE)
+    with written_aside(folder / INDEX_FILE) as aside:
+        pq.write_table(table, aside, row_group_size=_ROW_GROUP)
+    write_text(folder / DATASET_FILE, info.to_json())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from aimscale.harness.data.store.index import (
 )
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan, scan_shard, shard_size
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, is_url, join
+from aimscale.harness.run.files import written_aside
 
 PARTS_FOLDER = ".index-parts"
 Progress = Callable[[int, int, int], None]
@@ -201,10 +201,8 @@ def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> 
 def _scan_to_part(location: str, name: str, parts: Path) -> int:
     scan = scan_shard(location, name)
     table = scan.rows.replace_schema_metadata({"shard_size": str(scan.size)})
-    part = _part_path(parts, name)
-    aside = part.with_suffix(f".partial-{os.getpid()}")
-    pq.write_table(table, aside)
-    aside.replace(part)
+    with written_aside(_part_path(parts, name), durable=False) as aside:
+        pq.write_table(table, aside)
     return len(scan.rows)
 
 

@@ -7,17 +7,16 @@ all the time and would download each again for every image. What does not fit is
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import fsspec
 
 from aimscale.harness.data.store.shards import LocalReader, RemoteReader, join, with_retries
+from aimscale.harness.run.files import locked
 
 _CHUNK_BYTES = 4 * 2**20
 _RETRY_S = (
@@ -57,7 +56,7 @@ class CachedReader:
         self._not_before[name] = now + _RETRY_S
         self._folder.mkdir(parents=True, exist_ok=True)
         aside = self._folder / f"{_file_name(name)}.partial"
-        with _locked(aside, wait=False) as mine:
+        with locked(aside, wait=False) as mine:
             if not mine:  # another process is fetching it
                 return False
             try:
@@ -73,7 +72,7 @@ class CachedReader:
 
     def _reserve(self, aside: Path, size: int) -> bool:
         """Make room for a shard and claim it by the length of its file; False when it cannot fit."""
-        with _locked(self._cache_dir / ".lock", wait=True):
+        with locked(self._cache_dir / ".lock"):
             files = [(path, path.stat()) for path in self._cache_dir.glob("*/*") if path != aside]
             excess = sum(stat.st_size for _, stat in files) + size - self._max_bytes
             foreign = [
@@ -105,19 +104,3 @@ class CachedReader:
 
 def _file_name(name: str) -> str:
     return name.replace("/", "%")
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a file's lock, which the system releases when this process dies; yields False when somebody else has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)

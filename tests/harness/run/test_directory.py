@@ -14,7 +14,8 @@ import pytest
 
 import aimscale.harness.run.directory
 from aimscale.harness.run.config import ConfigError, RunConfig
-from aimscale.harness.run.directory import LeaseHeld, LeaseLost, RunDir, RunDirError, publish_dir, write_json
+from aimscale.harness.run.directory import LeaseHeld, LeaseLost, RunDir, RunDirError
+from aimscale.harness.run.files import locked, publish_dir, write_json
 
 Config = Callable[..., RunConfig]
 
@@ -127,7 +128,7 @@ def test_a_holder_notices_that_it_was_replaced(tmp_path: Path, monkeypatch: pyte
         while json.loads(run.lease.read_text())["heartbeat"] == first and time.monotonic() < deadline:
             time.sleep(0.01)
         lease.check()
-        with aimscale.harness.run.directory._guarded(run.lease):
+        with locked(run.path / "lease.lock"):
             write_lease(run)
         lease._thread.join(30)
         with pytest.raises(LeaseLost, match="taken over"):

@@ -239,7 +239,7 @@ def test_runs_without_a_sweep_have_a_home_of_their_own(trained: Any, tmp_path: P
 
 def test_imported_runs_belong_to_the_sweep_and_strangers_do_not(trained: Any) -> None:
     sweep, runs = trained()
-    for name, provenance in (("imported-600M", {"imported": {}}), ("of-an-older-file", {"starts": []})):
+    for name, provenance in (("imported-600M", {"starts": [{"imported": {}}]}), ("of-an-older-file", {"starts": []})):
         path = RunDir.create(sweep.run_dir(name), runs[0].config).path
         (path / "provenance.json").write_text(json.dumps(provenance))
     assert [run.run_id for run in runs_of_sweep(sweep)] == [*(run.run_id for run in runs), "imported-600M"]

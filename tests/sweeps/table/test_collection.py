@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.tables.results import read_table
-from aimscale.harness.run.directory import write_json
+from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli import status as cli_status
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
@@ -61,7 +61,10 @@ def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launc
 def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
-    for name, provenance in (("imported-aim", {"imported": {"file": "x.pth"}}), ("earlier-version", {"starts": []})):
+    for name, provenance in (
+        ("imported-aim", {"starts": [{"imported": {"file": "x.pth"}}]}),
+        ("earlier-version", {"starts": []}),
+    ):
         record = RunRecord(sweep.runs_dir / name)
         record.record_row({"run_id": name, "size": "aim-600M", "images_seen": 2_048_000_000})
         write_json(record.provenance, provenance)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aimscale.harness.run.files import locked, process_started, write_json, write_text, written_aside
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder/value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(ZeroDivisionError), written_aside(path) as aside:
+        assert aside.write_text("half") / 0
+    with written_aside(path) as aside:
+        aside.write_text("half")
+        assert path.read_text() == '{\n "a": 1\n}\n'
+    assert [each.name for each in path.parent.iterdir()] == ["value.json"]
+    write_text(path, "new", durable=False)
+    assert path.read_text() == "new"
+
+
+def test_a_lock_excludes_and_ends_with_its_block_although_a_child_was_forked_inside(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with locked(path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        with locked(path, wait=False) as mine:
+            assert not mine
+    try:
+        with locked(path, wait=False) as mine:
+            assert mine
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_process_has_a_start_until_it_ends() -> None:
+    assert process_started(os.getpid()) == process_started(os.getpid()) is not None
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    time.sleep(0.5)  # long enough to be a zombie
+    while process_started(child.pid) is not None:
+        time.sleep(0.05)
+    child.wait()
+    assert process_started(child.pid) is None
