@@ -1,6 +1,6 @@
 """The project's own baselines (raw pixels, random weights, timm models) beside the runs, on the same probes.
 
-`aimscale probe NAME --like RUN` writes them into the run's folder, `aimscale collect` gathers them into
+`aimscale baseline NAME --like RUN` writes them into the run's folder, `aimscale collect` gathers them into
 `baselines.parquet` beside `results.parquet`: the same columns, a row per baseline; `size` names it, `run_id` is the run
 whose images and seed it got. They are no rows of the table itself, so that no law takes them for runs.
 """

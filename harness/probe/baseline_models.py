@@ -27,6 +27,11 @@ TIMM = "timm:"
 """Prefix of a timm model's name."""
 
 
+def is_baseline(target: str) -> bool:
+    """Whether a name is a baseline's rather than a run directory's or a sweep's."""
+    return target in ("random", "raw-pixels") or target.startswith(TIMM)
+
+
 class TimmBackbone:
     """A timm model: all blocks of a vision transformer, or the last feature map of anything else.
 
@@ -95,7 +100,7 @@ def baseline(
         model = AIM(model_config(**dict(section))).to(device).eval()
         return AimBackbone(model, f"random-{section.size}"), section
     if not target.startswith(TIMM):
-        raise ProbeError(f"'{target}' is neither a run directory nor {TIMM}NAME, random or raw-pixels")
+        raise ProbeError(f"'{target}' is no baseline; use {TIMM}NAME, random or raw-pixels")
     if section.channels != 3:
         raise ProbeError(f"timm models take 3 channels, the tasks of this run have {section.channels}")
     if sum((weights is not None, random_weights, hub)) != 1:

@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "aimscale.sweeps.cli.probe",
         "Probe frozen features of a run, or of a whole sweep by local or Slurm jobs.",
     ),
+    "baseline": ("aimscale.harness.cli.baseline", "Probe a timm model, random weights or raw pixels on a run's tasks."),
     "weights": ("aimscale.harness.cli.weights", "Import, export and describe official AIM weights."),
     "bench": ("aimscale.sweeps.cli.bench", "Measure throughput, MFU, loader and fit speed against named limits."),
     "doctor": ("aimscale.sweeps.cli.doctor", "Look at this machine: what works, and what to do about the rest."),

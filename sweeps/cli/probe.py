@@ -1,26 +1,37 @@
-"""`aimscale probe`: frozen-feature accuracies of a run, of all runs of a sweep, or of a baseline."""
+"""`aimscale probe`: frozen-feature accuracies of a run, or of all runs of a sweep."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from aimscale.harness.cli.probe import list_tasks, probe_here, wanted_sections
+from aimscale.harness.cli.probe_output import print_entries
+from aimscale.harness.cli.tasks import (
+    Kinds,
+    TaskChoice,
+    TaskFile,
+    TaskNames,
+    TestSplit,
+    TrainSplit,
+    list_tasks,
+)
 from aimscale.sweeps.cli.plan import Root
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 
 if TYPE_CHECKING:
+    from aimscale.harness.probe.job import ProbeRequest
     from aimscale.sweeps.launch.local_queue import Queue
-    from aimscale.sweeps.launch.probes import Requests
     from aimscale.sweeps.plan.planner import Run
 
 app = typer.Typer(help="Probe the frozen features of a run's or a sweep's budgets.")
 
 EXIT_INTERRUPTED = 130
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @app.command()
@@ -28,27 +39,18 @@ def probe(
     target: Annotated[
         str,
         typer.Argument(
-            help="A run directory; a sweep (file, preset or name), all of whose runs are probed; or, with --like, a "
-            "baseline: timm:NAME, random or raw-pixels.",
+            help="A run directory, or a sweep (file, preset or name), all of whose runs are probed.",
             show_default=False,
         ),
     ],
     images_seen: Annotated[
         int | None, typer.Option(help="Probe this budget only; all saved ones otherwise.", show_default=False)
     ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="Task of the run's configuration (repeatable); all otherwise.")
-    ] = None,
-    tasks: Annotated[
-        Path | None, typer.Option(help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's.")
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="Labelled data set of a task of your own: its training split.")
-    ] = None,
-    test: Annotated[str | None, typer.Option(help="And its test split.")] = None,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="linear, attentive, knn or lora (repeatable) instead of the task's own.")
-    ] = None,
+    task: TaskNames = None,
+    tasks: TaskFile = None,
+    train: TrainSplit = None,
+    test: TestSplit = None,
+    kind: Kinds = None,
     on: Annotated[
         Literal["local", "slurm"] | None,
         typer.Option(help="Probe by jobs of a queue on this machine or of the cluster; sweeps: local by default."),
@@ -63,20 +65,8 @@ def probe(
     account: Annotated[str | None, typer.Option(help="Instead of slurm.account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Instead of slurm.qos.")] = None,
     constraint: Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")] = None,
-    time_min: Annotated[int | None, typer.Option(help="Minutes a job, instead of slurm.time_min.")] = None,
-    like: Annotated[
-        Path | None, typer.Option(help="Run directory whose tasks, images and seed a baseline is probed with.")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weight file of a timm model.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random", help="Leave a timm model untrained.")] = False,
-    hub: Annotated[bool, typer.Option("--hub", help="Fetch a timm model's weights from the hub or its cache.")] = False,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Image side of a timm model, pixels; its own otherwise.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for a baseline's results; LIKE/baselines/NAME otherwise.")
-    ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the backbone runs.")] = "auto",
+    time_min: Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")] = None,
+    device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
     cache_gb: Annotated[
         float, typer.Option(help="Memory for cached features; beyond it every epoch runs the backbone again.")
     ] = 2.0,
@@ -89,115 +79,110 @@ def probe(
 ) -> None:
     """Train the task's probe heads on frozen features and score the chosen ones on the test split.
 
-    A run or a baseline is probed in this process (alone, under torchrun, or in a Slurm job step with several tasks); a
-    sweep, and a run with --on, by one job a run. What is done already is not done again; a killed probe goes on where
-    it was.
+    A run is probed in this process (alone, under torchrun, or in a Slurm job step with several tasks); a sweep, and a
+    run with --on, by one job per run. What is done already is not done again; a killed probe goes on where it was.
+    Baselines have a verb of their own, `aimscale baseline`.
     """
+    choice = TaskChoice(names=task, file=tasks, train=train, test=test, kinds=kind)
     is_run = Path(target, "config.yaml").is_file()
-    if like is None and (not is_run or on is not None):
-        if as_json or weights or random_weights or hub or image_size or out:
-            raise SweepError("--json and the options of baselines go with probing in this process, not with jobs")
-        names = (task, tasks, train, test, kind)
-        sweep, runs, paths = _runs(target, is_run, root, run)
-        fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
-        since = time.time() if again else 0.0
-        requests = _requests(runs, paths, names, images_seen, since, device, cache_gb)
-        _by_jobs(sweep, runs, paths, requests, on or "local", devices, slots, dry_run, allow_dirty, fields, time_min)
+    if is_run and on is None:
+        if devices > 1 or slots or dry_run or run:
+            raise SweepError("--devices, --slots, --dry-run and --run go with jobs; add --on local or --on slurm")
+        _probe_here(Path(target), choice, images_seen, device, cache_gb, again, as_json)
         return
-    if devices > 1 or slots or dry_run or run:
-        raise SweepError("--devices, --slots, --dry-run and --run go with jobs; add --on local or --on slurm")
-    probe_here(
-        target,
-        images_seen=images_seen,
-        task=task,
-        tasks=tasks,
-        train=train,
-        test=test,
-        kind=kind,
-        like=like,
-        weights=weights,
-        random_weights=random_weights,
-        hub=hub,
-        image_size=image_size,
-        out=out,
-        device=device,
-        cache_gb=cache_gb,
-        again=again,
-        as_json=as_json,
-    )
+    if as_json:
+        raise SweepError("--json goes with probing in this process, not with jobs")
+    sweep, runs, paths = _runs(target, is_run, root, run)
+    requests = {
+        each.run_id: _request(each, choice, images_seen, time.time() if again else 0.0, device, cache_gb)
+        for each in runs
+    }
+    jobs = _Jobs(sweep=sweep, runs=runs, paths=paths, requests=requests, devices=devices, dry_run=dry_run)
+    if on == "slurm":
+        fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+        jobs.on_slurm({**fields, "time_min": time_min}, allow_dirty=allow_dirty)
+    else:
+        jobs.on_this_machine(slots)
+
+
+def _probe_here(
+    path: Path,
+    choice: TaskChoice,
+    images_seen: int | None,
+    device: Device,
+    cache_gb: float,
+    again: bool,
+    as_json: bool,
+) -> None:
+    """Probe a run by itself, under torchrun or in a Slurm job step with several tasks."""
+    from aimscale.harness.probe.run import join_ranks, probe_run
+    from aimscale.harness.run.directory import RunDir
+
+    sections = choice.sections(RunDir(path).load_config())
+    with join_ranks(device) as group:
+        results = probe_run(path, images_seen, sections, group=group, cache_gb=cache_gb, since=None if again else 0.0)
+        print_entries(results, is_first=group.is_first, as_json=as_json)
 
 
 def _runs(target: str, is_run: bool, root: Path, parts: list[str] | None) -> tuple[Sweep, list[Run], dict[str, Path]]:
     """The runs meant, with their directories."""
-    from aimscale.harness.probe.baseline_models import TIMM
+    from aimscale.harness.probe.baseline_models import is_baseline
     from aimscale.sweeps.launch.probes import runs_of_sweep, sweep_of_run
 
     if is_run:
         sweep, one = sweep_of_run(Path(target))
         return sweep, [one], {one.run_id: Path(target).resolve()}
-    if target in ("random", "raw-pixels") or target.startswith(TIMM):
-        raise SweepError(f"{target} is no run directory; to probe a baseline, name a run with --like")
+    if is_baseline(target):
+        raise SweepError(f"{target} is no run directory; probe a baseline with `aimscale baseline {target} --like RUN`")
     sweep = load_sweep(target, root)
     runs = runs_of_sweep(sweep, parts or [])
     return sweep, runs, {run.run_id: sweep.run_dir(run.run_id) for run in runs}
 
 
-def _requests(
-    runs: Sequence[Run],
-    paths: dict[str, Path],
-    names: tuple[list[str] | None, Path | None, str | None, str | None, list[str] | None],
-    images_seen: int | None,
-    since: float,
-    device: Literal["auto", "cpu", "cuda"],
-    cache_gb: float,
-) -> Requests:
+def _request(
+    run: Run, choice: TaskChoice, images_seen: int | None, since: float, device: Device, cache_gb: float
+) -> ProbeRequest:
     from aimscale.harness.probe.job import ProbeRequest
 
-    return {
-        run.run_id: ProbeRequest(
-            tasks=tuple(wanted_sections(run.config, *names)),
-            images_seen=images_seen,
-            since=since,
-            device=device,
-            cache_gb=cache_gb,
-        )
-        for run in runs
-    }
+    tasks = tuple(choice.sections(run.config))
+    return ProbeRequest(tasks=tasks, images_seen=images_seen, since=since, device=device, cache_gb=cache_gb)
 
 
-def _by_jobs(
-    sweep: Sweep,
-    runs: Sequence[Run],
-    paths: dict[str, Path],
-    requests: Requests,
-    on: Literal["local", "slurm"],
-    devices: int,
-    slots: int | None,
-    dry_run: bool,
-    allow_dirty: bool,
-    fields: dict[str, str | None],
-    time_min: int | None,
-) -> None:
-    from aimscale.harness.probe.run import saved_budgets
-    from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.launch.local_queue import default_slots, run_queue, visible_gpus, worker_command
-    from aimscale.sweeps.launch.probes import WORKER, probing, with_devices
-    from aimscale.sweeps.launch.start import left_alone
-    from aimscale.sweeps.slurm import commands as slurm
+@dataclass(frozen=True, kw_only=True)
+class _Jobs:
+    """Probe jobs of some runs of one sweep."""
 
-    ready = with_devices([run for run in runs if saved_budgets(RunDir(paths[run.run_id]))], devices)
-    work = probing(sweep, paths, requests)
-    if len(ready) < len(runs):
-        typer.echo(f"{len(runs) - len(ready)} of {len(runs)} runs have no finished budget yet")
-    if not ready:
-        return
-    if on == "slurm":
+    sweep: Sweep
+    runs: list[Run]
+    paths: dict[str, Path]
+    requests: dict[str, ProbeRequest]
+    devices: int
+    dry_run: bool
+
+    def _ready(self) -> list[Run]:
+        """Runs with a finished budget, each probed by `devices` ranks; says how many have none."""
+        from aimscale.harness.probe.run import saved_budgets
+        from aimscale.harness.run.directory import RunDir
+        from aimscale.sweeps.launch.probes import with_devices
+
+        ready = [run for run in self.runs if saved_budgets(RunDir(self.paths[run.run_id]))]
+        if len(ready) < len(self.runs):
+            typer.echo(f"{len(self.runs) - len(ready)} of {len(self.runs)} runs have no finished budget yet")
+        return with_devices(ready, self.devices)
+
+    def on_slurm(self, fields: dict[str, str | int | None], *, allow_dirty: bool) -> None:
+        """Submit one array per resource shape, or print the scripts."""
+        from aimscale.sweeps.launch.probes import probing
+        from aimscale.sweeps.launch.start import left_alone
         from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 
-        changed = with_slurm(sweep, **fields, time_min=time_min)
-        result = launch_slurm(changed, ready, allow_dirty=allow_dirty, dry_run=dry_run, work=work)
+        if not (ready := self._ready()):
+            return
+        work = probing(self.sweep, self.paths, self.requests)
+        changed = with_slurm(self.sweep, **fields)
+        result = launch_slurm(changed, ready, allow_dirty=allow_dirty, dry_run=self.dry_run, work=work)
         for part in result.submitted:
-            if dry_run:
+            if self.dry_run:
                 typer.echo(f"# probe {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
             else:
                 shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
@@ -206,33 +191,43 @@ def _by_jobs(
                 )
         for line in left_alone(result.left):
             typer.echo(line)
-        return
-    known = slurm.known_jobs()
-    is_queued = slurm.is_queued(known) if known is not None else lambda claim: True
-    if dry_run:
-        for each in ready:
-            decision = work.decide(each, work.record(each), is_queued)
-            typer.echo(f"{decision.verdict}: {each.run_id} {decision.why}".rstrip())
-        return
-    gpus = visible_gpus()
-    done = run_queue(
-        sweep,
-        ready,
-        slots=(default_slots(ready, gpus) if slots is None else slots),
-        gpus=gpus,
-        command=lambda path, ranks: worker_command(path, ranks, WORKER),
-        report=_print_events,
-        is_queued=is_queued,
-        work=work,
-    )
-    for line in left_alone(done.left):
-        typer.echo(line)
-    if done.interrupted:
-        typer.echo("stopped; the same command goes on from here")
-        raise typer.Exit(EXIT_INTERRUPTED)
-    typer.echo(f"{len(done.finished)} runs probed now, {len(done.failed)} failed")
-    if done.failed:
-        raise typer.Exit(1)
+
+    def on_this_machine(self, slots: int | None) -> None:
+        """Work through the jobs in a queue on this machine, or say what it would do."""
+        from aimscale.sweeps.launch.local_queue import default_slots, run_queue, visible_gpus, worker_command
+        from aimscale.sweeps.launch.probes import WORKER, probing
+        from aimscale.sweeps.launch.start import left_alone
+        from aimscale.sweeps.slurm import commands as slurm
+
+        if not (ready := self._ready()):
+            return
+        work = probing(self.sweep, self.paths, self.requests)
+        known = slurm.known_jobs()
+        is_queued = slurm.is_queued(known) if known is not None else lambda claim: True
+        if self.dry_run:
+            for each in ready:
+                decision = work.decide(each, work.record(each), is_queued)
+                typer.echo(f"{decision.verdict}: {each.run_id} {decision.why}".rstrip())
+            return
+        gpus = visible_gpus()
+        done = run_queue(
+            self.sweep,
+            ready,
+            slots=default_slots(ready, gpus) if slots is None else slots,
+            gpus=gpus,
+            command=lambda path, ranks: worker_command(path, ranks, WORKER),
+            report=_print_events,
+            is_queued=is_queued,
+            work=work,
+        )
+        for line in left_alone(done.left):
+            typer.echo(line)
+        if done.interrupted:
+            typer.echo("stopped; the same command goes on from here")
+            raise typer.Exit(EXIT_INTERRUPTED)
+        typer.echo(f"{len(done.finished)} runs probed now, {len(done.failed)} failed")
+        if done.failed:
+            raise typer.Exit(1)
 
 
 def _print_events(queue: Queue) -> None:

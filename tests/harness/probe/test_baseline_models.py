@@ -68,7 +68,7 @@ def test_timm_weights_come_from_a_file_or_are_random_on_request(tmp_path: Path) 
         ("timm:vit_tiny_patch16_224", {"weights": Path("gone.pth")}, "no weight file gone.pth"),
         ("timm:resnet10t", {"random": True, "image_size": 32}, "cannot be built for --image-size 32"),
         ("random", {"random": True}, "go with timm:NAME"),
-        ("sift", {}, "neither a run directory nor"),
+        ("sift", {}, "is no baseline"),
     ],
 )
 def test_impossible_baselines_are_refused(target: str, options: dict[str, object], message: str) -> None:

@@ -135,7 +135,7 @@ def test_imported_weights_are_probed_like_any_run(
     tasks.write_text(json.dumps([task | {"lrs": [0.01], "epochs": 4}]))  # JSON is YAML
     imported = str(tmp_path / "imported")
     entries = call(capsys, "probe", imported, "--device", "cpu", "--tasks", str(tasks))
-    baseline = call(capsys, "probe", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
+    baseline = call(capsys, "baseline", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
     # the same seed's weights either way
     assert [entry["top1"] for entry in entries] == [entry["top1"] for entry in baseline]
     (row,) = RunDir(imported).read_rows()

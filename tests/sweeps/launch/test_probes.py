@@ -267,7 +267,7 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(trained: Any) -> None
     assert not ProbeRecord.of(sweep.run_dir(runs[0].run_id)).path.exists()
     with pytest.raises(UserError, match="add --on local or --on slurm"):
         invoke(str(sweep.run_dir(runs[0].run_id)), "--dry-run")
-    with pytest.raises(UserError, match="name a run with --like"):
+    with pytest.raises(UserError, match="aimscale baseline"):
         invoke("raw-pixels")
     with pytest.raises(UserError, match="no sweep 'nowhere'"):
         invoke("nowhere", "--root", str(sweep.root))

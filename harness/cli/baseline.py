@@ -1,0 +1,63 @@
+"""`aimscale baseline`: probe a model to compare with on the tasks, images and seed of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from aimscale.harness.cli.probe_output import print_entries
+from aimscale.harness.cli.tasks import Kinds, TaskChoice, TaskFile, TaskNames, TestSplit, TrainSplit
+
+app = typer.Typer(help="Probe a baseline on a run's tasks: a timm model, random weights or raw pixels.")
+
+
+@app.command()
+def baseline(
+    name: Annotated[str, typer.Argument(help="timm:NAME, random or raw-pixels.", show_default=False)],
+    like: Annotated[
+        Path, typer.Option(help="Run directory whose tasks, images and seed are used.", show_default=False)
+    ],
+    task: TaskNames = None,
+    tasks: TaskFile = None,
+    train: TrainSplit = None,
+    test: TestSplit = None,
+    kind: Kinds = None,
+    weights: Annotated[Path | None, typer.Option(help="Weight file of a timm model.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random", help="Leave a timm model untrained.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="Fetch a timm model's weights from the hub or its cache.")] = False,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Image side of a timm model, pixels; its own otherwise.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; LIKE/baselines/NAME otherwise.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the baseline runs.")] = "auto",
+    cache_gb: Annotated[float, typer.Option(help="Memory for cached features, GB.")] = 2.0,
+    again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
+) -> None:
+    """Train the tasks' probe heads on a baseline's features and score them as a run's are scored.
+
+    `aimscale collect` gathers the results into `baselines.parquet`; `aimscale compare` and the report show them.
+    """
+    from aimscale.harness.probe.run import join_ranks, probe_baseline
+    from aimscale.harness.run.directory import RunDir
+
+    run = RunDir(like)
+    choice = TaskChoice(names=task, file=tasks, train=train, test=test, kinds=kind)
+    sections = choice.sections(run.load_config())
+    with join_ranks(device) as group:
+        results = probe_baseline(
+            name,
+            run,
+            sections,
+            weights=weights,
+            random_weights=random_weights,
+            hub=hub,
+            image_size=image_size,
+            out=out,
+            group=group,
+            cache_gb=cache_gb,
+            since=None if again else 0.0,
+        )
+        print_entries(results, is_first=group.is_first, as_json=as_json)
