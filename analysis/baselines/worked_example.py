@@ -192,8 +192,8 @@ def worked_example() -> dict[str, Any]:
 def _with_offset(count: str) -> str:
     """What the four points say of an irreducible loss."""
     found = fit("power_offset:N", published_frame(), columns={"N": count}, objective="log_lsq", resamples=400)
-    doubts = " ".join(flag for flag in found.flags if flag.startswith(("E ", "a ")))
-    return f"With an offset, L = E + A N^-a: E = {found.shown('E')}, a = {found.shown('a')}. {doubts}".rstrip()
+    flags = " ".join(flag for flag in found.flags if flag.startswith(("E ", "a ")))
+    return f"With an offset, L = E + A N^-a: E = {found.shown('E')}, a = {found.shown('a')}. {flags}".rstrip()
 
 
 def forecast_frame(count: str = "params_trunk") -> pd.DataFrame:

@@ -67,7 +67,7 @@ def fit_table(
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,
     leave_out: Annotated[
-        str | None, typer.Option(help="Name groups of this column (size, run_id) whose removal bends the fit.")
+        str | None, typer.Option(help="Name groups of this column (size, run_id) whose removal moves a parameter most.")
     ] = None,
     profiles: Annotated[
         bool, typer.Option("--profile", help="Flag parameters whose profile likelihood is flat.")

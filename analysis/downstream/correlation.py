@@ -26,7 +26,7 @@ def correlate(
     within: str | None = None,
     cluster: str | None = None,
     resamples: int = 2000,
-    level: float = 0.95,
+    confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[Correlation, ...]:
     """Correlations of two columns with bootstrap intervals.
@@ -40,7 +40,7 @@ def correlate(
         within: column (such as size) whose groups' means are taken out of both first.
         cluster: column whose groups are resampled whole (a run measured at several budgets).
         resamples: bootstrap resamples.
-        level: level of the intervals.
+        confidence: coverage of the intervals.
         seed: seed of the bootstrap.
 
     Raises:
@@ -67,7 +67,7 @@ def correlate(
     for method in methods:
         value = coefficient_of(method, *_without(a, b, z, np.arange(n)))
         samples = np.array([coefficient_of(method, *_without(a, b, z, rows)) for rows in draws])
-        low, high = interval(samples, level)
+        low, high = interval(samples, confidence)
         out.append(
             Correlation(
                 method=method,
@@ -76,7 +76,7 @@ def correlate(
                 value=value,
                 low=low,
                 high=high,
-                level=level,
+                confidence=confidence,
                 num_points=n,
                 interval_method=f"percentile bootstrap, {resamples} resamples of {unit}",
                 partial_on=partial,

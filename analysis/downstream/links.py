@@ -94,8 +94,8 @@ class Forecast(AsJson):
     """Draws of the accuracy's curve (num_draws, rows)."""
     measured_draws: Array = field(repr=False)
     """Draws of one measured accuracy (num_draws, rows)."""
-    level: float
-    """Level of the intervals."""
+    confidence: float
+    """Coverage of the intervals."""
 
     def sentence(self) -> str:
         """One clause a scale."""
@@ -104,11 +104,11 @@ class Forecast(AsJson):
             f"[{row.pi_lo:.3f}, {row.pi_hi:.3f}], {row.beyond_range:.3g} times beyond the fitted range"
             for row in self.table.itertuples()
         ]
-        return f"Expected, with {100 * self.level:.0f} % prediction intervals of both steps: {'; '.join(parts)}."
+        return f"Expected, with {100 * self.confidence:.0f} % prediction intervals of both steps: {'; '.join(parts)}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, without the draws."""
-        return {"level": self.level, "scales": self.table.to_dict("records"), "sentence": self.sentence()}
+        return {"confidence": self.confidence, "scales": self.table.to_dict("records"), "sentence": self.sentence()}
 
 
 def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], *, seed: int = 0) -> Forecast:
@@ -126,22 +126,22 @@ def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], 
     n = len(next(iter(x.values())))
     num = min(first.num_draws, second.num_draws)
     rng = np.random.default_rng(seed)
-    point = np.broadcast_to(first.law.value(x, first.raw), (n,))
+    point = np.broadcast_to(first.law.value(x, first.law_params), (n,))
     losses = np.broadcast_to(first.law.value(x, {k: v[:num] for k, v in first.draws.items()}), (num, n))
     inverse, transform = first.objective.inverse, first.objective.transform
     noisy = inverse(transform(losses) + rng.choice(first.noise, (num, n)))
     draws2 = {k: v[:num] for k, v in second.draws.items()}
     curve, scattered = (_link_values(second.law, draws2, each) for each in (losses, noisy))
     measured = scattered + rng.choice(second.noise, (num, n))
-    tails = [50 * (1 - first.level), 50 * (1 + first.level)]
-    accuracy = second.law.value({"L": point}, second.raw)
+    tails = [50 * (1 - first.confidence), 50 * (1 + first.confidence)]
+    accuracy = second.law.value({"L": point}, second.law_params)
     table = pd.DataFrame({**x, "loss": point})[[*first.law.variables, "loss"]]
     table["loss_lo"], table["loss_hi"] = np.nanpercentile(losses, tails, axis=0)
     table["accuracy"] = accuracy
     table["ci_lo"], table["ci_hi"] = np.nanpercentile(curve, tails, axis=0)
     table["pi_lo"], table["pi_hi"] = np.nanpercentile(np.clip(measured, 0, 1), tails, axis=0)
     table["beyond_range"] = first.predict(scales)["beyond_range"].to_numpy()
-    return Forecast(table=table, curve_draws=curve, measured_draws=measured, level=first.level)
+    return Forecast(table=table, curve_draws=curve, measured_draws=measured, confidence=first.confidence)
 
 
 def _link_values(law: Law, draws: Mapping[str, Array], loss: Array) -> Array:
@@ -153,7 +153,7 @@ def _link_values(law: Law, draws: Mapping[str, Array], loss: Array) -> Array:
 def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:
     """Mean accuracy over tasks: accuracy, ci_lo, ci_hi, pi_lo, pi_hi (errors as correlated as the draws)."""
     num = min(len(f.curve_draws) for f in forecasts)
-    tails = [50 * (1 - forecasts[0].level), 50 * (1 + forecasts[0].level)]
+    tails = [50 * (1 - forecasts[0].confidence), 50 * (1 + forecasts[0].confidence)]
     curve = np.mean([f.curve_draws[:num] for f in forecasts], axis=0)
     measured = np.mean([f.measured_draws[:num] for f in forecasts], axis=0)
     out = pd.DataFrame({"accuracy": np.mean([f.table["accuracy"] for f in forecasts], axis=0)})
@@ -201,11 +201,11 @@ def leaves_chance(second: Fit, *, chance: float, num_examples: int) -> LeavesCha
         above = np.atleast_2d(values) > chance + margin
         return np.where(above.any(axis=1), grid[above.shape[1] - 1 - np.argmax(above[:, ::-1], axis=1)], np.nan)
 
-    point = float(highest(second.law.value({"L": grid}, second.raw))[0])
+    point = float(highest(second.law.value({"L": grid}, second.law_params))[0])
     ends = (np.nan, np.nan)
     if second.draws:
         crossings = highest(np.broadcast_to(second.law.value({"L": grid}, second.draws), (second.num_draws, len(grid))))
         if np.isfinite(crossings).any():
-            tails = [50 * (1 - second.level), 50 * (1 + second.level)]
+            tails = [50 * (1 - second.confidence), 50 * (1 + second.confidence)]
             ends = (float(np.nanpercentile(crossings, tails[0])), float(np.nanpercentile(crossings, tails[1])))
     return LeavesChance(loss=point, low=ends[0], high=ends[1], chance=chance, margin=margin)

@@ -82,7 +82,7 @@ class Contrast:
     detectable: float
     """Size of a true difference that would have been seen with probability 0.8; NaN with a single pair."""
     confidence: float
-    """Level of the intervals, such as 0.95."""
+    """Coverage of the intervals, such as 0.95."""
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
     by_scale: pd.DataFrame = field(repr=False)
@@ -216,7 +216,7 @@ def contrast(
         measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
             validation loss and every probe.
         ignore: columns that may differ within a pair.
-        confidence: level of the intervals.
+        confidence: coverage of the intervals.
 
     Raises:
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
@@ -225,8 +225,8 @@ def contrast(
     rows = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
     if by in rows and not varies(rows[by]):
         values = [level_name(value) for value in rows[by].dropna().unique()]
-        only = f"the single value {values[0]}" if values else "no value"
-        raise AnalysisError(f"{by} takes {only} among the complete rows, so there is nothing to compare; vary it.")
+        taken = f"the single value {values[0]}" if values else "no value"
+        raise AnalysisError(f"{by} takes {taken} among the complete rows, so there is nothing to compare; vary it.")
     asked = wanted_measures(rows, measures, by)
     left_out: list[str] = []
     if by in OTHER_UNIT and any(m.column == "val_loss" for m in asked):
@@ -238,8 +238,8 @@ def contrast(
     long = long_format(rows, asked, by)
     levels = _levels(long[by])
     if len(levels) < 2:
-        only = f"{by} = {levels[0]} alone has" if levels else "no row has"
-        raise AnalysisError(f"Nothing can be compared: {only} values of {', '.join(m.title for m in asked)}.")
+        alone = f"{by} = {levels[0]} alone has" if levels else "no row has"
+        raise AnalysisError(f"Nothing can be compared: {alone} values of {', '.join(m.title for m in asked)}.")
     baseline = _baseline(long, by, levels, baseline)
     found: list[Contrast] = []
     for m in asked:

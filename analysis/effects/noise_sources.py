@@ -101,13 +101,13 @@ def _pooled(cells: pd.DataFrame) -> float:
     return 100 * float(np.sqrt((cells["sd"] ** 2 * spare).sum() / spare.sum()))
 
 
-def noise(df: pd.DataFrame, *, y: str = "val_loss", level: float = 0.95) -> Noise:
+def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) -> Noise:
     """Variance components of a loss.
 
     Args:
         df: a results table, best read by `read_tables`, which says where the per-image losses lie.
         y: loss column, positive.
-        level: level of the intervals.
+        confidence: coverage of the intervals.
 
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
@@ -124,7 +124,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", level: float = 0.95) -> Nois
         Component(source="spread over the whole table", value=float(np.std(log_y, ddof=1)), low=np.nan, high=np.nan,
                   basis=f"{len(rows)} rows")
     ]  # fmt: skip
-    found, cells = _seeds(rows, log_y, level)
+    found, cells = _seeds(rows, log_y, confidence)
     components += found
     if not found:
         missing.append("No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.")
@@ -132,14 +132,14 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", level: float = 0.95) -> Nois
     if found:
         share = min(1.0, found[0].value ** 2 / components[0].value ** 2) if components[0].value > 0 else np.nan
     if y == "val_loss":
-        components += _validation(rows, y, _cells(rows), level, missing)
+        components += _validation(rows, y, _cells(rows), confidence, missing)
     if len(components) == 1:
         raise AnalysisError(f"This table cannot tell noise from anything: {' '.join(missing)}")
     components += _law(rows, y)
     return Noise(components=tuple(components), seed_share=share, cells=cells, missing=tuple(missing))
 
 
-def _seeds(rows: pd.DataFrame, log_y: np.ndarray, level: float) -> tuple[list[Component], pd.DataFrame]:
+def _seeds(rows: pd.DataFrame, log_y: np.ndarray, confidence: float) -> tuple[list[Component], pd.DataFrame]:
     """Between seeds, pooled over cells; and how much of it a run's budgets share.
 
     The interval counts every seed of a group once, not once a budget: budgets of a run are not independent.
@@ -163,7 +163,7 @@ def _seeds(rows: pd.DataFrame, log_y: np.ndarray, level: float) -> tuple[list[Co
     spare = int((by_cell["seed"].count() - 1).sum())
     variance = float((table["deviation"] ** 2).sum() / spare)
     spare_runs = int((table.groupby("group")["seed"].nunique() - 1).sum())
-    low, high = _chi_ends(variance, spare_runs, level)
+    low, high = _chi_ends(variance, spare_runs, confidence)
     basis = f"{by_cell.ngroups} cells, {spare_runs} degrees of freedom counting every run once"
     components = [Component(source="between seeds", value=np.sqrt(variance), low=low, high=high, basis=basis)]
     shared = _shared(table)
@@ -208,9 +208,9 @@ def _law(rows: pd.DataFrame, y: str) -> list[Component]:
     return [Component(source="scatter about the joint law", value=value, low=low, high=high, basis=basis)]
 
 
-def _chi_ends(variance: float, spare: int, level: float) -> tuple[float, float]:
+def _chi_ends(variance: float, spare: int, confidence: float) -> tuple[float, float]:
     """Interval of a standard deviation from `spare` degrees of freedom."""
-    tails = (1 + level) / 2, (1 - level) / 2
+    tails = (1 + confidence) / 2, (1 - confidence) / 2
     low, high = (float(np.sqrt(variance * spare / chi2.ppf(tail, spare))) for tail in tails)
     return low, high
 
@@ -236,7 +236,7 @@ def _shared(table: pd.DataFrame) -> float | None:
     return (between / spare_between - within / spare_within) / float(np.mean(budgets))
 
 
-def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, level: float, missing: list[str]) -> list[Component]:
+def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, confidence: float, missing: list[str]) -> list[Component]:
     """Components of the images and prefixes that the loss is measured on."""
     components = []
     if "val_loss_se" in rows and rows["val_loss_se"].notna().any():
@@ -245,7 +245,7 @@ def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, level: float, miss
         components.append(
             Component(
                 source="validation images, shared by all runs scored on them", value=float(relative.median()),
-                low=float(relative.quantile((1 - level) / 2)), high=float(relative.quantile((1 + level) / 2)),
+                low=float(relative.quantile((1 - confidence) / 2)), high=float(relative.quantile((1 + confidence) / 2)),
                 basis=f"median and range over {len(relative)} rows' standard errors{num}; it moves all runs together",
             )
         )  # fmt: skip
@@ -254,10 +254,10 @@ def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, level: float, miss
         where = "runs/<run_id>/validation/ beside the table"
         missing.append(f"No per-image losses were found in {where}, so noise of paired differences is not known.")
         return components
-    components += _paired(files, cells, level)
+    components += _paired(files, cells, confidence)
     prefixes = [value for value in (_prefix_noise(each) for each in files.values()) if value is not None]
     if prefixes:
-        low, high = np.percentile(prefixes, [50 * (1 - level), 50 * (1 + level)])
+        low, high = np.percentile(prefixes, [50 * (1 - confidence), 50 * (1 + confidence)])
         num = next(iter(files.values()))["prefix_len"].shape[1]
         components.append(
             Component(
@@ -287,7 +287,7 @@ def read_losses(rows: pd.DataFrame) -> dict[Any, dict[str, np.ndarray]]:
     return found
 
 
-def _paired(files: dict[Any, dict[str, np.ndarray]], cells: pd.Series, level: float) -> list[Component]:
+def _paired(files: dict[Any, dict[str, np.ndarray]], cells: pd.Series, confidence: float) -> list[Component]:
     """Standard error of ln(loss of one run / loss of another) over images, for runs scored on the same ones."""
     first = next(iter(files.values()))
     scores = {
@@ -305,7 +305,7 @@ def _paired(files: dict[Any, dict[str, np.ndarray]], cells: pd.Series, level: fl
     ):
         errors = [float(np.std(scores[a] - scores[b], ddof=1) / np.sqrt(len(scores[a]))) for a, b in pairs]
         if errors:
-            low, high = np.percentile(errors, [50 * (1 - level), 50 * (1 + level)])
+            low, high = np.percentile(errors, [50 * (1 - confidence), 50 * (1 + confidence)])
             basis = f"the same {len(first['index'])} images, median and range over {len(errors)} pairs of rows"
             source = f"validation images, difference of {what}"
             out.append(
@@ -330,17 +330,17 @@ def _prefix_noise(arrays: dict[str, np.ndarray]) -> float | None:
     """
     if "prefix_loss_sum" not in arrays or arrays["prefix_loss_sum"].ndim != 2:
         return None
-    sums, lengths = arrays["prefix_loss_sum"], arrays["prefix_len"].astype(float)
-    num, columns = sums.shape
+    loss_sums, lengths = arrays["prefix_loss_sum"], arrays["prefix_len"].astype(float)
+    num, columns = loss_sums.shape
     if columns < 2 or num < 3:
         return None
     num_tokens = round(float((arrays["num_targets"] + lengths.sum(1)).mean()) / columns)
     targets = num_tokens - lengths
-    loss = sums.sum() / targets.sum()
-    rate = sums.sum(1, keepdims=True) / targets.sum(1, keepdims=True)
+    loss = loss_sums.sum() / targets.sum()
+    rate = loss_sums.sum(1, keepdims=True) / targets.sum(1, keepdims=True)
     width = (num_tokens - 1) / columns
     counted = columns * float(((rate - loss) ** 2).sum()) * max(0.0, width**2 - 1) / 12
-    left = sums - rate * targets
+    left = loss_sums - rate * targets
     left = left - left.mean(axis=0)
     shape = float((left**2).sum()) * columns / (columns - 1)
     return float(np.sqrt(counted + shape) / (loss * targets.sum()))

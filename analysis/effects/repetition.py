@@ -97,8 +97,8 @@ class Repeats(AsJson):
             x: dict[str, Any] = {"D": seen, "U": np.full(60, unique)} | (
                 {"N": np.full(60, size)} if "N" in data else {}
             )
-            loss = self.fit.law.value(x, self.fit.raw)
-            fresh = self.fit.law.value(x | {"U": seen}, self.fit.raw)
+            loss = self.fit.law.value(x, self.fit.law_params)
+            fresh = self.fit.law.value(x | {"U": seen}, self.fit.law_params)
             parts.append(pd.DataFrame({"D": seen, "U": unique, "loss": loss, "fresh": fresh}))
         return pd.concat(parts, ignore_index=True), data[["D", "U"]].assign(loss=data["y"])
 
@@ -159,8 +159,8 @@ def repeats(
     law = REPEATED if n is not None and varies(rows[n]) else REPEATED_DATA
     found = fit(law, rows, y=y, columns=columns, objective=objective, resamples=resamples)
     most = float(ratio.max())
-    draws = found.draws.get("R_D", np.array([found.raw["R_D"]]))
-    records = [_record(k, found.raw["R_D"], draws, most, found.level) for k in _passes(most)]
+    draws = found.draws.get("R_D", np.array([found.law_params["R_D"]]))
+    records = [_record(k, found.law_params["R_D"], draws, most, found.confidence) for k in _passes(most)]
     return Repeats(fit=found, max_epochs=most, table=pd.DataFrame(records), num_uniques=len(uniques))
 
 
@@ -169,9 +169,9 @@ def _passes(most: float) -> list[int]:
     return sorted({k for k in EPOCHS if k <= 4 * most} | {max(2, int(most))})
 
 
-def _record(k: int, r: float, draws: Array, most: float, level: float) -> dict[str, Any]:
+def _record(k: int, r: float, draws: Array, most: float, confidence: float) -> dict[str, Any]:
     worth, total = np.exp(-(k - 1) / draws), effective(np.ones(len(draws)), np.full(len(draws), float(k)), draws)
-    worth_ends, total_ends = interval(worth, level), interval(total, level)
+    worth_ends, total_ends = interval(worth, confidence), interval(total, confidence)
     return {
         "epochs": k,
         "worth": float(np.exp(-(k - 1) / r)),

@@ -36,9 +36,9 @@ def cluster_counts(clusters: Array, num_resamples: int, seed: int) -> Array:
     return point_counts(len(labels), num_resamples, seed)[:, member]
 
 
-def interval(draws: Array, level: float) -> tuple[float, float]:
+def interval(draws: Array, confidence: float) -> tuple[float, float]:
     """Percentile interval of the finite draws."""
-    tail = 50 * (1 - level)
+    tail = 50 * (1 - confidence)
     finite = draws[np.isfinite(draws)]
     low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
     return float(low), float(high)

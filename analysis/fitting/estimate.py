@@ -10,7 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting import bootstrap as boot
-from aimscale.analysis.fitting.identify import Doubts, doubts, rivals_of
+from aimscale.analysis.fitting.identify import Diagnosis, diagnose, rivals_of
 from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective, find_objective
 from aimscale.analysis.fitting.optimise import Minimum, Problem, global_minimum, make_problem, minimise
 from aimscale.analysis.fitting.profiles import profile
@@ -38,7 +38,7 @@ def fit(
     resamples: int = 1000,
     cluster: str | None = "auto",
     counts: Array | None = None,
-    level: float = 0.95,
+    confidence: float = 0.95,
     seed: int = 0,
     zero_allowed: bool = False,
 ) -> Fit:
@@ -57,7 +57,7 @@ def fit(
         cluster: column whose groups (a run, a size) are resampled whole; None resamples points; "auto" resamples runs
             (`run_id`) where at least `MIN_RUNS` of them have several rows, which share their trunk's error.
         counts: resamples given as counts (num_resamples, num_points), instead of drawn here.
-        level: level of the intervals.
+        confidence: coverage of the intervals.
         seed: seed of the bootstrap.
         zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
 
@@ -92,14 +92,16 @@ def fit(
     if counts is not None or resamples:
         counts, method = _counts(df, points, counts, cluster, resamples, seed)
         draws = bootstrap_draws(problem, minima, counts)
-    raw = {name: float(v[0]) for name, v in problem.natural(minima[0].phi[None]).items()}
-    params = {name: float(v) for name, v in law.reported(raw).items()}
-    intervals = intervals_of(law.reported(draws), level, method) if draws else {}
+    law_params = {name: float(v[0]) for name, v in problem.params_of(minima[0].vector[None]).items()}
+    params = {name: float(v) for name, v in law.reported(law_params).items()}
+    intervals = intervals_of(law.reported(draws), confidence, method) if draws else {}
     rivals = rivals_of(problem, minima)
-    found = doubts(problem, minima[0], raw, params, draws, intervals, rivals, points)
+    found = diagnose(problem, minima[0], law_params, params, draws, intervals, rivals, points)
     if shared and draws:
         found = replace(found, flags=(*found.flags, shared))
-    result = _result(problem, minima[0], points, objective, params, raw, draws, found, rivals, intervals, method, level)
+    result = _result(
+        problem, minima[0], points, objective, params, law_params, draws, found, rivals, intervals, method, confidence
+    )
     result = replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df))
     return _bounded_above(result, problem)
 
@@ -113,9 +115,9 @@ def _bounded_above(result: Fit, problem: Problem) -> Fit:
     intervals, flags = dict(result.intervals), list(result.flags)
     for p in problem.law.linear:
         i = intervals.get(p.name)
-        if i is None or not (result.raw[p.name] == 0 and i.low == 0) or p.name in result.fixed:
+        if i is None or not (result.law_params[p.name] == 0 and i.low == 0) or p.name in result.fixed:
             continue
-        found = profile(result, p.name, num=15, level=result.level)
+        found = profile(result, p.name, num=15, confidence=result.confidence)
         if found.high > i.high:
             intervals[p.name] = replace(i, high=found.high, method="profile likelihood, on its bound 0")
             flags = [f for f in flags if not f.startswith(f"{p.name} is known from above")]
@@ -132,13 +134,13 @@ def bootstrap_draws(problem: Problem, minima: list[Minimum], counts: Array) -> d
     blocks = []
     for i in range(0, len(counts), rows):
         weights = counts[i : i + rows] * problem.weights
-        best, best_total = minimise(problem, np.repeat(minima[0].phi[None], len(weights), axis=0), weights)
+        best, best_total = minimise(problem, np.repeat(minima[0].vector[None], len(weights), axis=0), weights)
         for rival in minima[1:3]:
-            phi, total = minimise(problem, np.repeat(rival.phi[None], len(weights), axis=0), weights)
+            vector, total = minimise(problem, np.repeat(rival.vector[None], len(weights), axis=0), weights)
             better = total < best_total
-            best[better], best_total[better] = phi[better], total[better]
+            best[better], best_total[better] = vector[better], total[better]
         blocks.append(best)
-    return problem.natural(np.concatenate(blocks))
+    return problem.params_of(np.concatenate(blocks))
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
@@ -202,15 +204,15 @@ def _result(
     points: Observations,
     objective: Objective,
     params: dict,
-    raw: dict,
+    law_params: dict,
     draws: dict,
-    found: Doubts,
+    found: Diagnosis,
     rivals: tuple,
     intervals: dict,
     method: str,
-    level: float,
+    confidence: float,
 ) -> Fit:
-    fitted = problem.predict(best.phi[None])[0]
+    fitted = problem.predict(best.vector[None])[0]
     data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
     data["residual"] = objective.transform(points.y) - objective.transform(fitted)
     return Fit(
@@ -228,9 +230,9 @@ def _result(
         ranges={v: (float(values.min()), float(values.max())) for v, values in points.x.items()},
         columns=points.columns,
         data=data,
-        raw=raw,
+        law_params=law_params,
         draws=draws,
         interval_method=method,
         optimiser=OPTIMISER,
-        level=level,
+        confidence=confidence,
     )

@@ -15,8 +15,8 @@ from aimscale.analysis.tables.observations import CANONICAL
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
     """Refit without the `num_values` largest values of a variable or column, and predict those rows.
 
-    The naive baseline is a straight line in log-log (no offset) against `by`, extended: what one would draw with a
-    ruler through the training points that share the other variables' values (a size held out: at the same D), or
+    The naive baseline is a straight line in log-log (no offset) against `by`, extended: drawn through
+    the training points that share the other variables' values (a size held out: at the same D), or
     through the best loss at each value of `by` where fewer than two of those are there.
 
     Args:
@@ -50,7 +50,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         fixed=result.fixed,
         bounds=result.bounds,
         resamples=resamples,
-        level=result.level,
+        confidence=result.confidence,
     )
     measured = result.data["y"].to_numpy()[test]
     predicted = refit.predict(points[test])
@@ -77,7 +77,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         log_rmse=log_rmse,
         naive_mean_abs_relative_error=naive_relative,
         naive_log_rmse=naive_log_rmse,
-        naive=_ruler_words(result, by, num_own, int(test.sum())),
+        naive=_naive_words(result, by, num_own, int(test.sum())),
         coverage=float(table["inside"].mean()),
         predictions=table,
     )
@@ -102,11 +102,11 @@ def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
 
 
 def _naive(scale: Array, y: Array, test: Array, others: list[Array]) -> tuple[Array, int]:
-    """The ruler's forecast of every held-out point, and for how many it was drawn at their own other values."""
+    """The line's forecast of every held-out point, and for how many it was drawn at their own other values."""
     train = ~test
     values = np.unique(scale[train])
     best = np.array([y[train & (scale == v)].min() for v in values])
-    overall = _ruler(values, best)
+    overall = _log_log_line(values, best)
     out, num_own = [], 0
     for i in np.flatnonzero(test):
         alike = train.copy()
@@ -114,18 +114,18 @@ def _naive(scale: Array, y: Array, test: Array, others: list[Array]) -> tuple[Ar
             alike &= np.isclose(other, other[i], rtol=0.01)
         own = len(np.unique(scale[alike])) > 1
         num_own += own
-        slope, level = _ruler(scale[alike], y[alike]) if own and others else overall
-        out.append(np.exp(level + slope * np.log(scale[i])))
+        slope, intercept = _log_log_line(scale[alike], y[alike]) if own and others else overall
+        out.append(np.exp(intercept + slope * np.log(scale[i])))
     return np.array(out), num_own if others else 0
 
 
-def _ruler(x: Array, y: Array) -> tuple[float, float]:
-    """Slope and level of a straight line in log-log."""
-    slope, level = np.polyfit(np.log(x), np.log(y), 1)
-    return float(slope), float(level)
+def _log_log_line(x: Array, y: Array) -> tuple[float, float]:
+    """Slope and intercept of a straight line in log-log."""
+    slope, intercept = np.polyfit(np.log(x), np.log(y), 1)
+    return float(slope), float(intercept)
 
 
-def _ruler_words(result: Fit, by: str, num_own: int, num: int) -> str:
+def _naive_words(result: Fit, by: str, num_own: int, num: int) -> str:
     others = " and ".join(v for v in result.law.variables if v != by)
     if num_own == 0:
         return "a straight line in log-log through the best loss at each value"

@@ -1,4 +1,4 @@
-"""Doubts about a fit, in words: bounds, identification, rival minima, outliers, variables that move together."""
+"""Flags of a fit, in words: bounds, identification, rival minima, outliers, correlated variables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTLIER_SCALES = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doubts:
+class Diagnosis:
     """What to tell the reader of a fit."""
 
     flags: tuple[str, ...]
@@ -42,44 +42,46 @@ def rivals_of(problem: Problem, minima: list[Minimum]) -> tuple[Rival, ...]:
     """The local minima after the best, with the verdict whether the data can tell them apart."""
     out = []
     for m in minima[1:]:
-        raw = {name: float(v[0]) for name, v in problem.natural(m.phi[None]).items()}
+        law_params = {name: float(v[0]) for name, v in problem.params_of(m.vector[None]).items()}
         lost = log_likelihood_ratio(problem, m.total, minima[0].total)
-        out.append(Rival(params=raw, objective_value=m.total, within_noise=lost < 2.0))
+        out.append(Rival(params=law_params, objective_value=m.total, within_noise=lost < 2.0))
     return tuple(out)
 
 
-def doubts(
+def diagnose(
     problem: Problem,
     best: Minimum,
-    raw: dict[str, float],
+    law_params: dict[str, float],
     params: dict[str, float],
     draws: dict[str, Array],
     intervals: dict[str, Interval],
     rivals: tuple[Rival, ...],
     points: Observations,
-) -> Doubts:
-    """All flags of a fit."""
+) -> Diagnosis:
+    """All flags of a fit, and the parameters that it does not identify."""
     flags: list[str] = []
     lost: set[str] = set()
     _bounds(problem, best, flags, lost)
-    _intervals(problem, raw, draws, intervals, flags, lost)
+    _intervals(problem, law_params, draws, intervals, flags, lost)
     close = [r for r in rivals if r.within_noise]
     if close:
         other = ", ".join(f"{k} = {v:.4g}" for k, v in close[0].params.items())
         flags.append(f"A rival minimum lies within the noise: {other}.")
-    _together(points, flags)
+    _correlated_variables(points, flags)
     _outliers(problem, best, points, flags)
     exponents = {p.name for p in problem.law.nonlinear}
-    for name in [n for n in params if n not in raw]:  # derived: lost with an exponent on a bound, or if wide itself
+    for name in [
+        n for n in params if n not in law_params
+    ]:  # derived: lost with an exponent on a bound, or if wide itself
         i = intervals.get(name)
         wide = i is not None and i.low > 0 and i.high / i.low > WIDE_EXPONENT_FACTOR
         if wide or any(
             flag.startswith(f"{e} lies on") or f"{e} is not identified" in flag for e in exponents for flag in flags
         ):
             lost.add(name)
-    inner = set(raw) - set(params)  # the law's own coordinates, unknown to the reader
+    inner = set(law_params) - set(params)  # the law's own coordinates, unknown to the reader
     flags = [f for f in dict.fromkeys(flags) if f.split(" ")[0] not in inner]
-    return Doubts(flags=tuple(flags), not_identified=frozenset(lost & set(params)))
+    return Diagnosis(flags=tuple(flags), not_identified=frozenset(lost & set(params)))
 
 
 def _bounds(problem: Problem, best: Minimum, flags: list[str], lost: set[str]) -> None:
@@ -88,7 +90,7 @@ def _bounds(problem: Problem, best: Minimum, flags: list[str], lost: set[str]) -
         if not problem.movable[j]:
             continue
         for end, word in ((problem.lower[j], "lower"), (problem.upper[j], "upper")):
-            if np.isfinite(end) and abs(best.phi[j] - end) <= 1e-6 * span[j]:
+            if np.isfinite(end) and abs(best.vector[j] - end) <= 1e-6 * span[j]:
                 value = np.exp(end) if p.log else end
                 flags.append(f"{p.name} lies on its {word} bound {value:g}.")
                 if j >= problem.num_linear:
@@ -117,7 +119,7 @@ def _middle(problem: Problem) -> list:
 
 def _intervals(
     problem: Problem,
-    raw: dict[str, float],
+    law_params: dict[str, float],
     draws: dict[str, Array],
     intervals: dict[str, Interval],
     flags: list[str],
@@ -130,7 +132,7 @@ def _intervals(
         i = intervals.get(p.name)
         low, high = (i.low, i.high) if i else np.percentile(draws[p.name], [2.5, 97.5])
         ends = [np.exp(e) if p.log else e for e in (problem.lower[j], problem.upper[j])]
-        at_low = np.isfinite(ends[0]) and low <= ends[0] + 1e-6 * max(abs(ends[0]), abs(raw[p.name]), 1e-300)
+        at_low = np.isfinite(ends[0]) and low <= ends[0] + 1e-6 * max(abs(ends[0]), abs(law_params[p.name]), 1e-300)
         at_high = np.isfinite(ends[1]) and high >= ends[1] * (1 - 1e-6)
         if j >= problem.num_linear and (at_low or at_high):
             flags.append(
@@ -144,7 +146,7 @@ def _intervals(
             lost.add(p.name)
 
 
-def _together(points: Observations, flags: list[str]) -> None:
+def _correlated_variables(points: Observations, flags: list[str]) -> None:
     for v, values in points.x.items():
         factor = values.max() / max(values.min(), 1e-300)
         if factor < 2:
@@ -158,7 +160,7 @@ def _together(points: Observations, flags: list[str]) -> None:
 
 
 def _outliers(problem: Problem, best: Minimum, points: Observations, flags: list[str]) -> None:
-    r = problem.objective.transform(points.y) - problem.objective.transform(problem.predict(best.phi[None])[0])
+    r = problem.objective.transform(points.y) - problem.objective.transform(problem.predict(best.vector[None])[0])
     scale = 1.4826 * np.median(np.abs(r - np.median(r)))
     far = np.flatnonzero(np.abs(r) > OUTLIER_SCALES * scale) if scale > 0 else np.array([], int)
     if len(far):

@@ -1,4 +1,4 @@
-"""One badly tuned rung can bend a law: refit without each size (or run, or budget) and see what moves."""
+"""One badly tuned rung can distort a law: refit without each size (or run, or budget) and see what moves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.optimise import Minimum, global_minimum, make_problem
 from aimscale.analysis.fitting.result import Fit
 
-BENDS = 3.0
-"""A group whose removal moves a parameter by more than this many bootstrap standard deviations bends the fit."""
+INFLUENTIAL_SHIFT = 3.0
+"""A group whose removal moves a parameter by more than this many bootstrap standard deviations is influential."""
 
 
 def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFrame:
@@ -40,7 +40,9 @@ def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFram
         left = result.data[(groups != label).to_numpy()]
         params = _without(result, left)
         shifts = [
-            abs(params[k] - result.raw[k]) / np.std(draws) for k, draws in result.draws.items() if np.std(draws) > 0
+            abs(params[k] - result.law_params[k]) / np.std(draws)
+            for k, draws in result.draws.items()
+            if np.std(draws) > 0
         ]
         out.append(
             {by: label, "num_points": len(result.data) - len(left), **params, "shift": max(shifts, default=np.nan)}
@@ -61,15 +63,15 @@ def _without(result: Fit, left: pd.DataFrame) -> dict[str, float]:
         bounds=result.bounds,
     )
     best: Minimum = global_minimum(problem, count=4)[0]
-    return {name: float(v[0]) for name, v in problem.natural(best.phi[None]).items()}
+    return {name: float(v[0]) for name, v in problem.params_of(best.vector[None]).items()}
 
 
 def with_influence_flags(result: Fit, df: pd.DataFrame, *, by: str = "size") -> Fit:
-    """The fit with a flag for every group that bends it."""
+    """The fit with a flag for every influential group."""
     table = influence(result, df, by=by)
-    bends = table[table["shift"] > BENDS]
+    influential = table[table["shift"] > INFLUENTIAL_SHIFT]
     flags = [
-        f"Leaving out {by} {label} moves a parameter by {shift:.1f} standard deviations: it bends the fit."
-        for label, shift in zip(bends[by], bends["shift"], strict=True)
+        f"Leaving out {by} {label} moves a parameter by {shift:.1f} standard deviations: the fit hinges on it."
+        for label, shift in zip(influential[by], influential["shift"], strict=True)
     ]
     return replace(result, flags=(*result.flags, *flags))

@@ -27,80 +27,82 @@ CHUNK_VALUES = 250_000
 """Residuals per chunk of a batch: keeps the Jacobian in the cache."""
 
 
-def minimise(problem: Problem, phi: Array, weights: Array | None = None) -> tuple[Array, Array]:
+def minimise(problem: Problem, vector: Array, weights: Array | None = None) -> tuple[Array, Array]:
     """Refine starts (batch, k) under weights (n,) or (batch, n); returns the optima and their objective (batch,)."""
     w = problem.weights if weights is None else weights
     rows = max(1, CHUNK_VALUES // len(problem.y))
     out, total = [], []
-    for i in range(0, len(phi), rows):
+    for i in range(0, len(vector), rows):
         chunk = w[i : i + rows] if np.ndim(w) == 2 else w
         with np.errstate(over="ignore", invalid="ignore"):  # a trial step may overflow; it is rejected
-            refined = _continue(problem, phi[i : i + rows], chunk)
+            refined = _continue(problem, vector[i : i + rows], chunk)
         out.append(refined)
         total.append(objective_of(problem, problem.predict(refined), chunk, None))
     return np.concatenate(out), np.concatenate(total)
 
 
-def _continue(problem: Problem, phi: Array, weights: Array) -> Array:
+def _continue(problem: Problem, vector: Array, weights: Array) -> Array:
     """Newton's method at a shrinking quadratic zone; plain for least squares."""
     objective = problem.objective
     if not objective.robust:
-        return _newton(problem, phi, weights, np.full((len(phi), 1), np.inf), MAX_ITERATIONS)
+        return _newton(problem, vector, weights, np.full((len(vector), 1), np.inf), MAX_ITERATIONS)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r = objective.transform(problem.y) - objective.transform(problem.predict(phi))
+        r = objective.transform(problem.y) - objective.transform(problem.predict(vector))
     r = np.where(np.isfinite(r), r, 1.0)
     middle = np.median(np.abs(r), axis=1, keepdims=True) + 1e-300
     target = np.maximum(objective.zone(r, weights), LAD_DELTA * middle)
     delta = np.maximum(2 * middle, target)
     vertex = objective.delta == 0
     while np.any(delta > target):
-        phi = _newton(problem, phi, weights, delta, 12 if vertex else 4)
+        vector = _newton(problem, vector, weights, delta, 12 if vertex else 4)
         smaller = np.maximum(delta / 6, target)
-        phi = _follow_path(problem, phi, weights, delta, smaller)
+        vector = _follow_path(problem, vector, weights, delta, smaller)
         delta = smaller
-    phi = _newton(problem, phi, weights, target, MAX_ITERATIONS)
-    return _follow_path(problem, phi, weights, target, 1e-6 * target) if vertex else phi
+    vector = _newton(problem, vector, weights, target, MAX_ITERATIONS)
+    return _follow_path(problem, vector, weights, target, 1e-6 * target) if vertex else vector
 
 
-def _follow_path(problem: Problem, phi: Array, weights: Array, delta: Array, smaller: Array) -> Array:
+def _follow_path(problem: Problem, vector: Array, weights: Array, delta: Array, smaller: Array) -> Array:
     """One step along the path of minima as the quadratic zone shrinks: the points inside stay inside, scaled down.
 
     (Madsen and Nielsen 1993.) For absolute values this ends in a vertex, where as many residuals vanish as there are
     parameters. Rows where the step does not lower the objective keep their place.
     """
-    total, gradient, hessian, diagonal = _derivatives(problem, phi, weights, smaller, np.full(len(phi), 1e-9), delta)
-    step = _bounded_step(problem, phi, gradient, hessian, diagonal * 1e-12)
-    new = np.clip(phi + step, problem.lower, problem.upper)
+    total, gradient, hessian, diagonal = _derivatives(
+        problem, vector, weights, smaller, np.full(len(vector), 1e-9), delta
+    )
+    step = _bounded_step(problem, vector, gradient, hessian, diagonal * 1e-12)
+    new = np.clip(vector + step, problem.lower, problem.upper)
     better = objective_of(problem, problem.predict(new), weights, smaller) < total
-    return np.where(better[:, None], new, phi)
+    return np.where(better[:, None], new, vector)
 
 
-def _newton(problem: Problem, phi: Array, weights: Array, delta: Array, max_iterations: int) -> Array:
+def _newton(problem: Problem, vector: Array, weights: Array, delta: Array, max_iterations: int) -> Array:
     """Bounded Levenberg-Marquardt on a batch; a row leaves when its step or its gain is at rounding level."""
-    phi = np.clip(phi, problem.lower, problem.upper)
-    damping = np.full(len(phi), 1e-3)
-    active = np.arange(len(phi))
+    vector = np.clip(vector, problem.lower, problem.upper)
+    damping = np.full(len(vector), 1e-3)
+    active = np.arange(len(vector))
     for _ in range(max_iterations):
         w = weights[active] if np.ndim(weights) == 2 else weights
-        old = phi[active]
+        old = vector[active]
         total, gradient, hessian, diagonal = _derivatives(problem, old, w, delta[active], damping[active])
         step = _bounded_step(problem, old, gradient, hessian, diagonal * damping[active][:, None])
         new = np.clip(old + step, problem.lower, problem.upper)
         new_total = objective_of(problem, problem.predict(new), w, delta[active])
         accept = new_total <= total
         gain = total - new_total
-        phi[active[accept]] = new[accept]
+        vector[active[accept]] = new[accept]
         damping[active] = np.clip(np.where(accept, damping[active] * 0.15, damping[active] * 6.0), 1e-9, 1e9)
         small = np.max(np.abs(new - old) / (np.abs(old) + 1e-3), axis=1) < 1e-10
         done = (accept & (gain <= 1e-14 * np.abs(total)) & (damping[active] < 1e-4)) | small | (damping[active] >= 1e9)
         active = active[~done]
         if len(active) == 0:
             break
-    return phi
+    return vector
 
 
 def _derivatives(
-    problem: Problem, phi: Array, weights: Array, delta: Array, damping: Array, zone: Array | None = None
+    problem: Problem, vector: Array, weights: Array, delta: Array, damping: Array, zone: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """Objective, gradient, a positive Hessian model and its diagonal.
 
@@ -108,7 +110,7 @@ def _derivatives(
     blended with that of reweighted least squares (which always descends) as the damping grows.
     """
     objective = problem.objective
-    value, jacobian = problem.predict_and_jacobian(phi)
+    value, jacobian = problem.predict_and_jacobian(vector)
     if objective.log:
         value = np.maximum(value, 1e-300)
         r = np.log(problem.y) - np.log(value)
@@ -134,10 +136,12 @@ def _huber(size: Array, delta: Array) -> Array:
     return inner * (size - 0.5 * inner)
 
 
-def _bounded_step(problem: Problem, phi: Array, gradient: Array, hessian: Array, damping: Array) -> Array:
+def _bounded_step(problem: Problem, vector: Array, gradient: Array, hessian: Array, damping: Array) -> Array:
     """Newton step with parameters held that are fixed or pushed outward at a bound."""
-    held = ((phi <= problem.lower) & (gradient > 0)) | ((phi >= problem.upper) & (gradient < 0)) | ~problem.movable
-    k = phi.shape[1]
+    held = (
+        ((vector <= problem.lower) & (gradient > 0)) | ((vector >= problem.upper) & (gradient < 0)) | ~problem.movable
+    )
+    k = vector.shape[1]
     free = ~held
     scale = np.sqrt(np.einsum("bkk->bk", hessian) + damping)
     matrix = hessian / (scale[:, :, None] * scale[:, None, :]) * (free[:, :, None] & free[:, None, :])
@@ -150,7 +154,7 @@ def _bounded_step(problem: Problem, phi: Array, gradient: Array, hessian: Array,
 class Minimum:
     """A local minimum."""
 
-    phi: Array
+    vector: Array
     """The optimiser's vector (k,)."""
     total: float
     """Objective, summed over points."""
@@ -163,10 +167,10 @@ def global_minimum(problem: Problem, *, extra: Array | None = None, count: int =
         first = np.concatenate([first, extra])
     if len(first) == 0:
         first = np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
-    phi, total = minimise(problem, first)
+    vector, total = minimise(problem, first)
     minima: list[Minimum] = []
     for i in np.argsort(total, kind="stable"):
-        distance = [np.max(np.abs(m.phi - phi[i]) / (np.abs(m.phi) + 1e-2)) for m in minima]
+        distance = [np.max(np.abs(m.vector - vector[i]) / (np.abs(m.vector) + 1e-2)) for m in minima]
         if np.isfinite(total[i]) and all(d > 1e-2 for d in distance):
-            minima.append(Minimum(phi=phi[i], total=float(total[i])))
+            minima.append(Minimum(vector=vector[i], total=float(total[i])))
     return minima

@@ -42,9 +42,9 @@ class Problem:
         """Which parameters are not fixed (k,)."""
         return self.upper > self.lower
 
-    def nonlinear(self, phi: Array) -> dict[str, Array]:
+    def nonlinear(self, vector: Array) -> dict[str, Array]:
         """Non-linear parameters (batch, 1) of the optimiser's vectors (batch, k)."""
-        columns = phi[:, self.num_linear :, None]
+        columns = vector[:, self.num_linear :, None]
         return {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
 
     def normalised(self, parts: tuple[Array, ...], gradients: tuple[tuple[Array, ...], ...]) -> tuple[list, list]:
@@ -64,44 +64,44 @@ class Problem:
                 out_gradients[q].append(d[..., :-1] / np.abs(ref) - out[j] * dref)
         return out, out_gradients
 
-    def predict(self, phi: Array) -> Array:
+    def predict(self, vector: Array) -> Array:
         """Law's values (batch, n)."""
-        g, _ = self.normalised(self.law.basis(self.x, self.nonlinear(phi)), ())
-        return sum(phi[:, j, None] * part for j, part in enumerate(g))
+        g, _ = self.normalised(self.law.basis(self.x, self.nonlinear(vector)), ())
+        return sum(vector[:, j, None] * part for j, part in enumerate(g))
 
-    def predict_and_jacobian(self, phi: Array) -> tuple[Array, Array]:
+    def predict_and_jacobian(self, vector: Array) -> tuple[Array, Array]:
         """Law's values (batch, n) and their derivatives (batch, k, n)."""
-        t = self.nonlinear(phi)
+        t = self.nonlinear(vector)
         g, dg = self.normalised(*self.law.basis_and_gradient(self.x, t))
-        jacobian = np.empty((len(phi), phi.shape[1], len(self.y)))
-        value = np.zeros((len(phi), len(self.y)))
+        jacobian = np.empty((len(vector), vector.shape[1], len(self.y)))
+        value = np.zeros((len(vector), len(self.y)))
         for j, part in enumerate(g):
             jacobian[:, j] = part
-            value += phi[:, j, None] * part
+            value += vector[:, j, None] * part
         for q, p in enumerate(self.law.nonlinear):
-            row = sum(phi[:, j, None] * d for j, d in enumerate(dg[q]) if np.ndim(d))
+            row = sum(vector[:, j, None] * d for j, d in enumerate(dg[q]) if np.ndim(d))
             jacobian[:, self.num_linear + q] = row * t[p.name] if p.log else row
         return value, jacobian
 
-    def natural(self, phi: Array) -> dict[str, Array]:
-        """Parameters by name (batch,), in the formula's own units."""
-        t = self.nonlinear(phi)
+    def params_of(self, vector: Array) -> dict[str, Array]:
+        """Parameters by name (batch,), in the formula's own units, of the optimiser's vectors (batch, k)."""
+        t = self.nonlinear(vector)
         parts = self.law.basis(self.x, t)
         out = {}
         for j, p in enumerate(self.law.linear):
-            ref = np.broadcast_to(parts[j], (len(phi), len(self.y) + 1))[:, -1] if self.referenced[j] else 1.0
-            out[p.name] = phi[:, j] / np.abs(ref)
+            ref = np.broadcast_to(parts[j], (len(vector), len(self.y) + 1))[:, -1] if self.referenced[j] else 1.0
+            out[p.name] = vector[:, j] / np.abs(ref)
         return out | {name: value[:, 0] for name, value in t.items()}
 
-    def internal(self, params: dict[str, float]) -> Array:
-        """The optimiser's vector (1, k) of parameters in the formula's units: the inverse of `natural`."""
+    def vector_of(self, params: dict[str, float]) -> Array:
+        """The optimiser's vector (1, k) of parameters in the formula's units: the inverse of `params_of`."""
         at_reference = self.reference(params)
-        phi = [
+        vector = [
             float(params[p.name]) * (at_reference[j] if self.referenced[j] else 1.0)
             for j, p in enumerate(self.law.linear)
         ]
-        phi += [np.log(params[p.name]) if p.log else params[p.name] for p in self.law.nonlinear]
-        return np.clip(np.array([phi], float), self.lower, self.upper)
+        vector += [np.log(params[p.name]) if p.log else params[p.name] for p in self.law.nonlinear]
+        return np.clip(np.array([vector], float), self.lower, self.upper)
 
     def reference(self, params: dict[str, float]) -> list[float]:
         """Absolute value of every basis function at the centre of the data."""
@@ -109,9 +109,9 @@ class Problem:
         parts = self.law.basis(self.x, t)
         return [float(np.abs(np.broadcast_to(part, (1, len(self.y) + 1))[0, -1])) for part in parts]
 
-    def total(self, phi: Array, weights: Array | None = None) -> Array:
+    def total(self, vector: Array, weights: Array | None = None) -> Array:
         """Objective (batch,), summed over points; infinite where the law leaves the domain of T."""
-        return objective_of(self, self.predict(phi), self.weights if weights is None else weights, None)
+        return objective_of(self, self.predict(vector), self.weights if weights is None else weights, None)
 
 
 def make_problem(

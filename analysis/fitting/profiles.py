@@ -29,8 +29,8 @@ class Profile:
     """Lower end of the likelihood-ratio interval; the grid's end if the profile never crosses the threshold."""
     high: float
     """Upper end."""
-    level: float
-    """Level of the interval."""
+    confidence: float
+    """Coverage of the interval."""
     closed: tuple[bool, bool]
     """Whether the profile crosses the threshold below and above: False means flat, the data do not bound it there."""
 
@@ -39,7 +39,7 @@ class Profile:
         if not any(self.closed):
             return f"{self.parameter} is not identified: its profile is flat from {self.low:.4g} to {self.high:.4g}."
         open_end = "" if all(self.closed) else f"; not bounded {'below' if not self.closed[0] else 'above'}"
-        return f"{self.parameter}: {self.level:.0%} profile interval {self.low:.4g} to {self.high:.4g}{open_end}."
+        return f"{self.parameter}: {self.confidence:.0%} profile interval {self.low:.4g} to {self.high:.4g}{open_end}."
 
 
 def problem_of(fit: Fit) -> Problem:
@@ -50,7 +50,7 @@ def problem_of(fit: Fit) -> Problem:
     return make_problem(fit.law, x, y, fit.objective, weights=weights, fixed=fit.fixed, bounds=fit.bounds)
 
 
-def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level: float = 0.95) -> Profile:
+def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, confidence: float = 0.95) -> Profile:
     """Profile a parameter over its bootstrap spread (or a factor of e each way without one).
 
     The objective's increase is divided by `likelihood_scale`, so that squares and robust losses share the threshold of
@@ -61,7 +61,7 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level
         parameter: one of the law's own parameters.
         span: half-width of the grid in standard deviations of the bootstrap.
         num: grid points.
-        level: level of the interval.
+        confidence: coverage of the interval.
 
     Raises:
         AnalysisError: the law has no such parameter, or it was fixed.
@@ -71,12 +71,12 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level
     if parameter in fit.fixed:
         raise AnalysisError(f"{parameter} was fixed at {fit.fixed[parameter]:g}; a profile needs it free.")
     index = fit.law.names.index(parameter)
-    at, problem = fit.raw[parameter], problem_of(fit)
+    at, problem = fit.law_params[parameter], problem_of(fit)
     p = fit.law.parameters[index]
     positive = at > 0 and (p.log or p.limits(problem.x)[0] >= 0)
     spread = _spread(fit, parameter, at, positive)
     if at == 0 and index < problem.num_linear:  # on its bound: up to all of the loss at the centre of the data
-        spread = float(np.median(np.abs(problem.y)) / problem.reference(fit.raw)[index]) / span
+        spread = float(np.median(np.abs(problem.y)) / problem.reference(fit.law_params)[index]) / span
     steps = np.linspace(-span, span, num) * spread
     values = at * np.exp(steps) if positive else at + steps
     low, high = p.limits(problem.x)
@@ -88,9 +88,13 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, level
     # without noise every worse value is ruled out
     lost = (totals - best) / scale if scale > tiny else np.where(totals - best > tiny, np.inf, 0.0)
     spare = max(1, len(fit.data) - len(fit.law.parameters) + len(fit.fixed))
-    threshold = (chi2.ppf(level, 1) if fit.objective.likelihood else student.ppf(0.5 + level / 2, spare) ** 2) / 2
+    threshold = (
+        chi2.ppf(confidence, 1) if fit.objective.likelihood else student.ppf(0.5 + confidence / 2, spare) ** 2
+    ) / 2
     ends, closed = _crossings(values, lost, at, threshold)
-    return Profile(parameter=parameter, values=values, lost=lost, low=ends[0], high=ends[1], level=level, closed=closed)
+    return Profile(
+        parameter=parameter, values=values, lost=lost, low=ends[0], high=ends[1], confidence=confidence, closed=closed
+    )
 
 
 def likelihood_scale(fit: Fit) -> float:
@@ -133,7 +137,7 @@ def _held_total(problem: Problem, fit: Fit, parameter: str, value: float) -> flo
         fixed={**fit.fixed, parameter: value},
         bounds=fit.bounds,
     )
-    start = held.internal({**fit.raw, parameter: value})
+    start = held.vector_of({**fit.law_params, parameter: value})
     width = np.where(np.isfinite(held.upper - held.lower), held.upper - held.lower, 1.0)
     starts = np.concatenate([start, start + 0.02 * width, start - 0.02 * width])
     _, totals = minimise(held, np.clip(starts, held.lower, held.upper))
@@ -161,15 +165,15 @@ def _crossings(
     return (ends[0], ends[1]), (closed[0], closed[1])
 
 
-def profile_table(fit: Fit, *, level: float = 0.95) -> pd.DataFrame:
+def profile_table(fit: Fit, *, confidence: float = 0.95) -> pd.DataFrame:
     """Profile intervals of all parameters: parameter, value, low, high, closed_below, closed_above."""
     rows = []
     for name in [n for n in fit.law.names if n not in fit.fixed]:
-        p = profile(fit, name, level=level)
+        p = profile(fit, name, confidence=confidence)
         rows.append(
             {
                 "parameter": name,
-                "value": fit.raw[name],
+                "value": fit.law_params[name],
                 "low": p.low,
                 "high": p.high,
                 "closed_below": p.closed[0],

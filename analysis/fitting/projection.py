@@ -36,8 +36,8 @@ def grid_points(lower: Array, upper: Array) -> Array:
 
 def design(problem: Problem, theta: Array) -> Array:
     """Normalised basis functions (m, p, n) at the non-linear parameters (m, q)."""
-    phi = np.concatenate([np.zeros((len(theta), problem.num_linear)), theta], axis=1)
-    parts, _ = problem.normalised(problem.law.basis(problem.x, problem.nonlinear(phi)), ())
+    vector = np.concatenate([np.zeros((len(theta), problem.num_linear)), theta], axis=1)
+    parts, _ = problem.normalised(problem.law.basis(problem.x, problem.nonlinear(vector)), ())
     shape = (len(theta), len(problem.y))
     return (
         np.stack([np.broadcast_to(part, shape) for part in parts], axis=1)
@@ -102,7 +102,7 @@ def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     rows = max(1, GRID_VALUES // len(problem.y))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # far corners of the grid may overflow
         chunks = [_project_chunk(problem, theta[i : i + rows]) for i in range(0, len(theta), rows)]
-    phi, total = (np.concatenate(part) for part in zip(*chunks, strict=True))
+    vector, total = (np.concatenate(part) for part in zip(*chunks, strict=True))
     span = np.where(problem.movable, problem.upper - problem.lower, 1.0)[problem.num_linear :]
     radius = 0.08 if theta.shape[1] <= 2 else 0.15
     chosen: list[int] = []
@@ -112,7 +112,7 @@ def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
         near = np.abs(theta[chosen] - theta[i]) / span < radius
         if not chosen or not np.any(np.all(near, axis=1)):
             chosen.append(int(i))
-    return phi[chosen]
+    return vector[chosen]
 
 
 def _thinned(problem: Problem) -> Problem:

@@ -41,7 +41,7 @@ class Interval:
     """Lower end."""
     high: float
     """Upper end."""
-    level: float
+    confidence: float
     """E.g. 0.95."""
     method: str
     """E.g. "bootstrap over 240 points"."""
@@ -125,7 +125,7 @@ class Fit(AsJson):
     """Variable (and 'y') -> column of the table."""
     data: pd.DataFrame = field(repr=False)
     """The fitted points: variables, y, weight, fitted, residual (of T(y)); index as in the table."""
-    raw: dict[str, float] = field(repr=False)
+    law_params: dict[str, float] = field(repr=False)
     """The law's own parameters."""
     draws: dict[str, Array] = field(repr=False)
     """Bootstrap draws of the law's own parameters (num_resamples,)."""
@@ -133,8 +133,8 @@ class Fit(AsJson):
     """How the intervals were made."""
     optimiser: str
     """How the optimum was found."""
-    level: float = 0.95
-    """Level of all intervals."""
+    confidence: float = 0.95
+    """Coverage of all intervals."""
     loss_unit: str = ""
     """Unit of the losses, for axes; empty for a table that is not a results table."""
     heldout: tuple[HeldOut, ...] = ()
@@ -168,13 +168,13 @@ class Fit(AsJson):
         measurement around it. Both are NaN without a bootstrap.
         """
         x = self.variables(df)
-        value = np.broadcast_to(self.law.value(x, self.raw), (len(x[self.law.variables[0]]),))
+        value = np.broadcast_to(self.law.value(x, self.law_params), (len(x[self.law.variables[0]]),))
         out = {"value": value}
         nan = np.full(len(value), np.nan)
         out |= dict.fromkeys(("ci_lo", "ci_hi", "pi_lo", "pi_hi"), nan)
         if self.draws:
             curves = np.broadcast_to(self.law.value(x, self.draws), (self.num_draws, len(value)))
-            tails = [50 * (1 - self.level), 50 * (1 + self.level)]
+            tails = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
             out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, tails, axis=0)
             noise = np.random.default_rng(0).choice(self.noise, curves.shape)
             with np.errstate(invalid="ignore"):
@@ -205,7 +205,7 @@ class Fit(AsJson):
         return text
 
     def table(self) -> pd.DataFrame:
-        """One row a parameter: parameter, value, low, high, level, method, note."""
+        """One row a parameter: parameter, value, low, high, confidence, method, note."""
         rows = []
         for name, value in self.params.items():
             i = self.intervals.get(name)
@@ -215,7 +215,7 @@ class Fit(AsJson):
                     "value": NOT_IDENTIFIED if name in self.not_identified else value,
                     "low": i.low if i else np.nan,
                     "high": i.high if i else np.nan,
-                    "level": i.level if i else np.nan,
+                    "confidence": i.confidence if i else np.nan,
                     "method": i.method if i else "",
                     "note": " ".join(f for f in self.flags if f.startswith(f"{name} ")),
                 }
@@ -237,7 +237,9 @@ class Fit(AsJson):
             "objective": {"name": self.objective.name, "label": self.objective.label, "value": self.objective_value},
             "params": {k: None if k in self.not_identified else v for k, v in self.params.items()},
             "not_identified": sorted(self.not_identified),
-            "intervals": {k: {"low": i.low, "high": i.high, "level": i.level} for k, i in self.intervals.items()},
+            "intervals": {
+                k: {"low": i.low, "high": i.high, "confidence": i.confidence} for k, i in self.intervals.items()
+            },
             "interval_method": self.interval_method,
             "optimiser": self.optimiser,
             "flags": list(self.flags),
@@ -287,8 +289,8 @@ class Correlation(AsJson):
     """Lower end of the interval."""
     high: float
     """Upper end."""
-    level: float
-    """Level of the interval."""
+    confidence: float
+    """Coverage of the interval."""
     num_points: int
     """Rows used."""
     interval_method: str
@@ -313,10 +315,10 @@ class Correlation(AsJson):
         ) | {"exclusions": [str(e) for e in self.exclusions]}
 
 
-def intervals_of(draws: dict[str, Array], level: float, method: str) -> dict[str, Interval]:
+def intervals_of(draws: dict[str, Array], confidence: float, method: str) -> dict[str, Interval]:
     """Percentile intervals of named draws."""
     out = {}
     for name, values in draws.items():
-        low, high = interval(values, level)
-        out[name] = Interval(low=low, high=high, level=level, method=method)
+        low, high = interval(values, confidence)
+        out[name] = Interval(low=low, high=high, confidence=confidence, method=method)
     return out

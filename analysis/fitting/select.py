@@ -38,7 +38,7 @@ class Choice(AsJson):
         return (
             f"Chosen by predicting the largest {self.by} from the smaller ones (mean log-RMSE over "
             f"{self.table['num_steps'].max()} held-out steps): {ranked}; "
-            f"a ruler {self.table['naive_log_rmse'].min():.4f}.{unranked}"
+            f"a straight line in log-log {self.table['naive_log_rmse'].min():.4f}.{unranked}"
         )
 
     def to_dict(self) -> dict[str, Any]:

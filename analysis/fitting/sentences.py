@@ -40,7 +40,7 @@ def fit_sentence(fit: Fit) -> str:
         f"Fitted to {fit.num_points} of {fit.num_rows} points over {ranges} by minimising the {fit.objective.label} "
         f"(value {fit.objective_value:.6g}), {_weights(fit)}, with a {fit.optimiser}; no starting values are needed.",
         f"Left out: {'; '.join(map(str, fit.exclusions)) if fit.exclusions else 'nothing'}.",
-        f"Intervals: {fit.level:.0%}, {fit.interval_method}." if fit.intervals else "No intervals were computed.",
+        f"Intervals: {fit.confidence:.0%}, {fit.interval_method}." if fit.intervals else "No intervals were computed.",
     ]
     parts += [held_out_sentence(h) for h in fit.heldout] or ["Not tested on a held-out scale."]
     parts += list(fit.flags)
@@ -92,5 +92,5 @@ def correlation_sentence(c: Correlation) -> str:
     left = f" Left out: {'; '.join(map(str, c.exclusions))}." if c.exclusions else ""
     return (
         f"{c.method.capitalize()} correlation of {c.x} and {c.y}{partial}: {c.value:.3f} "
-        f"({c.level:.0%} interval {c.low:.3f} to {c.high:.3f}; n = {c.num_points}; {c.interval_method}).{left}"
+        f"({c.confidence:.0%} interval {c.low:.3f} to {c.high:.3f}; n = {c.num_points}; {c.interval_method}).{left}"
     )

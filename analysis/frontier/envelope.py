@@ -24,7 +24,7 @@ def envelope_frontier(
     columns: Mapping[str, str] | None = None,
     num_budgets: int = 200,
     resamples: int = 500,
-    level: float = 0.95,
+    confidence: float = 0.95,
     seed: int = 0,
 ) -> Frontier:
     """Compute-optimal size by the envelope of training curves.
@@ -57,7 +57,7 @@ def envelope_frontier(
         if len(drawn) >= 3 and len(again["N"].unique()) > 1:
             lines.append(log_line(again["C"].to_numpy(), again["N"].to_numpy()))
     draws = np.array(lines) if lines else np.array([[np.nan, np.nan]])
-    low, high = interval(draws[:, 1], level)
+    low, high = interval(draws[:, 1], confidence)
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
     table.insert(2, "D", cost.samples(table["C"].to_numpy(), table["N"].to_numpy()))
     return Frontier(
@@ -67,7 +67,7 @@ def envelope_frontier(
         exponent_interval=Interval(
             low=low,
             high=high,
-            level=level,
+            confidence=confidence,
             method=f"bootstrap over curves, {len(lines)} of {resamples} usable resamples",
         ),
         log_k=log_k,
@@ -116,16 +116,16 @@ class LowerEdge:
     def predict(self, x: Any) -> pd.DataFrame:
         """value, ci_lo, ci_hi and beyond_range at x."""
         x = np.atleast_1d(np.asarray(x, float))
-        level = self.exponent_interval.level
+        confidence = self.exponent_interval.confidence
         curves = np.exp(self.draws[:, :1] + self.draws[:, 1:] * np.log(x))
-        low, high = np.percentile(curves, [50 * (1 - level), 50 * (1 + level)], axis=0)
+        low, high = np.percentile(curves, [50 * (1 - confidence), 50 * (1 + confidence)], axis=0)
         beyond = np.maximum(1.0, np.maximum(x / self.range[1], self.range[0] / x))
         value = self.coefficient * x**-self.exponent
         return pd.DataFrame({"value": value, "ci_lo": low, "ci_hi": high, "beyond_range": beyond})
 
 
 def lower_edge(
-    x: Array, y: Array, *, num_bins: int = 5, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    x: Array, y: Array, *, num_bins: int = 5, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> LowerEdge:
     """Power law through the lowest y of each of `num_bins` equal bins of log x, placed at the bins' centres.
 
@@ -143,8 +143,8 @@ def lower_edge(
         if len(filled) < 2:
             return None
         centres = (edges[filled] + edges[filled + 1]) / 2
-        slope, level_ = np.polyfit(centres, [log_y[rows][member == b].min() for b in filled], 1)
-        return float(level_ * np.log(10)), float(slope)
+        slope, intercept = np.polyfit(centres, [log_y[rows][member == b].min() for b in filled], 1)
+        return float(intercept * np.log(10)), float(slope)
 
     best = line(np.arange(len(log_x)))
     if best is None:
@@ -152,12 +152,12 @@ def lower_edge(
     rng = np.random.default_rng(seed)
     found = [line(rng.integers(0, len(log_x), len(log_x))) for _ in range(resamples)]
     draws = np.array([row for row in found if row is not None])
-    low, high = interval(-draws[:, 1], level)
+    low, high = interval(-draws[:, 1], confidence)
     return LowerEdge(
         coefficient=float(np.exp(best[0])),
         exponent=-best[1],
         exponent_interval=Interval(
-            low=low, high=high, level=level, method=f"bootstrap over points, {resamples} resamples"
+            low=low, high=high, confidence=confidence, method=f"bootstrap over points, {resamples} resamples"
         ),
         draws=draws,
         num_points=len(log_x),

@@ -25,7 +25,7 @@ def isoflop_frontier(
     tolerance: float = 0.1,
     window: float = 8.0,
     resamples: int = 500,
-    level: float = 0.95,
+    confidence: float = 0.95,
     seed: int = 0,
 ) -> Frontier:
     """Compute-optimal size by iso-FLOP parabolas.
@@ -39,7 +39,7 @@ def isoflop_frontier(
         window: only points within this factor of the best measured N enter the parabola: far from its minimum an
             iso-FLOP curve is no parabola, and its skew would move the vertex.
         resamples: residual-bootstrap resamples.
-        level: level of the intervals.
+        confidence: coverage of the intervals.
         seed: seed of the bootstrap.
 
     Raises:
@@ -69,13 +69,16 @@ def isoflop_frontier(
     std = np.maximum(table["log_N_std"].to_numpy(), 1e-3)
     log_k, a = log_line(table["C"].to_numpy(), table["N"].to_numpy(), std)
     lines = np.array([log_line(table["C"].to_numpy(), np.exp(row), std) for row in np.array(draws).T])
-    low, high = interval(lines[:, 1], level)
+    low, high = interval(lines[:, 1], confidence)
     return Frontier(
         approach=2,
         method=f"parabolas in ln N at {len(table)} of {len(curves)} budgets, then a line weighted by 1/variance",
         exponent=a,
         exponent_interval=Interval(
-            low=low, high=high, level=level, method=f"residual bootstrap of every parabola, {resamples} resamples"
+            low=low,
+            high=high,
+            confidence=confidence,
+            method=f"residual bootstrap of every parabola, {resamples} resamples",
         ),
         log_k=log_k,
         draws=lines,

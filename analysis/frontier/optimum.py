@@ -42,11 +42,11 @@ def cost_of(num_params: Array, samples: Array, flops: Array) -> Cost:
     """Fit kappa and s to a table's N, D and C."""
     per_sample = np.log(flops / (num_params * samples))
     if np.ptp(np.log(num_params)) == 0 or np.ptp(per_sample) < 1e-9:
-        s, level = 0.0, float(np.mean(per_sample))
+        s, intercept = 0.0, float(np.mean(per_sample))
     else:
-        s, level = (float(v) for v in np.polyfit(np.log(num_params), per_sample, 1))
-    error = np.abs(np.expm1(level + s * np.log(num_params) - per_sample)).max()
-    return Cost(kappa=float(np.exp(level)), s=s, worst_error=float(error))
+        s, intercept = (float(v) for v in np.polyfit(np.log(num_params), per_sample, 1))
+    error = np.abs(np.expm1(intercept + s * np.log(num_params) - per_sample)).max()
+    return Cost(kappa=float(np.exp(intercept)), s=s, worst_error=float(error))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Frontier(AsJson):
         """
         c = np.atleast_1d(np.asarray(flops, float))
         n = np.exp(self.log_k + self.exponent * np.log(c))
-        tails = [50 * (1 - self.exponent_interval.level), 50 * (1 + self.exponent_interval.level)]
+        tails = [50 * (1 - self.exponent_interval.confidence), 50 * (1 + self.exponent_interval.confidence)]
         n_draws = np.exp(self.draws[:, :1] + self.draws[:, 1:] * np.log(c))
         n_lo, n_hi = np.nanpercentile(n_draws, tails, axis=0)
         out = {"C": c, "N": n, "N_lo": n_lo, "N_hi": n_hi, "D": self.cost.samples(c, n)}
@@ -124,7 +124,7 @@ class Frontier(AsJson):
         i = self.exponent_interval
         text = (
             f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} "
-            f"({i.level:.0%} interval {i.low:.3f} to {i.high:.3f}, {i.method}), C from {self.range[0]:.3g} to "
+            f"({i.confidence:.0%} interval {i.low:.3f} to {i.high:.3f}, {i.method}), C from {self.range[0]:.3g} to "
             f"{self.range[1]:.3g} FLOPs."
         )
         if self.refusals:
@@ -146,7 +146,7 @@ class Frontier(AsJson):
             "exponent": self.exponent,
             "low": i.low,
             "high": i.high,
-            "level": i.level,
+            "confidence": i.confidence,
             "k": float(np.exp(self.log_k)),
             "kappa": self.cost.kappa,
             "s": self.cost.s,
@@ -203,14 +203,14 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
         )
     points = points_of(df, y=fit.columns["y"], columns=columns or {k: fit.columns[k] for k in ("N", "D")})
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
-    log_k, a = (float(v[0]) for v in optimum_of({k: np.array([v]) for k, v in fit.raw.items()}, cost))
+    log_k, a = (float(v[0]) for v in optimum_of({k: np.array([v]) for k, v in fit.law_params.items()}, cost))
     draws = np.stack(optimum_of(fit.draws, cost), axis=1) if fit.draws else np.array([[log_k, a]])
-    low, high = interval(draws[:, 1], fit.level)
+    low, high = interval(draws[:, 1], fit.confidence)
     return Frontier(
         approach=3,
         method=f"minimum of {fit.law.formula} on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
         exponent=a,
-        exponent_interval=Interval(low=low, high=high, level=fit.level, method=fit.interval_method),
+        exponent_interval=Interval(low=low, high=high, confidence=fit.confidence, method=fit.interval_method),
         log_k=log_k,
         draws=draws,
         cost=cost,
@@ -236,7 +236,7 @@ def off_optimum(fit: Fit, frontier: Frontier, flops: float, factors: Array) -> p
     compute_factor is how many times the budget this size needs to reach the loss of the optimum; inf where no amount of
     data gets it there.
     """
-    p, cost = fit.raw, frontier.cost
+    p, cost = fit.law_params, frontier.cost
     best = frontier.at(flops).iloc[0]
     n = best["N"] * np.asarray(factors, float)
     d = cost.samples(np.full(len(n), flops), n)

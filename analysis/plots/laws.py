@@ -123,7 +123,7 @@ def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
         spans = {v: (fit.ranges[v][0] / 1.5, fit.ranges[v][1] * 1.5) for v in ("N", "D")}
         n, d = (np.geomspace(*spans[v], 70) for v in ("N", "D"))
         grid_n, grid_d = np.meshgrid(n, d)
-        loss = fit.law.value({"N": grid_n.ravel(), "D": grid_d.ravel()}, fit.raw).reshape(grid_n.shape)
+        loss = fit.law.value({"N": grid_n.ravel(), "D": grid_d.ravel()}, fit.law_params).reshape(grid_n.shape)
         levels = np.unique(np.quantile(loss, np.linspace(0.02, 0.98, 9)))
         contours = ax.contour(grid_n, grid_d, loss, levels=levels, colors=MUTED, linewidths=1)
         for text in ax.clabel(contours, fmt="%.3g", fontsize=8, colors=INK):
@@ -171,9 +171,9 @@ def plot_profile(profile: Profile, ax: Axes | None = None) -> Axes:
     with styled():
         if ax is None:
             ax = new_figure()[1][0]
-        threshold = chi2.ppf(profile.level, 1) / 2
+        threshold = chi2.ppf(profile.confidence, 1) / 2
         ax.plot(profile.values, profile.lost, color=ACCENT, marker="o", markersize=3)
-        ax.axhline(threshold, color=SECOND, linestyle="--", label=f"{profile.level:.0%} interval ends here")
+        ax.axhline(threshold, color=SECOND, linestyle="--", label=f"{profile.confidence:.0%} interval ends here")
         for end, closed in zip((profile.low, profile.high), profile.closed, strict=True):
             if closed:
                 ax.axvline(end, color=MUTED, linestyle=":")

@@ -287,9 +287,9 @@ def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: st
             n, loss = frame[count].to_numpy(float), frame["val_loss"].to_numpy(float)
             label = name
             if len(frame) > 1 and np.ptp(np.log(n)) > 0:
-                slope, level = np.polyfit(np.log(n), np.log(loss), 1)
+                slope, intercept = np.polyfit(np.log(n), np.log(loss), 1)
                 grid = np.geomspace(n.min(), n.max(), 50)
-                ax.plot(grid, np.exp(level) * grid**slope, color=colour, linestyle="-" if marker == "o" else "--")
+                ax.plot(grid, np.exp(intercept) * grid**slope, color=colour, linestyle="-" if marker == "o" else "--")
                 label = f"{name}: straight line has slope {slope:.4f}".replace("-", "−")
             scatter(ax, n, loss, color=colour, marker=marker, label=label)
         log_axis(ax, "x", [*ours[count], *published[count]])

@@ -90,7 +90,8 @@ def law_caption(study: Study, key: str) -> str:
     names = [p.name for p in fit.law.parameters]
     values = "; ".join(f"{name} = {fit.shown(name)}" for name in names)
     return (
-        f"{fit.law.formula}: {values}. Brackets: {100 * fit.level:.0f} % bootstrap intervals, shaded for the curve. "
+        f"{fit.law.formula}: {values}. Brackets: {100 * fit.confidence:.0f} % bootstrap intervals, "
+        "shaded for the curve. "
         f"{fit.num_points} points ({study.selections.get(key, 'all rows')})."
     )
 

@@ -233,7 +233,7 @@ def law_tables(study: Study) -> list[PageTable]:
                 frame,
                 [
                     ("parameter", "parameter", text),
-                    ("shown", f"value [{100 * fit.level:.0f} % interval]", text),
+                    ("shown", f"value [{100 * fit.confidence:.0f} % interval]", text),
                     ("low", "low", human),
                     ("high", "high", human),
                     ("note", "note", text),
@@ -312,14 +312,14 @@ def heldout_table(study: Study) -> PageTable | None:
     return page_table(
         "heldout",
         "Does the law extrapolate?",
-        f"Fitted without the largest scale, then compared with it. The ruler is {joint.heldout[0].naive}.",
+        f"Fitted without the largest scale, then compared with it. The baseline is {joint.heldout[0].naive}.",
         frame,
         [
             ("variable", "left out", text),
             ("num_train", "fitted", whole),
             ("num_test", "predicted", whole),
             ("error", "mean error of the law (%)", lambda v: f"{100 * v:.2f}"),
-            ("naive", "of a ruler (%)", lambda v: f"{100 * v:.2f}"),
+            ("naive", "of the baseline (%)", lambda v: f"{100 * v:.2f}"),
             ("inside", "inside their 95 % interval", text),
         ],
     )

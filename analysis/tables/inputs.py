@@ -59,8 +59,8 @@ def read_tables(
     for path in map(Path, paths):
         frame = read_table(path, columns, require)
         frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
-    together = frames[0] if len(frames) == 1 else _without_repeats(pd.concat(frames, ignore_index=True))
-    return select(with_setup(together), where)
+    frame = frames[0] if len(frames) == 1 else _without_repeats(pd.concat(frames, ignore_index=True))
+    return select(with_setup(frame), where)
 
 
 def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.sentences import held_out_sentence
 
 
-def test_the_true_law_beats_the_ruler_on_the_largest_size(grid):
+def test_the_true_law_beats_the_naive_line_on_the_largest_size(grid):
     result = fit(laws.CHINCHILLA, grid, resamples=0)
     test = held_out(result, grid, by="N")
     assert (test.num_train, test.num_test) == (25, 5)
@@ -18,8 +18,8 @@ def test_the_true_law_beats_the_ruler_on_the_largest_size(grid):
     assert np.all(test.predictions["N"] == 1e7)
 
 
-def test_the_ruler_is_drawn_at_the_same_budget(grid):
-    """A pure power of N at every D, with a level that depends on D: the ruler at the same D is exact."""
+def test_the_naive_line_is_drawn_at_the_same_budget(grid):
+    """A pure power of N at every D, with a level that depends on D: the naive line at the same D is exact."""
     grid["val_loss"] = 3 * grid["params_total"] ** -0.2 * grid["images_seen"] ** -0.1
     result = fit("chinchilla", grid, resamples=0)
     test = held_out(result, grid, by="N", resamples=0)

@@ -59,7 +59,7 @@ def test_a_badly_tuned_rung_is_named(grid):
     clean = fit(laws.CHINCHILLA, grid[grid["size"] != bad], objective="log_lsq", resamples=300)
     noise = replace(result, draws=clean.draws)  # measured in the spread of a clean fit, the rung stands out
     flags = with_influence_flags(noise, grid).flags
-    assert any(f"size {bad} " in flag and "bends the fit" in flag for flag in flags)
+    assert any(f"size {bad} " in flag and "the fit hinges on it" in flag for flag in flags)
     with pytest.raises(AnalysisError, match="no column 'rung'"):
         influence(result, grid, by="rung")
 

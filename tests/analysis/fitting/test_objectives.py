@@ -45,7 +45,7 @@ def test_no_objective_is_lowered_by_a_general_optimiser(grid, name):
         prediction = laws.CHINCHILLA.value(x, dict(zip(laws.CHINCHILLA.names, np.exp(logs), strict=True)))
         return float(objective.total(objective.transform(y) - objective.transform(prediction), np.ones(len(y))))
 
-    best = np.log([result.raw[k] for k in laws.CHINCHILLA.names])
+    best = np.log([result.law_params[k] for k in laws.CHINCHILLA.names])
     assert value(best) == pytest.approx(result.objective_value, rel=1e-9)
     for seed in range(3):
         start = best + 0.02 * np.random.default_rng(seed).standard_normal(5)

@@ -40,14 +40,14 @@ def test_closed_form_optimum_is_the_numerical_one_also_with_counted_flops(surfac
     best = line.at(1e20).iloc[0]
     assert 9.0 * best["N"] ** 1.1 * best["D"] == pytest.approx(1e20)
     n = np.geomspace(best["N"] / 3, best["N"] * 3, 20001)
-    loss = result.law.value({"N": n, "D": line.cost.samples(1e20, n)}, result.raw)
+    loss = result.law.value({"N": n, "D": line.cost.samples(1e20, n)}, result.law_params)
     assert n[np.argmin(loss)] == pytest.approx(best["N"], rel=1e-3)
     cost = off_optimum(result, line, 1e20, np.array([0.02, 0.5, 1.0, 2.0]))
     assert cost["extra_loss"].iloc[2] == pytest.approx(0, abs=1e-12)
     assert np.isinf(cost["compute_factor"].iloc[0])
     assert (cost["compute_factor"].iloc[[1, 3]] > 1).all()
     spent = cost.iloc[3]
-    reached = result.law.value({"N": spent["N"], "D": spent["D"] * spent["compute_factor"]}, result.raw)
+    reached = result.law.value({"N": spent["N"], "D": spent["D"] * spent["compute_factor"]}, result.law_params)
     assert reached == pytest.approx(cost["loss"].iloc[2])
 
 

@@ -34,7 +34,7 @@ def test_a_law_is_recovered_from_its_own_values(name, x, truth):
     law = laws.find_law(name)
     df = pd.DataFrame({**x, "y": law.value(x, truth)})
     result = fit(law, df, y="y", objective="lsq" if name.startswith("link") else "log_lsq", resamples=0)
-    assert result.raw == pytest.approx(truth, rel=1e-5)
+    assert result.law_params == pytest.approx(truth, rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "x", "truth"), TRUTHS, ids=[t[0] for t in TRUTHS])
