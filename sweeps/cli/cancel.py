@@ -18,7 +18,7 @@ Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them
 
 
 @app.command()
-def cancel_runs(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
+def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
     """Stop the runs of a sweep (or those named); each saves first, and `aimscale launch` goes on later."""
     loaded = load_sweep(sweep, root)
     done, failed = cancel(loaded, some_runs(loaded, runs or []))

@@ -16,7 +16,7 @@ app = typer.Typer(help="Gather every run's rows into one typed table.")
 
 
 @app.command()
-def collect_sweep(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
+def command(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
     """Gather every run's rows into one typed table (Parquet and CSV)."""
     loaded = load_sweep(sweep, root)
     runs = plan(loaded)

@@ -12,7 +12,7 @@ app = typer.Typer(help="Run the whole loop on bundled real images; ends at a rep
 
 
 @app.command()
-def demo(
+def command(
     root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = Path("aimscale-runs"),
     slots: Annotated[int | None, typer.Option(help="Runs at a time; by default as many as the cores feed.")] = None,
 ) -> None:

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from aimscale.sweeps.doctor.machine import Check, importing, machine_checks
+from aimscale.sweeps.doctor.checks import Check
+from aimscale.sweeps.doctor.machine import importing, machine_checks
 from aimscale.sweeps.doctor.storage import storage_checks
 
 app = typer.Typer(help="Look at this machine, its disk and its Slurm: what works, and what to do about the rest.")
@@ -23,7 +24,7 @@ TEXT_WIDTH = 95
 
 
 @app.command()
-def doctor(
+def command(
     root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs"),
     on: Annotated[Literal["local", "slurm"], typer.Option(help="With slurm, an absent Slurm is a failure.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 @app.command()
-def launch_sweep(
+def command(
     sweep: SweepName,
     root: Root = Path("aimscale-runs"),
     on: Annotated[Literal["local", "slurm"], typer.Option(help="A queue on this machine, or the cluster's.")] = "local",

@@ -19,7 +19,7 @@ ENDED = ("finished", "failed", "diverged")
 
 
 @app.command()
-def logs(
+def command(
     sweep: SweepName,
     run: Annotated[str, typer.Argument(help="A run's id, or any part that only it has.")],
     root: Root = Path("aimscale-runs"),

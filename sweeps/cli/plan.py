@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
-def plan_sweep(
+def command(
     sweep: SweepName,
     root: Root = Path("aimscale-runs"),
     as_json: AsJson = False,

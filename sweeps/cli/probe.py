@@ -172,15 +172,15 @@ class _Jobs:
 
     def on_slurm(self, fields: dict[str, str | int | None], *, allow_dirty: bool) -> None:
         """Submit one array per resource shape, or print the scripts."""
-        from aimscale.sweeps.launch.probes import probing
+        from aimscale.sweeps.launch.probes import probing_jobs
         from aimscale.sweeps.launch.start import left_alone
         from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 
         if not (ready := self._ready()):
             return
-        work = probing(self.sweep, self.paths, self.requests)
+        kind = probing_jobs(self.sweep, self.paths, self.requests)
         changed = with_slurm(self.sweep, **fields)
-        result = launch_slurm(changed, ready, allow_dirty=allow_dirty, dry_run=self.dry_run, work=work)
+        result = launch_slurm(changed, ready, allow_dirty=allow_dirty, dry_run=self.dry_run, kind=kind)
         for part in result.submitted:
             if self.dry_run:
                 typer.echo(f"# probe {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
@@ -195,18 +195,18 @@ class _Jobs:
     def on_this_machine(self, slots: int | None) -> None:
         """Work through the jobs in a queue on this machine, or say what it would do."""
         from aimscale.sweeps.launch.local_queue import default_slots, run_queue, visible_gpus, worker_command
-        from aimscale.sweeps.launch.probes import WORKER, probing
+        from aimscale.sweeps.launch.probes import WORKER, probing_jobs
         from aimscale.sweeps.launch.start import left_alone
         from aimscale.sweeps.slurm import commands as slurm
 
         if not (ready := self._ready()):
             return
-        work = probing(self.sweep, self.paths, self.requests)
+        kind = probing_jobs(self.sweep, self.paths, self.requests)
         known = slurm.known_jobs()
         is_queued = slurm.is_queued(known) if known is not None else lambda claim: True
         if self.dry_run:
             for each in ready:
-                decision = work.decide(each, work.record(each), is_queued)
+                decision = kind.decide(each, kind.record(each), is_queued)
                 typer.echo(f"{decision.verdict}: {each.run_id} {decision.why}".rstrip())
             return
         gpus = visible_gpus()
@@ -218,7 +218,7 @@ class _Jobs:
             command=lambda path, ranks: worker_command(path, ranks, WORKER),
             report=_print_events,
             is_queued=is_queued,
-            work=work,
+            kind=kind,
         )
         for line in left_alone(done.left):
             typer.echo(line)

@@ -16,7 +16,7 @@ app = typer.Typer(help="Clear the failure of runs, so that the next launch resum
 
 
 @app.command()
-def retry_runs(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
+def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
     """Clear the failure of failed and diverged runs (or of those named)."""
     loaded = load_sweep(sweep, root)
     cleared = retry(loaded, some_runs(loaded, runs or []))

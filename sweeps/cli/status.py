@@ -21,7 +21,7 @@ app = typer.Typer(help="One line a run: state, step, loss, images/s, MFU, ETA, w
 
 
 @app.command()
-def status(
+def command(
     sweep: SweepName,
     root: Root = Path("aimscale-runs"),
     as_json: AsJson = False,

@@ -1,4 +1,4 @@
-"""`aimscale doctor`'s findings on this machine: what works, what does not, and one sentence on what to do.
+"""`aimscale doctor` on this machine: interpreter, compiler, cores, memory, packages, cards.
 
 A check looks at one thing and never raises. Whatever may take its process down with it (a broken torch, a driver that
 does not fit) is imported by a child process, `sweeps.doctor.imports`, while the other checks run.
@@ -16,14 +16,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from packaging.requirements import Requirement
 
+from aimscale.sweeps.doctor.checks import Check, fail, ok, warn
 from aimscale.sweeps.doctor.imports import FACTS_LINE, IMPORTING_LINE
 from aimscale.sweeps.table.views import data_size
 
@@ -34,22 +33,9 @@ MIN_MEMORY_BYTES = 3_000_000_000
 """The demo's two processes take 2.9 GB."""
 MIN_OPEN_FILES = 1024
 """A training process keeps up to 128 shards of each source open, a loader worker as many again."""
-
-Level = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """What was found about one thing."""
-
-    name: str
-    """The thing."""
-    level: Level
-    """`ok`; `warn`: works, but something may go wrong or be slow; `fail`: something needed does not work."""
-    found: str
-    """What there is."""
-    advice: str = ""
-    """One sentence on what to do; empty where nothing is to be done."""
+SHOWN = ("torch", "torchvision", "deepspeed", "submitit", "webdataset", "timm", "numpy", "scipy", "pandas", "pydantic")
+"""Packages whose versions a bug report needs."""
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine_checks(imported: Callable[[], Mapping[str, Any]]) -> Iterator[Check]:
@@ -67,29 +53,16 @@ def machine_checks(imported: Callable[[], Mapping[str, Any]]) -> Iterator[Check]
     yield check_accelerator(facts)
 
 
-def check_python() -> Check:
-    """The interpreter against what `pyproject.toml` asks for."""
-    wanted = importlib.metadata.metadata("aimscale")["Requires-Python"]
-    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
-    if Requirement(f"python{wanted}").specifier.contains(platform.python_version(), prereleases=True):
-        return Check(name="python", level="ok", found=found)
-    return Check(name="python", level="fail", found=found, advice=f"Make a virtual environment with Python {wanted}.")
-
-
 @contextlib.contextmanager
 def importing() -> Iterator[Callable[[], Mapping[str, Any]]]:
     """Import everything heavy in a child process; the yielded function waits for it and returns its facts.
 
-    A child that dies gives `{"error": ...}` with the module it was importing.
+    A child that dies gives `{"error": ..., "module": ...}` with the module it was importing.
     """
-    # Nothing here may look for a compiler or a card on its own account.
+    words = [sys.executable, "-m", "aimscale.sweeps.doctor.imports"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "aimscale.sweeps.doctor.imports"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
     )
 
     def facts() -> Mapping[str, Any]:
@@ -97,8 +70,7 @@ def importing() -> Iterator[Callable[[], Mapping[str, Any]]]:
             out, err = child.communicate(timeout=IMPORT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             child.kill()
-            out, err = child.communicate()
-            err = f"it did not end within {IMPORT_TIMEOUT_S} s"
+            out, err = child.communicate()[0], f"it did not end within {IMPORT_TIMEOUT_S} s"
         return read_facts(out, err, child.returncode)
 
     try:
@@ -123,6 +95,106 @@ def read_facts(out: str, err: str, code: int) -> Mapping[str, Any]:
     return {"error": f"the process that imported {last or 'nothing yet'} ended with {how}: {said}", "module": last}
 
 
+def check_python() -> Check:
+    """The interpreter against what `pyproject.toml` asks for."""
+    wanted = importlib.metadata.metadata("aimscale")["Requires-Python"]
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
+    if Requirement(f"python{wanted}").specifier.contains(platform.python_version(), prereleases=True):
+        return ok("python", found)
+    return fail("python", found, f"Make a virtual environment with Python {wanted}.")
+
+
+def check_compiler() -> Check:
+    """Compile a line of C; only `runtime.compile` (torch.compile) needs that once aimscale is installed."""
+    name, need = "compiler", "without it `runtime.compile: true` fails; nothing else needs it"
+    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
+    if found is None:
+        return warn(name, "no C compiler on the PATH", f"Install gcc and g++ ({need}).")
+    words = [found, "-x", "c", "-", "-o", "/dev/null"]
+    code = '#include <stdio.h>\nint main(void) { return puts("works") < 0; }\n'
+    done = subprocess.run(words, input=code, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+        advice = f"Install the C library's headers, Debian's `build-essential` ({need})."
+        return warn(name, f"{found} cannot compile a program: {said}", advice)
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        advice = f"Install Python's headers, Debian's `python3-dev` ({need})."
+        return warn(name, f"{found} works, but Python.h is missing", advice)
+    return ok(name, f"{found} compiles, Python.h is there")
+
+
+def check_cores(root: Path = CGROUP) -> Check:
+    """Cores this process may use, against the time a container grants them."""
+    cores, granted = len(os.sched_getaffinity(0)), cpu_quota(root)
+    if granted is None or granted >= cores - 0.5:
+        return ok("cores", f"{cores} of {os.cpu_count()} cores")
+    advice = f"Launch with `--slots {max(1, int(granted))}`: by default {cores} runs would start at a time."
+    return warn("cores", f"{cores} cores, of which the container may use {granted:g}", advice)
+
+
+def cpu_quota(root: Path) -> float | None:
+    """Cores' worth of time that control groups (version 2, else 1) grant; None where there is no bound."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((root / file).read_text() for file in files).split()
+            return int(quota) / int(period) if quota not in ("max", "-1") else None
+    return None
+
+
+def check_memory(root: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> Check:
+    """Memory available now, within the container's bound."""
+    available = 1024 * next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    bound = available
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            bound = int((root / file).read_text())
+            break
+    inside = f", the container's bound is {data_size(bound)}" if bound < available else ""
+    found = f"{data_size(available)} available{inside}"
+    if min(available, bound) >= MIN_MEMORY_BYTES:
+        return ok("memory", found)
+    advice = "Use --slots 1 and small rungs (`aimscale plan` prints the memory of each run), or free some memory."
+    return warn("memory", found, advice)
+
+
+def check_threads(value: str | None, cores: int) -> Check:
+    """OMP_NUM_THREADS: threads of processes that wait for each other make two busy cores ten times slower."""
+    if value is None:
+        advice = "Before you start several processes by hand (train, probe, fit), `export OMP_NUM_THREADS=1`."
+        found = "OMP_NUM_THREADS is unset; launch sets it for each of its runs"
+        return ok("threads", found, advice if cores > 1 else "")
+    if value.isdigit() and 1 <= int(value) <= cores:
+        return ok("threads", f"OMP_NUM_THREADS is {value}")
+    found = f"OMP_NUM_THREADS is '{value}' on {cores} cores"
+    return warn(
+        "threads", found, f"Set it to 1 to {cores}, or unset it: threads that share a core wait for each other."
+    )
+
+
+def check_open_files(limit: int) -> Check:
+    """The soft limit of open files."""
+    if limit == resource.RLIM_INFINITY or limit >= MIN_OPEN_FILES:
+        return ok("open files", "no limit" if limit == resource.RLIM_INFINITY else str(limit))
+    command = f"`ulimit -n {4 * MIN_OPEN_FILES}`"
+    advice = f"{command} before a launch, and in `slurm.setup`: every source keeps 128 shards open."
+    return warn("open files", f"at most {limit}", advice)
+
+
+def check_shared_memory(folder: Path) -> Check:
+    """Room in /dev/shm, through which the cards of a machine talk. Loader workers need none of it."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return warn(
+            "shared memory", f"{folder}: {error.strerror}", "Mount a tmpfs there, or train on one card a machine."
+        )
+    found = f"{data_size(free)} free in {folder}"
+    if free >= MIN_SHM_BYTES:
+        return ok("shared memory", found)
+    advice = "Start the container with `--shm-size 8g` or `--ipc host`, or train on one card a machine."
+    return warn("shared memory", found, advice)
+
+
 def check_packages(facts: Mapping[str, Any]) -> Check:
     """Versions against `pyproject.toml`'s, and whether they import."""
     broken, names = [], []
@@ -139,47 +211,38 @@ def check_packages(facts: Mapping[str, Any]) -> Check:
         if requirement.name in SHOWN:
             names.append(f"{requirement.name} {version}")
     broken += [f"{module} does not import ({why})" for module, why in facts.get("errors", {}).items()]
-    if "error" in facts:
-        broken.append(str(facts["error"]))
+    broken += [facts["error"]] if "error" in facts else []
     if not broken:
-        return Check(name="packages", level="ok", found=", ".join(names))
-    again = "Run `pip install -e .` in aimscale's folder again"
-    module = facts.get("module") or next(iter(facts.get("errors", {})), None)
-    if module:
-        again += f"; if that changes nothing, `pip install --force-reinstall --no-cache-dir {module}`"
-    return Check(name="packages", level="fail", found="; ".join(broken), advice=again + ".")
-
-
-SHOWN = ("torch", "torchvision", "deepspeed", "submitit", "webdataset", "timm", "numpy", "scipy", "pandas", "pydantic")
-"""Packages whose versions a bug report needs."""
+        return ok("packages", ", ".join(names))
+    advice = "Run `pip install -e .` in aimscale's folder again"
+    if module := facts.get("module") or next(iter(facts.get("errors", {})), None):
+        advice += f"; if that changes nothing, `pip install --force-reinstall --no-cache-dir {module}`"
+    return fail("packages", "; ".join(broken), f"{advice}.")
 
 
 def check_decoders(facts: Mapping[str, Any]) -> Check:
     """Every image format that was decoded for real."""
     formats: Mapping[str, str | None] = facts.get("decoders", {})
     if not formats:
-        return Check(name="decoders", level="fail", found="not tried", advice="Mend the packages first.")
+        return fail("decoders", "not tried", "Mend the packages first.")
     bad = {name: why for name, why in formats.items() if why}
     if not bad:
-        return Check(name="decoders", level="ok", found=f"{', '.join(formats)} decode")
-    return Check(
-        name="decoders",
-        level="fail" if "JPEG" in bad else "warn",
-        found="; ".join(f"{name} does not decode ({why})" for name, why in bad.items()),
-        advice="Run `pip install --force-reinstall simplejpeg torchvision pillow`: such images would be lost.",
-    )
+        return ok("decoders", f"{', '.join(formats)} decode")
+    found = "; ".join(f"{name} does not decode ({why})" for name, why in bad.items())
+    advice = "Run `pip install --force-reinstall simplejpeg torchvision pillow`: such images would be lost."
+    return (fail if "JPEG" in bad else warn)("decoders", found, advice)
 
 
-def check_accelerator(facts: Mapping[str, Any], cards: Callable[[], list[str]] | None = None) -> Check:
+def check_accelerator(facts: Mapping[str, Any]) -> Check:
     """Cards that torch can compute on, beside those that the driver lists."""
     name = "accelerator"
     if "torch" not in facts:
-        return Check(name=name, level="fail", found="torch does not import", advice="Mend the packages first.")
-    torch, there = facts["torch"], (cards or driver_cards)()
+        return fail(name, "torch does not import", "Mend the packages first.")
+    torch, there = facts["torch"], driver_cards()
     build = f"torch {torch['version']}, " + (f"CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build")
+    if not torch["cards"] and not there:
+        return ok(name, f"no card; training runs on the CPU ({build})")
     if not torch["cards"]:
-        if not there:
-            return Check(name=name, level="ok", found=f"no card; training runs on the CPU ({build})")
         advice = (
             "Update the NVIDIA driver, or install a torch built for its CUDA version (pytorch.org names the index)."
         )
@@ -187,147 +250,23 @@ def check_accelerator(facts: Mapping[str, Any], cards: Callable[[], list[str]] |
             advice = "Install a CUDA build: `pip install --force-reinstall torch torchvision` from PyPI or pytorch.org."
         elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the cards; unset it."
-        found = f"{len(there)} x {there[0]}, which torch does not see ({build})"
-        return Check(name=name, level="fail", found=found, advice=advice)
+        return fail(name, f"{len(there)} x {there[0]}, which torch does not see ({build})", advice)
     first = torch["cards"][0]
     found = f"{len(torch['cards'])} x {first['name']}, {data_size(first['bytes'])} each ({build})"
     if torch["card_error"]:
         advice = "Install a torch whose build covers this card (pytorch.org names the index)."
-        return Check(name=name, level="fail", found=f"{found}: {torch['card_error']}", advice=advice)
+        return fail(name, f"{found}: {torch['card_error']}", advice)
     if not torch["bf16"]:
         advice = "Set `optimiser.precision: fp32`: this card computes bf16 slowly or not at all."
-        return Check(name=name, level="warn", found=f"{found}, without bf16", advice=advice)
-    return Check(name=name, level="ok", found=f"{found}, bf16")
+        return warn(name, f"{found}, without bf16", advice)
+    return ok(name, f"{found}, bf16")
 
 
 def driver_cards() -> list[str]:
     """Names of the NVIDIA cards that the driver knows, whatever torch sees."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        listed = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip()] if listed.returncode == 0 else []
-
-
-def check_compiler() -> Check:
-    """Compile and run a line of C; only `runtime.compile` (torch.compile) needs that once aimscale is installed."""
-    name, need = "compiler", "without it `runtime.compile: true` fails; nothing else needs it"
-    compilers = [shutil.which(word) for word in (os.environ.get("CC"), "cc", "gcc", "clang") if word]
-    found = next(filter(None, compilers), None)
-    if found is None:
-        advice = f"Install gcc and g++ ({need})."
-        return Check(name=name, level="warn", found="no C compiler on the PATH", advice=advice)
-    try:
-        _compile_and_run(found)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (str(getattr(error, "stderr", None) or error).strip().splitlines() or [""])[0]
-        advice = f"Install the C library's headers, Debian's `build-essential` ({need})."
-        return Check(name=name, level="warn", found=f"{found} cannot compile a program: {said}", advice=advice)
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        advice = f"Install Python's headers, Debian's `python3-dev` ({need})."
-        return Check(name=name, level="warn", found=f"{found} works, but Python.h is missing", advice=advice)
-    return Check(name=name, level="ok", found=f"{found} compiles, Python.h is there")
-
-
-def _compile_and_run(compiler: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder) / "a.c", Path(folder) / "a.out"
-        source.write_text('#include <stdio.h>\nint main(void) { puts("works"); return 0; }\n')
-        for words in ([compiler, str(source), "-o", str(program)], [str(program)]):
-            subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
-
-
-def check_cores(root: Path = Path("/sys/fs/cgroup")) -> Check:
-    """Cores this process may use, against the time a container grants them."""
-    cores = len(os.sched_getaffinity(0))
-    granted = cpu_quota(root)
-    if granted is not None and granted < cores - 0.5:
-        return Check(
-            name="cores",
-            level="warn",
-            found=f"{cores} cores, of which the container may use {granted:g}",
-            advice=f"Launch with `--slots {max(1, int(granted))}`: by default {cores} runs would start at a time.",
-        )
-    return Check(name="cores", level="ok", found=f"{cores} of {os.cpu_count()} cores")
-
-
-def cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that control groups (version 2, else 1) grant; None where there is no bound."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return int(quota) / int(period) if quota != "max" else None
-    with contextlib.suppress(OSError, ValueError):
-        quota_us = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        return quota_us / int((root / "cpu/cpu.cfs_period_us").read_text()) if quota_us > 0 else None
-    return None
-
-
-def check_memory(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> Check:
-    """Memory available now, within the container's bound."""
-    available = 1024 * next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
-    bound = None
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            bound = int((root / file).read_text())
-            break
-    inside = f", the container's bound is {data_size(bound)}" if bound is not None and bound < available else ""
-    usable = min(available, bound) if bound is not None else available
-    found = f"{data_size(available)} available{inside}"
-    if usable < MIN_MEMORY_BYTES:
-        advice = "Use --slots 1 and small rungs (`aimscale plan` prints the memory of each run), or free some memory."
-        return Check(name="memory", level="warn", found=found, advice=advice)
-    return Check(name="memory", level="ok", found=found)
-
-
-def check_threads(value: str | None, cores: int) -> Check:
-    """OMP_NUM_THREADS: threads of processes that wait for each other make two busy cores ten times slower."""
-    name = "threads"
-    if value is None:
-        found = "OMP_NUM_THREADS is unset; launch sets it for each of its runs"
-        if cores == 1:
-            return Check(name=name, level="ok", found=found)
-        advice = "Before you start several processes by hand (train, probe, fit), `export OMP_NUM_THREADS=1`."
-        return Check(name=name, level="ok", found=found, advice=advice)
-    if not value.isdigit() or int(value) < 1:
-        return Check(
-            name=name,
-            level="warn",
-            found=f"OMP_NUM_THREADS is '{value}'",
-            advice="Set it to a whole number of threads, or unset it.",
-        )
-    if int(value) > cores:
-        return Check(
-            name=name,
-            level="warn",
-            found=f"OMP_NUM_THREADS is {value} on {cores} cores",
-            advice=f"Set it to {cores} or less: threads that share a core wait for each other.",
-        )
-    return Check(name=name, level="ok", found=f"OMP_NUM_THREADS is {value}")
-
-
-def check_open_files(limit: int) -> Check:
-    """The soft limit of open files."""
-    if limit == resource.RLIM_INFINITY or limit >= MIN_OPEN_FILES:
-        shown = "no limit" if limit == resource.RLIM_INFINITY else str(limit)
-        return Check(name="open files", level="ok", found=shown)
-    advice = (
-        f"`ulimit -n {4 * MIN_OPEN_FILES}` before a launch, and in `slurm.setup`: every source keeps 128 shards open."
-    )
-    return Check(name="open files", level="warn", found=f"at most {limit}", advice=advice)
-
-
-def check_shared_memory(folder: Path) -> Check:
-    """Room in /dev/shm, through which the cards of a machine talk. Loader workers need none of it."""
-    name = "shared memory"
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        advice = "Mount a tmpfs there, or train on one card a machine."
-        return Check(name=name, level="warn", found=f"{folder}: {error.strerror}", advice=advice)
-    if free < MIN_SHM_BYTES:
-        advice = "Start the container with `--shm-size 8g` or `--ipc host`, or train on one card a machine."
-        return Check(name=name, level="warn", found=f"{data_size(free)} free in {folder}", advice=advice)
-    return Check(name=name, level="ok", found=f"{data_size(free)} free in {folder}")
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]

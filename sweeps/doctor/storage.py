@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from aimscale.sweeps.doctor.machine import Check
+from aimscale.harness.run.files import try_lock
+from aimscale.sweeps.doctor.checks import Check, fail, ok, warn
 from aimscale.sweeps.runs.claims import MAX_CLOCK_SKEW_S
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.views import data_size
 
 MIN_FREE_BYTES = 1_000_000_000
 LOW_FREE_BYTES = 20_000_000_000
+MIN_FREE_FILES = 10_000
 SLURM_COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
 SLURM_TIMEOUT_S = 15
 LOCAL_TYPES = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs")
 """File systems that other machines do not see (unless one exports them)."""
+LOCAL_LOCKS = ("nolock", "localflock", "local_lock=flock", "local_lock=all")
+"""Mount options with which this machine's kernel alone knows of a lock."""
+PREFIX = ".aimscale-doctor-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,8 @@ class Mount:
 
 def storage_checks(root: Path, on: Literal["local", "slurm"]) -> Iterator[Check]:
     """Can runs be kept under `root`, and can Slurm execute them?"""
-    folder = existing_parent(root)
+    absolute = Path(os.path.abspath(root))
+    folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch makes the rest
     mount = mount_of(folder)
     writable = check_writable(root, folder)
     yield writable
@@ -56,20 +61,10 @@ def storage_checks(root: Path, on: Literal["local", "slurm"]) -> Iterator[Check]
         yield check_git()
 
 
-def existing_parent(path: Path) -> Path:
-    """The folder itself, or the nearest one above that exists: there a launch would make the rest."""
-    path = Path(os.path.abspath(path))
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def mount_of(path: Path, mounts: Path = Path("/proc/self/mounts")) -> Mount | None:
     """The file system of a path by the kernel's table; None where there is no such table."""
-    try:
-        lines = mounts.read_text().splitlines()
-    except OSError:
-        return None
     found = None
-    for line in lines:
+    for line in mounts.read_text().splitlines() if mounts.exists() else ():
         _, point, kind, options, *_ = line.split()
         point = point.encode().decode("unicode_escape")  # spaces are written \040
         if path.resolve().is_relative_to(point) and (found is None or len(point) >= len(str(found.point))):
@@ -79,18 +74,19 @@ def mount_of(path: Path, mounts: Path = Path("/proc/self/mounts")) -> Mount | No
 
 def check_writable(root: Path, folder: Path) -> Check:
     """Make, fill and remove a file."""
-    name, advice = "sweep root", "Choose another --root, or ask for write access."
+    name = "sweep root"
     if root.exists() and not root.is_dir():
-        return Check(name=name, level="fail", found=f"{root} is no folder", advice="Choose another --root.")
+        return fail(name, f"{root} is no folder", "Choose another --root.")
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".aimscale-doctor-") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return Check(name=name, level="fail", found=f"{folder} cannot be written ({error.strerror})", advice=advice)
+        found = f"{folder} cannot be written ({error.strerror})"
+        return fail(name, found, "Choose another --root, or ask for write access.")
     made = "" if folder == Path(os.path.abspath(root)) else f"; {root} will be made"
-    return Check(name=name, level="ok", found=f"{folder} can be written{made}")
+    return ok(name, f"{folder} can be written{made}")
 
 
 def check_space(root: Path, folder: Path) -> Check:
@@ -98,77 +94,68 @@ def check_space(root: Path, folder: Path) -> Check:
     usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
     found = f"{data_size(usage.free)} of {data_size(usage.total)} free"
     advice = f"Free some space or choose another --root than {root}; `aimscale plan` prints what a sweep needs."
-    if inodes.f_files and inodes.f_favail < 10_000:
-        return Check(name="disk", level="warn", found=f"{found}, only {inodes.f_favail} more files", advice=advice)
-    low: Literal["ok", "warn"] = "warn" if usage.free < LOW_FREE_BYTES else "ok"
     if usage.free < MIN_FREE_BYTES:
-        return Check(name="disk", level="fail", found=found, advice=advice)
-    return Check(name="disk", level=low, found=found, advice=advice if low == "warn" else "")
+        return fail("disk", found, advice)
+    if inodes.f_files and inodes.f_favail < MIN_FREE_FILES:
+        return warn("disk", f"{found}, only {inodes.f_favail} more files", advice)
+    return warn("disk", found, advice) if usage.free < LOW_FREE_BYTES else ok("disk", found)
 
 
 def check_locks(folder: Path, mount: Mount | None) -> Check:
     """Whether flock works and excludes: without it two launches could start a run twice."""
-    name = "locks"
     kind = mount.kind if mount else "unknown file system"
     advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".aimscale-doctor-") as first, open(first.name) as second:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as first, open(first.name) as second:
             fcntl.flock(first, fcntl.LOCK_EX)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return Check(name=name, level="fail", found=f"flock on {kind} excludes nobody", advice=advice)
+            if try_lock(second):
+                return fail("locks", f"flock on {kind} excludes nobody", advice)
     except OSError as error:
-        return Check(name=name, level="fail", found=f"no flock on {kind} ({error.strerror})", advice=advice)
-    options = mount.options if mount else ()
-    # The lock above was taken and held, but by this machine's kernel alone.
-    local = [o for o in options if o in ("nolock", "localflock", "local_lock=flock", "local_lock=all")]
+        return fail("locks", f"no flock on {kind} ({error.strerror})", advice)
+    local = [option for option in (mount.options if mount else ()) if option in LOCAL_LOCKS]
     if local:
-        found = f"flock works on this machine only ({kind} mounted with {local[0]})"
-        return Check(name=name, level="warn", found=found, advice=advice)
-    return Check(name=name, level="ok", found=f"flock works ({kind})")
+        return warn("locks", f"flock works on this machine only ({kind} mounted with {local[0]})", advice)
+    return ok("locks", f"flock works ({kind})")
 
 
 def check_clock(folder: Path) -> Check:
     """This machine's clock against the file server's, which stamps files."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".aimscale-doctor-") as file:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as file:
         file.write(b"x")
         file.flush()
         skew = os.stat(file.name).st_mtime - time.time()
     found = f"{abs(skew):.1f} s off the file system's"
     if abs(skew) <= MAX_CLOCK_SKEW_S:
-        return Check(name="clock", level="ok", found=found)
+        return ok("clock", found)
     advice = f"Synchronise the clocks (chrony, ntp): beyond {MAX_CLOCK_SKEW_S:.0f} s a launch is refused."
-    return Check(name="clock", level="fail", found=found, advice=advice)
+    return fail("clock", found, advice)
 
 
 def check_slurm(*, needed: bool) -> Check:
     """Whether Slurm is here and answers, and its partitions."""
+    name, bad = "slurm", fail if needed else warn
     missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
-    bad: Literal["warn", "fail"] = "fail" if needed else "warn"
     if len(missing) == len(SLURM_COMMANDS):
         if not needed:
-            return Check(name="slurm", level="ok", found="not installed; sweeps run on this machine")
-        advice = "Log in to a node that submits jobs, or load the cluster's slurm module."
-        return Check(name="slurm", level="fail", found="not installed", advice=advice)
+            return ok(name, "not installed; sweeps run on this machine")
+        return fail(name, "not installed", "Log in to a node that submits jobs, or load the cluster's slurm module.")
     if missing:
-        advice = "Install the rest of Slurm's client commands (Debian's `slurm-client`)."
-        return Check(name="slurm", level=bad, found=f"{', '.join(missing)} not on the PATH", advice=advice)
+        found = f"{', '.join(missing)} not on the PATH"
+        return bad(name, found, "Install the rest of Slurm's client commands (Debian's `slurm-client`).")
     try:
         version = slurm.command("sinfo", "--version", timeout_s=SLURM_TIMEOUT_S).split()[-1]
         listed = slurm.command("sinfo", "--noheader", "-o", "%P|%a|%D|%G|%l", timeout_s=SLURM_TIMEOUT_S)
         slurm.command("squeue", "--noheader", "--me", timeout_s=SLURM_TIMEOUT_S)
     except slurm.SlurmError as error:
-        advice = "Is slurmctld up (`scontrol ping`), and does SLURM_CONF name the right cluster?"
-        return Check(name="slurm", level=bad, found=str(error), advice=advice)
-    partitions = [partition_words(line) for line in listed.splitlines() if "|" in line]
+        return bad(name, str(error), "Is slurmctld up (`scontrol ping`), and does SLURM_CONF name the right cluster?")
+    partitions = [_partition(line) for line in listed.splitlines() if "|" in line]
     if not any(" up" in words for words in partitions):
-        advice = "Ask who runs the cluster: no partition takes jobs (`sinfo` says why)."
         found = f"{version}, no partition is up: {'; '.join(partitions) or 'there is none'}"
-        return Check(name="slurm", level=bad, found=found, advice=advice)
-    return Check(name="slurm", level="ok", found=f"{version}, partitions {'; '.join(partitions)}")
+        return bad(name, found, "Ask who runs the cluster: no partition takes jobs (`sinfo` says why).")
+    return ok(name, f"{version}, partitions {'; '.join(partitions)}")
 
 
-def partition_words(line: str) -> str:
+def _partition(line: str) -> str:
     """A line of `sinfo -o %P|%a|%D|%G|%l` in words; the default partition has a star."""
     name, state, nodes, gres, limit = (part.strip() for part in line.split("|"))
     cards = "" if gres in ("(null)", "") else f", {gres}"
@@ -181,21 +168,19 @@ def check_shared(root: Path, mount: Mount | None) -> Check:
     try:
         listed = slurm.command("sinfo", "--noheader", "--Node", "-o", "%N", timeout_s=SLURM_TIMEOUT_S)
     except slurm.SlurmError as error:
-        return Check(name=name, level="warn", found=str(error), advice="Look at `sinfo --Node`.")
-    others: Sequence[str] = sorted(set(listed.split()) - {socket.gethostname().split(".")[0]})
+        return warn(name, str(error), "Look at `sinfo --Node`.")
+    others = sorted(set(listed.split()) - {socket.gethostname().split(".")[0]})
     if not others or mount is None or mount.kind not in LOCAL_TYPES:
-        return Check(name=name, level="ok", found=f"on {mount.kind if mount else 'an unknown file system'}")
-    return Check(
-        name=name,
-        level="warn",
-        found=f"{root} lies on {mount.kind}, which {others[0]} and {len(others) - 1} other nodes may not see",
-        advice="Give a --root (and data paths) on the file system that all nodes share, at the same path.",
+        return ok(name, f"on {mount.kind if mount else 'an unknown file system'}")
+    found = f"{root} lies on {mount.kind}, which {others[0]} and {len(others) - 1} other nodes may not see"
+    return warn(
+        name, found, "Give a --root (and data paths) on the file system that all nodes share, at the same path."
     )
 
 
 def check_git() -> Check:
     """git, with which a launch on Slurm pins the code of its jobs."""
-    if shutil.which("git"):
-        return Check(name="git", level="ok", found=str(shutil.which("git")))
-    advice = "Install git, or install aimscale as a package instead of from a checkout."
-    return Check(name="git", level="warn", found="not on the PATH, so jobs' code cannot be pinned", advice=advice)
+    if path := shutil.which("git"):
+        return ok("git", path)
+    found = "not on the PATH, so jobs' code cannot be pinned"
+    return warn("git", found, "Install git, or install aimscale as a package instead of from a checkout.")

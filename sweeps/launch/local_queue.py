@@ -25,8 +25,8 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, launch_lock, own_claim
 from aimscale.sweeps.runs.decision import Decision
+from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
 from aimscale.sweeps.runs.retries import Outcome, conclude
-from aimscale.sweeps.runs.work import Work, training
 
 POLL_S = 0.2
 
@@ -68,7 +68,7 @@ class Queue:
 
     sweep: Sweep
     """The sweep."""
-    work: Work
+    kind: JobKind
     """What is done with its runs."""
     runs: Sequence[Run]
     """All its runs."""
@@ -113,20 +113,20 @@ def run_queue(
     command: Command = worker_command,
     report: Report = lambda queue: None,
     is_queued: Callable[[Claim], bool] = lambda claim: True,
-    work: Work | None = None,
+    kind: JobKind | None = None,
 ) -> LaunchResult:
     """Execute runs (longest first as given) until none is left to start.
 
     With `gpus`, slot i sees the card `gpus[i]` alone. `is_queued` tells whether Slurm still knows a job that an earlier
-    launch submitted; `work` is what is done with the runs, training by default.
+    launch submitted; `kind` is what is done with the runs, training by default.
 
     Raises:
         SweepError: no slot.
     """
     if slots < 1:
         raise SweepError(f"--slots must be 1 or more, not {slots}")
-    work = work or training(sweep)
-    queue = Queue(sweep=sweep, work=work, runs=runs, pending=list(runs), free=list(range(slots)), num_slots=slots)
+    kind = kind or training_jobs(sweep)
+    queue = Queue(sweep=sweep, kind=kind, runs=runs, pending=list(runs), free=list(range(slots)), num_slots=slots)
     with _stop_requests(queue):
         try:
             while queue.active or (queue.pending and not queue.stopping):
@@ -155,11 +155,11 @@ def _start_what_fits(queue: Queue, gpus: Sequence[str], command: Command, is_que
         if devices > len(queue.free):
             return
         queue.pending.pop(0)
-        record = queue.work.record(run)
+        record = queue.kind.record(run)
         with launch_lock(queue.sweep):
-            decision = queue.work.decide(run, record, is_queued)
+            decision = queue.kind.decide(run, record, is_queued)
             if decision.startable:
-                queue.work.claim(record, run, own_claim("local", devices))
+                queue.kind.claim(record, run, own_claim("local", devices))
         if not decision.startable:
             queue.left.append(decision)
             continue

@@ -22,11 +22,11 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, SweepFile, load_sweep
-from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
-from aimscale.sweeps.runs.decision import Decision, Verdict
+from aimscale.sweeps.runs.claims import Claim, RunRecord
+from aimscale.sweeps.runs.decision import Decision, Verdict, decision, standing
+from aimscale.sweeps.runs.job_kind import JobKind
 from aimscale.sweeps.runs.probe_record import ProbeRecord, sweep_folder
-from aimscale.sweeps.runs.retries import forgive, may_try_again
-from aimscale.sweeps.runs.work import Work
+from aimscale.sweeps.runs.retries import forgive
 
 WORKER = ("-m", "aimscale.harness.probe.job")
 
@@ -95,9 +95,9 @@ def missing(run: RunDir, config: RunConfig, request: ProbeRequest) -> list[tuple
     ]
 
 
-def probing(sweep: Sweep, paths: Mapping[str, Path], requests: Requests) -> Work:
+def probing_jobs(sweep: Sweep, paths: Mapping[str, Path], requests: Requests) -> JobKind:
     """Probe runs: where each lies, and what is asked of it."""
-    return Work(
+    return JobKind(
         name=f"aimscale-{sweep.name}-probes",
         record=lambda run: ProbeRecord.of(paths[run.run_id]),
         decide=functools.partial(_decide, requests),
@@ -107,31 +107,20 @@ def probing(sweep: Sweep, paths: Mapping[str, Path], requests: Requests) -> Work
 
 
 def _decide(requests: Requests, run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> Decision:
-    try:
-        verdict, why = _verdict(record, run.config, requests[run.run_id], is_queued)
-    except SweepError as error:
-        verdict, why = "damaged", str(error)
-    return Decision(run=run, record=record, verdict=verdict, why=why)
-
-
-def _verdict(
-    record: RunRecord, config: RunConfig, request: ProbeRequest, is_queued: Callable[[Claim], bool]
-) -> tuple[Verdict, str]:
     assert isinstance(record, ProbeRecord)
-    left = missing(record.run, config, request)
-    if not left:
-        for budget in saved_budgets(record.run):
-            merge_into_rows(record.run, config, budget)
-        return "finished", ""
-    status = record.checked_status()
-    if record.is_held():
-        return "running", f"on {status.host}"
-    claim = record.read_claim()
-    if claim and (local_claim_is_live(claim) if claim.backend == "local" else is_queued(claim)):
-        return "queued", f"by {claim.backend} {claim.job_id or claim.host}"
-    if status.state == "failed" and _same_tasks(record, request) and not may_try_again(record):
-        return "failed", f"{status.reason_class}: {status.reason}"
-    return "start", f"{len(left)} tasks to probe"
+    probed, request = record.run, requests[run.run_id]
+
+    def verdict() -> tuple[Verdict, str]:
+        left = missing(probed, run.config, request)
+        if not left:
+            for budget in saved_budgets(probed):
+                merge_into_rows(probed, run.config, budget)
+            return "finished", ""
+        is_other = not _same_tasks(record, request)
+        found = standing(record, record.checked_status(), is_queued, forgive_failure=is_other)
+        return found or ("start", f"{len(left)} tasks to probe")
+
+    return decision(run, record, verdict)
 
 
 def _same_tasks(record: RunRecord, request: ProbeRequest) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
@@ -35,22 +36,35 @@ class Decision:
 
 def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> Decision:
     """Look at a run's directory; `is_queued` says whether a Slurm claim's job is still known to the queue."""
+
+    def verdict() -> tuple[Verdict, str]:
+        status = record.checked_status()
+        if status.state == "finished":
+            return "finished", ""
+        is_new = not record.config.exists() or status.state == "created"
+        return standing(record, status, is_queued) or (("start", "") if is_new else ("resume", status.state))
+
+    return decision(run, record, verdict)
+
+
+def decision(run: Run, record: RunRecord, verdict: Callable[[], tuple[Verdict, str]]) -> Decision:
+    """The verdict that looking gives; `damaged` where it raises a SweepError."""
     try:
-        verdict, why = _verdict(record, is_queued)
+        what, why = verdict()
     except SweepError as error:
-        verdict, why = "damaged", str(error)
-    return Decision(run=run, record=record, verdict=verdict, why=why)
+        what, why = "damaged", str(error)
+    return Decision(run=run, record=record, verdict=what, why=why)
 
 
-def _verdict(record: RunRecord, is_queued: Callable[[Claim], bool]) -> tuple[Verdict, str]:
-    status = record.checked_status()
-    if status.state == "finished":
-        return "finished", ""
+def standing(
+    record: RunRecord, status: Status, is_queued: Callable[[Claim], bool], *, forgive_failure: bool = False
+) -> tuple[Verdict, str] | None:
+    """Why unfinished work is left alone: it runs, waits, or failed for good; None where it is to be started."""
     if record.is_held():
         return "running", f"on {status.host}"
     claim = record.read_claim()
     if claim and (local_claim_is_live(claim) if claim.backend == "local" else is_queued(claim)):
         return "queued", f"by {claim.backend} {claim.job_id or claim.host}"
-    if status.state in ("failed", "diverged") and not may_try_again(record):
+    if status.state in ("failed", "diverged") and not forgive_failure and not may_try_again(record):
         return "failed", f"{status.reason_class}: {status.reason}"
-    return ("start", "") if not record.config.exists() or status.state == "created" else ("resume", status.state)
+    return None

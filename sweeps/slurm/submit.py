@@ -14,9 +14,9 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, launch_lock, own_claim
 from aimscale.sweeps.runs.decision import Decision
+from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
 from aimscale.sweeps.runs.retries import diagnose
 from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.runs.work import Work, training
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
 
@@ -79,28 +79,28 @@ def launch_slurm(
     allow_dirty: bool = False,
     dry_run: bool = False,
     worker: tuple[str, ...] | None = None,
-    work: Work | None = None,
+    kind: JobKind | None = None,
 ) -> SlurmLaunch:
     """Submit what is missing and return at once; the sweep's directory exists, but in a dry run, which writes nothing.
 
-    `work` is what is done with the runs, training by default; `worker` replaces the program that does it.
+    `kind` is what is done with the runs, training by default; `worker` replaces the program that does it.
 
     Raises:
         SweepError, SlurmError: no Slurm, an unknown partition, a dirty tree, a job that Slurm refuses.
     """
-    work = work or training(sweep)
-    work = replace(work, worker=worker) if worker else work
+    kind = kind or training_jobs(sweep)
+    kind = replace(kind, worker=worker) if worker else kind
     section = sweep.file.slurm
     slurm.check_partition(section.partition)
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
     chunk = slurm.max_array_size()
     if dry_run:
-        decisions = _decide(work, runs, settle_ended=False)
-        return _result(_arrays(sweep, decisions, chunk, snapshot, work, _print_only), decisions, snapshot)
+        decisions = _decide(kind, runs, settle_ended=False)
+        return _result(_arrays(sweep, decisions, chunk, snapshot, kind, _print_only), decisions, snapshot)
     make_snapshot(snapshot)
     with launch_lock(sweep):
-        decisions = _decide(work, runs, settle_ended=True)
-        return _result(_arrays(sweep, decisions, chunk, snapshot, work, _submit), decisions, snapshot)
+        decisions = _decide(kind, runs, settle_ended=True)
+        return _result(_arrays(sweep, decisions, chunk, snapshot, kind, _submit), decisions, snapshot)
 
 
 def _result(submitted: Sequence[Submission], decisions: Sequence[Decision], snapshot: Snapshot) -> SlurmLaunch:
@@ -108,13 +108,13 @@ def _result(submitted: Sequence[Submission], decisions: Sequence[Decision], snap
     return SlurmLaunch(submitted=tuple(submitted), left=left, snapshot=snapshot)
 
 
-def _decide(work: Work, runs: Sequence[Run], *, settle_ended: bool) -> list[Decision]:
+def _decide(kind: JobKind, runs: Sequence[Run], *, settle_ended: bool) -> list[Decision]:
     """The verdict on every run; how a job ended that could not say so itself is written down first."""
-    records = [work.record(run) for run in runs]
+    records = [kind.record(run) for run in runs]
     known = slurm.jobs()
     if settle_ended:
         settle(records, known)
-    return [work.decide(run, record, slurm.is_queued(known)) for run, record in zip(runs, records, strict=True)]
+    return [kind.decide(run, record, slurm.is_queued(known)) for run, record in zip(runs, records, strict=True)]
 
 
 def settle(records: Sequence[RunRecord], known: dict[str, slurm.JobInfo]) -> None:
@@ -140,7 +140,7 @@ def _arrays(
     decisions: Sequence[Decision],
     chunk: int,
     snapshot: Snapshot,
-    work: Work,
+    kind: JobKind,
     submit: Submit,
 ) -> list[Submission]:
     by_shape: dict[Shape, list[Decision]] = {}
@@ -151,8 +151,8 @@ def _arrays(
     for shape, members in by_shape.items():
         for i in range(math.ceil(len(members) / chunk)):
             part = members[i * chunk : (i + 1) * chunk]
-            executor = executor_for(sweep, shape, snapshot, work.name)
-            submissions.append(_submit_array(executor, shape, part, work, submit))
+            executor = executor_for(sweep, shape, snapshot, kind.name)
+            submissions.append(_submit_array(executor, shape, part, kind, submit))
     return submissions
 
 
@@ -160,15 +160,15 @@ def _submit_array(
     executor: submitit.SlurmExecutor,
     shape: Shape,
     members: Sequence[Decision],
-    work: Work,
+    kind: JobKind,
     submit: Submit,
 ) -> Submission:
     """Submit one array and claim its runs; a job that starts before its claim waits for the launch's lock."""
-    job_id = submit(executor, [SlurmJob(each.record.path, work.worker, type(each.record)) for each in members])
+    job_id = submit(executor, [SlurmJob(each.record.path, kind.worker, type(each.record)) for each in members])
     if job_id is not None:
         for i, decision in enumerate(members):
             element = job_id if len(members) == 1 else f"{job_id}_{i}"
-            work.claim(decision.record, decision.run, own_claim("slurm", decision.run.devices, element))
+            kind.claim(decision.record, decision.run, own_claim("slurm", decision.run.devices, element))
     return Submission(
         shape=shape,
         run_ids=tuple(decision.run.run_id for decision in members),

@@ -22,7 +22,7 @@ from aimscale.harness.probe.job import ProbeRequest
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.launch.probes import probing
+from aimscale.sweeps.launch.probes import probing_jobs
 from aimscale.sweeps.launch.start import left_alone
 from aimscale.sweeps.runs.claims import prepare
 from aimscale.sweeps.runs.probe_record import ProbeRecord
@@ -111,8 +111,8 @@ def test_two_submissions_at_once_and_a_requeue_give_the_numbers_of_an_undisturbe
     assert rows[0] == undisturbed
     assert {RunDir(record.path).read_status().state for record in case.records} == {"finished"}
     requests = {run.run_id: ProbeRequest(tasks=run.config.result.probes) for run in case.runs}
-    work = probing(case.sweep, {run.run_id: case.sweep.run_dir(run.run_id) for run in case.runs}, requests)
-    again = launch_slurm(case.sweep, case.runs, allow_dirty=True, work=work)
+    work = probing_jobs(case.sweep, {run.run_id: case.sweep.run_dir(run.run_id) for run in case.runs}, requests)
+    again = launch_slurm(case.sweep, case.runs, allow_dirty=True, kind=work)
     assert not again.submitted
     assert left_alone(again.left) == ["left alone: 2 finished"]
 

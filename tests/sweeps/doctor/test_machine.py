@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from aimscale.sweeps.cli import doctor as cli_doctor
 from aimscale.sweeps.doctor import machine as doctor
 from aimscale.sweeps.doctor import storage as doctor_storage
-from aimscale.sweeps.doctor.machine import Check
+from aimscale.sweeps.doctor.checks import Check
 
 GCC = shutil.which("gcc")
 FACTS: dict[str, Any] = {
@@ -222,9 +222,9 @@ def test_the_containers_bound_counts_as_memory(tmp_path: Path) -> None:
         (None, 1, "ok", ""),
         (None, 8, "ok", "export OMP_NUM_THREADS=1"),
         ("1", 8, "ok", ""),
-        ("16", 8, "warn", "8 or less"),
-        ("four", 8, "warn", "whole number"),
-        ("0", 8, "warn", "whole number"),
+        ("16", 8, "warn", "1 to 8"),
+        ("four", 8, "warn", "unset it"),
+        ("0", 8, "warn", "unset it"),
     ],
 )
 def test_threads(value: str | None, cores: int, level: str, word: str) -> None:

@@ -32,7 +32,7 @@ from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir, RunDirError
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli import probe as cli_probe
-from aimscale.sweeps.launch.probes import missing, probing, run_at, runs_of_sweep, sweep_of_run
+from aimscale.sweeps.launch.probes import missing, probing_jobs, run_at, runs_of_sweep, sweep_of_run
 from aimscale.sweeps.launch.stop import cancel, retry
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
@@ -96,7 +96,7 @@ def trained(write_sweep: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list
 
 def work_on(sweep: Sweep, runs: list[Run], **changes: Any) -> Any:
     requests = {run.run_id: ProbeRequest(tasks=run.config.result.probes, **changes) for run in runs}
-    return probing(sweep, {run.run_id: sweep.run_dir(run.run_id) for run in runs}, requests)
+    return probing_jobs(sweep, {run.run_id: sweep.run_dir(run.run_id) for run in runs}, requests)
 
 
 def verdicts(work: Any, runs: list[Run]) -> list[str]:
@@ -189,7 +189,7 @@ def test_running_queued_and_failed_jobs_are_left_alone_until_cleared(trained: An
     # another question starts with a clean slate
     changed = ProbeSection.model_validate(run.config.result.probes[0].model_dump() | {"epochs": 3})
     requests = {run.run_id: ProbeRequest(tasks=(changed,))}
-    asked = probing(sweep, {run.run_id: sweep.run_dir(run.run_id)}, requests)
+    asked = probing_jobs(sweep, {run.run_id: sweep.run_dir(run.run_id)}, requests)
     assert verdicts(asked, [run]) == ["start"]
     assert retry(sweep, [run.run_id]) == [f"probes of {run.run_id}"]
     assert verdicts(work, [run]) == ["start"]
@@ -252,7 +252,7 @@ def test_without_slurm_nothing_is_claimed(trained: Any, monkeypatch: Any, tmp_pa
     sweep, runs = trained()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no Slurm here"):
-        launch_slurm(sweep, runs, work=work_on(sweep, runs))
+        launch_slurm(sweep, runs, kind=work_on(sweep, runs))
     assert not ProbeRecord.of(sweep.run_dir(runs[0].run_id)).path.exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,13 +12,13 @@ from aimscale.sweeps.runs.decision import Decision, decide
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """One kind of work on runs."""
+class JobKind:
+    """One kind of job on runs."""
 
     name: str
     """Goes into the names of Slurm's jobs."""
     record: Callable[[Run], RunRecord]
-    """Where the work on a run keeps its status, claim, attempts and logs."""
+    """Where the job on a run keeps its status, claim, attempts and logs."""
     decide: Callable[[Run, RunRecord, Callable[[Claim], bool]], Decision]
     """Whether a run is to be started; the last argument says whether Slurm still knows a claim's job."""
     claim: Callable[[RunRecord, Run, Claim], None]
@@ -28,16 +27,12 @@ class Work:
     """Arguments of Python; the record's directory follows."""
 
 
-def training(sweep: Sweep) -> Work:
+def training_jobs(sweep: Sweep) -> JobKind:
     """Train the runs of a sweep."""
-    return Work(
+    return JobKind(
         name=f"aimscale-{sweep.name}",
-        record=functools.partial(_record, sweep),
+        record=lambda run: RunRecord(sweep.run_dir(run.run_id)),
         decide=decide,
         claim=claim_run,
         worker=("-m", "aimscale.harness.train"),
     )
-
-
-def _record(sweep: Sweep, run: Run) -> RunRecord:
-    return RunRecord(sweep.run_dir(run.run_id))

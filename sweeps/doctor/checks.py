@@ -1,0 +1,37 @@
+"""What one check of `aimscale doctor` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What was found about one thing."""
+
+    name: str
+    """The thing."""
+    level: Level
+    """`ok`; `warn`: works, but something may go wrong or be slow; `fail`: something needed does not work."""
+    found: str
+    """What there is."""
+    advice: str = ""
+    """One sentence on what to do; empty where nothing is to be done."""
+
+
+def ok(name: str, found: str, advice: str = "") -> Check:
+    """It works."""
+    return Check(name=name, level="ok", found=found, advice=advice)
+
+
+def warn(name: str, found: str, advice: str) -> Check:
+    """It works, but something may go wrong or be slow."""
+    return Check(name=name, level="warn", found=found, advice=advice)
+
+
+def fail(name: str, found: str, advice: str) -> Check:
+    """Something needed does not work."""
+    return Check(name=name, level="fail", found=found, advice=advice)
