@@ -56,8 +56,8 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
     Returns:
         `single_thread`: images/s of each library and of the stream; `fastest_limit`: the best library's;
         `stream_share`: the stream over it, median of turns; `loader`: rows with workers, who augments, images/s, the
-        limit (the fastest library in as many processes at once, at most one a core: cores share caches and clocks),
-        the median of their ratio over rounds in which both have a turn, and kB an image handed to the trainer;
+        limit (the fastest library in as many processes at once, at most one per core: cores share caches and clocks),
+        the median of their ratio over rounds in which both have a turn, and kB per image handed to the trainer;
         `device`: its name and the images/s that it resizes when the loader only cuts out; `jitter`: images/s of the
         stream with colour jitter, by who augments, one thread;
         `small`: images/s of 32 px images, first epoch and later ones; `setting`.
@@ -257,7 +257,7 @@ def _loader_rows(
 
 
 def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
-    """Images/s, and bytes an image, that a loader hands out while nobody else works."""
+    """Images/s, and bytes per image, that a loader hands out while nobody else works."""
     batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):

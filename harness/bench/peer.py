@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.layers import sincos_positions
 from aimscale.aim.objective import normalise_patches, patchify, prefix_causal_mask
-from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.run.config import OptimiserSection
 
 

@@ -19,7 +19,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image, param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.peer import peer_step
-from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak

@@ -12,7 +12,7 @@ import typer
 app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True)
 
 ClassesOption = Annotated[
-    Path | None, typer.Option("--classes", help="Text file of class names, one a line, in the order of the labels.")
+    Path | None, typer.Option("--classes", help="Text file of class names, one per line, in the order of the labels.")
 ]
 
 

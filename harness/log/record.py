@@ -11,7 +11,7 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image
-from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak
 from aimscale.harness.log.loggers import Logger, open_loggers

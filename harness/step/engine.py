@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, import_deepspeed
 from aimscale.harness.device.memory import MAX_BUCKET_VALUES
 from aimscale.harness.run.config import ConfigError, OptimiserSection

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 from aimscale.harness.data.store.index import DataError
-from aimscale.harness.data.stream.positions import Batch
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group
 
 T = TypeVar("T")

@@ -116,7 +116,7 @@ def content_fingerprint(checksums: npt.NDArray[np.uint64], labels: npt.NDArray[n
 class ShardDataset:
     """Random access to the images of one indexed data set; safe to fork and to pickle.
 
-    What every read needs is held in memory, 25 bytes an image; keys, labels and checksums are fetched from the index
+    What every read needs is held in memory, 25 bytes per image; keys, labels and checksums are fetched from the index
     when somebody asks.
     """
 

@@ -81,7 +81,7 @@ def write_dataset(
         DataError: `out` exists, there are no images, or one cannot be decoded.
     """
     with FolderWriter(out) as folder:
-        # mtime=0: the same images give the same bytes, and no extended header (1 KB a member) for a fractional time
+        # mtime=0: the same images give the same bytes, and no extended header (1 KB per member) for a fractional time
         with webdataset.ShardWriter(
             str(folder / _SHARD_PATTERN), maxcount=100_000, maxsize=max_shard_bytes, verbose=0, mtime=0
         ) as sink:

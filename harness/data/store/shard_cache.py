@@ -19,9 +19,7 @@ from aimscale.harness.data.store.shards import LocalReader, RemoteReader, join, 
 from aimscale.harness.run.files import locked
 
 _CHUNK_BYTES = 4 * 2**20
-_RETRY_S = (
-    60.0  # a shard that was refused for lack of room, or is being fetched elsewhere, is asked for again after this
-)
+_RETRY_S = 60.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
 
 
 class CachedReader:

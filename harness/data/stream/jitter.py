@@ -25,7 +25,7 @@ _GREY = (0.2989, 0.587, 0.114)  # torchvision's
 
 
 def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
-    """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 of uint8 (B, C, H, W), one draw a position, in place.
+    """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 of uint8 (B, C, H, W), one draw per position, in place.
 
     As in torchvision the four changes come in random order, each by a factor uniform around one (the hue: a shift
     around zero).

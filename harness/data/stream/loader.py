@@ -10,7 +10,8 @@ import numpy as np
 
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.background import Background
-from aimscale.harness.data.stream.positions import Batch, TrainStream
+from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.worker_pool import WorkerPool
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from aimscale.harness.data.stream.augment import (
     crop_resize,
     crop_resize_small,
     draw_boxes,
-    normalise,
 )
+from aimscale.harness.data.stream.batch import Batch, Sample
 from aimscale.harness.data.stream.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
 from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.mixture import Mixture
@@ -38,65 +38,6 @@ if TYPE_CHECKING:
 
 _MAX_LISTED = 1 << 22  # subsets up to this size are listed at start-up, which takes 2 s and spares a permutation later
 _MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
-
-
-class Sample(NamedTuple):
-    """What stands at one position."""
-
-    image: torch.Tensor
-    """float32 (C, H, W), normalised."""
-    prefix_len: int
-    """S, 1..N-1."""
-    position: int
-    """p."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Samples at some positions of the stream; may be empty."""
-
-    images: torch.Tensor | Crops
-    """(B, C, H, W): uint8 as decoded, a quarter of the bytes to move between processes and to a device, or float32,
-    normalised already; or crops that the device resizes. `images_on` takes each."""
-    prefix_len: torch.Tensor
-    """int64 (B,), 1..N-1."""
-    positions: torch.Tensor
-    """int64 (B,)."""
-    bad_samples: tuple[str, ...] = ()
-    """Shard and key of every undecodable sample that was replaced."""
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def images_on(self, device: torch.device | str) -> torch.Tensor:
-        """float32 (B, C, H, W), normalised; bytes are moved first, and resized and normalised on the device."""
-        if isinstance(self.images, Crops):
-            images = self.images.resized(device)
-        else:
-            images = self.images.to(device, non_blocking=True).contiguous()
-        return normalise(images) if images.dtype == torch.uint8 else images
-
-    def pin_memory(self) -> Batch:
-        """A copy in page-locked memory, for asynchronous copies to a CUDA device."""
-        return dataclasses.replace(
-            self._with_pixels(self._pixels().pin_memory()), prefix_len=self.prefix_len.pin_memory()
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the pixels, as the loader hands them out."""
-        return self._pixels().nbytes
-
-    def clone(self) -> Batch:
-        """A copy with memory of its own."""
-        return self._with_pixels(self._pixels().clone())
-
-    def _pixels(self) -> torch.Tensor:
-        return self.images.pixels if isinstance(self.images, Crops) else self.images
-
-    def _with_pixels(self, pixels: torch.Tensor) -> Batch:
-        images = dataclasses.replace(self.images, pixels=pixels) if isinstance(self.images, Crops) else pixels
-        return dataclasses.replace(self, images=images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Loader processes that write whole micro-batches into one ring of shared memory, allocated once.
 
-New shared memory for every batch would cost its page faults every time (measured: 150 us an image of 224 px, a fifth
+New shared memory for every batch would cost its page faults every time (measured: 150 us per image of 224 px, a fifth
 of what decoding it takes); a slot that was written before costs none. A batch is handed out as a view of its slot,
 without a copy, and the slot is used again when the last reference to the view is gone. The memory is anonymous: no
 limit on /dev/shm applies to it, and it cannot outlive the processes.
@@ -28,8 +28,9 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data.random_access import I64
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import CropLayout, Crops
-from aimscale.harness.data.stream.positions import Batch, TrainStream
+from aimscale.harness.data.stream.positions import TrainStream
 
 _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or handed out as a copy
 _MAX_WINDOW = 256  # tasks under way: all fit into a pipe (64 KiB), so that sending one never blocks
@@ -81,7 +82,7 @@ class WorkerPool:
             stream: every process has a copy of it.
             num_workers: at least 1.
             micro_batch: most images of one batch.
-            num_micro: batches of one optimiser step. A whole step is loaded ahead, and two more batches a process.
+            num_micro: batches of one optimiser step. A whole step is loaded ahead, and two more batches per process.
         """
         self._stream = stream
         page = mmap.PAGESIZE

@@ -23,11 +23,12 @@ from aimscale.harness.data.stream.augment import (
     draw_boxes,
     normalise,
 )
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
 from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.mixture import Mixture
-from aimscale.harness.data.stream.positions import Batch, TrainStream
+from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import ResultConfig
 
 Configure = Callable[..., ResultConfig]

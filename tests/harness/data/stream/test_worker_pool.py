@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from aimscale.harness.data.store.index import DataError
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import Batch, TrainStream
+from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.worker_pool import WorkerDiedError, WorkerPool
 from aimscale.harness.run.config import ResultConfig
 from aimscale.harness.run.failures import classify
