@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from aimscale.aim.weights import (
 )
 from aimscale.harness.run.config import ModelSection, RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.files import write_text, written_aside
+from aimscale.harness.run.files import write_text, written_aside, written_dir_aside
 from aimscale.harness.run.provenance import record_start
 from aimscale.harness.train.budget import describe
 
@@ -131,16 +130,15 @@ def import_weights(
     state = {name: tensor for name, tensor in read_weights(source).items() if not name.startswith(PROBE)}
     _check(state, config, source)
     run_config = _published_recipe(section, images_seen)
-    aside = RunDir(run_path.with_name(f".{run_path.name}.{os.getpid()}"))
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": _sha256(source)}
-    stream_safetensors(
-        state, aside.model_file(images_seen), {"format": "pt", "imported_from": source.name}, forget=True
-    )
-    write_text(aside.config, run_config.to_yaml())
-    aside.record_row(_row(run_config, images_seen))
-    aside.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
-    record_start(aside, {"imported": origin})
-    aside.path.rename(run_path)
+    with written_dir_aside(run_path) as folder:
+        run = RunDir(folder)
+        metadata = {"format": "pt", "imported_from": source.name}
+        stream_safetensors(state, run.model_file(images_seen), metadata, forget=True)
+        write_text(run.config, run_config.to_yaml())
+        run.record_row(_row(run_config, images_seen))
+        run.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
+        record_start(run, {"imported": origin})
     return RunDir(run_path)
 
 
@@ -168,12 +166,11 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
         _check(head, model, probe_file, released_probe_shapes(model, len(head["head.linear.weight"])))
         state |= head
     rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    stream_safetensors(state, aside / "model.safetensors", {"format": "pt", "run_id": config.run_id})
-    write_weights(state, aside / "model.pth")
-    write_text(aside / "config.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
-    write_text(aside / "README.md", model_card(config, model, images_seen, rows[0] if rows else {}))
-    aside.rename(out)
+    with written_dir_aside(out) as folder:
+        stream_safetensors(state, folder / "model.safetensors", {"format": "pt", "run_id": config.run_id})
+        write_weights(state, folder / "model.pth")
+        write_text(folder / "config.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
+        write_text(folder / "README.md", model_card(config, model, images_seen, rows[0] if rows else {}))
     return sorted(out.iterdir())
 
 

@@ -125,12 +125,11 @@ class Group:
         """This rank's share of what its host has free."""
         return host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
-    def sum_and_any(self, count: int, flag: bool) -> tuple[int, bool]:
-        """Sum of the counts, and whether any rank raised its flag."""
-        total, num_raised = self.sums(count, int(flag))
-        return total, num_raised > 0
+    def any(self, flag: bool) -> bool:
+        """Whether any rank raised its flag."""
+        return self.sum_counts(int(flag))[0] > 0
 
-    def sums(self, *counts: int) -> list[int]:
+    def sum_counts(self, *counts: int) -> list[int]:
         """Each count's sum over ranks; one exchange on the host, not on the device."""
         if self.world_size == 1:
             return list(counts)
@@ -140,7 +139,7 @@ class Group:
         torch.distributed.all_reduce(values, group=self._host_group)
         return [int(value) for value in values]
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor on the device over ranks, in place."""
         if self.world_size > 1:
             import torch

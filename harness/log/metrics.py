@@ -101,7 +101,7 @@ class StepLog:
         """Bring pending values to the host: one sum over ranks for all of them."""
         if not self._pending:
             return
-        sums = self._group.sum_(torch.stack([outcome.loss_sum for _, outcome in self._pending]).double()).tolist()
+        sums = self._group.sum_tensor(torch.stack([outcome.loss_sum for _, outcome in self._pending]).double()).tolist()
         norms = torch.stack([outcome.grad_norm.double().cpu() for _, outcome in self._pending]).tolist()
         for (step, _), loss_sum, norm in zip(self._pending, sums, norms, strict=True):
             step.loss = loss_sum / step.num_targets if math.isfinite(loss_sum) else None

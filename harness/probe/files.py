@@ -17,7 +17,7 @@ from typing import Any
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ProbeSection, RunConfig, fingerprint
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import try_lock
+from aimscale.harness.run.files import locked
 
 SCHEMA_VERSION = 1
 """Of `probes/<images_seen>/<task>.json`."""
@@ -63,12 +63,8 @@ def task_lock(folder: Path | None, task: str, group: Group, pause: Pause = lambd
         yield
         return
     with contextlib.ExitStack() as stack:
-        file = None
-        if group.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / f".{task}.lock").open("a"))
-        told = False
-        while not group.from_first(try_lock(file) if file else None):
+        path, told = folder / f".{task}.lock", False
+        while not group.from_first(stack.enter_context(locked(path, wait=False)) if group.is_first else None):
             if group.is_first and not told:
                 print(f"waiting: another process probes {task} in {folder}", file=sys.stderr, flush=True)
             told = True

@@ -166,7 +166,7 @@ class GridFit:
             part = "refit" if streamed else None
             stacks = self._train(tokens.select(sets), sets, some, self.split.everything, part)
             heads |= {
-                (team.kind, blocks, setting): stack.only(s, g)
+                (team.kind, blocks, setting): stack.select(s, g)
                 for team, stack in zip(some, stacks, strict=True)
                 for s, blocks in enumerate(team.sets)
                 for g, setting in enumerate(team.settings)
@@ -246,14 +246,14 @@ class GridFit:
                 stack.observe(team.rows(chunk.tokens, sets))
         for stack in stacks:
             sums, squares, count = stack.statistics()
-            self.group.sum_(sums)
-            self.group.sum_(squares)
-            stack.freeze(sums, squares, self.group.sum_and_any(count, False)[0])
+            self.group.sum_tensor(sums)
+            self.group.sum_tensor(squares)
+            stack.freeze(sums, squares, self.group.sum_counts(count)[0])
 
     def _sum_gradients(self, stack: HeadStack) -> None:
         for parameter in stack.parameters():
             assert parameter.grad is not None
-            self.group.sum_(parameter.grad)
+            self.group.sum_tensor(parameter.grad)
 
     def _stacks(self, selection: Selection, teams: Sequence[Team]) -> list[HeadStack]:
         tokens = next(selection.batches(self.split.fit[:1], 1)).tokens
@@ -288,7 +288,7 @@ class GridFit:
                 targets = labels[None, :, None].expand(logits.shape[:3])
                 loss += functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none").sum(1)
         for total in correct + losses:
-            self.group.sum_(total)
+            self.group.sum_tensor(total)
         return [
             Candidate(
                 kind=team.kind,
@@ -303,7 +303,7 @@ class GridFit:
             for team, stack, right, loss in zip(teams, stacks, correct, losses, strict=True)
             for s, blocks in enumerate(team.sets)
             for g, setting in enumerate(team.settings)
-            for head in [stack.only(s, g)]
+            for head in [stack.select(s, g)]
         ]
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ class HeadStack(nn.Module):
         """Parameters and statistics of one head under the names of `aim.probes`."""
         raise NotImplementedError
 
-    def only(self, set_index: int, setting_index: int) -> HeadStack:
+    def select(self, set_index: int, setting_index: int) -> HeadStack:
         """A stack that holds one head of this one, for scoring."""
         alone = object.__new__(type(self))
         nn.Module.__init__(alone)

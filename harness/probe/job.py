@@ -103,7 +103,7 @@ def _probe(job: RunDir, request: ProbeRequest, flag: StopFlag) -> None:
     with join_ranks(request.device) as group:
 
         def pause() -> None:
-            if group.sum_and_any(0, flag.is_raised)[1]:
+            if group.any(flag.is_raised):
                 raise PreemptedError
             if group.is_first:
                 job.write_status(durable=False, heartbeat=time.time())

@@ -186,9 +186,9 @@ class _Adaptation:
         for _, decoded in self._train_images.ahead(batched(share(images.tolist(), self._group), MICRO_BATCH)):
             self._head.observe(self._tokens(decoded))
         sums, squares, count = self._head.statistics()
-        self._group.sum_(sums)
-        self._group.sum_(squares)
-        self._head.freeze(sums, squares, self._group.sum_and_any(count, False)[0])
+        self._group.sum_tensor(sums)
+        self._group.sum_tensor(squares)
+        self._head.freeze(sums, squares, self._group.sum_counts(count)[0])
 
     def _batches(self, order: np.ndarray, epoch: int) -> Iterator[None]:
         """Accumulate the gradients of one batch after the other, summed over micro-batches and ranks."""
@@ -204,7 +204,7 @@ class _Adaptation:
                 self._head.loss(self._tokens(images), labels, len(part)).backward()
             for parameter in self.trained:
                 assert parameter.grad is not None
-                self._group.sum_(parameter.grad)
+                self._group.sum_tensor(parameter.grad)
             yield
 
     def holdout_top1(self, held: np.ndarray) -> float:
@@ -222,7 +222,9 @@ class _Adaptation:
             part = answers(scores, images.labels[chunk])
             predicted[chunk], in_top5[chunk] = part.predicted.to(self._device), part.in_top5.long().to(self._device)
         rows = torch.as_tensor(indices)
-        return Answers(self._group.sum_(predicted).cpu()[rows], self._group.sum_(in_top5).cpu()[rows].bool())
+        return Answers(
+            self._group.sum_tensor(predicted).cpu()[rows], self._group.sum_tensor(in_top5).cpu()[rows].bool()
+        )
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Averaged tokens (1, B, N, d)."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -48,6 +50,26 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
 
 
+@contextlib.contextmanager
+def written_dir_aside(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `path`, not there yet, at the block's end; after an error nothing is left.
+
+    What a killed process of this host left of the same folder goes, too.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
+        pid = left.name.removesuffix(".partial").rpartition("-")[2]
+        if process_started(int(pid)) is None:
+            shutil.rmtree(left, ignore_errors=True)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
 def publish_dir(aside: Path, final: Path) -> None:
     """Make a folder that was written aside visible under its final name, durably and in one step."""
     if final.exists():
@@ -78,31 +100,42 @@ def _fsync(path: Path) -> None:
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold an flock on a file, made if it is not there, for the block; the kernel drops it when the process dies.
 
-    Yields False where another process has it and `wait` is false.
+    Yields False where another process has it and `wait` is false. Processes forked meanwhile do not hold it.
 
     Raises:
         OSError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        if not wait and not try_lock(file):
+    with _forking:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        _lock_descriptors.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             yield False
             return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield True
-        finally:
-            # Closing is not enough: a process forked within the block has the same open file.
-            fcntl.flock(file, fcntl.LOCK_UN)
+        yield True
+    finally:
+        with _forking:
+            if descriptor in _lock_descriptors:  # else this is a forked child, which closed it
+                _lock_descriptors.remove(descriptor)
+                os.close(descriptor)
 
 
-def try_lock(file: IO[Any]) -> bool:
-    """Take an flock on an open file if nobody has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+# An flock belongs to the open file, and a forked child has the same one: it would hold the lock for its own life. So
+# no fork happens between opening a file and noting its descriptor, and a child begins by closing what is noted.
+_forking = threading.RLock()
+_lock_descriptors: set[int] = set()
+
+
+def _after_fork_in_child() -> None:
+    while _lock_descriptors:
+        os.close(_lock_descriptors.pop())
+    _forking.release()
+
+
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_after_fork_in_child)
 
 
 def process_started(pid: int) -> str | None:

@@ -71,11 +71,11 @@ class Feed:
             error = caught
         wait_s = time.perf_counter() - started
         bad_here = [name for batch in micro_batches for name in batch.bad_samples]
-        num_targets, num_bad_now, num_stops, num_errors = self._group.sums(
+        num_targets, num_bad_now, num_stops, num_errors = self._group.sum_counts(
             count_targets(micro_batches, self._num_tokens), len(bad_here), int(stop_asked), int(error is not None)
         )
         if num_errors:
-            _raise_together(self._group, error)
+            _raise_on_all_ranks(self._group, error)
         if num_bad + num_bad_now > self._max_bad_fraction * max(num_images, MIN_IMAGES):
             last = next(name for names in reversed(self._group.gather(bad_here)) for name in reversed(names))
             raise DataError(
@@ -91,7 +91,7 @@ class Feed:
         )
 
 
-def together(group: Group, action: Callable[[], T]) -> T:
+def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
     """Do on every rank what may fail on some: then all raise, and none waits for the others.
 
     Raises:
@@ -102,8 +102,8 @@ def together(group: Group, action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:
         error = caught
-    if group.sums(int(error is not None))[0]:
-        _raise_together(group, error)
+    if group.sum_counts(int(error is not None))[0]:
+        _raise_on_all_ranks(group, error)
     return result
 
 
@@ -112,7 +112,7 @@ def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
     return sum(num_tokens * len(batch.prefix_len) - int(batch.prefix_len.sum()) for batch in micro_batches)
 
 
-def _raise_together(group: Group, error: Exception | None) -> NoReturn:
+def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:
     reports = group.gather(None if error is None else (isinstance(error, DataError), f"{error}", type(error).__name__))
     if error is not None:
         raise error

@@ -156,7 +156,7 @@ def evaluate_budget(
 
 
 def _stop_if_asked(group: Group, flag: StopFlag) -> None:
-    if group.sum_and_any(0, flag.is_raised)[1]:
+    if group.any(flag.is_raised):
         raise PreemptedError
 
 

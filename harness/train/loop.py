@@ -32,7 +32,7 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from aimscale.harness.step.engine import Engine, EngineOptions
-from aimscale.harness.step.feed import together
+from aimscale.harness.step.feed import run_on_all_ranks
 from aimscale.harness.train.budget import evaluate_budget, finished_budgets, save_budget
 
 
@@ -45,7 +45,7 @@ class Trainer:
         self.batch_size = result.optimiser.batch_size
         self.schedule = schedule_of(result)
         self.model_config = model_of(result)
-        self.stream = together(
+        self.stream = run_on_all_ranks(
             group,
             lambda: TrainStream(
                 result, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, augment_on=runtime.augment_on

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import DataError, DatasetInfo
 from aimscale.harness.data.store.indexing import write_scans
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, scan_shard
+from aimscale.harness.run.files import written_dir_aside
 
 _MAX_SHARD_BYTES = 500e6
 _SHARD_PATTERN = "shard-%06d.tar"
@@ -38,33 +37,21 @@ class PackedImage(NamedTuple):
     label: int | None
 
 
-class FolderWriter:
-    """Context manager: a folder built aside and renamed into place at a normal end, removed after an error.
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, named `out` when the block ends well and removed after an error.
 
     Raises:
-        DataError: the target exists already, or cannot be written.
+        DataError: `out` exists already, or cannot be written.
     """
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._aside = out.parent / f".{out.name}.partial-{os.getpid()}"
-
-    def __enter__(self) -> Path:
-        if self._out.exists():
-            raise DataError(f"{self._out} exists already; choose another folder or remove it")
+    if out.exists():
+        raise DataError(f"{out} exists already; choose another folder or remove it")
+    with contextlib.ExitStack() as stack:
         try:
-            self._aside.mkdir(parents=True)
+            folder = stack.enter_context(written_dir_aside(out))
         except OSError as error:
-            raise DataError(f"cannot write to {self._out.parent}: {error.strerror}") from error
-        return self._aside
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._aside.rename(self._out)
-        else:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            raise DataError(f"cannot write to {out.parent}: {error.strerror}") from error
+        yield folder
 
 
 def write_dataset(
@@ -80,7 +67,7 @@ def write_dataset(
     Raises:
         DataError: `out` exists, there are no images, or one cannot be decoded.
     """
-    with FolderWriter(out) as folder:
+    with new_folder(out) as folder:
         # mtime=0: the same images give the same bytes, and no extended header (1 KB per member) for a fractional time
         with webdataset.ShardWriter(
             str(folder / _SHARD_PATTERN), maxcount=100_000, maxsize=max_shard_bytes, verbose=0, mtime=0

@@ -70,7 +70,7 @@ def test_stacked_heads_are_the_written_out_probes(kind: str, tokens: Tensor, lab
     for s in range(NUM_SETS):
         for g in range(len(SETTINGS)):
             torch.testing.assert_close(logits[s, :, g], written_out(stack, s, g)(tokens[s]), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(stack.only(s, g)(tokens[s : s + 1])[0, :, 0], logits[s, :, g])
+            torch.testing.assert_close(stack.select(s, g)(tokens[s : s + 1])[0, :, 0], logits[s, :, g])
     # the statistics are those of a batch norm that saw the whole training split as one batch
     pooled = tokens if kind == "attentive" else tokens.mean(2, keepdim=True)
     torch.testing.assert_close(stack.mean, pooled.mean((1, 2)))

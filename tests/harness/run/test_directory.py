@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pytest
 import aimscale.harness.run.directory
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import LeaseHeld, LeaseLost, RunDir, RunDirError
-from aimscale.harness.run.files import locked, publish_dir, write_json
+from aimscale.harness.run.files import locked, write_json
 
 Config = Callable[..., RunConfig]
 
@@ -46,30 +45,6 @@ def test_rows_are_kept_by_budget(tmp_path: Path) -> None:
     for budget, loss in ((200, 0.5), (100, 0.7), (200, 0.4)):
         run.record_row({"images_seen": budget, "val_loss": loss})
     assert run.read_rows() == [{"images_seen": 100, "val_loss": 0.7}, {"images_seen": 200, "val_loss": 0.4}]
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_json(tmp_path / "status.json", {"step": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "status.json", {"step": float("nan")})
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_json(tmp_path / "status.json", {"step": 2})
-    assert json.loads((tmp_path / "status.json").read_text()) == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
-
-
-def test_publishing_a_folder_replaces_the_old_one(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        (tmp_path / "aside").mkdir()
-        (tmp_path / "aside" / "file").write_text(content)
-        publish_dir(tmp_path / "aside", tmp_path / "final")
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    assert (tmp_path / "final" / "file").read_text() == "new"
 
 
 HOLD = """

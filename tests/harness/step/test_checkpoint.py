@@ -44,7 +44,7 @@ def train(engine: Engine, group: Group, start: int, stop: int) -> list[float]:
         batch = Batch(images=images[mine], prefix_len=prefix_len[mine], positions=mine)
         num_targets = int((16 - prefix_len).sum())
         outcome = engine.step([batch], num_targets=num_targets, lr=1e-2)
-        losses.append(group.sum_(outcome.loss_sum.clone()).item() / num_targets)
+        losses.append(group.sum_tensor(outcome.loss_sum.clone()).item() / num_targets)
     return losses
 
 

@@ -25,7 +25,7 @@ from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
-from aimscale.harness.step.feed import PeerFailedError, together
+from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
 from aimscale.harness.train.loop import train
 
 Run = Callable[..., list[int]]
@@ -61,7 +61,7 @@ def spoil(folder: Path, out: Path, samples: range) -> Path:
 
 def fail_on_some(rank: int, out: Path) -> None:
     group = start_group(find_placement(), "cpu")
-    assert together(group, lambda: rank) == rank
+    assert run_on_all_ranks(group, lambda: rank) == rank
 
     def load() -> None:
         if rank == 1:
@@ -74,11 +74,11 @@ def fail_on_some(rank: int, out: Path) -> None:
     told = []
     for action in (load, crash):
         try:
-            together(group, action)
+            run_on_all_ranks(group, action)
         except Exception as error:
             told.append([type(error).__name__, str(error)])
     (out / f"{rank}.json").write_text(json.dumps(told))
-    assert group.sums(rank, 2, 10 * rank) == [1, 4, 10], "the ranks are still in step"
+    assert group.sum_counts(rank, 2, 10 * rank) == [1, 4, 10], "the ranks are still in step"
     stop_group()
 
 
@@ -106,7 +106,7 @@ def test_alone_an_error_is_itself() -> None:
         raise error
 
     with pytest.raises(ZeroDivisionError) as caught:
-        together(alone(), fail)
+        run_on_all_ranks(alone(), fail)
     assert caught.value is error
 
 
