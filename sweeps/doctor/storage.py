@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from aimscale.harness.run.files import try_lock
+from aimscale.harness.run.files import locked
 from aimscale.sweeps.doctor.checks import Check, fail, ok, warn
 from aimscale.sweeps.runs.claims import MAX_CLOCK_SKEW_S
 from aimscale.sweeps.slurm import commands as slurm
@@ -106,9 +105,10 @@ def check_locks(folder: Path, mount: Mount | None) -> Check:
     kind = mount.kind if mount else "unknown file system"
     advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as first, open(first.name) as second:
-            fcntl.flock(first, fcntl.LOCK_EX)
-            if try_lock(second):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as file:
+            with locked(Path(file.name)), locked(Path(file.name), wait=False) as again:
+                excludes = not again
+            if not excludes:
                 return fail("locks", f"flock on {kind} excludes nobody", advice)
     except OSError as error:
         return fail("locks", f"no flock on {kind} ({error.strerror})", advice)
