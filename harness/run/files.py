@@ -120,6 +120,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         with _forking:
             if descriptor in _lock_descriptors:  # else this is a forked child, which closed it
                 _lock_descriptors.remove(descriptor)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child may not have come to closing it yet
                 os.close(descriptor)
 
 
