@@ -10,10 +10,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import typer
+import typer.main
 import yaml
-from generate import command_reference
 
-from aimscale.sweeps.cli.main import VERBS
+from aimscale.sweeps.cli.main import VERBS, app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -77,13 +78,15 @@ def flags_of(words: list[str]) -> set[str]:
     Raises:
         KeyError: the verb has no such command.
     """
-    functions = command_reference.verb_functions(words[0])
-    if list(functions) == [words[0]] or len(words) == 1 or words[1].startswith("-"):
-        chosen = list(functions.values())
+    group = typer.main.get_command(app)
+    command = group.get_command(typer.Context(group), words[0])  # type: ignore[attr-defined]
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        chosen = [command]
     else:
-        chosen = [functions[words[1]]]
-    rows = " ".join(command_reference._row(*each) for one in chosen for each in command_reference.parameters(one))
-    return {"--help", "-h", *re.findall(r"`(--?[a-z][a-z-]*)`", rows)}
+        chosen = list(inner.values()) if len(words) == 1 or words[1].startswith("-") else [inner[words[1]]]
+    params = [param for each in chosen for param in each.params]
+    return {"--help", "-h", *(flag for param in params for flag in (*param.opts, *param.secondary_opts))}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
