@@ -34,7 +34,12 @@ def markdown() -> str:
     context = typer.Context(group, info_name="aimscale")
     page = typer.cli.get_docs_for_click(obj=group, ctx=context, name="aimscale")
     page = page[page.index("\n## ") :]  # the list of verbs before it is `aimscale --help`
-    for needless in (r"\* `(-h, )?--help`: .*\n", r"\*\*Options\*\*:\n\n\n", r"\*\*Commands\*\*:\n\n(\* .*\n)+\n"):
+    for needless in (
+        r"\* `(-h, )?--help`: .*\n",
+        r"\*\*Options\*\*:\n\n\n",
+        r"\*\*Usage\*\*:\n\n```console\n.* COMMAND \[ARGS\]\.\.\.\n```\n\n",
+        r"\*\*Commands\*\*:\n\n(\* .*\n)+\n",
+    ):
         page = re.sub(needless, "", page)
     page = page.replace("```console\n$ ", "```text\n")
     return f"{INTRODUCTION}{page.rstrip()}\n"
