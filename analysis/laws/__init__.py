@@ -3,11 +3,14 @@
 from aimscale.analysis.laws.base import Law, Parameter, coefficient, exponent, free, scale_of
 from aimscale.analysis.laws.catalogue import (
     CHINCHILLA,
+    COUPLED,
+    FARSEER,
     KAPLAN,
     LAWS,
     LINK_EXPONENTIAL,
     LINK_LINEAR,
     LINK_SIGMOID,
+    OVERFITTING,
     OVERTRAINED,
     POWER,
     POWER_OFFSET,
@@ -25,11 +28,14 @@ from aimscale.analysis.laws.catalogue import (
 
 __all__ = [
     "CHINCHILLA",
+    "COUPLED",
+    "FARSEER",
     "KAPLAN",
     "LAWS",
     "LINK_EXPONENTIAL",
     "LINK_LINEAR",
     "LINK_SIGMOID",
+    "OVERFITTING",
     "OVERTRAINED",
     "POWER",
     "POWER_OFFSET",

@@ -23,6 +23,7 @@ from aimscale.analysis.laws.base import (
     free,
     scale_of,
 )
+from aimscale.analysis.laws.interacting import coupled, farseer, overfitting
 
 __all__ = ["LAWS", "Law", "Parameter", "coefficient", "exponent", "find_law", "free", "scale_of"]
 """Names that a user's own law needs; the laws themselves are attributes: `laws.CHINCHILLA`."""
@@ -324,6 +325,8 @@ LINK_EXPONENTIAL = Law(
     source="loss to accuracy, Gadre et al. 2024 (there as error = eps - k exp(-gamma L)); the floor is 1 - eps",
 )
 
+COUPLED, FARSEER, OVERFITTING = coupled(), farseer(), overfitting()
+
 POWER_OFFSET = power("x")
 POWER = power("x", offset=False)
 
@@ -343,10 +346,13 @@ LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()}
     for law in (
         CHINCHILLA,
         KAPLAN,
+        COUPLED,
+        FARSEER,
         OVERTRAINED,
         REPEATED,
         REPEATED_DATA,
         REPEATED_BOTH,
+        OVERFITTING,
         LINK_LINEAR,
         LINK_SIGMOID,
         LINK_EXPONENTIAL,

@@ -20,6 +20,27 @@ TRUTHS = [
     ("sigmoidal", X, {"e_inf": 0.1, "span": 0.9, "a": 1.5, "c": 0.4, "x0": 1e5}),
     ("broken1", X, {"a": 0.05, "b": 3, "c0": 0.1, "c1": 0.3, "d1": 1e5, "f1": 0.4}),
     ("chinchilla", {"N": N, "D": D}, CHINCHILLA),
+    ("coupled", {"N": N, "D": D}, {"E": 1.5, "K": 0.9, "alpha": 0.4, "beta": 0.45, "c": 0.6, "w": 1.3}),
+    (
+        "farseer",
+        {"N": N, "D": D},
+        {
+            "E": 1.9,
+            "B": 0.4,
+            "d": 0.3,
+            "s1": -0.18,
+            "alpha": -0.15,
+            "s2": -0.2,
+            "beta": -0.17,
+            "s3": 0.11,
+            "gamma": 0.1,
+        },
+    ),
+    (
+        "overfitting",
+        {"N": N, "D": D, "U": U},
+        {"E": 1.7, "A": 0.4, "B": 0.5, "G": 0.3, "alpha": 0.34, "beta": 0.36, "p": 1.2, "q": 0.8, "R0": 40.0},
+    ),
     ("overtrained", {"N": N, "D": D, "C": 6 * N * D}, {"E": 1.8, "a": 100.0, "b": 200.0, "h": 0.15}),
     ("repeated", {"N": N, "D": D, "U": U}, CHINCHILLA | {"R_D": 15.0}),
     ("repeated_both", {"N": N, "D": D, "U": U, "V": U / 20}, CHINCHILLA | {"R_D": 15.0, "R_N": 5.0}),
@@ -32,9 +53,26 @@ TRUTHS = [
 @pytest.mark.parametrize(("name", "x", "truth"), TRUTHS, ids=[t[0] for t in TRUTHS])
 def test_a_law_is_recovered_from_its_own_values(name, x, truth):
     law = laws.find_law(name)
+    law = law.centred(Columns(x)) if law.centred else law  # the truth is written around the data's centre
     df = pd.DataFrame({**x, "y": law.value(x, truth)})
     result = fit(law, df, y="y", objective="lsq" if name.startswith("link") else "log_lsq", resamples=0)
     assert result.law_params == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "x", "truth"), [t for t in TRUTHS if t[0] in ("coupled", "farseer", "overfitting")])
+def test_the_printed_parameters_are_those_of_the_formula(name, x, truth):
+    law = laws.find_law(name).centred(Columns(x))
+    p = law.reported(truth)
+    if name == "coupled":
+        written = p["E"] + (p["A"] * N ** -p["alpha"] + p["B"] * D ** -p["beta"]) ** p["c"]
+    elif name == "farseer":
+        power = np.exp(p["a1"] * N ** p["alpha"] + p["b1"])
+        written = np.exp(p["a3"] * N ** p["gamma"] + p["b3"]) + np.exp(p["a2"] * N ** p["beta"] + p["b2"]) * D**-power
+    else:
+        repeats = np.maximum(D / U, 1) - 1
+        penalty = p["G"] * N ** p["p"] * np.minimum(U, D) ** -p["q"] * repeats / (repeats + p["R0"])
+        written = p["E"] + p["A"] * N ** -p["alpha"] + p["B"] * D ** -p["beta"] + penalty
+    assert law.value(x, truth) == pytest.approx(written, rel=1e-9)
 
 
 @pytest.mark.parametrize(("name", "x", "truth"), TRUTHS, ids=[t[0] for t in TRUTHS])

@@ -1,0 +1,153 @@
+"""Laws in which size and data interact: what more data buys depends on the size, and the other way round.
+
+Each is written around the data's geometric mean (n0, d0, u0), where its parameters are nearly independent; `report`
+turns them into the parameters of the formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from aimscale.analysis.laws.base import Array, Columns, Law, Parameter, Params, coefficient, exponent
+
+Parts = tuple[Any, ...]
+
+
+def _centre(x: Columns, variable: str) -> float:
+    """Geometric mean of a variable."""
+    return float(np.exp(np.mean(x.log(variable))))
+
+
+def coupled(n0: float = 1.0, d0: float = 1.0) -> Law:
+    """Chinchilla's terms under one outer exponent; c = 1 is Chinchilla's law, E = 0 and beta = 1 Kaplan's."""
+
+    def basis(x: Columns, t: Params) -> Parts:
+        size = np.exp(-t["alpha"] * (x.log("N") - np.log(n0)))
+        data = np.exp(-t["beta"] * (x.log("D") - np.log(d0)))
+        return 1.0, np.exp(t["c"] * np.log(size + t["w"] * data))
+
+    def report(p: Params) -> dict[str, Array]:
+        with np.errstate(over="ignore", divide="ignore"):
+            level = p["K"] ** (1 / p["c"])
+            a, b = level * n0 ** p["alpha"], level * p["w"] * d0 ** p["beta"]
+        return {"E": p["E"], "A": a, "B": b, "alpha": p["alpha"], "beta": p["beta"], "c": p["c"]}
+
+    return Law(
+        name="coupled",
+        formula="L = E + (A N^-alpha + B D^-beta)^c",
+        variables=("N", "D"),
+        linear=(coefficient("E"), coefficient("K")),
+        nonlinear=(
+            exponent("alpha"),
+            exponent("beta"),
+            exponent("c", 0.02),
+            Parameter(name="w", bounds=(1e-3, 1e3), log=True),
+        ),
+        basis=basis,
+        report=report,
+        centred=lambda x: coupled(_centre(x, "N"), _centre(x, "D")),
+        derived={
+            "a": lambda p: p["beta"] / (p["alpha"] + p["beta"]),
+            "b": lambda p: p["alpha"] / (p["alpha"] + p["beta"]),
+        },
+        source="Chinchilla's terms under Kaplan's outer exponent; a and b are the exponents of N*(C) and D*(C)",
+    )
+
+
+def _bent_log(log_x: Array, bend: Array) -> Array:
+    """(x^bend - 1) / bend: a logarithm that bends up or down, ln x at bend = 0."""
+    small = np.abs(bend) < 1e-8
+    safe = np.where(small, 1.0, bend)
+    return np.where(small, log_x * (1 + 0.5 * bend * log_x), (np.exp(safe * log_x) - 1) / safe)
+
+
+def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
+    """Limit, coefficient and exponent of the data term each a stretched exponential of the size.
+
+    With h_i = ((N/n0)^g_i - 1) / g_i the limit is E exp(-s3 h_3), the exponent of D is e = d exp(s1 h_1), and the
+    coefficient falls by s2 h_2 in logarithm beside what a changing exponent does to it at d0.
+    """
+    log_d0 = float(np.log(d0))
+
+    def basis(x: Columns, t: Params) -> Parts:
+        log_n = x.log("N") - np.log(n0)
+        power = t["d"] * np.exp(t["s1"] * _bent_log(log_n, t["alpha"]))
+        fall = (t["s2"] - t["d"] * t["s1"] * log_d0) * _bent_log(log_n, t["beta"])
+        limit = np.exp(-t["s3"] * _bent_log(log_n, t["gamma"]))
+        return limit, np.exp(-fall - (power - t["d"]) * log_d0 - power * (x.log("D") - log_d0))
+
+    def report(p: Params) -> dict[str, Array]:
+        with np.errstate(over="ignore", divide="ignore"):
+            slopes = {1: (p["s1"], "alpha"), 2: (p["d"] * p["s1"] * log_d0 - p["s2"], "beta"), 3: (-p["s3"], "gamma")}
+            a = {i: s * n0 ** -p[bend] / p[bend] for i, (s, bend) in slopes.items()}
+            levels = {1: np.log(p["d"]), 2: np.log(p["B"]) + p["d"] * log_d0, 3: np.log(p["E"])}
+            b = {i: levels[i] - s / p[bend] for i, (s, bend) in slopes.items()}
+        out = {f"{name}{i}": values[i] for i in (1, 2, 3) for name, values in (("a", a), ("b", b))}
+        return {**out, "alpha": p["alpha"], "beta": p["beta"], "gamma": p["gamma"]}
+
+    return Law(
+        name="farseer",
+        formula="L = exp(a3 N^gamma + b3) + exp(a2 N^beta + b2) D^-exp(a1 N^alpha + b1)",
+        variables=("N", "D"),
+        linear=(coefficient("E"), coefficient("B")),
+        nonlinear=(
+            exponent("d", 0.02, 3.0),
+            *(
+                Parameter(name=name, bounds=bounds)
+                for name, bounds in (
+                    ("s1", (-0.5, 0.5)),
+                    ("alpha", (-1.5, 1.5)),
+                    ("s2", (-0.5, 1.0)),
+                    ("beta", (-1.5, 1.5)),
+                    ("s3", (0.0, 0.5)),
+                    ("gamma", (-1.5, 1.5)),
+                )
+            ),
+        ),
+        basis=basis,
+        report=report,
+        centred=lambda x: farseer(_centre(x, "N"), _centre(x, "D")),
+        source="Farseer (Li et al. 2025)",
+    )
+
+
+def overfitting(n0: float = 1.0, d0: float = 1.0, u0: float = 1.0) -> Law:
+    """Chinchilla's law and a penalty for repeats: it grows with the size, falls with the pool and saturates."""
+
+    def basis(x: Columns, t: Params) -> Parts:
+        unique = np.minimum(x["U"], x["D"])
+        repeats = x["D"] / unique - 1
+        share = repeats / (repeats + t["R0"])
+        room = t["p"] * (x.log("N") - np.log(n0)) - t["q"] * (np.log(unique) - np.log(u0))
+        return (
+            1.0,
+            np.exp(-t["alpha"] * (x.log("N") - np.log(n0))),
+            np.exp(-t["beta"] * (x.log("D") - np.log(d0))),
+            np.exp(room) * share,
+        )
+
+    def report(p: Params) -> dict[str, Array]:
+        with np.errstate(over="ignore", divide="ignore"):
+            out = {"E": p["E"], "A": p["A"] * n0 ** p["alpha"], "B": p["B"] * d0 ** p["beta"]}
+            out["G"] = p["G"] * np.exp(p["q"] * np.log(u0) - p["p"] * np.log(n0))
+        return {**out, **{name: p[name] for name in ("alpha", "beta", "p", "q", "R0")}}
+
+    return Law(
+        name="overfitting",
+        formula="L = E + A N^-alpha + B D^-beta + G N^p U^-q R/(R + R0), R = D/U - 1",
+        variables=("N", "D", "U"),
+        linear=tuple(coefficient(name) for name in ("E", "A", "B", "G")),
+        nonlinear=(
+            exponent("alpha"),
+            exponent("beta"),
+            exponent("p", 0.1, 5.0),
+            exponent("q", 0.1, 5.0),
+            exponent("R0", 1.0, 1e4),
+        ),
+        basis=basis,
+        report=report,
+        centred=lambda x: overfitting(_centre(x, "N"), _centre(x, "D"), _centre(x, "U")),
+        source="Chinchilla's law with a saturating penalty for repeats (this project); for pools seen tens of times",
+    )
