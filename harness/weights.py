@@ -31,7 +31,7 @@ from aimscale.aim.weights import (
     released_shapes,
     write_weights,
 )
-from aimscale.harness.run.config import ModelSection, RunConfig
+from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_text, written_aside, written_dir_aside
 from aimscale.harness.run.provenance import record_start
@@ -157,7 +157,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     if out.exists():
         raise WeightsError(f"{out} exists already; choose another folder for the export")
     config = run.load_config()
-    model = model_config(**dict(config.result.model), target=config.result.objective.target)
+    model = model_config(**dict(config.training.model), target=config.training.objective.target)
     source = run.model_file(images_seen)
     state = backbone_state(read_weights(source), model)
     _check(state, model, source)
@@ -211,7 +211,7 @@ def describe_weights(path: Path) -> dict[str, Any]:
 
 def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Mapping[str, Any]) -> str:
     """Markdown: what the model is, how it was trained, what was measured, and what it must not be taken for."""
-    result, optimiser, params = config.result, config.result.optimiser, param_count(model)
+    training, optimiser, params = config.training, config.training.optimiser, param_count(model)
     loss = row.get("val_loss")
     lines = [
         f"# {model.name}, {images_seen:,} images",
@@ -222,11 +222,12 @@ def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Map
         f"(+ {params.preprocessor:,} in the patch embedding). The pixel head ({params.head:,}) is not in the file.",
         f"- Input: {model.channels} x {model.image_size} x {model.image_size} pixels, patches of {model.patch_size}, "
         "ImageNet mean and standard deviation.",
-        f"- Data: {', '.join(f'{source.path} ({source.probability:g})' for source in result.data.sources)}; "
-        f"unique images: {result.data.unique_images or 'all'}.",
-        f"- Objective: next patch, {model.patch_order} order, {model.target} pixels, prefix {result.objective.prefix}.",
+        f"- Data: {', '.join(f'{source.path} ({source.probability:g})' for source in training.data.sources)}; "
+        f"unique images: {training.data.unique_images or 'all'}.",
+        f"- Objective: next patch, {model.patch_order} order, {model.target} pixels, prefix "
+        f"{training.objective.prefix}.",
         f"- Optimiser: AdamW, batch {optimiser.batch_size}, peak rate {optimiser.lr_peak:g}, weight decay "
-        f"{optimiser.weight_decay:g}, schedule {result.schedule.kind}, {optimiser.precision}.",
+        f"{optimiser.weight_decay:g}, schedule {training.schedule.kind}, {optimiser.precision}.",
         f"- Validation loss: {f'{loss:.4f}' if loss is not None else 'not measured'}.",
         "",
         "Features for probes are raw block outputs with bidirectional attention, without the last norm.",
@@ -266,25 +267,24 @@ def _check(
 
 def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:
     """Configuration of an imported run: the paper's recipe, which is what `RunConfig` defaults to but the schedule."""
-    return RunConfig.model_validate(
+    return run_config(
         {
-            "result": {
-                "model": section.model_dump(),
-                "data": {"sources": [{"path": PUBLISHED_DATA}]},
-                "objective": {"prefix": "uniform"},
-                "optimiser": {"batch_size": math.gcd(images_seen, 4096)},
-                "schedule": {"kind": "cosine"},
-                "budgets": [images_seen],
-                "validation": {"path": "none: validation losses of imported weights are the published ones"},
-            }
-        }
+            "model": section.model_dump(),
+            "data": {"sources": [{"path": PUBLISHED_DATA}]},
+            "objective": {"prefix": "uniform"},
+            "optimiser": {"batch_size": math.gcd(images_seen, 4096)},
+            "schedule": {"kind": "cosine"},
+            "budgets": [images_seen],
+            "validation": {"path": "none: validation losses of imported weights are the published ones"},
+        },
+        "imported weights",
     )
 
 
 def _row(config: RunConfig, images_seen: int) -> dict[str, Any]:
     """A results row without a loss: what the configuration says, and no measurement."""
     row = describe(config) | {"images_seen": images_seen, "probes": [], "imported": True, "git_commit": None}
-    num_tokens = (config.result.model.image_size // config.result.model.patch_size) ** 2
+    num_tokens = (config.training.model.image_size // config.training.model.patch_size) ** 2
     row["flops_train"] = row["flops_per_image"] * images_seen
     row["flops_6nd"] = 6 * row["params_total"] * num_tokens * images_seen
     return row

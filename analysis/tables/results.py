@@ -128,7 +128,7 @@ COLUMNS = _columns(
         ("device", "string", "", "Device model"),
         ("world_size", "int64", "", "Number of ranks"),
         ("zero_stage", "int64", "", "DeepSpeed ZeRO stage"),
-        ("config_hash", "string", "", "Hash of the configuration's result fields"),
+        ("config_hash", "string", "", "Hash of what is trained, as in the run's name"),
         ("data_fingerprint", "string", "", "Fingerprint of the training data"),
         ("git_commit", "string", "", "Commit of the code, with a mark when the tree was dirty"),
         ("finished_at", "string", "UTC", "When the row was written, ISO 8601"),

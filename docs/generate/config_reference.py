@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from aimscale.aim.config import HeadRule, known_sizes, model_config
 from aimscale.aim.cost import param_count
-from aimscale.harness.run.config import ResultConfig, RuntimeConfig, Section
+from aimscale.harness.run.config import EvaluationConfig, RuntimeConfig, Section, TrainingConfig
 from aimscale.sweeps.plan.recipes import RECIPES
 from aimscale.sweeps.plan.sweepfile import Count, SweepFile
 
@@ -31,24 +31,27 @@ INTRODUCTION = """\
 Every field, written by `python docs/generate/config_reference.py`. Keys are strict: one that is not listed
 here is an error that names the nearest known one. A *count* may be written `4096`, `4k`, `500M`, `2B` or `1e6`.
 
-A [sweep file](#the-sweep-file) holds the fields that make the grid. What all runs share stands under `base`, and has
-the names of a run's [result fields](#a-run-what-it-measures) plus `runtime` (the
+A [sweep file](#the-sweep-file) holds the fields that make the grid. What all runs share stands under `base`: a run's
+[training](#a-run-what-is-trained) and [evaluation](#a-run-what-is-measured) fields, `runtime` (the
 [runtime fields](#a-run-how-it-is-executed)), `devices` (data-parallel ranks, instead of the recipe's) and
-`lr_multiplier` (a factor of the recipe's learning rate). A run directory's `config.yaml` has `version`, `result` and
-`runtime`. The *result* fields are hashed into the run's name, so a changed experiment is a new run; the *runtime*
-fields do not change a result, so a run moved to other hardware stays itself.
+`lr_multiplier` (a factor of the recipe's learning rate). A run directory's `config.yaml` has `version`,
+`identity_schema`, `training`, `evaluation` and `runtime`. The *training* fields name the run: a changed one is another
+run. The *evaluation* fields say what is measured on it: more of them never trains it again. The *runtime* fields do
+not change a result, so a run moved to other hardware stays itself.
 """
 
 
 def markdown() -> str:
     """The page."""
     in_sweep = "One YAML document, which `aimscale plan` and `launch` read. Relative paths are relative to it."
-    in_result = "Under `base` in a sweep file, under `result` in `config.yaml`."
+    in_training = "Under `base` in a sweep file, under `training` in `config.yaml`."
+    in_evaluation = "Under `base` in a sweep file, under `evaluation` in `config.yaml`."
     in_runtime = "Under `base.runtime` in a sweep file, under `runtime` in `config.yaml`."
     parts = [
         INTRODUCTION,
         *_page("The sweep file", SweepFile, "", in_sweep),
-        *_page("A run: what it measures", ResultConfig, "", in_result),
+        *_page("A run: what is trained", TrainingConfig, "", in_training),
+        *_page("A run: what is measured", EvaluationConfig, "", in_evaluation),
         *_page("A run: how it is executed", RuntimeConfig, "runtime", in_runtime),
         *_recipes(),
         *_sizes(),
@@ -57,8 +60,8 @@ def markdown() -> str:
 
 
 def sections() -> Iterator[tuple[str, type[Section]]]:
-    """(dotted place, class) of every section that the page must list: in a sweep file, in a result, in the runtime."""
-    for kind, where in ((SweepFile, ""), (ResultConfig, ""), (RuntimeConfig, "runtime")):
+    """(dotted place, class) of every section that the page must list: of a sweep file and of the parts of a run."""
+    for kind, where in ((SweepFile, ""), (TrainingConfig, ""), (EvaluationConfig, ""), (RuntimeConfig, "runtime")):
         yield from _nested(kind, where)
 
 

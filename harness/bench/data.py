@@ -32,7 +32,7 @@ from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import crop_resize, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.run.config import ResultConfig
+from aimscale.harness.run.config import RunConfig, run_config
 
 _HEIGHT, _WIDTH, _QUALITY = 375, 500, 90
 _CROP_SIZE = 224
@@ -78,7 +78,7 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         crops = (crop for crop, _ in zip(photograph_crops("validation"), range(2000), strict=False))
         small = _small(TrainStream(_config(Path(folder) / "small", crops, IMAGE_SIZE)))
         resized = _device_rate(streams["device"], device, seconds / 4)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"color_jitter": True})})
+        config = _with_jitter(config)
         jitter = _rates({where: TrainStream(config, augment_on=where) for where in _PLACES}, seconds / 4)
     return {
         "single_thread": single,
@@ -345,17 +345,23 @@ def _photographs(number: int) -> Iterator[PackedImage]:
         yield PackedImage(f"{i:06d}", "jpg", buffer.getvalue(), None)
 
 
-def _config(folder: Path, images: Iterator[PackedImage], image_size: int) -> ResultConfig:
+def _with_jitter(config: RunConfig) -> RunConfig:
+    data = config.training.data.model_copy(update={"color_jitter": True})
+    return config.model_copy(update={"training": config.training.model_copy(update={"data": data})})
+
+
+def _config(folder: Path, images: Iterator[PackedImage], image_size: int) -> RunConfig:
     folder.mkdir()
     write_dataset(folder / "train", images)
     held_out = (image for image, _ in zip(photograph_crops("test"), range(_NUM_HELD_OUT), strict=False))
     write_dataset(folder / "validation", held_out)
-    return ResultConfig.model_validate(
+    return run_config(
         {
             "model": {"size": "rung-32", "image_size": image_size, "patch_size": image_size // 8},
             "data": {"sources": [{"path": str(folder / "train")}]},
             "optimiser": {"batch_size": _TURN},
             "budgets": [_TURN],
             "validation": {"path": str(folder / "validation")},
-        }
+        },
+        "the benchmark",
     )

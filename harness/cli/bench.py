@@ -69,10 +69,10 @@ def train(
         from aimscale.harness.data.stream.loader import train_batches
         from aimscale.harness.data.stream.positions import TrainStream
 
-        result = load_run_config(config).result
-        shape, optimiser = model_of(result), result.optimiser
+        loaded = load_run_config(config)
+        shape, optimiser = model_of(loaded.training), loaded.training.optimiser
         batches = train_batches(
-            TrainStream(result),
+            TrainStream(loaded),
             start=0,
             stop=(steps + 2) * optimiser.batch_size,
             batch_size=optimiser.batch_size,

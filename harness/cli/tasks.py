@@ -86,7 +86,7 @@ def _with_tasks(config: RunConfig, path: Path) -> RunConfig:
         section.model_copy(update={"train": _absolute(section.train), "test": _absolute(section.test)})
         for section in sections
     )
-    return config.model_copy(update={"result": config.result.model_copy(update={"probes": placed})})
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"probes": placed})})
 
 
 def _absolute(path: str) -> str:

@@ -27,7 +27,7 @@ def import_(
     run = import_weights(file, run_dir, size=size, image_size=image_size, images_seen=images_seen)
     config = run.load_config()
     typer.echo(
-        f"wrote {run.path}: {config.result.model.size}, {config.result.budgets[0]:,} images; probe it with "
+        f"wrote {run.path}: {config.training.model.size}, {config.evaluation.budgets[0]:,} images; probe it with "
         f"`aimscale probe {run.path} --task NAME --train DIR --test DIR`"
     )
 

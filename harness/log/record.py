@@ -80,7 +80,7 @@ class Recorder:
         self._trunk, self._branch = Tally(), Tally()
         self._num_bad = 0  # among `images_done`
         self._feed = Feed(
-            group, num_tokens=model_config.num_tokens, max_bad_fraction=config.result.data.max_bad_fraction
+            group, num_tokens=model_config.num_tokens, max_bad_fraction=config.training.data.max_bad_fraction
         )
         self._log = StepLog(group)
         self._consecutive_skipped = 0
@@ -109,7 +109,7 @@ class Recorder:
         Raises:
             DataError: on every rank, as `Feed.next` says.
         """
-        num_images = self.images_done + self._config.result.optimiser.batch_size
+        num_images = self.images_done + self._config.training.optimiser.batch_size
         step = self._feed.next(batches, stop_asked=stop_asked, num_images=num_images, num_bad=self._num_bad)
         self._interval.data_wait_s += step.wait_s
         if not step.must_stop:  # else the next start loads these images again
@@ -123,7 +123,7 @@ class Recorder:
         Raises:
             DivergedError: too many non-finite steps in a row.
         """
-        batch_size, segment = self._config.result.optimiser.batch_size, self._segment
+        batch_size, segment = self._config.training.optimiser.batch_size, self._segment
         self.images_done += batch_size
         self._interval.num_images += batch_size
         self._interval.num_targets += num_targets
@@ -135,7 +135,7 @@ class Recorder:
         is_due = images_seen // batch_size % self._config.runtime.log_every_steps == 0
         if is_due or images_seen == segment.stop:
             self._write_line()
-        section = self._config.result.roll_back
+        section = self._config.training.roll_back
         limit = section.after_skipped_steps if section and self._may_roll_back else None
         if self._consecutive_skipped > (self._config.runtime.max_skipped_steps if limit is None else limit):
             raise DivergedError(
@@ -156,7 +156,7 @@ class Recorder:
     def _write_line(self) -> None:
         """The only place in the loop that waits for the device."""
         num_skipped = self._trunk.num_skipped_steps + self._branch.num_skipped_steps * (self._tally is self._branch)
-        batch_size = self._config.result.optimiser.batch_size
+        batch_size = self._config.training.optimiser.batch_size
         line = self._log.line(batch_size, self._segment.branch, num_skipped)
         self._tally.num_loss_spikes += len(line["loss_spikes"])
         wall_s = self.book()
@@ -258,7 +258,7 @@ class Recorder:
 
     @property
     def _may_roll_back(self) -> bool:
-        section, done = self._config.result.roll_back, (self._trunk + self._branch).num_roll_backs
+        section, done = self._config.training.roll_back, (self._trunk + self._branch).num_roll_backs
         return section is not None and self.point is not None and done < section.max_times
 
     def roll_back(self) -> str | None:

@@ -91,7 +91,7 @@ def baseline(
     Raises:
         ProbeError: an unknown target or timm model, or weights that cannot be had.
     """
-    section = like.result.model
+    section = like.training.model
     if not target.startswith(TIMM) and (weights or random_weights or hub or image_size):
         raise ProbeError(f"--weights, --hub, --random and --image-size go with {TIMM}NAME, not with '{target}'")
     if target == "raw-pixels":

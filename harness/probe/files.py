@@ -7,6 +7,8 @@ may come to one task at the same time: the first holds its lock, the others wait
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import sys
 import time
@@ -15,28 +17,44 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.run.config import ProbeSection, RunConfig, fingerprint
+from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import locked
+from aimscale.harness.run.identity import evaluation_digest
 
 SCHEMA_VERSION = 1
 """Of `probes/<images_seen>/<task>.json`."""
 LOCK_POLL_S = 1.0
 """How often a process that waits for another's task looks again."""
 
+_PIECE = 1 << 16
+
 Pause = Callable[[], None]
 """Called by all ranks together wherever a probe's work is saved; raises to stop there."""
 
 
 def weights_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
-    """Identifies a budget's weights in the files of its probes."""
-    weights = run.model_file(images_seen).stat()
-    return f"{config.run_id}@{images_seen} ({weights.st_size} bytes of {weights.st_mtime_ns})"
+    """Identifies a budget's weights in the files of its probes: by their content, which a copy shares."""
+    path = run.model_file(images_seen)
+    found = path.stat()
+    return f"{config.run_id}@{images_seen} {_content(path, found.st_size, found.st_mtime_ns)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _content(path: Path, size: int, mtime_ns: int) -> str:
+    """16 hex digits of a file's size, start, end and 64 pieces between: training changes every weight."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with path.open("rb") as file:
+        for number in range(65):
+            file.seek(number * max(0, size - _PIECE) // 64)
+            digest.update(file.read(_PIECE))
+    return digest.hexdigest()
 
 
 def task_key(backbone: str, section: ProbeSection, train: str, test: str, seed: int) -> str:
     """Everything that a task's numbers depend on: weights, settings, both data fingerprints and the seed."""
-    return "/".join([backbone, fingerprint(section), train, test, str(seed)])
+    settings = evaluation_digest("probe", section.model_dump(mode="json"))
+    return "/".join([backbone, settings, train, test, str(seed)])
 
 
 def finished_probes(path: Path, key: str | None = None, *, since: float = 0.0) -> list[dict[str, Any]] | None:

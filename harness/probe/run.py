@@ -34,11 +34,11 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
     if not path.exists():
         saved = ", ".join(str(budget) for budget in saved_budgets(run)) or "none yet"
         raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
-    shape = dict(config.result.model)
+    shape = dict(config.training.model)
     with safe_open(path, framework="pt") as file:
         has_pixel_head = any(name.startswith("pixel_head.") for name in file.keys())  # noqa: SIM118 (not a dict)
     if has_pixel_head:
-        model = model_config(**shape, target=config.result.objective.target)
+        model = model_config(**shape, target=config.training.objective.target)
         return load_model(path, model, device=device).eval()
     shape |= {"head_rule": "none", "head_width": None, "head_depth": None}
     return load_backbone(path, model_config(**shape), device=device).eval()
@@ -57,7 +57,7 @@ def wanted_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[ProbeSe
     Raises:
         ProbeError: the run has no tasks, or none of that name.
     """
-    sections = config.result.probes
+    sections = config.evaluation.probes
     if not sections:
         raise ProbeError("the run's configuration names no probes; give a task with --task NAME --train DIR --test DIR")
     if tasks is None:
@@ -106,9 +106,9 @@ def finished_task(
     Raises:
         ProbeError, TaskError, DataError: the task's data cannot be used.
     """
-    result = config.result
+    training = config.training
     key = task_key(
-        weights_name(run, config, images_seen), section, *_fingerprints(section, result.model), seed=result.seed
+        weights_name(run, config, images_seen), section, *_fingerprints(section, training.model), seed=training.seed
     )
     return finished_probes(run.probes_dir(images_seen) / f"{section.task}.json", key, since=since)
 
@@ -160,8 +160,8 @@ def probe_run(
                 entries = probe_model(
                     model,
                     section,
-                    model_section=config.result.model,
-                    seed=config.result.seed,
+                    model_section=config.training.model,
+                    seed=config.training.seed,
                     out=run.probes_dir(budget),
                     group=group,
                     cache_gb=cache_gb,
@@ -229,7 +229,7 @@ def probe_baseline(
                 backbone,
                 section.model_copy(update={"kinds": kinds}),
                 model_section=model_section,
-                seed=config.result.seed,
+                seed=config.training.seed,
                 out=folder,
                 group=group,
                 cache_gb=cache_gb,

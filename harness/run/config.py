@@ -1,41 +1,19 @@
-"""The configuration of one run: *result* fields, which define what is measured, and *runtime* fields, which must not.
+"""The configuration of one run, in three parts: what is trained, what is measured on it, and how it is executed.
 
-`run_id` is a readable slug plus eight hex digits of the canonical JSON of the result fields, so an edited
-experiment is a new run and a run moved to other hardware stays itself. Torch is not imported here.
+`run_id` names what was trained (`harness.run.identity`): measuring more, or moving to other hardware, leaves it as it
+is. Torch is not imported here.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from aimscale.aim.errors import UserError
-
-SectionT = TypeVar("SectionT", bound="Section")
-
-
-class ConfigError(UserError):
-    """A run or sweep configuration that cannot be used as written."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and strict about keys (an unknown key is an error)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+from aimscale.harness.run.identity import SCHEMA, training_digest
+from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
 
 
 class ModelSection(Section):
@@ -69,6 +47,8 @@ class SourceSection(Section):
 
     path: str
     """Folder of indexed shards (`aimscale data pack` or `aimscale data index` makes one), local or an fsspec URL."""
+    fingerprint: str | None = None
+    """Of its content, from its `dataset.json`; filled in when a run is planned. A run refuses images of another."""
     probability: float = Field(1.0, gt=0, le=1)
     """Probability of drawing from this source; the probabilities of a run add up to 1."""
 
@@ -197,8 +177,8 @@ class RollBackSection(Section):
     """How often; the row counts roll-backs and skipped steps."""
 
 
-class ResultConfig(Section):
-    """Everything that defines what a run measures; its hash is the run's identity."""
+class TrainingConfig(Section):
+    """What is trained: whatever differs here is another run."""
 
     model: ModelSection
     """The model."""
@@ -210,39 +190,22 @@ class ResultConfig(Section):
     """The optimiser."""
     schedule: ScheduleSection = ScheduleSection()
     """The learning-rate schedule."""
-    budgets: Annotated[tuple[int, ...], Field(min_length=1)]
-    """D: images seen at each of which a row of results is recorded; multiples of the batch size."""
     seed: int = Field(0, ge=0)
     """Seeds the initial weights and the stream."""
+    roll_back: RollBackSection | None = None
+    """Go back when steps stop being finite; null stops the run."""
+
+
+class EvaluationConfig(Section):
+    """What is measured: more of it, or other settings, never trains a run again."""
+
+    budgets: Annotated[tuple[int, ...], Field(min_length=1)]
+    """D: images seen at each of which a row of results is recorded; multiples of the batch size. Under `wsd` another
+    budget extends a run; under `cosine` the budget shapes the schedule and so is part of what is trained."""
     validation: ValidationSection
     """Where the pre-training loss is measured."""
     probes: tuple[ProbeSection, ...] = ()
     """Where the features are measured."""
-    roll_back: RollBackSection | None = None
-    """Go back when steps stop being finite; null stops the run. It changes what is measured, so it is part of the run's
-    identity, but only where it is set: runs without it keep the names they had before it existed."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = write(self)
-        if values.get("roll_back") is None:
-            values.pop("roll_back", None)
-        return values
-
-    @model_validator(mode="after")
-    def _budgets_fit_schedule(self) -> ResultConfig:
-        batch = self.optimiser.batch_size
-        if list(self.budgets) != sorted(set(self.budgets)):
-            raise ValueError(f"budgets {list(self.budgets)} must increase")
-        for budget in self.budgets:
-            if budget <= 0 or budget % batch:
-                near = max(1, round(budget / batch)) * batch
-                raise ValueError(f"budget {budget} is not a multiple of the batch size {batch}; use {near}")
-        if self.schedule.kind == "cosine" and len(self.budgets) > 1:
-            raise ValueError("a cosine run decays to one budget; give each budget its own run, or use wsd")
-        if self.objective.prefix == "paired" and batch % 2:
-            raise ValueError(f"paired prefixes need an even batch size, not {batch}")
-        return self
 
 
 class RuntimeConfig(Section):
@@ -289,96 +252,101 @@ class RuntimeConfig(Section):
         if isinstance(values, dict) and "max_roll_backs" in values:
             values = dict(values)
             if values.pop("max_roll_backs"):
-                raise ValueError("max_roll_backs changes results; set roll_back among the result fields instead")
+                raise ValueError("max_roll_backs changes results; set roll_back among the training fields instead")
         return values
 
 
 class RunConfig(Section):
     """One run, as stored in `config.yaml` of its run directory."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     """Of this file format."""
-    result: ResultConfig
+    identity_schema: Literal[1] = SCHEMA
+    """Version of the defaults that the run's name leaves out (`harness.run.identity`)."""
+    training: TrainingConfig
+    """What is trained."""
+    evaluation: EvaluationConfig
     """What is measured."""
     runtime: RuntimeConfig = RuntimeConfig()
     """How it is executed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split_version_1(cls, values: Any) -> Any:
+        """Version 1 had `result`, in which training and evaluation stood together."""
+        if not isinstance(values, dict) or "result" not in values or values.get("version", 1) != 1:
+            return values
+        training, evaluation = split_fields(values["result"])
+        others = {key: value for key, value in values.items() if key not in ("version", "result")}
+        return {"training": training, "evaluation": evaluation, **others}
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunConfig:
+        check_budgets(self.training, self.evaluation)
+        return self
+
     @property
     def run_id(self) -> str:
         """Readable slug and eight hex digits, e.g. `rung-64_u12000_s0_1a2b3c4d`."""
-        result = self.result
-        unique = "all" if result.data.unique_images is None else str(result.data.unique_images)
-        return f"{result.model.size}_u{unique}_s{result.seed}_{fingerprint(result)}"
+        training = self.training
+        unique = "all" if training.data.unique_images is None else str(training.data.unique_images)
+        return f"{training.model.size}_u{unique}_s{training.seed}_{self.training_hash}"
+
+    @property
+    def training_hash(self) -> str:
+        """Eight hex digits of what is trained."""
+        horizon = self.evaluation.budgets[0] if self.training.schedule.kind == "cosine" else None
+        return training_digest(self.training.model_dump(mode="json"), horizon)
 
     def to_yaml(self) -> str:
         """The file's text; `load_run_config` reads it back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def canonical_json(section: Section) -> str:
-    """JSON with sorted keys and no spaces, defaults included; NaN and infinities are refused."""
-    return json.dumps(section.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+def split_fields(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of `training` and of `evaluation` that stand together, as under `base` of a sweep file."""
+    evaluation = {key: value for key, value in fields.items() if key in EvaluationConfig.model_fields}
+    return {key: value for key, value in fields.items() if key not in evaluation}, evaluation
 
 
-def fingerprint(section: Section) -> str:
-    """First eight hex digits of the SHA-256 of the canonical JSON."""
-    return hashlib.sha256(canonical_json(section).encode()).hexdigest()[:8]
+def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None = None) -> RunConfig:
+    """A run from the fields of `training` and `evaluation` standing together.
+
+    Raises:
+        ConfigError: a key that neither part has, or a value that cannot be used; the sentence starts with `where`.
+    """
+    known = {**TrainingConfig.model_fields, **EvaluationConfig.model_fields}
+    refuse_unknown(fields, known, where)
+    first, second = split_fields(fields)
+    training, evaluation = parse(TrainingConfig, first, where), parse(EvaluationConfig, second, where)
+    try:
+        check_budgets(training, evaluation)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return RunConfig.model_construct(  # its parts are validated
+        version=2, identity_schema=SCHEMA, training=training, evaluation=evaluation, runtime=runtime or RuntimeConfig()
+    )
+
+
+def check_budgets(training: TrainingConfig, evaluation: EvaluationConfig) -> None:
+    """Raise ValueError where budgets, batch and schedule do not fit together."""
+    batch, budgets = training.optimiser.batch_size, evaluation.budgets
+    if list(budgets) != sorted(set(budgets)):
+        raise ValueError(f"budgets {list(budgets)} must increase")
+    for budget in budgets:
+        if budget <= 0 or budget % batch:
+            near = max(1, round(budget / batch)) * batch
+            raise ValueError(f"budget {budget} is not a multiple of the batch size {batch}; use {near}")
+    if training.schedule.kind == "cosine" and len(budgets) > 1:
+        raise ValueError("a cosine run decays to one budget; give each budget its own run, or use wsd")
+    if training.objective.prefix == "paired" and batch % 2:
+        raise ValueError(f"paired prefixes need an even batch size, not {batch}")
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """Read `config.yaml`.
+    """Read `config.yaml`, of version 2 or 1.
 
     Raises:
         ConfigError: the file is missing, is no YAML, or does not validate; the sentence names the key.
     """
     return parse(RunConfig, read_yaml(path), str(path))
-
-
-def read_yaml(path: Path) -> Any:
-    """Read one YAML document; a missing or malformed file is a ConfigError."""
-    try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-
-
-def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
-    """Validate `values` as `kind`, turning pydantic's report into one sentence.
-
-    Raises:
-        ConfigError: names the file, the key and, for an unknown key, the nearest known one.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} must be a mapping of keys to values, not {type(values).__name__}")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(kind, error)}") from error
-
-
-def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    # A misspelt key also leaves its place empty: say the spelling first, and do not count what is missing.
-    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first, others = errors[0], [each for each in errors[1:] if each["type"] != "missing"]
-    key = ".".join(str(part) for part in first["loc"]) or "the file"
-    more = f" (and {len(others)} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(kind, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key '{key}'; {hint}{more}"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}{more}"
-
-
-def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section that `location` leads to."""
-    schema = kind.model_json_schema()
-    node: dict[str, Any] = schema
-    for part in location:
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
-        node = next((each for each in node.get("anyOf", []) if "$ref" in each), node)  # an optional section
-        while "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    return list(node.get("properties", {}))

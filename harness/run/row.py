@@ -11,16 +11,16 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
-from aimscale.harness.run.config import ResultConfig, RunConfig, fingerprint
+from aimscale.harness.run.config import RunConfig, TrainingConfig
 
 
-def model_of(result: ResultConfig) -> ModelConfig:
+def model_of(training: TrainingConfig) -> ModelConfig:
     """The model that a run trains.
 
     Raises:
         ModelConfigError: no such model.
     """
-    return cached_model(tuple(result.model.__dict__.items()), result.objective.target)
+    return cached_model(tuple(training.model.__dict__.items()), training.objective.target)
 
 
 @functools.cache
@@ -31,30 +31,30 @@ def cached_model(fields: tuple[tuple[str, Any], ...], target: Any) -> ModelConfi
 
 def configured_columns(config: RunConfig) -> dict[str, Any]:
     """Columns known before anything runs; `unique_images` is null where a run takes the whole pool."""
-    result = config.result
-    model = model_of(result)
+    training = config.training
+    model = model_of(training)
     params = param_count(model)
     return {
         "run_id": config.run_id,
-        "size": result.model.size,
-        "seed": result.seed,
-        "unique_images": result.data.unique_images,
-        "batch_size": result.optimiser.batch_size,
-        "lr_peak": result.optimiser.lr_peak,
-        "schedule": result.schedule.kind,
-        "precision": result.optimiser.precision,
-        "patch_order": result.model.patch_order,
-        "prefix": result.objective.prefix,
-        "target": result.objective.target,
-        "head_rule": result.model.head_rule,
+        "size": training.model.size,
+        "seed": training.seed,
+        "unique_images": training.data.unique_images,
+        "batch_size": training.optimiser.batch_size,
+        "lr_peak": training.optimiser.lr_peak,
+        "schedule": training.schedule.kind,
+        "precision": training.optimiser.precision,
+        "patch_order": training.model.patch_order,
+        "prefix": training.objective.prefix,
+        "target": training.objective.target,
+        "head_rule": training.model.head_rule,
         "head_width": None if model.head.is_linear else model.head.width,
         "head_depth": model.head.depth,
-        "image_size": result.model.image_size,
-        "patch_size": result.model.patch_size,
+        "image_size": training.model.image_size,
+        "patch_size": training.model.patch_size,
         "params_preprocessor": params.preprocessor,
         "params_trunk": params.trunk,
         "params_head": params.head,
         "params_total": params.total,
         "flops_per_image": flops_per_image(model).train,
-        "config_hash": fingerprint(result),
+        "config_hash": config.training_hash,
     }

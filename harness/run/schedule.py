@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from aimscale.harness.run.config import ConfigError, ResultConfig, ScheduleSection
+from aimscale.harness.run.config import ConfigError, RunConfig, ScheduleSection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,23 +78,23 @@ class Schedule:
         return section.lr_end + (self.lr_peak - section.lr_end) * share
 
 
-def schedule_of(result: ResultConfig) -> Schedule:
+def schedule_of(config: RunConfig) -> Schedule:
     """The schedule of a run.
 
     Raises:
         ConfigError: the warm-up reaches into the decay of the smallest budget.
     """
     schedule = Schedule(
-        section=result.schedule,
-        lr_peak=result.optimiser.lr_peak,
-        batch_size=result.optimiser.batch_size,
-        budgets=result.budgets,
+        section=config.training.schedule,
+        lr_peak=config.training.optimiser.lr_peak,
+        batch_size=config.training.optimiser.batch_size,
+        budgets=config.evaluation.budgets,
     )
-    smallest = result.budgets[0]
-    limit = smallest if result.schedule.kind == "cosine" else schedule.branch_point(smallest)
-    if result.schedule.warmup_images > limit or result.schedule.warmup_images >= smallest:
+    smallest, warmup = config.evaluation.budgets[0], config.training.schedule.warmup_images
+    limit = smallest if config.training.schedule.kind == "cosine" else schedule.branch_point(smallest)
+    if warmup > limit or warmup >= smallest:
         raise ConfigError(
-            f"schedule.warmup_images {result.schedule.warmup_images} reaches past image {limit}, where the budget "
+            f"schedule.warmup_images {warmup} reaches past image {limit}, where the budget "
             f"{smallest} starts to decay; shorten the warm-up"
         )
     return schedule

@@ -52,8 +52,8 @@ def save_budget(
                 "version": ROW_VERSION,
                 "run_id": config.run_id,
                 "images_seen": images_seen,
-                "model": config.result.model.model_dump(mode="json"),
-                "target": config.result.objective.target,
+                "model": config.training.model.model_dump(mode="json"),
+                "target": config.training.objective.target,
                 "progress": progress,
             },
         )
@@ -65,7 +65,7 @@ def save_budget(
 def finished_budgets(run: RunDir, config: RunConfig) -> dict[int, dict[str, Any]]:
     """Budget -> progress at its end, of the budgets whose weights are saved."""
     found = {}
-    for budget in config.result.budgets:
+    for budget in config.evaluation.budgets:
         try:
             found[budget] = json.loads((run.budget_dir(budget) / "model.json").read_text())["progress"]
         except FileNotFoundError:
@@ -76,7 +76,7 @@ def finished_budgets(run: RunDir, config: RunConfig) -> dict[int, dict[str, Any]
 def load_model(config: RunConfig, path: Path, device: torch.device) -> AIM:
     """The model of a budget, float32."""
     with torch.device("meta"):
-        model = AIM(model_of(config.result))
+        model = AIM(model_of(config.training))
     model.to_empty(device=device)
     model.load_state_dict(load_file(path))
     model.fill_constants()
@@ -101,31 +101,33 @@ def evaluate_budget(
     Raises:
         PreemptedError: a signal asked to stop.
     """
-    result = config.result
+    training, evaluation = config.training, config.evaluation
     started = time.monotonic()
     model = load_model(config, run.model_file(images_seen), group.device)
-    if result.optimiser.precision == "bf16":
+    if training.optimiser.precision == "bf16":
         model.to(torch.bfloat16)  # as it trained
     if group.is_first:
         run.write_status(phase="validate", durable=False)
     _stop_if_asked(group, flag)
-    dataset = open_dataset(result.validation.path, cache_dir=config.runtime.cache_dir, cache_gb=config.runtime.cache_gb)
-    losses = validate(model, dataset, result.validation, result.model, group)
+    dataset = open_dataset(
+        evaluation.validation.path, cache_dir=config.runtime.cache_dir, cache_gb=config.runtime.cache_gb
+    )
+    losses = validate(model, dataset, evaluation.validation, training.model, group)
     if group.is_first:
         losses.save(run.validation_file(images_seen))
-        pictures = completions(model, dataset, result.validation, result.model, group.device)
+        pictures = completions(model, dataset, evaluation.validation, training.model, group.device)
         write_npz(run.completions_file(images_seen), pictures)
         run.write_status(phase="probe", durable=False)
-    if result.probes:
+    if evaluation.probes:
         model = load_model(config, run.model_file(images_seen), group.device)
     probes: list[dict[str, Any]] = []
-    for section in result.probes:
+    for section in evaluation.probes:
         _stop_if_asked(group, flag)
         probes += probe_model(
             model,
             section,
-            model_section=result.model,
-            seed=result.seed,
+            model_section=training.model,
+            seed=training.seed,
             out=run.probes_dir(images_seen),
             group=group,
             name=weights_name(run, config, images_seen),

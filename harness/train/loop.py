@@ -41,21 +41,21 @@ class Trainer:
 
     def __init__(self, run: RunDir, config: RunConfig, group: Group, lease: Lease | None, flag: StopFlag) -> None:
         self.run, self.config, self.group, self.lease, self.flag = run, config, group, lease, flag
-        result, runtime = config.result, config.runtime
-        self.batch_size = result.optimiser.batch_size
-        self.schedule = schedule_of(result)
-        self.model_config = model_of(result)
+        training, runtime = config.training, config.runtime
+        self.batch_size = training.optimiser.batch_size
+        self.schedule = schedule_of(config)
+        self.model_config = model_of(training)
         self.stream = run_on_all_ranks(
             group,
             lambda: TrainStream(
-                result, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, augment_on=runtime.augment_on
+                config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, augment_on=runtime.augment_on
             ),
         )
         self.plan = execution_plan(
             self.model_config,
             batch_size=self.batch_size,
             world_size=group.world_size,
-            precision=result.optimiser.precision,
+            precision=training.optimiser.precision,
             device_bytes=group.from_first(group.memory_bytes()),
             host_bytes=group.from_first(group.host_memory_bytes()),
             zero_stage=runtime.zero_stage,
@@ -66,10 +66,10 @@ class Trainer:
             on_cpu=group.device.type == "cpu",
         )
         model = AIM(self.model_config)
-        model.init_weights(result.seed)
+        model.init_weights(training.seed)
         self.engine = Engine(
             model,
-            result.optimiser,
+            training.optimiser,
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
@@ -80,7 +80,7 @@ class Trainer:
             group,
             log_file=run.logs / f"deepspeed-rank{group.rank}.log",
         )
-        self.peak = group.from_first(known_peak(group.device, result.optimiser.precision) if group.is_first else None)
+        self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
         self.recorder = Recorder(
             run, config, group, self.model_config, self.peak, images_planned=self.schedule.images_planned()
         )
@@ -151,7 +151,7 @@ class Trainer:
             num_workers=self.config.runtime.num_workers,
             pin_memory=self.group.device.type == "cuda",
         )
-        every, roll_back = self.config.runtime.checkpoint_every_images, self.config.result.roll_back
+        every, roll_back = self.config.runtime.checkpoint_every_images, self.config.training.roll_back
 
         def is_crossed(distance: int | None) -> bool:
             return distance is not None and position < segment.stop and position % distance < self.batch_size
@@ -204,7 +204,7 @@ class Trainer:
             progress=self.recorder.progress(),
         )
         needed = {path}
-        if self.recorder.point is not None and self.config.result.roll_back is not None:
+        if self.recorder.point is not None and self.config.training.roll_back is not None:
             needed.add(self.run.checkpoints / self.recorder.point)
         if branch is not None:
             needed.add(self.run.checkpoint_dir(self.schedule.branch_point(branch)))

@@ -24,9 +24,9 @@ def check_data(runs: Sequence[Run]) -> None:
     unlabelled: dict[str, None] = {}
     tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection]] = {}
     for run in runs:
-        result = run.config.result
-        unlabelled |= dict.fromkeys([*(source.path for source in result.data.sources), result.validation.path])
-        tasks |= {(probe.task, probe.train, probe.test): (probe, result.model) for probe in result.probes}
+        training, evaluation = run.config.training, run.config.evaluation
+        unlabelled |= dict.fromkeys([*(source.path for source in training.data.sources), evaluation.validation.path])
+        tasks |= {(probe.task, probe.train, probe.test): (probe, training.model) for probe in evaluation.probes}
     if not unlabelled:
         return
     from aimscale.harness.data.store.index import open_dataset  # imports torch

@@ -66,9 +66,8 @@ def sweep_of_run(run_dir: Path) -> tuple[Sweep, Run]:
     folder = sweep_folder(run_dir)
     if folder is not None:
         return load_sweep(folder, folder.parent), run
-    result = run.config.result
     try:
-        file = SweepFile(name=run_dir.name, sizes=(result.model.size,), budgets=result.budgets)
+        file = SweepFile(name=run_dir.name, sizes=(run.config.training.model.size,), budgets=run.budgets)
     except ValidationError as error:
         raise SweepError(
             f"the folder name '{run_dir.name}' has other than letters, digits, . _ -; rename it"

@@ -63,7 +63,7 @@ def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], li
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     runs = plan(loaded)
     for run in runs:
-        schedule_of(run.config.result)
+        schedule_of(run.config)
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
     return loaded, [runs[i] for i in order], [cards[i] for i in order]

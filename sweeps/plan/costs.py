@@ -12,7 +12,7 @@ from typing import Any, Literal
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image
 from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
-from aimscale.harness.run.config import ResultConfig, RunConfig
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Schedule
 from aimscale.sweeps.plan.evaluation_cost import evaluation_flops, num_images
@@ -132,13 +132,13 @@ class Totals:
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card a run, in order."""
     pools: dict[tuple[str, ...], int | None] = {}
-    return [_card(sweep.file.cost, run, _pool(sweep, run.config.result, pools)) for run in runs]
+    return [_card(sweep.file.cost, run, _pool(sweep, run.config, pools)) for run in runs]
 
 
 def totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Totals:
     """Sum the cards."""
     pools: dict[tuple[str, ...], int | None] = {}
-    unique = [r.config.result.data.unique_images or _pool(sweep, r.config.result, pools) or 0 for r in runs]
+    unique = [r.config.training.data.unique_images or _pool(sweep, r.config, pools) or 0 for r in runs]
     return Totals(
         num_runs=len(cards),
         num_rows=sum(len(card.budgets) for card in cards),
@@ -183,15 +183,15 @@ def with_bench(sweep: Sweep, path: Path) -> Sweep:
 
 
 def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
-    result = run.config.result
-    model = model_of(result)
+    training, budgets = run.config.training, run.config.evaluation.budgets
+    model = model_of(training)
     params, flops = counts_of(model)
-    unique = result.data.unique_images or pool
-    executed = _schedule(result).images_planned()
+    unique = training.data.unique_images or pool
+    executed = _schedule(run.config).images_planned()
     # Half of the tokens are scored on average, whether prefixes are paired or independent; all but one without.
-    scored = model.num_tokens - 1 if result.objective.prefix == "none" else model.num_tokens / 2
+    scored = model.num_tokens - 1 if training.objective.prefix == "none" else model.num_tokens / 2
     flops_executed = executed_flops_per_image(model, scored).train * executed
-    flops_evaluation = evaluation_flops(result, flops)
+    flops_evaluation = evaluation_flops(run.config.evaluation, flops)
     wall_s = (flops_executed + flops_evaluation) / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
     device_hours = wall_s * run.devices / 3600
     fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
@@ -210,16 +210,16 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
                 flops=flops.train * budget,
                 flops_6nd=6.0 * params.total * budget * model.num_tokens,
             )
-            for budget in result.budgets
+            for budget in budgets
         ),
         images_executed=executed,
         flops_executed=flops_executed,
         flops_evaluation=flops_evaluation,
-        steps=executed // result.optimiser.batch_size,
-        batch_size=result.optimiser.batch_size,
-        lr_peak=result.optimiser.lr_peak,
-        warmup_images=result.schedule.warmup_images,
-        schedule=result.schedule.kind,
+        steps=executed // training.optimiser.batch_size,
+        batch_size=training.optimiser.batch_size,
+        lr_peak=training.optimiser.lr_peak,
+        warmup_images=training.schedule.warmup_images,
+        schedule=training.schedule.kind,
         devices=run.devices,
         zero_stage=fit.chosen.zero_stage if fit.chosen else None,
         micro_batch=fit.chosen.micro_batch if fit.chosen else None,
@@ -227,7 +227,7 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
         memory_bytes=fit.chosen.estimate.total if fit.chosen else None,
         memory_by_stage=fit.by_stage,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
-        disk_bytes=(2 * CHECKPOINT_BYTES_PER_PARAM + len(result.budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
+        disk_bytes=(2 * CHECKPOINT_BYTES_PER_PARAM + len(budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
         wall_s=wall_s,
         device_hours=device_hours,
         price=device_hours * cost.price_per_device_hour,
@@ -246,7 +246,7 @@ class _Fit:
 
 
 def _fit(model: ModelConfig, config: RunConfig, devices: int, device_bytes: int) -> _Fit:
-    runtime, optimiser = config.runtime, config.result.optimiser
+    runtime, optimiser = config.runtime, config.training.optimiser
     return _fit_cached(
         model,
         devices,
@@ -303,33 +303,36 @@ def _fit_cached(
     return _Fit(chosen=chosen, by_stage=by_stage)
 
 
-def _schedule(result: ResultConfig) -> Schedule:
+def _schedule(config: RunConfig) -> Schedule:
     """The run's schedule, unchecked: a warm-up that is too long is a warning of the plan."""
-    optimiser = result.optimiser
+    training = config.training
     return Schedule(
-        section=result.schedule, lr_peak=optimiser.lr_peak, batch_size=optimiser.batch_size, budgets=result.budgets
+        section=training.schedule,
+        lr_peak=training.optimiser.lr_peak,
+        batch_size=training.optimiser.batch_size,
+        budgets=config.evaluation.budgets,
     )
 
 
 def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[str]:
-    result = run.config.result
+    training, budgets = run.config.training, run.config.evaluation.budgets
     found = []
     if fit.chosen is None:
         least = min(fit.by_stage, key=fit.by_stage.__getitem__)
         found.append(
-            f"{result.model.size} does not fit {cost.memory_gb:g} GB on {run.devices} devices: ZeRO stage {least} "
+            f"{training.model.size} does not fit {cost.memory_gb:g} GB on {run.devices} devices: ZeRO stage {least} "
             f"takes {fit.by_stage[least] / 1e9:.0f} GB even one image at a time"
         )
-    batch, target = result.optimiser.batch_size, run.batch_target
+    batch, target = training.optimiser.batch_size, run.batch_target
     if abs(batch / target - 1) > MAX_BATCH_DEVIATION:
         found.append(f"batch {batch} is {100 * (batch / target - 1):+.0f} % off the recipe's {target}")
-    unique = result.data.unique_images or pool
-    if unique and result.budgets[-1] / unique > MAX_EPOCHS:
-        found.append(f"{result.budgets[-1] / unique:.1f} epochs of {unique} images (more than {MAX_EPOCHS})")
-    if result.data.unique_images and pool and result.data.unique_images > pool:
-        found.append(f"{result.data.unique_images} unique images asked for, and the pool has {pool}")
-    smallest, warmup = result.budgets[0], result.schedule.warmup_images
-    limit = smallest - 1 if result.schedule.kind == "cosine" else _schedule(result).branch_point(smallest)
+    unique = training.data.unique_images or pool
+    if unique and budgets[-1] / unique > MAX_EPOCHS:
+        found.append(f"{budgets[-1] / unique:.1f} epochs of {unique} images (more than {MAX_EPOCHS})")
+    if training.data.unique_images and pool and training.data.unique_images > pool:
+        found.append(f"{training.data.unique_images} unique images asked for, and the pool has {pool}")
+    smallest, warmup = budgets[0], training.schedule.warmup_images
+    limit = smallest - 1 if training.schedule.kind == "cosine" else _schedule(run.config).branch_point(smallest)
     if warmup > limit:
         found.append(f"warm-up of {warmup} images reaches past image {limit} of budget {smallest}: it will not start")
     if batch < run.devices:
@@ -337,11 +340,11 @@ def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[
     return found
 
 
-def _pool(sweep: Sweep, result: ResultConfig, seen: dict[tuple[str, ...], int | None]) -> int | None:
+def _pool(sweep: Sweep, config: RunConfig, seen: dict[tuple[str, ...], int | None]) -> int | None:
     """Images of the pool: as stated in the sweep file, else as counted in the data sets' `dataset.json`."""
     if sweep.file.cost.pool_images:
         return sweep.file.cost.pool_images
-    paths = tuple(source.path for source in result.data.sources)
+    paths = tuple(source.path for source in config.training.data.sources)
     if paths not in seen:
         counts = [num_images(path) for path in paths]
         # not made yet, or remote: the card says that epochs are unknown

@@ -7,18 +7,19 @@ import json
 from pathlib import Path
 
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount
-from aimscale.harness.run.config import ProbeSection, ResultConfig, ValidationSection
+from aimscale.harness.run.config import EvaluationConfig, ProbeSection, ValidationSection
 
 
-def evaluation_flops(result: ResultConfig, flops: FlopCount) -> float:
+def evaluation_flops(evaluation: EvaluationConfig, flops: FlopCount) -> float:
     """FLOPs of all budgets' validation and probes; a data set that is not here to be counted adds nothing.
 
     Args:
-        result: the run.
+        evaluation: of the run.
         flops: of its model, one image.
     """
-    once = _validation_flops(result.validation, flops) + sum(_probe_flops(task, flops) for task in result.probes)
-    return len(result.budgets) * once
+    once = _validation_flops(evaluation.validation, flops)
+    once += sum(_probe_flops(task, flops) for task in evaluation.probes)
+    return len(evaluation.budgets) * once
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
-from aimscale.harness.run.config import ConfigError, ResultConfig, RunConfig, RuntimeConfig, parse
+from aimscale.harness.run.config import ConfigError, ModelSection, RunConfig, RuntimeConfig, parse, run_config
 from aimscale.harness.run.row import cached_model
 from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, count
@@ -37,7 +37,7 @@ class Run:
     """One planned run."""
 
     run_id: str
-    """Identity: the slug and hash of the result fields."""
+    """Identity: a slug and a hash of what is trained."""
     config: RunConfig
     """What goes into its `config.yaml`."""
     cell: Fields
@@ -50,7 +50,7 @@ class Run:
     @property
     def budgets(self) -> tuple[int, ...]:
         """D of every row the run will give, images."""
-        return self.config.result.budgets
+        return self.config.evaluation.budgets
 
 
 def plan(sweep: Sweep) -> list[Run]:
@@ -86,7 +86,7 @@ def _plan(sweep: Sweep) -> list[Run]:
         if run.run_id in seen:
             raise SweepError(
                 f"{sweep.source}: cells {_words(seen[run.run_id])} and {_words(cell)} are the same run; "
-                f"an axis has no effect on the result fields"
+                f"an axis has no effect on what is trained"
             )
         seen[run.run_id] = cell
         runs.append(run)
@@ -196,8 +196,7 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     fields.pop("devices", None)
     if not isinstance(devices, int) or devices < 1:
         raise SweepError(f"{sweep.source}: devices must be a whole number above 0, not {devices!r}")
-    result = parse(ResultConfig, fields, str(sweep.source))
-    config = RunConfig.model_construct(version=1, result=result, runtime=runtime)  # both parts are validated
+    config = run_config(fields, str(sweep.source), runtime)
     return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, batch_target=batch_target)
 
 
@@ -219,8 +218,7 @@ def _model_from(section: Mapping[str, Any], changes: Fields, sweep: Sweep) -> Mo
     try:
         return cached_model(tuple(section.items()), target)
     except TypeError as error:
-        result = {"model": section, "data": {}, "validation": {}, "budgets": ()}
-        parse(ResultConfig, result, str(sweep.source))
+        parse(ModelSection, dict(section), f"{sweep.source}: model")
         raise ConfigError(f"{sweep.source}: model: {error}") from error
 
 

@@ -53,7 +53,7 @@ class Recipe:
     """Data-parallel ranks."""
 
     def fields(self, scale: Scale) -> dict[str, Any]:
-        """The recipe's part of a ResultConfig, with `runtime` beside it."""
+        """The recipe's part of a run's training fields, with `runtime` beside them."""
         return {
             "optimiser": {
                 "batch_size": self.batch_size(scale),

@@ -8,7 +8,7 @@
     seeds: [0, 1]
     axes: {model.head_rule: [proportional, none]}       # crossed with everything above
     variants: {base: {}, causal: {objective.prefix: none}}   # or whole settings side by side, under names
-    base:                               # fields shared by all runs: those of ResultConfig, and `runtime`
+    base:                               # fields shared by all runs: `training`'s, `evaluation`'s, `runtime`
       data: {sources: [{path: data/train}]}
       validation: {path: data/validation}
     exclude: [{size: rung-128, unique_images: 1k}]
@@ -61,8 +61,8 @@ class OverrideSection(Section):
     when: dict[str, Any]
     """Axis -> value or list of values; a cell matches when every named axis does."""
     set: dict[str, Any]
-    """Result fields (dotted or nested) and `runtime`, or what else `base` may hold, replacing those of recipe,
-    base, axes and variants."""
+    """Fields (dotted or nested) of training, evaluation and `runtime`, or what else `base` may hold, replacing those of
+    recipe, base, axes and variants."""
 
 
 class IsoflopSection(Section):
@@ -156,13 +156,13 @@ class SweepFile(Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Seeds of weights and stream."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    """Dotted result field -> values; `lr_multiplier` multiplies the recipe's learning rate."""
+    """Dotted training or evaluation field -> values; `lr_multiplier` multiplies the recipe's learning rate."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> fields that this variant changes, as in `base`: one-at-a-time ablations, crossed with the axes above."""
     isoflop: IsoflopSection | None = None
     """Instead of `budgets`."""
     base: dict[str, Any] = Field(default_factory=dict)
-    """Fields of every run: those of ResultConfig, `runtime`, `devices` (ranks, instead of the recipe's) and
+    """Fields of every run: those of training and evaluation, `runtime`, `devices` (ranks, instead of the recipe's) and
     `lr_multiplier` (a factor of the recipe's learning rate)."""
     exclude: tuple[dict[str, Any], ...] = ()
     """Cells left out: axis -> value or list of values."""

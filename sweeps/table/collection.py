@@ -16,7 +16,7 @@ from typing import Any
 
 from aimscale.analysis.tables.results import TableError, results_table, write_table
 from aimscale.harness.probe.files import as_entry
-from aimscale.harness.run.config import ResultConfig, Section
+from aimscale.harness.run.config import Section, TrainingConfig
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.provenance import is_imported
 from aimscale.harness.run.row import configured_columns
@@ -175,7 +175,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
     if strangers:
         raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
     missing = status.state if status.state in ("diverged", "failed") else "unfinished"
-    planned = {**configured_columns(run.config), "setup": setup_of(run.config.result)}
+    planned = {**configured_columns(run.config), "setup": setup_of(run.config.training)}
     rows = []
     for budget in card.budgets:
         if budget.images_seen in found:
@@ -206,22 +206,19 @@ SCALE_FIELDS = {
     "optimiser.batch_size",
     "optimiser.lr_peak",
     "schedule.warmup_images",
-    "budgets",
     "seed",
-    "validation",
-    "probes",
 }
 """What a recipe makes follow from scale, or what has a column of its own: not part of a row's `setup`."""
 
 
-def setup_of(result: ResultConfig) -> dict[str, Any]:
-    """Dotted result fields that differ from their defaults, but for `SCALE_FIELDS`: equal in runs that differ in scale.
+def setup_of(training: TrainingConfig) -> dict[str, Any]:
+    """Dotted training fields that differ from their defaults, but for `SCALE_FIELDS`: equal where only scale differs.
 
     Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
     """
     setup: dict[str, Any] = {}
-    for name in ResultConfig.model_fields:
-        value = getattr(result, name)
+    for name in TrainingConfig.model_fields:
+        value = getattr(training, name)
         if name in SCALE_FIELDS or not isinstance(value, Section):
             continue
         for key, field in type(value).model_fields.items():
@@ -236,7 +233,7 @@ def _completions(sweep: Sweep, run: Run, record: RunRecord) -> list[dict[str, An
     return [
         {
             "run_id": run.run_id,
-            "size": run.config.result.model.size,
+            "size": run.config.training.model.size,
             "images_seen": budget,
             "path": str(record.completions_file(budget).relative_to(sweep.directory)),
         }

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data.store.pack import pack_folder
-from aimscale.harness.run.config import RunConfig, parse
+from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
 
 
 def write_pictures(folder: Path, number: int, seed: int) -> None:
@@ -41,7 +41,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_data: Path) -> Callable[..., RunConfig]:
-    """A run of a 2-block model on 16 tokens; keyword arguments replace sections of `result` and `runtime`."""
+    """A run of a 2-block model on 16 tokens; keyword arguments replace sections of a run."""
 
     def make(runtime: dict[str, Any] | None = None, **result: Any) -> RunConfig:
         values = {
@@ -54,7 +54,7 @@ def tiny_config(tiny_data: Path) -> Callable[..., RunConfig]:
             **result,
         }
         defaults = {"checkpoint_every_images": 24, "log_every_steps": 3}
-        return parse(RunConfig, {"result": values, "runtime": {**defaults, **(runtime or {})}}, "the test")
+        return run_config(values, "the test", parse(RuntimeConfig, {**defaults, **(runtime or {})}, "the test"))
 
     return make
 

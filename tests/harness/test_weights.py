@@ -44,7 +44,7 @@ def test_import_gives_a_finished_run_with_the_same_values_and_a_row(
     assert code == 0
     run = RunDir(target)
     config = run.load_config()
-    assert (config.result.model.size, config.result.model.patch_size) == ("w48-d2", 14)
+    assert (config.training.model.size, config.training.model.patch_size) == ("w48-d2", 14)
     assert run.read_status().state == "finished"
     imported = load_file(run.model_file(8192))
     assert imported.keys() == state.keys()

@@ -68,8 +68,8 @@ def trained(fault: Any, labelled: Path) -> Callable[..., Any]:
         for run in case.runs:
             record = RunDir.create(case.sweep.run_dir(run.run_id), run.config)
             record.write_status(state="finished")
-            torch.manual_seed(run.config.result.seed)
-            write_weights(AIM(model_of(run.config.result)).state_dict(), record.model_file(160))
+            torch.manual_seed(run.config.training.seed)
+            write_weights(AIM(model_of(run.config.training)).state_dict(), record.model_file(160))
             record.record_row({"run_id": run.run_id, "images_seen": 160, "val_loss": 0.5, "probes": []})
         return case
 
@@ -110,7 +110,7 @@ def test_two_submissions_at_once_and_a_requeue_give_the_numbers_of_an_undisturbe
     (undisturbed,) = [entries for _, entries in probe_run(case.records[0].path, since=None)]
     assert rows[0] == undisturbed
     assert {RunDir(record.path).read_status().state for record in case.records} == {"finished"}
-    requests = {run.run_id: ProbeRequest(tasks=run.config.result.probes) for run in case.runs}
+    requests = {run.run_id: ProbeRequest(tasks=run.config.evaluation.probes) for run in case.runs}
     work = probing_jobs(case.sweep, {run.run_id: case.sweep.run_dir(run.run_id) for run in case.runs}, requests)
     again = launch_slurm(case.sweep, case.runs, allow_dirty=True, kind=work)
     assert not again.submitted

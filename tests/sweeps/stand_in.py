@@ -33,9 +33,9 @@ def main(path: str, behaviour: str = "finish") -> int:
                 file.write(f"{os.getpid()}\n")
             done = sum(row["images_seen"] for row in run.read_rows())
             run.write_status(
-                state="running", attempt=run.read_status().attempt + 1, images_planned=sum(config.result.budgets)
+                state="running", attempt=run.read_status().attempt + 1, images_planned=sum(config.evaluation.budgets)
             )
-            for budget in config.result.budgets:
+            for budget in config.evaluation.budgets:
                 if any(row["images_seen"] == budget for row in run.read_rows()):
                     continue
                 for _ in range(STEPS):

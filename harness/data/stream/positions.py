@@ -34,7 +34,7 @@ from aimscale.harness.data.stream.overlap import refuse_overlap
 from aimscale.harness.data.stream.pixel_cache import PixelCache
 
 if TYPE_CHECKING:
-    from aimscale.harness.run.config import ResultConfig
+    from aimscale.harness.run.config import RunConfig
 
 _MAX_LISTED = 1 << 22  # subsets up to this size are listed at start-up, which takes 2 s and spares a permutation later
 _MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
@@ -63,7 +63,7 @@ class _Source:
 
 
 class TrainStream:
-    """The stream of one run, from the result part of its configuration.
+    """The stream of one run.
 
     Raises:
         DataError: a source cannot be opened, holds a validation image, holds too many undecodable images, or has
@@ -72,21 +72,22 @@ class TrainStream:
 
     def __init__(
         self,
-        result: ResultConfig,
+        config: RunConfig,
         *,
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
         augment_on: Literal["loader", "device"] = "loader",
     ) -> None:
+        training = config.training
         self._augment_on = augment_on
-        self._data, self._prefix, self._seed = result.data, result.objective.prefix, result.seed
-        self._size, self._channels = result.model.image_size, result.model.channels
-        self.num_tokens = (result.model.image_size // result.model.patch_size) ** 2
-        sources = result.data.sources
+        self._data, self._prefix, self._seed = training.data, training.objective.prefix, training.seed
+        self._size, self._channels = training.model.image_size, training.model.channels
+        self.num_tokens = (training.model.image_size // training.model.patch_size) ** 2
+        sources = training.data.sources
         require_channels(self._channels)
         self._mixture = Mixture([source.probability for source in sources])
         datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
-        held_out = open_dataset(result.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
+        held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
         refuse_overlap(datasets, held_out)
         pools = [np.flatnonzero(dataset.ok) for dataset in datasets]
         self._sources = [

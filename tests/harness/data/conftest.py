@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data.store.pack import pack_folder
-from aimscale.harness.run.config import ResultConfig
+from aimscale.harness.run.config import RunConfig, run_config
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -59,12 +59,12 @@ def held_out_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def configure(small_set: Path, large_set: Path, held_out_set: Path) -> Callable[..., ResultConfig]:
+def configure(small_set: Path, large_set: Path, held_out_set: Path) -> Callable[..., RunConfig]:
     """Configuration of a mixed stream; keywords override the data section, `seed`, `prefix` and `validation`."""
 
-    def make(*, seed: int = 0, prefix: str = "paired", validation: Path | None = None, **data: Any) -> ResultConfig:
+    def make(*, seed: int = 0, prefix: str = "paired", validation: Path | None = None, **data: Any) -> RunConfig:
         sources = [{"path": str(small_set), "probability": 0.8}, {"path": str(large_set), "probability": 0.2}]
-        return ResultConfig.model_validate(
+        return run_config(
             {
                 "model": {"size": "rung-32", "image_size": 32, "patch_size": 4},
                 "data": {"sources": sources} | data,
@@ -73,7 +73,8 @@ def configure(small_set: Path, large_set: Path, held_out_set: Path) -> Callable[
                 "budgets": [16],
                 "seed": seed,
                 "validation": {"path": str(held_out_set if validation is None else validation)},
-            }
+            },
+            "the test",
         )
 
     return make

@@ -106,7 +106,9 @@ def test_a_run_in_training_is_probed_beside_it_and_keeps_what_was_found(
     own: dict[str, Any] = {"images_seen": 64, "val_loss": 0.9, "probes": [{"task": "own", "kind": "knn", "top1": 0.1}]}
     assert with_probes_of_files(run, config, own)["probes"] == [*own["probes"], *in_row(entries)]
     # other weights at the same budget: what was measured on the earlier ones is not theirs
-    write_weights(AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict(), run.model_file(64))
+    other = AIM(model_config("rung-24", image_size=8, patch_size=2))
+    other.init_weights(1)
+    write_weights(other.state_dict(), run.model_file(64))
     assert with_probes_of_files(run, config, own) == own
 
 

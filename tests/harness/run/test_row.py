@@ -21,14 +21,14 @@ def test_a_measured_row_holds_every_configured_column(tiny_config: Config) -> No
     config = tiny_config(seed=3)
     configured = configured_columns(config)
     assert describe(config).items() >= configured.items()
-    params = param_count(model_of(config.result))
+    params = param_count(model_of(config.training))
     expected = {
         "run_id": config.run_id,
         "seed": 3,
         "unique_images": None,
         "prefix": "paired",
         "params_total": params.total,
-        "flops_per_image": flops_per_image(model_of(config.result)).train,
+        "flops_per_image": flops_per_image(model_of(config.training)).train,
     }
     assert configured.items() >= expected.items()
     assert config.run_id.endswith(configured["config_hash"])

@@ -16,7 +16,7 @@ Config = Callable[..., RunConfig]
 def make(tiny_config: Config, kind: str = "wsd", budgets: tuple[int, ...] = (400, 800), **section: object) -> Schedule:
     optimiser = {"batch_size": 8, "lr_peak": 0.5, "precision": "fp32"}
     schedule = {"kind": kind, "warmup_images": 80, "lr_start": 0.1, "lr_end": 0.05, **section}
-    return schedule_of(tiny_config(optimiser=optimiser, schedule=schedule, budgets=list(budgets)).result)
+    return schedule_of(tiny_config(optimiser=optimiser, schedule=schedule, budgets=list(budgets)))
 
 
 def test_the_walk_goes_up_the_trunk_and_down_every_branch(tiny_config: Config) -> None:

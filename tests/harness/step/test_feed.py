@@ -188,7 +188,7 @@ def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
 ) -> None:
     path = spoil(tiny_data / "train", tmp_path / "spoilt", range(6))
     config = tiny_config(data={"sources": [{"path": str(path)}], "max_bad_fraction": 0.5})
-    stream = TrainStream(config.result)
+    stream = TrainStream(config)
     expected = {budget: len(stream.batch(range(budget)).bad_samples) for budget in (64, 128)}
     assert expected[128] >= 2 * 6, "two epochs"
     run = RunDir.create(tmp_path / "run", config)

@@ -85,7 +85,7 @@ def trained(write_sweep: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list
             record.write_status(state="finished")
             for budget in run.budgets:
                 torch.manual_seed(budget)
-                write_weights(AIM(model_of(run.config.result)).state_dict(), record.model_file(budget))
+                write_weights(AIM(model_of(run.config.training)).state_dict(), record.model_file(budget))
                 record.record_row(
                     {"run_id": run.run_id, "images_seen": budget, "val_loss": 0.5, "finished_at": 1.0, "probes": []}
                 )
@@ -95,7 +95,7 @@ def trained(write_sweep: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list
 
 
 def work_on(sweep: Sweep, runs: list[Run], **changes: Any) -> Any:
-    requests = {run.run_id: ProbeRequest(tasks=run.config.result.probes, **changes) for run in runs}
+    requests = {run.run_id: ProbeRequest(tasks=run.config.evaluation.probes, **changes) for run in runs}
     return probing_jobs(sweep, {run.run_id: sweep.run_dir(run.run_id) for run in runs}, requests)
 
 
@@ -128,13 +128,13 @@ def test_what_is_done_from_other_weights_or_before_again_is_missing(trained: Any
     sweep, (run, _) = trained()
     directory = RunDir(sweep.run_dir(run.run_id))
     list(probe_run(directory.path))
-    request = ProbeRequest(tasks=run.config.result.probes)
+    request = ProbeRequest(tasks=run.config.evaluation.probes)
     assert missing(directory, run.config, request) == []
     again = request.model_copy(update={"since": time.time() + 1})
     assert [budget for budget, _ in missing(directory, run.config, again)] == [64, 128]
     other = ProbeSection.model_validate(request.tasks[0].model_dump() | {"epochs": 3})
     assert len(missing(directory, run.config, request.model_copy(update={"tasks": (*request.tasks, other)}))) == 2
-    write_weights(AIM(model_of(run.config.result)).state_dict(), directory.model_file(64))
+    write_weights(AIM(model_of(run.config.training)).state_dict(), directory.model_file(64))
     assert [budget for budget, _ in missing(directory, run.config, request)] == [64]
     assert missing(directory, run.config, request.model_copy(update={"images_seen": 128})) == []
 
@@ -155,7 +155,7 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
     for run in runs:
         list(probe_run(sweep.run_dir(run.run_id)))
     first = RunDir(sweep.run_dir(runs[0].run_id))
-    (entries,) = [found for _, found in probe_baseline("raw-pixels", first, runs[0].config.result.probes)]
+    (entries,) = [found for _, found in probe_baseline("raw-pixels", first, runs[0].config.evaluation.probes)]
     found = collect(sweep, runs, cost_cards(sweep, runs))
     assert (found.num_rows, found.num_complete, found.num_baselines) == (4, 4, 1)
     frame = read_tables([found.table])
@@ -187,7 +187,7 @@ def test_running_queued_and_failed_jobs_are_left_alone_until_cleared(trained: An
         assert conclude(record, attempt, 1, "here") == ("again" if attempt == 1 else "stop")
     assert verdicts(work, [run]) == ["failed"]
     # another question starts with a clean slate
-    changed = ProbeSection.model_validate(run.config.result.probes[0].model_dump() | {"epochs": 3})
+    changed = ProbeSection.model_validate(run.config.evaluation.probes[0].model_dump() | {"epochs": 3})
     requests = {run.run_id: ProbeRequest(tasks=(changed,))}
     asked = probing_jobs(sweep, {run.run_id: sweep.run_dir(run.run_id)}, requests)
     assert verdicts(asked, [run]) == ["start"]

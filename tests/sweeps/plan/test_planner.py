@@ -26,9 +26,9 @@ def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_
     assert len(runs) == 2 * 2 * 2 * 2 * 2
     assert len({run.run_id for run in runs}) == len(runs)
     assert {run.budgets for run in runs} == {(640, 1280)}
-    assert {run.config.result.data.unique_images for run in runs} == {1000, None}
-    assert {run.config.result.data.sources[0].path for run in runs} == {str(tmp_path / "data/train")}
-    rates = {run.config.result.optimiser.lr_peak for run in runs if run.cell["size"] == "rung-32"}
+    assert {run.config.training.data.unique_images for run in runs} == {1000, None}
+    assert {run.config.training.data.sources[0].path for run in runs} == {str(tmp_path / "data/train")}
+    rates = {run.config.training.optimiser.lr_peak for run in runs if run.cell["size"] == "rung-32"}
     assert max(rates) == pytest.approx(2 * min(rates))
 
 
@@ -40,7 +40,7 @@ def test_variants_are_named_settings_side_by_side(write_sweep: Any) -> None:
         variants=variants,
         override=[{"when": {"variant": "causal", "seed": 1}, "set": {"lr_multiplier": 4.0}}],
     )
-    runs = {(run.cell["variant"], run.cell["seed"]): run.config.result for run in plan(sweep)}
+    runs = {(run.cell["variant"], run.cell["seed"]): run.config.training for run in plan(sweep)}
     assert set(runs) == {("base", 0), ("base", 1), ("causal", 0), ("causal", 1)}
     assert runs["base", 0].objective.prefix == "paired"
     assert runs["causal", 0].objective.prefix == "none"
@@ -71,9 +71,9 @@ def test_exclusions_and_overrides_apply_to_their_cells_alone(write_sweep: Any) -
     assert set(runs) == {("rung-32", 0), ("rung-48", 0), ("rung-48", 1)}
     assert runs["rung-32", 0].budgets == (640, 1280)
     assert runs["rung-48", 0].budgets == (640,)
-    assert runs["rung-48", 1].config.result.optimiser.lr_peak == 0.25
+    assert runs["rung-48", 1].config.training.optimiser.lr_peak == 0.25
     assert [run.devices for run in runs.values()] == [1, 1, 2]
-    assert runs["rung-48", 0].config.result.optimiser.lr_peak != 0.25
+    assert runs["rung-48", 0].config.training.optimiser.lr_peak != 0.25
 
 
 def test_isoflop_pairs_meet_their_compute_around_the_expected_optimum(write_sweep: Any) -> None:
@@ -142,7 +142,7 @@ def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Pat
     def passes(**probe: Any) -> float:
         sweep = write_sweep(sizes=["rung-32"], base={**base, "probes": [task | probe] if probe else []})
         run = plan(sweep)[0]
-        flops = counts_of(model_of(run.config.result))[1]
+        flops = counts_of(model_of(run.config.training))[1]
         card = cost_cards(sweep, [run])[0]
         validation = 2 * 50 * 2 * flops.forward  # two budgets, 50 images, two prefixes
         return (card.flops_evaluation - validation) / 2 / (flops.trunk + flops.patch_embed)

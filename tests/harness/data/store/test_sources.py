@@ -29,7 +29,7 @@ from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.data.store.shard_cache import CachedReader
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.run.config import ResultConfig
+from aimscale.harness.run.config import RunConfig
 from aimscale.sweeps.cli.main import main
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -217,7 +217,7 @@ def serve() -> Iterator[Callable[[Path], tuple[str, type[RangeHandler]]]]:
 
 
 def test_http_gives_the_same_stream_as_files(
-    small_set: Path, tmp_path: Path, configure: Callable[..., ResultConfig], serve: Callable[[Path], Any]
+    small_set: Path, tmp_path: Path, configure: Callable[..., RunConfig], serve: Callable[[Path], Any]
 ) -> None:
     url, handler = serve(small_set)
     index_shards(url, tmp_path / "index", name="remote", classes=("ant", "bee", "cat"))
@@ -344,7 +344,7 @@ def test_info_describes_and_shows(
 
 
 def test_validation_images_can_never_enter_training(
-    small_set: Path, tmp_path: Path, configure: Callable[..., ResultConfig]
+    small_set: Path, tmp_path: Path, configure: Callable[..., RunConfig]
 ) -> None:
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(9)

@@ -20,9 +20,9 @@ from aimscale.harness.data.stream.crops import CropLayout, Crops, pack, resize_e
 from aimscale.harness.data.stream.jitter import jitter_colours, jitter_exactly
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.run.config import ResultConfig
+from aimscale.harness.run.config import RunConfig
 
-Configure = Callable[..., ResultConfig]
+Configure = Callable[..., RunConfig]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no card"))]
 
 

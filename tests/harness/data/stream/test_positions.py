@@ -29,9 +29,9 @@ from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.mixture import Mixture
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.run.config import ResultConfig
+from aimscale.harness.run.config import RunConfig
 
-Configure = Callable[..., ResultConfig]
+Configure = Callable[..., RunConfig]
 
 
 def whole(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -249,10 +249,15 @@ def test_colour_jitter_is_drawn_by_position() -> None:
 
 def test_other_than_grey_or_colour_is_refused(configure: Configure) -> None:
     config = configure()
-    grey = config.model_copy(update={"model": config.model.model_copy(update={"channels": 1})})
+
+    def with_channels(channels: int) -> RunConfig:
+        model = config.training.model.model_copy(update={"channels": channels})
+        return config.model_copy(update={"training": config.training.model_copy(update={"model": model})})
+
+    grey = with_channels(1)
     assert TrainStream(grey).batch(range(6)).images.shape == (6, 1, 32, 32)
     with pytest.raises(DataError, match="not 4"):
-        TrainStream(config.model_copy(update={"model": config.model.model_copy(update={"channels": 4})}))
+        TrainStream(with_channels(4))
 
 
 def test_normalise_round_trip() -> None:
@@ -263,11 +268,11 @@ def test_normalise_round_trip() -> None:
 
 def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> None:
     dataset = open_dataset(large_set)
-    images = eval_images(dataset, [3, 0], configure().model)
+    images = eval_images(dataset, [3, 0], configure().training.model)
     assert images.shape == (2, 3, 32, 32)
     raw = dataset.decode(3).float()
     assert abs(denormalise(images[0]).float().mean() - raw.mean()) < 25
-    assert torch.equal(images[1], eval_images(dataset, [0], configure().model)[0])
+    assert torch.equal(images[1], eval_images(dataset, [0], configure().training.model)[0])
 
 
 def spoil(folder: Path, out: Path, samples: list[int]) -> Path:

@@ -20,10 +20,10 @@ from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.worker_pool import WorkerDiedError, WorkerPool
-from aimscale.harness.run.config import ResultConfig
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.failures import classify
 
-Configure = Callable[..., ResultConfig]
+Configure = Callable[..., RunConfig]
 
 
 @pytest.fixture

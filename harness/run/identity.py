@@ -1,0 +1,118 @@
+"""What names a run and an evaluation: the fields that differ from the defaults of a schema version, and the content of
+the data sets, never a path, a time or a machine.
+
+The tables below are those defaults, frozen. Whoever adds a field adds it here with the value under which the code does
+what it did before the field existed: then no run is renamed. A default that changes later stays as it is here, so that
+old runs keep their names and new ones get others. `tests/harness/run/test_identity.py` insists on both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+SCHEMA: Literal[1] = 1
+"""Version of the tables; kept in every `config.yaml`."""
+
+Values = Mapping[str, Any]
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "model.image_size": 224,
+    "model.patch_size": 14,
+    "model.channels": 3,
+    "model.head_rule": "proportional",
+    "model.head_width": None,
+    "model.head_depth": None,
+    "model.ln_residual": False,
+    "model.patch_order": "raster",
+    "model.parametrisation": "standard",
+    "data.unique_images": None,
+    "data.crop_scale": [0.4, 1.0],
+    "data.crop_ratio": [3 / 4, 4 / 3],
+    "data.horizontal_flip": True,
+    "data.color_jitter": False,
+    "data.max_bad_fraction": 0.01,
+    "objective.target": "normalised",
+    "objective.prefix": "paired",
+    "optimiser.batch_size": 4096,
+    "optimiser.lr_peak": 1e-3,
+    "optimiser.betas": [0.9, 0.95],
+    "optimiser.eps": 1e-8,
+    "optimiser.weight_decay": 0.05,
+    "optimiser.clip_norm": 1.0,
+    "optimiser.precision": "bf16",
+    "schedule.kind": "wsd",
+    "schedule.warmup_images": 128_000_000,
+    "schedule.lr_start": 1e-6,
+    "schedule.lr_end": 0.0,
+    "schedule.decay_fraction": 0.2,
+    "seed": 0,
+    "roll_back": None,
+    "roll_back.after_skipped_steps": 20,
+    "roll_back.max_times": 1,
+}
+"""Of `TrainingConfig`, but for the model's size and the data sets, which always count."""
+
+EVALUATION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "validation": {"num_images": None, "num_prefixes": 4},
+    "probe": {
+        "kinds": ["linear", "attentive"],
+        "augmentation": "none",
+        "epochs": 20,
+        "batch_size": 256,
+        "lrs": [3e-4, 1e-3, 3e-3, 1e-2],
+        "weight_decays": [0.05],
+        "holdout_fraction": 0.2,
+        "refit": True,
+    },
+}
+"""Of `ValidationSection` and `ProbeSection`, but for the task's name and the data sets, which always count."""
+
+PATHS = ("path", "train", "test")
+"""Fields of an evaluation that say where its data lie."""
+
+
+def training_digest(training: Values, horizon: int | None) -> str:
+    """Eight hex digits of what a run trains.
+
+    Args:
+        training: `TrainingConfig` as JSON values.
+        horizon: images after which a cosine schedule ends; None under `wsd`, where budgets branch off one trunk.
+    """
+    fields = _differing(_flat(training), TRAINING_DEFAULTS)
+    fields["data.sources"] = [
+        {
+            "content": source["fingerprint"] or f"unknown: {source['path']}",
+            **({"probability": source["probability"]} if source["probability"] != 1 else {}),
+        }
+        for source in training["data"]["sources"]
+    ]
+    return _digest("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
+
+
+def evaluation_digest(kind: Literal["validation", "probe"], settings: Values) -> str:
+    """Eight hex digits of how something is measured, whatever the data are: `ValidationSection` or `ProbeSection`."""
+    measured = {key: value for key, value in settings.items() if key not in PATHS}
+    return _digest(kind, _differing(measured, EVALUATION_DEFAULTS[kind]))
+
+
+def _differing(values: Values, defaults: Values) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
+
+
+def _flat(values: Values, prefix: str = "") -> dict[str, Any]:
+    """Nested sections by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _digest(kind: str, fields: Values) -> str:
+    """Of the canonical JSON: sorted keys, no spaces; what JSON cannot say, NaN included, is an error."""
+    text = json.dumps(
+        {"schema": SCHEMA, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,85 @@
+"""Strict sections of YAML and JSON files: frozen, typed, and an unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from aimscale.aim.errors import UserError
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class ConfigError(UserError):
+    """A run or sweep configuration that cannot be used as written."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and strict about keys (an unknown key is an error)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML document; a missing or malformed file is a ConfigError."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
+    """Validate `values` as `kind`, turning pydantic's report into one sentence.
+
+    Raises:
+        ConfigError: names the file, the key and, for an unknown key, the nearest known one.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of keys to values, not {type(values).__name__}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(kind, error)}") from error
+
+
+def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
+    # A misspelt key also leaves its place empty: say the spelling first, and do not count what is missing.
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first, others = errors[0], [each for each in errors[1:] if each["type"] != "missing"]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'; {_nearest(first['loc'][-1], _known_keys(kind, first['loc'][:-1]))}{more}"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}{more}"
+
+
+def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise ConfigError for the first key that is not known."""
+    known = list(known)
+    for key in fields:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key '{key}'; {_nearest(key, known)}")
+
+
+def _nearest(key: str | int, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section that `location` leads to."""
+    schema = kind.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in location:
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        node = next((each for each in node.get("anyOf", []) if "$ref" in each), node)  # an optional section
+        while "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    return list(node.get("properties", {}))
