@@ -239,6 +239,9 @@ class RuntimeConfig(Section):
     """Bound of that cache, GB."""
     checkpoint_every_images: int | None = Field(None, gt=0)
     """Trunk checkpoints at this distance; null saves at branch points only."""
+    keep_trunk: bool = True
+    """Keep the last saved point of a finished run's trunk, 12 bytes per parameter, from which a longer budget goes on
+    (wsd)."""
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -143,7 +143,10 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path | str, config: RunConfig) -> RunDir:
-        """Make the directory with its `config.yaml` and a status; an existing run of the same id is left as it is.
+        """Make the directory with its `config.yaml` and a status.
+
+        A run that is there already keeps what it has; what is asked of it now (budgets, validation, probes, where its
+        data lie, how it is executed) replaces what was asked before, unless a process executes it.
 
         Raises:
             RunDirError: the directory holds another run.
@@ -153,6 +156,8 @@ class RunDir:
             existing = run.load_config()
             if existing.run_id != config.run_id:
                 raise RunDirError(f"{path} holds run {existing.run_id}, not {config.run_id}; choose another directory")
+            if existing != config and not run.is_held():
+                write_text(run.config, config.to_yaml())
             return run
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config, config.to_yaml())

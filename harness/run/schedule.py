@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from aimscale.harness.run.config import ConfigError, RunConfig, ScheduleSection
 
@@ -39,18 +40,25 @@ class Schedule:
     """Images seen at which a row is recorded, increasing multiples of the batch size."""
 
     def branch_point(self, budget: int) -> int:
-        """Images seen where the decay to `budget` leaves the trunk (wsd), a whole number of steps."""
+        """Images seen where the decay to `budget` leaves the trunk, a whole number of steps; 0 under cosine."""
+        if self.section.kind == "cosine":
+            return 0
         num_steps = budget // self.batch_size
         num_decay_steps = min(num_steps, max(1, round(self.section.decay_fraction * num_steps)))
         return (num_steps - num_decay_steps) * self.batch_size
 
-    def segments(self) -> list[Segment]:
-        """What a run does, in order: up the trunk to a branch point, down its branch, back to the trunk, and on."""
+    def segments(self, position: int = 0, budgets: Sequence[int] | None = None) -> list[Segment]:
+        """What a run does, in order: up the trunk to a branch point, down its branch, back to the trunk, and on.
+
+        Args:
+            position: images seen on the trunk, where the walk begins.
+            budgets: those still to be trained, ascending; all by default.
+        """
+        budgets = self.budgets if budgets is None else budgets
         if self.section.kind == "cosine":
-            return [Segment(start=0, stop=self.budgets[0], branch=self.budgets[0])]
+            return [Segment(start=0, stop=budget, branch=budget) for budget in budgets]
         walk = []
-        position = 0
-        for budget in self.budgets:
+        for budget in budgets:
             point = self.branch_point(budget)
             if point > position:
                 walk.append(Segment(start=position, stop=point, branch=None))
@@ -78,18 +86,23 @@ class Schedule:
         return section.lr_end + (self.lr_peak - section.lr_end) * share
 
 
+def unchecked_schedule(config: RunConfig) -> Schedule:
+    """The schedule of a run, whose warm-up may be too long."""
+    return Schedule(
+        section=config.training.schedule,
+        lr_peak=config.training.optimiser.lr_peak,
+        batch_size=config.training.optimiser.batch_size,
+        budgets=config.evaluation.budgets,
+    )
+
+
 def schedule_of(config: RunConfig) -> Schedule:
     """The schedule of a run.
 
     Raises:
         ConfigError: the warm-up reaches into the decay of the smallest budget.
     """
-    schedule = Schedule(
-        section=config.training.schedule,
-        lr_peak=config.training.optimiser.lr_peak,
-        batch_size=config.training.optimiser.batch_size,
-        budgets=config.evaluation.budgets,
-    )
+    schedule = unchecked_schedule(config)
     smallest, warmup = config.evaluation.budgets[0], config.training.schedule.warmup_images
     limit = smallest if config.training.schedule.kind == "cosine" else schedule.branch_point(smallest)
     if warmup > limit or warmup >= smallest:

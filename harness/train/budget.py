@@ -7,7 +7,6 @@ next one evaluates them without training again.
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 import time
 from pathlib import Path
@@ -60,17 +59,6 @@ def save_budget(
         fsync_dir(aside)
         publish_dir(aside, final)
     group.wait()
-
-
-def finished_budgets(run: RunDir, config: RunConfig) -> dict[int, dict[str, Any]]:
-    """Budget -> progress at its end, of the budgets whose weights are saved."""
-    found = {}
-    for budget in config.evaluation.budgets:
-        try:
-            found[budget] = json.loads((run.budget_dir(budget) / "model.json").read_text())["progress"]
-        except FileNotFoundError:
-            continue
-    return found
 
 
 def load_model(config: RunConfig, path: Path, device: torch.device) -> AIM:

@@ -30,10 +30,11 @@ from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFla
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
-from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from aimscale.harness.run.trunk import check_branch, missing_budgets, saved_budgets, trunk_position
+from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest, save_checkpoint
 from aimscale.harness.step.engine import Engine, EngineOptions
 from aimscale.harness.step.feed import run_on_all_ranks
-from aimscale.harness.train.budget import evaluate_budget, finished_budgets, save_budget
+from aimscale.harness.train.budget import evaluate_budget, save_budget
 
 
 class Trainer:
@@ -87,17 +88,17 @@ class Trainer:
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
-        segments = self.schedule.segments()
-        index, position = self._resume(segments)
+        segments, position = self._resume()
         self._announce()
-        while index < len(segments):
-            segment = segments[index]
+        for number, segment in enumerate(segments):
+            if number > 0:
+                position = segment.start
+                if segments[number - 1].branch is not None:
+                    load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
             is_start = position == segment.start
-            if is_start and index > 0 and segments[index - 1].branch is not None:
-                load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
-            if is_start and segment.branch is not None and len(segments) > 1:
+            if is_start and segment.branch is not None and (segment.start > 0 or number + 1 < len(segments)):
                 self._save(segment.start, None)
-            if is_start and index > 0:
+            if is_start and self._is_saved(segment.start):
                 self.recorder.point = self.run.checkpoint_dir(segment.start).name
             self.recorder.enter(segment, from_its_start=is_start)
             self._train_segment(segment, position)
@@ -107,36 +108,59 @@ class Trainer:
                     self.run, self.engine, self.group, config=self.config, images_seen=segment.stop, progress=progress
                 )
                 self._evaluate(segment.stop, progress)
-            index += 1
-            position = segments[index].start if index < len(segments) else 0
         if self.group.is_first:
             self.run.write_status(state="finished", phase="", heartbeat=time.time())
-            shutil.rmtree(self.run.checkpoints, ignore_errors=True)
+            self._keep_end_of_trunk()
 
-    def _resume(self, segments: list[Segment]) -> tuple[int, int]:
-        """Find the furthest saved point of the walk and go there; returns the segment and the position in it.
+    def _is_saved(self, position: int) -> bool:
+        """Whether there is a checkpoint of the trunk."""
+        there: bool = self.group.from_first(is_complete(self.run.checkpoint_dir(position)))
+        return there
+
+    def _keep_end_of_trunk(self) -> None:
+        """Drop all checkpoints of a finished run but the one from which a longer budget would go on."""
+        keeps = self.config.runtime.keep_trunk and self.config.training.schedule.kind == "wsd"
+        end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if keeps else None
+        for path in self.run.checkpoints.iterdir() if self.run.checkpoints.is_dir() else ():
+            if path != end:
+                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.run.checkpoints.rmdir()
+
+    def _resume(self) -> tuple[list[Segment], int]:
+        """Go to the furthest saved point; returns the segments that are left and the position in the first of them.
 
         Saved points are checkpoints and the ends of budgets. After a budget the walk goes on from the trunk, so its
         end needs no checkpoint of its own.
         """
-        budgets: dict[int, dict[str, Any]] = self.group.from_first(finished_budgets(self.run, self.config))
-        rows = self.group.from_first({row["images_seen"] for row in self.run.read_rows()})
-        progress = max(budgets.values(), key=lambda each: each["images_done"], default=None)
-        done = -1 if progress is None else progress["images_done"]
+        saved: dict[int, dict[str, Any]] = self.group.from_first(saved_budgets(self.run))
+        last = max(saved, key=lambda budget: saved[budget]["progress"]["images_done"], default=None)
+        done = -1 if last is None else saved[last]["progress"]["images_done"]
         manifest, notes = load_newest(self.run.checkpoints, self.engine, self.group, beyond=done)
         for note in notes:
             self.recorder.terminal.say(note)
         if manifest is not None:
-            progress = manifest.progress
-        self.recorder.restore(progress)
-        for budget in budgets.keys() - rows:
-            self._evaluate(budget, budgets[budget])
-        left = self.recorder.images_done
-        for index, segment in enumerate(segments):
-            if left < segment.stop - segment.start:
-                return index, segment.start + left
-            left -= segment.stop - segment.start
-        return len(segments), 0
+            self.recorder.restore(manifest.progress)
+        else:
+            self.recorder.restore(None if last is None else saved[last]["progress"])
+        rows = self.group.from_first({row["images_seen"] for row in self.run.read_rows()})
+        for budget in saved.keys() & set(self.schedule.budgets) - rows:
+            self._evaluate(budget, saved[budget]["progress"])
+        left = [budget for budget in self.schedule.budgets if budget not in saved]
+        branch = last if manifest is None else manifest.branch
+        point = self.schedule.branch_point(branch) if branch is not None else manifest.images_seen if manifest else 0
+        current = []
+        if manifest is not None and branch in left:
+            left.remove(branch)
+            current = [Segment(start=point, stop=branch, branch=branch)]
+        for budget in left:
+            check_branch(self.run, self.schedule, budget, point)
+        following = self.schedule.segments(point, left)
+        if current or branch is None or not following:
+            return current + following, manifest.images_seen if manifest else 0
+        if point > 0 or self._is_saved(point):  # else the engine is still as it started
+            load_checkpoint(self.run.checkpoint_dir(point), self.engine, self.group)
+        return following, point
 
     def _train_segment(self, segment: Segment, position: int) -> None:
         """Train from `position` to the end of a segment, saving on the way."""
@@ -264,7 +288,8 @@ def train(path: Path) -> int:
     is_first = placement.rank == 0
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(run.hold()) if is_first else None
-        if is_first and placement.world_size == 1 and run.read_status().state == "finished":
+        is_finished = run.read_status().state == "finished" and not missing_budgets(run, config)
+        if is_first and placement.world_size == 1 and is_finished:
             return EXIT_FINISHED
         flag = stack.enter_context(stop_signals())
         if is_first:

@@ -14,7 +14,7 @@ from aimscale.aim.cost import executed_flops_per_image
 from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
-from aimscale.harness.run.schedule import Schedule
+from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.evaluation_cost import evaluation_flops, num_images
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
@@ -187,7 +187,7 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
     model = model_of(training)
     params, flops = counts_of(model)
     unique = training.data.unique_images or pool
-    executed = _schedule(run.config).images_planned()
+    executed = unchecked_schedule(run.config).images_planned()
     # Half of the tokens are scored on average, whether prefixes are paired or independent; all but one without.
     scored = model.num_tokens - 1 if training.objective.prefix == "none" else model.num_tokens / 2
     flops_executed = executed_flops_per_image(model, scored).train * executed
@@ -303,17 +303,6 @@ def _fit_cached(
     return _Fit(chosen=chosen, by_stage=by_stage)
 
 
-def _schedule(config: RunConfig) -> Schedule:
-    """The run's schedule, unchecked: a warm-up that is too long is a warning of the plan."""
-    training = config.training
-    return Schedule(
-        section=training.schedule,
-        lr_peak=training.optimiser.lr_peak,
-        batch_size=training.optimiser.batch_size,
-        budgets=config.evaluation.budgets,
-    )
-
-
 def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[str]:
     training, budgets = run.config.training, run.config.evaluation.budgets
     found = []
@@ -332,7 +321,9 @@ def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[
     if training.data.unique_images and pool and training.data.unique_images > pool:
         found.append(f"{training.data.unique_images} unique images asked for, and the pool has {pool}")
     smallest, warmup = budgets[0], training.schedule.warmup_images
-    limit = smallest - 1 if training.schedule.kind == "cosine" else _schedule(run.config).branch_point(smallest)
+    limit = (
+        smallest - 1 if training.schedule.kind == "cosine" else unchecked_schedule(run.config).branch_point(smallest)
+    )
     if warmup > limit:
         found.append(f"warm-up of {warmup} images reaches past image {limit} of budget {smallest}: it will not start")
     if batch < run.devices:

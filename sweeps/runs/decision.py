@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from aimscale.harness.run.directory import Status
+from aimscale.harness.run.directory import RunDirError, Status
+from aimscale.harness.run.trunk import missing_budgets
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
@@ -39,12 +40,24 @@ def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> D
 
     def verdict() -> tuple[Verdict, str]:
         status = record.checked_status()
-        if status.state == "finished":
+        if not record.config.exists() or status.state == "created":
+            return standing(record, status, is_queued) or ("start", "")
+        missing = _missing_budgets(run, record)
+        if status.state == "finished" and not missing:
             return "finished", ""
-        is_new = not record.config.exists() or status.state == "created"
-        return standing(record, status, is_queued) or (("start", "") if is_new else ("resume", status.state))
+        is_longer = f"extended to {missing[-1]} images" if missing and status.state == "finished" else status.state
+        return standing(record, status, is_queued) or ("resume", is_longer)
 
     return decision(run, record, verdict)
+
+
+def _missing_budgets(run: Run, record: RunRecord) -> list[int]:
+    try:
+        return missing_budgets(record, run.config)
+    except RunDirError as error:
+        raise SweepError(str(error)) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SweepError(f"{record.results} is damaged ({error}); remove it and launch again") from error
 
 
 def decision(run: Run, record: RunRecord, verdict: Callable[[], tuple[Verdict, str]]) -> Decision:

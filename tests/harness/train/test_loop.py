@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -134,8 +135,38 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path: Path, tiny_config: 
         assert not stopped.is_held()
     assert in_processes(train_in, stopped.path) == [0]
     assert results(stopped.path) == results(whole.path)
-    assert not stopped.checkpoints.exists(), "a finished run needs none"
+    assert [path.name for path in stopped.checkpoints.iterdir()] == ["104"], "the end of its trunk"
     assert stopped.read_status().attempt == 5
+
+
+def test_a_longer_budget_goes_on_from_the_end_of_a_finished_runs_trunk(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    whole = RunDir.create(tmp_path / "whole", tiny_config(budgets=[64, 128, 256]))
+    assert in_processes(train_in, whole.path) == [0]
+    longer = RunDir.create(tmp_path / "longer", tiny_config(budgets=[64, 128]))
+    assert in_processes(train_in, longer.path) == [0]
+    RunDir.create(longer.path, tiny_config(budgets=[128, 256]))
+    assert in_processes(stop_after, longer.path, 64 + 104 + 64, signal.SIGTERM) == [EXIT_PREEMPTED]
+    assert in_processes(train_in, longer.path) == [0]
+    assert results(longer.path) == results(whole.path), "as if it had been asked for from the start"
+    assert [path.name for path in longer.checkpoints.iterdir()] == ["208"]
+
+
+def test_a_budget_that_no_saved_point_leads_to_is_refused_and_nothing_is_lost(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config())
+    assert in_processes(train_in, run.path) == [0]
+    before = results(run.path)
+    for budgets, words in (([64, 96, 128], "leaves the trunk at image 80"), ([128, 256], "cannot be extended to 256")):
+        RunDir.create(run.path, tiny_config(budgets=budgets))
+        if budgets[-1] == 256:
+            shutil.rmtree(run.checkpoints)
+        with pytest.raises(UserError, match=words):
+            train(run.path)
+        assert results(run.path) == before
+        assert run.read_status().state == "finished"
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(

@@ -128,11 +128,18 @@ def test_failures_are_classified_retried_within_bounds_and_forgiven(
     assert launch(sweep, slots=1, command=stand_in()).finished == (record.path.name,)
 
 
-def test_an_edited_run_is_a_new_run(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
+    write_sweep: Any, stand_in: Any, launch: Any
+) -> None:
     launch(write_sweep(sizes=["rung-32"]), slots=1, command=stand_in())
-    edited = write_sweep(sizes=["rung-32"], budgets=[640, 1920])
-    assert len(launch(edited, slots=1, command=stand_in()).finished) == 1
-    assert len(list(edited.runs_dir.iterdir())) == 2
+    longer = write_sweep(sizes=["rung-32"], budgets=[640, 1920])
+    assert len(launch(longer, slots=1, command=stand_in()).finished) == 1
+    (path,) = longer.runs_dir.iterdir()
+    assert [row["images_seen"] for row in RunRecord(path).read_rows()] == [640, 1280, 1920]
+    assert left_alone(launch(longer, slots=1, command=stand_in()).left) == ["left alone: 1 finished"]
+    other = write_sweep(sizes=["rung-32"], seeds=[1])
+    assert len(launch(other, slots=1, command=stand_in()).finished) == 1
+    assert len(list(other.runs_dir.iterdir())) == 2
 
 
 def test_bad_directories_are_refused_in_one_sentence(

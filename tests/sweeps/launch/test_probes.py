@@ -134,7 +134,9 @@ def test_what_is_done_from_other_weights_or_before_again_is_missing(trained: Any
     assert [budget for budget, _ in missing(directory, run.config, again)] == [64, 128]
     other = ProbeSection.model_validate(request.tasks[0].model_dump() | {"epochs": 3})
     assert len(missing(directory, run.config, request.model_copy(update={"tasks": (*request.tasks, other)}))) == 2
-    write_weights(AIM(model_of(run.config.training)).state_dict(), directory.model_file(64))
+    retrained = AIM(model_of(run.config.training))
+    retrained.init_weights(1)
+    write_weights(retrained.state_dict(), directory.model_file(64))
     assert [budget for budget, _ in missing(directory, run.config, request)] == [64]
     assert missing(directory, run.config, request.model_copy(update={"images_seen": 128})) == []
 
