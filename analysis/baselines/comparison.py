@@ -14,6 +14,7 @@ import pandas as pd
 from aimscale.analysis.baselines.own import beside_runs, read_baselines
 from aimscale.analysis.baselines.published import BY_KEY, PAPER_EXPONENTS, TASKS, best_frozen
 from aimscale.analysis.baselines.worked_example import paper_exponent
+from aimscale.analysis.display import Result
 from aimscale.analysis.downstream.links import forecast, link
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
@@ -75,8 +76,8 @@ class Closing:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Result):
     """Runs beside the published models."""
 
     tasks: pd.DataFrame
@@ -94,7 +95,17 @@ class Comparison:
     left_out: tuple[str, ...]
     """What is not comparable, and why, in sentences."""
 
-    def text(self) -> str:
+    @property
+    def table(self) -> pd.DataFrame:
+        """`tasks`."""
+        return self.tasks
+
+    def headline(self) -> str:
+        """How much is comparable."""
+        num = self.tasks["task"].nunique()
+        return f"{num} of the paper's {len(TASKS)} tasks beside AIM, {len(self.left_out)} things not comparable"
+
+    def summary(self) -> str:
         """For a terminal."""
         parts = ["Task by task, attentive probe on frozen features, top-1 in per cent", _percent_table(self.tasks)]
         if len(self.means):

@@ -38,4 +38,4 @@ def compare(
         typer.echo(json_module.dumps(example, indent=2) if json else "\n".join(example["sentences"]))
         return
     comparison = compare_frame(read_table(table, parse_columns(columns or [])), resamples=resamples)
-    typer.echo(json_module.dumps(comparison.to_dict(), indent=2) if json else comparison.text())
+    typer.echo(json_module.dumps(comparison.to_dict(), indent=2) if json else comparison.summary())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Tables, Where, draw, table_of
+from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Tables, Where, show, table_of
 
 app = typer.Typer(help="Compare the levels of one column with everything else equal.", add_completion=False)
 
@@ -37,10 +37,7 @@ def contrast_table(
 ) -> None:
     """Pair rows over size, data, seed and all other settings; differences and ratios with Student's intervals."""
     from aimscale.analysis.effects.contrasts import contrast
-    from aimscale.analysis.plots.intervals import plot_contrasts
 
     df = table_of(tables, columns, where)
     found = contrast(df, by=by, baseline=baseline, measures=measure or [], ignore=ignore or [])
-    if figure is not None:
-        draw(plot_contrasts(found), figure)
-    typer.echo(found.to_json() if json else found.text(each))
+    show(found, json, figure, after=found.lines_by_scale() if each else ())

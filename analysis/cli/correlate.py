@@ -45,9 +45,9 @@ def correlate_table(
 
     import pandas as pd
 
+    from aimscale.analysis.display import plain_types
     from aimscale.analysis.downstream.correlation import correlate
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.fitting.result import plain_types
     from aimscale.analysis.plots.scaling import plot_loss_accuracy
 
     groups = groups_by_probe(table_of(tables, columns, where, main), y)

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Main, Tables, Where, draw, table_of
+from aimscale.analysis.cli.options import (
+    AsJson,
+    Cluster,
+    Columns,
+    CountOfC,
+    CountOfN,
+    FigurePath,
+    Main,
+    Tables,
+    WhatC,
+    WhatN,
+    Where,
+    show,
+    table_of,
+    variable_columns,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import pandas as pd
-
-    from aimscale.analysis.fitting.result import Fit, HeldOut
+    from aimscale.analysis.fitting.result import HeldOut
 
 app = typer.Typer(help="Fit a scaling law to a table, with intervals and a held-out test.", add_completion=False)
-
-
-class WhatN(StrEnum):
-    """What N counts."""
-
-    total = "total"
-    trunk = "trunk"
-    head = "head"
-
-
-class WhatC(StrEnum):
-    """How C is counted."""
-
-    measured = "measured"
-    sixnd = "6nd"
-    executed = "executed"
 
 
 @app.command()
@@ -47,8 +40,8 @@ def fit_table(
     columns: Columns = None,
     where: Where = None,
     main: Main = False,
-    n: Annotated[WhatN, typer.Option(help="What N counts.")] = WhatN.total,
-    c: Annotated[WhatC, typer.Option(help="C as counted FLOPs, as 6ND, or as executed.")] = WhatC.measured,
+    n: CountOfN = WhatN.total,
+    c: CountOfC = WhatC.measured,
     on_envelope: Annotated[
         bool,
         typer.Option("--envelope", help="Only rows that no row of equal or less compute undercuts (laws of C)."),
@@ -58,10 +51,7 @@ def fit_table(
     bound: Annotated[
         list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
     ] = None,
-    cluster: Annotated[
-        str,
-        typer.Option(help="Resample whole groups of this column; auto: runs where they have several rows; none: rows."),
-    ] = "auto",
+    cluster: Cluster = "auto",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples; 0 for none.")] = 1000,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
@@ -90,11 +80,12 @@ def fit_table(
     from aimscale.analysis.fitting.influences import with_influence_flags
     from aimscale.analysis.fitting.profiles import with_profile_flags
     from aimscale.analysis.fitting.select import choose
+    from aimscale.analysis.frontier.definitions import by_definition
     from aimscale.analysis.tables.design import lower_envelope, mixture_flags
 
     df = table_of(tables, columns, where, main, fresh="repeated" not in law)
     if definitions:
-        _definitions(df, y, objective, resamples, figure, json)
+        show(by_definition(df, y=y, objective=objective, resamples=resamples), json, figure)
         return
     names = variable_columns(df.columns, n, c)
     if on_envelope:
@@ -121,37 +112,12 @@ def fit_table(
         result = with_influence_flags(result, df, by=leave_out)
     if profiles:
         result = with_profile_flags(result)
-    if figure is not None:
-        from aimscale.analysis.plots.scaling import plot_fit
-
-        drawn = plot_fit(result).get_figure(root=True)
-        assert drawn is not None
-        draw(drawn, figure)
-    typer.echo(result.to_json() if json else text(result))
+    after = []
     if against and not json:
         by = (hold_out or [result.law.variables[0]])[0].partition(":")[0]
         ranked = choose([law, *against], df, by=by, y=y, columns=names, objective=objective, resamples=0)
-        typer.echo("\n" + ranked.sentence())
-
-
-def _definitions(df: pd.DataFrame, y: str, objective: str, resamples: int, figure: Path | None, json: bool) -> None:
-    """Print, and draw, how the exponents depend on what N and C count."""
-    from aimscale.analysis.frontier.definitions import by_definition
-    from aimscale.analysis.plots.intervals import plot_definitions
-
-    found = by_definition(df, y=y, objective=objective, resamples=resamples)
-    if figure is not None:
-        draw(plot_definitions(found), figure)
-    typer.echo(found.to_json() if json else found.text())
-
-
-def variable_columns(present: Iterable[str], n: WhatN, c: WhatC) -> dict[str, str]:
-    """Columns of N and C by the user's choice, as far as the table is a results table."""
-    flops = {WhatC.measured: "flops_train", WhatC.sixnd: "flops_6nd", WhatC.executed: "flops_executed"}
-    wanted = {"N": f"params_{n.value}", "C": flops[c]}
-    present = set(present)
-    chosen = {"N": n != WhatN.total, "C": c != WhatC.measured}
-    return {v: name for v, name in wanted.items() if name in present or chosen[v]}
+        after = ["", ranked.sentence()]
+    show(result, json, figure, after=after)
 
 
 def pairs(options: list[str], option: str, example: str) -> list[tuple[str, str]]:
@@ -189,12 +155,3 @@ def number_pair(text: str, where: str) -> tuple[float, float]:
     """Two numbers of an option, low:high."""
     low, _, high = text.partition(":")
     return number(low, where), number(high, where)
-
-
-def text(result: Fit) -> str:
-    """The parameters as a table, then the sentence."""
-    lines = [result.law.formula, ""]
-    rows = [(name, result.shown(name)) for name in result.params]
-    width = max(len(name) for name, _ in rows)
-    lines += [f"  {name:<{width}}  {shown}" for name, shown in rows]
-    return "\n".join([*lines, "", result.sentence()])

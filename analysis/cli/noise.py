@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Main, Tables, Where, draw, table_of
+from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, LossColumn, Main, Tables, Where, show, table_of
 
 app = typer.Typer(help="Tell the noise of seeds, validation images and prefixes apart.", add_completion=False)
 
@@ -14,7 +12,7 @@ app = typer.Typer(help="Tell the noise of seeds, validation images and prefixes 
 @app.command()
 def noise_table(
     tables: Tables,
-    y: Annotated[str, typer.Option(help="Loss column.")] = "val_loss",
+    y: LossColumn = "val_loss",
     columns: Columns = None,
     where: Where = None,
     main: Main = False,
@@ -23,9 +21,5 @@ def noise_table(
 ) -> None:
     """Standard deviations with intervals; per-image losses are read from the run directories beside the tables."""
     from aimscale.analysis.effects.noise_sources import noise
-    from aimscale.analysis.plots.intervals import plot_noise
 
-    found = noise(table_of(tables, columns, where, main), y=y)
-    if figure is not None:
-        draw(plot_noise(found), figure)
-    typer.echo(found.to_json() if json else found.text())
+    show(noise(table_of(tables, columns, where, main), y=y), json, figure)

@@ -1,7 +1,9 @@
-"""Arguments that the analysis verbs share."""
+"""Arguments that the analysis verbs share, how they read their tables and how they print a result."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from aimscale.analysis.display import Result
 
 Tables = Annotated[
     list[Path], typer.Argument(help="CSV or Parquet tables, or sweeps' folders; several are read as one.")
@@ -26,6 +30,40 @@ Main = Annotated[
 ]
 FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and FIGURE.png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LossColumn = Annotated[str, typer.Option(help="Loss column.")]
+Cluster = Annotated[
+    str, typer.Option(help="Resample whole groups of this column; auto: runs that have several rows; none: rows.")
+]
+Resamples = Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")]
+
+
+class WhatN(StrEnum):
+    """What N counts."""
+
+    total = "total"
+    trunk = "trunk"
+    head = "head"
+
+
+class WhatC(StrEnum):
+    """How C is counted."""
+
+    measured = "measured"
+    sixnd = "6nd"
+    executed = "executed"
+
+
+CountOfN = Annotated[WhatN, typer.Option(help="What N counts.")]
+CountOfC = Annotated[WhatC, typer.Option(help="C as counted FLOPs, as 6ND, or as executed.")]
+
+
+def variable_columns(present: Iterable[str], n: WhatN, c: WhatC) -> dict[str, str]:
+    """Columns of N and C by the user's choice, as far as the table is a results table."""
+    flops = {WhatC.measured: "flops_train", WhatC.sixnd: "flops_6nd", WhatC.executed: "flops_executed"}
+    wanted = {"N": f"params_{n.value}", "C": flops[c]}
+    present = set(present)
+    chosen = {"N": n != WhatN.total, "C": c != WhatC.measured}
+    return {v: name for v, name in wanted.items() if name in present or chosen[v]}
 
 
 def table_of(
@@ -39,6 +77,13 @@ def table_of(
     frame = read_tables(tables, parse_columns(columns or []), where=where or [])
     frame = main_part(frame).rows if main else frame
     return fresh_part(frame).rows if main and fresh else frame
+
+
+def show(result: Result, json: bool, figure: Path | None = None, *, after: Sequence[str] = ()) -> None:
+    """Draw a result where a figure is asked for, and print it as JSON or in words, with the lines of `after`."""
+    if figure is not None:
+        draw(result.plot(), figure)
+    typer.echo(result.to_json() if json else "\n".join([result.summary(), *after]))
 
 
 def draw(figure: Figure, path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import LSQ, Objective
-from aimscale.analysis.fitting.result import AsJson, Fit
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
 
@@ -82,8 +83,8 @@ def link(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forecast(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Forecast(Result):
     """Accuracy at unseen scales, by way of the loss."""
 
     table: pd.DataFrame
@@ -96,6 +97,14 @@ class Forecast(AsJson):
     """Draws of one measured accuracy (num_draws, rows)."""
     confidence: float
     """Coverage of the intervals."""
+
+    def headline(self) -> str:
+        """How many scales, which intervals."""
+        return f"Accuracy at {len(self.table)} scales by way of the loss, {self.confidence:.0%} intervals"
+
+    def summary(self) -> str:
+        """One clause a scale."""
+        return self.sentence()
 
     def sentence(self) -> str:
         """One clause a scale."""
@@ -162,8 +171,8 @@ def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:
     return out
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeavesChance(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LeavesChance(Result):
     """The loss at which a task rises above guessing."""
 
     loss: float
@@ -176,6 +185,15 @@ class LeavesChance(AsJson):
     """Accuracy of guessing."""
     margin: float
     """What counts as above: two standard errors of an accuracy measured on n examples."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row: loss, low, high, chance, margin."""
+        return pd.DataFrame([vars(self)])
+
+    def headline(self) -> str:
+        """In words."""
+        return self.sentence()
 
     def sentence(self) -> str:
         """In words."""

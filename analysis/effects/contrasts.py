@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import AsJson, plain_types
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.tables.observations import CANONICAL
@@ -49,8 +49,8 @@ POWER_Z = 0.8
 """Power at which the smallest effect that could have been seen is stated."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrast(Result):
     """One level against the baseline, in one measure."""
 
     measure: Measure
@@ -87,6 +87,17 @@ class Contrast:
     """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
     by_scale: pd.DataFrame = field(repr=False)
     """The difference per size and per budget: column, value, num_run_pairs, difference, low, high."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
+        skip = {"measure", "pairs", "by_scale", "confidence"}
+        fields = {k: v for k, v in vars(self).items() if k not in skip}
+        return pd.DataFrame([{"measure": self.measure.name, **fields, "verdict": self.verdict}])
+
+    def headline(self) -> str:
+        """The difference in words."""
+        return self.sentence()
 
     @property
     def verdict(self) -> str:
@@ -138,8 +149,8 @@ class Contrast:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contrasts(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrasts(Result):
     """All levels of a column against the baseline."""
 
     by: str
@@ -166,22 +177,27 @@ class Contrasts(AsJson):
             lines.append(f"{num} intervals at 95 %: about {num / 20:.1g} of them miss zero by chance alone.")
         return [*lines, *self.left_out]
 
+    @property
     def table(self) -> pd.DataFrame:
         """One row per measure and level."""
-        skip = {"measure", "pairs", "by_scale", "confidence"}
-        return pd.DataFrame(
-            {"measure": c.measure.name, **{k: v for k, v in vars(c).items() if k not in skip}, "verdict": c.verdict}
-            for c in self.contrasts
-        )
+        return pd.concat([each.table for each in self.contrasts], ignore_index=True)
 
-    def text(self, by_scale: bool = False) -> str:
-        """Sentences, and if asked for the differences per size and budget."""
-        lines = self.sentences()
-        for each in self.contrasts if by_scale else ():
+    def headline(self) -> str:
+        """Column and baseline."""
+        return f"{self.by} against {self.baseline}, everything else equal"
+
+    def summary(self) -> str:
+        """The sentences, one a line."""
+        return "\n".join(self.sentences())
+
+    def lines_by_scale(self) -> list[str]:
+        """The differences per size and per budget, as tables."""
+        lines = []
+        for each in self.contrasts:
             if len(each.by_scale) and each.num_run_pairs > 1:
                 lines += ["", f"{each.measure.title}, {each.level} minus {each.baseline}, by size and by images seen:"]
                 lines.append(each.by_scale.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-        return "\n".join(lines)
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.effects.contrasts import SCALE
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.result import AsJson, plain_types
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.inputs import FOLDER
 
@@ -48,8 +48,8 @@ class Component:
         return f"{self.source}: {100 * self.value:.3f} %{ends} ({self.basis})."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Noise(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Noise(Result):
     """Components of the spread of a loss."""
 
     components: tuple[Component, ...]
@@ -72,7 +72,16 @@ class Noise(AsJson):
             lines.append(f"Seeds make {100 * self.seed_share:.2g} % of the variance of ln loss over this table.")
         return [*lines, *self.missing]
 
-    def text(self) -> str:
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per component: source, value, low, high (fractions of the loss), basis."""
+        return pd.DataFrame([vars(each) for each in self.components])
+
+    def headline(self) -> str:
+        """What is told apart."""
+        return f"Standard deviation of ln loss by {len(self.components)} sources"
+
+    def summary(self) -> str:
         """Sentences, then the seeds' spread cell by cell."""
         lines = ["Standard deviations, per cent of the loss, with 95 % intervals:"]
         lines += [f"- {line}" for line in self.sentences()]

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
-from aimscale.analysis.fitting.result import AsJson, Fit, plain_types
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
 from aimscale.analysis.tables.design import varies
@@ -25,8 +26,8 @@ UNBOUNDED = 0.9e3
 """An R_D beyond this is the search's own end (1e3): repeats cannot be told from new images."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repeats(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Repeats(Result):
     """What the k-th sight of an image is worth."""
 
     fit: Fit
@@ -76,7 +77,11 @@ class Repeats(AsJson):
         )
         return [*lines, *(flag for flag in self.fit.flags if not flag.startswith("R_D "))]
 
-    def text(self) -> str:
+    def headline(self) -> str:
+        """R_D in words."""
+        return self.sentences()[0]
+
+    def summary(self) -> str:
         """Sentences and the table."""
         shown = self.table.copy()
         for name in ("worth", "worth_low", "worth_high"):

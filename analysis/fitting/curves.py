@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import LOG_LSQ
-from aimscale.analysis.fitting.result import AsJson, Fit
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import power, sigmoidal
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extrapolation(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Extrapolation(Result):
     """The default forecast of a single curve."""
 
     fits: tuple[Fit, ...]
@@ -26,6 +27,10 @@ class Extrapolation(AsJson):
     """Name of x."""
     table: pd.DataFrame = field(repr=False)
     """The points used: x, y."""
+
+    def headline(self) -> str:
+        """Laws and points."""
+        return f"{' and '.join(f.law.name for f in self.fits)} fitted to {len(self.table)} points of a curve"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""

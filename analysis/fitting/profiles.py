@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 from scipy.stats import t as student
 
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.optimise import Problem, make_problem, minimise
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profile:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Profile(Result):
     """The profile of one parameter."""
 
     parameter: str
@@ -33,6 +35,19 @@ class Profile:
     """Coverage of the interval."""
     closed: tuple[bool, bool]
     """Whether the profile crosses the threshold below and above: False means flat, the data do not bound it there."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a grid point: value, lost."""
+        return pd.DataFrame({"value": self.values, "lost": self.lost})
+
+    def headline(self) -> str:
+        """The interval in words."""
+        return self.sentence()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return vars(self) | {"values": self.values.tolist(), "lost": self.lost.tolist()}
 
     def sentence(self) -> str:
         """The interval in words."""

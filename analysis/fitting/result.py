@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.tables.observations import CANONICAL, Exclusion
 
-if TYPE_CHECKING:
-    pass
-
 NOT_IDENTIFIED = "not identified"
-
-
-class AsJson:
-    """What every result can do: turn into plain types and into JSON."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        raise NotImplementedError
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON; numbers that JSON cannot hold become null."""
-        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +44,8 @@ class Rival:
     """The data hardly prefer the best minimum to this one (log-likelihood ratio below 2)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HeldOut(Result):
     """What a fit to the smaller scales predicts for the largest, and what happened."""
 
     variable: str
@@ -92,9 +77,36 @@ class HeldOut:
         """Held-out points inside their prediction interval."""
         return int(self.predictions["inside"].sum())
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """`predictions`."""
+        return self.predictions
 
-@dataclass(frozen=True, kw_only=True)
-class Fit(AsJson):
+    def headline(self) -> str:
+        """Errors of the law and of the naive baseline."""
+        return (
+            f"{self.variable} >= {min(self.values):.3g} held out: mean error {self.mean_abs_relative_error:.2%} "
+            f"(naive {self.naive_mean_abs_relative_error:.2%}), {self.num_inside} of {self.num_test} inside their "
+            "prediction intervals"
+        )
+
+    def sentence(self) -> str:
+        """The test as prose."""
+        from aimscale.analysis.fitting.sentences import held_out_sentence
+
+        return held_out_sentence(self)
+
+    def summary(self) -> str:
+        """The test as prose, and every prediction."""
+        return f"{self.sentence()}\n\n{super().summary()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the predictions, in plain types."""
+        return {k: v for k, v in vars(self).items() if k != "predictions"} | {"values": list(self.values)}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Fit(Result):
     """A fitted law."""
 
     law: Law
@@ -204,6 +216,7 @@ class Fit(AsJson):
             text += f" [{i.low:.{digits}g}, {i.high:.{digits}g}]"
         return text
 
+    @property
     def table(self) -> pd.DataFrame:
         """One row a parameter: parameter, value, low, high, confidence, method, note."""
         rows = []
@@ -221,6 +234,17 @@ class Fit(AsJson):
                 }
             )
         return pd.DataFrame(rows)
+
+    def headline(self) -> str:
+        """Law, points and how many flags it carries."""
+        flags = f"; {len(self.flags)} flag{'s' * (len(self.flags) > 1)}, see summary()" if self.flags else ""
+        return f"{self.law.formula}, {self.columns['y']} of {self.num_points} points{flags}"
+
+    def summary(self) -> str:
+        """The parameters with their intervals, then the fit as prose."""
+        width = max(map(len, self.params))
+        lines = [f"  {name:<{width}}  {self.shown(name)}" for name in self.params]
+        return "\n".join([self.law.formula, "", *lines, "", self.sentence()])
 
     def sentence(self) -> str:
         """The fit as prose: law, variables, objective, optimiser, n, exclusions, range, intervals, held-out error."""
@@ -254,27 +278,13 @@ class Fit(AsJson):
             "bounds": {k: list(v) for k, v in self.bounds.items()},
             "ranges": {k: list(v) for k, v in self.ranges.items()},
             "columns": self.columns,
-            "heldout": [
-                {k: v for k, v in vars(h).items() if k != "predictions"} | {"values": list(h.values)}
-                for h in self.heldout
-            ],
+            "heldout": [h.to_dict() for h in self.heldout],
             "sentence": self.sentence(),
         }
 
 
-def plain_types(value: Any) -> Any:
-    """JSON types only; numbers that JSON cannot hold become null."""
-    if isinstance(value, dict):
-        return {str(k): plain_types(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_types(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Correlation(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Correlation(Result):
     """How two columns go together."""
 
     method: str
@@ -301,6 +311,20 @@ class Correlation(AsJson):
     """Column whose groups' means were taken out of both, if any."""
     exclusions: tuple[Exclusion, ...] = ()
     """Rows left out and why."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row: method, x, y, value, low, high, num_points."""
+        names = ("method", "x", "y", "value", "low", "high", "num_points")
+        return pd.DataFrame([{name: getattr(self, name) for name in names}])
+
+    def headline(self) -> str:
+        """Coefficient and interval."""
+        return f"{self.method.capitalize()} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def summary(self) -> str:
+        """The correlation as prose."""
+        return self.sentence()
 
     def sentence(self) -> str:
         """The correlation as prose."""

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.heldout import held_out
 from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
-from aimscale.analysis.fitting.result import AsJson, Fit
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.laws.catalogue import find_law
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Choice(Result):
     """Laws ranked by predictive score."""
 
     table: pd.DataFrame
@@ -28,6 +29,14 @@ class Choice(AsJson):
     """The best law, fitted to all points."""
     by: str
     """The scale that was held out."""
+
+    def headline(self) -> str:
+        """The winner and how it was found."""
+        return f"{self.best.law.name} of {len(self.table)} laws, by predicting the largest {self.by}"
+
+    def summary(self) -> str:
+        """The ranking in words, then the best law."""
+        return f"{self.sentence()}\n\n{self.best.summary()}"
 
     def sentence(self) -> str:
         """The ranking in words."""

@@ -9,18 +9,18 @@ from typing import Any
 
 import pandas as pd
 
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
-from aimscale.analysis.fitting.result import AsJson
 from aimscale.analysis.frontier.envelope import envelope_frontier
 from aimscale.analysis.frontier.isoflop import isoflop_frontier
 from aimscale.analysis.frontier.optimum import Frontier, parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 
 
-@dataclass(frozen=True, kw_only=True)
-class Approaches(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Approaches(Result):
     """Frontiers by every approach that the table allows."""
 
     frontiers: tuple[Frontier, ...]
@@ -28,9 +28,10 @@ class Approaches(AsJson):
     failures: dict[int, str]
     """Approach -> why it was not possible."""
 
+    @property
     def table(self) -> pd.DataFrame:
         """One row an approach: approach, exponent, low, high, method, refused."""
-        return pd.concat([f.table() for f in self.frontiers], ignore_index=True)
+        return pd.concat([f.table for f in self.frontiers], ignore_index=True)
 
     def at(self, flops: Any) -> pd.DataFrame:
         """Optimum at budgets by every approach (see `Frontier.at`)."""
@@ -41,11 +42,29 @@ class Approaches(AsJson):
         sizes = self.at(flops)["N"]
         return float(sizes.max() / sizes.min())
 
+    @property
+    def largest_budget(self) -> float:
+        """Largest C that any approach used."""
+        return max(f.range[1] for f in self.frontiers)
+
+    def headline(self) -> str:
+        """Which approaches, and how far they disagree."""
+        names = ", ".join(str(f.approach) for f in self.frontiers)
+        return (
+            f"Compute-optimal size by approach {names}; at {self.largest_budget:.3g} FLOPs their N* differ by a factor "
+            f"of {self.disagreement(self.largest_budget):.2f}"
+        )
+
+    def summary(self, flops: Any = None) -> str:
+        """All approaches as prose, and the optimum at budgets: by default the largest, and ten times it."""
+        optima = self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops)
+        return f"{self.sentence()}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
+
     def sentence(self) -> str:
         """All approaches, their disagreement at the largest budget and beyond, and what failed."""
         parts = [f.sentence() for f in self.frontiers]
         if len(self.frontiers) > 1:
-            top = max(f.range[1] for f in self.frontiers)
+            top = self.largest_budget
             apart = all(
                 a.exponent_interval.high < b.exponent_interval.low or b.exponent_interval.high < a.exponent_interval.low
                 for a, b in itertools.combinations(self.frontiers, 2)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
-from aimscale.analysis.fitting.result import AsJson, Fit, plain_types
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.optimum import parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 
@@ -27,8 +28,8 @@ FLOPS = {"counted": "flops_train", "executed": "flops_executed", "6ND": "6nd"}
 EXPONENTS = ("alpha", "beta", "exponent")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Definitions(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Definitions(Result):
     """The exponents by meaning of N and C."""
 
     table: pd.DataFrame = field(repr=False)
@@ -55,7 +56,11 @@ class Definitions(AsJson):
             parts.append(f"{words} goes from {' to '.join(ends)}, {verdict} the width of its interval, {width:.3f}")
         return f"By what is counted, {' and '.join(parts)}."
 
-    def text(self) -> str:
+    def headline(self) -> str:
+        """What was compared."""
+        return f"Exponents under {len(self.table)} meanings of N and C"
+
+    def summary(self) -> str:
         """The sentence and the table."""
         rows = []
         for row in self.table.to_dict("records"):

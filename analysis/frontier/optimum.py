@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
-from aimscale.analysis.fitting.result import AsJson, Fit, Interval
+from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.tables.observations import resolve_columns
@@ -74,8 +75,8 @@ def refusal_words(refusals: Sequence[Refusal]) -> list[str]:
     return words
 
 
-@dataclass(frozen=True, kw_only=True)
-class Frontier(AsJson):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Frontier(Result):
     """N*(C) = k C^a by one approach."""
 
     approach: int
@@ -119,6 +120,16 @@ class Frontier(AsJson):
             out |= {"loss": predicted["value"], "loss_lo": predicted["ci_lo"], "loss_hi": predicted["ci_hi"]}
         return pd.DataFrame({**out, "beyond_range": np.maximum(1.0, c / self.range[1])})
 
+    def headline(self) -> str:
+        """The exponent with its interval."""
+        i = self.exponent_interval
+        return f"Approach {self.approach}: N*(C) ~ C^{self.exponent:.3f} [{i.low:.3f}, {i.high:.3f}]"
+
+    def summary(self) -> str:
+        """The exponent as prose, and the optimum at the largest budget and at ten times it."""
+        optima = self.at([self.range[1], 10 * self.range[1]])
+        return f"{self.sentence()}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
+
     def sentence(self) -> str:
         """The exponent with its interval, method, range and refusals."""
         i = self.exponent_interval
@@ -131,6 +142,7 @@ class Frontier(AsJson):
             text += f" Refused: {'; '.join(refusal_words(self.refusals))}."
         return text
 
+    @property
     def table(self) -> pd.DataFrame:
         """One row: approach, exponent, low, high, method, refused."""
         i = self.exponent_interval

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -28,6 +27,7 @@ from aimscale.analysis.plots.style import (
 if TYPE_CHECKING:
     from aimscale.analysis.effects.contrasts import Contrast, Contrasts
     from aimscale.analysis.effects.noise_sources import Noise
+    from aimscale.analysis.effects.repetition import Repeats
     from aimscale.analysis.frontier.definitions import Definitions
 
 
@@ -70,8 +70,8 @@ def plot_contrasts(found: Contrasts) -> Figure:
         ]
         panels = [group for group in groups if group]
         heights = [0.45 + (0.16 + 0.17 * len(levels)) * len({each.measure for each in group}) for group in panels]
-        figure = Figure(figsize=(6.2, sum(heights) + 0.5 * len(panels) + 0.45), layout="constrained")
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        height = sum(heights) + 0.5 * len(panels) + 0.45
+        figure, axes = new_figure(6.2, height, num_rows=len(panels), height_ratios=heights)
         for ax, group in zip(axes, panels, strict=True):
             _contrast_panel(ax, group, found.baseline, levels, colours)
         handles = [
@@ -110,8 +110,7 @@ def plot_noise(found: Noise) -> Figure:
     """Standard deviations of the loss by source, per cent of it, on a logarithmic axis."""
     with styled():
         parts = [each for each in found.components if each.value > 0]
-        figure = Figure(figsize=(7.2, 0.42 * len(parts) + 0.9), layout="constrained")
-        ax = figure.subplots()
+        figure, (ax,) = new_figure(7.2, 0.42 * len(parts) + 0.9)
         rows = [(each.source, 100 * each.value, 100 * each.low, 100 * each.high) for each in parts]
         dots(ax, rows)
         ends = [end for row in rows for end in row[1:] if np.isfinite(end) and end > 0]
@@ -125,8 +124,7 @@ def plot_definitions(found: Definitions) -> Figure:
     with styled():
         table = found.table
         names = {"alpha": "α: exponent of N", "beta": "β: exponent of D", "exponent": "exponent of N*(C)"}
-        figure = Figure(figsize=(8.4, 0.3 * len(table) + 1.1), layout="constrained")
-        axes = figure.subplots(1, len(names), sharey=True)
+        figure, axes = new_figure(8.4, 0.3 * len(table) + 1.1, num_columns=len(names), sharey=True)
         colours = dict(zip(dict.fromkeys(table["N"]), ordered_colours(table["N"].nunique()), strict=True))
         for ax, (name, label) in zip(axes, names.items(), strict=True):
             rows = [
@@ -138,14 +136,9 @@ def plot_definitions(found: Definitions) -> Figure:
         return figure
 
 
-def plot_repeats(curves: pd.DataFrame, points: pd.DataFrame, loss_unit: str = "") -> Figure:
-    """Loss against images seen, a line per number of unique images, dotted where no image is repeated.
-
-    Args:
-        curves: D, U, loss of the fitted law, and `fresh`: its loss were every image new.
-        points: measured D, U, loss.
-        loss_unit: `table.loss_unit`.
-    """
+def plot_repeats(found: Repeats) -> Figure:
+    """Loss against images seen, a line per number of unique images, dotted where no image is repeated."""
+    curves, points = found.curves()
     with styled():
         figure, (ax,) = new_figure(5.8, 4.0)
         uniques = sorted(points["U"].unique())
@@ -158,7 +151,7 @@ def plot_repeats(curves: pd.DataFrame, points: pd.DataFrame, loss_unit: str = ""
             scatter(ax, dot["D"], dot["loss"], color=colour, marker=MARKERS[i % len(MARKERS)], label=human(unique))
         log_axis(ax, "x", points["D"])
         log_axis(ax, "y", [*points["loss"], *curves["loss"]])
-        ax.set_xlabel(axis_label("images_seen", loss_unit))
-        ax.set_ylabel(axis_label("val_loss", loss_unit))
+        ax.set_xlabel(axis_label("images_seen", found.fit.loss_unit))
+        ax.set_ylabel(axis_label("val_loss", found.fit.loss_unit))
         ax.legend(title="U, different images", **below(len(uniques) + 1))
         return figure

@@ -22,6 +22,7 @@ from aimscale.analysis.plots.style import (
     MUTED,
     PAPER,
     SECOND,
+    figure_of,
     log_axis,
     new_figure,
     ordered_colours,
@@ -32,10 +33,11 @@ from aimscale.analysis.plots.style import (
 if TYPE_CHECKING:
     from aimscale.analysis.fitting.profiles import Profile
     from aimscale.analysis.fitting.result import Fit
+    from aimscale.analysis.frontier.approaches import Approaches
     from aimscale.analysis.frontier.optimum import Frontier
 
 
-def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = ACCENT, number: int = 0) -> Axes:
+def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = ACCENT, number: int = 0) -> Figure:
     """N*(C) of one approach: its optima and its line with the interval, dashed beyond the budgets used.
 
     Args:
@@ -64,18 +66,14 @@ def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = A
         ax.set_xlabel(axis_label("flops_train"))
         ax.set_ylabel("N*: compute-optimal parameters")
         ax.legend(loc="upper left", handlelength=2.2)
-    return ax
+    return figure_of(ax)
 
 
-def _line_data(ax: Axes) -> tuple[list[Any], list[Any]]:
-    return [line.get_xdata() for line in ax.lines], [line.get_ydata() for line in ax.lines]
-
-
-def plot_frontiers(frontiers: Sequence[Frontier]) -> Figure:
+def plot_approaches(found: Approaches) -> Figure:
     """All approaches on one pair of axes: where they agree and where they do not."""
     with styled():
         figure, (ax,) = new_figure()
-        for number, frontier in enumerate(frontiers):
+        for number, frontier in enumerate(found.frontiers):
             plot_frontier(frontier, ax, colour=(ACCENT, SECOND, INK)[number % 3], number=number)
     return figure
 
@@ -166,7 +164,7 @@ def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
     return figure
 
 
-def plot_profile(profile: Profile, ax: Axes | None = None) -> Axes:
+def plot_profile(profile: Profile, ax: Axes | None = None) -> Figure:
     """Log-likelihood lost against a parameter's value, with the threshold of its interval."""
     with styled():
         if ax is None:
@@ -181,7 +179,7 @@ def plot_profile(profile: Profile, ax: Axes | None = None) -> Axes:
         ax.set_xlabel(profile.parameter)
         ax.set_ylabel("log-likelihood lost")
         ax.legend(**below(1))
-    return ax
+    return figure_of(ax)
 
 
 def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation loss") -> Figure:

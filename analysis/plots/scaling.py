@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.laws import plot_frontier, plot_profile
 from aimscale.analysis.plots.parts import (
     axis_label,
     below,
@@ -31,6 +30,7 @@ from aimscale.analysis.plots.style import (
     MUTED,
     PAPER,
     SECOND,
+    figure_of,
     human,
     log_axis,
     new_figure,
@@ -38,16 +38,6 @@ from aimscale.analysis.plots.style import (
     styled,
 )
 from aimscale.analysis.tables.results import loss_unit
-
-__all__ = [
-    "plot_beside_published",
-    "plot_fit",
-    "plot_frontier",
-    "plot_loss_accuracy",
-    "plot_points",
-    "plot_profile",
-    "plot_residuals",
-]
 
 if TYPE_CHECKING:
     from aimscale.analysis.fitting.result import Correlation, Fit
@@ -62,7 +52,7 @@ def plot_fit(
     background: pd.DataFrame | None = None,
     extend_to: float | None = None,
     legend_title: str | None = None,
-) -> Axes:
+) -> Figure:
     """Measurements, the fitted law and its confidence band against one variable.
 
     A law of two variables gives one line for each of up to eight values of the other one.
@@ -117,7 +107,7 @@ def plot_fit(
             ]
             title = legend_title or short(fit.columns[others[0]])
             ax.legend(handles=handles, title=title, handlelength=2.2, **below(len(handles)))
-    return ax
+    return figure_of(ax)
 
 
 def _law_line(
@@ -147,7 +137,7 @@ def _law_line(
 
 def plot_points(
     frame: pd.DataFrame, x: str, y: str = "val_loss", by: str | None = None, ax: Axes | None = None
-) -> Axes:
+) -> Figure:
     """Measurements alone: what is shown when no law can be fitted."""
     with styled():
         if ax is None:
@@ -163,14 +153,14 @@ def plot_points(
         ax.set_ylabel(axis_label(y, loss_unit(frame)))
         if by:
             ax.legend(title=short(by))
-    return ax
+    return figure_of(ax)
 
 
 def plot_residuals(fit: Fit) -> Figure:
     """Residuals against every variable of the law; a pattern here means the form is wrong."""
     with styled():
         variables = list(fit.law.variables)
-        figure, axes = new_figure(3.5 * len(variables) if len(variables) > 1 else 5.4, 3.5, len(variables))
+        figure, axes = new_figure(3.5 * len(variables) if len(variables) > 1 else 5.4, 3.5, num_columns=len(variables))
         residual = fit.data["residual"]
         shown = 100 * np.expm1(residual) if fit.objective.log else residual
         for ax, x in zip(axes, variables, strict=True):
@@ -207,8 +197,7 @@ def plot_loss_accuracy(
         tasks = list(dict.fromkeys(probes["task"]))
         columns = min(3, len(tasks))
         rows = -(-len(tasks) // columns)
-        figure = Figure(figsize=(max(5.4, 3.3 * columns), 3.3 * rows + 0.5), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        figure, panels = new_figure(max(5.4, 3.3 * columns), 3.3 * rows + 0.5, rows, columns)
         by = next(
             (name for name in ("params_total", "images_seen") if name in probes and probes[name].notna().any()), None
         )

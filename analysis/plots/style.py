@@ -86,11 +86,27 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float = 5.4, height: float = 3.7, num_axes: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of one row of axes that no global state keeps alive; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, num_axes, squeeze=False)[0]
-    return figure, list(axes)
+class ShownFigure(Figure):
+    """A figure that no global state keeps alive, and that a notebook shows when it is a cell's last value."""
+
+    def _repr_png_(self) -> bytes:
+        return png_bytes(self)
+
+
+def new_figure(
+    width: float = 5.4, height: float = 3.7, num_rows: int = 1, num_columns: int = 1, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row; sizes in inches, options as for `Figure.subplots`."""
+    figure = ShownFigure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, **options)
+    return figure, list(axes.ravel())
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that axes stand in, of sub-figures the outermost."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
 
 
 def ordered_colours(num: int) -> list[str]:

@@ -110,7 +110,7 @@ def contrast_words(found: Contrasts) -> list[str]:
 
 
 def _contrast_table(key: str, found: Contrasts) -> PageTable:
-    frame = found.table()
+    frame = found.table
     form = number(4)
     return page_table(
         f"{key}-table",
@@ -177,14 +177,14 @@ def _laws(study: Study) -> Iterator[Finding]:
 def _repeats(study: Study) -> Finding:
     found = study.repeats
     assert found is not None
-    curves, points = found.curves()
+    _, points = found.curves()
     caption = (
         f"{found.fit.law.formula}. Marks: measurements at the size with most pool sizes; lines: the law; dotted: were "
         "every image new."
     )
     figure = page_figure(
         "repeats", "laws", "Loss against images seen, by pool size", caption,
-        plot_repeats(curves, points, found.fit.loss_unit), points,
+        plot_repeats(found), points,
     )  # fmt: skip
     return Finding(
         section="laws",

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aimscale.analysis.baselines.published import published_frame
@@ -16,7 +15,7 @@ from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.frontier.isoflop import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
-from aimscale.analysis.plots.laws import plot_cloud, plot_forecasts, plot_frontiers, plot_isoflop, plot_surface
+from aimscale.analysis.plots.laws import plot_approaches, plot_cloud, plot_forecasts, plot_isoflop, plot_surface
 from aimscale.analysis.plots.parts import axis_label
 from aimscale.analysis.plots.scaling import (
     plot_beside_published,
@@ -67,13 +66,6 @@ def page_figure(key: str, section: str, title: str, caption: str, figure: Figure
     )
 
 
-def root(axes: Axes) -> Figure:
-    """The figure that the axes stand in."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
-
-
 def data_uri(mime: str, content: bytes) -> str:
     """Content that travels inside the page."""
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
@@ -108,15 +100,15 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
         if x not in usable or usable[x].isna().all():
             continue
         if "ND" in fits:
-            axes, caption = plot_fit(fits["ND"], x=key, se=se), law_caption(study, "ND") + bars
+            figure, caption = plot_fit(fits["ND"], x=key, se=se), law_caption(study, "ND") + bars
             data = fits["ND"].data
         elif key in fits:
-            axes, caption, data = plot_fit(fits[key], se=se), law_caption(study, key) + bars, fits[key].data
+            figure, caption, data = plot_fit(fits[key], se=se), law_caption(study, key) + bars, fits[key].data
         else:
             by = other if other in usable and usable[other].notna().all() else None
-            axes = plot_points(usable, x, by=by)
+            figure = plot_points(usable, x, by=by)
             caption, data = "No law could be fitted; see what is missing.", usable[[x, "val_loss"]]
-        yield page_figure(f"loss-{key}", "scaling", title, caption, root(axes), data)
+        yield page_figure(f"loss-{key}", "scaling", title, caption, figure, data)
     if "flops_train" in usable and usable["flops_train"].notna().any():
         yield _compute_figure(study, se, bars)
 
@@ -142,12 +134,12 @@ def _compute_figure(study: Study, se: pd.Series | None, bars: str) -> PageFigure
     usable = study.usable[["flops_train", "val_loss"]].dropna()
     title = "Loss against compute"
     if "C" not in study.fits:
-        axes = plot_points(usable, "flops_train")
-        return page_figure("loss-C", "scaling", title, "No law could be fitted.", root(axes), usable)
+        figure = plot_points(usable, "flops_train")
+        return page_figure("loss-C", "scaling", title, "No law could be fitted.", figure, usable)
     background = usable.set_axis(["x", "y"], axis=1)
-    axes = plot_fit(study.fits["C"], se=se, background=background)
+    figure = plot_fit(study.fits["C"], se=se, background=background)
     caption = f"Grey: all measurements; blue: the envelope. {law_caption(study, 'C')}{bars}"
-    return page_figure("loss-C", "scaling", title, caption, root(axes), usable)
+    return page_figure("loss-C", "scaling", title, caption, figure, usable)
 
 
 def _accuracy(study: Study) -> Iterator[PageFigure]:
@@ -219,8 +211,8 @@ def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigu
     """N*(C) by every approach that the table allows, and the parabolas where approach 2 is one of them."""
     failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
     caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
-    figure = plot_frontiers(approaches.frontiers)
-    yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table())
+    figure = plot_approaches(approaches)
+    yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
     isoflop = next((frontier for frontier in approaches.frontiers if frontier.approach == 2), None)
     if isoflop is not None:
         points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None, 0.1)

@@ -221,7 +221,7 @@ def law_tables(study: Study) -> list[PageTable]:
     """The parameters of every fit."""
     tables = []
     for key, fit in study.fits.items():
-        frame = fit.table()
+        frame = fit.table
         frame["shown"] = [fit.shown(name) for name in fit.params]
         numeric = [None if isinstance(v, str) else float(v) for v in frame["value"]]
         frame["value"] = pd.Series(numeric, dtype="float64")
@@ -333,7 +333,7 @@ def frontier_table(study: Study) -> PageTable | None:
         "frontiers",
         "Compute-optimal size, by approach",
         "N* grows as a power of C; 1: envelope of training curves, 2: a parabola at each compute, 3: the joint law.",
-        study.approaches.table(),
+        study.approaches.table,
         [
             ("approach", "approach", whole),
             ("exponent", "exponent", number(3)),

@@ -158,7 +158,7 @@ def test_imported_models_without_a_loss_are_compared_by_task_alone():
     assert found.closing == ()
     assert "What would close the gaps" in " ".join(found.left_out)
     assert len(found.exponents) == 2
-    assert "timm:some" in found.text()
+    assert "timm:some" in found.summary()
 
 
 def test_exponents_stand_beside_the_papers():

@@ -44,7 +44,7 @@ def test_an_exponent_that_is_not_identified_has_no_digits(known_study):
     found = by_definition(df, resamples=60)
     assert found.table["alpha"].isna().all()
     assert "not identified under any definition" in found.sentence()
-    assert "not identified" in found.text()
+    assert "not identified" in found.summary()
 
 
 def test_the_verb_prints_draws_and_refuses(known_study, tmp_path):

@@ -15,9 +15,9 @@ from aimscale.analysis.frontier.approaches import all_approaches
 from aimscale.analysis.frontier.isoflop import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.plots.laws import (
+    plot_approaches,
     plot_cloud,
     plot_forecasts,
-    plot_frontiers,
     plot_isoflop,
     plot_profile,
     plot_surface,
@@ -53,17 +53,17 @@ def lightness(colour: str) -> float:
 
 
 def test_units_are_named_for_our_tables_only(grid):
-    ours = plot_points(grid.assign(target="normalised"), "params_total")
+    (ours,) = plot_points(grid.assign(target="normalised"), "params_total").axes
     assert ours.get_ylabel() == "validation loss (normalised MSE)"
     assert "pixel head" in ours.get_xlabel()
-    raw = plot_fit(fit("chinchilla", grid.assign(target="raw"), resamples=0), x="D")
+    (raw,) = plot_fit(fit("chinchilla", grid.assign(target="raw"), resamples=0), x="D").axes
     assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss (MSE)", "D: training images seen")
-    theirs = plot_fit(fit("chinchilla", grid, resamples=0), x="D")
+    (theirs,) = plot_fit(fit("chinchilla", grid, resamples=0), x="D").axes
     assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
 
 
 def test_the_law_is_drawn_where_it_predicts(joint):
-    ax = plot_fit(joint, x="N")
+    (ax,) = plot_fit(joint, x="N").axes
     budgets = np.sort(joint.data["D"].unique())
     assert len(ax.lines) == len(budgets)
     for line, budget in zip(ax.lines, budgets, strict=True):
@@ -85,27 +85,27 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
     links = {"dig$its": correlate(probes, x="val_loss", y="top1", resamples=40)}
     by_n = held_out(joint, grid, by="N", resamples=40).predictions
     figures = {
-        "fit": plot_fit(joint, x="D", se=pd.Series(0.001, index=grid.index)).figure,
-        "points": plot_points(grid, "params_total", by="images_seen").figure,
+        "fit": plot_fit(joint, x="D", se=pd.Series(0.001, index=grid.index)),
+        "points": plot_points(grid, "params_total", by="images_seen"),
         "residuals": plot_residuals(joint),
         "accuracy": plot_loss_accuracy(probes, links),
         "published": plot_beside_published(grid[grid["images_seen"] == grid["images_seen"].max()], published_frame()),
-        "frontier": plot_frontiers(approaches.frontiers),
+        "frontier": plot_approaches(approaches),
         "isoflop": plot_isoflop(isoflop_points(points_of(grid, y="val_loss", columns=None), 5, 0.1)),
         "surface": plot_surface(joint, approaches.frontiers[-1]),
         "cloud": plot_cloud(joint),
         "forecast": plot_forecasts({"largest N": by_n}),
-        "profile": plot_profile(profile(joint, "alpha", num=9)).figure,
+        "profile": plot_profile(profile(joint, "alpha", num=9)),
     }
     for name, figure in figures.items():
         svg, png = save(figure, tmp_path / name)
         assert ElementTree.parse(svg).getroot().tag.endswith("svg")
         assert png.read_bytes().startswith(b"\x89PNG")
-    assert svg_text(plot_fit(joint).figure) == svg_text(plot_fit(joint).figure)
+    assert svg_text(plot_fit(joint)) == svg_text(plot_fit(joint))
 
 
 def test_themed_svg_has_no_fixed_colour_and_unique_ids(joint):
-    figure = plot_fit(joint).figure
+    figure = plot_fit(joint)
     first, second = (themed_svg(figure, key, 'a "label" & <more>') for key in ("one", "two"))
     root = ElementTree.fromstring(first.replace("xlink:href", "href"))
     assert root.attrib["aria-label"] == 'a "label" & <more>'
@@ -146,11 +146,11 @@ def test_a_hundred_thousand_points_become_an_image_in_the_figure(joint):
     rng = np.random.default_rng(0)
     many = pd.DataFrame({"params_total": rng.lognormal(14, 2, 100_000)})
     many["val_loss"] = 0.2 + 30 * many["params_total"] ** -0.4
-    svg = svg_text(plot_points(many, "params_total").figure)
+    svg = svg_text(plot_points(many, "params_total"))
     assert len(svg) < 1_500_000
     assert "<image" in svg
 
 
 def test_unidentified_laws_still_draw(joint):
     bare = dataclasses.replace(joint, draws={}, intervals={})
-    assert len(plot_fit(bare).lines) == joint.data["D"].nunique()
+    assert len(plot_fit(bare).axes[0].lines) == joint.data["D"].nunique()

@@ -1,0 +1,87 @@
+"""How results show themselves: a few lines in a shell, a table in a notebook, prose, a figure, plain types and JSON."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from aimscale.analysis.errors import AnalysisError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+FIGURES: dict[str, str] = {}
+"""Class of a result -> `module:function` that draws it. `aimscale.analysis` fills it: results stand below the figures
+and know none of them."""
+MAX_ROWS = 20
+"""Rows that a shell and a notebook show of a longer table."""
+
+
+class Result:
+    """What every result can do."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def table(self) -> pd.DataFrame:
+            """Its numbers."""
+
+    def headline(self) -> str:
+        """One line: what this is."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """All there is to say, as the command prints it."""
+        return f"{self.headline()}\n\n{_text(self.table, len(self.table))}"
+
+    def plot(self, **options: Any) -> Figure:
+        """Its figure; the options are those of the plot function of the same name, such as `plot_fit`.
+
+        Raises:
+            AnalysisError: nothing draws this kind of result.
+        """
+        name = type(self).__name__
+        if name not in FIGURES:
+            raise AnalysisError(f"There is no figure of a {name}; draw its .table yourself.")
+        module, _, function = FIGURES[name].partition(":")
+        return getattr(importlib.import_module(module), function)(self, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        raise NotImplementedError
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """`to_dict` as JSON; numbers that JSON cannot hold become null."""
+        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
+
+    def __repr__(self) -> str:
+        return f"{self.headline()}\n{_text(self.table, MAX_ROWS)}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        table = self.table.to_html(index=False, max_rows=MAX_ROWS, float_format=_number, border=0)
+        return f"<p>{html.escape(self.headline())}</p>{table}"
+
+
+def _text(table: pd.DataFrame, max_rows: int) -> str:
+    return table.to_string(index=False, max_rows=max_rows, float_format=_number)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def plain_types(value: Any) -> Any:
+    """JSON types only; numbers that JSON cannot hold become null."""
+    import numpy as np
+
+    if isinstance(value, dict):
+        return {str(k): plain_types(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_types(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
