@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,9 +41,9 @@ def pack(
     classes: ClassesOption = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
+    from aimscale.harness.data.errors import DataError
     from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
     from aimscale.harness.data.store.idx import is_idx, pack_idx
-    from aimscale.harness.data.store.index import DataError
     from aimscale.harness.data.store.pack import pack_folder
 
     if bundled:
@@ -64,7 +65,7 @@ def pack(
             source, out, resize=resize, skip_bad=skip_bad, part=part, max_shard_bytes=shard_mb * 1e6
         )
     for path in skipped:
-        print(f"left out, cannot be decoded: {path}")
+        print(f"left out, cannot be decoded: {os.fsencode(path).decode(errors='backslashreplace')}")
     print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {len(info.shards)} shards")
 
 
@@ -83,7 +84,7 @@ def index(
     workers: Annotated[int, typer.Option(min=1, help="Processes; each reads one shard at a time.")] = 1,
 ) -> None:
     """Read every shard once and write index.parquet and dataset.json; resumes where it was interrupted."""
-    from aimscale.harness.data.store.index import DataError
+    from aimscale.harness.data.errors import DataError
     from aimscale.harness.data.store.indexing import expand_shards, index_shards
     from aimscale.harness.data.store.shards import is_url
 
@@ -125,7 +126,7 @@ def info(
 
 
 def _read_part(text: str | None) -> tuple[int, int] | None:
-    from aimscale.harness.data.store.index import DataError
+    from aimscale.harness.data.errors import DataError
 
     if text is None:
         return None
@@ -137,7 +138,7 @@ def _read_part(text: str | None) -> tuple[int, int] | None:
 
 
 def _read_classes(path: Path | None) -> tuple[str, ...] | None:
-    from aimscale.harness.data.store.index import DataError
+    from aimscale.harness.data.errors import DataError
 
     if path is None:
         return None

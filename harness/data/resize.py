@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+_MAX_ASPECT_RATIO = 64  # of what is resized for a square crop
+
 
 def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 (C, H, W) to (C, size, size): shorter side to `size`, then the middle of the longer one."""
+    height, width = image.shape[-2:]
+    longest = _MAX_ASPECT_RATIO * min(height, width)
+    if max(height, width) > longest:  # enlarged as a whole, a strip of 1 x 65,500 px would take 10 GB
+        image = image[:, max(0, height - longest) // 2 :, max(0, width - longest) // 2 :][:, :longest, :longest]
     image = resize_shorter_side(image, size)
     height, width = image.shape[-2:]
     top, left = (height - size) // 2, (width - size) // 2

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.resize import centre_crop
 from aimscale.harness.data.store.decoding import UndecodableImageError
-from aimscale.harness.data.store.index import DataError, ShardDataset
+from aimscale.harness.data.store.index import ShardDataset
 
 _CAPTION_PX = 14
 _MARGIN_PX = 4

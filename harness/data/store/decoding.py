@@ -7,44 +7,108 @@ OpenCV (all three wrap libjpeg-turbo and give the same pixels) and decodes 40 % 
 from __future__ import annotations
 
 import io
+import struct
+import warnings
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
+MAX_IMAGE_PIXELS = 89_478_485
+"""Larger images are refused before they are decoded (Pillow's limit, too: 268 MB of pixels): a header of a few bytes
+may ask for any amount of memory."""
+
 _MODES = {1: (ImageReadMode.GRAY, "L", "GRAY"), 3: (ImageReadMode.RGB, "RGB", "RGB")}
 _JPEG_START = b"\xff\xd8"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_BITS_PER_SAMPLE = 258  # TIFF's tag
+_RANGE_OF_16_BITS = ("PNG", "PPM")  # formats whose 32-bit integers in Pillow are 16 bits in the file
 
 
 class UndecodableImageError(Exception):
     """These bytes are no image that torchvision or Pillow can read in full."""
 
 
+class ImageTooLargeError(UndecodableImageError):
+    """An image of more than MAX_IMAGE_PIXELS."""
+
+
 def decode(data: bytes, channels: int = 3) -> torch.Tensor:
     """Decode JPEG with simplejpeg, PNG, WebP and GIF (first frame) with torchvision, and whatever else Pillow reads.
 
     Returns:
-        uint8 (channels, height, width); grey images are repeated over three channels, alpha is dropped.
+        uint8 (channels, height, width); grey images are repeated over three channels, alpha is dropped, and of 16 bits
+        the upper eight are kept.
 
     Raises:
-        UndecodableImageError: the bytes are empty, truncated or no image.
+        ImageTooLargeError: the header says more than MAX_IMAGE_PIXELS.
+        UndecodableImageError: the bytes are empty, truncated, no image, or pixels whose range nobody states (floating
+            point and 32-bit integers).
     """
     mode, pillow_mode, jpeg_mode = _MODES[channels]
     try:
         if data[:2] == _JPEG_START:
+            _refuse_large(*simplejpeg.decode_jpeg_header(data)[:2])
             return torch.from_numpy(simplejpeg.decode_jpeg(data, jpeg_mode)).permute(2, 0, 1)
+    except ValueError:
+        pass  # a variant that it does not know, CMYK for one
+    _refuse_large(*_size_px(data))
+    try:
         image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
         if image.dim() == 3 and image.dtype == torch.uint8:
             return image
     except (RuntimeError, ValueError):
-        pass  # a format or variant that neither knows (CMYK JPEG, BMP, TIFF): Pillow decides
+        pass  # a format or variant that torchvision does not know either (BMP, TIFF, 16-bit PNG): Pillow decides
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            pixels = np.array(picture.convert(pillow_mode))
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise many types on broken bytes, SyntaxError and struct.error among them
+            pixels = np.array(_eight_bits(picture).convert(pillow_mode))
+    except UndecodableImageError:
+        raise
+    except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels.reshape(pixels.shape[0], pixels.shape[1], channels)).permute(2, 0, 1)
+
+
+def _size_px(data: bytes) -> tuple[int, int]:
+    """(width, height) by the header alone."""
+    if data[:8] == _PNG_START and len(data) >= 24:
+        width, height = struct.unpack(">II", data[16:24])
+        return width, height
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as picture:
+                return picture.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(str(error)) from error
+    except Exception as error:  # as above
+        raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _refuse_large(width: int, height: int) -> None:
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ImageTooLargeError(f"{width} x {height} pixels; the limit is {MAX_IMAGE_PIXELS:,} pixels in all")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture whose mode has 8 bits per channel: Pillow's own conversion clips 16 bits to white.
+
+    Raises:
+        UndecodableImageError: the file states no range for its values.
+    """
+    if picture.mode.startswith("I;16"):
+        bits = int(getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0])
+        return Image.fromarray(_upper_byte(np.array(picture), bits))
+    if picture.mode == "I" and picture.format in _RANGE_OF_16_BITS:
+        return Image.fromarray(_upper_byte(np.array(picture), 16))
+    if picture.mode in ("I", "F"):
+        kind = "32-bit integers" if picture.mode == "I" else "floating-point numbers"
+        raise UndecodableImageError(f"its pixels are {kind}, whose range no header states; convert it to 8 or 16 bits")
+    return picture
+
+
+def _upper_byte(values: npt.NDArray[np.generic], bits: int) -> npt.NDArray[np.uint8]:
+    return (values.astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)

@@ -20,8 +20,10 @@ def describe_dataset(dataset: ShardDataset) -> dict[str, Any]:
     labels = dataset.labels
     class_counts: dict[str, int] = {}
     if labels is not None:
-        counts = np.bincount(labels[labels >= 0], minlength=dataset.num_classes).tolist()
-        class_counts = dict(zip(dataset.classes or map(str, range(dataset.num_classes)), counts, strict=True))
+        class_counts = dict.fromkeys(dataset.classes or (), 0)
+        found, counts = np.unique(labels[labels >= 0], return_counts=True)
+        for label, count in zip(found.tolist(), counts.tolist(), strict=True):
+            class_counts[dataset.classes[label] if dataset.classes else str(label)] = count
     return {
         "name": dataset.info.name,
         "path": dataset.path,

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,7 +29,7 @@ from aimscale.harness.data.store.index import (
     write_index,
 )
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan, scan_shard, shard_size
-from aimscale.harness.data.store.shards import REMOTE_ERRORS, is_url, join
+from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join
 from aimscale.harness.run.files import written_aside
 
 PARTS_FOLDER = ".index-parts"
@@ -93,7 +92,7 @@ def list_shards(location: str) -> list[str]:
     """
     if is_url(location):
         try:
-            filesystem, inner = fsspec.core.url_to_fs(location)
+            filesystem, inner = filesystem_of(location)
             found = [path.rstrip("/").rpartition("/")[2] for path in filesystem.ls(inner, detail=False)]
         except REMOTE_ERRORS as error:
             raise DataError(

@@ -15,10 +15,11 @@ import torch
 import webdataset
 from PIL import Image
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.resize import resize_shorter_side
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.index import DataError, DatasetInfo
+from aimscale.harness.data.store.index import DatasetInfo
 from aimscale.harness.data.store.indexing import write_scans
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, scan_shard
 from aimscale.harness.run.files import written_dir_aside
@@ -137,6 +138,9 @@ def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
             raise DataError(f"{folder} holds idx files, one data set each; name the images of one, as in {path}")
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     classes = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
+    for name in classes:
+        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):  # how Python shows bytes that are no text
+            raise DataError(f"the class folder {name!r} of {folder} has a name that is not UTF-8 text; rename it")
     loose = sum(path.parent == folder for path in files)
     if classes and loose:
         raise DataError(

@@ -8,22 +8,23 @@ as they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.index import SCHEMA, DataError
-from aimscale.harness.data.store.shards import REMOTE_ERRORS, is_url, join
+from aimscale.harness.data.store.index import SCHEMA, image_checksum
+from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_remote
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")
 SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
+MAX_LABEL = 2**31 - 1
+"""Largest class number."""
 _LABEL_KEYS = ("label", "cls")
 
 
@@ -62,7 +63,7 @@ def shard_size(path: str) -> int:
     """Bytes of a local or remote file."""
     if not is_url(path):
         return os.stat(path).st_size
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = filesystem_of(path)
     return int(filesystem.size(inner))
 
 
@@ -76,6 +77,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tuple[int, b
         folder, _, file_name = member.name.rpartition("/")
         stem, _, extension = file_name.partition(".")
         key = f"{folder}/{stem}" if folder else stem
+        key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         if key != current:
             if current is not None:
                 yield current, members
@@ -106,7 +108,7 @@ def _entry(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> dict[s
         "label": _label(path, key, members),
         "width": width,
         "height": height,
-        "checksum": int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"),
+        "checksum": image_checksum(data),
         "ok": height > 0,
     }
 
@@ -120,15 +122,13 @@ def _label(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> int | 
         elif "json" in members:
             record = json.loads(members["json"][1])
             value = next((record[name] for name in _LABEL_KEYS if type(record.get(name)) is int), None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"the label of sample '{key}' of {path} is no class number ({error}); repair it") from error
-    if value is not None and value < 0:
-        raise DataError(f"the label of sample '{key}' of {path} is {value}; class numbers start at 0")
+    if value is not None and not 0 <= value <= MAX_LABEL:
+        text = str(value) if abs(value) < 10**20 else "beyond 64 bits"
+        raise DataError(f"the label of sample '{key}' of {path} is {text}; class numbers lie in 0..{MAX_LABEL}")
     return value
 
 
 def _open(path: str) -> IO[bytes]:
-    if not is_url(path):
-        return open(path, "rb")
-    opened: IO[bytes] = fsspec.open(path, "rb").open()
-    return opened
+    return open_remote(path) if is_url(path) else open(path, "rb")

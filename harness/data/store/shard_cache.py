@@ -1,33 +1,48 @@
 """A bounded folder of whole shards, shared by the processes of a machine and by data sets.
 
-Shards are downloaded once, aside, and renamed. When the next one would pass the bound, shards of other data sets make
-room, the longest unused first; a data set never evicts its own, because a shuffled stream comes back to every shard
-all the time and would download each again for every image. What does not fit is read by byte ranges.
+The cache is a folder of its own, `aimscale-shards` within the one that the user names: made and marked by the first
+process, so that nothing is ever deleted but shards that were downloaded here. Shards are downloaded once, aside, and
+renamed. When the next one would pass the bound, shards of other data sets make room, the longest unused first; a data
+set never evicts its own, because a shuffled stream comes back to every shard all the time and would download each again
+for every image. What does not fit is read by byte ranges.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import fsspec
-
-from aimscale.harness.data.store.shards import LocalReader, RemoteReader, join, with_retries
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.shards import LocalReader, RemoteReader, join, open_remote, with_retries
 from aimscale.harness.run.files import locked
 
+CACHE_FOLDER = "aimscale-shards"
+"""Name of the cache within the folder that a user names."""
+
+_MARK = "CACHEDIR.TAG"  # also tells backup tools to leave the folder out (bford.info/cachedir)
+_MARK_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Shards downloaded by aimscale, which deletes them here.\n"
+_DATASET_FOLDER = re.compile(r"[0-9a-f]{16}")
+_PARTIAL = ".partial"
 _CHUNK_BYTES = 4 * 2**20
 _RETRY_S = 60.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
 
 
 class CachedReader:
-    """Reads shards of one data set through `cache_dir`, which never holds more than `max_bytes`."""
+    """Reads shards of one data set through a cache in `cache_dir`, which never holds more than `max_bytes`.
+
+    Raises:
+        DataError: what stands in the cache's place is not a cache, or cannot be made.
+    """
 
     def __init__(self, location: str, sizes: Mapping[str, int], cache_dir: Path, max_bytes: int) -> None:
-        self._location, self._sizes, self._cache_dir, self._max_bytes = location, dict(sizes), cache_dir, max_bytes
-        self._folder = cache_dir / hashlib.blake2b(location.encode(), digest_size=8).hexdigest()
+        self._location, self._sizes, self._max_bytes = location, sizes, max_bytes
+        self._root = open_cache(cache_dir)
+        self._folder = self._root / hashlib.blake2b(location.encode(), digest_size=8).hexdigest()
         self._local, self._remote = LocalReader(self._folder), RemoteReader(location)
         self._present: set[str] = set()
         self._not_before: dict[str, float] = {}
@@ -52,8 +67,7 @@ class CachedReader:
         if now < self._not_before.get(name, 0.0):
             return False
         self._not_before[name] = now + _RETRY_S
-        self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._folder / f"{_file_name(name)}.partial"
+        aside = self._folder / f"{_file_name(name)}{_PARTIAL}"
         with locked(aside, wait=False) as mine:
             if not mine:  # another process is fetching it
                 return False
@@ -70,15 +84,13 @@ class CachedReader:
 
     def _reserve(self, aside: Path, size: int) -> bool:
         """Make room for a shard and claim it by the length of its file; False when it cannot fit."""
-        with locked(self._cache_dir / ".lock"):
-            files = [(path, path.stat()) for path in self._cache_dir.glob("*/*") if path != aside]
+        with locked(self._root / ".lock"):
+            files = [(path, stat) for path, stat in _shards_in(self._root) if path != aside]
             excess = sum(stat.st_size for _, stat in files) + size - self._max_bytes
-            foreign = [
-                (path, stat) for path, stat in files if path.parent != self._folder and path.suffix != ".partial"
-            ]
+            foreign = [(path, stat) for path, stat in files if path.parent != self._folder and not _is_in_use(path)]
             if excess > sum(stat.st_size for _, stat in foreign):
                 return False
-            for path, stat in sorted(foreign, key=lambda entry: entry[1].st_mtime):
+            for path, stat in sorted(foreign, key=lambda entry: (entry[0].suffix != _PARTIAL, entry[1].st_mtime)):
                 if excess <= 0:
                     break
                 path.unlink(missing_ok=True)
@@ -88,9 +100,8 @@ class CachedReader:
 
     def _download(self, name: str, aside: Path) -> None:
         def fetch() -> None:
-            filesystem, path = fsspec.core.url_to_fs(join(self._location, name))
             length = 0
-            with filesystem.open(path, "rb") as source, aside.open("r+b") as target:
+            with open_remote(join(self._location, name)) as source, aside.open("r+b") as target:
                 while chunk := source.read(_CHUNK_BYTES):
                     target.write(chunk)
                     length += len(chunk)
@@ -98,6 +109,51 @@ class CachedReader:
                 raise OSError(f"{join(self._location, name)} has {length} bytes, the index says {self._sizes[name]}")
 
         with_retries(fetch)
+
+
+def open_cache(cache_dir: Path) -> Path:
+    """The cache's own folder in `cache_dir`, made and marked when it is not there.
+
+    Raises:
+        DataError: a folder of that name was made by somebody else, or none can be made.
+    """
+    root = cache_dir / CACHE_FOLDER
+    try:
+        if not root.exists():
+            aside = cache_dir / f".{CACHE_FOLDER}.{os.getpid()}"
+            aside.mkdir(parents=True, exist_ok=True)
+            (aside / _MARK).write_text(_MARK_TEXT)
+            try:
+                aside.rename(root)
+            except OSError:  # another process was faster
+                (aside / _MARK).unlink()
+                aside.rmdir()
+        if (root / _MARK).read_text() == _MARK_TEXT:
+            return root
+    except (FileNotFoundError, UnicodeDecodeError):
+        pass
+    except OSError as error:
+        raise DataError(f"cannot make a cache in {cache_dir} ({error}); choose another runtime.cache_dir") from error
+    raise DataError(f"{root} is no cache of shards (it lacks {_MARK}); choose another runtime.cache_dir or remove it")
+
+
+def _shards_in(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every file of the cache's data sets."""
+    for folder in root.iterdir():
+        if not _DATASET_FOLDER.fullmatch(folder.name) or folder.is_symlink():
+            continue
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a download that has just ended
+                if path.is_file() and not path.is_symlink():
+                    yield path, path.stat()
+
+
+def _is_in_use(path: Path) -> bool:
+    """Whether a process is downloading this file; one that was killed leaves an unlocked `.partial`."""
+    if path.suffix != _PARTIAL:
+        return False
+    with locked(path, wait=False) as free:
+        return not free
 
 
 def _file_name(name: str) -> str:

@@ -9,16 +9,19 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import aiohttp
 import fsspec
+
+from aimscale.harness.data.errors import DataError
 
 T = TypeVar("T")
 REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
 """What fsspec's file systems raise when the network or the server fails."""
 _MAX_OPEN_FILES = 128
 _NUM_TRIES = 4  # of a remote read
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by protocol
 _FIRST_PAUSE_S = 0.2  # before the second try; doubles
 
 
@@ -49,11 +52,36 @@ def read_bytes(path: str) -> bytes:
         return Path(path).read_bytes()
 
     def read() -> bytes:
-        filesystem, inner = fsspec.core.url_to_fs(path)
+        filesystem, inner = filesystem_of(path)
         data: bytes = filesystem.cat_file(inner)
         return data
 
     return with_retries(read)
+
+
+def open_remote(url: str) -> IO[bytes]:
+    """Open a URL for reading from front to back."""
+    filesystem, inner = filesystem_of(url)
+    opened: IO[bytes] = filesystem.open(inner, "rb")
+    return opened
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, one per process, and the path within it.
+
+    Raises:
+        DataError: nothing installed knows the protocol.
+    """
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        extra = _EXTRAS.get(protocol)
+        how = f"pip install 'aimscale[{extra}]'" if extra else f"install the package that fsspec names: {error}"
+        raise DataError(f"{url} needs a package that is not installed; {how}") from error
+    except ValueError as error:
+        raise DataError(f"{url} cannot be opened ({error}); give a folder or a URL that fsspec knows") from error
+    return filesystem, inner
 
 
 def with_retries(action: Callable[[], T]) -> T:
@@ -111,7 +139,7 @@ class RemoteReader:
 
         def fetch() -> bytes:
             # looked up every time: fsspec keeps one file system per process, so that a forked worker gets its own
-            filesystem, path = fsspec.core.url_to_fs(join(self._location, name))
+            filesystem, path = filesystem_of(join(self._location, name))
             data: bytes = filesystem.cat_file(path, start=offset, end=offset + size)
             return data
 

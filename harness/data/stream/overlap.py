@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from aimscale.harness.data.store.index import DataError, ShardDataset
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.index import ShardDataset
 
 
 def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:

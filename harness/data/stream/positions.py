@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
 from aimscale.harness.data.store.decoding import UndecodableImageError
-from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset, require_channels
+from aimscale.harness.data.store.index import ShardDataset, open_dataset, require_channels
 from aimscale.harness.data.stream.augment import (
     SMALL_SIDE,
     Boxes,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aimscale.aim.config import ModelConfigError
-from aimscale.harness.data.store.index import DataError
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.device.distributed import find_placement, start_group
 from aimscale.harness.run.directory import LeaseLost
 from aimscale.harness.run.failures import classify, stop_signals

@@ -19,7 +19,8 @@ import aimscale.harness.device.peak
 import aimscale.harness.log.record
 import aimscale.harness.step.feed
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimscale.harness.data.store.index import DataError
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.probe.benchmarks import TaskError
 from aimscale.harness.probe.features import ProbeError

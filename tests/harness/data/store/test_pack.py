@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -14,9 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.resize import centre_crop
 from aimscale.harness.data.store import bundled
-from aimscale.harness.data.store.decoding import decode
-from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.store.decoding import ImageTooLargeError, UndecodableImageError, decode
+from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import pack_folder
 from aimscale.sweeps.cli.main import main
 
@@ -212,3 +217,115 @@ def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.Monke
     mixed = sets["validation"]
     digits = np.isin(mixed.checksum, sets["digits-validation"].checksum)
     assert digits.reshape(-1, 5).sum(1).tolist() == [1] * 17
+
+
+def saved(picture: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_sixteen_bits_keep_their_grey_levels(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 35).astype(np.uint16).reshape(5, 7)
+    image = decode(saved(Image.fromarray(ramp), kind))
+    assert torch.equal(image, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1))
+    assert torch.equal(decode(saved(Image.fromarray(ramp), kind), channels=1)[0], image[0])
+
+
+def test_values_without_a_range_are_refused() -> None:
+    numbers = np.array([[0.0, 0.5], [np.nan, 1.0]], dtype=np.float32)
+    for values in (numbers, np.array([[0, 70_000]], dtype=np.int32)):
+        with pytest.raises(UndecodableImageError, match="whose range no header states"):
+            decode(saved(Image.fromarray(values), "tiff"))
+
+
+def claiming(kind: str, side: int) -> bytes:
+    """A small file whose header says that it is side x side pixels."""
+    data = saved(Image.new("RGB", (40, 40)), kind)
+    if kind == "png":
+        return data[:16] + struct.pack(">II", side, side) + data[24:]
+    if kind == "bmp":
+        return data[:18] + struct.pack("<ii", side, side) + data[26:]
+    start = data.index(b"\xff\xc0") + 5
+    return data[:start] + struct.pack(">HH", side, side) + data[start + 4 :]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "bmp"])
+def test_a_header_that_asks_for_gigabytes_is_refused_by_name(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / f"bomb.{kind}").write_bytes(claiming(kind, 65_500))
+    with pytest.raises(ImageTooLargeError):
+        decode((tmp_path / "in" / f"bomb.{kind}").read_bytes())
+    with pytest.raises(DataError, match=rf"bomb.{kind} cannot be decoded \(.*pixels"):
+        pack_folder(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--skip-bad"])
+    assert ended.value.code == 0
+    assert f"left out, cannot be decoded: {tmp_path / 'in' / f'bomb.{kind}'}" in capsys.readouterr().out
+    assert len(open_dataset(tmp_path / "out")) == 1
+
+
+def test_a_strip_is_cropped_before_it_is_enlarged() -> None:
+    strip = torch.zeros(3, 1, 65_500, dtype=torch.uint8)
+    strip[:, :, 32_740:32_760] = 200
+    assert (centre_crop(strip, 16) == 200).all()
+
+
+def test_a_shard_with_other_images_of_the_same_size_is_refused_by_name(small_set: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_set, tmp_path / "copy")
+    info = open_dataset(small_set).info
+    first, second = (tmp_path / "copy" / shard.name for shard in info.shards[:2])
+    data = first.read_bytes()
+    with tarfile.open(first) as tar:
+        images = [member for member in tar if member.name.endswith(".png")]
+    swapped = bytearray(data)
+    for member in images:  # the same picture upside down, padded to the old length: sizes and offsets all agree
+        picture = Image.open(io.BytesIO(data[member.offset_data :][: member.size])).transpose(
+            Image.Transpose.FLIP_TOP_BOTTOM
+        )
+        other = saved(picture.quantize(16), "png")
+        assert len(other) <= member.size
+        swapped[member.offset_data : member.offset_data + member.size] = other.ljust(member.size, b"\0")
+    first.write_bytes(swapped)
+    dataset = open_dataset(tmp_path / "copy")
+    number = info.shards[0].num_samples
+    assert dataset.decode(number + 1).shape == (3, 32, 32), f"{second} was not touched"
+    with pytest.raises(DataError, match=rf"{first.name} was changed after it was indexed: sample '.*restore"):
+        dataset.decode(3)
+    one = bytearray(data)  # a single image in the middle is met within sixteen reads of it
+    member = images[1]
+    one[member.offset_data : member.offset_data + member.size] = swapped[member.offset_data :][: member.size]
+    first.write_bytes(one)
+    dataset = open_dataset(tmp_path / "copy")
+    dataset.decode(0)
+
+    def read_often() -> None:
+        for _ in range(16):
+            dataset.decode(1)
+
+    with pytest.raises(DataError, match="was changed"):
+        read_often()
+
+
+def test_what_a_killed_pack_left_is_cleared_away(small_set: Path, tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / f".out.{socket.gethostname()}-{ended.pid}.partial"
+    left.mkdir()
+    (left / "shard-000007.tar").write_bytes(b"half")
+    pack_folder(small_set.parent / "images", tmp_path / "out")
+    assert not left.exists()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar"]
+
+
+def test_class_folders_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), b"in", b"caf\xe9")
+    os.makedirs(folder)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    shutil.move(tmp_path / "a.png", os.path.join(os.fsdecode(folder), "a.png"))
+    with pytest.raises(DataError, match="not UTF-8 text; rename it"):
+        pack_folder(tmp_path / "in", tmp_path / "out")

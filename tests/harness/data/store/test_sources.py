@@ -10,26 +10,30 @@ import json
 import re
 import shutil
 import struct
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store import indexing
 from aimscale.harness.data.store.idx import pack_idx
-from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import expand_shards, index_shards
 from aimscale.harness.data.store.pack import pack_folder
-from aimscale.harness.data.store.shard_cache import CachedReader
+from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader, open_cache
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.files import locked
 from aimscale.sweeps.cli.main import main
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -128,8 +132,15 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path)
     assert dataset.ok.tolist() == [True, False, False, True]
     assert dataset.info.num_bad == 2
-    for broken, says in ((b"cat", "no class number"), (b"-3", "start at 0")):
-        write_tar(tmp_path / "b.tar", [("0.jpg", good), ("0.cls", broken)])
+    for broken, extension, says in (
+        (b"cat", "cls", "no class number"),
+        (b"-3", "cls", "class numbers lie in 0"),
+        (b"9" * 25, "cls", "beyond 64 bits"),
+        (b'{"label": 4294967296}', "json", "is 4294967296; class numbers lie in"),
+        (b"[" * 100_000, "json", "no class number"),
+        (b'{"label": "\xff"}', "json", "no class number"),
+    ):
+        write_tar(tmp_path / "b.tar", [("0.jpg", good), (f"0.{extension}", broken)])
         with pytest.raises(DataError, match=rf"sample '0' of .*b.tar .*{says}"):
             index_shards(str(tmp_path), tmp_path)
 
@@ -249,7 +260,7 @@ def test_cache_keeps_its_bound_and_makes_room(small_set: Path, tmp_path: Path, s
     cache = tmp_path / "cache"
 
     def stored() -> int:
-        return sum(path.stat().st_size for path in cache.glob("*/*"))
+        return sum(path.stat().st_size for path in cache.glob("*/*/*"))
 
     for turn in range(2):  # the second data set takes the place of the first
         url, _ = serve(small_set)
@@ -262,7 +273,72 @@ def test_cache_keeps_its_bound_and_makes_room(small_set: Path, tmp_path: Path, s
     wrong = CachedReader(url, sizes | {name: sizes[name] + 1}, tmp_path / "other", 10**9)
     with pytest.raises(OSError, match="the index says"):
         wrong.read(name, 0, 10)
-    assert not [*(tmp_path / "other").glob("*/*")]
+    assert not [*(tmp_path / "other").glob("*/*/*")]
+
+
+def test_the_cache_never_touches_what_it_did_not_make(
+    small_set: Path, tmp_path: Path, serve: Callable[[Path], Any]
+) -> None:
+    """The repro of a user's loss: a cache in a folder of theirs, too small for the data set that wants in."""
+    theirs = [tmp_path / "photos" / name for name in ("2021/a.raw", "2022/b.raw", "0123456789abcdef/c.raw", "d.raw")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(200_000))
+    dataset = open_dataset(small_set)
+    sizes = {shard.name: shard.size for shard in dataset.info.shards}
+    name = dataset.info.shards[0].name
+    for url in (f"file://{small_set}", serve(small_set)[0]):
+        reader = CachedReader(url, sizes, tmp_path / "photos", sizes[name] + 1)
+        assert len(reader.read(name, 0, 512)) == 512
+        assert [path.stat().st_size for path in theirs] == [200_000] * 4
+    (cached,) = (tmp_path / "photos" / CACHE_FOLDER).glob(f"*/{name}")  # the second took the first one's place
+    assert cached.stat().st_size == sizes[name]
+    (tmp_path / "other" / CACHE_FOLDER).mkdir(parents=True)
+    (tmp_path / "other" / CACHE_FOLDER / "thesis.txt").write_text("by hand")
+    with pytest.raises(DataError, match=r"is no cache of shards \(it lacks CACHEDIR.TAG\)"):
+        CachedReader(url, sizes, tmp_path / "other", 1)
+
+
+def test_what_a_killed_download_left_makes_room(small_set: Path, tmp_path: Path, serve: Callable[[Path], Any]) -> None:
+    sizes = {shard.name: shard.size for shard in open_dataset(small_set).info.shards}
+    name = min(sizes)
+    left = open_cache(tmp_path) / "0123456789abcdef" / "x.tar.partial"
+    left.parent.mkdir()
+    left.write_bytes(bytes(10_000))
+    reader = CachedReader(serve(small_set)[0], sizes, tmp_path, sizes[name] + 100)
+    with locked(left):  # somebody downloads it
+        reader.read(name, 0, 10)
+        assert left.exists()
+    reader = CachedReader(serve(small_set)[0], sizes, tmp_path, sizes[name] + 100)
+    reader.read(name, 0, 10)
+    assert not left.exists()
+
+
+def test_protocols_that_nobody_knows_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    for url, says in (("s3://bucket/x", "pip install 'aimscale[s3]'"), ("nosuch://x/y", "Protocol not known: nosuch")):
+        for arguments in (["index", url, "--out", str(tmp_path / "out")], ["info", url]):
+            with pytest.raises(SystemExit) as stopped:
+                main(["data", *arguments])
+            assert stopped.value.code == 2
+            message = capsys.readouterr().err
+            assert says in message
+            assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_member_names_that_are_no_text_are_shown_as_bytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="latin-1", format=tarfile.USTAR_FORMAT) as tar:
+        data = jpeg(rng, 60, 60)
+        member = tarfile.TarInfo("caf\xe9.jpg")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    index_shards(str(tmp_path), tmp_path)
+    assert open_dataset(tmp_path).key(0) == "caf\\xe9"
 
 
 def test_remote_mistakes_are_named(

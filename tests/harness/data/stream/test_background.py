@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from aimscale.harness.data.store.index import DataError
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.stream.background import Background
 
 

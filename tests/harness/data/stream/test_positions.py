@@ -14,8 +14,9 @@ import torchvision.transforms.v2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.augment import (
     crop_resize,
     crop_resize_small,

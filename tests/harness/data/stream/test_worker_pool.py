@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from aimscale.harness.data.store.index import DataError
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
