@@ -20,6 +20,7 @@ from aimscale.analysis import display
 if TYPE_CHECKING:
     from aimscale.analysis import laws as laws
     from aimscale.analysis.baselines.comparison import compare as compare
+    from aimscale.analysis.choice.backtest import choose as choose
     from aimscale.analysis.downstream.correlation import correlate as correlate
     from aimscale.analysis.downstream.links import forecast as forecast
     from aimscale.analysis.downstream.links import leaves_chance as leaves_chance
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from aimscale.analysis.fitting.heldout import held_out as held_out
     from aimscale.analysis.fitting.influences import influence as influence
     from aimscale.analysis.fitting.profiles import profile as profile
-    from aimscale.analysis.fitting.select import choose as choose
     from aimscale.analysis.frontier.approaches import all_approaches as all_approaches
     from aimscale.analysis.frontier.definitions import by_definition as by_definition
     from aimscale.analysis.plots.intervals import plot_contrasts as plot_contrasts
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "baselines.comparison": ["compare"],
+    "choice.backtest": ["choose"],
     "downstream.correlation": ["correlate"],
     "downstream.links": ["forecast", "leaves_chance", "link"],
     "effects.contrasts": ["contrast"],
@@ -68,7 +69,6 @@ _HOMES = {
     "fitting.heldout": ["held_out"],
     "fitting.influences": ["influence"],
     "fitting.profiles": ["profile"],
-    "fitting.select": ["choose"],
     "frontier.approaches": ["all_approaches"],
     "frontier.definitions": ["by_definition"],
     "plots.intervals": ["plot_contrasts", "plot_definitions", "plot_noise", "plot_repeats"],

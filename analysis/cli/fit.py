@@ -18,6 +18,7 @@ from aimscale.analysis.cli.options import (
     WhatC,
     WhatN,
     Where,
+    draw,
     show,
     table_of,
     variable_columns,
@@ -33,7 +34,11 @@ app = typer.Typer(help="Fit a scaling law to a table, with intervals and a held-
 def fit_table(
     tables: Tables,
     law: Annotated[
-        str, typer.Option(help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C.")
+        str,
+        typer.Option(
+            help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C. "
+            "auto (auto:C of C alone): the simplest law that predicts the largest scales as well as any."
+        ),
     ] = "chinchilla",
     y: Annotated[str, typer.Option(help="Column to fit.")] = "val_loss",
     objective: Annotated[str, typer.Option(help="What to minimise: huber_log, lsq, log_lsq, lad, ...")] = "huber_log",
@@ -63,7 +68,7 @@ def fit_table(
         bool, typer.Option("--profile", help="Flag parameters whose profile likelihood is flat.")
     ] = False,
     against: Annotated[
-        list[str] | None, typer.Option(help="Rival law, compared by predicting the largest scale; may be repeated.")
+        list[str] | None, typer.Option(help="Rival law, compared by predicting the largest scales; may be repeated.")
     ] = None,
     definitions: Annotated[
         bool,
@@ -75,23 +80,32 @@ def fit_table(
     """Fit LAW to a table and say how far to trust it."""
     from dataclasses import replace
 
+    from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
+    from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.fitting.heldout import held_out
     from aimscale.analysis.fitting.influences import with_influence_flags
     from aimscale.analysis.fitting.profiles import with_profile_flags
-    from aimscale.analysis.fitting.select import choose
     from aimscale.analysis.frontier.definitions import by_definition
     from aimscale.analysis.tables.design import lower_envelope, mixture_flags
 
-    df = table_of(tables, columns, where, main, fresh="repeated" not in law)
+    df = table_of(tables, columns, where, main, fresh=not law.startswith(("repeated", "overfitting")))
     if definitions:
         show(by_definition(df, y=y, objective=objective, resamples=resamples), json, figure)
         return
     names = variable_columns(df.columns, n, c)
     if on_envelope:
         df = lower_envelope(df, names.get("C", "flops_train"), y)
+    choice = None
+    if law.partition(":")[0] == AUTO or against:
+        if fix or bound:
+            raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
+        df = with_compute(df, names)
+        by = hold_out[0].partition(":")[0] if hold_out else None
+        laws = [law, *against] if against else law
+        choice = choose(laws, df, by=by, y=y, columns=names, objective=objective, resamples=0)
     result = fit(
-        law,
+        choice.best.law if choice and not against else law,
         df,
         y=y,
         objective=objective,
@@ -112,12 +126,12 @@ def fit_table(
         result = with_influence_flags(result, df, by=leave_out)
     if profiles:
         result = with_profile_flags(result)
-    after = []
-    if against and not json:
-        by = (hold_out or [result.law.variables[0]])[0].partition(":")[0]
-        ranked = choose([law, *against], df, by=by, y=y, columns=names, objective=objective, resamples=0)
-        after = ["", ranked.sentence()]
-    show(result, json, figure, after=after)
+    if choice and json:
+        if figure is not None:
+            draw(result.plot(), figure)
+        show(replace(choice, best=result), json)
+        return
+    show(result, json, figure, after=["", choice.sentence()] if choice else [])
 
 
 def pairs(options: list[str], option: str, example: str) -> list[tuple[str, str]]:

@@ -17,12 +17,12 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.fixture
 def measurements():
-    """Reader of a published CSV beside the repository; skips where the folder is absent."""
+    """Reader of a published table beside the repository; skips where the folder is absent."""
 
     def read(name: str) -> pd.DataFrame:
         if not (SHARED / name).exists():
             pytest.skip(f"{SHARED / name} is not here")
-        return pd.read_csv(SHARED / name)
+        return pd.read_parquet(SHARED / name) if name.endswith(".parquet") else pd.read_csv(SHARED / name)
 
     return read
 

@@ -37,7 +37,24 @@ def test_fit_prints_parameters_and_the_sentence(table):
     out = run(cli_fit.app, table, "--hold-out", "N", "--leave-out", "size", "--against", "kaplan", "--resamples", 100)
     assert "alpha" in out
     assert "Held out N >=" in out
-    assert "Chosen by predicting the largest N" in out
+    assert "Chosen: chinchilla, no other comes within one standard error" in out
+
+
+def test_fit_chooses_its_law_by_what_it_predicts(table):
+    out = json.loads(run(cli_fit.app, table, "--law", "auto", "--resamples", 20, "--json"))
+    assert out["chosen"] == out["best"]["law"]
+    assert {law["law"] for law in out["laws"]} >= {
+        "overtrained",
+        "chinchilla",
+        "kaplan",
+        "coupled",
+        "farseer",
+    }
+    assert out["by"] == "C"
+    one = json.loads(run(cli_fit.app, table, "--law", "auto:C", "--envelope", "--resamples", 20, "--json"))
+    assert list(one["best"]["columns"]) == ["C", "y"]
+    with pytest.raises(AnalysisError, match="--fix and --bound belong to one law"):
+        run(cli_fit.app, table, "--law", "auto", "--fix", "E=0")
 
 
 def test_fit_json_with_foreign_columns_and_another_n(table):

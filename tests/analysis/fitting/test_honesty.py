@@ -12,7 +12,6 @@ from aimscale.analysis.bench import built_in_table, log_sum_exp_objective, run
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.influences import influence, with_influence_flags
 from aimscale.analysis.fitting.profiles import profile, with_profile_flags
-from aimscale.analysis.fitting.select import choose
 from aimscale.analysis.fitting.simulation import coverage, grid_design
 
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.4, "beta": 0.5}
@@ -62,14 +61,6 @@ def test_a_badly_tuned_rung_is_named(grid):
     assert any(f"size {bad} " in flag and "the fit hinges on it" in flag for flag in flags)
     with pytest.raises(AnalysisError, match="no column 'rung'"):
         influence(result, grid, by="rung")
-
-
-def test_laws_are_ranked_by_what_they_predict(grid):
-    found = choose(["power:N", "chinchilla", "kaplan"], grid, by="N", max_steps=2, resamples=0)
-    assert found.table["law"].iloc[0] == "chinchilla"
-    assert found.best.law.name == "chinchilla"
-    assert found.table["log_rmse"].iloc[0] < found.table["naive_log_rmse"].iloc[0]
-    assert "held-out steps" in found.sentence()
 
 
 def test_ninety_five_percent_intervals_hold_the_truth_about_that_often():

@@ -1,0 +1,1 @@
+"""Decisions that a table allows: which law to trust, and which runs to buy next."""
