@@ -24,6 +24,7 @@ def train(
     Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 75 stopped by
     SIGTERM or SIGUSR2 after saving (start it again to go on).
     """
+    from aimscale.harness.data.store.card import with_fingerprints
     from aimscale.harness.device.distributed import find_placement
     from aimscale.harness.run.config import ConfigError, load_run_config
     from aimscale.harness.run.directory import RunDir
@@ -33,7 +34,7 @@ def train(
             raise ConfigError(f"{run} is a run directory already; leave --out away")
         directory = run
     else:
-        config = load_run_config(run)
+        config = with_fingerprints(load_run_config(run))
         directory = out or Path(config.run_id)
         if find_placement().rank == 0:
             RunDir.create(directory, config)

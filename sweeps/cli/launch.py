@@ -88,7 +88,7 @@ def _launch_slurm(
     loaded = with_slurm(loaded, **fields)
     if not dry_run:
         check_data(startable(loaded, runs, slurm.jobs()))
-        prepare(loaded)
+        prepare(loaded, runs)
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run)
     for part in result.submitted:
         if dry_run:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
+from aimscale.harness.data.store.card import num_images
 from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.sweeps.plan.planner import Run
 
@@ -32,20 +31,12 @@ def check_data(runs: Sequence[Run]) -> None:
     from aimscale.harness.data.store.index import open_dataset  # imports torch
 
     for path in unlabelled:
-        if _num_samples(path) <= MAX_OPENED:
+        if (num_images(path) or 0) <= MAX_OPENED:
             open_dataset(path)
     if not tasks:
         return
     from aimscale.harness.probe.features import open_task
 
     for probe, model in tasks.values():
-        if max(_num_samples(probe.train), _num_samples(probe.test)) <= MAX_OPENED:
+        if max(num_images(probe.train) or 0, num_images(probe.test) or 0) <= MAX_OPENED:
             open_task(probe, model)
-
-
-def _num_samples(path: str) -> int:
-    """Images of a local data set by its own word; 0 where it cannot be asked, which `open_dataset` then explains."""
-    try:
-        return int(json.loads((Path(path) / "dataset.json").read_text())["num_samples"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0

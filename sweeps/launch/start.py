@@ -40,7 +40,7 @@ def launch(
     loaded, runs, cards = planned(sweep, root)
     known = slurm.known_jobs()
     check(startable(loaded, runs, known))
-    prepare(loaded)
+    prepare(loaded, runs)
     gpus = local_queue.visible_gpus()
     with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
         return local_queue.run_queue(

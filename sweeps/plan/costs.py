@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image
+from aimscale.harness.data.store.card import num_images
 from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.evaluation_cost import evaluation_flops, num_images
+from aimscale.sweeps.plan.evaluation_cost import evaluation_flops
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
 

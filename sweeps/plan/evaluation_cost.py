@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
-
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount
+from aimscale.harness.data.store.card import num_images
 from aimscale.harness.run.config import EvaluationConfig, ProbeSection, ValidationSection
 
 
@@ -20,15 +17,6 @@ def evaluation_flops(evaluation: EvaluationConfig, flops: FlopCount) -> float:
     once = _validation_flops(evaluation.validation, flops)
     once += sum(_probe_flops(task, flops) for task in evaluation.probes)
     return len(evaluation.budgets) * once
-
-
-@functools.cache
-def num_images(path: str) -> int | None:
-    """Images of an indexed data set, from its `dataset.json`; None where that is remote or not made yet."""
-    try:
-        return int(json.loads((Path(path) / "dataset.json").read_text())["num_samples"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _validation_flops(section: ValidationSection, flops: FlopCount) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
+from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.run.config import ConfigError, ModelSection, RunConfig, RuntimeConfig, parse, run_config
 from aimscale.harness.run.row import cached_model
 from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
@@ -265,7 +266,7 @@ def _matches(cell: Fields, conditions: Mapping[str, tuple[Any, ...]]) -> bool:
 
 
 def _resolve(fields: Fields, sweep: Sweep) -> Fields:
-    """Make the paths of a fragment absolute: relative ones are relative to the sweep file."""
+    """Make the paths of a fragment absolute (relative ones: to the sweep file), and say what its data sets hold."""
 
     def absolute(value: Any) -> Any:
         return value if not isinstance(value, str) or "://" in value else str(sweep.base_dir / value)
@@ -277,7 +278,17 @@ def _resolve(fields: Fields, sweep: Sweep) -> Fields:
             return {k: absolute(v) if k in keys and isinstance(v, str) else walk(v, keys) for k, v in value.items()}
         return value
 
-    return {key: walk(value, PATH_FIELDS[key]) if key in PATH_FIELDS else value for key, value in fields.items()}
+    placed = {key: walk(value, PATH_FIELDS[key]) if key in PATH_FIELDS else value for key, value in fields.items()}
+    if isinstance(data := placed.get("data"), dict) and isinstance(data.get("sources"), list | tuple):
+        placed["data"] = {**data, "sources": [_with_fingerprint(source, sweep) for source in data["sources"]]}
+    return placed
+
+
+def _with_fingerprint(source: Any, sweep: Sweep) -> Any:
+    """A source with its content's fingerprint: as given, as its folder says now, or as it said at the last launch."""
+    if not isinstance(source, dict) or "fingerprint" in source or not isinstance(path := source.get("path"), str):
+        return source
+    return {**source, "fingerprint": fingerprint(path) or sweep.known_data.get(sweep.relative(path))}
 
 
 def _words(cell: Fields) -> str:

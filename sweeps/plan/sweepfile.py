@@ -19,7 +19,9 @@ Relative paths are relative to the file; those of a preset, to the sweep root.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import json
 import os
 import re
@@ -234,6 +236,17 @@ class Sweep:
         """The directory of one run."""
         return self.runs_dir / run_id
 
+    def relative(self, path: str) -> str:
+        """A data path as `sweep.json` keeps it: relative to where the sweep's paths start, or a URL as it is."""
+        return path if "://" in path else os.path.relpath(path, self.base_dir)
+
+    @functools.cached_property
+    def known_data(self) -> dict[str, str]:
+        """Data path (as `relative` gives it) -> its content's fingerprint at the last launch."""
+        with contextlib.suppress(SweepError):
+            return dict((read_record(self.directory) or {}).get("data", {}))
+        return {}
+
     def with_fields(self, **fields: Any) -> Sweep:
         """The same sweep with top-level fields of its file replaced and validated again."""
         values = {**self.file.model_dump(mode="json"), **fields}
@@ -282,7 +295,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """`sweep.json` of a sweep directory, or None where there is none.
 
     Raises:
-        SweepError: the directory is not where it was made, or was made by another version.
+        SweepError: it is damaged, or was made by another version.
     """
     path = directory / SWEEP_RECORD
     try:
@@ -294,10 +307,5 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if record.get("version") != 1:
         raise SweepError(
             f"{path} is of version {record.get('version')!r}, this aimscale reads 1; use the one that made it"
-        )
-    if Path(record["directory"]) != directory:
-        raise SweepError(
-            f"this sweep was made at {record['directory']} and now lies at {directory}, but its jobs and data paths "
-            f"name the old place; move it back, or leave a symbolic link there and use that path"
         )
     return record

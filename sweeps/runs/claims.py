@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -27,24 +27,24 @@ CLAIM_GRACE_S = 300.0
 """A local claim from another machine holds this long, in which its worker takes the run's lease."""
 
 
-def prepare(sweep: Sweep) -> None:
-    """Make the sweep's directory and record where its relative paths start.
+def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
+    """Make the sweep's directory and record where its relative paths start and what its data sets hold.
+
+    A sweep that lies elsewhere now, or whose file does, goes on: runs are known by what they train.
 
     Raises:
-        SweepError: it cannot be written, was moved, belongs to other data, or the clock is off.
+        SweepError: it cannot be written, or the clock is off.
     """
     directory = sweep.directory
     try:
         sweep.runs_dir.mkdir(parents=True, exist_ok=True)
         record = read_record(directory)
-        if record is not None and Path(record["base_dir"]) != sweep.base_dir:
-            raise SweepError(
-                f"{directory} belongs to a sweep whose paths are relative to {record['base_dir']}, not to "
-                f"{sweep.base_dir}; rename one of the sweeps or use another --root"
-            )
         write_text(directory / SWEEP_FILE, sweep.text)
+        sources = [source for run in runs for source in run.config.training.data.sources]
+        data = {sweep.relative(source.path): source.fingerprint for source in sources if source.fingerprint}
         values = {"version": 1, "name": sweep.name, "directory": str(directory), "base_dir": str(sweep.base_dir)}
-        if record is None:
+        values |= {"data": {**(record or {}).get("data", {}), **data}}
+        if record != values:
             write_json(directory / SWEEP_RECORD, values)
         skew = (directory / SWEEP_FILE).stat().st_mtime - time.time()
     except OSError as error:

@@ -67,8 +67,8 @@ class TrainStream:
     """The stream of one run.
 
     Raises:
-        DataError: a source cannot be opened, holds a validation image, holds too many undecodable images, or has
-            fewer images than `unique_images` asks of it.
+        DataError: a source cannot be opened, holds other images than the run was planned with, a validation image, or
+            too many undecodable ones, or has fewer images than `unique_images` asks of it.
     """
 
     def __init__(
@@ -88,6 +88,12 @@ class TrainStream:
         require_channels(self._channels)
         self._mixture = Mixture([source.probability for source in sources])
         datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
+        for source, dataset in zip(sources, datasets, strict=True):
+            if source.fingerprint not in (None, dataset.fingerprint):
+                raise DataError(
+                    f"{source.path} holds other images (fingerprint {dataset.fingerprint}) than those this run trains "
+                    f"on ({source.fingerprint}); put those back, or launch the sweep again to train a new run on these"
+                )
         held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
         refuse_overlap(datasets, held_out)
         pools = [np.flatnonzero(dataset.ok) for dataset in datasets]

@@ -149,10 +149,7 @@ def test_bad_directories_are_refused_in_one_sentence(
     launch(sweep, slots=1, command=stand_in())
     with pytest.raises(UserError, match="--slots must be 1"):
         launch(sweep, slots=0, command=stand_in())
-    moved = tmp_path / "moved"
-    sweep.root.rename(moved)
-    with pytest.raises(UserError, match="move it back"):
-        launch(str(moved / "tiny"), moved, slots=1, command=stand_in())
+    sweep.root.rename(tmp_path / "moved")
     (tmp_path / "root").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="cannot write into"):
         launch(sweep, slots=1, command=stand_in())

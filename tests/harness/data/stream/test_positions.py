@@ -310,3 +310,10 @@ def test_sixteen_undecodable_samples_in_a_row_are_an_error_that_names_one(
     stream = TrainStream(configure(sources=[{"path": str(path)}]))
     with pytest.raises(DataError, match=r"position 0: 16 undecodable samples in a row, last sample '[\w-]+' of .*"):
         list(run(stream, 0, 64, micro=16, workers=workers))
+
+
+def test_images_that_changed_under_a_run_are_refused(small_set: Path, configure: Configure) -> None:
+    held = open_dataset(small_set).fingerprint
+    TrainStream(configure(sources=[{"path": str(small_set), "fingerprint": held}]))
+    with pytest.raises(DataError, match=f"holds other images .fingerprint {held}. than those this run trains on"):
+        TrainStream(configure(sources=[{"path": str(small_set), "fingerprint": "another"}]))
