@@ -21,6 +21,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.tables.design import widest_slice
+from aimscale.analysis.tables.observations import is_complete
 from aimscale.analysis.tables.results import probe_frame, usable_rows
 
 PROTOCOL = "attentive"
@@ -157,8 +158,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     table's folder has some; what the table lacks is named in `left_out`.
     """
     usable, exclusions = usable_rows(frame)
-    complete = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
-    probes = probe_frame(complete)
+    probes = probe_frame(frame[is_complete(frame)])
     left_out = list(exclusions)
     shared = _shared(probes, left_out)
     left_out.append(

@@ -102,9 +102,10 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[tuple[str, str], pd.DataFr
         AnalysisError: no such column, or nothing probed.
     """
     from aimscale.analysis.errors import AnalysisError
+    from aimscale.analysis.tables.observations import is_complete
     from aimscale.analysis.tables.results import probe_frame
 
-    done = df[df["status"] == "complete"] if "status" in df.columns else df
+    done = df[is_complete(df)]
     if y in df.columns:
         return {("", ""): done}
     if y != "top1" or "probes" not in df.columns:

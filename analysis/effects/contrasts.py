@@ -19,7 +19,7 @@ from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
-from aimscale.analysis.tables.observations import CANONICAL
+from aimscale.analysis.tables.observations import CANONICAL, is_complete
 
 SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
 """Columns of scale and chance that a pair must share."""
@@ -238,7 +238,7 @@ def contrast(
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
     """
     by = by if by in frame.columns or by in (KIND, BLOCKS) else CANONICAL.get(by, by)
-    rows = frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
+    rows = frame[is_complete(frame)]
     if by in rows and not varies(rows[by]):
         values = [level_name(value) for value in rows[by].dropna().unique()]
         taken = f"the single value {values[0]}" if values else "no value"

@@ -22,6 +22,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.inputs import FOLDER
+from aimscale.analysis.tables.observations import is_complete
 
 MAX_FILES = 200
 """Runs whose per-image losses are read; enough for the noise of a mean."""
@@ -121,7 +122,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
     """
-    rows = df[df["status"].isna() | (df["status"] == "complete")] if "status" in df else df
+    rows = df[is_complete(df)]
     if y not in rows:
         raise AnalysisError(f"The table has no column {y!r}; it has {', '.join(map(str, rows.columns))}.")
     rows = rows[pd.to_numeric(rows[y], errors="coerce") > 0]

@@ -17,7 +17,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
 from aimscale.analysis.tables.design import varies
-from aimscale.analysis.tables.observations import resolve_columns
+from aimscale.analysis.tables.observations import is_complete, resolve_columns
 
 PUBLISHED = 15.387
 """R_D of Muennighoff et al. 2023, language, up to 44 epochs."""
@@ -148,7 +148,7 @@ def repeats(
         AnalysisError: no repeats in the table, a single pool size, or too few points.
     """
     names = resolve_columns(REPEATED_DATA, df, columns)
-    rows = df[df["status"].isna() | (df["status"] == "complete")] if "status" in df else df
+    rows = df[is_complete(df)]
     uniques = rows[names["U"]].dropna().unique()
     ratio = (rows[names["D"]] / rows[names["U"]]).dropna()
     if len(uniques) < 2:

@@ -20,7 +20,7 @@ from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.tables.observations import resolve_columns
+from aimscale.analysis.tables.observations import is_complete, resolve_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ def points_of(df: pd.DataFrame, *, y: str, columns: Mapping[str, str] | None) ->
     for name in (c, y):
         if name not in df.columns:
             raise AnalysisError(f"The table has no column {name!r}; its columns are {', '.join(map(str, df.columns))}.")
-    used = df if "status" not in df.columns else df[df["status"] == "complete"]
+    used = df[is_complete(df)]
     out = used[[found["N"], found["D"], c, y]].apply(pd.to_numeric, errors="coerce").astype(float)
     out.columns = pd.Index(["N", "D", "C", "loss"])
     for extra in ("size", "run_id"):

@@ -10,9 +10,9 @@ import pandas as pd
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.plots.intervals import plot_contrasts, plot_definitions, plot_noise, plot_repeats
 from aimscale.analysis.plots.style import human
+from aimscale.analysis.report.cells import PageTable, number, page_table, text, whole
 from aimscale.analysis.report.figures import PageFigure, page_figure
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.report.tables import PageTable, number, page_table, text, whole
 from aimscale.analysis.tables.measures import BLOCKS, KIND
 
 

@@ -25,8 +25,8 @@ from aimscale.analysis.plots.scaling import (
     plot_residuals,
 )
 from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
+from aimscale.analysis.report.cells import csv_uri
 from aimscale.analysis.report.study import Study, probe_kinds
-from aimscale.analysis.report.tables import csv_uri
 from aimscale.analysis.tables.results import loss_unit
 
 

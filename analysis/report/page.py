@@ -20,7 +20,7 @@ import markupsafe
 from aimscale.analysis.baselines.comparison import compare
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import css_variables
-from aimscale.analysis.report import tables
+from aimscale.analysis.report import accuracy_tables, law_tables, published_tables, run_tables
 from aimscale.analysis.report import text as words
 from aimscale.analysis.report.changes import findings
 from aimscale.analysis.report.figures import page_figures
@@ -132,18 +132,18 @@ def render(study: Study) -> str:
         figures={s: [f for f in figures if f.section == s] for s in ("scaling", "accuracy", "checks", "published")},
         pictures=pictures,
         findings={s: [f for f in found if f.section == s] for s in ("laws", "changes", "noise")},
-        ladder=tables.ladder_table(study),
-        results=tables.results_page_table(study),
-        laws=tables.law_tables(study),
-        forecast=tables.forecast_table(study),
-        accuracy_forecast=tables.accuracy_forecast_table(study),
-        heldout=tables.heldout_table(study),
-        probes=tables.probe_table(study),
-        correlations=tables.correlation_table(study),
-        frontiers=tables.frontier_table(study),
-        comparison=tables.task_comparison_table(comparison),
-        baselines=tables.baseline_table(comparison),
-        published=[tables.worked_example_table(), *tables.published_tables()],
+        ladder=run_tables.ladder_table(study),
+        results=run_tables.results_page_table(study),
+        laws=law_tables.law_tables(study),
+        forecast=law_tables.forecast_table(study),
+        accuracy_forecast=accuracy_tables.accuracy_forecast_table(study),
+        heldout=law_tables.heldout_table(study),
+        probes=accuracy_tables.probe_table(study),
+        correlations=accuracy_tables.correlation_table(study),
+        frontiers=law_tables.frontier_table(study),
+        comparison=published_tables.task_comparison_table(comparison),
+        baselines=published_tables.baseline_table(comparison),
+        published=[published_tables.worked_example_table(), *published_tables.published_tables()],
         comparability=[*words.comparability(study), *[gap.sentence() for gap in comparison.closing]],
         left_out=comparison.left_out,
         missing=list(dict.fromkeys(study.missing)),

@@ -30,6 +30,7 @@ from aimscale.analysis.frontier.definitions import Definitions, by_definition
 from aimscale.analysis.frontier.optimum import parametric_frontier
 from aimscale.analysis.tables.design import fresh_part, lower_envelope, main_part, varies, widest_slice
 from aimscale.analysis.tables.measures import BLOCKS, KIND
+from aimscale.analysis.tables.observations import is_complete
 from aimscale.analysis.tables.results import probe_frame, usable_rows
 
 MANY_ROWS = 20_000
@@ -105,7 +106,7 @@ def study_tables(
         main=part.rows,
         usable=fresh.rows,
         num_usable=len(everything),
-        probes=probe_frame(_complete(part.rows)),
+        probes=probe_frame(part.rows[is_complete(part.rows)]),
         collect=collect,
         exclusions=exclusions,
         resamples=resamples,
@@ -130,13 +131,9 @@ def study_tables(
     return study
 
 
-def _complete(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[frame["status"].isna() | (frame["status"] == "complete")] if "status" in frame else frame
-
-
 def _contrast(study: Study) -> None:
     """Every column that the tables vary, and kinds of probes and blocks over all their runs."""
-    rows = _complete(study.frame)
+    rows = study.frame[is_complete(study.frame)]
     for name in factors(rows):
         if name in (KIND, BLOCKS):
             with contextlib.suppress(AnalysisError):  # fewer than two kinds were run, or none was probed

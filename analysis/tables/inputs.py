@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.observations import CANONICAL, NOT_CHOSEN
+from aimscale.analysis.tables.observations import CANONICAL, NOT_CHOSEN, is_complete
 from aimscale.analysis.tables.results import TableError, read_table
 
 FOLDER = "table_folder"
@@ -66,8 +66,7 @@ def read_tables(
 def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
     if not {"run_id", "images_seen"} <= set(frame.columns):
         return frame
-    order = frame["status"].ne("complete").to_numpy() if "status" in frame else np.zeros(len(frame), bool)
-    ordered = frame.iloc[np.argsort(order, kind="stable")]
+    ordered = frame.iloc[np.argsort(~is_complete(frame).to_numpy(), kind="stable")]
     known = ordered[["run_id", "images_seen"]].notna().all(axis=1)
     repeats = ordered.duplicated(["run_id", "images_seen"]) & known
     return frame.loc[ordered.index[~repeats].sort_values()].reset_index(drop=True)

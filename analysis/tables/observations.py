@@ -25,6 +25,13 @@ NOT_CHOSEN = "not_chosen"
 """Key of a frame's `attrs`: (reason, number of rows) of what `--where` left out, so that a fit can say so."""
 
 
+def is_complete(frame: pd.DataFrame) -> pd.Series:
+    """Which rows (n,) count: those whose `status` is complete, or that do not say (a foreign table)."""
+    if "status" not in frame.columns:
+        return pd.Series(True, index=frame.index)
+    return frame["status"].isna() | (frame["status"] == "complete")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
     """Rows that a fit left out, and why."""
@@ -92,8 +99,8 @@ def observe(
 ) -> Observations:
     """Collect the points of a fit.
 
-    Rows with a missing, infinite or (for logarithms) non-positive value, exact duplicates, and rows whose `status` is
-    not "complete" are left out and named.
+    Rows with a missing, infinite or (for logarithms) non-positive value, exact duplicates, and rows whose `status` says
+    that they are not complete are left out and named.
 
     Raises:
         AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
@@ -113,10 +120,7 @@ def observe(
         raise AnalysisError(f"There are {len(w)} weights for {len(df)} rows; give one weight a row.")
     bad_variable = {v: ~(np.isfinite(used[v]) & ((used[v] > 0) | ((used[v] == 0) & zero_allowed))) for v in names}
     reasons = [
-        (
-            "not complete (status)",
-            df["status"].ne("complete") if "status" in df.columns else pd.Series(False, df.index),
-        ),
+        ("not complete (status)", ~is_complete(df)),
         *((f"with a missing or non-positive {names[v]}", bad) for v, bad in bad_variable.items()),
         (f"with a missing or infinite {y}", ~np.isfinite(used["y"])),
         (f"with a non-positive {y}, which has no logarithm", (used["y"] <= 0) & positive_y),

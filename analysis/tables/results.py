@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.tables.observations import CANONICAL, is_complete
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
@@ -137,15 +138,6 @@ COLUMNS = _columns(
 )
 """The schema, in the order in which columns are written."""
 
-SHORT_NAMES = {
-    "N": "params_total",
-    "D": "images_seen",
-    "U": "unique_images",
-    "C": "flops_train",
-    "L": "val_loss",
-}
-"""Letters of scaling laws that `--columns` accepts for our names."""
-
 KNOWN = {column.name: column for column in COLUMNS}
 STATUSES = ("complete", "unfinished", "diverged", "failed")
 
@@ -253,7 +245,7 @@ def _write_csv(table: pa.Table, path: Path) -> None:
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping.
 
-    Our side is a name of the schema or a letter of `SHORT_NAMES`.
+    Our side is a name of the schema or a letter of `CANONICAL`.
 
     Raises:
         TableError: a part without `=`, or a name of ours that the schema does not have.
@@ -263,7 +255,7 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not (ours and equals and theirs):
             raise TableError(f"--columns needs 'ours=theirs', such as N=num_params, not '{pair}'")
-        mapping[SHORT_NAMES.get(ours, ours)] = theirs
+        mapping[CANONICAL.get(ours, ours)] = theirs
     return mapping
 
 
@@ -289,7 +281,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, requi
     frame = _read_file(path)
     if frame.empty:
         raise TableError(f"{path} has no rows; collect the sweep's results first")
-    frame = _rename(frame, {SHORT_NAMES.get(o, o): t for o, t in (columns or {}).items()}, path)
+    frame = _rename(frame, {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
     require_columns(frame, require, path)
     for name in [name for name in frame.columns if name in KNOWN]:
         frame[name] = _coerce(frame[name], KNOWN[name], path)
@@ -434,7 +426,7 @@ def usable_rows(frame: pd.DataFrame, needs: Sequence[str] = ("val_loss",)) -> tu
             num = int((frame["status"] == status).sum())
             if num:
                 exclusions.append(f"{num} row{'s' if num > 1 else ''} left out: {status}.")
-        kept = frame[frame["status"].isna() | (frame["status"] == "complete")]
+        kept = frame[is_complete(frame)]
     for name in needs:
         if name not in kept:
             return kept.iloc[:0], [*exclusions, f"All rows left out: the table has no column {name}."]

@@ -1,0 +1,93 @@
+"""What was run and what it cost."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from aimscale.analysis.plots.style import human
+from aimscale.analysis.report.cells import PageTable, number, page_table, percent, text, whole
+from aimscale.analysis.report.study import Study
+from aimscale.analysis.tables.design import DESIGN, design_columns
+from aimscale.analysis.tables.results import loss_unit
+
+
+def ladder_table(study: Study) -> PageTable:
+    """One row per size: what it is and what it cost."""
+    frame = study.frame
+    frame = frame.assign(size=_size_of(frame))
+    keep = [c for c in ("params_trunk", "params_head", "params_total", "flops_per_image") if c in frame]
+    ladder = frame.groupby("size", sort=False)[keep].first()
+    groups = frame.groupby("size", sort=False)
+    if "run_id" in frame:
+        ladder["num_runs"] = groups["run_id"].nunique()
+    for name in ("images_per_s", "mfu"):
+        if name in frame:
+            ladder[name] = groups[name].median()
+    if "device_hours" in frame:
+        ladder["device_hours"] = groups["device_hours"].sum(min_count=1)
+    if "val_loss" in frame:
+        ladder["best_loss"] = study.usable.groupby(_size_of(study.usable))["val_loss"].min()
+    ladder = ladder.reset_index()
+    if "params_total" in ladder:
+        ladder = ladder.sort_values("params_total")
+    return page_table(
+        "ladder",
+        "The sizes",
+        "Parameters; training FLOPs per image (3 × forward, head and attention counted); median throughput and MFU "
+        "(share of the measured matrix-multiplication peak); device time of all budgets.",
+        ladder,
+        [
+            ("size", "size", text),
+            ("params_trunk", "trunk", whole),
+            ("params_head", "pixel head", whole),
+            ("params_total", "all parameters", whole),
+            ("flops_per_image", "FLOP/image", human),
+            ("num_runs", "runs", whole),
+            ("images_per_s", "images/s", human),
+            ("mfu", "MFU (%)", percent),
+            ("device_hours", "device-hours", human),
+            ("best_loss", "lowest loss", number(4)),
+        ],
+    )
+
+
+def _size_of(frame: pd.DataFrame) -> pd.Series:
+    """Name of each row's size, or its parameters."""
+    if "size" in frame:
+        return frame["size"]
+    named = frame["params_total"].map(human) if "params_total" in frame else pd.Series("all", index=frame.index)
+    return named.rename("size")
+
+
+def results_page_table(study: Study) -> PageTable:
+    """Every row of the table."""
+    return page_table(
+        "results",
+        "Every measurement",
+        f"One row per run and data budget.{_loss_words(study)} SE: standard error of the loss over validation images.",
+        study.frame,
+        [
+            ("size", "size", text),
+            ("params_total", "N", whole),
+            ("images_seen", "D (images)", whole),
+            ("unique_images", "U (images)", whole),
+            ("flops_train", "C (FLOP)", human),
+            ("val_loss", "loss", number(4)),
+            ("val_loss_se", "SE", number(4)),
+            ("train_loss", "train loss", number(4)),
+            ("status", "status", text),
+            ("seed", "seed", whole),
+            *[(name, name.replace("_", " "), text) for name in design_columns(study.frame) if name in DESIGN],
+            ("images_per_s", "images/s", human),
+            ("mfu", "MFU (%)", percent),
+            ("wall_s", "wall (s)", number(1)),
+            ("num_skipped_steps", "skipped steps", whole),
+            ("run_id", "run", text),
+        ],
+    )
+
+
+def _loss_words(study: Study) -> str:
+    """What a loss is, where the table says so."""
+    unit = loss_unit(study.usable)
+    return f" Loss: {unit} per scored target on held-out images." if unit else ""

@@ -1,0 +1,24 @@
+"""Which rows are points of a fit, and what is said of those that are not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import correlate, fit, noise
+from aimscale.analysis.frontier.optimum import points_of
+from aimscale.analysis.tables.observations import is_complete
+from aimscale.analysis.tables.results import usable_rows
+
+
+@pytest.mark.parametrize("status", [None, np.nan])
+def test_a_missing_status_counts_as_complete_everywhere(grid, status):
+    grid["status"] = grid["status"].astype(object).where(grid.index % 2 == 0, status)
+    grid["seed"] = grid.index % 2
+    grid.loc[3, "status"] = "diverged"
+    assert is_complete(grid).sum() == len(grid) - 1
+    assert fit("chinchilla", grid, resamples=0).num_points == len(grid) - 1
+    assert len(points_of(grid, y="val_loss", columns=None)) == len(grid) - 1
+    assert len(usable_rows(grid)[0]) == len(grid) - 1
+    assert noise(grid.assign(val_loss_se=0.001)).component("spread over").basis == f"{len(grid) - 1} rows"
+    assert "1 row not complete (status)" in map(str, fit("chinchilla", grid, resamples=0).exclusions)
+    assert correlate(pd.DataFrame({"x": [1, 2, 3, 4.0], "y": [1, 2, 3, 5.0]}), x="x", y="y")[0].num_points == 4
