@@ -10,8 +10,8 @@ import typer
 
 from aimscale.sweeps.cli.plan import Root, SweepName
 from aimscale.sweeps.launch.start import launch, left_alone, planned, startable
-from aimscale.sweeps.runs.claims import prepare
 from aimscale.sweeps.runs.decision import Decision
+from aimscale.sweeps.runs.sweep_dir import prepare
 
 app = typer.Typer(help="Start what is missing, resume what died, skip what is done.")
 
@@ -69,10 +69,10 @@ def _print_local(sweep: str, root: Path) -> None:
     from aimscale.sweeps.slurm import commands as slurm
 
     loaded, runs, _ = planned(sweep, root)
-    known = slurm.known_jobs() or {}
+    is_queued = slurm.Queued()
     for run in runs:
         record = RunRecord(loaded.run_dir(run.run_id))
-        decision = decide(run, record, slurm.is_queued(known))
+        decision = decide(run, record, is_queued)
         what = " ".join(worker_command(record.path, run.devices)) if decision.startable else decision.why
         typer.echo(f"{decision.verdict}: {what or run.run_id}")
 
@@ -87,7 +87,7 @@ def _launch_slurm(
     loaded, runs, _ = planned(sweep, root)
     loaded = with_slurm(loaded, **fields)
     if not dry_run:
-        check_data(startable(loaded, runs, slurm.jobs()))
+        check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run)
     for part in result.submitted:

@@ -194,7 +194,8 @@ class _Jobs:
 
     def on_this_machine(self, slots: int | None) -> None:
         """Work through the jobs in a queue on this machine, or say what it would do."""
-        from aimscale.sweeps.launch.local_queue import default_slots, run_queue, visible_gpus, worker_command
+        from aimscale.sweeps.launch.devices import default_slots, visible_gpus
+        from aimscale.sweeps.launch.local_queue import run_queue, worker_command
         from aimscale.sweeps.launch.probes import WORKER, probing_jobs
         from aimscale.sweeps.launch.start import left_alone
         from aimscale.sweeps.slurm import commands as slurm
@@ -202,8 +203,7 @@ class _Jobs:
         if not (ready := self._ready()):
             return
         kind = probing_jobs(self.sweep, self.paths, self.requests)
-        known = slurm.known_jobs()
-        is_queued = slurm.is_queued(known) if known is not None else lambda claim: True
+        is_queued = slurm.Queued()
         if self.dry_run:
             for each in ready:
                 decision = kind.decide(each, kind.record(each), is_queued)

@@ -19,7 +19,9 @@ app = typer.Typer(help="Clear the failure of runs, so that the next launch resum
 def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
     """Clear the failure of failed and diverged runs (or of those named)."""
     loaded = load_sweep(sweep, root)
-    cleared = retry(loaded, some_runs(loaded, runs or []))
-    for run_id in cleared:
-        typer.echo(f"{run_id}: cleared")
+    cleared, damaged = retry(loaded, some_runs(loaded, runs or []))
+    for line in [*(f"{name}: cleared" for name in cleared), *damaged]:
+        typer.echo(line)
     typer.echo(f"{len(cleared)} failures cleared; `aimscale launch` (of probes: `aimscale probe`) resumes them")
+    if damaged:
+        raise typer.Exit(1)

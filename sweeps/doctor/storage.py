@@ -14,7 +14,7 @@ from typing import Literal
 
 from aimscale.harness.run.files import locked
 from aimscale.sweeps.doctor.checks import Check, fail, ok, warn
-from aimscale.sweeps.runs.claims import MAX_CLOCK_SKEW_S
+from aimscale.sweeps.runs.sweep_dir import MAX_CLOCK_SKEW_S
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.views import data_size
 

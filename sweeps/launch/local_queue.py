@@ -2,14 +2,14 @@
 
 Each process is started under the sweep's lock after looking at the run's directory again, so that two queues, also
 on two machines with a shared file system, never start one run twice. Stopping the queue (Ctrl-C, SIGTERM) asks every
-process to save and end; nothing else is needed to go on later than the same command.
+process to save and end; nothing else is needed to go on later than the same command. A run whose directory is damaged,
+or whose end cannot be written down, is named and left; the others go on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,17 +18,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 
+from aimscale.aim.errors import UserError
+from aimscale.sweeps.launch.devices import Devices
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.runs.claims import Claim, RunRecord, launch_lock, own_claim
+from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.runs.decision import Decision
 from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
 from aimscale.sweeps.runs.retries import Outcome, conclude
+from aimscale.sweeps.runs.sweep_dir import launch_lock
 
 POLL_S = 0.2
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+"""Ctrl-C, the end of a machine or a job, a terminal that closes, and Slurm's warning before a time limit."""
 
 Command = Callable[[Path, int], list[str]]
 """(run directory, devices) -> the program that executes the run."""
@@ -54,8 +60,10 @@ class Job:
     """Its directory."""
     attempt: int
     """1 for the first start."""
-    slots: tuple[int, ...]
-    """Slots it occupies."""
+    devices: tuple[int, ...]
+    """Devices it occupies."""
+    share: Fraction
+    """How much of each."""
     process: subprocess.Popen[bytes]
     """The worker, leader of its own process group."""
     started: float = field(default_factory=time.time)
@@ -74,10 +82,12 @@ class Queue:
     """All its runs."""
     pending: list[Run]
     """To be started, longest first."""
-    free: list[int]
-    """Slots without a process."""
-    num_slots: int
-    """All slots."""
+    devices: Devices
+    """Where processes run."""
+    share: Callable[[Run], Fraction]
+    """How much of a device a run of one device takes."""
+    job_id: str | None = None
+    """Of the Slurm job that this queue is; its runs stay claimed by the job until they end."""
     active: list[Job] = field(default_factory=list)
     """Processes running."""
     ended: list[tuple[Run, Outcome]] = field(default_factory=list)
@@ -110,35 +120,47 @@ def run_queue(
     *,
     slots: int,
     gpus: Sequence[str] = (),
+    share: Callable[[Run], Fraction] | None = None,
     command: Command = worker_command,
     report: Report = lambda queue: None,
     is_queued: Callable[[Claim], bool] = lambda claim: True,
     kind: JobKind | None = None,
+    job_id: str | None = None,
+    until: float = float("inf"),
 ) -> LaunchResult:
     """Execute runs (longest first as given) until none is left to start.
 
-    With `gpus`, slot i sees the card `gpus[i]` alone. `is_queued` tells whether Slurm still knows a job that an earlier
-    launch submitted; `kind` is what is done with the runs, training by default.
+    With `gpus`, a run sees its own alone; more slots than cards share them evenly, and `share` says otherwise how much
+    of a card a run takes. `is_queued` tells whether Slurm still knows a job that an earlier launch submitted, `kind`
+    what is done with the runs, training by default, `job_id` that this queue is a Slurm job; at `until` (Unix time)
+    everything saves and ends.
 
     Raises:
         SweepError: no slot.
     """
     if slots < 1:
         raise SweepError(f"--slots must be 1 or more, not {slots}")
-    kind = kind or training_jobs(sweep)
-    queue = Queue(sweep=sweep, kind=kind, runs=runs, pending=list(runs), free=list(range(slots)), num_slots=slots)
+    kind, devices = kind or training_jobs(sweep), Devices(gpus, slots)
+    queue = Queue(
+        sweep=sweep,
+        kind=kind,
+        runs=runs,
+        pending=list(runs),
+        devices=devices,
+        share=share or (lambda run: devices.share),
+        job_id=job_id,
+    )
     with _stop_requests(queue):
         try:
-            while queue.active or (queue.pending and not queue.stopping):
-                _start_what_fits(queue, gpus, command, is_queued)
+            _work_through(queue, command, report, is_queued, until)
+        except BaseException:
+            _stop(queue)  # whatever went wrong here, the runs save before it is said
+            while queue.active:
                 _gather(queue)
-                report(queue)
-                if queue.active:
-                    time.sleep(POLL_S)
-        finally:
-            for job in queue.active:
-                _signal(job, signal.SIGKILL)
-    report(queue)
+                time.sleep(POLL_S)
+            raise
+    with contextlib.suppress(OSError):
+        report(queue)
     last = {run.run_id: outcome for run, outcome in queue.ended}
     return LaunchResult(
         finished=tuple(run_id for run_id, outcome in last.items() if outcome == "finished"),
@@ -148,58 +170,101 @@ def run_queue(
     )
 
 
-def _start_what_fits(queue: Queue, gpus: Sequence[str], command: Command, is_queued: Callable[[Claim], bool]) -> None:
-    while queue.pending and not queue.stopping:
-        run = queue.pending[0]
-        devices = min(run.devices, queue.num_slots)
-        if devices > len(queue.free):
-            return
-        queue.pending.pop(0)
-        record = queue.kind.record(run)
+def _work_through(
+    queue: Queue, command: Command, report: Report, is_queued: Callable[[Claim], bool], until: float
+) -> None:
+    while queue.active or (queue.pending and not queue.stopping):
+        if time.time() >= until and not queue.stopping:
+            _stop(queue)
+        while queue.pending and not queue.stopping and _start_next(queue, command, is_queued):
+            pass
+        _gather(queue)
+        with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
+            report(queue)
+        if queue.active:
+            time.sleep(POLL_S)
+
+
+def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], bool]) -> bool:
+    """Start the next run, or leave it; False while no device is free."""
+    run = queue.pending[0]
+    share = queue.share(run)
+    taken = queue.devices.take(min(run.devices, queue.devices.num), share)
+    if taken is None:
+        return False
+    queue.pending.pop(0)
+    record = queue.kind.record(run)
+    try:
         with launch_lock(queue.sweep):
             decision = queue.kind.decide(run, record, is_queued)
             if decision.startable:
-                queue.kind.claim(record, run, own_claim("local", devices))
-        if not decision.startable:
-            queue.left.append(decision)
-            continue
-        taken, queue.free = tuple(queue.free[:devices]), queue.free[devices:]
-        job = _start(run, record, taken, [gpus[slot] for slot in taken] if gpus else [], command)
-        queue.active.append(job)
-        verb = "started" if job.attempt == 1 else f"resumed (attempt {job.attempt})"
-        queue.events.append(f"{verb} {run.run_id}")
+                queue.kind.claim(record, run, _own_claim(queue, len(taken)))
+        job = _start(queue, run, record, taken, share, command) if decision.startable else None
+    except (OSError, UserError) as error:
+        decision, job = Decision(run=run, record=record, verdict="damaged", why=_words(error)), None
+    if job is None:
+        queue.devices.give_back(taken, share)
+        queue.left.append(decision)
+        return True
+    queue.active.append(job)
+    if queue.stopping:  # the signal came while it was being started
+        _signal(job, signal.SIGTERM)
+    verb = "started" if job.attempt == 1 else f"resumed (attempt {job.attempt})"
+    queue.events.append(f"{verb} {run.run_id}")
+    return True
 
 
-def _start(run: Run, record: RunRecord, slots: tuple[int, ...], gpus: Sequence[str], command: Command) -> Job:
-    attempt = 1 + sum(not ended.get("forgiven") for ended in record.read_attempts())
+def _own_claim(queue: Queue, devices: int) -> Claim:
+    return own_claim("slurm" if queue.job_id else "local", devices, queue.job_id)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'its folder'}: {error.strerror}"
+    return str(error)
+
+
+def _start(queue: Queue, run: Run, record: RunRecord, taken: tuple[int, ...], share: Fraction, command: Command) -> Job:
+    attempt = record.next_attempt()
     threads = str(run.config.runtime.num_threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "AIMSCALE_ATTEMPT": str(attempt)}
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    environment |= queue.devices.environment(taken, share)
     record.logs.mkdir(parents=True, exist_ok=True)
     with record.log_file(attempt).open("ab") as log:
         process = subprocess.Popen(
-            command(record.path, len(slots)),
+            command(record.path, len(taken)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,  # Ctrl-C on the terminal reaches the queue alone, which then asks politely
         )
-    return Job(run=run, record=record, attempt=attempt, slots=slots, process=process)
+    return Job(run=run, record=record, attempt=attempt, devices=taken, share=share, process=process)
 
 
 def _gather(queue: Queue) -> None:
     for job in [job for job in queue.active if job.process.poll() is not None]:
         queue.active.remove(job)
-        queue.free = sorted([*queue.free, *job.slots])
-        code = job.process.returncode
-        outcome = conclude(job.record, job.attempt, code, f"local {socket.gethostname()}", asked=queue.stopping)
-        job.record.drop_claim()
+        queue.devices.give_back(job.devices, job.share)
+        try:
+            outcome = _conclude(queue, job)
+            queue.events.append(_sentence(job, outcome))
+        except (OSError, UserError) as error:
+            outcome = "stop"
+            queue.events.append(f"left {job.run.run_id}: how it ended cannot be written down ({_words(error)})")
         queue.ended.append((job.run, outcome))
         if outcome in ("again", "preempted") and not queue.stopping:
             queue.pending.insert(0, job.run)
-        queue.events.append(_sentence(job, outcome))
+
+
+def _conclude(queue: Queue, job: Job) -> Outcome:
+    where = f"slurm {queue.job_id}" if queue.job_id else f"local {socket.gethostname()}"
+    # A person cancels a run of a Slurm job by taking its claim away, and a local queue by stopping it.
+    asked = job.record.read_claim() is None if queue.job_id else queue.stopping
+    outcome = conclude(job.record, job.attempt, job.process.returncode, where, asked=asked)
+    if not queue.job_id or outcome in ("finished", "stop", "held"):
+        job.record.drop_claim()
+    return outcome
 
 
 def _sentence(job: Job, outcome: Outcome) -> str:
@@ -216,22 +281,33 @@ def _sentence(job: Job, outcome: Outcome) -> str:
 
 @contextlib.contextmanager
 def _stop_requests(queue: Queue) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a polite stop; a second one kills. Outside the main thread, nothing is changed."""
+    """Turn `STOP_SIGNALS` into a polite stop; a second Ctrl-C kills. Outside the main thread, nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        again, queue.stopping = queue.stopping, True
-        for job in queue.active:
-            _signal(job, signal.SIGKILL if again else signal.SIGTERM)
+        if queue.stopping and number == signal.SIGINT:
+            for job in queue.active:
+                _signal(job, signal.SIGKILL)
+        _stop(queue)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Under nohup a closing terminal is to be ignored.
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in wanted}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop(queue: Queue) -> None:
+    """Ask every process to save and end, once."""
+    if not queue.stopping:
+        queue.stopping = True
+        for job in queue.active:
+            _signal(job, signal.SIGTERM)
 
 
 def _signal(job: Job, number: signal.Signals) -> None:
@@ -241,19 +317,3 @@ def _signal(job: Job, number: signal.Signals) -> None:
             os.killpg(job.process.pid, number)
         else:
             job.process.send_signal(number)
-
-
-def visible_gpus() -> list[str]:
-    """Cards that a local launch may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [card for card in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if card]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
-
-
-def default_slots(runs: Sequence[Run], gpus: Sequence[str]) -> int:
-    """A slot a card, or as many processes as the cores feed."""
-    threads = max(run.config.runtime.num_threads for run in runs)
-    return len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)

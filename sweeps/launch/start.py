@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.launch import local_queue
+from aimscale.sweeps.launch.devices import default_slots, visible_gpus
 from aimscale.sweeps.launch.display import queue_display
-from aimscale.sweeps.launch.local_queue import Command, LaunchResult, worker_command
+from aimscale.sweeps.launch.local_queue import Command, LaunchResult, run_queue, worker_command
 from aimscale.sweeps.launch.preflight import check_data
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
-from aimscale.sweeps.runs.claims import RunRecord, prepare
+from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.decision import Decision, decide
+from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.status import sweep_status
 
@@ -38,19 +39,19 @@ def launch(
             written; nothing was made.
     """
     loaded, runs, cards = planned(sweep, root)
-    known = slurm.known_jobs()
-    check(startable(loaded, runs, known))
+    ask = slurm.Queued()
+    check(startable(loaded, runs, ask))
     prepare(loaded, runs)
-    gpus = local_queue.visible_gpus()
+    gpus = visible_gpus()
     with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
-        return local_queue.run_queue(
+        return run_queue(
             loaded,
             runs,
-            slots=local_queue.default_slots(runs, gpus) if slots is None else slots,
+            slots=default_slots(runs, gpus) if slots is None else slots,
             gpus=gpus,
             command=command,
             report=report,
-            is_queued=slurm.is_queued(known) if known is not None else lambda claim: True,
+            is_queued=ask,
         )
 
 
@@ -69,9 +70,8 @@ def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], li
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
 
 
-def startable(sweep: Sweep, runs: Sequence[Run], known: dict[str, slurm.JobInfo] | None) -> list[Run]:
+def startable(sweep: Sweep, runs: Sequence[Run], is_queued: Callable[[Claim], bool]) -> list[Run]:
     """Runs that a launch would start now."""
-    is_queued = slurm.is_queued(known or {})
     return [run for run in runs if decide(run, RunRecord(sweep.run_dir(run.run_id)), is_queued).startable]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from aimscale.harness.run.files import process_started
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.runs.claims import RunRecord, launch_lock, local_claim_is_live
+from aimscale.sweeps.runs.claims import RunRecord, local_claim_is_live
 from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.runs.retries import forgive
+from aimscale.sweeps.runs.sweep_dir import launch_lock
 from aimscale.sweeps.slurm import commands as slurm
 
 
@@ -28,30 +31,43 @@ def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")
     done: list[str] = []
     failed: list[str] = []
-    pending: list[str] = []
-    running: list[str] = []
+    told: dict[slurm.Phase, list[str]] = {"pending": [], "running": []}
     with launch_lock(sweep):
-        known: dict[str, slurm.JobInfo] | None = None
-        for run_id, record in _records(sweep, run_ids):
-            claim = record.read_claim()
-            if claim is not None and claim.backend == "slurm" and claim.job_id:
-                known = slurm.jobs() if known is None else known
-                job = known.get(claim.job_id)
-                if job is None or job.phase == "ended":
-                    continue
-                # Without its claim a job does not requeue itself, and one that only now starts ends at once.
-                record.drop_claim()
-                (pending if job.phase == "pending" else running).append(claim.job_id)
-                if job.phase == "pending":
-                    record.write_status(state="preempted", reason="cancelled while it waited", reason_class=None)
-                done.append(
-                    f"{run_id}: {'taken out of the queue' if job.phase == 'pending' else 'told to save and end'}"
-                )
-            elif record.is_held() or (claim is not None and local_claim_is_live(claim)):
-                (done if _stop_local(record) else failed).append(f"{run_id}: {_local_sentence(record)}")
-        slurm.cancel(pending)
-        slurm.cancel(running, signal="USR2")
+        ask = functools.cache(slurm.jobs)
+        for name, record in _records(sweep, run_ids):
+            try:
+                _cancel_one(name, record, ask, told, done, failed)
+            except SweepError as error:
+                if isinstance(error, slurm.SlurmError):
+                    raise
+                failed.append(f"{name}: {error}")
+        slurm.cancel(told["pending"])
+        slurm.cancel(told["running"], signal="USR2")
     return done, failed
+
+
+def _cancel_one(
+    name: str,
+    record: RunRecord,
+    ask: Callable[[], dict[str, slurm.JobInfo]],
+    told: dict[slurm.Phase, list[str]],
+    done: list[str],
+    failed: list[str],
+) -> None:
+    claim = record.read_claim()
+    if claim is not None and claim.backend == "slurm" and claim.job_id:
+        job = ask().get(claim.job_id)
+        if job is None or job.phase == "ended":
+            return
+        # Without its claim a job does not requeue itself, and one that only now starts ends at once.
+        record.drop_claim()
+        told[job.phase].append(claim.job_id)
+        if job.phase == "pending":
+            record.write_status(state="preempted", reason="cancelled while it waited", reason_class=None)
+        done.append(f"{name}: {'taken out of the queue' if job.phase == 'pending' else 'told to save and end'}")
+    elif record.is_held() or (claim is not None and local_claim_is_live(claim)):
+        was_told = _stop_local(record)
+        (done if was_told else failed).append(f"{name}: {_local_sentence(record, was_told)}")
 
 
 def _records(sweep: Sweep, run_ids: Sequence[str]) -> Iterator[tuple[str, RunRecord]]:
@@ -65,29 +81,39 @@ def _records(sweep: Sweep, run_ids: Sequence[str]) -> Iterator[tuple[str, RunRec
 
 def _stop_local(record: RunRecord) -> bool:
     """Send SIGTERM to the process that executes a run on this machine."""
-    status = record.checked_status()
-    if status.host != socket.gethostname() or status.pid is None or not record.is_held():
+    holder = record.read_holder()
+    if holder is None or holder.host != socket.gethostname() or holder.pid <= 1 or holder.process_started is None:
         return False
+    if process_started(holder.pid) != holder.process_started:
+        return False  # it ended, and its pid may be a stranger's
     with contextlib.suppress(ProcessLookupError):
-        os.kill(status.pid, signal.SIGTERM)
+        os.kill(holder.pid, signal.SIGTERM)
     return True
 
 
-def _local_sentence(record: RunRecord) -> str:
-    status = record.checked_status()
-    if status.host == socket.gethostname() and record.is_held():
+def _local_sentence(record: RunRecord, was_told: bool) -> str:
+    if was_told:
         return "told to save and end (its queue may start it again; stop the queue with Ctrl-C)"
-    where = status.host or "its queue's machine"
+    holder, claim = record.read_holder(), record.read_claim()
+    where = holder.host if holder else claim.host if claim else "its queue's machine"
     return f"belongs to a queue on {where}; stop that with Ctrl-C there"
 
 
-def retry(sweep: Sweep, run_ids: Sequence[str]) -> list[str]:
-    """Clear the failure of failed and diverged runs; returns their ids."""
-    cleared = []
+def retry(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Clear the failure of failed and diverged runs.
+
+    Returns:
+        The runs whose failure was cleared, and a sentence for each that is damaged.
+    """
+    cleared: list[str] = []
+    damaged: list[str] = []
     if sweep.directory.is_dir():
         with launch_lock(sweep):
-            for run_id, record in _records(sweep, run_ids):
-                if record.checked_status().state in ("failed", "diverged") and not record.is_held():
-                    forgive(record)
-                    cleared.append(run_id)
-    return cleared
+            for name, record in _records(sweep, run_ids):
+                try:
+                    if record.checked_status().state in ("failed", "diverged") and not record.is_held():
+                        forgive(record)
+                        cleared.append(name)
+                except SweepError as error:
+                    damaged.append(f"{name}: {error}")
+    return cleared, damaged

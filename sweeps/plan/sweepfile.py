@@ -25,11 +25,12 @@ import functools
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import Section, parse, read_yaml
@@ -103,16 +104,38 @@ class CostSection(Section):
     """Replaces the recipe's device count of every run."""
 
 
+def _one_line(text: str) -> str:
+    if not text.isprintable() or not text.strip():
+        raise ValueError("must be one line of printable text: it becomes a line of the sbatch script")
+    return text
+
+
+def _sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            raise ValueError(f"'{name}' is no long name of an sbatch option, such as mail-type")
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{name} must be text, a number or true")
+        _one_line(str(value))
+    return options
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+"""One line of printable text."""
+Command = Annotated[Line, AfterValidator(lambda text: shlex.join(shlex.split(text)))]
+"""A program with its arguments, each of which is quoted: nothing in it is executed by a shell."""
+
+
 class SlurmSection(Section):
     """How jobs are asked for; each field can also be given to `launch`."""
 
-    partition: str | None = None
+    partition: Line | None = None
     """Partition."""
-    account: str | None = None
+    account: Line | None = None
     """Account."""
-    qos: str | None = None
+    qos: Line | None = None
     """Quality of service."""
-    constraint: str | None = None
+    constraint: Line | None = None
     """Node features."""
     time_min: int = Field(1440, gt=0)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
@@ -130,11 +153,11 @@ class SlurmSection(Section):
     """Memory of one node, GB; null takes the partition's default."""
     max_parallel: int = Field(256, gt=0)
     """Elements of one array running at the same time."""
-    extra: dict[str, Any] = Field(default_factory=dict)
+    extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)
     """Further sbatch options by long name, e.g. {reservation: vision}."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the workers, e.g. module loads."""
-    python: str | None = None
+    python: Command | None = None
     """Interpreter of the workers (a venv's, or a container's wrapper); null takes the launcher's own."""
 
 

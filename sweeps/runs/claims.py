@@ -1,4 +1,4 @@
-"""The sweep's directory: its record, the lock under which launches decide, and each run's claim and attempts.
+"""A run directory as launchers see it: who claimed the run, and how its attempts ended.
 
 Besides what `harness.run.directory` keeps, a run directory holds two files of the launchers: `launch.json`, the claim
 of the launcher that started or queued the run, and `attempts.jsonl`, one line per ended attempt.
@@ -11,74 +11,20 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import STATUS_VERSION, RunDir, Status
-from aimscale.harness.run.files import locked, process_started, write_json, write_text
+from aimscale.harness.run.files import process_started, write_json
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
+from aimscale.sweeps.plan.sweepfile import SweepError
 
-MAX_CLOCK_SKEW_S = 30.0
-"""Leases and heartbeats compare clocks; beyond this a launch is refused."""
 CLAIM_GRACE_S = 300.0
 """A local claim from another machine holds this long, in which its worker takes the run's lease."""
-
-
-def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
-    """Make the sweep's directory and record where its relative paths start and what its data sets hold.
-
-    A sweep that lies elsewhere now, or whose file does, goes on: runs are known by what they train.
-
-    Raises:
-        SweepError: it cannot be written, or the clock is off.
-    """
-    directory = sweep.directory
-    try:
-        sweep.runs_dir.mkdir(parents=True, exist_ok=True)
-        record = read_record(directory)
-        write_text(directory / SWEEP_FILE, sweep.text)
-        sources = [source for run in runs for source in run.config.training.data.sources]
-        data = {sweep.relative(source.path): source.fingerprint for source in sources if source.fingerprint}
-        values = {"version": 1, "name": sweep.name, "directory": str(directory), "base_dir": str(sweep.base_dir)}
-        values |= {"data": {**(record or {}).get("data", {}), **data}}
-        if record != values:
-            write_json(directory / SWEEP_RECORD, values)
-        skew = (directory / SWEEP_FILE).stat().st_mtime - time.time()
-    except OSError as error:
-        raise SweepError(f"cannot write into {directory} ({error.strerror}); choose another --root") from error
-    if abs(skew) > MAX_CLOCK_SKEW_S:
-        raise SweepError(
-            f"the clock of {socket.gethostname()} is {-skew:+.0f} s off that of the file system of {directory}, so "
-            f"heartbeats could not be trusted; synchronise the clocks"
-        )
-
-
-@contextlib.contextmanager
-def launch_lock(sweep: Sweep) -> Iterator[None]:
-    """Serialise the decisions of launches, between processes and (flock over NFS) machines."""
-    with lock_file(sweep.directory / "launch.lock"):
-        yield
-
-
-@contextlib.contextmanager
-def lock_file(path: Path) -> Iterator[None]:
-    """Hold an exclusive flock for the block; the kernel drops it when the process dies.
-
-    Raises:
-        SweepError: the file system has no locks.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path))
-        except OSError as error:
-            raise SweepError(
-                f"the file system of {path.parent} has no flock ({error.strerror}), without which two launches "
-                f"could start a run twice; mount it with flock or choose another --root"
-            ) from error
-        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +67,22 @@ def own_claim(backend: Literal["local", "slurm"], devices: int, job_id: str | No
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """What launchers read of `lease.json`."""
+
+    host: str
+    """Machine of the holder."""
+    pid: int
+    """Its process there."""
+    process_started: str | None
+    """Start time of that process, which makes the pid unique."""
+
+
+T = TypeVar("T")
+_STATUS, _CLAIM, _HOLDER = TypeAdapter(Status), TypeAdapter(Claim), TypeAdapter(Holder)
+
+
 class RunRecord(RunDir):
     """A run directory as launchers see it."""
 
@@ -135,12 +97,23 @@ class RunRecord(RunDir):
         return self.path.parent.parent
 
     def saved_progress(self) -> list[int]:
-        """What an attempt that resumes now would start from: rows recorded, and images of the furthest checkpoint."""
+        """What an attempt that resumes now would start from: rows, images of the furthest checkpoint, and evaluation.
+
+        The last counts what is on disk of budgets whose row is still to come: weights, validation losses, completions,
+        probed tasks and the parts of unfinished ones.
+
+        Raises:
+            SweepError: `results.json` is damaged.
+        """
         images = [0]
         for path in self.checkpoints.glob("[0-9]*"):
             with contextlib.suppress(ValueError):
                 images.append(int(path.name.split("-")[0]))
-        return [len(self.read_rows()), max(images)]
+        try:
+            num_rows = len(self.read_rows())
+        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+            raise self.damaged(self.results, error) from error
+        return [num_rows, max(images), *evaluation_progress(self.path)]
 
     def checked_status(self) -> Status:
         """The run's status.
@@ -148,28 +121,54 @@ class RunRecord(RunDir):
         Raises:
             SweepError: it is damaged or of another version; the sentence says what to do.
         """
-        try:
-            values = json.loads(self.status.read_text())
-            version = values["version"]
-            if version != STATUS_VERSION:
-                raise SweepError(
-                    f"{self.path} is of version {version!r}, this aimscale reads {STATUS_VERSION}; use the one that "
-                    f"made it"
-                )
-            known = {field.name for field in fields(Status)}
-            return Status(**{key: value for key, value in values.items() if key in known})
-        except FileNotFoundError:
-            return Status()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SweepError(f"{self.status} is damaged ({error}); repair it or move {self.path} away") from error
+        status = self._read(self.status, _STATUS)
+        if status is not None and status.version != STATUS_VERSION:
+            raise SweepError(
+                f"{self.path} is of version {status.version}, this aimscale reads {STATUS_VERSION}; use the one that "
+                f"made it"
+            )
+        return status or Status()
 
     def read_claim(self) -> Claim | None:
-        """The launcher's claim, or None; one half-written by hand counts as none."""
+        """The launcher's claim, or None.
+
+        Raises:
+            SweepError: it is damaged.
+        """
+        return self._read(self.claim, _CLAIM)
+
+    def is_held(self) -> bool:
+        """Whether a live process holds the lease.
+
+        Raises:
+            SweepError: `lease.json` is damaged.
+        """
         try:
-            values = json.loads(self.claim.read_text())
-            return Claim(**values)
-        except (OSError, ValueError, TypeError):
+            return super().is_held()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self.damaged(self.lease, error) from error
+
+    def read_holder(self) -> Holder | None:
+        """Who holds the lease, alive or not.
+
+        Raises:
+            SweepError: `lease.json` is damaged.
+        """
+        return self._read(self.lease, _HOLDER)
+
+    def damaged(self, path: Path, error: Exception) -> SweepError:
+        """The sentence about a file of the run that cannot be used."""
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        return SweepError(f"{path} is damaged ({said}); repair it or move {self.path} away")
+
+    def _read(self, path: Path, kind: TypeAdapter[T]) -> T | None:
+        """A JSON file as what it should hold; None where there is none."""
+        try:
+            return kind.validate_json(path.read_bytes())
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise self.damaged(path, error) from error
 
     def write_claim(self, claim: Claim) -> None:
         """Claim the run; hold `launch_lock` and look first."""
@@ -180,16 +179,32 @@ class RunRecord(RunDir):
         self.claim.unlink(missing_ok=True)
 
     def read_attempts(self) -> list[dict[str, Any]]:
-        """Ended attempts, first to last; a last line cut off by a crash is left out."""
+        """Ended attempts, first to last; a last line cut off by a crash is left out.
+
+        Raises:
+            SweepError: the file is damaged.
+        """
         try:
-            lines = self.attempts.read_text().splitlines()
+            lines = self.attempts.read_bytes().splitlines()
         except FileNotFoundError:
             return []
-        ended = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                ended.append(json.loads(line))
+        except OSError as error:
+            raise self.damaged(self.attempts, error) from error
+        ended: list[dict[str, Any]] = []
+        for i, line in enumerate(lines):
+            try:
+                values = json.loads(line)
+                if not values.get("forgiven") and not {"reason_class", "saved"} <= values.keys():
+                    raise ValueError(f"line {i + 1} tells of no attempt")
+                ended.append(values)
+            except (ValueError, AttributeError, RecursionError) as error:
+                if i + 1 < len(lines):
+                    raise self.damaged(self.attempts, error) from error
         return ended
+
+    def next_attempt(self) -> int:
+        """Number of the attempt that comes next, 1 for the first."""
+        return 1 + sum(not ended.get("forgiven") for ended in self.read_attempts())
 
     def append_attempt(self, **values: Any) -> None:
         """Record how an attempt ended."""
@@ -207,8 +222,8 @@ class RunRecord(RunDir):
 
     def last_log(self) -> Path | None:
         """Output of the last attempt's first rank."""
-        logs = [path for path in self.logs.glob("attempt-*.log") if ".rank-" not in path.name]
-        return max(logs, key=lambda path: int(path.stem.removeprefix("attempt-")), default=None)
+        logs = {path.stem.removeprefix("attempt-"): path for path in self.logs.glob("attempt-*.log")}
+        return max(((int(number), path) for number, path in logs.items() if number.isdecimal()), default=(0, None))[1]
 
 
 def claim_run(record: RunRecord, run: Run, claim: Claim) -> None:
@@ -223,3 +238,16 @@ def local_claim_is_live(claim: Claim) -> bool:
     if claim.host == socket.gethostname():
         return process_started(claim.pid) == claim.process_started
     return time.time() - claim.time < CLAIM_GRACE_S
+
+
+def evaluation_progress(run: Path) -> list[int]:
+    """Files that evaluation has finished in a run, and when the last part of an unfinished one was saved.
+
+    A finished file that is written again counts no second time; a part is written again only after more work.
+    """
+    kinds = ("budgets/*/model.safetensors", "validation/*.npz", "completions/*.npz", "probes/*/*.json")
+    times = [0]
+    for path in run.glob("probes/*/*.partial.pt"):
+        with contextlib.suppress(OSError):  # its task was finished, and it removed, meanwhile
+            times.append(path.stat().st_mtime_ns)
+    return [sum(1 for kind in kinds for _ in run.glob(kind)), max(times)]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from aimscale.harness.run.directory import RunDirError, Status
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.directory import Status
 from aimscale.harness.run.trunk import missing_budgets
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
 from aimscale.sweeps.runs.retries import may_try_again
 
@@ -46,7 +46,10 @@ def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> D
         if status.state == "finished" and not missing:
             return "finished", ""
         is_longer = f"extended to {missing[-1]} images" if missing and status.state == "finished" else status.state
-        return standing(record, status, is_queued) or ("resume", is_longer)
+        if found := standing(record, status, is_queued):
+            return found
+        record.load_config()  # a damaged one is named now, not after a job was submitted
+        return "resume", is_longer
 
     return decision(run, record, verdict)
 
@@ -54,18 +57,18 @@ def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> D
 def _missing_budgets(run: Run, record: RunRecord) -> list[int]:
     try:
         return missing_budgets(record, run.config)
-    except RunDirError as error:
-        raise SweepError(str(error)) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SweepError(f"{record.results} is damaged ({error}); remove it and launch again") from error
+        raise record.damaged(record.results, error) from error
 
 
 def decision(run: Run, record: RunRecord, verdict: Callable[[], tuple[Verdict, str]]) -> Decision:
-    """The verdict that looking gives; `damaged` where it raises a SweepError."""
+    """The verdict that looking gives; `damaged` where the directory cannot be read or holds what it should not."""
     try:
         what, why = verdict()
-    except SweepError as error:
+    except UserError as error:
         what, why = "damaged", str(error)
+    except OSError as error:
+        what, why = "damaged", f"{error.filename or record.path} cannot be read ({error.strerror})"
     return Decision(run=run, record=record, verdict=what, why=why)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from aimscale.harness.probe.job import FOLDER
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD
-from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.claims import RunRecord, evaluation_progress
 
 
 class ProbeRecord(RunRecord):
@@ -29,10 +29,8 @@ class ProbeRecord(RunRecord):
         return sweep_folder(self.path.parent) or self.path.parent
 
     def saved_progress(self) -> list[int]:
-        """Finished task files, and when the last epoch of an unfinished one was saved."""
-        probes = self.run.path / "probes"
-        partial = [path.stat().st_mtime_ns for path in probes.glob("*/*.partial.pt")]
-        return [len(list(probes.glob("*/*.json"))), max(partial, default=0)]
+        """What evaluation of the run has finished, and when the last part of an unfinished one was saved."""
+        return evaluation_progress(self.run.path)
 
 
 def sweep_folder(run_dir: Path) -> Path | None:

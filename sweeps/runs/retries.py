@@ -25,7 +25,7 @@ Words = tuple[str, ReasonClass]
 """A reason and its class."""
 
 MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "code": 2, "data": 1, "nan": 1, "config": 1}
-"""Attempts in a row that ended for this reason and saved nothing new, after which a run is left failed.
+"""Attempts in a row that saved nothing new, whatever ended them, after which one that ends for this reason is the last.
 
 A node or a time limit is nobody's fault; memory and code may have failed by a neighbour's or a network's doing, once;
 the others would fail again.
@@ -106,8 +106,7 @@ def diagnose(run: RunRecord, job_state: str | None, job_id: str | None) -> None:
         return
     reason, kind, state = explain_job(job_state, run.job_log(job_id))
     run.write_status(state=state, reason=reason, reason_class=kind)
-    attempts = 1 + sum(not ended.get("forgiven") for ended in run.read_attempts())
-    _record(run, attempts, None, f"slurm {job_id}", reason, kind)
+    _record(run, run.next_attempt(), None, f"slurm {job_id}", reason, kind)
 
 
 def explain_job(job_state: str | None, log: Path) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
@@ -153,17 +152,17 @@ def _tries_left(run: RunRecord, kind: ReasonClass) -> bool:
 
 
 def fruitless_attempts(run: RunRecord) -> int:
-    """Attempts at the end of the record that ended for one reason and saved nothing new."""
-    num, kind, saved = 0, None, None
+    """Attempts at the end of the record that saved nothing new, the one that saved last among them.
+
+    An attempt that a person stopped, or that finished, counts for nothing.
+    """
+    num, saved = 0, None
     for ended in run.read_attempts():
-        if ended.get("forgiven") or ended["reason_class"] is None:
-            num = 0
-        elif ended["reason_class"] == kind and ended["saved"] == saved:
-            num += 1
-        else:
-            num = 1
-        if not ended.get("forgiven"):
-            kind, saved = ended["reason_class"], ended["saved"]
+        if ended.get("forgiven"):
+            num, saved = 0, None
+        elif ended["reason_class"] is not None:
+            num = num + 1 if ended["saved"] == saved else 1
+            saved = ended["saved"]
     return num
 
 

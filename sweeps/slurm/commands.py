@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim
 
 TIMEOUT_S = 60
+FRESH_S = 5.0
 
 PENDING = (
     "PENDING",
@@ -28,6 +30,9 @@ PENDING = (
     "STOPPED",
 )
 RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "PREEMPTED")
+
+
+Phase = Literal["pending", "running", "ended"]
 
 
 class SlurmError(SweepError):
@@ -46,7 +51,7 @@ class JobInfo:
     """Why it waits, or where it runs."""
 
     @property
-    def phase(self) -> Literal["pending", "running", "ended"]:
+    def phase(self) -> Phase:
         """`ended` jobs need a launch to go on; COMPLETING and PREEMPTED ones are still being dealt with."""
         if self.state in PENDING:
             return "pending"
@@ -62,7 +67,9 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
     if shutil.which(words[0]) is None:
         raise SlurmError(f"there is no Slurm here ({words[0]} is not on the PATH); use --on local, or a login node")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
+    except OSError as error:
+        raise SlurmError(f"{words[0]} does not start ({error.strerror})") from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
             f"{words[0]} did not answer within {timeout_s:.0f} s; is slurmctld up? (scontrol ping)"
@@ -83,8 +90,9 @@ def jobs(job_ids: Iterable[str] | None = None) -> dict[str, JobInfo]:
     text = command("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "-o", "%i|%T|%R")
     found = {}
     for line in text.splitlines():
-        job_id, state, reason = line.strip().split("|", 2)
-        if job_ids is None or job_id in job_ids:
+        job_id, _, rest = line.strip().partition("|")
+        state, _, reason = rest.partition("|")
+        if state and (job_ids is None or job_id in job_ids):  # else a plugin's remark among the jobs
             found[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
     return found
 
@@ -92,6 +100,28 @@ def jobs(job_ids: Iterable[str] | None = None) -> dict[str, JobInfo]:
 def is_queued(known: dict[str, JobInfo]) -> Callable[[Claim], bool]:
     """Whether the job of a claim is still waiting or running."""
     return lambda claim: (job := known.get(claim.job_id or "")) is not None and job.phase != "ended"
+
+
+class Queued:
+    """Whether the job of a claim still waits or runs, asked when it matters: a run that waits in Slurm is Slurm's.
+
+    Where Slurm is not installed or does not answer, it counts as waiting. An answer serves for `FRESH_S`, but a job
+    that is not in it is asked for again: it may be newer.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, JobInfo] = {}
+        self._asked = float("-inf")
+
+    def __call__(self, claim: Claim) -> bool:
+        """Ask about one claim."""
+        if time.monotonic() - self._asked < FRESH_S and is_queued(self._known)(claim):
+            return True
+        known = known_jobs()
+        if known is None:
+            return True
+        self._known, self._asked = known, time.monotonic()
+        return is_queued(known)(claim)
 
 
 def known_jobs() -> dict[str, JobInfo] | None:
@@ -103,15 +133,15 @@ def known_jobs() -> dict[str, JobInfo] | None:
 
 
 def ended_states(job_ids: Sequence[str]) -> dict[str, str]:
-    """How jobs ended that slurmctld has forgotten, from accounting; empty where there is none."""
+    """How jobs ended that slurmctld has forgotten, from accounting; empty where there is none or it does not answer."""
     if not job_ids or shutil.which("sacct") is None:
         return {}
-    words = ["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(job_ids)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    if done.returncode:
+    try:
+        text = command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(job_ids))
+    except SlurmError:
         return {}
-    rows = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
-    return {job_id: state.split()[0] for job_id, state, *_ in rows if state}
+    rows = [line.split("|") for line in text.splitlines() if "|" in line]
+    return {job_id: state.split()[0] for job_id, state, *_ in rows if state.strip()}
 
 
 def partitions() -> list[str]:

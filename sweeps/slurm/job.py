@@ -22,8 +22,9 @@ from typing import Any
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED, LEASE_STALE_S
 from aimscale.sweeps.plan.sweepfile import SweepError
-from aimscale.sweeps.runs.claims import Claim, RunRecord, lock_file
+from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.retries import Outcome, Words, conclude, explain
+from aimscale.sweeps.runs.sweep_dir import lock_file
 from aimscale.sweeps.slurm import commands as slurm
 
 POLL_S = 0.5
@@ -87,7 +88,7 @@ class _Watcher:
         if not self._take_over():
             return "not this job's run any more"
         self._wait_for_lease()
-        attempt = 1 + sum(not ended.get("forgiven") for ended in self.record.read_attempts())
+        attempt = self.record.next_attempt()
         exit_code = self._run_child(attempt)
         if self.rank:
             if exit_code not in (0, EXIT_PREEMPTED):
@@ -174,7 +175,7 @@ class _Watcher:
         goes_on = (outcome == "again" and not self.told_to_end) or (outcome == "preempted" and self.told_to_save)
         if goes_on and self._is_claimed():
             try:
-                slurm.requeue(os.environ["SLURM_JOB_ID"])
+                slurm.requeue(self.job_id)  # one element; SLURM_JOB_ID may be the id of its whole array
             except SweepError as error:
                 raise JobError(f"could not requeue ({error}); `aimscale launch` resumes the run") from error
             time.sleep(REQUEUE_WAIT_S)

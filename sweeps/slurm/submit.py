@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,11 +13,12 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
-from aimscale.sweeps.runs.claims import Claim, RunRecord, launch_lock, own_claim
+from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.runs.decision import Decision
 from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
 from aimscale.sweeps.runs.retries import diagnose
 from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
+from aimscale.sweeps.runs.sweep_dir import launch_lock
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
 
@@ -228,11 +230,11 @@ def _environment(snapshot: Snapshot) -> list[str]:
     """Shell lines that make the job run the pinned code, and let it say which."""
     if snapshot.path is None:
         return []
-    dirty = int(snapshot.dirty)
+    dirty, path = int(snapshot.dirty), shlex.quote(str(snapshot.path))
     return [
-        f"export PYTHONPATH={snapshot.path}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"cd {path} || exit 1",  # without its pinned code a job must not run
+        f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"export AIMSCALE_GIT_COMMIT={snapshot.commit} AIMSCALE_GIT_DIRTY={dirty}",
-        f"cd {snapshot.path}",
     ]
 
 

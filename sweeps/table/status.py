@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
 from aimscale.sweeps.runs.retries import explain_job
 from aimscale.sweeps.slurm.commands import JobInfo
@@ -108,10 +109,16 @@ def sweep_status(
 
 def _run_status(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float) -> RunStatus:
     try:
-        status = record.checked_status()
-    except SweepError as error:
+        return _undamaged(run, record, jobs, now)
+    except UserError as error:
         return _line(run, record, Status(reason=str(error)), "damaged", now)
-    claim = record.read_claim()
+    except OSError as error:
+        why = f"{error.filename or record.path} cannot be read ({error.strerror})"
+        return _line(run, record, Status(reason=why), "damaged", now)
+
+
+def _undamaged(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float) -> RunStatus:
+    status, claim = record.checked_status(), record.read_claim()
     state: Shown
     if status.state in ("finished", "created") and claim is None:
         state = "finished" if status.state == "finished" else "not started"

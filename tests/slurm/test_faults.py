@@ -55,6 +55,17 @@ def test_scontrol_requeue_goes_on_where_it_saved(fault: Any, undisturbed: Losses
     assert [ended["exit_code"] for ended in case.records[0].read_attempts()] == [75, 0]
 
 
+def test_one_element_of_an_array_is_requeued_and_never_the_others(fault: Any, undisturbed: Losses) -> None:
+    case = fault(seeds=[0, 1])
+    case.launch()
+    case.wait_trained(0)
+    case.wait_trained(1)
+    slurm.cancel([job(case, 0)], signal="USR2")
+    assert_as_undisturbed(case, undisturbed)
+    ends = [[ended["exit_code"] for ended in record.read_attempts()] for record in case.records]
+    assert ends == [[75, 0], [0]]
+
+
 def test_a_lost_node_hands_the_run_to_another(fault: Any, undisturbed: Losses, cluster: Path) -> None:
     case = fault(step_s=3.0)
     case.launch()
@@ -96,7 +107,7 @@ def test_out_of_memory_is_named_bounded_and_curable(fault: Any, undisturbed: Los
     assert case.records[0].checked_status().state == "failed"
     assert kinds(case) == ["oom", "oom"]
     (case.records[0].path / "healthy").touch()
-    assert retry(case.sweep, [case.runs[0].run_id]) == [case.runs[0].run_id]
+    assert retry(case.sweep, [case.runs[0].run_id]) == ([case.runs[0].run_id], [])
     case.launch()
     assert_as_undisturbed(case, undisturbed)
 

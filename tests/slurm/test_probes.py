@@ -24,8 +24,8 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.launch.probes import probing_jobs
 from aimscale.sweeps.launch.start import left_alone
-from aimscale.sweeps.runs.claims import prepare
 from aimscale.sweeps.runs.probe_record import ProbeRecord
+from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm.submit import launch_slurm
 
 

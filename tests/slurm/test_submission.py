@@ -22,7 +22,7 @@ STAND_IN = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
 
 LAUNCHER = """
     from pathlib import Path
-    from aimscale.sweeps.runs.claims import prepare
+    from aimscale.sweeps.runs.sweep_dir import prepare
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.slurm.submit import launch_slurm
     from aimscale.sweeps.plan.sweepfile import load_sweep

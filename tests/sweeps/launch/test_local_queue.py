@@ -15,8 +15,9 @@ import aimscale.sweeps.launch.start
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.launch.start import left_alone
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.runs.claims import RunRecord, prepare
+from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.runs.retries import forgive
+from aimscale.sweeps.runs.sweep_dir import prepare
 
 STAND_IN = Path(__file__).parents[1] / "stand_in.py"
 
@@ -164,6 +165,6 @@ def test_missing_data_stop_a_launch_before_anything_is_made(write_sweep: Any) ->
 
 def test_a_clock_that_is_off_is_refused(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time
-    monkeypatch.setattr("aimscale.sweeps.runs.claims.time.time", lambda: now() + 120)
+    monkeypatch.setattr("aimscale.sweeps.runs.sweep_dir.time.time", lambda: now() + 120)
     with pytest.raises(UserError, match=r"is \+120 s off .* synchronise the clocks"):
         prepare(write_sweep())

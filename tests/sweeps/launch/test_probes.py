@@ -37,9 +37,10 @@ from aimscale.sweeps.launch.stop import cancel, retry
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep
-from aimscale.sweeps.runs.claims import own_claim, prepare
+from aimscale.sweeps.runs.claims import own_claim
 from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.runs.retries import conclude
+from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm.submit import launch_slurm
 from aimscale.sweeps.table.collection import collect
 
@@ -193,7 +194,7 @@ def test_running_queued_and_failed_jobs_are_left_alone_until_cleared(trained: An
     requests = {run.run_id: ProbeRequest(tasks=(changed,))}
     asked = probing_jobs(sweep, {run.run_id: sweep.run_dir(run.run_id)}, requests)
     assert verdicts(asked, [run]) == ["start"]
-    assert retry(sweep, [run.run_id]) == [f"probes of {run.run_id}"]
+    assert retry(sweep, [run.run_id]) == ([f"probes of {run.run_id}"], [])
     assert verdicts(work, [run]) == ["start"]
 
 
@@ -214,13 +215,14 @@ def test_a_broken_task_fails_with_its_sentence(trained: Any, tmp_path: Path) -> 
 def test_progress_of_a_job_is_finished_tasks_and_saved_epochs(trained: Any) -> None:
     sweep, (run, _) = trained()
     record = ProbeRecord.of(sweep.run_dir(run.run_id))
-    assert record.saved_progress() == [0, 0]
+    num_files, last = record.saved_progress()  # the budget's weights and validation losses
+    assert last == 0
     folder = record.run.probes_dir(64)
     folder.mkdir(parents=True)
     (folder / "colour.lora-0.partial.pt").touch()
     assert record.saved_progress()[1] > 0
     (folder / "colour.json").touch()
-    assert record.saved_progress()[0] == 1
+    assert record.saved_progress()[0] == num_files + 1
     prepare(sweep)
     assert record.home == sweep.directory
 

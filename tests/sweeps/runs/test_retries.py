@@ -69,6 +69,33 @@ def test_progress_restores_the_tries(record: RunRecord) -> None:
     assert outcomes == ["again", "again", "again", "stop"]
 
 
+def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None:
+    node = {"state": "failed", "reason": "r", "reason_class": "node"}
+    oom = {"state": "failed", "reason": "r", "reason_class": "oom"}
+    assert [attempt(record, EXIT_CRASHED, **kind) for kind in (node, oom)] == ["again", "stop"]
+    forgive(record)
+    outcomes = [attempt(record, EXIT_PREEMPTED), attempt(record, EXIT_CRASHED, **node), attempt(record, EXIT_PREEMPTED)]
+    assert outcomes == ["preempted", "again", "stop"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "budgets/640/model.safetensors",
+        "validation/640.npz",
+        "completions/640.npz",
+        "probes/640/pets.json",
+        "probes/640/pets.linear-0.partial.pt",
+    ],
+)
+def test_evaluation_and_its_parts_are_progress(record: RunRecord, name: str) -> None:
+    """A run interrupted again and again while it evaluates goes on as long as it evaluates further."""
+    assert attempt(record, EXIT_CRASHED) == "again"
+    (record.path / name).parent.mkdir(parents=True)
+    (record.path / name).write_text("")
+    assert [attempt(record, EXIT_CRASHED) for _ in range(2)] == ["again", "stop"]
+
+
 @pytest.mark.parametrize(
     ("job_state", "output", "state", "kind"),
     [

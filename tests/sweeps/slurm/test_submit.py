@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.runs.snapshot import find_snapshot, make_snapshot
+from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import Shape, launch_slurm, shape_of, with_slurm
+from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, shape_of, with_slurm
 
 
 def git(folder: Path, *words: str) -> None:
@@ -76,3 +77,48 @@ def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
     assert shape_of(run, sweep.file.slurm) == Shape(nodes=2, tasks_per_node=8)
     with pytest.raises(UserError, match="do not fill nodes of 6"):
         shape_of(run, with_slurm(sweep, devices_per_node=6).file.slurm)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"partition": "main\ntouch pwned"},
+        {"account": ""},
+        {"qos": "a\rb"},
+        {"extra": {"comment\ntouch": "x"}},
+        {"extra": {"comment": "x\ntouch pwned"}},
+        {"extra": {"Mail Type": "END"}},
+        {"extra": {"comment": ["a"]}},
+        {"python": "python\ntouch pwned"},
+        {"python": "python 'unfinished"},
+    ],
+)
+def test_what_would_become_a_line_of_the_script_is_refused(write_sweep: Any, section: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="slurm"):
+        write_sweep(slurm=section)
+
+
+def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script is executed by a shell whose srun only prints what it was given."""
+    root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
+    section = {"partition": "$(touch pwned)", "python": "python3 $(touch pwned)", "extra": {"comment": "';touch pwned"}}
+    sweep = replace(write_sweep(slurm=section), root=root)
+    code = sweep.directory / "code" / "abc"
+    code.mkdir(parents=True)
+    executor = executor_for(sweep, Shape(nodes=1, tasks_per_node=1), Snapshot(path=code, commit="abc", dirty=True), "j")
+    (tmp_path / "srun").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def execute() -> subprocess.CompletedProcess[str]:
+        text = script(executor, 2)
+        return subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    words = execute().stdout.splitlines()
+    assert words[:2] == [str(code), str(code)]
+    assert words[-7:] == ["python3", "$(touch", "pwned)", "-u", "-m", "submitit.core._submit", str(root / "tiny/slurm")]
+    assert not list(tmp_path.rglob("pwned"))
+    code.rmdir()
+    gone = execute()
+    assert (gone.returncode, gone.stdout) == (1, "")

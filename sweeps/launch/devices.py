@@ -1,0 +1,76 @@
+"""The cards of this machine (or, without cards, places for processes) and how much of each is free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from fractions import Fraction
+
+from aimscale.sweeps.plan.planner import Run
+
+WHOLE = Fraction(1)
+LIST_TIMEOUT_S = 30
+
+
+class Devices:
+    """A run with several devices takes whole ones; one with a single device may take a share of it."""
+
+    def __init__(self, cards: Sequence[str], slots: int) -> None:
+        """With more slots than cards, cards are shared; without cards, each slot is a place for a process."""
+        self.cards = tuple(cards[:slots])
+        self.num = len(self.cards) or slots
+        self._slots = slots
+        self._free = [WHOLE] * self.num
+
+    @property
+    def share(self) -> Fraction:
+        """What a run of one device takes where nothing else is said."""
+        return Fraction(1, -(-self._slots // self.num))
+
+    def take(self, num: int, share: Fraction) -> tuple[int, ...] | None:
+        """Devices for a run, the fullest that still have room; None while there is none."""
+        share = share if num == 1 else WHOLE
+        fits = sorted((free, i) for i, free in enumerate(self._free) if free >= share)
+        if len(fits) < num:
+            return None
+        taken = tuple(sorted(i for _, i in fits[:num]))
+        for i in taken:
+            self._free[i] -= share
+        return taken
+
+    def give_back(self, taken: Sequence[int], share: Fraction) -> None:
+        """The run on these devices ended."""
+        for i in taken:
+            self._free[i] += share if len(taken) == 1 else WHOLE
+
+    def environment(self, taken: Sequence[int], share: Fraction) -> dict[str, str]:
+        """What a worker on these devices is told."""
+        if not self.cards:
+            return {}
+        told = {"CUDA_VISIBLE_DEVICES": ",".join(self.cards[i] for i in taken)}
+        if len(taken) == 1 and share < 1:
+            told["AIMSCALE_DEVICE_SHARE"] = f"{float(share):.6f}"
+        return told
+
+
+def visible_gpus() -> list[str]:
+    """Cards that a local launch may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [card for card in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if card]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=LIST_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def default_slots(runs: Sequence[Run], gpus: Sequence[str]) -> int:
+    """A slot a card, or as many processes as the cores feed."""
+    threads = max(run.config.runtime.num_threads for run in runs)
+    return len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)

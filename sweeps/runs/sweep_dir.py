@@ -1,0 +1,70 @@
+"""The sweep's directory: its record, and the lock under which launches decide."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from aimscale.harness.run.files import locked, write_json, write_text
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
+
+MAX_CLOCK_SKEW_S = 30.0
+"""Leases and heartbeats compare clocks; beyond this a launch is refused."""
+
+
+def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
+    """Make the sweep's directory and record where its relative paths start and what its data sets hold.
+
+    A sweep that lies elsewhere now, or whose file does, goes on: runs are known by what they train.
+
+    Raises:
+        SweepError: it cannot be written, or the clock is off.
+    """
+    directory = sweep.directory
+    try:
+        sweep.runs_dir.mkdir(parents=True, exist_ok=True)
+        record = read_record(directory)
+        write_text(directory / SWEEP_FILE, sweep.text)
+        sources = [source for run in runs for source in run.config.training.data.sources]
+        data = {sweep.relative(source.path): source.fingerprint for source in sources if source.fingerprint}
+        values = {"version": 1, "name": sweep.name, "directory": str(directory), "base_dir": str(sweep.base_dir)}
+        values |= {"data": {**(record or {}).get("data", {}), **data}}
+        if record != values:
+            write_json(directory / SWEEP_RECORD, values)
+        skew = (directory / SWEEP_FILE).stat().st_mtime - time.time()
+    except OSError as error:
+        raise SweepError(f"cannot write into {directory} ({error.strerror}); choose another --root") from error
+    if abs(skew) > MAX_CLOCK_SKEW_S:
+        raise SweepError(
+            f"the clock of {socket.gethostname()} is {-skew:+.0f} s off that of the file system of {directory}, so "
+            f"heartbeats could not be trusted; synchronise the clocks"
+        )
+
+
+@contextlib.contextmanager
+def launch_lock(sweep: Sweep) -> Iterator[None]:
+    """Serialise the decisions of launches, between processes and (flock over NFS) machines."""
+    with lock_file(sweep.directory / "launch.lock"):
+        yield
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold an exclusive flock for the block; the kernel drops it when the process dies.
+
+    Raises:
+        SweepError: the file system has no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except OSError as error:
+            raise SweepError(
+                f"the file system of {path.parent} has no flock ({error.strerror}), without which two launches "
+                f"could start a run twice; mount it with flock or choose another --root"
+            ) from error
+        yield
