@@ -46,6 +46,12 @@ class Placement:
     port: int
     """TCP port of rank 0."""
 
+    @property
+    def name(self) -> str:
+        """Names this start of the run: the same on all its ranks, another at the next start."""
+        starts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+        return " ".join([self.address, str(self.port), *starts])
+
 
 def find_placement(environment: dict[str, str] | None = None) -> Placement:
     """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a process alone.

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.files import remove_dir
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time")
 
@@ -37,7 +37,7 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.path / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_dir(folder)
         self._writer = SummaryWriter(str(folder))
         for line in past:
             self.log(line)
@@ -66,7 +66,7 @@ class WandbLogger:
             raise ConfigError("runtime.loggers names wandb, which is not installed; pip install wandb") from error
         for folder in (run.path / "wandb").glob(f"offline-run-*-{config.run_id}"):
             if not any(folder.glob("*.synced")):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_dir(folder)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "aimscale"),
             id=config.run_id,

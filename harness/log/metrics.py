@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.run.fence import check_fence
+from aimscale.harness.run.files import written_aside
 from aimscale.harness.step.engine import StepOutcome
 
 SPIKE_WINDOW = 100
@@ -33,14 +35,24 @@ class JsonLines:
     """An append-only file of JSON lines that can be cut back to what a checkpoint knew."""
 
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
-        """Open for appending, after cutting to `keep_bytes` (None keeps everything)."""
-        self._file = path.open("ab")
-        if keep_bytes is not None:
-            assert self._file.tell() >= keep_bytes, f"{path} is shorter than its checkpoint knew"
-            self._file.truncate(keep_bytes)
+        """Open for appending, after cutting to `keep_bytes` (None keeps all whole lines).
+
+        The file is replaced by a copy: a process that had it before appends to what nobody sees.
+        """
+        old = path.read_bytes() if path.exists() else b""
+        size = old.rfind(b"\n") + 1 if keep_bytes is None else keep_bytes
+        assert len(old) >= size, f"{path} is shorter than its checkpoint knew"
+        with written_aside(path) as aside:
+            aside.write_bytes(old[:size])
+        self._path, self._file = path, path.open("ab")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; visible to readers at once."""
+        """Append one line; visible to readers at once.
+
+        Raises:
+            LeaseLost: another process took the run over.
+        """
+        check_fence(self._path)
         self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
         self._file.flush()
 

@@ -22,6 +22,7 @@ from aimscale.harness.run.config import ConfigError, ProbeSection, Section, pars
 from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
 from aimscale.harness.run.failures import PreemptedError, StopFlag, classify, stop_signals
 from aimscale.harness.run.files import write_text
+from aimscale.harness.run.watch import RankWatch, execute
 
 FOLDER = "probing"
 """Of the job within a run directory."""
@@ -73,29 +74,38 @@ def probe_job(path: Path) -> int:
     """
     job = RunDir(path)
     request = read_request(job)
-    is_first = find_placement().rank == 0
+    placement = find_placement()
+    is_first = placement.rank == 0
     with contextlib.ExitStack() as stack:
-        if is_first:
-            stack.enter_context(job.hold())
+        watch = stack.enter_context(
+            execute(
+                job,
+                group=placement.name,
+                rank=placement.rank,
+                world_size=placement.world_size,
+                also=[job.path.parent / "probes"],
+            )
+        )
         flag = stack.enter_context(stop_signals())
         if is_first:
             job.write_start()
         try:
-            _probe(job, request, flag)
+            stack.enter_context(watch.watching())
+            _probe(job, request, watch, flag)
         except PreemptedError:
             if is_first:
                 job.write_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
         except Exception as error:
             reason_class, reason = classify(error)
-            job.write_status(state="failed", phase="", reason=reason, reason_class=reason_class)
+            watch.note_failure(reason, reason_class)
             raise
         if is_first:
             job.write_status(state="finished", phase="", heartbeat=time.time())
     return EXIT_FINISHED
 
 
-def _probe(job: RunDir, request: ProbeRequest, flag: StopFlag) -> None:
+def _probe(job: RunDir, request: ProbeRequest, watch: RankWatch, flag: StopFlag) -> None:
     """Probe budget by budget, those included that come to be saved meanwhile."""
     from aimscale.harness.probe.run import join_ranks, probe_run, saved_budgets
 
@@ -103,6 +113,7 @@ def _probe(job: RunDir, request: ProbeRequest, flag: StopFlag) -> None:
     with join_ranks(request.device) as group:
 
         def pause() -> None:
+            watch.check()
             if group.any(flag.is_raised):
                 raise PreemptedError
             if group.is_first:

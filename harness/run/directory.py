@@ -11,27 +11,21 @@ import dataclasses
 import json
 import os
 import socket
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.files import locked, process_started, write_json, write_text
+from aimscale.harness.run.files import locked, write_json, write_text
+from aimscale.harness.run.lease import Lease, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
 
 STATUS_VERSION = 1
 RESULTS_VERSION = 1
-LEASE_BEAT_S = 10.0
-"""A holder renews its lease this often."""
-LEASE_STALE_S = 120.0
-"""A lease not renewed for this long may be taken over (at once when its holder is known to be gone)."""
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
@@ -43,14 +37,6 @@ EXIT_PREEMPTED = 75
 
 class RunDirError(UserError):
     """A run directory that cannot be used as asked."""
-
-
-class LeaseHeld(RunDirError):
-    """Another process is executing this run."""
-
-
-class LeaseLost(RuntimeError):
-    """This process no longer holds the lease it started with; it must stop writing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,8 +215,7 @@ class RunDir:
         Returns:
             The row as it stands afterwards.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with _guarded(self.results):
+        with locked(self.results.with_suffix(".lock")):
             rows = self.read_rows()
             row = next((each for each in rows if each["images_seen"] == images_seen), None)
             changed = change(row)
@@ -245,111 +230,18 @@ class RunDir:
 
     def is_held(self) -> bool:
         """Whether a live process holds the lease."""
-        holder = _read_lease(self.lease)
-        return holder is not None and not _is_gone(holder)
+        return is_held(self.lease)
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[Lease]:
-        """Hold the lease for the block; a thread renews it.
+    def hold(self, *, also: Iterable[Path] = (), group: str | None = None) -> Iterator[Lease]:
+        """Hold the lease for the block, in which nobody else changes this folder and those of `also`.
 
         Raises:
             LeaseHeld: another live process holds it.
         """
-        lease = Lease(self)
+        lease = Lease(self.lease, also=also, group=group)
         lease.start()
         try:
             yield lease
         finally:
             lease.release()
-
-
-class Lease:
-    """The right to write into a run directory: `lease.json` with host, pid and a heartbeat.
-
-    A holder that is known to be gone (its process on this host is dead, or the same Slurm job was requeued) is
-    replaced at once, any other only after `LEASE_STALE_S` seconds without a heartbeat. Who checks and replaces holds
-    an flock on the side, and a holder notices at its next heartbeat when it was replaced, so that two never write.
-    """
-
-    def __init__(self, run: RunDir) -> None:
-        self._path = run.lease
-        self._holder = {
-            "token": uuid.uuid4().hex,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process_started": process_started(os.getpid()),
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "job_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        }
-        self._lost = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-
-    def start(self) -> None:
-        """Take the lease and renew it until `release`."""
-        with _guarded(self._path):
-            holder = _read_lease(self._path)
-            if holder is not None and not _is_gone(holder):
-                raise LeaseHeld(
-                    f"{self._path.parent} is being executed by process {holder['pid']} on {holder['host']}; wait for "
-                    f"it or cancel it (a lease is free {LEASE_STALE_S:.0f} s after its holder died)"
-                )
-            self._path.unlink(missing_ok=True)
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(self._holder | {"heartbeat": time.time()}, file)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise LeaseLost when another process took over; call before anything is written for good."""
-        if self._lost:
-            raise LeaseLost(f"{self._path.parent} was taken over by another process; this one stops")
-
-    def release(self) -> None:
-        """Give the lease up."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        with _guarded(self._path):
-            if self._is_own():
-                self._path.unlink(missing_ok=True)
-
-    def _is_own(self) -> bool:
-        holder = _read_lease(self._path)
-        return holder is not None and holder["token"] == self._holder["token"]
-
-    def _renew(self) -> None:
-        while not self._stop.wait(LEASE_BEAT_S):
-            with _guarded(self._path):
-                if not self._is_own():
-                    self._lost = True
-                    return
-                # A disk that is full now may have room at the next beat.
-                with contextlib.suppress(OSError):
-                    write_json(self._path, self._holder | {"heartbeat": time.time()}, durable=False)
-
-
-def _guarded(path: Path) -> AbstractContextManager[bool]:
-    """Serialise reading and replacing a file."""
-    return locked(path.with_suffix(".lock"))
-
-
-def _read_lease(path: Path) -> dict[str, Any] | None:
-    try:
-        holder: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError:
-        # Its writer died between creating and filling it.
-        return None
-    return holder
-
-
-def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether a lease's holder has certainly or presumably died."""
-    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if job is not None and holder["job_id"] == job and holder["job_restarts"] < restarts:
-        return True  # Slurm ended the earlier incarnation of this job before it started this one.
-    if holder["host"] == socket.gethostname():
-        return process_started(holder["pid"]) != holder["process_started"]
-    return time.time() - holder["heartbeat"] > LEASE_STALE_S

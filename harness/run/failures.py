@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.directory import EXIT_DIVERGED, LeaseLost, ReasonClass
+from aimscale.harness.run.directory import EXIT_DIVERGED, ReasonClass
+from aimscale.harness.run.fence import LeaseLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """Slurm's end of a job and submitit's preemption warning."""

@@ -1,4 +1,7 @@
-"""Files that are never seen half-written, locks that die with their process, and the name of a process for good."""
+"""Files that are never seen half-written, locks that die with their process, and the name of a process for good.
+
+What a process writes into a run that it holds passes through the run's fence (`harness.run.fence`).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aimscale.harness.run.fence import aside_dir, aside_file, keeping_fence, make_parent
+
 
 @contextlib.contextmanager
 def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
@@ -21,13 +26,14 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part. `durable` makes it last through a crash of the machine.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    make_parent(path)
+    aside = aside_file(path)
     try:
-        yield aside
-        if durable:
-            _fsync(aside)
-        aside.replace(path)
+        with keeping_fence(path):
+            yield aside
+            if durable:
+                _fsync(aside)
+            aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -70,17 +76,35 @@ def written_dir_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def new_dir_aside(path: Path) -> Path:
+    """An empty folder to fill, for `publish_dir`; what an earlier attempt left of it goes."""
+    aside = aside_dir(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with keeping_fence(path):
+        aside.mkdir()
+    return aside
+
+
 def publish_dir(aside: Path, final: Path) -> None:
     """Make a folder that was written aside visible under its final name, durably and in one step."""
     if final.exists():
-        doomed = final.with_name(f".old-{final.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        final.rename(doomed)
-        aside.rename(final)
-        shutil.rmtree(doomed, ignore_errors=True)
-    else:
+        remove_dir(final)
+    with keeping_fence(final):
         aside.rename(final)
     fsync_dir(final.parent)
+
+
+def remove_dir(path: Path) -> None:
+    """Remove a folder that readers may look at: whole, in one step. One that is not there is no error."""
+    doomed = aside_dir(path, "removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        with keeping_fence(path):
+            path.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def fsync_dir(path: Path) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.run.files import fsync_dir, publish_dir, write_json
+from aimscale.harness.run.fence import aside_dir
+from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, remove_dir, write_json
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 
 CHECKPOINT_VERSION = 1
@@ -73,8 +74,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written (on all ranks); nothing is left behind, earlier ones are untouched.
     """
-    aside = final.with_name(f".writing-{final.name}")
-    is_there = group.from_first(group.is_first and _prepare(final, aside))
+    aside = aside_dir(final)
+    is_there = group.from_first(group.is_first and _prepare(final))
     if is_there:
         return
     tensors = _gather_share(engine, group)
@@ -108,13 +109,12 @@ def save_checkpoint(
         raise CheckpointError(f"cannot write checkpoint {final}: {problem}; make room and start the run again")
 
 
-def _prepare(final: Path, aside: Path) -> bool:
+def _prepare(final: Path) -> bool:
     """Clear the way for writing; True when the checkpoint is already there."""
     if is_complete(final):
         return True
-    shutil.rmtree(final, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    remove_dir(final)
+    new_dir_aside(final)
     return False
 
 
@@ -259,7 +259,7 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, beyond: int) -> t
             continue
         if group.is_first:
             for bad in damaged:
-                shutil.rmtree(bad)
+                remove_dir(bad)
         return manifest, [f"{error}; going on from {path.name} instead" for error in damaged.values()]
     if damaged:
         raise next(iter(damaged.values()))

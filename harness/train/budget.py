@@ -7,7 +7,6 @@ next one evaluates them without training again.
 from __future__ import annotations
 
 import datetime
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from aimscale.harness.probe.protocol import probe_model
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import PreemptedError, StopFlag
-from aimscale.harness.run.files import fsync_dir, publish_dir, write_json
+from aimscale.harness.run.fence import aside_dir
+from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, write_json
 from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.run.row import configured_columns, model_of
 from aimscale.harness.step.checkpoint import save_weights
@@ -38,10 +38,7 @@ def save_budget(
 ) -> None:
     """Write `budgets/<images_seen>/` in one step: weights, and the run's progress at that point."""
     final = run.budget_dir(images_seen)
-    aside = final.with_name(f".writing-{final.name}")
-    if group.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    aside = new_dir_aside(final) if group.is_first else aside_dir(final)
     group.wait()
     save_weights(aside / "model.safetensors", engine, group)
     if group.is_first:

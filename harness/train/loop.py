@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,12 +24,14 @@ from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, known_peak
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, Lease, RunDir
+from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
+from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import check_branch, missing_budgets, saved_budgets, trunk_position
+from aimscale.harness.run.watch import RankWatch, execute
 from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest, save_checkpoint
 from aimscale.harness.step.engine import Engine, EngineOptions
 from aimscale.harness.step.feed import run_on_all_ranks
@@ -40,8 +41,8 @@ from aimscale.harness.train.budget import evaluate_budget, save_budget
 class Trainer:
     """One run in this process: everything it needs, and the walk."""
 
-    def __init__(self, run: RunDir, config: RunConfig, group: Group, lease: Lease | None, flag: StopFlag) -> None:
-        self.run, self.config, self.group, self.lease, self.flag = run, config, group, lease, flag
+    def __init__(self, run: RunDir, config: RunConfig, group: Group, watch: RankWatch, flag: StopFlag) -> None:
+        self.run, self.config, self.group, self.watch, self.flag = run, config, group, watch, flag
         training, runtime = config.training, config.runtime
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
@@ -123,7 +124,7 @@ class Trainer:
         end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if keeps else None
         for path in self.run.checkpoints.iterdir() if self.run.checkpoints.is_dir() else ():
             if path != end:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_dir(path)
         with contextlib.suppress(OSError):
             self.run.checkpoints.rmdir()
 
@@ -182,15 +183,17 @@ class Trainer:
 
         with contextlib.closing(batches):
             while position < segment.stop:
+                self.watch.check()
                 step = self.recorder.next_of(batches, stop_asked=self.flag.is_raised)
                 if step.must_stop:
                     self._save(position, segment.branch)
                     raise PreemptedError
                 lr = self.schedule.lr(position, segment.branch)
-                outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
-                position += self.batch_size
                 try:
-                    self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
+                    with self.watch.step():
+                        outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+                        position += self.batch_size
+                        self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
                 except DivergedError:
                     if not self._roll_back(position, segment.branch):
                         raise
@@ -215,8 +218,7 @@ class Trainer:
 
     def _save(self, position: int, branch: int | None) -> None:
         """Checkpoint, then drop what is needed neither to resume nor to return to the trunk."""
-        if self.lease is not None:
-            self.lease.check()
+        self.watch.check()
         path = self.run.checkpoint_dir(position, branch)
         save_checkpoint(
             path,
@@ -235,7 +237,7 @@ class Trainer:
         if self.group.is_first:
             for other in self.run.checkpoints.iterdir():
                 if other not in needed:
-                    shutil.rmtree(other, ignore_errors=True)
+                    remove_dir(other)
 
     def _evaluate(self, budget: int, progress: dict[str, Any]) -> None:
         """Validate, probe and record the row of a budget whose weights are saved."""
@@ -287,7 +289,9 @@ def train(path: Path) -> int:
     placement = find_placement()
     is_first = placement.rank == 0
     with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(run.hold()) if is_first else None
+        watch = stack.enter_context(
+            execute(run, group=placement.name, rank=placement.rank, world_size=placement.world_size)
+        )
         is_finished = run.read_status().state == "finished" and not missing_budgets(run, config)
         if is_first and placement.world_size == 1 and is_finished:
             return EXIT_FINISHED
@@ -295,10 +299,11 @@ def train(path: Path) -> int:
         if is_first:
             run.write_start()
         try:
+            stack.enter_context(watch.watching())
             torch.set_num_threads(config.runtime.num_threads)
             group = start_group(placement, config.runtime.device)
             stack.callback(stop_group)
-            trainer = Trainer(run, config, group, lease, flag)
+            trainer = Trainer(run, config, group, watch, flag)
             stack.callback(trainer.recorder.close)
             trainer.walk()
         except PreemptedError:
@@ -311,9 +316,8 @@ def train(path: Path) -> int:
                 print(f"aimscale: {error}", file=sys.stderr)
             return EXIT_DIVERGED
         except Exception as error:
-            if run.read_status().state != "failed":  # else this rank lost its connection to one that failed before
-                reason_class, reason = classify(error)
-                run.write_status(state="failed", phase="", reason=reason, reason_class=reason_class)
+            reason_class, reason = classify(error)
+            watch.note_failure(reason, reason_class)
             raise
     return EXIT_FINISHED
 

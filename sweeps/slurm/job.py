@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aimscale.harness.run.directory import EXIT_PREEMPTED, LEASE_STALE_S
+from aimscale.harness.run.directory import EXIT_PREEMPTED
+from aimscale.harness.run.lease import STALE_S as LEASE_STALE_S
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.retries import Outcome, Words, conclude, explain

@@ -13,8 +13,9 @@ import signal
 import sys
 import time
 
-from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, LeaseHeld, RunDir
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.files import write_json
+from aimscale.harness.run.lease import LeaseHeld
 
 STEPS = 5
 

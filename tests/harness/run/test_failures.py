@@ -14,8 +14,8 @@ import torch
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.device.distributed import find_placement, start_group
-from aimscale.harness.run.directory import LeaseLost
 from aimscale.harness.run.failures import classify, stop_signals
+from aimscale.harness.run.fence import LeaseLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
 Run = Callable[..., list[int]]
