@@ -44,8 +44,8 @@ def conclude(
     rank said when it failed first. Where nobody could say why (killed, or dead before the first line), the status is
     written here.
     """
-    if exit_code == EXIT_USER_ERROR and run.is_held():
-        return "held"
+    if exit_code != EXIT_FINISHED and run.is_held():
+        return "held"  # this attempt was refused, or lost the run to the one that has it now
     exit_code = _by_torchrun(run, exit_code)
     if exit_code == EXIT_FINISHED:
         _record(run, attempt, exit_code, where, None, None)
