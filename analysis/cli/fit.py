@@ -8,6 +8,7 @@ import typer
 
 from aimscale.analysis.cli.options import (
     AsJson,
+    BestOf,
     Cluster,
     Columns,
     CountOfC,
@@ -44,6 +45,7 @@ def fit_table(
     objective: Annotated[str, typer.Option(help="What to minimise: huber_log, lsq, log_lsq, lad, ...")] = "huber_log",
     columns: Columns = None,
     where: Where = None,
+    best_of: BestOf = None,
     main: Main = False,
     n: CountOfN = WhatN.total,
     c: CountOfC = WhatC.measured,
@@ -89,7 +91,8 @@ def fit_table(
     from aimscale.analysis.frontier.definitions import by_definition
     from aimscale.analysis.tables.design import lower_envelope, mixture_flags
 
-    df = table_of(tables, columns, where, main, fresh=not law.startswith(("repeated", "overfitting")))
+    fresh = not law.startswith(("repeated", "overfitting"))
+    df = table_of(tables, columns, where, main, fresh=fresh, best=best_of, y=y)
     if definitions:
         show(by_definition(df, y=y, objective=objective, resamples=resamples), json, figure)
         return

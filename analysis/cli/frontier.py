@@ -8,6 +8,7 @@ import typer
 
 from aimscale.analysis.cli.options import (
     AsJson,
+    BestOf,
     Cluster,
     Columns,
     CountOfC,
@@ -33,6 +34,7 @@ def frontier_table(
     y: LossColumn = "val_loss",
     columns: Columns = None,
     where: Where = None,
+    best_of: BestOf = None,
     main: Main = False,
     n: CountOfN = WhatN.total,
     c: CountOfC = WhatC.measured,
@@ -53,7 +55,7 @@ def frontier_table(
     from aimscale.analysis.frontier.approaches import all_approaches
     from aimscale.analysis.tables.design import mixture_flags
 
-    df = table_of(tables, columns, where, main, fresh=True)
+    df = table_of(tables, columns, where, main, fresh=True, best=best_of, y=y)
     names = variable_columns(df.columns, n, c)
     found = all_approaches(
         df, y=y, columns=names, budgets=budgets, objective=objective, cluster=None if cluster == "none" else cluster

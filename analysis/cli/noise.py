@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, LossColumn, Main, Tables, Where, show, table_of
+from aimscale.analysis.cli.options import (
+    AsJson,
+    BestOf,
+    Columns,
+    FigurePath,
+    LossColumn,
+    Main,
+    Tables,
+    Where,
+    show,
+    table_of,
+)
 
 app = typer.Typer(help="Tell the noise of seeds, validation images and prefixes apart.", add_completion=False)
 
@@ -15,6 +26,7 @@ def noise_table(
     y: LossColumn = "val_loss",
     columns: Columns = None,
     where: Where = None,
+    best_of: BestOf = None,
     main: Main = False,
     figure: FigurePath = None,
     json: AsJson = False,
@@ -22,4 +34,4 @@ def noise_table(
     """Standard deviations with intervals; per-image losses are read from the run directories beside the tables."""
     from aimscale.analysis.effects.noise_sources import noise
 
-    show(noise(table_of(tables, columns, where, main), y=y), json, figure)
+    show(noise(table_of(tables, columns, where, main, best=best_of, y=y), y=y), json, figure)

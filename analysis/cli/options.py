@@ -16,14 +16,22 @@ if TYPE_CHECKING:
     from aimscale.analysis.display import Result
 
 Tables = Annotated[
-    list[Path], typer.Argument(help="CSV or Parquet tables, or sweeps' folders; several are read as one.")
+    list[Path],
+    typer.Argument(help="CSV, TSV, Parquet or JSON-lines tables, or sweeps' folders; several are read as one."),
 ]
-Columns = Annotated[list[str] | None, typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params; C=6ND and D=C/6N are computed."),
+]
 Where = Annotated[
     list[str] | None,
     typer.Option(
         help="Only rows that meet a condition, e.g. prefix=paired, 'D>=8000', size!=rung-16; may be repeated."
     ),
+]
+BestOf = Annotated[
+    list[str] | None,
+    typer.Option(help="Of rows that differ in these tuned columns alone (e.g. lr), only the best; may be repeated."),
 ]
 Main = Annotated[
     bool, typer.Option("--main", help="Of a table that mixes experiments, only the one with most sizes and budgets.")
@@ -67,14 +75,20 @@ def variable_columns(present: Iterable[str], n: WhatN, c: WhatC) -> dict[str, st
 
 
 def table_of(
-    tables: list[Path], columns: list[str] | None, where: list[str] | None, main: bool = False, fresh: bool = False
+    tables: list[Path],
+    columns: list[str] | None,
+    where: list[str] | None,
+    main: bool = False,
+    fresh: bool = False,
+    best: list[str] | None = None,
+    y: str = "val_loss",
 ) -> pd.DataFrame:
     """The tables of a verb as one frame; with `main` the largest experiment alone, with `fresh` its largest pool."""
     from aimscale.analysis.tables.design import fresh_part, main_part
     from aimscale.analysis.tables.inputs import read_tables
     from aimscale.analysis.tables.results import parse_columns
 
-    frame = read_tables(tables, parse_columns(columns or []), where=where or [])
+    frame = read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
     frame = main_part(frame).rows if main else frame
     return fresh_part(frame).rows if main and fresh else frame
 

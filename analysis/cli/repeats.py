@@ -8,6 +8,7 @@ import typer
 
 from aimscale.analysis.cli.options import (
     AsJson,
+    BestOf,
     Columns,
     FigurePath,
     LossColumn,
@@ -30,6 +31,7 @@ def repeats_table(
     resamples: Resamples = 1000,
     columns: Columns = None,
     where: Where = None,
+    best_of: BestOf = None,
     main: Main = False,
     figure: FigurePath = None,
     json: AsJson = False,
@@ -38,6 +40,6 @@ def repeats_table(
     from aimscale.analysis.effects.repetition import repeats
     from aimscale.analysis.tables.design import mixture_flags
 
-    df = table_of(tables, columns, where, main)
+    df = table_of(tables, columns, where, main, best=best_of, y=y)
     found = repeats(df, y=y, objective=objective, resamples=resamples)
     show(found, json, figure, after=mixture_flags(df, ["N", "D", "U"]))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import Columns, Tables, Where
+from aimscale.analysis.cli.options import BestOf, Columns, Tables, Where
 
 app = typer.Typer(help="Write one self-contained HTML page from a table.", add_completion=False)
 
@@ -18,6 +18,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
     columns: Columns = None,
     where: Where = None,
+    best_of: BestOf = None,
     resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
 ) -> None:
     """Write one self-contained HTML page: summary, figures, laws, single changes, noise, pictures, methods.
@@ -27,5 +28,7 @@ def report(
     from aimscale.analysis.report.page import write_report
     from aimscale.analysis.tables.results import parse_columns
 
-    page = write_report(tables, out, columns=parse_columns(columns or []), where=where or [], resamples=resamples)
+    page = write_report(
+        tables, out, columns=parse_columns(columns or []), where=where or [], best=best_of or [], resamples=resamples
+    )
     typer.echo(f"Report: {page.resolve()}")

@@ -17,7 +17,7 @@ from aimscale.analysis.fitting.profiles import profile
 from aimscale.analysis.fitting.result import Fit, intervals_of
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.tables.observations import Observations, observe
+from aimscale.analysis.tables.observations import THEIR_NAMES, Observations, observe
 from aimscale.analysis.tables.results import loss_unit
 
 WEIGHTS_AT_ONCE = 5_000_000
@@ -102,7 +102,7 @@ def fit(
     result = _result(
         problem, minima[0], points, objective, params, law_params, draws, found, rivals, intervals, method, confidence
     )
-    result = replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df))
+    result = replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df), names=df.attrs.get(THEIR_NAMES, {}))
     return _bounded_above(result, problem)
 
 

@@ -147,6 +147,8 @@ class Fit(Result):
     """How the optimum was found."""
     confidence: float = 0.95
     """Coverage of all intervals."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Column -> its name in the file, where `--columns` renamed it."""
     loss_unit: str = ""
     """Unit of the losses, for axes; empty for a table that is not a results table."""
     heldout: tuple[HeldOut, ...] = ()

@@ -28,12 +28,9 @@ def accuracy_of(kind: str) -> str:
 
 def fit_sentence(fit: Fit) -> str:
     """Law, what its variables count, objective, optimiser, n, exclusions, range, intervals, held-out error, flags."""
-    y = fit.columns["y"]
+    y = variable_words(fit, "y")
     numbers = ", ".join(_number(fit, name) for name in fit.params)
-    variables = ", ".join(
-        f"{v} = {fit.columns[v]} ({UNITS[fit.columns[v]]})" if fit.columns[v] in UNITS else f"{v} = {fit.columns[v]}"
-        for v in fit.law.variables
-    )
+    variables = ", ".join(f"{v} = {variable_words(fit, v)}" for v in fit.law.variables)
     ranges = ", ".join(f"{v} from {low:.3g} to {high:.3g}" for v, (low, high) in fit.ranges.items())
     parts = [
         f"{fit.law.formula} with {numbers}, where L = {y} and {variables}.",
@@ -45,6 +42,13 @@ def fit_sentence(fit: Fit) -> str:
     parts += [held_out_sentence(h) for h in fit.heldout] or ["Not tested on a held-out scale."]
     parts += list(fit.flags)
     return " ".join(parts)
+
+
+def variable_words(fit: Fit, variable: str) -> str:
+    """What a variable (or "y") is: their name in a foreign table, ours with what it counts in a results table."""
+    column = fit.columns[variable]
+    name = fit.names.get(column, column)
+    return f"{name} ({UNITS[column]})" if fit.loss_unit and name == column and column in UNITS else name
 
 
 def _weights(fit: Fit) -> str:

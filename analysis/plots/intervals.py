@@ -151,7 +151,7 @@ def plot_repeats(found: Repeats) -> Figure:
             scatter(ax, dot["D"], dot["loss"], color=colour, marker=MARKERS[i % len(MARKERS)], label=human(unique))
         log_axis(ax, "x", points["D"])
         log_axis(ax, "y", [*points["loss"], *curves["loss"]])
-        ax.set_xlabel(axis_label("images_seen", found.fit.loss_unit))
-        ax.set_ylabel(axis_label("val_loss", found.fit.loss_unit))
+        ax.set_xlabel(axis_label("images_seen", found.fit.loss_unit, found.fit.names))
+        ax.set_ylabel(axis_label("val_loss", found.fit.loss_unit, found.fit.names))
         ax.legend(title="U, different images", **below(len(uniques) + 1))
         return figure

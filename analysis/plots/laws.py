@@ -79,18 +79,24 @@ def plot_approaches(found: Approaches) -> Figure:
 
 
 def plot_isoflop(
-    points: Sequence[tuple[float, pd.DataFrame]], minima: pd.DataFrame | None = None, loss_unit: str = ""
+    points: Sequence[tuple[float, pd.DataFrame]],
+    minima: pd.DataFrame | None = None,
+    *,
+    loss_unit: str = "",
+    names: Mapping[str, str] | None = None,
 ) -> Figure:
     """Iso-FLOP parabolas: loss against N at equal compute, a parabola in ln N through each.
 
     Args:
-        points: (C, frame with columns N and loss), as `frontier.isoflop.isoflop_points` gives them; more than eight
-            budgets are thinned evenly.
+        points: (C, frame with columns N and loss), as `frontier.isoflop.isoflop_points` gives them. Of more than eight
+            budgets the accepted ones are drawn, then those of most sizes; one of fewer than three sizes never is.
         minima: columns C, N and loss of the accepted minima, drawn as crosses.
+        loss_unit: `table.loss_unit`.
+        names: our column -> its name in a foreign file.
     """
     with styled():
         figure, (ax,) = new_figure()
-        picks = np.unique(np.linspace(0, len(points) - 1, min(MAX_SERIES, len(points))).round().astype(int))
+        picks = _drawn_budgets(points, minima)
         colours = ordered_colours(len(picks))
         shown: list[pd.DataFrame] = []
         for i, pick in enumerate(picks):
@@ -99,19 +105,31 @@ def plot_isoflop(
             scatter(
                 ax, frame["N"], frame["loss"], color=colours[i], marker=MARKERS[i], label=power_of_ten(flops), size=24
             )
-            if frame["N"].nunique() > 2:
-                curve = np.polyfit(np.log(frame["N"]), frame["loss"], 2)
-                grid = np.geomspace(frame["N"].min(), frame["N"].max(), 60)
-                ax.plot(grid, np.polyval(curve, np.log(grid)), color=colours[i], linestyle=LINES[i], linewidth=1.3)
+            curve = np.polyfit(np.log(frame["N"]), frame["loss"], 2)
+            grid = np.geomspace(frame["N"].min(), frame["N"].max(), 60)
+            ax.plot(grid, np.polyval(curve, np.log(grid)), color=colours[i], linestyle=LINES[i], linewidth=1.3)
         every = pd.concat(shown)
         if minima is not None and len(minima):
+            drawn = [points[pick][0] for pick in picks]
+            minima = minima[[bool(np.isclose(c, drawn, rtol=1e-6).any()) for c in minima["C"]]]
             ax.plot(minima["N"], minima["loss"], color=INK, linewidth=0, marker="x", markersize=7, label="minimum")
         log_axis(ax, "x", every["N"])
         log_axis(ax, "y", every["loss"])
-        ax.set_xlabel(axis_label("params_total", loss_unit))
-        ax.set_ylabel(axis_label("val_loss", loss_unit))
+        ax.set_xlabel(axis_label("params_total", loss_unit, names))
+        ax.set_ylabel(axis_label("val_loss", loss_unit, names))
         ax.legend(title="C, FLOP", **below(len(picks) + (minima is not None)))
     return figure
+
+
+def _drawn_budgets(points: Sequence[tuple[float, pd.DataFrame]], minima: pd.DataFrame | None) -> list[int]:
+    """Which budgets a figure has room for: accepted ones spread evenly, then those of most sizes, in order of C."""
+    accepted = np.array([]) if minima is None else minima["C"].to_numpy(float)
+    sizes = [frame["N"].nunique() for _, frame in points]
+    first = [i for i, (flops, _) in enumerate(points) if np.isclose(flops, accepted, rtol=1e-6).any()]
+    if len(first) > MAX_SERIES:
+        first = [first[i] for i in np.linspace(0, len(first) - 1, MAX_SERIES).round().astype(int)]
+    rest = sorted((i for i in range(len(points)) if i not in first and sizes[i] > 2), key=lambda i: -sizes[i])
+    return sorted([*first, *rest[: MAX_SERIES - len(first)]])
 
 
 def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
@@ -133,8 +151,8 @@ def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
             ax.plot(inside["N"], inside["D"], color=SECOND, linewidth=2.2, label="compute-optimal")
         log_axis(ax, "x", spans["N"])
         log_axis(ax, "y", spans["D"])
-        ax.set_xlabel(axis_label(fit.columns["N"], fit.loss_unit))
-        ax.set_ylabel(axis_label(fit.columns["D"], fit.loss_unit))
+        ax.set_xlabel(axis_label(fit.columns["N"], fit.loss_unit, fit.names))
+        ax.set_ylabel(axis_label(fit.columns["D"], fit.loss_unit, fit.names))
         ax.legend(**below(2))
     return figure
 

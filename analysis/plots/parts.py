@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from aimscale.analysis.plots.style import MAX_SERIES, PAPER, RASTERISE_ABOVE, human, power_of_ten
-from aimscale.analysis.tables.results import KNOWN
+from aimscale.analysis.tables.observations import CANONICAL
+from aimscale.analysis.tables.schema import KNOWN
 
 AXIS_LABELS = {
     "params_total": "N: parameters (trunk, patch embedding, pixel head)",
@@ -40,13 +41,17 @@ def below(num: int) -> dict[str, Any]:
     return {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": columns, "columnspacing": 1.2}
 
 
-def axis_label(column: str, loss_unit: str = "") -> str:
-    """Label of a column: ours, else its unit and name from the schema, else the name as it is.
+def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
+    """Label of a column: theirs in a foreign table, ours with its unit from the schema, else the name as it is.
 
     Args:
         column: a column's name.
         loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
+        names: our column -> its name in the file, of a foreign table.
     """
+    if names and column in names:
+        letter = next((f"{letter}: " for letter, ours in CANONICAL.items() if ours == column and letter != "L"), "")
+        return f"{letter}{plain(names[column])}"
     if column in ("val_loss", "train_loss") and loss_unit:
         return f"{AXIS_LABELS[column]} ({loss_unit})"
     if not loss_unit and column in FOREIGN_LABELS:
@@ -54,13 +59,13 @@ def axis_label(column: str, loss_unit: str = "") -> str:
     if column in AXIS_LABELS:
         return AXIS_LABELS[column]
     unit = KNOWN[column].unit if column in KNOWN else ""
-    return f"{column} ({unit})" if unit else column
+    return f"{column} ({unit})" if unit else plain(column)
 
 
-def short(column: str) -> str:
+def short(column: str, names: Mapping[str, str] | None = None) -> str:
     """A legend heading: the letter and a word or two."""
     known = {"params_total": "N, parameters", "params_trunk": "N, trunk", "images_seen": "D, seen"}
-    return known.get(column, column)
+    return plain(names[column]) if names and column in names else known.get(column, column)
 
 
 def groups(data: pd.DataFrame, by: str) -> list[tuple[float | None, pd.DataFrame]]:

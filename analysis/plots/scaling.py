@@ -37,6 +37,7 @@ from aimscale.analysis.plots.style import (
     ordered_colours,
     styled,
 )
+from aimscale.analysis.tables.observations import THEIR_NAMES
 from aimscale.analysis.tables.results import loss_unit
 
 if TYPE_CHECKING:
@@ -97,15 +98,15 @@ def plot_fit(
             heights += fit.predict({x: [extend_to]})["value"].tolist()
         if x != "L":
             log_axis(ax, "y", heights)
-        ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit))
-        ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit))
+        ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names))
+        ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit, fit.names))
         if others:
             handles = [
                 mpl.lines.Line2D([], [], color=c, marker=m, linestyle=line, label=human(value))
                 for c, m, line, (value, _) in zip(colours, MARKERS, LINES, series, strict=False)
                 if value is not None
             ]
-            title = legend_title or short(fit.columns[others[0]])
+            title = legend_title or short(fit.columns[others[0]], fit.names)
             ax.legend(handles=handles, title=title, handlelength=2.2, **below(len(handles)))
     return figure_of(ax)
 
@@ -149,10 +150,10 @@ def plot_points(
             scatter(ax, group[x], group[y], color=colours[i], marker=MARKERS[i], label=label)
         log_axis(ax, "x", frame[x], few_values(frame[x]), tick_label(x))
         log_axis(ax, "y", frame[y])
-        ax.set_xlabel(axis_label(x, loss_unit(frame)))
-        ax.set_ylabel(axis_label(y, loss_unit(frame)))
+        ax.set_xlabel(axis_label(x, loss_unit(frame), frame.attrs.get(THEIR_NAMES)))
+        ax.set_ylabel(axis_label(y, loss_unit(frame), frame.attrs.get(THEIR_NAMES)))
         if by:
-            ax.legend(title=short(by))
+            ax.legend(title=short(by, frame.attrs.get(THEIR_NAMES)))
     return figure_of(ax)
 
 
@@ -172,9 +173,9 @@ def plot_residuals(fit: Fit) -> Figure:
                 label = human(value) if value is not None else None
                 scatter(ax, group[x], shown[group.index], color=colours[i], marker=MARKERS[i], label=label, size=26)
             log_axis(ax, "x", fit.data[x], few_values(fit.data[x], 0.16), tick_label(fit.columns[x]))
-            ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit).split(" (")[0])
+            ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names).split(" (")[0])
             if others:
-                ax.legend(title=short(fit.columns[others[0]]), handletextpad=0.1, **below(len(series)))
+                ax.legend(title=short(fit.columns[others[0]], fit.names), handletextpad=0.1, **below(len(series)))
         axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")
         for ax in axes[1:]:
             ax.set_ylim(axes[0].get_ylim())

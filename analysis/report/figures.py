@@ -27,6 +27,7 @@ from aimscale.analysis.plots.scaling import (
 from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
 from aimscale.analysis.report.cells import csv_uri
 from aimscale.analysis.report.study import Study, probe_kinds
+from aimscale.analysis.tables.observations import THEIR_NAMES
 from aimscale.analysis.tables.results import loss_unit
 
 
@@ -192,7 +193,7 @@ def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
             "checks",
             "Forecast against actual",
             caption,
-            plot_forecasts(tests, axis_label("val_loss", joint.loss_unit)),
+            plot_forecasts(tests, axis_label("val_loss", joint.loss_unit, joint.names)),
             data,
         )
     if joint.draws:
@@ -218,7 +219,9 @@ def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigu
         points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None, 0.1)
         caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
         data = pd.concat([frame.assign(C=flops) for flops, frame in points])
-        figure = plot_isoflop(points, isoflop.pairs, loss_unit(study.usable))
+        figure = plot_isoflop(
+            points, isoflop.pairs, loss_unit=loss_unit(study.usable), names=study.usable.attrs.get(THEIR_NAMES)
+        )
         yield page_figure("isoflop", "checks", "Loss at equal compute", caption, figure, data)
 
 

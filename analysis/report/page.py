@@ -42,6 +42,7 @@ def write_report(
     *,
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
+    best: Sequence[str] = (),
     resamples: int = 1000,
 ) -> Path:
     """Analyse tables and write the page.
@@ -50,7 +51,8 @@ def write_report(
         tables: CSV or Parquet tables, or sweeps' folders; `collect.json` beside them gives pictures and machine.
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
-        where: conditions that rows must meet, see `inputs.select`.
+        where: conditions that rows must meet, see `selection.select`.
+        best: tuned columns of which only the best value counts, see `selection.best_of`.
         resamples: bootstrap resamples of every interval.
 
     Returns:
@@ -62,7 +64,7 @@ def write_report(
     """
     given = [tables] if isinstance(tables, Path) else list(tables)
     paths = [path / "results.parquet" if path.is_dir() else path for path in given]
-    frame = read_tables(paths, columns, where=where)
+    frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame:
         require_columns(frame, ["val_loss"], paths[0])
     page = render(study_tables(paths, frame, _read_collects(paths), resamples=resamples))

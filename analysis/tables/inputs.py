@@ -1,9 +1,8 @@
-"""Several tables as one: how every verb reads its tables, and how rows are chosen with `--where`."""
+"""Several tables as one: how every verb reads its tables."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.observations import CANONICAL, NOT_CHOSEN, is_complete
-from aimscale.analysis.tables.results import TableError, read_table
+from aimscale.analysis.tables.observations import is_complete
+from aimscale.analysis.tables.results import read_table
+from aimscale.analysis.tables.schema import TableError
+from aimscale.analysis.tables.selection import best_of, select
 
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
@@ -30,14 +31,14 @@ OWN_COLUMN = {
 DEFAULT = "default"
 """What stands in a column of the set-up where a run left the field at its default."""
 
-_CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
-
 
 def read_tables(
     paths: Sequence[str | Path],
     columns: Mapping[str, str] | None = None,
     *,
     where: Sequence[str] = (),
+    best: Sequence[str] = (),
+    y: str = "val_loss",
     require: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Read tables into one frame, with a column for every field of the set-up that varies over them.
@@ -48,6 +49,8 @@ def read_tables(
         paths: tables or sweeps' folders, as for `read_table`.
         columns: our name -> theirs, in every table.
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
+        best: tuned columns, of which only the best value in each cell is kept; see `best_of`.
+        y: loss column that says what is best.
         require: our names that every table must have.
 
     Raises:
@@ -60,7 +63,8 @@ def read_tables(
         frame = read_table(path, columns, require)
         frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
     frame = frames[0] if len(frames) == 1 else _without_repeats(pd.concat(frames, ignore_index=True))
-    return select(with_setup(frame), where)
+    chosen = select(with_setup(frame), where)
+    return best_of(chosen, best, y) if best else chosen
 
 
 def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
@@ -109,55 +113,3 @@ def _plain(value: Any) -> str | float | None:
     if isinstance(value, bool | str):
         return str(value)
     return float(value) if isinstance(value, int | float) else json.dumps(value)
-
-
-def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
-    """Rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = or != is a choice.
-
-    Letters of laws stand for their columns (`N>=1e6`).
-
-    Raises:
-        TableError: a malformed condition, an unknown column, a comparison with words, or no row left.
-    """
-    for text in conditions:
-        found = _CONDITION.fullmatch(text.strip())
-        if found is None:
-            raise TableError(f"--where needs a condition such as prefix=paired or D>=8000, not '{text}'")
-        name, sign, value = found["name"].strip(), found["sign"], found["value"].strip()
-        name = name if name in frame else CANONICAL.get(name, name)
-        if name not in frame:
-            there = ", ".join(map(str, frame.columns))
-            raise TableError(f"--where {text}: the table has no column '{name}' (columns: {there})")
-        meets = _meets(frame[name], sign, value, text)
-        kept = frame[meets]
-        if kept.empty:
-            values = ", ".join(map(str, pd.unique(frame[name].dropna())[:8]))
-            raise TableError(f"--where {text}: no row is left; {name} takes {values}")
-        left_out = (*frame.attrs.get(NOT_CHOSEN, ()), (f"not chosen by --where {text.strip()}", int((~meets).sum())))
-        frame = kept
-        frame.attrs[NOT_CHOSEN] = left_out
-    return frame.reset_index(drop=True) if conditions else frame
-
-
-def _meets(values: pd.Series, sign: str, value: str, text: str) -> np.ndarray:
-    if sign in ("=", "!="):
-        wanted = [part.strip() for part in value.split("|")]
-        equal = np.logical_or.reduce([_equals(values, part) for part in wanted])
-        return ~equal if sign == "!=" else equal
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
-    try:
-        limit = float(value)
-    except ValueError:
-        raise TableError(f"--where {text}: '{value}' is no number to compare with") from None
-    if np.isnan(numbers).all():
-        raise TableError(f"--where {text}: the column holds no numbers")
-    with np.errstate(invalid="ignore"):
-        return {"<=": numbers <= limit, ">=": numbers >= limit, "<": numbers < limit, ">": numbers > limit}[sign]
-
-
-def _equals(values: pd.Series, wanted: str) -> np.ndarray:
-    same = values.astype(str).to_numpy() == wanted
-    try:
-        return same | (pd.to_numeric(values, errors="coerce").to_numpy(float) == float(wanted))
-    except ValueError:
-        return same

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.tables.results import KNOWN, probe_frame
+from aimscale.analysis.tables.results import probe_frame
+from aimscale.analysis.tables.schema import KNOWN
 
 KIND = "kind"
 """Compares kinds of probes within a row."""

@@ -32,6 +32,10 @@ def is_complete(frame: pd.DataFrame) -> pd.Series:
     return frame["status"].isna() | (frame["status"] == "complete")
 
 
+THEIR_NAMES = "their_names"
+"""Key of a frame's `attrs`: our column -> what the file calls it, where that differs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
     """Rows that a fit left out, and why."""
@@ -80,7 +84,8 @@ def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | Non
         if not present:
             raise AnalysisError(
                 f"The table has no column {' or '.join(repr(c) for c in dict.fromkeys(choices))} for {variable} of "
-                f"{law.formula}; its columns are {', '.join(map(str, df.columns))}."
+                f"{law.formula}; name yours with --columns {variable}=THEIRS (its columns: "
+                f"{', '.join(map(str, df.columns))})."
             )
         found[variable] = present[0]
     return found
@@ -107,7 +112,10 @@ def observe(
     """
     names = resolve_columns(law, df, columns)
     if y not in df.columns:
-        raise AnalysisError(f"The table has no column {y!r} to fit; its columns are {', '.join(map(str, df.columns))}.")
+        raise AnalysisError(
+            f"The table has no column {y!r} to fit; name yours with --columns L=THEIRS or --y (its columns: "
+            f"{', '.join(map(str, df.columns))})."
+        )
     used = df[[*names.values(), y]].apply(pd.to_numeric, errors="coerce").astype(float)
     used.columns = pd.Index([*names, "y"])
     if isinstance(weights, str):
@@ -197,9 +205,11 @@ def _refuse_mixed_units(df: pd.DataFrame, points: pd.DataFrame, names: dict[str,
 
 
 def _repeats(df: pd.DataFrame, used: pd.DataFrame) -> pd.Series:
-    """Rows equal to an earlier one in the used columns and in run and seed where the table has them."""
-    keys = used.assign(**{c: df[c].astype(str) for c in ("run_id", "seed") if c in df.columns})
-    return keys.duplicated() & used.notna().all(axis=1)
+    """Rows equal to an earlier one in every column of the table, not in the used ones alone."""
+    alike = used.duplicated(keep=False) & used.notna().all(axis=1)
+    repeats = np.zeros(len(df), bool)
+    repeats[alike.to_numpy()] = df[alike.to_numpy()].astype(str).duplicated()  # as text: cells may be lists
+    return pd.Series(repeats, index=df.index)
 
 
 def _why(exclusions: list[Exclusion]) -> str:

@@ -1,251 +1,36 @@
-"""The results table: one row per run and data budget, typed, documented and versioned.
+"""Reading a results table, or anybody else's table of results, as a data frame with our names.
 
-`sweeps collect` writes it through `results_table` and `write_table`; every analysis verb reads it, or anybody
-else's CSV or Parquet table, through `read_table`. Probes are a nested column (list of struct) in Parquet and
-JSON text in CSV. Keys that the schema does not know are kept as JSON in the column `extra`, never dropped.
+Every analysis verb reads through `read_table` (by way of `inputs.read_tables`).
 """
 
 from __future__ import annotations
 
 import csv
-import datetime
-import functools
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.tables.observations import CANONICAL, is_complete
+from aimscale.analysis.tables.observations import CANONICAL, THEIR_NAMES, is_complete
+from aimscale.analysis.tables.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, STATUSES, Column, TableError
 
-SCHEMA_VERSION = 1
-"""Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
-
-Dtype = Literal["string", "int64", "float64", "list<int64>", "probes", "json"]
-
-
-class TableError(AnalysisError):
-    """A results table that cannot be read or written as asked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One column of the table, or one field of a probe."""
-
-    name: str
-    """Name in Parquet, in CSV and in data frames."""
-    dtype: Dtype
-    """Stored type; `probes` is a list of structs of `PROBE_FIELDS`, `json` is text that holds a JSON object."""
-    unit: str
-    """Unit of a number, or an empty string."""
-    meaning: str
-    """What the value says, in words."""
-
-
-def _columns(dtype_unit_rows: Iterable[tuple[str, Dtype, str, str]]) -> tuple[Column, ...]:
-    return tuple(Column(name=n, dtype=d, unit=u, meaning=m) for n, d, u, m in dtype_unit_rows)
-
-
-PROBE_FIELDS = _columns(
-    [
-        ("task", "string", "", "Name of the labelled task"),
-        ("kind", "string", "", "attentive, linear or knn on frozen features, or lora, which adapts the trunk"),
-        ("blocks", "list<int64>", "", "0-based trunk blocks whose outputs were averaged"),
-        ("num_classes", "int64", "", "Classes of the task"),
-        ("chance", "float64", "fraction", "Accuracy of always naming the commonest class of the test split"),
-        ("n", "int64", "images", "Images of the test split, scored once"),
-        ("top1", "float64", "fraction", "Test accuracy on the blocks that the hold-out chose"),
-        ("top1_lo95", "float64", "fraction", "Lower end of the 95 % interval of top1"),
-        ("top1_hi95", "float64", "fraction", "Upper end of the 95 % interval of top1"),
-        ("top5", "float64", "fraction", "Share of test images whose class is among the five first"),
-        ("last_blocks", "list<int64>", "", "The last six blocks (half of a shallow trunk): nothing is chosen there"),
-        ("last_top1", "float64", "fraction", "Test accuracy on the last blocks (lora uses no others)"),
-        ("last_top1_lo95", "float64", "fraction", "Lower end of the 95 % interval of last_top1"),
-        ("last_top1_hi95", "float64", "fraction", "Upper end of the 95 % interval of last_top1"),
-        ("holdout_top1", "float64", "fraction", "Accuracy on the hold-out of the training split that made the choices"),
-        ("lr", "float64", "", "Chosen learning rate"),
-        ("weight_decay", "float64", "", "Chosen weight decay"),
-        ("extra", "json", "", "Further keys that the probe wrote"),
-    ]
-)
-"""Fields of one entry of the column `probes`."""
-
-COLUMNS = _columns(
-    [
-        ("schema_version", "int64", "", "Version of this schema"),
-        ("sweep", "string", "", "Name of the sweep"),
-        ("run_id", "string", "", "Identity of the run: readable slug and hash of what defines its result"),
-        ("status", "string", "", "Of this budget: complete, unfinished, diverged or failed"),
-        ("size", "string", "", "Named model size"),
-        ("seed", "int64", "", "Seed of the initial weights and of the stream"),
-        ("images_seen", "int64", "images", "D: training images seen, repeats included"),
-        ("unique_images", "int64", "images", "U: different training images in the pool"),
-        ("epochs", "float64", "passes", "images_seen / unique_images"),
-        ("batch_size", "int64", "images", "Images per optimiser step, over all ranks"),
-        ("lr_peak", "float64", "", "Learning rate after warm-up"),
-        ("schedule", "string", "", "wsd or cosine"),
-        ("precision", "string", "", "fp32 or bf16"),
-        ("patch_order", "string", "", "Order in which patches are predicted"),
-        ("prefix", "string", "", "How prefix lengths are drawn"),
-        ("target", "string", "", "normalised (per patch, as in the paper) or raw pixels"),
-        ("head_rule", "string", "", "How the pixel head follows the trunk"),
-        ("head_width", "int64", "channels", "Width of the pixel head's blocks; null for a linear head"),
-        ("head_depth", "int64", "blocks", "Blocks of the pixel head; 0 where a linear layer is all of it"),
-        ("setup", "json", "", "Configuration fields off their defaults, but for scale, data, rate, batch and probes"),
-        ("image_size", "int64", "pixels", "Side of the square input"),
-        ("patch_size", "int64", "pixels", "Side of a patch"),
-        ("params_preprocessor", "int64", "parameters", "Patch embedding and its norm"),
-        ("params_trunk", "int64", "parameters", "Transformer trunk: what the paper calls the size"),
-        ("params_head", "int64", "parameters", "Pixel head, thrown away after pre-training"),
-        ("params_total", "int64", "parameters", "N: preprocessor, trunk and head"),
-        ("flops_per_image", "float64", "FLOP", "Training FLOPs of one image (3 x forward, head and attention counted)"),
-        ("flops_train", "float64", "FLOP", "C: flops_per_image x images_seen"),
-        ("flops_6nd", "float64", "FLOP", "6 x params_total x tokens seen, the usual approximation of C"),
-        (
-            "flops_executed",
-            "float64",
-            "FLOP",
-            "C without what training skips: only scored tokens enter head and last MLP",
-        ),
-        ("val_loss", "float64", "normalised MSE", "L: mean squared error per scored target on fixed held-out images"),
-        ("val_loss_se", "float64", "normalised MSE", "Standard error of val_loss over validation images"),
-        ("val_num_images", "int64", "images", "Validation images"),
-        ("train_loss", "float64", "normalised MSE", "Mean training loss over the last 5 % of the budget"),
-        ("probes", "probes", "", "Frozen-feature results: a list of entries with PROBE_FIELDS"),
-        ("wall_s", "float64", "s", "Wall time spent on this budget, validation and probes included"),
-        ("device_hours", "float64", "h", "Wall time x devices, in hours"),
-        ("images_per_s", "float64", "images/s", "Training throughput over all ranks"),
-        ("mfu", "float64", "fraction", "Executed model FLOPs over the measured matrix-multiplication peak"),
-        ("num_skipped_steps", "int64", "steps", "Optimiser steps skipped because of non-finite gradients"),
-        ("num_bad_samples", "int64", "images", "Samples that could not be decoded"),
-        ("device", "string", "", "Device model"),
-        ("world_size", "int64", "", "Number of ranks"),
-        ("zero_stage", "int64", "", "DeepSpeed ZeRO stage"),
-        ("config_hash", "string", "", "Hash of what is trained, as in the run's name"),
-        ("data_fingerprint", "string", "", "Fingerprint of the training data"),
-        ("git_commit", "string", "", "Commit of the code, with a mark when the tree was dirty"),
-        ("finished_at", "string", "UTC", "When the row was written, ISO 8601"),
-        ("extra", "json", "", "Further keys that the run wrote"),
-    ]
-)
-"""The schema, in the order in which columns are written."""
-
-KNOWN = {column.name: column for column in COLUMNS}
-STATUSES = ("complete", "unfinished", "diverged", "failed")
-
-
-def _arrow_type(dtype: Dtype) -> pa.DataType:
-    if dtype == "probes":
-        return pa.list_(pa.struct([_arrow_field(field) for field in PROBE_FIELDS]))
-    simple = {"string": pa.string(), "json": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
-    return simple[dtype] if dtype in simple else pa.list_(pa.int64())
-
-
-def _arrow_field(column: Column) -> pa.Field:
-    note = {"unit": column.unit, "meaning": column.meaning}
-    return pa.field(column.name, _arrow_type(column.dtype), metadata=note)
-
-
-@functools.cache
-def arrow_schema() -> pa.Schema:
-    """The schema as pyarrow states it, with unit and meaning on every field and the version on the table."""
-    fields = [_arrow_field(column) for column in COLUMNS]
-    return pa.schema(fields, metadata={"aimscale_schema_version": str(SCHEMA_VERSION)})
-
-
-def results_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Build the typed table from row dictionaries, as they stand in `results.json`.
-
-    A missing key becomes null; an unknown one goes to `extra`.
-
-    Raises:
-        TableError: a value does not fit its column; the sentence names row and column.
-    """
-    typed = [_typed_row(row, COLUMNS, f"row {number}") for number, row in enumerate(rows)]
-    return pa.Table.from_pylist(typed, schema=arrow_schema())
-
-
-def _typed_row(row: Mapping[str, Any], columns: Sequence[Column], where: str) -> dict[str, Any]:
-    names = {column.name for column in columns}
-    typed = {column.name: _typed(row.get(column.name), column, where) for column in columns}
-    unknown = {key: value for key, value in row.items() if key not in names}
-    if unknown:
-        known_extra = json.loads(typed["extra"]) if typed["extra"] else {}
-        typed["extra"] = json.dumps(known_extra | unknown, sort_keys=True, default=str)
-    if "schema_version" in names and typed["schema_version"] is None:
-        typed["schema_version"] = SCHEMA_VERSION
-    return typed
-
-
-def _typed(value: Any, column: Column, where: str) -> Any:
-    if value is None or (isinstance(value, float) and math.isnan(value) and column.dtype != "float64"):
-        return None
-    try:
-        match column.dtype:
-            case "int64":
-                if float(value) != int(value):
-                    raise ValueError
-                return int(value)
-            case "float64":
-                return float(value)
-            case "string":
-                if column.name == "finished_at" and isinstance(value, (int, float)):
-                    return datetime.datetime.fromtimestamp(value, datetime.UTC).isoformat(timespec="seconds")
-                return str(value)
-            case "json":
-                return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-            case "list<int64>":
-                return [int(item) for item in value]
-            case "probes":
-                return [_typed_row(p, PROBE_FIELDS, f"{where}, probe {i}") for i, p in enumerate(value)]
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise TableError(f"{where}: '{column.name}' is {value!r}, which is no {column.dtype}; correct it") from error
-    raise AssertionError(column.dtype)
-
-
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write Parquet or CSV by the suffix of `path`, aside and then renamed, so that a reader never sees half of it.
-
-    Raises:
-        TableError: another suffix, or a folder that cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix == ".parquet":
-            pq.write_table(table, aside)
-        elif path.suffix == ".csv":
-            _write_csv(table, aside)
-        else:
-            raise TableError(f"cannot write {path}: end its name in .parquet or .csv")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise TableError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is yours") from error
-
-
-def _write_csv(table: pa.Table, path: Path) -> None:
-    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, table.column_names)
-        writer.writeheader()
-        for row in table.to_pylist():
-            for name in nested:
-                row[name] = None if row[name] is None else json.dumps(row[name])
-            writer.writerow(row)
+FORMULAS = {
+    ("flops_train", "6ND"): (("params_total", "images_seen"), lambda n, d: 6 * n * d),
+    ("images_seen", "C/6N"): (("flops_train", "params_total"), lambda c, n: c / (6 * n)),
+}
+"""(our name, what stands for theirs) -> our columns that it is made of, and how: `--columns C=6ND` and `D=C/6N`."""
 
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping.
 
-    Our side is a name of the schema or a letter of `CANONICAL`.
+    Our side is a name of the schema or a letter of `CANONICAL`; theirs may be a formula of `FORMULAS`.
 
     Raises:
         TableError: a part without `=`, or a name of ours that the schema does not have.
@@ -263,13 +48,15 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, requi
     """Read a results table, or anybody's table of results, as a data frame with our names.
 
     Args:
-        path: a `.parquet`, `.csv` or `.tsv` file, or a sweep's folder that holds `results.parquet`.
-        columns: our name (or letter) -> the name in the file; columns that are not named keep their names.
+        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, or a sweep's folder that holds
+            `results.parquet`.
+        columns: our name (or letter) -> the name in the file; columns that are not named keep their names. "6ND" for C
+            and "C/6N" for D are computed where the file has no column of that name.
         require: our names that must be there.
 
     Returns:
         Known columns typed as the schema says (an integer column with gaps becomes float64, `probes` a list of
-        dictionaries per row); other columns as they are.
+        dictionaries per row); other columns as they are. `attrs` keeps their names of renamed columns.
 
     Raises:
         TableError: no such file, an unreadable, half-written or empty table, a missing column, or a text where
@@ -285,7 +72,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, requi
     require_columns(frame, require, path)
     for name in [name for name in frame.columns if name in KNOWN]:
         frame[name] = _coerce(frame[name], KNOWN[name], path)
-    return frame
+    return _computed(frame, path)
 
 
 def _read_file(path: Path) -> pd.DataFrame:
@@ -297,12 +84,14 @@ def _read_file(path: Path) -> pd.DataFrame:
         if path.suffix in (".csv", ".tsv"):
             _refuse_half_written(path)
             return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+        if path.suffix in (".jsonl", ".ndjson"):
+            return pd.read_json(path, lines=True)
     except pd.errors.EmptyDataError as error:
         raise TableError(f"{path} is empty; write the table again") from error
-    except (pa.ArrowException, pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowException, pd.errors.ParserError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise TableError(f"cannot read {path} as a table ({reason}): it may be half-written; write it again") from error
-    raise TableError(f"cannot tell what {path} is: give a .parquet, .csv or .tsv file")
+    raise TableError(f"cannot tell what {path} is: give a .parquet, .csv, .tsv or .jsonl file")
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -331,12 +120,31 @@ def _refuse_half_written(path: Path) -> None:
 
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
+    """Our names for theirs; `attrs` remembers theirs, formulas included."""
+    formulas = {o: t for o, t in columns.items() if t not in frame.columns and (o, t) in FORMULAS}
+    columns = {ours: theirs for ours, theirs in columns.items() if ours not in formulas}
     absent = [theirs for theirs in columns.values() if theirs not in frame.columns]
     if absent:
-        raise TableError(f"{path} has no column {_list(absent)}; it has {_list(map(str, frame.columns))}")
+        there = _list(map(str, frame.columns))
+        raise TableError(f"{path} has no column {_list(absent)} that --columns names; it has {there}")
     taken = {theirs: frame[theirs] for theirs in columns.values()}
-    frame = frame.drop(columns=[name for name in columns if name in frame.columns and name not in taken])
-    return frame.drop(columns=list(taken)).assign(**{ours: taken[theirs] for ours, theirs in columns.items()})
+    frame = frame.drop(columns=[name for name in (*columns, *formulas) if name in frame.columns and name not in taken])
+    frame = frame.drop(columns=list(taken)).assign(**{ours: taken[theirs] for ours, theirs in columns.items()})
+    frame.attrs[THEIR_NAMES] = {ours: theirs for ours, theirs in (columns | formulas).items() if ours != theirs}
+    return frame
+
+
+def _computed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The frame with the columns that `--columns` gives as formulas."""
+    for ours, theirs in frame.attrs.get(THEIR_NAMES, {}).items():
+        if ours in frame or (ours, theirs) not in FORMULAS:
+            continue
+        names, function = FORMULAS[ours, theirs]
+        for name in names:
+            if name not in frame:
+                raise TableError(f"{path} has no column {name} to compute {theirs} from; name yours with --columns")
+        frame[ours] = function(*(frame[name].astype(float) for name in names))
+    return frame
 
 
 def require_columns(frame: pd.DataFrame, names: Sequence[str], where: str | Path = "the table") -> None:
@@ -443,12 +251,3 @@ def loss_unit(frame: pd.DataFrame) -> str:
     """Unit of a table's losses: ours by their target; a foreign table, which has none, does not say."""
     targets = set(frame["target"].dropna()) if "target" in frame else set()
     return {"normalised": "normalised MSE", "raw": "MSE"}.get(targets.pop(), "") if len(targets) == 1 else ""
-
-
-def schema_markdown() -> str:
-    """The schema as the Markdown tables of `docs/results-table.md`."""
-    parts = []
-    for title, columns in (("Columns", COLUMNS), ("Fields of an entry of `probes`", PROBE_FIELDS)):
-        lines = [f"| {c.name} | {c.dtype} | {c.unit} | {c.meaning} |" for c in columns]
-        parts.append("\n".join([f"## {title}", "", "| name | type | unit | meaning |", "|---|---|---|---|", *lines]))
-    return "\n\n".join(parts) + "\n"

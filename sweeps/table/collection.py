@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aimscale.analysis.tables.results import TableError, results_table, write_table
+from aimscale.analysis.tables.schema import TableError, results_table, write_table
 from aimscale.harness.probe.files import as_entry
 from aimscale.harness.run.config import Section, TrainingConfig
 from aimscale.harness.run.files import write_json

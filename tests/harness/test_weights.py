@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aimscale.aim.config import model_config
 from aimscale.aim.weights import load_backbone, released_shapes
-from aimscale.analysis.tables.results import results_table
+from aimscale.analysis.tables.schema import results_table
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.cli.main import main
 

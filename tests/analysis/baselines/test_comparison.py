@@ -13,7 +13,8 @@ from aimscale.analysis.baselines.own import beside_runs
 from aimscale.analysis.baselines.published import BY_KEY, TASKS, published_frame
 from aimscale.analysis.baselines.worked_example import fit_line, forecast_7b, four_points, worked_example
 from aimscale.analysis.cli.compare import app
-from aimscale.analysis.tables.results import probe_frame, results_table, write_table
+from aimscale.analysis.tables.results import probe_frame
+from aimscale.analysis.tables.schema import results_table, write_table
 
 
 def rows(tasks, kinds=("attentive",)):

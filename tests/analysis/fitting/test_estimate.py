@@ -27,7 +27,9 @@ def test_intervals_hold_the_truth_and_json_is_plain(grid):
     assert "6 clusters by size" in result.interval_method
     data = json.loads(result.to_json())
     assert data["params"]["alpha"] == pytest.approx(result.params["alpha"])
-    assert "images seen, repeats counted" in data["sentence"]
+    assert "D = images_seen." in data["sentence"]  # nothing says that this table is one of ours
+    ours = fit(laws.CHINCHILLA, grid.assign(target="normalised"), resamples=0).sentence()
+    assert "D = images_seen (images seen, repeats counted)" in ours
     inside = result.predict(grid)
     assert (inside["pi_hi"] - inside["pi_lo"]).mean() > (inside["ci_hi"] - inside["ci_lo"]).mean()
     assert (inside["beyond_range"] == 1).all()

@@ -17,7 +17,8 @@ from aimscale.analysis.cli.report import app
 from aimscale.analysis.report.page import maths, write_report
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.tables.results import TableError, read_table, results_table, write_table
+from aimscale.analysis.tables.results import read_table
+from aimscale.analysis.tables.schema import TableError, results_table, write_table
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5
 SIZES = {"small": 3e4, "medium": 2e5, "large": 1e6, "huge": 4e6}

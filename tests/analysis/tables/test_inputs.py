@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis.tables.design import design_columns, fresh_part, lower_envelope, main_part, mixture_flags
-from aimscale.analysis.tables.inputs import FOLDER, read_tables, select, with_setup
-from aimscale.analysis.tables.results import TableError
+from aimscale.analysis.tables.inputs import FOLDER, read_tables, with_setup
+from aimscale.analysis.tables.schema import TableError
+from aimscale.analysis.tables.selection import select
 
 
 def write(folder, frame):

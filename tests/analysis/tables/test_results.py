@@ -9,16 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.tables.results import (
+from aimscale.analysis.tables.results import parse_columns, probe_frame, read_table, usable_rows
+from aimscale.analysis.tables.schema import (
     COLUMNS,
     TableError,
     arrow_schema,
-    parse_columns,
-    probe_frame,
-    read_table,
     results_table,
     schema_markdown,
-    usable_rows,
     write_table,
 )
 
@@ -66,7 +63,7 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
     frame = read_table(path, parse_columns(["N=Model Size, val_loss=loss"]), require=["params_total", "val_loss"])
     assert frame["params_total"].tolist() == [1_000_000, 2_000_000]
     assert frame["val_loss"].tolist() == [3.0, 2.5]
-    with pytest.raises(TableError, match="no column Size; it has Model Size"):
+    with pytest.raises(TableError, match="no column Size that --columns names; it has Model Size"):
         read_table(path, {"N": "Size"})
     with pytest.raises(TableError, match=r"no values for images_seen .*--columns images_seen=THEIRS"):
         read_table(path, require=["images_seen"])
@@ -84,7 +81,7 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
         ("words.csv", "val_loss,N\n0.5,1\nhigh,2\n", r"column 'val_loss' holds 'high' in row 2"),
         ("quote.csv", 'N,val_loss\n1,"2\n', "half-written"),
         ("cut.parquet", "PAR1 and then nothing", "half-written"),
-        ("results.xlsx", "x", "give a .parquet, .csv or .tsv"),
+        ("results.xlsx", "x", "give a .parquet, .csv, .tsv or .jsonl"),
         ("probes.csv", "val_loss,probes\n0.5,[1]\n", "'probes' of row 1"),
     ],
 )

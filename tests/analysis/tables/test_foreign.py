@@ -1,0 +1,103 @@
+"""Tables of others: their formats, their names, columns that can be computed, and the best of what they tuned."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis import fit, plot_fit, read_table, read_tables
+from aimscale.analysis.cli import fit as cli_fit
+from aimscale.analysis.cli import frontier as cli_frontier
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.tables.observations import NOT_CHOSEN
+from aimscale.analysis.tables.schema import TableError
+from aimscale.analysis.tables.selection import select
+
+NAMES = {"N": "num_params", "D": "tokens", "L": "loss"}
+COLUMNS = "N=num_params,D=tokens,L=loss"
+
+
+@pytest.fixture
+def theirs() -> pd.DataFrame:
+    """5 sizes x 4 budgets x 3 rates; the middle rate is the best one everywhere but at the largest size."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in np.geomspace(1e7, 1e9, 5):
+        for d in np.geomspace(1e8, 1e10, 4):
+            for lr, worse in ((1e-4, 1.02 if n < 9e8 else 1.0), (3e-4, 1.0 if n < 9e8 else 1.01), (1e-3, 1.03)):
+                loss = (1.8 + 400 * n**-0.34 + 2000 * d**-0.37) * worse * np.exp(1e-3 * rng.standard_normal())
+                rows.append({"num_params": n, "tokens": d, "lr": lr, "loss": loss, "note": "x", "flops": 6 * n * d})
+    return pd.DataFrame(rows)
+
+
+def test_json_lines_and_computed_columns(theirs, tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    theirs.drop(columns="flops").to_json(path, orient="records", lines=True)
+    df = read_table(path, NAMES | {"C": "6ND"})
+    np.testing.assert_allclose(df["flops_train"], theirs["flops"])
+    theirs.drop(columns="tokens").to_csv(tmp_path / "theirs.csv", index=False)
+    df = read_table(tmp_path / "theirs.csv", {"N": "num_params", "C": "flops", "D": "C/6N"})
+    np.testing.assert_allclose(df["images_seen"], theirs["tokens"])
+    with pytest.raises(TableError, match=r"no column params_total to compute C/6N from; name yours with --columns"):
+        read_table(tmp_path / "theirs.csv", {"C": "flops", "D": "C/6N"})
+    path.write_text('{"a": 1}\n{"a": ')
+    with pytest.raises(TableError, match="cannot read"):
+        read_table(path)
+    theirs.drop(columns="flops").to_csv(tmp_path / "no_flops.csv", index=False)
+    args = [str(tmp_path / "no_flops.csv"), "--columns", COLUMNS + ",C=6ND", "--best-of", "lr", "--json"]
+    out = CliRunner().invoke(cli_frontier.app, args, catch_exceptions=False)
+    assert json.loads(out.output)["frontiers"][-1]["exponent"] == pytest.approx(0.37 / 0.71, abs=0.05)
+
+
+def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    df = read_tables([tmp_path / "theirs.csv"], NAMES, best=["lr"])
+    assert len(df) == 20
+    assert set(df.loc[df["params_total"] < 9e8, "lr"]) == {3e-4}
+    ((reason, number),) = df.attrs[NOT_CHOSEN]
+    assert (number, reason) == (
+        40, "not the best lr of their cell (in 4 of 20 cells the best one lies at an end of what was tried)",
+    )  # fmt: skip
+    args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS, "--best-of", "lr", "--resamples", "20"]
+    out = CliRunner().invoke(cli_fit.app, args, catch_exceptions=False).output
+    assert "Fitted to 20 of 60 points" in out
+    assert "40 rows not the best lr" in out
+    twice = pd.concat([theirs.assign(batch=64), theirs.assign(batch=128, loss=1.01 * theirs["loss"])])
+    twice.to_csv(tmp_path / "twice.csv", index=False)
+    assert len(read_tables([tmp_path / "twice.csv"], NAMES, best=["lr"])) == 40  # a batch of one's own is a cell's
+    assert len(read_tables([tmp_path / "twice.csv"], NAMES, best=["lr", "batch"])) == 20
+    with pytest.raises(TableError, match="no two rows differ in nothing else"):
+        read_tables([tmp_path / "theirs.csv"], NAMES, best=["note"])
+    with pytest.raises(TableError, match="no column 'rate'"):
+        read_tables([tmp_path / "theirs.csv"], NAMES, best=["rate"])
+
+
+def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    df = select(read_table(tmp_path / "theirs.csv", NAMES), ["num_params<9e8", "lr=3e-4"])
+    result = fit("chinchilla", df, resamples=0)
+    words = result.sentence()
+    assert "where L = loss and N = num_params, D = tokens." in words
+    assert not any(ours in words for ours in ("head included", "images", "params_total", "val_loss"))
+    (ax,) = plot_fit(result).axes
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_legend().get_title().get_text()) == (
+        "N: num_params", "loss", "tokens",
+    )  # fmt: skip
+
+
+def test_missing_columns_name_the_option(theirs):
+    with pytest.raises(AnalysisError, match="name yours with --columns N=THEIRS"):
+        fit("chinchilla", theirs, y="loss")
+    with pytest.raises(AnalysisError, match="--columns L=THEIRS or --y"):
+        fit("chinchilla", theirs.rename(columns={"num_params": "N", "tokens": "D"}))
+
+
+def test_rows_that_differ_in_any_column_are_no_repeats():
+    df = pd.DataFrame(
+        {"N": [1e6, 1e6, 2e6, 4e6, 8e6, 1e6], "y": [3.0, 3.0, 2.0, 1.5, 1.2, 3.0], "data": list("abaaaa")}
+    )
+    result = fit("power:N", df, y="y", resamples=0)
+    assert [str(e) for e in result.exclusions] == ["1 row that repeat another row exactly"]
+    assert result.num_points == 5
