@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BATCH_NORM_EPS = 1e-6
+QUERY_STD = 0.02
+"""Of the learned query's start, as in the authors' code."""
 
 
 class AttentiveProbe(nn.Module):
@@ -24,7 +26,7 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.bn = nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.cls_token = nn.Parameter(QUERY_STD * torch.randn(1, 1, width))
         self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width, bias=False)
         self.linear = nn.Linear(width, num_classes, bias=bias)

@@ -1,11 +1,12 @@
-"""Train every candidate probe of one task and measure each on the hold-out; nothing here sees the test split."""
+"""Train every candidate head of one task and measure each on the hold-out; nothing here sees the test split."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,18 +14,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features import BlockSet, CachedTokens, Selection, StreamedTokens, batched
+from aimscale.harness.probe.blocks import BlockSet
+from aimscale.harness.probe.features import Features, SplitFeatures, batched, share
 from aimscale.harness.probe.files import Pause
 from aimscale.harness.probe.heads import STACKS, HeadStack, Setting, StackedAdamW
-from aimscale.harness.probe.knn import NeighbourVotes
-from aimscale.harness.probe.progress import ProbeProgress
+from aimscale.harness.probe.moments import Moments
+from aimscale.harness.probe.owners import Ownership
+from aimscale.harness.probe.progress import ProbeProgress, StepSaver
 from aimscale.harness.run.config import ProbeSection
 
-HEADS_GB = 8.0
-"""Heads that train together, with gradients and optimiser state; more block sets train group by group."""
-
-Scorer = Callable[[Tensor], Tensor]
-"""Averaged tokens (1, B, N, d) -> class scores (B, K)."""
+HEADS_GB = 20.0
+"""Heads of a rank that train together, with gradients and optimiser state; more block sets train in rounds."""
+WORKING_GB = 1.0
+"""Averaged tokens of a rank's heads at a time."""
+MICRO_BATCH = 64
+"""Images of all ranks whose tokens are computed at a time, at least, on up to four ranks; in proportion on more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +41,14 @@ class Candidate:
     """Blocks whose outputs it averages."""
     setting: Setting | None
     """Its optimiser setting; None for k-NN."""
-    num_neighbours: int | None
+    num_neighbours: int | None = None
     """k of k-NN."""
     holdout_top1: float
     """Accuracy on the hold-out."""
     holdout_loss: float
     """Cross-entropy on the hold-out (0 for k-NN, which has none)."""
-    scorer: Scorer
-    """Scores new tokens."""
     head: HeadStack | None = None
-    """The trained head, alone in its stack; None for k-NN."""
+    """The trained head, alone in its stack, of those that were chosen."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,15 @@ class Split:
         return np.sort(np.concatenate([self.fit, self.held]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Team:
-    """Heads of one kind that train together: every block set with every setting."""
+class Micro(NamedTuple):
+    """Some images of a batch."""
 
-    kind: str
-    """`linear` or `attentive`."""
-    sets: tuple[BlockSet, ...]
-    """Block sets."""
-    settings: tuple[Setting, ...]
-    """Optimiser settings."""
-
-    def rows(self, tokens: Tensor, sets: Sequence[BlockSet]) -> Tensor:
-        """Its part (S', B, N, d) of the tokens (S, B, N, d) of `sets`."""
-        if tuple(sets) == self.sets:
-            return tokens
-        return tokens[[list(sets).index(blocks) for blocks in self.sets]]
+    images: list[int]
+    """Of all ranks."""
+    batch_size: int
+    """Images of the whole batch."""
+    ends_batch: bool
+    """Whether the optimiser steps after them."""
 
 
 def grid(section: ProbeSection) -> tuple[Setting, ...]:
@@ -97,277 +92,265 @@ def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = N
     return max(pool, key=lambda c: (c.holdout_top1, -c.holdout_loss))
 
 
+def number_of_steps(section: ProbeSection, num_images: int) -> int:
+    """Optimiser steps of one training: the section's iterations, or its epochs over so many images."""
+    return section.iterations or section.epochs * math.ceil(num_images / section.batch_size)
+
+
+def sets_per_round(section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int, ranks: int) -> int:
+    """Block sets whose heads, gradients and optimiser state fit into `HEADS_GB` on every rank, at least one a rank."""
+    num_params = sum(STACKS[kind].num_params(width, num_classes) for kind in kinds)
+    # a value, its gradient and two moments, 4 bytes each
+    return ranks * max(1, int(HEADS_GB * 1e9 / (16 * num_params * len(grid(section)))))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GridFit:
-    """How the candidates of one task are trained."""
+    """How the heads of one task are trained, by all ranks together."""
 
     split: Split
     """Which training images are fitted and which held out."""
     section: ProbeSection
-    """Kinds, grid, epochs, batch size."""
+    """Kinds, grid, epochs or iterations, batch size."""
     num_heads: int
     """Heads of the attentive probe."""
     seed: int
     """Draws the heads' start and the order of images."""
+    features: SplitFeatures
+    """Of the training split."""
+    device: torch.device
+    """Where the heads are."""
     group: Group
-    """The ranks that share the work; the result does not depend on them but for the order of sums."""
+    """The ranks that share the work; the result does not depend on them but for rounding."""
     progress: ProbeProgress | None = None
-    """Where a streamed fit saves its state after every epoch, to go on from there."""
+    """Where training saves its state, to go on from there."""
     pause: Pause = lambda: None
     """Called after every save."""
 
-    def candidates(self, source: CachedTokens | StreamedTokens, sets: Sequence[BlockSet]) -> list[Candidate]:
-        """Every kind x block set x (learning rate, weight decay), trained on the fit part.
+    def candidates(
+        self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
+    ) -> list[Candidate]:
+        """Every kind x block set x setting, trained on the fit part from one stream of batches.
 
-        With cached tokens the linear heads train on pooled tokens and the attentive ones a few block sets at a time;
-        with streamed tokens all heads of all kinds train on each batch, so that the backbone runs once an epoch.
+        The best of each kind, and the best on the block set `last`, come with their heads.
         """
-        kinds: list[str] = [kind for kind in self.section.kinds if kind in STACKS]
+        at_once = sets_per_round(self.section, kinds, source.width, self.split.num_classes, self.group.world_size)
         found: list[Candidate] = []
-        if isinstance(source, StreamedTokens):
-            for some in self._groups(sets, kinds, source.width, len(sets)) if kinds else ():
-                part = "_".join("-".join(map(str, blocks)) for blocks in (some[0], some[-1]))
-                teams = [Team(kind=kind, sets=tuple(some), settings=grid(self.section)) for kind in kinds]
-                selection = source.select(some)
-                stacks = self._train(selection, some, teams, self.split.fit, part)
-                found += self._measure(selection, some, teams, stacks)
-        else:
-            for kind in kinds:
-                at_once = source.sets_at_once(len(sets)) if kind == "attentive" else len(sets)
-                tokens = source if kind == "attentive" else source.pooled
-                for some in self._groups(sets, [kind], source.width, at_once):
-                    teams = [Team(kind=kind, sets=tuple(some), settings=grid(self.section))]
-                    selection = tokens.select(some)
-                    stacks = self._train(selection, some, teams, self.split.fit)
-                    found += self._measure(selection, some, teams, stacks)
-        if "knn" in self.section.kinds:
-            found += self._neighbours(_pooled(source).select(sets), sets)
+        for round_, some in enumerate(batched(range(len(sets)), at_once)):
+            part = f"{'-'.join(kinds)}-{round_}"
+            trained = self._train(source, kinds, [sets[i] for i in some], grid(self.section), self.split.fit, part)
+            found += self._measure(source, trained)
+            wanted = _best_numbers(found, kinds, last)
+            found = [
+                each if number in wanted else replace(each, head=None)
+                for number, each in enumerate(self._with_heads(found, trained, wanted))
+            ]
+            StepSaver(self.progress, part, self.group).clear()
         return found
 
-    def refit(self, source: CachedTokens | StreamedTokens, chosen: Sequence[Candidate]) -> list[Candidate]:
-        """The same candidates, in their order, trained (k-NN: filled) once more on the whole training split.
+    def refit(self, source: Features, chosen: Sequence[Candidate]) -> list[Candidate]:
+        """The same candidates, in their order, trained once more on the whole training split.
 
         What the hold-out said of them stays theirs: it is what they were chosen by.
         """
-        teams = []
-        for kind in dict.fromkeys(candidate.kind for candidate in chosen if candidate.kind in STACKS):
-            alike = [candidate for candidate in chosen if candidate.kind == kind]
-            settings = tuple(dict.fromkeys(candidate.setting for candidate in alike if candidate.setting))
-            blocks = tuple(dict.fromkeys(candidate.blocks for candidate in alike))
-            teams.append(Team(kind=kind, sets=blocks, settings=settings))
-        heads: dict[tuple[str, BlockSet, Setting | None], HeadStack] = {}
-        # where tokens are streamed the backbone runs once an epoch for all of them, and every epoch is saved
-        streamed = isinstance(source, StreamedTokens)
-        for some in [teams] if streamed else [[team] for team in teams]:
-            sets = list(dict.fromkeys(blocks for team in some for blocks in team.sets))
-            tokens = source if any(team.kind == "attentive" for team in some) else _pooled(source)
-            if not some:
-                continue
-            part = "refit" if streamed else None
-            stacks = self._train(tokens.select(sets), sets, some, self.split.everything, part)
-            heads |= {
-                (team.kind, blocks, setting): stack.select(s, g)
-                for team, stack in zip(some, stacks, strict=True)
-                for s, blocks in enumerate(team.sets)
-                for g, setting in enumerate(team.settings)
-            }
-        near = [candidate for candidate in chosen if candidate.kind == "knn"]
-        banks = self._banks(source, dict.fromkeys(candidate.blocks for candidate in near)) if near else {}
-        again = []
-        for candidate in chosen:
-            if candidate.num_neighbours is None:
-                head = heads[candidate.kind, candidate.blocks, candidate.setting]
-                again.append(replace(candidate, scorer=_head_scorer(head), head=head))
-            else:
-                scorer = _vote_scorer(banks[candidate.blocks], candidate.num_neighbours)
-                again.append(replace(candidate, scorer=scorer))
+        kinds = list(dict.fromkeys(candidate.kind for candidate in chosen))
+        sets = list(dict.fromkeys(candidate.blocks for candidate in chosen))
+        settings = tuple(dict.fromkeys(candidate.setting for candidate in chosen if candidate.setting))
+        part = f"{'-'.join(kinds)}-refit"
+        trained = self._train(source, kinds, sets, settings, self.split.everything, part)
+        again = self._with_heads(chosen, trained, set(range(len(chosen))))
+        StepSaver(self.progress, part, self.group).clear()
         return again
-
-    def _groups(self, sets: Sequence[BlockSet], kinds: Sequence[str], width: int, at_once: int) -> list[list[BlockSet]]:
-        """The sets in groups of at most `at_once` whose heads and optimiser state stay within `HEADS_GB` together."""
-        num_params = sum(STACKS[kind].num_params(width, self.split.num_classes) for kind in kinds)
-        # a value, its gradient and two moments, 4 bytes each
-        fitting = int(HEADS_GB * 1e9 / (16 * num_params * len(grid(self.section))))
-        return [[sets[i] for i in part] for part in batched(range(len(sets)), max(1, min(at_once, fitting)))]
 
     def _train(
         self,
-        selection: Selection,
+        source: Features,
+        kinds: Sequence[str],
         sets: Sequence[BlockSet],
-        teams: Sequence[Team],
+        settings: tuple[Setting, ...],
         images: np.ndarray,
-        part: str | None = None,
-    ) -> list[HeadStack]:
-        """Train a stack a team on these images; a named part is saved after every epoch and goes on from there."""
-        section = self.section
-        stacks = self._stacks(selection, teams)
-        num_steps = section.epochs * math.ceil(len(images) / section.batch_size)
-        optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in stacks]
-        progress = self.progress if part else None
-        saved = progress.load(str(part)) if progress else None
+        part: str,
+    ) -> _Trained:
+        """Train every kind x set x setting on these images, saving now and then as `part`."""
+        trained = self._heads(source, kinds, sets, settings, everything=len(images) > len(self.split.fit))
+        num_steps = number_of_steps(self.section, len(images))
+        optimisers = [[StackedAdamW(stack, num_steps=num_steps) for stack in turn.values()] for turn in trained.turns]
+        stacks = [stack for turn in trained.turns for stack in turn.values()]
+        flat = [optimiser for turn in optimisers for optimiser in turn]
+        saver = StepSaver(self.progress, part, self.group)
+        saved = saver.load()
+        step = saved[0] if saved else 0
         if saved:
-            for stack, values in zip(stacks, saved["stacks"], strict=True):
+            for stack, values in zip(stacks, saved[1]["stacks"], strict=True):
                 stack.load_state_dict(values)
-            for optimiser, values in zip(optimisers, saved["optimisers"], strict=True):
+            for optimiser, values in zip(flat, saved[1]["optimisers"], strict=True):
                 optimiser.load_state_dict(values)
-        else:
-            self._observe(selection, sets, teams, stacks, images)
-        for epoch in range(saved["epochs_done"] if saved else 0, section.epochs):
-            order = np.random.default_rng([self.seed, 1, epoch]).permutation(images)
-            for chunk in selection.batches(order, section.batch_size, epoch):
-                for team, stack, optimiser in zip(teams, stacks, optimisers, strict=True):
-                    tokens = team.rows(chunk.tokens, sets)
-                    stack.loss(tokens, chunk.labels, chunk.batch_size).backward()
-                    if chunk.ends_batch:
-                        self._sum_gradients(stack)
-                        optimiser.step()
-            if progress and part:
-                if self.group.is_first:
-                    state = {
-                        "epochs_done": epoch + 1,
-                        "stacks": [stack.state_dict() for stack in stacks],
-                        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                    }
-                    progress.save(part, state)
+        for micro, outputs in self._batches(source, images, step, num_steps):
+            trained.backward(outputs, micro, self._labels(micro))
+            if not micro.ends_batch:
+                continue
+            for optimiser in flat:
+                optimiser.step()
+            step += 1
+            if step < num_steps and saver.is_due():
+                state = {
+                    "stacks": [stack.state_dict() for stack in stacks],
+                    "optimisers": [optimiser.state_dict() for optimiser in flat],
+                }
+                saver.save(step, state)
                 self.pause()
-        return stacks
+        return trained
 
-    def _observe(
+    def _batches(
+        self, source: Features, images: np.ndarray, step: int, num_steps: int
+    ) -> Iterator[tuple[Micro, Tensor]]:
+        """The rest of the training after `step` steps: this rank's outputs of each micro-batch."""
+        per_epoch = math.ceil(len(images) / self.section.batch_size)
+        size = self._micro_size(source)
+        for epoch in range(step // per_epoch, math.ceil(num_steps / per_epoch)):
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(images)
+            batches = list(batched(order, self.section.batch_size))
+            first = step - epoch * per_epoch if epoch == step // per_epoch else 0
+            plan = [
+                Micro(micro, len(batch), number == len(parts))
+                for batch in batches[first : num_steps - epoch * per_epoch]
+                for parts in [list(batched(batch, size))]
+                for number, micro in enumerate(parts, start=1)
+            ]
+            yield from self._outputs(source, plan, epoch)
+
+    def _outputs(
+        self, source: Features, plan: Sequence[Micro], epoch: int | None = None
+    ) -> Iterator[tuple[Micro, Tensor]]:
+        own = (share(micro.images, self.group) for micro in plan)
+        return zip(plan, source.parts(own, epoch), strict=True)
+
+    def _micro_size(self, source: Features) -> int:
+        """Images of all ranks at a time: what the working memory takes, or `MICRO_BATCH` where that is less."""
+        one = 4 * source.num_blocks * source.num_tokens * source.width
+        return max(MICRO_BATCH * max(1, self.group.world_size // 4), int(WORKING_GB * 1e9 / 4 / one))
+
+    def _labels(self, micro: Micro) -> Tensor:
+        return self.split.labels[torch.as_tensor(micro.images)].to(self.device)
+
+    def _heads(
         self,
-        selection: Selection,
+        source: Features,
+        kinds: Sequence[str],
         sets: Sequence[BlockSet],
-        teams: Sequence[Team],
-        stacks: Sequence[HeadStack],
-        images: np.ndarray,
-    ) -> None:
-        """Give the stacks the statistics of these images, of all ranks."""
-        for chunk in selection.batches(images, self.section.batch_size):
-            for team, stack in zip(teams, stacks, strict=True):
-                stack.observe(team.rows(chunk.tokens, sets))
-        for stack in stacks:
-            sums, squares, count = stack.statistics()
-            self.group.sum_tensor(sums)
-            self.group.sum_tensor(squares)
-            stack.freeze(sums, squares, self.group.sum_counts(count)[0])
-
-    def _sum_gradients(self, stack: HeadStack) -> None:
-        for parameter in stack.parameters():
-            assert parameter.grad is not None
-            self.group.sum_tensor(parameter.grad)
-
-    def _stacks(self, selection: Selection, teams: Sequence[Team]) -> list[HeadStack]:
-        tokens = next(selection.batches(self.split.fit[:1], 1)).tokens
-        return [
-            STACKS[team.kind](
-                num_sets=len(team.sets),
-                settings=team.settings,
-                width=tokens.shape[3],
-                num_classes=self.split.num_classes,
-                num_heads=self.num_heads,
-                generator=torch.Generator().manual_seed(self.seed),
-                device=tokens.device,
-            )
-            for team in teams
-        ]
-
-    @torch.no_grad()
-    def _measure(
-        self, selection: Selection, sets: Sequence[BlockSet], teams: Sequence[Team], stacks: Sequence[HeadStack]
-    ) -> list[Candidate]:
-        """Hold-out accuracy and loss of every head of the stacks."""
-        held = self.split.held
-        correct = [
-            stack.mean.new_zeros(len(team.sets), len(team.settings)) for team, stack in zip(teams, stacks, strict=True)
-        ]
-        losses = [total.clone() for total in correct]
-        for chunk in selection.batches(held, self.section.batch_size):
-            labels = chunk.labels
-            for team, stack, right, loss in zip(teams, stacks, correct, losses, strict=True):
-                logits = stack(team.rows(chunk.tokens, sets))
-                right += (logits.argmax(3) == labels[None, :, None]).sum(1)
-                targets = labels[None, :, None].expand(logits.shape[:3])
-                loss += functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none").sum(1)
-        for total in correct + losses:
-            self.group.sum_tensor(total)
-        return [
-            Candidate(
-                kind=team.kind,
-                blocks=blocks,
-                setting=setting,
-                num_neighbours=None,
-                holdout_top1=float(right[s, g]) / len(held),
-                holdout_loss=float(loss[s, g]) / len(held),
-                scorer=_head_scorer(head),
-                head=head,
-            )
-            for team, stack, right, loss in zip(teams, stacks, correct, losses, strict=True)
-            for s, blocks in enumerate(team.sets)
-            for g, setting in enumerate(team.settings)
-            for head in [stack.select(s, g)]
-        ]
-
-    @torch.no_grad()
-    def _vectors(self, pooled: Selection, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Mean-pooled vectors (S, n, d) and labels (n,) of these images, ascending, all of them on every rank."""
-        batches = list(pooled.batches(indices, self.section.batch_size))
-        means = torch.cat([chunk.tokens.float().mean(2) for chunk in batches], dim=1)
-        labels = torch.cat([chunk.labels for chunk in batches])
-        parts = self.group.gather((means.cpu(), labels.cpu()))
-        # back into ascending order of images, which ranks hold in turns
-        owned = np.concatenate([indices[indices % len(parts) == rank] for rank in range(len(parts))])
-        places = torch.as_tensor(np.argsort(owned))
-        everything = torch.cat([part[0] for part in parts], dim=1)[:, places]
-        return everything.to(means.device), torch.cat([part[1] for part in parts])[places].to(means.device)
-
-    def _banks(self, source: CachedTokens | StreamedTokens, sets: Iterable[BlockSet]) -> dict[BlockSet, NeighbourVotes]:
-        """Banks of the whole training split."""
-        sets = list(sets)
-        vectors, labels = self._vectors(_pooled(source).select(sets), self.split.everything)
-        return {
-            blocks: NeighbourVotes(stored, labels, self.split.num_classes)
-            for blocks, stored in zip(sets, vectors, strict=True)
-        }
-
-    @torch.no_grad()
-    def _neighbours(self, pooled: Selection, sets: Sequence[BlockSet]) -> list[Candidate]:
-        """k-NN for every block set and k, filled with the fit part."""
-        bank, fit_labels = self._vectors(pooled, self.split.fit)
-        queries, held_labels = self._vectors(pooled, self.split.held)
-        found = []
-        for blocks, stored, asked in zip(sets, bank, queries, strict=True):
-            neighbours = NeighbourVotes(stored, fit_labels, self.split.num_classes)
-            ks = neighbours.candidates()
-            for k, votes in zip(ks, neighbours.votes(asked, ks), strict=True):
-                found.append(
-                    Candidate(
-                        kind="knn",
-                        blocks=blocks,
-                        setting=None,
-                        num_neighbours=k,
-                        holdout_top1=float((votes.argmax(1) == held_labels).float().mean()),
-                        holdout_loss=0.0,
-                        scorer=_vote_scorer(neighbours, k),
-                    )
+        settings: tuple[Setting, ...],
+        *,
+        everything: bool,
+    ) -> _Trained:
+        """This rank's untrained heads, standardised by the statistics of what they will be trained on."""
+        one = 4 * self._micro_size(source) * source.num_tokens * source.width
+        ownership = Ownership.divide(sets, max(1, int(WORKING_GB * 1e9 / one)), self.group)
+        turns: list[dict[str, HeadStack]] = []
+        for turn in range(len(ownership.turns)):
+            own = ownership.own(turn)
+            stacks = {}
+            for kind in kinds if own else ():
+                stacks[kind] = STACKS[kind](
+                    num_sets=len(own),
+                    settings=settings,
+                    width=source.width,
+                    num_classes=self.split.num_classes,
+                    num_heads=self.num_heads,
+                    generator=torch.Generator().manual_seed(self.seed),
+                    device=self.device,
                 )
-        return found
+                of = self.features.of_pooled if kind == "linear" else self.features.of_tokens
+                stacks[kind].standardise_by(*_total(of, everything).of_sets(own))
+            turns.append(stacks)
+        return _Trained(ownership=ownership, turns=turns)
 
-
-def _pooled(source: CachedTokens | StreamedTokens) -> CachedTokens | StreamedTokens:
-    """Mean over tokens as one token where the tokens are cached; a stream is pooled as it comes."""
-    return source.pooled if isinstance(source, CachedTokens) else source
-
-
-def _head_scorer(head: HeadStack) -> Scorer:
     @torch.no_grad()
-    def scorer(tokens: Tensor) -> Tensor:
-        return head(tokens)[0, :, 0]
+    def _measure(self, source: Features, trained: _Trained) -> list[Candidate]:
+        """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and settings."""
+        held = self.split.held
+        totals = [
+            {
+                kind: stack.mean.new_zeros(2, len(stack.mean), len(stack.settings), dtype=torch.float64)
+                for kind, stack in turn.items()
+            }
+            for turn in trained.turns
+        ]
+        plan = [Micro(images, len(held), False) for images in batched(held, self._micro_size(source))]
+        for micro, outputs in self._outputs(source, plan):
+            labels = self._labels(micro)
+            for turn, tokens in trained.deliveries(outputs, micro):
+                for kind, stack in trained.turns[turn].items():
+                    logits = stack(tokens)
+                    targets = labels[None, :, None].expand(logits.shape[:3])
+                    losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
+                    totals[turn][kind][0] += (logits.argmax(3) == targets).sum(1)
+                    totals[turn][kind][1] += losses.double().sum(1)
+        own = [
+            (kind, blocks, setting, *(float(value) / len(held) for value in total[:, s, g]))
+            for turn, kinds in enumerate(totals)
+            for kind, total in kinds.items()
+            for s, blocks in enumerate(trained.ownership.own(turn))
+            for g, setting in enumerate(trained.turns[turn][kind].settings)
+        ]
+        everyone = [each for part in self.group.gather(own) for each in part]
+        everyone.sort(key=lambda each: list(STACKS).index(each[0]))  # stable: ranks hold neighbouring sets
+        return [
+            Candidate(kind=kind, blocks=blocks, setting=setting, holdout_top1=top1, holdout_loss=loss)
+            for kind, blocks, setting, top1, loss in everyone
+        ]
 
-    return scorer
+    def _with_heads(
+        self, candidates: Sequence[Candidate], trained: _Trained, wanted: set[int]
+    ) -> list[Candidate]:
+        """The candidates, of which those with a wanted number and a head in `trained` get it from its owner."""
+        own = {
+            number: head.to("cpu")
+            for number, candidate in enumerate(candidates)
+            if number in wanted and (head := trained.head_of(candidate)) is not None
+        }
+        heads = {number: head for part in self.group.gather(own) for number, head in part.items()}
+        return [
+            replace(candidate, head=heads[number].to(self.device)) if number in heads else candidate
+            for number, candidate in enumerate(candidates)
+        ]
 
 
-def _vote_scorer(neighbours: NeighbourVotes, k: int) -> Scorer:
-    @torch.no_grad()
-    def scorer(tokens: Tensor) -> Tensor:
-        return neighbours.votes(tokens[0].float().mean(1), (k,))[0]
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """This rank's heads, turn by turn."""
 
-    return scorer
+    ownership: Ownership
+    """Which sets they read."""
+    turns: list[dict[str, HeadStack]]
+    """Kind -> stack, of each turn; empty where the rank owns nothing in it."""
+
+    def deliveries(self, outputs: Tensor, micro: Micro) -> Iterator[tuple[int, Tensor]]:
+        """Each turn with the tokens (S, B, N, d) of its heads; all ranks take all turns."""
+        for turn in range(len(self.turns)):
+            yield turn, self.ownership.deliver(outputs, micro.images, turn)
+
+    def backward(self, outputs: Tensor, micro: Micro, labels: Tensor) -> None:
+        """Add the gradients of a micro-batch."""
+        for turn, tokens in self.deliveries(outputs, micro):
+            for stack in self.turns[turn].values():
+                stack.loss(tokens, labels, micro.batch_size).backward()
+
+    def head_of(self, candidate: Candidate) -> HeadStack | None:
+        """A candidate's head, if this rank has it."""
+        for turn, stacks in enumerate(self.turns):
+            own, stack = self.ownership.own(turn), stacks.get(candidate.kind)
+            if candidate.blocks in own and stack is not None and candidate.setting in stack.settings:
+                return stack.select(own.index(candidate.blocks), stack.settings.index(candidate.setting))
+        return None
+
+
+def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: BlockSet) -> set[int]:
+    """Positions of the best of each kind, and of the best on the block set `last` where that is among them."""
+    has_last = any(candidate.blocks == last for candidate in candidates)
+    wanted = [best(candidates, kind, blocks) for kind in kinds for blocks in ((None, last) if has_last else (None,))]
+    return {number for number, candidate in enumerate(candidates) if any(candidate is each for each in wanted)}
+
+
+def _total(moments: tuple[Moments, Moments], everything: bool) -> Moments:
+    """Of the fit part, or of it and the hold-out."""
+    return moments[0] + moments[1] if everything else moments[0]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BATCH_NORM_EPS = 1e-6
-"""Of the released head's batch norm."""
+from aimscale.aim.probes import BATCH_NORM_EPS, QUERY_STD
+
 LR_END = 1e-5
 """The cosine ends here, or at the peak where that is lower (AIMv2, Table A2)."""
 WARMUP_FRACTION = 0.05
@@ -43,8 +43,7 @@ class Setting:
 class HeadStack(nn.Module):
     """S x G heads of one kind; subclasses say how tokens become the vector that is classified.
 
-    Life of a stack: `observe` every batch of the training split once, `freeze` the statistics, `step` through the
-    epochs, `forward` to score.
+    Life of a stack: `standardise_by` the statistics of the training split, train, `forward` to score.
     """
 
     kind: str
@@ -59,39 +58,16 @@ class HeadStack(nn.Module):
         self.num_classes = num_classes
         self.register_buffer("mean", torch.zeros(num_sets, width, device=device))
         self.register_buffer("var", torch.ones(num_sets, width, device=device))
-        self._sums: list[Tensor] = [torch.zeros(num_sets, width, dtype=torch.float64, device=device) for _ in "12"]
-        self._count = 0
 
     @staticmethod
     def num_params(width: int, num_classes: int) -> int:
         """Trained values of one head."""
         raise NotImplementedError
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """What the statistics are taken over: the tokens (S, B, N, d) themselves unless a subclass pools first."""
-        return tokens
-
-    @torch.no_grad()
-    def observe(self, tokens: Tensor) -> None:
-        """Add tokens (S, B, N, d) to the statistics of the batch norm."""
-        if not tokens.shape[1]:  # a rank may have no image of a batch
-            return
-        pooled = self.pool(tokens).flatten(1, 2).float()
-        var, mean = (part.double() for part in torch.var_mean(pooled, dim=1, correction=0))
-        # fp32 within a batch, fp64 across batches
-        self._sums[0] += mean * pooled.shape[1]
-        self._sums[1] += (var + mean.square()) * pooled.shape[1]
-        self._count += pooled.shape[1]
-
-    def statistics(self) -> tuple[Tensor, Tensor, int]:
-        """Sums, sums of squares (S, d) in fp64 and the count, so that ranks can add theirs."""
-        return self._sums[0], self._sums[1], self._count
-
-    def freeze(self, sums: Tensor, squares: Tensor, count: int) -> None:
-        """Set mean and (biased) variance from the totals over the training split."""
-        mean = sums / count
-        self.mean = mean.float()
-        self.var = (squares / count - mean.square()).clamp_min(0).float()
+    def standardise_by(self, mean: Tensor, variance: Tensor) -> None:
+        """Set the batch norm's mean and (biased) variance, (S, d) each."""
+        self.mean.copy_(mean)
+        self.var.copy_(variance)
 
     @property
     def rstd(self) -> Tensor:
@@ -149,13 +125,9 @@ class LinearStack(HeadStack):
         """K d + K."""
         return num_classes * (width + 1)
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Mean over the tokens, (S, B, 1, d)."""
-        return tokens.float().mean(2, keepdim=True)
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
-        vectors = (self.pool(tokens)[:, :, 0] - self.mean[:, None]) * self.rstd[:, None]
+        vectors = (tokens.float().mean(2) - self.mean[:, None]) * self.rstd[:, None]
         return torch.einsum("sbd,sgkd->sbgk", vectors, self.weight) + self.bias[:, None]
 
     def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
@@ -193,7 +165,7 @@ class AttentiveStack(HeadStack):
             return nn.Parameter(draw.expand(num_sets, len(settings), *shape).to(device).contiguous())
 
         xavier = 1 / math.sqrt(width)
-        self.query = start(num_heads, per_head, std=1.0)
+        self.query = start(num_heads, per_head, std=QUERY_STD)
         self.key = start(num_heads, per_head, width, std=xavier)
         self.value = start(num_heads, per_head, width, std=xavier)
         self.weight = start(num_classes, width, std=0.01)
@@ -207,16 +179,15 @@ class AttentiveStack(HeadStack):
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
         num_sets, batch, _, width = tokens.shape
         num_settings, num_heads, per_head = self.query.shape[1:]
-        tokens = tokens.float()
         rstd = self.rstd
         direction = torch.einsum("sghc,sghcd->sghd", self.query, self.key) * per_head**-0.5
         # the mean shifts all scores of a head alike and drops out of the softmax
         direction = (direction * rstd[:, None, None]).flatten(1, 2)
         # one small product an image: in the backward pass it is several times faster than one tall one
-        per_image = direction[:, None].expand(-1, batch, -1, -1).flatten(0, 1)
-        images = tokens.flatten(0, 1)
-        attention = (per_image @ images.mT).softmax(dim=2)
-        pooled = attention @ images
+        per_image = direction[:, None].expand(-1, batch, -1, -1).flatten(0, 1).to(tokens.dtype)
+        images = tokens.flatten(0, 1)  # bf16 tokens are multiplied as such, all else is fp32
+        attention = (per_image @ images.mT).float().softmax(dim=2)
+        pooled = (attention.to(tokens.dtype) @ images).float()
         pooled = pooled.view(num_sets, batch, num_settings, num_heads, width)
         pooled = (pooled - self.mean[:, None, None, None]) * rstd[:, None, None, None]
         vectors = torch.einsum("sbghd,sghcd->sbghc", pooled, self.value).flatten(3)

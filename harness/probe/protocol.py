@@ -9,13 +9,18 @@ default and has no choice of blocks in it.
 Between the two the chosen heads train once more, with their settings, on the whole training split (`refit: false` in a
 task leaves that out, and every result says which). The batch norm uses the exact statistics of what its head was
 trained on instead of a running estimate, which makes results independent of batch and world size.
+
+Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
+probes need nothing else. The attentive heads of the whole grid train on one further backbone pass per batch.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,33 +30,52 @@ import torch
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.backbones import (
+    DTYPES,
+    AimBackbone,
+    Backbone,
+    PixelBackbone,
+    ProbeError,
+    precision_difference,
+)
+from aimscale.harness.probe.blocks import BlockSet, averages, block_sets
 from aimscale.harness.probe.features import (
     ALONE,
     CACHE_GB,
-    EXTRACT_BATCH,
-    AimBackbone,
-    Backbone,
-    BlockSet,
-    LabelledImages,
-    PixelBackbone,
-    ProbeError,
-    averages,
+    DISK_GB,
+    FeaturePass,
+    Features,
+    SplitFeatures,
     batched,
-    block_sets,
-    holdout_split,
-    open_task,
     share,
-    token_source,
 )
 from aimscale.harness.probe.files import SCHEMA_VERSION, Pause, as_entry, finished_probes, task_key, task_lock
 from aimscale.harness.probe.fit import Candidate, GridFit, Split, best
-from aimscale.harness.probe.heads import Setting
+from aimscale.harness.probe.heads import STACKS, Setting
+from aimscale.harness.probe.images import LabelledImages, holdout_split, open_task
 from aimscale.harness.probe.lora import RANK, adapt
+from aimscale.harness.probe.neighbours import Neighbours
 from aimscale.harness.probe.progress import ProbeProgress
-from aimscale.harness.probe.scores import Answers, answers, score
+from aimscale.harness.probe.resources import Resources
+from aimscale.harness.probe.scores import Answers, answers, score, together
 from aimscale.harness.probe.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.harness.run.files import write_json
+
+TEST_BATCH = 64
+"""Test images at a time."""
+COMPARED_IMAGES = 16
+"""Training images on which bf16 features are compared with fp32 ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a rank may use for features, 10^9 bytes."""
+
+    cache_gb: float = CACHE_GB
+    """Memory for tokens, and the same for pooled features."""
+    disk_gb: float = DISK_GB
+    """Disk for pooled features that memory does not hold."""
 
 
 def _go_on() -> None:
@@ -59,55 +83,11 @@ def _go_on() -> None:
 
 
 def probe_model(
-    model: AIM,
-    section: ProbeSection,
-    *,
-    model_section: ModelSection,
-    seed: int,
-    out: Path | None,
-    group: Group = ALONE,
-    cache_gb: float = CACHE_GB,
-    name: str = "aim",
-    since: float | None = None,
-    pause: Pause = _go_on,
+    model: AIM, section: ProbeSection, *, model_section: ModelSection, seed: int, out: Path | None, **options: Any
 ) -> list[dict[str, Any]]:
-    """Probe one AIM on one task.
-
-    Args:
-        model: weights loaded, on its device; left as it was found.
-        section: the task.
-        model_section: image geometry.
-        seed: splits the hold-out, draws the heads' start and the order of images.
-        out: folder for `<task>.json`, the same with per-class counts and the whole grid; None writes nothing.
-        group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
-        cache_gb: memory for a rank's cached tokens; beyond it every epoch runs the backbone again.
-        name: identifies the weights in the file.
-        since: return what the file says if it comes from the same name, task, data and seed and is not older than this
-            Unix time; None probes in any case.
-        pause: called by all ranks together wherever work is saved; raises to stop there, and the next call goes on.
-
-    Returns:
-        One entry per kind for the `probes` list of a results row.
-
-    Raises:
-        ProbeError: unlabelled or unmatched data, or too few images.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        return probe_backbone(
-            AimBackbone(model, name),
-            section,
-            model_section=model_section,
-            seed=seed,
-            out=out,
-            group=group,
-            cache_gb=cache_gb,
-            since=since,
-            pause=pause,
-        )
-    finally:
-        model.train(was_training)
+    """Probe an AIM that is in memory; it is left as it was found. Arguments as for `probe_backbone`."""
+    backbone = AimBackbone(lambda: copy.deepcopy(model).float())
+    return probe_backbone(backbone, section, model_section=model_section, seed=seed, out=out, **options)
 
 
 def probe_backbone(
@@ -118,11 +98,30 @@ def probe_backbone(
     seed: int,
     out: Path | None,
     group: Group = ALONE,
-    cache_gb: float = CACHE_GB,
+    bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
     since: float | None = None,
     pause: Pause = _go_on,
 ) -> list[dict[str, Any]]:
-    """Probe any frozen backbone on one task; arguments as for `probe_model`."""
+    """Probe a frozen backbone on one task.
+
+    Args:
+        backbone: weights loaded, on its device; used in the task's precision afterwards.
+        section: the task.
+        model_section: image geometry.
+        seed: splits the hold-out, draws the heads' start and the order of images.
+        out: folder for `<task>.json`, the same with per-class counts and the whole grid; None writes nothing.
+        group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
+        bounds: memory and disk for features.
+        since: return what the file says if it comes from the same name, task, data and seed and is not older than this
+            Unix time; None probes in any case.
+        pause: called by all ranks together wherever work is saved; raises to stop there, and the next call goes on.
+
+    Returns:
+        One entry per kind for the `probes` list of a results row.
+
+    Raises:
+        ProbeError: unlabelled or unmatched data, too few images, or features beyond the bounds.
+    """
     _check_kinds(backbone, section)
     train, test = open_task(section, model_section)
     if section.augmentation == "published":
@@ -135,10 +134,11 @@ def probe_backbone(
             if done is not None:
                 return [as_entry(detail) for detail in done]
         progress = ProbeProgress(out, section.task, key) if out is not None else None
-        probing = _Probing(backbone, section, train, test, seed, out, group, cache_gb, progress, pause)
-        started = time.monotonic()
+        probing = _Probing(backbone, section, train, test, seed, key, out, group, bounds, progress, pause)
+        used = Resources(group)
         details = probing.details()
-        if out is not None and group.is_first:
+        if out is not None:
+            features = probing.feature_files()
             document = {
                 "schema_version": SCHEMA_VERSION,
                 "key": key,
@@ -146,106 +146,194 @@ def probe_backbone(
                 "task": section.model_dump(mode="json"),
                 "classes": list(train.classes),
                 "world_size": group.world_size,
-                "wall_s": time.monotonic() - started,
+                **used.so_far(),
+                "feature_bytes": features,
                 "probes": details,
             }
-            write_json(out / f"{section.task}.json", document)
+            if group.is_first:
+                write_json(out / f"{section.task}.json", document)
             assert progress is not None
-            progress.clear()
+            probing.remove_features()
+            group.wait()
+            if group.is_first:
+                progress.clear()
         return [as_entry(detail) for detail in details]
 
 
 @dataclass(frozen=True)
 class _Probing:
-    """One task under way; arguments as for `probe_model`."""
+    """One task under way; arguments as for `probe_backbone`."""
 
     backbone: Backbone
     section: ProbeSection
     train: LabelledImages
     test: LabelledImages
     seed: int
+    key: str
     out: Path | None
     group: Group
-    cache_gb: float
+    bounds: Bounds
     progress: ProbeProgress | None
     pause: Pause
 
     def details(self) -> list[dict[str, Any]]:
-        """One entry a kind, with per-class counts and the grid."""
-        fit, held = holdout_split(self.train.labels, self.section.holdout_fraction, self.seed)
-        split = Split(self.train.labels, fit, held, len(self.train.classes))
+        """One entry per kind, with per-class counts and the grid, in the order of the task's kinds."""
+        found: dict[str, dict[str, Any]] = {}
+        for kinds, work in self._parts():
+            saved = self.progress.load("done-" + "-".join(kinds)) if self.progress and self.group.is_first else None
+            details = self.group.from_first(saved and saved["details"])
+            if details is None:
+                details = work()
+                if self.progress:
+                    if self.group.is_first:
+                        self.progress.save("done-" + "-".join(kinds), {"details": details})
+                    self.pause()
+            found |= {detail["kind"]: detail for detail in details}
         about = {
-            "num_fit": len(fit),
-            "num_holdout": len(held),
+            "num_fit": len(self._split.fit),
+            "num_holdout": len(self._split.held),
             "refit": self.section.refit,
             "augmentation": self.section.augmentation,
             "seed": self.seed,
         }
-        details = self._frozen_once(split) if set(self.section.kinds) - {"lora"} else []
-        if "lora" in self.section.kinds:
-            details = [*details, self._lora(split)]
-        return [detail | about for detail in details]
+        return [found[kind] | about for kind in self.section.kinds]
 
-    def _frozen_once(self, split: Split) -> list[dict[str, Any]]:
-        """The frozen probes, kept while LoRA, which takes longer, is still under way."""
-        saved = self.progress.load("frozen") if self.progress and self.group.is_first else None
-        saved = self.group.from_first(saved)
-        if saved:
-            found: list[dict[str, Any]] = saved["details"]
-            return found
-        found = self._frozen(split)
-        if self.progress and "lora" in self.section.kinds:
-            if self.group.is_first:
-                self.progress.save("frozen", {"details": found})
-            self.pause()
-        return found
+    def _parts(self) -> list[tuple[tuple[str, ...], Callable[[], list[dict[str, Any]]]]]:
+        """Kinds that are done together, with the work: what is done is kept while the rest is under way."""
+        has = [kind for kind in self.section.kinds]
+        parts: list[tuple[tuple[str, ...], Callable[[], list[dict[str, Any]]]]] = []
+        if self.train.views is not None:  # linear heads learn from the views, too
+            heads = tuple(kind for kind in STACKS if kind in has)
+            parts += [(heads, lambda: self._heads(heads, self._train_features.tokens))] if heads else []
+        else:
+            if "linear" in has:
+                parts.append((("linear",), lambda: self._heads(("linear",), self._train_features.pooled)))
+            if "attentive" in has:
+                parts.append((("attentive",), lambda: self._heads(("attentive",), self._train_features.tokens)))
+        if "knn" in has:
+            parts.insert(1 if self.train.views is None and "linear" in has else 0, (("knn",), self._neighbours))
+        if "lora" in has:
+            parts.append((("lora",), lambda: [self._lora()]))
+        return parts
 
-    def _frozen(self, split: Split) -> list[dict[str, Any]]:
-        section, test, group = self.section, self.test, self.group
-        kinds = [kind for kind in section.kinds if kind != "lora"]
+    @functools.cached_property
+    def _split(self) -> Split:
+        fit, held = holdout_split(self.train.labels, self.section.holdout_fraction, self.seed)
+        return Split(self.train.labels, fit, held, len(self.train.classes))
+
+    @functools.cached_property
+    def _difference(self) -> float:
+        """Bring the backbone into the task's precision, and say what that changes."""
+        images = self.train.images(range(min(COMPARED_IMAGES, len(self.train))))
+        difference = precision_difference(self.backbone, images, DTYPES[self.section.precision])
+        if difference and self.group.is_first:
+            print(
+                f"{self.section.task}: features in bf16 differ from fp32 by {100 * difference:.2f} % of their spread",
+                file=sys.stderr,
+                flush=True,
+            )
+        return difference
+
+    @functools.cached_property
+    def _pass(self) -> FeaturePass:
+        assert self._difference >= 0
+        return FeaturePass(
+            backbone=self.backbone,
+            group=self.group,
+            precision=self.section.precision,
+            cache_gb=self.bounds.cache_gb,
+            disk_gb=self.bounds.disk_gb,
+            folder=self.out,
+            pause=self.pause,
+        )
+
+    @functools.cached_property
+    def _train_features(self) -> SplitFeatures:
+        return self._pass.split(self.train, f"{self.section.task}.train", self.key, self._split.fit)
+
+    @functools.cached_property
+    def _test_features(self) -> SplitFeatures:
+        return self._pass.split(self.test, f"{self.section.task}.test", self.key)
+
+    def _made(self) -> list[SplitFeatures]:
+        """Feature sets that were needed."""
+        return [self.__dict__[name] for name in ("_train_features", "_test_features") if name in self.__dict__]
+
+    def feature_files(self) -> dict[str, int]:
+        """Bytes of pooled features in memory and on disk, of all ranks."""
+        own = {"memory": 0, "disk": 0}
+        for features in self._made():
+            own["disk" if features.pooled.is_on_disk else "memory"] += features.pooled.num_bytes
+        memory, disk = self.group.sum_counts(own["memory"], own["disk"])
+        return {"memory": memory, "disk": disk}
+
+    def remove_features(self) -> None:
+        """Give the disk back."""
+        for features in self._made():
+            features.pooled.remove()
+
+    def _heads(self, kinds: tuple[str, ...], source: Features) -> list[dict[str, Any]]:
+        """Train, choose, refit and score the heads of some kinds."""
         sets, last = block_sets(self.backbone.num_blocks)
         fitting = GridFit(
-            split=split,
-            section=section,
+            split=self._split,
+            section=self.section,
             num_heads=self.backbone.num_heads,
             seed=self.seed,
-            group=group,
+            features=self._train_features,
+            device=self._train_features.of_pooled[0].centre.device,
+            group=self.group,
             progress=self.progress,
             pause=self.pause,
         )
-        source = token_source(self.backbone, self.train, group, cache_gb=self.cache_gb)
-        candidates = fitting.candidates(source, sets)
-        # for each kind the best of all, and the best on the fixed block set
+        candidates = fitting.candidates(source, kinds, sets, last)
         chosen = [best(candidates, kind, blocks) for kind in kinds for blocks in (None, last)]
-        if section.refit:
+        if self.section.refit:
             chosen = fitting.refit(source, chosen)
-        given = answers_on_test(self.backbone, test, chosen, group)
         details = []
-        for kind, top, fixed, on_top, on_fixed in zip(
-            kinds, chosen[::2], chosen[1::2], given[::2], given[1::2], strict=True
-        ):
-            on_last = score(on_fixed, test.labels, test.classes)
-            details.append(
-                _detail(section, kind, test, on_top, top.blocks, top.setting)
-                | {
-                    "num_neighbours": top.num_neighbours,
-                    "holdout_top1": top.holdout_top1,
-                    "last_blocks": list(fixed.blocks),
-                    **{f"last_{name}": on_last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
-                    "grid": [_grid_row(candidate) for candidate in candidates if candidate.kind == kind],
-                }
-            )
-            if self.out is not None and group.is_first and top.head is not None:
-                save_head(top, self.out / f"{section.task}.{kind}.safetensors")
+        for kind, top, fixed in zip(kinds, chosen[::2], chosen[1::2], strict=True):
+            features: Features = self._test_features.pooled if kind == "linear" else self._test_features.tokens
+            on_top, on_fixed = answers_of_heads(features, self.test, (top, fixed), self.group)
+            details.append(self._detail(top, fixed, on_top, on_fixed, candidates))
+            if self.out is not None and self.group.is_first:
+                save_head(top, self.out / f"{self.section.task}.{kind}.safetensors")
         return details
 
-    def _lora(self, split: Split) -> dict[str, Any]:
+    def _neighbours(self) -> list[dict[str, Any]]:
+        """Fill, choose, fill again with everything and score k-NN."""
+        sets, last = block_sets(self.backbone.num_blocks)
+        search = Neighbours(features=self._train_features, split=self._split, group=self.group)
+        candidates = search.candidates(sets)
+        top, fixed = best(candidates, "knn"), best(candidates, "knn", last)
+        on_top, on_fixed = (
+            search.answers(each, self._test_features.pooled, self.test, everything=self.section.refit)
+            for each in (top, fixed)
+        )
+        return [self._detail(top, fixed, on_top, on_fixed, candidates)]
+
+    def _detail(
+        self, top: Candidate, fixed: Candidate, on_top: Answers, on_fixed: Answers, candidates: Sequence[Candidate]
+    ) -> dict[str, Any]:
+        """A frozen probe's entry: the chosen one, the best on the last blocks, and the whole grid."""
+        on_last = score(on_fixed, self.test.labels, self.test.classes)
+        return _detail(self.section, top.kind, self.test, on_top, top.blocks, top.setting) | {
+            "num_neighbours": top.num_neighbours,
+            "holdout_top1": top.holdout_top1,
+            "precision": self.section.precision,
+            "precision_difference": self._difference,
+            "last_blocks": list(fixed.blocks),
+            **{f"last_{name}": on_last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
+            "grid": [_grid_row(candidate) for candidate in candidates if candidate.kind == top.kind],
+        }
+
+    def _lora(self) -> dict[str, Any]:
         assert isinstance(self.backbone, AimBackbone)
         _, last = block_sets(self.backbone.num_blocks)
+        self.backbone.use(torch.float32)
         adapted = adapt(
             self.backbone.model,
             self.section,
-            split,
+            self._split,
             self.train,
             self.test,
             blocks=last,
@@ -301,32 +389,18 @@ def save_head(candidate: Candidate, path: Path) -> None:
 
 
 @torch.no_grad()
-def answers_on_test(
-    backbone: Backbone, test: LabelledImages, candidates: Sequence[Candidate], group: Group
+def answers_of_heads(
+    features: Features, test: LabelledImages, candidates: Sequence[Candidate], group: Group
 ) -> list[Answers]:
-    """What each candidate says about the test split, from one backbone pass that the ranks share."""
-    blocks = sorted({block for candidate in candidates for block in candidate.blocks})
-    own = share(range(len(test)), group)
+    """What each candidate's head says about the test split; the ranks share its images."""
+    own = list(batched(share(range(len(test)), group), TEST_BATCH))
     parts: list[list[Answers]] = [[] for _ in candidates]
-    for indices, images in test.ahead(batched(own, EXTRACT_BATCH)):
-        tokens = backbone.features(images, blocks)
+    for chunk, outputs in zip(own, features.parts(own), strict=True):
         for candidate, part in zip(candidates, parts, strict=True):
-            scores = candidate.scorer(averages(tokens, [candidate.blocks], blocks))
-            part.append(answers(scores, test.labels[indices]))
-    mine = [
-        (torch.cat([a.predicted for a in part]), torch.cat([a.in_top5 for a in part])) if part else None
-        for part in parts
-    ]
-    gathered = group.gather((own, mine))
-    merged = []
-    for position in range(len(candidates)):
-        predicted = torch.empty(len(test), dtype=torch.int64)
-        in_top5 = torch.empty(len(test), dtype=torch.bool)
-        for indices, theirs in gathered:
-            if indices:
-                predicted[indices], in_top5[indices] = theirs[position]
-        merged.append(Answers(predicted, in_top5))
-    return merged
+            assert candidate.head is not None
+            scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
+            part.append(answers(scores, test.labels[chunk]))
+    return [together(part, len(test), group) for part in parts]
 
 
 def _grid_row(candidate: Candidate) -> dict[str, Any]:

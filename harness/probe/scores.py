@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from aimscale.harness.device.distributed import Group
 
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
@@ -41,6 +45,19 @@ def answers(scores: Tensor, labels: Tensor) -> Answers:
     """Judge class scores (n, K) against labels (n,)."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices
     return Answers(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
+
+
+def together(parts: Sequence[Answers], num_images: int, group: Group) -> Answers:
+    """Answers about all images from every rank's about its own: image i is answered by rank i mod world_size, in order."""
+    own = None
+    if parts:
+        own = torch.cat([part.predicted for part in parts]), torch.cat([part.in_top5 for part in parts])
+    predicted = torch.empty(num_images, dtype=torch.int64)
+    in_top5 = torch.empty(num_images, dtype=torch.bool)
+    for rank, theirs in enumerate(group.gather(own)):
+        if theirs is not None:
+            predicted[rank :: group.world_size], in_top5[rank :: group.world_size] = theirs
+    return Answers(predicted, in_top5)
 
 
 def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -132,6 +132,9 @@ class ValidationSection(Section):
     """Use the first images of the folder only; null uses all."""
     num_prefixes: int = Field(4, gt=0)
     """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone."""
+    centre_crop: float = Field(0.875, gt=0, le=1)
+    """Share of the shorter side that the centre crop keeps: images are resized to ceil(image_size / centre_crop) first.
+    0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, as tiny pictures want."""
 
 
 class ProbeSection(Section):
@@ -149,10 +152,17 @@ class ProbeSection(Section):
     )
     """Which probes to fit. `lora` is none: it adapts the trunk (rank 8; paper, Table 8) under an attentive head."""
     augmentation: Literal["none", "published"] = "none"
-    """Training views: one centre crop, whose features can be cached, or the published recipe (random resized crops of
-    scale 0.08 to 1, flips, RandAugment m9 mstd0.5 inc1), for which the backbone runs in every epoch."""
+    """Training views: one centre crop, or the published recipe (random resized crops of scale 0.08 to 1, flips,
+    RandAugment m9 mstd0.5 inc1), from which attentive and linear heads learn; k-NN sees centre crops alone."""
+    centre_crop: float = Field(0.875, gt=0, le=1)
+    """As for `validation`: share of the shorter side that the centre crop keeps."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """What the backbone computes in and features are kept in; the heads train in fp32. How far bf16 features are from
+    fp32 ones is measured on a few images, printed, and written beside the results."""
     epochs: int = Field(20, gt=0)
     """Passes over the training split."""
+    iterations: int | None = Field(None, gt=0)
+    """Steps of the probe's optimiser, instead of `epochs` (12,500 of batch 1024 are CAPI's for ImageNet-1k)."""
     batch_size: int = Field(256, gt=0)
     """Images per step of the probe's optimiser."""
     lrs: Annotated[tuple[float, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)

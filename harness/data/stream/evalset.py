@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute, random_uniform
-from aimscale.harness.data.resize import centre_crop
+from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
 
 def eval_images(
-    dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection
+    dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
 ) -> torch.Tensor:
-    """Shorter side resized to `image_size` (bicubic, antialiased), centre crop, normalised: float32 (B, C, H, W).
+    """Shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre crop, normalised.
+
+    Returns:
+        float32 (B, C, image_size, image_size).
 
     Raises:
         DataError: an image cannot be read or decoded; an evaluation never replaces one.
@@ -38,7 +42,7 @@ def eval_images(
             raise DataError(
                 f"{dataset.describe(int(index))} cannot be decoded ({error}); remove it and index again"
             ) from error
-        pixels[row] = centre_crop(image, size)
+        pixels[row] = crop_centre(image, size, math.ceil(size / centre_crop))
     return normalise(pixels)
 
 
