@@ -1,8 +1,9 @@
 """LoRA: adapt a frozen trunk by low-rank updates of its matrices (Hu et al., arXiv 2106.09685; AIM paper, Table 8).
 
-An adapted layer computes W x + (alpha / rank) B A x with W frozen, A (rank, in) drawn at random and B (out, rank) zero,
-so that adaptation starts from the model itself. Released names stay as they are; an adapted layer only adds `lora_a`
-and `lora_b` to its own.
+An adapted projection computes W x + (alpha / rank) B A x with W frozen, A (rank, in) drawn at random and B (out, rank)
+zero, so that adaptation starts from the model itself. As in the authors' code, the query, the value and the output
+projection of every attention are adapted, the key and the MLP are not: 6.3M parameters at 7B and rank 8, the paper's
+0.1 %. Released names stay as they are; an adapted layer only adds its `lora_a` and `lora_b`.
 """
 
 from __future__ import annotations
@@ -15,43 +16,66 @@ from torch import Tensor, nn
 
 from aimscale.aim.model import AIM, generator_for
 
-TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""Which linears of a block are adapted: all of them (the paper gives the rank alone)."""
+TARGETS = ("attn.qkv", "attn.proj")
+"""Layers of a block that are adapted; of `qkv`, the rows of query and value."""
 
 
 class LoRALinear(nn.Linear):
-    """A bias-free linear layer that shares its frozen weight with the layer it replaces."""
+    """A bias-free linear layer that shares its frozen weight with the layer it replaces.
+
+    Its outputs are `of` equal parts, those in `parts` adapted, each by an update of its own.
+    """
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     scale: float
+    _parts: tuple[int, ...]
+    _of: int
 
-    def __init__(self, frozen: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        frozen: nn.Linear,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator,
+        *,
+        parts: tuple[int, ...] = (0,),
+        of: int = 1,
+    ) -> None:
         assert frozen.bias is None, "the trunk's linears have no bias"
         super().__init__(frozen.in_features, frozen.out_features, bias=False, device="meta")
         self.weight = frozen.weight
         self.weight.requires_grad_(False)
         self.scale = alpha / rank
+        self._parts, self._of = parts, of
         bound = 1 / math.sqrt(frozen.in_features)
-        start = torch.empty(rank, frozen.in_features).uniform_(-bound, bound, generator=generator)
+        start = torch.empty(len(parts), rank, frozen.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(start.to(frozen.weight))
-        self.lora_b = nn.Parameter(frozen.weight.new_zeros(frozen.out_features, rank))
+        self.lora_b = nn.Parameter(frozen.weight.new_zeros(len(parts), frozen.out_features // of, rank))
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        update = F.linear(F.linear(input, self.lora_a), self.lora_b)
-        return F.linear(input, self.weight) + self.scale * update
+        updates = {
+            part: self.scale * F.linear(F.linear(input, a), b)
+            for part, a, b in zip(self._parts, self.lora_a, self.lora_b, strict=True)
+        }
+        outputs = F.linear(input, self.weight).chunk(self._of, dim=-1)
+        return torch.cat([out + updates[part] if part in updates else out for part, out in enumerate(outputs)], dim=-1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """An ordinary layer with the update added to its weight; the shared weight itself is not touched."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self.weight + self.scale * self.lora_b @ self.lora_a)
+        weight = self.weight.clone()
+        rows = list(weight.chunk(self._of))
+        for part, a, b in zip(self._parts, self.lora_a, self.lora_b, strict=True):
+            rows[part] += self.scale * b @ a
+        plain.weight = nn.Parameter(weight)
         return plain
 
 
 def add_lora(model: AIM, *, rank: int = 8, alpha: float | None = None, seed: int = 0) -> list[nn.Parameter]:
-    """Freeze a model in place and adapt every linear of its trunk.
+    """Freeze a model in place and adapt query, value and output projection of every block of its trunk.
 
     Args:
         model: any AIM; preprocessor, norms and pixel head are frozen as they are.
@@ -69,7 +93,11 @@ def add_lora(model: AIM, *, rank: int = 8, alpha: float | None = None, seed: int
             name = f"trunk.blocks.{index}.{target}"
             linear = block.get_submodule(target)
             assert isinstance(linear, nn.Linear)
-            adapted = LoRALinear(linear, rank, rank if alpha is None else alpha, generator_for(seed, name))
+            strength, generator = rank if alpha is None else alpha, generator_for(seed, name)
+            is_qkv = target == "attn.qkv"
+            adapted = LoRALinear(
+                linear, rank, strength, generator, parts=(0, 2) if is_qkv else (0,), of=3 if is_qkv else 1
+            )
             block.set_submodule(target, adapted)
             added += [adapted.lora_a, adapted.lora_b]
     return added

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from aimscale.harness.cli.probe_output import print_entries
-from aimscale.harness.cli.tasks import Kinds, TaskChoice, TaskFile, TaskNames, TestSplit, TrainSplit
+from aimscale.harness.cli.tasks import CacheGB, DiskGB, Kinds, TaskChoice, TaskFile, TaskNames, TestSplit, TrainSplit
 
 app = typer.Typer(help="Probe a baseline on a run's tasks: a timm model, random weights or raw pixels.")
 
@@ -32,7 +32,8 @@ def baseline(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; LIKE/baselines/NAME otherwise.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the baseline runs.")] = "auto",
-    cache_gb: Annotated[float, typer.Option(help="Memory for cached features, GB.")] = 2.0,
+    cache_gb: CacheGB = 2.0,
+    disk_gb: DiskGB = 500.0,
     again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
 ) -> None:
@@ -40,6 +41,7 @@ def baseline(
 
     `aimscale collect` gathers the results into `baselines.parquet`; `aimscale compare` and the report show them.
     """
+    from aimscale.harness.probe.protocol import Bounds
     from aimscale.harness.probe.run import join_ranks, probe_baseline
     from aimscale.harness.run.directory import RunDir
 
@@ -57,7 +59,7 @@ def baseline(
             image_size=image_size,
             out=out,
             group=group,
-            cache_gb=cache_gb,
+            bounds=Bounds(cache_gb=cache_gb, disk_gb=disk_gb),
             since=None if again else 0.0,
         )
         print_entries(results, is_first=group.is_first, as_json=as_json)

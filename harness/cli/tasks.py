@@ -25,6 +25,16 @@ Kinds = Annotated[
     typer.Option("--kind", help="linear, attentive, knn or lora (repeatable) instead of the task's own."),
 ]
 
+CacheGB = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Memory of a rank for tokens, and the same for pooled features, GB; beyond it the backbone computes "
+        "tokens batch by batch, and pooled features go to disk.",
+    ),
+]
+DiskGB = Annotated[float, typer.Option(min=0, help="Disk of a rank for pooled features that memory does not hold, GB.")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskChoice:
@@ -47,7 +57,7 @@ class TaskChoice:
         Raises:
             ConfigError, ProbeError: no such task, or one that is only half given.
         """
-        from aimscale.harness.probe.features import ProbeError
+        from aimscale.harness.probe.backbones import ProbeError
         from aimscale.harness.probe.run import wanted_tasks
 
         kinds = {"kinds": self.kinds} if self.kinds else {}

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 _MAX_ASPECT_RATIO = 64  # of what is resized for a square crop
 
 
-def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (C, H, W) to (C, size, size): shorter side to `size`, then the middle of the longer one."""
+def crop_centre(image: torch.Tensor, size: int, shorter_side: int | None = None) -> torch.Tensor:
+    """uint8 (C, H, W) to (C, size, size): shorter side to `shorter_side` (by default `size`), then the middle."""
     height, width = image.shape[-2:]
     longest = _MAX_ASPECT_RATIO * min(height, width)
     if max(height, width) > longest:  # enlarged as a whole, a strip of 1 x 65,500 px would take 10 GB
         image = image[:, max(0, height - longest) // 2 :, max(0, width - longest) // 2 :][:, :longest, :longest]
-    image = resize_shorter_side(image, size)
+    image = resize_shorter_side(image, shorter_side or size)
     height, width = image.shape[-2:]
     top, left = (height - size) // 2, (width - size) // 2
     return image[:, top : top + size, left : left + size]

@@ -9,6 +9,7 @@ Baselines see the same images as the run; a timm model gets them at its own size
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
-from aimscale.harness.probe.features import AimBackbone, Backbone, PixelBackbone, ProbeError
+from aimscale.harness.probe.backbones import AimBackbone, Backbone, PixelBackbone, ProbeError
 from aimscale.harness.run.config import ModelSection, RunConfig
 
 TIMM = "timm:"
@@ -40,8 +41,8 @@ class TimmBackbone:
 
     def __init__(self, model: Any, name: str, device: torch.device):
         self.name = name
-        self._model = model.to(device).eval()
-        self._device = device
+        self._in_fp32 = self._model = model.to(device).eval()
+        self._device, self._dtype = device, torch.float32
         blocks = getattr(model, "blocks", None)
         self._has_blocks = isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(blocks[0], "attn")
         self.num_blocks = len(blocks) if self._has_blocks and blocks is not None else 1
@@ -52,10 +53,15 @@ class TimmBackbone:
         self._scale = (torch.tensor(IMAGE_STD) / std).view(3, 1, 1).to(device)
         self._shift = ((torch.tensor(IMAGE_MEAN) - mean) / std).view(3, 1, 1).to(device)
 
+    def use(self, dtype: torch.dtype) -> None:
+        """Compute by the model as it was given, or by a rounded copy."""
+        self._model = self._in_fp32 if dtype == torch.float32 else copy.deepcopy(self._in_fp32).to(dtype)
+        self._dtype = dtype
+
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Outputs (len(blocks), B, N, d) for images (B, 3, H, W)."""
-        images = images.to(self._device) * self._scale + self._shift
+        images = (images.to(self._device) * self._scale + self._shift).to(self._dtype)
         if self._has_blocks:
             outputs = self._model.forward_intermediates(
                 images, indices=list(blocks), norm=False, output_fmt="NLC", intermediates_only=True
@@ -97,8 +103,8 @@ def baseline(
     if target == "raw-pixels":
         return PixelBackbone(), section
     if target == "random":
-        model = AIM(model_config(**dict(section))).to(device).eval()
-        return AimBackbone(model, f"random-{section.size}"), section
+        config = model_config(**dict(section))
+        return AimBackbone(lambda: AIM(config).to(device), f"random-{section.size}"), section
     if not target.startswith(TIMM):
         raise ProbeError(f"'{target}' is no baseline; use {TIMM}NAME, random or raw-pixels")
     if section.channels != 3:

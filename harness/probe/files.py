@@ -24,6 +24,9 @@ from aimscale.harness.run.identity import evaluation_digest
 
 SCHEMA_VERSION = 1
 """Of `probes/<images_seen>/<task>.json`."""
+PROTOCOL = 2
+"""How probes are trained and scored. 2: the query starts with a deviation of 0.02, statistics and pooled features come
+from one pass, LoRA adapts query, value and output projection. What an earlier one left is not taken for this one's."""
 LOCK_POLL_S = 1.0
 """How often a process that waits for another's task looks again."""
 
@@ -52,9 +55,9 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def task_key(backbone: str, section: ProbeSection, train: str, test: str, seed: int) -> str:
-    """Everything that a task's numbers depend on: weights, settings, both data fingerprints and the seed."""
+    """All that a task's numbers depend on: weights, protocol, settings, both data fingerprints and the seed."""
     settings = evaluation_digest("probe", section.model_dump(mode="json"))
-    return "/".join([backbone, settings, train, test, str(seed)])
+    return "/".join([backbone, f"protocol {PROTOCOL}", settings, train, test, str(seed)])
 
 
 def finished_probes(path: Path, key: str | None = None, *, since: float = 0.0) -> list[dict[str, Any]] | None:

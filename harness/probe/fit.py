@@ -145,7 +145,6 @@ class GridFit:
                 each if number in wanted else replace(each, head=None)
                 for number, each in enumerate(self._with_heads(found, trained, wanted))
             ]
-            StepSaver(self.progress, part, self.group).clear()
         return found
 
     def refit(self, source: Features, chosen: Sequence[Candidate]) -> list[Candidate]:
@@ -159,7 +158,6 @@ class GridFit:
         part = f"{'-'.join(kinds)}-refit"
         trained = self._train(source, kinds, sets, settings, self.split.everything, part)
         again = self._with_heads(chosen, trained, set(range(len(chosen))))
-        StepSaver(self.progress, part, self.group).clear()
         return again
 
     def _train(
@@ -192,7 +190,7 @@ class GridFit:
             for optimiser in flat:
                 optimiser.step()
             step += 1
-            if step < num_steps and saver.is_due():
+            if step == num_steps or saver.is_due():
                 state = {
                     "stacks": [stack.state_dict() for stack in stacks],
                     "optimisers": [optimiser.state_dict() for optimiser in flat],
@@ -248,7 +246,7 @@ class GridFit:
         turns: list[dict[str, HeadStack]] = []
         for turn in range(len(ownership.turns)):
             own = ownership.own(turn)
-            stacks = {}
+            stacks: dict[str, HeadStack] = {}
             for kind in kinds if own else ():
                 stacks[kind] = STACKS[kind](
                     num_sets=len(own),
@@ -299,9 +297,7 @@ class GridFit:
             for kind, blocks, setting, top1, loss in everyone
         ]
 
-    def _with_heads(
-        self, candidates: Sequence[Candidate], trained: _Trained, wanted: set[int]
-    ) -> list[Candidate]:
+    def _with_heads(self, candidates: Sequence[Candidate], trained: _Trained, wanted: set[int]) -> list[Candidate]:
         """The candidates, of which those with a wanted number and a head in `trained` get it from its owner."""
         own = {
             number: head.to("cpu")

@@ -38,6 +38,8 @@ class LabelledImages:
     """Class names."""
     model_section: ModelSection
     """Image size and channels to prepare for."""
+    centre_crop: float
+    """Share of the shorter side that the centre crop keeps."""
     views: PublishedViews | None = None
     """Augmentation of training views; None has one centre crop an image."""
 
@@ -47,12 +49,12 @@ class LabelledImages:
     def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
         """Normalised float32 images (len(indices), C, H, W).
 
-        Shorter side resized and centre crop; with `epoch`, the training views of that epoch where there are any.
+        Resized and centre crop; with `epoch`, the training views of that epoch where there are any.
         """
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         if epoch is not None and self.views is not None:
             return self.views.images(self.dataset, rows, epoch)
-        return eval_images(self.dataset, rows, self.model_section)
+        return eval_images(self.dataset, rows, self.model_section, self.centre_crop)
 
     def ahead(
         self, chunks: Iterable[Sequence[int]], epoch: int | None = None
@@ -104,7 +106,7 @@ def open_labelled(path: str, section: ProbeSection, model_section: ModelSection)
         raise ProbeError(
             f"task '{section.task}': {path} has labels beyond its {len(classes)} class names; index it again"
         )
-    return LabelledImages(dataset, rows, labels, classes, model_section)
+    return LabelledImages(dataset, rows, labels, classes, model_section, section.centre_crop)
 
 
 def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[LabelledImages, LabelledImages]:

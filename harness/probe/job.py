@@ -43,7 +43,9 @@ class ProbeRequest(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the backbone runs."""
     cache_gb: float = 2.0
-    """Memory for a rank's cached tokens, 10^9 bytes."""
+    """Memory of a rank for tokens, and the same for pooled features, 10^9 bytes."""
+    disk_gb: float = 500.0
+    """Disk of a rank for pooled features that memory does not hold."""
 
     def write(self, job: RunDir) -> None:
         """Store it in the job's folder."""
@@ -107,6 +109,7 @@ def probe_job(path: Path) -> int:
 
 def _probe(job: RunDir, request: ProbeRequest, watch: RankWatch, flag: StopFlag) -> None:
     """Probe budget by budget, those included that come to be saved meanwhile."""
+    from aimscale.harness.probe.protocol import Bounds
     from aimscale.harness.probe.run import join_ranks, probe_run, saved_budgets
 
     run = RunDir(job.path.parent)
@@ -127,7 +130,7 @@ def _probe(job: RunDir, request: ProbeRequest, watch: RankWatch, flag: StopFlag)
                 budget,
                 request.tasks,
                 group=group,
-                cache_gb=request.cache_gb,
+                bounds=Bounds(cache_gb=request.cache_gb, disk_gb=request.disk_gb),
                 since=request.since,
                 pause=pause,
             )

@@ -1,9 +1,9 @@
 """LoRA adaptation (rank 8; AIM paper, Table 8): the third protocol on a probe's tasks, and not a frozen feature.
 
-Low-rank updates of all linears of the trunk train together with an attentive head on the fixed block set (the last
-six), once for every point of the grid; the hold-out chooses, the test split is scored once. The paper gives the rank
-alone: optimiser, schedule and views are those of the probes. The head standardises by the statistics of the
-unadapted features.
+Low-rank updates of the trunk's query, value and output projections (`aim.lora`) train together with an attentive head
+on the fixed block set (the last six), once for every point of the grid; the hold-out chooses, the test split is scored
+once. Optimiser, schedule and views are those of the probes. The head standardises by the statistics of the unadapted
+features.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features import BlockSet, LabelledImages, batched, share
+from aimscale.harness.probe.blocks import BlockSet
+from aimscale.harness.probe.features import batched, share
 from aimscale.harness.probe.files import Pause
-from aimscale.harness.probe.fit import Split, grid
+from aimscale.harness.probe.fit import Split, grid, number_of_steps
 from aimscale.harness.probe.heads import CLIP_NORM, AttentiveStack, Setting, learning_rate
+from aimscale.harness.probe.images import LabelledImages
+from aimscale.harness.probe.moments import Moments
 from aimscale.harness.probe.progress import ProbeProgress
 from aimscale.harness.probe.scores import Answers, answers
 from aimscale.harness.run.config import ProbeSection
@@ -160,13 +163,13 @@ class _Adaptation:
             optimiser.load_state_dict(saved["optimiser"])
         else:
             self._observe(images)
-        steps_an_epoch = math.ceil(len(images) / section.batch_size)
-        for epoch in range(saved["epochs_done"] if saved else 0, section.epochs):
+        per_epoch, num_steps = math.ceil(len(images) / section.batch_size), number_of_steps(section, len(images))
+        for epoch in range(saved["epochs_done"] if saved else 0, math.ceil(num_steps / per_epoch)):
             order = np.random.default_rng([self._seed, 1, epoch]).permutation(images)
-            step = epoch * steps_an_epoch
-            for _ in self._batches(order, epoch):
+            step = epoch * per_epoch
+            for _ in self._batches(order[: (num_steps - step) * section.batch_size], epoch):
                 for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(self.setting.lr, step, section.epochs * steps_an_epoch)
+                    group["lr"] = learning_rate(self.setting.lr, step, num_steps)
                 torch.nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
                 optimiser.step()
                 step += 1
@@ -183,12 +186,11 @@ class _Adaptation:
     @torch.no_grad()
     def _observe(self, images: np.ndarray) -> None:
         """Give the head the statistics of the unadapted features of these images."""
+        first = self._tokens(self._train_images.images(images[:MICRO_BATCH].tolist()))
+        moments = Moments.about(first.float().mean((1, 2)))
         for _, decoded in self._train_images.ahead(batched(share(images.tolist(), self._group), MICRO_BATCH)):
-            self._head.observe(self._tokens(decoded))
-        sums, squares, count = self._head.statistics()
-        self._group.sum_tensor(sums)
-        self._group.sum_tensor(squares)
-        self._head.freeze(sums, squares, self._group.sum_counts(count)[0])
+            moments.add(self._tokens(decoded).flatten(1, 2))
+        self._head.standardise_by(*moments.over_ranks(self._group).of_sets([(0,)]))
 
     def _batches(self, order: np.ndarray, epoch: int) -> Iterator[None]:
         """Accumulate the gradients of one batch after the other, summed over micro-batches and ranks."""

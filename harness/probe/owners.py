@@ -1,7 +1,7 @@
 """Heads are divided among ranks by block set: every rank sends the averages of its images to the sets' owners.
 
-Each rank then trains its own heads on whole batches: no head, gradient or moment stands on two ranks, so that the memory
-and the work of a grid are divided by their number, and no gradient travels.
+Each rank then trains its own heads on whole batches: no head, gradient or moment stands on two ranks, so that the
+memory and the work of a grid are divided by their number, and no gradient travels.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ class Ownership:
         return self.turns[turn][self.group.rank]
 
     def deliver(self, outputs: Tensor, images: Sequence[int], turn: int) -> Tensor:
-        """This rank's block outputs (L, b, N, d) of its part of `images` -> its own sets' averages of all, (S, B, N, d).
+        """Give block outputs of this rank's part of some images, get its own sets' averages of all of them.
 
         Args:
-            outputs: of those images i of the list with i mod world_size == rank, in the list's order.
+            outputs: (L, b, N, d) of those images i of the list with i mod world_size == rank, in the list's order.
             images: of all ranks.
             turn: whose sets.
+
+        Returns:
+            (S, B, N, d), images in the list's order.
         """
         by_rank = self.turns[turn]
         wanted = [blocks for sets in by_rank for blocks in sets]

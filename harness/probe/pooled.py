@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +114,7 @@ class PooledFeatures:
 
     def _checksum(self, number: int) -> int:
         rows = self._values[number * STRETCH_ROWS : (number + 1) * STRETCH_ROWS]
-        return zlib.crc32(np.ascontiguousarray(rows.view(torch.uint8).numpy()))
+        return zlib.crc32(rows.contiguous().view(torch.uint8).numpy().data)
 
     def put(self, first_row: int, vectors: Tensor) -> None:
         """Write rows from `first_row` on: float32 (L, n, d)."""

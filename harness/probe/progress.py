@@ -13,7 +13,8 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.files import written_aside
 
 SAVE_EVERY_S = 30.0
-"""Training of heads is saved at this distance, or at twenty times what saving takes if that is longer."""
+"""Training of heads is saved at this distance, or at `SAVE_RATIO` times what saving takes if that is longer."""
+SAVE_RATIO = 20
 
 
 class ProbeProgress:
@@ -68,12 +69,13 @@ class StepSaver:
         if self._progress is None:
             return False
         waited = time.monotonic() - self._saved_at
-        due: bool = self._group.from_first(waited > max(SAVE_EVERY_S, 20 * self._took_s))
+        due: bool = self._group.from_first(waited > max(SAVE_EVERY_S, SAVE_RATIO * self._took_s))
         return due
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write this rank's state after `step`; the one before goes when all ranks have written."""
-        assert self._progress is not None
+        if self._progress is None:
+            return
         started = time.monotonic()
         before = self._steps()
         self._progress.save(self._name(step), state)
@@ -89,12 +91,6 @@ class StepSaver:
         states = {step: state for step in self._steps() if (state := self._progress.load(self._name(step)))}
         common = set.intersection(*(set(steps) for steps in self._group.gather(list(states))))
         return (max(common), states[max(common)]) if common else None
-
-    def clear(self) -> None:
-        """This part is done."""
-        if self._progress is not None:
-            self._group.wait()
-            self._remove(set(self._steps()))
 
     def _steps(self) -> list[int]:
         assert self._progress is not None

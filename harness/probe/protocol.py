@@ -49,7 +49,7 @@ from aimscale.harness.probe.features import (
     batched,
     share,
 )
-from aimscale.harness.probe.files import SCHEMA_VERSION, Pause, as_entry, finished_probes, task_key, task_lock
+from aimscale.harness.probe.files import PROTOCOL, SCHEMA_VERSION, Pause, as_entry, finished_probes, task_key, task_lock
 from aimscale.harness.probe.fit import Candidate, GridFit, Split, best
 from aimscale.harness.probe.heads import STACKS, Setting
 from aimscale.harness.probe.images import LabelledImages, holdout_split, open_task
@@ -98,7 +98,7 @@ def probe_backbone(
     seed: int,
     out: Path | None,
     group: Group = ALONE,
-    bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
+    bounds: Bounds = Bounds(),
     since: float | None = None,
     pause: Pause = _go_on,
 ) -> list[dict[str, Any]]:
@@ -190,6 +190,7 @@ class _Probing:
                     self.pause()
             found |= {detail["kind"]: detail for detail in details}
         about = {
+            "protocol": PROTOCOL,
             "num_fit": len(self._split.fit),
             "num_holdout": len(self._split.held),
             "refit": self.section.refit,
@@ -200,7 +201,7 @@ class _Probing:
 
     def _parts(self) -> list[tuple[tuple[str, ...], Callable[[], list[dict[str, Any]]]]]:
         """Kinds that are done together, with the work: what is done is kept while the rest is under way."""
-        has = [kind for kind in self.section.kinds]
+        has = set(self.section.kinds)
         parts: list[tuple[tuple[str, ...], Callable[[], list[dict[str, Any]]]]] = []
         if self.train.views is not None:  # linear heads learn from the views, too
             heads = tuple(kind for kind in STACKS if kind in has)

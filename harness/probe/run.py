@@ -15,10 +15,12 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model
 from aimscale.harness.device.distributed import Group, LaunchError, find_placement, start_group, stop_group
+from aimscale.harness.probe.backbones import AimBackbone, ProbeError
 from aimscale.harness.probe.baseline_models import baseline
-from aimscale.harness.probe.features import ALONE, CACHE_GB, ProbeError, open_task
+from aimscale.harness.probe.features import ALONE
 from aimscale.harness.probe.files import Pause, as_entry, finished_probes, merge_into_rows, task_key, weights_name
-from aimscale.harness.probe.protocol import probe_backbone, probe_model
+from aimscale.harness.probe.images import open_task
+from aimscale.harness.probe.protocol import Bounds, probe_backbone
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 
@@ -30,18 +32,23 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
         ProbeError: that budget is not saved.
         WeightsError: the file is damaged or holds another model's weights.
     """
-    path = run.model_file(images_seen)
-    if not path.exists():
-        saved = ", ".join(str(budget) for budget in saved_budgets(run)) or "none yet"
-        raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
+    path = _saved_file(run, images_seen)
     shape = dict(config.training.model)
     with safe_open(path, framework="pt") as file:
         has_pixel_head = any(name.startswith("pixel_head.") for name in file.keys())  # noqa: SIM118 (not a dict)
     if has_pixel_head:
         model = model_config(**shape, target=config.training.objective.target)
         return load_model(path, model, device=device).eval()
-    shape |= {"head_rule": "none", "head_width": None, "head_depth": None}
+    shape |= {"head_rule": "none", "head_width": None, "head_depth": None, "ln_residual": False}
     return load_backbone(path, model_config(**shape), device=device).eval()
+
+
+def _saved_file(run: RunDir, images_seen: int) -> Path:
+    path = run.model_file(images_seen)
+    if not path.exists():
+        saved = ", ".join(str(budget) for budget in saved_budgets(run)) or "none yet"
+        raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
+    return path
 
 
 def saved_budgets(run: RunDir) -> list[int]:
@@ -119,7 +126,7 @@ def probe_run(
     sections: Sequence[ProbeSection] | None = None,
     *,
     group: Group = ALONE,
-    cache_gb: float = CACHE_GB,
+    bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
     since: float | None = 0.0,
     pause: Pause = lambda: None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -130,7 +137,7 @@ def probe_run(
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
         group: the ranks that share the work; all of them call this.
-        cache_gb: memory for a rank's cached tokens.
+        bounds: memory and disk of a rank for features.
         since: take what files of the same weights, data and seed say that are not older than this Unix time; None
             probes in any case.
         pause: called by all ranks together wherever work is saved; raises to stop there.
@@ -146,7 +153,7 @@ def probe_run(
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
     for budget in budgets:
-        model: AIM | None = None
+        backbone: AimBackbone | None = None
         for section in sections:
             pause()
             entries = None
@@ -156,16 +163,18 @@ def probe_run(
                 entries = group.from_first(done and [as_entry(detail) for detail in done])
             if entries is None:
                 # read only where there is something to do: a 7B budget is 26 GB
-                model = load_budget(run, config, budget, group.device) if model is None else model
-                entries = probe_model(
-                    model,
+                if backbone is None:
+                    _saved_file(run, budget)
+                    load = functools.partial(load_budget, run, config, budget, group.device)
+                    backbone = AimBackbone(load, weights_name(run, config, budget))
+                entries = probe_backbone(
+                    backbone,
                     section,
                     model_section=config.training.model,
                     seed=config.training.seed,
                     out=run.probes_dir(budget),
                     group=group,
-                    cache_gb=cache_gb,
-                    name=weights_name(run, config, budget),
+                    bounds=bounds,
                     since=since,
                     pause=pause,
                 )
@@ -185,7 +194,7 @@ def probe_baseline(
     image_size: int | None = None,
     out: Path | None = None,
     group: Group = ALONE,
-    cache_gb: float = CACHE_GB,
+    bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
     since: float | None = 0.0,
 ) -> Iterator[tuple[None, list[dict[str, Any]]]]:
     """Probe a baseline on tasks; yields entries after each task.
@@ -200,7 +209,7 @@ def probe_baseline(
         image_size: of a timm model; None takes its own.
         out: folder of the result files; None takes `baselines/<target>` of the run.
         group: the ranks that share the work.
-        cache_gb: memory for a rank's cached tokens.
+        bounds: memory and disk of a rank for features.
         since: as for `probe_run`.
 
     Raises:
@@ -232,7 +241,7 @@ def probe_baseline(
                 seed=config.training.seed,
                 out=folder,
                 group=group,
-                cache_gb=cache_gb,
+                bounds=bounds,
                 since=since,
             ),
         )

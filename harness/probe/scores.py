@@ -48,7 +48,7 @@ def answers(scores: Tensor, labels: Tensor) -> Answers:
 
 
 def together(parts: Sequence[Answers], num_images: int, group: Group) -> Answers:
-    """Answers about all images from every rank's about its own: image i is answered by rank i mod world_size, in order."""
+    """Answers about all images from every rank's: image i is answered by rank i mod world_size, in order."""
     own = None
     if parts:
         own = torch.cat([part.predicted for part in parts]), torch.cat([part.in_top5 for part in parts])

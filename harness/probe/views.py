@@ -1,47 +1,74 @@
 """The training views of the published probe recipe (AIMv2, Table A2), repeatable image by image.
 
-Random resized crops of scale 0.08 to 1, horizontal flips and RandAugment `rand-m9-mstd0.5-inc1`, as timm builds them.
-The recipe also lists colour jitter 0.3; timm leaves it out where RandAugment is on, and so does this.
+Random resized crops of scale 0.08 to 1, horizontal flips and RandAugment `rand-m9-mstd0.5-inc1`, by timm's operations.
+timm draws from the process's own generators; here every view draws from one of its own, so that threads make views side
+by side. The recipe also lists colour jitter 0.3; timm leaves it out where RandAugment is on, and so does this.
 """
 
 from __future__ import annotations
 
-import random
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.stream.augment import normalise
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, crop_resize, draw_boxes, normalise
 from aimscale.harness.run.config import ModelSection
+
+CROP_SCALE = (0.08, 1.0)
+"""Area range of the crops."""
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Their aspect ratios."""
+NUM_CHANGES = 2
+"""Operations drawn for an image."""
+CHANGE_PROBABILITY = 0.5
+"""With which each is carried out."""
+MAGNITUDE, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
+"""m9, mstd0.5: the strength is normal around 9 and kept within 0..10."""
+
+Sign = float
+"""+1 or -1: the direction of a change that has two."""
+
+
+def _either_way(most: float) -> Callable[[float, Sign], tuple[float, ...]]:
+    return lambda strength, sign: (sign * most * strength,)
+
+
+def _enhance(strength: float, sign: Sign) -> tuple[float, ...]:
+    return (max(0.1, 1 + sign * 0.9 * strength),)
+
+
+ARGUMENTS: dict[str, Callable[[float, Sign], tuple[float, ...]]] = {
+    "AutoContrast": lambda strength, sign: (),
+    "Equalize": lambda strength, sign: (),
+    "Invert": lambda strength, sign: (),
+    "Rotate": _either_way(30.0),
+    "PosterizeIncreasing": lambda strength, sign: (max(1, 4 - int(strength * 4)),),  # Pillow keeps one bit at least
+    "SolarizeIncreasing": lambda strength, sign: (256 - min(256, int(strength * 256)),),
+    "SolarizeAdd": lambda strength, sign: (min(128, int(strength * 110)),),
+    "ColorIncreasing": _enhance,
+    "ContrastIncreasing": _enhance,
+    "BrightnessIncreasing": _enhance,
+    "SharpnessIncreasing": _enhance,
+    "ShearX": _either_way(0.3),
+    "ShearY": _either_way(0.3),
+    "TranslateXRel": _either_way(0.45),
+    "TranslateYRel": _either_way(0.45),
+}
+"""timm's name of an operation -> its arguments at a strength of 0..1 (the `inc1` set, in timm's order)."""
 
 
 class PublishedViews:
-    """Views that depend on (seed, epoch, image) alone, not on the batch, the rank or the order of calls."""
+    """Views that depend on (seed, epoch, image) alone, not on the batch, the rank, the thread or the order of calls."""
 
     def __init__(self, model_section: ModelSection, seed: int):
-        from timm.data import create_transform
-
-        self._channels = model_section.channels
+        self._size, self._channels = model_section.image_size, model_section.channels
         self._seed = seed
-        self._lock = threading.Lock()  # the generators that timm draws from are the process's, whatever the thread
-        self._transform = create_transform(
-            model_section.image_size,
-            is_training=True,
-            scale=(0.08, 1.0),
-            hflip=0.5,
-            color_jitter=0.3,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            interpolation="bicubic",
-            normalize=False,
-        )
-        _keep_a_bit(self._transform)
 
     def images(self, dataset: ShardDataset, rows: np.ndarray, epoch: int) -> Tensor:
         """Normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch.
@@ -49,34 +76,37 @@ class PublishedViews:
         Raises:
             DataError: an image cannot be read.
         """
+        key = make_key("probe view", self._seed, epoch)
         views = []
         for row in rows:
-            picture = to_pil_image(dataset.decode(int(row), self._channels)).convert("RGB")
-            with self._lock, _seeded([self._seed, 2, epoch, int(row)]):
-                views.append(self._transform(picture)[: self._channels])
+            image = dataset.decode(int(row), self._channels)
+            height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
+            boxes = draw_boxes(
+                key,
+                np.array([row], dtype=np.int64),
+                height,
+                width,
+                scale=CROP_SCALE,
+                ratio=CROP_RATIO,
+                horizontal_flip=True,
+            )
+            crop = crop_resize(image, tuple(part[0].item() for part in boxes), self._size)
+            changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))
+            views.append(pil_to_tensor(changed)[: self._channels])
         return normalise(torch.stack(views))
 
 
-def _keep_a_bit(transform: Any) -> None:
-    """Let RandAugment's posterise keep at least one bit: timm may ask for none, which Pillow 12 refuses."""
-    for step in transform.transforms:
-        for op in getattr(step, "ops", ()):
-            if op.name.startswith("Posterize"):
-                level_of = op.level_fn
-                op.level_fn = lambda level, hparams, level_of=level_of: (max(1, level_of(level, hparams)[0]),)
+def _changed(picture: Any, draw: np.random.Generator) -> Any:
+    """The picture after RandAugment."""
+    from PIL import Image
+    from timm.data.auto_augment import NAME_TO_OP  # slow to import
 
-
-@contextmanager
-def _seeded(entropy: list[int]) -> Iterator[None]:
-    """Seed the global generators that timm draws from, and put them back afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))  # noqa: NPY002
-    torch.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+    fill = tuple(round(255 * mean) for mean in IMAGE_MEAN)
+    for name in draw.choice(list(ARGUMENTS), NUM_CHANGES):
+        if draw.random() >= CHANGE_PROBABILITY:
+            continue
+        strength = np.clip(draw.normal(MAGNITUDE, MAGNITUDE_STD), 0, MAGNITUDE_MAX) / MAGNITUDE_MAX
+        arguments = ARGUMENTS[str(name)](float(strength), -1.0 if draw.random() < 0.5 else 1.0)
+        operation: Any = NAME_TO_OP[str(name)]
+        picture = operation(picture, *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC)
+    return picture

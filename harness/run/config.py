@@ -290,6 +290,13 @@ class RunConfig(Section):
         if not isinstance(values, dict) or "result" not in values or values.get("version", 1) != 1:
             return values
         training, evaluation = split_fields(values["result"])
+        # images were cropped from the whole shorter side then, and features were fp32
+        for section in (evaluation.get("validation"), *(evaluation.get("probes") or ())):
+            if isinstance(section, dict):
+                section.setdefault("centre_crop", 1.0)
+        for section in evaluation.get("probes") or ():
+            if isinstance(section, dict):
+                section.setdefault("precision", "fp32")
         others = {key: value for key, value in values.items() if key not in ("version", "result")}
         return {"training": training, "evaluation": evaluation, **others}
 

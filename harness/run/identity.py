@@ -56,11 +56,14 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 """Of `TrainingConfig`, but for the model's size and the data sets, which always count."""
 
 EVALUATION_DEFAULTS: dict[str, dict[str, Any]] = {
-    "validation": {"num_images": None, "num_prefixes": 4},
+    "validation": {"num_images": None, "num_prefixes": 4, "centre_crop": 1.0},
     "probe": {
         "kinds": ["linear", "attentive"],
         "augmentation": "none",
+        "centre_crop": 1.0,
+        "precision": "fp32",
         "epochs": 20,
+        "iterations": None,
         "batch_size": 256,
         "lrs": [3e-4, 1e-3, 3e-3, 1e-2],
         "weight_decays": [0.05],

@@ -7,25 +7,25 @@ next one evaluates them without training again.
 from __future__ import annotations
 
 import datetime
+import functools
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.backbones import AimBackbone
 from aimscale.harness.probe.files import weights_name, with_probes_of_files
-from aimscale.harness.probe.protocol import probe_model
+from aimscale.harness.probe.protocol import probe_backbone
+from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import PreemptedError, StopFlag
 from aimscale.harness.run.fence import aside_dir
 from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, write_json
 from aimscale.harness.run.provenance import git_commit
-from aimscale.harness.run.row import configured_columns, model_of
+from aimscale.harness.run.row import configured_columns
 from aimscale.harness.step.checkpoint import save_weights
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.train.validation import completions, validate, write_npz
@@ -58,16 +58,6 @@ def save_budget(
     group.wait()
 
 
-def load_model(config: RunConfig, path: Path, device: torch.device) -> AIM:
-    """The model of a budget, float32."""
-    with torch.device("meta"):
-        model = AIM(model_of(config.training))
-    model.to_empty(device=device)
-    model.load_state_dict(load_file(path))
-    model.fill_constants()
-    return model.eval()
-
-
 def evaluate_budget(
     run: RunDir, config: RunConfig, group: Group, flag: StopFlag, *, images_seen: int, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -88,7 +78,7 @@ def evaluate_budget(
     """
     training, evaluation = config.training, config.evaluation
     started = time.monotonic()
-    model = load_model(config, run.model_file(images_seen), group.device)
+    model = load_budget(run, config, images_seen, group.device)
     if training.optimiser.precision == "bf16":
         model.to(torch.bfloat16)  # as it trained
     if group.is_first:
@@ -103,19 +93,22 @@ def evaluate_budget(
         pictures = completions(model, dataset, evaluation.validation, training.model, group.device)
         write_npz(run.completions_file(images_seen), pictures)
         run.write_status(phase="probe", durable=False)
-    if evaluation.probes:
-        model = load_model(config, run.model_file(images_seen), group.device)
+    num_tokens = model.config.num_tokens
+    del model
+    backbone: AimBackbone | None = None
     probes: list[dict[str, Any]] = []
     for section in evaluation.probes:
         _stop_if_asked(group, flag)
-        probes += probe_model(
-            model,
+        if backbone is None:
+            load = functools.partial(load_budget, run, config, images_seen, group.device)
+            backbone = AimBackbone(load, weights_name(run, config, images_seen))
+        probes += probe_backbone(
+            backbone,
             section,
             model_section=training.model,
             seed=training.seed,
             out=run.probes_dir(images_seen),
             group=group,
-            name=weights_name(run, config, images_seen),
             since=0.0,  # what an earlier attempt or a probe job finished is taken from its file
             pause=lambda: _stop_if_asked(group, flag),
         )
@@ -127,7 +120,7 @@ def evaluate_budget(
         "images_seen": images_seen,
         "epochs": images_seen / row["unique_images"],
         "flops_train": row["flops_per_image"] * images_seen,
-        "flops_6nd": 6 * row["params_total"] * model.config.num_tokens * images_seen,
+        "flops_6nd": 6 * row["params_total"] * num_tokens * images_seen,
         "val_loss": losses.loss,
         "val_loss_se": losses.standard_error,
         "val_num_images": len(losses.index),

@@ -79,7 +79,7 @@ def validate(
     per_pass = max(1, EVAL_TOKENS // (model.config.num_tokens * section.num_prefixes))
     sums, counts = [], []
     for rows in _chunks(own, per_pass):
-        images = eval_images(dataset, indices[rows], model_section).to(group.device)
+        images = eval_images(dataset, indices[rows], model_section, section.centre_crop).to(group.device)
         repeated = images.repeat_interleave(section.num_prefixes, dim=0)
         loss_sum, num_targets = model.per_image_loss(repeated, prefixes[rows].reshape(-1))
         shape = (len(rows), section.num_prefixes)
@@ -118,7 +118,7 @@ def completions(
     usable = usable_indices(dataset, section.num_images)
     chosen = usable[np.linspace(0, len(usable) - 1, min(NUM_COMPLETIONS, len(usable))).round().astype(int)]
     config = model.config
-    images = eval_images(dataset, chosen, model_section).to(device)
+    images = eval_images(dataset, chosen, model_section, section.centre_crop).to(device)
     prefix_len = torch.full((len(chosen),), config.num_tokens // 2)
     sequence = torch.zeros(len(chosen), config.num_tokens, config.patch_dim, device=device)
     sequence[:, : config.num_tokens // 2] = 1

@@ -11,6 +11,8 @@ import typer
 
 from aimscale.harness.cli.probe_output import print_entries
 from aimscale.harness.cli.tasks import (
+    CacheGB,
+    DiskGB,
     Kinds,
     TaskChoice,
     TaskFile,
@@ -67,9 +69,8 @@ def probe(
     constraint: Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")] = None,
     time_min: Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")] = None,
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
-    cache_gb: Annotated[
-        float, typer.Option(help="Memory for cached features; beyond it every epoch runs the backbone again.")
-    ] = 2.0,
+    cache_gb: CacheGB = 2.0,
+    disk_gb: DiskGB = 500.0,
     again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
     list_tasks_: Annotated[
@@ -88,13 +89,13 @@ def probe(
     if is_run and on is None:
         if devices > 1 or slots or dry_run or run:
             raise SweepError("--devices, --slots, --dry-run and --run go with jobs; add --on local or --on slurm")
-        _probe_here(Path(target), choice, images_seen, device, cache_gb, again, as_json)
+        _probe_here(Path(target), choice, images_seen, device, (cache_gb, disk_gb), again, as_json)
         return
     if as_json:
         raise SweepError("--json goes with probing in this process, not with jobs")
     sweep, runs, paths = _runs(target, is_run, root, run)
     requests = {
-        each.run_id: _request(each, choice, images_seen, time.time() if again else 0.0, device, cache_gb)
+        each.run_id: _request(each, choice, images_seen, time.time() if again else 0.0, device, (cache_gb, disk_gb))
         for each in runs
     }
     jobs = _Jobs(sweep=sweep, runs=runs, paths=paths, requests=requests, devices=devices, dry_run=dry_run)
@@ -110,17 +111,25 @@ def _probe_here(
     choice: TaskChoice,
     images_seen: int | None,
     device: Device,
-    cache_gb: float,
+    bounds_gb: tuple[float, float],
     again: bool,
     as_json: bool,
 ) -> None:
     """Probe a run by itself, under torchrun or in a Slurm job step with several tasks."""
+    from aimscale.harness.probe.protocol import Bounds
     from aimscale.harness.probe.run import join_ranks, probe_run
     from aimscale.harness.run.directory import RunDir
 
     sections = choice.sections(RunDir(path).load_config())
     with join_ranks(device) as group:
-        results = probe_run(path, images_seen, sections, group=group, cache_gb=cache_gb, since=None if again else 0.0)
+        results = probe_run(
+            path,
+            images_seen,
+            sections,
+            group=group,
+            bounds=Bounds(cache_gb=bounds_gb[0], disk_gb=bounds_gb[1]),
+            since=None if again else 0.0,
+        )
         print_entries(results, is_first=group.is_first, as_json=as_json)
 
 
@@ -140,12 +149,15 @@ def _runs(target: str, is_run: bool, root: Path, parts: list[str] | None) -> tup
 
 
 def _request(
-    run: Run, choice: TaskChoice, images_seen: int | None, since: float, device: Device, cache_gb: float
+    run: Run, choice: TaskChoice, images_seen: int | None, since: float, device: Device, bounds_gb: tuple[float, float]
 ) -> ProbeRequest:
     from aimscale.harness.probe.job import ProbeRequest
 
     tasks = tuple(choice.sections(run.config))
-    return ProbeRequest(tasks=tasks, images_seen=images_seen, since=since, device=device, cache_gb=cache_gb)
+    cache_gb, disk_gb = bounds_gb
+    return ProbeRequest(
+        tasks=tasks, images_seen=images_seen, since=since, device=device, cache_gb=cache_gb, disk_gb=disk_gb
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,12 @@ def test_adaptation_starts_from_the_model_trains_only_the_updates_and_merges_int
     added = add_lora(model, rank=2)
     assert torch.equal(model.features(images, [1]), before)
     assert len(added) == 2 * len(TARGETS) * CONFIG.depth
+    assert not any("mlp" in name for name in lora_state(model))
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in added}
-    # rank x (in + out) of qkv, proj, fc1 and fc2, in units of d
-    assert sum(p.numel() for p in added) == 2 * CONFIG.depth * CONFIG.width * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))
+    # rank x (in + out) of query, value and output projection
+    assert sum(p.numel() for p in added) == 2 * CONFIG.depth * 3 * 2 * CONFIG.width
+    released = model_config("aim-7B")
+    assert 8 * released.depth * 3 * 2 * released.width == 6_291_456  # the paper's 0.1 %
 
     optimiser = torch.optim.AdamW(added, lr=1e-2)
     wanted = torch.randn_like(before)
@@ -47,8 +50,12 @@ def test_the_same_seed_gives_the_same_start_and_alpha_scales_the_update() -> Non
     add_lora(second, rank=2, seed=3, alpha=8)
     for name, value in lora_state(first).items():
         assert torch.equal(value, lora_state(second)[name])
-    layer = second.trunk.blocks[0].mlp.fc1
+    layer = second.trunk.blocks[0].attn.qkv
     with torch.no_grad():
         layer.lora_b.normal_()
     x = torch.randn(3, CONFIG.width)
-    torch.testing.assert_close(layer(x), x @ (layer.weight + 8 / 2 * layer.lora_b @ layer.lora_a).T)
+    query, key, value = layer(x).chunk(3, dim=1)
+    frozen = (x @ layer.weight.T).chunk(3, dim=1)
+    torch.testing.assert_close(query, frozen[0] + 8 / 2 * x @ (layer.lora_b[0] @ layer.lora_a[0]).T)
+    assert torch.equal(key, frozen[1])  # the key is not adapted
+    torch.testing.assert_close(value, frozen[2] + 8 / 2 * x @ (layer.lora_b[1] @ layer.lora_a[1]).T)

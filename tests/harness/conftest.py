@@ -50,7 +50,7 @@ def tiny_config(tiny_data: Path) -> Callable[..., RunConfig]:
             "optimiser": {"batch_size": 8, "precision": "fp32"},
             "schedule": {"warmup_images": 16},
             "budgets": [64, 128],
-            "validation": {"path": str(tiny_data / "validation"), "num_prefixes": 2},
+            "validation": {"path": str(tiny_data / "validation"), "num_prefixes": 2, "centre_crop": 1.0},
             **result,
         }
         defaults = {"checkpoint_every_images": 24, "log_every_steps": 3}

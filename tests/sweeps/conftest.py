@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
         "model": {"image_size": 16, "patch_size": 4},
         "data": {"sources": [{"path": "data/train"}]},
         "optimiser": {"batch_size": 64},
-        "validation": {"path": "data/validation"},
+        "validation": {"path": "data/validation", "centre_crop": 1.0},
     },
 }
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.resize import centre_crop
+from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import ShardDataset
 
@@ -36,7 +36,7 @@ def write_contact_sheet(
         if shown == rows * columns:
             break
         try:
-            tile = centre_crop(dataset.decode(sample), tile_px)
+            tile = crop_centre(dataset.decode(sample), tile_px)
         except UndecodableImageError:
             continue
         left, top = _MARGIN_PX + shown % columns * cell[0], _MARGIN_PX + shown // columns * cell[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import io
 import json
 import threading
@@ -21,21 +23,15 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_probe
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.probe.features import (
-    ALONE,
-    AimBackbone,
-    LabelledImages,
-    PixelBackbone,
-    StreamedTokens,
-    block_sets,
-    holdout_split,
-    open_task,
-    token_source,
-)
-from aimscale.harness.probe.fit import GridFit, Split, Team, grid
-from aimscale.harness.probe.knn import NeighbourVotes
+from aimscale.harness.probe.backbones import AimBackbone, PixelBackbone, precision_difference
+from aimscale.harness.probe.blocks import block_sets
+from aimscale.harness.probe.features import ALONE, CachedTokens, FeaturePass, StreamedTokens
+from aimscale.harness.probe.fit import GridFit, Split, grid
+from aimscale.harness.probe.images import LabelledImages, holdout_split, open_task
+from aimscale.harness.probe.knn import NeighbourBank
 from aimscale.harness.probe.lora import _Adaptation
-from aimscale.harness.probe.protocol import probe_backbone, probe_model
+from aimscale.harness.probe.moments import Moments
+from aimscale.harness.probe.protocol import Bounds, probe_backbone, probe_model
 from aimscale.harness.probe.scores import wilson_interval
 from aimscale.harness.probe.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
@@ -78,6 +74,8 @@ def section(root: Path, **changes: Any) -> ProbeSection:
         "epochs": 10,
         "batch_size": 64,
         "lrs": (3e-3, 3e-2),
+        "precision": "fp32",
+        "centre_crop": 1.0,
     }
     return ProbeSection.model_validate(values | changes)
 
@@ -115,15 +113,17 @@ def test_saved_heads_are_released_probe_files_that_score_the_same(digits: Path, 
 
 
 def test_streamed_and_cached_features_give_the_same_probes(
-    digits: Path, model: AIM, monkeypatch: pytest.MonkeyPatch
+    digits: Path, model: AIM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wanted = section(digits, epochs=2, batch_size=100)
     cached = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
-    monkeypatch.setattr("aimscale.harness.probe.fit.HEADS_GB", 3e-4)  # a few block sets at a time
-    streamed = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None, cache_gb=0.0)
+    monkeypatch.setattr("aimscale.harness.probe.fit.HEADS_GB", 3e-4)  # a few block sets in each round
+    monkeypatch.setattr("aimscale.harness.probe.fit.WORKING_GB", 1e-4)  # and fewer at a time
+    streamed = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=tmp_path, bounds=Bounds(cache_gb=0.0))
     for one, other in zip(cached, streamed, strict=True):
         assert one["blocks"] == other["blocks"]
         assert one["top1"] == pytest.approx(other["top1"], abs=0.005)
+    assert not list(tmp_path.glob("*.features"))  # the disk is given back
 
 
 def test_shuffled_labels_are_not_learnt(digits: Path, model: AIM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +141,9 @@ class PlantedBackbone:
     name = "planted"
     num_blocks = 4
     num_heads = 1
+
+    def use(self, dtype: torch.dtype) -> None:
+        assert dtype == torch.float32
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         pixels = images.flatten(1)[:, None, :256]  # one of three equal channels
@@ -221,12 +224,25 @@ def test_raw_pixels_have_no_tokens_to_attend_over(digits: Path) -> None:
         assert entry["top1"] > 0.8
 
 
-def test_neighbours_vote_with_their_cosine() -> None:
+def test_neighbours_vote_with_their_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, 0.1]])
-    votes = NeighbourVotes(bank, torch.tensor([0, 0, 1, 1]), 2).votes(torch.tensor([[0.8, 0.02]]), (1, 4))
+    labels, mean, variance = torch.tensor([0, 0, 1, 1]), bank.mean(0), bank.var(0, unbiased=False)
+    neighbours = NeighbourBank(bank, labels, mean, variance, 2, ALONE)
+    ((rows, votes),) = neighbours.votes(torch.tensor([[0.8, 0.02]]), (1, 4))
+    assert rows == slice(0, 1)
     assert votes.argmax(2).tolist() == [[0], [0]]
     assert votes[0, 0].tolist() == [1.0, 0.0]  # the nearest has weight one
     assert votes[1, 0, 0] > votes[1, 0, 1] > 0
+    # blocks of bank and queries change nothing
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(301, 8, generator=generator), torch.randn(37, 8, generator=generator)
+    labels = torch.randint(0, 5, (301,), generator=generator)
+    make = [bank, labels, bank.mean(0), bank.var(0, unbiased=False), 5, ALONE]
+    whole = torch.cat([votes for _, votes in NeighbourBank(*make).votes(queries, (5, 20))], dim=1)
+    monkeypatch.setattr("aimscale.harness.probe.knn.QUERIES", 10)
+    monkeypatch.setattr("aimscale.harness.probe.knn.BANK_BLOCK", 13)
+    blocks = torch.cat([votes for _, votes in NeighbourBank(*make).votes(queries, (5, 20))], dim=1)
+    torch.testing.assert_close(blocks, whole)
 
 
 def test_wilson_interval_of_published_examples() -> None:
@@ -235,11 +251,153 @@ def test_wilson_interval_of_published_examples() -> None:
         assert wilson_interval(correct, n) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_tokens_are_cached_only_within_the_stated_memory(digits: Path, model: AIM) -> None:
+def feature_pass(model: AIM, **options: Any) -> FeaturePass:
+    backbone = AimBackbone(lambda: copy.deepcopy(model))
+    return FeaturePass(backbone=backbone, group=ALONE, precision="fp32", **options)
+
+
+def test_features_are_kept_only_within_the_stated_memory_and_disk(digits: Path, model: AIM, tmp_path: Path) -> None:
     train, _ = open_task(section(digits), GEOMETRY)
     num_bytes = 600 * model.config.depth * model.config.num_tokens * model.config.width * 4
-    assert token_source(AimBackbone(model), train, cache_gb=1.01 * num_bytes / 1e9).cached
-    assert not token_source(AimBackbone(model), train, cache_gb=0.99 * num_bytes / 1e9).cached
+    cached = feature_pass(model, cache_gb=1.01 * num_bytes / 1e9).split(train, "train", "")
+    assert isinstance(cached.tokens, CachedTokens)
+    streamed = feature_pass(model, cache_gb=0.99 * num_bytes / 1e9).split(train, "train", "")
+    assert isinstance(streamed.tokens, StreamedTokens)
+    assert not streamed.pooled.is_on_disk
+    on_disk = feature_pass(model, cache_gb=0.0, folder=tmp_path).split(train, "train", "key")
+    (file,) = tmp_path.glob("*.features")
+    assert file.stat().st_size == on_disk.pooled.num_bytes == num_bytes // model.config.num_tokens
+    everything = torch.arange(600)
+    torch.testing.assert_close(on_disk.pooled.rows(everything), cached.pooled.rows(everything))
+    on_disk.pooled.remove()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"more than --cache-gb 0 of memory and --disk-gb 1e-06 of disk"):
+        feature_pass(model, cache_gb=0.0, disk_gb=1e-6, folder=tmp_path).split(train, "train", "")
+
+
+def test_a_full_disk_is_one_sentence(digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    train, _ = open_task(section(digits), GEOMETRY)
+    with pytest.raises(UserError, match=r"cannot have them .No space left on device"):
+        feature_pass(model, cache_gb=0.0, folder=tmp_path).split(train, "train", "")
+    assert not list(tmp_path.glob("*.features"))
+
+
+def test_pooled_features_on_disk_are_gone_on_with_and_a_damaged_file_is_computed_again(
+    digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("aimscale.harness.probe.features.STRETCH_ROWS", 100)
+    monkeypatch.setattr("aimscale.harness.probe.pooled.STRETCH_ROWS", 100)
+    train, _ = open_task(section(digits), GEOMETRY)
+    fit = np.arange(0, 600, 2)
+    whole = feature_pass(model).split(train, "train", "key", fit)
+    passes: list[int] = []
+
+    class Counted(AimBackbone):
+        def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+            passes.append(len(images))
+            return super().features(images, blocks)
+
+    def go(key: str, stretches: int = 10**9) -> Any:
+        left = [stretches]
+
+        def pause() -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise Interrupted
+
+        passes.clear()
+        backbone = Counted(lambda: copy.deepcopy(model))
+        work = FeaturePass(backbone=backbone, group=ALONE, precision="fp32", cache_gb=0.0, folder=tmp_path, pause=pause)
+        return work.split(train, "train", key, fit)
+
+    def same(one: Any, other: Any) -> None:
+        rows = torch.arange(600)
+        torch.testing.assert_close(one.pooled.rows(rows), other.pooled.rows(rows))
+        for name in ("of_tokens", "of_pooled"):
+            for mine, theirs in zip(getattr(one, name), getattr(other, name), strict=True):
+                torch.testing.assert_close(mine.of_sets([(0, 1)]), theirs.of_sets([(0, 1)]))
+
+    with pytest.raises(Interrupted):
+        go("key", stretches=4)
+    same(go("key"), whole)
+    assert sum(passes) < 200 + 2 * 20  # two stretches were left, and the few images that set shape and centre
+    same(go("key"), whole)
+    assert sum(passes) < 2 * 20
+    (file,) = tmp_path.glob("*.features")
+    with file.open("r+b") as opened:
+        opened.seek(1000)
+        opened.write(b"scribble")
+    same(go("key"), whole)
+    assert "is damaged; its features are computed again" in capsys.readouterr().err
+    assert sum(passes) >= 600
+    go("another key")  # another model's or another seed's
+    assert sum(passes) >= 600
+
+
+def test_statistics_of_any_average_are_those_of_its_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(4, 90, 6, generator=generator) * 3 + 40
+    moments = Moments.about(vectors[:, :5].mean(1))
+    for part in vectors.split(37, dim=1):
+        moments.add(part)
+    for blocks in ((2,), (0, 1, 3)):
+        mean, variance = moments.of_sets([blocks])
+        average = vectors[list(blocks)].mean(0)
+        torch.testing.assert_close(mean[0], average.mean(0))
+        torch.testing.assert_close(variance[0], average.var(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_features_are_near_those_of_fp32_and_the_difference_is_said(
+    digits: Path, model: AIM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, _ = open_task(section(digits), GEOMETRY)
+    backbone = AimBackbone(lambda: copy.deepcopy(model))
+    difference = precision_difference(backbone, train.images(range(16)), torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    assert 1e-4 < difference < 0.03
+    backbone.use(torch.float32)  # from the weights themselves, not from rounded ones
+    images = train.images([3])
+    assert torch.equal(backbone.features(images, [1]), model.features(images, [1]))
+    wanted = section(digits, epochs=4)
+    exact = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
+    assert capsys.readouterr().err == ""
+    wanted = wanted.model_copy(update={"precision": "bf16"})
+    rounded = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
+    assert "features in bf16 differ from fp32 by" in capsys.readouterr().err
+    for one, other in zip(exact, rounded, strict=True):
+        assert one["precision_difference"] == 0 < other["precision_difference"] < 0.03
+        assert one["top1"] == pytest.approx(other["top1"], abs=0.03)
+
+
+def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
+    digits: Path, model: AIM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images: list[int] = []
+
+    class Counted(AimBackbone):
+        def features(self, batch: Tensor, blocks: Sequence[int]) -> Tensor:
+            images.append(len(batch))
+            return super().features(batch, blocks)
+
+    def passes(out: str, **changes: Any) -> int:
+        images.clear()
+        wanted = section(digits, **changes)
+        backbone = Counted(lambda: copy.deepcopy(model))
+        probe_backbone(
+            backbone, wanted, model_section=GEOMETRY, seed=0, out=tmp_path / out, bounds=Bounds(cache_gb=0.0)
+        )
+        return sum(images)
+
+    few = 100  # images that set shapes and centres, and on which precisions are compared
+    # linear and k-NN: once over both splits, whatever the epochs and the grid
+    assert 0 <= passes("pooled", kinds=("linear", "knn"), epochs=30) - (600 + 400) < few
+    # attentive: that once, a training of 7 batches, the hold-out, a refit of 7 batches, the test split
+    found = passes("attentive", kinds=("attentive",), iterations=7, batch_size=50)
+    assert 0 <= found - (600 + 400 + 7 * 50 + 120 + 7 * 50 + 400) < few
 
 
 class Interrupted(Exception):
@@ -249,7 +407,7 @@ class Interrupted(Exception):
 class InterruptedBackbone(AimBackbone):
     """Dies at its n-th pass."""
 
-    passes_left = 10**9
+    passes_left = 10**9  # beyond those before the first batch
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         self.passes_left -= 1
@@ -258,22 +416,27 @@ class InterruptedBackbone(AimBackbone):
         return super().features(images, blocks)
 
 
-def test_a_killed_streamed_probe_goes_on_to_the_same_numbers(digits: Path, model: AIM, tmp_path: Path) -> None:
-    wanted = section(digits, epochs=4, kinds=("linear", "attentive"))
+def test_a_killed_streamed_probe_goes_on_to_the_same_numbers(
+    digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = section(digits, epochs=4, kinds=("linear", "knn", "attentive"))
+    monkeypatch.setattr("aimscale.harness.probe.progress.SAVE_EVERY_S", -1.0)  # after every step
+    monkeypatch.setattr("aimscale.harness.probe.progress.SAVE_RATIO", -1.0)
 
     def run(out: Path, passes: int) -> tuple[Any, int]:
-        backbone = InterruptedBackbone(model)
+        backbone = InterruptedBackbone(lambda: copy.deepcopy(model))
         backbone.passes_left = passes
-        entries = probe_backbone(backbone, wanted, model_section=GEOMETRY, seed=0, out=out, cache_gb=0.0)
+        entries = probe_backbone(backbone, wanted, model_section=GEOMETRY, seed=0, out=out, bounds=Bounds(cache_gb=0.0))
         return entries, passes - backbone.passes_left
 
     whole, num_passes = run(tmp_path / "whole", 10**9)
-    with pytest.raises(Interrupted):
-        run(tmp_path / "cut", num_passes * 2 // 3)
-    assert not (tmp_path / "cut" / "digits.json").exists()
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run(tmp_path / "cut", num_passes * 2 // 5)
+        assert not (tmp_path / "cut" / "digits.json").exists()
     resumed, num_left = run(tmp_path / "cut", 10**9)
     assert resumed == whole
-    assert num_left < num_passes * 2 // 3
+    assert num_left < num_passes * 2 // 5
     assert not list((tmp_path / "cut").glob("*.partial*"))
 
 
@@ -301,7 +464,7 @@ def test_lora_adapts_a_copy_of_the_trunk(digits: Path, model: AIM) -> None:
     assert (lora["kind"], lora["lora_rank"]) == ("lora", 8)
     assert lora["top1_lo95"] > 2 * lora["chance"]
     d, depth = model.config.width, model.config.depth
-    updates = 8 * depth * ((d + 3 * d) + (d + d) + 2 * (d + 4 * d))
+    updates = 8 * depth * 3 * (d + d)  # query, value and output projection
     assert lora["num_trained"] == updates + 2 * d * d + d + 10 * d
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(UserError, match="leave out kind 'lora'"):
@@ -339,15 +502,24 @@ def test_a_refit_trains_what_the_holdout_chose_on_the_whole_training_split(
 def test_a_refit_is_a_plain_training_on_everything(digits: Path, model: AIM) -> None:
     train, _ = open_task(section(digits, train=str(digits / "some")), GEOMETRY)
     wanted = section(digits, train=str(digits / "some"), kinds=("attentive",), epochs=2, lrs=(3e-3,))
-    source = token_source(AimBackbone(model.eval()), train)
     everything = np.arange(len(train))
     split = Split(train.labels, everything[::2], everything[1::2], 10)
-    fitting = GridFit(split=split, section=wanted, num_heads=model.config.num_heads, seed=0, group=ALONE)
-    (refitted,) = fitting.refit(source, fitting.candidates(source, [(0,)]))
-    teams = [Team(kind="attentive", sets=((0,),), settings=grid(wanted))]
-    (plain,) = fitting._train(source.select([(0,)]), [(0,)], teams, everything)
-    tokens = next(source.select([(0,)]).batches(everything, 64)).tokens
-    assert torch.equal(refitted.scorer(tokens), plain(tokens)[0, :, 0])
+    features = feature_pass(model).split(train, "train", "", split.fit)
+    fitting = GridFit(
+        split=split,
+        section=wanted,
+        num_heads=model.config.num_heads,
+        seed=0,
+        features=features,
+        device=torch.device("cpu"),
+        group=ALONE,
+    )
+    found = fitting.candidates(features.tokens, ["attentive"], [(0,)], (0,))
+    (refitted,) = fitting.refit(features.tokens, found)
+    plain = fitting._train(features.tokens, ["attentive"], [(0,)], grid(wanted), everything, "plain")
+    tokens = next(features.tokens.parts([everything.tolist()]))[:1]
+    assert refitted.head is not None
+    assert torch.equal(refitted.head(tokens), plain.turns[0]["attentive"](tokens))
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -427,6 +599,9 @@ def test_the_next_images_are_decoded_while_the_backbone_works(digits: Path, monk
 
         name, num_blocks, num_heads, passes = "patient", 1, 1, 0
 
+        def use(self, dtype: torch.dtype) -> None:
+            pass
+
         def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
             self.passes += 1
             if self.passes in (2, 3):  # the first pass is one image, for the shape
@@ -435,8 +610,8 @@ def test_the_next_images_are_decoded_while_the_backbone_works(digits: Path, monk
 
     source = StreamedTokens(Patient(), train, ALONE)
     monkeypatch.setattr(LabelledImages, "images", images)
-    chunks = list(source.select([(0,)]).batches(np.arange(192), 192))
-    assert [chunk.tokens.shape[1] for chunk in chunks] == [64, 64, 64]
+    outputs = list(source.parts([list(range(start, start + 64)) for start in (0, 64, 128)]))
+    assert [part.shape[1] for part in outputs] == [64, 64, 64]
 
 
 def test_two_processes_on_one_task_probe_it_once(digits: Path, model: AIM, tmp_path: Path) -> None:
@@ -449,7 +624,11 @@ def test_two_processes_on_one_task_probe_it_once(digits: Path, model: AIM, tmp_p
             return super().features(images, blocks)
 
     def probe() -> None:
-        found.append(probe_backbone(Counted(model), wanted, model_section=GEOMETRY, seed=0, out=tmp_path, since=0.0))
+        found.append(
+            probe_backbone(
+                Counted(lambda: copy.deepcopy(model)), wanted, model_section=GEOMETRY, seed=0, out=tmp_path, since=0.0
+            )
+        )
 
     found: list[Any] = []
     threads = [threading.Thread(target=probe, name=f"prober-{i}") for i in range(3)]

@@ -26,7 +26,7 @@ def write_losses(rank: int, data: Path, out: Path) -> None:
     group = start_group(find_placement(), "cpu")
     aimscale.harness.train.validation.EVAL_TOKENS = 150  # passes of three images, the last one shorter
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
-    section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13)
+    section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
     losses = validate(model, open_dataset(section.path), section, MODEL, group)
     losses.save(out / f"{group.world_size}-{rank}.npz")
     stop_group()
@@ -36,7 +36,7 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, tmp_path: Path
     for world_size in (1, 2):
         assert in_processes(write_losses, tiny_data, tmp_path, world_size=world_size) == [0] * world_size
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
-    images = eval_images(open_dataset(tiny_data / "validation"), range(13), MODEL)
+    images = eval_images(open_dataset(tiny_data / "validation"), range(13), MODEL, 1.0)
     with torch.no_grad():
         expected = [
             sum(model(image[None], prefix[None])[0].item() for prefix in prefixes)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.resize import centre_crop
+from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store import bundled
 from aimscale.harness.data.store.decoding import ImageTooLargeError, UndecodableImageError, decode
 from aimscale.harness.data.store.index import open_dataset
@@ -272,7 +272,7 @@ def test_a_header_that_asks_for_gigabytes_is_refused_by_name(
 def test_a_strip_is_cropped_before_it_is_enlarged() -> None:
     strip = torch.zeros(3, 1, 65_500, dtype=torch.uint8)
     strip[:, :, 32_740:32_760] = 200
-    assert (centre_crop(strip, 16) == 200).all()
+    assert (crop_centre(strip, 16) == 200).all()
 
 
 def test_a_shard_with_other_images_of_the_same_size_is_refused_by_name(small_set: Path, tmp_path: Path) -> None:
