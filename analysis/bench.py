@@ -21,7 +21,7 @@ import pandas as pd
 from scipy.optimize import minimize as scipy_minimize
 
 from aimscale.analysis.fitting.bootstrap import legacy_counts
-from aimscale.analysis.fitting.estimate import bootstrap_draws
+from aimscale.analysis.fitting.intervals import bootstrap_draws
 from aimscale.analysis.fitting.objectives import HUBER_DELTA, HUBER_LOG
 from aimscale.analysis.fitting.optimise import global_minimum, make_problem
 from aimscale.analysis.laws.base import Array

@@ -42,7 +42,9 @@ def fit_table(
         ),
     ] = "chinchilla",
     y: Annotated[str, typer.Option(help="Column to fit.")] = "val_loss",
-    objective: Annotated[str, typer.Option(help="What to minimise: huber_log, lsq, log_lsq, lad, ...")] = "huber_log",
+    objective: Annotated[
+        str, typer.Option(help="What to minimise: robust, huber_log, lsq, log_lsq, lad, ...")
+    ] = "robust",
     columns: Columns = None,
     where: Where = None,
     best_of: BestOf = None,
@@ -58,6 +60,12 @@ def fit_table(
     bound: Annotated[
         list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
     ] = None,
+    intervals: Annotated[
+        str,
+        typer.Option(
+            help="mixed: errors of sizes, runs and points apart; bootstrap: resamples; auto: mixed where it applies."
+        ),
+    ] = "auto",
     cluster: Cluster = "auto",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples; 0 for none.")] = 1000,
     hold_out: Annotated[
@@ -117,6 +125,7 @@ def fit_table(
         fixed={k: number(v, k) for k, v in pairs(fix or [], "--fix", "E=0")},
         bounds={k: number_pair(v, k) for k, v in pairs(bound or [], "--bound", "alpha=0.1:1")},
         resamples=resamples,
+        intervals=intervals,
         cluster=None if cluster == "none" else cluster,
     )
     result = replace(result, flags=(*result.flags, *mixture_flags(df, result.law.variables)))

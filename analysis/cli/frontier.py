@@ -43,7 +43,7 @@ def frontier_table(
         typer.Option(help="Interpolate every size to this many budgets (approach 2); default: the table's own."),
     ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
-    objective: Annotated[str, typer.Option(help="What approach 3 minimises.")] = "huber_log",
+    objective: Annotated[str, typer.Option(help="What approach 3 minimises.")] = "robust",
     cluster: Cluster = "auto",
     figure: FigurePath = None,
     json: AsJson = False,

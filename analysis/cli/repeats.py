@@ -27,7 +27,7 @@ app = typer.Typer(help="Tell what repeated images are worth, by the law of Muenn
 def repeats_table(
     tables: Tables,
     y: LossColumn = "val_loss",
-    objective: Annotated[str, typer.Option(help="What to minimise.")] = "huber_log",
+    objective: Annotated[str, typer.Option(help="What to minimise.")] = "robust",
     resamples: Resamples = 1000,
     columns: Columns = None,
     where: Where = None,

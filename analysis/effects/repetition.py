@@ -12,7 +12,7 @@ from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
+from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
@@ -132,7 +132,7 @@ def repeats(
     *,
     y: str = "val_loss",
     columns: dict[str, str] | None = None,
-    objective: Objective | str = HUBER_LOG,
+    objective: Objective | str = ROBUST,
     resamples: int = 1000,
 ) -> Repeats:
     """Fit the law of repeated data; with one model size, its data half alone.

@@ -1,4 +1,4 @@
-"""`fit`: a law, a table and an objective in; a global optimum with intervals, flags and exclusions out."""
+"""`fit`: a law, a table and an objective in; the best optimum with intervals, flags and exclusions out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting import bootstrap as boot
-from aimscale.analysis.fitting.identify import Diagnosis, diagnose, rivals_of
-from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective, find_objective
+from aimscale.analysis.fitting.identify import diagnose, rivals_of
+from aimscale.analysis.fitting.intervals import Draws, draw_params, residual_of, robust_sd
+from aimscale.analysis.fitting.objectives import HUBER_LOG, ROBUST, Objective, find_objective
 from aimscale.analysis.fitting.optimise import Minimum, Problem, global_minimum, make_problem, minimise
 from aimscale.analysis.fitting.profiles import profile
 from aimscale.analysis.fitting.result import Fit, intervals_of
@@ -20,9 +20,8 @@ from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.tables.observations import THEIR_NAMES, Observations, observe
 from aimscale.analysis.tables.results import loss_unit
 
-WEIGHTS_AT_ONCE = 5_000_000
-"""Weights of resamples held in floating point at once."""
-OPTIMISER = "fixed grid with projected linear parameters, then bounded Newton refinement of every distinct start"
+DENSE_GRID = 2
+"""Up to this many non-linear parameters the grid leaves no valley unseen."""
 
 
 def fit(
@@ -30,12 +29,13 @@ def fit(
     df: pd.DataFrame,
     *,
     y: str = "val_loss",
-    objective: Objective | str = HUBER_LOG,
+    objective: Objective | str = ROBUST,
     columns: Mapping[str, str] | None = None,
     weights: str | Array | None = None,
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     resamples: int = 1000,
+    intervals: str = "auto",
     cluster: str | None = "auto",
     counts: Array | None = None,
     confidence: float = 0.95,
@@ -48,14 +48,16 @@ def fit(
         law: a law or its name.
         df: one row a point.
         y: column to fit.
-        objective: an objective or its name.
+        objective: an objective or its name; the default is least squares of logarithms for all but outliers.
         columns: variable of the law -> column; default: the variable's own name, else the results table's column.
         weights: column, or one weight a row.
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
-        resamples: bootstrap resamples; 0 for none.
-        cluster: column whose groups (a run, a size) are resampled whole; None resamples points; "auto" resamples runs
-            (`run_id`) where at least `MIN_RUNS` of them have several rows, which share their trunk's error.
+        resamples: draws of the parameters, or bootstrap resamples; 0 for no intervals.
+        intervals: `mixed` takes errors of sizes, runs and points apart; `bootstrap` resamples; `auto` is `mixed` for
+            objectives of squares (robust, lsq, log_lsq, a wide Huber) unless `cluster` asks for resamples.
+        cluster: what a bootstrap resamples whole: `runs`, `sizes`, `rows` (None), or groups of a column; "auto" takes
+            runs (`run_id`) where at least `MIN_RUNS` of them have several rows. For `mixed`: the column of the runs.
         counts: resamples given as counts (num_resamples, num_points), instead of drawn here.
         confidence: coverage of the intervals.
         seed: seed of the bootstrap.
@@ -81,29 +83,56 @@ def fit(
     if law.centred is not None:
         law = law.centred(Columns(points.x))
     problem = make_problem(law, points.x, points.y, objective, weights=points.weights, fixed=fixed, bounds=bounds)
-    minima = global_minimum(problem)
+    problem, minima = best_minima(problem)
     if not minima:
         raise AnalysisError(
             f"{law.formula} has no finite {objective.label} on these {len(points.y)} points; check {y}."
         )
-    draws: dict[str, Array] = {}
-    method = "none"
-    cluster, shared = _cluster(df, points, cluster)
-    if counts is not None or resamples:
-        counts, method = _counts(df, points, counts, cluster, resamples, seed)
-        draws = bootstrap_draws(problem, minima, counts)
-    law_params = {name: float(v[0]) for name, v in problem.params_of(minima[0].vector[None]).items()}
-    params = {name: float(v) for name, v in law.reported(law_params).items()}
-    intervals = intervals_of(law.reported(draws), confidence, method) if draws else {}
-    rivals = rivals_of(problem, minima)
-    found = diagnose(problem, minima[0], law_params, params, draws, intervals, rivals, points)
-    if shared and draws:
-        found = replace(found, flags=(*found.flags, shared))
-    result = _result(
-        problem, minima[0], points, objective, params, law_params, draws, found, rivals, intervals, method, confidence
+    drawn = draw_params(
+        problem,
+        minima,
+        df,
+        points,
+        intervals=intervals,
+        cluster=cluster,
+        counts=counts,
+        resamples=resamples,
+        seed=seed,
     )
-    result = replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df), names=df.attrs.get(THEIR_NAMES, {}))
+    result = _result(problem, minima, points, drawn, confidence)
+    columns = {**result.columns, **({"weight": weights} if isinstance(weights, str) else {})}
+    result = replace(
+        result,
+        fixed=fixed,
+        bounds=bounds,
+        columns=columns,
+        cluster=cluster,
+        loss_unit=loss_unit(df),
+        names=df.attrs.get(THEIR_NAMES, {}),
+    )
     return _bounded_above(result, problem)
+
+
+def best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
+    """The distinct minima, best first; an objective that takes its scale from the residuals is given it first.
+
+    The scale is that of a nearly least-absolute-deviations fit, which no few outliers can move, and once more that of
+    the fit which follows from it.
+    """
+    if not problem.objective.multiple:
+        return problem, global_minimum(problem)
+    free = int(problem.movable.sum())
+    pilot = global_minimum(replace(problem, objective=HUBER_LOG))
+    if not pilot:
+        return problem, []
+    residual = np.sort(np.abs(residual_of(problem, pilot[0].vector)))
+    sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
+    vectors = np.array([m.vector for m in pilot])
+    for _ in range(2):
+        problem = replace(problem, objective=problem.objective.with_scale(sd))
+        refined, totals = minimise(problem, vectors)
+        sd = robust_sd(residual_of(problem, refined[np.argmin(totals)]), free)
+    return problem, global_minimum(problem, extra=vectors)
 
 
 def _bounded_above(result: Fit, problem: Problem) -> Fit:
@@ -125,24 +154,6 @@ def _bounded_above(result: Fit, problem: Problem) -> Fit:
     return replace(result, intervals=intervals, flags=tuple(flags))
 
 
-def bootstrap_draws(problem: Problem, minima: list[Minimum], counts: Array) -> dict[str, Array]:
-    """The law's own parameters (num_resamples,) refitted under every row of counts.
-
-    Every resample starts from the best minimum and from the rivals (at most two more), and keeps the lower result.
-    """
-    rows = max(1, WEIGHTS_AT_ONCE // len(problem.y))
-    blocks = []
-    for i in range(0, len(counts), rows):
-        weights = counts[i : i + rows] * problem.weights
-        best, best_total = minimise(problem, np.repeat(minima[0].vector[None], len(weights), axis=0), weights)
-        for rival in minima[1:3]:
-            vector, total = minimise(problem, np.repeat(rival.vector[None], len(weights), axis=0), weights)
-            better = total < best_total
-            best[better], best_total[better] = vector[better], total[better]
-        blocks.append(best)
-    return problem.params_of(np.concatenate(blocks))
-
-
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
     for name in (*fixed, *bounds):
         if name not in law.names:
@@ -158,69 +169,22 @@ def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[floa
             raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")
 
 
-MIN_RUNS = 5
-"""Fewer runs than this are not resampled unless asked for: three or four say too little about their own spread."""
-
-
-def _cluster(df: pd.DataFrame, points: Observations, wish: str | None) -> tuple[str | None, str]:
-    """The column to resample by, and a warning where runs share errors but are too few to resample."""
-    if wish != "auto":
-        return wish, ""
-    if "run_id" not in df.columns:
-        return None, ""
-    runs = df.loc[points.index, "run_id"]
-    num_runs = runs.nunique()
-    if runs.isna().any() or num_runs == len(runs):
-        return None, ""
-    if num_runs >= MIN_RUNS:
-        return "run_id", ""
-    return None, (
-        f"The {len(runs)} points come from {num_runs} run{'s' * (num_runs > 1)}, too few to resample; rows of a run "
-        "share its error, so the intervals, which resample rows, are too narrow."
-    )
-
-
-def _counts(
-    df: pd.DataFrame, points: Observations, counts: Array | None, cluster: str | None, resamples: int, seed: int
-) -> tuple[Array, str]:
-    n = len(points.y)
-    if counts is not None:
-        if counts.shape[1] != n:
-            raise AnalysisError(f"The resamples count {counts.shape[1]} points, but {n} are fitted.")
-        return counts, f"percentile bootstrap, {len(counts)} given resamples of {n} points"
-    if cluster is None:
-        return boot.point_counts(n, resamples, seed), f"percentile bootstrap, {resamples} resamples of {n} points"
-    if cluster not in df.columns:
-        raise AnalysisError(f"The table has no column {cluster!r} to resample by.")
-    groups = df.loc[points.index, cluster].to_numpy()
-    drawn = boot.cluster_counts(groups, resamples, seed)
-    kind = f"percentile bootstrap, {resamples} resamples of {len(np.unique(groups.astype(str)))} clusters by {cluster}"
-    return drawn, kind
-
-
-def _result(
-    problem: Problem,
-    best: Minimum,
-    points: Observations,
-    objective: Objective,
-    params: dict,
-    law_params: dict,
-    draws: dict,
-    found: Diagnosis,
-    rivals: tuple,
-    intervals: dict,
-    method: str,
-    confidence: float,
-) -> Fit:
+def _result(problem: Problem, minima: list[Minimum], points: Observations, drawn: Draws, confidence: float) -> Fit:
+    best, law, objective = minima[0], problem.law, problem.objective
+    law_params = {name: float(v[0]) for name, v in problem.params_of(best.vector[None]).items()}
+    params = {name: float(v) for name, v in law.reported(law_params).items()}
+    intervals = intervals_of(law.reported(drawn.params), confidence, drawn.method) if drawn.params else {}
+    rivals = rivals_of(problem, minima)
+    found = diagnose(problem, best, law_params, params, drawn.params, intervals, rivals, points)
     fitted = problem.predict(best.vector[None])[0]
     data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
     data["residual"] = objective.transform(points.y) - objective.transform(fitted)
     return Fit(
-        law=problem.law,
+        law=law,
         objective=objective,
         params=params,
         intervals=intervals,
-        flags=found.flags,
+        flags=(*found.flags, *drawn.flags),
         not_identified=found.not_identified,
         objective_value=best.total,
         rivals=rivals,
@@ -231,8 +195,21 @@ def _result(
         columns=points.columns,
         data=data,
         law_params=law_params,
-        draws=draws,
-        interval_method=method,
-        optimiser=OPTIMISER,
+        draws=drawn.params,
+        interval_method=drawn.method,
+        interval_kind=drawn.kind,
+        groups=drawn.groups,
+        errors=drawn.mixed,
+        optimiser=optimiser_words(law),
         confidence=confidence,
+    )
+
+
+def optimiser_words(law: Law) -> str:
+    """How the optimum was found; the grid proves it the lowest only where it is dense in the non-linear parameters."""
+    refined = "with projected linear parameters, then bounded Newton refinement of every distinct start"
+    if len(law.nonlinear) <= DENSE_GRID:
+        return f"fixed grid {refined}"
+    return (
+        f"sparse lattice of {len(law.nonlinear)} non-linear parameters {refined} (the best minimum found, not proved)"
     )

@@ -141,6 +141,7 @@ def _intervals(
             lost.add(p.name)
         elif at_low and ends[0] == 0.0 and high > 1e-9 * abs(float(np.median(problem.y))):
             flags.append(f"{p.name} is known from above only: the data allow any value from 0 to {high:.4g}.")
+            lost |= _exponents_of(problem, j)  # the term may be absent, and what has no coefficient has no exponent
         elif low > 0 and high / low > (WIDE_FACTOR if j < problem.num_linear else WIDE_EXPONENT_FACTOR):
             flags.append(f"{p.name} is known only within a factor of {high / low:.2g}.")
             lost.add(p.name)

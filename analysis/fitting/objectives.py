@@ -7,7 +7,7 @@ mistake in Chinchilla's own fit); the optimiser here is a Newton method whose st
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -31,6 +31,8 @@ class Objective:
     """T is the natural logarithm; otherwise the identity."""
     delta: float = np.inf
     """Half-width of the quadratic zone of the Huber loss; inf: squares; 0: absolute values."""
+    multiple: float = 0.0
+    """Where positive: delta is this many robust standard deviations of the residuals, found before the fit."""
     above: float = 1.0
     """Factor on residuals whose prediction lies above the measurement."""
     likelihood: Literal["", "normal", "laplace", "huber"] = ""
@@ -44,7 +46,13 @@ class Objective:
     @property
     def power_of_residual(self) -> int:
         """2 if the sum grows like r^2, 1 if like |r|: turns a ratio of sums into a likelihood ratio."""
-        return 1 if self.robust else 2
+        return 1 if self.robust and not self.multiple else 2
+
+    def with_scale(self, sd: float) -> Objective:
+        """This objective with the quadratic zone that suits errors of a robust standard deviation."""
+        delta = max(self.multiple * sd, SMALLEST_DELTA)
+        label = f"sum of Huber losses of log residuals, squares up to {self.multiple:g} robust standard deviations"
+        return replace(self, delta=delta, label=f"{label} (delta {delta:.3g})")
 
     def transform(self, y: Array) -> Array:
         """T(y)."""
@@ -116,6 +124,15 @@ def huber_log(delta: float = HUBER_DELTA) -> Objective:
     )
 
 
+SMALLEST_DELTA = 1e-9
+"""Least width of a zone that is found from residuals: those of a table without noise are rounding errors."""
+ROBUST = Objective(
+    name="robust",
+    label="sum of Huber losses of log residuals, squares up to 2 robust standard deviations",
+    log=True,
+    multiple=2.0,
+)
+"""The default: least squares for all but outliers (99 % efficient on normal errors), whose pull is bounded."""
 HUBER_LOG = huber_log()
 HUBER = Objective(name="huber", label="sum of Huber losses (delta 0.001) of residuals", log=False, delta=HUBER_DELTA)
 LSQ = Objective(name="lsq", label="sum of squares of residuals (halved)", log=False)
@@ -156,6 +173,7 @@ HUBER_LIKELIHOOD = Objective(
 OBJECTIVES: dict[str, Objective] = {
     o.name: o
     for o in (
+        ROBUST,
         HUBER_LOG,
         HUBER,
         LSQ,

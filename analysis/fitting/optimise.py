@@ -28,16 +28,19 @@ CHUNK_VALUES = 250_000
 
 
 def minimise(problem: Problem, vector: Array, weights: Array | None = None) -> tuple[Array, Array]:
-    """Refine starts (batch, k) under weights (n,) or (batch, n); returns the optima and their objective (batch,)."""
+    """Refine starts (batch, k) under weights (n,) or (batch, n); returns the optima and their objective (batch,).
+
+    Measurements may be a batch (batch, n) as well: one simulated table for every start.
+    """
     w = problem.weights if weights is None else weights
-    rows = max(1, CHUNK_VALUES // len(problem.y))
+    rows = max(1, CHUNK_VALUES // problem.num_points)
     out, total = [], []
     for i in range(0, len(vector), rows):
-        chunk = w[i : i + rows] if np.ndim(w) == 2 else w
+        chunk, part = w[i : i + rows] if np.ndim(w) == 2 else w, problem.rows(slice(i, i + rows))
         with np.errstate(over="ignore", invalid="ignore"):  # a trial step may overflow; it is rejected
-            refined = _continue(problem, vector[i : i + rows], chunk)
+            refined = _continue(part, vector[i : i + rows], chunk)
         out.append(refined)
-        total.append(objective_of(problem, problem.predict(refined), chunk, None))
+        total.append(objective_of(part, part.predict(refined), chunk, None))
     return np.concatenate(out), np.concatenate(total)
 
 
@@ -84,11 +87,11 @@ def _newton(problem: Problem, vector: Array, weights: Array, delta: Array, max_i
     active = np.arange(len(vector))
     for _ in range(max_iterations):
         w = weights[active] if np.ndim(weights) == 2 else weights
-        old = vector[active]
-        total, gradient, hessian, diagonal = _derivatives(problem, old, w, delta[active], damping[active])
+        old, part = vector[active], problem.rows(active)
+        total, gradient, hessian, diagonal = _derivatives(part, old, w, delta[active], damping[active])
         step = _bounded_step(problem, old, gradient, hessian, diagonal * damping[active][:, None])
         new = np.clip(old + step, problem.lower, problem.upper)
-        new_total = objective_of(problem, problem.predict(new), w, delta[active])
+        new_total = objective_of(part, part.predict(new), w, delta[active])
         accept = new_total <= total
         gain = total - new_total
         vector[active[accept]] = new[accept]

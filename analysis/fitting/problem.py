@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class Problem:
     x: Columns
     """Variables (n + 1,); the last entry is the reference point."""
     y: Array
-    """Measurements (n,)."""
+    """Measurements (n,), or of a batch of simulated tables (batch, n)."""
     weights: Array
     """Weight of each measurement (n,)."""
     objective: Objective
@@ -36,6 +36,15 @@ class Problem:
     def num_linear(self) -> int:
         """p, the linear parameters; they come first."""
         return len(self.law.linear)
+
+    @property
+    def num_points(self) -> int:
+        """n."""
+        return int(self.y.shape[-1])
+
+    def rows(self, index: Array | slice) -> Problem:
+        """The problem of some of a batch of tables; itself where all share one."""
+        return replace(self, y=self.y[index]) if self.y.ndim == 2 else self
 
     @property
     def movable(self) -> Array:
@@ -73,8 +82,8 @@ class Problem:
         """Law's values (batch, n) and their derivatives (batch, k, n)."""
         t = self.nonlinear(vector)
         g, dg = self.normalised(*self.law.basis_and_gradient(self.x, t))
-        jacobian = np.empty((len(vector), vector.shape[1], len(self.y)))
-        value = np.zeros((len(vector), len(self.y)))
+        jacobian = np.empty((len(vector), vector.shape[1], self.num_points))
+        value = np.zeros((len(vector), self.num_points))
         for j, part in enumerate(g):
             jacobian[:, j] = part
             value += vector[:, j, None] * part
@@ -89,7 +98,7 @@ class Problem:
         parts = self.law.basis(self.x, t)
         out = {}
         for j, p in enumerate(self.law.linear):
-            ref = np.broadcast_to(parts[j], (len(vector), len(self.y) + 1))[:, -1] if self.referenced[j] else 1.0
+            ref = np.broadcast_to(parts[j], (len(vector), self.num_points + 1))[:, -1] if self.referenced[j] else 1.0
             out[p.name] = vector[:, j] / np.abs(ref)
         return out | {name: value[:, 0] for name, value in t.items()}
 
@@ -107,7 +116,7 @@ class Problem:
         """Absolute value of every basis function at the centre of the data."""
         t = {p.name: np.full((1, 1), float(params[p.name])) for p in self.law.nonlinear}
         parts = self.law.basis(self.x, t)
-        return [float(np.abs(np.broadcast_to(part, (1, len(self.y) + 1))[0, -1])) for part in parts]
+        return [float(np.abs(np.broadcast_to(part, (1, self.num_points + 1))[0, -1])) for part in parts]
 
     def total(self, vector: Array, weights: Array | None = None) -> Array:
         """Objective (batch,), summed over points; infinite where the law leaves the domain of T."""

@@ -12,6 +12,8 @@ import pandas as pd
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.objectives import Objective
+from aimscale.analysis.inference.groups import Groups
+from aimscale.analysis.inference.mixed import Mixed
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.tables.observations import CANONICAL, Exclusion
 
@@ -134,15 +136,25 @@ class Fit(Result):
     ranges: dict[str, tuple[float, float]]
     """Smallest and largest value of each variable among the fitted points."""
     columns: dict[str, str]
-    """Variable (and 'y') -> column of the table."""
+    """Variable, 'y' and, where they are a column, 'weight' -> column of the table."""
     data: pd.DataFrame = field(repr=False)
     """The fitted points: variables, y, weight, fitted, residual (of T(y)); index as in the table."""
     law_params: dict[str, float] = field(repr=False)
     """The law's own parameters."""
     draws: dict[str, Array] = field(repr=False)
-    """Bootstrap draws of the law's own parameters (num_resamples,)."""
+    """Draws of the law's own parameters (num_draws,)."""
     interval_method: str
     """How the intervals were made."""
+    interval_kind: str = "none"
+    """mixed, bootstrap or none."""
+    cluster: str | None = "auto"
+    """What a refit resamples by, or the column of its runs, as it was asked for."""
+    groups: Groups = field(default_factory=lambda: Groups(sizes=None, runs=None), repr=False)
+    """Which points share errors."""
+    errors: Mixed | None = field(default=None, repr=False)
+    """Variance components of sizes, runs and points, of the mixed model."""
+    limits: tuple[float, float] | None = None
+    """Values that y cannot leave, such as chance and 1 of an accuracy."""
     optimiser: str
     """How the optimum was found."""
     confidence: float = 0.95
@@ -160,9 +172,26 @@ class Fit(Result):
 
     @property
     def noise(self) -> Array:
-        """Residuals of T(y), inflated for the parameters spent: the error of one more measurement."""
+        """Residuals of T(y) as those of a point of weight 1, inflated for the parameters spent."""
         free = len(self.law.parameters) - len(self.fixed)
-        return self.data["residual"].to_numpy() * np.sqrt(self.num_points / max(1, self.num_points - free))
+        standard = self.data["residual"].to_numpy() * np.sqrt(self.data["weight"].to_numpy())
+        return standard * np.sqrt(self.num_points / max(1, self.num_points - free))
+
+    def scatter(self, num_points: int, weights: Array | None = None, seed: int = 0) -> Array:
+        """Errors of T(y) of new measurements (num_draws, num_points), each of a new run and size.
+
+        Args:
+            num_points: how many are measured.
+            weights: their weights (num_points,), relative to the fit's; None takes the fit's median.
+            seed: seed of the draws.
+        """
+        rng, shape = np.random.default_rng([seed, 2]), (self.num_draws, num_points)
+        weight = np.full(num_points, self.data["weight"].median()) if weights is None else np.asarray(weights, float)
+        if self.errors is None:
+            return rng.choice(self.noise, shape) / np.sqrt(weight)
+        drawn = self.errors.drawn
+        spread = np.sqrt((drawn.size**2 + drawn.run**2)[:, None] + drawn.point[:, None] ** 2 / weight)
+        return spread * rng.standard_normal(shape)
 
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
         """The law's variables, taken from a table by the variable's name or by the fit's column names."""
@@ -179,7 +208,8 @@ class Fit(Result):
         beyond_range: the largest factor by which a variable lies outside the fitted range (1 inside).
 
         The confidence interval covers the uncertainty of the curve, the prediction interval also the scatter of a
-        measurement around it. Both are NaN without a bootstrap.
+        measurement around it, of the weight that the table gives it in the fit's column of weights (else of the fit's
+        median weight). Both are NaN without draws.
         """
         x = self.variables(df)
         value = np.broadcast_to(self.law.value(x, self.law_params), (len(x[self.law.variables[0]]),))
@@ -190,10 +220,13 @@ class Fit(Result):
             curves = np.broadcast_to(self.law.value(x, self.draws), (self.num_draws, len(value)))
             tails = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
             out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, tails, axis=0)
-            noise = np.random.default_rng(0).choice(self.noise, curves.shape)
-            with np.errstate(invalid="ignore"):
+            name = self.columns.get("weight")
+            noise = self.scatter(len(value), None if name is None or name not in df else np.asarray(df[name], float))
+            with np.errstate(invalid="ignore", divide="ignore"):
                 measured = self.objective.inverse(self.objective.transform(curves) + noise)
             out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
+        if self.limits is not None:
+            out = {name: np.clip(each, *self.limits) for name, each in out.items()}
         factor = np.ones(len(value))
         for v, (low, high) in self.ranges.items():
             factor = np.maximum(factor, np.maximum(low / x[v], x[v] / high))
@@ -201,11 +234,11 @@ class Fit(Result):
 
     @property
     def num_draws(self) -> int:
-        """Bootstrap resamples kept."""
+        """Draws kept."""
         return len(next(iter(self.draws.values()))) if self.draws else 0
 
     def reported_draws(self) -> dict[str, Array]:
-        """Bootstrap draws of `params`, derived quantities included."""
+        """Draws of `params`, derived quantities included."""
         return self.law.reported(self.draws) if self.draws else {}
 
     def shown(self, name: str, digits: int = 4) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
+from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.frontier.envelope import envelope_frontier
 from aimscale.analysis.frontier.isoflop import isoflop_frontier
 from aimscale.analysis.frontier.optimum import Frontier, parametric_frontier
@@ -92,7 +92,7 @@ def all_approaches(
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
     budgets: int | None = None,
-    objective: Objective | str = HUBER_LOG,
+    objective: Objective | str = ROBUST,
     resamples: int = 500,
     cluster: str | None = "auto",
 ) -> Approaches:

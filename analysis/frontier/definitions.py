@@ -11,7 +11,7 @@ import pandas as pd
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
+from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.optimum import parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
@@ -83,7 +83,7 @@ class Definitions(Result):
 
 
 def by_definition(
-    df: pd.DataFrame, *, y: str = "val_loss", objective: Objective | str = HUBER_LOG, resamples: int = 500
+    df: pd.DataFrame, *, y: str = "val_loss", objective: Objective | str = ROBUST, resamples: int = 500
 ) -> Definitions:
     """Refit the joint law for every meaning of N, and draw its frontier for every meaning of C.
 

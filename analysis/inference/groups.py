@@ -36,8 +36,8 @@ class Groups:
 def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
     """Sizes and runs of the points of a fit.
 
-    A size is a value of N (of the law, else of the table). A run is a `run_id`; without one, a size and a seed; rows of a
-    size without either are one run. Groups of a single point each say nothing, and runs that are sizes are told once.
+    A size is a value of N (of the law, else of the table). A run is a `run_id`; without one, a size and a seed; rows of
+    a size without either are one run. Groups of a single point each say nothing, and runs that are sizes are told once.
 
     Args:
         rows: the table's rows of the fitted points (n,).
@@ -57,7 +57,8 @@ def with_spread(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...
 
     A law that bends through three sizes leaves nothing of them over: errors that sizes share cannot be seen then.
     """
-    sizes, runs, lost = groups.sizes, groups.runs, []
+    sizes, runs = groups.sizes, groups.runs
+    lost: list[str] = []
     if sizes is not None and _spare(sizes, jacobian) < MIN_SPARE:
         sizes, lost = None, [*lost, "sizes"]
     if runs is not None:

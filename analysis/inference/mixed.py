@@ -2,11 +2,11 @@
 
     residual_i = J_i (truth - estimate) + size effect + run effect + point error
 
-J is the law's Jacobian at the estimate. With few sizes a variance component is hardly known, so it is not plugged in: every
-draw takes its ratios of variances from their restricted likelihood (REML, with the reference prior of a nested design:
-uniform in the logarithm of a group's total variance) and the error's variance from its scaled chi-squared. The draws are
-then a mixture of Student distributions whose degrees of freedom follow the evidence: n - k where groups share nothing,
-about sizes - 2 where the sizes' own errors dominate.
+J is the law's Jacobian at the estimate. With few sizes a variance component is hardly known, so it is not plugged in:
+every draw takes its ratios of variances from their restricted likelihood (REML, with the reference prior of a
+nested design: uniform in the logarithm of a group's total variance) and the error's variance from its scaled
+chi-squared. They are then a mixture of Student distributions whose degrees of freedom follow the evidence: n - k where
+groups share nothing, about sizes - 2 where the sizes' own errors dominate.
 
 Runs are nested in sizes, so every matrix inverse has a closed form in sums over groups: the cost is O(n k^2) once, and
 O(groups k^2) for each point of the grid of variance ratios.
@@ -20,10 +20,10 @@ import numpy as np
 
 from aimscale.analysis.laws.base import Array
 
-GRID_ONE, GRID_TWO = 60, 24
+GRID_ONE, GRID_TWO = 64, 28
 """Points per axis of the grid of variance ratios, with one and with two grouping factors."""
-MAX_LOG_RATIO = 10.0
-"""The largest group variance looked at is e^10 times that of a group's mean of point errors."""
+MAX_LOG_RATIO = 14.0
+"""The largest group variance looked at is e^14 times that of a group's mean of point errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,26 @@ class Mixed:
 
     shift: Array
     """Truth minus estimate (num_draws, k)."""
+    metric: Array
+    """Covariance (k, k) of the estimate at the components' estimates, up to a factor."""
     drawn: Components
     """Components of every draw."""
     estimated: Components
     """Their REML estimates."""
     degrees: float
     """Degrees of freedom of the errors' total variance: sizes - 2 or so where sizes differ, n - k where they do not."""
+
+
+def simulated_errors(
+    drawn: Components, weights: Array, sizes: Array | None, runs: Array | None, rng: np.random.Generator
+) -> Array:
+    """Errors (num_draws, n) of a table measured again, one table for every draw of the components."""
+    shape = (len(drawn.point), len(weights))
+    errors = drawn.point[:, None] * rng.standard_normal(shape) / np.sqrt(weights)
+    for spread, codes in ((drawn.size, sizes), (drawn.run, runs)):
+        if codes is not None:
+            errors += (spread[:, None] * rng.standard_normal((shape[0], codes.max() + 1)))[:, codes]
+    return errors
 
 
 def mixed_model(
@@ -79,7 +93,8 @@ def mixed_model(
         rng: source of randomness.
     """
     n, k = jacobian.shape
-    scale = np.sqrt(np.sum(weights[:, None] * jacobian**2, axis=0)) + 1e-300
+    scale = np.sqrt(np.sum(weights[:, None] * jacobian**2, axis=0))
+    scale = np.maximum(scale, 1e-8 * scale.max() + 1e-300)  # a parameter without any effect gets a huge error
     a = np.column_stack([jacobian / scale, residual])
     sums = _Sums(a, weights, sizes, runs)
     first, second = sums.axes()
@@ -102,6 +117,7 @@ def mixed_model(
     best = int(np.argmax(log_likelihood))
     return Mixed(
         shift=shift,
+        metric=bread @ sums.meat(*cells[best])[:k, :k] @ bread / np.outer(scale, scale),
         drawn=sums.components(np.array(cells)[chosen], variance),
         estimated=sums.components(np.array(cells[best])[None], np.array([found[best].rest / spare])),
         degrees=_degrees(sums.components(np.array(cells)[chosen], variance).total ** 2),

@@ -1,4 +1,4 @@
-"""Profiles, influence, choice by prediction, coverage, the benchmark: what keeps a fit honest."""
+"""Profiles, influence, choice by prediction, the benchmark: what keeps a fit honest."""
 
 from dataclasses import replace
 
@@ -12,9 +12,6 @@ from aimscale.analysis.bench import built_in_table, log_sum_exp_objective, run
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.influences import influence, with_influence_flags
 from aimscale.analysis.fitting.profiles import profile, with_profile_flags
-from aimscale.analysis.fitting.simulation import coverage, grid_design
-
-TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.4, "beta": 0.5}
 
 
 def test_profile_of_a_straight_line_is_the_exact_t_interval():
@@ -61,16 +58,6 @@ def test_a_badly_tuned_rung_is_named(grid):
     assert any(f"size {bad} " in flag and "the fit hinges on it" in flag for flag in flags)
     with pytest.raises(AnalysisError, match="no column 'rung'"):
         influence(result, grid, by="rung")
-
-
-def test_ninety_five_percent_intervals_hold_the_truth_about_that_often():
-    ahead = {"N": np.array([3e7]), "D": np.array([1e7])}
-    found = coverage(laws.CHINCHILLA, TRUTH, grid_design(6, 6), noise=0.003, ahead=ahead, trials=60, resamples=200)
-    share = found.set_index(["interval", "kind"])["coverage"]
-    assert found["trials"].eq(60).all()
-    assert share[("alpha", "bootstrap")] > 0.85
-    assert share[("law at scale 0", "confidence")] > 0.85
-    assert share[("measurement at scale 0", "prediction")] > 0.85
 
 
 def test_the_benchmark_compares_equal_jobs():
