@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +18,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 class ProbeError(UserError):
     """A task or a model that cannot be probed as asked."""
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Let cards multiply fp32 matrices (of heads and neighbours) in TF32 where features are bf16; exactly otherwise."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Backbone(Protocol):

@@ -14,17 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.blocks import BlockSet
 from aimscale.harness.probe.features import Features, SplitFeatures, batched, share
 from aimscale.harness.probe.files import Pause
 from aimscale.harness.probe.heads import STACKS, HeadStack, Setting, StackedAdamW
 from aimscale.harness.probe.moments import Moments
 from aimscale.harness.probe.owners import Ownership
 from aimscale.harness.probe.progress import ProbeProgress, StepSaver
+from aimscale.harness.probe.sizes import BlockSet, number_of_steps, sets_per_round
 from aimscale.harness.run.config import ProbeSection
 
-HEADS_GB = 20.0
-"""Heads of a rank that train together, with gradients and optimiser state; more block sets train in rounds."""
 WORKING_GB = 1.0
 """Averaged tokens of a rank's heads at a time."""
 MICRO_BATCH = 64
@@ -90,18 +88,6 @@ def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = N
     """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set."""
     pool = [c for c in candidates if c.kind == kind and blocks in (None, c.blocks)]
     return max(pool, key=lambda c: (c.holdout_top1, -c.holdout_loss))
-
-
-def number_of_steps(section: ProbeSection, num_images: int) -> int:
-    """Optimiser steps of one training: the section's iterations, or its epochs over so many images."""
-    return section.iterations or section.epochs * math.ceil(num_images / section.batch_size)
-
-
-def sets_per_round(section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int, ranks: int) -> int:
-    """Block sets whose heads, gradients and optimiser state fit into `HEADS_GB` on every rank, at least one a rank."""
-    num_params = sum(STACKS[kind].num_params(width, num_classes) for kind in kinds)
-    # a value, its gradient and two moments, 4 bytes each
-    return ranks * max(1, int(HEADS_GB * 1e9 / (16 * num_params * len(grid(section)))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,11 +59,6 @@ class HeadStack(nn.Module):
         self.register_buffer("mean", torch.zeros(num_sets, width, device=device))
         self.register_buffer("var", torch.ones(num_sets, width, device=device))
 
-    @staticmethod
-    def num_params(width: int, num_classes: int) -> int:
-        """Trained values of one head."""
-        raise NotImplementedError
-
     def standardise_by(self, mean: Tensor, variance: Tensor) -> None:
         """Set the batch norm's mean and (biased) variance, (S, d) each."""
         self.mean.copy_(mean)
@@ -120,11 +115,6 @@ class LinearStack(HeadStack):
         self.weight = nn.Parameter(torch.zeros(*heads, num_classes, width, device=device))
         self.bias = nn.Parameter(torch.zeros(*heads, num_classes, device=device))
 
-    @staticmethod
-    def num_params(width: int, num_classes: int) -> int:
-        """K d + K."""
-        return num_classes * (width + 1)
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
         vectors = (tokens.float().mean(2) - self.mean[:, None]) * self.rstd[:, None]
@@ -169,11 +159,6 @@ class AttentiveStack(HeadStack):
         self.key = start(num_heads, per_head, width, std=xavier)
         self.value = start(num_heads, per_head, width, std=xavier)
         self.weight = start(num_classes, width, std=0.01)
-
-    @staticmethod
-    def num_params(width: int, num_classes: int) -> int:
-        """2 d^2 + d + K d."""
-        return 2 * width**2 + width + num_classes * width
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.blocks import BlockSet, averages
+from aimscale.harness.probe.blocks import averages
+from aimscale.harness.probe.sizes import BlockSet
 
 
 @dataclass(frozen=True, kw_only=True)

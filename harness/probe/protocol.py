@@ -36,9 +36,10 @@ from aimscale.harness.probe.backbones import (
     Backbone,
     PixelBackbone,
     ProbeError,
+    matmul_precision,
     precision_difference,
 )
-from aimscale.harness.probe.blocks import BlockSet, averages, block_sets
+from aimscale.harness.probe.blocks import averages
 from aimscale.harness.probe.features import (
     ALONE,
     CACHE_GB,
@@ -58,6 +59,7 @@ from aimscale.harness.probe.neighbours import Neighbours
 from aimscale.harness.probe.progress import ProbeProgress
 from aimscale.harness.probe.resources import Resources
 from aimscale.harness.probe.scores import Answers, answers, score, together
+from aimscale.harness.probe.sizes import BlockSet, block_sets
 from aimscale.harness.probe.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.harness.run.files import write_json
@@ -178,6 +180,10 @@ class _Probing:
 
     def details(self) -> list[dict[str, Any]]:
         """One entry per kind, with per-class counts and the grid, in the order of the task's kinds."""
+        with matmul_precision(self.section.precision):
+            return self._details()
+
+    def _details(self) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for kinds, work in self._parts():
             saved = self.progress.load("done-" + "-".join(kinds)) if self.progress and self.group.is_first else None

@@ -16,7 +16,7 @@ from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, Preci
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.evaluation_cost import evaluation_flops
+from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
 
@@ -92,8 +92,10 @@ class CostCard:
     """One resumable checkpoint."""
     disk_bytes: int
     """Of the run directory: two checkpoints at a time and the final weights of every budget."""
+    probes: tuple[ProbeCost, ...]
+    """The tasks, each at one budget."""
     flops_evaluation: float
-    """FLOPs of the forward passes of validation and probes, all budgets together."""
+    """Of validation and probes, all budgets together, as `evaluation_cost` counts them."""
     wall_s: float
     """Time of training and of those forward passes at the stated MFU and peak."""
     device_hours: float
@@ -117,7 +119,7 @@ class Totals:
     flops_executed: float
     """FLOPs executed in training."""
     flops_evaluation: float
-    """FLOPs of the forward passes of validation and probes."""
+    """Of validation and probes."""
     device_hours: float
     """Device-hours."""
     price: float
@@ -192,7 +194,8 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
     # Half of the tokens are scored on average, whether prefixes are paired or independent; all but one without.
     scored = model.num_tokens - 1 if training.objective.prefix == "none" else model.num_tokens / 2
     flops_executed = executed_flops_per_image(model, scored).train * executed
-    flops_evaluation = evaluation_flops(run.config.evaluation, flops)
+    probes = probe_costs(run.config.evaluation, model, flops, run.devices)
+    flops_evaluation = evaluation_flops(run.config.evaluation, flops, probes)
     wall_s = (flops_executed + flops_evaluation) / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
     device_hours = wall_s * run.devices / 3600
     fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
@@ -215,6 +218,7 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
         ),
         images_executed=executed,
         flops_executed=flops_executed,
+        probes=probes,
         flops_evaluation=flops_evaluation,
         steps=executed // training.optimiser.batch_size,
         batch_size=training.optimiser.batch_size,

@@ -24,7 +24,6 @@ from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_probe
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.probe.backbones import AimBackbone, PixelBackbone, precision_difference
-from aimscale.harness.probe.blocks import block_sets
 from aimscale.harness.probe.features import ALONE, CachedTokens, FeaturePass, StreamedTokens
 from aimscale.harness.probe.fit import GridFit, Split, grid
 from aimscale.harness.probe.images import LabelledImages, holdout_split, open_task
@@ -33,6 +32,7 @@ from aimscale.harness.probe.lora import _Adaptation
 from aimscale.harness.probe.moments import Moments
 from aimscale.harness.probe.protocol import Bounds, probe_backbone, probe_model
 from aimscale.harness.probe.scores import wilson_interval
+from aimscale.harness.probe.sizes import block_sets
 from aimscale.harness.probe.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
@@ -117,7 +117,7 @@ def test_streamed_and_cached_features_give_the_same_probes(
 ) -> None:
     wanted = section(digits, epochs=2, batch_size=100)
     cached = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
-    monkeypatch.setattr("aimscale.harness.probe.fit.HEADS_GB", 3e-4)  # a few block sets in each round
+    monkeypatch.setattr("aimscale.harness.probe.sizes.HEADS_GB", 3e-4)  # a few block sets in each round
     monkeypatch.setattr("aimscale.harness.probe.fit.WORKING_GB", 1e-4)  # and fewer at a time
     streamed = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=tmp_path, bounds=Bounds(cache_gb=0.0))
     for one, other in zip(cached, streamed, strict=True):

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from aimscale.aim.config import model_config
+from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
+from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli import plan as cli_plan
 from aimscale.sweeps.plan.costs import cost_cards, to_json, with_bench
+from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES, Scale
 from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names
@@ -132,6 +136,35 @@ def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
     assert card.steps == 22
 
 
+def test_probing_imagenet_costs_a_few_percent_of_training() -> None:
+    """All frozen probes of ImageNet-1k at one budget of 128M images, in bf16, without a refit."""
+
+    def share(size: str, ranks: int, iterations: int, *, refit: bool = False) -> tuple[float, float, ProbeCost]:
+        model = model_config(size, head_rule="released")
+        flops = flops_per_image(model)
+        task = {"task": "imagenet-1k", "train": "absent", "test": "absent", "kinds": ["linear", "attentive", "knn"]}
+        section = {**task, "iterations": iterations, "batch_size": 1024, "refit": refit}
+        evaluation = EvaluationConfig.model_validate(
+            {"budgets": [128_000_000], "validation": {"path": "absent"}, "probes": [section]}
+        )
+        (cost,) = probe_costs(evaluation, model, flops, ranks)
+        executed = executed_flops_per_image(model, model.num_tokens / 2).train * 128e6
+        return cost.flops / (flops.train * 128e6), cost.flops / executed, cost
+
+    published, executed, cost = share("aim-600M", 8, 12_500)
+    assert published < 0.03 < executed < 0.037  # of the published count of FLOPs, and of those executed
+    assert share("aim-600M", 8, 10_000)[1] < 0.03
+    assert cost.rounds == 1
+    assert cost.images == pytest.approx(12_500 * 1024 + 1_281_167 * 1.2 + 2 * 50_000)
+    assert cost.feature_bytes == pytest.approx(98e9, rel=0.01)
+    published, executed, cost = share("aim-7B", 8, 12_500)
+    assert published < executed < 0.05
+    assert cost.head_bytes < 20e9
+    assert share("aim-7B", 1, 12_500)[2].rounds == 8  # its heads fit one card in eight rounds, and the card says so
+    refitted = share("aim-7B", 8, 12_500, refit=True)[2]
+    assert refitted.images - cost.images == pytest.approx(12_500 * 1024)
+
+
 def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Path) -> None:
     for name, number in (("val", 100), ("fit", 60), ("test", 40)):
         (tmp_path / name).mkdir()
@@ -145,13 +178,19 @@ def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Pat
         flops = counts_of(model_of(run.config.training))[1]
         card = cost_cards(sweep, [run])[0]
         validation = 2 * 50 * 2 * flops.forward  # two budgets, 50 images, two prefixes
-        return (card.flops_evaluation - validation) / 2 / (flops.trunk + flops.patch_embed)
+        probes = [cost.flops for cost in card.probes]
+        assert card.flops_evaluation == pytest.approx(validation + 2 * sum(probes))
+        return sum(cost.images for cost in card.probes)
 
     assert passes() == pytest.approx(0)
-    assert passes(kinds=["linear", "attentive"]) == pytest.approx(100)
-    assert passes(kinds=["linear"], augmentation="published") == pytest.approx(10 * 60 + 40)
-    assert passes(kinds=["lora"]) == pytest.approx(3 * 10 * 60 + 40)
-    assert passes(kinds=["linear"], train="not-made-yet") == pytest.approx(40)
+    assert passes(kinds=["linear", "knn"]) == pytest.approx(100)  # the backbone runs once
+    # ten epochs of 48 images to fit, the 12 held out, ten epochs of all, the test split
+    assert passes(kinds=["linear", "attentive"]) == pytest.approx(100 + 10 * 48 + 12 + 10 * 60 + 40)
+    assert passes(kinds=["attentive"], refit=False) == pytest.approx(100 + 10 * 48 + 12 + 40)
+    assert passes(kinds=["linear"], augmentation="published", refit=False) == pytest.approx(100 + 10 * 48 + 12)
+    assert passes(kinds=["lora"], lrs=[0.1, 0.2], refit=False) == pytest.approx(2 * (3 * 10 * 48 + 12) + 40)
+    assert passes(kinds=["linear"], train="not-made-yet") == pytest.approx(3_680 + 40)  # by the card of Pets
+    assert passes(kinds=["linear"], train="not-made-yet", task="mine") == pytest.approx(40)
 
 
 def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:

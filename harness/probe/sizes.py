@@ -1,0 +1,50 @@
+"""How much the probes of a task are, before anything runs: block sets, heads, steps, rounds. Torch is not imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from aimscale.harness.run.config import ProbeSection
+
+BlockSet = tuple[int, ...]
+"""Blocks, counted from 0, whose outputs are averaged."""
+
+HEADS_GB = 20.0
+"""Heads of a rank that train together, with gradients and optimiser state; more block sets train in rounds."""
+BYTES_PER_HEAD_PARAM = 16
+"""A value, its gradient and two moments in fp32."""
+
+
+def block_sets(num_blocks: int) -> tuple[list[BlockSet], BlockSet]:
+    """Candidate sets and the protocol's fixed one.
+
+    The fixed one is the last six blocks (the last half of a model of fewer than twelve). Candidates: that, every
+    single block, and every window of the same length, among which the published best layers (six contiguous ones in
+    all four sizes) were found.
+    """
+    length = 6 if num_blocks >= 12 else max(1, num_blocks // 2)
+    windows = [tuple(range(start, start + length)) for start in range(num_blocks - length + 1)]
+    singles: list[BlockSet] = [(block,) for block in range(num_blocks)]
+    return list(dict.fromkeys(windows + singles)), windows[-1]
+
+
+def head_params(kind: str, width: int, num_classes: int) -> int:
+    """Trained values of one head: K d + K of a linear one, 2 d^2 + d + K d of an attentive one."""
+    return num_classes * (width + 1) if kind == "linear" else 2 * width**2 + width + num_classes * width
+
+
+def num_settings(section: ProbeSection) -> int:
+    """Points of the optimiser grid."""
+    return len(section.lrs) * len(section.weight_decays)
+
+
+def number_of_steps(section: ProbeSection, num_images: int) -> int:
+    """Optimiser steps of one training: the section's iterations, or its epochs over so many images."""
+    return section.iterations or section.epochs * math.ceil(num_images / section.batch_size)
+
+
+def sets_per_round(section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int, ranks: int) -> int:
+    """Block sets whose heads, with gradients and moments, fit into `HEADS_GB` of every rank; at least one per rank."""
+    one = BYTES_PER_HEAD_PARAM * num_settings(section) * sum(head_params(kind, width, num_classes) for kind in kinds)
+    return ranks * max(1, int(HEADS_GB * 1e9 / max(1, one)))
