@@ -96,6 +96,23 @@ def first_host(node_list: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
+def card_index(placement: Placement, num_visible: int) -> int:
+    """Which of the cards that this process sees is its own: the only one, where Slurm binds one to each task.
+
+    Raises:
+        LaunchError: there are fewer cards than processes.
+    """
+    by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if num_visible == 1 and by_slurm:
+        return 0
+    if placement.local_rank >= num_visible:
+        raise LaunchError(
+            f"local rank {placement.local_rank} has no CUDA device: this host shows {num_visible}; start one process "
+            "per device"
+        )
+    return placement.local_rank
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -124,7 +141,9 @@ class Group:
         if self.device.type == "cuda":
             import torch
 
-            return int(torch.cuda.get_device_properties(self.device).total_memory)
+            # A launcher that starts several runs on a card says which share of it each may plan for.
+            share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
+            return int(share * torch.cuda.get_device_properties(self.device).total_memory)
         return self.host_memory_bytes()
 
     def host_memory_bytes(self) -> int:
@@ -232,12 +251,7 @@ def start_group(placement: Placement, device_name: str) -> Group:
         os.environ["DS_ACCELERATOR"] = "cpu"
         device = torch.device("cpu")
     else:
-        if placement.local_rank >= torch.cuda.device_count():
-            raise LaunchError(
-                f"local rank {placement.local_rank} has no CUDA device: this host shows {torch.cuda.device_count()}; "
-                "start one process per device"
-            )
-        device = torch.device("cuda", placement.local_rank)
+        device = torch.device("cuda", card_index(placement, torch.cuda.device_count()))
         torch.cuda.set_device(device)
 
     if not torch.distributed.is_initialized():

@@ -27,6 +27,10 @@ def command(
     slots: Annotated[
         int | None, typer.Option(help="Local processes at a time; by default one a card, or as many as the cores feed.")
     ] = None,
+    runs_per_device: Annotated[
+        str | None,
+        typer.Option(help="Runs that share a card, a number or auto (by the memory estimate); instead of the file's."),
+    ] = None,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
@@ -40,12 +44,13 @@ def command(
     again = f"{sweep} --root {root}"
     if on == "slurm":
         fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+        fields |= {"runs_per_device": runs_per_device}
         _launch_slurm(sweep, root, dry_run, allow_dirty, again, {**fields, "time_min": time_min})
         return
     if dry_run:
         _print_local(sweep, root)
         return
-    result = launch(sweep, root, slots=slots)
+    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device)
     _print_left(result.left)
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
@@ -80,6 +85,7 @@ def _print_local(sweep: str, root: Path) -> None:
 def _launch_slurm(
     sweep: str, root: Path, dry_run: bool, allow_dirty: bool, again: str, fields: dict[str, str | int | None]
 ) -> None:
+    from aimscale.sweeps.launch.packed_job import PackedJob
     from aimscale.sweeps.launch.preflight import check_data
     from aimscale.sweeps.slurm import commands as slurm
     from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
@@ -89,13 +95,16 @@ def _launch_slurm(
     if not dry_run:
         check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
-    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run)
+    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob)
     for part in result.submitted:
         if dry_run:
             typer.echo(f"# {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
         else:
             shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
-            typer.echo(f"submitted {len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}")
+            inside = f", {part.num_jobs} of them" if part.num_jobs < len(part.run_ids) else ""
+            typer.echo(f"submitted {len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}{inside}")
+            if part.excluded:
+                typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
     _print_left(result.left)
     if not dry_run:
         typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")

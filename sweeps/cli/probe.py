@@ -223,7 +223,6 @@ class _Jobs:
             return
         gpus = visible_gpus()
         done = run_queue(
-            self.sweep,
             ready,
             slots=default_slots(ready, gpus) if slots is None else slots,
             gpus=gpus,

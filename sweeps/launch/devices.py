@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from aimscale.sweeps.plan.costs import runs_on_a_device
 from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep
 
 WHOLE = Fraction(1)
 LIST_TIMEOUT_S = 30
@@ -53,6 +55,12 @@ class Devices:
         if len(taken) == 1 and share < 1:
             told["AIMSCALE_DEVICE_SHARE"] = f"{float(share):.6f}"
         return told
+
+
+def sharing(sweep: Sweep) -> Callable[[Run], Fraction]:
+    """How much of a card each run takes by `slurm.runs_per_device`; `auto` asks the memory estimate."""
+    given = sweep.file.slurm.runs_per_device
+    return lambda run: Fraction(1, runs_on_a_device(sweep, run) if given == "auto" else given)
 
 
 def visible_gpus() -> list[str]:

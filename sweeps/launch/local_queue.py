@@ -25,12 +25,12 @@ from types import FrameType
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.launch.devices import Devices
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.runs.decision import Decision
-from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
+from aimscale.sweeps.runs.job_kind import JobKind
 from aimscale.sweeps.runs.retries import Outcome, conclude
-from aimscale.sweeps.runs.sweep_dir import launch_lock
+from aimscale.sweeps.runs.sweep_dir import lock_file
 
 POLL_S = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -74,8 +74,6 @@ class Job:
 class Queue:
     """State of one launch on this machine."""
 
-    sweep: Sweep
-    """The sweep."""
     kind: JobKind
     """What is done with its runs."""
     runs: Sequence[Run]
@@ -98,6 +96,8 @@ class Queue:
     """Sentences that the display has not printed yet."""
     stopping: bool = False
     """Asked to stop."""
+    stopped_by: int | None = None
+    """The first signal that asked, where one did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,37 +112,44 @@ class LaunchResult:
     """Runs it left alone."""
     interrupted: bool
     """Whether it was asked to stop before it was through."""
+    stopped_by: int | None = None
+    """The signal that asked first, where one did."""
 
 
 def run_queue(
-    sweep: Sweep,
     runs: Sequence[Run],
     *,
+    kind: JobKind,
     slots: int,
     gpus: Sequence[str] = (),
     share: Callable[[Run], Fraction] | None = None,
     command: Command = worker_command,
     report: Report = lambda queue: None,
     is_queued: Callable[[Claim], bool] = lambda claim: True,
-    kind: JobKind | None = None,
     job_id: str | None = None,
     until: float = float("inf"),
 ) -> LaunchResult:
-    """Execute runs (longest first as given) until none is left to start.
+    """Do to runs (longest first as given) what `kind` says until none is left to start.
 
-    With `gpus`, a run sees its own alone; more slots than cards share them evenly, and `share` says otherwise how much
-    of a card a run takes. `is_queued` tells whether Slurm still knows a job that an earlier launch submitted, `kind`
-    what is done with the runs, training by default, `job_id` that this queue is a Slurm job; at `until` (Unix time)
-    everything saves and ends.
+    Args:
+        runs: the runs.
+        kind: what is done with them.
+        slots: processes at a time; more than there are cards share the cards.
+        gpus: cards, of which each run sees its own alone.
+        share: how much of a card a run of one device takes, instead of an even share.
+        command: the program that does it.
+        report: called every few moments.
+        is_queued: whether Slurm still knows a job that an earlier launch submitted.
+        job_id: of the Slurm job that this queue is.
+        until: Unix time at which everything saves and ends.
 
     Raises:
         SweepError: no slot.
     """
     if slots < 1:
         raise SweepError(f"--slots must be 1 or more, not {slots}")
-    kind, devices = kind or training_jobs(sweep), Devices(gpus, slots)
+    devices = Devices(gpus, slots)
     queue = Queue(
-        sweep=sweep,
         kind=kind,
         runs=runs,
         pending=list(runs),
@@ -167,6 +174,7 @@ def run_queue(
         failed=tuple(run_id for run_id, outcome in last.items() if outcome == "stop"),
         left=tuple(queue.left),
         interrupted=queue.stopping,
+        stopped_by=queue.stopped_by,
     )
 
 
@@ -195,7 +203,7 @@ def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], boo
     queue.pending.pop(0)
     record = queue.kind.record(run)
     try:
-        with launch_lock(queue.sweep):
+        with lock_file(queue.kind.lock):
             decision = queue.kind.decide(run, record, is_queued)
             if decision.startable:
                 queue.kind.claim(record, run, _own_claim(queue, len(taken)))
@@ -229,6 +237,8 @@ def _start(queue: Queue, run: Run, record: RunRecord, taken: tuple[int, ...], sh
     threads = str(run.config.runtime.num_threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "AIMSCALE_ATTEMPT": str(attempt)}
     environment |= queue.devices.environment(taken, share)
+    if len(taken) > 1:  # torchrun kills its workers so long after it was told to stop; by default after 30 s
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(queue.kind.stop_s(run))
     record.logs.mkdir(parents=True, exist_ok=True)
     with record.log_file(attempt).open("ab") as log:
         process = subprocess.Popen(
@@ -290,6 +300,7 @@ def _stop_requests(queue: Queue) -> Iterator[None]:
         if queue.stopping and number == signal.SIGINT:
             for job in queue.active:
                 _signal(job, signal.SIGKILL)
+        queue.stopped_by = queue.stopped_by or number
         _stop(queue)
 
     # Under nohup a closing terminal is to be ignored.

@@ -27,6 +27,7 @@ from aimscale.sweeps.runs.decision import Decision, Verdict, decision, standing
 from aimscale.sweeps.runs.job_kind import JobKind
 from aimscale.sweeps.runs.probe_record import ProbeRecord, sweep_folder
 from aimscale.sweeps.runs.retries import forgive
+from aimscale.sweeps.runs.sweep_dir import launch_lock_path
 
 WORKER = ("-m", "aimscale.harness.probe.job")
 
@@ -98,6 +99,7 @@ def probing_jobs(sweep: Sweep, paths: Mapping[str, Path], requests: Requests) ->
     """Probe runs: where each lies, and what is asked of it."""
     return JobKind(
         name=f"aimscale-{sweep.name}-probes",
+        lock=launch_lock_path(sweep),
         record=lambda run: ProbeRecord.of(paths[run.run_id]),
         decide=functools.partial(_decide, requests),
         claim=functools.partial(_claim, requests),

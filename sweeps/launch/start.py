@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.launch.devices import default_slots, visible_gpus
+from aimscale.sweeps.launch.devices import default_slots, sharing, visible_gpus
 from aimscale.sweeps.launch.display import queue_display
 from aimscale.sweeps.launch.local_queue import Command, LaunchResult, run_queue, worker_command
 from aimscale.sweeps.launch.preflight import check_data
@@ -16,6 +16,7 @@ from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.decision import Decision, decide
+from aimscale.sweeps.runs.job_kind import training_jobs
 from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.status import sweep_status
@@ -26,29 +27,42 @@ def launch(
     root: Path = Path("aimscale-runs"),
     *,
     slots: int | None = None,
+    runs_per_device: str | int | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
 ) -> LaunchResult:
     """Start what is missing, resume what died, skip what is done; returns when nothing is left to start.
 
-    Calling it again goes on where it was. `slots` is the number of processes at a time (default: one a card, or as
-    many as the cores feed). `check` looks at the data of the runs that would start.
+    Calling it again goes on where it was.
+
+    Args:
+        sweep: a sweep or its name.
+        root: where sweep directories are made.
+        slots: processes at a time; by default one a card, or as many as the cores feed.
+        runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
+        command: the program that executes a run.
+        check: looks at the data of the runs that would start.
 
     Raises:
         SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
             written; nothing was made.
     """
     loaded, runs, cards = planned(sweep, root)
+    if runs_per_device is not None:
+        loaded = loaded.with_fields(
+            slurm={**loaded.file.slurm.model_dump(mode="json"), "runs_per_device": runs_per_device}
+        )
     ask = slurm.Queued()
     check(startable(loaded, runs, ask))
     prepare(loaded, runs)
     gpus = visible_gpus()
     with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
         return run_queue(
-            loaded,
             runs,
+            kind=training_jobs(loaded),
             slots=default_slots(runs, gpus) if slots is None else slots,
             gpus=gpus,
+            share=sharing(loaded) if gpus and slots is None else None,
             command=command,
             report=report,
             is_queued=ask,

@@ -41,7 +41,9 @@ def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
                 if isinstance(error, slurm.SlurmError):
                     raise
                 failed.append(f"{name}: {error}")
-        slurm.cancel(told["pending"])
+        # A job that executes several runs goes on with the others.
+        shared = {claim.job_id for path in sweep.runs_dir.iterdir() if (claim := RunRecord(path).find_claim())}
+        slurm.cancel([job_id for job_id in told["pending"] if job_id not in shared])
         slurm.cancel(told["running"], signal="USR2")
     return done, failed
 

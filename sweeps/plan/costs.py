@@ -18,13 +18,16 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs
 from aimscale.sweeps.plan.planner import Run, counts_of
+from aimscale.sweeps.plan.stopping import CHECKPOINT_BYTES_PER_PARAM, save_seconds, stop_seconds, stop_warning
 from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
 
-CHECKPOINT_BYTES_PER_PARAM = 14
-"""bf16 weights, fp32 master weights and two fp32 moments."""
 WEIGHTS_BYTES_PER_PARAM = 4
 """Final weights of a budget, fp32."""
 MAX_EPOCHS = 4
+MAX_RUNS_ON_A_DEVICE = 8
+SHARED_MEMORY = 0.9
+"""What runs that share a device may plan for; each has a context and an allocator of its own."""
+MIN_SHARED_MICRO_BATCH = 32
 MAX_BATCH_DEVIATION = 0.10
 
 
@@ -90,6 +93,10 @@ class CostCard:
     """The same at every ZeRO stage."""
     checkpoint_bytes: int
     """One resumable checkpoint."""
+    save_s: float
+    """Time of one save at the stated rate."""
+    stop_s: int
+    """Time from being told to stop to being killed."""
     disk_bytes: int
     """Of the run directory: two checkpoints at a time and the final weights of every budget."""
     probes: tuple[ProbeCost, ...]
@@ -135,7 +142,7 @@ class Totals:
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card a run, in order."""
     pools: dict[tuple[str, ...], int | None] = {}
-    return [_card(sweep.file.cost, run, _pool(sweep, run.config, pools)) for run in runs]
+    return [_card(sweep, run, _pool(sweep, run.config, pools)) for run in runs]
 
 
 def totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Totals:
@@ -185,7 +192,8 @@ def with_bench(sweep: Sweep, path: Path) -> Sweep:
     return sweep.with_fields(cost={**sweep.file.cost.model_dump(mode="json"), **changes})
 
 
-def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
+def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
+    cost = sweep.file.cost
     training, budgets = run.config.training, run.config.evaluation.budgets
     model = model_of(training)
     params, flops = counts_of(model)
@@ -236,7 +244,9 @@ def _card(cost: CostSection, run: Run, pool: int | None) -> CostCard:
         wall_s=wall_s,
         device_hours=device_hours,
         price=device_hours * cost.price_per_device_hour,
-        warnings=tuple(_warnings(run, pool, cost, fit)),
+        save_s=save_seconds(sweep, run),
+        stop_s=stop_seconds(sweep, run),
+        warnings=tuple(filter(None, [*_warnings(run, pool, cost, fit), stop_warning(sweep, run)])),
     )
 
 
@@ -334,6 +344,30 @@ def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[
     if batch < run.devices:
         found.append(f"batch {batch} is smaller than {run.devices} devices")
     return found
+
+
+def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) -> int:
+    """How many runs like this one fit a device of this memory (`cost.memory_gb` otherwise), by the memory estimate.
+
+    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH`, offload or recomputation.
+    """
+    if run.devices > 1:
+        return 1
+    total = SHARED_MEMORY * (device_bytes or 1e9 * sweep.file.cost.memory_gb)
+    model = model_of(run.config.training)
+    alone = _fit(model, run.config, 1, round(total)).chosen
+    for num in range(MAX_RUNS_ON_A_DEVICE, 1, -1):
+        shared = _fit(model, run.config, 1, round(total / num)).chosen
+        if shared is None or alone is None:
+            continue
+        enough = min(alone.micro_batch, MIN_SHARED_MICRO_BATCH)
+        same = (shared.activation_checkpointing, shared.estimate.host) == (
+            alone.activation_checkpointing,
+            alone.estimate.host,
+        )
+        if shared.micro_batch >= enough and same:
+            return num
+    return 1
 
 
 def _pool(sweep: Sweep, config: RunConfig, seen: dict[tuple[str, ...], int | None]) -> int | None:

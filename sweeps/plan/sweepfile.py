@@ -94,6 +94,8 @@ class CostSection(Section):
     """Memory of one device, GB."""
     price_per_device_hour: float = Field(0.0, ge=0)
     """In `currency`."""
+    save_gb_per_s: float = Field(0.5, gt=0)
+    """Rate at which a checkpoint reaches the disk, GB/s: decides how long a run is given to save."""
     currency: str = "USD"
     """Of the price."""
     pool_images: Count | None = None
@@ -139,8 +141,9 @@ class SlurmSection(Section):
     """Node features."""
     time_min: int = Field(1440, gt=0)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
-    signal_delay_s: int = Field(120, gt=0)
-    """Seconds before the limit at which a job is told to save; must cover one checkpoint."""
+    signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Seconds between the word to save and the end, before a time limit and after Ctrl-C; auto: two saves at
+    `cost.save_gb_per_s` and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and cards) of one node."""
     min_nodes: int | None = Field(None, gt=0)
@@ -151,8 +154,14 @@ class SlurmSection(Section):
     """Cores a task."""
     mem_gb: float | None = Field(None, gt=0)
     """Memory of one node, GB; null takes the partition's default."""
+    runs_per_device: Literal["auto"] | Annotated[int, Field(gt=0)] = 1
+    """Runs of one device that share a card, in one job; auto: as many as the memory estimate allows."""
+    devices_per_job: int = Field(1, gt=0)
+    """Cards of a job that executes runs of one device as a queue of its own."""
     max_parallel: int = Field(256, gt=0)
-    """Elements of one array running at the same time."""
+    """Jobs of the sweep running at the same time."""
+    srun: tuple[Line, ...] = ()
+    """Further arguments of srun, e.g. a container: [--container-image=/images/aimscale.sqsh]."""
     extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)
     """Further sbatch options by long name, e.g. {reservation: vision}."""
     setup: tuple[str, ...] = ()

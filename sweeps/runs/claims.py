@@ -49,6 +49,8 @@ class Claim:
     """How often Slurm had restarted that job when it last took the run over."""
     devices: int = 1
     """Data-parallel ranks."""
+    nodes: str = ""
+    """Slurm's nodes of that job, as it writes lists of them, once it has started."""
 
 
 def own_claim(backend: Literal["local", "slurm"], devices: int, job_id: str | None = None) -> Claim:
@@ -137,6 +139,12 @@ class RunRecord(RunDir):
         """
         return self._read(self.claim, _CLAIM)
 
+    def find_claim(self) -> Claim | None:
+        """The launcher's claim, or None also where it is damaged."""
+        with contextlib.suppress(SweepError):
+            return self.read_claim()
+        return None
+
     def is_held(self) -> bool:
         """Whether a live process holds the lease.
 
@@ -201,6 +209,13 @@ class RunRecord(RunDir):
                 if i + 1 < len(lines):
                     raise self.damaged(self.attempts, error) from error
         return ended
+
+    def failed_nodes(self) -> list[str]:
+        """Nodes that ended attempts of this run since a person last cleared its failure."""
+        found: dict[str, None] = {}
+        for ended in self.read_attempts():
+            found = {} if ended.get("forgiven") else found | dict.fromkeys(ended.get("failed_nodes") or ())
+        return list(found)
 
     def next_attempt(self) -> int:
         """Number of the attempt that comes next, 1 for the first."""

@@ -16,7 +16,7 @@ from aimscale.harness.run.directory import (
     EXIT_USER_ERROR,
     ReasonClass,
 )
-from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.claims import Claim, RunRecord
 
 Outcome = Literal["finished", "preempted", "again", "stop", "held"]
 """`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `held`: it runs elsewhere."""
@@ -36,13 +36,27 @@ _MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", r
 
 
 def conclude(
-    run: RunRecord, attempt: int, exit_code: int, where: str, *, asked: bool = False, peer: Words | None = None
+    run: RunRecord,
+    attempt: int,
+    exit_code: int,
+    where: str,
+    *,
+    asked: bool = False,
+    peer: Words | None = None,
+    node: str = "",
 ) -> Outcome:
     """Record how an attempt ended and decide what follows.
 
-    `exit_code` is the process's, negative for a signal; `asked` says that a person stopped it; `peer` is what another
-    rank said when it failed first. Where nobody could say why (killed, or dead before the first line), the status is
-    written here.
+    Args:
+        run: where it is recorded.
+        attempt: its number.
+        exit_code: of the process, negative for a signal.
+        where: back end and job.
+        asked: a person stopped it.
+        peer: what another rank said when it failed first.
+        node: Slurm's name of the node where the first to fail ran.
+
+    Where nobody could say why (killed, or dead before the first line), the status is written here.
     """
     if exit_code != EXIT_FINISHED and run.is_held():
         return "held"  # this attempt was refused, or lost the run to the one that has it now
@@ -54,7 +68,7 @@ def conclude(
         return _preempted(run, attempt, exit_code, where, asked)
     reason, kind = peer or explain(run, attempt, exit_code)
     run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
-    _record(run, attempt, exit_code, where, reason, kind)
+    _record(run, attempt, exit_code, where, reason, kind, node)
     return "again" if may_try_again(run) else "stop"
 
 
@@ -97,26 +111,33 @@ def explain(run: RunRecord, attempt: int, exit_code: int, rank: int = 0) -> Word
     return reason, kinds.get(exit_code, "code")
 
 
-def diagnose(run: RunRecord, job_state: str | None, job_id: str | None) -> None:
+def diagnose(run: RunRecord, job_state: str | None, claim: Claim) -> None:
     """Record the end of an attempt that nothing was left to record, from Slurm's word for how its job ended.
 
-    A run that was told to stop and saved, or ended by itself, has said so and is left as it is.
+    A run that was told to stop and saved, or ended by itself, has said so and is left as it is. So is one whose job
+    never started, but that it waits for the next launch.
     """
-    if run.checked_status().state not in ("running", "queued"):
+    state_now = run.checked_status().state
+    if state_now == "queued" and not claim.nodes and job_state in (None, "CANCELLED"):
+        run.write_status(state="preempted", reason=f"Slurm's job {claim.job_id} is gone and never started")
         return
-    reason, kind, state = explain_job(job_state, run.job_log(job_id))
+    if state_now not in ("running", "queued"):
+        return
+    reason, kind, state = explain_job(job_state, run.job_log(claim.job_id), claim.nodes)
     run.write_status(state=state, reason=reason, reason_class=kind)
-    _record(run, run.next_attempt(), None, f"slurm {job_id}", reason, kind)
+    _record(run, run.next_attempt(), None, f"slurm {claim.job_id}", reason, kind, claim.nodes)
 
 
-def explain_job(job_state: str | None, log: Path) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
+def explain_job(
+    job_state: str | None, log: Path, nodes: str = ""
+) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
     """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
     state = (job_state or "").split(" ")[0]
     if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(_last_start(log))):
         return "Slurm killed the job for want of memory; raise slurm.mem_gb", "oom", "failed"
     match state:
         case "NODE_FAIL" | "BOOT_FAIL":
-            return "a node failed", "node", "failed"
+            return f"node {nodes or '(unknown)'} failed", "node", "failed"
         case "TIMEOUT" | "DEADLINE":
             return "the time limit came before it could save; raise slurm.signal_delay_s", "timeout", "failed"
         case "CANCELLED":
@@ -167,7 +188,13 @@ def fruitless_attempts(run: RunRecord) -> int:
 
 
 def _record(
-    run: RunRecord, attempt: int, exit_code: int | None, where: str, reason: str | None, kind: str | None
+    run: RunRecord,
+    attempt: int,
+    exit_code: int | None,
+    where: str,
+    reason: str | None,
+    kind: str | None,
+    node: str = "",
 ) -> None:
     run.append_attempt(
         attempt=attempt,
@@ -177,6 +204,8 @@ def _record(
         saved=run.saved_progress(),
         reason_class=kind,
         reason=reason,
+        # Of several nodes it is not known which one failed.
+        failed_nodes=[node] if kind == "node" and node and not set(node) & set(",[") else [],
     )
 
 

@@ -45,10 +45,15 @@ def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
         )
 
 
+def launch_lock_path(sweep: Sweep) -> Path:
+    """The file whose lock serialises the decisions of launches."""
+    return sweep.directory / "launch.lock"
+
+
 @contextlib.contextmanager
 def launch_lock(sweep: Sweep) -> Iterator[None]:
     """Serialise the decisions of launches, between processes and (flock over NFS) machines."""
-    with lock_file(sweep.directory / "launch.lock"):
+    with lock_file(launch_lock_path(sweep)):
         yield
 
 

@@ -165,19 +165,27 @@ def check_partition(name: str | None) -> None:
             raise SlurmError(f"Slurm has no partition '{part}'; {hint}")
 
 
+def node_names(partition: str | None) -> list[str]:
+    """Nodes of the partitions named, of all where none is."""
+    where = [f"--partition={partition}"] if partition else []
+    return sorted(set(command("sinfo", "--noheader", "--Node", "-o", "%N", *where).split()))
+
+
 def max_array_size() -> int:
     """Most elements of one array."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", command("scontrol", "show", "config"))
     return int(match[1]) if match else 1001  # Slurm's default
 
 
-def requeue(job_id: str) -> None:
-    """Put a running job of ours back into the queue.
+def requeue(job_id: str, exclude: Sequence[str] = ()) -> None:
+    """Put a running job of ours back into the queue, to run on other nodes than those excluded.
 
     Raises:
         SlurmError: Slurm refuses.
     """
     command("scontrol", "requeue", job_id)
+    if exclude:
+        command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
 
 
 def cancel(job_ids: Sequence[str], *, signal: str | None = None) -> None:

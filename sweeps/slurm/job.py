@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -91,15 +92,18 @@ class _Watcher:
         self._wait_for_lease()
         attempt = self.record.next_attempt()
         exit_code = self._run_child(attempt)
+        if exit_code not in (0, EXIT_PREEMPTED):
+            self._tell_the_others(attempt, exit_code)
         if self.rank:
-            if exit_code not in (0, EXIT_PREEMPTED):
-                self._tell_first_rank(attempt, exit_code)
             return f"rank {self.rank} ended with {exit_code}"
         if not self._is_ours():
             return "another incarnation of this job took over"
         failed_peer = None if exit_code in (0, EXIT_PREEMPTED) else self._failed_peer(attempt)
         where, asked = f"slurm {self.job_id}", not self._is_claimed()
-        outcome = conclude(self.record, attempt, exit_code, where, asked=asked, peer=failed_peer)
+        said: Words | None = (failed_peer["reason"], failed_peer["reason_class"]) if failed_peer else None
+        said = said if failed_peer and failed_peer["rank"] else None  # its own words are in the status
+        node = failed_peer["node"] if failed_peer else ""
+        outcome = conclude(self.record, attempt, exit_code, where, asked=asked, peer=said, node=node)
         return self._follow(outcome)
 
     def _take_over(self) -> bool:
@@ -109,7 +113,8 @@ class _Watcher:
             if claim is None or claim.job_id != self.job_id or claim.restarts > self.restarts:
                 return False
             if self.rank == 0:
-                self.record.write_claim(dataclasses.replace(claim, restarts=self.restarts))
+                nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+                self.record.write_claim(dataclasses.replace(claim, restarts=self.restarts, nodes=nodes))
         return True
 
     def _claim(self) -> Claim | None:
@@ -140,13 +145,14 @@ class _Watcher:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=os.environ | {"LOCAL_WORLD_SIZE": str(tasks_on_node(os.environ))},
             )
         if self.told_to_end or self.told_to_save:
             self.child.send_signal(signal.SIGTERM)  # the signal came between the handler and the child
         deadline = float("inf")
         while (exit_code := self.child.poll()) is None:
             time.sleep(POLL_S)
-            if self.rank == 0 and deadline == float("inf") and self._failed_peer(attempt) is not None:
+            if deadline == float("inf") and self._failed_peer(attempt) is not None:
                 deadline = time.time() + PEER_GRACE_S
             if time.time() > deadline:
                 self.child.kill()
@@ -155,20 +161,28 @@ class _Watcher:
     def _peer_file(self, attempt: int) -> Path:
         return self.record.logs / f"attempt-{attempt}.restart-{self.restarts}.failed-rank.json"
 
-    def _tell_first_rank(self, attempt: int, exit_code: int) -> None:
+    def _tell_the_others(self, attempt: int, exit_code: int) -> None:
         """Say why this rank failed: its death explains more than the connection that it broke on the others."""
         reason, kind = explain(self.record, attempt, exit_code, self.rank)
-        words = {"reason": f"rank {self.rank} on {socket.gethostname()}: {reason}", "reason_class": kind}
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        words: dict[str, Any] = {"reason": f"rank {self.rank} on {node}: {reason}", "reason_class": kind}
+        words |= {"rank": self.rank, "node": node}
         # The others fail because of the first to fail.
         with contextlib.suppress(FileExistsError), self._peer_file(attempt).open("x") as file:
             json.dump(words, file)
 
-    def _failed_peer(self, attempt: int) -> Words | None:
+    def _failed_peer(self, attempt: int) -> dict[str, Any] | None:
         try:
-            words = json.loads(self._peer_file(attempt).read_text())
+            words: dict[str, Any] = json.loads(self._peer_file(attempt).read_text())
         except (OSError, ValueError):
             return None
-        return words["reason"], words["reason_class"]
+        return words
+
+    def _to_exclude(self) -> list[str]:
+        """Nodes on which this run failed, where others are left for it."""
+        failed = self.record.failed_nodes()
+        num_left = len(set(slurm.node_names(os.environ.get("SLURM_JOB_PARTITION"))) - set(failed)) if failed else 0
+        return failed if num_left >= int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) else []
 
     def _follow(self, outcome: Outcome) -> str:
         """Requeue where there is more to do and Slurm does not do it itself; free the run where the job is over."""
@@ -176,7 +190,8 @@ class _Watcher:
         goes_on = (outcome == "again" and not self.told_to_end) or (outcome == "preempted" and self.told_to_save)
         if goes_on and self._is_claimed():
             try:
-                slurm.requeue(self.job_id)  # one element; SLURM_JOB_ID may be the id of its whole array
+                # One element; SLURM_JOB_ID may be the id of its whole array.
+                slurm.requeue(self.job_id, self._to_exclude())
             except SweepError as error:
                 raise JobError(f"could not requeue ({error}); `aimscale launch` resumes the run") from error
             time.sleep(REQUEUE_WAIT_S)
@@ -187,3 +202,13 @@ class _Watcher:
             status = self.record.checked_status()
             raise JobError(f"{status.reason_class}: {status.reason}")
         return outcome
+
+
+def tasks_on_node(environment: Mapping[str, str]) -> int:
+    """Tasks of this step on this node, by Slurm's list for all of them: `2(x3),1` with SLURM_NODEID."""
+    listed = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or "1"
+    counts: list[int] = []
+    for part in listed.split(","):
+        num, _, times = part.partition("(x")
+        counts += [int(num)] * int(times.rstrip(")") or 1)
+    return counts[min(int(environment.get("SLURM_NODEID", "0")), len(counts) - 1)]

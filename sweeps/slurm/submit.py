@@ -6,21 +6,28 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from aimscale.sweeps.plan.costs import runs_on_a_device
 from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.stopping import stop_seconds
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.runs.decision import Decision
 from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
 from aimscale.sweeps.runs.retries import diagnose
 from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.runs.sweep_dir import launch_lock
+from aimscale.sweeps.runs.sweep_dir import lock_file
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
+
+Packed = Callable[[list[Path], list[int], int, tuple[str, ...]], Any]
+"""(run directories, how many like each share a card, cards, worker) -> a job that executes them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,11 @@ class Submission:
     shape: Shape
     """Of each element."""
     run_ids: tuple[str, ...]
-    """Element i executes run i."""
+    """Its runs, in the order of its elements."""
+    num_jobs: int
+    """Elements; each executes one run, or several as a queue of its own."""
+    excluded: tuple[str, ...]
+    """Nodes that failed under one of these runs, which they will not get again."""
     script: str
     """The sbatch script."""
     job_id: str | None = None
@@ -82,10 +93,12 @@ def launch_slurm(
     dry_run: bool = False,
     worker: tuple[str, ...] | None = None,
     kind: JobKind | None = None,
+    packed: Packed | None = None,
 ) -> SlurmLaunch:
     """Submit what is missing and return at once; the sweep's directory exists, but in a dry run, which writes nothing.
 
-    `kind` is what is done with the runs, training by default; `worker` replaces the program that does it.
+    `kind` is what is done with the runs, training by default; `worker` replaces the program that does it. `packed`
+    makes the job that executes several runs of one device, where `slurm.runs_per_device` or `devices_per_job` ask so.
 
     Raises:
         SweepError, SlurmError: no Slurm, an unknown partition, a dirty tree, a job that Slurm refuses.
@@ -95,14 +108,14 @@ def launch_slurm(
     section = sweep.file.slurm
     slurm.check_partition(section.partition)
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    chunk = slurm.max_array_size()
+    batch = _Batch(sweep, kind, snapshot, slurm.max_array_size(), packed, dry_run=dry_run)
     if dry_run:
         decisions = _decide(kind, runs, settle_ended=False)
-        return _result(_arrays(sweep, decisions, chunk, snapshot, kind, _print_only), decisions, snapshot)
+        return _result(batch.submit(decisions), decisions, snapshot)
     make_snapshot(snapshot)
-    with launch_lock(sweep):
+    with lock_file(kind.lock):
         decisions = _decide(kind, runs, settle_ended=True)
-        return _result(_arrays(sweep, decisions, chunk, snapshot, kind, _submit), decisions, snapshot)
+        return _result(batch.submit(decisions), decisions, snapshot)
 
 
 def _result(submitted: Sequence[Submission], decisions: Sequence[Decision], snapshot: Snapshot) -> SlurmLaunch:
@@ -130,60 +143,111 @@ def settle(records: Sequence[RunRecord], known: dict[str, slurm.JobInfo]) -> Non
     states = {job_id: info.state for job_id, info in known.items()}
     states |= slurm.ended_states([claim.job_id for _, claim in lost if claim.job_id and claim.job_id not in states])
     for record, claim in lost:
-        diagnose(record, states.get(claim.job_id or ""), claim.job_id)
+        diagnose(record, states.get(claim.job_id or ""), claim)
         record.drop_claim()
 
 
-Submit = Callable[[submitit.SlurmExecutor, list[SlurmJob]], str | None]
+class _Batch:
+    """All arrays of one launch."""
+
+    def __init__(
+        self, sweep: Sweep, kind: JobKind, snapshot: Snapshot, chunk: int, packed: Packed | None, *, dry_run: bool
+    ) -> None:
+        self.sweep, self.kind, self.snapshot, self.chunk = sweep, kind, snapshot, chunk
+        self.packed, self.dry_run = packed, dry_run
+        self.section = sweep.file.slurm
+
+    def submit(self, decisions: Sequence[Decision]) -> list[Submission]:
+        """Submit the startable ones, as one array per resource shape and chunk of Slurm's greatest array."""
+        by_shape: dict[Shape, list[Decision]] = {}
+        for decision in decisions:
+            if decision.startable:
+                by_shape.setdefault(shape_of(decision.run, self.section), []).append(decision)
+        arrays: list[tuple[Shape, list[list[Decision]]]] = []
+        for shape, members in by_shape.items():
+            jobs = self._jobs(shape, members)
+            arrays += [(shape, jobs[i : i + self.chunk]) for i in range(0, len(jobs), self.chunk)]
+        taken = sum(decision.verdict in ("running", "queued") for decision in decisions)
+        limits = share_out(max(1, self.section.max_parallel - taken), [len(jobs) for _, jobs in arrays])
+        return [self._array(shape, jobs, limit) for (shape, jobs), limit in zip(arrays, limits, strict=True)]
+
+    def _jobs(self, shape: Shape, members: Sequence[Decision]) -> list[list[Decision]]:
+        """The runs of each job: one, or as many of one device as its cards take at a time."""
+        if self.packed is None or shape != Shape(nodes=1, tasks_per_node=1):
+            return [[each] for each in members]
+        jobs: list[list[Decision]] = []
+        room = Fraction(0)
+        for each in members:
+            share = Fraction(1, self._runs_per_device(each))
+            if share > room:
+                jobs.append([])
+                room = Fraction(self.section.devices_per_job)
+            jobs[-1].append(each)
+            room -= share
+        return jobs
+
+    def _runs_per_device(self, decision: Decision) -> int:
+        given = self.section.runs_per_device
+        return runs_on_a_device(self.sweep, decision.run) if given == "auto" else given
+
+    def _array(self, shape: Shape, jobs: Sequence[Sequence[Decision]], limit: int) -> Submission:
+        """Submit one array and claim its runs; a job that starts before its claim waits for the launch's lock."""
+        members = [each for job in jobs for each in job]
+        devices = self.section.devices_per_job if any(len(job) > 1 for job in jobs) else shape.tasks_per_node
+        excluded = self._excluded(members, shape.nodes)
+        executor = executor_for(
+            self.sweep,
+            shape,
+            self.snapshot,
+            self.kind.name,
+            signal_delay_s=max(stop_seconds(self.sweep, each.run) for each in members),
+            max_parallel=limit,
+            devices=devices,
+            exclude=excluded,
+        )
+        job_id = None if self.dry_run else _submit(executor, [self._job(job, devices) for job in jobs])
+        if job_id is not None:
+            for i, job in enumerate(jobs):
+                element = job_id if len(jobs) == 1 else f"{job_id}_{i}"
+                for each in job:
+                    self.kind.claim(each.record, each.run, own_claim("slurm", each.run.devices, element))
+        return Submission(
+            shape=shape,
+            run_ids=tuple(each.run.run_id for each in members),
+            num_jobs=len(jobs),
+            excluded=excluded,
+            script=script(executor, len(jobs)),
+            job_id=job_id,
+        )
+
+    def _job(self, members: Sequence[Decision], devices: int) -> Any:
+        if len(members) == 1 or self.packed is None:
+            (only,) = members
+            return SlurmJob(only.record.path, self.kind.worker, type(only.record))
+        paths = [each.record.path for each in members]
+        return self.packed(paths, [self._runs_per_device(each) for each in members], devices, self.kind.worker)
+
+    def _excluded(self, members: Sequence[Decision], num_needed: int) -> tuple[str, ...]:
+        """Nodes on which these runs failed; none where too few would be left to run on."""
+        failed = dict.fromkeys(node for each in members for node in each.record.failed_nodes())
+        if not failed:
+            return ()
+        left = set(slurm.node_names(self.section.partition)) - set(failed)
+        return tuple(failed) if len(left) >= num_needed else ()
 
 
-def _arrays(
-    sweep: Sweep,
-    decisions: Sequence[Decision],
-    chunk: int,
-    snapshot: Snapshot,
-    kind: JobKind,
-    submit: Submit,
-) -> list[Submission]:
-    by_shape: dict[Shape, list[Decision]] = {}
-    for decision in decisions:
-        if decision.startable:
-            by_shape.setdefault(shape_of(decision.run, sweep.file.slurm), []).append(decision)
-    submissions = []
-    for shape, members in by_shape.items():
-        for i in range(math.ceil(len(members) / chunk)):
-            part = members[i * chunk : (i + 1) * chunk]
-            executor = executor_for(sweep, shape, snapshot, kind.name)
-            submissions.append(_submit_array(executor, shape, part, kind, submit))
-    return submissions
+def share_out(most: int, sizes: Sequence[int]) -> list[int]:
+    """How many elements of each array may run at a time, `most` in all where there are no more arrays than that."""
+    limits = [1] * len(sizes)
+    left = most - len(sizes)
+    while left > 0 and (able := [i for i, size in enumerate(sizes) if limits[i] < size]):
+        for i in able[:left]:
+            limits[i] += 1
+        left -= min(left, len(able))
+    return limits
 
 
-def _submit_array(
-    executor: submitit.SlurmExecutor,
-    shape: Shape,
-    members: Sequence[Decision],
-    kind: JobKind,
-    submit: Submit,
-) -> Submission:
-    """Submit one array and claim its runs; a job that starts before its claim waits for the launch's lock."""
-    job_id = submit(executor, [SlurmJob(each.record.path, kind.worker, type(each.record)) for each in members])
-    if job_id is not None:
-        for i, decision in enumerate(members):
-            element = job_id if len(members) == 1 else f"{job_id}_{i}"
-            kind.claim(decision.record, decision.run, own_claim("slurm", decision.run.devices, element))
-    return Submission(
-        shape=shape,
-        run_ids=tuple(decision.run.run_id for decision in members),
-        script=script(executor, len(members)),
-        job_id=job_id,
-    )
-
-
-def _print_only(executor: submitit.SlurmExecutor, jobs: list[SlurmJob]) -> None:
-    return None
-
-
-def _submit(executor: submitit.SlurmExecutor, jobs: list[SlurmJob]) -> str:
+def _submit(executor: submitit.SlurmExecutor, jobs: list[Any]) -> str:
     try:
         with executor.batch():
             submitted = [executor.submit(job) for job in jobs]
@@ -194,8 +258,18 @@ def _submit(executor: submitit.SlurmExecutor, jobs: list[SlurmJob]) -> str:
     return str(submitted[0].job_id).split("_")[0]
 
 
-def executor_for(sweep: Sweep, shape: Shape, snapshot: Snapshot, job_name: str) -> submitit.SlurmExecutor:
-    """A submitit executor with everything that a job of this shape asks for."""
+def executor_for(
+    sweep: Sweep,
+    shape: Shape,
+    snapshot: Snapshot,
+    job_name: str,
+    *,
+    signal_delay_s: int,
+    max_parallel: int,
+    devices: int,
+    exclude: Sequence[str] = (),
+) -> submitit.SlurmExecutor:
+    """A submitit executor with everything that a job of this shape asks for; `devices` are those of a node."""
     section = sweep.file.slurm
     # A time limit is not a failure here: progress bounds the attempts (sweeps.runs.retries), not submitit's count.
     executor = submitit.SlurmExecutor(
@@ -210,10 +284,12 @@ def executor_for(sweep: Sweep, shape: Shape, snapshot: Snapshot, job_name: str) 
         "time": section.time_min,
         "nodes": shape.nodes,
         "ntasks_per_node": shape.tasks_per_node,
-        "cpus_per_task": section.cpus_per_task,
-        "gpus_per_node": shape.tasks_per_node if section.gpus else None,
-        "signal_delay_s": section.signal_delay_s,
-        "array_parallelism": section.max_parallel,
+        "cpus_per_task": section.cpus_per_task * devices // shape.tasks_per_node,
+        "gpus_per_node": devices if section.gpus else None,
+        "exclude": ",".join(exclude) or None,
+        "signal_delay_s": signal_delay_s,
+        "array_parallelism": max_parallel,
+        "srun_args": ["--kill-on-bad-exit=1", *section.srun],
         "stderr_to_stdout": True,
         "setup": [*_environment(snapshot), *section.setup],
         "additional_parameters": {"requeue": True, **section.extra},

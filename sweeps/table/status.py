@@ -148,7 +148,7 @@ def _by_job(
         return "queued", replace(status, reason=job.reason or status.reason, reason_class=None)
     if status.state not in ("running", "queued"):
         return _shown(status), status
-    reason, kind, _ = explain_job(job.state if job else None, record.job_log(claim.job_id))
+    reason, kind, _ = explain_job(job.state if job else None, record.job_log(claim.job_id), claim.nodes)
     return "dead", replace(status, reason=reason, reason_class=kind)
 
 

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.sweeps.launch.packed_job import PackedJob
 from aimscale.sweeps.launch.start import launch
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
@@ -82,7 +83,7 @@ class Fault:
 
     def launch(self, worker: tuple[str, ...] = (TRAINER,)) -> SlurmLaunch:
         prepare(self.sweep)
-        return launch_slurm(self.sweep, self.runs, allow_dirty=True, worker=worker)
+        return launch_slurm(self.sweep, self.runs, allow_dirty=True, worker=worker, packed=PackedJob)
 
     def status(self) -> tuple[RunStatus, ...]:
         return sweep_status(self.sweep, self.runs, cost_cards(self.sweep, self.runs), slurm.jobs()).runs

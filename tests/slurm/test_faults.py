@@ -66,6 +66,19 @@ def test_one_element_of_an_array_is_requeued_and_never_the_others(fault: Any, un
     assert ends == [[75, 0], [0]]
 
 
+def test_one_job_executes_two_runs_saves_both_and_goes_on_with_both(fault: Any, undisturbed: Losses) -> None:
+    case = fault(seeds=[0, 1], slurm={"runs_per_device": 2})
+    (part,) = case.launch().submitted
+    assert (len(part.run_ids), part.num_jobs) == (2, 1)
+    case.wait_trained(0)
+    case.wait_trained(1)
+    assert job(case, 0) == job(case, 1)
+    slurm.cancel([job(case, 0)], signal="USR2")
+    assert_as_undisturbed(case, undisturbed)
+    ends = [[ended["exit_code"] for ended in record.read_attempts()] for record in case.records]
+    assert ends == [[75, 0], [75, 0]]
+
+
 def test_a_lost_node_hands_the_run_to_another(fault: Any, undisturbed: Losses, cluster: Path) -> None:
     case = fault(step_s=3.0)
     case.launch()

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.claims import RunRecord, own_claim
 from aimscale.sweeps.runs.retries import conclude, diagnose, forgive, may_try_again
 
 
@@ -114,8 +115,20 @@ def test_jobs_that_left_no_word_are_diagnosed(
     record.write_status(state="running")
     record.job_log("7").parent.mkdir(parents=True)
     record.job_log("7").write_text(output)
-    diagnose(record, job_state, "7")
+    claim = replace(own_claim("slurm", 1, "7"), nodes="node3")
+    diagnose(record, job_state, claim)
     status = record.checked_status()
     assert (status.state, status.reason_class) == (state, kind)
-    diagnose(record, "NODE_FAIL", "7")
+    assert record.failed_nodes() == (["node3"] if kind == "node" else [])
+    diagnose(record, "NODE_FAIL", claim)
     assert record.checked_status() == status  # what was said first stays
+    forgive(record)
+    assert record.failed_nodes() == []
+
+
+def test_a_job_that_vanished_before_it_started_is_no_failure(record: RunRecord) -> None:
+    record.write_status(state="queued")
+    diagnose(record, None, own_claim("slurm", 1, "7"))
+    status = record.checked_status()
+    assert (status.state, status.reason) == ("preempted", "Slurm's job 7 is gone and never started")
+    assert record.read_attempts() == []

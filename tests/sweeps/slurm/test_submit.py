@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 
 from aimscale.aim.errors import UserError
+from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.stopping import stop_seconds
+from aimscale.sweeps.runs.job_kind import training_jobs
 from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, shape_of, with_slurm
+from aimscale.sweeps.slurm.job import tasks_on_node
+from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, shape_of, share_out, with_slurm
 
 
 def git(folder: Path, *words: str) -> None:
@@ -105,7 +110,8 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     sweep = replace(write_sweep(slurm=section), root=root)
     code = sweep.directory / "code" / "abc"
     code.mkdir(parents=True)
-    executor = executor_for(sweep, Shape(nodes=1, tasks_per_node=1), Snapshot(path=code, commit="abc", dirty=True), "j")
+    snapshot, shape = Snapshot(path=code, commit="abc", dirty=True), Shape(nodes=1, tasks_per_node=1)
+    executor = executor_for(sweep, shape, snapshot, "j", signal_delay_s=120, max_parallel=2, devices=1)
     (tmp_path / "srun").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -122,3 +128,34 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     code.rmdir()
     gone = execute()
     assert (gone.returncode, gone.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes", "limits"),
+    [(256, [3, 2], [3, 2]), (4, [10, 1], [3, 1]), (5, [10, 10], [3, 2]), (1, [4, 4], [1, 1]), (7, [], [])],
+)
+def test_a_sweeps_limit_is_shared_out_to_its_arrays(most: int, sizes: list[int], limits: list[int]) -> None:
+    assert share_out(most, sizes) == limits
+
+
+@pytest.mark.parametrize(
+    ("listed", "node", "num"), [("2(x3),1", 0, 2), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("4", 0, 4), ("", 5, 1)]
+)
+def test_a_tasks_neighbours_on_its_node_are_counted(listed: str, node: int, num: int) -> None:
+    assert tasks_on_node({"SLURM_STEP_TASKS_PER_NODE": listed, "SLURM_NODEID": str(node)}) == num
+
+
+def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
+    """One number for the signal, torchrun and the plan; one given by hand that is too short is warned of."""
+    small = write_sweep(sizes=["rung-32"], budgets=[640])
+    (run,) = plan(small)
+    assert stop_seconds(small, run) == training_jobs(small).stop_s(run) == cost_cards(small, [run])[0].stop_s == 120
+    large = write_sweep(sizes=["aim-7B"], budgets=[640], cost={"save_gb_per_s": 0.1, "devices": 8})
+    (run,) = plan(large)
+    (card,) = cost_cards(large, [run])
+    assert card.save_s == pytest.approx(card.checkpoint_bytes / 1e8)
+    assert card.stop_s == stop_seconds(large, run) == math.ceil(2 * card.save_s) + 30
+    assert not any("killed before it has saved" in warning for warning in card.warnings)
+    short = with_slurm(large, signal_delay_s=120)
+    assert stop_seconds(short, run) == 120
+    assert any("killed before it has saved" in warning for warning in cost_cards(short, [run])[0].warnings)
