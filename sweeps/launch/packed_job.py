@@ -16,7 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from aimscale.harness.run.directory import LEASE_STALE_S, RunDir
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.lease import STALE_S
 from aimscale.sweeps.launch.devices import visible_gpus
 from aimscale.sweeps.launch.local_queue import LaunchResult, run_queue, worker_command
 from aimscale.sweeps.plan.planner import Run
@@ -107,7 +108,7 @@ class PackedJob:
 
 def _wait_for_leases(records: list[RunRecord]) -> None:
     """Trainers of an earlier incarnation of this job, cut off from Slurm, give their leases up when they notice."""
-    deadline = time.monotonic() + 2 * LEASE_STALE_S
+    deadline = time.monotonic() + 2 * STALE_S
     while time.monotonic() < deadline and any(record.is_held() for record in records):
         time.sleep(1.0)
 

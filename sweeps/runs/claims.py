@@ -153,8 +153,8 @@ class RunRecord(RunDir):
         """
         try:
             return super().is_held()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self.damaged(self.lease, error) from error
+        except UserError as error:
+            raise SweepError(str(error)) from error
 
     def read_holder(self) -> Holder | None:
         """Who holds the lease, alive or not.

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED
-from aimscale.harness.run.lease import STALE_S as LEASE_STALE_S
+from aimscale.harness.run.lease import STALE_S
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.retries import Outcome, Words, conclude, explain
@@ -132,7 +132,7 @@ class _Watcher:
 
     def _wait_for_lease(self) -> None:
         """A trainer of an earlier attempt, cut off from Slurm, gives the lease up when it notices."""
-        for _ in range(int(2 * LEASE_STALE_S / POLL_S)):
+        for _ in range(int(2 * STALE_S / POLL_S)):
             if self.rank or not self.record.is_held() or self.told_to_end:
                 return
             time.sleep(POLL_S)

@@ -31,7 +31,7 @@ DAMAGE = [
     ("attempts.jsonl", "7\n7\n"),
     ("attempts.jsonl", '{"attempt": 1}\n{"forgiven": true}\n'),
     ("lease.json", "[1]"),
-    ("lease.json", json.dumps(LEASE | {"heartbeat": "yesterday"})),
+    ("lease.json", json.dumps(LEASE | {"pid": "one"})),
     ("launch.json", "[]"),
     ("launch.json", '{"backend": "cloud"}'),
     ("launch.json", "[" * 100_000),
@@ -39,32 +39,30 @@ DAMAGE = [
 ]
 
 
-def damaged(write_sweep: Any, name: str, text: str) -> tuple[Any, RunRecord]:
-    """A sweep of three runs, the first of which was made and has a file with this text."""
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2])
-    run = plan(sweep)[0]
-    record = RunRecord(sweep.run_dir(run.run_id))
-    RunRecord.create(record.path, run.config)
-    record.write_status(state="preempted")
-    (record.path / name).write_bytes(text.encode(errors="surrogateescape"))
-    return sweep, record
-
-
-@pytest.mark.parametrize(("name", "text"), DAMAGE, ids=[f"{i}-{name}" for i, (name, _) in enumerate(DAMAGE)])
-def test_a_damaged_run_is_named_and_left_and_the_others_are_executed(
-    write_sweep: Any, launch: Any, stand_in: Any, name: str, text: str
+def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
+    write_sweep: Any, launch: Any, stand_in: Any
 ) -> None:
-    sweep, record = damaged(write_sweep, name, text)
+    """Every damage in a run of its own, and two runs that are well."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=list(range(len(DAMAGE) + 2)))
+    runs = plan(sweep)
+    for (name, text), run in zip(DAMAGE, runs, strict=False):
+        record = RunRecord(sweep.run_dir(run.run_id))
+        RunRecord.create(record.path, run.config)
+        record.write_status(state="preempted")
+        (record.path / name).write_bytes(text.encode(errors="surrogateescape"))
     result = launch(sweep, slots=2, command=stand_in())
     assert len(result.finished) == 2
-    (left,) = result.left
-    assert (left.record.path, left.verdict) == (record.path, "damaged")
-    assert name in left.why or "99" in left.why
-    assert "\n" not in left.why
-    status = sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
-    assert [line.state for line in status.runs][1:] == ["finished", "finished"]
-    for _, failed in (cancel(sweep, [record.path.name]), retry(sweep, [record.path.name])):
-        assert all(record.path.name in sentence for sentence in failed)
+    whys = {decision.run.run_id: decision.why for decision in result.left if decision.verdict == "damaged"}
+    assert len(whys) == len(DAMAGE)
+    status = sweep_status(sweep, runs, cost_cards(sweep, runs))
+    stopped = [sentence for did in (cancel, retry) for sentence in did(sweep, [run.run_id for run in runs])[1]]
+    for (name, _), run, line in zip(DAMAGE, runs, status.runs, strict=False):
+        assert name in whys[run.run_id] or "version 99" in whys[run.run_id]
+        assert "\n" not in whys[run.run_id]
+        if name in ("status.json", "lease.json", "launch.json"):
+            assert line.state == "damaged"
+            assert any(run.run_id in sentence for sentence in stopped)
+    assert [line.state for line in status.runs][-2:] == ["finished", "finished"]
 
 
 def test_a_run_that_damages_itself_is_left_while_the_others_train_on(

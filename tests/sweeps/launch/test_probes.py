@@ -29,7 +29,7 @@ from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.probe.job import ProbeRequest, probe_job
 from aimscale.harness.probe.run import probe_baseline, probe_run
 from aimscale.harness.run.config import ProbeSection
-from aimscale.harness.run.directory import EXIT_FINISHED, RunDir, RunDirError
+from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli import probe as cli_probe
 from aimscale.sweeps.launch.probes import missing, probing_jobs, run_at, runs_of_sweep, sweep_of_run
@@ -184,7 +184,7 @@ def test_running_queued_and_failed_jobs_are_left_alone_until_cleared(trained: An
     record.drop_claim()
     with record.hold():
         assert verdicts(work, [run, other]) == ["running", "start"]
-        with pytest.raises(RunDirError, match="is being executed by process"):
+        with pytest.raises(UserError, match="is being executed by process"):
             probe_job(record.path)
     for attempt in (1, 2):
         assert conclude(record, attempt, 1, "here") == ("again" if attempt == 1 else "stop")
