@@ -22,7 +22,7 @@ def train(
     """Train one run to its last budget, from wherever it stands.
 
     Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 75 stopped by
-    SIGTERM or SIGUSR2 after saving (start it again to go on).
+    Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal after saving (start it again to go on).
     """
     from aimscale.harness.data.store.card import with_fingerprints
     from aimscale.harness.device.distributed import find_placement

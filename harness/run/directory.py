@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import socket
 import time
@@ -16,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.files import locked, write_json, write_text
+from aimscale.harness.run.files import locked, read_object, write_json, write_text
 from aimscale.harness.run.lease import Lease, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
@@ -83,6 +84,9 @@ class Status:
     """Starts so far."""
     job_id: str | None = None
     """Slurm's job, where there is one."""
+
+
+_STATUS = TypeAdapter(Status)
 
 
 class RunDir:
@@ -162,13 +166,19 @@ class RunDir:
         return load_run_config(self.config)
 
     def read_status(self) -> Status:
-        """The last status written; a directory without one counts as created."""
-        try:
-            values = json.loads(self.status.read_text())
-        except FileNotFoundError:
-            return Status()
+        """The last status written; a directory without one counts as created.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         known = {field.name for field in dataclasses.fields(Status)}
-        return Status(**{key: value for key, value in values.items() if key in known})
+        values = read_object(self.status) or {}
+        try:
+            return _STATUS.validate_python({key: value for key, value in values.items() if key in known})
+        except ValidationError as error:
+            field = ".".join(str(part) for part in error.errors()[0]["loc"])
+            problem = f"{field}: {error.errors()[0]['msg']}"
+            raise UserError(f"{self.status} is damaged ({problem}); move it away, the next start writes it") from error
 
     def write_start(self) -> Status:
         """Note in `status.json` that this process begins a further attempt."""
@@ -192,11 +202,14 @@ class RunDir:
         return status
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """The rows recorded so far, one per budget, by images seen."""
-        try:
-            rows: list[dict[str, Any]] = json.loads(self.results.read_text())["rows"]
-        except FileNotFoundError:
-            return []
+        """The rows recorded so far, one per budget, by images seen.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        rows = (read_object(self.results) or {"rows": []}).get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "images_seen" in row for row in rows):
+            raise UserError(f"{self.results} is damaged (no rows of budgets); move it away to evaluate them again")
         return rows
 
     def record_row(self, row: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import EXIT_DIVERGED, ReasonClass
 from aimscale.harness.run.fence import LeaseLost
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-"""Slurm's end of a job and submitit's preemption warning."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+"""Slurm's end of a job, submitit's preemption warning, a terminal that is closed, and Ctrl-C."""
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What gloo and NCCL say when the process at the other end died."""
@@ -36,18 +36,26 @@ class StopFlag:
         self.is_raised = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """The signal handler; a second Ctrl-C does not wait for the save."""
+        if signum == signal.SIGINT and self.is_raised:
+            raise KeyboardInterrupt
         self.is_raised = True
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """A flag that `STOP_SIGNALS` raise during the block; the handlers of before come back after it."""
+    """A flag that `STOP_SIGNALS` raise during the block; the handlers of before come back after it.
+
+    What is ignored stays ignored: `nohup` ignores SIGHUP.
+    """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag  # only a main thread may handle signals
         return
-    before = {number: signal.signal(number, flag) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, flag)
     try:
         yield flag
     finally:

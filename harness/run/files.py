@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.fence import aside_dir, aside_file, keeping_fence, make_parent
 
 
@@ -54,6 +55,29 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
         ValueError: there is a NaN or an infinity in it.
     """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see to its folder and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (a JSON {type(value).__name__}, no object); restore it, or move it away")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ stale by mistake therefore costs the earlier holder its run, and never costs a f
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -20,7 +19,7 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.fence import LeaseLost, fenced
-from aimscale.harness.run.files import locked, process_started, write_json
+from aimscale.harness.run.files import locked, process_started, read_object, write_json
 
 BEAT_S = 10.0
 """A holder renews its lease this often."""
@@ -159,15 +158,10 @@ def read_lease(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file holds something else.
     """
-    try:
-        holder = json.loads(path.read_text())
-        return {"host": str(holder["host"]), "pid": int(holder["pid"]), **holder}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read as a lease ({error}); remove it once nothing executes the run"
-        ) from error
+    holder = read_object(path)
+    if holder is not None and not (isinstance(holder.get("host"), str) and isinstance(holder.get("pid"), int)):
+        raise UserError(f"{path} is damaged (it names no process); remove it once nothing executes the run")
+    return holder
 
 
 def is_held(path: Path) -> bool:

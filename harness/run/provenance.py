@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -14,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import process_started, write_json
+from aimscale.harness.run.files import process_started, read_object, write_json
 
 PROVENANCE_VERSION = 1
 PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "webdataset", "pandas")
@@ -76,11 +76,13 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
     Args:
         run: the run directory.
         facts: what the caller knows: device, world size, ZeRO stage, measured peaks.
+
+    Raises:
+        UserError: the file is damaged.
     """
-    try:
-        starts = json.loads(run.provenance.read_text())["starts"]
-    except FileNotFoundError:
-        starts = []
+    starts = (read_object(run.provenance) or {}).get("starts", [])
+    if not isinstance(starts, list):
+        raise UserError(f"{run.provenance} is damaged (no list of starts); move it away")
     commit, is_dirty = git_commit()
     starts.append(
         {
@@ -103,6 +105,7 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
 def is_imported(run: RunDir) -> bool:
     """Whether the run's weights came from elsewhere (`aimscale weights import`)."""
     try:
-        return any("imported" in start for start in json.loads(run.provenance.read_text())["starts"])
-    except (OSError, ValueError, TypeError, KeyError):
+        starts = (read_object(run.provenance) or {}).get("starts")
+    except UserError:
         return False
+    return isinstance(starts, list) and any("imported" in start for start in starts if isinstance(start, dict))

@@ -106,7 +106,10 @@ def save_checkpoint(
     if problem:
         if group.is_first:
             shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"cannot write checkpoint {final}: {problem}; make room and start the run again")
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {problem}; make room, then start the run again "
+            "(`aimscale retry` where its sweep has given it up)"
+        )
 
 
 def _prepare(final: Path) -> bool:

@@ -36,7 +36,7 @@ _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead,
 _MAX_WINDOW = 256  # tasks under way: all fit into a pipe (64 KiB), so that sending one never blocks
 _HEADER_BYTES = mmap.PAGESIZE  # its first byte says: stop
 # Slurm sends a step's signals to every process of it: the trainer saves and ends its workers itself.
-_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _JOIN_S = 10.0
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig
-from aimscale.harness.run.directory import RunDir, RunDirError
+from aimscale.harness.run.directory import RunDir, RunDirError, Status
+from aimscale.harness.run.provenance import record_start
 
 Config = Callable[..., RunConfig]
 
@@ -64,3 +69,44 @@ def test_a_row_that_does_not_change_is_not_written_again(tmp_path: Path) -> None
     assert run.update_row(8, lambda row: row) == {"images_seen": 8, "val_loss": 1.0}
     assert run.update_row(16, lambda row: None) is None
     assert run.results.stat().st_mtime_ns == written
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner) | strategies.dictionaries(strategies.text(), inner),
+)
+FIELDS = [field.name for field in dataclasses.fields(Status)] + ["rows", "starts", "host", "pid", "token"]
+CONTENT = strategies.one_of(
+    strategies.binary(),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    strategies.dictionaries(strategies.sampled_from(FIELDS), JSON).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@pytest.mark.parametrize("name", ["status.json", "results.json", "provenance.json", "lease.json"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=CONTENT)
+def test_whatever_a_file_of_a_run_holds_is_read_or_named_in_one_sentence(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    run = RunDir(tmp_path)
+    read: dict[str, Callable[[], object]] = {
+        "status.json": run.read_status,
+        "results.json": run.read_rows,
+        "provenance.json": lambda: record_start(run, {}),
+        "lease.json": run.is_held,
+    }
+    (tmp_path / name).write_bytes(content)
+    said = ""
+    try:
+        read[name]()
+    except UserError as error:
+        said = str(error)
+    assert not said or (str(tmp_path / name) in said and "\n" not in said)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.status.mkdir()
+    with pytest.raises(UserError, match=r"status\.json cannot be read \(Is a directory\)"):
+        run.read_status()

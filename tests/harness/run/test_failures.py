@@ -14,7 +14,7 @@ import torch
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.device.distributed import find_placement, start_group
-from aimscale.harness.run.failures import classify, stop_signals
+from aimscale.harness.run.failures import STOP_SIGNALS, classify, stop_signals
 from aimscale.harness.run.fence import LeaseLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
@@ -65,13 +65,28 @@ def test_a_killed_peer_is_noticed_at_once_and_named(tmp_path: Path, in_processes
 
 
 def test_stop_signals_raise_a_flag_and_give_back_the_handlers_of_before() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    assert {signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT} == set(STOP_SIGNALS)
+    for number in STOP_SIGNALS:
         with stop_signals() as flag:
             assert not flag.is_raised
             os.kill(os.getpid(), number)
             assert flag.is_raised
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_second_ctrl_c_waits_for_no_save_and_nohup_is_obeyed() -> None:
+    with stop_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not flag.is_raised
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_another_thread_gets_a_flag_that_no_signal_raises() -> None:

@@ -293,5 +293,5 @@ def test_processes_of_two_hosts_hold_one_after_the_other(tmp_path: Path) -> None
 def test_a_damaged_lease_is_named(tmp_path: Path, content: str) -> None:
     run = RunDir(tmp_path)
     run.lease.write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=r"lease\.json cannot be read as a lease"):
+    with pytest.raises(UserError, match=r"lease\.json is damaged"):
         run.is_held()

@@ -112,7 +112,10 @@ def whole(tmp_path: Path, tiny_config: Config) -> RunDir:
     return run
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [place if place == "publication of a save" else pytest.param(place, marks=pytest.mark.slow) for place in PLACES],
+)
 def test_a_trainer_that_wakes_up_beside_its_successor_changes_nothing(
     tmp_path: Path, tiny_config: Config, whole: RunDir, place: str
 ) -> None:
