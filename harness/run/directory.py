@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.files import locked, read_object, write_json, write_text
+from aimscale.harness.run.files import locked, read_as, read_object, write_json, write_text
 from aimscale.harness.run.lease import Lease, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
@@ -171,14 +171,7 @@ class RunDir:
         Raises:
             UserError: the file is damaged.
         """
-        known = {field.name for field in dataclasses.fields(Status)}
-        values = read_object(self.status) or {}
-        try:
-            return _STATUS.validate_python({key: value for key, value in values.items() if key in known})
-        except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"])
-            problem = f"{field}: {error.errors()[0]['msg']}"
-            raise UserError(f"{self.status} is damaged ({problem}); move it away, the next start writes it") from error
+        return read_as(self.status, _STATUS) or Status()
 
     def write_start(self) -> Status:
         """Note in `status.json` that this process begins a further attempt."""

@@ -15,10 +15,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.fence import aside_dir, aside_file, keeping_fence, make_parent
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -74,6 +78,21 @@ def read_object(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (a JSON {type(value).__name__}, no object); restore it, or move it away")
     return value
+
+
+def read_as(path: Path, kind: TypeAdapter[T]) -> T | None:
+    """A JSON object as what it should hold; None where there is no file.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    value = read_object(path)
+    try:
+        return None if value is None else kind.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is damaged ({field}: {first['msg']}); restore it, or move it away") from error
 
 
 def _refuse_constant(name: str) -> None:

@@ -7,6 +7,7 @@ stale by mistake therefore costs the earlier holder its run, and never costs a f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import socket
@@ -15,11 +16,12 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.fence import LeaseLost, fenced
-from aimscale.harness.run.files import locked, process_started, read_object, write_json
+from aimscale.harness.run.files import locked, process_started, read_as, write_json
 
 BEAT_S = 10.0
 """A holder renews its lease this often."""
@@ -31,6 +33,31 @@ START_S = 60.0
 """Processes that start a run at the same moment wait so long for each other."""
 WRITER = ".writer-"
 """Prefix of a holder's own folder; the token follows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holder:
+    """`lease.json`: the process that executes the run."""
+
+    token: str
+    """Of its own folder."""
+    host: str
+    """Where it runs."""
+    pid: int
+    """Its process there."""
+    process_started: str | None
+    """Start time of that process, which makes the pid unique."""
+    heartbeat: float
+    """Unix time of the last renewal by the holder's clock, for people: the file's own time counts."""
+    machine: str | None = None
+    """This start of that host and its space of process ids: containers and cloned machines share names."""
+    group: str | None = None
+    """Names the ranks that started with it."""
+    job_id: str | None = None
+    """Slurm's job, where there is one."""
+
+
+_HOLDER = TypeAdapter(Holder)
 
 
 class LeaseHeld(UserError):
@@ -48,16 +75,16 @@ class Lease:
         token = uuid.uuid4().hex
         self.folder = self._run / f"{WRITER}{token}"
         """The holder's own, which every rank's fence needs."""
-        self._holder = {
-            "token": token,
-            "group": group,
-            "host": socket.gethostname(),
-            "machine": _machine(),
-            "pid": os.getpid(),
-            "process_started": process_started(os.getpid()),
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "job_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        }
+        self._holder = Holder(
+            token=token,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process_started=process_started(os.getpid()),
+            heartbeat=time.time(),
+            machine=_machine(),
+            group=group,
+            job_id=os.environ.get("SLURM_JOB_ID"),
+        )
         self._lost = False
         self._last_beat = 0.0
         self._stop = threading.Event()
@@ -104,7 +131,7 @@ class Lease:
             if _mtime(self._path) == seen:
                 return
         raise LeaseHeld(
-            f"{self._run} is being executed by process {holder['pid']} on {holder['host']}; wait for it or cancel it "
+            f"{self._run} is being executed by process {holder.pid} on {holder.host}; wait for it or cancel it "
             f"(a lease is free {STALE_S:.0f} s after its holder died)"
         )
 
@@ -125,7 +152,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease up, and the fence with it."""
-        if os.getpid() != self._holder["pid"]:
+        if os.getpid() != self._holder.pid:
             return  # a forked child has the object, not the right
         self._stop.set()
         if self._thread.is_alive():
@@ -139,7 +166,8 @@ class Lease:
         """Renew the lease, through the fence."""
         now = running_time()
         try:
-            write_json(self._path, self._holder | {"heartbeat": time.time()}, durable=False)
+            holder = dataclasses.replace(self._holder, heartbeat=time.time())
+            write_json(self._path, dataclasses.asdict(holder), durable=False)
         except LeaseLost:
             self._lost = True
             return
@@ -152,16 +180,13 @@ class Lease:
                 self._beat()
 
 
-def read_lease(path: Path) -> dict[str, Any] | None:
+def read_lease(path: Path) -> Holder | None:
     """The holder named in a `lease.json`; None where there is none.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file is damaged.
     """
-    holder = read_object(path)
-    if holder is not None and not (isinstance(holder.get("host"), str) and isinstance(holder.get("pid"), int)):
-        raise UserError(f"{path} is damaged (it names no process); remove it once nothing executes the run")
-    return holder
+    return read_as(path, _HOLDER)
 
 
 def is_held(path: Path) -> bool:
@@ -172,14 +197,14 @@ def is_held(path: Path) -> bool:
     return _is_here(holder) or not _is_stale(path)
 
 
-def _has_died(holder: dict[str, Any]) -> bool:
+def _has_died(holder: Holder) -> bool:
     """Whether a holder on this machine is gone for certain. Elsewhere nothing is: a Slurm job that starts again, say,
     is no proof that the node of its first start is not still at work."""
-    return _is_here(holder) and process_started(holder["pid"]) != holder.get("process_started")
+    return _is_here(holder) and process_started(holder.pid) != holder.process_started
 
 
-def _is_here(holder: dict[str, Any]) -> bool:
-    return holder["host"] == socket.gethostname() and holder.get("machine", _machine()) == _machine()
+def _is_here(holder: Holder) -> bool:
+    return holder.host == socket.gethostname() and holder.machine in (None, _machine())
 
 
 def _machine() -> str:
@@ -218,10 +243,10 @@ def join_fence(path: Path, group: str, also: Iterable[Path] = ()) -> Iterator[Pa
         LeaseHeld: it did not take it.
     """
     deadline = running_time() + START_S + WATCH_BEATS * BEAT_S
-    while (holder := read_lease(path)) is None or holder.get("group") != group:
+    while (holder := read_lease(path)) is None or holder.group != group:
         if running_time() > deadline:
             raise LeaseHeld(f"the first rank did not take the lease {path}; its own log says why")
         time.sleep(0.1)
-    folder = path.parent / f"{WRITER}{holder['token']}"
+    folder = path.parent / f"{WRITER}{holder.token}"
     with fenced([path.parent, *also], folder):
         yield folder

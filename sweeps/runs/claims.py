@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import STATUS_VERSION, RunDir, Status
 from aimscale.harness.run.files import process_started, write_json
+from aimscale.harness.run.lease import Holder
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 
@@ -67,18 +68,6 @@ def own_claim(backend: Literal["local", "slurm"], devices: int, job_id: str | No
         job_id=job_id,
         devices=devices,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """What launchers read of `lease.json`."""
-
-    host: str
-    """Machine of the holder."""
-    pid: int
-    """Its process there."""
-    process_started: str | None
-    """Start time of that process, which makes the pid unique."""
 
 
 T = TypeVar("T")

@@ -80,7 +80,7 @@ def test_a_lease_excludes_others_until_its_holder_is_dead(tmp_path: Path) -> Non
 
 
 def write_lease(run: RunDir, *, age_s: float = 0.0, **changes: object) -> None:
-    holder = {"token": "other", "host": "elsewhere", "pid": 1, "process_started": "1", **changes}
+    holder = {"token": "other", "host": "elsewhere", "pid": 1, "process_started": "1", "heartbeat": 0.0, **changes}
     run.lease.write_text(json.dumps(holder))
     run.lease.with_suffix(".lock").touch()
     os.utime(run.lease, (time.time() - age_s,) * 2)
