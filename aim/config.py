@@ -15,7 +15,8 @@ from typing import Literal, get_args
 from aimscale.aim.errors import UserError
 
 HeadRule = Literal["released", "proportional", "none"]
-PatchOrder = Literal["raster", "spiral", "checkerboard", "random"]
+PatchOrder = Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "hashed"]
+QkvInit = Literal["fused", "separate"]
 Target = Literal["normalised", "raw"]
 Parametrisation = Literal["standard", "mup"]
 
@@ -79,7 +80,9 @@ class ModelConfig:
     parametrisation: Parametrisation = "standard"
     """`standard`, or `mup`: learning rates and scales that follow the width."""
     norm_eps: float = 1e-6
-    """Epsilon of every LayerNorm (1e-6 as in the authors' released inference code)."""
+    """Epsilon of every LayerNorm: 1e-6 in the authors' released inference code, 1e-5 in their trainer."""
+    qkv_init: QkvInit = "fused"
+    """Xavier bounds of query, key and value: of one (3 d, d) matrix, or of three (d, d), sqrt(2) times as wide."""
 
     @property
     def grid(self) -> int:
@@ -139,6 +142,8 @@ def model_config(
     patch_order: PatchOrder = "raster",
     target: Target = "normalised",
     parametrisation: Parametrisation = "standard",
+    norm_eps: float = 1e-6,
+    qkv_init: QkvInit = "fused",
 ) -> ModelConfig:
     """Look a size up and attach its pixel head.
 
@@ -158,6 +163,7 @@ def model_config(
         ("patch_order", patch_order, get_args(PatchOrder)),
         ("target", target, get_args(Target)),
         ("parametrisation", parametrisation, get_args(Parametrisation)),
+        ("qkv_init", qkv_init, get_args(QkvInit)),
     ):
         if value not in known:
             raise ModelConfigError(f"unknown {option} '{value}'; use one of {', '.join(known)}")
@@ -174,6 +180,8 @@ def model_config(
         patch_order=patch_order,
         target=target,
         parametrisation=parametrisation,
+        norm_eps=norm_eps,
+        qkv_init=qkv_init,
     )
 
 

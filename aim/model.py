@@ -250,7 +250,8 @@ class AIM(nn.Module):
         return torch.stack([outputs[index] for index in wanted])
 
     def _scale_of(self, name: str, weight: Tensor) -> MatrixScale:
-        return matrix_scale(self.config, name, fan_in=weight[0].numel(), fan_out=len(weight))
+        parts = 3 if name.endswith("attn.qkv") and self.config.qkv_init == "separate" else 1
+        return matrix_scale(self.config, name, fan_in=weight[0].numel(), fan_out=len(weight) // parts)
 
     def _patches(self, images: Tensor) -> Tensor:
         """True patches (B, N, o) in sequence order."""

@@ -1,7 +1,9 @@
 """The orders in which an image's patches are read and predicted (paper, section 5.2, "Autoregression pattern").
 
 An order is a tuple whose t-th entry is the raster index (row * grid + column) of the patch at sequence position t. The
-paper names the four patterns without defining them; the definitions of the last three are ours.
+paper names raster, spiral, checkerboard and a fixed random order without defining them. `outward_spiral` and
+`checkerboard` are those of the authors' trainer. Its random order is a published list of numbers, which is not part of
+this project; `hashed` is ours.
 """
 
 from __future__ import annotations
@@ -15,22 +17,25 @@ def patch_order(order: PatchOrder, grid: int) -> tuple[int, ...]:
     """Raster indices of the `grid` x `grid` patches in sequence order.
 
     - `raster`: row by row from the top left;
-    - `spiral`: clockwise from the top-left corner inwards;
+    - `outward_spiral`: from the centre outwards, the inward one reversed and transposed;
+    - `inward_spiral`: clockwise from the top-left corner inwards;
     - `checkerboard`: the "black" cells, those with an even row + column, in raster order, then the "white" ones;
-    - `random`: one fixed permutation for each grid, the same on every machine and in every run.
+    - `hashed`: one fixed permutation for each grid, the same on every machine and in every run.
     """
     raster = range(grid * grid)
     if order == "raster":
         return tuple(raster)
-    if order == "spiral":
-        return _spiral(grid)
+    if order == "inward_spiral":
+        return _inward_spiral(grid)
+    if order == "outward_spiral":
+        return tuple(index % grid * grid + index // grid for index in reversed(_inward_spiral(grid)))
     if order == "checkerboard":
         return tuple(sorted(raster, key=lambda index: (sum(divmod(index, grid)) % 2, index)))
     # A hash as the sort key, because random generators may change between library versions.
     return tuple(sorted(raster, key=lambda index: hashlib.sha256(f"{grid}/{index}".encode()).digest()))
 
 
-def _spiral(grid: int) -> tuple[int, ...]:
+def _inward_spiral(grid: int) -> tuple[int, ...]:
     rows = [[row * grid + column for column in range(grid)] for row in range(grid)]
     order: list[int] = []
     while rows:

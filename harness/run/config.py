@@ -15,6 +15,9 @@ from pydantic import Field, model_validator
 from aimscale.harness.run.identity import SCHEMA, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
 
+RENAMED_ORDERS = {"spiral": "inward_spiral", "random": "hashed"}
+"""Patch orders of earlier versions -> what they are called now; runs keep their names."""
+
 
 class ModelSection(Section):
     """Which AIM is trained; `aim.config.model_config` turns this into the model's own configuration."""
@@ -36,10 +39,23 @@ class ModelSection(Section):
     """Overrides the number of blocks that `head_rule` gives."""
     ln_residual: bool = False
     """Head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
-    patch_order: Literal["raster", "spiral", "checkerboard", "random"] = "raster"
-    """Order in which patches are predicted."""
+    patch_order: Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "hashed"] = "raster"
+    """Order in which patches are predicted (`aim.orders`); `outward_spiral` and `checkerboard` are the authors'. What
+    earlier versions called `spiral` and `random` is read as `inward_spiral` and `hashed`."""
     parametrisation: Literal["standard", "mup"] = "standard"
     """`standard`: the paper's constant learning rate and xavier init; `mup`: width-aware rates and scales."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of every LayerNorm: 1e-6 in the authors' inference code, 1e-5 in their trainer."""
+    qkv_init: Literal["fused", "separate"] = "fused"
+    """Initial query, key and value: drawn as one (3 d, d) matrix, or, as in the authors' trainer, as three of (d, d),
+    whose values are sqrt(2) times as wide."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _orders_of_earlier_versions(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("patch_order") in RENAMED_ORDERS:
+            return {**values, "patch_order": RENAMED_ORDERS[values["patch_order"]]}
+        return values
 
 
 class SourceSection(Section):
@@ -291,12 +307,11 @@ class RunConfig(Section):
             return values
         training, evaluation = split_fields(values["result"])
         # images were cropped from the whole shorter side then, and features were fp32
-        for section in (evaluation.get("validation"), *(evaluation.get("probes") or ())):
-            if isinstance(section, dict):
-                section.setdefault("centre_crop", 1.0)
-        for section in evaluation.get("probes") or ():
-            if isinstance(section, dict):
-                section.setdefault("precision", "fp32")
+        if isinstance(validation := evaluation.get("validation"), dict):
+            evaluation["validation"] = {"centre_crop": 1.0, **validation}
+        if isinstance(probes := evaluation.get("probes"), list | tuple):
+            earlier = {"centre_crop": 1.0, "precision": "fp32"}
+            evaluation["probes"] = [{**earlier, **task} if isinstance(task, dict) else task for task in probes]
         others = {key: value for key, value in values.items() if key not in ("version", "result")}
         return {"training": training, "evaluation": evaluation, **others}
 

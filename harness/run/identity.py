@@ -28,6 +28,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "model.ln_residual": False,
     "model.patch_order": "raster",
     "model.parametrisation": "standard",
+    "model.norm_eps": 1e-6,
+    "model.qkv_init": "fused",
     "data.unique_images": None,
     "data.crop_scale": [0.4, 1.0],
     "data.crop_ratio": [3 / 4, 4 / 3],
@@ -73,6 +75,8 @@ EVALUATION_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Of `ValidationSection` and `ProbeSection`, but for the task's name and the data sets, which always count."""
 
+FIRST_NAMES = {"inward_spiral": "spiral", "hashed": "random"}
+"""Patch orders that were called otherwise when the first runs were named by them."""
 PATHS = ("path", "train", "test")
 """Fields of an evaluation that say where its data lie."""
 
@@ -85,6 +89,8 @@ def training_digest(training: Values, horizon: int | None) -> str:
         horizon: images after which a cosine schedule ends; None under `wsd`, where budgets branch off one trunk.
     """
     fields = _differing(_flat(training), TRAINING_DEFAULTS)
+    if fields.get("model.patch_order") in FIRST_NAMES:
+        fields["model.patch_order"] = FIRST_NAMES[fields["model.patch_order"]]
     fields["data.sources"] = [
         {
             "content": source["fingerprint"] or f"unknown: {source['path']}",

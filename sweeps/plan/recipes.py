@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aimscale.sweeps.plan.sweepfile import SweepError
@@ -51,10 +51,12 @@ class Recipe:
     """DeepSpeed ZeRO stage."""
     devices: Callable[[Scale], int]
     """Data-parallel ranks."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Section -> fields that are the same at every size."""
 
     def fields(self, scale: Scale) -> dict[str, Any]:
         """The recipe's part of a run's training fields, with `runtime` beside them."""
-        return {
+        by_size: dict[str, dict[str, Any]] = {
             "optimiser": {
                 "batch_size": self.batch_size(scale),
                 "lr_peak": self.lr_peak(scale),
@@ -63,6 +65,7 @@ class Recipe:
             "schedule": {"kind": self.schedule, "warmup_images": self.warmup_images(scale)},
             "runtime": {"zero_stage": self.zero_stage(scale)},
         }
+        return {name: {**self.settings.get(name, {}), **by_size.get(name, {})} for name in {**by_size, **self.settings}}
 
 
 def _paper_devices(scale: Scale) -> int:
@@ -82,6 +85,21 @@ PAPER = Recipe(
     # bytes per parameter at W = 8: stage 1 fits 80 GB up to 3B, at 7B stage 2 takes 27 GB where stage 1 takes 51-65
     zero_stage=lambda scale: 2 if scale.params_total > 4e9 else 1,
     devices=_paper_devices,
+)
+
+
+L3M = replace(
+    PAPER,
+    name="aim-l3m",
+    summary="AIM as the authors' trainer (ml-l3m, configs/aimv1) sets it, where that differs from the paper's text",
+    settings={
+        "model": {"head_rule": "released", "ln_residual": True, "norm_eps": 1e-5, "qkv_init": "separate"},
+        "data": {"crop_scale": [0.4, 1.0], "horizontal_flip": True, "color_jitter": True},
+        "objective": {"target": "normalised", "prefix": "uniform"},
+        "optimiser": {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.05, "clip_norm": 1.0},
+        "schedule": {"lr_start": 1e-6, "lr_end": 0.0},
+        "runtime": {"compile": True},
+    },
 )
 
 
@@ -114,7 +132,7 @@ SMALL = Recipe(
     devices=lambda scale: 1,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (PAPER, SMALL)}
+RECIPES = {recipe.name: recipe for recipe in (PAPER, L3M, SMALL)}
 
 
 def recipe(name: str) -> Recipe:

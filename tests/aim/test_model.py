@@ -10,7 +10,7 @@ from aimscale.aim.config import ModelConfig, ModelConfigError, model_config
 from aimscale.aim.model import AIM, copy_to
 from aimscale.aim.objective import prefix_causal_mask
 
-ORDERS = ["raster", "spiral", "checkerboard", "random"]
+ORDERS = ["raster", "inward_spiral", "outward_spiral", "checkerboard", "hashed"]
 
 
 def small(**options) -> ModelConfig:
@@ -37,7 +37,8 @@ def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 ORDERS_3_BY_3 = {
     "raster": [0, 1, 2, 3, 4, 5, 6, 7, 8],
-    "spiral": [0, 1, 2, 5, 8, 7, 6, 3, 4],
+    "inward_spiral": [0, 1, 2, 5, 8, 7, 6, 3, 4],
+    "outward_spiral": [4, 1, 2, 5, 8, 7, 6, 3, 0],
     "checkerboard": [0, 2, 4, 6, 8, 1, 3, 5, 7],
 }
 
@@ -48,7 +49,7 @@ class Reference:
     def __init__(self, model: AIM) -> None:
         self.config = model.config
         self.weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
-        if model.config.patch_order == "random":
+        if model.config.patch_order == "hashed":
             self.order = model.preprocessor.order.tolist()
         else:
             self.order = ORDERS_3_BY_3[model.config.patch_order]
@@ -167,7 +168,7 @@ def test_losses_and_predictions_equal_the_reference(options: dict) -> None:
 
 
 def test_features_equal_the_reference() -> None:
-    config = small(patch_order="spiral")
+    config = small(patch_order="inward_spiral")
     model = make(config)
     images = batch(config)[0][:2]
     with torch.no_grad():
@@ -295,7 +296,7 @@ def test_bfloat16_weights_keep_norm_and_loss_in_float32() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_cpus_losses_and_gradients_without_waiting_for_the_device() -> None:
-    config = small(patch_order="spiral")
+    config = small(patch_order="inward_spiral")
     images, prefix_len = batch(config)
     outcomes = []
     for device in ("cpu", "cuda"):
@@ -386,3 +387,16 @@ def test_a_training_step_asks_no_value_of_the_device() -> None:
     loss_sum, num_targets = model(images, torch.tensor([1, 15, 4, 12]))
     (loss_sum / num_targets).backward()
     assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in model.parameters())
+
+
+def test_query_key_and_value_may_start_as_three_matrices() -> None:
+    fused, separate = (
+        AIM(model_config("w32-d1", image_size=12, patch_size=4, qkv_init=init)).state_dict()
+        for init in ("fused", "separate")
+    )
+    for name, value in fused.items():
+        if name.endswith("attn.qkv.weight"):
+            torch.testing.assert_close(separate[name], value * 2**0.5)  # xavier's bounds of (d, d) and (3 d, d)
+            assert separate[name].abs().max() <= (6 / 64) ** 0.5
+        else:
+            assert torch.equal(separate[name], value)

@@ -142,7 +142,7 @@ def test_exporting_part_of_a_mapped_file_writes_that_part_alone(tmp_path: Path) 
 
 
 def test_own_file_holds_the_whole_model(tmp_path: Path) -> None:
-    config = model_config("w16-d2", image_size=12, patch_size=4, patch_order="spiral")
+    config = model_config("w16-d2", image_size=12, patch_size=4, patch_order="inward_spiral")
     model = AIM(config)
     model.init_weights(3)
     write_weights(model.state_dict(), tmp_path / "model.safetensors", {"size": config.name})

@@ -144,3 +144,22 @@ Config = Callable[..., RunConfig]
 
 def test_nothing_of_the_runtime_names_a_run(tiny_config: Config) -> None:
     assert tiny_config({"num_workers": 3, "zero_stage": 2}).run_id == tiny_config().run_id
+
+
+@pytest.mark.parametrize(("before", "now"), [("spiral", "inward_spiral"), ("random", "hashed")])
+def test_patch_orders_that_got_other_names_are_read_and_rename_no_run(before: str, now: str) -> None:
+    model = FIELDS["model"]
+    one, other = run(model={**model, "patch_order": before}), run(model={**model, "patch_order": now})
+    assert one == other
+    assert one.training.model.patch_order == now
+    assert one.run_id != run().run_id
+    fields = one.training.model_dump(mode="json")
+    assert training_digest({**fields, "model": {**fields["model"], "patch_order": before}}, None) == one.training_hash
+
+
+def test_runs_of_version_1_keep_the_crops_and_the_precision_that_they_were_measured_with() -> None:
+    task = {"task": "pets", "train": "train", "test": "test"}
+    old = parse(RunConfig, {"version": 1, "result": {**FIELDS, "probes": [task]}}, "the test").evaluation
+    new = run(probes=[task]).evaluation
+    assert (old.validation.centre_crop, old.probes[0].centre_crop, old.probes[0].precision) == (1.0, 1.0, "fp32")
+    assert (new.validation.centre_crop, new.probes[0].centre_crop, new.probes[0].precision) == (0.875, 0.875, "bf16")

@@ -25,7 +25,7 @@ MODEL = ModelSection(size="w16-d2", image_size=16, patch_size=4)
 def write_losses(rank: int, data: Path, out: Path) -> None:
     group = start_group(find_placement(), "cpu")
     aimscale.harness.train.validation.EVAL_TOKENS = 150  # passes of three images, the last one shorter
-    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
     losses = validate(model, open_dataset(section.path), section, MODEL, group)
     losses.save(out / f"{group.world_size}-{rank}.npz")
@@ -35,7 +35,7 @@ def write_losses(rank: int, data: Path, out: Path) -> None:
 def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, tmp_path: Path, in_processes: Run) -> None:
     for world_size in (1, 2):
         assert in_processes(write_losses, tiny_data, tmp_path, world_size=world_size) == [0] * world_size
-    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     images = eval_images(open_dataset(tiny_data / "validation"), range(13), MODEL, 1.0)
     with torch.no_grad():
         expected = [
@@ -70,7 +70,7 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
 
 
 def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path) -> None:
-    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="spiral"))
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     section = ValidationSection(path=str(tiny_data / "validation"))
     pictures = completions(model, open_dataset(section.path), section, MODEL, torch.device("cpu"))
     assert all(pictures[key].shape == (8, 16, 16, 3) for key in ("truth", "prefix", "prediction"))

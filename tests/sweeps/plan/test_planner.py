@@ -270,3 +270,32 @@ def test_plan_prints_cards_and_json(tmp_path: Path) -> None:
     assert "FLOPs executed" in table.output
     as_json = runner.invoke(cli_plan.app, ["demo", "--json", "--root", str(tmp_path)])
     assert json.loads(as_json.output)["sweep"] == "demo"
+
+
+def test_the_authors_trainer_is_a_recipe_beside_the_paper(write_sweep: Any) -> None:
+    fields = {"sizes": ["aim-600M"], "budgets": [2_048_000_000]}
+    base = {key: value for key, value in write_sweep().file.base.items() if key in ("data", "validation")}
+    runs = [plan(write_sweep(**fields, recipe=name, base=base))[0].config for name in ("aim-paper", "aim-l3m")]
+    paper, trainer = (run.training.model_dump(mode="json") for run in runs)
+    different = {
+        f"{section}.{name}": (paper[section][name], value)
+        for section, values in trainer.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if paper[section][name] != value
+    }
+    assert different == {
+        "model.head_rule": ("proportional", "released"),
+        "model.ln_residual": (False, True),
+        "model.norm_eps": (1e-6, 1e-5),
+        "model.qkv_init": ("fused", "separate"),
+        "data.color_jitter": (False, True),
+        "objective.prefix": ("paired", "uniform"),
+    }
+    assert [run.runtime.compile for run in runs] == [False, True]
+    optimiser = runs[1].training.optimiser
+    assert (optimiser.batch_size, optimiser.lr_peak, optimiser.betas) == (4096, 1e-3, (0.9, 0.95))
+    assert (optimiser.weight_decay, optimiser.clip_norm, optimiser.precision) == (0.05, 1.0, "bf16")
+    schedule = runs[1].training.schedule
+    assert (schedule.kind, schedule.lr_start, schedule.lr_end) == ("cosine", 1e-6, 0.0)
+    assert schedule.warmup_images == 2_048_000_000 // 40
