@@ -32,7 +32,7 @@ SHARE = 0.15
 MIN_HELD_OUT = 5
 STANDARD_ERRORS = 1.0
 """A law is as good as the best if its mean error exceeds that by at most so many standard errors."""
-POINTS_PER_PARAMETER = 3.0
+POINTS_PER_PARAMETER = 2.0
 """Fewer points below the cut than this for each parameter are too few to judge a law by."""
 
 
@@ -186,7 +186,8 @@ def with_compute(df: pd.DataFrame, columns: Mapping[str, str] | None) -> pd.Data
     n, d = _column(df, columns, "N"), _column(df, columns, "D")
     if _column(df, columns, "C") is not None or n is None or d is None:
         return df
-    return df.assign(C=6 * pd.to_numeric(df[n]) * pd.to_numeric(df[d]))
+    size, seen = (pd.to_numeric(df[name], errors="coerce").astype(float) for name in (n, d))  # integers overflow
+    return df.assign(C=6 * size * seen)
 
 
 def _largest(

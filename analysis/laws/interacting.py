@@ -13,6 +13,9 @@ import numpy as np
 from aimscale.analysis.laws.base import Array, Columns, Law, Parameter, Params, coefficient, exponent
 
 Parts = tuple[Any, ...]
+POOL_EXPONENT = 0.7
+"""A pool of U holds off the overfitting of a size N ~ U^0.7: where it is fitted too (161 runs with up to 3000 passes
+over pools of 1e8 to 1e11 tokens) it comes out at 0.65 to 0.7, and it is what few runs tell least about."""
 
 
 def _centre(x: Columns, variable: str) -> float:
@@ -114,36 +117,35 @@ def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
 
 
 def overfitting(n0: float = 1.0, d0: float = 1.0, u0: float = 1.0) -> Law:
-    """Chinchilla's law and a penalty for repeats: it grows with the size, falls with the pool and saturates."""
+    """Chinchilla's law and a penalty for repeats: it grows with the size over the pool^0.7 and saturates."""
 
     def basis(x: Columns, t: Params) -> Parts:
         unique = np.minimum(x["U"], x["D"])
         repeats = x["D"] / unique - 1
         share = repeats / (repeats + t["R0"])
-        room = t["p"] * (x.log("N") - np.log(n0)) - t["q"] * (np.log(unique) - np.log(u0))
+        room = x.log("N") - np.log(n0) - POOL_EXPONENT * (np.log(unique) - np.log(u0))
         return (
             1.0,
             np.exp(-t["alpha"] * (x.log("N") - np.log(n0))),
             np.exp(-t["beta"] * (x.log("D") - np.log(d0))),
-            np.exp(room) * share,
+            np.exp(t["p"] * room) * share,
         )
 
     def report(p: Params) -> dict[str, Array]:
         with np.errstate(over="ignore", divide="ignore"):
             out = {"E": p["E"], "A": p["A"] * n0 ** p["alpha"], "B": p["B"] * d0 ** p["beta"]}
-            out["G"] = p["G"] * np.exp(p["q"] * np.log(u0) - p["p"] * np.log(n0))
-        return {**out, **{name: p[name] for name in ("alpha", "beta", "p", "q", "R0")}}
+            out["G"] = p["G"] * np.exp(p["p"] * (POOL_EXPONENT * np.log(u0) - np.log(n0)))
+        return {**out, **{name: p[name] for name in ("alpha", "beta", "p", "R0")}}
 
     return Law(
         name="overfitting",
-        formula="L = E + A N^-alpha + B D^-beta + G N^p U^-q R/(R + R0), R = D/U - 1",
+        formula=f"L = E + A N^-alpha + B D^-beta + G (N / U^{POOL_EXPONENT})^p R/(R + R0), R = D/U - 1",
         variables=("N", "D", "U"),
         linear=tuple(coefficient(name) for name in ("E", "A", "B", "G")),
         nonlinear=(
             exponent("alpha"),
             exponent("beta"),
-            exponent("p", 0.1, 5.0),
-            exponent("q", 0.1, 5.0),
+            exponent("p", 0.1, 4.0),
             exponent("R0", 1.0, 1e4),
         ),
         basis=basis,

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench": ("aimscale.sweeps.cli.bench", "Measure throughput, MFU, loader and fit speed against named limits."),
     "doctor": ("aimscale.sweeps.cli.doctor", "Look at this machine: what works, and what to do about the rest."),
     "fit": ("aimscale.analysis.cli.fit", "Fit a scaling law to a table, with intervals and a held-out test."),
+    "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
     "frontier": ("aimscale.analysis.cli.frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("aimscale.analysis.cli.correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
     "contrast": ("aimscale.analysis.cli.contrast", "Compare the levels of one column with everything else equal."),

@@ -39,8 +39,8 @@ def test_worse_laws_are_ranked_with_the_error_of_the_difference():
 
 
 def test_a_law_that_the_points_cannot_carry_is_named_and_not_ranked(grid):
-    found = choose("auto", grid, resamples=0)
-    assert found.table.set_index("law").loc["farseer", "reason"].startswith("25 points below the cut are too few")
+    found = choose("auto", grid.iloc[:22], resamples=0)
+    assert found.table.set_index("law").loc["farseer", "reason"].startswith("17 points below the cut are too few")
     with pytest.raises(AnalysisError, match="too few to hold out the largest 5"):
         choose("auto", grid.iloc[:5], resamples=0)
     with pytest.raises(AnalysisError, match="Cannot hold out the largest rung"):
@@ -48,7 +48,10 @@ def test_a_law_that_the_points_cannot_carry_is_named_and_not_ranked(grid):
 
 
 def test_data_without_a_column_of_compute_are_held_out_by_six_n_d(grid):
-    bare = grid.drop(columns="flops_train")
+    large = grid.assign(params_total=(1e5 * grid["params_total"]).astype("int64"), images_seen=grid["images_seen"])
+    large["images_seen"] = (1e5 * large["images_seen"]).astype("int64")  # 6 N D of these overflows an int64
+    large["flops_train"] = 6.0 * large["params_total"] * large["images_seen"]
+    grid, bare = large, large.drop(columns="flops_train")
     assert (
         choose("auto", bare, resamples=0)
         .table["mean_error"]
@@ -83,4 +86,4 @@ def test_pools_seen_many_times_get_a_law_that_overfits(measurements):
     miss = df.loc[top, "loss"] - found.best.predict(df[top])["value"].to_numpy()
     r2 = 1 - (miss**2).sum() / ((df.loc[top, "loss"] - df.loc[top, "loss"].mean()) ** 2).sum()
     assert found.best.law.name == "overfitting"
-    assert r2 > 0.94
+    assert r2 > 0.97

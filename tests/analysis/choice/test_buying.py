@@ -1,0 +1,71 @@
+"""Runs are bought for what they tell about the target, by their price."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.choice.buying import buy
+from aimscale.analysis.choice.proposal import grid_offer, propose
+from aimscale.analysis.choice.replay import replay
+from aimscale.analysis.errors import AnalysisError
+
+TARGET = {"N": [1e8], "D": [3e7]}
+
+
+@pytest.fixture
+def known(grid):
+    return fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=20, cluster=None)
+
+
+def test_a_basket_keeps_to_its_budget_and_more_money_leaves_less_error(known):
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 3e7, 6), np.geomspace(1e5, 1e7, 6)))
+    offer, price = {"N": n, "D": d}, n * d
+    errors = []
+    for budget in np.array([0.02, 0.2, 1.0]) * price.sum():
+        basket = buy(known, offer, price, TARGET, budget=budget)
+        assert basket.price <= budget
+        assert len(set(basket.rows)) == len(basket.rows)
+        errors.append(basket.sd_after)
+        assert basket.sd_after < basket.sd_before
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(AnalysisError, match="more than the budget"):
+        buy(known, offer, price, TARGET, budget=0.5 * price.min())
+
+
+def test_of_two_runs_of_one_price_the_one_towards_the_target_is_bought(known):
+    offer = {"N": np.array([3e5, 3e7]), "D": np.array([3e5, 1e7])}
+    assert buy(known, offer, np.array([1.0, 1.0]), TARGET, budget=1.0).rows.tolist() == [1]
+
+
+def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
+    offer = grid_offer(grid.rename(columns={"params_total": "N", "images_seen": "D"}), {"N": 1e8, "D": 3e7})
+    assert (offer["N"] * offer["D"] < 3e15).all()
+    found = propose(grid, {"N": 1e8, "D": 3e7}, offer.assign(price=6e-12 * offer["N"] * offer["D"]), budget=2000)
+    assert found.price <= 2000
+    assert not any("told apart" in w for w in found.warnings)
+    assert f"{len(found.table)} runs for" in found.summary()
+    n = np.repeat(np.geomspace(1e5, 1e7, 10), 2)
+    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(20))
+    line = pd.DataFrame({"N": n, "D": n * np.tile([1.0, 1.5], 10), "val_loss": (0.2 + 30 * n**-0.4) * noise})
+    ray = pd.DataFrame({"N": [2e7, 4e7], "D": [2e7, 4e7], "price": [1.0, 2.0]})
+    found = propose(line, {"N": 1e11, "D": 1e11}, ray, budget=3, law="overtrained")
+    assert "exponents of N and D can hardly be told apart" in found.warnings[0]
+    assert "times the largest" in found.warnings[1]
+    with pytest.raises(AnalysisError, match="needs D of the target"):
+        propose(grid, {"N": 1e8}, ray, budget=3, law="chinchilla")
+
+
+def test_bought_runs_forecast_farseers_top_of_compute_better_than_others(measurements):
+    df = measurements("scalebench/farseer.parquet")
+    found = replay(df.assign(C=6 * df["N"] * df["D"]), "coupled", draws=2).set_index("strategy")
+    assert found["r2"].idxmax() == "next"
+    assert found.loc["next", "r2"] > 0.95
+
+
+@pytest.mark.slow
+def test_bought_runs_forecast_repeated_data_with_less_error_than_others(measurements):
+    names = {"unique_tokens": "U", "params": "N", "tokens": "D"}
+    df = measurements("scalebench/data_constrained.parquet").rename(columns=names)
+    found = replay(df.assign(C=6 * df["N"] * df["D"]), "overfitting", draws=6).set_index("strategy")
+    assert found["log_error"].idxmin() == "next"

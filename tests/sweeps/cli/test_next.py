@@ -1,0 +1,79 @@
+"""`aimscale next`: from a collected sweep to the sweep of the runs worth buying."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from aimscale.sweeps.cli import next as next_verb
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+
+
+def run(*args: object) -> str:
+    result = CliRunner().invoke(next_verb.app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def collected(write_sweep: Any) -> Any:
+    """A sweep of three sizes and four budgets whose loss follows a known law, collected."""
+    sweep = write_sweep(
+        sizes=["rung-32", "rung-48", "rung-64", "rung-96"], budgets=[640, 1280, 2560, 5120], seeds=[0, 1]
+    )
+    runs = plan(sweep)
+    rng = np.random.default_rng(0)
+    rows = []
+    for one, card in zip(runs, cost_cards(sweep, runs), strict=True):
+        for cost in card.budgets:
+            n, d = float(card.params_total), float(cost.images_seen)
+            loss = (0.2 + 5 * n**-0.3 + 9 * d**-0.4) * np.exp(0.002 * rng.standard_normal())
+            row = {"run_id": one.run_id, "status": "complete", "size": one.cell["size"], "seed": one.cell["seed"]}
+            rows.append({**row, "params_total": n, "images_seen": d, "flops_train": cost.flops, "val_loss": loss})
+    sweep.directory.mkdir(parents=True)
+    pd.DataFrame(rows).to_parquet(sweep.directory / "results.parquet")
+    return sweep
+
+
+def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: Any, tmp_path: Any) -> None:
+    args = [collected.source, "--root", collected.root, "--target", "N=1e7,D=100k", "--budgets", "5120,10240,20480"]
+    offered = json.loads(run(*args, "--budget", 1e9, "--json"))
+    assert {row["D"] for row in offered["runs"]} == {10240.0, 20480.0}  # 5120 is measured at every size
+    assert len(offered["runs"]) == 8
+    budget = offered["price"] / 3
+    out = tmp_path / "more.yaml"
+    text = run(*args, "--budget", budget, "--write", out)
+    assert "runs for" in text
+    assert f"aimscale plan {out}" in text
+    again = load_sweep(out, collected.root)
+    runs = plan(again)
+    hours = sum(card.device_hours for card in cost_cards(again, runs))
+    assert again.name == "tiny-next"
+    assert 0 < hours <= budget * 1.01  # budgets of one size share a trunk: never dearer than one by one
+    assert {r.cell["seed"] for r in runs} == {0}
+    assert yaml.safe_load(out.read_text())["base"] == yaml.safe_load(collected.text)["base"]
+
+
+def test_a_table_is_priced_by_its_own_flops(collected: Any, tmp_path: Any) -> None:
+    table = tmp_path / "table.csv"
+    pd.read_parquet(collected.directory / "results.parquet").to_csv(table, index=False)
+    found = json.loads(run(table, "--target", "N=1e7,D=100k", "--budget", 0.01, "--tflops", 1, "--json"))
+    assert found["price"] <= 0.01
+    assert found["sd_after"] < found["sd_before"]
+
+
+def test_mistakes_are_told_in_one_sentence(collected: Any, tmp_path: Any) -> None:
+    with pytest.raises(SweepError, match="needs both N and D"):
+        run(collected.source, "--root", collected.root, "--target", "N=1e9", "--budget", 1)
+    elsewhere = tmp_path / "elsewhere" / "more.yaml"
+    with pytest.raises(SweepError, match="relative to"):
+        run(collected.source, "--root", collected.root, "--target", "N=1e7,D=1e5", "--budget", 1, "--write", elsewhere)
+    (collected.directory / "results.parquet").unlink()
+    with pytest.raises(SweepError, match="aimscale collect tiny"):
+        run(collected.source, "--root", collected.root, "--target", "N=1e7,D=1e5", "--budget", 1)
