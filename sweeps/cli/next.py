@@ -22,10 +22,9 @@ TABLES = (".csv", ".parquet", ".jsonl")
 
 @app.command()
 def command(
-    source: Annotated[
+    sweep_or_table: Annotated[
         str,
         typer.Argument(
-            metavar="SWEEP|TABLE",
             help="A launched and collected sweep (runs are priced by their cost cards), or any table.",
             autocompletion=complete_sweep,
         ),
@@ -55,12 +54,12 @@ def command(
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     place = _target(target)
-    if Path(source).suffix in TABLES:
+    if Path(sweep_or_table).suffix in TABLES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        found = _of_table(Path(source), columns, place, budget, law, y, tflops)
+        found = _of_table(Path(sweep_or_table), columns, place, budget, law, y, tflops)
     else:
-        sweep = load_sweep(source, root)
+        sweep = load_sweep(sweep_or_table, root)
         if write is not None and write.absolute().parent != sweep.base_dir:
             raise SweepError(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
