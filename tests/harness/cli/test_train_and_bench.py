@@ -17,7 +17,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.cli import bench as cli_bench
 from aimscale.harness.cli import train as cli_train
-from aimscale.harness.run.config import ConfigError, RunConfig
+from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 
 Run = Callable[..., list[int]]
@@ -40,7 +40,9 @@ def test_train_from_a_configuration_and_again_from_its_directory(
     out, run = tmp_path / "output", RunDir(tmp_path / "run")
     arguments = [str(tmp_path / "config.yaml"), "--out", str(run.path)]
     assert in_processes(invoke, cli_train.app, arguments, out) == [0]
-    assert f"{config.run_id}: 0 of 64 images done, ZeRO 0, micro-batch 8, 1 rank(s)" in out.read_text()
+    named = load_run_config(run.config).run_id  # with the fingerprints of its data, which the configuration did not say
+    assert named != config.run_id
+    assert f"{named}: 0 of 64 images done, ZeRO 0, micro-batch 8, 1 rank(s)" in out.read_text()
     assert "budget 64: validation loss" in out.read_text()
     assert run.read_status().state == "finished"
     assert in_processes(invoke, cli_train.app, [str(run.path)], out) == [0]
