@@ -1,26 +1,20 @@
-"""What a run writes down while it trains.
+"""The steps since the last line, and the lines that they become.
 
-`metrics.jsonl` holds what was learnt and is reproducible to the byte, `speed.jsonl` how fast, which is not. Losses stay
-on the device until a line is due: between lines nothing waits for it. What is pending at a checkpoint is stored in it,
-so that an interrupted run writes the same lines as an uninterrupted one.
+Losses stay on the device until a line is due: between lines nothing waits for it. What is pending at a checkpoint is
+stored in it, so that an interrupted run writes the same lines as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
-import os
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.run.fence import check_fence
-from aimscale.harness.run.files import written_aside
 from aimscale.harness.step.engine import StepOutcome
 
 SPIKE_WINDOW = 100
@@ -29,41 +23,6 @@ SPIKE_SIGMAS = 6.0
 """... and called a spike when it is above their mean by so many standard deviations (half of the window suffices)."""
 TAIL_FRACTION = 0.05
 """A budget's `train_loss` is the mean over this last share of it."""
-
-
-class JsonLines:
-    """An append-only file of JSON lines that can be cut back to what a checkpoint knew."""
-
-    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
-        """Open for appending, after cutting to `keep_bytes` (None keeps all whole lines).
-
-        The file is replaced by a copy: a process that had it before appends to what nobody sees.
-        """
-        old = path.read_bytes() if path.exists() else b""
-        size = old.rfind(b"\n") + 1 if keep_bytes is None else keep_bytes
-        assert len(old) >= size, f"{path} is shorter than its checkpoint knew"
-        with written_aside(path) as aside:
-            aside.write_bytes(old[:size])
-        self._path, self._file = path, path.open("ab")
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line; visible to readers at once.
-
-        Raises:
-            LeaseLost: another process took the run over.
-        """
-        check_fence(self._path)
-        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-        self._file.flush()
-
-    def sync(self) -> int:
-        """Make all lines durable; returns the file's size in bytes."""
-        os.fsync(self._file.fileno())
-        return self._file.seek(0, os.SEEK_END)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 @dataclasses.dataclass(kw_only=True)

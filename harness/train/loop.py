@@ -24,8 +24,16 @@ from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, known_peak
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
+from aimscale.harness.run.directory import (
+    EXIT_CRASHED,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    RunDir,
+)
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
+from aimscale.harness.run.fence import LeaseLost
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import model_of
@@ -100,7 +108,7 @@ class Trainer:
             if is_start and segment.branch is not None and (segment.start > 0 or number + 1 < len(segments)):
                 self._save(segment.start, None)
             if is_start and self._is_saved(segment.start):
-                self.recorder.point = self.run.checkpoint_dir(segment.start).name
+                self.recorder.counters.point = self.run.checkpoint_dir(segment.start).name
             self.recorder.enter(segment, from_its_start=is_start)
             self._train_segment(segment, position)
             if segment.branch is not None:
@@ -198,7 +206,7 @@ class Trainer:
                     if not self._roll_back(position, segment.branch):
                         raise
                 if roll_back and is_crossed(roll_back.every_images) and self.recorder.is_finite:
-                    self.recorder.point = self.run.checkpoint_dir(position, segment.branch).name
+                    self.recorder.counters.point = self.run.checkpoint_dir(position, segment.branch).name
                     self._save(position, segment.branch)
                 elif is_crossed(every):
                     self._save(position, segment.branch)
@@ -230,8 +238,8 @@ class Trainer:
             progress=self.recorder.progress(),
         )
         needed = {path}
-        if self.recorder.point is not None and self.config.training.roll_back is not None:
-            needed.add(self.run.checkpoints / self.recorder.point)
+        if self.recorder.counters.point is not None and self.config.training.roll_back is not None:
+            needed.add(self.run.checkpoints / self.recorder.counters.point)
         if branch is not None:
             needed.add(self.run.checkpoint_dir(self.schedule.branch_point(branch)))
         if self.group.is_first:
@@ -268,7 +276,7 @@ class Trainer:
                 "startup_s": startup_s,
             },
         )
-        done, planned = self.recorder.images_done, self.schedule.images_planned()
+        done, planned = self.recorder.counters.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
         self.recorder.terminal.say(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {self.plan.zero_stage}, micro-batch "
@@ -328,6 +336,6 @@ def main() -> None:
         sys.exit("usage: python -m aimscale.harness.train RUN_DIR")
     try:
         sys.exit(train(Path(sys.argv[1])))
-    except UserError as error:
+    except (UserError, LeaseLost) as error:
         print(f"aimscale: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASHED)

@@ -56,7 +56,7 @@ def train_and_die(rank: int, path: Path, num_images: int) -> None:
 
     def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
-        if self.images_done == num_images:
+        if self.counters.images_done == num_images:
             os.kill(os.getpid(), signal.SIGKILL)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from aimscale.harness.device.distributed import Group, Placement
-from aimscale.harness.log.metrics import SPIKE_WINDOW, JsonLines, StepLog
+from aimscale.harness.log.lines import JsonLines
+from aimscale.harness.log.metrics import SPIKE_WINDOW, StepLog
 from aimscale.harness.step.engine import StepOutcome
 
 ALONE = Group(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.log.metrics import JsonLines
+from aimscale.harness.log.lines import JsonLines
 from aimscale.harness.run import lease
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import LeaseLost, check_fence

@@ -118,7 +118,7 @@ def train_elsewhere(rank: int, path: Path, folders: Path, truncate_at: int | Non
 
     def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
-        if self.images_done == truncate_at and rank == 1:
+        if self.counters.images_done == truncate_at and rank == 1:
             for shard in Path("train").glob("*.tar"):
                 os.truncate(shard, 512)
 
@@ -154,7 +154,7 @@ def crash_on_one(rank: int, path: Path) -> None:
 
     def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
-        if self.images_done == 32 and rank == 1:
+        if self.counters.images_done == 32 and rank == 1:
             raise ZeroDivisionError("a bug")
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
@@ -177,7 +177,7 @@ def stop_at(rank: int, path: Path, num_images: int) -> None:
 
     def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
-        if self.images_done == num_images and rank == 0:
+        if self.counters.images_done == num_images and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
@@ -228,7 +228,7 @@ def signal_the_group(rank: int, path: Path, num_images: int, signum: int) -> Non
 
     def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
-        if self.images_done == num_images:
+        if self.counters.images_done == num_images:
             os.killpg(0, signum)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]

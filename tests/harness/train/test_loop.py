@@ -117,7 +117,7 @@ def stop_after(rank: int, path: Path, num_images: int, signum: int) -> None:
     def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         # One rank of a group gets it: all must agree to stop.
-        if self.images_done == num_images and rank == int(os.environ["WORLD_SIZE"]) - 1:
+        if self.counters.images_done == num_images and rank == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signum)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
@@ -308,7 +308,7 @@ def stop_with_bad_steps(rank: int, path: Path, bad: set[int], num_images: int) -
         try:
             real(self, *args, **kwargs)
         finally:
-            if self.images_done == num_images:
+            if self.counters.images_done == num_images:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
