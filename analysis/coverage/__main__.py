@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
 from aimscale.analysis.coverage.designs import Design
+from aimscale.analysis.coverage.frontiers import envelope_coverage, interpolated_coverage, isoflop_coverage
 from aimscale.analysis.coverage.laws import fit_coverage, held_out_coverage, verdict_coverage
 from aimscale.analysis.coverage.record import Record
 
@@ -23,6 +25,9 @@ GRIDS = tuple(
 STUDIES: dict[str, tuple[tuple[Design, ...], Callable[[Design, int], Record]]] = {
     "fit": (GRIDS, fit_coverage),
     "held-out": (GRIDS, held_out_coverage),
+    "approach-1": (GRIDS, envelope_coverage),
+    "approach-2": (tuple(replace(each, isoflop=True) for each in GRIDS), isoflop_coverage),
+    "approach-2-interpolated": (GRIDS, interpolated_coverage),
 }
 """What is measured, on which designs."""
 

@@ -46,13 +46,10 @@ class Design:
         if self.isoflop:
             flops = np.geomspace(1e12, 3e14, self.budgets)
             log_k, a = (float(v) for v in optimum_of(TRUTH, COST))
-            middle = np.exp(log_k + a * np.log(flops).mean())
-            n = np.geomspace(middle / 16, middle * 16, self.sizes)
-            c, size = (v.ravel() for v in np.meshgrid(flops, n))
-            best = np.exp(log_k + a * np.log(c))
-            # sizes are named ones, shared by budgets; those far from a budget's optimum are not trained
-            keep = np.abs(np.log(size / best)) < np.log(24)
-            size, c = size[keep], c[keep]
+            best = np.exp(log_k + a * np.log(flops))
+            # named sizes, each twice the one before, shared by budgets: those nearest to each budget's optimum
+            nearest = np.round(np.log2(best))[:, None] + np.arange(self.sizes) - (self.sizes - 1) // 2
+            size, c = (2.0**nearest).ravel(), np.repeat(flops, self.sizes)
             d = c / (6 * size)
         else:
             size, d = (

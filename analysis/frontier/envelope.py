@@ -14,6 +14,7 @@ from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.frontier.isoflop import loss_along
 from aimscale.analysis.frontier.optimum import Frontier, cost_of, log_line, points_of
+from aimscale.analysis.frontier.simulated import corrected, interval_of, lines_through, simulate
 from aimscale.analysis.laws.base import Array
 
 
@@ -31,46 +32,40 @@ def envelope_frontier(
 
     Every size's best losses at its budgets are joined by straight lines in log-log; at each of `num_budgets` budgets
     the size of the lowest curve is read off, where at least three curves exist and the lowest is neither the smallest
-    nor the largest of them (nothing lies beyond these). The interval resamples whole curves.
+    nor the largest of them (nothing lies beyond these). The interval comes from tables simulated through this design.
 
     Raises:
         AnalysisError: fewer than three sizes were measured at two budgets or more, or the envelope never changes hands.
     """
     points = points_of(df, y=y, columns=columns)
-    curves = []
-    for _, group in points.groupby("N"):
-        best = group.groupby("C")["loss"].min().sort_index()
-        if len(best) > 1:
-            curves.append((float(group["N"].iloc[0]), np.log(best.index.to_numpy(float)), np.log(best.to_numpy(float))))
-    if len(curves) < 3:
-        raise AnalysisError(f"Approach 1 needs 3 sizes measured at two budgets or more; the table has {len(curves)}.")
     grid = np.geomspace(points["C"].min(), points["C"].max(), num_budgets)
-    table = lowest(curves, grid)
-    if len(table["N"].unique()) < 2:
+    curves = Curves.of(points, grid)
+    if len(curves.sizes) < 3:
+        raise AnalysisError(
+            f"Approach 1 needs 3 sizes measured at two budgets or more; the table has {len(curves.sizes)}."
+        )
+    best, loss = curves.lowest(np.log(points["loss"].to_numpy())[None])
+    seen = np.isfinite(best[0])
+    if len(np.unique(best[0, seen])) < 2:
         raise AnalysisError("One size is lowest at every budget where curves overlap, so approach 1 sees no frontier.")
-    log_k, a = log_line(table["C"].to_numpy(), table["N"].to_numpy())
-    rng = np.random.default_rng(seed)
-    lines = []
-    for _ in range(resamples):
-        drawn = [curves[i] for i in np.unique(rng.integers(0, len(curves), len(curves)))]
-        again = lowest(drawn, grid)
-        if len(drawn) >= 3 and len(again["N"].unique()) > 1:
-            lines.append(log_line(again["C"].to_numpy(), again["N"].to_numpy()))
-    draws = np.array(lines) if lines else np.array([[np.nan, np.nan]])
-    low, high = interval(draws[:, 1], confidence)
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
+    table = pd.DataFrame({"C": grid, "N": np.exp(best[0]), "loss": loss[0], "log_N_std": np.nan})[seen]
     table.insert(2, "D", cost.samples(table["C"].to_numpy(), table["N"].to_numpy()))
+    line = log_line(table["C"].to_numpy(), table["N"].to_numpy())
+    tables = simulate(points, cost, resamples, seed) if resamples else None
+    found = None
+    if tables is not None:
+        lines = lines_through(np.log(grid), curves.lowest(tables.log_losses)[0])
+        found = corrected(line, lines, tables.optima)
+    draws, bias = (np.full((1, 2), np.nan), None) if found is None else found
+    method = NO_LAW if found is None else f"{len(draws)} tables simulated through this design by the joint law"
     return Frontier(
         approach=1,
-        method=f"lower envelope of {len(curves)} training curves at {len(table)} budgets",
-        exponent=a,
-        exponent_interval=Interval(
-            low=low,
-            high=high,
-            confidence=confidence,
-            method=f"bootstrap over curves, {len(lines)} of {resamples} usable resamples",
-        ),
-        log_k=log_k,
+        method=f"lower envelope of {len(curves.sizes)} training curves at {len(table)} budgets",
+        exponent=line[1],
+        exponent_interval=interval_of(draws, confidence, method),
+        bias=bias,
+        log_k=line[0],
         draws=draws,
         cost=cost,
         pairs=table,
@@ -80,18 +75,51 @@ def envelope_frontier(
     )
 
 
-def lowest(curves: list[tuple[float, Array, Array]], grid: Array) -> pd.DataFrame:
-    """C, N, loss, log_N_std of the lowest curve at each budget, interior ones only."""
-    log_c = np.log(grid)
-    losses = np.array([np.interp(log_c, c, v, left=np.inf, right=np.inf) for _, c, v in curves])
-    sizes = np.array([n for n, _, _ in curves])
-    present = np.isfinite(losses)
-    best = np.argmin(losses, axis=0)
-    smallest = np.where(present, sizes[:, None], np.inf).min(axis=0)
-    largest = np.where(present, sizes[:, None], -np.inf).max(axis=0)
-    interior = (present.sum(axis=0) >= 3) & (sizes[best] > smallest) & (sizes[best] < largest)
-    loss = np.exp(losses[best, np.arange(len(grid))])
-    return pd.DataFrame({"C": grid, "N": sizes[best], "loss": loss, "log_N_std": np.nan})[interior]
+NO_LAW = "no interval: the joint law, through which this design is simulated, cannot be fitted to the table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Training curves of all sizes on a common grid of budgets, as a function of the table's losses."""
+
+    sizes: Array
+    """N of each curve (m,), ascending."""
+    cells: tuple[tuple[Array, ...], ...]
+    """For each curve, the rows measured at each of its budgets."""
+    blends: tuple[Array, ...]
+    """For each curve, its ln loss on the grid as a blend (num_budgets, budgets of the curve); NaN outside of it."""
+
+    @staticmethod
+    def of(points: pd.DataFrame, grid: Array) -> Curves:
+        """Curves of the sizes measured at two budgets or more."""
+        sizes, cells, blends = [], [], []
+        numbered = points.assign(row=np.arange(len(points)))
+        for size, group in numbered.groupby("N"):
+            rows = [each["row"].to_numpy() for _, each in group.groupby("C")]
+            if len(rows) < 2:
+                continue
+            own = np.log(np.unique(group["C"]))
+            sizes.append(float(size))  # type: ignore[arg-type]
+            cells.append(tuple(rows))
+            blends.append(
+                np.array([np.interp(np.log(grid), own, unit, left=np.nan, right=np.nan) for unit in np.eye(len(own))]).T
+            )
+        return Curves(sizes=np.array(sizes), cells=tuple(cells), blends=tuple(blends))
+
+    def lowest(self, log_losses: Array) -> tuple[Array, Array]:
+        """ln N (num, num_budgets) of the lowest curve of tables (num, n), NaN where not interior; its loss."""
+        curves = []
+        for rows, blend in zip(self.cells, self.blends, strict=True):
+            best = np.stack([log_losses[:, each].min(axis=1) for each in rows], axis=1)
+            curves.append(best @ blend.T)
+        losses = np.stack(curves, axis=1)  # (num, m, num_budgets)
+        present = np.isfinite(losses[0])
+        best = np.argmin(np.where(present, losses, np.inf), axis=1)
+        smallest = np.where(present, self.sizes[:, None], np.inf).min(axis=0)
+        largest = np.where(present, self.sizes[:, None], -np.inf).max(axis=0)
+        interior = (present.sum(axis=0) >= 3) & (self.sizes[best] > smallest) & (self.sizes[best] < largest)
+        loss = np.exp(np.take_along_axis(losses, best[:, None], axis=1)[:, 0])
+        return np.where(interior, np.log(self.sizes[best]), np.nan), loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.result import Fit, Interval
-from aimscale.analysis.frontier.optimum import Frontier, Refusal, cost_of, log_line, points_of, refusal_words
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.frontier.optimum import Cost, Frontier, Refusal, cost_of, log_line, points_of, refusal_words
+from aimscale.analysis.frontier.parabola import Budget, tops_of, vertex
+from aimscale.analysis.frontier.quality import advice
+from aimscale.analysis.frontier.simulated import corrected, interval_of, lines_through, simulate
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import power
 
@@ -38,26 +40,24 @@ def isoflop_frontier(
         tolerance: rows whose C differ by less than this fraction share a budget (without `budgets`).
         window: only points within this factor of the best measured N enter the parabola: far from its minimum an
             iso-FLOP curve is no parabola, and its skew would move the vertex.
-        resamples: residual-bootstrap resamples.
+        resamples: simulated tables, from which the interval is read.
         confidence: coverage of the intervals.
-        seed: seed of the bootstrap.
+        seed: seed of the simulation.
 
     Raises:
         AnalysisError: fewer than two budgets with an interior, convex minimum; the message names each refused budget.
     """
     points = points_of(df, y=y, columns=columns)
-    curves = isoflop_points(points, budgets, tolerance)
-    rng = np.random.default_rng(seed)
-    pairs, refusals, draws = [], [], []
-    for flops, group in curves:
-        found = vertex(group["N"].to_numpy(), group["loss"].to_numpy(), window, resamples, rng)
+    curves = budgets_of(points, budgets, tolerance)
+    log_losses = np.log(points["loss"].to_numpy())
+    pairs, refusals, accepted = [], [], []
+    for curve in curves:
+        found = vertex(curve.num_params, curve.losses(log_losses[None])[0], window)
         if isinstance(found, str):
-            refusals.append(Refusal(flops=flops, reason=found))
+            refusals.append(Refusal(flops=curve.flops, reason=found))
             continue
-        log_n, loss, samples = found
-        std = float(np.nanstd(samples))
-        pairs.append({"C": flops, "N": float(np.exp(log_n)), "loss": loss, "log_N_std": std})
-        draws.append(np.where(np.isfinite(samples), samples, log_n))
+        pairs.append({"C": curve.flops, "N": float(np.exp(found[0])), "loss": found[1]})
+        accepted.append(curve)
     if len(pairs) < 2:
         raise AnalysisError(
             f"Approach 2 finds {len(pairs)} budget(s) with an interior, convex minimum and needs 2"
@@ -66,28 +66,93 @@ def isoflop_frontier(
     table = pd.DataFrame(pairs)
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
     table.insert(2, "D", cost.samples(table["C"].to_numpy(), table["N"].to_numpy()))
-    std = np.maximum(table["log_N_std"].to_numpy(), 1e-3)
-    log_k, a = log_line(table["C"].to_numpy(), table["N"].to_numpy(), std)
-    lines = np.array([log_line(table["C"].to_numpy(), np.exp(row), std) for row in np.array(draws).T])
-    low, high = interval(lines[:, 1], confidence)
+    line = log_line(table["C"].to_numpy(), table["N"].to_numpy())
+    fresh = len(table) if budgets is None else min(len(table), _own_budgets(points))
+    draws, bias, method, spread = _draws(points, cost, accepted, table, line, fresh, window, resamples, seed)
     return Frontier(
         approach=2,
-        method=f"parabolas in ln N at {len(table)} of {len(curves)} budgets, then a line weighted by 1/variance",
-        exponent=a,
-        exponent_interval=Interval(
-            low=low,
-            high=high,
-            confidence=confidence,
-            method=f"residual bootstrap of every parabola, {resamples} resamples",
-        ),
-        log_k=log_k,
-        draws=lines,
+        method=f"parabolas in ln N at {len(table)} of {len(curves)} budgets, then a plain line",
+        exponent=line[1],
+        exponent_interval=interval_of(draws, confidence, method),
+        bias=bias,
+        advice=advice(points, accepted, table, line[1], window) if budgets is None else (),
+        log_k=line[0],
+        draws=draws,
         cost=cost,
-        pairs=table,
+        pairs=table.assign(log_N_std=spread),
         refusals=tuple(refusals),
         range=(float(table["C"].min()), float(table["C"].max())),
         law=loss_along(table),
     )
+
+
+def budgets_of(points: pd.DataFrame, budgets: int | None, tolerance: float) -> list[Budget]:
+    """The table's own budgets, or `budgets` common ones that every size's curve is interpolated to."""
+    numbered = points.assign(row=np.arange(len(points)))
+    if budgets is not None:
+        return _interpolated(numbered, budgets)
+    return [
+        Budget(flops=flops, num_params=group["N"].to_numpy(), rows=group["row"].to_numpy())
+        for flops, group in isoflop_points(numbered, None, tolerance)
+    ]
+
+
+def _own_budgets(points: pd.DataFrame) -> int:
+    """Budgets that a size was measured at: what interpolation has to go by, however many it is asked for."""
+    return int(points.groupby("N")["C"].nunique().median())
+
+
+def _draws(
+    points: pd.DataFrame,
+    cost: Cost,
+    accepted: list[Budget],
+    table: pd.DataFrame,
+    line: tuple[float, float],
+    fresh: int,
+    window: float,
+    resamples: int,
+    seed: int,
+) -> tuple[Array, float | None, str, Array]:
+    """Draws (num, 2) of (ln k, a), the bias, how they were made, and the spread of every budget's ln N*.
+
+    Tables simulated through the design count everything but scatter between budgets that their law does not know; where
+    the optima scatter more about their line than 97.5 % of the simulated ones, the draws are widened to match.
+    """
+    log_c, log_n = np.log(table["C"].to_numpy()), np.log(table["N"].to_numpy())
+    rest = log_n - line[0] - line[1] * log_c
+    spare = max(1, fresh - 2)
+    scatter = float(np.sqrt(np.sum(rest**2) / max(1, len(rest) - 2)))
+    tables = simulate(points, cost, resamples, seed) if resamples else None
+    found = None
+    if tables is not None:
+        tops = np.stack([tops_of(each, tables.log_losses, window) for each in accepted], axis=1)
+        lines = lines_through(log_c, tops)
+        found = corrected(line, lines, tables.optima)
+    if tables is None or found is None:
+        draws = _line_draws(log_c, line, scatter * np.sqrt(len(rest) / fresh), spare, max(resamples, 1), seed)
+        return draws, None, f"plain line, t with {spare} degrees of freedom", np.full(len(table), np.nan)
+    draws, bias = found
+    with np.errstate(invalid="ignore"):
+        simulated = np.sqrt(
+            np.nansum((tops - lines[:, :1] - lines[:, 1:] * log_c) ** 2, axis=1) / max(1, len(rest) - 2)
+        )
+    usual, most = np.nanmedian(simulated), np.nanpercentile(simulated, 97.5)
+    method = f"{len(draws)} tables simulated through this design by the joint law"
+    if len(rest) > 2 and scatter > most:
+        middle = np.median(draws, axis=0)
+        draws = middle + (draws - middle) * scatter / usual
+        method += f", widened {scatter / usual:.2g} times: so much more do the budgets' optima scatter"
+    return draws, bias, method, np.nanstd(tops, axis=0)
+
+
+def _line_draws(log_c: Array, line: tuple[float, float], scatter: float, spare: int, num: int, seed: int) -> Array:
+    """Draws (num, 2) of a line's (ln k, a), t-distributed."""
+    rng = np.random.default_rng(seed)
+    t = rng.standard_normal((num, 2)) / np.sqrt(rng.chisquare(spare, (num, 1)) / spare)
+    middle = log_c.mean()
+    slope = scatter / np.sqrt(np.sum((log_c - middle) ** 2)) * t[:, 0]
+    level = scatter / np.sqrt(len(log_c)) * t[:, 1]
+    return np.stack([line[0] + level - slope * middle, line[1] + slope], axis=1)
 
 
 def loss_along(pairs: pd.DataFrame) -> Fit | None:
@@ -98,7 +163,12 @@ def loss_along(pairs: pd.DataFrame) -> Fit | None:
 def isoflop_points(points: pd.DataFrame, budgets: int | None, tolerance: float) -> list[tuple[float, pd.DataFrame]]:
     """(budget, its points N and loss), by rows that share a C or by interpolating each size's curve."""
     if budgets is not None:
-        return _interpolated(points, budgets)
+        numbered = points.assign(row=np.arange(len(points)))
+        log_losses = np.log(points["loss"].to_numpy())[None]
+        return [
+            (each.flops, pd.DataFrame({"N": each.num_params, "loss": each.losses(log_losses)[0]}))
+            for each in _interpolated(numbered, budgets)
+        ]
     ordered = points.sort_values("C")
     log_c = np.log(ordered["C"].to_numpy())
     group = _shared_budgets(log_c, ordered["N"].to_numpy(), tolerance)
@@ -126,53 +196,29 @@ def _shared_budgets(log_c: Array, num_params: Array, tolerance: float) -> Array:
     return group
 
 
-def _interpolated(points: pd.DataFrame, budgets: int) -> list[tuple[float, pd.DataFrame]]:
-    """Loss of every size at common budgets, by straight lines in log-log between its own."""
-    curves = [g.sort_values("C") for _, g in points.groupby("N") if len(g["C"].unique()) > 1]
-    if not curves:
-        raise AnalysisError("No size has two budgets, so its loss cannot be interpolated to a common one.")
+def _interpolated(points: pd.DataFrame, budgets: int) -> list[Budget]:
+    """Every size at common budgets, by straight lines in log-log between its own (seeds averaged)."""
     grid = np.geomspace(points["C"].min(), points["C"].max(), budgets)
+    sizes, blends = [], []
+    for size, group in points.groupby("N"):
+        own = np.unique(group["C"])
+        if len(own) < 2:
+            continue
+        blend = np.zeros((budgets, len(points)))
+        for flops, unit in zip(own, np.eye(len(own)), strict=True):
+            rows = group.loc[group["C"] == flops, "row"].to_numpy()
+            share = np.interp(np.log(grid), np.log(own), unit, left=np.nan, right=np.nan)
+            blend[:, rows] = share[:, None] / len(rows)
+        sizes.append(float(size))  # type: ignore[arg-type]
+        blends.append(blend)
+    if not sizes:
+        raise AnalysisError("No size has two budgets, so its loss cannot be interpolated to a common one.")
     out = []
-    for c in grid:
-        at = [
-            (g["N"].iloc[0], np.exp(np.interp(np.log(c), np.log(g["C"]), np.log(g["loss"]))))
-            for g in curves
-            if g["C"].min() <= c <= g["C"].max()
-        ]
-        if at:
-            out.append((float(c), pd.DataFrame(at, columns=["N", "loss"])))
+    for k, flops in enumerate(grid):
+        here = [i for i, blend in enumerate(blends) if np.isfinite(blend[k]).all()]
+        if here:
+            blend = np.array([blends[i][k] for i in here])
+            out.append(
+                Budget(flops=float(flops), num_params=np.array(sizes)[here], rows=np.array([], int), blend=blend)
+            )
     return out
-
-
-FEW_SIZES = "fewer than 4 sizes, which a parabola with an error needs"
-
-
-def vertex(
-    num_params: Array, loss: Array, window: float, resamples: int, rng: np.random.Generator
-) -> tuple[float, float, Array] | str:
-    """(ln N*, loss*, draws of ln N*) of a parabola in ln N, or the reason why there is none."""
-    if len(np.unique(num_params)) < 4:
-        return FEW_SIZES
-    best = num_params[np.argmin(loss)]
-    if best in (num_params.min(), num_params.max()):
-        edge = "smallest" if best == num_params.min() else "largest"
-        return f"the {edge} size has the lowest loss, so the minimum is not interior"
-    near = np.abs(np.log(num_params / best)) <= np.log(window)
-    x, z = np.log(num_params[near]), loss[near]
-    if len(np.unique(x)) < 4:
-        return f"{len(np.unique(x))} sizes within a factor {window:g} of the best, a parabola with an error needs 4"
-    centre = x.mean()
-    design = np.vander(x - centre, 3)
-    solve = np.linalg.pinv(design)
-    c2, c1, c0 = solve @ z
-    if c2 <= 0:
-        return "the parabola is not convex"
-    top = -c1 / (2 * c2) + centre
-    if not x.min() < top < x.max():
-        return "the vertex of the parabola lies outside the measured sizes"
-    residual = (z - design @ [c2, c1, c0]) * np.sqrt(len(x) / max(1, len(x) - 3))
-    noisy = design @ [c2, c1, c0] + rng.choice(residual, (resamples, len(x)))
-    d2, d1, _ = solve @ noisy.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = np.where(d2 > 0, -d1 / (2 * d2) + centre, np.nan)
-    return float(top), float(c0 - c1 * c1 / (4 * c2)), np.clip(draws, x.min(), x.max())

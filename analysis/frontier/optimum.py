@@ -90,7 +90,7 @@ class Frontier(Result):
     log_k: float = field(repr=False)
     """ln k."""
     draws: Array = field(repr=False)
-    """Bootstrap draws (num_resamples, 2) of (ln k, a)."""
+    """Draws (num_draws, 2) of (ln k, a)."""
     cost: Cost
     """C of N and D."""
     pairs: pd.DataFrame = field(repr=False)
@@ -99,6 +99,10 @@ class Frontier(Result):
     """Budgets left out and why."""
     range: tuple[float, float]
     """Smallest and largest C used."""
+    bias: float | None = None
+    """Error of the exponent that the approach itself makes on this design, simulated; its interval allows for it."""
+    advice: tuple[str, ...] = ()
+    """Points or budgets that look wrong, each with the exponent without it."""
     law: Fit | None = field(default=None, repr=False)
     """The (N, D) law of approach 3, or the loss-against-C law along the optima of approaches 1 and 2."""
 
@@ -138,9 +142,11 @@ class Frontier(Result):
             f"({i.confidence:.0%} interval {i.low:.3f} to {i.high:.3f}, {i.method}), C from {self.range[0]:.3g} to "
             f"{self.range[1]:.3g} FLOPs."
         )
+        if self.bias is not None:
+            text += f" By itself this approach errs by {self.bias:+.3f} on this design, which the interval allows for."
         if self.refusals:
             text += f" Refused: {'; '.join(refusal_words(self.refusals))}."
-        return text
+        return " ".join([text, *self.advice])
 
     @property
     def table(self) -> pd.DataFrame:
@@ -158,6 +164,8 @@ class Frontier(Result):
             "exponent": self.exponent,
             "low": i.low,
             "high": i.high,
+            "bias": self.bias,
+            "advice": list(self.advice),
             "confidence": i.confidence,
             "k": float(np.exp(self.log_k)),
             "kappa": self.cost.kappa,
@@ -192,7 +200,7 @@ def points_of(df: pd.DataFrame, *, y: str, columns: Mapping[str, str] | None) ->
     used = df[is_complete(df)]
     out = used[[found["N"], found["D"], c, y]].apply(pd.to_numeric, errors="coerce").astype(float)
     out.columns = pd.Index(["N", "D", "C", "loss"])
-    for extra in ("size", "run_id"):
+    for extra in ("size", "run_id", "seed"):
         if extra in df.columns:
             out[extra] = used[extra]
     out = out[(np.isfinite(out[["N", "D", "C", "loss"]]) & (out[["N", "D", "C", "loss"]] > 0)).all(axis=1)]
