@@ -66,7 +66,7 @@ def pack(
         )
     for path in skipped:
         print(f"left out, cannot be decoded: {os.fsencode(path).decode(errors='backslashreplace')}")
-    print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {len(info.shards)} shards")
+    print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {info.num_shards} shards")
 
 
 @app.command()

@@ -20,6 +20,8 @@ from torchvision.io import ImageReadMode, decode_image
 MAX_IMAGE_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (Pillow's limit, too: 268 MB of pixels): a header of a few bytes
 may ask for any amount of memory."""
+MAX_IMAGE_SIDE = 65_535
+"""Longest side, pixels: JPEG's own bound."""
 
 _MODES = {1: (ImageReadMode.GRAY, "L", "GRAY"), 3: (ImageReadMode.RGB, "RGB", "RGB")}
 _JPEG_START = b"\xff\xd8"
@@ -33,7 +35,7 @@ class UndecodableImageError(Exception):
 
 
 class ImageTooLargeError(UndecodableImageError):
-    """An image of more than MAX_IMAGE_PIXELS."""
+    """An image of more than MAX_IMAGE_PIXELS, or longer than MAX_IMAGE_SIDE."""
 
 
 def decode(data: bytes, channels: int = 3) -> torch.Tensor:
@@ -89,8 +91,10 @@ def _size_px(data: bytes) -> tuple[int, int]:
 
 
 def _refuse_large(width: int, height: int) -> None:
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ImageTooLargeError(f"{width} x {height} pixels; the limit is {MAX_IMAGE_PIXELS:,} pixels in all")
+    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
+        raise ImageTooLargeError(
+            f"{width} x {height} pixels; the limit is {MAX_IMAGE_PIXELS:,} pixels, {MAX_IMAGE_SIDE:,} on a side"
+        )
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.store.index import DatasetInfo
+from aimscale.harness.data.store.info import DatasetInfo
 from aimscale.harness.data.store.pack import PackedImage, encode, shuffled_order, write_dataset
 
 _UINT8 = 8  # the type code of the third magic byte

@@ -1,173 +1,128 @@
-"""A data set: tar shards plus `index.parquet` and `dataset.json`, opened for random access without a scan.
+"""A data set: tar shards and their index, opened for random access without a scan.
 
-`dataset.json` holds version, name, counts, class names, the shards with their sizes, and a fingerprint of the
-content. `index.parquet` holds one row per sample: key, shard (number), offset and size of the image file within
-the shard, label, width, height, checksum (64-bit BLAKE2b of the image file) and ok (false: did not decode).
+`dataset.json` says what the data set is (`DatasetInfo`). `index-FINGERPRINT/` holds what reading needs as .npy columns,
+which are mapped: opening two billion images takes no longer than opening two thousand, and all processes of a machine
+share the pages. `index.parquet` holds the same and the keys, for people and other tools: one row per sample, with key,
+shard (number), offset and size of the image file within the shard, label, width, height, checksum (64-bit BLAKE2b of
+the image file) and ok (false: did not decode).
+
+Data sets of format version 1 have no mapped columns, and their list of shards in `dataset.json`: they are read into
+memory, 16 bytes per image.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import dataclasses
 import functools
 import hashlib
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.random_access import I64
+from aimscale.harness.data.store.columns import Index, MappedIndex, ParquetIndex, open_parquet, shard_table
 from aimscale.harness.data.store.decoding import decode
-from aimscale.harness.data.store.shard_cache import CachedReader
-from aimscale.harness.data.store.shards import LocalReader, RemoteReader, ShardReader, is_url, join, read_bytes
-from aimscale.harness.run.files import write_text, written_aside
-
-FORMAT_VERSION = 1
-INDEX_FILE = "index.parquet"
-DATASET_FILE = "dataset.json"
-NO_LABEL = -1
-_ROW_GROUP = 1 << 18  # rows; a single key is read by its group
-_CHECKED_SHARE = 16  # of so many reads one is compared with the index: 0.3 % of the time of reading photographs
-
-SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("label", pa.int64()),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("checksum", pa.uint64(), nullable=False),
-        pa.field("ok", pa.bool_(), nullable=False),
-    ]
+from aimscale.harness.data.store.info import (
+    DATASET_FILE,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    SCHEMA,
+    DatasetInfo,
+    ShardInfo,
+    image_checksum,
 )
+from aimscale.harness.data.store.shard_cache import CachedReader, open_cache
+from aimscale.harness.data.store.shards import LocalReader, RemoteReader, ShardReader, is_url, join, read_bytes
+from aimscale.harness.run.files import locked, written_aside
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardInfo:
-    """One tar file."""
-
-    name: str
-    """File name, relative to the data set's folder or to `DatasetInfo.shards_at`."""
-    size: int
-    """Bytes."""
-    num_samples: int
-    """Images in it, undecodable ones included."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """`dataset.json`."""
-
-    version: int = FORMAT_VERSION
-    """Of the format of both files."""
-    name: str
-    """For messages and plots."""
-    num_samples: int
-    """Rows of the index."""
-    num_bad: int
-    """Rows whose image did not decode."""
-    classes: tuple[str, ...] | None
-    """Class names by label; null when labels have no names or there are none."""
-    shards: tuple[ShardInfo, ...]
-    """The tar files, in the order of the index's shard numbers."""
-    shards_at: str | None = None
-    """Folder or URL of the shards when the index is kept elsewhere."""
-    fingerprint: str
-    """16 hex digits of the checksums and labels in order, whatever the shards' names and sizes."""
-
-    def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> DatasetInfo:
-        """Parse the file's text; another version or a malformed file is a DataError."""
-        try:
-            values = json.loads(text)
-            version = values["version"]
-            if version == FORMAT_VERSION:
-                shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
-                classes = values.pop("classes")
-                return cls(**values, shards=shards, classes=None if classes is None else tuple(classes))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where} is no valid {DATASET_FILE} ({error}); run `aimscale data index` again") from error
-        raise DataError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}; index it again")
-
-
-def content_fingerprint(checksums: npt.NDArray[np.uint64], labels: npt.NDArray[np.int64]) -> str:
-    """Identity of a data set's content: which images with which labels, in which order."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(np.ascontiguousarray(checksums, dtype="<u8").tobytes())
-    digest.update(np.ascontiguousarray(labels, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
-def image_checksum(data: bytes) -> int:
-    """64-bit BLAKE2b of an image file."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+_CHECKED_SHARE = 16  # of so many reads one is compared with the index: 0.3 % of the time of reading photographs
+_CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
+_MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy")
 
 
 class ShardDataset:
-    """Random access to the images of one indexed data set; safe to fork and to pickle.
+    """Random access to the images of one indexed data set; safe to fork and to pickle."""
 
-    What every read needs is held in memory, 25 bytes per image; keys, labels and checksums are fetched from the index
-    when somebody asks.
-    """
-
-    def __init__(self, path: str, info: DatasetInfo, index: str | pa.Buffer, reader: ShardReader) -> None:
+    def __init__(self, path: str, info: DatasetInfo, index: Index, keys: str | pa.Buffer, reader: ShardReader) -> None:
         self.path = path
         self.info = info
+        self.shards = ShardList(index.shards, info.num_samples)
         self._index = index
+        self._keys = keys
         self._reader = reader
-        table = self._columns("shard", "offset", "size", "width", "height", "ok")
-        self.shard: npt.NDArray[np.int32] = table["shard"].to_numpy()
-        self.offset: npt.NDArray[np.int64] = table["offset"].to_numpy()
-        self.size: npt.NDArray[np.int32] = table["size"].to_numpy().astype(np.int32)
-        self.width: npt.NDArray[np.int32] = table["width"].to_numpy()
-        self.height: npt.NDArray[np.int32] = table["height"].to_numpy()
-        self.ok: npt.NDArray[np.bool_] = table["ok"].to_numpy(zero_copy_only=False)
-        self._seen, self._num_reads = np.zeros(len(info.shards), dtype=bool), 0
+        self._first = np.ascontiguousarray(index.shards["first"])
+        self._bad_shift = index.bad - np.arange(len(index.bad))  # how many usable samples stand before each bad one
+        self._seen, self._num_reads = np.zeros(info.num_shards, dtype=bool), 0
 
     def with_own_files(self) -> ShardDataset:
-        """The same data set for another thread: it shares the arrays and opens its own files."""
+        """The same data set for another thread: it shares the columns and opens its own files."""
         other = copy.copy(self)
         other._reader = pickle.loads(pickle.dumps(self._reader))
         return other
 
-    def _columns(self, *names: str) -> pa.Table:
-        return self._file().read(columns=list(names), use_threads=False)
-
-    def _file(self) -> pq.ParquetFile:
-        # No thread of Arrow's may hold these bytes: when the program ends at once, with an error message, such a thread
-        # asks the dying interpreter for its lock to free them, and the process aborts instead of exiting with its code.
-        source = self._index if isinstance(self._index, str) else pa.BufferReader(self._index)
-        return pq.ParquetFile(source, pre_buffer=False)
-
     def __len__(self) -> int:
         return self.info.num_samples
+
+    @property
+    def index(self) -> Index:
+        """The columns, for walking over all samples."""
+        return self._index
+
+    @property
+    def num_usable(self) -> int:
+        """Number of decodable images."""
+        return self.info.num_samples - self.info.num_bad
+
+    def usable(self, numbers: npt.ArrayLike) -> I64:
+        """Sample numbers of the decodable images at `numbers` (0..num_usable-1), counted in index order; O(1)."""
+        wanted = np.asarray(numbers, dtype=np.int64)
+        return wanted + np.searchsorted(self._bad_shift, wanted, side="right")
+
+    def sides(self, samples: I64) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """(heights, widths) of some samples, pixels."""
+        rows = self._index.samples.take(samples)
+        return rows["height"].astype(np.int32), rows["width"].astype(np.int32)
+
+    @property
+    def ok(self) -> npt.NDArray[np.bool_]:
+        """(num_samples,): which samples decode. Only for data sets whose columns fit into memory, as the next ones."""
+        ok = np.ones(len(self), dtype=bool)
+        ok[self._index.bad] = False
+        return ok
+
+    @property
+    def width(self) -> npt.NDArray[np.unsignedinteger]:
+        """(num_samples,) pixels; 0 where a sample does not decode."""
+        return self._index.samples.values["width"]
+
+    @property
+    def height(self) -> npt.NDArray[np.unsignedinteger]:
+        """(num_samples,) pixels; 0 where a sample does not decode."""
+        return self._index.samples.values["height"]
+
+    @property
+    def checksum(self) -> npt.NDArray[np.uint64]:
+        """(num_samples,) 64-bit hashes of the image files."""
+        return self._index.checksum.values
 
     @functools.cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """(num_samples,) class numbers, -1 where one is missing; None when no sample has one."""
-        column = self._columns("label")["label"]
-        return None if column.null_count == len(column) else column.fill_null(NO_LABEL).to_numpy()
-
-    @functools.cached_property
-    def checksum(self) -> npt.NDArray[np.uint64]:
-        """(num_samples,) 64-bit hashes of the image files."""
-        return self._columns("checksum")["checksum"].to_numpy()
+        column = self._index.label
+        return None if column is None else column.values.astype(np.int64)
 
     def key(self, i: int) -> str:
         """Key of sample i: its path in the shard without extension."""
-        file = self._file()
+        file = open_parquet(self._keys)
         for number in range(file.num_row_groups):
             num_rows = file.metadata.row_group(number).num_rows
             if i < num_rows:
@@ -209,12 +164,26 @@ class ShardDataset:
 
     def describe(self, i: int) -> str:
         """Shard and key of sample i, for messages."""
-        return f"sample '{self.key(i)}' of {join(self.location, self.info.shards[self.shard[i]].name)}"
+        return f"sample '{self.key(i)}' of {self._shard_path(self.shard_of(i))}"
 
     @property
     def location(self) -> str:
         """Folder or URL of the shards."""
         return self.info.shards_at or self.path
+
+    def shard_of(self, i: int) -> int:
+        """Number of the shard that holds sample i."""
+        return int(np.searchsorted(self._first, i, side="right")) - 1
+
+    def place(self, i: int) -> tuple[str, int, int]:
+        """(shard name, offset, length) of image file i, bytes."""
+        row = self._index.samples.take(np.array([i]))[0]
+        return self.shards[self.shard_of(i)].name, int(row["offset"]), int(row["size"])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading waits for a network, so that many reads at once are faster."""
+        return not isinstance(self._reader, LocalReader)
 
     def read(self, i: int) -> bytes:
         """Bytes of image file i.
@@ -222,21 +191,32 @@ class ShardDataset:
         Raises:
             DataError: the shard is missing or shorter than the index says.
         """
-        name, size = self.info.shards[self.shard[i]].name, int(self.size[i])
+        return self.read_many([i])[0]
+
+    def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
+        """Bytes of some image files, in that order; from a remote store all at once.
+
+        Raises:
+            DataError: a shard is missing or shorter than the index says.
+        """
+        places = [self.place(int(i)) for i in samples]
         try:
-            data = self._reader.read(name, int(self.offset[i]), size)
+            found = self._reader.read_many(places)
         except FileNotFoundError as error:
+            name = getattr(error, "shard", places[0][0])
             raise DataError(f"shard {join(self.location, name)} is missing; restore it or index again") from error
         except OSError as error:
+            name = getattr(error, "shard", places[0][0])
             raise DataError(f"cannot read shard {join(self.location, name)}: {error}") from error
-        if len(data) != size:
-            raise DataError(
-                f"shard {join(self.location, name)} is truncated: {self.describe(i)} ends after its last byte"
-            )
-        return data
+        for i, (name, _, size), data in zip(samples, places, found, strict=True):
+            if len(data) != size:
+                raise DataError(
+                    f"shard {join(self.location, name)} is truncated: {self.describe(int(i))} ends after its last byte"
+                )
+        return found
 
-    def decode(self, i: int, channels: int = 3) -> torch.Tensor:
-        """Image i as uint8 (channels, height, width).
+    def decode(self, i: int, channels: int = 3, data: bytes | None = None) -> torch.Tensor:
+        """Image i as uint8 (channels, height, width), from its bytes where they were read before.
 
         The first image of each shard, and one in sixteen after it, is compared with the index's checksum, so that a
         shard that was written anew does not pass for the old one.
@@ -245,18 +225,43 @@ class ShardDataset:
             UndecodableImageError: the bytes are no image.
             DataError: the shard is missing or shorter than the index says, or holds another image.
         """
-        data = self.read(i)
+        data = self.read(i) if data is None else data
         image = decode(data, channels)
-        shard = self.shard[i]
+        shard = self.shard_of(i)
         self._num_reads += 1
         if not self._seen[shard] or self._num_reads % _CHECKED_SHARE == 0:
             self._seen[shard] = True
-            if image_checksum(data) != self.checksum[i]:
+            if image_checksum(data) != self._index.checksum.take(np.array([i]))[0]:
                 raise DataError(
-                    f"shard {join(self.location, self.info.shards[shard].name)} was changed after it was indexed: "
-                    f"{self.describe(i)} is another image; restore the shard, or run `aimscale data index` again"
+                    f"shard {self._shard_path(shard)} was changed after it was indexed: {self.describe(i)} is another "
+                    "image; restore the shard, or run `aimscale data index` again"
                 )
         return image
+
+    def _shard_path(self, number: int) -> str:
+        return join(self.location, self.shards[number].name)
+
+
+class ShardList(Sequence[ShardInfo]):
+    """The tar files of a data set, made as they are asked for: there may be hundreds of thousands."""
+
+    def __init__(self, table: npt.NDArray[Any], num_samples: int) -> None:
+        self._table, self._num_samples = table, num_samples
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, number: int) -> ShardInfo: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[ShardInfo]: ...
+    def __getitem__(self, number: int | slice) -> ShardInfo | list[ShardInfo]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        row = self._table[number]
+        behind = range(len(self))[number] + 1
+        end = self._num_samples if behind == len(self) else self._table[behind]["first"]
+        return ShardInfo(name=row["name"].decode(), size=int(row["size"]), num_samples=int(end - row["first"]))
 
 
 def require_channels(channels: int) -> None:
@@ -266,10 +271,10 @@ def require_channels(channels: int) -> None:
 
 
 def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> ShardDataset:
-    """Open a folder or URL that holds `dataset.json` and `index.parquet`.
+    """Open a folder or URL that holds `dataset.json` and its index.
 
-    Local shards are checked to exist with the size that the index knows; shards at a URL are kept in `cache_dir`, at
-    most `cache_gb` in all, or read by byte ranges when it is None.
+    Local shards, the first 2,000 of them, are checked to exist with the size that the index knows;
+    shards at a URL are kept in `cache_dir`, at most `cache_gb` in all, or read by byte ranges when it is None.
 
     Raises:
         DataError: no index, an index that contradicts itself, or a missing or truncated shard.
@@ -277,34 +282,77 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     where = str(path)
     if not is_url(where) and not Path(where).is_dir():
         raise DataError(f"data set folder {where} does not exist")
+    keys = join(where, INDEX_FILE)
     try:
-        info = DatasetInfo.from_json(read_bytes(join(where, DATASET_FILE)).decode(), join(where, DATASET_FILE))
-        index = join(where, INDEX_FILE)
-        source = pa.py_buffer(read_bytes(index)) if is_url(where) else index
-        metadata = pq.read_metadata(pa.BufferReader(source) if is_url(where) else index)
+        values = json.loads(read_bytes(join(where, DATASET_FILE)))
+        version = values["version"]
+        if version == FORMAT_VERSION:
+            info = DatasetInfo.from_json(values, join(where, DATASET_FILE))
+            source: str | pa.Buffer = keys
+            index: Index = _open_mapped(where, info, cache_dir)
+        elif version == 1:
+            source = pa.py_buffer(read_bytes(keys)) if is_url(where) else keys
+            info, index = _open_version_1(where, values, source)
+        else:
+            raise DataError(
+                f"{join(where, DATASET_FILE)} has format version {version}, this program reads {FORMAT_VERSION}; "
+                "index it again"
+            )
     except FileNotFoundError as error:
         raise DataError(f"{where} has no index; run `aimscale data index {where}` or `aimscale data pack`") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"cannot read the index of {where}: {error}") from error
-    if metadata.schema.to_arrow_schema().remove_metadata() != SCHEMA or metadata.num_rows != info.num_samples:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"the index of {where} is not valid ({error}); run `aimscale data index` again") from error
+    if len(index.samples) != info.num_samples or len(index.shards) != info.num_shards:
         raise DataError(
             f"the index of {where} does not match its {DATASET_FILE}; run `aimscale data index {where}` again"
         )
     location = info.shards_at or where
     reader: ShardReader
     if not is_url(location):
-        _check_shards(Path(location), info)
+        _check_shards(Path(location), ShardList(index.shards[:_CHECKED_AT_OPEN], info.num_samples))
         reader = LocalReader(Path(location))
     elif cache_dir is None:
         reader = RemoteReader(location)
     else:
-        sizes = {shard.name: shard.size for shard in info.shards}
+        sizes = {shard.name: shard.size for shard in ShardList(index.shards, info.num_samples)}
         reader = CachedReader(location, sizes, Path(cache_dir), int(cache_gb * 1e9))
-    return ShardDataset(where, info, source, reader)
+    return ShardDataset(where, info, index, source, reader)
 
 
-def _check_shards(folder: Path, info: DatasetInfo) -> None:
-    for shard in info.shards:
+def _open_mapped(where: str, info: DatasetInfo, cache_dir: str | None) -> MappedIndex:
+    """The mapped columns; those of a URL are fetched once per machine into the cache, or into memory without one."""
+    if not is_url(where):
+        return MappedIndex(Path(where) / info.index_folder)
+    if cache_dir is None:
+        return MappedIndex(None, lambda name: read_bytes(join(join(where, info.index_folder), name)))
+    root = open_cache(Path(cache_dir))
+    folder = root / hashlib.blake2b(where.encode(), digest_size=8).hexdigest() / info.index_folder
+    with locked(root / ".index-lock"):
+        for name in _MAPPED_FILES:
+            if not (folder / name).exists():
+                with contextlib.suppress(FileNotFoundError), written_aside(folder / name) as aside:  # label.npy
+                    aside.write_bytes(read_bytes(join(join(where, info.index_folder), name)))
+    return MappedIndex(folder)
+
+
+def _open_version_1(where: str, values: dict[str, Any], source: str | pa.Buffer) -> tuple[DatasetInfo, Index]:
+    shards = [ShardInfo(**shard) for shard in values.pop("shards")]
+    if open_parquet(source).schema_arrow.remove_metadata() != SCHEMA:
+        raise ValueError(f"{INDEX_FILE} has other columns")
+    table = shard_table(*([getattr(s, field) for s in shards] for field in ("name", "size", "num_samples")))
+    index = ParquetIndex(source, table)
+    sides = np.stack([index.samples.values["width"], index.samples.values["height"]], axis=1).astype(np.int64)
+    good = sides[sides[:, 0] > 0]
+    values |= {"num_shards": len(shards), "total_bytes": int(table["size"].sum()), "version": 1}
+    values |= {"max_width": int(sides[:, 0].max(initial=0)), "max_height": int(sides[:, 1].max(initial=0))}
+    values |= {"max_pixels": int(sides.prod(1).max(initial=0)), "one_size": bool((good == good[:1]).all())}
+    return DatasetInfo.from_json(values, join(where, DATASET_FILE)), index
+
+
+def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
+    for shard in shards:
         try:
             size = (folder / shard.name).stat().st_size
         except FileNotFoundError:
@@ -315,12 +363,3 @@ def _check_shards(folder: Path, info: DatasetInfo) -> None:
                 f"shard {folder / shard.name} is {word}: {size} bytes, the index says {shard.size}; "
                 "restore it or index the folder again"
             )
-
-
-def write_index(folder: Path, info: DatasetInfo, columns: dict[str, Any]) -> None:
-    """Replace both files, each in one step; `dataset.json` last, so that it vouches for the index."""
-    table = pa.table(columns, schema=SCHEMA)
-    assert len(table) == info.num_samples, "write_index: rows and num_samples differ"
-    with written_aside(folder / INDEX_FILE) as aside:
-        pq.write_table(table, aside, row_group_size=_ROW_GROUP)
-    write_text(folder / DATASET_FILE, info.to_json())

@@ -11,7 +11,7 @@ import contextlib
 import multiprocessing
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aimscale.harness.data.store.index import (
-    NO_LABEL,
-    SCHEMA,
-    DataError,
-    DatasetInfo,
-    ShardInfo,
-    content_fingerprint,
-    write_index,
-)
+from aimscale.harness.data.store.columns import SAMPLE, MappedIndexWriter, shard_table
+from aimscale.harness.data.store.info import DATASET_FILE, INDEX_FILE, NO_LABEL, SCHEMA, DatasetInfo
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan, scan_shard, shard_size
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join
-from aimscale.harness.run.files import written_aside
+from aimscale.harness.run.files import publish_dir, write_text, written_aside
 
 PARTS_FOLDER = ".index-parts"
 Progress = Callable[[int, int, int], None]
@@ -121,36 +114,61 @@ def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
 def write_scans(
     folder: Path,
     name: str,
-    scans: Sequence[ShardScan],
+    scans: Iterable[ShardScan],
     classes: tuple[str, ...] | None,
     shards_at: str | None = None,
 ) -> DatasetInfo:
-    """Turn scans into `index.parquet` and `dataset.json` in `folder`.
+    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and vouches for the rest.
 
     Raises:
         DataError: the shards hold no image, or a label that has no class name.
     """
-    rows = pa.concat_tables([scan.rows for scan in scans]) if scans else SCAN_SCHEMA.empty_table()
-    if not len(rows):
-        raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
-    largest = pc.max(rows["label"]).as_py()
+    aside = folder / f".{INDEX_FILE}.partial"
+    mapped = folder / ".index.partial"
+    shutil.rmtree(mapped, ignore_errors=True)
+    mapped.mkdir()
+    try:
+        writer, shards = MappedIndexWriter(mapped), []
+        with pq.ParquetWriter(aside, SCHEMA) as table:
+            for number, scan in enumerate(scans):
+                shards.append((scan.name, scan.size, len(scan.rows)))
+                _require_names(scan, classes)
+                _append(writer, table, number, scan.rows)
+        info = writer.finish(
+            shard_table(*map(list, zip(*shards, strict=True))) if shards else shard_table([], [], []),
+            name=name,
+            classes=classes,
+            shards_at=shards_at,
+        )
+        if not info.num_samples:
+            raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
+        aside.replace(folder / INDEX_FILE)
+        publish_dir(mapped, folder / info.index_folder)
+        write_text(folder / DATASET_FILE, info.to_json())
+    finally:
+        aside.unlink(missing_ok=True)
+        shutil.rmtree(mapped, ignore_errors=True)
+    for old in folder.glob("index-*"):
+        if old.name != info.index_folder and (old / "samples.npy").exists():
+            shutil.rmtree(old)
+    return info
+
+
+def _append(writer: MappedIndexWriter, table: pq.ParquetWriter, number: int, rows: pa.Table) -> None:
+    samples = np.empty(len(rows), SAMPLE)
+    for field in SAMPLE.names or ():
+        samples[field] = rows[field].to_numpy()
+    labels = rows["label"].fill_null(NO_LABEL).to_numpy()
+    writer.append(samples, rows["checksum"].to_numpy(), labels)
+    columns = {column: rows[column] for column in rows.column_names}
+    columns["shard"] = pa.array(np.full(len(rows), number, dtype=np.int32))
+    table.write_table(pa.table({field.name: columns[field.name] for field in SCHEMA}, schema=SCHEMA))
+
+
+def _require_names(scan: ShardScan, classes: tuple[str, ...] | None) -> None:
+    largest = pc.max(scan.rows["label"]).as_py()
     if classes is not None and largest is not None and largest >= len(classes):
         raise DataError(f"label {largest} has no name: {len(classes)} class names were given; give one per label")
-    counts = [len(scan.rows) for scan in scans]
-    columns = {column: rows[column] for column in rows.column_names}
-    columns["shard"] = pa.array(np.repeat(np.arange(len(scans), dtype=np.int32), counts))
-    labels = rows["label"].fill_null(NO_LABEL).to_numpy()
-    info = DatasetInfo(
-        name=name,
-        num_samples=len(rows),
-        num_bad=len(rows) - pc.sum(rows["ok"]).as_py(),
-        classes=classes,
-        shards=tuple(ShardInfo(name=scan.name, size=scan.size, num_samples=len(scan.rows)) for scan in scans),
-        shards_at=shards_at,
-        fingerprint=content_fingerprint(rows["checksum"].to_numpy(), labels),
-    )
-    write_index(folder, info, {field.name: columns[field.name] for field in SCHEMA})
-    return info
 
 
 def _absolute(location: str) -> str:
@@ -159,25 +177,26 @@ def _absolute(location: str) -> str:
 
 def _scan_all(
     location: str, names: Sequence[str], parts: Path, num_workers: int, progress: Progress | None
-) -> list[ShardScan]:
-    """Scans of all shards, in order, from finished parts where there are some."""
+) -> Iterator[ShardScan]:
+    """Scans of all shards, in order, from finished parts where there are some; read one at a time."""
     missing = []
     num_images = 0
     for name in names:
-        part = _read_part(parts, location, name)
-        if part is None:
+        num_rows = _rows_of_part(parts, location, name)
+        if num_rows is None:
             missing.append(name)
         else:
-            num_images += len(part.rows)
+            num_images += num_rows
     num_done = len(names) - len(missing)
     for num_rows in _run(location, missing, parts, num_workers):
         num_done += 1
         num_images += num_rows
         if progress is not None:
             progress(num_done, len(names), num_images)
-    scans = [_read_part(parts, location, name) for name in names]
-    assert None not in scans, "a shard changed while it was indexed"
-    return [scan for scan in scans if scan is not None]
+    for name in names:
+        table = pq.ParquetFile(_part_path(parts, name)).read(use_threads=False)
+        size = int(table.schema.metadata[b"shard_size"])
+        yield ShardScan(name, size, table.replace_schema_metadata(None).cast(SCAN_SCHEMA))
 
 
 def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> Iterator[int]:
@@ -205,16 +224,14 @@ def _scan_to_part(location: str, name: str, parts: Path) -> int:
     return len(scan.rows)
 
 
-def _read_part(parts: Path, location: str, name: str) -> ShardScan | None:
-    """The finished part of a shard whose size is still the same."""
+def _rows_of_part(parts: Path, location: str, name: str) -> int | None:
+    """Images of the finished part of a shard whose size is still the same; None where it is to be scanned."""
     path = _part_path(parts, name)
     if not path.exists():
         return None
-    table = pq.ParquetFile(path).read(use_threads=False)
-    size = int(table.schema.metadata[b"shard_size"])
-    if size != shard_size(join(location, name)):
-        return None
-    return ShardScan(name, size, table.replace_schema_metadata(None).cast(SCAN_SCHEMA))
+    metadata = pq.read_metadata(path)
+    unchanged = int(metadata.metadata[b"shard_size"]) == shard_size(join(location, name))
+    return int(metadata.num_rows) if unchanged else None
 
 
 def _part_path(parts: Path, name: str) -> Path:

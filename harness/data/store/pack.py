@@ -19,8 +19,8 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.resize import resize_shorter_side
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.index import DatasetInfo
 from aimscale.harness.data.store.indexing import write_scans
+from aimscale.harness.data.store.info import DatasetInfo
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, scan_shard
 from aimscale.harness.run.files import written_dir_aside
 

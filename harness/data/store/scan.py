@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.index import SCHEMA, image_checksum
+from aimscale.harness.data.store.info import SCHEMA, image_checksum
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_remote
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")

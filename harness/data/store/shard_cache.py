@@ -14,11 +14,11 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.store.shards import LocalReader, RemoteReader, join, open_remote, with_retries
+from aimscale.harness.data.store.shards import LocalReader, Place, RemoteReader, join, open_remote, with_retries
 from aimscale.harness.run.files import locked
 
 CACHE_FOLDER = "aimscale-shards"
@@ -47,14 +47,19 @@ class CachedReader:
         self._present: set[str] = set()
         self._not_before: dict[str, float] = {}
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """See `ShardReader.read`."""
-        if name in self._present or self._obtain(name):
-            try:
-                return self._local.read(_file_name(name), offset, size)
-            except FileNotFoundError:  # another data set's process made room
-                self._present.discard(name)
-        return self._remote.read(name, offset, size)
+    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+        """See `ShardReader`."""
+        found: dict[int, bytes] = {}
+        for number, (name, offset, size) in enumerate(places):
+            if name in self._present or self._obtain(name):
+                try:
+                    (found[number],) = self._local.read_many([(_file_name(name), offset, size)])
+                except FileNotFoundError:  # another data set's process made room
+                    self._present.discard(name)
+        missing = [number for number in range(len(places)) if number not in found]
+        if missing:
+            found |= zip(missing, self._remote.read_many([places[number] for number in missing]), strict=True)
+        return [found[number] for number in range(len(places))]
 
     def _obtain(self, name: str) -> bool:
         """Whether the shard is in the cache, after trying to put it there."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
+import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 import aiohttp
 import fsspec
+import fsspec.asyn
 
 from aimscale.harness.data.errors import DataError
 
@@ -20,19 +22,25 @@ T = TypeVar("T")
 REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
 """What fsspec's file systems raise when the network or the server fails."""
 _MAX_OPEN_FILES = 128
-_NUM_TRIES = 4  # of a remote read
+_NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
+_MAX_REQUESTS = 64  # under way at once, per process
+_STALLED_S = 60.0  # without an answer a read has stalled and is tried again
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by protocol
 _FIRST_PAUSE_S = 0.2  # before the second try; doubles
+
+
+Place = tuple[str, int, int]
+"""A byte range of a shard: its name, the offset of the first byte and their number."""
 
 
 class ShardReader(Protocol):
     """Reads byte ranges of the shards of one data set."""
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes of shard `name` from `offset` on; fewer when the file ends before.
+    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+        """The bytes at each place, in order; fewer where the file ends before.
 
         Raises:
-            OSError: the file is missing or cannot be read.
+            OSError: a file is missing or cannot be read; its attribute `shard` names which.
         """
 
 
@@ -85,7 +93,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Try a remote action four times with growing pauses; a missing file is final at once.
+    """Try a remote action six times with growing pauses; a missing file is final at once.
 
     Raises:
         OSError: the last failure, whatever type the file system gave it.
@@ -93,12 +101,12 @@ def with_retries(action: Callable[[], T]) -> T:
     for attempt in range(_NUM_TRIES):
         try:
             return action()
-        except FileNotFoundError:
+        except (FileNotFoundError, DataError):
             raise
-        except REMOTE_ERRORS as error:
+        except Exception as error:  # each file system raises its own, botocore's among them
             if attempt == _NUM_TRIES - 1:
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
-            time.sleep(_FIRST_PAUSE_S * 2**attempt)
+            _pause(attempt)
     raise AssertionError("unreachable")
 
 
@@ -116,34 +124,104 @@ class LocalReader:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """See `ShardReader.read`."""
+    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+        """See `ShardReader`."""
+        return [self._read(*place) for place in places]
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
         descriptor = self._files.get(name)
-        if descriptor is None:
-            descriptor = self._files[name] = os.open(self._folder / name, os.O_RDONLY)
-            if len(self._files) > _MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(name)
-        return os.pread(descriptor, size, offset)
+        try:
+            if descriptor is None:
+                descriptor = self._files[name] = os.open(self._folder / name, os.O_RDONLY)
+                if len(self._files) > _MAX_OPEN_FILES:
+                    os.close(self._files.popitem(last=False)[1])
+            else:
+                self._files.move_to_end(name)
+            return os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise _of_shard(error, name) from error
 
 
 class RemoteReader:
-    """One range request per read."""
+    """Range requests, those of a batch at once; what fails or stalls is asked for again, alone."""
 
     def __init__(self, location: str) -> None:
         self._location = location
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """See `ShardReader.read`."""
+    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+        """See `ShardReader`."""
+        found: list[bytes | Exception] = [OSError("not asked for yet")] * len(places)
+        for attempt in range(_NUM_TRIES):
+            pending = [number for number, data in enumerate(found) if isinstance(data, Exception)]
+            for number, data in zip(pending, self._fetch([places[number] for number in pending]), strict=True):
+                found[number] = data
+            if not (failed := [number for number in pending if isinstance(found[number], Exception)]):
+                return [data for data in found if isinstance(data, bytes)]
+            for number in failed:
+                error = found[number]
+                if isinstance(error, _FINAL_ERRORS) or attempt == _NUM_TRIES - 1:
+                    assert isinstance(error, Exception)
+                    raise _of_shard(error, places[number][0]) from error
+            _pause(attempt)
+        raise AssertionError("unreachable")
 
-        def fetch() -> bytes:
-            # looked up every time: fsspec keeps one file system per process, so that a forked worker gets its own
-            filesystem, path = filesystem_of(join(self._location, name))
-            data: bytes = filesystem.cat_file(path, start=offset, end=offset + size)
+    def _fetch(self, places: Sequence[Place]) -> list[bytes | Exception]:
+        """One try of each."""
+        # looked up every time: fsspec keeps one file system per process, so that a forked worker gets its own
+        filesystem, _ = filesystem_of(self._location)
+        paths = [filesystem._strip_protocol(join(self._location, name)) for name, _, _ in places]
+        starts, ends = [start for _, start, _ in places], [start + size for _, start, size in places]
+        if isinstance(filesystem, fsspec.asyn.AsyncFileSystem):
+            found = fsspec.asyn.sync(filesystem.loop, _fetch_together, filesystem, paths, starts, ends)
+        else:
+            found = filesystem.cat_ranges(paths, starts, ends, on_error="return")
+        return [
+            IgnoredRangeError(_IGNORED_RANGE) if isinstance(data, bytes) and len(data) > size else data
+            for data, (_, _, size) in zip(found, places, strict=True)
+        ]
+
+
+class IgnoredRangeError(OSError):
+    """A server that answers a request for a part with the whole file."""
+
+
+_IGNORED_RANGE = "the server ignores byte ranges; set cache_dir and a cache_gb that holds the whole data set"
+_FINAL_ERRORS = (FileNotFoundError, PermissionError, IgnoredRangeError)  # trying again cannot help
+
+
+async def _fetch_together(
+    filesystem: Any, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
+) -> list[bytes | Exception]:
+    """All ranges at once, up to a bound, each with a time limit of its own."""
+    room = asyncio.Semaphore(_MAX_REQUESTS)
+
+    async def fetch(path: str, start: int, end: int) -> bytes:
+        async with room:
+            try:
+                data: bytes = await asyncio.wait_for(filesystem._cat_file(path, start=start, end=end), _STALLED_S)
+            except TimeoutError as error:
+                raise TimeoutError(
+                    f"stalled: no answer within {_STALLED_S:g} s to a read of {end - start} B"
+                ) from error
             return data
 
-        data = with_retries(fetch)
-        if len(data) > size:
-            raise OSError("the server ignores byte ranges; set cache_dir and a cache_gb that holds the whole data set")
-        return data
+    ranges = zip(paths, starts, ends, strict=True)
+    found = await asyncio.gather(*(fetch(*each) for each in ranges), return_exceptions=True)
+    for data in found:
+        if isinstance(data, BaseException) and not isinstance(data, Exception):
+            raise data
+    return [data for data in found if isinstance(data, bytes | Exception)]
+
+
+def _of_shard(error: Exception, name: str) -> OSError:
+    """The same failure as an OSError that knows its shard."""
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+    text = str(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}".strip()
+    told = kind(text)
+    told.shard = name  # type: ignore[attr-defined]
+    return told
+
+
+def _pause(attempt: int) -> None:
+    """Wait before the next try: twice as long each time, and not in step with other processes."""
+    time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))

@@ -1,0 +1,249 @@
+"""Columns of an index: mapped from files that all processes of a machine share, or held in memory.
+
+A mapped column costs nothing to open, and reading a row costs the page that it lies on. Pages that were touched count
+as a process's memory until they are let go, so that a column lets go of them now and then: they stay in the system's
+page cache, which it takes back when somebody needs the memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aimscale.harness.data.random_access import I64
+from aimscale.harness.data.store.info import NO_LABEL, DatasetInfo
+
+SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")])
+"""What every read needs: where the image file starts in its shard and its length, in bytes; its pixels, 0 x 0 when it is bad."""
+
+BLOCK_ROWS = 1 << 20
+"""Rows of a column that are read at once when it is walked from front to back."""
+
+_PAGES_BYTES = 1 << 16  # the system maps so much around a page that is touched
+_MAX_MAPPED_BYTES = 1 << 24
+
+
+class Column:
+    """Rows of one dtype; safe to fork, and pickled by its file's name."""
+
+    def __init__(self, values: npt.NDArray[Any], path: Path | None = None) -> None:
+        self._values, self._path, self._num_touched = values, path, 0
+
+    @classmethod
+    def of_file(cls, path: Path) -> Column:
+        """Map an .npy file."""
+        values = np.lib.format.open_memmap(path, mode="r")
+        return cls(values, path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Column, (self._values,)) if self._path is None else (Column.of_file, (self._path,))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def values(self) -> npt.NDArray[Any]:
+        """The whole column, not copied; walking it maps all of it."""
+        return self._values
+
+    def take(self, rows: I64) -> npt.NDArray[Any]:
+        """Copies of some rows."""
+        taken = self._values[rows]
+        self._num_touched += len(rows)
+        if self._num_touched * _PAGES_BYTES > _MAX_MAPPED_BYTES:
+            self._let_go()
+        return taken
+
+    def blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """(first row, copy of up to BLOCK_ROWS rows), from front to back."""
+        for first in range(0, len(self), BLOCK_ROWS):
+            yield first, np.array(self._values[first : first + BLOCK_ROWS])
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._num_touched = 0
+        mapped = getattr(self._values, "_mmap", None)
+        if mapped is not None and len(mapped) > _MAX_MAPPED_BYTES:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Index(Protocol):
+    """The columns of one data set."""
+
+    samples: Column
+    """Of SAMPLE."""
+    shards: npt.NDArray[Any]
+    """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
+    bad: I64
+    """Numbers of the undecodable samples, ascending."""
+
+    @property
+    def checksum(self) -> Column:
+        """uint64: 64-bit hashes of the image files."""
+
+    @property
+    def label(self) -> Column | None:
+        """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
+
+
+class MappedIndex:
+    """The columns in a folder of .npy files; without a folder `read` gives the files' bytes, which stay in memory."""
+
+    def __init__(self, folder: Path | None, read: Callable[[str], bytes] | None = None) -> None:
+        def load(name: str) -> Column:
+            if folder is not None:
+                return Column.of_file(folder / name)
+            assert read is not None, "MappedIndex: neither a folder nor a way to read"
+            return Column(np.load(io.BytesIO(read(name))))
+
+        self.samples, self.checksum = load("samples.npy"), load("checksum.npy")
+        try:
+            self.label: Column | None = load("label.npy")
+        except FileNotFoundError:  # no sample has one
+            self.label = None
+        self.shards, self.bad = np.array(load("shards.npy").values), np.array(load("bad.npy").values)
+
+
+class ParquetIndex:
+    """The columns of an `index.parquet` of format version 1, in memory."""
+
+    def __init__(self, source: str | pa.Buffer, shards: npt.NDArray[Any]) -> None:
+        self._source, self.shards = source, shards
+        table = self._read("offset", "size", "width", "height", "ok")
+        samples = np.empty(len(table), SAMPLE)
+        for name in SAMPLE.names or ():
+            samples[name] = table[name].to_numpy()
+        self.samples = Column(samples)
+        self.bad: I64 = np.flatnonzero(~table["ok"].to_numpy(zero_copy_only=False))
+
+    @property
+    def checksum(self) -> Column:
+        """See `Index`."""
+        return self._cached("checksum", lambda: self._read("checksum")["checksum"].to_numpy())
+
+    @property
+    def label(self) -> Column | None:
+        """See `Index`."""
+        column = self._cached("label", lambda: self._read("label")["label"].fill_null(NO_LABEL).to_numpy())
+        return column if (column.values != NO_LABEL).any() else None
+
+    def _cached(self, name: str, read: Any) -> Column:
+        found: Column | None = self.__dict__.get(f"_{name}")
+        if found is None:
+            found = self.__dict__[f"_{name}"] = Column(read())
+        return found
+
+    def _read(self, *names: str) -> pa.Table:
+        return open_parquet(self._source).read(columns=list(names), use_threads=False)
+
+
+def open_parquet(source: str | pa.Buffer) -> pq.ParquetFile:
+    """A parquet file, or its bytes in memory."""
+    # No thread of Arrow's may hold these bytes: when the program ends at once, with an error message, such a thread
+    # asks the dying interpreter for its lock to free them, and the process aborts instead of exiting with its code.
+    return pq.ParquetFile(source if isinstance(source, str) else pa.BufferReader(source), pre_buffer=False)
+
+
+def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.NDArray[Any]:
+    """`Index.shards` of some tar files in order."""
+    encoded = [name.encode() for name in names]
+    width = max(map(len, encoded), default=1)
+    table = np.zeros(len(names), np.dtype([("name", f"S{width}"), ("size", "<i8"), ("first", "<i8")]))
+    table["name"], table["size"] = encoded, sizes
+    table["first"][1:] = np.cumsum(counts[:-1])
+    return table
+
+
+class NpyWriter:
+    """One growing .npy file."""
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
+        self._dtype, self._num_rows = np.dtype(dtype), 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        """Add rows at the end."""
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
+        self._num_rows += len(values)
+
+    def close(self) -> None:
+        """State the number of rows in the header, which has room for any."""
+        end = self._file.tell()
+        self._file.seek(0)
+        self._write_header()
+        assert self._file.tell() + self._num_rows * self._dtype.itemsize == end, "NpyWriter: the header grew"
+        self._file.close()
+
+    def _write_header(self) -> None:
+        description = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": description, "fortran_order": False, "shape": (self._num_rows,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class MappedIndexWriter:
+    """Writes the folder that `MappedIndex` reads, a stretch of samples at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._samples = NpyWriter(folder / "samples.npy", SAMPLE)
+        self._checksum = NpyWriter(folder / "checksum.npy", "<u8")
+        self._label = NpyWriter(folder / "label.npy", "<i4")
+        self._bad: list[I64] = []
+        self._digest = hashlib.blake2b(digest_size=8)
+        self._num_samples, self._num_labelled = 0, 0
+        self._size_range = np.array([[1 << 16, 1 << 16], [0, 0]])  # least and largest width and height
+        self._max_pixels = 0
+
+    def append(self, samples: npt.NDArray[Any], checksums: npt.NDArray[np.uint64], labels: I64) -> None:
+        """Add samples; `labels` holds NO_LABEL where one is missing."""
+        self._samples.append(samples)
+        self._checksum.append(checksums)
+        self._label.append(labels)
+        self._digest.update(np.ascontiguousarray(checksums, dtype="<u8").tobytes())
+        self._bad.append(self._num_samples + np.flatnonzero(samples["width"] == 0))
+        self._num_samples += len(samples)
+        self._num_labelled += int((labels != NO_LABEL).sum())
+        good = samples[samples["width"] > 0]
+        if len(good):
+            sides = np.stack([good["width"], good["height"]], axis=1).astype(np.int64)
+            least, largest = self._size_range
+            self._size_range = np.stack([np.minimum(least, sides.min(0)), np.maximum(largest, sides.max(0))])
+            self._max_pixels = max(self._max_pixels, int(sides.prod(1).max()))
+
+    def finish(
+        self, shards: npt.NDArray[Any], *, name: str, classes: tuple[str, ...] | None, shards_at: str | None
+    ) -> DatasetInfo:
+        """Close the files; what `dataset.json` says of them."""
+        for column in (self._samples, self._checksum, self._label):
+            column.close()
+        for _, labels in Column.of_file(self._folder / "label.npy").blocks():
+            self._digest.update(labels.astype("<i8").tobytes())
+        if not self._num_labelled:
+            (self._folder / "label.npy").unlink()
+        bad = np.concatenate(self._bad) if self._bad else np.empty(0, dtype=np.int64)
+        np.save(self._folder / "bad.npy", bad)
+        np.save(self._folder / "shards.npy", shards)
+        return DatasetInfo(
+            name=name,
+            num_samples=self._num_samples,
+            num_bad=len(bad),
+            num_shards=len(shards),
+            total_bytes=int(shards["size"].sum()),
+            max_width=int(self._size_range[1, 0]),
+            max_height=int(self._size_range[1, 1]),
+            max_pixels=self._max_pixels,
+            one_size=bool((self._size_range[0] == self._size_range[1]).all()),
+            classes=classes,
+            shards_at=shards_at,
+            fingerprint=self._digest.hexdigest(),
+        )

@@ -1,0 +1,103 @@
+"""What a data set says of itself: `dataset.json`, and the columns of its index."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from aimscale.harness.data.errors import DataError
+
+FORMAT_VERSION = 2
+INDEX_FILE = "index.parquet"
+DATASET_FILE = "dataset.json"
+NO_LABEL = -1
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("label", pa.int64()),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("checksum", pa.uint64(), nullable=False),
+        pa.field("ok", pa.bool_(), nullable=False),
+    ]
+)
+"""Of `index.parquet`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One tar file."""
+
+    name: str
+    """File name, relative to the data set's folder or to `DatasetInfo.shards_at`."""
+    size: int
+    """Bytes."""
+    num_samples: int
+    """Images in it, undecodable ones included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """`dataset.json`."""
+
+    version: int = FORMAT_VERSION
+    """Of the format of the index."""
+    name: str
+    """For messages and plots."""
+    num_samples: int
+    """Rows of the index."""
+    num_bad: int
+    """Rows whose image did not decode."""
+    num_shards: int
+    """Tar files."""
+    total_bytes: int
+    """Of all shards."""
+    max_width: int
+    """Of any image, pixels."""
+    max_height: int
+    """Of any image, pixels."""
+    max_pixels: int
+    """Of any image."""
+    one_size: bool
+    """Whether all images that decode have the same width and height."""
+    classes: tuple[str, ...] | None
+    """Class names by label; null when labels have no names or there are none."""
+    shards_at: str | None = None
+    """Folder or URL of the shards when the index is kept elsewhere."""
+    fingerprint: str
+    """16 hex digits of the checksums and labels in order, whatever the shards' names and sizes."""
+
+    @property
+    def index_folder(self) -> str:
+        """Name of the folder of the mapped columns, beside this file."""
+        return f"index-{self.fingerprint}"
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> DatasetInfo:
+        """Of the file's parsed text.
+
+        Raises:
+            DataError: keys are missing or unknown.
+        """
+        try:
+            classes = values.pop("classes")
+            return cls(**values, classes=None if classes is None else tuple(classes))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where} is no valid {DATASET_FILE} ({error}); run `aimscale data index` again") from error
+
+
+def image_checksum(data: bytes) -> int:
+    """64-bit BLAKE2b of an image file."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
