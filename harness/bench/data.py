@@ -187,8 +187,7 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
     boxes = draw_boxes(
         make_key("bench"),
         np.arange(num_images),
-        dataset.height,
-        dataset.width,
+        *dataset.sides(np.arange(num_images)),
         scale=(0.4, 1.0),
         ratio=(3 / 4, 4 / 3),
         horizontal_flip=True,

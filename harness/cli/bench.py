@@ -134,6 +134,21 @@ def data(
 
 
 @app.command()
+def index(
+    images: Annotated[int, typer.Option(min=1, help="Images of the index, made up and deleted.")] = 2_000_000,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that open it at once.")] = 4,
+    reads: Annotated[int, typer.Option(min=1, help="Random positions that each of them reads.")] = 10_000,
+    folder: Annotated[Path | None, typer.Option(help="Where to make it (24 bytes per image); default: /tmp.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What an index of very many images costs: opening, memory, random reads, the overlap check."""
+    from aimscale.harness.bench.index import run, table
+
+    result = run(num_images=images, num_ranks=ranks, num_reads=reads, folder=folder)
+    typer.echo(json.dumps(result) if as_json else table(result))
+
+
+@app.command()
 def gemm(
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "auto",
     threads: Annotated[int, typer.Option(help="Torch threads (CPU).")] = 1,

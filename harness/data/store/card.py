@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.run.config import RunConfig
 
 
@@ -33,7 +34,7 @@ def with_fingerprints(config: RunConfig) -> RunConfig:
 def _field(path: str, name: str, kind: Any) -> Any:
     try:
         return kind(json.loads(_text(path))[name])
-    except (OSError, ValueError, KeyError, TypeError, ImportError):  # the last: no package for that kind of URL
+    except (OSError, ValueError, KeyError, TypeError, DataError):  # the last: no package for that kind of URL
         return None
 
 

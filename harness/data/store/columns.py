@@ -1,15 +1,15 @@
 """Columns of an index: mapped from files that all processes of a machine share, or held in memory.
 
-A mapped column costs nothing to open, and reading a row costs the page that it lies on. Pages that were touched count
-as a process's memory until they are let go, so that a column lets go of them now and then: they stay in the system's
-page cache, which it takes back when somebody needs the memory.
+A mapped column costs nothing to open, and a row costs the page that it lies on. Rows of a long column are read by their
+place in the file, and blocks of it copied, because pages that are touched through the mapping count as the process's
+memory, up to 2 MB of them for a row: as it is, they stay in the system's page cache, which gives them back when needed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import mmap
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,20 +23,20 @@ from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.info import NO_LABEL, DatasetInfo
 
 SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")])
-"""What every read needs: where the image file starts in its shard and its length, in bytes; its pixels, 0 x 0 when it is bad."""
+"""What every read needs: where the image file starts in its shard and its length, bytes; its pixels, 0 x 0 if bad."""
 
-BLOCK_ROWS = 1 << 20
+BLOCK_ROWS = 1 << 16
 """Rows of a column that are read at once when it is walked from front to back."""
 
-_PAGES_BYTES = 1 << 16  # the system maps so much around a page that is touched
-_MAX_MAPPED_BYTES = 1 << 24
+_MAX_MAPPED_BYTES = 1 << 24  # of a column that is read through its mapping
 
 
 class Column:
     """Rows of one dtype; safe to fork, and pickled by its file's name."""
 
     def __init__(self, values: npt.NDArray[Any], path: Path | None = None) -> None:
-        self._values, self._path, self._num_touched = values, path, 0
+        self._values, self._path = values, path
+        self._file = None if path is None or values.nbytes <= _MAX_MAPPED_BYTES else path.open("rb", buffering=0)
 
     @classmethod
     def of_file(cls, path: Path) -> Column:
@@ -57,23 +57,26 @@ class Column:
 
     def take(self, rows: I64) -> npt.NDArray[Any]:
         """Copies of some rows."""
-        taken = self._values[rows]
-        self._num_touched += len(rows)
-        if self._num_touched * _PAGES_BYTES > _MAX_MAPPED_BYTES:
-            self._let_go()
-        return taken
+        if self._file is None:
+            return self._values[rows]
+        row_bytes, start = self._values.dtype.itemsize, self._start
+        found = [os.pread(self._file.fileno(), row_bytes, start + row * row_bytes) for row in rows.tolist()]
+        return np.frombuffer(b"".join(found), self._values.dtype)
 
     def blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """(first row, copy of up to BLOCK_ROWS rows), from front to back."""
         for first in range(0, len(self), BLOCK_ROWS):
-            yield first, np.array(self._values[first : first + BLOCK_ROWS])
-            self._let_go()
+            if self._file is None:
+                yield first, np.array(self._values[first : first + BLOCK_ROWS])
+            else:
+                row_bytes = self._values.dtype.itemsize
+                data = os.pread(self._file.fileno(), BLOCK_ROWS * row_bytes, self._start + first * row_bytes)
+                yield first, np.frombuffer(data, self._values.dtype)
 
-    def _let_go(self) -> None:
-        self._num_touched = 0
-        mapped = getattr(self._values, "_mmap", None)
-        if mapped is not None and len(mapped) > _MAX_MAPPED_BYTES:
-            mapped.madvise(mmap.MADV_DONTNEED)
+    @property
+    def _start(self) -> int:
+        """Bytes before the first row of the file."""
+        return int(getattr(self._values, "offset"))  # noqa: B009 (a mapping has it)
 
 
 class Index(Protocol):
@@ -85,6 +88,8 @@ class Index(Protocol):
     """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
     bad: I64
     """Numbers of the undecodable samples, ascending."""
+    bad_before: I64
+    """For each of them, how many usable samples stand before it."""
 
     @property
     def checksum(self) -> Column:
@@ -110,7 +115,8 @@ class MappedIndex:
             self.label: Column | None = load("label.npy")
         except FileNotFoundError:  # no sample has one
             self.label = None
-        self.shards, self.bad = np.array(load("shards.npy").values), np.array(load("bad.npy").values)
+        self.shards = load("shards.npy").values
+        self.bad, self.bad_before = load("bad.npy").values, load("bad_before.npy").values
 
 
 class ParquetIndex:
@@ -124,6 +130,7 @@ class ParquetIndex:
             samples[name] = table[name].to_numpy()
         self.samples = Column(samples)
         self.bad: I64 = np.flatnonzero(~table["ok"].to_numpy(zero_copy_only=False))
+        self.bad_before: I64 = self.bad - np.arange(len(self.bad))
 
     @property
     def checksum(self) -> Column:
@@ -232,6 +239,7 @@ class MappedIndexWriter:
             (self._folder / "label.npy").unlink()
         bad = np.concatenate(self._bad) if self._bad else np.empty(0, dtype=np.int64)
         np.save(self._folder / "bad.npy", bad)
+        np.save(self._folder / "bad_before.npy", bad - np.arange(len(bad)))
         np.save(self._folder / "shards.npy", shards)
         return DatasetInfo(
             name=name,

@@ -26,15 +26,16 @@ def write_contact_sheet(
     Raises:
         DataError: no image decodes, or the file cannot be written.
     """
-    usable = np.flatnonzero(dataset.ok)
-    order = usable[permute(np.arange(len(usable)), len(usable), make_key("contact sheet"))] if len(usable) else usable
+    number = dataset.num_usable
+    order = (permute(np.array([i]), number, make_key("contact sheet")) for i in range(number))
     cell = (tile_px + _MARGIN_PX, tile_px + _MARGIN_PX + (_CAPTION_PX if dataset.labels is not None else 0))
     sheet = Image.new("RGB", (columns * cell[0] + _MARGIN_PX, rows * cell[1] + _MARGIN_PX), "white")
     draw = ImageDraw.Draw(sheet)
     shown = 0
-    for sample in order.tolist():
+    for drawn in order:
         if shown == rows * columns:
             break
+        sample = int(dataset.usable(drawn)[0])
         try:
             tile = crop_centre(dataset.decode(sample), tile_px)
         except UndecodableImageError:

@@ -46,7 +46,7 @@ from aimscale.harness.run.files import locked, written_aside
 
 _CHECKED_SHARE = 16  # of so many reads one is compared with the index: 0.3 % of the time of reading photographs
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
-_MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy")
+_MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
 
 
 class ShardDataset:
@@ -60,7 +60,6 @@ class ShardDataset:
         self._keys = keys
         self._reader = reader
         self._first = np.ascontiguousarray(index.shards["first"])
-        self._bad_shift = index.bad - np.arange(len(index.bad))  # how many usable samples stand before each bad one
         self._seen, self._num_reads = np.zeros(info.num_shards, dtype=bool), 0
 
     def with_own_files(self) -> ShardDataset:
@@ -85,7 +84,7 @@ class ShardDataset:
     def usable(self, numbers: npt.ArrayLike) -> I64:
         """Sample numbers of the decodable images at `numbers` (0..num_usable-1), counted in index order; O(1)."""
         wanted = np.asarray(numbers, dtype=np.int64)
-        return wanted + np.searchsorted(self._bad_shift, wanted, side="right")
+        return wanted + np.searchsorted(self._index.bad_before, wanted, side="right")
 
     def sides(self, samples: I64) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(heights, widths) of some samples, pixels."""

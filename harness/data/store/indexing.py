@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.columns import SAMPLE, MappedIndexWriter, shard_table
 from aimscale.harness.data.store.info import DATASET_FILE, INDEX_FILE, NO_LABEL, SCHEMA, DatasetInfo
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan, scan_shard, shard_size

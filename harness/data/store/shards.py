@@ -200,9 +200,7 @@ async def _fetch_together(
             try:
                 data: bytes = await asyncio.wait_for(filesystem._cat_file(path, start=start, end=end), _STALLED_S)
             except TimeoutError as error:
-                raise TimeoutError(
-                    f"stalled: no answer within {_STALLED_S:g} s to a read of {end - start} B"
-                ) from error
+                raise TimeoutError(f"stalled: {end - start} bytes did not come within {_STALLED_S:g} s") from error
             return data
 
     ranges = zip(paths, starts, ends, strict=True)

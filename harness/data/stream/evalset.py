@@ -65,12 +65,11 @@ def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.
     Raises:
         DataError: fewer are there than asked for.
     """
-    indices = np.flatnonzero(dataset.ok)
-    if num_images is not None and len(indices) < num_images:
+    if num_images is not None and dataset.num_usable < num_images:
         raise DataError(
-            f"{dataset.path} has {len(indices)} usable images, {num_images} were asked for; lower num_images"
+            f"{dataset.path} has {dataset.num_usable} usable images, {num_images} were asked for; lower num_images"
         )
-    return indices[:num_images]
+    return dataset.usable(np.arange(dataset.num_usable if num_images is None else num_images))
 
 
 def shuffled_split(

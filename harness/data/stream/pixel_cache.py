@@ -6,7 +6,9 @@ need not, nor those of the next stretch of the run.
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,22 +27,29 @@ class PixelCache:
 
     def __init__(self, dataset: ShardDataset, channels: int) -> None:
         self._dataset, self._channels = dataset, channels
-        height, width = int(dataset.height.max(initial=0)), int(dataset.width.max(initial=0))
-        shape = (len(dataset), channels, height, width)
-        ok = dataset.ok
-        uniform = bool((dataset.height[ok] == height).all() and (dataset.width[ok] == width).all())
-        fits = max(height, width) <= SMALL_SIDE and int(np.prod(shape)) <= MAX_CACHE_BYTES
-        self._pixels = torch.from_numpy(_shared(shape)) if uniform and fits else None
-        self._known = _shared((len(dataset),))
+        info = dataset.info
+        shape = (len(dataset), channels, info.max_height, info.max_width)
+        fits = max(info.max_height, info.max_width) <= SMALL_SIDE and math.prod(shape) <= MAX_CACHE_BYTES
+        self._pixels = torch.from_numpy(_shared(shape)) if info.one_size and fits else None
+        self._known = _shared((len(dataset) if self._pixels is not None else 0,))
 
-    def stack(self, samples: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """Images of one size: uint8 (number that decoded, C, H, W), and bool (len(samples),) saying which did."""
+    def holds(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which samples need not be read any more."""
+        return np.zeros(len(samples), dtype=bool) if self._pixels is None else self._known[samples] != 0
+
+    def stack(
+        self, samples: npt.NDArray[np.int64], data: Sequence[bytes | None]
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """Images of one size: uint8 (number that decoded, C, H, W), and bool (len(samples),) saying which did.
+
+        `data` holds the files' bytes where they were read before.
+        """
         good = np.ones(len(samples), dtype=bool)
         fresh: list[torch.Tensor] = []
-        for i in range(len(samples)) if self._pixels is None else np.flatnonzero(self._known[samples] == 0):
+        for i in range(len(samples)) if self._pixels is None else np.flatnonzero(~self.holds(samples)):
             sample = int(samples[i])
             try:
-                image = self._dataset.decode(sample, self._channels)
+                image = self._dataset.decode(sample, self._channels, data[int(i)])
             except UndecodableImageError:
                 good[i] = False
                 continue

@@ -46,8 +46,6 @@ class _Source:
     """One data set of the mixture."""
 
     dataset: ShardDataset
-    pool: I64
-    """Usable sample numbers, in index order."""
     num_unique: int
     """U of this source: the first of the fixed permutation of its pool."""
     subset: I64 | None
@@ -60,7 +58,7 @@ class _Source:
         """Sample numbers at `slots` (0..U-1) of `epochs`."""
         keys = random_bits(self.key, epochs)
         within = permute(slots, self.num_unique, keys)
-        return self.subset[within] if self.subset is not None else _first_of_pool(self.pool, within)
+        return self.subset[within] if self.subset is not None else _first_of_pool(self.dataset, within)
 
 
 class TrainStream:
@@ -96,24 +94,22 @@ class TrainStream:
                 )
         held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
         refuse_overlap(datasets, held_out)
-        pools = [np.flatnonzero(dataset.ok) for dataset in datasets]
         self._sources = [
             _Source(
                 dataset=dataset,
-                pool=pool,
                 num_unique=num_unique,
-                subset=_first_of_pool(pool, np.arange(num_unique)) if num_unique <= _MAX_LISTED else None,
+                subset=_first_of_pool(dataset, np.arange(num_unique)) if num_unique <= _MAX_LISTED else None,
                 key=make_key("epoch", self._seed, number),
                 pixels=PixelCache(dataset, self._channels),
             )
-            for number, (dataset, pool, num_unique) in enumerate(
-                zip(datasets, pools, self._unique_per_source(datasets, pools), strict=True)
+            for number, (dataset, num_unique) in enumerate(
+                zip(datasets, self._unique_per_source(datasets), strict=True)
             )
         ]
 
         self._max_pixels = self._size**2
         if augment_on == "device":
-            largest = max(int((data.height.astype(np.int64) * data.width).max(initial=0)) for data in datasets)
+            largest = max(dataset.info.max_pixels for dataset in datasets)
             self._max_pixels = max(self._max_pixels, min(largest, MAX_CROP_PIXELS))
 
     @property
@@ -257,7 +253,7 @@ class TrainStream:
     ) -> list[int]:
         """`_decode_all` of one source's rows, once; returns the rows whose image did not decode."""
         samples, dataset = sample_of[rows], source.dataset
-        height, width = dataset.height[samples], dataset.width[samples]
+        height, width = dataset.sides(samples)
         boxes = draw_boxes(
             make_key("crop", self._seed),
             positions[rows],
@@ -267,19 +263,24 @@ class TrainStream:
             ratio=self._data.crop_ratio,
             horizontal_flip=self._data.horizontal_flip,
         )
+        data: list[bytes | None] = [None] * len(samples)
+        if dataset.is_remote:  # all at once
+            fresh = np.flatnonzero(~source.pixels.holds(samples))
+            for i, read in zip(fresh.tolist(), dataset.read_many(samples[fresh]), strict=True):
+                data[i] = read
         failed: list[int] = []
         small = np.flatnonzero((height <= SMALL_SIDE) & (width <= SMALL_SIDE))
         shapes = height[small] * (SMALL_SIDE + 1) + width[small]
         for shape in np.unique(shapes):
             group = small[shapes == shape]
-            images, good = source.pixels.stack(samples[group])
+            images, good = source.pixels.stack(samples[group], [data[i] for i in group])
             failed += rows[group[~good]].tolist()
             group = group[good]
             resized[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
         listed = [values.tolist() for values in boxes]
         for i in np.setdiff1d(np.arange(len(rows)), small).tolist():
             try:
-                image = dataset.decode(int(samples[i]), self._channels)
+                image = dataset.decode(int(samples[i]), self._channels, data[i])
             except UndecodableImageError:
                 failed.append(int(rows[i]))
                 continue
@@ -299,28 +300,28 @@ class TrainStream:
             slot = (draw % np.uint64(source.num_unique)).astype(np.int64)
             sample_of[row] = source.sample_numbers(slot, np.zeros_like(slot))[0]
 
-    def _unique_per_source(self, datasets: Sequence[ShardDataset], pools: Sequence[I64]) -> list[int]:
-        for dataset, pool in zip(datasets, pools, strict=True):
-            num_bad = len(dataset) - len(pool)
-            if not len(pool) or num_bad / len(dataset) > self._data.max_bad_fraction:
-                first = dataset.describe(int(np.flatnonzero(~dataset.ok)[0]))
+    def _unique_per_source(self, datasets: Sequence[ShardDataset]) -> list[int]:
+        for dataset in datasets:
+            num_bad = dataset.info.num_bad
+            if not dataset.num_usable or num_bad / len(dataset) > self._data.max_bad_fraction:
+                first = dataset.describe(int(dataset.index.bad[0]))
                 raise DataError(
                     f"{dataset.path}: {num_bad} of {len(dataset)} images cannot be decoded, first {first}; "
                     f"repair them or raise data.max_bad_fraction ({self._data.max_bad_fraction:g})"
                 )
         wanted = self._data.unique_images
         if wanted is None:
-            return [len(pool) for pool in pools]
+            return [dataset.num_usable for dataset in datasets]
         counts = self._mixture.counts(wanted)
-        for dataset, pool, count in zip(datasets, pools, counts, strict=True):
-            if not 1 <= count <= len(pool):
+        for dataset, count in zip(datasets, counts, strict=True):
+            if not 1 <= count <= dataset.num_usable:
                 raise DataError(
-                    f"unique_images {wanted} takes {count} images of {dataset.path}, which has {len(pool)} "
+                    f"unique_images {wanted} takes {count} images of {dataset.path}, which has {dataset.num_usable} "
                     f"usable ones; {'lower' if count else 'raise'} data.unique_images or change the probabilities"
                 )
         return counts
 
 
-def _first_of_pool(pool: I64, numbers: I64) -> I64:
-    """Sample numbers at `numbers` of the one fixed permutation of a pool, the same for every seed."""
-    return pool[permute(numbers, len(pool), make_key("subset"))]
+def _first_of_pool(dataset: ShardDataset, numbers: I64) -> I64:
+    """Sample numbers at `numbers` of the one fixed permutation of the usable images, the same for every seed."""
+    return dataset.usable(permute(numbers, dataset.num_usable, make_key("subset")))

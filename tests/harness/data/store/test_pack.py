@@ -29,7 +29,7 @@ from aimscale.sweeps.cli.main import main
 def test_pack_keeps_bytes_and_labels(small_set: Path) -> None:
     dataset = open_dataset(small_set)
     assert len(dataset) == 60
-    assert len(dataset.info.shards) > 1
+    assert len(dataset.shards) > 1
     assert dataset.classes == ("ant", "bee", "cat")
     originals = {
         path.read_bytes(): label
@@ -168,7 +168,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_set: Path, tmp_path: Path) -> None:
     shutil.copytree(small_set, tmp_path / "copy")
-    shard = tmp_path / "copy" / open_dataset(small_set).info.shards[1].name
+    shard = tmp_path / "copy" / open_dataset(small_set).shards[1].name
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(DataError, match=f"{shard.name} is truncated"):
         open_dataset(tmp_path / "copy")
@@ -277,7 +277,7 @@ def test_a_strip_is_cropped_before_it_is_enlarged() -> None:
 
 def test_a_shard_with_other_images_of_the_same_size_is_refused_by_name(small_set: Path, tmp_path: Path) -> None:
     shutil.copytree(small_set, tmp_path / "copy")
-    info = open_dataset(small_set).info
+    info = open_dataset(small_set)
     first, second = (tmp_path / "copy" / shard.name for shard in info.shards[:2])
     data = first.read_bytes()
     with tarfile.open(first) as tar:

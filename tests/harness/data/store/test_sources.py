@@ -108,7 +108,7 @@ def test_public_layouts_are_read_as_they_are(tmp_path: Path) -> None:
     write_imagenet_wds(tmp_path / "imagenet")
     info = index_shards(str(tmp_path / "imagenet"), tmp_path / "imagenet", num_workers=2)
     dataset = open_dataset(tmp_path / "imagenet")
-    assert (info.num_samples, info.num_bad, len(info.shards)) == (18, 0, 3)
+    assert (info.num_samples, info.num_bad, info.num_shards) == (18, 0, 3)
     assert dataset.require_labels().tolist() == [label_of(shard, n) for shard in range(3) for n in range(6)]
     assert dataset.num_classes == 11
     assert dataset.key(7) == f"n0144{label_of(1, 1)}_1"
@@ -120,7 +120,10 @@ def test_public_layouts_are_read_as_they_are(tmp_path: Path) -> None:
     assert len(dataset) == 8
     assert dataset.labels is None, "a caption was taken for a label"
     assert {dataset.decode(i).shape for i in range(8)} == {(3, 70, 75), (3, 50, 60)}
-    assert sorted(path.name for path in (tmp_path / "datacomp").iterdir() if "index" in path.name) == ["index.parquet"]
+    assert sorted(path.name for path in (tmp_path / "datacomp").iterdir() if "index" in path.name) == [
+        dataset.info.index_folder,
+        "index.parquet",
+    ]
 
 
 def test_index_records_undecodable_images(tmp_path: Path) -> None:
@@ -234,14 +237,14 @@ def test_http_gives_the_same_stream_as_files(
     assert open_dataset(tmp_path / "index").fingerprint == open_dataset(small_set).fingerprint
     expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(40))
     handler.requests.clear()
-    handler.flaky = {f"/{shard.name}" for shard in open_dataset(small_set).info.shards}
+    handler.flaky = {f"/{shard.name}" for shard in open_dataset(small_set).shards}
     for path in (str(tmp_path / "index"), url):
         stream = TrainStream(configure(sources=[{"path": path}]))
         assert torch.equal(stream.batch(range(40)).images, expected.images)
     assert handler.flaky == set()
     assert all("bytes=" in request for request in handler.requests if ".tar" in request)
 
-    size = sum(shard.size for shard in open_dataset(small_set).info.shards)
+    size = sum(shard.size for shard in open_dataset(small_set).shards)
     handler.requests.clear()
     cached = configure(sources=[{"path": url}])
     for workers in (0, 2):
@@ -254,7 +257,7 @@ def test_http_gives_the_same_stream_as_files(
 
 def test_cache_keeps_its_bound_and_makes_room(small_set: Path, tmp_path: Path, serve: Callable[[Path], Any]) -> None:
     dataset = open_dataset(small_set)
-    sizes = {shard.name: shard.size for shard in dataset.info.shards}
+    sizes = {shard.name: shard.size for shard in dataset.shards}
     bound = sum(sorted(sizes.values())[:2]) + 1000
     cache = tmp_path / "cache"
 
@@ -265,13 +268,13 @@ def test_cache_keeps_its_bound_and_makes_room(small_set: Path, tmp_path: Path, s
         url, _ = serve(small_set)
         reader = CachedReader(url, sizes, cache, bound)
         for i in range(len(dataset)):
-            name = dataset.info.shards[dataset.shard[i]].name
-            assert reader.read(name, int(dataset.offset[i]), int(dataset.size[i])) == dataset.read(i)
+            assert reader.read_many([dataset.place(i)]) == [dataset.read(i)]
             assert stored() <= bound
         assert len([*reader._folder.iterdir()]) >= 1, turn
+    name = next(iter(sizes))
     wrong = CachedReader(url, sizes | {name: sizes[name] + 1}, tmp_path / "other", 10**9)
     with pytest.raises(OSError, match="the index says"):
-        wrong.read(name, 0, 10)
+        wrong.read_many([(name, 0, 10)])
     assert not [*(tmp_path / "other").glob("*/*/*")]
 
 
@@ -284,11 +287,11 @@ def test_the_cache_never_touches_what_it_did_not_make(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(200_000))
     dataset = open_dataset(small_set)
-    sizes = {shard.name: shard.size for shard in dataset.info.shards}
-    name = dataset.info.shards[0].name
+    sizes = {shard.name: shard.size for shard in dataset.shards}
+    name = dataset.shards[0].name
     for url in (f"file://{small_set}", serve(small_set)[0]):
         reader = CachedReader(url, sizes, tmp_path / "photos", sizes[name] + 1)
-        assert len(reader.read(name, 0, 512)) == 512
+        assert len(reader.read_many([(name, 0, 512)])[0]) == 512
         assert [path.stat().st_size for path in theirs] == [200_000] * 4
     (cached,) = (tmp_path / "photos" / CACHE_FOLDER).glob(f"*/{name}")  # the second took the first one's place
     assert cached.stat().st_size == sizes[name]
@@ -299,17 +302,17 @@ def test_the_cache_never_touches_what_it_did_not_make(
 
 
 def test_what_a_killed_download_left_makes_room(small_set: Path, tmp_path: Path, serve: Callable[[Path], Any]) -> None:
-    sizes = {shard.name: shard.size for shard in open_dataset(small_set).info.shards}
+    sizes = {shard.name: shard.size for shard in open_dataset(small_set).shards}
     name = min(sizes)
     left = open_cache(tmp_path) / "0123456789abcdef" / "x.tar.partial"
     left.parent.mkdir()
     left.write_bytes(bytes(10_000))
     reader = CachedReader(serve(small_set)[0], sizes, tmp_path, sizes[name] + 100)
     with locked(left):  # somebody downloads it
-        reader.read(name, 0, 10)
+        reader.read_many([(name, 0, 10)])
         assert left.exists()
     reader = CachedReader(serve(small_set)[0], sizes, tmp_path, sizes[name] + 100)
-    reader.read(name, 0, 10)
+    reader.read_many([(name, 0, 10)])
     assert not left.exists()
 
 
@@ -349,7 +352,7 @@ def test_remote_mistakes_are_named(
     handler.ranges = False
     with pytest.raises(DataError, match="ignores byte ranges; set cache_dir"):
         dataset.read(0)
-    (tmp_path / "copy" / dataset.info.shards[0].name).unlink()
+    (tmp_path / "copy" / dataset.shards[0].name).unlink()
     with pytest.raises(DataError, match="is missing"):
         dataset.read(0)
     with pytest.raises(DataError, match="has no index"):

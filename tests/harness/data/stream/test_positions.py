@@ -287,9 +287,10 @@ def spoil(folder: Path, out: Path, samples: list[int]) -> Path:
     shutil.copytree(folder, out)
     dataset = open_dataset(out)
     for sample in samples:
-        with (out / dataset.info.shards[dataset.shard[sample]].name).open("r+b") as shard:
-            shard.seek(dataset.offset[sample])
-            shard.write(bytes(int(dataset.size[sample])))
+        name, offset, size = dataset.place(sample)
+        with (out / name).open("r+b") as shard:
+            shard.seek(offset)
+            shard.write(bytes(size))
     return out
 
 
