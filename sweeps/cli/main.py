@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
     "plan": ("aimscale.sweeps.cli.plan", "List the runs of a sweep with a cost card each; no side effect."),
     "launch": ("aimscale.sweeps.cli.launch", "Start what is missing, resume what died, skip what is done."),
+    "work": ("aimscale.sweeps.cli.work", "Take free runs and evaluations of a sweep until none is left."),
     "status": ("aimscale.sweeps.cli.status", "One line a run: state, step, loss, images/s, MFU, ETA, why it failed."),
     "logs": ("aimscale.sweeps.cli.logs", "Print or follow the log of one run."),
     "cancel": ("aimscale.sweeps.cli.cancel", "Stop the runs of a sweep; each saves first."),

@@ -277,6 +277,13 @@ def _conclude(queue: Queue, job: Job) -> Outcome:
     return outcome
 
 
+def print_events(queue: Queue) -> None:
+    """Print what happened, line by line: a `Report` for logs."""
+    for event in queue.events:
+        print(event, flush=True)
+    queue.events.clear()
+
+
 def _sentence(job: Job, outcome: Outcome) -> str:
     if outcome == "finished":
         return f"finished {job.run.run_id} in {time.time() - job.started:.0f} s"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.lease import STALE_S
 from aimscale.sweeps.launch.devices import visible_gpus
-from aimscale.sweeps.launch.local_queue import LaunchResult, run_queue, worker_command
+from aimscale.sweeps.launch.local_queue import LaunchResult, print_events, run_queue, worker_command
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.decision import Decision, decide
@@ -58,7 +57,7 @@ class PackedJob:
             gpus=gpus,
             share=(lambda run: shares[run.run_id]) if gpus else None,
             command=lambda path, devices: worker_command(path, devices, self.worker),
-            report=_print_events,
+            report=print_events,
             job_id=job_id,
         )
         return self._follow(result, job_id)
@@ -111,10 +110,3 @@ def _wait_for_leases(records: list[RunRecord]) -> None:
     deadline = time.monotonic() + 2 * STALE_S
     while time.monotonic() < deadline and any(record.is_held() for record in records):
         time.sleep(1.0)
-
-
-def _print_events(queue: Any) -> None:
-    for event in queue.events:
-        print(event, flush=True)
-    queue.events.clear()
-    sys.stdout.flush()

@@ -34,6 +34,7 @@ from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli import probe as cli_probe
 from aimscale.sweeps.launch.probes import missing, probing_jobs, run_at, runs_of_sweep, sweep_of_run
 from aimscale.sweeps.launch.stop import cancel, retry
+from aimscale.sweeps.launch.worker import work
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -225,6 +226,15 @@ def test_progress_of_a_job_is_finished_tasks_and_saved_epochs(trained: Any) -> N
     assert record.saved_progress()[0] == num_files + 1
     prepare(sweep)
     assert record.home == sweep.directory
+
+
+def test_a_worker_evaluates_what_is_trained_and_not_evaluated(trained: Any, capsys: Any) -> None:
+    sweep, runs = trained()
+    did = work(sweep, devices=2, check=lambda runs: None)
+    assert (did.why, did.trained, sorted(did.evaluated)) == ("nothing is left", (), sorted(run.run_id for run in runs))
+    for run in runs:
+        assert [len(row["probes"]) for row in RunDir(sweep.run_dir(run.run_id)).read_rows()] == [1, 1]
+    assert "finished" in capsys.readouterr().out
 
 
 def test_runs_without_a_sweep_have_a_home_of_their_own(trained: Any, tmp_path: Path) -> None:
