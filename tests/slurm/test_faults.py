@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -90,7 +91,10 @@ def test_a_lost_node_hands_the_run_to_another(fault: Any, undisturbed: Losses, c
         assert_as_undisturbed(case, undisturbed)
     finally:
         subprocess.run(["slurmd", "-N", node], check=True)
-    assert case.records[0].checked_status().attempt == 2
+    # The trainer on the lost node may live on and finish; its successor waits, and no step is written twice.
+    lines = map(json.loads, case.records[0].metrics.read_text().splitlines())
+    steps = [(line["branch"], line["step"]) for line in lines]
+    assert len(steps) == len(set(steps))
 
 
 def test_scancel_of_one_element_leaves_the_other_and_resumes_later(fault: Any, undisturbed: Losses) -> None:

@@ -77,6 +77,7 @@ def trained(write_sweep: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list
                 "model": {"image_size": 16, "patch_size": 4},
                 "data": {"sources": [{"path": "data/train"}]},
                 "optimiser": {"batch_size": 64},
+                "schedule": {"warmup_images": 0},
                 "validation": {"path": "data/test"},
                 "probes": [own],
             },
