@@ -147,7 +147,8 @@ def model_config(
 ) -> ModelConfig:
     """Look a size up and attach its pixel head.
 
-    `size` is `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>` of the ladder, or `w<width>-d<depth>`.
+    `size` is `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>` of the ladder, or `w<width>-d<depth>`,
+    with `-h<heads>` where attention has not the ladder's number of heads.
     `head_rule` gives the pixel head, whose width and depth can be overridden:
 
     - `released`: 12 blocks of width 2048, as in all published sizes;
@@ -197,13 +198,15 @@ def _shape(size: str) -> tuple[int, int, int]:
     if size in known_sizes():
         width = int(size.removeprefix("rung-"))
         return width, _rung_depth(width), width // _head_dim(width)
-    free = re.fullmatch(r"w([1-9]\d*)-d([1-9]\d*)", size)
+    free = re.fullmatch(r"w([1-9]\d*)-d([1-9]\d*)(?:-h([1-9]\d*))?", size)
     if free:
         width, depth = int(free[1]), int(free[2])
-        return width, depth, width // _head_dim(width)
+        return width, depth, int(free[3]) if free[3] else width // _head_dim(width)
     near = _nearest_size(size)
     hint = f"did you mean '{near}'?" if near else f"known sizes: {', '.join(known_sizes())}"
-    raise ModelConfigError(f"unknown size '{size}'; {hint} (any other shape is w<width>-d<depth>)")
+    raise ModelConfigError(
+        f"unknown size '{size}'; {hint} (any other shape is w<width>-d<depth> or w<width>-d<depth>-h<heads>)"
+    )
 
 
 def _rung_depth(width: int) -> int:

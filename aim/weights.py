@@ -19,14 +19,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from aimscale.aim.config import ModelConfig, known_sizes, model_config
+from aimscale.aim.config import RELEASED_SIZES, ModelConfig, known_sizes, model_config
 from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.aim.mup import attention_scale
 from aimscale.aim.probes import AttentiveProbe
+from aimscale.aim.trainer_names import is_of_trainer, to_released
 
 BACKBONE = ("preprocessor.", "trunk.")
 """Prefixes of a released backbone's names."""
+NUM_HEADS = "num_heads"
+"""Key, in the header of an exported safetensors file, of the number of attention heads, which shapes do not tell."""
 PROBE = "head."
 """Prefix of a released attentive probe's names."""
 
@@ -99,6 +102,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a plain PyTorch state dict ({reason}); save one with torch.save(model.state_dict(), path)"
         ) from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint of the authors' trainer
+        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds something other than named tensors; save model.state_dict() alone")
     return state
@@ -121,31 +126,57 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
         aside.unlink(missing_ok=True)
 
 
-def identify(path: Path, *, image_size: int = 224) -> ModelConfig:
-    """Which size a backbone file was saved from, by its shapes alone, with a linear pixel head.
+def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None) -> ModelConfig:
+    """Which size a backbone file was saved from, by its shapes, with a linear pixel head.
 
     A width and depth that are no named size become `w<width>-d<depth>`. Positions are computed, not stored, so the file
-    does not tell `image_size`.
+    does not tell `image_size`; nor do shapes tell the number of attention heads, which is known of the published sizes,
+    and of files that this project exported, and must be given for all others.
 
     Raises:
-        WeightsError: an unreadable file, or one without a patch embedding or blocks.
+        WeightsError: an unreadable file, one without a patch embedding or blocks, or an unknown number of heads.
         ModelConfigError: shapes that no AIM has.
     """
     state = read_weights(path)
+    if is_of_trainer(state):
+        state = to_released(state)
     patch_embedding = state.get("preprocessor.patchifier.proj.weight")
     depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
     if patch_embedding is None or patch_embedding.ndim != 4 or depth == 0:
         raise WeightsError(f"{path} is not an AIM backbone: it has no patch embedding or no trunk blocks")
     width, channels, patch_size, _ = patch_embedding.shape
-    shapes = {size: model_config(size) for size in known_sizes()}
-    named = [size for size, config in shapes.items() if (config.width, config.depth) == (width, depth)]
+    heads = num_heads or known_heads(path, width, depth)
+    if heads is None:
+        raise WeightsError(
+            f"{path} (width {width}, {depth} blocks) is no published size and does not tell its number of attention "
+            "heads; say --num-heads"
+        )
+    known = [size for size in known_sizes() if _shape_of(size) == (width, depth, heads)]
+    free = f"w{width}-d{depth}"
     return model_config(
-        named[0] if named else f"w{width}-d{depth}",
+        known[0] if known else free if _shape_of(free)[2] == heads else f"{free}-h{heads}",
         image_size=image_size,
         patch_size=patch_size,
         channels=channels,
         head_rule="none",
     )
+
+
+def _shape_of(size: str) -> tuple[int, int, int]:
+    config = model_config(size)
+    return config.width, config.depth, config.num_heads
+
+
+def known_heads(path: Path, width: int, depth: int) -> int | None:
+    """Attention heads of a published size, or as the header of a file says that this project exported; else None."""
+    for published_width, published_depth, heads in RELEASED_SIZES.values():
+        if (published_width, published_depth) == (width, depth):
+            return heads
+    if path.suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get(NUM_HEADS, "")
+    return int(recorded) if recorded.isdigit() else None
 
 
 def load_model(

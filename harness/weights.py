@@ -19,18 +19,23 @@ from torch import Tensor
 
 from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
 from aimscale.aim.cost import param_count
+from aimscale.aim.model import AIM
+from aimscale.aim.trainer_names import NORM_EPS, is_of_trainer, to_released
 from aimscale.aim.weights import (
     BACKBONE,
+    NUM_HEADS,
     PROBE,
     WeightsError,
     backbone_state,
     forget_pages,
     identify,
+    known_heads,
     read_weights,
     released_probe_shapes,
     released_shapes,
     write_weights,
 )
+from aimscale.harness.probe.released import RELEASED_HEAD, HeadBlocks, released_blocks
 from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_text, written_aside, written_dir_aside
@@ -93,33 +98,49 @@ def stream_safetensors(
 
 
 def import_weights(
-    source: Path, run_path: Path, *, size: str | None, image_size: int, images_seen: int | None
+    source: Path,
+    run_path: Path,
+    *,
+    size: str | None,
+    image_size: int,
+    images_seen: int | None,
+    num_heads: int | None = None,
+    head: Path | None = None,
+    head_blocks: HeadBlocks = "last",
 ) -> RunDir:
-    """Turn a released backbone file into a finished run directory that `probe` and `collect` read.
+    """Turn a released backbone, or a checkpoint of the authors' trainer, into a finished run directory.
 
     Args:
-        source: `.pth` or `.safetensors` with `preprocessor.*` and `trunk.*`; probe tensors `head.*` are left out.
+        source: `.pth` or `.safetensors` with `preprocessor.*` and `trunk.*` under released names; or with q, k, v apart
+            and `head.decoder_*`, whose pixel head comes along.
         run_path: new directory.
         size: named size; None takes the one whose shapes fit.
         image_size: side of the images, pixels, which the file does not tell.
         images_seen: D; None takes the published number of that size.
+        num_heads: attention heads, which shapes do not tell; None takes those of a published size or of our own export.
+        head: file of a released attentive probe `head.*`; None keeps the one in `source`, if there is one.
+        head_blocks: the blocks that it reads: the last six, or the published best ones.
 
     Raises:
-        WeightsError: an unreadable file, or one that is not the backbone of `size`.
+        WeightsError: an unreadable file, one that is not the backbone of `size`, or a head that does not fit.
         RunDirError: `run_path` exists.
     """
     if run_path.exists():
         raise RunDirError(f"{run_path} exists already; choose another directory for the imported weights")
-    found = identify(source, image_size=image_size)
+    found = identify(source, image_size=image_size, num_heads=num_heads)
+    state = read_weights(source)
+    of_trainer = is_of_trainer(state)
+    state = to_released(state) if of_trainer else state
+    pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
     section = ModelSection(
         size=size or found.name,
         image_size=image_size,
         patch_size=found.patch_size,
         channels=found.channels,
-        head_rule="released",
+        **(_trainer_fields(pixel_head, source) if of_trainer else {"head_rule": "released"}),
     )
     config = model_config(**dict(section))
-    if (config.width, config.depth) != (found.width, found.depth):
+    if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
         raise WeightsError(f"{source} holds {found.name}, not {section.size}; leave out --size, or give the other file")
     if images_seen is None:
         if section.size not in PUBLISHED_IMAGES_SEEN:
@@ -127,19 +148,64 @@ def import_weights(
                 f"{source} is no published size ({section.size}); say --images-seen, its training images"
             )
         images_seen = PUBLISHED_IMAGES_SEEN[section.size]
-    state = {name: tensor for name, tensor in read_weights(source).items() if not name.startswith(PROBE)}
-    _check(state, config, source)
+    kept_head = _released_head(read_weights(head) if head else state, config, head or source, insist=head is not None)
+    body = {name: tensor for name, tensor in state.items() if not name.startswith(PROBE)}
+    _check(body, config, source, _whole_shapes(config) if pixel_head else None)
     run_config = _published_recipe(section, images_seen)
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": _sha256(source)}
     with written_dir_aside(run_path) as folder:
         run = RunDir(folder)
-        metadata = {"format": "pt", "imported_from": source.name}
-        stream_safetensors(state, run.model_file(images_seen), metadata, forget=True)
+        if kept_head:
+            blocks = released_blocks(config, head_blocks)
+            write_weights(kept_head, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
+        metadata = {"format": "pt", "imported_from": source.name, NUM_HEADS: str(config.num_heads)}
+        # joined q, k, v are no mapped file, whose pages could be given back
+        stream_safetensors(body, run.model_file(images_seen), metadata, forget=not of_trainer)
         write_text(run.config, run_config.to_yaml())
         run.record_row(_row(run_config, images_seen))
         run.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
         record_start(run, {"imported": origin})
     return RunDir(run_path)
+
+
+def _trainer_fields(pixel_head: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+    """Fields of `model` that a checkpoint of the authors' trainer implies."""
+    if "pixel_head.proj_in.weight" not in pixel_head:
+        raise WeightsError(
+            f"{source} lacks head.decoder_projection.weight, so its pixel head is not whole; give it all"
+        )
+    blocks = {name.split(".")[2] for name in pixel_head if name.startswith("pixel_head.blocks.")}
+    return {
+        "head_rule": "released",
+        "head_width": len(pixel_head["pixel_head.proj_in.weight"]),
+        "head_depth": len(blocks),
+        "ln_residual": any(name.endswith(".norm_1.weight") for name in pixel_head),
+        "norm_eps": NORM_EPS,
+        "qkv_init": "separate",
+    }
+
+
+def _whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model with its pixel head."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in AIM(config).state_dict().items()}
+
+
+def _released_head(
+    state: Mapping[str, Tensor], config: ModelConfig, source: Path, *, insist: bool
+) -> dict[str, Tensor] | None:
+    """The attentive probe in a file's tensors; None where there is none and none was asked for."""
+    head = {name: tensor for name, tensor in state.items() if name.startswith(PROBE)}
+    if "head.linear.weight" not in head:
+        if insist:
+            raise WeightsError(f"{source} holds no {PROBE}linear.weight; give the file of the attentive probe")
+        return None
+    num_classes = len(head["head.linear.weight"])
+    wanted = released_probe_shapes(config, num_classes)
+    if "head.linear.bias" in head:
+        wanted["head.linear.bias"] = (num_classes,)
+    _check(head, config, source, wanted)
+    return head
 
 
 def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path | None) -> list[Path]:
@@ -167,7 +233,8 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
         state |= head
     rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
     with written_dir_aside(out) as folder:
-        stream_safetensors(state, folder / "model.safetensors", {"format": "pt", "run_id": config.run_id})
+        metadata = {"format": "pt", "run_id": config.run_id, NUM_HEADS: str(model.num_heads)}
+        stream_safetensors(state, folder / "model.safetensors", metadata)
         write_weights(state, folder / "model.pth")
         write_text(folder / "config.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
         write_text(folder / "README.md", model_card(config, model, images_seen, rows[0] if rows else {}))
@@ -192,17 +259,20 @@ def describe_weights(path: Path) -> dict[str, Any]:
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
         "params": {part: count for part, count in parts.items() if count},
     }
-    if parts["head"]:
+    if "head.linear.weight" in state:
         facts["num_classes"] = len(state["head.linear.weight"])
     if parts["trunk"]:
-        config = identify(path)
+        depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
+        patch_embedding = next((tensor for name, tensor in state.items() if name.endswith("patchifier.proj.bias")), ())
+        heads = known_heads(path, len(patch_embedding), depth)
+        config = identify(path, num_heads=heads or 1)
         wanted = released_shapes(config)
         backbone = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(BACKBONE)}
         facts |= {
-            "size": config.name,
+            "size": config.name.removesuffix("-h1"),
             "width": config.width,
             "depth": config.depth,
-            "num_heads": config.num_heads,
+            "num_heads": heads or "not told by the file",
             "patch_size": config.patch_size,
             "is_complete_backbone": backbone == wanted,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +50,10 @@ class TaskChoice:
     """Its test split."""
     kinds: list[str] | None = None
     """Kinds of probes instead of each task's own."""
+
+    def test_only(self) -> TaskChoice:
+        """The same where nothing is trained: a test split alone is enough."""
+        return replace(self, train=self.train or self.test)
 
     def sections(self, config: RunConfig) -> list[ProbeSection]:
         """The tasks as sections of a configuration.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,18 +13,39 @@ app = typer.Typer(help="Import, export and describe official AIM weights.", no_a
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Released backbone file, .pth or .safetensors.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Released backbone or trainer's checkpoint.", show_default=False),
+    ],
     run_dir: Annotated[Path, typer.Argument(help="New run directory.", show_default=False)],
     size: Annotated[str | None, typer.Option(help="Insist on this size; told by the shapes otherwise.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side of its input images, pixels.")] = 224,
     images_seen: Annotated[
         int | None, typer.Option(min=1, help="Images it was trained on; the published number otherwise.")
     ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, which shapes do not tell; known of published sizes.")
+    ] = None,
+    head: Annotated[
+        Path | None, typer.Option(help="File of the released attentive probe; one in FILE is kept otherwise.")
+    ] = None,
+    head_blocks: Annotated[
+        Literal["last", "best"], typer.Option(help="Blocks that the probe reads: the last six or the published best.")
+    ] = "last",
 ) -> None:
     """Turn released weights into a finished run, which probe and collect read like any other."""
     from aimscale.harness.weights import import_weights
 
-    run = import_weights(file, run_dir, size=size, image_size=image_size, images_seen=images_seen)
+    run = import_weights(
+        file,
+        run_dir,
+        size=size,
+        image_size=image_size,
+        images_seen=images_seen,
+        num_heads=num_heads,
+        head=head,
+        head_blocks=head_blocks,
+    )
     config = run.load_config()
     typer.echo(
         f"wrote {run.path}: {config.training.model.size}, {config.evaluation.budgets[0]:,} images; probe it with "

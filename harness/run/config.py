@@ -23,7 +23,8 @@ class ModelSection(Section):
     """Which AIM is trained; `aim.config.model_config` turns this into the model's own configuration."""
 
     size: str
-    """A named size: `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>`, or `w<width>-d<depth>`."""
+    """A named size: `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>`, or
+    `w<width>-d<depth>`, with `-h<heads>` for another number of attention heads than the ladder's."""
     image_size: int = Field(224, gt=0)
     """Side of the square input, pixels."""
     patch_size: int = Field(14, gt=0)

@@ -71,6 +71,10 @@ def probe(
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
     cache_gb: CacheGB = 2.0,
     disk_gb: DiskGB = 500.0,
+    released: Annotated[
+        bool,
+        typer.Option("--released", help="Score the head that came with imported weights; train nothing."),
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
     list_tasks_: Annotated[
@@ -89,8 +93,13 @@ def probe(
     if is_run and on is None:
         if devices > 1 or slots or dry_run or run:
             raise SweepError("--devices, --slots, --dry-run and --run go with jobs; add --on local or --on slurm")
+        if released:
+            _score_released(Path(target), choice, device, as_json)
+            return
         _probe_here(Path(target), choice, images_seen, device, (cache_gb, disk_gb), again, as_json)
         return
+    if released:
+        raise SweepError("--released goes with one imported run, probed in this process")
     if as_json:
         raise SweepError("--json goes with probing in this process, not with jobs")
     sweep, runs, paths = _runs(target, is_run, root, run)
@@ -131,6 +140,17 @@ def _probe_here(
             since=None if again else 0.0,
         )
         print_entries(results, is_first=group.is_first, as_json=as_json)
+
+
+def _score_released(path: Path, choice: TaskChoice, device: Device, as_json: bool) -> None:
+    """Score an imported run's own head."""
+    from aimscale.harness.probe.released import score_released
+    from aimscale.harness.probe.run import join_ranks
+    from aimscale.harness.run.directory import RunDir
+
+    sections = choice.test_only().sections(RunDir(path).load_config())
+    with join_ranks(device) as group:
+        print_entries(score_released(path, sections, group=group), is_first=group.is_first, as_json=as_json)
 
 
 def _runs(target: str, is_run: bool, root: Path, parts: list[str] | None) -> tuple[Sweep, list[Run], dict[str, Path]]:

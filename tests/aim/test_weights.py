@@ -78,7 +78,9 @@ def test_import_gives_the_models_values_and_export_gives_them_back(tmp_path: Pat
 def test_a_file_tells_its_size(tmp_path: Path, size: str) -> None:
     config = model_config(size, image_size=12, patch_size=4, channels=1, head_rule="none")
     write_weights(released_state(AIM(config)), tmp_path / "backbone.safetensors")
-    assert identify(tmp_path / "backbone.safetensors", image_size=12) == config
+    assert identify(tmp_path / "backbone.safetensors", image_size=12, num_heads=config.num_heads) == config
+    with pytest.raises(WeightsError, match="say --num-heads"):
+        identify(tmp_path / "backbone.safetensors")
     write_weights({"weight": torch.ones(2)}, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"other\.pth is not an AIM backbone"):
         identify(tmp_path / "other.pth")
@@ -97,7 +99,7 @@ from pathlib import Path
 from aimscale.aim.weights import identify, load_backbone
 def memory(field): return [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if field in line][0]
 path = Path({str(path)!r})
-config = identify(path)
+config = identify(path, num_heads=12)
 before = memory("VmRSS")
 model = load_backbone(path, config)
 print(memory("VmHWM") - before)

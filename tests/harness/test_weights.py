@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aimscale.aim.config import model_config
-from aimscale.aim.weights import load_backbone, released_shapes
+from aimscale.aim.config import ModelConfig, model_config
+from aimscale.aim.model import AIM
+from aimscale.aim.probes import AttentiveProbe
+from aimscale.aim.weights import known_heads, load_backbone, released_probe_shapes, released_shapes
 from aimscale.analysis.tables.schema import results_table
+from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.probe.images import open_task
+from aimscale.harness.probe.run import load_budget
+from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli.main import main
 
 CONFIG = model_config("w48-d2", image_size=28)
@@ -40,7 +50,9 @@ def test_import_gives_a_finished_run_with_the_same_values_and_a_row(
 ) -> None:
     path, state = released
     target = tmp_path / "run"
-    code, _, _ = weights(capsys, "import", str(path), str(target), "--image-size", "28", "--images-seen", "8192")
+    code, _, _ = weights(
+        capsys, "import", str(path), str(target), "--image-size", "28", "--images-seen", "8192", "--num-heads", "3"
+    )
     assert code == 0
     run = RunDir(target)
     config = run.load_config()
@@ -59,7 +71,18 @@ def test_export_gives_back_what_was_imported_with_a_card(
     released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, state = released
-    weights(capsys, "import", str(path), str(tmp_path / "run"), "--image-size", "28", "--images-seen", "8192")
+    weights(
+        capsys,
+        "import",
+        str(path),
+        str(tmp_path / "run"),
+        "--image-size",
+        "28",
+        "--images-seen",
+        "8192",
+        "--num-heads",
+        "2",
+    )
     code, out, _ = weights(capsys, "export", str(tmp_path / "run"), str(tmp_path / "out"))
     assert code == 0
     assert "model.safetensors" in out
@@ -92,12 +115,24 @@ def test_wrong_files_are_refused_and_leave_nothing(
     torch.save({"w": Path("x")}, tmp_path / "pickle.pth")
     before = sorted(tmp_path.iterdir())
     for arguments, message in (
-        (["import", str(tmp_path / "short.safetensors"), str(tmp_path / "r"), "--images-seen", "8"], "fc2"),
         (
-            ["import", str(path), str(tmp_path / "r"), "--size", "rung-64", "--images-seen", "8"],
+            [
+                "import",
+                str(tmp_path / "short.safetensors"),
+                str(tmp_path / "r"),
+                "--images-seen",
+                "8",
+                "--num-heads",
+                "2",
+            ],
+            "fc2",
+        ),
+        (
+            ["import", str(path), str(tmp_path / "r"), "--size", "rung-64", "--images-seen", "8", "--num-heads", "3"],
             "holds w48-d2, not rung-64",
         ),
-        (["import", str(path), str(tmp_path / "r")], "--images-seen"),
+        (["import", str(path), str(tmp_path / "r"), "--num-heads", "3"], "--images-seen"),
+        (["import", str(path), str(tmp_path / "r"), "--images-seen", "8"], "say --num-heads"),
         (["import", str(tmp_path / "pickle.pth"), str(tmp_path / "r")], "not a plain PyTorch state dict"),
         (["import", str(tmp_path / "none.pth"), str(tmp_path / "r")], "no weight file"),
         (["export", str(tmp_path), str(tmp_path / "o")], "no run directory"),
@@ -107,3 +142,127 @@ def test_wrong_files_are_refused_and_leave_nothing(
         assert (code, err.count("\n")) == (2, 1), arguments
         assert message in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_attention_heads_are_told_by_a_published_size_by_our_own_export_or_by_the_user_alone(
+    released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = released
+    options = ["--image-size", "28", "--images-seen", "8192"]
+    weights(capsys, "import", str(path), str(tmp_path / "run"), *options, "--num-heads", "6")
+    config = RunDir(tmp_path / "run").load_config()
+    assert config.training.model.size == "w48-d2-h6"
+    assert model_of(config.training).num_heads == 6
+    weights(capsys, "export", str(tmp_path / "run"), str(tmp_path / "out"))
+    again = str(tmp_path / "out" / "model.safetensors")
+    assert weights(capsys, "import", again, str(tmp_path / "again"), *options)[0] == 0
+    assert RunDir(tmp_path / "again").load_config().training.model.size == "w48-d2-h6"
+    facts = json.loads(weights(capsys, "info", again, "--json")[1])
+    assert (facts["size"], facts["num_heads"]) == ("w48-d2-h6", 6)
+    assert known_heads(path, 1536, 24) == 12
+    assert known_heads(path, 768, 16) is None  # rung-768's shape, and perhaps another's heads
+
+
+def trainer_state(config: ModelConfig) -> tuple[dict[str, Tensor], AIM]:
+    """A checkpoint of the authors' trainer, written from its description, and the model that it is of."""
+    model = AIM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    state: dict[str, Tensor] = {"preprocessor.blocks.0.pos_embed": torch.zeros(1, config.num_tokens, config.width)}
+    state["head.decoder_pos_embed"] = torch.zeros(1, config.num_tokens, config.head.width)
+    head = {"proj_in": "projection", "blocks": "blocks", "norm": "norm", "proj_out": "pred"}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("attn.qkv.weight"):
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                state[name.replace("qkv", f"{part}_proj")] = rows.clone()
+        elif name.startswith("pixel_head."):
+            part, _, rest = name.removeprefix("pixel_head.").partition(".")
+            state[f"head.decoder_{head[part]}.{rest}"] = tensor.clone()
+        else:
+            state[name.replace("preprocessor.", "preprocessor.blocks.0.")] = tensor.clone()
+    return state, model
+
+
+def test_a_checkpoint_of_the_authors_trainer_comes_with_its_pixel_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = model_config(
+        "w48-d2", image_size=28, head_rule="released", head_width=32, head_depth=3, ln_residual=True, norm_eps=1e-5
+    )
+    state, model = trainer_state(config)
+    torch.save({"model": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}}, tmp_path / "l3m.pth")
+    arguments = [str(tmp_path / "l3m.pth"), str(tmp_path / "run"), "--image-size", "28", "--images-seen", "8192"]
+    code, _, err = weights(capsys, "import", *arguments, "--num-heads", str(config.num_heads))
+    assert (code, err) == (0, "")
+    run = RunDir(tmp_path / "run")
+    section = run.load_config().training.model
+    assert (section.head_width, section.head_depth, section.ln_residual, section.norm_eps) == (32, 3, True, 1e-5)
+    images, prefixes = torch.randn(4, 3, 28, 28), torch.tensor([1, 2, 3, 2])
+    loaded = load_budget(run, run.load_config(), 8192, "cpu")
+    torch.testing.assert_close(loaded(images, prefixes)[0], model(images, prefixes)[0])  # the pixel head's losses
+    del state["head.decoder_blocks.1.mlp.fc1.weight"]
+    torch.save(state, tmp_path / "l3m.pth")
+    code, _, err = weights(
+        capsys, "import", str(tmp_path / "l3m.pth"), str(tmp_path / "r"), *arguments[2:], "--num-heads", "1"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pixel_head.blocks.1.mlp.fc1.weight" in err
+
+
+def test_a_released_head_is_kept_and_scored_on_its_task(
+    released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = released
+    pictures = tmp_path / "pictures"
+    for number, name in enumerate(("bird", "cat", "dog")):
+        (pictures / name).mkdir(parents=True)
+        for index in range(7):
+            pixels = np.random.default_rng([number, index]).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(pictures / name / f"{index}.png")
+    pack_folder(pictures, tmp_path / "test")
+    head = {name: torch.randn(shape) for name, shape in released_probe_shapes(CONFIG, 3).items()}
+    head["head.bn.running_var"] = head["head.bn.running_var"].abs() + 0.5
+    head["head.bn.num_batches_tracked"] = torch.tensor(3)
+    save_file(head, tmp_path / "head.safetensors")
+    options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", str(CONFIG.num_heads)]
+    weights(capsys, "import", str(path), str(tmp_path / "run"), *options, "--head", str(tmp_path / "head.safetensors"))
+    run = RunDir(tmp_path / "run")
+    task = ["--task", "animals", "--test", str(tmp_path / "test")]
+    with pytest.raises(SystemExit) as ended:
+        main(["probe", str(run.path), "--released", *task, "--device", "cpu", "--json"])
+    assert ended.value.code == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["kind"], entry["blocks"], entry["n"]) == ("released", [0, 1], 21)
+    assert run.read_rows()[0]["probes"] == [{k: v for k, v in entry.items() if k != "images_seen"}]
+    # the same by the written-out modules
+    config = run.load_config()
+    section = ProbeSection(task="animals", train=str(tmp_path / "test"), test=str(tmp_path / "test"))
+    _, test = open_task(section, config.training.model)
+    model = load_backbone(path, CONFIG).to(torch.bfloat16)
+    probe = AttentiveProbe(CONFIG.width, CONFIG.num_heads, 3)
+    probe.load_state_dict({name.removeprefix("head."): tensor for name, tensor in head.items()})
+    with torch.no_grad():
+        tokens = model.features(test.images(range(21)), [0, 1]).float().mean(0)
+        right = (probe.eval()(tokens).argmax(1) == test.labels).float().mean()
+    assert entry["top1"] == pytest.approx(float(right))
+
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    shutil.rmtree(pictures / "dog")
+    pack_folder(pictures, tmp_path / "two")
+    error = refused("probe", str(run.path), "--released", "--task", "pairs", "--test", str(tmp_path / "two"))
+    assert "has 2 classes and the released head 3" in error
+    weights(capsys, "import", str(path), str(tmp_path / "bare"), *options)
+    assert "has no released head" in refused("probe", str(tmp_path / "bare"), "--released", *task)
+    wide = {name: torch.randn(shape) for name, shape in released_probe_shapes(model_config("w64-d2"), 3).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    _, _, error = weights(
+        capsys, "import", str(path), str(tmp_path / "r"), *options, "--head", str(tmp_path / "wide.safetensors")
+    )
+    assert "head.bn.running_mean has the shape (64,), w48-d2 needs (48,)" in error
+    assert not (tmp_path / "r").exists()

@@ -129,7 +129,7 @@ def test_imported_weights_are_probed_like_any_run(
     write_weights({name: t for name, t in released.items() if "pixel_head" not in name}, tmp_path / "aim.pth")
     files = [str(tmp_path / "aim.pth"), str(tmp_path / "imported")]
     with pytest.raises(SystemExit) as ended:
-        main(["weights", "import", *files, "--image-size", "8", "--images-seen", "4096"])
+        main(["weights", "import", *files, "--image-size", "8", "--images-seen", "4096", "--num-heads", "3"])
     assert ended.value.code == 0
     capsys.readouterr()
     tasks = tmp_path / "tasks.yaml"

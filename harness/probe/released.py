@@ -1,0 +1,105 @@
+"""Score the attentive head that came with imported weights on a task: the published accuracies, by one command."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.weights import load_probe
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.backbones import DTYPES, AimBackbone, ProbeError
+from aimscale.harness.probe.features import ALONE, StreamedTokens, batched, share
+from aimscale.harness.probe.files import PROTOCOL, SCHEMA_VERSION, as_entry, merge_into_rows, weights_name
+from aimscale.harness.probe.images import open_labelled
+from aimscale.harness.probe.run import load_budget, saved_budgets
+from aimscale.harness.probe.scores import answers, score, together
+from aimscale.harness.run.config import ProbeSection
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.files import write_json
+
+RELEASED_HEAD = "released_head.safetensors"
+"""In the directory of an imported run."""
+BEST_BLOCKS = {
+    "aim-600M": tuple(range(14, 20)),
+    "aim-1B": tuple(range(12, 18)),
+    "aim-3B": tuple(range(12, 18)),
+    "aim-7B": tuple(range(14, 20)),
+}
+"""Blocks that the published best-layers heads average (the authors' inference code)."""
+TEST_BATCH = 64
+"""Images at a time."""
+
+HeadBlocks = Literal["last", "best"]
+
+
+def released_blocks(config: ModelConfig, which: HeadBlocks) -> list[int]:
+    """Blocks that a released head averages.
+
+    Raises:
+        ProbeError: best blocks of a size for which none were published.
+    """
+    if which == "last":
+        return list(range(max(0, config.depth - 6), config.depth))
+    if config.name not in BEST_BLOCKS:
+        raise ProbeError(f"no best blocks are published for {config.name}; import its head with --head-blocks last")
+    return list(BEST_BLOCKS[config.name])
+
+
+@torch.no_grad()
+def score_released(
+    run_dir: Path, sections: Sequence[ProbeSection], *, group: Group = ALONE
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Score an imported run's own head on the test splits of tasks; yields (images seen, entries) after each task.
+
+    Nothing is trained. The entry is of kind `released` and goes to `<task>.released.json` and into the run's row.
+
+    Raises:
+        ProbeError: the run has no head, or the test split has not its classes.
+    """
+    run = RunDir(run_dir)
+    config = run.load_config()
+    path = run.path / RELEASED_HEAD
+    if not path.is_file():
+        raise ProbeError(
+            f"{run_dir} has no released head; import one with `aimscale weights import FILE RUN_DIR --head HEAD_FILE`"
+        )
+    (budget,) = saved_budgets(run)
+    load = functools.partial(load_budget, run, config, budget, group.device)
+    backbone = AimBackbone(load, weights_name(run, config, budget))
+    head = load_probe(path, backbone.config).to(group.device).eval()
+    with safe_open(path, framework="pt") as file:
+        blocks: list[int] = json.loads(file.metadata()["blocks"])
+    for section in sections:
+        test = open_labelled(section.test, section, config.training.model)
+        if len(test.classes) != head.linear.out_features:
+            raise ProbeError(
+                f"task '{section.task}': {section.test} has {len(test.classes)} classes and the released head "
+                f"{head.linear.out_features}; score it on the data set that it was trained for"
+            )
+        backbone.use(DTYPES[section.precision])
+        own = list(batched(share(range(len(test)), group), TEST_BATCH))
+        parts = [
+            answers(head(outputs[blocks].float().mean(0)), test.labels[chunk])
+            for chunk, outputs in zip(own, StreamedTokens(backbone, test, group).parts(own), strict=True)
+        ]
+        detail = {
+            "task": section.task,
+            "kind": "released",
+            "blocks": blocks,
+            "num_classes": len(test.classes),
+            **score(together(parts, len(test), group), test.labels, test.classes),
+            "precision": section.precision,
+            "protocol": PROTOCOL,
+        }
+        if group.is_first:
+            document = {"schema_version": SCHEMA_VERSION, "backbone": backbone.name, "probes": [detail]}
+            write_json(run.probes_dir(budget) / f"{section.task}.released.json", document)
+            merge_into_rows(run, config, budget)
+        yield budget, [as_entry(detail)]
