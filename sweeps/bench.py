@@ -78,7 +78,7 @@ def run(*, num_runs: int = 500, repeats: int = 5) -> dict[str, Any]:
         rows.append(_compare_commands([*ours, *words], floor, repeats))
     rows.append(
         _compare_commands(
-            [sys.executable, "-c", "import aimscale.harness.train.loop"],
+            [sys.executable, "-c", "import aimscale.harness.train.attempt"],
             "import torch",
             repeats,
             "import of the trainer",

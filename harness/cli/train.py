@@ -38,6 +38,6 @@ def train(
         directory = out or Path(config.run_id)
         if find_placement().rank == 0:
             RunDir.create(directory, config)
-    from aimscale.harness.train.loop import train as train_run
+    from aimscale.harness.train.attempt import train as train_run
 
     raise typer.Exit(train_run(directory))

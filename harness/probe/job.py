@@ -68,7 +68,7 @@ def read_request(job: RunDir) -> ProbeRequest:
 
 
 def probe_job(path: Path) -> int:
-    """Execute the job in `path` and return the exit code, as `harness.train.loop` does.
+    """Execute the job in `path` and return the exit code, as `harness.train.attempt` does.
 
     Raises:
         UserError: the tasks cannot be probed; `status.json` says why, too.

@@ -8,38 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, known_peak
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import (
-    EXIT_CRASHED,
-    EXIT_DIVERGED,
-    EXIT_FINISHED,
-    EXIT_PREEMPTED,
-    EXIT_USER_ERROR,
     RunDir,
 )
-from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
-from aimscale.harness.run.fence import LeaseLost
+from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
-from aimscale.harness.run.trunk import check_branch, missing_budgets, saved_budgets, trunk_position
-from aimscale.harness.run.watch import RankWatch, execute
+from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
+from aimscale.harness.run.watch import RankWatch
 from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest, save_checkpoint
 from aimscale.harness.step.engine import Engine, EngineOptions
 from aimscale.harness.step.feed import run_on_all_ranks
@@ -283,59 +272,3 @@ class Trainer:
             f"{self.plan.micro_batch}, {self.group.world_size} rank(s), matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
         )
-
-
-def train(path: Path) -> int:
-    """Train or resume the run in `path` and return the exit code (`harness.run.directory` names them).
-
-    Raises:
-        UserError: the configuration or the data cannot be used; `status.json` says why, too.
-        LeaseHeld: another process executes this run.
-    """
-    run = RunDir(path)
-    config = run.load_config()
-    placement = find_placement()
-    is_first = placement.rank == 0
-    with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(
-            execute(run, group=placement.name, rank=placement.rank, world_size=placement.world_size)
-        )
-        is_finished = run.read_status().state == "finished" and not missing_budgets(run, config)
-        if is_first and placement.world_size == 1 and is_finished:
-            return EXIT_FINISHED
-        flag = stack.enter_context(stop_signals())
-        if is_first:
-            run.write_start()
-        try:
-            stack.enter_context(watch.watching())
-            torch.set_num_threads(config.runtime.num_threads)
-            group = start_group(placement, config.runtime.device)
-            stack.callback(stop_group)
-            trainer = Trainer(run, config, group, watch, flag)
-            stack.callback(trainer.recorder.close)
-            trainer.walk()
-        except PreemptedError:
-            if is_first:
-                run.write_status(state="preempted", phase="", reason="stopped by a signal, after saving")
-            return EXIT_PREEMPTED
-        except DivergedError as error:
-            if is_first:
-                run.write_status(state="diverged", phase="", reason=str(error), reason_class="nan")
-                print(f"aimscale: {error}", file=sys.stderr)
-            return EXIT_DIVERGED
-        except Exception as error:
-            reason_class, reason = classify(error)
-            watch.note_failure(reason, reason_class)
-            raise
-    return EXIT_FINISHED
-
-
-def main() -> None:
-    """Entry point of the launchers."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m aimscale.harness.train RUN_DIR")
-    try:
-        sys.exit(train(Path(sys.argv[1])))
-    except (UserError, LeaseLost) as error:
-        print(f"aimscale: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASHED)

@@ -1,4 +1,4 @@
-"""A worker that is no trainer: it writes a run directory as `harness.train.loop` does, in milliseconds a step.
+"""A worker that is no trainer: it writes a run directory as `harness.train.attempt` does, in milliseconds a step.
 
     python stand_in.py RUN_DIR [BEHAVIOUR]
 

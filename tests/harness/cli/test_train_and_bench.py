@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import aimscale.harness.bench.train
 import aimscale.harness.device.peak
-import aimscale.harness.train.loop
+import aimscale.harness.train.attempt
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.cli import bench as cli_bench

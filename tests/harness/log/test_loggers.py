@@ -20,7 +20,7 @@ import aimscale.harness.log.record
 from aimscale.harness.log.loggers import open_loggers, past_lines, scalars
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.train.loop import train
+from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]

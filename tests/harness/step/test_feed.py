@@ -27,7 +27,7 @@ from aimscale.harness.device.distributed import Group, find_placement, start_gro
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
-from aimscale.harness.train.loop import train
+from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]

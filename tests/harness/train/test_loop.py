@@ -24,7 +24,7 @@ import aimscale.harness.step.engine
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
-from aimscale.harness.train.loop import train
+from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]

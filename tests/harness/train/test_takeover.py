@@ -24,7 +24,7 @@ import aimscale.harness.train.budget
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
 from aimscale.harness.run.lease import LeaseHeld, read_lease
-from aimscale.harness.train.loop import train
+from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]

@@ -1,0 +1,81 @@
+"""One attempt at a run: hold it, train, and say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.run.directory import (
+    EXIT_CRASHED,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    RunDir,
+)
+from aimscale.harness.run.failures import DivergedError, PreemptedError, classify, stop_signals
+from aimscale.harness.run.fence import LeaseLost
+from aimscale.harness.run.trunk import missing_budgets
+from aimscale.harness.run.watch import execute
+from aimscale.harness.train.loop import Trainer
+
+
+def train(path: Path) -> int:
+    """Train or resume the run in `path` and return the exit code (`harness.run.directory` names them).
+
+    Raises:
+        UserError: the configuration or the data cannot be used; `status.json` says why, too.
+        LeaseHeld: another process executes this run.
+    """
+    run = RunDir(path)
+    config = run.load_config()
+    placement = find_placement()
+    is_first = placement.rank == 0
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(
+            execute(run, group=placement.name, rank=placement.rank, world_size=placement.world_size)
+        )
+        is_finished = run.read_status().state == "finished" and not missing_budgets(run, config)
+        if is_first and placement.world_size == 1 and is_finished:
+            return EXIT_FINISHED
+        flag = stack.enter_context(stop_signals())
+        if is_first:
+            run.write_start()
+        try:
+            stack.enter_context(watch.watching())
+            torch.set_num_threads(config.runtime.num_threads)
+            group = start_group(placement, config.runtime.device)
+            stack.callback(stop_group)
+            trainer = Trainer(run, config, group, watch, flag)
+            stack.callback(trainer.recorder.close)
+            trainer.walk()
+        except PreemptedError:
+            if is_first:
+                run.write_status(state="preempted", phase="", reason="stopped by a signal, after saving")
+            return EXIT_PREEMPTED
+        except DivergedError as error:
+            if is_first:
+                run.write_status(state="diverged", phase="", reason=str(error), reason_class="nan")
+                print(f"aimscale: {error}", file=sys.stderr)
+            return EXIT_DIVERGED
+        except Exception as error:
+            reason_class, reason = classify(error)
+            watch.note_failure(reason, reason_class)
+            raise
+    return EXIT_FINISHED
+
+
+def main() -> None:
+    """Entry point of the launchers."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m aimscale.harness.train RUN_DIR")
+    try:
+        sys.exit(train(Path(sys.argv[1])))
+    except (UserError, LeaseLost) as error:
+        print(f"aimscale: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASHED)
