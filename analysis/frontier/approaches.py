@@ -37,6 +37,11 @@ class Approaches(Result):
         """Optimum at budgets by every approach (see `Frontier.at`)."""
         return pd.concat([f.at(flops).assign(approach=f.approach) for f in self.frontiers], ignore_index=True)
 
+    def apart(self) -> list[tuple[int, int]]:
+        """Pairs of approaches whose exponents' intervals do not overlap."""
+        ends = [(f.approach, f.exponent_interval) for f in self.frontiers]
+        return [(a, b) for (a, i), (b, j) in itertools.combinations(ends, 2) if i.high < j.low or j.high < i.low]
+
     def disagreement(self, flops: float) -> float:
         """Largest N* over smallest N* at a budget."""
         sizes = self.at(flops)["N"]
@@ -65,14 +70,13 @@ class Approaches(Result):
         parts = [f.sentence() for f in self.frontiers]
         if len(self.frontiers) > 1:
             top = self.largest_budget
-            apart = all(
-                a.exponent_interval.high < b.exponent_interval.low or b.exponent_interval.high < a.exponent_interval.low
-                for a, b in itertools.combinations(self.frontiers, 2)
+            pairs = " and of ".join(f"{a} and {b}" for a, b in self.apart())
+            verdict = (
+                f"the intervals of {pairs} do not overlap" if pairs else "the intervals of their exponents overlap"
             )
             parts.append(
                 f"Their N* differ by a factor of {self.disagreement(top):.2f} at the largest budget {top:.3g} and of "
-                f"{self.disagreement(100 * top):.2f} at a hundred times it; the intervals of their exponents "
-                f"{'do not overlap' if apart else 'overlap'}."
+                f"{self.disagreement(100 * top):.2f} at a hundred times it; the {verdict}."
             )
         parts += [f"Approach {k} was not possible: {why}" for k, why in self.failures.items()]
         return " ".join(parts)

@@ -241,7 +241,8 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
     ax.set_ylabel("top-1 accuracy (%)")
     ax.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{100 * value:g}"))
     chance = rows["chance"].dropna()
-    if len(chance):
+    low, high = ax.get_ylim()
+    if len(chance) and chance.iloc[0] > low - 0.5 * (high - low):  # the axis starts where the data are
         ax.axhline(chance.iloc[0], color=MUTED, linewidth=1, linestyle=":")
         ax.annotate("chance", (0.99, chance.iloc[0]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                     color=MUTED, fontsize=8)  # fmt: skip

@@ -151,7 +151,7 @@ def log_axis(
     label: Callable[[float], str] = human,
 ) -> None:
     """Logarithmic axis with few, human tick labels: the given ticks, or round numbers over the range of `values`."""
-    finite = np.asarray([v for v in np.ravel(np.asarray(values, float)) if np.isfinite(v) and v > 0], float)
+    finite = np.asarray([v for v in np.ravel(np.asarray(values, float)) if 1e-200 < v < 1e200], float)
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     if finite.size:

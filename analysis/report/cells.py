@@ -28,6 +28,8 @@ class Cell:
     """What is sorted by; missing numbers sort last."""
     numeric: bool
     """Aligned right."""
+    is_prose: bool = False
+    """Our own words, whose formulas are set as such; names of others stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,11 @@ def text(value: Any) -> str:
     return str(value)
 
 
+def prose(value: Any) -> str:
+    """Our own words: method, note."""
+    return str(value)
+
+
 def spans(lows: Iterable[Any], highs: Iterable[Any], as_text: Formatter) -> list[str]:
     """Intervals in words, `low to high`."""
     return [f"{as_text(low)} to {as_text(high)}" for low, high in zip(lows, highs, strict=True)]
@@ -109,9 +116,9 @@ def page_table(
 
 def _cell(value: Any, form: Formatter) -> Cell:
     if value is None or (isinstance(value, (float, np.floating)) and not np.isfinite(value)):
-        return Cell(text="–", sort="", numeric=form is not text)
-    if isinstance(value, str) or form is text:
-        return Cell(text=str(value), sort=str(value), numeric=False)
+        return Cell(text="–", sort="", numeric=form not in (text, prose))
+    if isinstance(value, str) or form in (text, prose):
+        return Cell(text=str(value), sort=str(value), numeric=False, is_prose=form is prose)
     return Cell(text=form(value), sort=float(value), numeric=True)
 
 

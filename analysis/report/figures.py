@@ -27,6 +27,7 @@ from aimscale.analysis.plots.scaling import (
 from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
 from aimscale.analysis.report.cells import csv_uri
 from aimscale.analysis.report.study import Study, probe_kinds
+from aimscale.analysis.tables.design import widest_slice
 from aimscale.analysis.tables.observations import THEIR_NAMES
 from aimscale.analysis.tables.results import loss_unit
 
@@ -96,12 +97,14 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
     se, bars = _error_bars(usable)
     for key, x, other, title in (
         ("N", "params_total", "images_seen", "Loss against parameters"),
-        ("D", "images_seen", "params_total", "Loss against images seen"),
+        ("D", "images_seen", "params_total", f"Loss against {study.samples} seen"),
     ):
         if x not in usable or usable[x].isna().all():
             continue
         if "ND" in fits:
             figure, caption = plot_fit(fits["ND"], x=key, se=se), law_caption(study, "ND") + bars
+            if key == "D":
+                caption = f"The same law, a line for each of up to eight sizes.{bars}"
             data = fits["ND"].data
         elif key in fits:
             figure, caption, data = plot_fit(fits[key], se=se), law_caption(study, key) + bars, fits[key].data
@@ -227,14 +230,18 @@ def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigu
 
 def _published(study: Study) -> Iterator[PageFigure]:
     usable = study.usable
-    if usable.empty or "params_total" not in usable or usable["params_total"].isna().all():
+    if not study.is_ours or usable.empty or "params_total" not in usable or usable["params_total"].isna().all():
         return
-    ours = usable.loc[usable.groupby("params_total")["val_loss"].idxmin()].sort_values("params_total")
+    rows, seen = widest_slice(usable, "params_total", "images_seen") if "images_seen" in usable else (usable, "unknown")
+    if rows.empty:
+        return
+    ours = rows.loc[rows.groupby("params_total")["val_loss"].idxmin()].sort_values("params_total")
+    sizes = f"{human(ours['params_total'].min())} to {human(ours['params_total'].max())}"
     published = published_frame()
     caption = (
-        f"Ours: lowest loss of each size, {human(ours['params_total'].min())} to {human(ours['params_total'].max())} "
-        "parameters. AIM: IN-1k validation loss of the four published sizes. The levels are not comparable (other "
-        "images, resolution, patches, prefixes and budgets); the slopes are, with the cautions below."
+        f"Ours: lowest loss of each size after {seen} images, {sizes} parameters. AIM: IN-1k validation "
+        "loss of the four published sizes. The levels are not comparable (other images, resolution, patches, prefixes "
+        "and budgets); the slopes are, with the cautions below."
     )
     keep = ["params_total", "val_loss"]
     data = pd.concat([ours[keep].assign(family="this table"), published[keep].assign(family="AIM, published")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.report.cells import PageTable, number, page_table, spans, text, whole
+from aimscale.analysis.report.cells import PageTable, number, page_table, prose, spans, text, whole
 from aimscale.analysis.report.study import Study, forecasts
 
 
@@ -28,7 +28,7 @@ def law_tables(study: Study) -> list[PageTable]:
                     ("shown", f"value [{100 * fit.confidence:.0f} % interval]", text),
                     ("low", "low", human),
                     ("high", "high", human),
-                    ("note", "note", text),
+                    ("note", "note", prose),
                 ],
             )
         )
@@ -51,7 +51,7 @@ def forecast_table(study: Study) -> PageTable | None:
         [
             ("scale", "scale", text),
             ("N", "N", human),
-            ("D", "D (images)", human),
+            ("D", f"D ({study.samples})", human),
             ("value", "expected loss", number(4)),
             ("interval", "95 % prediction interval", text),
             ("beyond_range", "beyond range (×)", number(1)),
@@ -105,7 +105,7 @@ def frontier_table(study: Study) -> PageTable | None:
             ("exponent", "exponent", number(3)),
             ("low", "low", number(3)),
             ("high", "high", number(3)),
-            ("method", "method", text),
+            ("method", "method", prose),
             ("refused", "budgets refused", whole),
         ],
     )

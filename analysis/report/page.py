@@ -26,6 +26,7 @@ from aimscale.analysis.report.changes import findings
 from aimscale.analysis.report.figures import page_figures
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study, study_tables
+from aimscale.analysis.report.verdict import symbol, verdict
 from aimscale.analysis.tables.inputs import read_tables
 from aimscale.analysis.tables.results import require_columns
 
@@ -121,7 +122,8 @@ def render(study: Study) -> str:
     figures = page_figures(study)
     pictures = picture_rows(study)
     found = findings(study)
-    comparison = compare(study.main, resamples=study.resamples)
+    comparison = compare(study.main, resamples=study.resamples) if study.is_ours else None
+    gaps = [gap.sentence() for gap in comparison.closing] if comparison else []
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -130,7 +132,10 @@ def render(study: Study) -> str:
         script=_asset("report.js"),
         figure_colours_light=css_variables(dark=False),
         figure_colours_dark=css_variables(dark=True),
-        summary=words.summary(study),
+        verdict=verdict(study),
+        runs=words.runs_in_words(study),
+        accuracy_words=list(words.accuracy_in_words(study)),
+        is_ours=study.is_ours,
         figures={s: [f for f in figures if f.section == s] for s in ("scaling", "accuracy", "checks", "published")},
         pictures=pictures,
         findings={s: [f for f in found if f.section == s] for s in ("laws", "changes", "noise")},
@@ -143,11 +148,11 @@ def render(study: Study) -> str:
         probes=accuracy_tables.probe_table(study),
         correlations=accuracy_tables.correlation_table(study),
         frontiers=law_tables.frontier_table(study),
-        comparison=published_tables.task_comparison_table(comparison),
-        baselines=published_tables.baseline_table(comparison),
+        comparison=published_tables.task_comparison_table(comparison) if comparison else None,
+        baselines=published_tables.baseline_table(comparison) if comparison else None,
         published=[published_tables.worked_example_table(), *published_tables.published_tables()],
-        comparability=[*words.comparability(study), *[gap.sentence() for gap in comparison.closing]],
-        left_out=comparison.left_out,
+        comparability=[*words.comparability(study), *gaps],
+        left_out=comparison.left_out if comparison else (),
         missing=list(dict.fromkeys(study.missing)),
         methods=words.methods(study),
         provenance=words.provenance(study),
@@ -157,10 +162,14 @@ def render(study: Study) -> str:
 def maths(value: str) -> markupsafe.Markup:
     """A sentence of ours as HTML: escaped first, then exponents raised, Greek names, true minus signs, no lonely %."""
     safe = str(markupsafe.escape(value))
-    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: words.symbol(found[0]), safe)
-    safe = re.sub(r"\^(-?[\w.]*\w)", lambda found: f"<sup>{found[1].replace('-', '−')}</sup>", safe)
+    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: symbol(found[0]), safe)
+    safe = re.sub(r"\^(\([^()]*\)|-?[\w.]*\w)", lambda found: f"<sup>{_exponent(found[1])}</sup>", safe)
     safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", safe)
     return markupsafe.Markup(safe.replace(" %", "\u00a0%"))
+
+
+def _exponent(text: str) -> str:
+    return text.removeprefix("(").removesuffix(")").replace("-", "−")
 
 
 def _asset(name: str) -> str:

@@ -58,7 +58,8 @@ def _chosen(study: Study) -> list[dict]:
         ours = set(study.main["run_id"])
         entries = [entry for entry in entries if entry.get("run_id") in ours] or entries
     if not entries:
-        study.missing.append("The sweep stored no next-patch predictions, so no pictures are shown.")
+        if study.is_ours:
+            study.missing.append("The sweep stored no next-patch predictions, so no pictures are shown.")
         return []
     largest: dict[str, dict] = {}
     for entry in entries:

@@ -64,13 +64,13 @@ def results_page_table(study: Study) -> PageTable:
     return page_table(
         "results",
         "Every measurement",
-        f"One row per run and data budget.{_loss_words(study)} SE: standard error of the loss over validation images.",
+        f"One row per run and data budget.{_loss_words(study)} SE: standard error of the loss.",
         study.frame,
         [
             ("size", "size", text),
             ("params_total", "N", whole),
-            ("images_seen", "D (images)", whole),
-            ("unique_images", "U (images)", whole),
+            ("images_seen", f"D ({study.samples})", whole),
+            ("unique_images", f"U ({study.samples})", whole),
             ("flops_train", "C (FLOP)", human),
             ("val_loss", "loss", number(4)),
             ("val_loss_se", "SE", number(4)),

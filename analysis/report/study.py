@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
+from aimscale.analysis.choice.backtest import AUTO, Choice, choose
 from aimscale.analysis.downstream.correlation import correlate
 from aimscale.analysis.downstream.links import forecast, link
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
@@ -35,6 +37,8 @@ from aimscale.analysis.tables.results import probe_frame, usable_rows
 
 MANY_ROWS = 20_000
 """Rows above which noise, repeats and definitions are left to their own verbs."""
+MANY_CHOICES = 1000
+"""Rows above which no law is chosen by a backtest: `aimscale fit --law auto` does it."""
 MANY_SIZES = 300
 """Sizes above which a table is not a grid of sizes and budgets."""
 
@@ -71,6 +75,8 @@ class Study:
     """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
     links: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
+    choice: Choice | None = None
+    """Which joint law predicts the table's own largest scales best."""
     approaches: Approaches | None = None
     """Compute-optimal frontiers by the approaches that the table allows."""
     contrasts: dict[str, Contrasts] = field(default_factory=dict)
@@ -83,6 +89,16 @@ class Study:
     """The exponents by meaning of N and C."""
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
+
+    @property
+    def samples(self) -> str:
+        """What D counts, in words."""
+        return "images" if self.is_ours else "samples"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is a results table of aimscale, which may be put beside AIM's."""
+        return "schema_version" in self.frame and bool(self.frame["schema_version"].notna().any())
 
     def attempt(self, what: str, work: Callable[[], ResultT]) -> ResultT | None:
         """Do a piece of analysis; where the data do not allow it, note what is missing and why."""
@@ -97,7 +113,9 @@ def study_tables(
     paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], *, resamples: int = 1000
 ) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
+    frame, impossible = without_impossible(frame)
     everything, exclusions = usable_rows(frame)
+    exclusions = [*impossible, *exclusions]
     part = main_part(frame)
     fresh = fresh_part(usable_rows(part.rows)[0])
     study = Study(
@@ -129,6 +147,23 @@ def study_tables(
     if not study.usable.empty:
         _explain(study, resamples)
     return study
+
+
+def without_impossible(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The frame with numbers that cannot be as missing, and a sentence about each kind."""
+    sentences = []
+    for name in [str(name) for name in frame if str(name).startswith("flops")]:
+        bad = frame[name].notna() & ~(np.isfinite(frame[name]) & (frame[name] > 0))
+        if bad.any():
+            frame = frame.assign(**{name: frame[name].mask(bad)})
+            sentences.append(f"{int(bad.sum())} values of {name} are not positive, finite numbers and not used.")
+    if "mfu" in frame and (frame["mfu"] > 1).any():
+        num = int((frame["mfu"] > 1).sum())
+        frame = frame.assign(mfu=frame["mfu"].mask(frame["mfu"] > 1))
+        sentences.append(
+            f"MFU of {num} rows exceeds 100 % and is not shown: the peak that it is a share of was measured too low."
+        )
+    return frame, sentences
 
 
 def _contrast(study: Study) -> None:
@@ -166,7 +201,7 @@ def _fit_laws(study: Study, resamples: int) -> None:
     rows: dict[str, tuple[str, pd.DataFrame, str]] = {"ND": ("chinchilla", usable, all_rows)}
     if "images_seen" in usable and "params_total" in usable:
         largest, words = widest_slice(usable, "params_total", "images_seen")
-        rows["N"] = ("power_offset:N", largest, f"rows with {words} images seen")
+        rows["N"] = ("power_offset:N", largest, f"rows with {words} {study.samples} seen")
         largest, words = widest_slice(usable, "images_seen", "params_total")
         rows["D"] = ("power_offset:D", largest, f"rows of the model with {words} parameters")
     if "flops_train" in usable and usable["flops_train"].notna().any():
@@ -178,6 +213,9 @@ def _fit_laws(study: Study, resamples: int) -> None:
             study.fits[key] = found
     if "ND" in study.fits:
         study.fits["ND"] = _with_tests(study, study.fits["ND"])
+        if len(usable) <= MANY_CHOICES:
+            with contextlib.suppress(AnalysisError):  # too few rows to hold any out
+                study.choice = choose(AUTO, usable, resamples=0)
         if "flops_train" in usable and usable["flops_train"].notna().any():
             study.approaches = study.attempt("Compute-optimal frontier", partial(_frontiers, study, resamples))
 
@@ -206,7 +244,8 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
 def _correlate(study: Study, resamples: int) -> None:
     probes = study.probes
     if probes.empty:
-        study.missing.append("The table has no probe results, so loss is not compared with accuracy.")
+        if study.is_ours:
+            study.missing.append("The table has no probe results, so loss is not compared with accuracy.")
         return
     if study.usable.empty:
         return

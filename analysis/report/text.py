@@ -1,4 +1,4 @@
-"""The report's words: a summary to read first, what may be compared with the paper, methods, provenance."""
+"""The report's words: what was run, what may be compared with the paper, methods, provenance."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ from collections.abc import Iterator
 import pandas as pd
 
 from aimscale.analysis.baselines.published import PAPER_EXPONENTS, TASKS
-from aimscale.analysis.fitting.result import Correlation, HeldOut
+from aimscale.analysis.fitting.result import Correlation
 from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.tables.design import widest_slice
 
 
-def summary(study: Study) -> list[str]:
-    """What was run, what came out, how sure it is: sentences for someone who reads nothing else."""
-    return [
-        *_what_was_run(study),
-        *_what_came_out(study),
-        *_law_in_words(study),
-        *_frontier_in_words(study),
-        *_accuracy_in_words(study),
-        *_changes_in_words(study),
-    ]
+def runs_in_words(study: Study) -> list[str]:
+    """What was run, what it cost and what came out."""
+    return [*_what_was_run(study), *_what_came_out(study)]
 
 
 def _range(values: pd.Series) -> str:
@@ -50,7 +43,7 @@ def _what_was_run(study: Study) -> Iterator[str]:
         parts.append(f"{_count(num_sizes, 'model size')} ({_range(frame['params_total'])} parameters)")
     if _has(frame, "images_seen"):
         num_budgets = frame["images_seen"].nunique()
-        parts.append(f"{_count(num_budgets, 'data budget')} ({_range(frame['images_seen'])} images seen)")
+        parts.append(f"{_count(num_budgets, 'data budget')} ({_range(frame['images_seen'])} {study.samples} seen)")
     cost = ""
     if _has(frame, "device_hours"):
         devices = (
@@ -72,11 +65,11 @@ def _what_came_out(study: Study) -> Iterator[str]:
     best = usable.iloc[int(usable["val_loss"].argmin())]
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(usable, "val_loss_se") and best["val_loss_se"] > 0 else ""
     name = f" by {best['size']}" if _has(usable, "size") else ""
-    seen = f" after {human(best['images_seen'])} images" if _has(usable, "images_seen") else ""
+    seen = f" after {human(best['images_seen'])} {study.samples}" if _has(usable, "images_seen") else ""
     reached = f", reached{name}{seen}" if name or seen else ""
     yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}."
     for varied, fixed, words in (
-        ("params_total", "images_seen", "from the smallest to the largest model at {} images seen"),
+        ("params_total", "images_seen", "from the smallest to the largest model at {} samples seen"),
         ("images_seen", "params_total", "from the smallest to the largest budget of the model of {} parameters"),
     ):
         if _has(usable, varied, fixed):
@@ -86,84 +79,16 @@ def _what_came_out(study: Study) -> Iterator[str]:
                 change = 100 * (rows.iloc[-1] / rows.iloc[0] - 1)
                 factor = human(rows.index[-1] / rows.index[0])
                 verb = "lowers" if change < 0 else "raises"
-                at = words.format(human(widest[fixed].iloc[0]))
+                at = words.format(human(widest[fixed].iloc[0])).replace("samples", study.samples)
                 yield f"Going {at} ({factor}×) {verb} the loss by {abs(change):.1f} %."
 
 
-def _law_in_words(study: Study) -> Iterator[str]:
-    joint = study.fits.get("ND")
-    if joint is None:
-        yield "No joint law of parameters and data could be fitted; the section on what is missing says why."
-        return
-    unsure = [name for name in ("alpha", "beta", "E") if name in joint.not_identified]
-    values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
-    yield f"The joint law is {joint.law.formula.replace('alpha', 'α').replace('beta', 'β')} with {values}."
-    if unsure:
-        names = " and ".join(symbol(name) for name in unsure)
-        yield f"The data do not pin down {names}: no digits are given, and the law should not be used to extrapolate."
-    flags = [flag for flag in joint.flags if flag.startswith(("E ", "alpha ", "beta "))][:3]
-    if flags:
-        yield f"Careful: {' '.join(flags)}"
-    for test in joint.heldout:
-        better = test.mean_abs_relative_error < test.naive_mean_abs_relative_error
-        yield (
-            f"Fitted without the largest {'model' if test.variable == 'N' else 'budget'}, the law predicts its losses "
-            f"with a mean error of {100 * test.mean_abs_relative_error:.2f} %; {test.naive} has "
-            f"{100 * test.naive_mean_abs_relative_error:.2f} %{'' if better else ', so the law does no better here'}. "
-            f"{_inside(test)}"
-        )
-
-
-def _inside(test: HeldOut) -> str:
-    """Whether the measurements lie where the law said, and how sure the measurements themselves are."""
-    rows = test.predictions
-    share = f"{test.num_inside} of {test.num_test} of them lie inside their 95 % prediction interval"
-    error = (rows["measured_se"] / rows["measured"]).median()
-    return f"{share}; the images they are measured on leave ± {196 * error:.2g} %." if error > 0 else f"{share}."
-
-
-def symbol(name: str) -> str:
-    """Greek letters for the parameters that carry their names."""
-    return {"alpha": "α", "beta": "β", "gamma": "γ"}.get(name, name)
-
-
-def _frontier_in_words(study: Study) -> Iterator[str]:
-    joint = study.fits.get("ND")
-    if joint is None or "a" not in joint.params or "a" in joint.not_identified:
-        return
-    a = joint.intervals.get("a")
-    interval = f" [{a.low:.2f}, {a.high:.2f}]" if a else ""
-    times_n = 10 ** joint.params["a"]
-    yield (
-        f"If compute is spent best, N grows like C^{joint.params['a']:.2f}{interval}: ten times the compute goes into "
-        f"{times_n:.1f}× the parameters and {10 / times_n:.1f}× the images (C taken as proportional to N × D)."
-    )
-
-
-def _accuracy_in_words(study: Study) -> Iterator[str]:
+def accuracy_in_words(study: Study) -> Iterator[str]:
+    """Whether loss goes with accuracy, a sentence per task of the first kind of probe."""
     first = next(iter(study.correlations), (None,))[0]
     for (kind, task), found in study.correlations.items():
         if kind == first:
             yield correlation_words(task, kind, found)
-
-
-def _changes_in_words(study: Study) -> Iterator[str]:
-    """What is shown of single changes, of repeats and of noise, a sentence each."""
-    for name, found in study.contrasts.items():
-        by_level = []
-        for level in dict.fromkeys(each.level for each in found.contrasts):
-            verdicts = [each.verdict for each in found.contrasts if each.level == level]
-            counts = [f"{word} in {verdicts.count(word)}" for word in ("better", "worse") if word in verdicts]
-            by_level.append(f"{level} {', '.join(counts) or 'not shown to differ in any'} of {len(verdicts)} measures")
-        yield f"With everything else equal, {name} against {found.baseline}: {'; '.join(by_level)}."
-    if study.repeats is not None:
-        yield study.repeats.sentences()[0]
-    seeds = study.noise.component("between seeds") if study.noise else None
-    if seeds is not None:
-        yield (
-            f"Two seeds of one cell differ by a standard deviation of {100 * seeds.value:.2g} % of the loss "
-            f"[{100 * seeds.low:.2g}, {100 * seeds.high:.2g}]."
-        )
 
 
 def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
@@ -253,7 +178,7 @@ def provenance(study: Study) -> list[tuple[str, str]]:
     frame = study.frame
     items = []
     for path in study.paths:
-        name = path.name if len(study.paths) == 1 else f"{path.parent.name}/{path.name}"
+        name = path.name if len(study.paths) == 1 else f"{path.resolve().parent.name}/{path.name}"
         items += [("Table", name), ("SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest())]
     for name, words in (
         ("sweep", "Sweep"),

@@ -1,11 +1,14 @@
 """Approaches 1, 2 and 3 on a surface whose optimum is known, and on Porian's measurements."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from aimscale.analysis import all_approaches, fit, laws
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.frontier.isoflop import isoflop_frontier, isoflop_points
 from aimscale.analysis.frontier.optimum import cost_of, log_line, off_optimum, parametric_frontier
 
@@ -163,3 +166,16 @@ def test_points_that_look_wrong_are_named_with_the_exponent_without_them():
         text.startswith("Row 30 ") and "lies far from its parabola; without it the exponent is" in text for text in said
     )
     assert any(text.startswith("Row 35 ") and "nearly repeats another size" in text for text in said)
+
+
+def test_approaches_that_disagree_are_named(grid):
+    found = all_approaches(grid, resamples=40)
+    first, *_, last = found.frontiers
+    narrow = [
+        replace(f, exponent_interval=replace(f.exponent_interval, low=low, high=low + 0.05))
+        for f, low in ((first, 0.3), (replace(first, approach=2), 0.33), (last, 0.7))
+    ]
+    apart = Approaches(frontiers=tuple(narrow), failures={})
+    assert apart.apart() == [(1, 3), (2, 3)]
+    assert "the intervals of 1 and 3 and of 2 and 3 do not overlap" in apart.sentence()
+    assert "the intervals of their exponents overlap" in Approaches(frontiers=tuple(narrow[:2]), failures={}).sentence()

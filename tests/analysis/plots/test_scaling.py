@@ -36,6 +36,7 @@ from aimscale.analysis.plots.style import (
     log_axis,
     new_figure,
     ordered_colours,
+    power_of_ten,
     save,
     svg_text,
     themed_svg,
@@ -149,6 +150,27 @@ def test_a_hundred_thousand_points_become_an_image_in_the_figure(joint):
     svg = svg_text(plot_points(many, "params_total"))
     assert len(svg) < 1_500_000
     assert "<image" in svg
+
+
+def test_isoflop_draws_what_approach_2_accepts():
+    n = np.geomspace(1e5, 1e7, 7)
+    budgets = np.geomspace(1e13, 1e15, 12)
+    curves = [(c, pd.DataFrame({"N": n, "loss": 1 + 0.1 * np.log(n / (1e-8 * c)) ** 2})) for c in budgets]
+    alone = [(1.1 * c, pd.DataFrame({"N": [1e6], "loss": [1.0]})) for c, _ in curves]
+    minima = pd.DataFrame({"C": [curves[i][0] for i in (1, 5, 9)], "N": [1e5, 1e6, 5e6], "loss": [1.0, 1.0, 1.0]})
+    (ax,) = plot_isoflop(sorted(curves + alone, key=lambda pair: pair[0]), minima).axes
+    *parabolas, crosses = ax.lines
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(parabolas) == 8
+    assert len(crosses.get_xdata()) == 3
+    assert {power_of_ten(c) for c in minima["C"]} <= set(labels)
+
+
+def test_accuracy_axes_start_where_the_data_are(grid):
+    probes = grid.assign(task="digits", kind="linear", top1=0.9 - 0.1 * grid["val_loss"], chance=0.1)
+    probes = probes.assign(top1_lo95=probes["top1"] - 0.01, top1_hi95=probes["top1"] + 0.01)
+    axes = plot_loss_accuracy(probes, {}).axes
+    assert axes[0].get_ylim()[0] > 0.7
 
 
 def test_unidentified_laws_still_draw(joint):

@@ -151,6 +151,22 @@ def test_the_page_asks_nobody_for_anything(page):
     assert {"loss-N.svg", "loss-N.png", "loss-N.csv", "results.csv"} <= set(downloads)
 
 
+def test_it_opens_with_five_lines(page):
+    opening = page.text[page.text.index("Summary", 200) : page.text.index("What was run and what it cost")]
+    questions = ["Can it be trusted?", "The law", "Best split", "Forecast", "What to run next"]
+    places = [opening.index(question) for question in questions]
+    assert places == sorted(places)
+    assert re.search(r"(green|amber) ?Can it be trusted\?", opening)
+    assert re.search(r"At 5.12×10¹³ FLOP, N = \S+ \[\S+, \S+\] and D = \S+ by approach 3; N grows as C to", opening)
+    assert re.search(r"A loss of 0\.\d+ \[0\.\d+, 0\.\d+\] at N = 8M, D = 64k \(2 times beyond", opening)
+    assert "A second seed of the cheapest size (30k parameters)" in opening
+    assert len(opening) < 1800
+
+
+def test_formulas_are_set_wherever_they_stand(page):
+    assert "^" not in page.text
+
+
 def test_ids_are_unique(page):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -176,7 +192,7 @@ def test_partial_tables_say_what_is_missing(tmp_path):
     assert "What is missing" in text
     assert "no probe results" in text
     assert "no next-patch predictions" in text
-    assert "No joint law of parameters and data could be fitted" in text
+    assert "Can it be trusted? No: no joint law of parameters and data could be fitted." in text
 
     imported = [row | {"val_loss": None} for row in sweep_rows()[:3]]
     text = Page(write_report(write_sweep(tmp_path / "imported", imported), resamples=40).read_text()).text
@@ -194,7 +210,8 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
     for row in rows:  # the loss does not depend on N at all
         row["val_loss"] = (0.5 + 2.0 * row["images_seen"] ** -0.5) * (1 + 1e-3 * rng.standard_normal())
     page = Page(write_report(write_sweep(tmp_path, rows, pictures=False), resamples=60).read_text())
-    assert "pin down α" in page.text
+    assert re.search(r"red ?Can it be trusted\? No: .*α is not identified", page.text)
+    assert "More sizes: α is not identified by 4 of them" in page.text
     assert "α = not identified" in page.text
 
 
@@ -227,7 +244,11 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     options = ["--columns", "N=size_m,D=tokens,L=loss", "--resamples", "40", "--out", str(tmp_path / "page.html")]
     result = CliRunner().invoke(app, [str(tmp_path / "theirs.csv"), *options])
     assert result.exit_code == 0
-    assert {"loss-N", "loss-D", "law-ND"} <= Page((tmp_path / "page.html").read_text()).ids()
+    page = Page((tmp_path / "page.html").read_text())
+    assert {"loss-N", "loss-D", "law-ND"} <= page.ids()
+    assert not {"published", "beside-aim", "published-tasks"} & page.ids()
+    assert not any(ours in page.text for ours in ("AIM", "images", "pixel head", "next-patch", "val_loss"))
+    assert "N = size_m, D = tokens" in page.text
     with pytest.raises(TableError, match="there is no table"):
         write_report(tmp_path / "absent.csv")
     with pytest.raises(TableError, match=r"no values for val_loss .*--columns val_loss=THEIRS"):
@@ -237,6 +258,31 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
 
 def test_formulas_become_html_only_after_escaping():
     assert str(maths("L = A N^-alpha <b> -0.5 at 3 %")) == "L = A N<sup>−α</sup> &lt;b&gt; −0.5 at 3\u00a0%"
+    assert str(maths("((Nc/N)^(aN/aD) + x)^aD")) == "((Nc/N)<sup>aN/aD</sup> + x)<sup>aD</sup>"
+
+
+def test_impossible_numbers_are_named_and_not_used(tmp_path):
+    rows = sweep_rows(probes=False)
+    for row, flops in zip(rows, (-1.0, 0.0, np.inf, 1e400), strict=False):
+        row["flops_train"] = flops
+    rows[5]["mfu"] = 1.09
+    text = Page(write_report(write_sweep(tmp_path / "some", rows, pictures=False), resamples=40).read_text()).text
+    assert "4 values of flops_train are not positive, finite numbers and not used." in text
+    assert "MFU of 1 rows exceeds 100 % and is not shown" in text.replace("\u00a0", " ")
+    assert "109" not in text[text.index("The sizes") : text.index("Loss against parameters")]
+    for row in rows:
+        row["flops_train"] = -1.0
+    text = Page(write_report(write_sweep(tmp_path / "none", rows, pictures=False), resamples=40).read_text()).text
+    assert "Best splitNot known" in text.replace("Best split Not", "Best splitNot")
+
+
+def test_tables_are_told_apart_by_their_folders(tmp_path, monkeypatch):
+    write_sweep(tmp_path / "one", sweep_rows(probes=False), pictures=False)
+    write_sweep(tmp_path / "two", sweep_rows(name="other", probes=False), pictures=False)
+    monkeypatch.chdir(tmp_path / "one")
+    page = write_report([Path("results.parquet"), Path("../two")], resamples=40)
+    assert "one/results.parquet" in page.read_text()
+    assert ">/results.parquet" not in page.read_text()
 
 
 @pytest.mark.slow

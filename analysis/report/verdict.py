@@ -1,0 +1,184 @@
+"""The page's first five lines: can it be trusted, the law, the best split, the forecast, what to run next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.plots.style import human
+from aimscale.analysis.report.study import Study, forecasts
+from aimscale.analysis.tables.design import varies
+
+Colour = Literal["green", "amber", "red"]
+GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
+MAX_REASONS = 4
+"""Reasons told on the first line; the others are flags of the fits below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One of the five."""
+
+    question: str
+    """What it answers."""
+    answer: str
+    """The answer, in a sentence or two."""
+    colour: Colour | None = None
+    """Of the first line: how far to trust the rest."""
+
+
+def verdict(study: Study) -> tuple[Line, ...]:
+    """The five lines, whatever the table allows; each says so where it has no answer."""
+    colour, reasons = trust(study)
+    return (
+        Line(question="Can it be trusted?", answer=_trust_words(colour, reasons), colour=colour),
+        Line(question="The law", answer=" ".join(_law(study))),
+        Line(question="Best split", answer=_split(study)),
+        Line(question="Forecast", answer=_forecast(study)),
+        Line(question="What to run next", answer=_next(study)),
+    )
+
+
+def trust(study: Study) -> tuple[Colour, list[str]]:
+    """Green: the law is identified, predicts what was left out, and nothing is flagged; red: it must not be used."""
+    joint = study.fits.get("ND")
+    if joint is None:
+        return "red", ["no joint law of parameters and data could be fitted"]
+    fatal = [f"{symbol(p)} is not identified" for p in ("alpha", "beta") if p in joint.not_identified]
+    worse = [t for t in joint.heldout if t.log_rmse > t.naive_log_rmse]
+    if joint.heldout and len(worse) == len(joint.heldout):
+        fatal.append("left out, the largest scales are predicted no better than by a straight line in log-log")
+    cautions = [f"no better than a straight line for the largest {t.variable} left out" for t in worse if not fatal]
+    cautions += [
+        f"{t.num_inside} of {t.num_test} points of the largest {t.variable} inside their prediction intervals"
+        for t in joint.heldout
+        if t.num_inside < 0.8 * t.num_test
+    ]
+    if not joint.heldout:
+        cautions.append("no scale could be left out to test it")
+    if study.approaches is not None and study.approaches.apart():
+        pairs = ", ".join(f"{a} and {b}" for a, b in study.approaches.apart())
+        cautions.append(f"the exponents of approaches {pairs} do not overlap")
+    told = tuple(f"{name} is not identified" for name in joint.law.names)
+    cautions += [_within_a_sentence(flag) for flag in joint.flags if not flag.startswith(told)]
+    if fatal:
+        return "red", [*fatal, *cautions]
+    return ("amber", cautions) if cautions else ("green", [])
+
+
+def _trust_words(colour: Colour, reasons: list[str]) -> str:
+    if colour == "green":
+        return "Yes: exponents are identified, the largest scales were predicted when left out, nothing is flagged."
+    shown = "; ".join(reasons[:MAX_REASONS])
+    more = len(reasons) - MAX_REASONS
+    rest = f"; and {more} more below" if more > 0 else ""
+    return f"{'No' if colour == 'red' else 'With care'}: {shown}{rest}."
+
+
+def _within_a_sentence(flag: str) -> str:
+    """A flag without its full stop; its first letter is small where it is that of a word, not of a parameter."""
+    return (flag[0].lower() + flag[1:] if flag[1:2].islower() else flag).rstrip(".")
+
+
+def symbol(name: str) -> str:
+    """Greek letters for the parameters that carry their names."""
+    return GREEK.get(name, name)
+
+
+def _law(study: Study) -> Iterator[str]:
+    joint = study.fits.get("ND")
+    if joint is None:
+        yield "None."
+        return
+    values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
+    yield f"{joint.law.formula} with {values}, on {joint.num_points} of {joint.num_rows} rows."
+    choice = study.choice
+    if choice is not None and choice.best.law.name != joint.law.name:
+        errors = 100 * choice.table.set_index("law")["mean_error"]
+        ours, theirs = errors[joint.law.name], errors[choice.best.law.name]
+        verdict = "better" if theirs < ours else "as well as can be told, with fewer parameters,"
+        yield (
+            f"The {choice.best.law.name} law, {choice.best.law.formula}, predicts the largest {choice.by} {verdict} "
+            f"when it is left out ({theirs:.2g} % off against {ours:.2g} %)."
+        )
+
+
+def _split(study: Study) -> str:
+    found = study.approaches
+    if found is None or not found.frontiers:
+        why = "the table has no training FLOPs" if "flops_train" not in study.usable else "no approach is possible"
+        return f"Not known: {why}."
+    top = found.largest_budget
+    best = found.frontiers[-1]
+    at = best.at(top).iloc[0]
+    exponents = ", ".join(
+        f"{f.exponent:.2f} [{f.exponent_interval.low:.2f}, {f.exponent_interval.high:.2f}] by approach {f.approach}"
+        for f in found.frontiers
+    )
+    apart = (
+        f" Their N* differ by a factor of {found.disagreement(top):.2g} there and of "
+        f"{found.disagreement(100 * top):.2g} at a hundred times that budget."
+        if len(found.frontiers) > 1
+        else ""
+    )
+    return (
+        f"At {human(top)} FLOP, N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}] and "
+        f"D = {human(at['D'])} by approach {best.approach}; N grows as C to the {exponents}.{apart}"
+    )
+
+
+def _forecast(study: Study) -> str:
+    frame = forecasts(study)
+    if frame.empty:
+        return "None without a law."
+    joint = study.fits["ND"]
+    parts = []
+    for _, row in frame[frame["times_n"] == frame["times_d"]].iterrows():
+        interval = f" [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]" if np.isfinite(row["pi_lo"]) else ""
+        parts.append(
+            f"{row['value']:.4g}{interval} at N = {human(row['N'])}, D = {human(row['D'])} "
+            f"({row['beyond_range']:.3g} times beyond the table)"
+        )
+    warning = (
+        "" if not {"alpha", "beta"} & joint.not_identified else " Its exponents are not identified: do not use it."
+    )
+    return f"A loss of {' and '.join(parts)}; {joint.confidence:.0%} intervals of one measurement.{warning}"
+
+
+def _next(study: Study) -> str:
+    """The first thing that the table lacks."""
+    joint = study.fits.get("ND")
+    usable = study.usable
+    if joint is None:
+        return "A grid of at least three sizes by three budgets, each with a validation loss."
+    for v, name, noun in (("N", "alpha", "sizes"), ("D", "beta", "budgets")):
+        if name in joint.not_identified:
+            low, high = joint.ranges[v]
+            other = "D" if v == "N" else "N"
+            return (
+                f"More {noun}: {symbol(name)} is not identified by {joint.data[v].nunique()} of them over a factor of "
+                f"{high / low:.3g}. At the largest {other}, go on below {human(low)} or beyond {human(high)}."
+            )
+    ratio = joint.data["D"] / joint.data["N"]
+    if ratio.max() / ratio.min() < 3:
+        return "Sizes at other D/N: it hardly varies here, so the exponents of N and D can hardly be told apart."
+    if "seed" in usable and not varies(usable["seed"]):
+        smallest = human(joint.ranges["N"][0])
+        return f"A second seed of the cheapest size ({smallest} parameters): without one, noise and misfit look alike."
+    target = _ten_times(study, joint)
+    return (
+        f"{target}, the best split of ten times the largest budget: it tests the forecast and narrows all of its "
+        "intervals most."
+    )
+
+
+def _ten_times(study: Study, joint: Fit) -> str:
+    if study.approaches is not None and study.approaches.frontiers:
+        at = study.approaches.frontiers[-1].at(10 * study.approaches.largest_budget).iloc[0]
+        return f"N = {human(at['N'])} with D = {human(at['D'])}"
+    n, d = (joint.ranges[v][1] * 10**0.5 for v in ("N", "D"))
+    return f"N = {human(n)} with D = {human(d)}"
