@@ -83,8 +83,9 @@ class Comparison(Result):
 
     tasks: pd.DataFrame
     """One row per shared task, run (its largest budget) and choice of blocks: size, params_total, images_seen, task,
-    blocks (last, chosen, not said), top1, top1_lo95, top1_hi95, aim_7b (with the same choice of blocks), gap_to_aim_7b
-    (ours minus theirs), best_frozen, best_frozen_top1, gap_to_best_frozen."""
+    blocks (last, chosen, not said), top1, top1_lo95, top1_hi95, where test images were seen in training also
+    test_in_train and test_in_pool, aim_7b (with the same choice of blocks), gap_to_aim_7b (ours minus theirs),
+    best_frozen, best_frozen_top1, gap_to_best_frozen."""
     means: pd.DataFrame
     """Mean over all fifteen tasks of the runs that have them all: size, run_id, blocks, mean, aim_7b, gap."""
     baselines: pd.DataFrame
@@ -184,6 +185,7 @@ def _shared(probes: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
     if others:
         left_out.append(f"Probes of another kind than Table 6's attentive one: {', '.join(others)}.")
     kept = known[known["kind"] == PROTOCOL].dropna(subset=["top1"])
+    left_out += _leaks(kept)
     small = (
         sorted({int(side) for side in kept["image_size"].dropna() if side != PAPER_SIDE})
         if "image_size" in kept
@@ -194,6 +196,21 @@ def _shared(probes: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
             f"Resolution: these runs see {', '.join(map(str, small))} px, AIM {PAPER_SIDE} px: a part of every gap."
         )
     return kept
+
+
+def _leaks(probes: pd.DataFrame) -> list[str]:
+    """Sentences about test images that were seen in training."""
+    found = []
+    for column, where in (("test_in_train", "its training split"), ("test_in_pool", "the pre-training pool")):
+        if column not in probes:
+            continue
+        seen = probes[probes[column] > 0].drop_duplicates(["task", column])
+        found += [
+            f"{row['task']}: {int(row[column])} of {int(row['n'])} test images are in {where}, too, byte for byte; "
+            "its accuracies are shown, marked, and not to be trusted by more than that share."
+            for _, row in seen.iterrows()
+        ]
+    return found
 
 
 def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
@@ -216,7 +233,8 @@ def _by_blocks(shared: pd.DataFrame) -> pd.DataFrame:
 def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     rows = _by_blocks(_last_budgets(shared))
     keep = [name for name in ("size", "params_total", "images_seen") if name in rows]
-    out = rows[[*keep, "task", "blocks", "top1", "top1_lo95", "top1_hi95"]].reset_index(drop=True)
+    seen = [name for name in ("test_in_train", "test_in_pool") if name in rows and (rows[name] > 0).any()]
+    out = rows[[*keep, "task", "blocks", "top1", "top1_lo95", "top1_hi95", *seen]].reset_index(drop=True)
     out["aim_7b"] = [
         BY_KEY[REFERENCE[blocks]].accuracy(task) for blocks, task in zip(out["blocks"], out["task"], strict=True)
     ]

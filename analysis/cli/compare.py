@@ -29,7 +29,8 @@ def compare(
     from aimscale.analysis.baselines.comparison import compare as compare_frame
     from aimscale.analysis.baselines.worked_example import worked_example
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.tables.results import parse_columns, read_table
+    from aimscale.analysis.tables.inputs import read_tables
+    from aimscale.analysis.tables.results import parse_columns
 
     if published == (table is not None):
         raise AnalysisError("give either a table to compare, or --published for the paper's own four sizes")
@@ -37,5 +38,5 @@ def compare(
         example = worked_example()
         typer.echo(json_module.dumps(example, indent=2) if json else "\n".join(example["sentences"]))
         return
-    comparison = compare_frame(read_table(table, parse_columns(columns or [])), resamples=resamples)
+    comparison = compare_frame(read_tables([table], parse_columns(columns or [])), resamples=resamples)
     typer.echo(json_module.dumps(comparison.to_dict(), indent=2) if json else comparison.summary())

@@ -29,6 +29,9 @@ import torch
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.stream.overlap import count_shared
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.backbones import (
     DTYPES,
@@ -103,6 +106,7 @@ def probe_backbone(
     bounds: Bounds = Bounds(),
     since: float | None = None,
     pause: Pause = _go_on,
+    pools: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Probe a frozen backbone on one task.
 
@@ -117,6 +121,8 @@ def probe_backbone(
         since: return what the file says if it comes from the same name, task, data and seed and is not older than this
             Unix time; None probes in any case.
         pause: called by all ranks together wherever work is saved; raises to stop there, and the next call goes on.
+        pools: data sets that the backbone was pre-trained on, among which test images are looked for; None where they
+            are not known.
 
     Returns:
         One entry per kind for the `probes` list of a results row.
@@ -136,7 +142,8 @@ def probe_backbone(
             if done is not None:
                 return [as_entry(detail) for detail in done]
         progress = ProbeProgress(out, section.task, key) if out is not None else None
-        probing = _Probing(backbone, section, train, test, seed, key, out, group, bounds, progress, pause)
+        shared = group.from_first(shared_images(section, train, test, pools) if group.is_first else None)
+        probing = _Probing(backbone, section, train, test, seed, key, out, group, bounds, progress, pause, shared)
         used = Resources(group)
         details = probing.details()
         if out is not None:
@@ -177,6 +184,8 @@ class _Probing:
     bounds: Bounds
     progress: ProbeProgress | None
     pause: Pause
+    shared: dict[str, int | None]
+    """Test images that stand elsewhere, too."""
 
     def details(self) -> list[dict[str, Any]]:
         """One entry per kind, with per-class counts and the grid, in the order of the task's kinds."""
@@ -202,6 +211,7 @@ class _Probing:
             "refit": self.section.refit,
             "augmentation": self.section.augmentation,
             "seed": self.seed,
+            **self.shared,
         }
         return [found[kind] | about for kind in self.section.kinds]
 
@@ -355,6 +365,34 @@ class _Probing:
             | {"holdout_top1": adapted.holdout_top1, "lora_rank": RANK, "num_trained": adapted.num_trained}
             | {"grid": points}
         )
+
+
+def shared_images(
+    section: ProbeSection, train: LabelledImages, test: LabelledImages, pools: Sequence[str] | None
+) -> dict[str, int | None]:
+    """How many test images are in the training split, and in the pre-training pool, byte for byte; says so if any are.
+
+    Returns:
+        `test_in_train` and `test_in_pool`, the latter None where the pool is not known or not at hand.
+    """
+    counts: dict[str, int | None] = {"test_in_train": count_shared([train.dataset], test.dataset), "test_in_pool": None}
+    if pools is not None:
+        try:
+            counts["test_in_pool"] = count_shared(map(open_dataset, pools), test.dataset)
+        except DataError:  # moved, remote, or of imported weights
+            print(
+                f"{section.task}: the pre-training images are not at hand, so nobody looked for test images there",
+                file=sys.stderr,
+                flush=True,
+            )
+    for where, name in (("its training split", "test_in_train"), ("the pre-training pool", "test_in_pool")):
+        if counts[name]:
+            print(
+                f"{section.task}: {counts[name]} of {len(test)} test images are in {where}, too; results are marked",
+                file=sys.stderr,
+                flush=True,
+            )
+    return counts
 
 
 def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:

@@ -177,6 +177,7 @@ def probe_run(
                     bounds=bounds,
                     since=since,
                     pause=pause,
+                    pools=[source.path for source in config.training.data.sources],
                 )
             if group.is_first:
                 merge_into_rows(run, config, budget)

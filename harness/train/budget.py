@@ -111,6 +111,7 @@ def evaluate_budget(
             group=group,
             since=0.0,  # what an earlier attempt or a probe job finished is taken from its file
             pause=lambda: _stop_if_asked(group, flag),
+            pools=[source.path for source in training.data.sources],
         )
     row = describe(config) | facts
     evaluation_s = time.monotonic() - started

@@ -45,5 +45,21 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
             )
 
 
+def count_shared(pools: Iterable[ShardDataset], held_out: ShardDataset) -> int:
+    """Usable held-out images that some pool holds too, byte for byte; compared as by `refuse_overlap`."""
+    checksums = np.delete(np.asarray(held_out.checksum), held_out.index.bad)
+    wanted, place = np.unique(checksums, return_inverse=True)
+    is_shared = np.zeros(len(wanted), dtype=bool)
+    table = np.zeros(1 << _TABLE_BITS, dtype=bool)
+    table[_low_bits(wanted)] = True
+    for pool in pools if len(wanted) else ():
+        for first, block in pool.index.checksum.blocks():
+            likely = np.flatnonzero(table[_low_bits(block)])
+            nearest = np.minimum(np.searchsorted(wanted, block[likely]), len(wanted) - 1)
+            same = (wanted[nearest] == block[likely]) & ~np.isin(first + likely, pool.index.bad)
+            is_shared[nearest[same]] = True
+    return int(is_shared[place].sum())
+
+
 def _low_bits(checksums: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     return (checksums & np.uint64((1 << _TABLE_BITS) - 1)).astype(np.int64)

@@ -210,6 +210,23 @@ def test_command_prints_text_and_json(tmp_path):
     assert json.loads(published.output)["forecasts"]["params_trunk"][0]["inside"] is True
 
 
+def test_the_command_shows_our_own_baselines_and_marks_test_images_that_were_seen(tmp_path):
+    table = rows(["dtd"])
+    for row in table:
+        for probe in row["probes"]:
+            probe |= {"n": 1880, "test_in_train": 0, "test_in_pool": 7}
+    write_table(results_table(table), tmp_path / "results.parquet")
+    baseline = [{**table[0], "size": "raw-pixels", "run_id": "like"}]
+    write_table(results_table(baseline), tmp_path / "baselines.parquet")
+    found = CliRunner().invoke(app, [str(tmp_path), "--resamples", "30", "--json"])
+    shown = json.loads(found.output)
+    assert {row["baseline"] for row in shown["baselines"]} == {"raw-pixels"}
+    assert {row["test_in_pool"] for row in shown["tasks"]} == {7}
+    assert "test_in_train" not in shown["tasks"][0]  # none were
+    (sentence,) = [line for line in shown["left_out"] if line.startswith("dtd:") and "pool" in line]
+    assert "7 of 1880 test images are in the pre-training pool" in sentence
+
+
 def test_the_docs_quote_the_forecasts_as_computed():
     documented = (Path(__file__).parents[3] / "docs" / "published-models.md").read_text()
     for forecast in [*forecast_7b("params_trunk"), *forecast_7b("params_total")]:
