@@ -15,7 +15,7 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
+from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -120,7 +120,7 @@ def choose(
     by: str | None = None,
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
-    objective: Objective | str = HUBER_LOG,
+    objective: Objective | str = ROBUST,
     share: float = SHARE,
     **options: Any,
 ) -> Choice:

@@ -14,7 +14,7 @@ from aimscale.analysis.choice.buying import buy
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, Objective
+from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.optimum import cost_of
 from aimscale.analysis.laws.base import Law
@@ -86,7 +86,7 @@ def propose(
     law: Law | str = AUTO,
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
-    objective: Objective | str = HUBER_LOG,
+    objective: Objective | str = ROBUST,
 ) -> Proposal:
     """The runs on offer that leave the forecast at the target the least variance for the budget.
 
@@ -108,9 +108,9 @@ def propose(
     options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": RESAMPLES}
     known = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
     # The law as fitted lives on its variables; U and C follow from N and D where nobody says otherwise.
-    place = _complete(pd.DataFrame([dict(target)]), known, df, columns)
+    place = with_variables(pd.DataFrame([dict(target)]), known, df)
     offer = offer.reset_index(drop=True)
-    basket = buy(known, _complete(offer, known, df, columns), offer["price"].to_numpy(float), place, budget=budget)
+    basket = buy(known, with_variables(offer, known, df), offer["price"].to_numpy(float), place, budget=budget)
     table = offer.loc[basket.rows].reset_index(drop=True)
     table["D/N"] = table["D"] / table["N"]
     return Proposal(
@@ -126,7 +126,7 @@ def propose(
     )
 
 
-def _complete(points: pd.DataFrame, law: Fit, df: pd.DataFrame, columns: Mapping[str, str] | None) -> pd.DataFrame:
+def with_variables(points: pd.DataFrame, law: Fit, df: pd.DataFrame) -> pd.DataFrame:
     """Points with every variable of the law: C by the table's own cost of N and D, U = D (fresh data).
 
     Raises:

@@ -12,6 +12,8 @@ from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.table.collection import collect
 
+REGISTER, SCORES = "forecasts.jsonl", "forecast-scores.csv"
+
 app = typer.Typer(help="Gather every run's rows into one typed table.")
 
 
@@ -31,4 +33,22 @@ def command(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
         )
     if found.num_baselines:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
+    for line in _scored_forecasts(found.table):
+        typer.echo(line)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {found.num_runs} runs: {found.table}")
+
+
+def _scored_forecasts(table: Path) -> list[str]:
+    """Score the sweep's registered forecasts, keep the score table beside the results, and say what came true."""
+    register = table.with_name(REGISTER)
+    if not register.is_file():
+        return []
+    from aimscale.analysis.forecasts.registry import score_words, scores
+    from aimscale.analysis.tables.results import read_table
+
+    found = scores(register, read_table(table))
+    found.to_csv(table.with_name(SCORES), index=False)
+    waiting = int((found["num_rows"] == 0).sum())
+    return [f"forecast: {line}" for line in score_words(found)] + [
+        f"{len(found)} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
+    ]

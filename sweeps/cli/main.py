@@ -36,6 +36,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("aimscale.sweeps.cli.doctor", "Look at this machine: what works, and what to do about the rest."),
     "fit": ("aimscale.analysis.cli.fit", "Fit a scaling law to a table, with intervals and a held-out test."),
     "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
+    "forecast": (
+        "aimscale.analysis.cli.forecast",
+        "Forecast loss and accuracies at a scale, and register the forecast before the run.",
+    ),
     "frontier": ("aimscale.analysis.cli.frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("aimscale.analysis.cli.correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
     "contrast": ("aimscale.analysis.cli.contrast", "Compare the levels of one column with everything else equal."),

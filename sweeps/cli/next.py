@@ -51,9 +51,10 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Choose the runs that leave the forecast at the target the least variance, several at once."""
+    from aimscale.analysis.forecasts.ahead import parse_scale
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
-    place = _target(target)
+    place = parse_scale(target, "--target")
     if Path(sweep_or_table).suffix in TABLES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
@@ -71,28 +72,6 @@ def command(
     typer.echo(found.to_json() if as_json else found.summary())
     if write is not None and not as_json:
         typer.echo(f"\nwrote {write}; next: aimscale plan {write}")
-
-
-def _target(text: str) -> dict[str, float]:
-    """`N=1e9,D=2B` as numbers.
-
-    Raises:
-        SweepError: not of that form.
-    """
-    from aimscale.sweeps.plan.sweepfile import SweepError, count
-
-    out: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, value = part.partition("=")
-        try:
-            out[name.strip()] = float(count(value))
-        except ValueError:
-            raise SweepError(f"--target takes N=1e9,D=2B, not {text!r}") from None
-        if not equals or out[name.strip()] <= 0:
-            raise SweepError(f"--target takes positive values as in N=1e9,D=2B, not {text!r}")
-    if not {"N", "D"} <= set(out):
-        raise SweepError(f"--target needs both N and D, as in N=1e9,D=2B, not {text!r}")
-    return out
 
 
 def _of_table(

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from aimscale.analysis.errors import AnalysisError
 from aimscale.sweeps.cli import next as next_verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
@@ -69,7 +70,7 @@ def test_a_table_is_priced_by_its_own_flops(collected: Any, tmp_path: Any) -> No
 
 
 def test_mistakes_are_told_in_one_sentence(collected: Any, tmp_path: Any) -> None:
-    with pytest.raises(SweepError, match="needs both N and D"):
+    with pytest.raises(AnalysisError, match="needs both N and D"):
         run(collected.source, "--root", collected.root, "--target", "N=1e9", "--budget", 1)
     elsewhere = tmp_path / "elsewhere" / "more.yaml"
     with pytest.raises(SweepError, match="relative to"):

@@ -5,12 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.tables.results import read_table
 from aimscale.harness.run.files import write_json
+from aimscale.sweeps.cli import collect as cli_collect
 from aimscale.sweeps.cli import status as cli_status
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
@@ -139,3 +141,22 @@ def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand
     write_json(sweep.directory / "sweep.json", {"version": 2})
     with pytest.raises(UserError, match="of version 2"):
         launch(sweep, slots=1, command=stand_in())
+
+
+def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    card = cost_cards(sweep, plan(sweep))[0]
+    at = {"N": card.params_total, "D": 1280}
+    shared = {"registered": "2026-01-01T00:00:00+00:00", "columns": {}, "law": "chinchilla", "quantity": "val_loss"}
+    lines = [
+        {**shared, "at": at, "value": 1.0, "pi_lo": 0.0, "pi_hi": 100.0},
+        {**shared, "at": {**at, "D": 9e9}, "value": 0.5, "pi_lo": 0.4, "pi_hi": 0.6},
+    ]
+    (sweep.directory / "forecasts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = CliRunner().invoke(cli_collect.app, [str(sweep.source), "--root", str(sweep.root)], catch_exceptions=False)
+    assert "forecast: val_loss at N = " in out.output
+    assert "inside" in out.output
+    assert "2 registered forecasts, 1 not measured yet" in out.output
+    kept = pd.read_csv(sweep.directory / "forecast-scores.csv")
+    assert kept["num_rows"].tolist() == [1, 0]

@@ -1,0 +1,50 @@
+"""`aimscale forecast TABLE --at N=..,D=..`: what a run will reach, written down before it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimscale.analysis.cli.options import AsJson, Columns, LossColumn, Main, Tables, Where, show, table_of
+
+app = typer.Typer(help="Forecast loss and accuracies at a scale, and register the forecast.", add_completion=False)
+
+
+@app.command()
+def forecast_table(
+    tables: Tables,
+    at: Annotated[str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat).")],
+    law: Annotated[str, typer.Option(help="Law of the loss; auto chooses it as `fit --law auto` does.")] = "auto",
+    y: LossColumn = "val_loss",
+    objective: Annotated[str, typer.Option(help="What to minimise.")] = "robust",
+    link: Annotated[str, typer.Option(help="From loss to accuracy: sigmoid, exponential or linear.")] = "sigmoid",
+    resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
+    columns: Columns = None,
+    where: Where = None,
+    main: Main = False,
+    register: Annotated[
+        bool, typer.Option("--register", help="Append law, data hash, date and intervals to a file, before the run.")
+    ] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option(help="The file; default: forecasts.jsonl beside the first table, where collect looks."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Loss by a law and every probe's accuracy by way of the loss, each with two intervals."""
+    from aimscale.analysis.forecasts.ahead import ahead, parse_scale
+    from aimscale.analysis.forecasts.registry import REGISTER
+    from aimscale.analysis.forecasts.registry import register as write
+
+    df = table_of(tables, columns, where, main, fresh=not law.startswith(("repeated", "overfitting")))
+    place = parse_scale(at, "--at")
+    found = ahead(df, place, law=law, y=y, objective=objective, link_kind=link, resamples=resamples)
+    after = []
+    if register:
+        folder = tables[0] if tables[0].is_dir() else tables[0].parent
+        path = to or folder / REGISTER
+        write(found, df, path)
+        after = ["", f"registered in {path}"]
+    show(found, json, after=after)

@@ -1,0 +1,152 @@
+"""Loss and accuracies at a scale that nobody has trained, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
+from aimscale.analysis.choice.proposal import with_variables
+from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.downstream.links import forecast, link
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.objectives import ROBUST, Objective
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.laws.base import Law
+from aimscale.analysis.tables.observations import is_complete
+from aimscale.analysis.tables.results import probe_frame
+
+MIN_PROBED = 6
+"""Probed rows below which no link from loss to accuracy is fitted."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Ahead(Result):
+    """Forecasts at one scale."""
+
+    table: pd.DataFrame
+    """One row a quantity: quantity (a column, or TASK:KIND for a probe's accuracy), value, ci_lo, ci_hi (of the curve),
+    pi_lo, pi_hi (of one measurement)."""
+    at: dict[str, float]
+    """Variable -> value."""
+    law: Fit = field(repr=False)
+    """The law of the loss."""
+    beyond_range: float
+    """Largest factor by which a variable lies outside the fitted range; 1 inside."""
+    left_out: tuple[str, ...] = ()
+    """What was not forecast, and why."""
+
+    def headline(self) -> str:
+        """Scale, law, distance."""
+        place = ", ".join(f"{k} = {v:.4g}" for k, v in self.at.items())
+        far = f"{self.beyond_range:.3g} times beyond the fitted range" if self.beyond_range > 1 else "inside the range"
+        return f"At {place}, {far}, by {self.law.law.formula} on {self.law.num_points} points"
+
+    def summary(self) -> str:
+        """A line a quantity, with what the intervals are."""
+        lines = [
+            f"  {quantity}: {value:.4g} (curve {ci_lo:.4g} to {ci_hi:.4g}; one measurement {pi_lo:.4g} to {pi_hi:.4g})"
+            for quantity, value, ci_lo, ci_hi, pi_lo, pi_hi in self.table.to_numpy()
+        ]
+        note = f"Intervals of {self.law.confidence:.0%}: {self.law.interval_method}."
+        return "\n".join([f"{self.headline()}:", *lines, note, *self.law.flags, *self.left_out])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        quantities = self.table.to_dict("records")
+        law = {"law": self.law.law.name, "params": self.law.params, "num_points": self.law.num_points}
+        rest = {"at": self.at, "beyond_range": self.beyond_range, "confidence": self.law.confidence}
+        return plain_types({**rest, **law, "quantities": quantities, "left_out": list(self.left_out)})
+
+
+_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
+
+
+def parse_scale(text: str, option: str) -> dict[str, float]:
+    """`N=1e9,D=2B` as numbers, N and D at least.
+
+    Raises:
+        AnalysisError: not of that form.
+    """
+    out: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (each.strip() for each in part.partition("="))
+        try:
+            out[name] = float(value[:-1]) * _UNITS[value[-1]] if value[-1:] in _UNITS else float(value)
+        except ValueError:
+            raise AnalysisError(f"{option} takes N=1e9,D=2B, not {text!r}.") from None
+        if not 0 < out[name] < np.inf:
+            raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {text!r}.")
+    if not {"N", "D"} <= set(out):
+        raise AnalysisError(f"{option} needs both N and D, as in N=1e9,D=2B, not {text!r}.")
+    return out
+
+
+def ahead(
+    df: pd.DataFrame,
+    at: Mapping[str, float],
+    *,
+    law: Law | str = AUTO,
+    y: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
+    objective: Objective | str = ROBUST,
+    link_kind: str = "sigmoid",
+    resamples: int = 1000,
+) -> Ahead:
+    """Forecast the loss at a scale by a law, and every probe's accuracy by a link from the loss.
+
+    Args:
+        df: one row a point, with `probes` for accuracies.
+        at: N and D of the run (and U where the law has it).
+        law: a law, its name, or "auto" (`choose`).
+        y: column of the loss.
+        columns: variable of the law -> column.
+        objective: what the law's fit minimises.
+        link_kind: sigmoid, exponential or linear.
+        resamples: bootstrap resamples.
+
+    Raises:
+        AnalysisError: a variable is missing, or the law cannot be fitted.
+    """
+    if y in df.columns and is_complete(df).sum() == 0:
+        raise AnalysisError("No row of the table is complete, so there is nothing to forecast from.")
+    df = with_compute(df, columns)
+    options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": resamples}
+    found = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
+    place = with_variables(pd.DataFrame([dict(at)]), found, df)
+    loss = found.predict(place)
+    ends = {name: float(loss[name].iloc[0]) for name in ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")}
+    rows: list[dict[str, Any]] = [{"quantity": y, **ends}]
+    left_out = []
+    probes = probe_frame(df[is_complete(df)]) if "probes" in df.columns else pd.DataFrame()
+    for key, group in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
+        name = ":".join(map(str, key))
+        try:
+            rows.append({"quantity": name, **_accuracy(found, group, place, y, link_kind, resamples)})
+        except AnalysisError as error:
+            left_out.append(f"{name} is not forecast: {error}")
+    beyond = float(loss["beyond_range"].iloc[0])
+    at = {k: float(v) for k, v in at.items()}
+    return Ahead(table=pd.DataFrame(rows), at=at, law=found, beyond_range=beyond, left_out=tuple(left_out))
+
+
+def _accuracy(
+    law: Fit, probed: pd.DataFrame, place: pd.DataFrame, y: str, kind: str, resamples: int
+) -> dict[str, float]:
+    """value and intervals of a probe's accuracy at a place, by way of the loss."""
+    probed = probed.dropna(subset=["top1", y])
+    if len(probed) < MIN_PROBED:
+        raise AnalysisError(f"it has {len(probed)} probed rows, and a link needs {MIN_PROBED}.")
+    levels = probed["chance"].dropna().unique()
+    chance = float(levels[0]) if len(levels) == 1 else None
+    second = link(probed, kind=kind, loss=y, accuracy="top1", chance=chance, resamples=resamples)
+    row = forecast(law, second, place).table.iloc[0]
+    floor = 0.0 if chance is None else chance
+    out = {"value": row["accuracy"], **{name: row[name] for name in ("ci_lo", "ci_hi", "pi_lo", "pi_hi")}}
+    # A curve cannot lie below guessing; a measurement can, by its own scatter.
+    return {name: float(np.clip(v, 0.0 if name.startswith("pi") else floor, 1.0)) for name, v in out.items()}

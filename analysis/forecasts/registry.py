@@ -1,0 +1,155 @@
+"""Forecasts written down before the run, and scored after it: the only test of a law that nobody can argue with.
+
+`forecasts.jsonl` beside the table is only ever appended to, a line a forecast. `scores` compares its lines with the
+rows that have been measured since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.display import plain_types
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.forecasts.ahead import Ahead
+from aimscale.analysis.tables.observations import CANONICAL, is_complete
+from aimscale.analysis.tables.results import probe_frame
+
+REGISTER = "forecasts.jsonl"
+SCORES = "forecast-scores.csv"
+TOLERANCE = 0.01
+"""A row within 1 % of every variable of the forecast is taken for the run that was forecast."""
+COLUMNS = (
+    "registered", "quantity", "at", "law", "forecast", "pi_lo", "pi_hi", "measured", "num_rows", "error", "inside",
+)  # fmt: skip
+
+
+def data_hash(law_points: pd.DataFrame) -> str:
+    """SHA-256 of the fitted points, in an order of their own: the same for the same measurements."""
+    lines = sorted(",".join(f"{v:.12g}" for v in row) for row in law_points.to_numpy(float))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
+    """Append forecasts to a register, before the run.
+
+    Args:
+        found: the forecasts.
+        df: the table they were made from.
+        path: the register; it is made where it is not there.
+
+    Raises:
+        AnalysisError: the table already holds a measurement there, or the file cannot be written.
+    """
+    if len(rows := _rows_at(df, found.at, found.law.columns)):
+        raise AnalysisError(
+            f"The table already holds {len(rows)} measurements at {_words(found.at)}, so this would be no forecast; "
+            "register before the run."
+        )
+    shared = {
+        "registered": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": found.at,
+        "columns": {v: found.law.columns.get(v, CANONICAL.get(v, v)) for v in found.at},
+        "law": found.law.law.name,
+        "params": found.law.params,
+        "objective": found.law.objective.name,
+        "data_sha256": data_hash(found.law.data[[*found.law.law.variables, "y"]]),
+        "num_points": found.law.num_points,
+        "confidence": found.law.confidence,
+    }
+    lines = [
+        json.dumps(plain_types({**shared, **row}), allow_nan=False) + "\n" for row in found.table.to_dict("records")
+    ]
+    try:
+        with path.open("a") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        raise AnalysisError(f"Cannot write the register {path} ({error.strerror}); name another by --to.") from None
+
+
+def read_register(path: Path) -> list[dict[str, Any]]:
+    """The forecasts of a register, oldest first; none where the file is not there.
+
+    Raises:
+        AnalysisError: a line is damaged.
+    """
+    if not path.is_file():
+        return []
+    out = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            raise AnalysisError(f"Line {number} of {path} is no forecast; restore or remove that line.") from None
+    return out
+
+
+def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
+    """Every registered forecast beside what was measured there since.
+
+    Args:
+        path: the register.
+        df: the table of today.
+
+    Returns:
+        One row a forecast (`COLUMNS`): measured is the mean over the num_rows rows found there, error is
+        measured / forecast - 1, inside says whether the measurement lies in the prediction interval; both are empty
+        where nothing was measured yet.
+    """
+    rows = []
+    for entry in read_register(path):
+        values = _measured(df, entry)
+        measured = float(np.mean(values)) if len(values) else np.nan
+        row = {name: entry[name] for name in ("registered", "quantity", "law", "pi_lo", "pi_hi")}
+        row |= {"at": _words(entry["at"]), "forecast": entry["value"], "measured": measured, "num_rows": len(values)}
+        row["error"] = measured / entry["value"] - 1
+        inside = entry["pi_lo"] is not None and entry["pi_lo"] <= measured <= entry["pi_hi"]
+        rows.append({**row, "inside": inside if len(values) else None})
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def score_words(found: pd.DataFrame) -> list[str]:
+    """The scored forecasts, a sentence each."""
+    return [
+        f"{quantity} at {at}, forecast on {registered[:10]} by {law}: {forecast:.4g} [{low:.4g}, {high:.4g}], measured "
+        f"{measured:.4g} ({100 * error:+.2f} %): {'inside' if inside else 'outside'}"
+        for registered, quantity, at, law, forecast, low, high, measured, num, error, inside in found.to_numpy()
+        if num
+    ]
+
+
+def _measured(df: pd.DataFrame, entry: Mapping[str, Any]) -> np.ndarray:
+    """Values of the quantity in the complete rows at the forecast's scale."""
+    rows = _rows_at(df, entry["at"], entry["columns"])
+    quantity = entry["quantity"]
+    if quantity in rows.columns:
+        values = pd.to_numeric(rows[quantity], errors="coerce")
+    else:
+        task, _, kind = quantity.rpartition(":")
+        probes = probe_frame(rows) if len(rows) and "probes" in rows.columns else pd.DataFrame()
+        if probes.empty:
+            return np.array([])
+        values = probes.loc[(probes["task"] == task) & (probes["kind"] == kind), "top1"]
+    return values.dropna().to_numpy(float)
+
+
+def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Complete rows within the tolerance of a scale; variables without a column do not tell rows apart."""
+    keep = is_complete(df).to_numpy(bool).copy()
+    for variable, value in at.items():
+        name = columns.get(variable, CANONICAL.get(variable, variable))
+        if name in df.columns:
+            there = pd.to_numeric(df[name], errors="coerce").to_numpy(float)
+            keep &= np.abs(there / value - 1) <= TOLERANCE
+    return df[keep]
+
+
+def _words(at: Mapping[str, float]) -> str:
+    return ", ".join(f"{k} = {v:.4g}" for k, v in at.items())
