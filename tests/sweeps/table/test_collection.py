@@ -146,8 +146,7 @@ def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand
 def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
-    card = cost_cards(sweep, plan(sweep))[0]
-    at = {"N": card.params_total, "D": 1280}
+    at = {"D": 1280}  # the stand-in writes no parameter counts
     shared = {"registered": "2026-01-01T00:00:00+00:00", "columns": {}, "law": "chinchilla", "quantity": "val_loss"}
     lines = [
         {**shared, "at": at, "value": 1.0, "pi_lo": 0.0, "pi_hi": 100.0},
@@ -155,7 +154,7 @@ def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch
     ]
     (sweep.directory / "forecasts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = CliRunner().invoke(cli_collect.app, [str(sweep.source), "--root", str(sweep.root)], catch_exceptions=False)
-    assert "forecast: val_loss at N = " in out.output
+    assert "forecast: val_loss at D = 1280, forecast on 2026-01-01" in out.output
     assert "inside" in out.output
     assert "2 registered forecasts, 1 not measured yet" in out.output
     kept = pd.read_csv(sweep.directory / "forecast-scores.csv")
