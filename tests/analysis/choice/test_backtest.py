@@ -20,7 +20,7 @@ def curve(limit: float) -> pd.DataFrame:
 
 
 def test_the_simplest_of_equals_is_taken():
-    found = choose("auto:x", curve(0.0), y="loss", share=0.3, resamples=50)
+    found = choose("auto:x", curve(0.0), y="loss", objective="huber_log", share=0.3, resamples=50)
     table = found.table.set_index("law")
     assert table["mean_error"].idxmin() == "power_offset"  # by luck: it holds the true law and has a parameter more
     assert table.loc[["power", "power_offset"], "as_good"].all()
@@ -69,7 +69,7 @@ def test_the_top_of_farseers_compute_is_forecast_by_the_chosen_law(measurements)
 
 
 @pytest.mark.parametrize("cut", [1e21, 3e20, 1e20])
-@pytest.mark.parametrize("objective", ["huber_log", "huber_log:0.01"])
+@pytest.mark.parametrize("objective", ["robust", "huber_log"])
 def test_one_rule_serves_every_cut_through_chinchillas_points(epoch, cut, objective):
     epoch = epoch.assign(C=6 * epoch["N"] * epoch["D"])
     below, above = epoch[epoch["C"] < cut], epoch[epoch["C"] >= cut]
@@ -78,12 +78,13 @@ def test_one_rule_serves_every_cut_through_chinchillas_points(epoch, cut, object
     assert log_rmse(found.best, above) < 1.05 * min(log_rmse(form, above) for form in forms)
 
 
-def test_pools_seen_many_times_get_a_law_that_overfits(measurements):
+@pytest.mark.parametrize(("objective", "least_r2"), [("huber_log", 0.97), ("robust", 0.95)])
+def test_pools_seen_many_times_get_a_law_that_overfits(measurements, objective, least_r2):
     names = {"unique_tokens": "U", "params": "N", "tokens": "D"}
     df = measurements("scalebench/data_constrained.parquet").rename(columns=names)
     top = df["D"].rank(method="first") > 0.9 * len(df)
-    found = choose("auto", df[~top], y="loss", resamples=0)
+    found = choose("auto", df[~top], y="loss", objective=objective, resamples=0)
     miss = df.loc[top, "loss"] - found.best.predict(df[top])["value"].to_numpy()
     r2 = 1 - (miss**2).sum() / ((df.loc[top, "loss"] - df.loc[top, "loss"].mean()) ** 2).sum()
     assert found.best.law.name == "overfitting"
-    assert r2 > 0.97
+    assert r2 > least_r2
