@@ -31,6 +31,9 @@ def command(
         str | None,
         typer.Option(help="Runs that share a card, a number or auto (by the memory estimate); instead of the file's."),
     ] = None,
+    notify: Annotated[
+        str | None, typer.Option(help="Webhook that is told, in JSON, of failures and of the end.", show_default=False)
+    ] = None,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
@@ -45,12 +48,12 @@ def command(
     if on == "slurm":
         fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
         fields |= {"runs_per_device": runs_per_device}
-        _launch_slurm(sweep, root, dry_run, allow_dirty, again, {**fields, "time_min": time_min})
+        _launch_slurm(sweep, root, dry_run, allow_dirty, again, {**fields, "time_min": time_min}, notify)
         return
     if dry_run:
         _print_local(sweep, root)
         return
-    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device)
+    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, notify=notify)
     _print_left(result.left)
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
@@ -83,7 +86,13 @@ def _print_local(sweep: str, root: Path) -> None:
 
 
 def _launch_slurm(
-    sweep: str, root: Path, dry_run: bool, allow_dirty: bool, again: str, fields: dict[str, str | int | None]
+    sweep: str,
+    root: Path,
+    dry_run: bool,
+    allow_dirty: bool,
+    again: str,
+    fields: dict[str, str | int | None],
+    notify: str | None,
 ) -> None:
     from aimscale.sweeps.launch.packed_job import PackedJob
     from aimscale.sweeps.launch.preflight import check_data
@@ -95,7 +104,7 @@ def _launch_slurm(
     if not dry_run:
         check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
-    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob)
+    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob, notify=notify)
     for part in result.submitted:
         if dry_run:
             typer.echo(f"# {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")

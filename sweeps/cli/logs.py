@@ -11,6 +11,7 @@ import typer
 from aimscale.sweeps.cli.plan import Root, SweepName
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.table.select import one_run
 
 app = typer.Typer(help="Print or follow the log of one run.")
@@ -24,13 +25,19 @@ def command(
     run: Annotated[str, typer.Argument(help="A run's id, or any part that only it has.")],
     root: Root = Path("aimscale-runs"),
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Of the job that evaluates it, not of its training.")
+    ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines to print; 0 for all.", min=0)] = 0,
 ) -> None:
     """Print or follow the log of one run's last attempt."""
-    record = RunRecord(load_sweep(sweep, root).run_dir(one_run(load_sweep(sweep, root), run)))
+    loaded = load_sweep(sweep, root)
+    run_dir = loaded.run_dir(one_run(loaded, run))
+    record = ProbeRecord.of(run_dir) if probes else RunRecord(run_dir)
     path = record.last_log()
     if path is None:
-        raise SweepError(f"{record.path.name} has no log yet; it was never started")
+        what = "no job evaluated it by itself" if probes else "it was never started"
+        raise SweepError(f"{run_dir.name} has no such log yet; {what}")
     with path.open(errors="replace") as file:
         text = file.read().splitlines(keepends=True)
         typer.echo("".join(text[-lines:] if lines else text), nl=False)

@@ -86,6 +86,8 @@ class Queue:
     """How much of a device a run of one device takes."""
     job_id: str | None = None
     """Of the Slurm job that this queue is; its runs stay claimed by the job until they end."""
+    failed: Callable[[RunRecord], object] = lambda record: None
+    """Called with each run that failed for good."""
     active: list[Job] = field(default_factory=list)
     """Processes running."""
     ended: list[tuple[Run, Outcome]] = field(default_factory=list)
@@ -128,6 +130,7 @@ def run_queue(
     is_queued: Callable[[Claim], bool] = lambda claim: True,
     job_id: str | None = None,
     until: float = float("inf"),
+    failed: Callable[[RunRecord], object] = lambda record: None,
 ) -> LaunchResult:
     """Do to runs (longest first as given) what `kind` says until none is left to start.
 
@@ -142,6 +145,7 @@ def run_queue(
         is_queued: whether Slurm still knows a job that an earlier launch submitted.
         job_id: of the Slurm job that this queue is.
         until: Unix time at which everything saves and ends.
+        failed: called with each run that failed for good.
 
     Raises:
         SweepError: no slot.
@@ -156,6 +160,7 @@ def run_queue(
         devices=devices,
         share=share or (lambda run: devices.share),
         job_id=job_id,
+        failed=failed,
     )
     with _stop_requests(queue):
         try:
@@ -259,6 +264,8 @@ def _gather(queue: Queue) -> None:
         try:
             outcome = _conclude(queue, job)
             queue.events.append(_sentence(job, outcome))
+            if outcome == "stop":
+                queue.failed(job.record)
         except (OSError, UserError) as error:
             outcome = "stop"
             queue.events.append(f"left {job.run.run_id}: how it ended cannot be written down ({_words(error)})")

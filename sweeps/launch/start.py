@@ -17,6 +17,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.decision import Decision, decide
 from aimscale.sweeps.runs.job_kind import training_jobs
+from aimscale.sweeps.runs.notify import check_url, post, post_failure
 from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.status import sweep_status
@@ -28,6 +29,7 @@ def launch(
     *,
     slots: int | None = None,
     runs_per_device: str | int | None = None,
+    notify: str | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
 ) -> LaunchResult:
@@ -40,6 +42,7 @@ def launch(
         root: where sweep directories are made.
         slots: processes at a time; by default one a card, or as many as the cores feed.
         runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
+        notify: webhook that is told of failures and of the end.
         command: the program that executes a run.
         check: looks at the data of the runs that would start.
 
@@ -47,6 +50,8 @@ def launch(
         SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
             written; nothing was made.
     """
+    if notify is not None:
+        check_url(notify)
     loaded, runs, cards = planned(sweep, root)
     if runs_per_device is not None:
         loaded = loaded.with_fields(
@@ -57,7 +62,7 @@ def launch(
     prepare(loaded, runs)
     gpus = visible_gpus()
     with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
-        return run_queue(
+        result = run_queue(
             runs,
             kind=training_jobs(loaded),
             slots=default_slots(runs, gpus) if slots is None else slots,
@@ -66,7 +71,12 @@ def launch(
             command=command,
             report=report,
             is_queued=ask,
+            failed=lambda record: post_failure(notify, record),
         )
+    summary = f"{loaded.name}: {len(result.finished)} runs finished now, {len(result.failed)} failed"
+    facts = {"finished": len(result.finished), "failed": len(result.failed), "interrupted": result.interrupted}
+    post(notify, "ended", loaded.name, summary, **facts)
+    return result
 
 
 def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:

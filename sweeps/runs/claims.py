@@ -155,6 +155,8 @@ class RunRecord(RunDir):
 
     def damaged(self, path: Path, error: Exception) -> SweepError:
         """The sentence about a file of the run that cannot be used."""
+        if isinstance(error, UserError):
+            return SweepError(str(error))  # it says so itself
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         return SweepError(f"{path} is damaged ({said}); repair it or move {self.path} away")
 
@@ -205,6 +207,12 @@ class RunRecord(RunDir):
         for ended in self.read_attempts():
             found = {} if ended.get("forgiven") else found | dict.fromkeys(ended.get("failed_nodes") or ())
         return list(found)
+
+    def hours_since_start(self, now: float) -> float:
+        """Device-hours of the attempt under way, or that just ended; 0 where it never started."""
+        started, claim = self.checked_status().started, self.find_claim()
+        last = max((ended["ended"] for ended in self.read_attempts() if "ended" in ended), default=0.0)
+        return (claim.devices if claim else 1) * (now - started) / 3600 if started and started > last else 0.0
 
     def next_attempt(self) -> int:
         """Number of the attempt that comes next, 1 for the first."""

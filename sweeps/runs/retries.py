@@ -196,9 +196,11 @@ def _record(
     kind: str | None,
     node: str = "",
 ) -> None:
+    now = time.time()
     run.append_attempt(
         attempt=attempt,
-        ended=time.time(),
+        ended=now,
+        device_hours=run.hours_since_start(now),
         exit_code=exit_code,
         where=where,
         saved=run.saved_progress(),

@@ -25,6 +25,7 @@ from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.lease import STALE_S
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord
+from aimscale.sweeps.runs.notify import post_from_job
 from aimscale.sweeps.runs.retries import Outcome, Words, conclude, explain
 from aimscale.sweeps.runs.sweep_dir import lock_file
 from aimscale.sweeps.slurm import commands as slurm
@@ -104,6 +105,8 @@ class _Watcher:
         said = said if failed_peer and failed_peer["rank"] else None  # its own words are in the status
         node = failed_peer["node"] if failed_peer else ""
         outcome = conclude(self.record, attempt, exit_code, where, asked=asked, peer=said, node=node)
+        if outcome in ("finished", "stop"):
+            post_from_job(self.record, has_failed=outcome == "stop")
         return self._follow(outcome)
 
     def _take_over(self) -> bool:

@@ -20,6 +20,7 @@ from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.runs.decision import Decision
 from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
+from aimscale.sweeps.runs.notify import VARIABLE, check_url
 from aimscale.sweeps.runs.retries import diagnose
 from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.runs.sweep_dir import lock_file
@@ -94,6 +95,7 @@ def launch_slurm(
     worker: tuple[str, ...] | None = None,
     kind: JobKind | None = None,
     packed: Packed | None = None,
+    notify: str | None = None,
 ) -> SlurmLaunch:
     """Submit what is missing and return at once; the sweep's directory exists, but in a dry run, which writes nothing.
 
@@ -108,7 +110,7 @@ def launch_slurm(
     section = sweep.file.slurm
     slurm.check_partition(section.partition)
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    batch = _Batch(sweep, kind, snapshot, slurm.max_array_size(), packed, dry_run=dry_run)
+    batch = _Batch(sweep, kind, snapshot, slurm.max_array_size(), packed, notify, dry_run=dry_run)
     if dry_run:
         decisions = _decide(kind, runs, settle_ended=False)
         return _result(batch.submit(decisions), decisions, snapshot)
@@ -151,10 +153,18 @@ class _Batch:
     """All arrays of one launch."""
 
     def __init__(
-        self, sweep: Sweep, kind: JobKind, snapshot: Snapshot, chunk: int, packed: Packed | None, *, dry_run: bool
+        self,
+        sweep: Sweep,
+        kind: JobKind,
+        snapshot: Snapshot,
+        chunk: int,
+        packed: Packed | None,
+        notify: str | None,
+        *,
+        dry_run: bool,
     ) -> None:
         self.sweep, self.kind, self.snapshot, self.chunk = sweep, kind, snapshot, chunk
-        self.packed, self.dry_run = packed, dry_run
+        self.packed, self.notify, self.dry_run = packed, notify, dry_run
         self.section = sweep.file.slurm
 
     def submit(self, decisions: Sequence[Decision]) -> list[Submission]:
@@ -204,6 +214,7 @@ class _Batch:
             max_parallel=limit,
             devices=devices,
             exclude=excluded,
+            notify=self.notify,
         )
         job_id = None if self.dry_run else _submit(executor, [self._job(job, devices) for job in jobs])
         if job_id is not None:
@@ -268,9 +279,11 @@ def executor_for(
     max_parallel: int,
     devices: int,
     exclude: Sequence[str] = (),
+    notify: str | None = None,
 ) -> submitit.SlurmExecutor:
     """A submitit executor with everything that a job of this shape asks for; `devices` are those of a node."""
     section = sweep.file.slurm
+    told = [f"export {VARIABLE}={shlex.quote(check_url(notify))}"] if notify else []
     # A time limit is not a failure here: progress bounds the attempts (sweeps.runs.retries), not submitit's count.
     executor = submitit.SlurmExecutor(
         folder=sweep.directory / "slurm", max_num_timeout=1_000_000, python=section.python
@@ -291,7 +304,7 @@ def executor_for(
         "array_parallelism": max_parallel,
         "srun_args": ["--kill-on-bad-exit=1", *section.srun],
         "stderr_to_stdout": True,
-        "setup": [*_environment(snapshot), *section.setup],
+        "setup": [*_environment(snapshot), *told, *section.setup],
         "additional_parameters": {"requeue": True, **section.extra},
     }
     if section.mem_gb is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aimscale.aim.errors import UserError
 from aimscale.analysis.tables.schema import TableError, results_table, write_table
 from aimscale.harness.probe.files import as_entry
 from aimscale.harness.run.config import Section, TrainingConfig
@@ -67,7 +68,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         try:
             found = _rows(sweep, run, card, record)
             results_table(found)
-        except (SweepError, TableError) as error:
+        except (UserError, TableError) as error:
             damaged[run.run_id] = str(error)
             continue
         rows += found
@@ -89,7 +90,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         try:
             found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
             results_table(found)
-        except (OSError, ValueError, TypeError, KeyError, TableError) as error:
+        except (UserError, OSError, ValueError, TypeError, KeyError, TableError) as error:
             damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
             continue
         rows += found
@@ -144,7 +145,7 @@ def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[dict[str, Any]]:
                 for name, entries in by_name.items()
             ]
             results_table(found)
-        except (OSError, ValueError, TypeError, KeyError, TableError) as error:
+        except (UserError, OSError, ValueError, TypeError, KeyError, TableError) as error:
             damaged[f"{run.path.name}/baselines/{folder.name}"] = f"{folder} is damaged ({error}); probe it again"
             continue
         rows += found
@@ -169,8 +170,8 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
     status = record.checked_status()
     try:
         found = {row["images_seen"]: row for row in record.read_rows()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SweepError(f"{record.results} is damaged ({error}); remove it and launch again") from error
+    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+        raise record.damaged(record.results, error) from error
     strangers = {row.get("run_id") for row in found.values()} - {run.run_id}
     if strangers:
         raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")

@@ -13,6 +13,7 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.runs.retries import explain_job
 from aimscale.sweeps.slurm.commands import JobInfo
 
@@ -61,6 +62,14 @@ class RunStatus:
     """Where it runs or ran."""
     log: str | None
     """Output of its last attempt."""
+    evaluated: int
+    """Probed (task, budget) pairs."""
+    to_evaluate: int
+    """Such pairs in all."""
+    evaluation: str
+    """What its probe job does, where it has one: queued, running, failed and why, else empty."""
+    device_hours: float
+    """Spent so far, all attempts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,13 @@ class SweepStatus:
     progress: float
     """Share of the sweep's FLOPs executed, 0..1."""
     eta_s: float | None
-    """To the end of what is queued and running, at the present speed of all running runs."""
+    """To the end of what is queued and running, evaluation included, at the present speed of all running runs."""
+    device_hours: float
+    """Spent so far."""
+    device_hours_planned: float
+    """By the cost cards."""
+    next_step: str
+    """What to run next, where nothing is left to execute."""
     unplanned: tuple[str, ...]
     """Run directories that are not in the plan any more: of an earlier version of the sweep file."""
 
@@ -103,6 +118,9 @@ def sweep_status(
         counts=counts,
         progress=done / sum(flops),
         eta_s=_eta(lines, cards),
+        device_hours=sum(line.device_hours for line in lines),
+        device_hours_planned=sum(card.device_hours for card in cards),
+        next_step=_next_step(sweep, lines),
         unplanned=tuple(sorted(there - planned)),
     )
 
@@ -156,6 +174,7 @@ def _line(
     run: Run, record: RunRecord, status: Status, state: Shown, now: float, claim: Claim | None = None
 ) -> RunStatus:
     log = record.last_log() if state != "not started" else None
+    evaluated, evaluation, hours = _evaluation(run, record, state, now)
     left = status.images_planned - status.images_done
     speed = status.images_per_s if state == "running" else None
     return RunStatus(
@@ -178,16 +197,62 @@ def _line(
         job_id=claim.job_id if claim else status.job_id,
         host=status.host,
         log=str(log) if log else None,
+        evaluated=evaluated,
+        to_evaluate=len(run.budgets) * len(run.config.evaluation.probes),
+        evaluation=evaluation,
+        device_hours=hours,
     )
 
 
+def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[int, str, float]:
+    """Probed pairs, what the probe job does, and device-hours of both jobs."""
+    probing = ProbeRecord.of(record.path)
+    tasks = len(run.config.evaluation.probes)
+    done, hours, doing = 0, 0.0, ""
+    if state in ("not started", "damaged"):
+        return done, doing, hours
+    if tasks:
+        done = sum(min(tasks, len(list(record.probes_dir(budget).glob("*.json")))) for budget in run.budgets)
+    try:
+        hours = _hours(record, now, is_running=state == "running")
+        if probing.path.is_dir():
+            status, is_running = probing.checked_status(), probing.is_held()
+            hours += _hours(probing, now, is_running=is_running)
+            doing = "running" if is_running else status.state if status.state in ("queued", "failed") else ""
+            doing += f" ({status.reason_class}: {status.reason})" if doing == "failed" else ""
+    except UserError as error:
+        doing = str(error)
+    return done, doing, hours
+
+
+def _hours(record: RunRecord, now: float, *, is_running: bool) -> float:
+    spent = sum(float(ended.get("device_hours") or 0.0) for ended in record.read_attempts())
+    return spent + (record.hours_since_start(now) if is_running else 0.0)
+
+
+def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
+    """What a person does with a sweep that is through."""
+    if any(line.state != "finished" for line in lines):
+        return ""
+    if any(line.evaluated < line.to_evaluate for line in lines):
+        return f"`aimscale probe {sweep.directory}` evaluates what is left"
+    table = sweep.directory / "results.parquet"
+    ages = [line.heartbeat_age_s for line in lines if line.heartbeat_age_s is not None]
+    if not table.exists() or time.time() - table.stat().st_mtime > min(ages, default=0.0):
+        return f"`aimscale collect {sweep.directory}`"
+    return f"`aimscale report {table}`"
+
+
 def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
-    """FLOPs left of what is waiting or running, over the FLOPs a second of what is running."""
+    """FLOPs left of what waits or runs, evaluation included, over the FLOPs a second of what is running."""
     left = speed = 0.0
     for line, card in zip(lines, cards, strict=True):
         flops_per_image = card.flops_executed / card.images_executed
         if line.state in ("not started", "queued", "running", "preempted", "dead"):
             left += card.flops_executed * (1 - line.progress)
+            # Validation alone is done about when the training that it follows is.
+            share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
+            left += card.flops_evaluation * (1 - share)
         if line.state == "running" and line.images_per_s:
             speed += flops_per_image * line.images_per_s
     return left / speed if speed else None

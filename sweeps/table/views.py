@@ -231,6 +231,7 @@ def status_table(status: SweepStatus, width: int) -> Group:
             column("val loss", lambda line: f"{line.val_loss:.4f}" if line.val_loss is not None else "", 1),
             column("images/s", lambda line: number(line.images_per_s) if line.images_per_s else "", 3),
             column("MFU", lambda line: f"{100 * line.mfu:.0f} %" if line.mfu else "", 4),
+            column("evaluated", _evaluated, 2),
             column("ETA", lambda line: duration(line.eta_s) if line.eta_s is not None else "", 2),
             column("tries", lambda line: str(line.attempts) if line.attempts else "", 6),
             column("beat", _beat, 7),
@@ -245,6 +246,10 @@ def _state(line: RunStatus) -> Text:
     return Text(f"{line.state} ({line.phase})" if line.phase else line.state, style=STYLE[line.state])
 
 
+def _evaluated(line: RunStatus) -> str:
+    return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state != "not started" else ""
+
+
 def _beat(line: RunStatus) -> str:
     age = line.heartbeat_age_s if line.state == "running" else None
     return "" if age is None else duration(age)
@@ -253,7 +258,7 @@ def _beat(line: RunStatus) -> str:
 def _why(line: RunStatus) -> str:
     """What a reader must know of a run besides its numbers: where it waits, or why it stands and where its log is."""
     if line.state in ("finished", "not started"):
-        return ""
+        return f"evaluation {line.evaluation}" if line.evaluation else ""
     reason = ": ".join(part for part in (line.reason_class, line.reason) if part)
     if line.state in ("queued", "running"):
         return f"job {line.job_id} {f'({reason})' if reason else ''}".strip() if line.job_id else ""
@@ -265,7 +270,10 @@ def status_summary(status: SweepStatus) -> str:
     counts = ", ".join(f"{num} {state}" for state, num in sorted(status.counts.items(), key=lambda item: -item[1]))
     eta = f", about {duration(status.eta_s)} left" if status.eta_s is not None else ""
     old = f"; {len(status.unplanned)} run directories are of an earlier sweep file" if status.unplanned else ""
-    return f"{status.sweep}: {len(status.runs)} runs: {counts}; {100 * status.progress:.0f} % of the FLOPs{eta}{old}"
+    hours = f"; {status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours spent"
+    then = f"; next: {status.next_step}" if status.next_step else ""
+    done = f"{100 * status.progress:.0f} % of the FLOPs{eta}{hours}{then}{old}"
+    return f"{status.sweep}: {len(status.runs)} runs: {counts}; {done}"
 
 
 def watch(look: Callable[[], SweepStatus], every_s: float) -> None:

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.probe_record import ProbeRecord
+from aimscale.sweeps.table.collection import collect
+from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table.views import new_console, status_summary, status_table
+
+PROBED: dict[str, Any] = {
+    "model": {"image_size": 16, "patch_size": 4},
+    "data": {"sources": [{"path": "data/train"}]},
+    "optimiser": {"batch_size": 64},
+    "validation": {"path": "data/validation"},
+    "probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")],
+}
+
+
+def look(sweep: Any) -> SweepStatus:
+    return sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+
+
+def finish_task(record: RunRecord, budget: int, task: str) -> None:
+    path = record.probes_dir(budget) / f"{task}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+
+
+def test_evaluation_is_shown_and_the_next_step_is_said(
+    write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"], base=PROBED)
+    run = plan(sweep)[0]
+    assert (look(sweep).next_step, look(sweep).runs[0].to_evaluate) == ("", 4)
+    launch(sweep, slots=1, command=stand_in())
+    record = RunRecord(sweep.run_dir(run.run_id))
+    status = look(sweep)
+    assert (status.runs[0].state, status.runs[0].evaluated) == ("finished", 0)
+    assert "aimscale probe" in status.next_step
+    assert status.device_hours_planned > 0
+    for budget in run.budgets:
+        for task in ("pets", "cars"):
+            finish_task(record, budget, task)
+    assert "aimscale collect" in look(sweep).next_step
+    collect(sweep, [run], cost_cards(sweep, [run]))
+    assert look(sweep).next_step == f"`aimscale report {sweep.directory / 'results.parquet'}`"
+    summary = status_summary(look(sweep))
+    assert "planned device-hours spent" in summary
+    assert "next: `aimscale report" in summary
+    console = new_console()
+    console.print(status_table(look(sweep), console.width))
+    assert "4 of 4" in capsys.readouterr().out
+
+
+def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_sweep: Any) -> None:
+    """Training stands still then; what is left of evaluation does not."""
+    sweep = write_sweep(sizes=["rung-32"], base=PROBED)
+    run = plan(sweep)[0]
+    record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
+    forecasts = []
+    with record.hold():
+        record.write_start()
+        started = record.read_status().started or 0.0
+        record.write_status(phase="probe", images_done=99, images_planned=100, images_per_s=10.0)
+        record.write_status(started=started - 3600)
+        forecasts.append(look(sweep).eta_s)
+        finish_task(record, run.budgets[0], "pets")
+        forecasts.append(look(sweep).eta_s)
+        assert 1 <= look(sweep).device_hours < 1.1
+    assert forecasts[0] is not None
+    assert forecasts[1] is not None
+    assert forecasts[1] < forecasts[0]
+
+
+def test_a_probe_job_is_shown_beside_its_run(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], base=PROBED)
+    launch(sweep, slots=1, command=stand_in())
+    probing = ProbeRecord.of(sweep.run_dir(plan(sweep)[0].run_id))
+    probing.write_status(state="failed", reason="no such class", reason_class="data")
+    assert look(sweep).runs[0].evaluation == "failed (data: no such class)"
+    console = new_console()
+    console.print(status_table(look(sweep), console.width))
+    assert "evaluation failed (data: no such class)" in capsys.readouterr().out
