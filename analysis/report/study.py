@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.choice.backtest import AUTO, Choice, choose
+from aimscale.analysis.choice.proposal import Proposal, grid_offer, propose
 from aimscale.analysis.downstream.correlation import correlate
 from aimscale.analysis.downstream.links import forecast, link
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
@@ -39,6 +40,8 @@ MANY_ROWS = 20_000
 """Rows above which noise, repeats and definitions are left to their own verbs."""
 MANY_CHOICES = 1000
 """Rows above which no law is chosen by a backtest: `aimscale fit --law auto` does it."""
+MANY_VALUES = 15
+"""Sizes or budgets above which a proposal is made from a coarser grid."""
 MANY_SIZES = 300
 """Sizes above which a table is not a grid of sizes and budgets."""
 
@@ -77,6 +80,8 @@ class Study:
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     choice: Choice | None = None
     """Which joint law predicts the table's own largest scales best."""
+    proposal: Proposal | None = None
+    """The runs to buy next for a forecast at twice the largest size and budget, for half of what that run costs."""
     approaches: Approaches | None = None
     """Compute-optimal frontiers by the approaches that the table allows."""
     contrasts: dict[str, Contrasts] = field(default_factory=dict)
@@ -216,8 +221,23 @@ def _fit_laws(study: Study, resamples: int) -> None:
         if len(usable) <= MANY_CHOICES:
             with contextlib.suppress(AnalysisError):  # too few rows to hold any out
                 study.choice = choose(AUTO, usable, resamples=0)
+            with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
+                study.proposal = _proposal(study, study.fits["ND"])
         if "flops_train" in usable and usable["flops_train"].notna().any():
             study.approaches = study.attempt("Compute-optimal frontier", partial(_frontiers, study, resamples))
+
+
+def _proposal(study: Study, joint: Fit) -> Proposal:
+    """What to buy of the table's own grid and steps beyond it, priced at 6 N D."""
+    target = {v: 2 * joint.ranges[v][1] for v in ("N", "D")}
+    measured = joint.data[["N", "D"]]
+    if measured.nunique().max() > MANY_VALUES:
+        measured = pd.DataFrame({v: np.geomspace(*joint.ranges[v], 8) for v in ("N", "D")})
+    offer = grid_offer(measured, target, steps=1)
+    offer["price"] = 6 * offer["N"] * offer["D"]
+    law = study.choice.best.law if study.choice else joint.law
+    budget = 3 * target["N"] * target["D"]
+    return propose(study.usable, target, offer, budget=budget, unit="FLOP", law=law)
 
 
 def _frontiers(study: Study, resamples: int) -> Approaches:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.choice.proposal import Proposal
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study, forecasts
 from aimscale.analysis.tables.design import varies
@@ -116,7 +116,7 @@ def _split(study: Study) -> str:
     best = found.frontiers[-1]
     at = best.at(top).iloc[0]
     exponents = ", ".join(
-        f"{f.exponent:.2f} [{f.exponent_interval.low:.2f}, {f.exponent_interval.high:.2f}] by approach {f.approach}"
+        f"{f.exponent:.2f}{_ends(f.exponent_interval.low, f.exponent_interval.high, '.2f')} by approach {f.approach}"
         for f in found.frontiers
     )
     apart = (
@@ -138,7 +138,7 @@ def _forecast(study: Study) -> str:
     joint = study.fits["ND"]
     parts = []
     for _, row in frame[frame["times_n"] == frame["times_d"]].iterrows():
-        interval = f" [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]" if np.isfinite(row["pi_lo"]) else ""
+        interval = _ends(row["pi_lo"], row["pi_hi"], ".4g")
         parts.append(
             f"{row['value']:.4g}{interval} at N = {human(row['N'])}, D = {human(row['D'])} "
             f"({row['beyond_range']:.3g} times beyond the table)"
@@ -147,6 +147,11 @@ def _forecast(study: Study) -> str:
         "" if not {"alpha", "beta"} & joint.not_identified else " Its exponents are not identified: do not use it."
     )
     return f"A loss of {' and '.join(parts)}; {joint.confidence:.0%} intervals of one measurement.{warning}"
+
+
+def _ends(low: float, high: float, form: str) -> str:
+    """An interval, or that there is none."""
+    return f" [{low:{form}}, {high:{form}}]" if np.isfinite([low, high]).all() else " (no interval)"
 
 
 def _next(study: Study) -> str:
@@ -163,22 +168,22 @@ def _next(study: Study) -> str:
                 f"More {noun}: {symbol(name)} is not identified by {joint.data[v].nunique()} of them over a factor of "
                 f"{high / low:.3g}. At the largest {other}, go on below {human(low)} or beyond {human(high)}."
             )
-    ratio = joint.data["D"] / joint.data["N"]
-    if ratio.max() / ratio.min() < 3:
-        return "Sizes at other D/N: it hardly varies here, so the exponents of N and D can hardly be told apart."
+    seeds = ""
     if "seed" in usable and not varies(usable["seed"]):
         smallest = human(joint.ranges["N"][0])
-        return f"A second seed of the cheapest size ({smallest} parameters): without one, noise and misfit look alike."
-    target = _ten_times(study, joint)
+        seeds = f" And a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
+    if study.proposal is None:
+        return f"A run beyond the largest one: nothing smaller narrows its forecast for less.{seeds}"
+    return _proposal_words(study.proposal) + seeds
+
+
+def _proposal_words(proposal: Proposal) -> str:
+    places = proposal.table[["N", "D"]].to_numpy(float)
+    runs = [f"N = {human(n)} with D = {human(d)}" for n, d in places]
+    more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+    at = ", ".join(f"{v} = {human(value)}" for v, value in proposal.target.items())
+    share = proposal.price / (2 * proposal.budget)
     return (
-        f"{target}, the best split of ten times the largest budget: it tests the forecast and narrows all of its "
-        "intervals most."
+        f"{'; '.join(runs[:4])}{more}: for {100 * share:.0f} % of what a run at {at} costs they bring its forecast "
+        f"from ±{100 * proposal.sd_before:.2g} % to ±{100 * proposal.sd_after:.2g} %."
     )
-
-
-def _ten_times(study: Study, joint: Fit) -> str:
-    if study.approaches is not None and study.approaches.frontiers:
-        at = study.approaches.frontiers[-1].at(10 * study.approaches.largest_budget).iloc[0]
-        return f"N = {human(at['N'])} with D = {human(at['D'])}"
-    n, d = (joint.ranges[v][1] * 10**0.5 for v in ("N", "D"))
-    return f"N = {human(n)} with D = {human(d)}"

@@ -159,7 +159,8 @@ def test_it_opens_with_five_lines(page):
     assert re.search(r"(green|amber) ?Can it be trusted\?", opening)
     assert re.search(r"At 5.12×10¹³ FLOP, N = \S+ \[\S+, \S+\] and D = \S+ by approach 3; N grows as C to", opening)
     assert re.search(r"A loss of 0\.\d+ \[0\.\d+, 0\.\d+\] at N = 8M, D = 64k \(2 times beyond", opening)
-    assert "A second seed of the cheapest size (30k parameters)" in opening
+    assert re.search(r"% of what a run at N = 8M, D = 64k costs they bring its forecast from ±", opening)
+    assert "a second seed of the cheapest size (30k parameters)" in opening
     assert len(opening) < 1800
 
 
