@@ -11,6 +11,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.identify import diagnose, rivals_of
 from aimscale.analysis.fitting.intervals import Draws, draw_params, residual_of, robust_sd
+from aimscale.analysis.fitting.lackoffit import lack_of_fit_flags
 from aimscale.analysis.fitting.objectives import HUBER_LOG, ROBUST, Objective, find_objective
 from aimscale.analysis.fitting.optimise import Minimum, Problem, global_minimum, make_problem, minimise
 from aimscale.analysis.fitting.profiles import profile
@@ -99,7 +100,8 @@ def fit(
         resamples=resamples,
         seed=seed,
     )
-    result = _result(problem, minima, points, drawn, confidence)
+    against = lack_of_fit_flags(problem, minima[0].vector, drawn, points, df.loc[points.index], seed)
+    result = _result(problem, minima, points, replace(drawn, flags=(*drawn.flags, *against)), confidence)
     columns = {**result.columns, **({"weight": weights} if isinstance(weights, str) else {})}
     result = replace(
         result,
