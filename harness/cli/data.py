@@ -21,7 +21,9 @@ ClassesOption = Annotated[
 def pack(
     source: Annotated[
         Path,
-        typer.Argument(help="Image folder (sub-folders are classes) or an idx file of images; with --bundled, OUT."),
+        typer.Argument(
+            help="Image folder (sub-folders are classes), idx file of images, or archive of CIFAR; with --bundled, OUT."
+        ),
     ],
     out: Annotated[Path | None, typer.Argument(help="New folder for the shards and their index.")] = None,
     bundled: Annotated[
@@ -39,12 +41,17 @@ def pack(
         ),
     ] = None,
     classes: ClassesOption = None,
+    split: Annotated[str | None, typer.Option(metavar="train|test", help="Which part of a CIFAR archive.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read an image folder; default: every core for thousands.")
+    ] = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
     from aimscale.harness.data.errors import DataError
     from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
+    from aimscale.harness.data.store.cifar import SPLITS, is_cifar, pack_cifar
     from aimscale.harness.data.store.idx import is_idx, pack_idx
-    from aimscale.harness.data.store.pack import pack_folder
+    from aimscale.harness.data.store.image_folder import pack_folder
 
     if bundled:
         if out is not None:
@@ -56,13 +63,23 @@ def pack(
         raise DataError(f"data pack needs an output folder: aimscale data pack {source} OUT")
     skipped: list[Path] = []
     part = _read_part(images)
-    if is_idx(source):
+    if is_cifar(source) and not is_idx(source):
+        if split not in SPLITS:
+            raise DataError(f"{source} holds two data sets; choose one with --split train or --split test")
+        info = pack_cifar(source, out, split=split, classes=_read_classes(classes), part=part)
+    elif is_idx(source):
         info = pack_idx(source, out, classes=_read_classes(classes), part=part)
     else:
         if classes is not None:
-            raise DataError("--classes is for idx files and data index; an image folder's classes are its sub-folders")
+            raise DataError("--classes is for idx files, CIFAR and data index; a folder's classes are its sub-folders")
         info, skipped = pack_folder(
-            source, out, resize=resize, skip_bad=skip_bad, part=part, max_shard_bytes=shard_mb * 1e6
+            source,
+            out,
+            resize=resize,
+            skip_bad=skip_bad,
+            part=part,
+            max_shard_bytes=shard_mb * 1e6,
+            num_workers=workers,
         )
     for path in skipped:
         print(f"left out, cannot be decoded: {os.fsencode(path).decode(errors='backslashreplace')}")

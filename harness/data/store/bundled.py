@@ -148,4 +148,4 @@ def _packed(number: int, crop: torch.Tensor, label: int) -> PackedImage:
     if crop.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
         crop = F.interpolate(crop[None], size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)[0]
     extension, data = encode(crop.contiguous())
-    return PackedImage(f"{number:09d}", extension, data, label)
+    return PackedImage(f"{number:09d}", extension, data, label, (IMAGE_SIZE, IMAGE_SIZE))

@@ -76,4 +76,4 @@ def _samples(
 ) -> Iterator[PackedImage]:
     for number in shuffled_order(len(images), part):
         extension, data = encode(torch.from_numpy(images[number].copy())[None])
-        yield PackedImage(f"{number:09d}", extension, data, int(labels[number]))
+        yield PackedImage(f"{number:09d}", extension, data, int(labels[number]), images.shape[1:])

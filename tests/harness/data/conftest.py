@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.run.config import RunConfig, run_config
 
 

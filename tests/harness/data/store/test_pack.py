@@ -21,8 +21,9 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store import bundled
 from aimscale.harness.data.store.decoding import ImageTooLargeError, UndecodableImageError, decode
+from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.sweeps.cli.main import main
 
 
@@ -317,9 +318,12 @@ def test_what_a_killed_pack_left_is_cleared_away(small_set: Path, tmp_path: Path
     left = tmp_path / f".out.{socket.gethostname()}-{ended.pid}.partial"
     left.mkdir()
     (left / "shard-000007.tar").write_bytes(b"half")
-    pack_folder(small_set.parent / "images", tmp_path / "out")
+    write_dataset(tmp_path / "out", [PackedImage("0", "png", open_dataset(small_set).read(0), None)])
     assert not left.exists()
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar"]
+    with pytest.raises(DataError, match="image 1 cannot be decoded"):
+        write_dataset(tmp_path / "bad", [PackedImage("1", "png", b"no image", None)])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_class_folders_that_are_no_text_are_refused(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from PIL import Image
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store import indexing
 from aimscale.harness.data.store.idx import pack_idx
+from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import expand_shards, index_shards
-from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader, open_cache
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
