@@ -37,7 +37,8 @@ def contrast_table(
 ) -> None:
     """Pair rows over size, data, seed and all other settings; differences and ratios with Student's intervals."""
     from aimscale.analysis.effects.contrasts import contrast
+    from aimscale.analysis.effects.gains import with_gains
 
     df = table_of(tables, columns, where)
-    found = contrast(df, by=by, baseline=baseline, measures=measure or [], ignore=ignore or [])
+    found = with_gains(contrast(df, by=by, baseline=baseline, measures=measure or [], ignore=ignore or []), df)
     show(found, json, figure, after=found.lines_by_scale() if each else ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.tables.observations import CANONICAL, is_complete
+
+if TYPE_CHECKING:
+    from aimscale.analysis.effects.gains import Gain
 
 SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
 """Columns of scale and chance that a pair must share."""
@@ -165,12 +168,15 @@ class Contrasts(Result):
     """What was not compared, and why, in sentences."""
     caution: str
     """What to know about this column's losses, or an empty string."""
+    gains: tuple[Gain, ...] = ()
+    """What each level is worth in compute (`effects.gains.with_gains`)."""
 
     def sentences(self) -> list[str]:
         """In words."""
         equal = ", ".join(self.equal) or "no other column varies"
         lines = [f"{self.by}, against {self.baseline}, with everything else equal ({equal}):"]
         lines += [f"- {each.sentence()}" for each in self.contrasts]
+        lines += [f"- {each.sentence()}" for each in self.gains]
         lines += [self.caution] if self.caution else []
         num = sum(each.num_run_pairs > 1 for each in self.contrasts)
         if num >= 5:
@@ -207,6 +213,7 @@ class Contrasts(Result):
                 "baseline": self.baseline,
                 "equal": list(self.equal),
                 "contrasts": [each.to_dict() for each in self.contrasts],
+                "gains": [each.to_dict() for each in self.gains],
                 "left_out": list(self.left_out),
                 "caution": self.caution,
             }
