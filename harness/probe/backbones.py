@@ -59,6 +59,8 @@ class AimBackbone:
     def __init__(self, load: Callable[[], AIM], name: str = "aim"):
         """`load` gives the float32 model on its device, a fresh one at each call."""
         self.name = name
+        self.images_seen = 0
+        """Images whose features were computed."""
         self._load = load
         self._model: AIM | None = load().eval()
         self.config = self._model.config
@@ -88,6 +90,7 @@ class AimBackbone:
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Outputs (len(blocks), B, N, d); moves the images to the model's device and type."""
+        self.images_seen += len(images)
         weight = next(self.model.trunk.parameters())
         return self.model.features(images.to(weight.device, weight.dtype), blocks)
 

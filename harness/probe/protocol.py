@@ -157,6 +157,7 @@ def probe_backbone(
                 "world_size": group.world_size,
                 **used.so_far(),
                 "feature_bytes": features,
+                "backbone_images": group.sum_counts(getattr(backbone, "images_seen", 0))[0],
                 "probes": details,
             }
             if group.is_first:

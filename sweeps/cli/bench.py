@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,7 +30,26 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
     """Planner, status and collect over many runs, and the start of commands, each beside the least it could take."""
-    from aimscale.sweeps.bench import run, table
+    from aimscale.sweeps.bench.overheads import run, table
 
     result = run(num_runs=runs, repeats=repeats)
+    typer.echo(json.dumps(result) if as_json else table(result))
+
+
+@app.command()
+def probe(
+    images: Annotated[int, typer.Option(min=1000, help="Training images.")] = 200_000,
+    classes: Annotated[int, typer.Option(min=2, help="Classes.")] = 1000,
+    size: Annotated[str, typer.Option(help="Rung whose random weights are probed.")] = "rung-32",
+    iterations: Annotated[int, typer.Option(min=1, help="Optimiser steps of the heads.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 1024,
+    folder: Annotated[Path | None, typer.Option(help="Keep images and runs here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Probe many small images alone, by two ranks and killed three times: equal numbers, and the card's forecast."""
+    from aimscale.sweeps.bench.probing import run, table
+
+    result = run(
+        num_images=images, num_classes=classes, size=size, iterations=iterations, batch_size=batch, folder=folder
+    )
     typer.echo(json.dumps(result) if as_json else table(result))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.sweeps import bench as bench_sweep
+from aimscale.sweeps.bench import overheads as bench_sweep
 from aimscale.sweeps.cli import bench as cli_bench
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan

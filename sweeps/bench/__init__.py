@@ -1,0 +1,1 @@
+"""Benchmarks of what surrounds runs: overheads of sweeps, and probing at scale."""
