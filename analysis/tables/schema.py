@@ -118,7 +118,7 @@ COLUMNS = _columns(
         ("val_num_images", "int64", "images", "Validation images"),
         ("train_loss", "float64", "normalised MSE", "Mean training loss over the last 5 % of the budget"),
         ("probes", "probes", "", "Frozen-feature results: a list of entries with PROBE_FIELDS"),
-        ("wall_s", "float64", "s", "Wall time spent on this budget, validation and probes included"),
+        ("wall_s", "float64", "s", "Wall time of training to this budget; validation and probes are not in it"),
         ("device_hours", "float64", "h", "Wall time x devices, in hours"),
         ("images_per_s", "float64", "images/s", "Training throughput over all ranks"),
         ("mfu", "float64", "fraction", "Executed model FLOPs over the measured matrix-multiplication peak"),

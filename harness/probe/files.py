@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -38,9 +39,14 @@ Pause = Callable[[], None]
 
 def weights_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
     """Identifies a budget's weights in the files of its probes: by their content, which a copy shares."""
+    return f"{config.run_id}@{images_seen} {weights_content(run, images_seen)}"
+
+
+def weights_content(run: RunDir, images_seen: int) -> str:
+    """16 hex digits of a budget's weights."""
     path = run.model_file(images_seen)
     found = path.stat()
-    return f"{config.run_id}@{images_seen} {_content(path, found.st_size, found.st_mtime_ns)}"
+    return _content(path, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -58,6 +64,24 @@ def task_key(backbone: str, section: ProbeSection, train: str, test: str, seed: 
     """All that a task's numbers depend on: weights, protocol, settings, both data fingerprints and the seed."""
     settings = evaluation_digest("probe", section.model_dump(mode="json"))
     return "/".join([backbone, f"protocol {PROTOCOL}", settings, train, test, str(seed)])
+
+
+def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
+    """Settings, images (`*` where they cannot be looked at) and weights of a budget's validation, with dots between."""
+    section = config.evaluation.validation
+    settings = evaluation_digest("validation", section.model_dump(mode="json"))
+    return f"{settings}.{fingerprint(section.path) or '*'}.{weights_content(run, images_seen)}"
+
+
+def is_probed(run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection) -> bool:
+    """Whether a task was probed with these settings; data that cannot be looked at now count as unchanged."""
+    try:
+        key = str(json.loads((run.probes_dir(images_seen) / f"{section.task}.json").read_text())["key"])
+        _, old_train, old_test, _ = key.rsplit("/", 3)
+    except (OSError, ValueError, KeyError):
+        return False
+    train, test = fingerprint(section.train) or old_train, fingerprint(section.test) or old_test
+    return key == task_key(weights_name(run, config, images_seen), section, train, test, config.training.seed)
 
 
 def finished_probes(path: Path, key: str | None = None, *, since: float = 0.0) -> list[dict[str, Any]] | None:

@@ -269,6 +269,9 @@ class RuntimeConfig(Section):
     keep_trunk: bool = True
     """Keep the last saved point of a finished run's trunk, 12 bytes per parameter, from which a longer budget goes on
     (wsd)."""
+    evaluate: Literal["inline", "jobs"] = "inline"
+    """Where validation and probes run: in the training process when all budgets are trained and the training states are
+    freed, or as jobs of their own, which `aimscale launch` starts."""
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,17 @@ class Engine:
             was_applied=self._engine.was_step_applied(),
         )
 
+    def close(self) -> None:
+        """Give back weights, gradients, masters and moments; the engine is of no use afterwards."""
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        parameters = list(self.module.parameters())
+        held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(inner.state.values())]
+        self._engine.destroy()
+        # DeepSpeed's hooks keep some of these alive, so their memory is given back and not only their names.
+        for tensor in _tensors_in(held):
+            tensor.untyped_storage().resize_(0)
+        del self._engine, self._optimizer, self.module
+
     def fragments(self) -> list[Fragment]:
         """Every parameter's part on this rank, in the model's order, the same list of names on every rank."""
         names, optimizer = self._names, self._optimizer
@@ -253,6 +264,19 @@ class Engine:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif self.options.zero_stage > 0:
             self._optimizer.update_lp_params()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors inside nested lists and dictionaries, gradients included."""
+    if isinstance(value, Tensor):
+        yield value
+        if value.is_leaf and value.grad is not None:
+            yield value.grad
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def fragment_of(flat: Tensor, fragment: Fragment) -> Tensor:

@@ -1,9 +1,10 @@
-"""One attempt at a run: hold it, train, and say how it ended."""
+"""One attempt at a run: hold it, train, evaluate, and say how it ended."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,11 +23,20 @@ from aimscale.harness.run.failures import DivergedError, PreemptedError, classif
 from aimscale.harness.run.fence import LeaseLost
 from aimscale.harness.run.trunk import missing_budgets
 from aimscale.harness.run.watch import execute
+from aimscale.harness.train.evaluate import evaluate_run, missing_evaluations, pausing
 from aimscale.harness.train.loop import Trainer
 
 
+def _train(trainer: Trainer) -> None:
+    """Walk to the end and free the device: no training state stands there beside what comes next."""
+    try:
+        trainer.walk()
+    finally:
+        trainer.close()
+
+
 def train(path: Path) -> int:
-    """Train or resume the run in `path` and return the exit code (`harness.run.directory` names them).
+    """Train, evaluate if that is to be done here, or resume the run in `path`; returns the exit code (`run.directory`).
 
     Raises:
         UserError: the configuration or the data cannot be used; `status.json` says why, too.
@@ -41,6 +51,8 @@ def train(path: Path) -> int:
             execute(run, group=placement.name, rank=placement.rank, world_size=placement.world_size)
         )
         is_finished = run.read_status().state == "finished" and not missing_budgets(run, config)
+        if is_finished and config.runtime.evaluate == "inline":
+            is_finished = not missing_evaluations(run, config)
         if is_first and placement.world_size == 1 and is_finished:
             return EXIT_FINISHED
         flag = stack.enter_context(stop_signals())
@@ -51,9 +63,12 @@ def train(path: Path) -> int:
             torch.set_num_threads(config.runtime.num_threads)
             group = start_group(placement, config.runtime.device)
             stack.callback(stop_group)
-            trainer = Trainer(run, config, group, watch, flag)
-            stack.callback(trainer.recorder.close)
-            trainer.walk()
+            if missing_budgets(run, config):
+                _train(Trainer(run, config, group, watch, flag))
+            if config.runtime.evaluate == "inline":
+                evaluate_run(run, config, group, pausing(group, flag, watch.check, run), shown_in=run)
+            if is_first:
+                run.write_status(state="finished", phase="", heartbeat=time.time())
         except PreemptedError:
             if is_first:
                 run.write_status(state="preempted", phase="", reason="stopped by a signal, after saving")

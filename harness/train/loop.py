@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import time
 from typing import Any
+
+import torch
 
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.loader import train_batches
@@ -32,7 +35,8 @@ from aimscale.harness.run.watch import RankWatch
 from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest, save_checkpoint
 from aimscale.harness.step.engine import Engine, EngineOptions
 from aimscale.harness.step.feed import run_on_all_ranks
-from aimscale.harness.train.budget import evaluate_budget, save_budget
+from aimscale.harness.train.budget import save_budget, training_columns
+from aimscale.harness.train.evaluate import record_row
 
 
 class Trainer:
@@ -103,12 +107,26 @@ class Trainer:
             if segment.branch is not None:
                 progress = self.recorder.progress()
                 save_budget(
-                    self.run, self.engine, self.group, config=self.config, images_seen=segment.stop, progress=progress
+                    self.run,
+                    self.engine,
+                    self.group,
+                    config=self.config,
+                    images_seen=segment.stop,
+                    progress=progress,
+                    row=self._columns(segment.stop, progress),
                 )
-                self._evaluate(segment.stop, progress)
+                record_row(self.run, self.group, segment.stop)
         if self.group.is_first:
-            self.run.write_status(state="finished", phase="", heartbeat=time.time())
             self._keep_end_of_trunk()
+
+    def close(self) -> None:
+        """Leave the terminal and the loggers, and give back the memory of weights, gradients and optimiser states."""
+        self.recorder.close()
+        self.engine.close()
+        del self.engine
+        gc.collect()
+        if self.group.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _is_saved(self, position: int) -> bool:
         """Whether there is a checkpoint of the trunk."""
@@ -141,9 +159,9 @@ class Trainer:
             self.recorder.restore(manifest.progress)
         else:
             self.recorder.restore(None if last is None else saved[last]["progress"])
-        rows = self.group.from_first({row["images_seen"] for row in self.run.read_rows()})
-        for budget in saved.keys() & set(self.schedule.budgets) - rows:
-            self._evaluate(budget, saved[budget]["progress"])
+        for budget, model in saved.items():
+            columns = model.get("row") or self._columns(budget, model["progress"])  # earlier versions kept no row there
+            record_row(self.run, self.group, budget, columns)
         left = [budget for budget in self.schedule.budgets if budget not in saved]
         branch = last if manifest is None else manifest.branch
         point = self.schedule.branch_point(branch) if branch is not None else manifest.images_seen if manifest else 0
@@ -236,19 +254,15 @@ class Trainer:
                 if other not in needed:
                     remove_dir(other)
 
-    def _evaluate(self, budget: int, progress: dict[str, Any]) -> None:
-        """Validate, probe and record the row of a budget whose weights are saved."""
+    def _columns(self, budget: int, progress: dict[str, Any]) -> dict[str, Any]:
+        """What training knows of a budget's row."""
         facts = self.recorder.facts(progress) | {
             "unique_images": self.stream.unique_images,
             "data_fingerprint": self.stream.fingerprint,
             "device": device_name(self.group.device),
             "zero_stage": self.plan.zero_stage,
         }
-        row = evaluate_budget(self.run, self.config, self.group, self.flag, images_seen=budget, facts=facts)
-        probes = ", ".join(f"{each['task']} {each['kind']} {100 * each['top1']:.1f} %" for each in row["probes"])
-        self.recorder.terminal.say(
-            f"budget {budget}: validation loss {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}  {probes}"
-        )
+        return training_columns(self.config, budget, facts)
 
     def _announce(self) -> None:
         """Record how this start executes the run."""

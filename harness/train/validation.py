@@ -60,8 +60,14 @@ class ValidationLosses:
         return float(np.sqrt((residual**2).sum() / (num_images - 1) / num_images) / self.num_targets.mean())
 
     def save(self, path: Path) -> None:
-        """Write `validation/<images_seen>.npz`."""
+        """Write them to an npz file."""
         write_npz(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> ValidationLosses:
+        """The inverse of `save`."""
+        with np.load(path) as arrays:
+            return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
 
 
 @torch.no_grad()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.launch.evaluations import Place, with_place
 from aimscale.sweeps.launch.start import launch, left_alone, planned, startable
 from aimscale.sweeps.runs.decision import Decision
 from aimscale.sweeps.runs.sweep_dir import prepare
+
+if TYPE_CHECKING:
+    from aimscale.sweeps.slurm.submit import Submission
 
 app = typer.Typer(help="Start what is missing, resume what died, skip what is done.")
 
@@ -34,6 +38,13 @@ def command(
     notify: Annotated[
         str | None, typer.Option(help="Webhook that is told, in JSON, of failures and of the end.", show_default=False)
     ] = None,
+    evaluate: Annotated[
+        Place | None,
+        typer.Option(
+            help="Validate and probe inline, in the process that has trained a run, or by jobs of their own; on Slurm "
+            "jobs by default, else as runtime.evaluate says.",
+        ),
+    ] = None,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
@@ -48,17 +59,20 @@ def command(
     if on == "slurm":
         fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
         fields |= {"runs_per_device": runs_per_device}
-        _launch_slurm(sweep, root, dry_run, allow_dirty, again, {**fields, "time_min": time_min}, notify)
+        asked = {**fields, "time_min": time_min}
+        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", again, asked, notify)
         return
     if dry_run:
         _print_local(sweep, root)
         return
-    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, notify=notify)
+    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate, notify=notify)
     _print_left(result.left)
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
         raise typer.Exit(EXIT_INTERRUPTED)
-    typer.echo(f"{len(result.finished)} runs finished now, {len(result.failed)} failed")
+    typer.echo(
+        f"{len(result.finished)} runs finished now, {len(result.evaluated)} evaluated, {len(result.failed)} failed"
+    )
     if result.failed or any(decision.verdict in ("failed", "damaged") for decision in result.left):
         typer.echo(f"see `aimscale status {again}`")
         raise typer.Exit(1)
@@ -85,35 +99,46 @@ def _print_local(sweep: str, root: Path) -> None:
         typer.echo(f"{decision.verdict}: {what or run.run_id}")
 
 
+def _print_submitted(parts: Sequence[Submission], what: str, dry_run: bool) -> None:
+    for part in parts:
+        if dry_run:
+            typer.echo(f"# {what}{len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
+        else:
+            shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
+            inside = f", {part.num_jobs} of them" if part.num_jobs < len(part.run_ids) else ""
+            typer.echo(
+                f"submitted {what}{len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}{inside}"
+            )
+            if part.excluded:
+                typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
+
+
 def _launch_slurm(
     sweep: str,
     root: Path,
     dry_run: bool,
     allow_dirty: bool,
+    evaluate: Place,
     again: str,
     fields: dict[str, str | int | None],
     notify: str | None,
 ) -> None:
     from aimscale.sweeps.launch.packed_job import PackedJob
     from aimscale.sweeps.launch.preflight import check_data
+    from aimscale.sweeps.launch.slurm_evaluations import evaluation_arrays
     from aimscale.sweeps.slurm import commands as slurm
     from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 
     loaded, runs, _ = planned(sweep, root)
-    loaded = with_slurm(loaded, **fields)
+    loaded, runs = with_slurm(loaded, **fields), with_place(runs, evaluate)
     if not dry_run:
         check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob, notify=notify)
-    for part in result.submitted:
-        if dry_run:
-            typer.echo(f"# {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
-        else:
-            shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
-            inside = f", {part.num_jobs} of them" if part.num_jobs < len(part.run_ids) else ""
-            typer.echo(f"submitted {len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}{inside}")
-            if part.excluded:
-                typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
+    _print_submitted(result.submitted, "", dry_run)
     _print_left(result.left)
+    for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
+        _print_submitted(part.submitted, "evaluations of ", dry_run)
+        _print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
     if not dry_run:
         typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")

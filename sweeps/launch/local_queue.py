@@ -116,6 +116,8 @@ class LaunchResult:
     """Whether it was asked to stop before it was through."""
     stopped_by: int | None = None
     """The signal that asked first, where one did."""
+    evaluated: tuple[str, ...] = ()
+    """Runs on which it measured what was missing, in jobs of their own."""
 
 
 def run_queue(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.launch.devices import default_slots, sharing, visible_gpus
 from aimscale.sweeps.launch.display import queue_display
+from aimscale.sweeps.launch.evaluations import WORKER, Place, evaluation_jobs, unevaluated, with_place
 from aimscale.sweeps.launch.local_queue import Command, LaunchResult, run_queue, worker_command
 from aimscale.sweeps.launch.preflight import check_data
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
@@ -30,6 +33,7 @@ def launch(
     slots: int | None = None,
     runs_per_device: str | int | None = None,
     notify: str | None = None,
+    evaluate: Place | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
 ) -> LaunchResult:
@@ -43,6 +47,8 @@ def launch(
         slots: processes at a time; by default one a card, or as many as the cores feed.
         runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
         notify: webhook that is told of failures and of the end.
+        evaluate: where validation and probes run: `inline`, in the process that has trained the run, or as `jobs` after
+            training; None leaves it to each run's `runtime.evaluate`. What finished runs lack is jobs in any case.
         command: the program that executes a run.
         check: looks at the data of the runs that would start.
 
@@ -57,26 +63,45 @@ def launch(
         loaded = loaded.with_fields(
             slurm={**loaded.file.slurm.model_dump(mode="json"), "runs_per_device": runs_per_device}
         )
+    runs = with_place(runs, evaluate)
     ask = slurm.Queued()
     check(startable(loaded, runs, ask))
     prepare(loaded, runs)
     gpus = visible_gpus()
+    queue = functools.partial(
+        run_queue,
+        slots=default_slots(runs, gpus) if slots is None else slots,
+        gpus=gpus,
+        share=sharing(loaded) if gpus and slots is None else None,
+        is_queued=ask,
+        failed=lambda record: post_failure(notify, record),
+    )
     with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
-        result = run_queue(
-            runs,
-            kind=training_jobs(loaded),
-            slots=default_slots(runs, gpus) if slots is None else slots,
-            gpus=gpus,
-            share=sharing(loaded) if gpus and slots is None else None,
-            command=command,
-            report=report,
-            is_queued=ask,
-            failed=lambda record: post_failure(notify, record),
-        )
+        result = queue(runs, command=command, report=report, kind=training_jobs(loaded))
+        if not result.interrupted and (lacking := unevaluated(loaded, runs)):
+            evaluated = queue(lacking, command=evaluation_command, report=report, kind=evaluation_jobs(loaded))
+            result = _with_evaluations(result, evaluated)
     summary = f"{loaded.name}: {len(result.finished)} runs finished now, {len(result.failed)} failed"
     facts = {"finished": len(result.finished), "failed": len(result.failed), "interrupted": result.interrupted}
     post(notify, "ended", loaded.name, summary, **facts)
     return result
+
+
+def _with_evaluations(trained: LaunchResult, evaluated: LaunchResult) -> LaunchResult:
+    """Training and the evaluation after it as one launch."""
+    return replace(
+        trained,
+        evaluated=evaluated.finished,
+        failed=trained.failed + evaluated.failed,
+        left=trained.left + tuple(each for each in evaluated.left if each.verdict in ("failed", "damaged")),
+        interrupted=evaluated.interrupted,
+        stopped_by=evaluated.stopped_by,
+    )
+
+
+def evaluation_command(path: Path, devices: int) -> list[str]:
+    """The program that executes an evaluation job."""
+    return worker_command(path, devices, WORKER)
 
 
 def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:

@@ -1,4 +1,4 @@
-"""Where launchers find the probe job of a run (neither torch nor data are imported here)."""
+"""Where launchers find the probe and evaluation jobs of a run (neither torch nor data are imported here)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from aimscale.harness.probe.job import FOLDER
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD
 from aimscale.sweeps.runs.claims import RunRecord, evaluation_progress
+
+EVALUATION_FOLDER = "evaluating"
 
 
 class ProbeRecord(RunRecord):
@@ -31,6 +33,15 @@ class ProbeRecord(RunRecord):
     def saved_progress(self) -> list[int]:
         """What evaluation of the run has finished, and when the last part of an unfinished one was saved."""
         return evaluation_progress(self.run.path)
+
+
+class EvaluationRecord(ProbeRecord):
+    """`RUN/evaluating/`: an evaluation job as launchers see it."""
+
+    @classmethod
+    def of(cls, run_dir: Path) -> EvaluationRecord:
+        """That of a run."""
+        return cls(run_dir / EVALUATION_FOLDER)
 
 
 def sweep_folder(run_dir: Path) -> Path | None:

@@ -96,11 +96,13 @@ def launch_slurm(
     kind: JobKind | None = None,
     packed: Packed | None = None,
     notify: str | None = None,
+    after: str | None = None,
 ) -> SlurmLaunch:
     """Submit what is missing and return at once; the sweep's directory exists, but in a dry run, which writes nothing.
 
     `kind` is what is done with the runs, training by default; `worker` replaces the program that does it. `packed`
     makes the job that executes several runs of one device, where `slurm.runs_per_device` or `devices_per_job` ask so.
+    `after` is a dependency in Slurm's words, such as `afterany:123`.
 
     Raises:
         SweepError, SlurmError: no Slurm, an unknown partition, a dirty tree, a job that Slurm refuses.
@@ -108,6 +110,8 @@ def launch_slurm(
     kind = kind or training_jobs(sweep)
     kind = replace(kind, worker=worker) if worker else kind
     section = sweep.file.slurm
+    if after is not None:
+        sweep = with_slurm(sweep, extra={**section.extra, "dependency": after, "kill-on-invalid-dep": "yes"})
     slurm.check_partition(section.partition)
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
     batch = _Batch(sweep, kind, snapshot, slurm.max_array_size(), packed, notify, dry_run=dry_run)

@@ -19,6 +19,7 @@ from aimscale.analysis.tables.schema import TableError, results_table, write_tab
 from aimscale.harness.probe.files import as_entry
 from aimscale.harness.run.config import Section, TrainingConfig
 from aimscale.harness.run.files import write_json
+from aimscale.harness.run.identity import evaluation_digest
 from aimscale.harness.run.provenance import is_imported
 from aimscale.harness.run.row import configured_columns
 from aimscale.sweeps.plan.costs import CostCard
@@ -181,7 +182,8 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
     for budget in card.budgets:
         if budget.images_seen in found:
             known = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
-            rows.append({**known, **found[budget.images_seen], "status": "complete"})
+            row = _as_planned(run, found[budget.images_seen])
+            rows.append({**known, **row, "status": missing if row.get("val_loss") is None else "complete"})
         else:
             rows.append({**planned, "images_seen": budget.images_seen, "epochs": budget.epochs})
             rows[-1] |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
@@ -189,6 +191,14 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
         executed = card.flops_executed / card.images_executed * budget.images_seen
         rows[-1] |= {"sweep": sweep.name, "flops_executed": executed}
     return rows
+
+
+def _as_planned(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+    """The row without a loss that was measured by other settings than the plan's."""
+    settings = evaluation_digest("validation", run.config.evaluation.validation.model_dump(mode="json"))
+    if str(row.get("validation", settings)).split(".")[0] == settings:
+        return row
+    return {key: value for key, value in row.items() if key not in ("val_loss", "val_loss_se", "val_num_images")}
 
 
 def _imported(sweep: Sweep, planned: set[str]) -> list[RunRecord]:

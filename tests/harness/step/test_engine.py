@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -148,3 +152,45 @@ def refuse(rank: int) -> None:
 
 def test_what_deepspeed_gets_wrong_or_cannot_do_is_refused(in_processes: Run) -> None:
     assert in_processes(refuse) == [0]
+
+
+MEMORY_PROGRAM = """
+import gc, os, sys, torch
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.device.distributed import find_placement, start_group
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.engine import Engine, EngineOptions
+
+def held() -> int:
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+group = start_group(find_placement(), "cpu")
+for stage, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")):
+    before = held()
+    model = AIM(model_config("w64-d4", image_size=16, patch_size=4))
+    model.init_weights(0)
+    options = EngineOptions(zero_stage=stage)
+    engine = Engine(model, OptimiserSection(batch_size=4, precision=precision), options, group)
+    del model
+    during = held() - before
+    engine.close()
+    print(stage, precision, during, held() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_closed_engine_holds_no_training_states() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    program = [sys.executable, "-W", "ignore", "-c", MEMORY_PROGRAM]
+    done = subprocess.run(program, env=os.environ | place, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert len(lines) == 5, done.stdout
+    for stage, precision, during, after in lines:
+        assert int(during) > 500_000, (stage, precision)
+        assert int(after) < 0.01 * int(during), (stage, precision)

@@ -20,7 +20,7 @@ import aimscale.harness.log.record
 import aimscale.harness.run.lease
 import aimscale.harness.run.watch
 import aimscale.harness.step.checkpoint
-import aimscale.harness.train.budget
+import aimscale.harness.train.evaluate
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
 from aimscale.harness.run.lease import LeaseHeld, read_lease
@@ -34,7 +34,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "save": (aimscale.harness.step.checkpoint, "_write_part"),
     "publication of a save": (aimscale.harness.step.checkpoint, "publish_dir"),
     "budget": (aimscale.harness.train.budget, "save_weights"),
-    "validation": (aimscale.harness.train.budget, "validate"),
+    "validation": (aimscale.harness.train.evaluate, "validate"),
 }
 
 

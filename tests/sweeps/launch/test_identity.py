@@ -117,3 +117,74 @@ def test_other_images_in_the_same_folder_are_another_run(home: Path, moved: Call
     write_images(there / "data" / "train", 64, seed=99)
     (run,) = plan(load_sweep(there / "sweep.yaml", there / "runs"))
     assert run.run_id != only_run(home / "runs").name
+
+
+def test_another_budget_goes_on_from_the_trunk_under_wsd(home: Path, moved: Callable[..., Path]) -> None:
+    there = moved(budgets=[64, 128, 256])
+    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
+    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    assert result.finished == (run.name,)
+    after = state(run)
+    assert after["metrics"].startswith(before["metrics"]), "nothing was trained twice"
+    assert [row["images_seen"] for row in after["rows"]] == [64, 128, 256]
+    assert after["rows"][:2] == before["rows"]
+    assert all(row["val_loss"] and row["probes"] for row in after["rows"])
+
+
+def test_another_budget_is_a_new_run_under_cosine(home: Path, moved: Callable[..., Path]) -> None:
+    schedule = {"schedule": {"kind": "cosine", "warmup_images": 16}}
+    sweep = load_sweep(moved(budgets=[64, 128], base=schedule) / "sweep.yaml", home / "runs")
+    assert len({run.run_id for run in plan(sweep)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "changed"),
+    [
+        ({"probes": [{**FILE["base"]["probes"][0], "task": "hue"}, *FILE["base"]["probes"]]}, {"probes"}),
+        ({"probes": [{**FILE["base"]["probes"][0], "holdout_fraction": 0.4}]}, {"probes"}),
+        ({"validation": {"path": "data/test"}}, {"val_loss", "val_loss_se", "val_num_images", "validation"}),
+        ({"validation": {"path": "data/validation", "num_prefixes": 2}}, {"val_loss", "val_loss_se", "validation"}),
+    ],
+    ids=["another task", "another setting of a task", "another validation set", "another validation setting"],
+)
+def test_another_evaluation_never_trains_and_does_only_what_is_missing(
+    base: dict[str, Any], changed: set[str], moved: Callable[..., Path]
+) -> None:
+    there = moved(base=base)
+    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
+    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    assert (result.finished, result.evaluated) == ((), (run.name,))
+    after = state(run)
+    assert (after["metrics"], after["starts"]) == (before["metrics"], before["starts"])
+    for old, new in zip(before["rows"], after["rows"], strict=True):
+        assert {key for key in new if new[key] != old.get(key)} - {"finished_at"} == changed
+    untouched = {path for path in before["files"] if after["files"][path] == before["files"][path]}
+    if "probes" in changed:
+        assert {path for path in before["files"] if path.parts[0] == "validation"} <= untouched
+    else:
+        assert {path for path in before["files"] if path.parts[0] == "probes"} <= untouched
+    assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated, "it is all there now"
+
+
+def test_an_earlier_validation_is_taken_from_its_file(moved: Callable[..., Path], monkeypatch: Any) -> None:
+    there = moved(base={"validation": {"path": "data/test"}})
+    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
+    assert launch(there / "sweep.yaml", there / "runs", slots=1).evaluated == (run.name,)
+    moved()
+    assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated
+    rows = [row | {"finished_at": None} for row in state(run)["rows"]]
+    assert rows == [row | {"finished_at": None} for row in before["rows"]]
+
+
+def test_jobs_beside_training_measure_what_a_run_measures_itself(home: Path, moved: Callable[..., Path]) -> None:
+    there = moved()
+    run = only_run(there / "runs")
+    expected = state(run)
+    shutil.rmtree(there / "runs")
+    result = launch(there / "sweep.yaml", there / "runs", slots=1, evaluate="jobs")
+    assert result.finished == result.evaluated == (run.name,)
+    timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at"}
+    found = state(run)
+    for mine, its in zip(found["rows"], expected["rows"], strict=True):
+        assert {key for key in its if mine[key] != its[key]} <= timing
+    assert RunDir(run / "evaluating").read_status().state == "finished"

@@ -1,0 +1,164 @@
+"""Evaluate the saved budgets of a run: validation, pictures, probes; knowing only the run's directory.
+
+A budget's weights are all that evaluation needs, so it is work of its own: after training in the same process, when
+the training states are gone, or as a job beside it (`harness.train.evaluation_job`). What is there is not done again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
+from aimscale.harness.data.stream.overlap import refuse_overlap
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.files import Pause, is_probed, validation_name
+from aimscale.harness.probe.run import load_budget, probe_run
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.failures import PreemptedError, StopFlag
+from aimscale.harness.run.files import written_aside
+from aimscale.harness.run.trunk import saved_budgets
+from aimscale.harness.train.validation import ValidationLosses, completions, validate, write_npz
+
+
+def evaluate_run(run: RunDir, config: RunConfig, group: Group, pause: Pause, shown_in: RunDir) -> None:
+    """Measure what a configuration of the run asks for and its budgets lack; all ranks call this together.
+
+    Args:
+        run: a run directory.
+        config: of the run, with what is to be measured now.
+        group: the ranks, which share the images.
+        pause: called by all ranks together wherever work is saved; raises to stop there.
+        shown_in: whose `status.json` tells how far it is: the run's, or that of a job beside it.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    for budget in group.from_first([each for each in saved_budgets(run) if each in config.evaluation.budgets]):
+        pause()
+        _tell(shown_in, group, f"validate at {budget:,}")
+        record_row(run, group, budget)
+        if not group.from_first(is_validated(run, config, budget)):
+            _validate(run, config, group, budget)
+        _tell(shown_in, group, f"probe at {budget:,}")
+        tasks = config.evaluation.probes
+        for _, entries in probe_run(run.path, budget, tasks, group=group, pause=pause) if tasks else ():
+            for entry in entries if group.is_first else ():
+                print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
+
+
+def pausing(group: Group, flag: StopFlag, check: Callable[[], None], shown_in: RunDir) -> Pause:
+    """What evaluation calls wherever work is saved: obeys a signal and a lost lease, and beats.
+
+    The call raises PreemptedError where a signal asked to stop, and what `check` raises.
+    """
+
+    def pause() -> None:
+        check()
+        if group.any(flag.is_raised):
+            raise PreemptedError
+        if group.is_first:
+            shown_in.write_status(durable=False, heartbeat=time.time())
+
+    return pause
+
+
+def missing_evaluations(run: RunDir, config: RunConfig) -> list[str]:
+    """What `evaluate_run` would measure, in words; data that cannot be looked at count as unchanged."""
+    missing = []
+    for budget in saved_budgets(run):
+        if budget in config.evaluation.budgets:
+            missing += [] if is_validated(run, config, budget) else [f"validation at {budget}"]
+            tasks = [task for task in config.evaluation.probes if not is_probed(run, config, budget, task)]
+            missing += [f"{section.task} at {budget}" for section in tasks]
+    return missing
+
+
+def record_row(run: RunDir, group: Group, budget: int, columns: dict[str, Any] | None = None) -> None:
+    """Make sure that a saved budget has its row, with what training knows (by default what it saved with the weights).
+
+    All ranks call this together.
+    """
+    if group.is_first:
+        known = columns or saved_budgets(run)[budget].get("row") or {}
+        run.update_row(budget, lambda row: known | {"finished_at": _now()} if row is None else None)
+    group.wait()
+
+
+def is_validated(run: RunDir, config: RunConfig, budget: int) -> bool:
+    """Whether the budget's row has the loss that is asked for; it is taken from its file where that exists.
+
+    Losses on other images or with other settings stay under names of their own.
+    """
+    name = validation_name(run, config, budget)
+    row = next((row for row in run.read_rows() if row["images_seen"] == budget), {})
+    if row.get("val_loss") is not None and fnmatch.fnmatch(row.get("validation", name), name):
+        return True
+    kept = next(run.validation_file(budget).parent.glob(f"{budget}-{name}.npz"), None)
+    if kept is None:
+        return False
+    _enter(run, budget, kept)
+    return True
+
+
+def _validate(run: RunDir, config: RunConfig, group: Group, budget: int) -> None:
+    training, section, runtime = config.training, config.evaluation.validation, config.runtime
+    dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+    _refuse_overlap(config, dataset)
+    model = load_budget(run, config, budget, group.device)
+    if training.optimiser.precision == "bf16":
+        model.to(torch.bfloat16)  # as it trained
+    losses = validate(model, dataset, section, training.model, group)
+    if group.is_first:
+        kept = run.validation_file(budget).with_name(f"{budget}-{validation_name(run, config, budget)}.npz")
+        losses.save(kept)
+        write_npz(run.completions_file(budget), completions(model, dataset, section, training.model, group.device))
+        _enter(run, budget, kept)
+        print(f"{budget} validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
+    group.wait()
+
+
+def _refuse_overlap(config: RunConfig, held_out: ShardDataset) -> None:
+    """Refuse validation images among the training images, where those are still at hand."""
+    try:
+        pools = [open_dataset(source.path) for source in config.training.data.sources]
+    except DataError as error:
+        print(f"validation images were not compared with training images: {error}", flush=True)
+        return
+    refuse_overlap(pools, held_out)
+
+
+def _enter(run: RunDir, budget: int, kept: Path) -> None:
+    """Make these the losses of the budget: its `validation/<budget>.npz`, and those of its row."""
+    current, losses = run.validation_file(budget), ValidationLosses.load(kept)
+    with written_aside(current) as aside:
+        try:
+            os.link(kept, aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(kept, aside)
+    columns: dict[str, Any] = {
+        "val_loss": losses.loss,
+        "val_loss_se": losses.standard_error,
+        "val_num_images": len(losses.index),
+        "validation": kept.stem.partition("-")[2],
+        "finished_at": _now(),
+    }
+    run.update_row(budget, lambda row: None if row is None else row | columns)
+
+
+def _tell(shown_in: RunDir, group: Group, phase: str) -> None:
+    if group.is_first:
+        shown_in.write_status(durable=False, phase=phase, heartbeat=time.time())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
