@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, load_run_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_text
@@ -40,8 +41,15 @@ def with_place(runs: Sequence[Run], place: Place | None) -> list[Run]:
 
 
 def unevaluated(sweep: Sweep, runs: Sequence[Run]) -> list[Run]:
-    """Runs with a saved budget that lacks something."""
-    return [run for run in runs if _missing(sweep, run)]
+    """Runs with a saved budget that lacks something, or that is damaged, which the decision on it then says."""
+
+    def lacks(run: Run) -> bool:
+        try:
+            return bool(_missing(sweep, run))
+        except UserError:
+            return True
+
+    return [run for run in runs if lacks(run)]
 
 
 def _missing(sweep: Sweep, run: Run) -> list[str]:
