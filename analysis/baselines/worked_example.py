@@ -15,8 +15,9 @@ from scipy import stats
 
 from aimscale.analysis.baselines.published import LOSS_SOURCE, PAPER, PAPER_EXPONENTS, published_frame
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.result import about
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Line:
         value = self.intercept + self.slope * x
         centred = self.x - self.x.mean()
         spread = 1 + 1 / len(self.x) + (x - self.x.mean()) ** 2 / float(centred @ centred)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(self.x) - 2)) * self.sigma * float(np.sqrt(spread))
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.x) - 2)) * self.sigma * float(np.sqrt(spread))
         return value, value - half, value + half
 
 
@@ -49,7 +50,7 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> Line:
     """Least squares through three points or more."""
     assert len(x) == len(y) > 2
     found = stats.linregress(x, y)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 2)) * float(found.stderr)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2)) * float(found.stderr)
     residuals = y - found.intercept - found.slope * x
     return Line(
         x=x,
@@ -192,7 +193,7 @@ def worked_example() -> dict[str, Any]:
 def _with_offset(count: str) -> str:
     """What the four points say of an irreducible loss."""
     found = fit("power_offset:N", published_frame(), columns={"N": count}, objective="log_lsq", resamples=400)
-    flags = " ".join(flag for flag in found.flags if flag.startswith(("E ", "a ")))
+    flags = " ".join(flag for flag in found.flags if about(flag) in ("E", "a"))
     return f"With an offset, L = E + A N^-a: E = {found.shown('E')}, a = {found.shown('a')}. {flags}".rstrip()
 
 

@@ -13,7 +13,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.fitting.result import Fit, about
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
 from aimscale.analysis.tables.design import varies
@@ -75,7 +75,7 @@ class Repeats(Result):
             f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
             f"passes; {self.fit.interval_method}."
         )
-        return [*lines, *(flag for flag in self.fit.flags if not flag.startswith("R_D "))]
+        return [*lines, *(flag for flag in self.fit.flags if about(flag) != "R_D")]
 
     def headline(self) -> str:
         """R_D in words."""

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.identify import diagnose, rivals_of
+from aimscale.analysis.fitting.identify import diagnose, known_from_above, rivals_of
 from aimscale.analysis.fitting.intervals import Draws, draw_params, residual_of, robust_sd
 from aimscale.analysis.fitting.lackoffit import lack_of_fit_flags
 from aimscale.analysis.fitting.objectives import HUBER_LOG, ROBUST, Objective, find_objective
 from aimscale.analysis.fitting.optimise import Minimum, Problem, global_minimum, make_problem, minimise
 from aimscale.analysis.fitting.profiles import profile
-from aimscale.analysis.fitting.result import Fit, intervals_of
+from aimscale.analysis.fitting.result import Fit, about, intervals_of
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.tables.observations import THEIR_NAMES, Observations, observe
@@ -151,8 +151,8 @@ def _bounded_above(result: Fit, problem: Problem) -> Fit:
         found = profile(result, p.name, num=15, confidence=result.confidence)
         if found.high > i.high:
             intervals[p.name] = replace(i, high=found.high, method="profile likelihood, on its bound 0")
-            flags = [f for f in flags if not f.startswith(f"{p.name} is known from above")]
-            flags.append(f"{p.name} is known from above only: the data allow any value from 0 to {found.high:.4g}.")
+            flags = [f for f in flags if about(f) != p.name]
+            flags.append(known_from_above(p.name, found.high))
     return replace(result, intervals=intervals, flags=tuple(flags))
 
 
@@ -175,7 +175,9 @@ def _result(problem: Problem, minima: list[Minimum], points: Observations, drawn
     best, law, objective = minima[0], problem.law, problem.objective
     law_params = {name: float(v[0]) for name, v in problem.params_of(best.vector[None]).items()}
     params = {name: float(v) for name, v in law.reported(law_params).items()}
-    intervals = intervals_of(law.reported(drawn.params), confidence, drawn.method) if drawn.params else {}
+    held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
+    free = {k: v for k, v in law.reported(drawn.params).items() if k not in held} if drawn.params else {}
+    intervals = intervals_of(free, confidence, drawn.method)
     rivals = rivals_of(problem, minima)
     found = diagnose(problem, best, law_params, params, drawn.params, intervals, rivals, points)
     fitted = problem.predict(best.vector[None])[0]

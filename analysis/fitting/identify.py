@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aimscale.analysis.fitting.optimise import Minimum, Problem
-from aimscale.analysis.fitting.result import Interval, Rival
+from aimscale.analysis.fitting.result import Flag, Interval, Rival, about
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.tables.observations import Observations
 
@@ -69,19 +69,42 @@ def diagnose(
         flags.append(f"A rival minimum lies within the noise: {other}.")
     _correlated_variables(points, flags)
     _outliers(problem, best, points, flags)
-    exponents = {p.name for p in problem.law.nonlinear}
-    for name in [
-        n for n in params if n not in law_params
-    ]:  # derived: lost with an exponent on a bound, or if wide itself
-        i = intervals.get(name)
-        wide = i is not None and i.low > 0 and i.high / i.low > WIDE_EXPONENT_FACTOR
-        if wide or any(
-            flag.startswith(f"{e} lies on") or f"{e} is not identified" in flag for e in exponents for flag in flags
-        ):
-            lost.add(name)
+    _rising(problem, best, points, flags)
+    derived = [name for name in params if name not in law_params]
+    if lost & {p.name for p in problem.law.nonlinear} or any(_is_wide(intervals.get(name)) for name in derived):
+        lost |= set(derived)  # they are functions of the same exponents: none is known when one is not
+    above = {about(f) for f in flags if "is known from above only" in f}
+    flags = [f for f in flags if not (about(f) in above and "lies on its lower bound" in f)]
     inner = set(law_params) - set(params)  # the law's own coordinates, unknown to the reader
-    flags = [f for f in dict.fromkeys(flags) if f.split(" ")[0] not in inner]
+    flags = [f for f in dict.fromkeys(flags) if about(f) not in inner]
     return Diagnosis(flags=tuple(flags), not_identified=frozenset(lost & set(params)))
+
+
+def known_from_above(name: str, high: float) -> Flag:
+    """The flag of a coefficient that may be zero."""
+    return Flag(f"{name} is known from above only: the data allow any value from 0 to {high:.4g}.", name)
+
+
+def _is_wide(interval: Interval | None) -> bool:
+    return interval is not None and interval.low > 0 and interval.high / interval.low > WIDE_EXPONENT_FACTOR
+
+
+def _rising(problem: Problem, best: Minimum, points: Observations, flags: list[str]) -> None:
+    """A measurement that rises where the law can only fall is fitted as noise; a straight line in log-log shows it."""
+    if any(np.any(values <= 0) for values in points.x.values()):
+        return
+    z = problem.objective.transform(points.y)
+    design = np.column_stack([np.ones(len(z)), *(np.log(values) for values in points.x.values())])
+    line = np.linalg.lstsq(design, z, rcond=None)[0]
+    of_line = np.sum((z - design @ line) ** 2)
+    of_law = np.sum((z - problem.objective.transform(problem.predict(best.vector[None])[0])) ** 2)
+    rising = [v for v, slope in zip(points.x, line[1:], strict=True) if slope > 0]
+    if rising and of_line < 0.5 * of_law:
+        what = f"{points.columns['y']} rises with {' and '.join(rising)}"
+        flags.append(
+            f"{what}, which {problem.law.formula} cannot follow, so it is fitted as noise; is it an accuracy, or "
+            "something else?"
+        )
 
 
 def _bounds(problem: Problem, best: Minimum, flags: list[str], lost: set[str]) -> None:
@@ -92,7 +115,7 @@ def _bounds(problem: Problem, best: Minimum, flags: list[str], lost: set[str]) -
         for end, word in ((problem.lower[j], "lower"), (problem.upper[j], "upper")):
             if np.isfinite(end) and abs(best.vector[j] - end) <= 1e-6 * span[j]:
                 value = np.exp(end) if p.log else end
-                flags.append(f"{p.name} lies on its {word} bound {value:g}.")
+                flags.append(Flag(f"{p.name} lies on its {word} bound {value:g}.", p.name))
                 if j >= problem.num_linear:
                     lost.add(p.name)
                 elif end == 0.0:
@@ -135,15 +158,14 @@ def _intervals(
         at_low = np.isfinite(ends[0]) and low <= ends[0] + 1e-6 * max(abs(ends[0]), abs(law_params[p.name]), 1e-300)
         at_high = np.isfinite(ends[1]) and high >= ends[1] * (1 - 1e-6)
         if j >= problem.num_linear and (at_low or at_high):
-            flags.append(
-                f"{p.name} is not identified: its interval reaches the bound {ends[0] if at_low else ends[1]:g}."
-            )
+            bound = ends[0] if at_low else ends[1]
+            flags.append(Flag(f"{p.name} is not identified: its interval reaches the bound {bound:g}.", p.name))
             lost.add(p.name)
         elif at_low and ends[0] == 0.0 and high > 1e-9 * abs(float(np.median(problem.y))):
-            flags.append(f"{p.name} is known from above only: the data allow any value from 0 to {high:.4g}.")
+            flags.append(known_from_above(p.name, high))
             lost |= _exponents_of(problem, j)  # the term may be absent, and what has no coefficient has no exponent
         elif low > 0 and high / low > (WIDE_FACTOR if j < problem.num_linear else WIDE_EXPONENT_FACTOR):
-            flags.append(f"{p.name} is known only within a factor of {high / low:.2g}.")
+            flags.append(Flag(f"{p.name} is known only within a factor of {high / low:.2g}.", p.name))
             lost.add(p.name)
 
 

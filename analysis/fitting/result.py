@@ -20,6 +20,24 @@ from aimscale.analysis.tables.observations import CANONICAL, Exclusion
 NOT_IDENTIFIED = "not identified"
 
 
+class Flag(str):
+    """A sentence of warning about a fit, or about one of its parameters."""
+
+    about: str
+    """The parameter, or empty."""
+
+    def __new__(cls, sentence: str, about: str = "") -> Flag:
+        """A flag of these words."""
+        flag = super().__new__(cls, sentence)
+        flag.about = about
+        return flag
+
+
+def about(flag: str) -> str:
+    """The parameter that a flag is about, or empty."""
+    return flag.about if isinstance(flag, Flag) else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """A confidence interval of a parameter."""
@@ -246,6 +264,8 @@ class Fit(Result):
         if name in self.not_identified:
             return NOT_IDENTIFIED
         text = f"{self.params[name]:.{digits}g}"
+        if name in self.fixed:
+            return f"{text} (held)"
         if name in self.intervals:
             i = self.intervals[name]
             text += f" [{i.low:.{digits}g}, {i.high:.{digits}g}]"
@@ -265,7 +285,7 @@ class Fit(Result):
                     "high": i.high if i else np.nan,
                     "confidence": i.confidence if i else np.nan,
                     "method": i.method if i else "",
-                    "note": " ".join(f for f in self.flags if f.startswith(f"{name} ")),
+                    "note": " ".join(["held"] * (name in self.fixed) + [f for f in self.flags if about(f) == name]),
                 }
             )
         return pd.DataFrame(rows)

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from aimscale.analysis.choice.proposal import Proposal
+from aimscale.analysis.fitting.result import about
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study, forecasts
 from aimscale.analysis.tables.design import varies
@@ -63,8 +64,8 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
     if study.approaches is not None and study.approaches.apart():
         pairs = ", ".join(f"{a} and {b}" for a, b in study.approaches.apart())
         cautions.append(f"the exponents of approaches {pairs} do not overlap")
-    told = tuple(f"{name} is not identified" for name in joint.law.names)
-    cautions += [_within_a_sentence(flag) for flag in joint.flags if not flag.startswith(told)]
+    told = ("alpha", "beta") if fatal else ()
+    cautions += [_within_a_sentence(flag) for flag in joint.flags if about(flag) not in told]
     if fatal:
         return "red", [*fatal, *cautions]
     return ("amber", cautions) if cautions else ("green", [])
