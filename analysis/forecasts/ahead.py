@@ -12,11 +12,11 @@ import pandas as pd
 from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
 from aimscale.analysis.choice.proposal import with_variables
 from aimscale.analysis.display import Result, plain_types
-from aimscale.analysis.downstream.links import forecast, link
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.routes import ENDS, chosen_route, signal_to_noise
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.tables.observations import is_complete
 from aimscale.analysis.tables.results import probe_frame
@@ -38,6 +38,8 @@ class Ahead(Result):
     """The law of the loss."""
     beyond_range: float
     """Largest factor by which a variable lies outside the fitted range; 1 inside."""
+    routes: tuple[str, ...] = ()
+    """How each accuracy was forecast, and what the backtest said of the other route."""
     left_out: tuple[str, ...] = ()
     """What was not forecast, and why."""
 
@@ -54,14 +56,16 @@ class Ahead(Result):
             for quantity, value, ci_lo, ci_hi, pi_lo, pi_hi in self.table.to_numpy()
         ]
         note = f"Intervals of {self.law.confidence:.0%}: {self.law.interval_method}."
-        return "\n".join([f"{self.headline()}:", *lines, note, *self.law.flags, *self.left_out])
+        return "\n".join([f"{self.headline()}:", *lines, note, *self.routes, *self.law.flags, *self.left_out])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
         quantities = self.table.to_dict("records")
         law = {"law": self.law.law.name, "params": self.law.params, "num_points": self.law.num_points}
         rest = {"at": self.at, "beyond_range": self.beyond_range, "confidence": self.law.confidence}
-        return plain_types({**rest, **law, "quantities": quantities, "left_out": list(self.left_out)})
+        return plain_types(
+            {**rest, **law, "quantities": quantities, "routes": list(self.routes), "left_out": list(self.left_out)}
+        )
 
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -122,31 +126,31 @@ def ahead(
     loss = found.predict(place)
     ends = {name: float(loss[name].iloc[0]) for name in ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")}
     rows: list[dict[str, Any]] = [{"quantity": y, **ends}]
-    left_out = []
+    left_out, routes = [], []
     probes = probe_frame(df[is_complete(df)]) if "probes" in df.columns else pd.DataFrame()
     for key, group in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
         name = ":".join(map(str, key))
         try:
-            rows.append({"quantity": name, **_accuracy(found, group, place, y, link_kind, resamples)})
+            ends, why = _accuracy(found, group, place, y, link_kind, resamples)
+            rows.append({"quantity": name, **ends})
+            routes.append(f"{name}: {why}.")
         except AnalysisError as error:
             left_out.append(f"{name} is not forecast: {error}")
     beyond = float(loss["beyond_range"].iloc[0])
     at = {k: float(v) for k, v in at.items()}
-    return Ahead(table=pd.DataFrame(rows), at=at, law=found, beyond_range=beyond, left_out=tuple(left_out))
+    return Ahead(
+        table=pd.DataFrame(rows), at=at, law=found, beyond_range=beyond, routes=tuple(routes), left_out=tuple(left_out)
+    )
 
 
 def _accuracy(
     law: Fit, probed: pd.DataFrame, place: pd.DataFrame, y: str, kind: str, resamples: int
-) -> dict[str, float]:
-    """value and intervals of a probe's accuracy at a place, by way of the loss."""
+) -> tuple[dict[str, float], str]:
+    """value and intervals of a probe's accuracy at a place, and a sentence on the route and the task's noise."""
     probed = probed.dropna(subset=["top1", y])
     if len(probed) < MIN_PROBED:
         raise AnalysisError(f"it has {len(probed)} probed rows, and a link needs {MIN_PROBED}.")
-    levels = probed["chance"].dropna().unique()
-    chance = float(levels[0]) if len(levels) == 1 else None
-    second = link(probed, kind=kind, loss=y, accuracy="top1", chance=chance, resamples=resamples)
-    row = forecast(law, second, place).table.iloc[0]
-    floor = 0.0 if chance is None else chance
-    out = {"value": row["accuracy"], **{name: row[name] for name in ("ci_lo", "ci_hi", "pi_lo", "pi_hi")}}
-    # A curve cannot lie below guessing; a measurement can, by its own scatter.
-    return {name: float(np.clip(v, 0.0 if name.startswith("pi") else floor, 1.0)) for name, v in out.items()}
+    route, why = chosen_route(law.law, probed, place, y=y, kind=kind, resamples=resamples, loss_fit=law)
+    ratio = signal_to_noise(probed) if {"params_total", "images_seen"} <= set(probed.columns) else np.nan
+    noise = f"; signal to noise of seeds {ratio:.3g}" if np.isfinite(ratio) else ""
+    return {name: float(route.value[name].iloc[0]) for name in ENDS}, f"{why}{noise}"
