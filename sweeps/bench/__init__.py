@@ -1,1 +1,1 @@
-"""Benchmarks of what surrounds runs: overheads of sweeps, and probing at scale."""
+"""Benchmarks of what surrounds runs: overheads of sweeps, probing at scale, and what faults do."""

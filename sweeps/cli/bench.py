@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -53,3 +54,24 @@ def probe(
         num_images=images, num_classes=classes, size=size, iterations=iterations, batch_size=batch, folder=folder
     )
     typer.echo(json.dumps(result) if as_json else table(result))
+
+
+@app.command()
+def faults(
+    trials: Annotated[int, typer.Option(min=1, help="Trials of each fault.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="New folder to try them in; default: a temporary one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Kill, stop and crowd the processes of a small sweep; each must end like the undisturbed one, to the byte."""
+    from aimscale.sweeps.bench.faults import Trial, run, table
+
+    def report(trial: Trial) -> None:
+        what = "; ".join(trial.problems) or "as undisturbed"
+        typer.echo(f"{trial.fault} (while {', '.join(trial.moments)}): {what}, {trial.seconds:.0f} s", err=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        result = run(folder or Path(temporary) / "faults", trials=trials, seed=seed, report=report)
+    typer.echo(json.dumps(result) if as_json else table(result["trials"]))
+    if any(trial["problems"] for trial in result["trials"]):
+        raise typer.Exit(1)
