@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from aimscale.harness.run.identity import SCHEMA, training_digest
+from aimscale.harness.run.identity import SCHEMA, filled_evaluation, filled_training, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
 
 RENAMED_ORDERS = {"spiral": "inward_spiral", "random": "hashed"}
@@ -305,19 +305,22 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _split_version_1(cls, values: Any) -> Any:
-        """Version 1 had `result`, in which training and evaluation stood together."""
-        if not isinstance(values, dict) or "result" not in values or values.get("version", 1) != 1:
+    def _as_it_was_written(cls, values: Any) -> Any:
+        """What a program wrote lacks only fields that came later: they take the values that do what was done then.
+
+        Version 1 had `result`, in which training and evaluation stood together.
+        """
+        if not isinstance(values, dict) or not ("result" in values or "identity_schema" in values):
             return values
-        training, evaluation = split_fields(values["result"])
-        # images were cropped from the whole shorter side then, and features were fp32
-        if isinstance(validation := evaluation.get("validation"), dict):
-            evaluation["validation"] = {"centre_crop": 1.0, **validation}
-        if isinstance(probes := evaluation.get("probes"), list | tuple):
-            earlier = {"centre_crop": 1.0, "precision": "fp32"}
-            evaluation["probes"] = [{**earlier, **task} if isinstance(task, dict) else task for task in probes]
-        others = {key: value for key, value in values.items() if key not in ("version", "result")}
-        return {"training": training, "evaluation": evaluation, **others}
+        others = {key: value for key, value in values.items() if key not in ("training", "evaluation")}
+        if "result" in values and values.get("version", 1) == 1:
+            training: Any
+            evaluation: Any
+            training, evaluation = split_fields(values["result"])
+            others = {key: value for key, value in others.items() if key not in ("version", "result")}
+        else:
+            training, evaluation = values.get("training"), values.get("evaluation")
+        return {"training": filled_training(training), "evaluation": filled_evaluation(evaluation), **others}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:

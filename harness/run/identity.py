@@ -107,6 +107,34 @@ def evaluation_digest(kind: Literal["validation", "probe"], settings: Values) ->
     return _digest(kind, _differing(measured, EVALUATION_DEFAULTS[kind]))
 
 
+def filled_training(training: Any) -> Any:
+    """A written `training` with the defaults of the schema for fields that it lacks."""
+    if not isinstance(training, dict):
+        return training
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in training.items()}
+    for dotted, value in TRAINING_DEFAULTS.items():
+        section, _, name = dotted.partition(".")
+        if not name:
+            filled.setdefault(section, value)
+        elif section != "roll_back" or filled.get("roll_back"):
+            place = filled.setdefault(section, {})
+            if isinstance(place, dict):
+                place.setdefault(name, value)
+    return filled
+
+
+def filled_evaluation(evaluation: Any) -> Any:
+    """A written `evaluation` with the defaults of the schema for fields that it lacks."""
+    if not isinstance(evaluation, dict):
+        return evaluation
+    filled = dict(evaluation)
+    if isinstance(validation := filled.get("validation"), dict):
+        filled["validation"] = EVALUATION_DEFAULTS["validation"] | validation
+    if isinstance(probes := filled.get("probes"), list | tuple):
+        filled["probes"] = [EVALUATION_DEFAULTS["probe"] | task if isinstance(task, dict) else task for task in probes]
+    return filled
+
+
 def _differing(values: Values, defaults: Values) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
 

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("aimscale.sweeps.cli.status", "One line a run: state, step, loss, images/s, MFU, ETA, why it failed."),
     "logs": ("aimscale.sweeps.cli.logs", "Print or follow the log of one run."),
     "cancel": ("aimscale.sweeps.cli.cancel", "Stop the runs of a sweep; each saves first."),
+    "migrate": ("aimscale.sweeps.cli.migrate", "Bring run directories of earlier versions along, under today's names."),
     "retry": ("aimscale.sweeps.cli.retry", "Clear the failure of runs, so that the next launch resumes them."),
     "collect": ("aimscale.sweeps.cli.collect", "Gather every run's rows into one typed table."),
     "train": ("aimscale.harness.cli.train", "Train or resume one run from its directory."),

@@ -16,10 +16,11 @@ from aimscale.sweeps.launch.local_queue import Command, LaunchResult, run_queue,
 from aimscale.sweeps.launch.preflight import check_data
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.decision import Decision, decide
 from aimscale.sweeps.runs.job_kind import training_jobs
+from aimscale.sweeps.runs.migrate import misnamed
 from aimscale.sweeps.runs.notify import check_url, post, post_failure
 from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm import commands as slurm
@@ -114,6 +115,12 @@ def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], li
     runs = plan(loaded)
     for run in runs:
         schedule_of(run.config)
+    if old := misnamed(loaded):
+        raise SweepError(
+            f"{loaded.runs_dir} holds {len(old)} runs of an earlier version, such as {old[0]}, which would be trained "
+            f"again under other names; bring them along with `aimscale migrate {loaded.name} --root {loaded.root}`, or "
+            f"choose another --root"
+        )
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
     return loaded, [runs[i] for i in order], [cards[i] for i in order]

@@ -84,8 +84,8 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(
             f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
-            f"sweep file was edited, or another version of aimscale launched them; collect with what launched them "
-            f"(the commit is in provenance.json)"
+            f"sweep file was edited, or an earlier version of aimscale launched them (`aimscale migrate` brings those "
+            f"along; the commit is in provenance.json)"
         )
     for record in imported:
         try:

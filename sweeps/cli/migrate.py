@@ -1,0 +1,32 @@
+"""`aimscale migrate`: bring run directories of earlier versions along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps.runs.migrate import migrate
+from aimscale.sweeps.runs.sweep_dir import launch_lock
+
+app = typer.Typer(help="Rename runs of earlier versions as this one names them, with rows, weights and probes.")
+
+
+@app.command()
+def command(
+    sweep: SweepName,
+    root: Root = Path("aimscale-runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be renamed; write nothing.")] = False,
+) -> None:
+    """Rename runs of earlier versions as this one names them, with rows, weights and probes; nothing is trained."""
+    loaded = load_sweep(sweep, root)
+    stay = 0
+    with launch_lock(loaded):
+        for old, new, sentence in migrate(loaded, dry_run=dry_run):
+            typer.echo(f"{old} {sentence} {new}" if new else f"{old} stays: {sentence}")
+            stay += new is None
+    if stay:
+        raise typer.Exit(1)
