@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from aimscale.analysis import laws as laws
     from aimscale.analysis.baselines.comparison import compare as compare
     from aimscale.analysis.choice.backtest import choose as choose
+    from aimscale.analysis.choice.proposal import propose as propose
     from aimscale.analysis.downstream.correlation import correlate as correlate
     from aimscale.analysis.downstream.links import forecast as forecast
     from aimscale.analysis.downstream.links import leaves_chance as leaves_chance
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
     from aimscale.analysis.fitting.heldout import held_out as held_out
     from aimscale.analysis.fitting.influences import influence as influence
     from aimscale.analysis.fitting.profiles import profile as profile
+    from aimscale.analysis.forecasts.ahead import ahead as ahead
+    from aimscale.analysis.forecasts.collapse import collapse as collapse
     from aimscale.analysis.frontier.approaches import all_approaches as all_approaches
     from aimscale.analysis.frontier.definitions import by_definition as by_definition
+    from aimscale.analysis.plots.curves import plot_collapse as plot_collapse
     from aimscale.analysis.plots.intervals import plot_contrasts as plot_contrasts
     from aimscale.analysis.plots.intervals import plot_definitions as plot_definitions
     from aimscale.analysis.plots.intervals import plot_noise as plot_noise
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "baselines.comparison": ["compare"],
     "choice.backtest": ["choose"],
+    "choice.proposal": ["propose"],
     "downstream.correlation": ["correlate"],
     "downstream.links": ["forecast", "leaves_chance", "link"],
     "effects.contrasts": ["contrast"],
@@ -69,8 +74,11 @@ _HOMES = {
     "fitting.heldout": ["held_out"],
     "fitting.influences": ["influence"],
     "fitting.profiles": ["profile"],
+    "forecasts.ahead": ["ahead"],
+    "forecasts.collapse": ["collapse"],
     "frontier.approaches": ["all_approaches"],
     "frontier.definitions": ["by_definition"],
+    "plots.curves": ["plot_collapse"],
     "plots.intervals": ["plot_contrasts", "plot_definitions", "plot_noise", "plot_repeats"],
     "plots.laws": [
         "plot_approaches", "plot_cloud", "plot_forecasts", "plot_frontier", "plot_profile", "plot_surface",
@@ -85,6 +93,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _DRAWN_BY = {
     "Approaches": "plot_approaches",
+    "Collapse": "plot_collapse",
     "Contrasts": "plot_contrasts",
     "Definitions": "plot_definitions",
     "Fit": "plot_fit",

@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "aimscale.analysis.cli.forecast",
         "Forecast loss and accuracies at a scale, and register the forecast before the run.",
     ),
+    "collapse": ("aimscale.sweeps.cli.collapse", "Compare the shapes of training curves; name sizes that deviate."),
     "frontier": ("aimscale.analysis.cli.frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("aimscale.analysis.cli.correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
     "contrast": ("aimscale.analysis.cli.contrast", "Compare the levels of one column with everything else equal."),
