@@ -1,4 +1,4 @@
-"""Pearson, Spearman and Kendall with intervals, plain or with log compute regressed out of both columns."""
+"""Pearson, Spearman and Kendall with intervals, plain or at equal compute."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
+from aimscale.analysis.downstream.compute import EqualCompute, equal_compute
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.result import Correlation
+from aimscale.analysis.inference.groups import SIZE_COLUMNS
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.tables.observations import Exclusion
 
@@ -24,24 +26,25 @@ def correlate(
     methods: Sequence[str] = METHODS,
     partial: str | None = None,
     within: str | None = None,
-    cluster: str | None = None,
-    resamples: int = 2000,
+    cluster: str | None = "auto",
     confidence: float = 0.95,
-    seed: int = 0,
 ) -> tuple[Correlation, ...]:
-    """Correlations of two columns with bootstrap intervals.
+    """Correlations of two columns with intervals on Fisher's scale.
+
+    The standard error is that of leaving out each cluster (row) in turn, and no less than Fisher's (Bonett and Wright's
+    for ranks); Student's t has as many degrees of freedom as there are clusters less one.
 
     Args:
         df: one row a point.
         x: first column, e.g. val_loss.
         y: second column, e.g. top1.
         methods: any of pearson, spearman, kendall.
-        partial: positive column (usually flops_train) whose logarithm is regressed out of both first.
+        partial: positive column (usually flops_train) that is held equal: rows are compared within groups that share
+            it, else about a smooth function of it.
         within: column (such as size) whose groups' means are taken out of both first.
-        cluster: column whose groups are resampled whole (a run measured at several budgets).
-        resamples: bootstrap resamples.
+        cluster: column whose rows are not independent (a run measured at several budgets); "auto" takes `run_id` where
+            four runs or more have several rows; None takes rows as independent.
         confidence: coverage of the intervals.
-        seed: seed of the bootstrap.
 
     Raises:
         AnalysisError: missing or constant column, unknown method, or fewer than 4 usable rows.
@@ -49,25 +52,24 @@ def correlate(
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
+    cluster = _auto(df) if cluster == "auto" else cluster
     a, b, z, groups, exclusions = _columns(df, x, y, partial, cluster)
-    n = len(a)
+    kept = df.loc[df.index.difference([row for e in exclusions for row in e.rows], sort=False)]
     if within is not None:
-        kept = df.index.difference([row for e in exclusions for row in e.rows], sort=False)
-        a, b = _without_group_means(df.loc[kept], within, a, b)
-    rng = np.random.default_rng(seed)
+        a, b = _without_group_means(kept, within, a, b)
     labels, member = np.unique(groups, return_inverse=True)
     if len(labels) < 4:
         raise AnalysisError(
             f"A correlation over {len(labels)} groups has no interval; give at least 4 rows (or clusters)."
         )
-    rows_of = [np.flatnonzero(member == k) for k in range(len(labels))]
-    draws = [np.concatenate([rows_of[k] for k in rng.integers(0, len(labels), len(labels))]) for _ in range(resamples)]
-    unit = f"{n} rows" if cluster is None else f"{len(labels)} clusters by {cluster}"
+    name = next((c for c in SIZE_COLUMNS if c in kept), None)
+    sizes = kept[name].astype(str).to_numpy() if name else np.arange(len(a)).astype(str)
+    equal = None if z is None else equal_compute(z, sizes, str(partial))
+    spent = (0 if equal is None else equal.basis.shape[1] - 1) + (0 if within is None else kept[within].nunique() - 1)
+    unit = f"{len(a)} rows" if cluster is None else f"{len(labels)} clusters by {cluster}"
     out = []
     for method in methods:
-        value = coefficient_of(method, *_without(a, b, z, np.arange(n)))
-        samples = np.array([coefficient_of(method, *_without(a, b, z, rows)) for rows in draws])
-        low, high = interval(samples, confidence)
+        value, low, high = _interval(method, a, b, equal, member, spent, confidence)
         out.append(
             Correlation(
                 method=method,
@@ -77,14 +79,51 @@ def correlate(
                 low=low,
                 high=high,
                 confidence=confidence,
-                num_points=n,
-                interval_method=f"percentile bootstrap, {resamples} resamples of {unit}",
+                num_points=len(a),
+                interval_method=f"Fisher's z, standard error over {unit}",
                 partial_on=partial,
+                adjusted="" if equal is None else equal.words,
                 within=within,
                 exclusions=exclusions,
             )
         )
     return tuple(out)
+
+
+def _auto(df: pd.DataFrame) -> str | None:
+    """Runs, where at least four have several rows."""
+    runs = df["run_id"].nunique() if "run_id" in df.columns else 0
+    return "run_id" if 4 <= runs < len(df) else None
+
+
+def _interval(
+    method: str, a: Array, b: Array, equal: EqualCompute | None, member: Array, spent: int, confidence: float
+) -> tuple[float, float, float]:
+    """Coefficient and interval; from -1 to 1 where nothing varies."""
+
+    def at(rows: Array | None) -> float:
+        if equal is not None:
+            return coefficient_of(method, equal.left(a, rows), equal.left(b, rows))
+        return coefficient_of(method, a, b) if rows is None else coefficient_of(method, a[rows], b[rows])
+
+    value, n, num = at(None), len(a), int(member.max()) + 1
+    if not np.isfinite(value):
+        return value, -1.0, 1.0
+    limit = 1 - 1e-12
+    z = float(np.arctanh(np.clip(value, -limit, limit)))
+    without = np.array([at(np.flatnonzero(member != k)) for k in range(num)]) if num <= MOST_CLUSTERS else np.array([])
+    without = np.arctanh(np.clip(without[np.isfinite(without)], -limit, limit))
+    jackknife = (
+        np.sqrt((len(without) - 1) / len(without) * np.sum((without - without.mean()) ** 2)) if len(without) else 0
+    )
+    spare = max(1, n - 3 - spent)
+    factor = {"pearson": 1.0, "spearman": 1 + value**2 / 2, "kendall": 0.437 * spare / max(1, spare - 1)}[method]
+    half = student.ppf(0.5 + confidence / 2, num - 1) * max(float(jackknife), float(np.sqrt(factor / spare)))
+    return value, float(np.tanh(z - half)), float(np.tanh(z + half))
+
+
+MOST_CLUSTERS = 1000
+"""More clusters than this are not left out in turn: Fisher's standard error is enough."""
 
 
 def coefficient_of(method: str, a: Array, b: Array) -> float:
@@ -114,16 +153,6 @@ def _kendall(a: Array, b: Array) -> float:
     sa, sb = np.sign(a[:, None] - a), np.sign(b[:, None] - b)
     norm = np.sqrt(np.sum(sa * sa) * np.sum(sb * sb))
     return float(np.sum(sa * sb) / norm) if norm > 0 else float("nan")
-
-
-def _without(a: Array, b: Array, z: Array | None, rows: Array) -> tuple[Array, Array]:
-    """Both columns, with the straight line on z regressed out if z is given."""
-    if z is None:
-        return a[rows], b[rows]
-    design = np.stack([np.ones(len(rows)), z[rows]], axis=1)
-    both = np.stack([a[rows], b[rows]], axis=1)
-    left = both - design @ np.linalg.lstsq(design, both, rcond=None)[0]
-    return left[:, 0], left[:, 1]
 
 
 def _without_group_means(rows: pd.DataFrame, within: str, a: Array, b: Array) -> tuple[Array, Array]:
@@ -158,5 +187,5 @@ def _columns(
     if not good.all():
         exclusions = (Exclusion(reason=f"with a missing {' or '.join(numeric)}", rows=tuple(df.index[~good])),)
     groups = df.loc[good, cluster].astype(str).to_numpy() if cluster else np.arange(len(used_good))
-    z = np.log(used_good[partial].to_numpy()) if partial else None
+    z = used_good[partial].to_numpy() if partial else None
     return used_good[x].to_numpy(), used_good[y].to_numpy(), z, groups, exclusions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def link(
         rows = pd.concat([df, pd.DataFrame([ideal], index=["ideal point"])])
     fixed = {"floor": chance} if chance is not None and kind != "linear" else None
     bounds = None if fixed or kind == "linear" else {"floor": (0.0, 1.0)}
-    return fit(
+    result = fit(
         LINKS[kind],
         rows,
         y=accuracy,
@@ -81,6 +81,7 @@ def link(
         seed=seed,
         zero_allowed=True,
     )
+    return replace(result, limits=(chance or 0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -127,23 +128,22 @@ def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], 
     seed keep their correlation.
 
     Raises:
-        AnalysisError: a fit has no bootstrap draws.
+        AnalysisError: a fit has no draws.
     """
     if not (first.draws and second.draws):
         raise AnalysisError("A forecast with intervals needs fits with resamples > 0.")
     x = first.variables(scales)
     n = len(next(iter(x.values())))
     num = min(first.num_draws, second.num_draws)
-    rng = np.random.default_rng(seed)
     point = np.broadcast_to(first.law.value(x, first.law_params), (n,))
     losses = np.broadcast_to(first.law.value(x, {k: v[:num] for k, v in first.draws.items()}), (num, n))
     inverse, transform = first.objective.inverse, first.objective.transform
-    noisy = inverse(transform(losses) + rng.choice(first.noise, (num, n)))
+    noisy = inverse(transform(losses) + first.scatter(n, seed=seed)[:num])
     draws2 = {k: v[:num] for k, v in second.draws.items()}
-    curve, scattered = (_link_values(second.law, draws2, each) for each in (losses, noisy))
-    measured = scattered + rng.choice(second.noise, (num, n))
+    curve, scattered = (_link_values(second, draws2, each) for each in (losses, noisy))
+    measured = scattered + second.scatter(n, seed=seed + 1)[:num]
     tails = [50 * (1 - first.confidence), 50 * (1 + first.confidence)]
-    accuracy = second.law.value({"L": point}, second.law_params)
+    accuracy = np.clip(second.law.value({"L": point}, second.law_params), *(second.limits or (0.0, 1.0)))
     table = pd.DataFrame({**x, "loss": point})[[*first.law.variables, "loss"]]
     table["loss_lo"], table["loss_hi"] = np.nanpercentile(losses, tails, axis=0)
     table["accuracy"] = accuracy
@@ -153,10 +153,11 @@ def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], 
     return Forecast(table=table, curve_draws=curve, measured_draws=measured, confidence=first.confidence)
 
 
-def _link_values(law: Law, draws: Mapping[str, Array], loss: Array) -> Array:
-    """Accuracy (num, n) where every draw has its own losses (num, n)."""
-    parts = law.basis(Columns({"L": loss}), {k: v[:, None] for k, v in draws.items()})
-    return sum(draws[p.name][:, None] * part for p, part in zip(law.linear, parts, strict=True))
+def _link_values(link: Fit, draws: Mapping[str, Array], loss: Array) -> Array:
+    """Accuracy (num, n), from chance to 1, where every draw has its own losses (num, n)."""
+    parts = link.law.basis(Columns({"L": loss}), {k: v[:, None] for k, v in draws.items()})
+    values = sum(draws[p.name][:, None] * part for p, part in zip(link.law.linear, parts, strict=True))
+    return np.clip(values, *(link.limits or (0.0, 1.0)))
 
 
 def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:

@@ -244,7 +244,10 @@ class Fit(Result):
                 measured = self.objective.inverse(self.objective.transform(curves) + noise)
             out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
         if self.limits is not None:
-            out = {name: np.clip(each, *self.limits) for name, each in out.items()}
+            # a curve stays above chance; one measured accuracy may fall below it, though not below 0
+            low, high = self.limits
+            floor = {name: 0.0 if name.startswith("pi") else low for name in out}
+            out = {name: np.clip(each, floor[name], high) for name, each in out.items()}
         factor = np.ones(len(value))
         for v, (low, high) in self.ranges.items():
             factor = np.maximum(factor, np.maximum(low / x[v], x[v] / high))
@@ -361,7 +364,9 @@ class Correlation(Result):
     interval_method: str
     """How the interval was made."""
     partial_on: str | None = None
-    """Column whose logarithm was regressed out of both, if any."""
+    """Column that was held equal, if any."""
+    adjusted: str = ""
+    """How it was held equal, e.g. "within 5 groups of equal flops_train"."""
     within: str | None = None
     """Column whose groups' means were taken out of both, if any."""
     exclusions: tuple[Exclusion, ...] = ()

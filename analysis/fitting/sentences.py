@@ -90,11 +90,16 @@ def _farthest(h: HeldOut) -> str:
 
 
 def correlation_sentence(c: Correlation) -> str:
-    """Coefficient, interval, n and what was regressed out."""
-    partial = f", log {c.partial_on} regressed out of both" if c.partial_on else ""
+    """Coefficient, interval, n and what was held equal."""
+    partial = f", {c.adjusted}" if c.partial_on else ""
     partial += f", within {c.within}" if c.within else ""
     left = f" Left out: {'; '.join(map(str, c.exclusions))}." if c.exclusions else ""
     return (
-        f"{c.method.capitalize()} correlation of {c.x} and {c.y}{partial}: {c.value:.3f} "
+        f"{c.method.capitalize()} correlation of {c.x} and {c.y}{partial}: {c.value:.3f}{_nothing(c)} "
         f"({c.confidence:.0%} interval {c.low:.3f} to {c.high:.3f}; n = {c.num_points}; {c.interval_method}).{left}"
     )
+
+
+def _nothing(c: Correlation) -> str:
+    """Words where an interval holds zero."""
+    return ", nothing shown" if not (c.low > 0 or c.high < 0) else ""

@@ -69,8 +69,8 @@ def correlation_table(study: Study) -> PageTable | None:
     return page_table(
         "correlations",
         "Validation loss against accuracy",
-        "−1: whoever has the lower loss always has the higher accuracy. At equal compute: log compute is regressed "
-        "out of both first; within a size: less the mean of each size.",
+        "−1: whoever has the lower loss always has the higher accuracy. At equal compute: within groups of rows "
+        "that share it, else about a smooth function of it; within a size: less the mean of each size.",
         frame,
         [
             ("task", "task", text),

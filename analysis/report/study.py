@@ -275,7 +275,7 @@ def _correlate(study: Study, resamples: int) -> None:
         rows = groups[kind, task]
         found = study.attempt(
             f"Correlation of loss with {kind} accuracy on {task}",
-            partial(_correlations, rows.reset_index(drop=True), resamples),
+            partial(_correlations, rows.reset_index(drop=True)),
         )
         if found:
             study.correlations[kind, task] = found
@@ -292,11 +292,10 @@ def _link(rows: pd.DataFrame, resamples: int) -> Fit:
     return link(rows, chance=floor, resamples=affordable(min(resamples, 500), len(rows)))
 
 
-def _correlations(rows: pd.DataFrame, resamples: int) -> tuple[Correlation, ...]:
-    """Pearson, Spearman, Kendall, and Pearson at equal compute and within a size; four runs or more are resampled."""
+def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
+    """Pearson, Spearman, Kendall, and Pearson at equal compute and within a size."""
     cluster = "run_id" if "run_id" in rows and 4 <= rows["run_id"].nunique() < len(rows) else None
-    resamples = affordable(resamples, len(rows))
-    found = correlate(rows, x="val_loss", y="top1", cluster=cluster, resamples=resamples)
+    found = correlate(rows, x="val_loss", y="top1", cluster=cluster)
     more: list[dict[str, str]] = []
     if "flops_train" in rows and rows["flops_train"].nunique() > 2:
         more.append({"partial": "flops_train"})
@@ -307,7 +306,7 @@ def _correlations(rows: pd.DataFrame, resamples: int) -> tuple[Correlation, ...]
         # compute or size may explain one of the two completely, so that nothing is left to correlate
         with contextlib.suppress(AnalysisError):
             found += correlate(
-                rows, x="val_loss", y="top1", methods=("pearson",), cluster=cluster, resamples=resamples,
+                rows, x="val_loss", y="top1", methods=("pearson",), cluster=cluster,
                 partial=options.get("partial"), within=options.get("within"),
             )  # fmt: skip
     return found

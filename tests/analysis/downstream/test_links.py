@@ -122,3 +122,16 @@ def test_olmo_ladder_forecasts_have_intervals_of_both_steps(measurements):
     assert forecasts[0].table["accuracy"].tolist() == pytest.approx([0.824, 0.852], abs=0.005)
     mean = average(forecasts)
     assert (mean["ci_hi"] - mean["ci_lo"]).max() < max((f.table["ci_hi"] - f.table["ci_lo"]).max() for f in forecasts)
+
+
+def test_links_stay_between_chance_and_one(scores):
+    """The line and the exponential leave the range of accuracies a little beyond the losses they were fitted to."""
+    for kind in ("linear", "exponential", "sigmoid"):
+        result = link(scores, kind=kind, chance=0.1, resamples=200)
+        rows = result.predict({"L": [1e-3, 0.1, 2.0]})
+        assert rows[["value", "ci_lo", "ci_hi"]].to_numpy().min() >= 0.1
+        assert rows.drop(columns="beyond_range").to_numpy().max() <= 1
+        ahead = fit(laws.power("x"), pd.DataFrame({"x": [1.0, 2, 4, 8, 16], "y": [0.5, 0.4, 0.33, 0.28, 0.25]}), y="y")
+        table = forecast(ahead, result, {"x": [1e-3, 1e6]}).table
+        assert table[["accuracy", "ci_lo", "ci_hi"]].to_numpy().min() >= 0.1
+        assert table[["accuracy", "ci_hi", "pi_hi"]].to_numpy().max() <= 1

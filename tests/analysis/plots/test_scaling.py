@@ -83,7 +83,7 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
     approaches = all_approaches(grid, resamples=40)
     probes = grid.assign(task="dig$its", kind="linear", top1=0.9 - 0.5 * grid["val_loss"], chance=0.1)
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
-    links = {"dig$its": correlate(probes, x="val_loss", y="top1", resamples=40)}
+    links = {"dig$its": correlate(probes, x="val_loss", y="top1")}
     by_n = held_out(joint, grid, by="N", resamples=40).predictions
     figures = {
         "fit": plot_fit(joint, x="D", se=pd.Series(0.001, index=grid.index)),
