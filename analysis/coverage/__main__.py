@@ -14,6 +14,13 @@ import pandas as pd
 from aimscale.analysis.coverage.designs import Design
 from aimscale.analysis.coverage.frontiers import envelope_coverage, interpolated_coverage, isoflop_coverage
 from aimscale.analysis.coverage.laws import fit_coverage, held_out_coverage, verdict_coverage
+from aimscale.analysis.coverage.others import (
+    contrast_coverage,
+    correlation_coverage,
+    forecast_coverage,
+    noise_coverage,
+    repeats_coverage,
+)
 from aimscale.analysis.coverage.record import Record
 
 GRIDS = tuple(
@@ -28,6 +35,11 @@ STUDIES: dict[str, tuple[tuple[Design, ...], Callable[[Design, int], Record]]] =
     "approach-1": (GRIDS, envelope_coverage),
     "approach-2": (tuple(replace(each, isoflop=True) for each in GRIDS), isoflop_coverage),
     "approach-2-interpolated": (GRIDS, interpolated_coverage),
+    "correlation": (GRIDS, correlation_coverage),
+    "contrast": (GRIDS, contrast_coverage),
+    "noise": (tuple(each for each in GRIDS if each.seeds > 1), noise_coverage),
+    "repeats": (GRIDS, repeats_coverage),
+    "forecast": (GRIDS, forecast_coverage),
 }
 """What is measured, on which designs."""
 

@@ -17,6 +17,7 @@ from scipy.stats import t as student
 
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.inference.mixed import mixed_model
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.tables.observations import CANONICAL, is_complete
@@ -359,12 +360,13 @@ def _one(
     runs = [name for name in keys if name != "images_seen"]
     pairs["run_pair"] = pairs.groupby(runs, dropna=False).ngroup() if runs else 0
     by_run = pairs.groupby("run_pair")[["baseline_value", "level_value", "difference"]].mean()
-    centre, low, high, se = t_interval(by_run["difference"].to_numpy(), confidence)
+    size_of = pairs.groupby("run_pair")["size"].first() if "size" in pairs else None
+    centre, low, high, se = grouped_interval(by_run["difference"].to_numpy(), size_of, confidence)
     ratio: tuple[float, ...] = (np.nan, np.nan, np.nan)
     positive = (pairs[["baseline_value", "level_value"]] > 0).all(axis=None)
     if positive and measure.has_ratio:
         logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log).groupby(pairs["run_pair"]).mean()
-        ratio = tuple(float(np.exp(v)) for v in t_interval(logs.to_numpy(), confidence)[:3])
+        ratio = tuple(float(np.exp(v)) for v in grouped_interval(logs.to_numpy(), size_of, confidence)[:3])
     spare = len(by_run) - 1
     needed = student.ppf(0.5 + confidence / 2, spare) + student.ppf(POWER_Z, spare) if spare else np.nan
     return Contrast(
@@ -386,6 +388,24 @@ def _one(
         pairs=pairs,
         by_scale=_by_scale(pairs, confidence),
     )
+
+
+def grouped_interval(
+    values: np.ndarray, groups: pd.Series | None, confidence: float
+) -> tuple[float, float, float, float]:
+    """`t_interval` that allows for what pairs of a group (a size) share, such as a rate that suits one level better.
+
+    Groups of one pair each, or fewer than three groups, tell nothing of that.
+    """
+    codes = None if groups is None else np.unique(groups.astype(str), return_inverse=True)[1]
+    if codes is None or not 3 <= codes.max() + 1 < len(values) or np.ptp(values) == 0:
+        return t_interval(values, confidence)
+    n, centre = len(values), float(np.mean(values))
+    found = mixed_model(
+        np.ones((n, 1)), values - centre, np.ones(n), codes, None, num_draws=4000, rng=np.random.default_rng(0)
+    )
+    half = float(np.quantile(np.abs(found.shift[:, 0]), confidence))
+    return centre, centre - half, centre + half, half / float(student.ppf(0.5 + confidence / 2, n - 1))
 
 
 def t_interval(values: np.ndarray, confidence: float) -> tuple[float, float, float, float]:

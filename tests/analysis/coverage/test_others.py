@@ -1,0 +1,27 @@
+"""Correlations, contrasts and noise hold the truth too, and the command prints a table of every study."""
+
+import pytest
+
+from aimscale.analysis.coverage import __main__ as command
+from aimscale.analysis.coverage.designs import Design
+from aimscale.analysis.coverage.others import contrast_coverage, correlation_coverage, forecast_coverage, noise_coverage
+
+
+@pytest.mark.parametrize("study", [correlation_coverage, contrast_coverage, noise_coverage])
+@pytest.mark.parametrize("errors", ["run", "size"])
+def test_intervals_cover(study, errors):
+    found = study(Design(sizes=5, budgets=4, seeds=3, errors=errors), 40).table()
+    assert (found["coverage"] >= 0.85).all()
+
+
+@pytest.mark.slow
+def test_two_step_forecasts_cover():
+    found = forecast_coverage(Design(sizes=7, budgets=5, seeds=1, errors="run"), 30).table()
+    assert (found["coverage"] >= 0.83).all()
+
+
+def test_the_command_prints_a_row_an_interval(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["coverage", "--tables", "2", "--only", "contrast"])
+    monkeypatch.setattr(command, "verdict_coverage", lambda tables: noise_coverage(command.GRIDS[2], 2))
+    command.main()
+    assert "| contrast | " in capsys.readouterr().out
