@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group, find_placement
 from aimscale.harness.run.config import ConfigError, ProbeSection, Section, parse
-from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
-from aimscale.harness.run.failures import PreemptedError, StopFlag, classify, stop_signals
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.failures import PreemptedError, StopFlag, classify, run_worker, stop_signals
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.watch import RankWatch, execute
 
@@ -151,13 +149,7 @@ def _left(run: RunDir, request: ProbeRequest, group: Group, done: set[int], save
 
 def main() -> None:
     """Entry point of the launchers."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m aimscale.harness.probe.job RUN_DIR/probing")
-    try:
-        sys.exit(probe_job(Path(sys.argv[1])))
-    except UserError as error:
-        print(f"aimscale: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    run_worker(probe_job, "aimscale.harness.probe.job RUN_DIR/probing")
 
 
 if __name__ == "__main__":

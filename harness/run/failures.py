@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.directory import EXIT_DIVERGED, ReasonClass
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_USER_ERROR, ReasonClass
 from aimscale.harness.run.fence import LeaseLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
@@ -79,3 +82,17 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if isinstance(error, LeaseLost | OSError) or is_network:
         return "node", sentence
     return "code", sentence
+
+
+def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
+    """Entry point of what launchers start: `work` on the folder that is the only argument; ends the process.
+
+    A user's mistake and a lost lease are one sentence, everything else a traceback.
+    """
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python -m {usage}")
+    try:
+        sys.exit(work(Path(sys.argv[1])))
+    except (UserError, LeaseLost) as error:
+        print(f"aimscale: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASHED)

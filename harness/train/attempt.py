@@ -9,18 +9,14 @@ from pathlib import Path
 
 import torch
 
-from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.directory import (
-    EXIT_CRASHED,
     EXIT_DIVERGED,
     EXIT_FINISHED,
     EXIT_PREEMPTED,
-    EXIT_USER_ERROR,
     RunDir,
 )
-from aimscale.harness.run.failures import DivergedError, PreemptedError, classify, stop_signals
-from aimscale.harness.run.fence import LeaseLost
+from aimscale.harness.run.failures import DivergedError, PreemptedError, classify, run_worker, stop_signals
 from aimscale.harness.run.trunk import missing_budgets
 from aimscale.harness.run.watch import execute
 from aimscale.harness.train.evaluate import evaluate_run, missing_evaluations, pausing
@@ -87,10 +83,4 @@ def train(path: Path) -> int:
 
 def main() -> None:
     """Entry point of the launchers."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m aimscale.harness.train RUN_DIR")
-    try:
-        sys.exit(train(Path(sys.argv[1])))
-    except (UserError, LeaseLost) as error:
-        print(f"aimscale: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASHED)
+    run_worker(train, "aimscale.harness.train RUN_DIR")

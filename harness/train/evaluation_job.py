@@ -7,17 +7,15 @@ logs, so that it neither waits for the training of the same run nor disturbs it.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import find_placement
 from aimscale.harness.probe.run import join_ranks
-from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
-from aimscale.harness.run.failures import PreemptedError, classify, stop_signals
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.failures import PreemptedError, classify, run_worker, stop_signals
 from aimscale.harness.run.watch import execute
 from aimscale.harness.train.evaluate import evaluate_run, pausing
 
@@ -66,13 +64,7 @@ def evaluation_job(path: Path) -> int:
 
 def main() -> None:
     """Entry point of the launchers."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m aimscale.harness.train.evaluation_job RUN_DIR/evaluating")
-    try:
-        sys.exit(evaluation_job(Path(sys.argv[1])))
-    except UserError as error:
-        print(f"aimscale: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    run_worker(evaluation_job, "aimscale.harness.train.evaluation_job RUN_DIR/evaluating")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.device.distributed import find_placement, start_group
-from aimscale.harness.run.failures import STOP_SIGNALS, classify, stop_signals
+from aimscale.harness.run.failures import STOP_SIGNALS, classify, run_worker, stop_signals
 from aimscale.harness.run.fence import LeaseLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
@@ -100,3 +101,20 @@ def test_another_thread_gets_a_flag_that_no_signal_raises() -> None:
     thread.start()
     thread.join()
     assert flags == [False]
+
+
+@pytest.mark.parametrize(("error", "code"), [(DataError("no images"), 2), (LeaseLost("taken over"), 1)])
+def test_a_worker_says_what_is_wrong_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
+) -> None:
+    def work(path: Path) -> int:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["worker", "run"])
+    with pytest.raises(SystemExit) as ended:
+        run_worker(work, "worker RUN_DIR")
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"aimscale: {error}\n"
+    monkeypatch.setattr(sys, "argv", ["worker"])
+    with pytest.raises(SystemExit, match="usage: python -m worker RUN_DIR"):
+        run_worker(work, "worker RUN_DIR")

@@ -38,7 +38,8 @@ with RunDir(sys.argv[1]).hold():
 def _fast_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The times of a lease, scaled down: minutes become seconds."""
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "STALE_S", 1.2)
+    monkeypatch.setattr(lease, "STALE_S", 2.0)
+    monkeypatch.setattr(lease, "WATCH_BEATS", 10.0)
 
 
 def on_host(name: str, action: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
@@ -119,6 +120,7 @@ def test_a_clock_that_is_set_takes_no_lease_away(
 ) -> None:
     run = RunDir(tmp_path)
     stop = tmp_path / "stop"
+    monkeypatch.setattr(lease, "WATCH_BEATS", 30.0)
 
     def hold() -> None:
         with run.hold() as own:
@@ -267,7 +269,8 @@ def test_a_forked_child_neither_holds_nor_releases(tmp_path: Path) -> None:
         os.kill(int(child_file.read_text()), signal.SIGKILL)
 
 
-def test_processes_of_two_hosts_hold_one_after_the_other(tmp_path: Path) -> None:
+def test_processes_of_two_hosts_hold_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 60.0)
     run, inside, log = RunDir(tmp_path / "run"), tmp_path / "inside", tmp_path / "log"
 
     def contend() -> None:

@@ -42,8 +42,8 @@ PLACES: dict[str, tuple[Any, str]] = {
 def _scaled_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes become seconds; forks inherit it."""
     monkeypatch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
-    monkeypatch.setattr(aimscale.harness.run.lease, "BEAT_S", 0.2)
-    monkeypatch.setattr(aimscale.harness.run.lease, "STALE_S", 3.0)
+    monkeypatch.setattr(aimscale.harness.run.lease, "BEAT_S", 0.3)
+    monkeypatch.setattr(aimscale.harness.run.lease, "STALE_S", 6.0)
     for name, seconds in (("BEAT_S", 0.2), ("SILENCE_S", 6.0), ("GRACE_S", 1.0), ("STEP_S", 12.0)):
         monkeypatch.setattr(aimscale.harness.run.watch, name, seconds)
 
