@@ -28,11 +28,17 @@ class Section(BaseModel):
 def read_yaml(path: Path) -> Any:
     """Read one YAML document; a missing or malformed file is a ConfigError."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deep") from error
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
 
 
 def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:

@@ -18,7 +18,17 @@ from typing import Any
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from aimscale.harness.data.store.card import fingerprint
-from aimscale.harness.run.config import ConfigError, ModelSection, RunConfig, RuntimeConfig, parse, run_config
+from aimscale.harness.run.config import (
+    ConfigError,
+    EvaluationConfig,
+    ModelSection,
+    RunConfig,
+    RuntimeConfig,
+    Section,
+    TrainingConfig,
+    parse,
+    run_config,
+)
 from aimscale.harness.run.row import cached_model
 from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, count
@@ -188,9 +198,8 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     optimiser = fields["optimiser"]
     factors = (fields.pop("lr_multiplier", 1.0), cell.get("lr_multiplier", 1.0))
     if factors != (1.0, 1.0):
-        optimiser["lr_peak"] = float(
-            f"{optimiser['lr_peak'] * _factor(factors[0], sweep) * _factor(factors[1], sweep):.6g}"
-        )
+        lr_peak = _factor(optimiser["lr_peak"], sweep, "optimiser.lr_peak")
+        optimiser["lr_peak"] = float(f"{lr_peak * _factor(factors[0], sweep) * _factor(factors[1], sweep):.6g}")
     fields["budgets"] = _whole_batches(requested, optimiser["batch_size"], sweep)
     runtime = _runtime(json.dumps(fields.pop("runtime", {}), default=str), f"{sweep.source}: runtime")
     devices = sweep.file.cost.devices or fields.pop("devices", chosen.devices(scale))
@@ -201,9 +210,9 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, batch_target=batch_target)
 
 
-def _factor(value: Any, sweep: Sweep) -> float:
-    if not isinstance(value, int | float) or value <= 0:
-        raise SweepError(f"{sweep.source}: lr_multiplier must be a number above 0, not {value!r}")
+def _factor(value: Any, sweep: Sweep, name: str = "lr_multiplier") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SweepError(f"{sweep.source}: {name} must be a number above 0, not {value!r}")
     return float(value)
 
 
@@ -213,10 +222,17 @@ def _runtime(fields: str, where: str) -> RuntimeConfig:
     return parse(RuntimeConfig, json.loads(fields), where)
 
 
+@functools.lru_cache
+def _check_model(section: tuple[tuple[str, Any], ...], where: str) -> None:
+    """Most runs of a sweep share their model, too."""
+    parse(ModelSection, dict(section), where)
+
+
 def _model_from(section: Mapping[str, Any], changes: Fields, sweep: Sweep) -> ModelConfig:
     """The model that raw `model` fields describe; what is wrong with them is said by the strict parser."""
     target = changes.get("objective", {}).get("target", "normalised")
     try:
+        _check_model(tuple(section.items()), f"{sweep.source}: model")
         return cached_model(tuple(section.items()), target)
     except TypeError as error:
         parse(ModelSection, dict(section), f"{sweep.source}: model")
@@ -278,6 +294,9 @@ def _resolve(fields: Fields, sweep: Sweep) -> Fields:
             return {k: absolute(v) if k in keys and isinstance(v, str) else walk(v, keys) for k, v in value.items()}
         return value
 
+    for key, value in fields.items():
+        if key in SECTIONS and not isinstance(value, dict):
+            raise SweepError(f"{sweep.source}: {key} must be a mapping of keys to values, not {value!r}")
     placed = {key: walk(value, PATH_FIELDS[key]) if key in PATH_FIELDS else value for key, value in fields.items()}
     if isinstance(data := placed.get("data"), dict) and isinstance(data.get("sources"), list | tuple):
         placed["data"] = {**data, "sources": [_with_fingerprint(source, sweep) for source in data["sources"]]}
@@ -289,6 +308,15 @@ def _with_fingerprint(source: Any, sweep: Sweep) -> Any:
     if not isinstance(source, dict) or "fingerprint" in source or not isinstance(path := source.get("path"), str):
         return source
     return {**source, "fingerprint": fingerprint(path) or sweep.known_data.get(sweep.relative(path))}
+
+
+SECTIONS = {
+    name
+    for kind in (TrainingConfig, EvaluationConfig)
+    for name, field in kind.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+} | {"runtime"}
+"""Fields of a run that are mappings."""
 
 
 def _words(cell: Fields) -> str:

@@ -331,13 +331,16 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / SWEEP_RECORD
     try:
-        record = json.loads(path.read_text())
+        record: Any = json.loads(path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("base_dir", ""), str):
+            raise ValueError("it holds no record of a sweep")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SweepError(f"cannot read {path} ({error}); restore it or launch into another --root") from error
-    if record.get("version") != 1:
+    if record.get("version") != 1 or "base_dir" not in record:
         raise SweepError(
             f"{path} is of version {record.get('version')!r}, this aimscale reads 1; use the one that made it"
         )
-    return record
+    found: dict[str, Any] = record
+    return found

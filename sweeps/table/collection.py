@@ -258,6 +258,6 @@ def _machine(record: RunRecord) -> dict[str, dict[str, Any]]:
     try:
         start = json.loads(record.provenance.read_text())["starts"][-1]
         machine = {key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start}
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         return {}
     return {json.dumps(machine, sort_keys=True): machine}

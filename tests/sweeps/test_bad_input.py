@@ -1,0 +1,142 @@
+"""Whatever stands in a sweep file or in a run's files, a verb answers, or says one sentence and exits with 2."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aimscale.sweeps.bench.overheads import _finish
+from aimscale.sweeps.cli.main import main
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.runs.claims import own_claim
+from aimscale.sweeps.runs.sweep_dir import prepare
+
+FILES = (
+    "config.yaml",
+    "status.json",
+    "results.json",
+    "lease.json",
+    "launch.json",
+    "attempts.jsonl",
+    "provenance.json",
+    "probing/status.json",
+    "probing/request.json",
+)
+VERBS = (["status"], ["status", "--json"], ["collect"], ["retry"], ["cancel"], ["launch", "--dry-run"])
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
+odd_bytes = st.one_of(
+    st.binary(max_size=64),
+    values.map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([b"", b"[" * 5000, b"{" * 5000, b"1" * 5000, b"\xff\xfe{\x00}\x00", b"null", b"NaN", b"- " * 3000]),
+)
+
+
+def call(words: list[str], capsys: Any) -> None:
+    """Run a verb; anything but an answer or one sentence with exit code 2 (1 for failed runs) is an error."""
+    try:
+        main(words)
+    except SystemExit as end:
+        said = capsys.readouterr().err.strip()
+        problem = (words, end.code, said)
+        code = end.code
+    else:
+        return
+    assert code in (0, 1, 2, None), problem
+    assert said or code != 2, problem
+    assert len(said.splitlines()) <= 3, problem
+
+
+@pytest.fixture
+def finished(write_sweep: Any) -> tuple[Path, Path]:
+    """A sweep file, and the directory of its one run, which is finished."""
+    sweep = write_sweep(sizes=["rung-32"])
+    prepare(sweep)
+    (record,) = _finish(sweep, plan(sweep))
+    record.write_claim(own_claim("local", 1))
+    return sweep.source, record.path
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(FILES), content=odd_bytes)
+def test_any_content_of_a_runs_files(
+    name: str, content: bytes, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run_dir = finished
+    path = run_dir / name
+    before = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    try:
+        for verb, *options in VERBS:
+            call([verb, str(source), "--root", str(source.parent / "root"), *options], capsys)
+    finally:
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=odd_bytes | values.map(lambda value: yaml.safe_dump(value).encode()))
+def test_any_content_of_a_sweep_file(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "any.yaml"
+    path.write_bytes(content)
+    call(["plan", str(path), "--root", str(tmp_path)], capsys)
+
+
+PLAIN: dict[str, Any] = {
+    "name": "any",
+    "sizes": ["rung-32"],
+    "budgets": [640],
+    "seeds": [0],
+    "axes": {"model.head_depth": [1]},
+    "variants": {"a": {}},
+    "exclude": [],
+    "override": [],
+    "cost": {"mfu": 0.4},
+    "slurm": {"time_min": 10, "extra": {}, "setup": []},
+    "base": {
+        "model": {"image_size": 16, "patch_size": 4},
+        "data": {"sources": [{"path": "data/train"}]},
+        "optimiser": {"batch_size": 64},
+        "validation": {"path": "data/validation"},
+        "probes": [],
+    },
+}
+
+
+def places(values: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything in a nested value."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [above, *(place for key, value in inner for place in places(value, (*above, key)))]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.sampled_from(places(PLAIN)[1:]), value=values)
+def test_any_value_at_any_place_of_a_sweep_file(
+    place: tuple[Any, ...], value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = copy.deepcopy(PLAIN)
+    holder: Any = document
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    path = tmp_path / "any.yaml"
+    path.write_text(yaml.safe_dump(document))
+    call(["plan", str(path), "--root", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "[1]", '"text"', '{"version": 1}', "\xff", "[" * 5000, "1" * 5000])
+def test_any_record_of_a_sweep(content: str, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    source, run_dir = finished
+    (run_dir.parent.parent / "sweep.json").write_bytes(content.encode("latin-1"))
+    for verb, *options in VERBS:
+        call([verb, "tiny", "--root", str(source.parent / "root"), *options], capsys)
