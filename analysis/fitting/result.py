@@ -51,6 +51,11 @@ class Interval:
     method: str
     """E.g. "bootstrap over 240 points"."""
 
+    def words(self, form: str = ".3f") -> str:
+        """Both ends in brackets, or that there is no interval."""
+        known = np.isfinite([self.low, self.high]).all()
+        return f"[{self.low:{form}}, {self.high:{form}}]" if known else "(no interval)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:

@@ -126,8 +126,7 @@ class Frontier(Result):
 
     def headline(self) -> str:
         """The exponent with its interval."""
-        i = self.exponent_interval
-        return f"Approach {self.approach}: N*(C) ~ C^{self.exponent:.3f} [{i.low:.3f}, {i.high:.3f}]"
+        return f"Approach {self.approach}: N*(C) ~ C^{self.exponent:.3f} {self.exponent_interval.words()}"
 
     def summary(self) -> str:
         """The exponent as prose, and the optimum at the largest budget and at ten times it."""
@@ -138,9 +137,8 @@ class Frontier(Result):
         """The exponent with its interval, method, range and refusals."""
         i = self.exponent_interval
         text = (
-            f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} "
-            f"({i.confidence:.0%} interval {i.low:.3f} to {i.high:.3f}, {i.method}), C from {self.range[0]:.3g} to "
-            f"{self.range[1]:.3g} FLOPs."
+            f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} {i.words()} "
+            f"({i.confidence:.0%}, {i.method}), C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."
         )
         if self.bias is not None:
             text += f" By itself this approach errs by {self.bias:+.3f} on this design, which the interval allows for."

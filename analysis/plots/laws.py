@@ -50,8 +50,8 @@ def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = A
         if ax is None:
             ax = new_figure()[1][0]
         low, high = frontier.range
-        i = frontier.exponent_interval
-        label = f"approach {frontier.approach}: exponent {frontier.exponent:.2f} [{i.low:.2f}, {i.high:.2f}]"
+        ends = frontier.exponent_interval.words(".2f")
+        label = f"approach {frontier.approach}: exponent {frontier.exponent:.2f} {ends}"
         for start, end, style, alpha in ((low, high, LINES[number], 0.18), (high, 10 * high, (0, (1, 2)), 0.08)):
             line = frontier.at(np.geomspace(start, end, 60))
             ax.plot(line["C"], line["N"], color=colour, linestyle=style, label=label if end == high else None)
@@ -166,7 +166,7 @@ def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
     with styled():
         figure, (ax,) = new_figure(4.6, 4.0)
         draws = fit.reported_draws()
-        scatter(ax, draws[x], draws[y], color=ACCENT, marker="o", size=10, alpha=0.3, label="bootstrap draw")
+        scatter(ax, draws[x], draws[y], color=ACCENT, marker="o", size=10, alpha=0.3, label="draw")
         ax.plot(fit.params[x], fit.params[y], color=SECOND, marker="D", linewidth=0, markersize=8, label="fit")
         for name, line, limit in ((x, ax.axvline, ax.set_xlim), (y, ax.axhline, ax.set_ylim)):
             i = fit.intervals[name]
@@ -174,7 +174,7 @@ def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
                 line(end, color=MUTED, linestyle="--", linewidth=1)
             inside = np.nanpercentile(draws[name], [0.5, 99.5])
             margin = 0.1 * float(np.ptp(inside)) + 1e-12
-            limit(inside[0] - margin, inside[1] + margin)
+            limit(max(inside[0] - margin, float(np.nanmin(draws[name])) - 0.1 * margin), inside[1] + margin)
         names = {"alpha": "α", "beta": "β"}
         ax.set_xlabel(f"{names.get(x, x)} (exponent of N)" if x == "alpha" else names.get(x, x))
         ax.set_ylabel(f"{names.get(y, y)} (exponent of D)" if y == "beta" else names.get(y, y))

@@ -84,7 +84,7 @@ def law_caption(study: Study, key: str) -> str:
     names = [p.name for p in fit.law.parameters]
     values = "; ".join(f"{name} = {fit.shown(name)}" for name in names)
     return (
-        f"{fit.law.formula}: {values}. Brackets: {100 * fit.confidence:.0f} % bootstrap intervals, "
+        f"{fit.law.formula}: {values}. Brackets: {100 * fit.confidence:.0f} % intervals, "
         "shaded for the curve. "
         f"{fit.num_points} points ({study.selections.get(key, 'all rows')})."
     )
@@ -200,12 +200,13 @@ def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
             data,
         )
     if joint.draws:
-        caption = "Each point is the law refitted to one resample of the rows; dashed: 95 % intervals."
+        caption = f"Each point is one draw of both exponents ({joint.interval_method}); dashed: 95 % intervals."
         draws = pd.DataFrame({name: joint.reported_draws()[name] for name in ("alpha", "beta")})
         yield page_figure("cloud", "checks", "How sure the exponents are", caption, plot_cloud(joint), draws)
     frontiers = study.approaches.frontiers if study.approaches else ()
     path = next((frontier for frontier in frontiers if frontier.approach == 3), None)
-    caption = "Contours of equal fitted loss, the measured points, and the path of least loss at each compute."
+    best = ", and the path of least loss at each compute" if path else "; approach 3 has no path of least loss to draw"
+    caption = f"Contours of equal fitted loss, the measured points{best}."
     yield page_figure(
         "surface", "checks", "The fitted loss over N and D", caption, plot_surface(joint, path), joint.data
     )

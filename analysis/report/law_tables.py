@@ -21,13 +21,11 @@ def law_tables(study: Study) -> list[PageTable]:
             page_table(
                 f"law-{key}",
                 f"{fit.law.formula}, fitted to {fit.num_points} points",
-                f"Rows: {study.selections.get(key, 'all')}. {fit.interval_method.capitalize()}.",
+                f"Rows: {study.selections.get(key, 'all')}. Intervals: {fit.interval_method}.",
                 frame,
                 [
                     ("parameter", "parameter", text),
                     ("shown", f"value [{100 * fit.confidence:.0f} % interval]", text),
-                    ("low", "low", human),
-                    ("high", "high", human),
                     ("note", "note", prose),
                 ],
             )

@@ -117,8 +117,7 @@ def _split(study: Study) -> str:
     best = found.frontiers[-1]
     at = best.at(top).iloc[0]
     exponents = ", ".join(
-        f"{f.exponent:.2f}{_ends(f.exponent_interval.low, f.exponent_interval.high, '.2f')} by approach {f.approach}"
-        for f in found.frontiers
+        f"{f.exponent:.2f} {f.exponent_interval.words('.2f')} by approach {f.approach}" for f in found.frontiers
     )
     apart = (
         f" Their N* differ by a factor of {found.disagreement(top):.2g} there and of "
