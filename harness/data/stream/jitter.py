@@ -3,6 +3,9 @@
 torchvision's own blending rounds once or twice, as the compiler chose for a device, and its means add up in another
 order on each. On other devices than CPUs, sums of products are therefore taken in float64, where they are exact, and
 means are sums of integers; what remains are single operations, which all devices round alike.
+
+On a CPU the hue took three quarters of the time. `_shift_hue` gives torchvision's bytes in a third of it: candidates of
+each colour become bytes before one is chosen, by masks of bits. Brightness and contrast are tables of 256 bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from aimscale.harness.data.random_access import I64, random_uniform
 _PROBABILITY = 0.8
 _STRENGTH = np.array([0.4, 0.4, 0.2, 0.1])  # of brightness, contrast, saturation, hue
 _ORDERS = np.array(list(itertools.permutations(range(4))))
+_ALL_BYTES = torch.arange(256, dtype=torch.uint8)[None, None]
+_TINY = np.float32(1e-3)  # less than any difference of two bytes over 255
+_SIXTH, _ONE, _TWO, _FOUR, _SIX = (np.float32(number) for number in (1 / 6, 1, 2, 4, 6))
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's
 
 
@@ -32,12 +38,89 @@ def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
     """
     if images.device.type != "cpu":
         return jitter_exactly(images, key, positions)
-    adjust = (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation, colour.adjust_hue)
+    adjust = (_scale_brightness, _scale_contrast, colour.adjust_saturation, _shift_hue)
     chosen, order, strength = _draw(key, positions)
     for row in np.flatnonzero(chosen):
+        image = images[row].contiguous()  # colours in planes: strided ones take half as long again
         for change in order[row]:
-            images[row] = adjust[change](images[row], float(strength[row, change]))
+            image = adjust[change](image, float(strength[row, change]))
+        images[row] = image
     return images
+
+
+def _scale_brightness(image: Tensor, factor: float) -> Tensor:
+    """torchvision's adjust_brightness of uint8 (C, H, W), byte for byte."""
+    return _looked_up(image, colour.adjust_brightness(_ALL_BYTES, factor))
+
+
+def _scale_contrast(image: Tensor, factor: float) -> Tensor:
+    """torchvision's adjust_contrast of uint8 (C, H, W), byte for byte."""
+    if image.shape[0] == 1:
+        grey = image.float()
+    else:
+        red, green, blue = image.unbind()
+        grey = red.mul(_GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2]).floor_()[None]
+    mean = torch.mean(grey, dim=(-3, -2, -1), keepdim=True)
+    blended = _ALL_BYTES.mul(factor).add_(mean, alpha=1.0 - factor).clamp_(0, 255)
+    return _looked_up(image, blended.to(torch.uint8))
+
+
+def _looked_up(image: Tensor, table: Tensor) -> Tensor:
+    """Each byte of a contiguous image by its entry of uint8 (1, 1, 256)."""
+    data = bytearray(image.numpy().tobytes().translate(table.numpy().tobytes()))
+    return torch.frombuffer(data, dtype=torch.uint8).view(image.shape)
+
+
+def _shift_hue(image: Tensor, shift: float) -> Tensor:
+    """torchvision's adjust_hue of uint8 (C, H, W), byte for byte."""
+    if image.shape[0] == 1:
+        return image
+    floats = colour.to_dtype(image, torch.float32, scale=True).numpy()
+    red, green, blue = image.numpy()
+    largest = np.maximum(np.maximum(red, green), blue)
+    value = np.maximum(np.maximum(floats[0], floats[1]), floats[2])
+    spread = value - np.minimum(np.minimum(floats[0], floats[1]), floats[2])
+    # a grey pixel has spread 0, over which divisors do not matter as long as they are not 0
+    saturation = spread / np.maximum(value, _TINY)
+    from_red, from_green, from_blue = np.divide(np.subtract(value, floats, out=floats), np.maximum(spread, _TINY))
+    is_red = _mask(red == largest)
+    is_green = _mask(green == largest) & ~is_red
+    hue = _masked(from_blue - from_green, is_red)
+    hue += _masked(from_red + _TWO - from_blue, is_green)
+    hue += _masked(from_green + _FOUR - from_red, ~(is_red | is_green))
+    hue = hue * _SIXTH + _ONE
+    hue -= np.floor(hue)
+    hue += np.float32(shift)
+    hue -= np.floor(hue)
+    hue *= _SIX
+    sextant = np.floor(hue)
+    product = (hue - sextant) * saturation
+    rest = _ONE - saturation
+    levels = np.stack([rest, _ONE - product, product + rest])
+    levels *= value
+    low, falls, rises = colour.to_dtype(torch.from_numpy(levels), torch.uint8, scale=True).numpy()
+    sextant = sextant.astype(np.uint8)
+    first, second, third, fourth, fifth = (_byte_mask(sextant == number) for number in range(1, 6))
+    zeroth = ~(first | second | third | fourth | fifth)  # a hue that was rounded up to 1 begins anew
+    shifted = np.empty(image.shape, np.uint8)
+    shifted[0] = largest & (zeroth | fifth) | falls & first | low & (second | third) | rises & fourth
+    shifted[1] = rises & zeroth | largest & (first | second) | falls & third | low & (fourth | fifth)
+    shifted[2] = low & (zeroth | first) | rises & second | largest & (third | fourth) | falls & fifth
+    return torch.from_numpy(shifted)
+
+
+def _mask(where: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """All bits of a float where it is true: choosing by bits is faster than by branches."""
+    return -where.astype(np.int32)
+
+
+def _byte_mask(where: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    return -where.view(np.uint8)
+
+
+def _masked(values: npt.NDArray[np.float32], mask: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """The values where the mask is set, 0 elsewhere."""
+    return (values.view(np.int32) & mask).view(np.float32)
 
 
 def jitter_exactly(images: Tensor, key: int, positions: I64) -> Tensor:

@@ -13,6 +13,7 @@ import torchvision
 import torchvision.transforms.v2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as colour
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
@@ -27,7 +28,7 @@ from aimscale.harness.data.stream.augment import (
 )
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
-from aimscale.harness.data.stream.jitter import jitter_colours
+from aimscale.harness.data.stream.jitter import _draw, _shift_hue, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.mixture import Mixture
 from aimscale.harness.data.stream.positions import TrainStream
@@ -247,6 +248,26 @@ def test_colour_jitter_is_drawn_by_position() -> None:
     got = out[changed].double().mean((2, 3))
     assert ((got.mean(0) - expected.mean(0)).abs() < 5 * (2 / len(got)) ** 0.5 * expected.std(0)).all()
     torch.testing.assert_close(got.std(0), expected.std(0), rtol=0.2, atol=0)
+
+
+def test_colour_jitter_gives_the_bytes_of_torchvision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 600, 600), generator=generator, dtype=torch.uint8)
+    image[:, :50], image[1, 50:100], image[2, 100:150] = image[:1, :50], image[0, 50:100], image[1, 100:150]  # ties
+    image[:, 150:160], image[:, 160:170] = 0, 255
+    for shift in (-0.1, -0.033, 0.0, 1e-7, 0.05, 0.1):
+        assert torch.equal(_shift_hue(image, shift), colour.adjust_hue(image, shift)), shift
+    assert torch.equal(_shift_hue(image[:1], 0.1), image[:1])
+    changes = (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation, colour.adjust_hue)
+    for side in (1, 7, 32, 224):
+        shape = (20, side, side + 1, 3)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
+        expected = images.clone(memory_format=torch.preserve_format)
+        chosen, order, strength = _draw(5, np.arange(20))
+        for row in np.flatnonzero(chosen):
+            for change in order[row]:
+                expected[row] = changes[change](expected[row], float(strength[row, change]))
+        assert torch.equal(jitter_colours(images, 5, np.arange(20)), expected), side
 
 
 def test_other_than_grey_or_colour_is_refused(configure: Configure) -> None:
