@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.sweeps.cli import collapse as verb
+from aimscale.sweeps.cli import status as cli_status
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError
 
@@ -34,3 +35,22 @@ def test_the_curves_are_read_from_the_run_directories(write_sweep: Any, tmp_path
     assert found["deviating"] == ["rung-96"]
     assert [row["rung"] for row in found["rungs"]] == sizes
     assert (tmp_path / "collapse.svg").is_file()
+
+
+def test_status_forecasts_the_end_of_a_running_run(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32", "rung-48", "rung-64", "rung-96"], budgets=[6400])
+    for i, run in enumerate(plan(sweep)):
+        folder = sweep.run_dir(run.run_id)
+        folder.mkdir(parents=True)
+        losses = 1 + (0.5 + 0.01 * i) * np.arange(1, 101) ** -0.5
+        lines = [{"images_seen": 64 * (k + 1), "branch": None, "loss": float(v)} for k, v in enumerate(losses)]
+        text = "".join(json.dumps(line) + "\n" for line in (lines[:50] if i == 1 else lines))
+        (folder / "metrics.jsonl").write_text(text + '{"images_seen": 9')  # a line that is being written
+    args = [str(sweep.source), "--root", str(sweep.root), "--ends"]
+    out = CliRunner().invoke(cli_status.app, args, catch_exceptions=False)
+    assert "at 50% of its training, will end at a training loss of 1.05" in out.output
+    (ending,) = json.loads(CliRunner().invoke(cli_status.app, [*args, "--json"], catch_exceptions=False).output)[
+        "endings"
+    ]
+    assert ending["num_finished"] == 3
+    assert ending["low"] < 1 + 0.51 * 0.1025 < ending["high"]
