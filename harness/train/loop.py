@@ -171,8 +171,13 @@ class Trainer:
             current = [Segment(start=point, stop=branch, branch=branch)]
         for budget in left:
             check_branch(self.run, self.schedule, budget, point)
+        if branch is None:
+            # A segment of the trunk begins where the last budget left it, not where the run was interrupted: a
+            # roll-back goes to that beginning.
+            start = max((at for budget in saved if (at := self.schedule.branch_point(budget)) <= point), default=0)
+            return [each for each in self.schedule.segments(start, left) if each.stop > point], point
         following = self.schedule.segments(point, left)
-        if current or branch is None or not following:
+        if current or not following:
             return current + following, manifest.images_seen if manifest else 0
         if point > 0 or self._is_saved(point):  # else the engine is still as it started
             load_checkpoint(self.run.checkpoint_dir(point), self.engine, self.group)
