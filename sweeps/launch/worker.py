@@ -11,16 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aimscale.harness.probe.job import ProbeRequest
-from aimscale.harness.probe.run import saved_budgets
 from aimscale.sweeps.launch.devices import default_slots, sharing, visible_gpus
+from aimscale.sweeps.launch.evaluations import evaluation_jobs, unevaluated
 from aimscale.sweeps.launch.local_queue import Command, LaunchResult, print_events, run_queue, worker_command
 from aimscale.sweeps.launch.preflight import check_data
-from aimscale.sweeps.launch.probes import WORKER, probing_jobs
-from aimscale.sweeps.launch.start import planned, startable
+from aimscale.sweeps.launch.start import evaluation_command, planned, startable
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
 from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm.commands import Queued
@@ -96,7 +93,8 @@ def work(
         training_result = execute(training, runs, command)
         results = [(trained, training_result)]
         if not training_result.interrupted:
-            results.append((evaluated, _evaluate(loaded, runs, execute)))
+            lacking = unevaluated(loaded, runs)
+            results.append((evaluated, execute(evaluation_jobs(loaded), lacking, evaluation_command)))
         for done, result in results:
             done |= dict.fromkeys(result.finished)
             failed |= dict.fromkeys(result.failed)
@@ -105,22 +103,3 @@ def work(
         if not any(result.finished or result.failed for _, result in results):
             why = why or "nothing is left"
     return Worked(trained=tuple(trained), evaluated=tuple(evaluated), failed=tuple(failed), why=why)
-
-
-def _evaluate(
-    sweep: Sweep, runs: Sequence[Run], execute: Callable[[JobKind, Sequence[Run], Command], LaunchResult]
-) -> LaunchResult:
-    """Probe the finished runs whose tasks are not all done: a run that is being trained evaluates itself."""
-    ready = [run for run in runs if run.config.evaluation.probes and _is_trained(sweep, run)]
-    paths = {run.run_id: sweep.run_dir(run.run_id) for run in ready}
-    requests = {run.run_id: ProbeRequest(tasks=tuple(run.config.evaluation.probes)) for run in ready}
-    kind = probing_jobs(sweep, paths, requests)
-    return execute(kind, ready, lambda path, devices: worker_command(path, devices, WORKER))
-
-
-def _is_trained(sweep: Sweep, run: Run) -> bool:
-    try:
-        record = RunRecord(sweep.run_dir(run.run_id))
-        return record.checked_status().state == "finished" and bool(saved_budgets(record))
-    except SweepError:
-        return False  # training has named it

@@ -30,6 +30,7 @@ from aimscale.harness.probe.job import ProbeRequest, probe_job
 from aimscale.harness.probe.run import probe_baseline, probe_run
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
+from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli import probe as cli_probe
 from aimscale.sweeps.launch.probes import missing, probing_jobs, run_at, runs_of_sweep, sweep_of_run
@@ -89,6 +90,10 @@ def trained(write_sweep: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list
             for budget in run.budgets:
                 torch.manual_seed(budget)
                 write_weights(AIM(model_of(run.config.training)).state_dict(), record.model_file(budget))
+                write_json(
+                    record.budget_dir(budget) / "model.json",
+                    {"images_seen": budget, "progress": {"images_done": budget}},
+                )
                 record.record_row(
                     {"run_id": run.run_id, "images_seen": budget, "val_loss": 0.5, "finished_at": 1.0, "probes": []}
                 )
