@@ -67,6 +67,11 @@ def command(
         return
     result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate, notify=notify)
     _print_left(result.left)
+    if result.unplanned:
+        typer.echo(
+            f"not in this plan and left as they are: {len(result.unplanned)} run directories, such as "
+            f"{result.unplanned[0]}; what they trained differs"
+        )
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
         raise typer.Exit(EXIT_INTERRUPTED)

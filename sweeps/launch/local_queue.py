@@ -116,6 +116,8 @@ class LaunchResult:
     """Whether it was asked to stop before it was through."""
     stopped_by: int | None = None
     """The signal that asked first, where one did."""
+    unplanned: tuple[str, ...] = ()
+    """Run directories that the plan does not name: what they trained differs from it."""
     evaluated: tuple[str, ...] = ()
     """Runs on which it measured what was missing, in jobs of their own."""
 

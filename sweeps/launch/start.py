@@ -85,7 +85,9 @@ def launch(
     summary = f"{loaded.name}: {len(result.finished)} runs finished now, {len(result.failed)} failed"
     facts = {"finished": len(result.finished), "failed": len(result.failed), "interrupted": result.interrupted}
     post(notify, "ended", loaded.name, summary, **facts)
-    return result
+    names = {run.run_id for run in runs}
+    others = sorted(path.parent.name for path in loaded.runs_dir.glob("*/config.yaml") if path.parent.name not in names)
+    return replace(result, unplanned=tuple(others))
 
 
 def _with_evaluations(trained: LaunchResult, evaluated: LaunchResult) -> LaunchResult:
