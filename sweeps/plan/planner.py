@@ -116,7 +116,9 @@ class _Fixed:
     """The parts of a sweep that are the same in every cell: paths resolved, dotted keys nested."""
 
     def __init__(self, sweep: Sweep) -> None:
-        self.base = _resolve(_nested(sweep.file.base), sweep)
+        # The model must be whole before a recipe can scale the rest with it.
+        model = {"model": dict(recipe(sweep.file.recipe).settings.get("model", {}))}
+        self.base = merge(model, _resolve(_nested(sweep.file.base), sweep))
         self.overrides = [
             (_conditions(override.when), _resolve(_nested(override.set), sweep)) for override in sweep.file.override
         ]
