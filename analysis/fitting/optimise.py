@@ -17,7 +17,7 @@ import numpy as np
 
 from aimscale.analysis.fitting.objectives import LAD_DELTA
 from aimscale.analysis.fitting.problem import Problem, make_problem, objective_of
-from aimscale.analysis.fitting.projection import MAX_STARTS, starts
+from aimscale.analysis.fitting.projection import num_starts, starts
 from aimscale.analysis.laws.base import Array
 
 __all__ = ["Minimum", "Problem", "global_minimum", "make_problem", "minimise"]
@@ -163,9 +163,9 @@ class Minimum:
     """Objective, summed over points."""
 
 
-def global_minimum(problem: Problem, *, extra: Array | None = None, count: int = MAX_STARTS) -> list[Minimum]:
+def global_minimum(problem: Problem, *, extra: Array | None = None, count: int | None = None) -> list[Minimum]:
     """Distinct local minima, best first: the grid's best points, refined."""
-    first = starts(problem, count=count)
+    first = starts(problem, count=num_starts(problem) if count is None else count)
     if extra is not None:
         first = np.concatenate([first, extra])
     if len(first) == 0:

@@ -95,6 +95,11 @@ def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array)
     return inside & np.isfinite(value)
 
 
+def num_starts(problem: Problem) -> int:
+    """How many starts to refine: more where the lattice is sparse, as in laws with breaks."""
+    return MAX_STARTS * min(4, max(1, len(problem.law.nonlinear) - 1))
+
+
 def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     """The best distinct grid points with projected coefficients (count, k), by the objective itself."""
     problem = _thinned(problem)

@@ -9,7 +9,7 @@ import pytest
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import legacy_counts
-from aimscale.analysis.fitting.objectives import HUBER_LOG
+from aimscale.analysis.fitting.objectives import HUBER_LOG, find_objective
 from aimscale.analysis.fitting.optimise import global_minimum, make_problem, minimise
 from aimscale.analysis.laws.catalogue import Law, coefficient, exponent
 
@@ -163,3 +163,19 @@ def test_mixed_units_are_refused(grid):
         fit(laws.CHINCHILLA, in_billions)
     with pytest.raises(AnalysisError, match=r"flops_train / \(params_total x images_seen\) varies"):
         fit(laws.CHINCHILLA, grid.assign(flops_train=grid["flops_train"] / np.where(small, 1e3, 1)))
+
+
+def test_two_breaks_are_found_as_well_as_by_three_hundred_random_starts():
+    """Seven non-linear parameters: eight starts stayed 1.4 to 14 % above the best of them."""
+    law, rng, x = laws.find_law("broken2:x"), np.random.default_rng(0), np.geomspace(1e2, 1e7, 30)
+    for _ in range(4):
+        c, d = rng.uniform(0.05, 0.5, 3), np.sort(np.exp(rng.uniform(np.log(3e2), np.log(3e6), 2)))
+        smooth = 3 * x ** -c[0] / (1 + (x / d[0]) ** 2) ** (c[1] / 2) * (1 + (x / d[1]) ** 3) ** (-c[2] / 3)
+        y = (rng.uniform(0, 0.3) + smooth) * np.exp(0.005 * rng.standard_normal(30))
+        problem = make_problem(law, {"x": x}, y, find_objective("log_lsq"))
+        lower, upper = np.maximum(problem.lower, -20), np.minimum(problem.upper, 20)
+        lower[:2], upper[:2] = 0, 2
+        _, totals = minimise(problem, rng.uniform(lower, upper, (300, len(lower))))
+        assert global_minimum(problem)[0].total <= np.nanmin(totals) * 1.002
+    found = fit(law, pd.DataFrame({"x": x, "y": y}), y="y", resamples=0)
+    assert "the best minimum found, not proved" in found.sentence()
