@@ -110,7 +110,7 @@ class PooledFeatures:
     @property
     def _record(self) -> Path:
         assert self._file is not None
-        return self._file.with_suffix(".pt")
+        return self._file.with_suffix(".partial.pt")  # counts as progress of a probe job
 
     def _checksum(self, number: int) -> int:
         rows = self._values[number * STRETCH_ROWS : (number + 1) * STRETCH_ROWS]

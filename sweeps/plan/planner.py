@@ -138,8 +138,10 @@ def _cells(sweep: Sweep, fixed: _Fixed, chosen: Recipe) -> Iterator[tuple[Fields
     file = sweep.file
     named = file.axes | ({"variant": tuple(file.variants)} if file.variants else {})
     axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in named.items()]
+    # what a recipe says of the model stands under everything else, because sizes and budgets follow from the model
+    base = merge({"model": dict(chosen.settings["model"])}, fixed.base) if "model" in chosen.settings else fixed.base
     for values in itertools.product(*axes):
-        axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), fixed.base)
+        axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), base)
         extra = {key: value for key, _, value in values}
         budgets_of = _isoflop_budgets(sweep, axis_fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
         for size, unique, seed in itertools.product(file.sizes, file.unique_images, file.seeds):

@@ -6,8 +6,10 @@ import copy
 import errno
 import io
 import json
+import random
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from aimscale.harness.probe.moments import Moments
 from aimscale.harness.probe.protocol import Bounds, probe_backbone, probe_model
 from aimscale.harness.probe.scores import wilson_interval
 from aimscale.harness.probe.sizes import block_sets
-from aimscale.harness.probe.views import PublishedViews
+from aimscale.harness.probe.views import ARGUMENTS, PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
 GEOMETRY = ModelSection(size="rung-32", image_size=16, patch_size=4)
@@ -448,6 +450,32 @@ def test_published_views_depend_on_seed_epoch_and_image_alone(digits: Path) -> N
     torch.rand(3)  # somebody else draws
     assert torch.equal(views.images(train.dataset, np.array([8]), epoch=0)[0], both[1])
     assert not torch.equal(views.images(train.dataset, np.array([8]), epoch=1)[0], both[1])
+
+
+def test_views_are_changed_by_the_operations_and_magnitudes_of_timm() -> None:
+    from timm.data import auto_augment
+
+    assert list(ARGUMENTS) == auto_augment._RAND_INCREASING_TRANSFORMS
+    for name, arguments in ARGUMENTS.items():
+        level_of = auto_augment.LEVEL_TO_ARG[name]
+        for level in (0.0, 3.7, 9.0, 10.0):
+            ours = [arguments(level / 10, sign) for sign in (1.0, -1.0)]
+            theirs = [level_of(level, {}) if level_of else () for _ in range(30)]  # either sign, by chance
+            if name == "PosterizeIncreasing":  # timm may ask for no bit, which Pillow refuses
+                theirs = [(max(1, bits),) for (bits,) in theirs]
+            for values in theirs:
+                assert any(values == pytest.approx(mine) for mine in ours), (name, level)
+
+
+def test_threads_make_views_side_by_side(digits: Path) -> None:
+    train, _ = open_task(section(digits), GEOMETRY)
+    train = replace(train, views=PublishedViews(GEOMETRY, seed=1))
+    state = random.getstate(), torch.get_rng_state()
+    chunks = [list(range(start, start + 20)) for start in range(0, 200, 20)]
+    ahead = torch.cat([images for _, images in train.ahead(chunks, 0)])
+    assert torch.equal(ahead, train.images(range(200), 0))
+    assert state[0] == random.getstate()  # nobody's generators were touched
+    assert torch.equal(state[1], torch.get_rng_state())
 
 
 def test_augmented_probes_learn_from_views(digits: Path, model: AIM) -> None:
