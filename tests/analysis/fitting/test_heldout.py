@@ -5,6 +5,7 @@ import pytest
 
 from aimscale.analysis import fit, held_out, laws
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting import heldout
 from aimscale.analysis.fitting.sentences import held_out_sentence
 
 
@@ -60,3 +61,23 @@ def test_too_few_values_to_hold_out_are_refused(grid):
     result = fit(laws.CHINCHILLA, grid, resamples=0)
     with pytest.raises(AnalysisError, match="too few"):
         held_out(result, grid, by="D", num_values=4)
+
+
+def test_the_refit_resamples_what_the_fit_resampled(grid, monkeypatch):
+    seen = []
+    refit = heldout.fit
+
+    def noted(*args, **options):
+        seen.append(options["cluster"])
+        return refit(*args, **options)
+
+    monkeypatch.setattr(heldout, "fit", noted)
+    rng = np.random.default_rng(0)
+    shared = dict(zip(grid["size"].unique(), np.exp(0.02 * rng.standard_normal(grid["size"].nunique())), strict=True))
+    grid["val_loss"] *= grid["size"].map(shared)
+    widths = {}
+    for cluster in ("size", None):
+        found = held_out(fit("chinchilla", grid, cluster=cluster, resamples=60), grid, by="D", resamples=60)
+        widths[cluster] = float((found.predictions["pi_hi"] - found.predictions["pi_lo"]).mean())
+    assert seen == ["size", None]
+    assert widths["size"] != widths[None]
