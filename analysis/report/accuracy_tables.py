@@ -8,7 +8,8 @@ import pandas as pd
 from aimscale.analysis.fitting.sentences import kind_name
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.cells import PageTable, number, page_table, percent, spans, text, whole
-from aimscale.analysis.report.study import Study, accuracy_forecasts
+from aimscale.analysis.report.expected import accuracy_forecasts
+from aimscale.analysis.report.study import Study
 
 
 def probe_table(study: Study) -> PageTable | None:

@@ -6,7 +6,8 @@ import pandas as pd
 
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.cells import PageTable, number, page_table, prose, spans, text, whole
-from aimscale.analysis.report.study import Study, forecasts
+from aimscale.analysis.report.expected import forecasts
+from aimscale.analysis.report.study import Study
 
 
 def law_tables(study: Study) -> list[PageTable]:

@@ -11,7 +11,8 @@ import numpy as np
 from aimscale.analysis.choice.proposal import Proposal
 from aimscale.analysis.fitting.result import about
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.report.study import Study, forecasts
+from aimscale.analysis.report.expected import forecasts
+from aimscale.analysis.report.study import Study
 from aimscale.analysis.tables.design import varies
 
 Colour = Literal["green", "amber", "red"]
