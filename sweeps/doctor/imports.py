@@ -18,7 +18,6 @@ MODULES = (
     "torchvision",
     "deepspeed",
     "simplejpeg",
-    "webdataset",
     "submitit",
     "timm",
     "pyarrow",

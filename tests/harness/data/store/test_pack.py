@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from aimscale.harness.data.errors import DataError
@@ -43,6 +44,15 @@ def test_pack_keeps_bytes_and_labels(small_set: Path) -> None:
     assert dataset.decode(5).shape == (3, 32, 32)
     repeat = pack_folder(small_set.parent / "images", small_set.parent / "again")[0]
     assert repeat.fingerprint == dataset.fingerprint
+
+
+def test_webdataset_reads_what_is_packed(small_set: Path) -> None:
+    dataset = open_dataset(small_set)
+    shards = [str(small_set / shard.name) for shard in dataset.shards]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [dataset.key(i) for i in range(60)]
+    assert [sample["png"] for sample in samples] == dataset.read_many(range(60))
+    assert [int(sample["cls"]) for sample in samples] == dataset.require_labels().tolist()
 
 
 def test_ranges_are_disjoint_splits_of_the_whole(
