@@ -16,7 +16,7 @@ from typing import Any
 
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.train import loop as train
+from aimscale.harness.train import attempt as train
 
 step = Engine.step
 num_steps = 0
