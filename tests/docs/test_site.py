@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -145,7 +146,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 def test_a_dead_link_ends_the_build(tmp_path: Path) -> None:
     source = tmp_path / "docs"
     source.mkdir()
-    (source / "conf.py").write_text((ROOT / "docs" / "conf.py").read_text())
+    shutil.copy(ROOT / "docs" / "conf.py", source)
+    shutil.copytree(ROOT / "docs" / "generate", source / "generate")
     (source / "index.md").write_text("# A page\n\n[dead](nowhere.md) and [dead](#nothing)\n")
     words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", str(source), str(tmp_path / "site")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
