@@ -109,7 +109,7 @@ def test_olmo_ladder_forecasts_have_intervals_of_both_steps(measurements):
             ends.append(end | {"loss": loss.tail(5).mean()})
             smooth = loss.rolling(5, min_periods=1).mean()
             evaluations.append(pd.DataFrame({"run": run, "loss": smooth[keep], "acc": group[f"{task}_acc"][keep]}))
-        law = fit(laws.CHINCHILLA, pd.DataFrame(ends), y="loss", resamples=200, cluster="run")
+        law = fit(laws.CHINCHILLA, pd.DataFrame(ends), y="loss", objective="huber_log", resamples=200, cluster="run")
         to_accuracy = link(
             pd.concat(evaluations, ignore_index=True),
             loss="loss", accuracy="acc", anchor=(0.0, 1.0), cluster="run", resamples=200,
