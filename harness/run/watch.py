@@ -24,7 +24,7 @@ BEAT_S = 5.0
 """A rank beats, and looks at the others, this often."""
 SILENCE_S = 40.0
 """A rank that was not heard of for this long is gone."""
-GRACE_S = 10.0
+GRACE_S = 5.0
 """What a rank is given to end by itself, in its own words, before its watch ends it."""
 ENDS_WITHIN_S = 60.0
 """From the silence of one rank to the end of all: the three above, and a little for the file system."""
