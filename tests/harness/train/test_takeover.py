@@ -159,10 +159,11 @@ def test_a_trainer_whose_lease_was_taken_while_it_worked_stops_before_it_writes(
     def beat_into_the_void() -> None:
         lease = aimscale.harness.run.lease
         lease.Lease._beat = lambda self: setattr(self, "_last_beat", lease.running_time())  # type: ignore[method-assign]
+        (tmp_path / "silent").touch()
         time.sleep(0.3)
 
     first = start("node-a", run.path, place="step", action=beat_into_the_void, number=3)
-    until(lambda: run.metrics.exists() and run.metrics.read_text())
+    until(lambda: (tmp_path / "silent").exists() and run.metrics.exists() and run.metrics.read_text())
     until(lambda: not run.is_held())
     assert first.exitcode is None
     second = start("node-b", run.path)
