@@ -160,7 +160,7 @@ def test_a_trainer_whose_lease_was_taken_while_it_worked_stops_before_it_writes(
         lease = aimscale.harness.run.lease
         lease.Lease._beat = lambda self: setattr(self, "_last_beat", lease.running_time())  # type: ignore[method-assign]
         (tmp_path / "silent").touch()
-        time.sleep(0.3)
+        time.sleep(1.0)  # outlasts the lease
 
     first = start("node-a", run.path, place="step", action=beat_into_the_void, number=3)
     until(lambda: (tmp_path / "silent").exists() and run.metrics.exists() and run.metrics.read_text())
