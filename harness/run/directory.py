@@ -60,8 +60,6 @@ class Status:
     """`images_seen` in optimiser steps."""
     loss: float | None = None
     """Training loss at that step."""
-    val_loss: float | None = None
-    """Validation loss of the budget last recorded."""
     images_per_s: float | None = None
     """Over the last logging interval, all ranks."""
     mfu: float | None = None

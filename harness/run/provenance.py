@@ -18,7 +18,7 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import process_started, read_object, write_json
 
 PROVENANCE_VERSION = 1
-PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "fsspec", "pandas")
+PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "webdataset", "pandas")
 
 
 @functools.cache

@@ -123,7 +123,7 @@ def _validate(run: RunDir, config: RunConfig, group: Group, budget: int) -> None
         losses.save(kept)
         write_npz(run.completions_file(budget), completions(model, dataset, section, training.model, group.device))
         _enter(run, budget, kept)
-        print(f"{budget} validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
+        print(f"budget {budget}: validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
     group.wait()
 
 

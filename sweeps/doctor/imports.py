@@ -18,6 +18,7 @@ MODULES = (
     "torchvision",
     "deepspeed",
     "simplejpeg",
+    "webdataset",
     "submitit",
     "timm",
     "pyarrow",

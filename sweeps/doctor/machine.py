@@ -33,7 +33,7 @@ MIN_MEMORY_BYTES = 3_000_000_000
 """The demo's two processes take 2.9 GB."""
 MIN_OPEN_FILES = 1024
 """A training process keeps up to 128 shards of each source open, a loader worker as many again."""
-SHOWN = ("torch", "torchvision", "deepspeed", "submitit", "fsspec", "timm", "numpy", "scipy", "pandas", "pydantic")
+SHOWN = ("torch", "torchvision", "deepspeed", "submitit", "webdataset", "timm", "numpy", "scipy", "pandas", "pydantic")
 """Packages whose versions a bug report needs."""
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -186,7 +186,7 @@ def _line(
         images_seen=status.images_seen,
         step=status.step,
         loss=status.loss,
-        val_loss=status.val_loss,
+        val_loss=_validation_loss(record) if state not in ("not started", "damaged") else None,
         images_per_s=status.images_per_s,
         mfu=status.mfu,
         eta_s=left / speed if speed else None,
@@ -202,6 +202,12 @@ def _line(
         evaluation=evaluation,
         device_hours=hours,
     )
+
+
+def _validation_loss(record: RunRecord) -> float | None:
+    """Of the largest budget that has been validated."""
+    losses = {row["images_seen"]: row["val_loss"] for row in record.read_rows() if row.get("val_loss") is not None}
+    return losses[max(losses)] if losses else None
 
 
 def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[int, str, float]:

@@ -19,7 +19,7 @@ from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import known_heads, load_backbone, released_probe_shapes, released_shapes
 from aimscale.analysis.tables.schema import results_table
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.probe.images import open_task
 from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection

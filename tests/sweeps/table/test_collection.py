@@ -116,9 +116,9 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     fresh, dead, other_version, running = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
     dead.write_status(state="running", images_done=500, images_planned=1000, images_per_s=10.0)
     other_version.write_status(version=99)
-    running.write_status(
-        state="running", images_done=250, images_planned=1000, images_per_s=10.0, loss=0.5, val_loss=0.4321
-    )
+    running.write_status(state="running", images_done=250, images_planned=1000, images_per_s=10.0, loss=0.5)
+    running.record_row({"images_seen": 640, "val_loss": 0.4321})
+    running.record_row({"images_seen": 1280, "val_loss": None})  # trained, and not evaluated yet
     (sweep.runs_dir / "old-run").mkdir()
     with running.hold():
         status = sweep_status(sweep, runs, cards)
