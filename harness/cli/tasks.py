@@ -61,7 +61,7 @@ class TaskChoice:
         Raises:
             ConfigError, ProbeError: no such task, or one that is only half given.
         """
-        from aimscale.harness.probe.backbones import ProbeError
+        from aimscale.harness.probe.features.backbones import ProbeError
         from aimscale.harness.probe.run import wanted_tasks
 
         kinds = {"kinds": self.kinds} if self.kinds else {}
@@ -79,7 +79,7 @@ class TaskChoice:
 def list_tasks(wanted: bool) -> None:
     """Print the cards of the paper's benchmarks and end, if `wanted`."""
     if wanted:
-        from aimscale.harness.probe.benchmarks import CARDS
+        from aimscale.harness.probe.features.benchmarks import CARDS
 
         for card in CARDS.values():
             test = f"{card.num_test:,}" if card.num_test else "?"

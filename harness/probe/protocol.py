@@ -33,7 +33,7 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.overlap import count_shared
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.backbones import (
+from aimscale.harness.probe.features.backbones import (
     DTYPES,
     AimBackbone,
     Backbone,
@@ -42,8 +42,8 @@ from aimscale.harness.probe.backbones import (
     matmul_precision,
     precision_difference,
 )
-from aimscale.harness.probe.blocks import averages
-from aimscale.harness.probe.features import (
+from aimscale.harness.probe.features.blocks import averages
+from aimscale.harness.probe.features.extraction import (
     ALONE,
     CACHE_GB,
     DISK_GB,
@@ -53,17 +53,17 @@ from aimscale.harness.probe.features import (
     batched,
     share,
 )
+from aimscale.harness.probe.features.images import LabelledImages, holdout_split, open_task
+from aimscale.harness.probe.features.sizes import BlockSet, block_sets
+from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import PROTOCOL, SCHEMA_VERSION, Pause, as_entry, finished_probes, task_key, task_lock
-from aimscale.harness.probe.fit import Candidate, GridFit, Split, best
-from aimscale.harness.probe.heads import STACKS, Setting
-from aimscale.harness.probe.images import LabelledImages, holdout_split, open_task
-from aimscale.harness.probe.lora import RANK, adapt
-from aimscale.harness.probe.neighbours import Neighbours
-from aimscale.harness.probe.progress import ProbeProgress
+from aimscale.harness.probe.heads.fit import Candidate, GridFit, Split, best
+from aimscale.harness.probe.heads.lora import RANK, adapt
+from aimscale.harness.probe.heads.neighbours import Neighbours
+from aimscale.harness.probe.heads.progress import ProbeProgress
+from aimscale.harness.probe.heads.scores import Answers, answers, score, together
+from aimscale.harness.probe.heads.stacks import STACKS, Setting
 from aimscale.harness.probe.resources import Resources
-from aimscale.harness.probe.scores import Answers, answers, score, together
-from aimscale.harness.probe.sizes import BlockSet, block_sets
-from aimscale.harness.probe.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.harness.run.files import write_json
 

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.backbones import DTYPES, AimBackbone, ProbeError
-from aimscale.harness.probe.features import ALONE, StreamedTokens, batched, share
+from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, ProbeError
+from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
+from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.files import PROTOCOL, SCHEMA_VERSION, as_entry, merge_into_rows, weights_name
-from aimscale.harness.probe.images import open_labelled
+from aimscale.harness.probe.heads.scores import answers, score, together
 from aimscale.harness.probe.run import load_budget, saved_budgets
-from aimscale.harness.probe.scores import answers, score, together
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json

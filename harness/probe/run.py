@@ -15,11 +15,11 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model
 from aimscale.harness.device.distributed import Group, LaunchError, find_placement, start_group, stop_group
-from aimscale.harness.probe.backbones import AimBackbone, ProbeError
-from aimscale.harness.probe.baseline_models import baseline
-from aimscale.harness.probe.features import ALONE
+from aimscale.harness.probe.features.backbones import AimBackbone, ProbeError
+from aimscale.harness.probe.features.baseline_models import baseline
+from aimscale.harness.probe.features.extraction import ALONE
+from aimscale.harness.probe.features.images import open_task
 from aimscale.harness.probe.files import Pause, as_entry, finished_probes, merge_into_rows, task_key, weights_name
-from aimscale.harness.probe.images import open_task
 from aimscale.harness.probe.protocol import Bounds, probe_backbone
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -201,7 +201,7 @@ def probe_baseline(
     """Probe a baseline on tasks; yields entries after each task.
 
     Args:
-        target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.baseline_models`.
+        target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.baseline_models`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
         weights: weight file of a timm model.

@@ -155,7 +155,7 @@ def _score_released(path: Path, choice: TaskChoice, device: Device, as_json: boo
 
 def _runs(target: str, is_run: bool, root: Path, parts: list[str] | None) -> tuple[Sweep, list[Run], dict[str, Path]]:
     """The runs meant, with their directories."""
-    from aimscale.harness.probe.baseline_models import is_baseline
+    from aimscale.harness.probe.features.baseline_models import is_baseline
     from aimscale.sweeps.launch.probes import runs_of_sweep, sweep_of_run
 
     if is_run:

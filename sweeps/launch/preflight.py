@@ -35,7 +35,7 @@ def check_data(runs: Sequence[Run]) -> None:
             open_dataset(path)
     if not tasks:
         return
-    from aimscale.harness.probe.images import open_task
+    from aimscale.harness.probe.features.images import open_task
 
     for probe, model in tasks.values():
         if max(num_images(probe.train) or 0, num_images(probe.test) or 0) <= MAX_OPENED:

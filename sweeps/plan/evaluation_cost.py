@@ -13,8 +13,8 @@ from pathlib import Path
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount
 from aimscale.harness.data.store.card import num_images
-from aimscale.harness.probe.benchmarks import CARDS
-from aimscale.harness.probe.sizes import (
+from aimscale.harness.probe.features.benchmarks import CARDS
+from aimscale.harness.probe.features.sizes import (
     BYTES_PER_HEAD_PARAM,
     block_sets,
     head_params,

@@ -20,7 +20,7 @@ from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import known_heads, load_backbone, released_probe_shapes, released_shapes
 from aimscale.analysis.tables.schema import results_table
 from aimscale.harness.data.store.image_folder import pack_folder
-from aimscale.harness.probe.images import open_task
+from aimscale.harness.probe.features.images import open_task
 from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir

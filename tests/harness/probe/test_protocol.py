@@ -25,17 +25,17 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_probe
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.probe.backbones import AimBackbone, PixelBackbone, precision_difference
-from aimscale.harness.probe.features import ALONE, CachedTokens, FeaturePass, StreamedTokens
-from aimscale.harness.probe.fit import GridFit, Split, grid
-from aimscale.harness.probe.images import LabelledImages, holdout_split, open_task
-from aimscale.harness.probe.knn import NeighbourBank
-from aimscale.harness.probe.lora import _Adaptation
-from aimscale.harness.probe.moments import Moments
+from aimscale.harness.probe.features.backbones import AimBackbone, PixelBackbone, precision_difference
+from aimscale.harness.probe.features.extraction import ALONE, CachedTokens, FeaturePass, StreamedTokens
+from aimscale.harness.probe.features.images import LabelledImages, holdout_split, open_task
+from aimscale.harness.probe.features.moments import Moments
+from aimscale.harness.probe.features.sizes import block_sets
+from aimscale.harness.probe.features.views import ARGUMENTS, PublishedViews
+from aimscale.harness.probe.heads.fit import GridFit, Split, grid
+from aimscale.harness.probe.heads.knn import NeighbourBank
+from aimscale.harness.probe.heads.lora import _Adaptation
+from aimscale.harness.probe.heads.scores import wilson_interval
 from aimscale.harness.probe.protocol import Bounds, probe_backbone, probe_model
-from aimscale.harness.probe.scores import wilson_interval
-from aimscale.harness.probe.sizes import block_sets
-from aimscale.harness.probe.views import ARGUMENTS, PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
 GEOMETRY = ModelSection(size="rung-32", image_size=16, patch_size=4)
@@ -119,8 +119,8 @@ def test_streamed_and_cached_features_give_the_same_probes(
 ) -> None:
     wanted = section(digits, epochs=2, batch_size=100)
     cached = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
-    monkeypatch.setattr("aimscale.harness.probe.sizes.HEADS_GB", 3e-4)  # a few block sets in each round
-    monkeypatch.setattr("aimscale.harness.probe.fit.WORKING_GB", 1e-4)  # and fewer at a time
+    monkeypatch.setattr("aimscale.harness.probe.features.sizes.HEADS_GB", 3e-4)  # a few block sets in each round
+    monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)  # and fewer at a time
     streamed = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=tmp_path, bounds=Bounds(cache_gb=0.0))
     for one, other in zip(cached, streamed, strict=True):
         assert one["blocks"] == other["blocks"]
@@ -241,8 +241,8 @@ def test_neighbours_vote_with_their_cosine(monkeypatch: pytest.MonkeyPatch) -> N
     labels = torch.randint(0, 5, (301,), generator=generator)
     make = [bank, labels, bank.mean(0), bank.var(0, unbiased=False), 5, ALONE]
     whole = torch.cat([votes for _, votes in NeighbourBank(*make).votes(queries, (5, 20))], dim=1)
-    monkeypatch.setattr("aimscale.harness.probe.knn.QUERIES", 10)
-    monkeypatch.setattr("aimscale.harness.probe.knn.BANK_BLOCK", 13)
+    monkeypatch.setattr("aimscale.harness.probe.heads.knn.QUERIES", 10)
+    monkeypatch.setattr("aimscale.harness.probe.heads.knn.BANK_BLOCK", 13)
     blocks = torch.cat([votes for _, votes in NeighbourBank(*make).votes(queries, (5, 20))], dim=1)
     torch.testing.assert_close(blocks, whole)
 
@@ -291,8 +291,8 @@ def test_a_full_disk_is_one_sentence(digits: Path, model: AIM, tmp_path: Path, m
 def test_pooled_features_on_disk_are_gone_on_with_and_a_damaged_file_is_computed_again(
     digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("aimscale.harness.probe.features.STRETCH_ROWS", 100)
-    monkeypatch.setattr("aimscale.harness.probe.pooled.STRETCH_ROWS", 100)
+    monkeypatch.setattr("aimscale.harness.probe.features.extraction.STRETCH_ROWS", 100)
+    monkeypatch.setattr("aimscale.harness.probe.features.pooled.STRETCH_ROWS", 100)
     train, _ = open_task(section(digits), GEOMETRY)
     fit = np.arange(0, 600, 2)
     whole = feature_pass(model).split(train, "train", "key", fit)
@@ -422,8 +422,8 @@ def test_a_killed_streamed_probe_goes_on_to_the_same_numbers(
     digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = section(digits, epochs=4, kinds=("linear", "knn", "attentive"))
-    monkeypatch.setattr("aimscale.harness.probe.progress.SAVE_EVERY_S", -1.0)  # after every step
-    monkeypatch.setattr("aimscale.harness.probe.progress.SAVE_RATIO", -1.0)
+    monkeypatch.setattr("aimscale.harness.probe.heads.progress.SAVE_EVERY_S", -1.0)  # after every step
+    monkeypatch.setattr("aimscale.harness.probe.heads.progress.SAVE_RATIO", -1.0)
 
     def run(out: Path, passes: int) -> tuple[Any, int]:
         backbone = InterruptedBackbone(lambda: copy.deepcopy(model))

@@ -10,8 +10,8 @@ from PIL import Image
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.probe.backbones import ProbeError
-from aimscale.harness.probe.benchmarks import TaskError
+from aimscale.harness.probe.features.backbones import ProbeError
+from aimscale.harness.probe.features.benchmarks import TaskError
 from aimscale.sweeps.launch.preflight import check_data
 from aimscale.sweeps.plan.planner import plan
 

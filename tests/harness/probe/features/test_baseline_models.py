@@ -10,7 +10,7 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.probe.baseline_models import TimmBackbone, baseline
+from aimscale.harness.probe.features.baseline_models import TimmBackbone, baseline
 from aimscale.harness.run.config import RunConfig
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.blocks import averaging
-from aimscale.harness.probe.sizes import BlockSet
+from aimscale.harness.probe.features.blocks import averaging
+from aimscale.harness.probe.features.sizes import BlockSet
 
 CHUNK_VALUES = 50_000_000
 """Values that are held in fp32 at a time while their products are summed."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.aim.probes import AttentiveProbe, LinearProbe
-from aimscale.harness.probe.heads import CLIP_NORM, LR_END, STACKS, HeadStack, Setting, StackedAdamW
+from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, HeadStack, Setting, StackedAdamW
 
 NUM_SETS, BATCH, NUM_TOKENS, WIDTH, NUM_CLASSES, NUM_HEADS = 2, 12, 9, 16, 5, 4
 SETTINGS = (Setting(lr=1e-2, weight_decay=0.05), Setting(lr=3e-3, weight_decay=0.0), Setting(lr=0.1, weight_decay=0.5))

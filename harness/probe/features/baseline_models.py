@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
-from aimscale.harness.probe.backbones import AimBackbone, Backbone, PixelBackbone, ProbeError
+from aimscale.harness.probe.features.backbones import AimBackbone, Backbone, PixelBackbone, ProbeError
 from aimscale.harness.run.config import ModelSection, RunConfig
 
 TIMM = "timm:"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group, Placement
-from aimscale.harness.probe.backbones import DTYPES, Backbone, ProbeError
+from aimscale.harness.probe.features.backbones import DTYPES, Backbone, ProbeError
+from aimscale.harness.probe.features.images import LabelledImages
+from aimscale.harness.probe.features.moments import Moments
+from aimscale.harness.probe.features.pooled import STRETCH_ROWS, PooledFeatures
 from aimscale.harness.probe.files import Pause
-from aimscale.harness.probe.images import LabelledImages
-from aimscale.harness.probe.moments import Moments
-from aimscale.harness.probe.pooled import STRETCH_ROWS, PooledFeatures
 
 CACHE_GB = 2.0
 """Memory of a rank for tokens, and the same for pooled features; beyond it tokens are computed batch by batch, and

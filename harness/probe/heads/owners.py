@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.blocks import averages
-from aimscale.harness.probe.sizes import BlockSet
+from aimscale.harness.probe.features.blocks import averages
+from aimscale.harness.probe.features.sizes import BlockSet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aimscale.harness.probe.sizes import BlockSet
+from aimscale.harness.probe.features.sizes import BlockSet
 
 
 def averaging(sets: Sequence[BlockSet], num_blocks: int, device: torch.device) -> Tensor:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.blocks import averages
-from aimscale.harness.probe.features import SplitFeatures, share
-from aimscale.harness.probe.fit import Candidate, Split
-from aimscale.harness.probe.images import LabelledImages
-from aimscale.harness.probe.knn import NeighbourBank
-from aimscale.harness.probe.pooled import PooledFeatures
-from aimscale.harness.probe.scores import Answers, answers, together
-from aimscale.harness.probe.sizes import BlockSet
+from aimscale.harness.probe.features.blocks import averages
+from aimscale.harness.probe.features.extraction import SplitFeatures, share
+from aimscale.harness.probe.features.images import LabelledImages
+from aimscale.harness.probe.features.pooled import PooledFeatures
+from aimscale.harness.probe.features.sizes import BlockSet
+from aimscale.harness.probe.heads.fit import Candidate, Split
+from aimscale.harness.probe.heads.knn import NeighbourBank
+from aimscale.harness.probe.heads.scores import Answers, answers, together
 
 ROWS = 8192
 """Images whose blocks are averaged at a time."""

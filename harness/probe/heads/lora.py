@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features import batched, share
+from aimscale.harness.probe.features.extraction import batched, share
+from aimscale.harness.probe.features.images import LabelledImages
+from aimscale.harness.probe.features.moments import Moments
+from aimscale.harness.probe.features.sizes import BlockSet, number_of_steps
 from aimscale.harness.probe.files import Pause
-from aimscale.harness.probe.fit import Split, grid
-from aimscale.harness.probe.heads import CLIP_NORM, AttentiveStack, Setting, learning_rate
-from aimscale.harness.probe.images import LabelledImages
-from aimscale.harness.probe.moments import Moments
-from aimscale.harness.probe.progress import ProbeProgress
-from aimscale.harness.probe.scores import Answers, answers
-from aimscale.harness.probe.sizes import BlockSet, number_of_steps
+from aimscale.harness.probe.heads.fit import Split, grid
+from aimscale.harness.probe.heads.progress import ProbeProgress
+from aimscale.harness.probe.heads.scores import Answers, answers
+from aimscale.harness.probe.heads.stacks import CLIP_NORM, AttentiveStack, Setting, learning_rate
 from aimscale.harness.run.config import ProbeSection
 
 RANK = 8

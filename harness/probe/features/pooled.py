@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.backbones import ProbeError
+from aimscale.harness.probe.features.backbones import ProbeError
 from aimscale.harness.run.files import written_aside
 
 STRETCH_ROWS = 4096

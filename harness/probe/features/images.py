@@ -15,9 +15,9 @@ from torch import Tensor
 
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.evalset import eval_images
-from aimscale.harness.probe.backbones import ProbeError
-from aimscale.harness.probe.benchmarks import check_against_card
-from aimscale.harness.probe.views import PublishedViews
+from aimscale.harness.probe.features.backbones import ProbeError
+from aimscale.harness.probe.features.benchmarks import check_against_card
+from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
 MAX_DECODERS = 8

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features import Features, SplitFeatures, batched, share
+from aimscale.harness.probe.features.extraction import Features, SplitFeatures, batched, share
+from aimscale.harness.probe.features.moments import Moments
+from aimscale.harness.probe.features.sizes import BlockSet, number_of_steps, sets_per_round
 from aimscale.harness.probe.files import Pause
-from aimscale.harness.probe.heads import STACKS, HeadStack, Setting, StackedAdamW
-from aimscale.harness.probe.moments import Moments
-from aimscale.harness.probe.owners import Ownership
-from aimscale.harness.probe.progress import ProbeProgress, StepSaver
-from aimscale.harness.probe.sizes import BlockSet, number_of_steps, sets_per_round
+from aimscale.harness.probe.heads.owners import Ownership
+from aimscale.harness.probe.heads.progress import ProbeProgress, StepSaver
+from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, Setting, StackedAdamW
 from aimscale.harness.run.config import ProbeSection
 
 WORKING_GB = 1.0

@@ -1,0 +1,1 @@
+"""What probes see: backbones, labelled images, tokens, pooled features and their statistics."""

@@ -1,0 +1,1 @@
+"""Probe heads: stacks of them trained on one pass, neighbours, LoRA, and their scores."""
