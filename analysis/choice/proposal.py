@@ -31,7 +31,7 @@ class Proposal(Result):
     """Runs to buy next."""
 
     table: pd.DataFrame
-    """One row a run, in the order of choice: the offer's columns (N, D, price...) and D/N."""
+    """One row per run, in the order of choice: the offer's columns (N, D, price...) and D/N."""
     law: Fit = field(repr=False)
     """The law that the worth of runs is computed with."""
     target: dict[str, float]

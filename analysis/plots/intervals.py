@@ -56,7 +56,7 @@ def row_labels(ax: Axes, labels: Sequence[str]) -> None:
 
 
 def plot_contrasts(found: Contrasts) -> Figure:
-    """Differences against the baseline with intervals: a row a measure, a marker a level; ticks are pairs of runs.
+    """Differences against the baseline with intervals: a row per measure, a marker per level; ticks are pairs of runs.
 
     Losses are drawn as per cent of the baseline, accuracies in points, each unit on its own axes. A marker is filled
     where its interval leaves zero out.

@@ -32,7 +32,7 @@ NUM_COMPLETIONS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses of single images, of each prefix and summed over them; one row an image, in the folder's order."""
+    """Losses of single images, of each prefix and summed over them; one row per image, in the folder's order."""
 
     index: np.ndarray
     """int64: sample number in the validation folder."""

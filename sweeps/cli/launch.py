@@ -29,7 +29,8 @@ def command(
     on: Annotated[Literal["local", "slurm"], typer.Option(help="A queue on this machine, or the cluster's.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started; write nothing.")] = False,
     slots: Annotated[
-        int | None, typer.Option(help="Local processes at a time; by default one a card, or as many as the cores feed.")
+        int | None,
+        typer.Option(help="Local processes at a time; by default one per card, or as many as the cores feed."),
     ] = None,
     runs_per_device: Annotated[
         str | None,

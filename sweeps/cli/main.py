@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("aimscale.sweeps.cli.plan", "List the runs of a sweep with a cost card each; no side effect."),
     "launch": ("aimscale.sweeps.cli.launch", "Start what is missing, resume what died, skip what is done."),
     "work": ("aimscale.sweeps.cli.work", "Take free runs and evaluations of a sweep until none is left."),
-    "status": ("aimscale.sweeps.cli.status", "One line a run: state, step, loss, images/s, MFU, ETA, why it failed."),
+    "status": ("aimscale.sweeps.cli.status", "One line per run: state, step, loss, images/s, MFU, ETA, why it failed."),
     "logs": ("aimscale.sweeps.cli.logs", "Print or follow the log of one run."),
     "cancel": ("aimscale.sweeps.cli.cancel", "Stop the runs of a sweep; each saves first."),
     "migrate": ("aimscale.sweeps.cli.migrate", "Bring run directories of earlier versions along, under today's names."),
@@ -83,7 +83,7 @@ class LazyGroup(typer.core.TyperGroup):
         return light.shell_complete(type(ctx)(light, resilient_parsing=True), incomplete)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write usage and one line a verb, without importing the verbs or rich."""
+        """Write usage and one line per verb, without importing the verbs or rich."""
         formatter.write_usage("aimscale", "VERB [OPTIONS] [ARGS]...")
         formatter.write_paragraph()
         formatter.write_text(self.help or "")

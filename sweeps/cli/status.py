@@ -1,4 +1,4 @@
-"""`aimscale status`: one line a run."""
+"""`aimscale status`: one line per run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aimscale.sweeps.table.status import SweepStatus, sweep_status
 if TYPE_CHECKING:
     from aimscale.analysis.forecasts.ending import Ending
 
-app = typer.Typer(help="One line a run: state, step, loss, images/s, MFU, ETA, why it failed.")
+app = typer.Typer(help="One line per run: state, step, loss, images/s, MFU, ETA, why it failed.")
 
 
 @app.command()
@@ -36,7 +36,7 @@ def command(
     ] = False,
     every: Annotated[float, typer.Option(help="Seconds between refreshes.", min=0.2)] = 2.0,
 ) -> None:
-    """One line a run: state, step, loss, images/s, MFU, ETA, why it failed."""
+    """One line per run: state, step, loss, images/s, MFU, ETA, why it failed."""
     loaded = load_sweep(sweep, root)
     runs = plan(loaded)
     cards = cost_cards(loaded, runs)

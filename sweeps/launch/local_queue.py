@@ -1,4 +1,4 @@
-"""The local queue: one process a run over a number of slots, longest runs first.
+"""The local queue: one process per run over a number of slots, longest runs first.
 
 Each process is started under the sweep's lock after looking at the run's directory again, so that two queues, also
 on two machines with a shared file system, never start one run twice. Stopping the queue (Ctrl-C, SIGTERM) asks every

@@ -9,7 +9,7 @@ from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.sweeps.plan.planner import Run
 
 MAX_OPENED = 50_000_000
-"""The index of a larger data set is left to the workers: opening it takes 25 bytes an image."""
+"""The index of a larger data set is left to the workers: opening it takes 25 bytes per image."""
 
 
 def check_data(runs: Sequence[Run]) -> None:
