@@ -6,6 +6,7 @@ from aimscale.analysis.coverage.designs import Design
 from aimscale.analysis.coverage.laws import fit_coverage, held_out_coverage, verdict_coverage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "errors"), [(1, "run"), (3, "size")])
 def test_intervals_of_a_fit_cover_where_sizes_err(seeds, errors):
     found = fit_coverage(Design(sizes=5, budgets=4, seeds=seeds, errors=errors), 60, resamples=300).table()
@@ -20,5 +21,6 @@ def test_a_held_out_size_lies_inside_about_as_often_as_said():
     assert found["coverage"].iloc[0] > 0.85
 
 
+@pytest.mark.slow
 def test_what_cannot_be_identified_is_not_said_to_be():
-    assert (verdict_coverage(20).table()["coverage"] >= 0.95).all()
+    assert (verdict_coverage(40).table()["coverage"] >= 0.95).all()

@@ -65,7 +65,9 @@ def test_a_killed_peer_is_noticed_at_once_and_named(tmp_path: Path, in_processes
     assert sentence.startswith("another rank is gone")
 
 
-def test_stop_signals_raise_a_flag_and_give_back_the_handlers_of_before() -> None:
+def test_stop_signals_raise_a_flag_and_give_back_the_handlers_of_before(request: pytest.FixtureRequest) -> None:
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which is obeyed
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, hang_up))
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     assert {signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT} == set(STOP_SIGNALS)
     for number in STOP_SIGNALS:

@@ -123,6 +123,7 @@ def test_other_images_in_the_same_folder_are_another_run(home: Path, moved: Call
     assert run.run_id != only_run(home / "runs").name
 
 
+@pytest.mark.slow
 def test_another_budget_goes_on_from_the_trunk_under_wsd(home: Path, moved: Callable[..., Path]) -> None:
     there = moved(budgets=[64, 128, 256])
     run, before = only_run(there / "runs"), state(only_run(there / "runs"))
@@ -135,12 +136,14 @@ def test_another_budget_goes_on_from_the_trunk_under_wsd(home: Path, moved: Call
     assert all(row["val_loss"] and row["probes"] for row in after["rows"])
 
 
+@pytest.mark.slow
 def test_another_budget_is_a_new_run_under_cosine(home: Path, moved: Callable[..., Path]) -> None:
     schedule = {"schedule": {"kind": "cosine", "warmup_images": 16}}
     sweep = load_sweep(moved(budgets=[64, 128], base=schedule) / "sweep.yaml", home / "runs")
     assert len({run.run_id for run in plan(sweep)}) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "changed"),
     [
@@ -170,6 +173,7 @@ def test_another_evaluation_never_trains_and_does_only_what_is_missing(
     assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated, "it is all there now"
 
 
+@pytest.mark.slow
 def test_an_earlier_validation_is_taken_from_its_file(moved: Callable[..., Path], monkeypatch: Any) -> None:
     there = moved(base={"validation": {"path": "data/test"}})
     run, before = only_run(there / "runs"), state(only_run(there / "runs"))
@@ -180,6 +184,7 @@ def test_an_earlier_validation_is_taken_from_its_file(moved: Callable[..., Path]
     assert rows == [row | {"finished_at": None} for row in before["rows"]]
 
 
+@pytest.mark.slow
 def test_jobs_beside_training_measure_what_a_run_measures_itself(home: Path, moved: Callable[..., Path]) -> None:
     there = moved()
     run = only_run(there / "runs")
