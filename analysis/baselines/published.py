@@ -282,18 +282,6 @@ def published_frame() -> pd.DataFrame:
     )
 
 
-def task_frame() -> pd.DataFrame:
-    """Table 6 as a long data frame: one row per baseline and task."""
-    return pd.DataFrame(
-        [
-            {"key": row.key, "method": row.method, "arch": row.arch, "data": row.data, "layers": row.layers,
-             "task": task, "top1": value}
-            for row in BASELINES
-            for task, value in zip(TASKS, row.top1, strict=True)
-        ]
-    )  # fmt: skip
-
-
 def best_frozen(task: str) -> Baseline:
     """The published row with the highest accuracy on a task."""
     return max(BASELINES, key=lambda row: row.accuracy(task))

@@ -180,24 +180,6 @@ def _crossings(
     return (ends[0], ends[1]), (closed[0], closed[1])
 
 
-def profile_table(fit: Fit, *, confidence: float = 0.95) -> pd.DataFrame:
-    """Profile intervals of all parameters: parameter, value, low, high, closed_below, closed_above."""
-    rows = []
-    for name in [n for n in fit.law.names if n not in fit.fixed]:
-        p = profile(fit, name, confidence=confidence)
-        rows.append(
-            {
-                "parameter": name,
-                "value": fit.law_params[name],
-                "low": p.low,
-                "high": p.high,
-                "closed_below": p.closed[0],
-                "closed_above": p.closed[1],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def with_profile_flags(fit: Fit) -> Fit:
     """The fit with flags for parameters whose profile is flat on both sides."""
     flat = [p for p in (profile(fit, n, num=11) for n in fit.law.names if n not in fit.fixed) if not any(p.closed)]

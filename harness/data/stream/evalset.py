@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.random_access import make_key, permute, random_uniform
+from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import ShardDataset, require_channels
@@ -70,12 +70,3 @@ def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.
             f"{dataset.path} has {dataset.num_usable} usable images, {num_images} were asked for; lower num_images"
         )
     return dataset.usable(np.arange(dataset.num_usable if num_images is None else num_images))
-
-
-def shuffled_split(
-    indices: npt.NDArray[np.int64], fraction: float, seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(kept, held out): a random `fraction` of the indices is held out, at least one, the same for every run."""
-    order = indices[permute(np.arange(len(indices)), len(indices), make_key("hold-out", seed))]
-    num_held = max(1, round(fraction * len(indices)))
-    return np.sort(order[num_held:]), np.sort(order[:num_held])
