@@ -7,20 +7,18 @@ it. The job takes up budgets that the run finishes meanwhile, and ends when all 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from aimscale.harness.device.distributed import Group, find_placement
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.run.config import ConfigError, ProbeSection, Section, parse
-from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, RunDir
-from aimscale.harness.run.failures import PreemptedError, StopFlag, classify, run_worker, stop_signals
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.failures import run_worker
 from aimscale.harness.run.files import write_text
-from aimscale.harness.run.watch import RankWatch, execute
 
 FOLDER = "probing"
 """Of the job within a run directory."""
@@ -66,78 +64,36 @@ def read_request(job: RunDir) -> ProbeRequest:
 
 
 def probe_job(path: Path) -> int:
-    """Execute the job in `path` and return the exit code, as `harness.train.attempt` does.
+    """Execute the job in `path` and return the exit code (`run.directory`).
 
     Raises:
         UserError: the tasks cannot be probed; `status.json` says why, too.
         LeaseHeld: another process executes this job.
     """
-    job = RunDir(path)
-    request = read_request(job)
-    placement = find_placement()
-    is_first = placement.rank == 0
-    with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(
-            execute(
-                job,
-                group=placement.name,
-                rank=placement.rank,
-                world_size=placement.world_size,
-                also=[job.path.parent / "probes"],
-            )
-        )
-        flag = stack.enter_context(stop_signals())
-        if is_first:
-            job.write_start()
-        try:
-            stack.enter_context(watch.watching())
-            _probe(job, request, watch, flag)
-        except PreemptedError:
-            if is_first:
-                job.write_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
-            return EXIT_PREEMPTED
-        except Exception as error:
-            reason_class, reason = classify(error)
-            watch.note_failure(reason, reason_class)
-            raise
-        if is_first:
-            job.write_status(state="finished", phase="", heartbeat=time.time())
-    return EXIT_FINISHED
+    folder, run = RunDir(path), RunDir(path.parent)
+    request = read_request(folder)
+    return execute_job(folder, lambda job: _probe(job, run, request), also=[run.path / "probes"])
 
 
-def _probe(job: RunDir, request: ProbeRequest, watch: RankWatch, flag: StopFlag) -> None:
+def _probe(job: Job, run: RunDir, request: ProbeRequest) -> None:
     """Probe budget by budget, those included that come to be saved meanwhile."""
     from aimscale.harness.probe.protocol import Bounds
     from aimscale.harness.probe.run import join_ranks, probe_run, saved_budgets
 
-    run = RunDir(job.path.parent)
-    with join_ranks(request.device) as group:
-
-        def pause() -> None:
-            watch.check()
-            if group.any(flag.is_raised):
-                raise PreemptedError
-            if group.is_first:
-                job.write_status(durable=False, heartbeat=time.time())
-
-        done: set[int] = set()
-        while left := _left(run, request, group, done, saved_budgets(run)):
-            budget = left[0]
-            probing = probe_run(
-                run.path,
-                budget,
-                request.tasks,
-                group=group,
-                bounds=Bounds(cache_gb=request.cache_gb, disk_gb=request.disk_gb),
-                since=request.since,
-                pause=pause,
-            )
-            if group.is_first:
-                job.write_status(durable=False, phase=f"probe at {budget:,} images ({len(left)} budgets left)")
-            for _, entries in probing:
-                for entry in entries if group.is_first else []:
-                    print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
-            done.add(budget)
+    group = job.stack.enter_context(join_ranks(request.device))
+    bounds = Bounds(cache_gb=request.cache_gb, disk_gb=request.disk_gb)
+    pause = job.pausing(group)
+    done: set[int] = set()
+    while left := _left(run, request, group, done, saved_budgets(run)):
+        budget = left[0]
+        probing = probe_run(
+            run.path, budget, request.tasks, group=group, bounds=bounds, since=request.since, pause=pause
+        )
+        job.tell(durable=False, phase=f"probe at {budget:,} images ({len(left)} budgets left)")
+        for _, entries in probing:
+            for entry in entries if group.is_first else []:
+                print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
+        done.add(budget)
 
 
 def _left(run: RunDir, request: ProbeRequest, group: Group, done: set[int], saved: list[int]) -> list[int]:
@@ -147,10 +103,5 @@ def _left(run: RunDir, request: ProbeRequest, group: Group, done: set[int], save
     return left
 
 
-def main() -> None:
-    """Entry point of the launchers."""
-    run_worker(probe_job, "aimscale.harness.probe.job RUN_DIR/probing")
-
-
 if __name__ == "__main__":
-    main()
+    run_worker(probe_job, "aimscale.harness.probe.job RUN_DIR/probing")

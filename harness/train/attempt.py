@@ -1,34 +1,19 @@
-"""One attempt at a run: hold it, train, evaluate, and say how it ended."""
+"""Train a run as a job: `python -m aimscale.harness.train RUN_DIR`."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import time
 from pathlib import Path
 
 import torch
 
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
-from aimscale.harness.run.directory import (
-    EXIT_DIVERGED,
-    EXIT_FINISHED,
-    EXIT_PREEMPTED,
-    RunDir,
-)
-from aimscale.harness.run.failures import DivergedError, PreemptedError, classify, run_worker, stop_signals
+from aimscale.harness.device.job import Job, execute_job
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
+from aimscale.harness.run.failures import run_worker
 from aimscale.harness.run.trunk import missing_budgets
-from aimscale.harness.run.watch import execute
-from aimscale.harness.train.evaluate import evaluate_run, missing_evaluations, pausing
+from aimscale.harness.train.evaluate import evaluate_run, missing_evaluations
 from aimscale.harness.train.loop import Trainer
-
-
-def _train(trainer: Trainer) -> None:
-    """Walk to the end and free the device: no training state stands there beside what comes next."""
-    try:
-        trainer.walk()
-    finally:
-        trainer.close()
 
 
 def train(path: Path) -> int:
@@ -40,45 +25,29 @@ def train(path: Path) -> int:
     """
     run = RunDir(path)
     config = run.load_config()
-    placement = find_placement()
-    is_first = placement.rank == 0
-    with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(
-            execute(run, group=placement.name, rank=placement.rank, world_size=placement.world_size)
-        )
-        is_finished = run.read_status().state == "finished" and not missing_budgets(run, config)
-        if is_finished and config.runtime.evaluate == "inline":
-            is_finished = not missing_evaluations(run, config)
-        if is_first and placement.world_size == 1 and is_finished:
-            return EXIT_FINISHED
-        flag = stack.enter_context(stop_signals())
-        if is_first:
-            run.write_start()
-        try:
-            stack.enter_context(watch.watching())
-            torch.set_num_threads(config.runtime.num_threads)
-            group = start_group(placement, config.runtime.device)
-            stack.callback(stop_group)
-            if missing_budgets(run, config):
-                _train(Trainer(run, config, group, watch, flag))
-            if config.runtime.evaluate == "inline":
-                evaluate_run(run, config, group, pausing(group, flag, watch.check, run), shown_in=run)
-            if is_first:
-                run.write_status(state="finished", phase="", heartbeat=time.time())
-        except PreemptedError:
-            if is_first:
-                run.write_status(state="preempted", phase="", reason="stopped by a signal, after saving")
-            return EXIT_PREEMPTED
-        except DivergedError as error:
-            if is_first:
-                run.write_status(state="diverged", phase="", reason=str(error), reason_class="nan")
-                print(f"aimscale: {error}", file=sys.stderr)
-            return EXIT_DIVERGED
-        except Exception as error:
-            reason_class, reason = classify(error)
-            watch.note_failure(reason, reason_class)
-            raise
-    return EXIT_FINISHED
+    if find_placement().world_size == 1 and _is_finished(run, config):
+        return EXIT_FINISHED
+
+    def work(job: Job) -> None:
+        torch.set_num_threads(config.runtime.num_threads)
+        group = start_group(job.placement, config.runtime.device)
+        job.stack.callback(stop_group)
+        if missing_budgets(run, config):
+            trainer = Trainer(run, config, group, job.watch, job.flag)
+            try:
+                trainer.walk()
+            finally:
+                trainer.close()  # frees the device: no training state stands beside what comes next
+        if config.runtime.evaluate == "inline":
+            evaluate_run(run, config, group, job)
+
+    return execute_job(run, work)
+
+
+def _is_finished(run: RunDir, config: RunConfig) -> bool:
+    if run.read_status().state != "finished" or missing_budgets(run, config):
+        return False
+    return config.runtime.evaluate != "inline" or not missing_evaluations(run, config)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import fnmatch
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +19,41 @@ import torch
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
 from aimscale.harness.data.stream.overlap import refuse_overlap
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.files import Pause, is_probed, validation_name
+from aimscale.harness.device.job import Job
+from aimscale.harness.probe.files import is_probed, validation_name
 from aimscale.harness.probe.run import load_budget, probe_run
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError, StopFlag
 from aimscale.harness.run.files import written_aside
 from aimscale.harness.run.trunk import saved_budgets
 from aimscale.harness.train.validation import ValidationLosses, completions, validate, write_npz
 
 
-def evaluate_run(run: RunDir, config: RunConfig, group: Group, pause: Pause, shown_in: RunDir) -> None:
+def evaluate_run(run: RunDir, config: RunConfig, group: Group, job: Job) -> None:
     """Measure what a configuration of the run asks for and its budgets lack; all ranks call this together.
 
     Args:
         run: a run directory.
         config: of the run, with what is to be measured now.
         group: the ranks, which share the images.
-        pause: called by all ranks together wherever work is saved; raises to stop there.
-        shown_in: whose `status.json` tells how far it is: the run's, or that of a job beside it.
+        job: whose `status.json` tells how far it is, and which may be asked to stop wherever work is saved.
 
     Raises:
         UserError: data that cannot be used.
+        PreemptedError: a signal asked to stop.
     """
+    pause = job.pausing(group)
     for budget in group.from_first([each for each in saved_budgets(run) if each in config.evaluation.budgets]):
         pause()
-        _tell(shown_in, group, f"validate at {budget:,}")
+        job.tell(durable=False, phase=f"validate at {budget:,}", heartbeat=time.time())
         record_row(run, group, budget)
         if not group.from_first(is_validated(run, config, budget)):
             _validate(run, config, group, budget)
-        _tell(shown_in, group, f"probe at {budget:,}")
+        job.tell(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
         tasks = config.evaluation.probes
         for _, entries in probe_run(run.path, budget, tasks, group=group, pause=pause) if tasks else ():
             for entry in entries if group.is_first else ():
                 print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
-
-
-def pausing(group: Group, flag: StopFlag, check: Callable[[], None], shown_in: RunDir) -> Pause:
-    """What evaluation calls wherever work is saved: obeys a signal and a lost lease, and beats.
-
-    The call raises PreemptedError where a signal asked to stop, and what `check` raises.
-    """
-
-    def pause() -> None:
-        check()
-        if group.any(flag.is_raised):
-            raise PreemptedError
-        if group.is_first:
-            shown_in.write_status(durable=False, heartbeat=time.time())
-
-    return pause
 
 
 def missing_evaluations(run: RunDir, config: RunConfig) -> list[str]:
@@ -153,11 +137,6 @@ def _enter(run: RunDir, budget: int, kept: Path) -> None:
         "finished_at": _now(),
     }
     run.update_row(budget, lambda row: None if row is None else row | columns)
-
-
-def _tell(shown_in: RunDir, group: Group, phase: str) -> None:
-    if group.is_first:
-        shown_in.write_status(durable=False, phase=phase, heartbeat=time.time())
 
 
 def _now() -> str:

@@ -1,0 +1,94 @@
+"""A job as one of its ranks executes it: hold the folder, do the work, and say how it ended.
+
+A job is the training of a run, or an evaluation or probes beside it; all three have a folder of the same kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from aimscale.harness.device.distributed import Group, Placement, find_placement
+from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
+from aimscale.harness.run.watch import RankWatch, execute
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the work of a rank needs to know."""
+
+    folder: RunDir
+    """Of the status, the lease and the logs."""
+    placement: Placement
+    """This process among the ranks."""
+    watch: RankWatch
+    """Its eye on the others."""
+    flag: StopFlag
+    """Raised by a signal."""
+    stack: contextlib.ExitStack
+    """Left when the end is told: a group whose end hangs must not keep a failure from the other ranks."""
+
+    def tell(self, **changes: Any) -> None:
+        """Change `status.json`, if this is the first rank."""
+        if self.placement.rank == 0:
+            self.folder.write_status(**changes)
+
+    def pausing(self, group: Group) -> Callable[[], None]:
+        """What all ranks call together wherever work is saved: obeys a signal and a lost lease, and beats.
+
+        The call raises PreemptedError where a signal asked to stop, and LeaseLost.
+        """
+
+        def pause() -> None:
+            self.watch.check()
+            if group.any(self.flag.is_raised):
+                raise PreemptedError
+            self.tell(durable=False, heartbeat=time.time())
+
+        return pause
+
+
+def execute_job(folder: RunDir, work: Callable[[Job], None], *, also: Iterable[Path] = ()) -> int:
+    """Hold the folder, do the work and return the exit code (`run.directory`).
+
+    Args:
+        folder: of the job.
+        work: what all ranks do.
+        also: folders beside the job's own that the work writes into.
+
+    Raises:
+        LeaseHeld: another process executes this job.
+        Exception: what the work raised; `status.json` says why, too.
+    """
+    placement = find_placement()
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(
+            execute(folder, group=placement.name, rank=placement.rank, world_size=placement.world_size, also=also)
+        )
+        flag = stack.enter_context(stop_signals())
+        job = Job(folder=folder, placement=placement, watch=watch, flag=flag, stack=stack)
+        if placement.rank == 0:
+            folder.write_start()
+        stack.enter_context(watch.watching())
+        try:
+            work(job)
+            job.tell(state="finished", phase="", heartbeat=time.time())
+        except PreemptedError:
+            job.tell(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
+            return EXIT_PREEMPTED
+        except DivergedError as error:
+            job.tell(state="diverged", phase="", reason=str(error), reason_class="nan")
+            if placement.rank == 0:
+                print(f"aimscale: {error}", file=sys.stderr)
+            return EXIT_DIVERGED
+        except Exception as error:
+            reason_class, reason = classify(error)
+            watch.note_failure(reason, reason_class)
+            raise
+    return EXIT_FINISHED
