@@ -46,7 +46,10 @@ def cluster() -> Iterator[Path]:
         pytest.skip("needs slurm-wlm and munge, and root")
     folder = Path(tempfile.mkdtemp(prefix="aimscale-slurm-", dir="/var/tmp"))
     try:
-        subprocess.run([HERE / "start_slurm.sh", str(folder), "2"], check=True)
+        # each test process has a cluster of its own
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        environment = os.environ | {"SLURM_TEST_PORT": str(27000 + 400 * worker)}
+        subprocess.run([HERE / "start_slurm.sh", str(folder), "2"], check=True, env=environment)
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         os.environ["DS_ACCELERATOR"] = "cpu"
         yield folder

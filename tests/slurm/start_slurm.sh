@@ -55,6 +55,8 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 KillWait=8
 MinJobAge=300
+# Ranks meet at a port that follows from the id: clusters side by side count from different numbers.
+FirstJobId=$((port - 26999))
 MaxArraySize=4
 SlurmdTimeout=6
 MailProg=/bin/true
