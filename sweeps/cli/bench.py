@@ -58,7 +58,7 @@ def probe(
 
 @app.command()
 def faults(
-    trials: Annotated[int, typer.Option(min=1, help="Trials of each fault.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each tries every fault once, crowds twice.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     folder: Annotated[Path | None, typer.Option(help="New folder to try them in; default: a temporary one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
@@ -71,7 +71,7 @@ def faults(
         typer.echo(f"{trial.fault} (while {', '.join(trial.moments)}): {what}, {trial.seconds:.0f} s", err=True)
 
     with tempfile.TemporaryDirectory() as temporary:
-        result = run(folder or Path(temporary) / "faults", trials=trials, seed=seed, report=report)
+        result = run(folder or Path(temporary) / "faults", rounds=rounds, seed=seed, report=report)
     typer.echo(json.dumps(result) if as_json else table(result["trials"]))
     if any(trial["problems"] for trial in result["trials"]):
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.sweeps.bench import faults
+from aimscale.sweeps.bench.disturb import FAULTS, Disturbed
 from aimscale.sweeps.cli import bench as cli_bench
 
 
-def finished(folder: Path, **row: Any) -> faults._Disturbed:
+def finished(folder: Path, **row: Any) -> Disturbed:
     """A sweep of one run as it is found at the end, of which nothing was executed."""
-    folder.mkdir(exist_ok=True)
-    faults._write_data(folder / "data")
-    disturbed = faults._Disturbed(sweep=faults._sweep(folder, "one", 1), random=None, work_s=0)  # type: ignore[arg-type]
-    (record,) = disturbed.records
+    faults._write_data(folder)
+    disturbed = faults._disturbed(folder, "one", "training", random.Random(0), 1)
+    (record,) = disturbed.runs
     record.record_row({"images_seen": 512, "val_loss": 0.5, "finished_at": "now", **row})
     record.metrics.write_text('{"images_seen": 8}\n')
     return disturbed
@@ -26,7 +27,7 @@ def finished(folder: Path, **row: Any) -> faults._Disturbed:
 
 def test_a_doubled_line_another_number_and_a_file_left_behind_are_found(tmp_path: Path) -> None:
     disturbed = finished(tmp_path)
-    (record,) = disturbed.records
+    (record,) = disturbed.runs
     expected = faults._outcome(disturbed)
     record.record_row({"images_seen": 512, "val_loss": 0.5, "finished_at": "later"})
     assert faults._differences(expected, faults._outcome(disturbed)) == [], "times may differ"
@@ -41,7 +42,7 @@ def test_a_doubled_line_another_number_and_a_file_left_behind_are_found(tmp_path
 
 def test_a_run_that_was_executed_twice_is_found(tmp_path: Path) -> None:
     disturbed = finished(tmp_path)
-    (record,) = disturbed.records
+    (record,) = disturbed.runs
     attempt = {"ended": 0.0, "exit_code": 0, "where": "here", "saved": [1], "reason_class": None, "reason": None}
     record.append_attempt(attempt=1, **attempt)
     assert faults._executed_twice(disturbed, 0) == []
@@ -54,9 +55,10 @@ def test_a_run_that_was_executed_twice_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_fault_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli_bench.app, ["faults", "--trials", "1", "--folder", str(tmp_path / "f"), "--json"])
+    result = CliRunner().invoke(cli_bench.app, ["faults", "--rounds", "1", "--folder", str(tmp_path / "f"), "--json"])
     assert result.exit_code == 0, result.output
     trials = json.loads(result.stdout)["trials"]
-    assert {trial["fault"] for trial in trials} == set(faults.FAULTS)
+    assert {trial["fault"] for trial in trials} == {fault.name for fault in FAULTS}
     assert all(trial["moments"] and not trial["problems"] for trial in trials)
+    assert sum(trial["num_kills"] for trial in trials) > 6
     assert "as undisturbed" in faults.table(trials)
