@@ -62,17 +62,6 @@ class LoRALinear(nn.Linear):
         outputs = F.linear(input, self.weight).chunk(self._of, dim=-1)
         return torch.cat([out + updates[part] if part in updates else out for part, out in enumerate(outputs)], dim=-1)
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """An ordinary layer with the update added to its weight; the shared weight itself is not touched."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.weight.clone()
-        rows = list(weight.chunk(self._of))
-        for part, a, b in zip(self._parts, self.lora_a, self.lora_b, strict=True):
-            rows[part] += self.scale * b @ a
-        plain.weight = nn.Parameter(weight)
-        return plain
-
 
 def add_lora(model: AIM, *, rank: int = 8, alpha: float | None = None, seed: int = 0) -> list[nn.Parameter]:
     """Freeze a model in place and adapt query, value and output projection of every block of its trunk.
@@ -101,15 +90,3 @@ def add_lora(model: AIM, *, rank: int = 8, alpha: float | None = None, seed: int
             block.set_submodule(target, adapted)
             added += [adapted.lora_a, adapted.lora_b]
     return added
-
-
-def merge_lora(model: AIM) -> None:
-    """Add the updates to the weights in place: an ordinary AIM with released names that computes the same."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            model.set_submodule(name, module.merged())
-
-
-def lora_state(model: AIM) -> dict[str, Tensor]:
-    """The update's tensors alone, by name: all that has to be saved next to the frozen weights."""
-    return {name: value for name, value in model.state_dict().items() if name.endswith((".lora_a", ".lora_b"))}

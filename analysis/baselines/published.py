@@ -216,47 +216,9 @@ PUBLISHED_SIZES = (
 """The four released sizes; the losses come from runs of one common length that the figure does not state in images."""
 
 LOSS_SOURCE = f"{PAPER}, Figure 1 (tick labels; 'same number of updates'; which prefixes were scored is not said)"
-LORA_SOURCE = f"{PAPER}, Table 8 (LoRA, rank 8: adapted weights, not frozen features)"
-
-DATA_ABLATION = {"IN-1k": 0.735, "DFN-2B": 0.745, "DFN-2B+": 0.756}
-"""AIM-0.6B, mean over the fifteen benchmarks by pre-training data (paper, data section)."""
 
 PAPER_EXPONENTS = {"params_trunk": 0.0188, "params_total": 0.0228}
 """a in L ~ N^-a, log-log line through the paper's four points, N without and with the pixel head."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ablation:
-    """One entry of the paper's ablations: AIM-0.6B trained on IN-1k, IN-1k top-1 on frozen features."""
-
-    factor: str
-    """What was varied."""
-    choice: str
-    """Its value."""
-    linear: float
-    """Linear-probe top-1, fraction."""
-    attentive: float
-    """Attentive-probe top-1, fraction."""
-    source: str = f"{PAPER}, ablations (AIM-0.6B on IN-1k)"
-    """Where it stands."""
-
-
-def _ablations(factor: str, text: str) -> tuple[Ablation, ...]:
-    ablations = []
-    for entry in text.split(", "):
-        choice, pair = entry.rsplit(maxsplit=1)
-        linear, attentive = (round(float(value) / 100, 4) for value in pair.split("/"))
-        ablations.append(Ablation(factor=factor, choice=choice, linear=linear, attentive=attentive))
-    return tuple(ablations)
-
-
-ABLATIONS = (
-    _ablations("patch order", "raster 69.5/77.4, spiral 67.7/76.3, checkerboard 68.2/76.0, fixed random 65.8/75.7")
-    + _ablations("smallest crop scale", "0.08 68.4/77.7, 0.4 70.0/78.2, 1.0 49.6/63.5")
-    + _ablations("pixel head", "none 64.0/75.4, MLP 70.0/78.2, transformer 70.5/78.5")
-    + _ablations("head width", "512 69.4/77.7, 1024 69.6/78.1, 2048 70.0/78.2")
-    + _ablations("head depth", "6 65.3/76.2, 8 68.1/77.1, 12 70.0/78.2")
-)
 
 
 def published_frame() -> pd.DataFrame:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.bootstrap import interval
-from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.frontier.isoflop import loss_along
 from aimscale.analysis.frontier.optimum import Frontier, cost_of, log_line, points_of
 from aimscale.analysis.frontier.simulated import corrected, interval_of, lines_through, simulate
@@ -120,75 +117,3 @@ class Curves:
         interior = (present.sum(axis=0) >= 3) & (self.sizes[best] > smallest) & (self.sizes[best] < largest)
         loss = np.exp(np.take_along_axis(losses, best[:, None], axis=1)[:, 0])
         return np.where(interior, np.log(self.sizes[best]), np.nan), loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowerEdge:
-    """A power law y = k x^-a along the lower edge of a cloud of points."""
-
-    coefficient: float
-    """k."""
-    exponent: float
-    """a, positive where y falls."""
-    exponent_interval: Interval
-    """Its confidence interval."""
-    draws: Array = field(repr=False)
-    """Bootstrap draws (num_resamples, 2) of (ln k, -a)."""
-    num_points: int
-    """Points of the cloud."""
-    num_bins: int
-    """Bins of ln x whose lowest y was used."""
-    range: tuple[float, float]
-    """Smallest and largest x."""
-
-    def predict(self, x: Any) -> pd.DataFrame:
-        """value, ci_lo, ci_hi and beyond_range at x."""
-        x = np.atleast_1d(np.asarray(x, float))
-        confidence = self.exponent_interval.confidence
-        curves = np.exp(self.draws[:, :1] + self.draws[:, 1:] * np.log(x))
-        low, high = np.percentile(curves, [50 * (1 - confidence), 50 * (1 + confidence)], axis=0)
-        beyond = np.maximum(1.0, np.maximum(x / self.range[1], self.range[0] / x))
-        value = self.coefficient * x**-self.exponent
-        return pd.DataFrame({"value": value, "ci_lo": low, "ci_hi": high, "beyond_range": beyond})
-
-
-def lower_edge(
-    x: Array, y: Array, *, num_bins: int = 5, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
-) -> LowerEdge:
-    """Power law through the lowest y of each of `num_bins` equal bins of log x, placed at the bins' centres.
-
-    (Cherti et al. 2023; the bins end 0.1 decades above the largest x, as theirs do.) The interval resamples points.
-
-    Raises:
-        AnalysisError: fewer than two bins hold a point.
-    """
-    log_x, log_y = np.log10(np.asarray(x, float)), np.log10(np.asarray(y, float))
-    edges = np.linspace(log_x.min(), log_x.max() + 0.1, num_bins + 1)
-
-    def line(rows: Array) -> tuple[float, float] | None:
-        member = np.digitize(log_x[rows], edges) - 1
-        filled = np.unique(member)
-        if len(filled) < 2:
-            return None
-        centres = (edges[filled] + edges[filled + 1]) / 2
-        slope, intercept = np.polyfit(centres, [log_y[rows][member == b].min() for b in filled], 1)
-        return float(intercept * np.log(10)), float(slope)
-
-    best = line(np.arange(len(log_x)))
-    if best is None:
-        raise AnalysisError(f"Only one of {num_bins} bins holds points, so the lower edge has no slope.")
-    rng = np.random.default_rng(seed)
-    found = [line(rng.integers(0, len(log_x), len(log_x))) for _ in range(resamples)]
-    draws = np.array([row for row in found if row is not None])
-    low, high = interval(-draws[:, 1], confidence)
-    return LowerEdge(
-        coefficient=float(np.exp(best[0])),
-        exponent=-best[1],
-        exponent_interval=Interval(
-            low=low, high=high, confidence=confidence, method=f"bootstrap over points, {resamples} resamples"
-        ),
-        draws=draws,
-        num_points=len(log_x),
-        num_bins=num_bins,
-        range=(float(10 ** log_x.min()), float(10 ** log_x.max())),
-    )

@@ -246,23 +246,3 @@ def optimum_of(p: Mapping[str, Array], cost: Cost) -> tuple[Array, Array]:
     with np.errstate(divide="ignore"):
         log_g = (np.log(p["alpha"] * p["A"]) - np.log(grow * p["B"])) / (p["alpha"] + grow)
     return log_g - a * np.log(cost.kappa), a
-
-
-def off_optimum(fit: Fit, frontier: Frontier, flops: float, factors: Array) -> pd.DataFrame:
-    """What a size other than N* costs at one budget: factor, N, D, loss, extra_loss, and compute_factor.
-
-    compute_factor is how many times the budget this size needs to reach the loss of the optimum; inf where no amount of
-    data gets it there.
-    """
-    p, cost = fit.law_params, frontier.cost
-    best = frontier.at(flops).iloc[0]
-    n = best["N"] * np.asarray(factors, float)
-    d = cost.samples(np.full(len(n), flops), n)
-    loss = fit.law.value({"N": n, "D": d}, p)
-    optimal = float(fit.law.value({"N": np.array([best["N"]]), "D": np.array([best["D"]])}, p)[0])
-    room = optimal - p["E"] - p["A"] * n ** -p["alpha"]
-    with np.errstate(divide="ignore", over="ignore"):
-        needed = (p["B"] / np.maximum(room, 0.0)) ** (1 / p["beta"])
-    return pd.DataFrame(
-        {"factor": factors, "N": n, "D": d, "loss": loss, "extra_loss": loss - optimal, "compute_factor": needed / d}
-    )

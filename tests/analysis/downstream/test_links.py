@@ -9,7 +9,6 @@ import pytest
 from aimscale.analysis import fit, laws
 from aimscale.analysis.downstream.links import average, forecast, leaves_chance, link
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.frontier.envelope import lower_edge
 
 
 @pytest.fixture
@@ -73,26 +72,6 @@ def test_gadres_fits_and_four_percentages(measurements):
         error = 1 - to_error.predict({"L": [loss]})["value"].iloc[0]
         assert round(100 * abs(loss / row["loss_c4_val"].iloc[0] - 1), 4) == loss_error
         assert round(100 * abs(error / row["err_avg17"].iloc[0] - 1), 4) == error_error
-
-
-@pytest.mark.parametrize(
-    ("data", "metric", "coefficient", "exponent", "accuracy"),
-    [
-        ("imagenet1k", "acc1", 5.8581, 0.11139, 0.8047),
-        ("mscoco_captions", "image_retrieval_recall@5", 2.7497, 0.07943, 0.7568),
-    ],
-)
-def test_openclips_lower_edge_and_forecast(measurements, data, metric, coefficient, exponent, accuracy):
-    df = measurements("laion_openclip/zeroshot_results.csv")
-    df = df[(df["downstream_dataset"] == data) & (df["upstream_dataset"] != "CLIP-WIT")]
-    edge = lower_edge(df["gmacs_total"], 1 - df[metric])
-    assert (round(edge.coefficient, 4), round(edge.exponent, 5)) == (coefficient, exponent)
-    arch = measurements("laion_openclip/arch_info.csv").set_index("model")
-    longest = df[(df["arch"] == "ViT-B-32") & (df["samples_seen_pretty"] == "34B")].iloc[0]
-    samples = longest["gmacs_total"] / arch["gmacs"]["ViT-B-32"]
-    forecasted = 1 - edge.predict(arch["gmacs"]["ViT-G-14"] * samples)
-    assert forecasted["value"].iloc[0] == pytest.approx(accuracy, abs=1.5e-4)
-    assert forecasted["ci_hi"].iloc[0] < accuracy < forecasted["ci_lo"].iloc[0]
 
 
 @pytest.mark.slow
