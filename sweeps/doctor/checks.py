@@ -8,7 +8,7 @@ from typing import Literal
 Level = Literal["ok", "warn", "fail"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Check:
     """What was found about one thing."""
 
@@ -20,18 +20,3 @@ class Check:
     """What there is."""
     advice: str = ""
     """One sentence on what to do; empty where nothing is to be done."""
-
-
-def ok(name: str, found: str, advice: str = "") -> Check:
-    """It works."""
-    return Check(name=name, level="ok", found=found, advice=advice)
-
-
-def warn(name: str, found: str, advice: str) -> Check:
-    """It works, but something may go wrong or be slow."""
-    return Check(name=name, level="warn", found=found, advice=advice)
-
-
-def fail(name: str, found: str, advice: str) -> Check:
-    """Something needed does not work."""
-    return Check(name=name, level="fail", found=found, advice=advice)

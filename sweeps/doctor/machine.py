@@ -22,7 +22,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from aimscale.sweeps.doctor.checks import Check, fail, ok, warn
+from aimscale.sweeps.doctor.checks import Check
 from aimscale.sweeps.doctor.imports import FACTS_LINE, IMPORTING_LINE
 from aimscale.sweeps.table.views import data_size
 
@@ -44,12 +44,10 @@ def machine_checks(imported: Callable[[], Mapping[str, Any]]) -> Iterator[Check]
     yield check_compiler()
     yield check_cores()
     yield check_memory()
-    yield check_threads(os.environ.get("OMP_NUM_THREADS"), len(os.sched_getaffinity(0)))
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield check_shared_memory(Path("/dev/shm"))
     facts = imported()
     yield check_packages(facts)
-    yield check_decoders(facts)
     yield check_accelerator(facts)
 
 
@@ -60,10 +58,10 @@ def importing() -> Iterator[Callable[[], Mapping[str, Any]]]:
     A child that dies gives `{"error": ..., "module": ...}` with the module it was importing.
     """
     words = [sys.executable, "-m", "aimscale.sweeps.doctor.imports"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
-    )
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
     def facts() -> Mapping[str, Any]:
         try:
@@ -100,99 +98,68 @@ def check_python() -> Check:
     wanted = importlib.metadata.metadata("aimscale")["Requires-Python"]
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
     if Requirement(f"python{wanted}").specifier.contains(platform.python_version(), prereleases=True):
-        return ok("python", found)
-    return fail("python", found, f"Make a virtual environment with Python {wanted}.")
+        return Check("python", "ok", found)
+    return Check("python", "fail", found, f"Make a virtual environment with Python {wanted}.")
 
 
 def check_compiler() -> Check:
-    """Compile a line of C; only `runtime.compile` (torch.compile) needs that once aimscale is installed."""
-    name, need = "compiler", "without it `runtime.compile: true` fails; nothing else needs it"
+    """Compile an empty extension; only `runtime.compile` (torch.compile) needs that once aimscale is installed."""
+    need = "without it `runtime.compile: true` fails; nothing else needs it"
     found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
     if found is None:
-        return warn(name, "no C compiler on the PATH", f"Install gcc and g++ ({need}).")
-    words = [found, "-x", "c", "-", "-o", "/dev/null"]
-    code = '#include <stdio.h>\nint main(void) { return puts("works") < 0; }\n'
+        return Check("compiler", "warn", "no C compiler on the PATH", f"Install gcc and g++ ({need}).")
+    words = [found, "-I", sysconfig.get_paths()["include"], "-x", "c", "-", "-c", "-o", "/dev/null"]
+    code = "#include <stdio.h>\n#include <Python.h>\n"
     done = subprocess.run(words, input=code, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
-        advice = f"Install the C library's headers, Debian's `build-essential` ({need})."
-        return warn(name, f"{found} cannot compile a program: {said}", advice)
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        advice = f"Install Python's headers, Debian's `python3-dev` ({need})."
-        return warn(name, f"{found} works, but Python.h is missing", advice)
-    return ok(name, f"{found} compiles, Python.h is there")
+    if done.returncode == 0:
+        return Check("compiler", "ok", f"{found} compiles, Python.h is there")
+    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+    advice = f"Install Debian's `build-essential` and `python3-dev`, or the like ({need})."
+    return Check("compiler", "warn", f"{found} cannot compile an extension: {said}", advice)
 
 
 def check_cores(root: Path = CGROUP) -> Check:
     """Cores this process may use, against the time a container grants them."""
-    cores, granted = len(os.sched_getaffinity(0)), cpu_quota(root)
+    cores, granted = len(os.sched_getaffinity(0)), None
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        quota, period = map(int, (root / "cpu.max").read_text().split())
+        granted = quota / period
     if granted is None or granted >= cores - 0.5:
-        return ok("cores", f"{cores} of {os.cpu_count()} cores")
+        return Check("cores", "ok", f"{cores} of {os.cpu_count()} cores")
     advice = f"Launch with `--slots {max(1, int(granted))}`: by default {cores} runs would start at a time."
-    return warn("cores", f"{cores} cores, of which the container may use {granted:g}", advice)
-
-
-def cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that control groups (version 2, else 1) grant; None where there is no bound."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = " ".join((root / file).read_text() for file in files).split()
-            return int(quota) / int(period) if quota not in ("max", "-1") else None
-    return None
+    return Check("cores", "warn", f"{cores} cores, of which the container may use {granted:g}", advice)
 
 
 def check_memory(root: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> Check:
     """Memory available now, within the container's bound."""
     available = 1024 * next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
     bound = available
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            bound = int((root / file).read_text())
-            break
+    with contextlib.suppress(OSError, ValueError):
+        bound = int((root / "memory.max").read_text())
     inside = f", the container's bound is {data_size(bound)}" if bound < available else ""
     found = f"{data_size(available)} available{inside}"
     if min(available, bound) >= MIN_MEMORY_BYTES:
-        return ok("memory", found)
+        return Check("memory", "ok", found)
     advice = "Use --slots 1 and small rungs (`aimscale plan` prints the memory of each run), or free some memory."
-    return warn("memory", found, advice)
-
-
-def check_threads(value: str | None, cores: int) -> Check:
-    """OMP_NUM_THREADS: threads of processes that wait for each other make two busy cores ten times slower."""
-    if value is None:
-        advice = "Before you start several processes by hand (train, probe, fit), `export OMP_NUM_THREADS=1`."
-        found = "OMP_NUM_THREADS is unset; launch sets it for each of its runs"
-        return ok("threads", found, advice if cores > 1 else "")
-    if value.isdigit() and 1 <= int(value) <= cores:
-        return ok("threads", f"OMP_NUM_THREADS is {value}")
-    found = f"OMP_NUM_THREADS is '{value}' on {cores} cores"
-    return warn(
-        "threads", found, f"Set it to 1 to {cores}, or unset it: threads that share a core wait for each other."
-    )
+    return Check("memory", "warn", found, advice)
 
 
 def check_open_files(limit: int) -> Check:
     """The soft limit of open files."""
     if limit == resource.RLIM_INFINITY or limit >= MIN_OPEN_FILES:
-        return ok("open files", "no limit" if limit == resource.RLIM_INFINITY else str(limit))
-    command = f"`ulimit -n {4 * MIN_OPEN_FILES}`"
-    advice = f"{command} before a launch, and in `slurm.setup`: every source keeps 128 shards open."
-    return warn("open files", f"at most {limit}", advice)
+        return Check("open files", "ok", "no limit" if limit == resource.RLIM_INFINITY else str(limit))
+    advice = f"`ulimit -n {4 * MIN_OPEN_FILES}` before a launch, and in `slurm.setup`: a source keeps 128 shards open."
+    return Check("open files", "warn", f"at most {limit}", advice)
 
 
 def check_shared_memory(folder: Path) -> Check:
     """Room in /dev/shm, through which the cards of a machine talk. Loader workers need none of it."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return warn(
-            "shared memory", f"{folder}: {error.strerror}", "Mount a tmpfs there, or train on one card a machine."
-        )
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     found = f"{data_size(free)} free in {folder}"
     if free >= MIN_SHM_BYTES:
-        return ok("shared memory", found)
-    advice = "Start the container with `--shm-size 8g` or `--ipc host`, or train on one card a machine."
-    return warn("shared memory", found, advice)
+        return Check("shared memory", "ok", found)
+    advice = "Start the container with `--shm-size 8g` or `--ipc host`, or train on one card per machine."
+    return Check("shared memory", "warn", found, advice)
 
 
 def check_packages(facts: Mapping[str, Any]) -> Check:
@@ -213,53 +180,38 @@ def check_packages(facts: Mapping[str, Any]) -> Check:
     broken += [f"{module} does not import ({why})" for module, why in facts.get("errors", {}).items()]
     broken += [facts["error"]] if "error" in facts else []
     if not broken:
-        return ok("packages", ", ".join(names))
+        return Check("packages", "ok", ", ".join(names))
     advice = "Run `pip install -e .` in aimscale's folder again"
     if module := facts.get("module") or next(iter(facts.get("errors", {})), None):
         advice += f"; if that changes nothing, `pip install --force-reinstall --no-cache-dir {module}`"
-    return fail("packages", "; ".join(broken), f"{advice}.")
-
-
-def check_decoders(facts: Mapping[str, Any]) -> Check:
-    """Every image format that was decoded for real."""
-    formats: Mapping[str, str | None] = facts.get("decoders", {})
-    if not formats:
-        return fail("decoders", "not tried", "Mend the packages first.")
-    bad = {name: why for name, why in formats.items() if why}
-    if not bad:
-        return ok("decoders", f"{', '.join(formats)} decode")
-    found = "; ".join(f"{name} does not decode ({why})" for name, why in bad.items())
-    advice = "Run `pip install --force-reinstall simplejpeg torchvision pillow`: such images would be lost."
-    return (fail if "JPEG" in bad else warn)("decoders", found, advice)
+    return Check("packages", "fail", "; ".join(broken), f"{advice}.")
 
 
 def check_accelerator(facts: Mapping[str, Any]) -> Check:
     """Cards that torch can compute on, beside those that the driver lists."""
     name = "accelerator"
     if "torch" not in facts:
-        return fail(name, "torch does not import", "Mend the packages first.")
+        return Check(name, "fail", "torch does not import", "Mend the packages first.")
     torch, there = facts["torch"], driver_cards()
     build = f"torch {torch['version']}, " + (f"CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build")
     if not torch["cards"] and not there:
-        return ok(name, f"no card; training runs on the CPU ({build})")
+        return Check(name, "ok", f"no card; training runs on the CPU ({build})")
     if not torch["cards"]:
-        advice = (
-            "Update the NVIDIA driver, or install a torch built for its CUDA version (pytorch.org names the index)."
-        )
+        advice = "Update the NVIDIA driver, or install a torch for its CUDA version (pytorch.org names the index)."
         if not torch["cuda"]:
             advice = "Install a CUDA build: `pip install --force-reinstall torch torchvision` from PyPI or pytorch.org."
         elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the cards; unset it."
-        return fail(name, f"{len(there)} x {there[0]}, which torch does not see ({build})", advice)
+        return Check(name, "fail", f"{len(there)} x {there[0]}, which torch does not see ({build})", advice)
     first = torch["cards"][0]
     found = f"{len(torch['cards'])} x {first['name']}, {data_size(first['bytes'])} each ({build})"
     if torch["card_error"]:
         advice = "Install a torch whose build covers this card (pytorch.org names the index)."
-        return fail(name, f"{found}: {torch['card_error']}", advice)
+        return Check(name, "fail", f"{found}: {torch['card_error']}", advice)
     if not torch["bf16"]:
         advice = "Set `optimiser.precision: fp32`: this card computes bf16 slowly or not at all."
-        return warn(name, f"{found}, without bf16", advice)
-    return ok(name, f"{found}, bf16")
+        return Check(name, "warn", f"{found}, without bf16", advice)
+    return Check(name, "ok", f"{found}, bf16")
 
 
 def driver_cards() -> list[str]:

@@ -1,4 +1,4 @@
-"""`aimscale doctor` where runs are kept, and on the cluster: disk, locks, clock, Slurm."""
+"""`aimscale doctor` where runs are kept, and on the cluster: disk, locks, Slurm."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from aimscale.harness.run.files import locked
-from aimscale.sweeps.doctor.checks import Check, fail, ok, warn
-from aimscale.sweeps.runs.sweep_dir import MAX_CLOCK_SKEW_S
+from aimscale.sweeps.doctor.checks import Check, Level
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.views import data_size
 
@@ -30,8 +27,7 @@ LOCAL_LOCKS = ("nolock", "localflock", "local_lock=flock", "local_lock=all")
 PREFIX = ".aimscale-doctor-"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mount:
+class Mount(NamedTuple):
     """The mounted file system of a path."""
 
     point: Path
@@ -52,12 +48,10 @@ def storage_checks(root: Path, on: Literal["local", "slurm"]) -> Iterator[Check]
     if writable.level != "fail":
         yield check_space(root, folder)
         yield check_locks(folder, mount)
-        yield check_clock(folder)
     slurm_check = check_slurm(needed=on == "slurm")
     yield slurm_check
     if slurm_check.level == "ok" and shutil.which("sinfo"):
         yield check_shared(root, mount)
-        yield check_git()
 
 
 def mount_of(path: Path, mounts: Path = Path("/proc/self/mounts")) -> Mount | None:
@@ -75,7 +69,7 @@ def check_writable(root: Path, folder: Path) -> Check:
     """Make, fill and remove a file."""
     name = "sweep root"
     if root.exists() and not root.is_dir():
-        return fail(name, f"{root} is no folder", "Choose another --root.")
+        return Check(name, "fail", f"{root} is no folder", "Choose another --root.")
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as file:
             file.write(b"x" * 4096)
@@ -83,9 +77,9 @@ def check_writable(root: Path, folder: Path) -> Check:
             os.fsync(file.fileno())
     except OSError as error:
         found = f"{folder} cannot be written ({error.strerror})"
-        return fail(name, found, "Choose another --root, or ask for write access.")
+        return Check(name, "fail", found, "Choose another --root, or ask for write access.")
     made = "" if folder == Path(os.path.abspath(root)) else f"; {root} will be made"
-    return ok(name, f"{folder} can be written{made}")
+    return Check(name, "ok", f"{folder} can be written{made}")
 
 
 def check_space(root: Path, folder: Path) -> Check:
@@ -94,10 +88,10 @@ def check_space(root: Path, folder: Path) -> Check:
     found = f"{data_size(usage.free)} of {data_size(usage.total)} free"
     advice = f"Free some space or choose another --root than {root}; `aimscale plan` prints what a sweep needs."
     if usage.free < MIN_FREE_BYTES:
-        return fail("disk", found, advice)
+        return Check("disk", "fail", found, advice)
     if inodes.f_files and inodes.f_favail < MIN_FREE_FILES:
-        return warn("disk", f"{found}, only {inodes.f_favail} more files", advice)
-    return warn("disk", found, advice) if usage.free < LOW_FREE_BYTES else ok("disk", found)
+        return Check("disk", "warn", f"{found}, only {inodes.f_favail} more files", advice)
+    return Check("disk", "warn", found, advice) if usage.free < LOW_FREE_BYTES else Check("disk", "ok", found)
 
 
 def check_locks(folder: Path, mount: Mount | None) -> Check:
@@ -109,50 +103,42 @@ def check_locks(folder: Path, mount: Mount | None) -> Check:
             with locked(Path(file.name)), locked(Path(file.name), wait=False) as again:
                 excludes = not again
             if not excludes:
-                return fail("locks", f"flock on {kind} excludes nobody", advice)
+                return Check("locks", "fail", f"flock on {kind} excludes nobody", advice)
     except OSError as error:
-        return fail("locks", f"no flock on {kind} ({error.strerror})", advice)
+        return Check("locks", "fail", f"no flock on {kind} ({error.strerror})", advice)
     local = [option for option in (mount.options if mount else ()) if option in LOCAL_LOCKS]
     if local:
-        return warn("locks", f"flock works on this machine only ({kind} mounted with {local[0]})", advice)
-    return ok("locks", f"flock works ({kind})")
-
-
-def check_clock(folder: Path) -> Check:
-    """This machine's clock against the file server's, which stamps files."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as file:
-        file.write(b"x")
-        file.flush()
-        skew = os.stat(file.name).st_mtime - time.time()
-    found = f"{abs(skew):.1f} s off the file system's"
-    if abs(skew) <= MAX_CLOCK_SKEW_S:
-        return ok("clock", found)
-    advice = f"Synchronise the clocks (chrony, ntp): beyond {MAX_CLOCK_SKEW_S:.0f} s a launch is refused."
-    return fail("clock", found, advice)
+        return Check("locks", "warn", f"flock works on this machine only ({kind} mounted with {local[0]})", advice)
+    return Check("locks", "ok", f"flock works ({kind})")
 
 
 def check_slurm(*, needed: bool) -> Check:
     """Whether Slurm is here and answers, and its partitions."""
-    name, bad = "slurm", fail if needed else warn
+    name = "slurm"
+    bad: Level = "fail" if needed else "warn"
     missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
     if len(missing) == len(SLURM_COMMANDS):
         if not needed:
-            return ok(name, "not installed; sweeps run on this machine")
-        return fail(name, "not installed", "Log in to a node that submits jobs, or load the cluster's slurm module.")
+            return Check(name, "ok", "not installed; sweeps run on this machine")
+        return Check(
+            name, "fail", "not installed", "Log in to a node that submits jobs, or load the cluster's slurm module."
+        )
     if missing:
         found = f"{', '.join(missing)} not on the PATH"
-        return bad(name, found, "Install the rest of Slurm's client commands (Debian's `slurm-client`).")
+        return Check(name, bad, found, "Install the rest of Slurm's client commands (Debian's `slurm-client`).")
     try:
         version = slurm.command("sinfo", "--version", timeout_s=SLURM_TIMEOUT_S).split()[-1]
         listed = slurm.command("sinfo", "--noheader", "-o", "%P|%a|%D|%G|%l", timeout_s=SLURM_TIMEOUT_S)
         slurm.command("squeue", "--noheader", "--me", timeout_s=SLURM_TIMEOUT_S)
     except slurm.SlurmError as error:
-        return bad(name, str(error), "Is slurmctld up (`scontrol ping`), and does SLURM_CONF name the right cluster?")
+        return Check(
+            name, bad, str(error), "Is slurmctld up (`scontrol ping`), and does SLURM_CONF name the right cluster?"
+        )
     partitions = [_partition(line) for line in listed.splitlines() if "|" in line]
     if not any(" up" in words for words in partitions):
         found = f"{version}, no partition is up: {'; '.join(partitions) or 'there is none'}"
-        return bad(name, found, "Ask who runs the cluster: no partition takes jobs (`sinfo` says why).")
-    return ok(name, f"{version}, partitions {'; '.join(partitions)}")
+        return Check(name, bad, found, "Ask who runs the cluster: no partition takes jobs (`sinfo` says why).")
+    return Check(name, "ok", f"{version}, partitions {'; '.join(partitions)}")
 
 
 def _partition(line: str) -> str:
@@ -168,19 +154,11 @@ def check_shared(root: Path, mount: Mount | None) -> Check:
     try:
         listed = slurm.command("sinfo", "--noheader", "--Node", "-o", "%N", timeout_s=SLURM_TIMEOUT_S)
     except slurm.SlurmError as error:
-        return warn(name, str(error), "Look at `sinfo --Node`.")
+        return Check(name, "warn", str(error), "Look at `sinfo --Node`.")
     others = sorted(set(listed.split()) - {socket.gethostname().split(".")[0]})
     if not others or mount is None or mount.kind not in LOCAL_TYPES:
-        return ok(name, f"on {mount.kind if mount else 'an unknown file system'}")
+        return Check(name, "ok", f"on {mount.kind if mount else 'an unknown file system'}")
     found = f"{root} lies on {mount.kind}, which {others[0]} and {len(others) - 1} other nodes may not see"
-    return warn(
-        name, found, "Give a --root (and data paths) on the file system that all nodes share, at the same path."
+    return Check(
+        name, "warn", found, "Give a --root (and data paths) on the file system that all nodes share, at the same path."
     )
-
-
-def check_git() -> Check:
-    """git, with which a launch on Slurm pins the code of its jobs."""
-    if path := shutil.which("git"):
-        return ok("git", path)
-    found = "not on the PATH, so jobs' code cannot be pinned"
-    return warn("git", found, "Install git, or install aimscale as a package instead of from a checkout.")

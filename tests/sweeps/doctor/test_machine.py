@@ -20,7 +20,6 @@ from aimscale.sweeps.doctor.checks import Check
 GCC = shutil.which("gcc")
 FACTS: dict[str, Any] = {
     "errors": {},
-    "decoders": {"JPEG": None, "PNG": None},
     "torch": {"version": "2.13.0", "cuda": "13.0", "cards": [], "card_error": None, "bf16": False},
 }
 CARD = {"name": "NVIDIA H100", "bytes": 85_000_000_000}
@@ -50,20 +49,17 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
     checks = {check["name"]: check for check in found["checks"]}
     assert found["version"] == 1
     assert found["ok"]
-    assert {"python", "packages", "compiler", "accelerator", "decoders", "locks", "disk", "slurm", "threads"} <= set(
-        checks
-    )
+    assert {"python", "packages", "compiler", "accelerator", "locks", "disk", "slurm"} <= set(checks)
     assert "torch 2" in checks["packages"]["found"]
     assert "deepspeed 0" in checks["packages"]["found"]
-    assert checks["decoders"]["found"] == "JPEG, PNG, WebP, GIF, BMP decode"
     assert all(check["advice"] for check in found["checks"] if check["level"] != "ok")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [
-        Check(name="disk", level="fail", found="1 MB free", advice="Free some space."),
-        Check(name="slurm", level="warn", found="does not answer", advice="Ask."),
+        Check("disk", "fail", "1 MB free", "Free some space."),
+        Check("slurm", "warn", "does not answer", "Ask."),
     ]
     monkeypatch.setattr(cli_doctor, "_checks", lambda root, on: iter(checks))
     result = CliRunner().invoke(cli_doctor.app, [])
@@ -73,7 +69,7 @@ def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest
 
 
 def test_a_warning_alone_gives_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = [Check(name="slurm", level="warn", found="does not answer", advice="Ask.")]
+    checks = [Check("slurm", "warn", "does not answer", "Ask.")]
     monkeypatch.setattr(cli_doctor, "_checks", lambda root, on: iter(checks))
     result = CliRunner().invoke(cli_doctor.app, ["--json"])
     assert result.exit_code == 0
@@ -118,13 +114,6 @@ def test_an_old_version_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["no-such-thing>=1", 'other; extra == "dev"'])
     assert doctor.check_packages(FACTS).found == "no-such-thing is missing"
-
-
-def test_an_undecodable_format_warns_and_jpeg_fails() -> None:
-    webp = doctor.check_decoders({**FACTS, "decoders": {"JPEG": None, "WebP": "no libwebp"}})
-    assert (webp.level, webp.found) == ("warn", "WebP does not decode (no libwebp)")
-    assert doctor.check_decoders({**FACTS, "decoders": {"JPEG": "no libjpeg", "WebP": None}}).level == "fail"
-    assert doctor.check_decoders({"error": "died"}).level == "fail"
 
 
 # Accelerator
@@ -181,29 +170,14 @@ def test_a_compiler_without_the_c_library_warns(tmp_path: Path, monkeypatch: pyt
     assert "build-essential" in check.advice
 
 
-@pytest.mark.parametrize(
-    ("files", "granted"),
-    [
-        ({"cpu.max": "150000 100000"}, 1.5),
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({}, None),
-    ],
-)
-def test_a_containers_share_of_the_cores(tmp_path: Path, files: dict[str, str], granted: float | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"{text}\n")
-    assert doctor.cpu_quota(tmp_path) == granted
-
-
 def test_fewer_cores_than_counted_names_the_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     (tmp_path / "cpu.max").write_text("400000 100000\n")
     check = doctor.check_cores(tmp_path)
     assert (check.level, check.found) == ("warn", "64 cores, of which the container may use 4")
     assert "--slots 4" in check.advice
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert doctor.check_cores(tmp_path).level == "ok"
 
 
 def test_the_containers_bound_counts_as_memory(tmp_path: Path) -> None:
@@ -214,23 +188,6 @@ def test_the_containers_bound_counts_as_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("2000000000\n")
     check = doctor.check_memory(tmp_path, tmp_path / "meminfo")
     assert (check.level, check.found) == ("warn", "65.5 GB available, the container's bound is 2 GB")
-
-
-@pytest.mark.parametrize(
-    ("value", "cores", "level", "word"),
-    [
-        (None, 1, "ok", ""),
-        (None, 8, "ok", "export OMP_NUM_THREADS=1"),
-        ("1", 8, "ok", ""),
-        ("16", 8, "warn", "1 to 8"),
-        ("four", 8, "warn", "unset it"),
-        ("0", 8, "warn", "unset it"),
-    ],
-)
-def test_threads(value: str | None, cores: int, level: str, word: str) -> None:
-    check = doctor.check_threads(value, cores)
-    assert check.level == level
-    assert word in check.advice
 
 
 def test_open_files_by_the_real_limit() -> None:
@@ -276,7 +233,6 @@ def test_a_root_to_be_made_is_looked_at_where_it_would_be_made(tmp_path: Path) -
     found = {check.name: check for check in doctor_storage.storage_checks(root, "local")}
     assert found["sweep root"].found == f"{tmp_path} can be written; {root} will be made"
     assert found["locks"].level == "ok"
-    assert found["clock"].level == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -331,14 +287,6 @@ def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float
     check = doctor_storage.check_space(tmp_path, tmp_path)
     assert check.level == level
     assert bool(check.advice) == (level != "ok")
-
-
-def test_a_file_server_whose_clock_is_off_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = doctor_storage.time.time()
-    monkeypatch.setattr(doctor_storage.time, "time", lambda: now - 120)
-    check = doctor_storage.check_clock(tmp_path)
-    assert check.level == "fail"
-    assert check.found.startswith("120")
 
 
 # Slurm
