@@ -51,13 +51,29 @@ class HeadStack(nn.Module):
     var: Tensor
 
     def __init__(
-        self, *, num_sets: int, settings: tuple[Setting, ...], width: int, num_classes: int, device: torch.device
+        self,
+        *,
+        num_sets: int,
+        settings: tuple[Setting, ...],
+        width: int,
+        num_classes: int,
+        num_heads: int,
+        generator: torch.Generator,
+        device: torch.device,
     ):
         super().__init__()
         self.settings = settings
         self.num_classes = num_classes
         self.register_buffer("mean", torch.zeros(num_sets, width, device=device))
         self.register_buffer("var", torch.ones(num_sets, width, device=device))
+        # every head of the grid starts from the same draw: they differ by what is compared, not by luck
+        for name, draw in self._start(num_heads, generator).items():
+            parameter = draw.expand(num_sets, len(settings), *draw.shape).to(device).contiguous()
+            self.register_parameter(name, nn.Parameter(parameter))
+
+    def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One head's parameters by name, drawn on the host."""
+        raise NotImplementedError
 
     def standardise_by(self, mean: Tensor, variance: Tensor) -> None:
         """Set the batch norm's mean and (biased) variance, (S, d) each."""
@@ -97,23 +113,13 @@ class LinearStack(HeadStack):
     """Mean over tokens -> batch norm -> linear with bias."""
 
     kind = "linear"
+    weight: nn.Parameter
+    bias: nn.Parameter
 
-    def __init__(
-        self,
-        *,
-        num_sets: int,
-        settings: tuple[Setting, ...],
-        width: int,
-        num_classes: int,
-        num_heads: int,
-        generator: torch.Generator,
-        device: torch.device,
-    ):
-        super().__init__(num_sets=num_sets, settings=settings, width=width, num_classes=num_classes, device=device)
-        heads = (num_sets, len(settings))
+    def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
         # zeros: the problem is convex, so the start carries no information and no noise
-        self.weight = nn.Parameter(torch.zeros(*heads, num_classes, width, device=device))
-        self.bias = nn.Parameter(torch.zeros(*heads, num_classes, device=device))
+        weight = torch.zeros(self.num_classes, self.mean.shape[1])
+        return {"weight": weight, "bias": weight.new_zeros(self.num_classes)}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
@@ -134,31 +140,24 @@ class AttentiveStack(HeadStack):
     """The released head: batch norm over channels, one learned query, keys and values without bias, linear."""
 
     kind = "attentive"
+    query: nn.Parameter
+    key: nn.Parameter
+    value: nn.Parameter
+    weight: nn.Parameter
 
-    def __init__(
-        self,
-        *,
-        num_sets: int,
-        settings: tuple[Setting, ...],
-        width: int,
-        num_classes: int,
-        num_heads: int,
-        generator: torch.Generator,
-        device: torch.device,
-    ):
-        super().__init__(num_sets=num_sets, settings=settings, width=width, num_classes=num_classes, device=device)
-        per_head = width // num_heads
+    def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
+        width = self.mean.shape[1]
+        narrow = (num_heads, width // num_heads)
 
-        def start(*shape: int, std: float) -> nn.Parameter:
-            # every head of the grid starts from the same draw: they differ by what is compared, not by luck
-            draw = torch.randn(shape, generator=generator) * std
-            return nn.Parameter(draw.expand(num_sets, len(settings), *shape).to(device).contiguous())
+        def draw(*shape: int, std: float) -> Tensor:
+            return torch.randn(shape, generator=generator) * std
 
-        xavier = 1 / math.sqrt(width)
-        self.query = start(num_heads, per_head, std=QUERY_STD)
-        self.key = start(num_heads, per_head, width, std=xavier)
-        self.value = start(num_heads, per_head, width, std=xavier)
-        self.weight = start(num_classes, width, std=0.01)
+        return {
+            "query": draw(*narrow, std=QUERY_STD),
+            "key": draw(*narrow, width, std=1 / math.sqrt(width)),
+            "value": draw(*narrow, width, std=1 / math.sqrt(width)),
+            "weight": draw(self.num_classes, width, std=0.01),
+        }
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
