@@ -78,6 +78,8 @@ class Status:
     """Why the run failed, diverged or was preempted: one sentence."""
     reason_class: ReasonClass | None = None
     """The kind of reason, for deciding whether to try again."""
+    failed_on: str | None = None
+    """Node of the rank that failed first or fell silent, where a rank said so."""
     attempt: int = 0
     """Starts so far."""
     job_id: str | None = None
@@ -184,6 +186,7 @@ class RunDir:
             job_id=os.environ.get("SLURM_JOB_ID"),
             reason=None,
             reason_class=None,
+            failed_on=None,
         )
 
     def write_status(self, *, durable: bool = True, **changes: Any) -> Status:

@@ -53,6 +53,11 @@ def execute(run: RunDir, *, group: str, rank: int, world_size: int, also: Iterab
         yield RankWatch(run, lease, folder, rank, world_size)
 
 
+def node_name() -> str:
+    """Slurm's name of this node, by which it can be excluded; elsewhere the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 class RankWatch:
     """The watch of one rank; without other ranks it only keeps the first failure."""
 
@@ -103,14 +108,17 @@ class RankWatch:
             self._step_started = None
             self._longest_step_s = max(self._longest_step_s or 0.0, running_time() - started)
 
-    def note_failure(self, reason: str, reason_class: ReasonClass) -> None:
-        """Leave this rank's failure for the others and in `status.json`, unless another rank failed first."""
-        words = {"rank": self._rank, "host": socket.gethostname(), "reason": reason, "reason_class": reason_class}
+    def note_failure(self, reason: str, reason_class: ReasonClass, node: str | None = None) -> None:
+        """Leave a failure on this rank's node, or another's, for all and in `status.json`, unless there was one."""
+        words = {"rank": self._rank, "host": node_name(), "reason": reason, "reason_class": reason_class}
         with contextlib.suppress(FileExistsError, LeaseLost):
             check_fence(self._run.status)
             with (self._folder / _FAILURE_FILE).open("x") as file:
                 json.dump(words, file)
-            self._run.write_status(state="failed", phase="", reason=reason, reason_class=reason_class)
+            failed_on = node or node_name()
+            self._run.write_status(
+                state="failed", phase="", reason=reason, reason_class=reason_class, failed_on=failed_on
+            )
 
     def _beat_file(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}"
@@ -139,7 +147,7 @@ class RankWatch:
             check_fence(self._run.status)
         except LeaseLost:
             return "the first rank is gone, or another process took the run over"
-        self._beat_file(self._rank).write_text(f"{self._beats} on {socket.gethostname()}")
+        self._beat_file(self._rank).write_text(f"{self._beats} on {node_name()}")
         with contextlib.suppress(FileNotFoundError, ValueError):
             words = json.loads((self._folder / _FAILURE_FILE).read_text())
             return f"rank {words['rank']} on {words['host']} failed: {words['reason']}"
@@ -150,12 +158,13 @@ class RankWatch:
                     self._heard[rank] = beat, now
         for rank, (beat, heard) in self._heard.items():
             if beat != _LEFT and now - heard > SILENCE_S:
-                reason = f"rank {rank} on {beat.partition(' on ')[2]} was not heard of for {now - heard:.0f} s"
-                self.note_failure(reason, "node")
+                node = beat.partition(" on ")[2]
+                reason = f"rank {rank} on {node} was not heard of for {now - heard:.0f} s"
+                self.note_failure(reason, "node", node)
                 return reason
         started, longest_s = self._step_started, self._longest_step_s
         if started is not None and longest_s is not None and now - started > max(STEP_S, STEP_FACTOR * longest_s):
-            reason = f"rank {self._rank} on {socket.gethostname()} has been in one step for {now - started:.0f} s"
+            reason = f"rank {self._rank} on {node_name()} has been in one step for {now - started:.0f} s"
             self.note_failure(reason, "node")
             return reason
         return None

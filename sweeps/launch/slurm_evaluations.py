@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from aimscale.sweeps.launch.evaluations import evaluation_jobs, unevaluated
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.slurm.lanes import afterany
 from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
 
 
@@ -27,11 +28,20 @@ def evaluation_arrays(
     if lacking := unevaluated(sweep, [run for run in runs if run.run_id not in started]):
         kind = evaluation_jobs(sweep)
         yield launch_slurm(sweep, lacking, allow_dirty=allow_dirty, dry_run=dry_run, kind=kind)
+    last: dict[int, list[str]] = {}  # of each lane, what runs at its end
+    for part in trained.submitted:
+        last[part.turn.lane] = [part.job_id or "TRAINING_JOB"]
     for part in trained.submitted:
         members = [by_id[run_id] for run_id in part.run_ids if by_id[run_id].config.runtime.evaluate == "jobs"]
-        if members:
-            kind = evaluation_jobs(sweep, expected=part.run_ids)
-            # element by element of an array where there is one per run; else when all of it has ended
-            word = "aftercorr" if part.num_jobs == len(part.run_ids) > 1 else "afterany"
-            after = f"{word}:{part.job_id or 'TRAINING_JOB'}"
-            yield launch_slurm(sweep, members, allow_dirty=allow_dirty, dry_run=dry_run, kind=kind, after=after)
+        if not members:
+            continue
+        # Element by element where there is one per run and all of them may run at once, else when all before it ended.
+        is_alone = sum(other.turn.lane == part.turn.lane for other in trained.submitted) == 1
+        by_element = is_alone and part.turn.limit >= part.num_jobs == len(part.run_ids) > 1
+        after = [f"aftercorr:{part.job_id or 'TRAINING_JOB'}"] if by_element else afterany(last[part.turn.lane])
+        kind = evaluation_jobs(sweep, expected=part.run_ids)
+        submitted = launch_slurm(
+            sweep, members, allow_dirty=allow_dirty, dry_run=dry_run, kind=kind, after=after, most=part.turn.limit
+        )
+        last[part.turn.lane] = [each.job_id or "EVALUATION_JOB" for each in submitted.submitted]
+        yield submitted

@@ -159,7 +159,7 @@ class SlurmSection(Section):
     devices_per_job: int = Field(1, gt=0)
     """Cards of a job that executes runs of one device as a queue of its own."""
     max_parallel: int = Field(256, gt=0)
-    """Jobs of the sweep running at the same time."""
+    """Jobs of the sweep running at the same time, however many arrays they are."""
     srun: tuple[Line, ...] = ()
     """Further arguments of srun, e.g. a container: [--container-image=/images/aimscale.sqsh]."""
     extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.lease import STALE_S
+from aimscale.harness.run.watch import node_name
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.notify import post_from_job
@@ -167,8 +167,9 @@ class _Watcher:
     def _tell_the_others(self, attempt: int, exit_code: int) -> None:
         """Say why this rank failed: its death explains more than the connection that it broke on the others."""
         reason, kind = explain(self.record, attempt, exit_code, self.rank)
-        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        words: dict[str, Any] = {"reason": f"rank {self.rank} on {node}: {reason}", "reason_class": kind}
+        here = node_name()
+        words: dict[str, Any] = {"reason": f"rank {self.rank} on {here}: {reason}", "reason_class": kind}
+        node = self.record.checked_status().failed_on or here  # a rank that ended because another fell silent
         words |= {"rank": self.rank, "node": node}
         # The others fail because of the first to fail.
         with contextlib.suppress(FileExistsError), self._peer_file(attempt).open("x") as file:

@@ -26,6 +26,7 @@ from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.runs.sweep_dir import lock_file
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
+from aimscale.sweeps.slurm.lanes import Turn, afterany, queued_jobs, turns
 
 Packed = Callable[[list[Path], list[int], int, tuple[str, ...]], Any]
 """(run directories, how many like each share a card, cards, worker) -> a job that executes them all."""
@@ -51,6 +52,8 @@ class Submission:
     """Its runs, in the order of its elements."""
     num_jobs: int
     """Elements; each executes one run, or several as a queue of its own."""
+    turn: Turn
+    """When they run."""
     excluded: tuple[str, ...]
     """Nodes that failed under one of these runs, which they will not get again."""
     script: str
@@ -96,32 +99,31 @@ def launch_slurm(
     kind: JobKind | None = None,
     packed: Packed | None = None,
     notify: str | None = None,
-    after: str | None = None,
+    after: Sequence[str] = (),
+    most: int | None = None,
 ) -> SlurmLaunch:
     """Submit what is missing and return at once; the sweep's directory exists, but in a dry run, which writes nothing.
 
     `kind` is what is done with the runs, training by default; `worker` replaces the program that does it. `packed`
     makes the job that executes several runs of one device, where `slurm.runs_per_device` or `devices_per_job` ask so.
-    `after` is a dependency in Slurm's words, such as `afterany:123`.
+    `after` are dependencies in Slurm's words, such as `afterany:123`, and `most` says how many jobs may then run at a
+    time; by default those of `slurm.max_parallel` that other jobs of the sweep leave free.
 
     Raises:
         SweepError, SlurmError: no Slurm, an unknown partition, a dirty tree, a job that Slurm refuses.
     """
     kind = kind or training_jobs(sweep)
     kind = replace(kind, worker=worker) if worker else kind
-    section = sweep.file.slurm
-    if after is not None:
-        sweep = with_slurm(sweep, extra={**section.extra, "dependency": after, "kill-on-invalid-dep": "yes"})
-    slurm.check_partition(section.partition)
+    slurm.check_partition(sweep.file.slurm.partition)
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
     batch = _Batch(sweep, kind, snapshot, slurm.max_array_size(), packed, notify, dry_run=dry_run)
     if dry_run:
         decisions = _decide(kind, runs, settle_ended=False)
-        return _result(batch.submit(decisions), decisions, snapshot)
+        return _result(batch.submit(decisions, after, most), decisions, snapshot)
     make_snapshot(snapshot)
     with lock_file(kind.lock):
         decisions = _decide(kind, runs, settle_ended=True)
-        return _result(batch.submit(decisions), decisions, snapshot)
+        return _result(batch.submit(decisions, after, most), decisions, snapshot)
 
 
 def _result(submitted: Sequence[Submission], decisions: Sequence[Decision], snapshot: Snapshot) -> SlurmLaunch:
@@ -171,7 +173,7 @@ class _Batch:
         self.packed, self.notify, self.dry_run = packed, notify, dry_run
         self.section = sweep.file.slurm
 
-    def submit(self, decisions: Sequence[Decision]) -> list[Submission]:
+    def submit(self, decisions: Sequence[Decision], after: Sequence[str], most: int | None) -> list[Submission]:
         """Submit the startable ones, as one array per resource shape and chunk of Slurm's greatest array."""
         by_shape: dict[Shape, list[Decision]] = {}
         for decision in decisions:
@@ -181,9 +183,16 @@ class _Batch:
         for shape, members in by_shape.items():
             jobs = self._jobs(shape, members)
             arrays += [(shape, jobs[i : i + self.chunk]) for i in range(0, len(jobs), self.chunk)]
-        taken = sum(decision.verdict in ("running", "queued") for decision in decisions)
-        limits = share_out(max(1, self.section.max_parallel - taken), [len(jobs) for _, jobs in arrays])
-        return [self._array(shape, jobs, limit) for (shape, jobs), limit in zip(arrays, limits, strict=True)]
+        if most is None and arrays:
+            queued = queued_jobs(self.sweep)
+            most = self.section.max_parallel - len(queued)
+            if most < 1:
+                after, most = [*after, *afterany(sorted(queued))], self.section.max_parallel
+        submitted: list[Submission] = []
+        for (shape, jobs), turn in zip(arrays, turns(most or 1, [len(jobs) for _, jobs in arrays]), strict=True):
+            before = [part.job_id or "EARLIER_ARRAY" for part in submitted if part.turn.lane == turn.lane][-1:]
+            submitted.append(self._array(shape, jobs, turn, [*after, *afterany(before)]))
+        return submitted
 
     def _jobs(self, shape: Shape, members: Sequence[Decision]) -> list[list[Decision]]:
         """The runs of each job: one, or as many of one device as its cards take at a time."""
@@ -204,7 +213,7 @@ class _Batch:
         given = self.section.runs_per_device
         return runs_on_a_device(self.sweep, decision.run) if given == "auto" else given
 
-    def _array(self, shape: Shape, jobs: Sequence[Sequence[Decision]], limit: int) -> Submission:
+    def _array(self, shape: Shape, jobs: Sequence[Sequence[Decision]], turn: Turn, after: Sequence[str]) -> Submission:
         """Submit one array and claim its runs; a job that starts before its claim waits for the launch's lock."""
         members = [each for job in jobs for each in job]
         devices = self.section.devices_per_job if any(len(job) > 1 for job in jobs) else shape.tasks_per_node
@@ -215,10 +224,11 @@ class _Batch:
             self.snapshot,
             self.kind.name,
             signal_delay_s=max(stop_seconds(self.sweep, each.run) for each in members),
-            max_parallel=limit,
+            max_parallel=turn.limit,
             devices=devices,
             exclude=excluded,
             notify=self.notify,
+            after=after,
         )
         job_id = None if self.dry_run else _submit(executor, [self._job(job, devices) for job in jobs])
         if job_id is not None:
@@ -230,6 +240,7 @@ class _Batch:
             shape=shape,
             run_ids=tuple(each.run.run_id for each in members),
             num_jobs=len(jobs),
+            turn=turn,
             excluded=excluded,
             script=script(executor, len(jobs)),
             job_id=job_id,
@@ -249,17 +260,6 @@ class _Batch:
             return ()
         left = set(slurm.node_names(self.section.partition)) - set(failed)
         return tuple(failed) if len(left) >= num_needed else ()
-
-
-def share_out(most: int, sizes: Sequence[int]) -> list[int]:
-    """How many elements of each array may run at a time, `most` in all where there are no more arrays than that."""
-    limits = [1] * len(sizes)
-    left = most - len(sizes)
-    while left > 0 and (able := [i for i, size in enumerate(sizes) if limits[i] < size]):
-        for i in able[:left]:
-            limits[i] += 1
-        left -= min(left, len(able))
-    return limits
 
 
 def _submit(executor: submitit.SlurmExecutor, jobs: list[Any]) -> str:
@@ -284,6 +284,7 @@ def executor_for(
     devices: int,
     exclude: Sequence[str] = (),
     notify: str | None = None,
+    after: Sequence[str] = (),
 ) -> submitit.SlurmExecutor:
     """A submitit executor with everything that a job of this shape asks for; `devices` are those of a node."""
     section = sweep.file.slurm
@@ -311,6 +312,9 @@ def executor_for(
         "setup": [*_environment(snapshot), *told, *section.setup],
         "additional_parameters": {"requeue": True, **section.extra},
     }
+    if after:
+        after = [*([section.extra["dependency"]] if "dependency" in section.extra else []), *after]
+        parameters["additional_parameters"] |= {"dependency": ",".join(after), "kill-on-invalid-dep": "yes"}
     if section.mem_gb is not None:
         parameters["mem"] = f"{math.ceil(1024 * section.mem_gb)}M"
     if section.min_nodes is not None and section.min_nodes < shape.nodes:

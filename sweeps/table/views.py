@@ -198,7 +198,8 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
         f"validation and probes; {total.device_hours:,.4g} device-hours"
         f"{f' = {total.price:,.0f} {cost.currency}' if total.price else ''}; longest run "
         f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}, "
-        f"image cache {data_size(total.cache_bytes)}",
+        f"image cache {data_size(total.cache_bytes)}; told to stop, a run gets up to "
+        f"{duration(max(card.stop_s for card in cards))} to save",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,14 +1,15 @@
 """The real trainer with steps slow enough, on its first attempt, for a fault to hit one, and with faults of its own.
 
-    STEP_S=0.2 FAULT=crash|hog python slow_trainer.py RUN_DIR
+    STEP_S=0.2 FAULT=crash|hog|stop python slow_trainer.py RUN_DIR
 
 `crash` raises at the first step, `hog` takes two gigabytes then; both only while the run directory has no file
-`healthy`.
+`healthy`. `stop` stops rank 1 of the first attempt at its sixth step, as a node that hangs does.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ def slow_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
     num_steps += 1
     if RunDir(sys.argv[1]).read_status().attempt == 1:
         time.sleep(float(os.environ["STEP_S"]))
+        if os.environ.get("FAULT") == "stop" and os.environ["RANK"] == "1" and num_steps == 6:
+            os.kill(os.getpid(), signal.SIGSTOP)
     if num_steps == 1 and not (Path(sys.argv[1]) / "healthy").exists():
         if os.environ.get("FAULT") == "crash":
             raise RuntimeError("the user's own code is wrong")

@@ -169,6 +169,22 @@ def test_two_nodes_are_preempted_and_come_back_on_one(fault: Any, undisturbed: L
     assert "2 rank(s)" in log
 
 
+@pytest.mark.timeout(400)
+def test_a_rank_that_hangs_on_another_node_ends_the_others_and_its_node_is_named(
+    fault: Any, undisturbed: Losses
+) -> None:
+    """Its watcher lives, its process stands still: nothing but the other rank's watch can notice."""
+    case = fault(fault="stop", step_s=0.2, cost={"devices": 2})
+    case.launch()
+    assert_as_undisturbed(case, undisturbed, rel=1e-4)
+    record = case.records[0]
+    hung, *_ = record.read_attempts()
+    assert hung["reason_class"] == "node"
+    assert "rank 1 on node2 was not heard of for" in hung["reason"]
+    assert record.failed_nodes() == ["node2"]
+    assert "was not heard of" in record.log_file(1).read_text()
+
+
 def test_cancel_saves_and_does_not_come_back(fault: Any) -> None:
     case = fault()
     case.launch()

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
+from aimscale.sweeps.cli import launch as cli_launch
 from aimscale.sweeps.cli import logs as cli_logs
 from aimscale.sweeps.cli import status as cli_status
 from aimscale.sweeps.runs.claims import RunRecord
@@ -48,6 +49,29 @@ def test_two_launches_at_once_submit_each_run_once_in_split_arrays(fault: Any, t
     (case.records[0].path / "status.json").unlink()  # a run that was lost starts again, alone
     assert [part.run_ids for part in case.launch((STAND_IN,)).submitted] == [(case.runs[0].run_id,)]
     case.wait_empty_queue()
+
+
+@pytest.mark.timeout(400)
+def test_one_job_at_a_time_over_arrays_of_training_and_evaluation(fault: Any) -> None:
+    """Two shapes, so two arrays, and an array of evaluations behind each: Slurm itself bounds one array only."""
+    two_ranks = [{"when": {"seed": 1}, "set": {"devices": 2}}]
+    case = fault(seeds=[0, 1], budgets=[32], slurm={"max_parallel": 1, "setup": []}, override=two_ranks)
+    words = [str(case.sweep.source), "--root", str(case.sweep.root), "--on", "slurm", "--allow-dirty"]
+    result = CliRunner().invoke(cli_launch.app, words)
+    assert result.exit_code == 0, result.output
+    assert [line.split(" of ")[0] for line in result.output.splitlines() if line.startswith("submitted")] == [
+        "submitted 1 runs", "submitted 1 runs", "submitted evaluations", "submitted evaluations",
+    ]  # fmt: skip
+
+    def over() -> bool:
+        phases = [job.phase for job in slurm.jobs().values()]
+        assert phases.count("running") <= 1
+        return set(phases) <= {"ended"}
+
+    case.wait(over, "the end of four jobs, one at a time", 300)
+    rows = [row for record in case.records for row in record.read_rows()]
+    assert len(rows) == 2
+    assert all(row["val_loss"] > 0 for row in rows)
 
 
 def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(fault: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.plan.costs import cost_cards
@@ -18,7 +20,8 @@ from aimscale.sweeps.runs.job_kind import training_jobs
 from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import tasks_on_node
-from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, shape_of, share_out, with_slurm
+from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, shape_of, with_slurm
+from aimscale.sweeps.table.views import duration, print_plan
 
 
 def git(folder: Path, *words: str) -> None:
@@ -131,14 +134,6 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("most", "sizes", "limits"),
-    [(256, [3, 2], [3, 2]), (4, [10, 1], [3, 1]), (5, [10, 10], [3, 2]), (1, [4, 4], [1, 1]), (7, [], [])],
-)
-def test_a_sweeps_limit_is_shared_out_to_its_arrays(most: int, sizes: list[int], limits: list[int]) -> None:
-    assert share_out(most, sizes) == limits
-
-
-@pytest.mark.parametrize(
     ("listed", "node", "num"), [("2(x3),1", 0, 2), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("4", 0, 4), ("", 5, 1)]
 )
 def test_a_tasks_neighbours_on_its_node_are_counted(listed: str, node: int, num: int) -> None:
@@ -156,6 +151,9 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     assert card.save_s == pytest.approx(card.checkpoint_bytes / 1e8)
     assert card.stop_s == stop_seconds(large, run) == math.ceil(2 * card.save_s) + 30
     assert not any("killed before it has saved" in warning for warning in card.warnings)
+    console = Console(width=200, file=io.StringIO())
+    print_plan(large, [run], [card], console)
+    assert f"a run gets up to {duration(card.stop_s)} to save" in console.file.getvalue()  # type: ignore[attr-defined]
     short = with_slurm(large, signal_delay_s=120)
     assert stop_seconds(short, run) == 120
     assert any("killed before it has saved" in warning for warning in cost_cards(short, [run])[0].warnings)
