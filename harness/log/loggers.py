@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import remove_dir
+from aimscale.harness.run.row import configured_columns
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time")
 
@@ -57,6 +58,8 @@ class WandbLogger:
 
     W&B's own step is the number of the line in `metrics.jsonl`. A run that is resumed online says how many lines it
     has; offline, what an earlier start wrote and nobody has synchronised yet gives way to a new record of all lines.
+    Runs are grouped by sweep and tagged with their size and budgets; the columns of their rows that are known before
+    training (parameters, FLOPs per image) stand beside the configuration, to be plotted against.
     """
 
     def __init__(self, run: RunDir, config: RunConfig, past: Sequence[dict[str, Any]]) -> None:
@@ -73,7 +76,9 @@ class WandbLogger:
             name=config.run_id,
             resume="allow",
             dir=str(run.path),
-            config=config.model_dump(mode="json"),
+            group=run.path.parent.parent.name if run.path.parent.name == "runs" else None,
+            tags=[config.training.model.size, *(f"D={budget}" for budget in config.evaluation.budgets)],
+            config=config.model_dump(mode="json") | {"columns": configured_columns(config)},
         )
         # Branches go back in images_seen, which W&B's own step may not.
         self._run.define_metric("images_seen")

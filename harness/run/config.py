@@ -275,7 +275,7 @@ class RuntimeConfig(Section):
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Besides `metrics.jsonl`, which is always written."""
+    """Besides `metrics.jsonl`, which is always written; W&B groups by sweep and tags with size and budgets."""
     max_skipped_steps: int = Field(20, ge=0)
     """Consecutive non-finite steps after which a run stops as diverged, where it cannot roll back."""
 

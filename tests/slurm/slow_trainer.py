@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aimscale.harness.run import watch
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.train import attempt as train
@@ -40,5 +41,7 @@ def slow_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
     return step(self, *args, **kwargs)
 
 
+if os.environ.get("FAULT") == "stop":  # less patient than 40 s
+    watch.BEAT_S, watch.SILENCE_S = 1.0, 10.0
 Engine.step = slow_step  # type: ignore[method-assign]
 train.main()

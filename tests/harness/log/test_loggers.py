@@ -163,18 +163,22 @@ def test_wandb_offline_holds_every_line_once_after_a_kill(
     from wandb.proto import wandb_internal_pb2
 
     config = tiny_config({"loggers": ["wandb"], "checkpoint_every_images": 24, "log_every_steps": 1})
-    run = RunDir.create(tmp_path / "run", config)
+    run = RunDir.create(tmp_path / "my-sweep" / "runs" / config.run_id, config)
     assert in_processes(train_offline, run.path, 40) == [-signal.SIGKILL]
     assert in_processes(train_offline, run.path, 0) == [0]
     (folder,) = (run.path / "wandb").glob("offline-run-*")
     (file,) = folder.glob("*.wandb")
     assert config.run_id in file.name
-    rows = []
+    rows, about = [], []
     for data in wandb_records(file):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
+        if record.HasField("run"):
+            about.append((record.run.run_group, list(record.run.tags)))
         if record.HasField("history"):
             rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
+    assert about
+    assert set(map(str, about)) == {str(("my-sweep", [config.training.model.size, "D=64", "D=128"]))}
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [int(row["images_seen"]) for row in rows] == [line["images_seen"] for line in lines]
     assert [float(row.get("trunk/loss", 0)) for row in rows] == [
