@@ -215,7 +215,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
         run: a run directory.
         images_seen: the budget.
         out: new folder.
-        probe_file: an attentive probe `probes/<images seen>/<task>.attentive.safetensors` to add as `head.*`.
+        probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`.
 
     Raises:
         WeightsError: `out` exists, or the budget's file does not hold the model.

@@ -20,7 +20,7 @@ from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.store.columns import SAMPLE, MappedIndexWriter, shard_table
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.info import DATASET_FILE, NO_LABEL
-from aimscale.harness.data.stream.overlap import refuse_overlap
+from aimscale.harness.data.stream.overlap import twins
 
 _SAMPLES_PER_SHARD = 10_000
 _BLOCK_ROWS = 1 << 20
@@ -53,7 +53,7 @@ def run(*, num_images: int, num_ranks: int, num_reads: int, folder: Path | None 
         for process in processes:
             process.join()
         start = time.perf_counter()
-        refuse_overlap([open_dataset(made)], open_dataset(held_out))
+        assert not list(twins([open_dataset(made)], open_dataset(held_out)))
         overlap_s = time.perf_counter() - start
         added = [late - early for early, late in zip(before, after, strict=True)]
         return {

@@ -61,10 +61,14 @@ def export(
         int | None, typer.Option(help="Which budget; the last otherwise.", show_default=False)
     ] = None,
     probe: Annotated[
-        str | None, typer.Option(help="Task whose attentive probe goes into the file as head.*.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Task, or TASK-EVALUATION, whose attentive probe goes into the file as head.*.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Write a budget's backbone under the released names, as safetensors and .pth, with a model card."""
+    from aimscale.harness.probe.files import probe_head
     from aimscale.harness.probe.run import saved_budgets
     from aimscale.harness.run.directory import RunDir, RunDirError
     from aimscale.harness.weights import export_weights
@@ -77,7 +81,7 @@ def export(
     budget = budgets[-1] if images_seen is None else images_seen
     if budget not in budgets:
         raise RunDirError(f"{run_dir} has no saved budget of {budget} images; it has {', '.join(map(str, budgets))}")
-    probe_file = None if probe is None else run.probes_dir(budget) / f"{probe}.attentive.safetensors"
+    probe_file = None if probe is None else probe_head(run, budget, probe)
     for path in export_weights(run, budget, out, probe_file=probe_file):
         typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import socket
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from aimscale.aim.cpu_kernels import float32_matmul
-from aimscale.harness.run.files import write_json
+from aimscale.harness.run.files import cache_folder, write_json
 from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}
@@ -83,7 +82,7 @@ def measure_peak(device: torch.device, precision: str, side: int | None = None) 
 def known_peak(device: torch.device, precision: str) -> Peak:
     """The largest peak that this host has shown for a device, precision and number of threads; measures once more."""
     now = measure_peak(device, precision)
-    path = _folder() / "peaks.json"
+    path = cache_folder() / "peaks.json"
     key = json.dumps([socket.gethostname(), now.device, precision, now.num_threads, now.gemm_side, torch.__version__])
     entries = _read(path)
     seen = entries.get(key)
@@ -93,13 +92,6 @@ def known_peak(device: torch.device, precision: str) -> Peak:
     with contextlib.suppress(OSError):  # a home that cannot be written only costs the agreement
         write_json(path, entries, durable=False)
     return now
-
-
-def _folder() -> Path:
-    root = os.environ.get("AIMSCALE_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "aimscale"
-    )
-    return Path(root)
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

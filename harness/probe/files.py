@@ -1,15 +1,18 @@
 """The files of probes in a run directory: when a task counts as done, who works on it, how it gets into the rows.
 
-`probes/<images_seen>/<task>.json` is the truth; a row's `probes` follow from it. A probe job, the trainer and a person
-may come to one task at the same time: the first holds its lock, the others wait and then find it done.
+`probes/<images_seen>/<task>-<settings>-<data>.json` is the truth, one for every evaluation; a row's `probes` follow
+from it. A probe job, the trainer and a person may come to one task at the same time: the first holds its lock, the
+others wait and then find it done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +22,12 @@ from typing import Any
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ProbeSection, RunConfig
-from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import locked
-from aimscale.harness.run.identity import evaluation_digest
+from aimscale.harness.run.identity import EVALUATION_DEFAULTS, evaluation_digest, probe_evaluation
 
 SCHEMA_VERSION = 1
-"""Of `probes/<images_seen>/<task>.json`."""
+"""Of a task's file."""
 PROTOCOL = 2
 """How probes are trained and scored. 2: the query starts with a deviation of 0.02, statistics and pooled features come
 from one pass, LoRA adapts query, value and output projection. What an earlier one left is not taken for this one's."""
@@ -60,10 +63,23 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
     return digest.hexdigest()
 
 
-def task_key(backbone: str, section: ProbeSection, train: str, test: str, seed: int) -> str:
+def evaluation_of(section: ProbeSection, train: str | None, test: str | None) -> str:
+    """The name of a task's evaluation on data of these fingerprints."""
+    return probe_evaluation(section.model_dump(mode="json"), train, test)
+
+
+def task_key(
+    backbone: str, section: ProbeSection, train: str, test: str, seed: int, *, protocol: int = PROTOCOL
+) -> str:
     """All that a task's numbers depend on: weights, protocol, settings, both data fingerprints and the seed."""
     settings = evaluation_digest("probe", section.model_dump(mode="json"))
-    return "/".join([backbone, f"protocol {PROTOCOL}", settings, train, test, str(seed)])
+    return "/".join([backbone, f"protocol {protocol}", settings, train, test, str(seed)])
+
+
+def _key_of(document: dict[str, Any]) -> tuple[str, ...]:
+    """The parts of a file's key, with the settings as they are called today."""
+    backbone, _, *rest = document["key"].rsplit("/", 4)
+    return backbone, evaluation_digest("probe", EVALUATION_DEFAULTS["probe"] | document["task"]), *rest
 
 
 def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
@@ -75,25 +91,51 @@ def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
 
 def is_probed(run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection) -> bool:
     """Whether a task was probed with these settings; data that cannot be looked at now count as unchanged."""
-    try:
-        key = str(json.loads((run.probes_dir(images_seen) / f"{section.task}.json").read_text())["key"])
-        _, old_train, old_test, _ = key.rsplit("/", 3)
-    except (OSError, ValueError, KeyError):
-        return False
-    train, test = fingerprint(section.train) or old_train, fingerprint(section.test) or old_test
-    return key == task_key(weights_name(run, config, images_seen), section, train, test, config.training.seed)
+    train, test = fingerprint(section.train) or "*", fingerprint(section.test) or "*"
+    key = task_key(weights_name(run, config, images_seen), section, train, test, config.training.seed)
+    return set(section.kinds) <= finished_probes(run.probes_dir(images_seen), section, key).keys()
 
 
-def finished_probes(path: Path, key: str | None = None, *, since: float = 0.0) -> list[dict[str, Any]] | None:
-    """Probes of a finished task file; None where there is none, or one of another key, or one older than `since`."""
-    try:
-        if path.stat().st_mtime < since:
-            return None
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    probes: list[dict[str, Any]] = document["probes"]
-    return probes if key in (None, document.get("key")) else None
+def finished_probes(folder: Path, section: ProbeSection, key: str, *, since: float = 0.0) -> dict[str, dict[str, Any]]:
+    """Kind -> probe, of those of a task's kinds that files of this key hold; a fingerprint of `*` stands for any.
+
+    Args:
+        folder: of a budget or a baseline.
+        section: the task.
+        key: as `task_key` makes it.
+        since: files older than this Unix time do not count.
+    """
+    wanted = key.rsplit("/", 4)
+    found: dict[str, dict[str, Any]] = {}
+    earlier = folder / f"{section.task}.json"  # as files were called while a task had one evaluation
+    for path in [earlier, *folder.glob(f"{glob.escape(section.task)}-{wanted[1]}-*.json")]:
+        try:
+            if path.stat().st_mtime < since:
+                continue
+            document = json.loads(path.read_text())
+            if all(want in ("*", part) for part, want in zip(_key_of(document), wanted, strict=True)):
+                found |= {detail["kind"]: detail for detail in document["probes"]}
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{path} is damaged ({error}) and not used", file=sys.stderr, flush=True)
+    return {kind: found[kind] for kind in section.kinds if kind in found}
+
+
+def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
+    """The attentive head of a task, or of `<task>-<evaluation>` where there are several.
+
+    Raises:
+        RunDirError: none, or several.
+    """
+    folder, end = run.probes_dir(images_seen), ".attentive.safetensors"
+    names = [path.name.removesuffix(end) for path in sorted(folder.glob(f"*{end}"))]
+    found = [name for name in names if name == probe or re.fullmatch(re.escape(probe) + r"-\w{8}-\w{8}", name)]
+    if len(found) != 1:
+        raise RunDirError(
+            f"{folder} has {len(found)} attentive heads of '{probe}'; it has {', '.join(names) or 'none'}"
+        )
+    return folder / f"{found[0]}{end}"
 
 
 def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
@@ -101,17 +143,26 @@ def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in detail.items() if name not in ("per_class", "grid")}
 
 
+def entries_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries for a results row of a task's file, each with the name of its evaluation."""
+    evaluation = {}
+    if "key" in document:
+        _, _, train, test, _ = _key_of(document)
+        evaluation = {"evaluation": probe_evaluation(EVALUATION_DEFAULTS["probe"] | document["task"], train, test)}
+    return [evaluation | as_entry(detail) for detail in document["probes"]]
+
+
 @contextlib.contextmanager
-def task_lock(folder: Path | None, task: str, group: Group, pause: Pause = lambda: None) -> Iterator[None]:
-    """Hold a task of one folder for this group of ranks, after any other that has it; the kernel drops it at death."""
+def task_lock(folder: Path | None, name: str, group: Group, pause: Pause = lambda: None) -> Iterator[None]:
+    """Hold an evaluation in a folder for this group of ranks, after any other that has it; its death drops it."""
     if folder is None:
         yield
         return
     with contextlib.ExitStack() as stack:
-        path, told = folder / f".{task}.lock", False
+        path, told = folder / f".{name}.lock", False
         while not group.from_first(stack.enter_context(locked(path, wait=False)) if group.is_first else None):
             if group.is_first and not told:
-                print(f"waiting: another process probes {task} in {folder}", file=sys.stderr, flush=True)
+                print(f"waiting: another process probes {name} in {folder}", file=sys.stderr, flush=True)
             told = True
             pause()
             time.sleep(LOCK_POLL_S)
@@ -121,19 +172,24 @@ def task_lock(folder: Path | None, task: str, group: Group, pause: Pause = lambd
 def with_probes_of_files(run: RunDir, config: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
     """A budget's row with the probes that the budget's task files hold for its present weights.
 
-    They replace those of the same task and kind; other entries (of imported rows, say) stay.
+    They replace those of the same evaluation and kind; other entries (of imported rows, say) stay.
     """
     images_seen = row["images_seen"]
     folder = run.probes_dir(images_seen)
     if not folder.is_dir() or not run.model_file(images_seen).exists():
         return row
     name = weights_name(run, config, images_seen)
-    entries = {(entry["task"], entry["kind"]): entry for entry in row.get("probes") or []}
-    for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text())
-        if document.get("backbone") == name:
-            entries |= {(each["task"], each["kind"]): as_entry(each) for each in document["probes"]}
-    return {**row, "probes": list(entries.values())}
+    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    entries = [entry for each in documents if each.get("backbone") == name for entry in entries_of(each)]
+    measured = {(entry["task"], entry["kind"]) for entry in entries}
+    known = {_place(entry): entry for entry in row.get("probes") or []}
+    # earlier rows did not say which evaluation an entry is of: the files do
+    kept = {place: entry for place, entry in known.items() if "evaluation" in entry or place[:2] not in measured}
+    return {**row, "probes": list((kept | {_place(entry): entry for entry in entries}).values())}
+
+
+def _place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
+    return entry["task"], entry["kind"], entry.get("evaluation")
 
 
 def merge_into_rows(run: RunDir, config: RunConfig, images_seen: int) -> None:

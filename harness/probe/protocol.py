@@ -56,7 +56,16 @@ from aimscale.harness.probe.features.extraction import (
 from aimscale.harness.probe.features.images import LabelledImages, holdout_split, open_task
 from aimscale.harness.probe.features.sizes import BlockSet, block_sets
 from aimscale.harness.probe.features.views import PublishedViews
-from aimscale.harness.probe.files import PROTOCOL, SCHEMA_VERSION, Pause, as_entry, finished_probes, task_key, task_lock
+from aimscale.harness.probe.files import (
+    PROTOCOL,
+    SCHEMA_VERSION,
+    Pause,
+    as_entry,
+    evaluation_of,
+    finished_probes,
+    task_key,
+    task_lock,
+)
 from aimscale.harness.probe.heads.fit import Candidate, GridFit, Split, best
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.neighbours import Neighbours
@@ -115,11 +124,11 @@ def probe_backbone(
         section: the task.
         model_section: image geometry.
         seed: splits the hold-out, draws the heads' start and the order of images.
-        out: folder for `<task>.json`, the same with per-class counts and the whole grid; None writes nothing.
+        out: folder for the evaluation's file, the same with per-class counts and the whole grid; None writes nothing.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         bounds: memory and disk for features.
-        since: return what the file says if it comes from the same name, task, data and seed and is not older than this
-            Unix time; None probes in any case.
+        since: take what files of the same weights, evaluation and seed say that are not older than this Unix time, and
+            do the other kinds; None does them all.
         pause: called by all ranks together wherever work is saved; raises to stop there, and the next call goes on.
         pools: data sets that the backbone was pre-trained on, among which test images are looked for; None where they
             are not known.
@@ -134,40 +143,44 @@ def probe_backbone(
     train, test = open_task(section, model_section)
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
-    key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)
-    with task_lock(out, section.task, group, pause):
+    prints = train.dataset.fingerprint, test.dataset.fingerprint
+    key = task_key(backbone.name, section, *prints, seed)
+    name = f"{section.task}-{evaluation_of(section, *prints)}"
+    with task_lock(out, name, group, pause):
+        found: dict[str, dict[str, Any]] = {}
         if since is not None and out is not None:
-            path = out / f"{section.task}.json"
-            done = group.from_first(finished_probes(path, key, since=since) if group.is_first else None)
-            if done is not None:
-                return [as_entry(detail) for detail in done]
-        progress = ProbeProgress(out, section.task, key) if out is not None else None
+            found = group.from_first(finished_probes(out, section, key, since=since) if group.is_first else None)
+        wanted, kinds = section.kinds, tuple(kind for kind in section.kinds if kind not in found)
+        if not kinds:
+            return [as_entry(found[kind]) for kind in wanted]
+        section = section.model_copy(update={"kinds": kinds})
+        progress = ProbeProgress(out, name, key) if out is not None else None
         shared = group.from_first(shared_images(section, train, test, pools) if group.is_first else None)
-        probing = _Probing(backbone, section, train, test, seed, key, out, group, bounds, progress, pause, shared)
+        probing = _Probing(backbone, section, train, test, seed, key, name, out, group, bounds, progress, pause, shared)
         used = Resources(group)
-        details = probing.details()
+        found |= {detail["kind"]: detail for detail in probing.details()}
         if out is not None:
             features = probing.feature_files()
             document = {
                 "schema_version": SCHEMA_VERSION,
                 "key": key,
                 "backbone": backbone.name,
-                "task": section.model_dump(mode="json"),
+                "task": section.model_dump(mode="json") | {"kinds": list(found)},
                 "classes": list(train.classes),
                 "world_size": group.world_size,
                 **used.so_far(),
                 "feature_bytes": features,
                 "backbone_images": group.sum_counts(getattr(backbone, "images_seen", 0))[0],
-                "probes": details,
+                "probes": list(found.values()),
             }
             if group.is_first:
-                write_json(out / f"{section.task}.json", document)
+                write_json(out / f"{name}.json", document)
             assert progress is not None
             probing.remove_features()
             group.wait()
             if group.is_first:
                 progress.clear()
-        return [as_entry(detail) for detail in details]
+        return [as_entry(found[kind]) for kind in wanted]
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,8 @@ class _Probing:
     test: LabelledImages
     seed: int
     key: str
+    name: str
+    """Start of the names of its files."""
     out: Path | None
     group: Group
     bounds: Bounds
@@ -212,6 +227,7 @@ class _Probing:
             "refit": self.section.refit,
             "augmentation": self.section.augmentation,
             "seed": self.seed,
+            "evaluation": self.name.removeprefix(f"{self.section.task}-"),
             **self.shared,
         }
         return [found[kind] | about for kind in self.section.kinds]
@@ -267,11 +283,11 @@ class _Probing:
 
     @functools.cached_property
     def _train_features(self) -> SplitFeatures:
-        return self._pass.split(self.train, f"{self.section.task}.train", self.key, self._split.fit)
+        return self._pass.split(self.train, f"{self.name}.train", self.key, self._split.fit)
 
     @functools.cached_property
     def _test_features(self) -> SplitFeatures:
-        return self._pass.split(self.test, f"{self.section.task}.test", self.key)
+        return self._pass.split(self.test, f"{self.name}.test", self.key)
 
     def _made(self) -> list[SplitFeatures]:
         """Feature sets that were needed."""
@@ -314,7 +330,7 @@ class _Probing:
             on_top, on_fixed = answers_of_heads(features, self.test, (top, fixed), self.group)
             details.append(self._detail(top, fixed, on_top, on_fixed, candidates))
             if self.out is not None and self.group.is_first:
-                save_head(top, self.out / f"{self.section.task}.{kind}.safetensors")
+                save_head(top, self.out / f"{self.name}.{kind}.safetensors")
         return details
 
     def _neighbours(self) -> list[dict[str, Any]]:
@@ -379,7 +395,7 @@ def shared_images(
     counts: dict[str, int | None] = {"test_in_train": count_shared([train.dataset], test.dataset), "test_in_pool": None}
     if pools is not None:
         try:
-            counts["test_in_pool"] = count_shared(map(open_dataset, pools), test.dataset)
+            counts["test_in_pool"] = count_shared([open_dataset(pool) for pool in pools], test.dataset)
         except DataError:  # moved, remote, or of imported weights
             print(
                 f"{section.task}: the pre-training images are not at hand, so nobody looked for test images there",

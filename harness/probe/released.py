@@ -17,7 +17,14 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, ProbeError
 from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
 from aimscale.harness.probe.features.images import open_labelled
-from aimscale.harness.probe.files import PROTOCOL, SCHEMA_VERSION, as_entry, merge_into_rows, weights_name
+from aimscale.harness.probe.files import (
+    PROTOCOL,
+    SCHEMA_VERSION,
+    as_entry,
+    evaluation_of,
+    merge_into_rows,
+    weights_name,
+)
 from aimscale.harness.probe.heads.scores import answers, score, together
 from aimscale.harness.probe.run import load_budget, saved_budgets
 from aimscale.harness.run.config import ProbeSection
@@ -58,7 +65,7 @@ def score_released(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Score an imported run's own head on the test splits of tasks; yields (images seen, entries) after each task.
 
-    Nothing is trained. The entry is of kind `released` and goes to `<task>.released.json` and into the run's row.
+    Nothing is trained. The entry, of kind `released`, goes to `<task>-<evaluation>.released.json` and the run's row.
 
     Raises:
         ProbeError: the run has no head, or the test split has not its classes.
@@ -89,8 +96,10 @@ def score_released(
             answers(head(outputs[blocks].float().mean(0)), test.labels[chunk])
             for chunk, outputs in zip(own, StreamedTokens(backbone, test, group).parts(own), strict=True)
         ]
+        evaluation = evaluation_of(section, test.dataset.fingerprint, test.dataset.fingerprint)
         detail = {
             "task": section.task,
+            "evaluation": evaluation,
             "kind": "released",
             "blocks": blocks,
             "num_classes": len(test.classes),
@@ -100,6 +109,6 @@ def score_released(
         }
         if group.is_first:
             document = {"schema_version": SCHEMA_VERSION, "backbone": backbone.name, "probes": [detail]}
-            write_json(run.probes_dir(budget) / f"{section.task}.released.json", document)
+            write_json(run.probes_dir(budget) / f"{section.task}-{evaluation}.released.json", document)
             merge_into_rows(run, config, budget)
         yield budget, [as_entry(detail)]

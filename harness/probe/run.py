@@ -117,7 +117,8 @@ def finished_task(
     key = task_key(
         weights_name(run, config, images_seen), section, *_fingerprints(section, training.model), seed=training.seed
     )
-    return finished_probes(run.probes_dir(images_seen) / f"{section.task}.json", key, since=since)
+    found = finished_probes(run.probes_dir(images_seen), section, key, since=since)
+    return [found[kind] for kind in section.kinds] if len(found) == len(section.kinds) else None
 
 
 def probe_run(

@@ -102,9 +102,21 @@ def training_digest(training: Values, horizon: int | None) -> str:
 
 
 def evaluation_digest(kind: Literal["validation", "probe"], settings: Values) -> str:
-    """Eight hex digits of how something is measured, whatever the data are: `ValidationSection` or `ProbeSection`."""
-    measured = {key: value for key, value in settings.items() if key not in PATHS}
+    """Eight hex digits of how something is measured: `ValidationSection` or `ProbeSection`.
+
+    Whatever the data are, and whichever kinds of probes are wanted: another kind does not change those that are there.
+    """
+    measured = {key: value for key, value in settings.items() if key not in (*PATHS, "kinds")}
     return _digest(kind, _differing(measured, EVALUATION_DEFAULTS[kind]))
+
+
+def probe_evaluation(settings: Values, train: str | None, test: str | None) -> str:
+    """What names a task's evaluation in files and tables: its settings, and its data by their fingerprints.
+
+    Data that cannot be looked at now are `*`.
+    """
+    data = hashlib.sha256(f"{train} {test}".encode()).hexdigest()[:8] if train and test else "*"
+    return f"{evaluation_digest('probe', settings)}-{data}"
 
 
 def filled_training(training: Any) -> Any:

@@ -200,7 +200,7 @@ def _probe(path: Path, config: RunConfig, ranks: int, kills: int, kill_after_s: 
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"a probing process ended with {[process.returncode for process in processes]}")
-    document = json.loads((directory.probes_dir(BUDGET) / "places.json").read_text())
+    document = json.loads(next(directory.probes_dir(BUDGET).glob("places-*.json")).read_text())
     names = ("cpu_s", "peak_process_bytes", "feature_bytes", "backbone_images")
     return {
         "wall_s": time.monotonic() - started,

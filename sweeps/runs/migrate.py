@@ -98,4 +98,6 @@ def _rewrite_probe(record: RunRecord, config: RunConfig, path: Path) -> None:
         return
     section = parse(ProbeSection, EVALUATION_DEFAULTS["probe"] | document["task"], str(path))
     name = weights_name(record, config, images_seen)
-    write_json(path, document | {"backbone": name, "key": task_key(name, section, train, test, int(seed))})
+    protocol = document["probes"][0].get("protocol", 1)
+    key = task_key(name, section, train, test, int(seed), protocol=protocol)
+    write_json(path, document | {"backbone": name, "key": key})

@@ -16,7 +16,7 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.tables.schema import TableError, results_table, write_table
-from aimscale.harness.probe.files import as_entry
+from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.config import Section, TrainingConfig
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.identity import evaluation_digest
@@ -26,6 +26,7 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.table.task_names import with_task_names
 
 COLLECT_VERSION = 1
 
@@ -95,11 +96,12 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
             damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
             continue
         rows += found
+    rows = with_task_names(rows, runs)
     num_complete = sum(row["status"] == "complete" for row in rows)
     table = results_table(rows)
     write_table(table, sweep.directory / "results.csv")
     write_table(table, sweep.directory / "results.parquet")
-    baselines = _baselines(sweep, damaged)
+    baselines = with_task_names(_baselines(sweep, damaged), runs)
     _write_baselines(sweep, baselines)
     try:
         write_json(
@@ -140,7 +142,7 @@ def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[dict[str, Any]]:
             documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
             by_name: dict[str, list[dict[str, Any]]] = {}
             for document in documents:
-                by_name.setdefault(document["backbone"], []).extend(map(as_entry, document["probes"]))
+                by_name.setdefault(document["backbone"], []).extend(entries_of(document))
             found = [
                 {"sweep": sweep.name, "run_id": run.path.name, "size": name, "probes": entries}
                 for name, entries in by_name.items()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.data.store.card import fingerprint
+from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import Status
+from aimscale.harness.run.identity import probe_evaluation
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -218,7 +222,7 @@ def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[
     if state in ("not started", "damaged"):
         return done, doing, hours
     if tasks:
-        done = sum(min(tasks, len(list(record.probes_dir(budget).glob("*.json")))) for budget in run.budgets)
+        done = sum(_is_probed(record, budget, task) for budget in run.budgets for task in run.config.evaluation.probes)
     try:
         hours = _hours(record, now, is_running=state == "running")
         if probing.path.is_dir():
@@ -229,6 +233,13 @@ def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[
     except UserError as error:
         doing = str(error)
     return done, doing, hours
+
+
+def _is_probed(record: RunRecord, budget: int, task: ProbeSection) -> bool:
+    """Whether the task has a file, by its name."""
+    folder, earlier = record.probes_dir(budget), f"{task.task}.json"
+    name = probe_evaluation(task.model_dump(mode="json"), fingerprint(task.train), fingerprint(task.test))
+    return (folder / earlier).exists() or any(folder.glob(f"{glob.escape(task.task)}-{name}.json"))
 
 
 def _hours(record: RunRecord, now: float, *, is_running: bool) -> float:

@@ -97,7 +97,7 @@ def test_probes_read_digits_repeatably_and_say_how(digits: Path, model: AIM, tmp
         assert entry["top1_lo95"] > 3 * entry["chance"]  # random weights, yet far above chance
         assert entry["top1_lo95"] < entry["top1"] < entry["top1_hi95"] < entry["top5"]
         assert entry["num_fit"] + entry["num_holdout"] == 600
-    document = json.loads((tmp_path / "digits.json").read_text())
+    document = json.loads(next(tmp_path.glob("digits-*.json")).read_text())
     for entry, detail in zip(entries, document["probes"], strict=True):
         assert sum(row["correct"] for row in detail["per_class"]) == round(entry["top1"] * 400)
         assert max(row["holdout_top1"] for row in detail["grid"]) == entry["holdout_top1"]
@@ -105,9 +105,22 @@ def test_probes_read_digits_repeatably_and_say_how(digits: Path, model: AIM, tmp
     assert len(document["probes"][1]["grid"]) == 2 * len(sets)
 
 
+def test_another_kind_of_probe_leaves_those_that_are_there_alone(
+    digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"model_section": GEOMETRY, "seed": 0, "out": tmp_path, "since": 0.0}
+    (neighbours,) = probe_model(model, section(digits, kinds=("knn",)), **options)
+    monkeypatch.setattr("aimscale.harness.probe.protocol.Neighbours", None)
+    both = probe_model(model, section(digits, kinds=("linear", "knn")), **options)
+    assert [entry["kind"] for entry in both] == ["linear", "knn"]
+    assert both[1] == neighbours
+    (file,) = tmp_path.glob("*.json")
+    assert [detail["kind"] for detail in json.loads(file.read_text())["probes"]] == ["knn", "linear"]
+
+
 def test_saved_heads_are_released_probe_files_that_score_the_same(digits: Path, model: AIM, tmp_path: Path) -> None:
     (entry,) = probe_model(model, section(digits, kinds=("attentive",)), model_section=GEOMETRY, seed=0, out=tmp_path)
-    probe = load_probe(tmp_path / "digits.attentive.safetensors", model.config).eval()
+    probe = load_probe(next(tmp_path.glob("digits-*.attentive.safetensors")), model.config).eval()
     _, test = open_task(section(digits), GEOMETRY)
     with torch.no_grad():
         logits = probe(model.features(test.images(range(len(test))), entry["blocks"]).mean(0))
@@ -212,7 +225,8 @@ def test_classes_are_matched_by_name_and_may_lack_test_images(digits: Path, mode
     fewer = wanted.model_copy(update={"test": str(tmp_path / "fewer")})
     probe_model(model, fewer, model_section=GEOMETRY, seed=0, out=tmp_path / "part")
     per_class = [
-        json.loads((tmp_path / name / "digits.json").read_text())["probes"][0]["per_class"] for name in ("all", "part")
+        json.loads(next((tmp_path / name).glob("digits-*.json")).read_text())["probes"][0]["per_class"]
+        for name in ("all", "part")
     ]
     for whole, part in zip(*per_class, strict=True):
         assert part == (whole if whole["class"] in names else whole | {"n": 0, "correct": 0})
@@ -435,7 +449,7 @@ def test_a_killed_streamed_probe_goes_on_to_the_same_numbers(
     for _ in range(2):
         with pytest.raises(Interrupted):
             run(tmp_path / "cut", num_passes * 2 // 5)
-        assert not (tmp_path / "cut" / "digits.json").exists()
+        assert not list((tmp_path / "cut").glob("*.json"))
     resumed, num_left = run(tmp_path / "cut", 10**9)
     assert resumed == whole
     assert num_left < num_passes * 2 // 5
@@ -520,7 +534,7 @@ def test_a_refit_trains_what_the_holdout_chose_on_the_whole_training_split(
         for name in ("blocks", "lr", "num_neighbours", "holdout_top1", "num_fit", "num_holdout"):
             assert chosen[name] == refitted[name], name  # the choice is the hold-out's alone
     for refit, images in ((False, fit), (True, np.sort(np.concatenate([fit, held])))):
-        saved = load_probe(tmp_path / str(refit) / "digits.attentive.safetensors", model.config)
+        saved = load_probe(next((tmp_path / str(refit)).glob("digits-*.attentive.safetensors")), model.config)
         with torch.no_grad():
             tokens = model.eval().features(train.images(images), once[1]["blocks"]).mean(0)
         # the head's statistics tell what it was trained on
@@ -592,7 +606,7 @@ def test_a_killed_lora_goes_on_to_the_same_numbers(
         out = tmp_path / f"cut-{pauses}"
         cut, before = run(out, pauses)
         assert cut is None
-        assert not (out / "digits.json").exists()
+        assert not list(out.glob("*.json"))
         resumed, after = run(out, 10**9)
         assert resumed == whole, pauses
         assert before + after == num_batches  # no epoch was trained twice

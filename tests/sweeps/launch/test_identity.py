@@ -165,11 +165,8 @@ def test_another_evaluation_never_trains_and_does_only_what_is_missing(
     assert (after["metrics"], after["starts"]) == (before["metrics"], before["starts"])
     for old, new in zip(before["rows"], after["rows"], strict=True):
         assert {key for key in new if new[key] != old.get(key)} - {"finished_at"} == changed
-    untouched = {path for path in before["files"] if after["files"][path] == before["files"][path]}
-    if "probes" in changed:
-        assert {path for path in before["files"] if path.parts[0] == "validation"} <= untouched
-    else:
-        assert {path for path in before["files"] if path.parts[0] == "probes"} <= untouched
+    current = {Path("validation") / f"{budget}.npz" for budget in (64, 128)} if "val_loss" in changed else set()
+    assert {path for path in before["files"] if after["files"][path] != before["files"][path]} <= current
     assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated, "it is all there now"
 
 

@@ -26,6 +26,7 @@ from aimscale.analysis.baselines.comparison import compare
 from aimscale.analysis.tables.inputs import read_tables
 from aimscale.analysis.tables.results import probe_frame, read_table
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.harness.probe.files import is_probed
 from aimscale.harness.probe.job import ProbeRequest, probe_job
 from aimscale.harness.probe.run import probe_baseline, probe_run
 from aimscale.harness.run.config import ProbeSection
@@ -147,6 +148,30 @@ def test_what_is_done_from_other_weights_or_before_again_is_missing(trained: Any
     write_weights(retrained.state_dict(), directory.model_file(64))
     assert [budget for budget, _ in missing(directory, run.config, request)] == [64]
     assert missing(directory, run.config, request.model_copy(update={"images_seen": 128})) == []
+
+
+def test_evaluations_with_other_settings_or_data_both_stay_and_the_table_keeps_them_apart(
+    trained: Any, tmp_path: Path
+) -> None:
+    sweep, runs = trained()
+    path = sweep.run_dir(runs[0].run_id)
+    own = runs[0].config.evaluation.probes[0]
+    (first, second) = [entries for _, entries in probe_run(path)]
+    kept = {file: file.read_bytes() for file in path.glob("probes/*/*.json")}
+    more = own.model_copy(update={"holdout_fraction": 0.4})
+    write_labelled(tmp_path / "data" / "other", 16, seed=5)
+    others = [more, own.model_copy(update={"test": str(tmp_path / "data" / "other")})]
+    names = [entries[0]["evaluation"] for _, entries in probe_run(path, sections=others)]
+    assert len({first[0]["evaluation"], *names}) == 3
+    assert {file: file.read_bytes() for file in kept} == kept
+    rows = RunDir(path).read_rows()
+    assert [row["probes"][0] for row in rows] == [first[0], second[0]]
+    assert [len(row["probes"]) for row in rows] == [3, 3]
+    assert is_probed(RunDir(path), runs[0].config, 64, own)  # and going back to either measures nothing
+    assert is_probed(RunDir(path), runs[0].config, 64, more)
+    probes = probe_frame(read_table(collect(sweep, runs, cost_cards(sweep, runs)).table))
+    assert set(probes["task"]) == {"colour", *(f"colour@{name}" for name in names)}
+    assert list(probes.loc[probes["task"] == "colour", "evaluation"]) == [first[0]["evaluation"]] * 2
 
 
 def test_a_row_written_after_its_probes_gets_them_when_the_sweep_is_looked_at(trained: Any) -> None:
@@ -327,7 +352,7 @@ def test_two_ranks_of_a_job_get_the_numbers_of_one(trained: Any) -> None:
     rows = RunDir(sweep.run_dir(run.run_id)).read_rows()
     together = [entry for row in rows for entry in row["probes"]]
     assert [entry["top1"] for entry in together] == pytest.approx([entry["top1"] for entry in alone], abs=0.1)
-    document = json.loads((RunDir(sweep.run_dir(run.run_id)).probes_dir(64) / "colour.json").read_text())
+    document = json.loads(next(RunDir(sweep.run_dir(run.run_id)).probes_dir(64).glob("colour-*.json")).read_text())
     assert document["world_size"] == 2
 
 

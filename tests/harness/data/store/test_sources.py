@@ -30,6 +30,7 @@ from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import expand_shards, index_shards
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader, open_cache
 from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.overlap import count_shared
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.files import locked
@@ -422,7 +423,7 @@ def test_info_describes_and_shows(
 
 
 def test_validation_images_can_never_enter_training(
-    small_set: Path, tmp_path: Path, configure: Callable[..., RunConfig]
+    small_set: Path, tmp_path: Path, configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(9)
@@ -432,3 +433,7 @@ def test_validation_images_can_never_enter_training(
     aimscale("data", "pack", str(tmp_path / "in"), str(tmp_path / "validation"))
     with pytest.raises(DataError, match=r"1 training images of .* are validation images of .*leak"):
         TrainStream(configure(validation=tmp_path / "validation", unique_images=5))
+    pools, held_out = [open_dataset(small_set)], open_dataset(tmp_path / "validation")
+    assert count_shared(pools, held_out) == 1
+    monkeypatch.setattr("aimscale.harness.data.stream.overlap.twins", None)
+    assert count_shared(pools, held_out) == 1, "what was found once is not looked for again"
