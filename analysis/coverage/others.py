@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.coverage.designs import GROUP_SD, POINT_SD, TRUTH, Design, clean_losses, measured, shared_sd
+from aimscale.analysis.coverage.designs import POINT_SD, TRUTH, Design, clean_losses, measured, shared_sd
 from aimscale.analysis.coverage.laws import AHEAD
 from aimscale.analysis.coverage.record import Record
 from aimscale.analysis.downstream.correlation import correlate
@@ -62,15 +62,17 @@ def contrast_coverage(design: Design, tables: int, *, seed: int = 0) -> Record:
 
 
 def noise_coverage(design: Design, tables: int, *, seed: int = 0) -> Record:
-    """Standard deviation between seeds."""
+    """Standard deviation between seeds, and about the joint law."""
     rng, record, scales = np.random.default_rng(seed), Record(), design.scales()
     scales = scales.assign(size=scales["N"].map("{:.0f}".format), images_seen=scales["D"], params_total=scales["N"])
-    truth = float(np.hypot(POINT_SD, GROUP_SD if design.errors == "run" else 0.0))
+    scatter = float(np.hypot(POINT_SD, shared_sd(design.errors)))
+    truth = {"between seeds": POINT_SD if design.errors == "size" else scatter, "scatter about the joint law": scatter}
     for _ in range(tables):
-        df = measured(scales, design.errors, rng).rename(columns={"loss": "other_loss"})
-        found = noise(df, y="other_loss").component("between seeds")
-        if found is not None:
-            record.add("noise between seeds", found.low, found.high, found.value, truth)
+        found = noise(measured(scales, design.errors, rng).rename(columns={"loss": "other_loss"}), y="other_loss")
+        for name, value in truth.items():
+            part = found.component(name)
+            assert part is not None
+            record.add(f"noise {name}", part.low, part.high, part.value, value)
     return record
 
 

@@ -19,6 +19,7 @@ from scipy.stats import chi2
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.effects.contrasts import SCALE
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.inputs import FOLDER
@@ -145,15 +146,12 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
         components += _validation(rows, y, _cells(rows), confidence, missing)
     if len(components) == 1:
         raise AnalysisError(f"This table cannot tell noise from anything: {' '.join(missing)}")
-    components += _law(rows, y)
+    components += _law(rows, y, confidence)
     return Noise(components=tuple(components), seed_share=share, cells=cells, missing=tuple(missing))
 
 
 def _seeds(rows: pd.DataFrame, log_y: np.ndarray, confidence: float) -> tuple[list[Component], pd.DataFrame]:
-    """Between seeds, pooled over cells; and how much of it a run's budgets share.
-
-    The interval counts every seed of a group once, not once a budget: budgets of a run are not independent.
-    """
+    """Between seeds, pooled over cells; and how much of it a run's budgets share."""
     empty = pd.DataFrame(columns=["size", "images_seen", "num_seeds", "mean", "sd"])
     if "seed" not in rows or not varies(rows["seed"]):
         return [], empty
@@ -170,19 +168,16 @@ def _seeds(rows: pd.DataFrame, log_y: np.ndarray, confidence: float) -> tuple[li
         return [], empty
     table["deviation"] = table["log_y"] - table.groupby("cell")["log_y"].transform("mean")
     by_cell = table.groupby("cell")
-    spare = int((by_cell["seed"].count() - 1).sum())
-    variance = float((table["deviation"] ** 2).sum() / spare)
-    spare_runs = int((table.groupby("group")["seed"].nunique() - 1).sum())
-    low, high = _chi_ends(variance, spare_runs, confidence)
-    basis = f"{by_cell.ngroups} cells, {spare_runs} degrees of freedom counting every run once"
+    variance = float((table["deviation"] ** 2).sum() / (by_cell["seed"].count() - 1).sum())
+    between, within, budgets = _squares(table)
+    low, high = _ends([(between[0] / budgets, between[1]), (within[0] * (1 - 1 / budgets), within[1])], confidence)
+    basis = f"{by_cell.ngroups} cells; {between[1]} degrees of freedom of runs, {within[1]} of rows within them"
     components = [Component(source="between seeds", value=np.sqrt(variance), low=low, high=high, basis=basis)]
-    shared = _shared(table)
-    if shared is not None:
-        value = float(np.sqrt(max(0.0, shared)))
-        part = f"{100 * max(0.0, min(1.0, shared / variance)):.0f} % of the seeds' variance" if variance > 0 else "none"
-        components.append(
-            Component(source="of it, shared by all budgets of a run", value=value, low=np.nan, high=np.nan, basis=part)
-        )
+    if within[1]:
+        shared = max(0.0, (between[0] - within[0]) / budgets)
+        part = f"{100 * min(1.0, shared / variance):.0f} % of the seeds' variance" if variance > 0 else "none"
+        source = "of it, shared by all budgets of a run"
+        components.append(Component(source=source, value=np.sqrt(shared), low=np.nan, high=np.nan, basis=part))
     cells = by_cell.agg(
         **{name: (name, "first") for name in ("size", "images_seen") if name in table},
         num_seeds=("seed", "count"),
@@ -204,46 +199,48 @@ def _cells(rows: pd.DataFrame) -> pd.Series:
     return rows.groupby(keys, dropna=False).ngroup() if keys else pd.Series(0, index=rows.index)
 
 
-def _law(rows: pd.DataFrame, y: str) -> list[Component]:
+def _law(rows: pd.DataFrame, y: str, confidence: float) -> list[Component]:
     """Scatter about the joint law, where one can be fitted: what is more than seeds is the form or the tuning."""
     repeated = "unique_images" in rows and varies(rows["unique_images"])
     try:
-        law = fit("repeated" if repeated else "chinchilla", rows, y=y, resamples=0)
+        law = fit("repeated" if repeated else "chinchilla", rows, y=y, intervals="mixed", resamples=1000)
     except AnalysisError:
         return []
-    value = float(np.sqrt(np.mean(law.noise**2)))
-    spare = law.num_points - len(law.law.parameters)
-    low, high = _chi_ends(value**2, spare, 0.95)
+    if law.errors is None:
+        return []
+    low, high = interval(law.errors.drawn.total, confidence)
     basis = f"residuals of {law.num_points} points; more than seeds and images explain is the law's form or the tuning"
+    value = float(law.errors.estimated.total)
     return [Component(source="scatter about the joint law", value=value, low=low, high=high, basis=basis)]
 
 
-def _chi_ends(variance: float, spare: int, confidence: float) -> tuple[float, float]:
-    """Interval of a standard deviation from `spare` degrees of freedom."""
-    tails = (1 + confidence) / 2, (1 - confidence) / 2
-    low, high = (float(np.sqrt(variance * spare / chi2.ppf(tail, spare))) for tail in tails)
-    return low, high
+def _ends(parts: list[tuple[float, int]], confidence: float) -> tuple[float, float]:
+    """Interval of the standard deviation whose variance is a sum of mean squares with these degrees of freedom.
+
+    Exact for one of them, the modified large-sample interval (Graybill and Wang 1980) for several.
+    """
+    total = sum(square for square, _ in parts)
+    ends = []
+    for tail in ((1 + confidence) / 2, (1 - confidence) / 2):
+        moves = [square * (spare / chi2.ppf(tail, spare) - 1) for square, spare in parts if spare]
+        ends.append(np.sqrt(max(0.0, total + np.sign(0.5 - tail) * np.sqrt(np.sum(np.square(moves))))))
+    return float(ends[0]), float(ends[1])
 
 
-def _shared(table: pd.DataFrame) -> float | None:
-    """Variance that the budgets of a run share, by one-way analysis of the deviations; None with one budget."""
-    between = within = 0.0
-    spare_between = spare_within = 0
-    budgets = []
+def _squares(table: pd.DataFrame) -> tuple[tuple[float, int], tuple[float, int], float]:
+    """Mean squares and degrees of freedom of runs about their cells and of rows about their runs; budgets of a run."""
+    sums, spare, budgets = np.zeros(2), np.zeros(2, int), []
     for _, group in table.groupby("group"):
         grid = group.pivot_table(index="seed", columns="cell", values="deviation").dropna(axis=1)
         seeds, num = grid.shape
-        if seeds < 2 or num < 2:
+        if seeds < 2 or num < 1:
             continue
         means = grid.mean(axis=1).to_numpy()
-        between += num * float((means**2).sum())
-        within += float(((grid.to_numpy() - means[:, None]) ** 2).sum())
-        spare_between += seeds - 1
-        spare_within += (seeds - 1) * (num - 1)
+        sums += num * float((means**2).sum()), float(((grid.to_numpy() - means[:, None]) ** 2).sum())
+        spare += seeds - 1, (seeds - 1) * (num - 1)
         budgets.append(num)
-    if not budgets:
-        return None
-    return (between / spare_between - within / spare_within) / float(np.mean(budgets))
+    between, within = sums / np.maximum(spare, 1)
+    return (float(between), int(spare[0])), (float(within), int(spare[1])), float(np.mean(budgets or [1]))
 
 
 def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, confidence: float, missing: list[str]) -> list[Component]:

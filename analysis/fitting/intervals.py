@@ -10,6 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting import bootstrap as boot
+from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.fitting.optimise import Minimum, Problem, minimise
 from aimscale.analysis.fitting.projection import starts
 from aimscale.analysis.inference.groups import Groups, groups_of, with_spread
@@ -93,10 +94,13 @@ def robust_sd(residual: Array, free: int) -> float:
     return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
 
 
-def effective_weights(problem: Problem, residual: Array) -> Array:
-    """Weights (n,) under which least squares has the same optimum: small for what the objective takes for outliers."""
-    size = np.maximum(np.abs(residual), 1e-300)
-    return problem.weights * np.minimum(1.0, problem.objective.delta / size)
+def pseudo_residual(objective: Objective, residual: Array, weights: Array) -> Array:
+    """Residuals (n,) whose least squares are the objective's optimum and spread as its error does (Huber 1981, 7.10).
+
+    The objective's pull on every point, over its mean slope: outliers are drawn in, the others stretched for it.
+    """
+    pull = np.clip(residual, -objective.delta, objective.delta)
+    return pull / max(1e-3, float(np.average(pull == residual, weights=weights)))
 
 
 def linearised(problem: Problem, vector: Array) -> Array:
@@ -123,11 +127,10 @@ def _mixed(
         rows = rows.assign(run_id=_labels(rows, str(cluster)))
     jacobian = linearised(problem, best.vector)
     groups, unseen = with_spread(groups_of(rows, points.x), jacobian)
-    residual = residual_of(problem, best.vector)
     found = mixed_model(
         jacobian,
-        residual,
-        effective_weights(problem, residual),
+        pseudo_residual(problem.objective, residual_of(problem, best.vector), problem.weights),
+        problem.weights,
         groups.sizes,
         groups.runs,
         num_draws=num,

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from aimscale.analysis.fitting.intervals import Draws, effective_weights, linearised, residual_of
+from aimscale.analysis.fitting.intervals import Draws, pseudo_residual, linearised, residual_of
 from aimscale.analysis.fitting.optimise import Problem, minimise
 from aimscale.analysis.inference.groups import Groups, groups_of, with_spread
 from aimscale.analysis.inference.lackoffit import pattern_test, replicate_test
@@ -36,8 +36,8 @@ def lack_of_fit_flags(
     """Sentences against a fit with a mixed model of its errors; none where nothing speaks against it."""
     if drawn.mixed is None:
         return ()
-    residual = residual_of(problem, vector)
-    weights = effective_weights(problem, residual)
+    weights = problem.weights
+    residual = pseudo_residual(problem.objective, residual_of(problem, vector), weights)
     jacobian = linearised(problem, vector)
     rng = np.random.default_rng([seed, 5])
     groups = drawn.groups
@@ -166,9 +166,10 @@ def left_out_sizes(problem: Problem, vector: Array, points: Observations, rows: 
         left, unseen = with_spread(
             Groups(sizes=np.unique(codes[keep], return_inverse=True)[1], runs=None), jacobian[keep]
         )
-        weights = effective_weights(problem, residual)
+        weights = problem.weights[keep]
+        pseudo = pseudo_residual(problem.objective, residual[keep], weights)
         model = mixed_model(
-            jacobian[keep], residual[keep], weights[keep], left.sizes, None, num_draws=200, rng=np.random.default_rng(k)
+            jacobian[keep], pseudo, weights, left.sizes, None, num_draws=200, rng=np.random.default_rng(k)
         )
         share = problem.weights * ~keep / np.sum(problem.weights[~keep])
         curve = model.shift @ (share @ jacobian)

@@ -3,10 +3,11 @@
     residual_i = J_i (truth - estimate) + size effect + run effect + point error
 
 J is the law's Jacobian at the estimate. With few sizes a variance component is hardly known, so it is not plugged in:
-every draw takes its ratios of variances from their restricted likelihood (REML, with the reference prior of a
-nested design: uniform in the logarithm of a group's total variance) and the error's variance from its scaled
-chi-squared. They are then a mixture of Student distributions whose degrees of freedom follow the evidence: n - k where
-groups share nothing, about sizes - 2 where the sizes' own errors dominate.
+every draw takes its ratios of variances from their restricted likelihood (REML) times a prior, and the error's variance
+from its scaled chi-squared. They are then a mixture of Student distributions whose degrees of freedom follow the
+evidence: n - k where groups share nothing, about sizes - 2 where the sizes' own errors dominate. The prior gives some
+weight to groups that share nothing (else five sizes always allow for the worst), the rest to the reference prior of a
+nested design: uniform in the logarithm of a group's total variance.
 
 Runs are nested in sizes, so every matrix inverse has a closed form in sums over groups: the cost is O(n k^2) once, and
 O(groups k^2) for each point of the grid of variance ratios.
@@ -24,6 +25,8 @@ GRID_ONE, GRID_TWO = 64, 28
 """Points per axis of the grid of variance ratios, with one and with two grouping factors."""
 MAX_LOG_RATIO = 14.0
 """The largest group variance looked at is e^14 times that of a group's mean of point errors."""
+NOTHING_SHARED = 0.3
+"""Prior probability that groups share nothing: of those tried, the one whose intervals hold best (docs/analysis.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,30 +100,26 @@ def mixed_model(
     scale = np.maximum(scale, 1e-8 * scale.max() + 1e-300)  # a parameter without any effect gets a huge error
     a = np.column_stack([jacobian / scale, residual])
     sums = _Sums(a, weights, sizes, runs)
-    first, second = sums.axes()
+    size, run = sums.size.ravel(), sums.run.ravel()
     spare = n - k
-    cells = [(x, y) for x in first for y in second]
-    found = [sums.at(x, y) for x, y in cells]
-    log_likelihood = np.array([_restricted(each, spare) for each in found])
-    share = np.exp(log_likelihood - log_likelihood.max())
-    share /= share.sum()
-    chosen = rng.choice(len(cells), size=num_draws, p=share)
-    variance = np.array([each.rest for each in found])[chosen] / rng.chisquare(spare, num_draws)
-    noise = rng.standard_normal((num_draws, k))
-    shift = np.empty((num_draws, k))
-    bread = np.linalg.inv(sums.plain[:k, :k] + 1e-12 * np.eye(k))
-    for cell in np.unique(chosen):
-        rows = chosen == cell
-        root = _root(bread @ sums.meat(*cells[cell])[:k, :k] @ bread)
-        shift[rows] = noise[rows] @ root.T
-    shift *= np.sqrt(variance)[:, None] / scale
+    rest, log_likelihood = sums.restricted(spare)
+    share = np.exp(log_likelihood - log_likelihood.max()) * sums.prior
+    chosen = rng.choice(len(share), size=num_draws, p=share / share.sum())
+    variance = rest[chosen] / rng.chisquare(spare, num_draws)
     best = int(np.argmax(log_likelihood))
+    cells, place = np.unique(np.append(chosen, best), return_inverse=True)
+    bread = np.linalg.inv(sums.plain[:k, :k] + 1e-12 * np.eye(k))
+    covariance = bread @ sums.meat(size[cells], run[cells])[:, :k, :k] @ bread
+    values, vectors = np.linalg.eigh((covariance + covariance.transpose(0, 2, 1)) / 2)
+    roots = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+    noise = rng.standard_normal((num_draws, k)) * np.sqrt(variance)[:, None]
+    drawn = _components(size[chosen], run[chosen], variance)
     return Mixed(
-        shift=shift,
-        metric=bread @ sums.meat(*cells[best])[:k, :k] @ bread / np.outer(scale, scale),
-        drawn=sums.components(np.array(cells)[chosen], variance),
-        estimated=sums.components(np.array(cells[best])[None], np.array([found[best].rest / spare])),
-        degrees=_degrees(sums.components(np.array(cells)[chosen], variance).total ** 2),
+        shift=np.einsum("dij,dj->di", roots[place[:-1]], noise) / scale,
+        metric=covariance[place[-1]] / np.outer(scale, scale),
+        drawn=drawn,
+        estimated=_components(size[best], run[best], rest[best] / spare),
+        degrees=_degrees(drawn.total**2),
     )
 
 
@@ -130,79 +129,61 @@ def _degrees(variance: Array) -> float:
     return max(1.0, 2.0 / max(spread, 1e-9) + 1.0)  # var ln chi2_v is about 2 / (v - 1)
 
 
-def _root(matrix: Array) -> Array:
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return vectors * np.sqrt(np.maximum(values, 0.0))
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """The restricted likelihood's ingredients at one pair of variance ratios."""
-
-    rest: float
-    """Residual sum of squares in the metric of V^-1."""
-    log_v: float
-    """ln |V|, up to a constant."""
-    log_information: float
-    """ln |J' V^-1 J|."""
-
-
-def _restricted(cell: _Cell, spare: int) -> float:
-    return -0.5 * (cell.log_v + cell.log_information + spare * np.log(max(cell.rest, 1e-300)))
+def _components(size: Array, run: Array, variance: Array) -> Components:
+    """Standard deviations of variances relative to that of a point."""
+    return Components(size=np.sqrt(size * variance), run=np.sqrt(run * variance), point=np.sqrt(variance))
 
 
 class _Sums:
-    """Weighted sums over groups, from which every inverse of V = R + run blocks + size blocks follows."""
+    """Weighted sums over groups, from which every inverse of V = R + run blocks + size blocks follows.
+
+    Cells are pairs of variance ratios: F of sizes, times S of runs.
+    """
 
     def __init__(self, a: Array, weights: Array, sizes: Array | None, runs: Array | None) -> None:
         self.plain = a.T @ (weights[:, None] * a)
-        self.has_sizes, self.has_runs = sizes is not None, runs is not None
         inner = runs if runs is not None else np.arange(len(a))
+        outer = sizes if sizes is not None else np.zeros(len(a), int)
         first = np.unique(inner, return_index=True)[1]
-        self.run_weight = np.bincount(inner, weights)
-        self.run_sum = np.stack([np.bincount(inner, weights * column) for column in a.T], axis=1)
-        self.size_of_run = sizes[first] if sizes is not None else np.zeros(len(first), int)
-        self.run_mean = float(np.mean(self.run_weight))
-        self.size_mean = float(np.mean(np.bincount(self.size_of_run, self.run_weight)))
+        order = np.argsort(outer[first], kind="stable")
+        self.weight = np.bincount(inner, weights)[order]
+        self.sums = np.stack([np.bincount(inner, weights * column) for column in a.T], axis=1)[order]
+        self.starts = np.unique(outer[first][order], return_index=True)[1]
+        axis, prior = _axis(GRID_TWO if sizes is not None and runs is not None else GRID_ONE)
+        first_axis, first_prior = (axis, prior) if sizes is not None else (np.zeros(1), np.ones(1))
+        second_axis, second_prior = (axis, prior) if runs is not None else (np.zeros(1), np.ones(1))
+        mean, of_size = np.mean(self.weight), np.mean(np.add.reduceat(self.weight, self.starts))
+        self.run_axis = np.expm1(second_axis) / mean
+        self.size = np.expm1(first_axis)[:, None] * (1 + mean * self.run_axis) / of_size
+        """Variances of sizes (F, S) relative to that of a point of weight 1."""
+        self.run = np.broadcast_to(self.run_axis, self.size.shape)
+        """The same of runs."""
+        self.prior = np.outer(first_prior, second_prior).ravel()
+        """Prior probability of every cell (F S,)."""
 
-    def axes(self) -> tuple[Array, Array]:
-        """Grid of ln(1 + variance of sizes) and ln(1 + variance of runs), relative to the error of a group's mean."""
-        num = GRID_TWO if self.has_sizes and self.has_runs else GRID_ONE
-        axis = (np.arange(num) + 0.5) * MAX_LOG_RATIO / num
-        return axis if self.has_sizes else np.zeros(1), axis if self.has_runs else np.zeros(1)
+    def restricted(self, spare: int) -> tuple[Array, Array]:
+        """Residual sum of squares in the metric of V^-1, and restricted log-likelihood, of every cell (F S,)."""
+        shrink = 1 + self.run_axis[:, None] * self.weight  # (S, runs)
+        pull = self.sums.T * (self.run_axis[:, None] / shrink)[:, None, :]
+        total = np.add.reduceat(self.weight / shrink, self.starts, axis=1)  # (S, sizes)
+        sums = np.add.reduceat(self.sums / shrink[..., None], self.starts, axis=1)  # (S, sizes, k + 1)
+        held = self.size[..., None] / (1 + self.size[..., None] * total)  # (F, S, sizes)
+        inner = self.plain - pull @ self.sums - (sums.transpose(0, 2, 1) * held[:, :, None, :]) @ sums
+        log_v = np.log(shrink).sum(axis=1) + np.log1p(self.size[..., None] * total).sum(axis=2)
+        information, cross = inner[..., :-1, :-1] + 1e-12 * np.eye(len(self.plain) - 1), inner[..., :-1, -1:]
+        rest = inner[..., -1, -1] - (cross * np.linalg.solve(information, cross)).sum(axis=(-2, -1))
+        log_information = np.linalg.slogdet(information)[1]
+        log_likelihood = -0.5 * (log_v + log_information + spare * np.log(np.maximum(rest, 1e-300)))
+        return rest.ravel(), log_likelihood.ravel()
 
-    def ratios(self, size_axis: Array, run_axis: Array) -> tuple[Array, Array]:
-        """Variances of sizes and runs, relative to that of a point of weight 1."""
-        run = np.expm1(run_axis) / self.run_mean
-        return np.expm1(size_axis) * (1 + self.run_mean * run) / self.size_mean, run
+    def meat(self, size: Array, run: Array) -> Array:
+        """A' W V W A (m, k + 1, k + 1) at variance ratios (m,): what the weighted estimate's error spreads by."""
+        of_sizes = np.add.reduceat(self.sums, self.starts, axis=0)
+        size, run = size[:, None, None], run[:, None, None]
+        return self.plain + run * (self.sums.T @ self.sums) + size * (of_sizes.T @ of_sizes)
 
-    def at(self, size_axis: float, run_axis: float) -> _Cell:
-        """A' V^-1 A of the matrix A = [J, residual], reduced to what the likelihood needs."""
-        size, run = self.ratios(size_axis, run_axis)
-        shrink = 1 + run * self.run_weight
-        inner = self.plain - (self.run_sum * (run / shrink)[:, None]).T @ self.run_sum
-        log_v = float(np.log(shrink).sum())
-        if self.has_sizes:
-            total = np.bincount(self.size_of_run, self.run_weight / shrink)
-            sums = np.stack([np.bincount(self.size_of_run, c / shrink) for c in self.run_sum.T], axis=1)
-            inner = inner - (sums * (size / (1 + size * total))[:, None]).T @ sums
-            log_v += float(np.log1p(size * total).sum())
-        information, cross = inner[:-1, :-1] + 1e-12 * np.eye(len(inner) - 1), inner[:-1, -1]
-        rest = float(inner[-1, -1] - cross @ np.linalg.solve(information, cross))
-        return _Cell(rest=rest, log_v=log_v, log_information=float(np.linalg.slogdet(information)[1]))
 
-    def meat(self, size_axis: float, run_axis: float) -> Array:
-        """A' W V W A: what the weighted estimate's error spreads by, over the variance of a point."""
-        size, run = self.ratios(size_axis, run_axis)
-        sums = np.stack([np.bincount(self.size_of_run, c) for c in self.run_sum.T], axis=1)
-        return self.plain + run * self.run_sum.T @ self.run_sum + (size * sums.T @ sums if self.has_sizes else 0.0)
-
-    def components(self, axes: Array, variance: Array) -> Components:
-        """Standard deviations (m,) at grid points (m, 2) and variances (m,) of a point."""
-        size, run = self.ratios(axes[:, 0], axes[:, 1])
-        none = np.zeros(len(axes))
-        return Components(
-            size=np.sqrt(size * variance) if self.has_sizes else none,
-            run=np.sqrt(run * variance) if self.has_runs else none,
-            point=np.sqrt(variance),
-        )
+def _axis(num: int) -> tuple[Array, Array]:
+    """Grid of ln(1 + variance of a group over the error of its mean), and its prior: 0 has a weight of its own."""
+    axis = np.append(0.0, (np.arange(num) + 0.5) * MAX_LOG_RATIO / num)
+    return axis, np.append(NOTHING_SHARED, np.full(num, (1 - NOTHING_SHARED) / num))

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis.cli import noise as cli_noise
-from aimscale.analysis.effects.noise_sources import _chi_ends, _prefix_noise, noise
+from aimscale.analysis.effects.noise_sources import _ends, _prefix_noise, noise
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.inputs import read_tables
 
@@ -67,7 +67,7 @@ def test_the_seeds_spread_is_recovered_and_its_interval_counts_runs(known_study)
     seeds = found.component("between seeds")
     assert seeds.value == pytest.approx(np.hypot(0.01, 0.002), rel=0.2)
     assert seeds.low < np.hypot(0.01, 0.002) < seeds.high
-    assert "30 cells, 66 degrees of freedom" in seeds.basis
+    assert "66 degrees of freedom of runs, 264 of rows" in seeds.basis
     shared = found.component("of it, shared")
     assert shared.value == pytest.approx(0.01, rel=0.2)
     assert len(found.cells) == 30
@@ -87,7 +87,7 @@ def test_the_interval_of_the_seeds_covers():
     for _ in range(2000):
         log_loss = 0.01 * rng.standard_normal((4, 3, 1)) + 0.002 * rng.standard_normal((4, 3, 5))
         variance = float(np.mean(np.var(log_loss, axis=1, ddof=1)))
-        low, high = _chi_ends(variance, 4 * 2, 0.95)
+        low, high = _ends([(variance, 4 * 2)], 0.95)
         hits.append(low < np.hypot(0.01, 0.002) < high)
     assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
 
