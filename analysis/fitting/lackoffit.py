@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from aimscale.analysis.fitting.intervals import Draws, pseudo_residual, linearised, residual_of
+from aimscale.analysis.fitting.intervals import Draws, linearised, pseudo_residual, residual_of
 from aimscale.analysis.fitting.optimise import Problem, minimise
 from aimscale.analysis.inference.groups import Groups, groups_of, with_spread
 from aimscale.analysis.inference.lackoffit import pattern_test, replicate_test
