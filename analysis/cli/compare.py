@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from aimscale.analysis.cli import options
+
 app = typer.Typer(help="Put runs beside the published baselines.", add_completion=False)
 
 
@@ -19,11 +21,9 @@ def compare(
     published: Annotated[
         bool, typer.Option("--published", help="Fit the paper's 0.6B, 1B, 3B and forecast its 7B instead.")
     ] = False,
-    columns: Annotated[
-        list[str] | None, typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params.")
-    ] = None,
-    resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    columns: options.Columns = None,
+    resamples: options.Resamples = 1000,
+    json: options.AsJson = False,
 ) -> None:
     """Task by task, exponents, and what would close the gap; what is not comparable is named and left out."""
     from aimscale.analysis.baselines.comparison import compare as compare_frame

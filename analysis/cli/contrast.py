@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Tables, Where, show, table_of
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import show, table_of
 
 app = typer.Typer(help="Compare the levels of one column with everything else equal.", add_completion=False)
 
 
 @app.command()
 def contrast_table(
-    tables: Tables,
+    tables: options.Tables,
     by: Annotated[
         str,
         typer.Option(
@@ -27,13 +28,13 @@ def contrast_table(
         typer.Option(help="val_loss, another column, top1, top1:TASK or top1:TASK:KIND; default: loss and all probes."),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
-    columns: Columns = None,
-    where: Where = None,
+    columns: options.Columns = None,
+    where: options.Where = None,
     each: Annotated[
         bool, typer.Option("--each", help="Also print the differences by size and by images seen.")
     ] = False,
-    figure: FigurePath = None,
-    json: AsJson = False,
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all other settings; differences and ratios with Student's intervals."""
     from aimscale.analysis.effects.contrasts import contrast

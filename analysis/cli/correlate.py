@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import AsJson, Columns, FigurePath, Main, Tables, Where, draw, table_of
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import draw, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,12 +19,12 @@ app = typer.Typer(help="Correlate loss with accuracy and forecast accuracy from 
 
 @app.command()
 def correlate_table(
-    tables: Tables,
+    tables: options.Tables,
     x: Annotated[str, typer.Option(help="First column.")] = "val_loss",
     y: Annotated[str, typer.Option(help="Second column; top1 means every probe of the table.")] = "top1",
-    columns: Columns = None,
-    where: Where = None,
-    main: Main = False,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    main: options.Main = False,
     partial: Annotated[
         str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
     ] = None,
@@ -37,8 +38,8 @@ def correlate_table(
     at_loss: Annotated[
         list[float] | None, typer.Option(help="Losses to forecast the accuracy for (with --link).")
     ] = None,
-    figure: FigurePath = None,
-    json: AsJson = False,
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
 ) -> None:
     """Pearson, Spearman and Kendall with intervals."""
     import json as json_module

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import (
-    AsJson,
-    BestOf,
-    Cluster,
-    Columns,
-    CountOfC,
-    CountOfN,
-    FigurePath,
-    Main,
-    Tables,
-    WhatC,
-    WhatN,
-    Where,
-    draw,
-    show,
-    table_of,
-    variable_columns,
-)
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import draw, show, table_of, variable_columns
+from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
-    from aimscale.analysis.fitting.result import HeldOut
+    import pandas as pd
+
+    from aimscale.analysis.fitting.result import Fit
 
 app = typer.Typer(help="Fit a scaling law to a table, with intervals and a held-out test.", add_completion=False)
 
 
 @app.command()
 def fit_table(
-    tables: Tables,
+    tables: options.Tables,
     law: Annotated[
         str,
         typer.Option(
@@ -45,12 +33,12 @@ def fit_table(
     objective: Annotated[
         str, typer.Option(help="What to minimise: robust, huber_log, lsq, log_lsq, lad, ...")
     ] = "robust",
-    columns: Columns = None,
-    where: Where = None,
-    best_of: BestOf = None,
-    main: Main = False,
-    n: CountOfN = WhatN.total,
-    c: CountOfC = WhatC.measured,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    main: options.Main = False,
+    n: options.CountOfN = options.WhatN.total,
+    c: options.CountOfC = options.WhatC.measured,
     on_envelope: Annotated[
         bool,
         typer.Option("--envelope", help="Only rows that no row of equal or less compute undercuts (laws of C)."),
@@ -66,7 +54,7 @@ def fit_table(
             help="mixed: errors of sizes, runs and points apart; bootstrap: resamples; auto: mixed where it applies."
         ),
     ] = "auto",
-    cluster: Cluster = "auto",
+    cluster: options.Cluster = "auto",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples; 0 for none.")] = 1000,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
@@ -84,20 +72,14 @@ def fit_table(
         bool,
         typer.Option("--definitions", help="Refit the joint law for every meaning of N and C in the table instead."),
     ] = False,
-    figure: FigurePath = None,
-    json: AsJson = False,
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
-    from dataclasses import replace
-
     from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
-    from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.fitting.estimate import fit
-    from aimscale.analysis.fitting.heldout import held_out
-    from aimscale.analysis.fitting.influences import with_influence_flags
-    from aimscale.analysis.fitting.profiles import with_profile_flags
     from aimscale.analysis.frontier.definitions import by_definition
-    from aimscale.analysis.tables.design import lower_envelope, mixture_flags
+    from aimscale.analysis.tables.design import lower_envelope
 
     fresh = not law.startswith(("repeated", "overfitting"))
     df = table_of(tables, columns, where, main, fresh=fresh, best=best_of, y=y)
@@ -122,62 +104,54 @@ def fit_table(
         objective=objective,
         columns=names,
         weights=weights,
-        fixed={k: number(v, k) for k, v in pairs(fix or [], "--fix", "E=0")},
-        bounds={k: number_pair(v, k) for k, v in pairs(bound or [], "--bound", "alpha=0.1:1")},
+        fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0", 1).items()},
+        bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},
         resamples=resamples,
         intervals=intervals,
         cluster=None if cluster == "none" else cluster,
     )
-    result = replace(result, flags=(*result.flags, *mixture_flags(df, result.law.variables)))
-    tests: list[HeldOut] = []
-    for wish in hold_out or []:
-        by, _, count = wish.partition(":")
-        tests.append(held_out(result, df, by=by, num_values=int(number(count or "1", "--hold-out"))))
-    result = replace(result, heldout=tuple(tests))
-    if leave_out is not None:
-        result = with_influence_flags(result, df, by=leave_out)
-    if profiles:
-        result = with_profile_flags(result)
+    result = tested(result, df, hold_out or [], leave_out, profiles)
     if choice and json:
         if figure is not None:
             draw(result.plot(), figure)
         show(replace(choice, best=result), json)
-        return
-    show(result, json, figure, after=["", choice.sentence()] if choice else [])
+    else:
+        show(result, json, figure, after=["", choice.sentence()] if choice else [])
 
 
-def pairs(options: list[str], option: str, example: str) -> list[tuple[str, str]]:
-    """Split `name=value` options.
+def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | None, profiles: bool) -> Fit:
+    """The fit with held-out tests, and flags of the table, of influential groups and of flat profiles."""
+    from aimscale.analysis.fitting.heldout import held_out
+    from aimscale.analysis.fitting.influences import with_influence_flags
+    from aimscale.analysis.fitting.profiles import with_profile_flags
+    from aimscale.analysis.tables.design import mixture_flags
+
+    tests = []
+    for wish in hold_out:
+        by, _, count = wish.partition(":")
+        if count and not count.isdecimal():
+            raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
+        tests.append(held_out(result, df, by=by, num_values=int(count or 1)))
+    flags = (*result.flags, *mixture_flags(df, result.law.variables))
+    result = replace(result, flags=flags, heldout=tuple(tests))
+    if leave_out is not None:
+        result = with_influence_flags(result, df, by=leave_out)
+    return with_profile_flags(result) if profiles else result
+
+
+def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:
+    """Options `name=value` (`num` 1) or `name=low:high` (2) by name.
 
     Raises:
-        AnalysisError: an option without "=".
+        AnalysisError: not of that form.
     """
-    from aimscale.analysis.errors import AnalysisError
-
-    out = []
-    for text in options:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise AnalysisError(f"{option} takes name=value such as {example}, not {text!r}.")
-        out.append((name.strip(), value.strip()))
-    return out
-
-
-def number(text: str, where: str) -> float:
-    """A number of an option.
-
-    Raises:
-        AnalysisError: not a number.
-    """
-    from aimscale.analysis.errors import AnalysisError
-
-    try:
-        return float(text)
-    except ValueError:
-        raise AnalysisError(f"{text!r} given for {where} is not a number.") from None
-
-
-def number_pair(text: str, where: str) -> tuple[float, float]:
-    """Two numbers of an option, low:high."""
-    low, _, high = text.partition(":")
-    return number(low, where), number(high, where)
+    found = {}
+    for text in texts or []:
+        name, _, values = text.partition("=")
+        try:
+            found[name.strip()] = [float(value) for value in values.split(":")]
+        except ValueError:
+            found[name.strip()] = []
+        if len(found[name.strip()]) != num:
+            raise AnalysisError(f"{option} takes numbers such as {example}, not {text!r}.")
+    return found

@@ -7,23 +7,24 @@ from typing import Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import AsJson, Columns, LossColumn, Main, Tables, Where, show, table_of
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import show, table_of
 
 app = typer.Typer(help="Forecast loss and accuracies at a scale, and register the forecast.", add_completion=False)
 
 
 @app.command()
 def forecast_table(
-    tables: Tables,
+    tables: options.Tables,
     at: Annotated[str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat).")],
     law: Annotated[str, typer.Option(help="Law of the loss; auto chooses it as `fit --law auto` does.")] = "auto",
-    y: LossColumn = "val_loss",
-    objective: Annotated[str, typer.Option(help="What to minimise.")] = "robust",
+    y: options.LossColumn = "val_loss",
+    objective: options.Objective = "robust",
     link: Annotated[str, typer.Option(help="From loss to accuracy: sigmoid, exponential or linear.")] = "sigmoid",
-    resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
-    columns: Columns = None,
-    where: Where = None,
-    main: Main = False,
+    resamples: options.Resamples = 1000,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    main: options.Main = False,
     register: Annotated[
         bool, typer.Option("--register", help="Append law, data hash, date and intervals to a file, before the run.")
     ] = False,
@@ -31,7 +32,7 @@ def forecast_table(
         Path | None,
         typer.Option(help="The file; default: forecasts.jsonl beside the first table, where collect looks."),
     ] = None,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Loss by a law and every probe's accuracy by way of the loss, each with two intervals."""
     from aimscale.analysis.forecasts.ahead import ahead, parse_scale

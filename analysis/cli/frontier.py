@@ -6,47 +6,31 @@ from typing import Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import (
-    AsJson,
-    BestOf,
-    Cluster,
-    Columns,
-    CountOfC,
-    CountOfN,
-    FigurePath,
-    LossColumn,
-    Main,
-    Tables,
-    WhatC,
-    WhatN,
-    Where,
-    draw,
-    table_of,
-    variable_columns,
-)
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import draw, table_of, variable_columns
 
 app = typer.Typer(help="Compute-optimal size and data by approaches 1, 2 and 3.", add_completion=False)
 
 
 @app.command()
 def frontier_table(
-    tables: Tables,
-    y: LossColumn = "val_loss",
-    columns: Columns = None,
-    where: Where = None,
-    best_of: BestOf = None,
-    main: Main = False,
-    n: CountOfN = WhatN.total,
-    c: CountOfC = WhatC.measured,
+    tables: options.Tables,
+    y: options.LossColumn = "val_loss",
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    main: options.Main = False,
+    n: options.CountOfN = options.WhatN.total,
+    c: options.CountOfC = options.WhatC.measured,
     budgets: Annotated[
         int | None,
         typer.Option(help="Interpolate every size to this many budgets (approach 2); default: the table's own."),
     ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
     objective: Annotated[str, typer.Option(help="What approach 3 minimises.")] = "robust",
-    cluster: Cluster = "auto",
-    figure: FigurePath = None,
-    json: AsJson = False,
+    cluster: options.Cluster = "auto",
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
     import json as json_module

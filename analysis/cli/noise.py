@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from aimscale.analysis.cli.options import (
-    AsJson,
-    BestOf,
-    Columns,
-    FigurePath,
-    LossColumn,
-    Main,
-    Tables,
-    Where,
-    show,
-    table_of,
-)
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import show, table_of
 
 app = typer.Typer(help="Tell the noise of seeds, validation images and prefixes apart.", add_completion=False)
 
 
 @app.command()
 def noise_table(
-    tables: Tables,
-    y: LossColumn = "val_loss",
-    columns: Columns = None,
-    where: Where = None,
-    best_of: BestOf = None,
-    main: Main = False,
-    figure: FigurePath = None,
-    json: AsJson = False,
+    tables: options.Tables,
+    y: options.LossColumn = "val_loss",
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    main: options.Main = False,
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
 ) -> None:
     """Standard deviations with intervals; per-image losses are read from the run directories beside the tables."""
     from aimscale.analysis.effects.noise_sources import noise

@@ -38,6 +38,7 @@ Main = Annotated[
 ]
 FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and FIGURE.png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Objective = Annotated[str, typer.Option(help="What to minimise.")]
 LossColumn = Annotated[str, typer.Option(help="Loss column.")]
 Cluster = Annotated[
     str, typer.Option(help="Resample whole groups of this column; auto: runs that have several rows; none: rows.")

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from aimscale.analysis.cli.options import (
-    AsJson,
-    BestOf,
-    Columns,
-    FigurePath,
-    LossColumn,
-    Main,
-    Resamples,
-    Tables,
-    Where,
-    show,
-    table_of,
-)
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import show, table_of
 
 app = typer.Typer(help="Tell what repeated images are worth, by the law of Muennighoff et al.", add_completion=False)
 
 
 @app.command()
 def repeats_table(
-    tables: Tables,
-    y: LossColumn = "val_loss",
-    objective: Annotated[str, typer.Option(help="What to minimise.")] = "robust",
-    resamples: Resamples = 1000,
-    columns: Columns = None,
-    where: Where = None,
-    best_of: BestOf = None,
-    main: Main = False,
-    figure: FigurePath = None,
-    json: AsJson = False,
+    tables: options.Tables,
+    y: options.LossColumn = "val_loss",
+    objective: options.Objective = "robust",
+    resamples: options.Resamples = 1000,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    main: options.Main = False,
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
 ) -> None:
     """R_D with its interval, the worth of the k-th sight of an image, and whether R_D is bounded at all."""
     from aimscale.analysis.effects.repetition import repeats

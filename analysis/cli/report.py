@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from aimscale.analysis.cli.options import BestOf, Columns, Tables, Where
+from aimscale.analysis.cli import options
 
 app = typer.Typer(help="Write one self-contained HTML page from a table.", add_completion=False)
 
 
 @app.command()
 def report(
-    tables: Tables,
+    tables: options.Tables,
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
-    columns: Columns = None,
-    where: Where = None,
-    best_of: BestOf = None,
-    resamples: Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")] = 1000,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    resamples: options.Resamples = 1000,
 ) -> None:
     """Write one self-contained HTML page: summary, figures, laws, single changes, noise, pictures, methods.
 

@@ -97,8 +97,8 @@ def test_mistakes_are_one_sentence(table, tmp_path):
     pd.DataFrame({"a": [1]}).to_csv(tmp_path / "other.csv", index=False)
     for args, words in [
         ((table, "--law", "chinchila"), "no law named"),
-        ((table, "--fix", "E"), "name=value"),
-        ((table, "--bound", "alpha=x:1"), "not a number"),
+        ((table, "--fix", "E"), "--fix takes numbers such as E=0, not .E."),
+        ((table, "--bound", "alpha=x:1"), "such as alpha=0.1:1"),
         ((tmp_path / "other.csv",), "no column"),
     ]:
         with pytest.raises(AnalysisError, match=words):
