@@ -62,6 +62,12 @@ class Batch:
         """A copy with memory of its own."""
         return self._with_pixels(self._pixels().clone())
 
+    def split(self, sizes: list[int]) -> list[Batch]:
+        """Views of so many samples each; of images that are a tensor, none replaced."""
+        assert isinstance(self.images, torch.Tensor) and not self.bad_samples
+        parts = zip(self.images.split(sizes), self.prefix_len.split(sizes), self.positions.split(sizes), strict=True)
+        return [Batch(images=images, prefix_len=lengths, positions=where) for images, lengths, where in parts]
+
     def _pixels(self) -> torch.Tensor:
         return self.images.pixels if isinstance(self.images, Crops) else self.images
 

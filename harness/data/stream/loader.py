@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 from collections.abc import Generator, Iterator
 
 import numpy as np
+import torch
 
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.background import Background
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.worker_pool import WorkerPool
+
+PIXELS_AT_A_TIME = 2**18
+"""The loader's thread reads so many micro-batches at once as have this many pixels, 256 images of 32 px: of a small one,
+most of the time goes to calls."""
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[I64]:
@@ -95,7 +101,8 @@ def _loading(
     batches: Iterator[Batch]
     with contextlib.ExitStack() as stack:
         if num_workers == 0:
-            batches = map(stream.batch, parts)
+            at_a_time = PIXELS_AT_A_TIME // (micro_batch * stream.image_size**2)
+            batches = _several_at_a_time(stream, parts, max(1, at_a_time))
         else:
             pool = WorkerPool(stream, num_workers=num_workers, micro_batch=micro_batch, num_micro=num_micro)
             stack.callback(pool.close)
@@ -107,3 +114,15 @@ def _loading(
             stack.callback(ahead.close)
             batches = ahead
         yield batches
+
+
+def _several_at_a_time(stream: TrainStream, parts: Iterator[I64], num: int) -> Iterator[Batch]:
+    """`map(stream.batch, parts)`, so many of them in one call."""
+    while several := list(itertools.islice(parts, num)):
+        whole = stream.batch(np.concatenate(several))
+        if len(several) == 1:
+            yield whole
+        elif whole.bad_samples or not isinstance(whole.images, torch.Tensor):
+            yield from map(stream.batch, several)  # each says which of its own were replaced
+        else:
+            yield from whole.split([len(part) for part in several])

@@ -113,6 +113,11 @@ class TrainStream:
             self._max_pixels = max(self._max_pixels, min(largest, MAX_CROP_PIXELS))
 
     @property
+    def image_size(self) -> int:
+        """Side of the images that it hands out, pixels."""
+        return self._size
+
+    @property
     def unique_images(self) -> int:
         """U: how many different images the stream can give."""
         return sum(source.num_unique for source in self._sources)
