@@ -64,7 +64,8 @@ class Batch:
 
     def split(self, sizes: list[int]) -> list[Batch]:
         """Views of so many samples each; of images that are a tensor, none replaced."""
-        assert isinstance(self.images, torch.Tensor) and not self.bad_samples
+        assert isinstance(self.images, torch.Tensor)
+        assert not self.bad_samples
         parts = zip(self.images.split(sizes), self.prefix_len.split(sizes), self.positions.split(sizes), strict=True)
         return [Batch(images=images, prefix_len=lengths, positions=where) for images, lengths, where in parts]
 

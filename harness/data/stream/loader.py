@@ -17,8 +17,8 @@ from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.worker_pool import WorkerPool
 
 PIXELS_AT_A_TIME = 2**18
-"""The loader's thread reads so many micro-batches at once as have this many pixels, 256 images of 32 px: of a small one,
-most of the time goes to calls."""
+"""The loader's thread reads as many micro-batches at once as have this many pixels, 256 images of 32 px: most of the
+time of a small one goes to calls."""
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[I64]:
