@@ -88,8 +88,8 @@ def flops_per_image(config: ModelConfig) -> FlopCount:
 def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopCount:
     """Count the FLOPs that `AIM.forward` executes, the numerator of MFU.
 
-    Only the `scored_tokens` (mean per image: N / 2 with paired prefixes, and on average with uniform ones) pass
-    through the pixel head and through the MLP of the last block.
+    Only the `scored_tokens` of an image (`mean_scored_tokens`) pass through the pixel head and through the MLP of the
+    last block.
     """
     published = flops_per_image(config)
     skipped = config.num_tokens - scored_tokens
@@ -98,6 +98,11 @@ def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopC
         trunk=published.trunk - skipped * 2 * 8 * config.width**2,
         head=scored_tokens * _head_flops_per_token(config),
     )
+
+
+def mean_scored_tokens(num_tokens: int, prefix: str) -> float:
+    """Scored tokens of an image on average, by `objective.prefix`: half of them, or without prefixes all but one."""
+    return num_tokens - 1 if prefix == "none" else num_tokens / 2
 
 
 def _head_flops_per_token(config: ModelConfig) -> int:

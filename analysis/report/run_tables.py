@@ -5,10 +5,13 @@ from __future__ import annotations
 import pandas as pd
 
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.report.cells import PageTable, number, page_table, percent, text, whole
+from aimscale.analysis.report.cells import Formatter, PageTable, number, page_table, percent, text, whole
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.tables.design import DESIGN, design_columns
 from aimscale.analysis.tables.results import loss_unit
+from aimscale.analysis.tables.schema import MFU
+
+MFU_COLUMNS: list[tuple[str, str, Formatter]] = [(name, f"MFU {how} (%)", percent) for name, how in MFU.items()]
 
 
 def ladder_table(study: Study) -> PageTable:
@@ -20,7 +23,7 @@ def ladder_table(study: Study) -> PageTable:
     groups = frame.groupby("size", sort=False)
     if "run_id" in frame:
         ladder["num_runs"] = groups["run_id"].nunique()
-    for name in ("images_per_s", "mfu"):
+    for name in ("images_per_s", *MFU):
         if name in frame:
             ladder[name] = groups[name].median()
     if "device_hours" in frame:
@@ -34,7 +37,8 @@ def ladder_table(study: Study) -> PageTable:
         "ladder",
         "The sizes",
         "Parameters; training FLOPs per image (3 × forward, head and attention counted); median throughput and MFU "
-        "(share of the measured matrix-multiplication peak); device time of all budgets.",
+        "(FLOPs by the published formula or as executed, over the device's nominal or measured peak); device time of "
+        "all budgets.",
         ladder,
         [
             ("size", "size", text),
@@ -44,7 +48,7 @@ def ladder_table(study: Study) -> PageTable:
             ("flops_per_image", "FLOP/image", human),
             ("num_runs", "runs", whole),
             ("images_per_s", "images/s", human),
-            ("mfu", "MFU (%)", percent),
+            *MFU_COLUMNS,
             ("device_hours", "device-hours", human),
             ("best_loss", "lowest loss", number(4)),
         ],
@@ -79,7 +83,7 @@ def results_page_table(study: Study) -> PageTable:
             ("seed", "seed", whole),
             *[(name, name.replace("_", " "), text) for name in design_columns(study.frame) if name in DESIGN],
             ("images_per_s", "images/s", human),
-            ("mfu", "MFU (%)", percent),
+            *MFU_COLUMNS,
             ("wall_s", "wall (s)", number(1)),
             ("num_skipped_steps", "skipped steps", whole),
             ("run_id", "run", text),

@@ -35,6 +35,7 @@ from aimscale.analysis.tables.design import fresh_part, lower_envelope, main_par
 from aimscale.analysis.tables.measures import BLOCKS, KIND
 from aimscale.analysis.tables.observations import is_complete
 from aimscale.analysis.tables.results import probe_frame, usable_rows
+from aimscale.analysis.tables.schema import MFU
 
 MANY_ROWS = 20_000
 """Rows above which noise, repeats and definitions are left to their own verbs."""
@@ -162,12 +163,13 @@ def without_impossible(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         if bad.any():
             frame = frame.assign(**{name: frame[name].mask(bad)})
             sentences.append(f"{int(bad.sum())} values of {name} are not positive, finite numbers and not used.")
-    if "mfu" in frame and (frame["mfu"] > 1).any():
-        num = int((frame["mfu"] > 1).sum())
-        frame = frame.assign(mfu=frame["mfu"].mask(frame["mfu"] > 1))
-        sentences.append(
-            f"MFU of {num} rows exceeds 100 % and is not shown: the peak that it is a share of was measured too low."
-        )
+    for name, how in MFU.items():
+        if name in frame and (bad := frame[name] > 1).any():
+            frame = frame.assign(**{name: frame[name].mask(bad)})
+            sentences.append(
+                f"MFU ({how}) of {int(bad.sum())} rows exceeds 100 % and is not shown: the peak that it is a "
+                "share of was measured or stated too low."
+            )
     return frame, sentences
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.results import probe_frame
-from aimscale.analysis.tables.schema import KNOWN
+from aimscale.analysis.tables.schema import KNOWN, MFU
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -44,7 +44,7 @@ class Measure:
     @property
     def lower_is_better(self) -> bool:
         """Losses, times and costs."""
-        return not self.is_accuracy and self.column not in ("mfu", "images_per_s")
+        return not self.is_accuracy and self.column not in (*MFU, "images_per_s")
 
     @property
     def has_ratio(self) -> bool:

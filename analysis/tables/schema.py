@@ -122,7 +122,14 @@ COLUMNS = _columns(
         ("wall_s", "float64", "s", "Wall time of training to this budget; validation and probes are not in it"),
         ("device_hours", "float64", "h", "Wall time x devices, in hours"),
         ("images_per_s", "float64", "images/s", "Training throughput over all ranks"),
-        ("mfu", "float64", "fraction", "Executed model FLOPs over the measured matrix-multiplication peak"),
+        (
+            "mfu_published",
+            "float64",
+            "fraction",
+            "FLOPs by flops_per_image over the device's nominal bf16 or TF32 peak",
+        ),
+        ("mfu_executed", "float64", "fraction", "FLOPs executed over that nominal peak"),
+        ("mfu", "float64", "fraction", "FLOPs executed over the matrix-multiplication peak measured on the device"),
         ("num_skipped_steps", "int64", "steps", "Optimiser steps skipped because of non-finite gradients"),
         ("num_bad_samples", "int64", "images", "Samples that could not be decoded"),
         ("device", "string", "", "Device model"),
@@ -138,6 +145,8 @@ COLUMNS = _columns(
 """The schema, in the order in which columns are written."""
 
 KNOWN = {column.name: column for column in COLUMNS}
+MFU = {"mfu_published": "published/nominal", "mfu_executed": "executed/nominal", "mfu": "executed/measured"}
+"""Columns of model FLOPs utilisation: which FLOPs over which peak."""
 STATUSES = ("complete", "unfinished", "diverged", "failed")
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image, param_count
+from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.peer import peer_step
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan
-from aimscale.harness.device.peak import device_name, measure_peak
+from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.run.provenance import process_age_s
@@ -58,10 +58,16 @@ class TrainBench:
     """Median over the timed steps, images ready."""
     images_per_s: float
     """At that rate."""
+    mfu_published: float | None
+    """FLOPs by the published formula over the device's nominal peak; null where no nominal peak is known."""
+    mfu_executed: float | None
+    """FLOPs executed over the nominal peak."""
     mfu: float
-    """Executed model FLOPs over the measured peak."""
+    """FLOPs executed over the measured peak."""
     peak_flops_per_s: float
     """Matrix-multiplication rate measured in the same process."""
+    nominal_flops_per_s: float | None
+    """The data sheet's."""
     bare_ms_per_step: float
     """The same model, batch and optimiser in a plain PyTorch loop, steps interleaved with ours."""
     ratio_to_bare: float
@@ -147,8 +153,7 @@ def run(
         our_s, *other_s = (statistics.median(times) for times in zip(*rounds, strict=True))
         ratios = [statistics.median(times[0] / times[index] for times in rounds) for index in range(1, len(loops))]
         peak = measure_peak(group.device, optimiser.precision)
-        scored = num_targets / optimiser.batch_size
-        flops = TRAIN_OVER_FORWARD * executed_flops_per_image(model_config, scored).forward * optimiser.batch_size
+        images_per_s = optimiser.batch_size / our_s
         return TrainBench(
             size=model_config.name,
             params=param_count(model_config).total,
@@ -161,9 +166,16 @@ def run(
             device=device_name(group.device),
             num_threads=torch.get_num_threads(),
             ms_per_step=1000 * our_s,
-            images_per_s=optimiser.batch_size / our_s,
-            mfu=flops / our_s / peak.flops_per_s,
+            images_per_s=images_per_s,
+            **utilisation(  # type: ignore[arg-type]
+                model_config,
+                peak,
+                images_per_s=images_per_s,
+                scored_tokens=num_targets / optimiser.batch_size,
+                world_size=group.world_size,
+            ),
             peak_flops_per_s=peak.flops_per_s,
+            nominal_flops_per_s=peak.nominal_flops_per_s,
             bare_ms_per_step=1000 * other_s[0],
             ratio_to_bare=ratios[0],
             peer_ms_per_step=1000 * other_s[1] if with_peer else None,

@@ -1,6 +1,7 @@
-"""The matrix-multiplication rate of this device: the peak against which MFU is stated.
+"""The peaks against which MFU is stated: a data sheet's, and the matrix-multiplication rate measured on this device.
 
-A data sheet's peak is reached by no program; what the best matrix product reaches here is the honest limit. Another
+A data sheet's peak is what others state MFU against, and is reached by no program; what the best matrix product reaches
+here is the honest limit. Another
 process can only make a measurement too small, so the largest counts: it is kept for this host, device, precision and
 number of threads under `$AIMSCALE_CACHE` (by default `~/.cache/aimscale`), and every start measures again for a moment.
 Runs side by side then state their MFU against the same peak.
@@ -11,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import socket
 import time
 from pathlib import Path
 
 import torch
 
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.cpu_kernels import float32_matmul
 from aimscale.harness.run.files import cache_folder, write_json
 from aimscale.harness.run.provenance import cpu_name
@@ -28,6 +32,32 @@ MIN_TRIES = 10
 MAX_TRIES = 100
 MAX_SECONDS = 1.0
 """Tries go on until the best has not grown in `MIN_TRIES` tries, but no longer than this."""
+NOMINAL_TFLOPS = {
+    # "NVIDIA A100 Tensor Core GPU" (data sheet, 2021), SXM and PCIe alike
+    "A100": 312,
+    # "NVIDIA A30 Tensor Core GPU", "NVIDIA A40", "NVIDIA A10" (data sheets); the A10G of clouds is clocked lower
+    "A30": 165,
+    "A40": 149.7,
+    "A10": 125,
+    # "NVIDIA H100 Tensor Core GPU" (data sheet, 2023; printed with sparsity, which doubles it): PCIe 1513, NVL 1671,
+    # SXM 1979, which torch calls "NVIDIA H100 80GB HBM3"
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "H100": 989.5,
+    "GH200": 989.5,
+    # "NVIDIA H200 Tensor Core GPU" (data sheet, 2024): NVL 1671, SXM 1979 with sparsity
+    "H200 NVL": 835.5,
+    "H200": 989.5,
+    # "NVIDIA L40S", "NVIDIA L40", "NVIDIA L4" (data sheets, 2022 and 2023): 733, 362 and 242 with sparsity
+    "L40S": 362.05,
+    "L40": 181.05,
+    "L4": 121,
+    # "NVIDIA DGX B200" and "GB200 NVL72" (data sheets, 2024): 36 PFLOP/s of 8 and 360 of 72 cards, with sparsity
+    "GB200": 2500,
+    "B200": 2250,
+}
+"""Dense bf16 TFLOP/s of cards whose name holds the key, the longest key first. TF32, which float32 products take on a
+card (`start_group`), is half of it on all of them."""
 EXPIRY_S = 30 * 24 * 3600
 """A remembered peak is forgotten after this: drivers and libraries change."""
 
@@ -46,6 +76,41 @@ class Peak:
     """n of the n x n x n product."""
     flops_per_s: float
     """2 n^3 over the best time of all tries, one device."""
+    nominal_flops_per_s: float | None = None
+    """The data sheet's, dense; null for a device that `NOMINAL_TFLOPS` does not hold, such as a CPU."""
+
+
+def utilisation(
+    config: ModelConfig, peak: Peak, *, images_per_s: float, scored_tokens: float, world_size: int
+) -> dict[str, float | None]:
+    """Model FLOPs utilisation (MFU) three ways, each a fraction; null without a nominal peak.
+
+    `mfu_published`: FLOPs of the published formula, as others count them, over the nominal peak; it also rewards work
+    that is saved. `mfu_executed`: FLOPs executed over the nominal peak. `mfu`: FLOPs executed over the measured peak.
+
+    Args:
+        config: the model.
+        peak: of one device.
+        images_per_s: training throughput of all devices.
+        scored_tokens: mean per image.
+        world_size: devices.
+    """
+    rate = images_per_s / world_size
+    executed = rate * executed_flops_per_image(config, scored_tokens).train
+    nominal = peak.nominal_flops_per_s
+    return {
+        "mfu_published": nominal and rate * flops_per_image(config).train / nominal,
+        "mfu_executed": nominal and executed / nominal,
+        "mfu": executed / peak.flops_per_s,
+    }
+
+
+def nominal_flops_per_s(name: str, precision: str) -> float | None:
+    """The data sheet's dense peak of a device by its model name; None where it is not known."""
+    for key in sorted(NOMINAL_TFLOPS, key=len, reverse=True):
+        if re.search(rf"\b{key}\b", name.replace("-", " ")):
+            return NOMINAL_TFLOPS[key] * 1e12 / (2 if precision == "fp32" else 1)
+    return None
 
 
 def device_name(device: torch.device) -> str:
@@ -76,6 +141,7 @@ def measure_peak(device: torch.device, precision: str, side: int | None = None) 
         num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
         gemm_side=side,
         flops_per_s=2 * side**3 / best,
+        nominal_flops_per_s=nominal_flops_per_s(device_name(device), precision),
     )
 
 

@@ -72,7 +72,7 @@ class LineWriter:
             images_done=images_done,
             heartbeat=speed["time"],
             **{key: line[key] for key in ("images_seen", "step", "loss", "num_skipped_steps")},
-            **{key: speed[key] for key in ("images_per_s", "mfu")},
+            **{key: speed[key] for key in ("images_per_s", "mfu_published", "mfu_executed", "mfu")},
         )
         for logger in self._loggers:
             logger.log(line | speed)
@@ -80,7 +80,7 @@ class LineWriter:
         self._terminal.step(
             "trunk" if branch is None else f"decay to {branch}",
             f"loss {loss}  {speed['images_per_s']:.0f} images/s",
-            f"MFU {100 * speed['mfu']:.1f} %  lr {line['lr']:.2e}",
+            f"MFU {100 * speed['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}",
             images_seen=line["images_seen"],
             images_done=images_done,
         )

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image
+from aimscale.aim.cost import mean_scored_tokens
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.device.peak import Peak
+from aimscale.harness.device.peak import Peak, utilisation
 from aimscale.harness.log.counters import Counters, Tally
 from aimscale.harness.log.lines import LineWriter
 from aimscale.harness.log.metrics import TAIL_FRACTION, StepLog
@@ -125,16 +125,20 @@ class Recorder:
         speed = {
             "images_per_s": images_per_s,
             "ms_per_step": 1000 * wall_s * self._batch_size / interval.num_images,
-            "mfu": self.mfu(images_per_s, interval.num_targets / interval.num_images),
+            **self._utilisation(images_per_s, interval.num_targets / interval.num_images),
             "data_wait": interval.data_wait_s / wall_s,
             "device_memory_gb": device_memory_bytes(self._group) / 1e9,
         }
         self._writer.write(line, speed, images_done=self.counters.images_done)
 
-    def mfu(self, images_per_s: float, scored_tokens: float) -> float:
-        """Model FLOPs executed over the measured peak of all devices, 0..1."""
-        flops = TRAIN_OVER_FORWARD * executed_flops_per_image(self._model_config, scored_tokens).forward
-        return images_per_s * flops / (self._peak.flops_per_s * self._group.world_size)
+    def _utilisation(self, images_per_s: float, scored_tokens: float) -> dict[str, float | None]:
+        return utilisation(
+            self._model_config,
+            self._peak,
+            images_per_s=images_per_s,
+            scored_tokens=scored_tokens,
+            world_size=self._group.world_size,
+        )
 
     def progress(self) -> dict[str, Any]:
         """What makes a checkpoint or a budget a point of the walk; the lines written so far are made durable."""
@@ -159,13 +163,14 @@ class Recorder:
         """Columns of the results row of a budget that ended at `progress`."""
         took = Tally(**progress["trunk"]) + Tally(**progress["branch"])
         images_per_s = took.num_images / took.wall_s
+        scored = mean_scored_tokens(self._model_config.num_tokens, self._config.training.objective.prefix)
         counts = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes", "num_roll_backs")
         return {
             "train_loss": progress["train_loss"],
             "wall_s": took.wall_s,
             "device_hours": took.device_s / 3600,
             "images_per_s": images_per_s,
-            "mfu": self.mfu(images_per_s, self._model_config.num_tokens / 2),
+            **self._utilisation(images_per_s, scored),
             **{name: getattr(took, name) for name in counts},
             "world_size": self._group.world_size,
         }

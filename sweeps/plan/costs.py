@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import executed_flops_per_image
+from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.card import num_images
 from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
 from aimscale.harness.run.config import RunConfig
@@ -199,8 +199,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     params, flops = counts_of(model)
     unique = training.data.unique_images or pool
     executed = unchecked_schedule(run.config).images_planned()
-    # Half of the tokens are scored on average, whether prefixes are paired or independent; all but one without.
-    scored = model.num_tokens - 1 if training.objective.prefix == "none" else model.num_tokens / 2
+    scored = mean_scored_tokens(model.num_tokens, training.objective.prefix)
     flops_executed = executed_flops_per_image(model, scored).train * executed
     probes = probe_costs(run.config.evaluation, model, flops, run.devices)
     flops_evaluation = evaluation_flops(run.config.evaluation, flops, probes)

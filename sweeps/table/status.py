@@ -48,8 +48,12 @@ class RunStatus:
     """Validation loss of the last budget recorded."""
     images_per_s: float | None
     """All ranks."""
+    mfu_published: float | None
+    """Published FLOPs over the nominal peak, 0..1; null where no nominal peak is known."""
+    mfu_executed: float | None
+    """FLOPs executed over the nominal peak."""
     mfu: float | None
-    """0..1."""
+    """FLOPs executed over the measured peak."""
     eta_s: float | None
     """To the end, at the present speed, without validation and probes."""
     attempts: int
@@ -192,6 +196,8 @@ def _line(
         loss=status.loss,
         val_loss=_validation_loss(record) if state not in ("not started", "damaged") else None,
         images_per_s=status.images_per_s,
+        mfu_published=status.mfu_published,
+        mfu_executed=status.mfu_executed,
         mfu=status.mfu,
         eta_s=left / speed if speed else None,
         attempts=status.attempt,

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from aimscale.analysis.tables.schema import MFU
 from aimscale.sweeps.plan.costs import CostCard, totals
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -220,6 +221,11 @@ def status_table(status: SweepStatus, width: int) -> Group:
         return Column(header=header, cells=[cell(line) for line in status.runs], rank=rank, right=right)
 
     axes = varying([line.cell for line in status.runs])
+    mfu = [
+        Column(header=f"MFU {name}", cells=[_percent(share) for share in shares], rank=4)
+        for field, name in MFU.items()
+        if any(shares := [getattr(line, field) for line in status.runs])
+    ]
     table, _ = fitted_table(
         [
             column("run", lambda line: line.run_id, right=False),
@@ -231,7 +237,7 @@ def status_table(status: SweepStatus, width: int) -> Group:
             column("train loss", lambda line: f"{line.loss:.4f}" if line.loss is not None else "", 4),
             column("val loss", lambda line: f"{line.val_loss:.4f}" if line.val_loss is not None else "", 1),
             column("images/s", lambda line: number(line.images_per_s) if line.images_per_s else "", 3),
-            column("MFU", lambda line: f"{100 * line.mfu:.0f} %" if line.mfu else "", 4),
+            *mfu,
             column("evaluated", _evaluated, 2),
             column("ETA", lambda line: duration(line.eta_s) if line.eta_s is not None else "", 2),
             column("tries", lambda line: str(line.attempts) if line.attempts else "", 6),
@@ -245,6 +251,11 @@ def status_table(status: SweepStatus, width: int) -> Group:
 
 def _state(line: RunStatus) -> Text:
     return Text(f"{line.state} ({line.phase})" if line.phase else line.state, style=STYLE[line.state])
+
+
+def _percent(share: float | None) -> str:
+    """A utilisation; one that cannot be is marked."""
+    return f"{100 * share:.0f} %{' (!)' if share > 1 else ''}" if share else ""
 
 
 def _evaluated(line: RunStatus) -> str:

@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from aimscale.aim.config import ModelConfig, known_sizes, model_config
-from aimscale.aim.cost import executed_flops_per_image, flops_per_image, param_count
+from aimscale.aim.cost import executed_flops_per_image, flops_per_image, mean_scored_tokens, param_count
 from aimscale.aim.model import AIM
 
 PRINTED_TRUNKS = {
@@ -52,6 +52,8 @@ def test_flops_equal_pytorchs_counter(size: str, options: dict) -> None:
     executed = executed_flops_per_image(config, scored_tokens)
     assert _count(lambda: model(images, prefix_len)) == 2 * executed.forward
     assert _count(lambda: model(images, prefix_len)[0].backward()) == 2 * executed.train
+    causal = executed_flops_per_image(config, mean_scored_tokens(config.num_tokens, "none"))
+    assert _count(lambda: model(images, torch.ones_like(prefix_len))) == 2 * causal.forward
 
 
 def _on_meta(size: str, options: dict) -> tuple[ModelConfig, AIM]:

@@ -269,7 +269,7 @@ def test_impossible_numbers_are_named_and_not_used(tmp_path):
     rows[5]["mfu"] = 1.09
     text = Page(write_report(write_sweep(tmp_path / "some", rows, pictures=False), resamples=40).read_text()).text
     assert "4 values of flops_train are not positive, finite numbers and not used." in text
-    assert "MFU of 1 rows exceeds 100 % and is not shown" in text.replace("\u00a0", " ")
+    assert "MFU (executed/measured) of 1 rows exceeds 100 % and is not shown" in text.replace("\u00a0", " ")
     assert "109" not in text[text.index("The sizes") : text.index("Loss against parameters")]
     for row in rows:
         row["flops_train"] = -1.0

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import aimscale.harness.device.peak
-from aimscale.harness.device.peak import EXPIRY_S, Peak, known_peak, measure_peak
+from aimscale.aim.config import model_config
+from aimscale.harness.device.peak import EXPIRY_S, Peak, known_peak, measure_peak, nominal_flops_per_s, utilisation
 
+H100 = "NVIDIA H100 80GB HBM3"
 CPU = torch.device("cpu")
 
 
@@ -77,3 +79,30 @@ def test_the_measurement_is_a_rate_of_the_best_try(precision: str, monkeypatch: 
     peak = measure_peak(CPU, precision, side=16)
     assert peak.flops_per_s == 2 * 16**3 / 2.0
     assert dataclasses.asdict(peak).keys() >= {"device", "precision", "num_threads", "gemm_side"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [(H100, 989.5), ("NVIDIA H100 PCIe", 756.5), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GH200 480GB", 989.5),
+     ("NVIDIA H200", 989.5), ("NVIDIA L40S", 362.05), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500)],
+)  # fmt: skip
+def test_a_known_card_has_its_data_sheets_peak(name: str, tflops: float) -> None:
+    assert nominal_flops_per_s(name, "bf16") == tflops * 1e12
+    assert nominal_flops_per_s(name, "fp32") == tflops * 1e12 / 2
+    assert nominal_flops_per_s("NVIDIA A10G", "bf16") is None
+
+
+def test_utilisation_names_its_flops_and_its_peak() -> None:
+    model = model_config("aim-600M", image_size=224, patch_size=14, head_rule="released")
+    # 262 images/s a card are 45 % of 989.5 TFLOP/s by the paper's sizes; 0.81 of that is executed.
+    peak = Peak(
+        device=H100, precision="bf16", num_threads=1, gemm_side=8, flops_per_s=794e12, nominal_flops_per_s=989.5e12
+    )
+    found = utilisation(model, peak, images_per_s=8 * 262, scored_tokens=128, world_size=8)
+    published, executed, measured = found["mfu_published"], found["mfu_executed"], found["mfu"]
+    assert published == pytest.approx(0.45, rel=0.01)
+    assert executed == pytest.approx(0.81 * 0.45, rel=0.01)
+    assert measured == pytest.approx(found["mfu_executed"] * 989.5 / 794)
+    unknown = dataclasses.replace(peak, nominal_flops_per_s=None)
+    nameless = utilisation(model, unknown, images_per_s=8 * 262, scored_tokens=128, world_size=8)
+    assert nameless == {"mfu_published": None, "mfu_executed": None, "mfu": measured}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.runs.claims import RunRecord
@@ -50,9 +51,13 @@ def test_evaluation_is_shown_and_the_next_step_is_said(
     summary = status_summary(look(sweep))
     assert "planned device-hours spent" in summary
     assert "next: `aimscale report" in summary
+    RunDir(record.path).write_status(mfu_executed=0.41, mfu=1.09)
     console = new_console()
     console.print(status_table(look(sweep), console.width))
-    assert "4 of 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 of 4" in said
+    assert "109 % (!)" in said, "no program is faster than the fastest product: the peak was measured too low"
+    assert ("MFU executed/nominal" in said, "MFU published/nominal" in said) == (True, False)
 
 
 def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_sweep: Any) -> None:
