@@ -21,16 +21,21 @@ def compare(
     published: Annotated[
         bool, typer.Option("--published", help="Fit the paper's 0.6B, 1B, 3B and forecast its 7B instead.")
     ] = False,
+    run: Annotated[
+        str | None, typer.Option(help="Part of a run's id: that run beside the nearest published model, in five lines.")
+    ] = None,
     columns: options.Columns = None,
     resamples: options.Resamples = 1000,
     json: options.AsJson = False,
 ) -> None:
     """Task by task, exponents, and what would close the gap; what is not comparable is named and left out."""
     from aimscale.analysis.baselines.comparison import compare as compare_frame
+    from aimscale.analysis.baselines.nearest import nearest_published
     from aimscale.analysis.baselines.worked_example import worked_example
     from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.tables.inputs import read_tables
-    from aimscale.analysis.tables.results import parse_columns
+    from aimscale.analysis.tables.observations import is_complete
+    from aimscale.analysis.tables.results import parse_columns, probe_frame
 
     if published == (table is not None):
         raise AnalysisError("give either a table to compare, or --published for the paper's own four sizes")
@@ -38,5 +43,14 @@ def compare(
         example = worked_example()
         typer.echo(json_module.dumps(example, indent=2) if json else "\n".join(example["sentences"]))
         return
-    comparison = compare_frame(read_tables([table], parse_columns(columns or [])), resamples=resamples)
+    frame = read_tables([table], parse_columns(columns or []))
+    if run is not None:
+        nearest = nearest_published(probe_frame(frame[is_complete(frame)]), run)
+        if not nearest:
+            raise AnalysisError(f"no task and probe of run {run} is among the published results")
+        plain = [vars(each) | {"published": vars(each.published)} for each in nearest]
+        blocks = ["\n".join(each.lines) for each in nearest]
+        typer.echo(json_module.dumps(plain, indent=2) if json else "\n\n".join(blocks))
+        return
+    comparison = compare_frame(frame, resamples=resamples)
     typer.echo(json_module.dumps(comparison.to_dict(), indent=2) if json else comparison.summary())
