@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from aimscale.harness.run.config import parse, read_yaml
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.launch.devices import default_slots, sharing, visible_gpus
 from aimscale.sweeps.launch.display import queue_display
@@ -16,7 +17,7 @@ from aimscale.sweeps.launch.local_queue import Command, LaunchResult, run_queue,
 from aimscale.sweeps.launch.preflight import check_data
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
+from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.decision import Decision, decide
 from aimscale.sweeps.runs.job_kind import training_jobs
@@ -123,9 +124,32 @@ def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], li
             f"again under other names; bring them along with `aimscale migrate {loaded.name} --root {loaded.root}`, or "
             f"choose another --root"
         )
+    _refuse_renaming(loaded, runs)
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
+
+
+def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
+    """Stop where a smaller budget alone would train runs again, because the recipe follows the smallest.
+
+    Raises:
+        SweepError: it would.
+    """
+    written, names = sweep.directory / SWEEP_FILE, {run.run_id for run in runs}
+    if not sweep.file.budgets or not written.is_file():
+        return
+    before = parse(SweepFile, read_yaml(written), str(written))
+    budget = before.recipe_budget or min(before.budgets, default=None)
+    if budget in (None, sweep.file.recipe_budget or min(sweep.file.budgets)):
+        return
+    there = {path.parent.name for path in sweep.runs_dir.glob("*/config.yaml")} - names
+    if again := sorted(there & {run.run_id for run in plan(sweep.with_fields(recipe_budget=budget))}):
+        raise SweepError(
+            f"{sweep.source}: recipe '{sweep.file.recipe}' follows the smallest budget, so {len(again)} runs that are "
+            f"there, such as {again[0]}, would be trained again under other names; write `recipe_budget: {budget}` to "
+            f"keep them, or give this sweep another name"
+        )
 
 
 def startable(sweep: Sweep, runs: Sequence[Run], is_queued: Callable[[Claim], bool]) -> list[Run]:

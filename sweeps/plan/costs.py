@@ -99,6 +99,8 @@ class CostCard:
     """Time from being told to stop to being killed."""
     disk_bytes: int
     """Of the run directory: two checkpoints at a time and the final weights of every budget."""
+    trunk_bytes: int
+    """Of them, what a finished run keeps of its trunk, from which a longer budget goes on."""
     probes: tuple[ProbeCost, ...]
     """The tasks, each at one budget."""
     flops_evaluation: float
@@ -133,6 +135,8 @@ class Totals:
     """At the stated rate."""
     disk_bytes: int
     """Of all run directories."""
+    trunk_bytes: int
+    """Of them, the trunks that finished runs keep for longer budgets."""
     cache_bytes: int
     """Of the different training images, if all are cached locally."""
     longest_wall_s: float
@@ -158,6 +162,7 @@ def totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Tota
         device_hours=sum(card.device_hours for card in cards),
         price=sum(card.price for card in cards),
         disk_bytes=sum(card.disk_bytes for card in cards),
+        trunk_bytes=sum(card.trunk_bytes for card in cards),
         cache_bytes=max(unique) * sweep.file.cost.image_bytes,
         longest_wall_s=max(card.wall_s for card in cards),
     )
@@ -206,6 +211,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     wall_s = (flops_executed + flops_evaluation) / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
     device_hours = wall_s * run.devices / 3600
     fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
+    keeps_trunk = run.config.runtime.keep_trunk and training.schedule.kind == "wsd"
     return CostCard(
         run_id=run.run_id,
         cell=run.cell,
@@ -240,6 +246,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
         memory_by_stage=fit.by_stage,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
         disk_bytes=(2 * CHECKPOINT_BYTES_PER_PARAM + len(budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
+        trunk_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total if keeps_trunk else 0,
         wall_s=wall_s,
         device_hours=device_hours,
         price=device_hours * cost.price_per_device_hour,

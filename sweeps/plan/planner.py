@@ -190,8 +190,7 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     scale = Scale(
         width=model.width,
         params_total=counts_of(model)[0].total,
-        budget_min=min(requested),
-        budget_max=max(requested),
+        budget=sweep.file.recipe_budget or min(requested),
     )
     fields = chosen.fields(scale)
     batch_target = fields["optimiser"]["batch_size"]

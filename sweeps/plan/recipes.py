@@ -23,10 +23,9 @@ class Scale:
     """d of the trunk."""
     params_total: int
     """N with the pixel head."""
-    budget_min: int
-    """Smallest D of the run, images."""
-    budget_max: int
-    """Largest D of the run, images."""
+    budget: int
+    """D that batch and warm-up are fitted to, images: a run's own under cosine; under wsd, where later budgets extend a
+    run, its smallest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ PAPER = Recipe(
     batch_size=lambda scale: 4096,
     lr_peak=lambda scale: 1e-3,
     # 31,250 of 1.25M iterations. Assumption: the same share of shorter budgets.
-    warmup_images=lambda scale: scale.budget_max // 40,
+    warmup_images=lambda scale: scale.budget // 40,
     # bytes per parameter at W = 8: stage 1 fits 80 GB up to 3B, at 7B stage 2 takes 27 GB where stage 1 takes 51-65
     zero_stage=lambda scale: 2 if scale.params_total > 4e9 else 1,
     devices=_paper_devices,
@@ -108,7 +107,7 @@ def _small_batch(scale: Scale) -> int:
 
     Measured on the demo's data: at 6144 images seen 16 beats 32 beats 64. The square root is an assumption.
     """
-    return max(16, int(64 * 2.0 ** round(math.log2(scale.budget_min / 64_000) / 2)))
+    return max(16, int(64 * 2.0 ** round(math.log2(scale.budget / 64_000) / 2)))
 
 
 def _small_lr(scale: Scale) -> float:
@@ -127,7 +126,7 @@ SMALL = Recipe(
     batch_size=_small_batch,
     lr_peak=_small_lr,
     # Assumption: a tenth of the smallest budget, so that its stable phase exists.
-    warmup_images=lambda scale: scale.budget_min // 10,
+    warmup_images=lambda scale: scale.budget // 10,
     zero_stage=lambda scale: "auto",  # aimscale.harness.device.memory's rule
     devices=lambda scale: 1,
 )

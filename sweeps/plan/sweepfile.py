@@ -181,6 +181,9 @@ class SweepFile(Section):
     """What the sweep is for, one line."""
     recipe: str = "small"
     """A recipe of `sweeps.plan.recipes`."""
+    recipe_budget: Count | None = None
+    """D that the recipe fits batch, rate and warm-up to; null: the smallest of a run. Said where a smaller budget joins
+    runs that are there, so that it does not make others of them."""
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Model sizes."""
     budgets: tuple[Count, ...] = ()

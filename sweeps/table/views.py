@@ -198,7 +198,8 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
         f"{total.flops_executed:.3g} FLOPs executed (decay branches included), {total.flops_evaluation:.3g} more in "
         f"validation and probes; {total.device_hours:,.4g} device-hours"
         f"{f' = {total.price:,.0f} {cost.currency}' if total.price else ''}; longest run "
-        f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}, "
+        f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)} "
+        f"({data_size(total.trunk_bytes)} of them the trunks kept for longer budgets), "
         f"image cache {data_size(total.cache_bytes)}; told to stop, a run gets up to "
         f"{duration(max(card.stop_s for card in cards))} to save",
         highlight=False,

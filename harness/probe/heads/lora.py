@@ -27,7 +27,7 @@ from aimscale.harness.probe.features.moments import Moments
 from aimscale.harness.probe.features.sizes import BlockSet, number_of_steps
 from aimscale.harness.probe.files import Pause
 from aimscale.harness.probe.heads.fit import Split, grid
-from aimscale.harness.probe.heads.progress import ProbeProgress
+from aimscale.harness.probe.heads.progress import ProbeProgress, StepSaver
 from aimscale.harness.probe.heads.scores import Answers, answers
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, AttentiveStack, Setting, learning_rate
 from aimscale.harness.run.config import ProbeSection
@@ -69,7 +69,7 @@ def adapt(
 ) -> Adapted:
     """Adapt copies of `model`, which itself is left alone; all ranks call this together.
 
-    With `progress` every epoch is saved, and a call after a killed one goes on from the last to the same numbers;
+    With `progress` training is saved by time, and a call after a killed one goes on from there to the same numbers;
     `pause` is called after every save and may raise to stop there.
     """
 
@@ -154,34 +154,30 @@ class _Adaptation:
             parameter.copy_(value)
 
     def train(self, images: np.ndarray, part: str, progress: ProbeProgress | None, pause: Pause) -> None:
-        """All epochs on these images, or those that a saved part still lacks."""
+        """All steps on these images, or those that a saved part still lacks."""
         section = self._section
         optimiser = torch.optim.AdamW(self.trained, betas=(0.9, 0.999), weight_decay=self.setting.weight_decay)
-        saved = progress.load(part) if progress else None
-        if saved:
-            self.load_state(saved["state"])
-            optimiser.load_state_dict(saved["optimiser"])
+        saver = StepSaver(progress, part, self._group, is_shared=True)
+        step = 0
+        if saved := saver.load():
+            step = saved[0]
+            self.load_state(saved[1]["state"])
+            optimiser.load_state_dict(saved[1]["optimiser"])
         else:
             self._observe(images)
         per_epoch, num_steps = math.ceil(len(images) / section.batch_size), number_of_steps(section, len(images))
-        for epoch in range(saved["epochs_done"] if saved else 0, math.ceil(num_steps / per_epoch)):
+        for epoch in range(step // per_epoch, math.ceil(num_steps / per_epoch)):
             order = np.random.default_rng([self._seed, 1, epoch]).permutation(images)
-            step = epoch * per_epoch
-            for _ in self._batches(order[: (num_steps - step) * section.batch_size], epoch):
+            first, last = (section.batch_size * (at - epoch * per_epoch) for at in (step, num_steps))
+            for _ in self._batches(order[first:last], epoch):
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate(self.setting.lr, step, num_steps)
                 torch.nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
                 optimiser.step()
                 step += 1
-            if progress:
-                if self._group.is_first:
-                    state = {
-                        "epochs_done": epoch + 1,
-                        "state": self.state(),
-                        "optimiser": optimiser.state_dict(),
-                    }
-                    progress.save(part, state)
-                pause()
+                if step == num_steps or saver.is_due():
+                    saver.save(step, {"state": self.state(), "optimiser": optimiser.state_dict()})
+                    pause()
 
     @torch.no_grad()
     def _observe(self, images: np.ndarray) -> None:

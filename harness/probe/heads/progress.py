@@ -12,7 +12,7 @@ import torch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.files import written_aside
 
-SAVE_EVERY_S = 30.0
+SAVE_EVERY_S = 10.0
 """Training of heads is saved at this distance, or at `SAVE_RATIO` times what saving takes if that is longer."""
 SAVE_RATIO = 20
 
@@ -54,15 +54,20 @@ class ProbeProgress:
 
 
 class StepSaver:
-    """Saves a training whose state is divided among ranks: each writes its own file, and all go on from one step."""
+    """Saves a training by time: each rank writes its part of the state, and all go on from one step.
 
-    def __init__(self, progress: ProbeProgress | None, part: str, group: Group):
+    With `is_shared` every rank has the whole state, and the first writes it.
+    """
+
+    def __init__(self, progress: ProbeProgress | None, part: str, group: Group, *, is_shared: bool = False):
         self._progress, self._part, self._group = progress, part, group
+        self._writes = group.is_first or not is_shared
+        self._owner = "all" if is_shared else f"{group.rank}-of-{group.world_size}"
         self._saved_at = time.monotonic()
         self._took_s = 0.0
 
     def _name(self, step: int) -> str:
-        return f"{self._part}.{step}.{self._group.rank}-of-{self._group.world_size}"
+        return f"{self._part}.{step}.{self._owner}"
 
     def is_due(self) -> bool:
         """Whether to save now; the same on all ranks."""
@@ -73,12 +78,13 @@ class StepSaver:
         return due
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write this rank's state after `step`; the one before goes when all ranks have written."""
+        """Write the state after `step`; the one before goes when all ranks have written."""
         if self._progress is None:
             return
         started = time.monotonic()
         before = self._steps()
-        self._progress.save(self._name(step), state)
+        if self._writes:
+            self._progress.save(self._name(step), state)
         self._group.wait()
         self._remove(set(before) - {step})
         self._saved_at = time.monotonic()

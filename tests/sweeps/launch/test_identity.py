@@ -136,6 +136,18 @@ def test_another_budget_goes_on_from_the_trunk_under_wsd(home: Path, moved: Call
     assert all(row["val_loss"] and row["probes"] for row in after["rows"])
 
 
+def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: Any, launch: Any, stand_in: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    smaller = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280])
+    with pytest.raises(UserError, match=r"1 runs .* would be trained again .* `recipe_budget: 640`"):
+        launch(smaller, slots=1, command=stand_in())
+    assert [path.name for path in sweep.runs_dir.iterdir()] == [run.run_id for run in plan(sweep)]
+    kept = smaller.with_fields(recipe_budget=640)
+    assert [run.run_id for run in plan(kept)] == [run.run_id for run in plan(sweep)]
+    launch(kept, slots=1, command=stand_in())
+
+
 @pytest.mark.slow
 def test_another_budget_is_a_new_run_under_cosine(home: Path, moved: Callable[..., Path]) -> None:
     schedule = {"schedule": {"kind": "cosine", "warmup_images": 16}}

@@ -255,11 +255,22 @@ def test_unknown_sweep_names_the_nearest_preset(tmp_path: Path) -> None:
 def test_recipes_stay_sane_over_scales() -> None:
     for recipe in RECIPES.values():
         for width, budget in ((32, 3_000), (256, 10**6), (4096, 10**9)):
-            scale = Scale(width=width, params_total=12 * 24 * width**2, budget_min=budget, budget_max=8 * budget)
+            scale = Scale(width=width, params_total=12 * 24 * width**2, budget=budget)
             fields = recipe.fields(scale)
             assert fields["optimiser"]["batch_size"] % 2 == 0
             assert 1e-5 < fields["optimiser"]["lr_peak"] < 1e-2
             assert fields["schedule"]["warmup_images"] <= budget / 5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
+    base = {**write_sweep().file.base, "schedule": {"kind": "wsd"}}
+
+    def names(*budgets: int, **fields: Any) -> list[str]:
+        return [run.run_id for run in plan(write_sweep(recipe=name, budgets=list(budgets), base=base, **fields))]
+
+    assert names(64_000, 128_000) == names(64_000) == names(64_000, 10**7)
+    assert names(4_000, 64_000) != names(64_000) == names(4_000, 64_000, recipe_budget="64k")
 
 
 def test_plan_prints_cards_and_json(tmp_path: Path) -> None:
