@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store.columns import SAMPLE, MappedIndexWriter, shard_table
+from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.info import DATASET_FILE, NO_LABEL
 from aimscale.harness.data.stream.overlap import twins
@@ -87,7 +87,7 @@ def _make(folder: Path, num_images: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     aside = folder / "columns"
     aside.mkdir(parents=True)
-    writer = MappedIndexWriter(aside)
+    writer = IndexWriter(aside)
     for first in range(0, num_images, _BLOCK_ROWS):
         number = min(_BLOCK_ROWS, num_images - first)
         samples = np.empty(number, SAMPLE)

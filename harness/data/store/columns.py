@@ -12,12 +12,10 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.info import NO_LABEL, DatasetInfo
@@ -79,11 +77,15 @@ class Column:
         return int(getattr(self._values, "offset"))  # noqa: B009 (a mapping has it)
 
 
-class Index(Protocol):
-    """The columns of one data set."""
+class Index:
+    """The columns of one data set, in a folder of .npy files; without a folder `read` gives the files' bytes."""
 
     samples: Column
     """Of SAMPLE."""
+    checksum: Column
+    """uint64: 64-bit hashes of the image files."""
+    label: Column | None
+    """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
     shards: npt.NDArray[Any]
     """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
     bad: I64
@@ -91,73 +93,20 @@ class Index(Protocol):
     bad_before: I64
     """For each of them, how many usable samples stand before it."""
 
-    @property
-    def checksum(self) -> Column:
-        """uint64: 64-bit hashes of the image files."""
-
-    @property
-    def label(self) -> Column | None:
-        """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
-
-
-class MappedIndex:
-    """The columns in a folder of .npy files; without a folder `read` gives the files' bytes, which stay in memory."""
-
     def __init__(self, folder: Path | None, read: Callable[[str], bytes] | None = None) -> None:
         def load(name: str) -> Column:
             if folder is not None:
                 return Column.of_file(folder / name)
-            assert read is not None, "MappedIndex: neither a folder nor a way to read"
+            assert read is not None, "Index: neither a folder nor a way to read"
             return Column(np.load(io.BytesIO(read(name))))
 
         self.samples, self.checksum = load("samples.npy"), load("checksum.npy")
         try:
-            self.label: Column | None = load("label.npy")
+            self.label = load("label.npy")
         except FileNotFoundError:  # no sample has one
             self.label = None
         self.shards = load("shards.npy").values
         self.bad, self.bad_before = load("bad.npy").values, load("bad_before.npy").values
-
-
-class ParquetIndex:
-    """The columns of an `index.parquet` of format version 1, in memory."""
-
-    def __init__(self, source: str | pa.Buffer, shards: npt.NDArray[Any]) -> None:
-        self._source, self.shards = source, shards
-        table = self._read("offset", "size", "width", "height", "ok")
-        samples = np.empty(len(table), SAMPLE)
-        for name in SAMPLE.names or ():
-            samples[name] = table[name].to_numpy()
-        self.samples = Column(samples)
-        self.bad: I64 = np.flatnonzero(~table["ok"].to_numpy(zero_copy_only=False))
-        self.bad_before: I64 = self.bad - np.arange(len(self.bad))
-
-    @property
-    def checksum(self) -> Column:
-        """See `Index`."""
-        return self._cached("checksum", lambda: self._read("checksum")["checksum"].to_numpy())
-
-    @property
-    def label(self) -> Column | None:
-        """See `Index`."""
-        column = self._cached("label", lambda: self._read("label")["label"].fill_null(NO_LABEL).to_numpy())
-        return column if (column.values != NO_LABEL).any() else None
-
-    def _cached(self, name: str, read: Any) -> Column:
-        found: Column | None = self.__dict__.get(f"_{name}")
-        if found is None:
-            found = self.__dict__[f"_{name}"] = Column(read())
-        return found
-
-    def _read(self, *names: str) -> pa.Table:
-        return open_parquet(self._source).read(columns=list(names), use_threads=False)
-
-
-def open_parquet(source: str | pa.Buffer) -> pq.ParquetFile:
-    """A parquet file, or its bytes in memory."""
-    # No thread of Arrow's may hold these bytes: when the program ends at once, with an error message, such a thread
-    # asks the dying interpreter for its lock to free them, and the process aborts instead of exiting with its code.
-    return pq.ParquetFile(source if isinstance(source, str) else pa.BufferReader(source), pre_buffer=False)
 
 
 def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.NDArray[Any]:
@@ -197,8 +146,8 @@ class NpyWriter:
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
-class MappedIndexWriter:
-    """Writes the folder that `MappedIndex` reads, a stretch of samples at a time."""
+class IndexWriter:
+    """Writes the folder that `Index` reads, a stretch of samples at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

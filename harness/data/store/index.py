@@ -5,9 +5,6 @@ which are mapped: opening two billion images takes no longer than opening two th
 share the pages. `index.parquet` holds the same and the keys, for people and other tools: one row per sample, with key,
 shard (number), offset and size of the image file within the shard, label, width, height, checksum (64-bit BLAKE2b of
 the image file) and ok (false: did not decode).
-
-Data sets of format version 1 have no mapped columns, and their list of shards in `dataset.json`: they are read into
-memory, 16 bytes per image.
 """
 
 from __future__ import annotations
@@ -25,17 +22,17 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.columns import Index, MappedIndex, ParquetIndex, open_parquet, shard_table
+from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.info import (
     DATASET_FILE,
     FORMAT_VERSION,
     INDEX_FILE,
-    SCHEMA,
     DatasetInfo,
     ShardInfo,
     image_checksum,
@@ -52,12 +49,11 @@ _MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.
 class ShardDataset:
     """Random access to the images of one indexed data set; safe to fork and to pickle."""
 
-    def __init__(self, path: str, info: DatasetInfo, index: Index, keys: str | pa.Buffer, reader: ShardReader) -> None:
+    def __init__(self, path: str, info: DatasetInfo, index: Index, reader: ShardReader) -> None:
         self.path = path
         self.info = info
         self.shards = ShardList(index.shards, info.num_samples)
         self._index = index
-        self._keys = keys
         self._reader = reader
         self._first = np.ascontiguousarray(index.shards["first"])
         self._seen, self._num_reads = np.zeros(info.num_shards, dtype=bool), 0
@@ -121,7 +117,11 @@ class ShardDataset:
 
     def key(self, i: int) -> str:
         """Key of sample i: its path in the shard without extension."""
-        file = open_parquet(self._keys)
+        where = join(self.path, INDEX_FILE)
+        # No thread of Arrow's may hold bytes of Python's: when the program ends at once, with an error message, such a
+        # thread asks the dying interpreter for its lock to free them, and the process aborts.
+        source = pa.BufferReader(read_bytes(where)) if is_url(where) else where
+        file = pq.ParquetFile(source, pre_buffer=False)
         for number in range(file.num_row_groups):
             num_rows = file.metadata.row_group(number).num_rows
             if i < num_rows:
@@ -281,25 +281,19 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     where = str(path)
     if not is_url(where) and not Path(where).is_dir():
         raise DataError(f"data set folder {where} does not exist")
-    keys = join(where, INDEX_FILE)
     try:
         values = json.loads(read_bytes(join(where, DATASET_FILE)))
         version = values["version"]
-        if version == FORMAT_VERSION:
-            info = DatasetInfo.from_json(values, join(where, DATASET_FILE))
-            source: str | pa.Buffer = keys
-            index: Index = _open_mapped(where, info, cache_dir)
-        elif version == 1:
-            source = pa.py_buffer(read_bytes(keys)) if is_url(where) else keys
-            info, index = _open_version_1(where, values, source)
-        else:
+        if version != FORMAT_VERSION:
             raise DataError(
                 f"{join(where, DATASET_FILE)} has format version {version}, this program reads {FORMAT_VERSION}; "
-                "index it again"
+                f"run `aimscale data index {where}` again"
             )
+        info = DatasetInfo.from_json(values, join(where, DATASET_FILE))
+        index = _open_mapped(where, info, cache_dir)
     except FileNotFoundError as error:
         raise DataError(f"{where} has no index; run `aimscale data index {where}` or `aimscale data pack`") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except OSError as error:
         raise DataError(f"cannot read the index of {where}: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"the index of {where} is not valid ({error}); run `aimscale data index` again") from error
@@ -317,15 +311,15 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     else:
         sizes = {shard.name: shard.size for shard in ShardList(index.shards, info.num_samples)}
         reader = CachedReader(location, sizes, Path(cache_dir), int(cache_gb * 1e9))
-    return ShardDataset(where, info, index, source, reader)
+    return ShardDataset(where, info, index, reader)
 
 
-def _open_mapped(where: str, info: DatasetInfo, cache_dir: str | None) -> MappedIndex:
+def _open_mapped(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
     """The mapped columns; those of a URL are fetched once per machine into the cache, or into memory without one."""
     if not is_url(where):
-        return MappedIndex(Path(where) / info.index_folder)
+        return Index(Path(where) / info.index_folder)
     if cache_dir is None:
-        return MappedIndex(None, lambda name: read_bytes(join(join(where, info.index_folder), name)))
+        return Index(None, lambda name: read_bytes(join(join(where, info.index_folder), name)))
     root = open_cache(Path(cache_dir))
     folder = root / hashlib.blake2b(where.encode(), digest_size=8).hexdigest() / info.index_folder
     with locked(root / ".index-lock"):
@@ -333,21 +327,7 @@ def _open_mapped(where: str, info: DatasetInfo, cache_dir: str | None) -> Mapped
             if not (folder / name).exists():
                 with contextlib.suppress(FileNotFoundError), written_aside(folder / name) as aside:  # label.npy
                     aside.write_bytes(read_bytes(join(join(where, info.index_folder), name)))
-    return MappedIndex(folder)
-
-
-def _open_version_1(where: str, values: dict[str, Any], source: str | pa.Buffer) -> tuple[DatasetInfo, Index]:
-    shards = [ShardInfo(**shard) for shard in values.pop("shards")]
-    if open_parquet(source).schema_arrow.remove_metadata() != SCHEMA:
-        raise ValueError(f"{INDEX_FILE} has other columns")
-    table = shard_table(*([getattr(s, field) for s in shards] for field in ("name", "size", "num_samples")))
-    index = ParquetIndex(source, table)
-    sides = np.stack([index.samples.values["width"], index.samples.values["height"]], axis=1).astype(np.int64)
-    good = sides[sides[:, 0] > 0]
-    values |= {"num_shards": len(shards), "total_bytes": int(table["size"].sum()), "version": 1}
-    values |= {"max_width": int(sides[:, 0].max(initial=0)), "max_height": int(sides[:, 1].max(initial=0))}
-    values |= {"max_pixels": int(sides.prod(1).max(initial=0)), "one_size": bool((good == good[:1]).all())}
-    return DatasetInfo.from_json(values, join(where, DATASET_FILE)), index
+    return Index(folder)
 
 
 def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:

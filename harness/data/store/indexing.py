@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.store.columns import SAMPLE, MappedIndexWriter, shard_table
+from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.info import DATASET_FILE, INDEX_FILE, NO_LABEL, SCHEMA, DatasetInfo
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan, scan_shard, shard_size
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join
@@ -129,7 +129,7 @@ def write_scans(
     shutil.rmtree(mapped, ignore_errors=True)
     mapped.mkdir()
     try:
-        writer, shards = MappedIndexWriter(mapped), []
+        writer, shards = IndexWriter(mapped), []
         with pq.ParquetWriter(aside, SCHEMA) as table:
             for number, scan in enumerate(scans):
                 shards.append((scan.name, scan.size, len(scan.rows)))
@@ -155,7 +155,7 @@ def write_scans(
     return info
 
 
-def _append(writer: MappedIndexWriter, table: pq.ParquetWriter, number: int, rows: pa.Table) -> None:
+def _append(writer: IndexWriter, table: pq.ParquetWriter, number: int, rows: pa.Table) -> None:
     samples = np.empty(len(rows), SAMPLE)
     for field in SAMPLE.names or ():
         samples[field] = rows[field].to_numpy()

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store import columns
-from aimscale.harness.data.store.columns import SAMPLE, Column, MappedIndexWriter
-from aimscale.harness.data.store.describe import describe_dataset
+from aimscale.harness.data.store.columns import SAMPLE, Column, IndexWriter
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.run.config import RunConfig
-
-
-def as_version_1(folder: Path, out: Path) -> Path:
-    """The same data set as the first release wrote it."""
-    shutil.copytree(folder, out)
-    dataset = open_dataset(folder)
-    shutil.rmtree(out / dataset.info.index_folder)
-    shards = [{"name": shard.name, "size": shard.size, "num_samples": shard.num_samples} for shard in dataset.shards]
-    record = {
-        "version": 1,
-        "name": dataset.info.name,
-        "num_samples": len(dataset),
-        "num_bad": dataset.info.num_bad,
-        "classes": dataset.classes,
-        "shards": shards,
-        "shards_at": None,
-        "fingerprint": dataset.fingerprint,
-    }
-    (out / "dataset.json").write_text(json.dumps(record))
-    return out
-
-
-def test_data_sets_of_the_first_format_give_the_same_stream(
-    small_set: Path, large_set: Path, tmp_path: Path, configure: Callable[..., RunConfig]
-) -> None:
-    old = [as_version_1(folder, tmp_path / folder.parent.name) for folder in (small_set, large_set)]
-    new = TrainStream(configure())
-    sources = [{"path": str(path), "probability": share} for path, share in zip(old, (0.8, 0.2), strict=True)]
-    stream = TrainStream(configure(sources=sources))
-    assert torch.equal(stream.batch(range(200)).images, new.batch(range(200)).images)
-    assert stream.fingerprint == new.fingerprint
-    for path, folder in zip(old, (small_set, large_set), strict=True):
-        facts, expected = describe_dataset(open_dataset(path)), describe_dataset(open_dataset(folder))
-        assert facts | {"path": ""} == expected | {"path": ""}
 
 
 def test_the_mapped_columns_equal_the_table(small_set: Path) -> None:
@@ -79,7 +39,7 @@ def test_usable_samples_are_counted_in_index_order(tmp_path: Path) -> None:
         samples["width"] = samples["height"] = np.where(rng.random(1000) < share, 0, 40)
         folder = tmp_path / f"{share}"
         folder.mkdir()
-        writer = MappedIndexWriter(folder)
+        writer = IndexWriter(folder)
         for part in np.array_split(samples, 7):
             writer.append(part, rng.integers(0, 2**63, len(part), dtype=np.uint64), np.full(len(part), -1))
         shards = columns.shard_table(["a.tar", "b.tar"], [10, 20], [400, 600])
