@@ -7,6 +7,7 @@ and depth. A multiply-add counts as two FLOPs; norms, activations and softmax co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
@@ -14,6 +15,9 @@ from aimscale.aim.config import ModelConfig
 TRAIN_OVER_FORWARD = 3
 """A backward pass multiplies twice as often as the forward pass: gradients of inputs and of weights. (Images need no
 gradient, so at most 1 % is counted that is not executed.)"""
+
+NUM_QUERIES = 32
+"""Of the efficient probe, as its authors' board uses it."""
 
 DENSE_ATTENTION_TOKENS = {"fp32": 0, "bf16": 256}
 """Longest sequence for which a CPU computes, and keeps, whole score matrices: there `aim.cpu_kernels.attend` is faster
@@ -110,3 +114,8 @@ def _head_flops_per_token(config: ModelConfig) -> int:
     if head.is_linear:
         return 2 * d * o
     return 2 * (d * head.width + 8 * head.depth * head.width**2 + head.width * o)
+
+
+def num_queries(width: int) -> int:
+    """Queries of an efficient probe: `NUM_QUERIES`, or for a narrow trunk as many of them as divide its width."""
+    return math.gcd(NUM_QUERIES, width)

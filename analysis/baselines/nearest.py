@@ -167,7 +167,7 @@ def _differs(row: pd.Series, kind: str, theirs: Published) -> str:
         found.append("some of our test images were seen in training")
     found += [theirs.caveat] if theirs.caveat else []
     if kind == "efficient":
-        found.append("ours standardises tokens before the pooling where theirs standardises after it")
+        found.append("ours trains with AdamW, norm in front of the pooling, theirs with LARS and the norm behind it")
     return "Not comparable: " + "; ".join(found) + "; and losses (other images, patches and prefixes)."
 
 

@@ -320,7 +320,7 @@ def affordable(resamples: int, num_rows: int) -> int:
 
 
 def probe_kinds(probes: pd.DataFrame) -> list[str]:
-    """The kinds that were run, the paper's own first: attentive, linear, then the others."""
-    order = {"attentive": 0, "linear": 1}
+    """The kinds that were run, the paper's own first: attentive, then efficient, linear, and the others."""
+    order = {"attentive": 0, "efficient": 1, "linear": 2}
     kinds: list[str] = list(dict.fromkeys(probes["kind"])) if "kind" in probes else []
-    return sorted(kinds, key=lambda kind: order.get(kind, 2))
+    return sorted(kinds, key=lambda kind: order.get(kind, 3))

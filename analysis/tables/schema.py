@@ -54,7 +54,7 @@ PROBE_FIELDS = _columns(
     [
         ("task", "string", "", "Name of the labelled task; name@evaluation where it is not the sweep's own evaluation"),
         ("evaluation", "string", "", "What tells evaluations of a task apart: hashes of its settings and of its data"),
-        ("kind", "string", "", "attentive, linear or knn on frozen features, or lora, which adapts the trunk"),
+        ("kind", "string", "", "attentive, efficient, linear or knn on frozen features; lora adapts the trunk"),
         ("blocks", "list<int64>", "", "0-based trunk blocks whose outputs were averaged"),
         ("num_classes", "int64", "", "Classes of the task"),
         ("chance", "float64", "fraction", "Accuracy of always naming the commonest class of the test split"),

@@ -22,7 +22,7 @@ TrainSplit = Annotated[str | None, typer.Option(help="Labelled data set of a tas
 TestSplit = Annotated[str | None, typer.Option(help="And its test split.")]
 Kinds = Annotated[
     list[str] | None,
-    typer.Option("--kind", help="linear, attentive, knn or lora (repeatable) instead of the task's own."),
+    typer.Option("--kind", help="linear, attentive, efficient, knn or lora (repeatable) instead of the task's own."),
 ]
 
 CacheGB = Annotated[

@@ -1,4 +1,4 @@
-"""Frozen-feature probes of one model: linear, attentive and k-NN, chosen on a hold-out, tested once.
+"""Frozen-feature probes of one model: linear, attentive, efficient and k-NN, chosen on a hold-out, tested once.
 
 Protocol. The backbone is frozen and used with bidirectional attention; a probe reads the average of raw block outputs.
 The training split is cut once, stratified and seeded, into a fit part and a hold-out. Every head of the grid (learning
@@ -71,7 +71,7 @@ from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.neighbours import Neighbours
 from aimscale.harness.probe.heads.progress import ProbeProgress
 from aimscale.harness.probe.heads.scores import Answers, answers, score, together
-from aimscale.harness.probe.heads.stacks import STACKS, Setting
+from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, Setting
 from aimscale.harness.probe.resources import Resources
 from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.harness.run.files import write_json
@@ -242,8 +242,9 @@ class _Probing:
         else:
             if "linear" in has:
                 parts.append((("linear",), lambda: self._heads(("linear",), self._train_features.pooled)))
-            if "attentive" in has:
-                parts.append((("attentive",), lambda: self._heads(("attentive",), self._train_features.tokens)))
+            with_tokens = tuple(kind for kind in ON_TOKENS if kind in has)  # from the same passes
+            if with_tokens:
+                parts.append((with_tokens, lambda: self._heads(with_tokens, self._train_features.tokens)))
         if "knn" in has:
             parts.insert(1 if self.train.views is None and "linear" in has else 0, (("knn",), self._neighbours))
         if "lora" in has:
@@ -413,8 +414,10 @@ def shared_images(
 
 
 def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
-    if isinstance(backbone, PixelBackbone) and "attentive" in section.kinds:
-        raise ProbeError(f"{backbone.name} has one token an image, nothing to attend over; leave out kind 'attentive'")
+    attending = [kind for kind in section.kinds if kind in ON_TOKENS]
+    if isinstance(backbone, PixelBackbone) and attending:
+        named = f"{backbone.name} has one token an image, nothing to attend over"
+        raise ProbeError(f"{named}; leave out kind '{attending[0]}'")
     if "lora" in section.kinds and not isinstance(backbone, AimBackbone):
         raise ProbeError(f"LoRA adapts AIM trunks, not {backbone.name}; leave out kind 'lora'")
 

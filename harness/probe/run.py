@@ -20,6 +20,7 @@ from aimscale.harness.probe.features.baseline_models import baseline
 from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.features.images import open_task
 from aimscale.harness.probe.files import Pause, as_entry, finished_probes, merge_into_rows, task_key, weights_name
+from aimscale.harness.probe.heads.stacks import ON_TOKENS
 from aimscale.harness.probe.protocol import Bounds, probe_backbone
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -229,7 +230,7 @@ def probe_baseline(
     )
     folder = out or like.path / "baselines" / target.replace(":", "-").replace("/", "-")
     impossible = {"lora"} if target != "random" else set()
-    impossible |= {"attentive"} if target == "raw-pixels" else set()
+    impossible |= set(ON_TOKENS) if target == "raw-pixels" else set()
     for section in sections:
         kinds = tuple(kind for kind in section.kinds if kind not in impossible)
         if not kinds:

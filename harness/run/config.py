@@ -163,11 +163,12 @@ class ProbeSection(Section):
     """Folder of labelled, indexed shards to fit on (part of it is held out to choose blocks and rates)."""
     test: str
     """Folder of labelled, indexed shards, scored once."""
-    kinds: Annotated[tuple[Literal["linear", "attentive", "knn", "lora"], ...], Field(min_length=1)] = (
+    kinds: Annotated[tuple[Literal["linear", "attentive", "efficient", "knn", "lora"], ...], Field(min_length=1)] = (
         "linear",
         "attentive",
     )
-    """Which probes to fit. `lora` is none: it adapts the trunk (rank 8; paper, Table 8) under an attentive head."""
+    """Which probes to fit. `efficient`: 32 queries over whole tokens (arXiv 2506.10178). `lora` is none: it adapts the
+    trunk (rank 8; paper, Table 8) under an attentive head."""
     augmentation: Literal["none", "published"] = "none"
     """Training views: one centre crop, or the published recipe (random resized crops of scale 0.08 to 1, flips,
     RandAugment m9 mstd0.5 inc1), from which attentive and linear heads learn; k-NN sees centre crops alone."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount
+from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
 from aimscale.harness.data.store.card import num_images
 from aimscale.harness.probe.features.benchmarks import CARDS
 from aimscale.harness.probe.features.sizes import (
@@ -33,6 +33,10 @@ TOKEN_TRAFFIC = 10
 scores and pooling, forwards and backwards."""
 OPTIMISER_TRAFFIC = 2 * BYTES_PER_HEAD_PARAM
 """Bytes moved for each value of the heads in an optimiser step."""
+
+
+HEADS = ("linear", "attentive", "efficient")
+"""Kinds that are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,7 @@ def _probe_cost(section: ProbeSection, model: ModelConfig, flops: FlopCount, ran
     frozen = set(section.kinds) - {"lora"}
     on_views = section.augmentation == "published"
     # heads that train on tokens, from one pass per batch; without augmentation the linear ones need none
-    with_tokens = [kind for kind in ("linear", "attentive") if kind in frozen and (kind == "attentive" or on_views)]
+    with_tokens = [kind for kind in HEADS if kind in frozen and (kind != "linear" or on_views)]
     rounds = 0
     if with_tokens:
         rounds = -(-sets // sets_per_round(section, with_tokens, model.width, num_classes, ranks))
@@ -103,14 +107,14 @@ def _probe_cost(section: ProbeSection, model: ModelConfig, flops: FlopCount, ran
     if frozen:
         images += train + test
     if with_tokens:
-        images += rounds * (trained + held) + refitted + test * ("attentive" in with_tokens)
+        images += rounds * (trained + held) + refitted + test * any(kind != "linear" for kind in with_tokens)
     if "lora" in section.kinds:
         points = num_settings(section)
         images += TRAIN_OVER_FORWARD * (points * trained + refitted) + points * held + test
     heads = sum(
         _head_flops(kind, section, model, num_classes, sets * num_settings(section), trained)
         + _traffic(kind, model, sets if kind in with_tokens else 0, trained, held)
-        for kind in ("linear", "attentive")
+        for kind in HEADS
         if kind in frozen
     )
     at_once = min(sets, sets_per_round(section, with_tokens or ["linear"], model.width, num_classes, ranks))
@@ -161,9 +165,10 @@ def _head_flops(
     """Products of so many heads on so many images, forwards and backwards, and their optimiser's traffic."""
     d = model.width
     product = TF32_COST * 2.0 * num_classes * d
-    if kind == "attentive":  # scores and pooling are products with tokens, in the features' own type
+    if kind != "linear":  # scores and pooling are products with tokens, in the features' own type
+        queries = model.num_heads if kind == "attentive" else num_queries(d)
         in_bf16 = section.precision == "bf16"
-        product += (1.0 if in_bf16 else TF32_COST) * 4.0 * model.num_tokens * d * model.num_heads
+        product += (1.0 if in_bf16 else TF32_COST) * 4.0 * model.num_tokens * d * queries
         product += TF32_COST * 2.0 * d * d
     steps = images / section.batch_size
     optimiser = steps * OPTIMISER_TRAFFIC * head_params(kind, d, num_classes) * FLOPS_PER_BYTE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from aimscale.aim.cost import num_queries
 from aimscale.harness.run.config import ProbeSection
 
 BlockSet = tuple[int, ...]
@@ -30,8 +31,12 @@ def block_sets(num_blocks: int) -> tuple[list[BlockSet], BlockSet]:
 
 
 def head_params(kind: str, width: int, num_classes: int) -> int:
-    """Trained values of one head: K d + K of a linear one, 2 d^2 + d + K d of an attentive one."""
-    return num_classes * (width + 1) if kind == "linear" else 2 * width**2 + width + num_classes * width
+    """Trained values of one head, as the classes of `aim.probes` say."""
+    if kind == "linear":
+        return num_classes * (width + 1)
+    if kind == "efficient":
+        return width**2 + num_queries(width) * width + num_classes * (width + 1)
+    return 2 * width**2 + width + num_classes * width
 
 
 def num_settings(section: ProbeSection) -> int:

@@ -3,9 +3,9 @@
 One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping,
 learning rate and decay are its own. Two exact rearrangements keep that cheap.
 
-- The batch norm of the released head has no affine part, so with the statistics of the training split it is a fixed
+- The batch norm of the heads has no affine part, so with the statistics of the training split it is a fixed
   standardisation. It is folded into the query and into the pooled vector: tokens are never copied.
-- There is one learned query, so the score of token x in head h is (W_k,h^T q_h) x and the pooled value is
+- Queries are the same for all images, so the score of token x in head h is (W_k,h^T q_h) x and the pooled value is
   W_v,h (sum_n a_n x_n): keys and values of single tokens are never formed. That is N d H work a token where the
   written-out head needs 2 N d^2, with the same parameters and the same gradients.
 """
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from aimscale.aim.cost import num_queries
 from aimscale.aim.probes import BATCH_NORM_EPS, QUERY_STD
 
 LR_END = 1e-5
@@ -159,14 +160,17 @@ class AttentiveStack(HeadStack):
             "weight": draw(self.num_classes, width, std=0.01),
         }
 
+    def scoring(self) -> Tensor:
+        """What tokens are multiplied with to become the scores of each head, (S, G, H, d)."""
+        return torch.einsum("sghc,sghcd->sghd", self.query, self.key)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
         num_sets, batch, _, width = tokens.shape
         num_settings, num_heads, per_head = self.query.shape[1:]
         rstd = self.rstd
-        direction = torch.einsum("sghc,sghcd->sghd", self.query, self.key) * per_head**-0.5
         # the mean shifts all scores of a head alike and drops out of the softmax
-        direction = (direction * rstd[:, None, None]).flatten(1, 2)
+        direction = (self.scoring() * per_head**-0.5 * rstd[:, None, None]).flatten(1, 2)
         # one small product an image: in the backward pass it is several times faster than one tall one
         per_image = direction[:, None].expand(-1, batch, -1, -1).flatten(0, 1).to(tokens.dtype)
         images = tokens.flatten(0, 1)  # bf16 tokens are multiplied as such, all else is fp32
@@ -191,8 +195,47 @@ class AttentiveStack(HeadStack):
         }
 
 
-STACKS: dict[str, type[LinearStack] | type[AttentiveStack]] = {"linear": LinearStack, "attentive": AttentiveStack}
+class EfficientStack(AttentiveStack):
+    """`aim.probes.EfficientProbe`: many queries score whole tokens, in the place of heads behind a key; with a bias."""
+
+    kind = "efficient"
+    bias: nn.Parameter
+
+    def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
+        width = self.mean.shape[1]
+        queries = num_queries(width)
+        start = super()._start(queries, generator)
+        del start["key"]
+        query = QUERY_STD * torch.randn(queries, width, generator=generator)
+        return start | {"query": query, "bias": torch.zeros(self.num_classes)}
+
+    def scoring(self) -> Tensor:
+        """The queries themselves."""
+        return self.query
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
+        return super().forward(tokens) + self.bias[:, None]
+
+    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
+        """Names of `aim.probes.EfficientProbe`."""
+        at = (set_index, setting_index)
+        return {
+            "queries": self.query.detach()[at],
+            "v.weight": self.value.detach()[at].flatten(0, 1),
+            "linear.weight": self.weight.detach()[at],
+            "linear.bias": self.bias.detach()[at],
+            "bn.running_mean": self.mean[set_index],
+            "bn.running_var": self.var[set_index],
+        }
+
+
+STACKS: dict[str, type[LinearStack] | type[AttentiveStack]] = {
+    stack.kind: stack for stack in (LinearStack, AttentiveStack, EfficientStack)
+}
 """Kind -> class of its stack."""
+ON_TOKENS = tuple(kind for kind in STACKS if kind != LinearStack.kind)
+"""Kinds whose heads attend over tokens; linear ones read their mean."""
 
 
 def learning_rate(peak: float, step: int, num_steps: int) -> float:

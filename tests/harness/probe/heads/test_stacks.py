@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from aimscale.aim.probes import AttentiveProbe, LinearProbe
+from aimscale.aim.probes import AttentiveProbe, EfficientProbe, LinearProbe
+from aimscale.harness.probe.features.sizes import head_params
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, HeadStack, Setting, StackedAdamW
 
 NUM_SETS, BATCH, NUM_TOKENS, WIDTH, NUM_CLASSES, NUM_HEADS = 2, 12, 9, 16, 5, 4
@@ -43,7 +44,7 @@ def labels() -> Tensor:
 
 def fitted(kind: str, tokens: Tensor, labels: Tensor, num_steps: int, **kwargs: object) -> HeadStack:
     stack = make(kind, **kwargs)  # type: ignore[arg-type]
-    vectors = tokens if kind == "attentive" else tokens.mean(2, keepdim=True)
+    vectors = tokens.mean(2, keepdim=True) if kind == "linear" else tokens
     stack.standardise_by(vectors.mean((1, 2)), vectors.var((1, 2), correction=0))
     optimiser = StackedAdamW(stack, num_steps=num_steps)
     for _ in range(num_steps):
@@ -52,11 +53,13 @@ def fitted(kind: str, tokens: Tensor, labels: Tensor, num_steps: int, **kwargs: 
     return stack
 
 
-def written_out(stack: HeadStack, set_index: int, setting_index: int) -> AttentiveProbe | LinearProbe:
+def written_out(stack: HeadStack, set_index: int, setting_index: int) -> nn.Module:
     """The same head as an ordinary module."""
-    probe: AttentiveProbe | LinearProbe = (
-        AttentiveProbe(WIDTH, NUM_HEADS, NUM_CLASSES) if stack.kind == "attentive" else LinearProbe(WIDTH, NUM_CLASSES)
-    )
+    probe = {
+        "attentive": lambda: AttentiveProbe(WIDTH, NUM_HEADS, NUM_CLASSES),
+        "efficient": lambda: EfficientProbe(WIDTH, NUM_CLASSES),
+        "linear": lambda: LinearProbe(WIDTH, NUM_CLASSES),
+    }[stack.kind]()
     state = copy.deepcopy(stack.state_of(set_index, setting_index))
     probe.load_state_dict(state | {"bn.num_batches_tracked": torch.tensor(0)})
     return probe.eval()
@@ -69,6 +72,7 @@ def test_stacked_heads_are_the_written_out_probes(kind: str, tokens: Tensor, lab
     for s in range(NUM_SETS):
         for g in range(len(SETTINGS)):
             torch.testing.assert_close(logits[s, :, g], written_out(stack, s, g)(tokens[s]), rtol=1e-4, atol=1e-4)
+            assert sum(p.numel() for p in stack.select(s, g).parameters()) == head_params(kind, WIDTH, NUM_CLASSES)
             torch.testing.assert_close(stack.select(s, g)(tokens[s : s + 1])[0, :, 0], logits[s, :, g])
 
 
