@@ -1,1 +1,1 @@
-"""Benchmarks of what surrounds runs: overheads of sweeps, probing at scale, and what faults do."""
+"""Benchmarks of what surrounds runs: probing at scale, and what faults do."""

@@ -25,19 +25,6 @@ def fit(
 
 
 @app.command()
-def sweep(
-    runs: Annotated[int, typer.Option(min=10, help="Runs of the sweep.")] = 500,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
-) -> None:
-    """Planner, status and collect over many runs, and the start of commands, each beside the least it could take."""
-    from aimscale.sweeps.bench.overheads import run, table
-
-    result = run(num_runs=runs, repeats=repeats)
-    typer.echo(json.dumps(result) if as_json else table(result))
-
-
-@app.command()
 def probe(
     images: Annotated[int, typer.Option(min=1000, help="Training images.")] = 200_000,
     classes: Annotated[int, typer.Option(min=2, help="Classes.")] = 1000,
