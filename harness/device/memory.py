@@ -60,6 +60,8 @@ OFFLOADED = {
 """The same with optimiser state offloaded: the host holds master weights, moments, and float32 gradients twice (as they
 add up and as they are applied). Device and host together are measured on a CPU; how they divide is read from
 DeepSpeed's source, and only a card can show it."""
+CHECKPOINT_BYTES_PER_PARAM = 12
+"""float32 master weights and two moments."""
 USABLE_FRACTION = 0.9
 """Share of a device that may be planned for; the rest is context, workspaces and fragmentation."""
 MAX_MICRO_BATCH_TOKENS = 65_536
@@ -92,6 +94,8 @@ class MemoryEstimate:
     """Kernels' workspaces and slack."""
     host: int = 0
     """Offloaded: in the memory of the host, not of the device, and not in `total`."""
+    checkpoint_copy: int = 0
+    """In the memory of the host, too: the state as it is written to disk while training goes on."""
 
     @property
     def states(self) -> int:
@@ -147,6 +151,7 @@ def memory_estimate(
         buffers=buffers,
         activations=micro_batch * activation_bytes_per_image(config, precision, activation_checkpointing, on_cpu),
         host=on_one_rank(held.host),
+        checkpoint_copy=CHECKPOINT_BYTES_PER_PARAM * num_params // world_size,
     )
 
 
@@ -269,7 +274,8 @@ def execution_plan(
         world_size: ranks that share the states.
         precision: of weights and activations.
         device_bytes: memory of a rank's device.
-        host_bytes: a rank's share of its host's memory, for what is offloaded; None where it is not known.
+        host_bytes: a rank's share of its host's memory, for what is offloaded and for the copy of a checkpoint; None
+            where it is not known.
         zero_stage: fixes it.
         micro_batch: fixes it.
         activation_checkpointing: fixes it.
@@ -300,9 +306,10 @@ def execution_plan(
             empty = memory_estimate(
                 config, world_size=world_size, micro_batch=0, precision=precision, on_cpu=on_cpu, **setting._asdict()
             )
+            on_host = empty.host + empty.checkpoint_copy
             if on_cpu:
-                limit = USABLE_FRACTION * device_bytes - empty.host
-            elif host_bytes is not None and empty.host > USABLE_FRACTION * host_bytes:
+                limit = USABLE_FRACTION * device_bytes - on_host
+            elif host_bytes is not None and on_host > USABLE_FRACTION * host_bytes:
                 continue
             per_image = activation_bytes_per_image(config, precision, setting.activation_checkpointing, on_cpu)
             room = int((limit - empty.total) // per_image)
@@ -319,7 +326,8 @@ def execution_plan(
                 )
     raise DoesNotFitError(
         f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "
-        "use more ranks, or leave zero_stage, micro_batch, activation_checkpointing and offloading on auto"
+        "use more ranks, or leave zero_stage, micro_batch, activation_checkpointing and offloading on auto "
+        f"(of the host, the copy of a checkpoint needs {empty.checkpoint_copy / 2**30:.1f} GiB per rank)"
     )
 
 

@@ -68,14 +68,15 @@ class Recorder:
         if from_its_start:
             self._log.start_segment()
 
-    def next_of(self, batches: Iterator[list[Batch]], *, stop_asked: bool) -> Step:
+    def next_of(self, batches: Iterator[list[Batch]], *, stop_asked: bool, save_asked: bool) -> Step:
         """The next step's images; the wait for them is counted.
 
         Raises:
             DataError: on every rank, as `Feed.next` says.
         """
         num_images = self.counters.images_done + self._batch_size
-        step = self._feed.next(batches, stop_asked=stop_asked, num_images=num_images, num_bad=self.counters.num_bad)
+        asked = {"stop_asked": stop_asked, "save_asked": save_asked}
+        step = self._feed.next(batches, **asked, num_images=num_images, num_bad=self.counters.num_bad)
         self._interval.data_wait_s += step.wait_s
         if not step.must_stop:  # else the next start loads these images again
             self.counters.add_bad_samples(step.num_bad_samples)

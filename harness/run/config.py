@@ -266,7 +266,9 @@ class RuntimeConfig(Section):
     cache_gb: float = Field(100.0, gt=0)
     """Bound of that cache, GB."""
     checkpoint_every_images: int | None = Field(None, gt=0)
-    """Trunk checkpoints at this distance; null saves at branch points only."""
+    """Checkpoints at this distance, beside those at branch points; null leaves them to the time."""
+    checkpoint_every_min: float | None = Field(30, gt=0)
+    """Checkpoints this many minutes after the last, too. They are written while training goes on."""
     keep_trunk: bool = True
     """Keep the last saved point of a finished run's trunk, 12 bytes per parameter, from which a longer budget goes on
     (wsd)."""

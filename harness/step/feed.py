@@ -38,6 +38,8 @@ class Step:
     """Undecodable samples, over all ranks; replaced."""
     must_stop: bool
     """Whether any rank was asked to stop."""
+    must_save: bool
+    """Whether any rank wants a checkpoint behind it."""
     wait_s: float
     """How long this rank's loader let it wait."""
 
@@ -49,12 +51,15 @@ class Feed:
         """`num_tokens`: N of the model; `max_bad_fraction`: share of undecodable samples above which a run stops."""
         self._group, self._num_tokens, self._max_bad_fraction = group, num_tokens, max_bad_fraction
 
-    def next(self, batches: Iterator[list[Batch]], *, stop_asked: bool, num_images: int, num_bad: int) -> Step:
+    def next(
+        self, batches: Iterator[list[Batch]], *, stop_asked: bool, save_asked: bool, num_images: int, num_bad: int
+    ) -> Step:
         """The next step.
 
         Args:
             batches: this rank's loader.
             stop_asked: whether this rank was asked to stop.
+            save_asked: whether this rank wants a checkpoint.
             num_images: images of the run after this step.
             num_bad: undecodable samples of the run before it.
 
@@ -71,8 +76,12 @@ class Feed:
             error = caught
         wait_s = time.perf_counter() - started
         bad_here = [name for batch in micro_batches for name in batch.bad_samples]
-        num_targets, num_bad_now, num_stops, num_errors = self._group.sum_counts(
-            count_targets(micro_batches, self._num_tokens), len(bad_here), int(stop_asked), int(error is not None)
+        num_targets, num_bad_now, num_stops, num_saves, num_errors = self._group.sum_counts(
+            count_targets(micro_batches, self._num_tokens),
+            len(bad_here),
+            int(stop_asked),
+            int(save_asked),
+            int(error is not None),
         )
         if num_errors:
             _raise_on_all_ranks(self._group, error)
@@ -87,6 +96,7 @@ class Feed:
             num_targets=num_targets,
             num_bad_samples=num_bad_now,
             must_stop=num_stops > 0,
+            must_save=num_saves > 0,
             wait_s=wait_s,
         )
 

@@ -11,8 +11,8 @@ from aimscale.harness.run.fence import aside_dir
 from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, write_json
 from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.run.row import configured_columns, model_of
-from aimscale.harness.step.checkpoint import save_weights
 from aimscale.harness.step.engine import Engine
+from aimscale.harness.step.saving import save_weights
 
 ROW_VERSION = 1
 

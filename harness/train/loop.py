@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from aimscale.aim.model import AIM
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import Group
@@ -32,9 +33,10 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
-from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest, save_checkpoint
+from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest
 from aimscale.harness.step.engine import Engine, EngineOptions
-from aimscale.harness.step.feed import run_on_all_ranks
+from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
+from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.budget import save_budget, training_columns
 from aimscale.harness.train.evaluate import record_row
 
@@ -83,6 +85,8 @@ class Trainer:
             group,
             log_file=run.logs / f"deepspeed-rank{group.rank}.log",
         )
+        self.writer = CheckpointWriter(self.engine, group, watch.check)
+        self.saved_at = time.monotonic()
         self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
         self.recorder = Recorder(
             run, config, group, self.model_config, self.peak, images_planned=self.schedule.images_planned()
@@ -90,6 +94,13 @@ class Trainer:
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
+        try:
+            self._walk()
+        except (PreemptedError, DivergedError, DataError, PeerFailedError):
+            self.writer.finish()  # all ranks raised it together
+            raise
+
+    def _walk(self) -> None:
         segments, position = self._resume()
         self._announce()
         for number, segment in enumerate(segments):
@@ -105,6 +116,7 @@ class Trainer:
             self.recorder.enter(segment, from_its_start=is_start)
             self._train_segment(segment, position)
             if segment.branch is not None:
+                self.writer.finish()
                 progress = self.recorder.progress()
                 save_budget(
                     self.run,
@@ -122,15 +134,17 @@ class Trainer:
     def close(self) -> None:
         """Leave the terminal and the loggers, and give back the memory of weights, gradients and optimiser states."""
         self.recorder.close()
+        self.writer.close()
         self.engine.close()
-        del self.engine
+        del self.engine, self.writer
         gc.collect()
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _is_saved(self, position: int) -> bool:
-        """Whether there is a checkpoint of the trunk."""
-        there: bool = self.group.from_first(is_complete(self.run.checkpoint_dir(position)))
+        """Whether there is a checkpoint of the trunk, or will be before anything needs it."""
+        path = self.run.checkpoint_dir(position)
+        there: bool = self.writer.is_under_way(path) or self.group.from_first(is_complete(path))
         return there
 
     def _keep_end_of_trunk(self) -> None:
@@ -204,7 +218,8 @@ class Trainer:
         with contextlib.closing(batches):
             while position < segment.stop:
                 self.watch.check()
-                step = self.recorder.next_of(batches, stop_asked=self.flag.is_raised)
+                self.writer.poll()
+                step = self.recorder.next_of(batches, stop_asked=self.flag.is_raised, save_asked=self._is_save_due())
                 if step.must_stop:
                     self._save(position, segment.branch)
                     raise PreemptedError
@@ -220,7 +235,7 @@ class Trainer:
                 if roll_back and is_crossed(roll_back.every_images) and self.recorder.is_finite:
                     self.recorder.counters.point = self.run.checkpoint_dir(position, segment.branch).name
                     self._save(position, segment.branch)
-                elif is_crossed(every):
+                elif is_crossed(every) or (step.must_save and position < segment.stop):
                     self._save(position, segment.branch)
 
     def _roll_back(self, position: int, branch: int | None) -> bool:
@@ -231,33 +246,33 @@ class Trainer:
         point = self.recorder.roll_back()
         if point is None:
             return False
+        self.writer.finish()
         manifest = load_checkpoint(self.run.checkpoints / point, self.engine, self.group)
         self.recorder.terminal.say(f"too many bad steps: weights of image {manifest.images_seen}, on at {position}")
         self._save(position, branch)  # where a restart goes on
         return True
 
+    def _is_save_due(self) -> bool:
+        """By the clock; of the first rank, so that ranks whose clocks differ do not save twice."""
+        minutes = self.config.runtime.checkpoint_every_min
+        return self.group.is_first and minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
     def _save(self, position: int, branch: int | None) -> None:
-        """Checkpoint, then drop what is needed neither to resume nor to return to the trunk."""
-        self.watch.check()
-        path = self.run.checkpoint_dir(position, branch)
-        save_checkpoint(
-            path,
-            self.engine,
-            self.group,
+        """Begin a checkpoint. What is needed neither to resume nor to return to the trunk goes when it is there."""
+        keep = set()
+        if self.recorder.counters.point is not None and self.config.training.roll_back is not None:
+            keep.add(self.run.checkpoints / self.recorder.counters.point)
+        if branch is not None:
+            keep.add(self.run.checkpoint_dir(self.schedule.branch_point(branch)))
+        self.writer.save(
+            self.run.checkpoint_dir(position, branch),
             run_id=self.config.run_id,
             images_seen=position,
             branch=branch,
             progress=self.recorder.progress(),
+            keep=keep,
         )
-        needed = {path}
-        if self.recorder.counters.point is not None and self.config.training.roll_back is not None:
-            needed.add(self.run.checkpoints / self.recorder.counters.point)
-        if branch is not None:
-            needed.add(self.run.checkpoint_dir(self.schedule.branch_point(branch)))
-        if self.group.is_first:
-            for other in self.run.checkpoints.iterdir():
-                if other not in needed:
-                    remove_dir(other)
+        self.saved_at = time.monotonic()
 
     def _columns(self, budget: int, progress: dict[str, Any]) -> dict[str, Any]:
         """What training knows of a budget's row."""

@@ -12,13 +12,20 @@ from typing import Any, Literal
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.card import num_images
-from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, Precision, execution_plan, memory_estimate
+from aimscale.harness.device.memory import (
+    CHECKPOINT_BYTES_PER_PARAM,
+    DoesNotFitError,
+    ExecutionPlan,
+    Precision,
+    execution_plan,
+    memory_estimate,
+)
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs
 from aimscale.sweeps.plan.planner import Run, counts_of
-from aimscale.sweeps.plan.stopping import CHECKPOINT_BYTES_PER_PARAM, save_seconds, stop_seconds, stop_warning
+from aimscale.sweeps.plan.stopping import save_seconds, stop_seconds, stop_warning
 from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
 
 WEIGHTS_BYTES_PER_PARAM = 4
@@ -98,7 +105,7 @@ class CostCard:
     stop_s: int
     """Time from being told to stop to being killed."""
     disk_bytes: int
-    """Of the run directory: two checkpoints at a time and the final weights of every budget."""
+    """Of the run directory: the last checkpoint, the trunk's, one under way, and the final weights of all budgets."""
     trunk_bytes: int
     """Of them, what a finished run keeps of its trunk, from which a longer budget goes on."""
     probes: tuple[ProbeCost, ...]
@@ -245,7 +252,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
         memory_bytes=fit.chosen.estimate.total if fit.chosen else None,
         memory_by_stage=fit.by_stage,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
-        disk_bytes=(2 * CHECKPOINT_BYTES_PER_PARAM + len(budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
+        disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + len(budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
         trunk_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total if keeps_trunk else 0,
         wall_s=wall_s,
         device_hours=device_hours,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import Sweep
 
-CHECKPOINT_BYTES_PER_PARAM = 12
-"""fp32 weights and two moments, whatever the run computes in."""
 MIN_STOP_S = 120
 """Even a small run ends a step, a validation batch or a probe's epoch first."""
 STEP_S = 30

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +17,14 @@ from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step import checkpoint, saving
 from aimscale.harness.step.checkpoint import (
     CheckpointError,
     complete_checkpoints,
     load_checkpoint,
-    save_checkpoint,
-    save_weights,
 )
 from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.saving import CheckpointWriter, save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 Run = Callable[..., list[int]]
@@ -49,8 +51,23 @@ def train(engine: Engine, group: Group, start: int, stop: int) -> list[float]:
 
 
 def save(path: Path, engine: Engine, group: Group, images_seen: int = 40) -> None:
-    save_checkpoint(
-        path, engine, group, run_id="r", images_seen=images_seen, branch=None, progress={"images_done": images_seen}
+    """Begin a checkpoint and wait for it; those beside it stay."""
+    writer = CheckpointWriter(engine, group, lambda: None)
+    begin(writer, path, images_seen)
+    try:
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def begin(writer: CheckpointWriter, path: Path, images_seen: int = 40) -> None:
+    writer.save(
+        path,
+        run_id="r",
+        images_seen=images_seen,
+        branch=None,
+        progress={"images_done": images_seen},
+        keep=path.parent.iterdir(),
     )
 
 
@@ -160,6 +177,56 @@ def round_trip(rank: int, folder: Path) -> None:
 
 def test_a_checkpoint_restores_weights_moments_and_count_and_notices_damage(tmp_path: Path, in_processes: Run) -> None:
     assert in_processes(round_trip, tmp_path) == [0]
+
+
+def save_and_train_on(rank: int, folder: Path) -> None:
+    """Ranks train on while one of them still writes; what is published is the state as it was, and each reads its part.
+
+    Then the write of one rank fails.
+    """
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    engine = make_engine(group, 3, "bf16")
+    train(engine, group, 0, 2)
+    real, may_write, was_read = saving._write_part, threading.Event(), []
+
+    def write_later(*args: Any) -> Any:
+        if rank == 1:
+            may_write.wait()
+        return real(*args)
+
+    saving._write_part = write_later  # type: ignore[assignment]
+    writer = CheckpointWriter(engine, group, lambda: None)
+    begin(writer, folder / "1")
+    losses = train(engine, group, 2, 5)
+    writer.poll()
+    assert not (folder / "1").exists()
+    may_write.set()
+    writer.finish()
+
+    def read(self: checkpoint._Stretch, start: int, stop: int) -> Any:
+        was_read.append(stop - start)
+        return real_read(self, start, stop)
+
+    real_read, checkpoint._Stretch.read = checkpoint._Stretch.read, read  # type: ignore[method-assign]
+    load_checkpoint(folder / "1", engine, group)
+    assert sum(was_read) == 3 * sum(fragment.numel for fragment in engine.fragments())
+    assert train(engine, group, 2, 5) == losses
+
+    problem = ("part", 0, 0, "no space" if rank == 1 else "")
+    saving._write_part = lambda *args: problem  # type: ignore[assignment]
+    begin(writer, folder / "2")
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*2: no space; make room"):
+        writer.finish()
+    writer.close()
+    assert [path.name for path in folder.iterdir()] == ["1"]
+    stop_group()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_ends_where_that_fails(
+    tmp_path: Path, in_processes: Run
+) -> None:
+    assert in_processes(save_and_train_on, tmp_path, world_size=2) == [0, 0]
 
 
 def fill_the_disk(rank: int, folder: Path) -> None:

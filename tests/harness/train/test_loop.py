@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import aimscale.harness.device.peak
 import aimscale.harness.log.record
-import aimscale.harness.step.checkpoint
 import aimscale.harness.step.engine
+import aimscale.harness.step.saving
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
@@ -139,6 +139,19 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path: Path, tiny_config: 
     assert stopped.read_status().attempt == 5
 
 
+def test_the_clock_saves_too_and_a_killed_run_goes_on_from_there(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config({"checkpoint_every_images": None, "checkpoint_every_min": 1e-6}, budgets=[64])
+    whole, killed = (RunDir.create(tmp_path / name, config) for name in ("whole", "killed"))
+    assert in_processes(train_in, whole.path) == [0]
+    assert in_processes(stop_after, killed.path, 32, signal.SIGKILL) == [-signal.SIGKILL]
+    (saved,) = killed.checkpoints.iterdir()
+    assert saved.name in ("16", "24")
+    assert in_processes(train_in, killed.path) == [0]
+    assert results(killed.path) == results(whole.path)
+
+
 def test_a_longer_budget_goes_on_from_the_end_of_a_finished_runs_trunk(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:
@@ -198,7 +211,7 @@ def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place
     """Train on several ranks of which one dies of SIGKILL after a step or inside a save, at its `number`-th."""
     owner, name = {
         "step": (aimscale.harness.log.record.Recorder, "step"),
-        "save": (aimscale.harness.step.checkpoint, "_write_part"),
+        "save": (aimscale.harness.step.saving, "_write_part"),
     }[place]
     real, calls = getattr(owner, name), iter(range(1, number))
 

@@ -19,7 +19,7 @@ import aimscale.harness.device.peak
 import aimscale.harness.log.record
 import aimscale.harness.run.lease
 import aimscale.harness.run.watch
-import aimscale.harness.step.checkpoint
+import aimscale.harness.step.saving
 import aimscale.harness.train.evaluate
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
@@ -31,8 +31,8 @@ Config = Callable[..., RunConfig]
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (aimscale.harness.log.record.Recorder, "step"),
-    "save": (aimscale.harness.step.checkpoint, "_write_part"),
-    "publication of a save": (aimscale.harness.step.checkpoint, "publish_dir"),
+    "save": (aimscale.harness.step.saving, "_write_part"),
+    "publication of a save": (aimscale.harness.step.saving, "publish_dir"),
     "budget": (aimscale.harness.train.budget, "save_weights"),
     "validation": (aimscale.harness.train.evaluate, "validate"),
 }

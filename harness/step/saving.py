@@ -1,0 +1,285 @@
+"""Saving: the state is copied aside, and written, checked and published while training goes on.
+
+A rank stops for the copy alone, its own share of the state, into host memory that is allocated once (page-locked where
+there is a card). A thread writes the copy, makes it durable, and reads it again. When all ranks are done, the first
+publishes the checkpoint by renaming its folder: what carries the final name is complete. At most one is under way.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.run.fence import aside_dir
+from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, remove_dir, write_json
+from aimscale.harness.step.checkpoint import (
+    CHECKPOINT_VERSION,
+    MASTER,
+    CheckpointError,
+    Manifest,
+    file_crc32,
+    is_complete,
+)
+from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
+
+_CHUNK_VALUES = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _UnderWay:
+    """The checkpoint that is being written."""
+
+    final: Path
+    """Its name."""
+    manifest: Manifest
+    """Without its files."""
+    keep: frozenset[Path]
+    """Checkpoints that stay when it is there; the others go."""
+    part: concurrent.futures.Future[tuple[str, int, int, str]]
+    """Of this rank: file name, size in bytes, checksum, and what went wrong."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one engine; all ranks call its methods together."""
+
+    def __init__(self, engine: Engine, group: Group, check: Callable[[], None]) -> None:
+        """`check` is called before anything is published; it raises where the run is not this group's any more."""
+        self._engine, self._group, self._check = engine, group, check
+        self._under_way: _UnderWay | None = None
+        self._dropping: concurrent.futures.Future[None] | None = None
+        self._stop = threading.Event()
+        self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        num_values = sum(fragment.numel for _, fragment in self._own_share())
+        self._copy = self._background.submit(_allocate, num_values, group.device)
+
+    def save(
+        self,
+        final: Path,
+        *,
+        run_id: str,
+        images_seen: int,
+        branch: int | None,
+        progress: dict[str, Any],
+        keep: Collection[Path],
+    ) -> None:
+        """Copy the engine's state and begin to write it; the one before is finished first.
+
+        A complete checkpoint that is already there is kept: the same position of the same run holds the same values.
+
+        Args:
+            final: the folder that it becomes.
+            run_id: as the other words up to `progress`, see `Manifest`.
+            keep: checkpoints beside it that stay; the others go when it is there.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.finish()
+        self._check()
+        if self._group.from_first(self._group.is_first and _prepare(final)):
+            self._drop_all_but({final, *keep})
+            return
+        shapes = self._copy_aside()
+        manifest = Manifest(
+            version=CHECKPOINT_VERSION,
+            run_id=run_id,
+            images_seen=images_seen,
+            branch=branch,
+            adam_step=int(self._engine.adam_state(self._engine.optimiser_tensors()[0])["step"]),
+            progress=progress,
+            files={},
+        )
+        name = f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
+        part = self._background.submit(_write_part, aside_dir(final) / name, shapes, self._copy.result(), self._stop)
+        self._under_way = _UnderWay(final=final, manifest=manifest, keep=frozenset({final, *keep}), part=part)
+
+    def is_under_way(self, final: Path) -> bool:
+        """Whether this checkpoint is being written."""
+        return self._under_way is not None and self._under_way.final == final
+
+    def poll(self) -> None:
+        """Publish what all ranks have written by now; costs one exchange while there is something to publish.
+
+        Raises:
+            CheckpointError: as `finish` says.
+        """
+        if self._under_way and not self._group.any(not self._under_way.part.done()):
+            self._publish(self._under_way)
+
+    def finish(self) -> None:
+        """Wait for what is under way, and publish it.
+
+        Raises:
+            CheckpointError: it could not be written (on all ranks); nothing is left behind, earlier ones are untouched.
+            LeaseLost: the run is not this group's any more.
+        """
+        if self._under_way:
+            self._publish(self._under_way)
+        if self._dropping:
+            self._dropping.result()
+
+    def _publish(self, saving: _UnderWay) -> None:
+        self._under_way = None
+        aside, parts = aside_dir(saving.final), self._group.gather(saving.part.result())
+        problem = next((text for *_, text in parts if text), "")
+        self._check()
+        if not problem and self._group.is_first:
+            files = {name: {"size": size, "crc32": crc} for name, size, crc, _ in parts if size}
+            try:
+                manifest = dataclasses.replace(saving.manifest, files=files)
+                write_json(aside / "manifest.json", dataclasses.asdict(manifest))
+                publish_dir(aside, saving.final)
+            except OSError as error:
+                problem = str(error)
+        problem = self._group.from_first(problem)
+        if problem:
+            if self._group.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write checkpoint {saving.final}: {problem}; make room, then start the run again "
+                "(`aimscale retry` where its sweep has given it up)"
+            )
+        self._drop_all_but(saving.keep)
+
+    def close(self) -> None:
+        """Give up what is under way, and the memory of the copy."""
+        self._stop.set()
+        self._background.shutdown()
+        del self._copy
+
+    def _drop_all_but(self, keep: Collection[Path]) -> None:
+        """Remove the other checkpoints, in the background: that of gigabytes takes long."""
+        if self._group.is_first:
+            self._dropping = self._background.submit(_remove_others, keep)
+
+    def _own_share(self) -> list[tuple[str, Fragment]]:
+        """Kind and place of what this rank writes: what it holds, or its share where all hold everything."""
+        fragments = self._engine.fragments()
+        if self._engine.options.zero_stage == 0:
+            owners = share_out(fragments, self._group.world_size)
+            fragments = [each for each, owner in zip(fragments, owners, strict=True) if owner == self._group.rank]
+        return [(kind, fragment) for fragment in fragments if fragment.numel for kind in (MASTER, *ADAM_MOMENTS)]
+
+    def _copy_aside(self) -> dict[str, list[int]]:
+        """Copy this rank's share, one piece after the other; returns their keys and shapes, in that order."""
+        shapes: dict[str, list[int]] = {}
+        copy, start = self._copy.result(), 0
+        for kind, fragment in self._own_share():
+            flat = fragment.flat if kind == MASTER else self._engine.adam_state(fragment.flat)[kind]
+            copy.narrow(0, start, fragment.numel).copy_(fragment_of(flat, fragment), non_blocking=True)
+            start += fragment.numel
+            is_whole = fragment.numel == fragment.shape.numel()
+            key = f"{kind}/{fragment.name}" + ("" if is_whole else f"@{fragment.param_start}")
+            shapes[key] = list(fragment.shape) if is_whole else [fragment.numel]
+        if self._group.device.type == "cuda":
+            torch.cuda.synchronize(self._group.device)
+        return shapes
+
+
+def _allocate(num_values: int, device: torch.device) -> Tensor:
+    """float32 host memory, its pages already there."""
+    return torch.empty(num_values, pin_memory=device.type == "cuda").zero_()
+
+
+def _remove_others(keep: Collection[Path]) -> None:
+    for other in next(iter(keep)).parent.iterdir():
+        if other not in keep:
+            remove_dir(other)
+
+
+def _prepare(final: Path) -> bool:
+    """Clear the way for writing; True when the checkpoint is already there."""
+    if is_complete(final):
+        return True
+    remove_dir(final)
+    new_dir_aside(final)
+    return False
+
+
+def share_out(fragments: Sequence[Fragment], world_size: int) -> list[int]:
+    """Which rank writes each parameter: always the one with the least to write so far."""
+    load = [0] * world_size
+    owners = []
+    for fragment in fragments:
+        owner = load.index(min(load))
+        load[owner] += fragment.shape.numel()
+        owners.append(owner)
+    return owners
+
+
+def _write_part(
+    path: Path, shapes: dict[str, list[int]], values: Tensor, stop: threading.Event
+) -> tuple[str, int, int, str]:
+    """Write one safetensors file, make it durable, and read it again; returns name, size, checksum and the problem.
+
+    Nothing to write: size 0.
+    """
+    if not shapes:
+        return path.name, 0, 0, ""
+    try:
+        crc = _write_safetensors(path, shapes, values, stop)
+        if file_crc32(path) != crc:
+            return path.name, 0, 0, f"{path.name} reads otherwise than it was written"
+        return path.name, path.stat().st_size, crc, ""
+    except OSError as error:
+        return path.name, 0, 0, str(error)
+
+
+def _write_safetensors(path: Path, shapes: dict[str, list[int]], values: Tensor, stop: threading.Event) -> int:
+    """Write float32 tensors that stand one after the other in `values`; returns the file's checksum."""
+    entries, end = {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 4 * torch.Size(shape).numel()
+        entries[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        start_of_file = len(header).to_bytes(8, "little") + header
+        file.write(start_of_file)
+        crc = zlib.crc32(start_of_file)
+        for chunk in values[: end // 4].split(_CHUNK_VALUES):
+            if stop.is_set():
+                raise OSError("the run ended before it was written")
+            file.write(chunk.numpy())
+            crc = zlib.crc32(chunk.numpy(), crc)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
+    fsync_dir(path.parent)
+    return crc
+
+
+def save_weights(path: Path, engine: Engine, group: Group) -> None:
+    """Write the float32 weights alone, under the model's own names, into one file; all ranks call this together.
+
+    Rank 0 gathers them one by one.
+    """
+    fragments = engine.fragments()
+    weights: dict[str, Tensor] = {}
+    for fragment in fragments:
+        if group.world_size == 1 or engine.options.zero_stage == 0:
+            whole = fragment_of(fragment.flat, fragment).clone()
+        else:
+            whole = torch.zeros(fragment.shape.numel(), device=group.device)
+            if fragment.numel:
+                part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
+            torch.distributed.reduce(whole.view(torch.int32), dst=0)
+        if group.is_first:
+            weights[fragment.name] = whole.view(fragment.shape).cpu()
+    if group.is_first:
+        save_file(weights, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
