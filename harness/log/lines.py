@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -51,6 +52,10 @@ class JsonLines:
         self._file.close()
 
 
+SMOOTHED_S = 30.0
+"""`status.json` gives the rate of about so many seconds: forecasts hang on it, and that of a few short steps jumps."""
+
+
 class LineWriter:
     """Takes every line to where it is read: both files, the heartbeat, the loggers and the terminal; on rank 0."""
 
@@ -59,9 +64,10 @@ class LineWriter:
         self._run, self._terminal = run, terminal
         self._metrics, self._speed = JsonLines(run.metrics, metrics_bytes), JsonLines(run.speed)
         self._loggers = open_loggers(run, config)
+        self._seconds = self._images = 0.0
 
-    def write(self, line: dict[str, Any], speed: dict[str, Any], *, images_done: int) -> None:
-        """Write one line of `metrics.jsonl` and what is said of its speed."""
+    def write(self, line: dict[str, Any], speed: dict[str, Any], *, images_done: int, wall_s: float) -> None:
+        """Write one line of `metrics.jsonl` and what is said of its speed over `wall_s` seconds."""
         speed = {**{key: line[key] for key in ("images_seen", "step", "branch")}, "time": time.time(), **speed}
         branch = line["branch"]
         self._metrics.write(line)
@@ -72,7 +78,8 @@ class LineWriter:
             images_done=images_done,
             heartbeat=speed["time"],
             **{key: line[key] for key in ("images_seen", "step", "loss", "num_skipped_steps")},
-            **{key: speed[key] for key in ("images_per_s", "mfu_published", "mfu_executed", "mfu")},
+            images_per_s=self._smoothed(speed["images_per_s"], wall_s),
+            **{key: speed[key] for key in ("mfu_published", "mfu_executed", "mfu")},
         )
         for logger in self._loggers:
             logger.log(line | speed)
@@ -84,6 +91,13 @@ class LineWriter:
             images_seen=line["images_seen"],
             images_done=images_done,
         )
+
+    def _smoothed(self, images_per_s: float, wall_s: float) -> float:
+        """The rate of this line and those before it, which count less the longer ago they are."""
+        kept = math.exp(-wall_s / SMOOTHED_S)
+        self._seconds = kept * self._seconds + wall_s
+        self._images = kept * self._images + wall_s * images_per_s
+        return self._images / self._seconds
 
     def sync(self) -> int:
         """Make the lines durable; returns the size of `metrics.jsonl` in bytes."""

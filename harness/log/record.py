@@ -130,7 +130,7 @@ class Recorder:
             "data_wait": interval.data_wait_s / wall_s,
             "device_memory_gb": device_memory_bytes(self._group) / 1e9,
         }
-        self._writer.write(line, speed, images_done=self.counters.images_done)
+        self._writer.write(line, speed, images_done=self.counters.images_done, wall_s=wall_s)
 
     def _utilisation(self, images_per_s: float, scored_tokens: float) -> dict[str, float | None]:
         return utilisation(

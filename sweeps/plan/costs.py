@@ -112,8 +112,12 @@ class CostCard:
     """The tasks, each at one budget."""
     flops_evaluation: float
     """Of validation and probes, all budgets together, as `evaluation_cost` counts them."""
+    training_s: float
+    """Time of training at the stated MFU and peak, and that of a step beside its FLOPs."""
+    evaluation_s: float
+    """Time of validation and probes of all budgets, likewise."""
     wall_s: float
-    """Time of training and of those forward passes at the stated MFU and peak."""
+    """Both."""
     device_hours: float
     """`wall_s` x devices."""
     price: float
@@ -215,7 +219,10 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     flops_executed = executed_flops_per_image(model, scored).train * executed
     probes = probe_costs(run.config.evaluation, model, flops, run.devices)
     flops_evaluation = evaluation_flops(run.config.evaluation, flops, probes)
-    wall_s = (flops_executed + flops_evaluation) / (run.devices * cost.peak_tflops * 1e12 * cost.mfu)
+    steps, flops_per_s = executed // training.optimiser.batch_size, run.devices * cost.peak_tflops * 1e12 * cost.mfu
+    training_s = flops_executed / flops_per_s + steps * cost.step_ms / 1000
+    evaluation_s = flops_evaluation / flops_per_s + len(budgets) * cost.evaluation_s
+    wall_s = training_s + evaluation_s
     device_hours = wall_s * run.devices / 3600
     fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
     keeps_trunk = run.config.runtime.keep_trunk and training.schedule.kind == "wsd"
@@ -240,7 +247,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
         flops_executed=flops_executed,
         probes=probes,
         flops_evaluation=flops_evaluation,
-        steps=executed // training.optimiser.batch_size,
+        steps=steps,
         batch_size=training.optimiser.batch_size,
         lr_peak=training.optimiser.lr_peak,
         warmup_images=training.schedule.warmup_images,
@@ -254,6 +261,8 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + len(budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
         trunk_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total if keeps_trunk else 0,
+        training_s=training_s,
+        evaluation_s=evaluation_s,
         wall_s=wall_s,
         device_hours=device_hours,
         price=device_hours * cost.price_per_device_hour,

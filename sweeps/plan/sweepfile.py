@@ -90,6 +90,10 @@ class CostSection(Section):
     """Dense peak of one device at the run's precision, TFLOP/s."""
     mfu: float = Field(0.40, gt=0, le=1)
     """Share of that peak that training executes (a bench result given to `plan --bench` replaces it)."""
+    step_ms: float = Field(0.0, ge=0)
+    """Time of a step beside its FLOPs, ms: calls and the loader; most of it for models below a million parameters."""
+    evaluation_s: float = Field(0.0, ge=0)
+    """Time of one budget's validation and probes beside their FLOPs, s: decoding, and heads on small tasks."""
     memory_gb: float = Field(80.0, gt=0)
     """Memory of one device, GB."""
     price_per_device_hour: float = Field(0.0, ge=0)

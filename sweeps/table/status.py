@@ -267,15 +267,14 @@ def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
 
 
 def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
-    """FLOPs left of what waits or runs, evaluation included, over the FLOPs a second of what is running."""
+    """Planned time left of what waits or runs, evaluation included, over that done a second by what is running."""
     left = speed = 0.0
     for line, card in zip(lines, cards, strict=True):
-        flops_per_image = card.flops_executed / card.images_executed
         if line.state in ("not started", "queued", "running", "preempted", "dead"):
-            left += card.flops_executed * (1 - line.progress)
+            left += card.training_s * (1 - line.progress)
             # Validation alone is done about when the training that it follows is.
             share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
-            left += card.flops_evaluation * (1 - share)
+            left += card.evaluation_s * (1 - share)
         if line.state == "running" and line.images_per_s:
-            speed += flops_per_image * line.images_per_s
+            speed += card.training_s / card.images_executed * line.images_per_s
     return left / speed if speed else None

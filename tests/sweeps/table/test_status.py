@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
@@ -78,6 +80,18 @@ def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_
     assert forecasts[0] is not None
     assert forecasts[1] is not None
     assert forecasts[1] < forecasts[0]
+
+
+def test_the_forecast_counts_what_steps_and_evaluations_take_beside_their_flops(write_sweep: Any) -> None:
+    """Two runs of 10 ms a step and 5 s an evaluation, whose FLOPs cost nothing; one is half done at twice the speed."""
+    cost = {"peak_tflops": 1e9, "step_ms": 10, "evaluation_s": 5}
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], base=PROBED, budgets=[64_000], cost=cost)
+    first, _ = plan(sweep)
+    record = RunRecord(RunRecord.create(sweep.run_dir(first.run_id), first.config).path)
+    with record.hold():
+        record.write_start()
+        record.write_status(images_done=32_000, images_planned=64_000, images_per_s=2 * 6_400)
+        assert look(sweep).eta_s == pytest.approx((1_500 * 0.010 + 2 * 5) / 2, rel=1e-6)
 
 
 def test_a_probe_job_is_shown_beside_its_run(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
