@@ -8,28 +8,26 @@ The site's build calls `markdown()`; a test compares the committed page with it.
 from __future__ import annotations
 
 import inspect
-import types
-import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
-import annotated_types
 import yaml
-from pydantic import BeforeValidator
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from aimscale.aim.config import HeadRule, known_sizes, model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.run.config import EvaluationConfig, RuntimeConfig, Section, TrainingConfig
 from aimscale.sweeps.plan.recipes import RECIPES
-from aimscale.sweeps.plan.sweepfile import Count, SweepFile
+from aimscale.sweeps.plan.sweepfile import SweepFile
+
+Schema = dict[str, Any]
+"""JSON schema of a section or a field."""
 
 INTRODUCTION = """\
 # Configuration
 
 Every field, written by `python docs/generate/config_reference.py`. Keys are strict: one that is not listed
-here is an error that names the nearest known one. A *count* may be written `4096`, `4k`, `500M`, `2B` or `1e6`.
+here is an error that names the nearest known one. A *count* is above 0 and may be written `4096`, `4k`, `500M`,
+`2B` or `1e6`.
 
 A [sweep file](#the-sweep-file) holds the fields that make the grid. What all runs share stands under `base`: a run's
 [training](#a-run-what-is-trained) and [evaluation](#a-run-what-is-measured) fields, `runtime` (the
@@ -59,112 +57,76 @@ def markdown() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def sections() -> Iterator[tuple[str, type[Section]]]:
-    """(dotted place, class) of every section that the page must list: of a sweep file and of the parts of a run."""
+def sections() -> Iterator[tuple[str, Schema]]:
+    """(dotted place, schema) of every section that the page must list: of a sweep file and of the parts of a run."""
     for kind, where in ((SweepFile, ""), (TrainingConfig, ""), (EvaluationConfig, ""), (RuntimeConfig, "runtime")):
-        yield from _nested(kind, where)
+        schema = kind.model_json_schema()
+        yield from _nested(schema, where, schema.get("$defs", {}))
 
 
-def _nested(kind: type[Section], where: str) -> Iterator[tuple[str, type[Section]]]:
-    yield where, kind
-    for name, field in kind.model_fields.items():
-        inner = section_of(field.annotation)
-        if inner is not None:
-            yield from _nested(inner, f"{where}.{name}".strip("."))
+def _nested(schema: Schema, where: str, parts: Schema) -> Iterator[tuple[str, Schema]]:
+    yield where, schema
+    for name, field in schema["properties"].items():
+        if inner := _section_in(field):
+            yield from _nested(parts[inner], f"{where}.{name}".strip("."), parts)
 
 
-def section_of(annotation: Any) -> type[Section] | None:
-    """The section class inside an annotation such as `tuple[ProbeSection, ...]`, or None."""
-    if inspect.isclass(annotation) and issubclass(annotation, Section):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part)) is not None), None)
+def _section_in(field: Schema) -> str | None:
+    """The section that a field holds, alone, in a list or as an alternative to null."""
+    inside = [field, field.get("items", {}), *field.get("anyOf", [])]
+    return next((part["$ref"].rsplit("/", 1)[-1] for part in inside if "$ref" in part), None)
 
 
 def _page(title: str, kind: type[Section], where: str, note: str) -> Iterator[str]:
+    schema = kind.model_json_schema()
     yield f"## {title}\n\n{inspect.getdoc(kind)} {note}\n"
-    for place, section in _nested(kind, where):
-        if section is not kind:
-            yield f"### `{place}`\n\n{inspect.getdoc(section)}\n"
+    for place, section in _nested(schema, where, schema.get("$defs", {})):
+        if section is not schema:
+            yield f"### `{place}`\n\n{section['description']}\n"
         yield _table(section, place)
 
 
-def _table(section: type[Section], place: str) -> str:
+def _table(section: Schema, place: str) -> str:
     lines = ["| field | value | default | meaning |", "|---|---|---|---|"]
-    for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
+    for name, field in section["properties"].items():
         dotted = f"{place}.{name}".strip(".")
-        value = type_words(field) if inner is None else f"{_container(field.annotation)}[`{dotted}`](#{_slug(dotted)})"
-        lines.append(f"| `{name}` | {value} | {_default(field, inner)} | {_cell(field.description or '')} |")
+        default = "*required*" if name in section.get("required", []) else f"`{_yaml(field.get('default', {}))}`"
+        if _section_in(field):
+            slug = "".join(letter for letter in dotted.lower() if letter.isalnum() or letter in "_- ")  # GitHub's
+            value = f"{'list of ' if 'items' in field else ''}[`{dotted}`](#{slug})"
+            default = "as below" if isinstance(field.get("default"), dict) else default
+        else:
+            value = words(field)
+        lines.append(f"| `{name}` | {value} | {default} | {_cell(field.get('description', ''))} |")
     return "\n".join(lines) + "\n"
 
 
-def _container(annotation: Any) -> str:
-    return "list of " if get_origin(_bare(annotation)) is tuple else ""
+NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true` or `false`", "null": "null"}
+BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 
-def _slug(text: str) -> str:
-    """GitHub's anchor of a heading that is one code span."""
-    return "".join(letter for letter in text.lower() if letter.isalnum() or letter in "_- ")
-
-
-def type_words(field: FieldInfo) -> str:
-    """What may be written in a field, in words: `integer >= 1 or null`."""
-    return _words(field.annotation, field.metadata)
-
-
-def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
-    if annotation == Count:
-        return "count > 0"
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _words(arguments[0], (*arguments[1:], *metadata))
-    bounds = _bounds(metadata)
-    if origin is Literal:
-        return " or ".join(f"`{_yaml(value)}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(part, metadata) for part in arguments))
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"list of {_words(arguments[0])}"
-        return f"list of {len(arguments)}: {', '.join(dict.fromkeys(_words(part) for part in arguments))}"
-    if origin is dict:
-        return f"mapping of {_words(arguments[0])} to {_words(arguments[1])}"
-    names = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", type(None): "null", Any: "value"}
-    if annotation is int and any(isinstance(part, BeforeValidator) for part in metadata):  # a bare `Count`
-        return f"count{bounds}"
-    if annotation not in names:
-        raise TypeError(f"no words for the type {annotation}")
-    return names[annotation] + (bounds if annotation in (int, float) else "")
-
-
-def _bounds(metadata: list[Any] | tuple[Any, ...]) -> str:
-    signs = {annotated_types.Gt: ">", annotated_types.Ge: "≥", annotated_types.Lt: "<", annotated_types.Le: "≤"}
-    found = []
-    for part in metadata:
-        for inner in getattr(part, "metadata", None) or [part]:  # a FieldInfo inside Annotated keeps its own list
-            if type(inner) in signs:
-                found.append(f"{signs[type(inner)]} {getattr(inner, type(inner).__name__.lower())}")
-    return " " + ", ".join(found) if found else ""
-
-
-def _bare(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _default(field: FieldInfo, inner: type[Section] | None) -> str:
-    if field.default is not PydanticUndefined:
-        if isinstance(field.default, Section):
-            return "as below"
-        return f"`{_yaml(field.default)}`"
-    if field.default_factory is not None:
-        return f"`{_yaml(typing.cast(Any, field.default_factory)())}`"
-    return "*required*"
+def words(field: Schema) -> str:
+    """What may be written in a field, in words: `integer ≥ 1 or null`."""
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(map(words, field["anyOf"])))
+    if "enum" in field or "const" in field:
+        return " or ".join(f"`{_yaml(value)}`" for value in field.get("enum", [field.get("const")]))
+    if "prefixItems" in field:
+        parts = dict.fromkeys(map(words, field["prefixItems"]))
+        return f"list of {len(field['prefixItems'])}: {', '.join(parts)}"
+    if field.get("type") == "array":
+        return f"list of {words(field['items'])}"
+    if field.get("type") == "object":
+        of = field.get("additionalProperties", True)
+        return f"mapping of text to {'value' if of is True else words(of)}"
+    name = field.get("format") or NAMES[field["type"]] if "type" in field else "value"
+    bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
+    return f"{name} {', '.join(bounds)}".strip()
 
 
 def _yaml(value: Any) -> str:
     """A value as one writes it in the file."""
-    plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def _cell(text: str) -> str:

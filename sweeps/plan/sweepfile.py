@@ -54,7 +54,7 @@ def count(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(count), Field(gt=0)]
+Count = Annotated[int, BeforeValidator(count), Field(gt=0, json_schema_extra={"format": "count"})]
 """A number of images or parameters, with an optional unit."""
 
 
