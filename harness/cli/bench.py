@@ -70,12 +70,12 @@ def train(
         optimiser = parse(OptimiserSection, {"batch_size": batch, "precision": precision}, "the command line")
     else:
         from aimscale.harness.data.stream.loader import train_batches
-        from aimscale.harness.data.stream.positions import TrainStream
+        from aimscale.harness.data.stream.unindexed import open_stream
 
         loaded = load_run_config(config)
         shape, optimiser = model_of(loaded.training), loaded.training.optimiser
         batches = train_batches(
-            TrainStream(loaded),
+            open_stream(loaded),
             start=0,
             stop=(steps + 2) * optimiser.batch_size,
             batch_size=optimiser.batch_size,

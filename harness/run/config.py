@@ -59,11 +59,17 @@ class ModelSection(Section):
         return values
 
 
+UNINDEXED = "wds://"
+"""Begins the path of webdataset shards that nobody indexed."""
+
+
 class SourceSection(Section):
     """One packed or indexed data set and how often it is drawn."""
 
     path: str
-    """Folder of indexed shards (`aimscale data pack` or `aimscale data index` makes one), local or an fsspec URL."""
+    """Folder of indexed shards (`aimscale data pack` or `aimscale data index` makes one), local or an fsspec URL. Or
+    `wds://` and the path or URL of shards without an index, `wds://https://host/part-{0000..0999}.tar`: a stream that
+    cannot be resumed exactly, counted, cut to unique images or compared with the validation images."""
     fingerprint: str | None = None
     """Of its content, from its `dataset.json`; filled in when a run is planned. A run refuses images of another."""
     probability: float = Field(1.0, gt=0, le=1)
@@ -87,6 +93,22 @@ class DataSection(Section):
     """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8, as in the authors' trainer but not in the paper."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of undecodable samples above which the run stops."""
+    shuffle_buffer: int = Field(1000, gt=0)
+    """Images among which a loader process of a `wds://` stream draws the next one, kept as files in memory."""
+
+    @model_validator(mode="after")
+    def _unindexed_stands_alone(self) -> DataSection:
+        if self.is_unindexed and (len(self.sources) > 1 or self.unique_images is not None):
+            raise ValueError(
+                f"a {UNINDEXED} stream has no index, so it cannot be mixed or cut to unique_images; "
+                "index the shards first (`aimscale data index`)"
+            )
+        return self
+
+    @property
+    def is_unindexed(self) -> bool:
+        """Whether a source is a stream without an index."""
+        return any(source.path.startswith(UNINDEXED) for source in self.sources)
 
     @model_validator(mode="after")
     def _probabilities_add_up(self) -> DataSection:

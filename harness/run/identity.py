@@ -36,6 +36,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "data.horizontal_flip": True,
     "data.color_jitter": False,
     "data.max_bad_fraction": 0.01,
+    "data.shuffle_buffer": 1000,
     "objective.target": "normalised",
     "objective.prefix": "paired",
     "optimiser.batch_size": 4096,

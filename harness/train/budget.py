@@ -62,7 +62,7 @@ def training_columns(config: RunConfig, images_seen: int, facts: dict[str, Any])
     num_tokens = model_of(config.training).num_tokens
     return row | {
         "images_seen": images_seen,
-        "epochs": images_seen / row["unique_images"],
+        "epochs": images_seen / row["unique_images"] if row["unique_images"] else None,
         "flops_train": row["flops_per_image"] * images_seen,
         "flops_6nd": 6 * row["params_total"] * num_tokens * images_seen,
         "probes": [],

@@ -17,7 +17,7 @@ import torch
 from aimscale.aim.model import AIM
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, known_peak
@@ -52,7 +52,7 @@ class Trainer:
         self.model_config = model_of(training)
         self.stream = run_on_all_ranks(
             group,
-            lambda: TrainStream(
+            lambda: open_stream(
                 config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, augment_on=runtime.augment_on
             ),
         )
@@ -277,7 +277,7 @@ class Trainer:
     def _columns(self, budget: int, progress: dict[str, Any]) -> dict[str, Any]:
         """What training knows of a budget's row."""
         facts = self.recorder.facts(progress) | {
-            "unique_images": self.stream.unique_images,
+            "unique_images": self.stream.unique_images or None,
             "data_fingerprint": self.stream.fingerprint,
             "device": device_name(self.group.device),
             "zero_stage": self.plan.zero_stage,

@@ -24,7 +24,8 @@ def check_data(runs: Sequence[Run]) -> None:
     tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection]] = {}
     for run in runs:
         training, evaluation = run.config.training, run.config.evaluation
-        unlabelled |= dict.fromkeys([*(source.path for source in training.data.sources), evaluation.validation.path])
+        sources = () if training.data.is_unindexed else (source.path for source in training.data.sources)
+        unlabelled |= dict.fromkeys([*sources, evaluation.validation.path])
         tasks |= {(probe.task, probe.train, probe.test): (probe, training.model) for probe in evaluation.probes}
     if not unlabelled:
         return

@@ -363,6 +363,11 @@ def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[
     )
     if warmup > limit:
         found.append(f"warm-up of {warmup} images reaches past image {limit} of budget {smallest}: it will not start")
+    if training.data.is_unindexed:
+        found.append(
+            "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
+            "counted, the number of ranks and workers changes what is seen, and nobody looks for validation images"
+        )
     if batch < run.devices:
         found.append(f"batch {batch} is smaller than {run.devices} devices")
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 
 def num_images(path: str) -> int | None:
@@ -32,6 +32,8 @@ def with_fingerprints(config: RunConfig) -> RunConfig:
 
 
 def _field(path: str, name: str, kind: Any) -> Any:
+    if path.startswith(UNINDEXED):
+        return None
     try:
         return kind(json.loads(_text(path))[name])
     except (OSError, ValueError, KeyError, TypeError, DataError):  # the last: no package for that kind of URL

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
 
 _MAX_LISTED = 1 << 22  # subsets up to this size are listed at start-up, which takes 2 s and spares a permutation later
-_MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
+MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,8 @@ class TrainStream:
         cache_gb: float = 100.0,
         augment_on: Literal["loader", "device"] = "loader",
     ) -> None:
-        training = config.training
-        self._augment_on = augment_on
-        self._data, self._prefix, self._seed = training.data, training.objective.prefix, training.seed
-        self._size, self._channels = training.model.image_size, training.model.channels
-        self.num_tokens = (training.model.image_size // training.model.patch_size) ** 2
-        sources = training.data.sources
-        require_channels(self._channels)
+        self._set_up(config, augment_on)
+        sources = config.training.data.sources
         self._mixture = Mixture([source.probability for source in sources])
         datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
         for source, dataset in zip(sources, datasets, strict=True):
@@ -107,10 +102,19 @@ class TrainStream:
             )
         ]
 
-        self._max_pixels = self._size**2
         if augment_on == "device":
             largest = max(dataset.info.max_pixels for dataset in datasets)
-            self._max_pixels = max(self._max_pixels, min(largest, MAX_CROP_PIXELS))
+            self._max_pixels = max(self._size**2, min(largest, MAX_CROP_PIXELS))
+
+    def _set_up(self, config: RunConfig, augment_on: Literal["loader", "device"]) -> None:
+        """What is the same wherever images come from."""
+        training = config.training
+        self._augment_on = augment_on
+        self._data, self._prefix, self._seed = training.data, training.objective.prefix, training.seed
+        self._size, self._channels = training.model.image_size, training.model.channels
+        self.num_tokens = (training.model.image_size // training.model.patch_size) ** 2
+        self._max_pixels = max(self._size**2, MAX_CROP_PIXELS if augment_on == "device" else 0)
+        require_channels(self._channels)
 
     @property
     def image_size(self) -> int:
@@ -232,7 +236,7 @@ class TrainStream:
         source_of, sample_of = self.locate(where)
         bad: list[str] = []
         pending = np.arange(len(where))
-        for attempt in range(_MAX_REPLACEMENTS + 1):
+        for attempt in range(MAX_REPLACEMENTS + 1):
             failed: list[int] = []
             for number, source in enumerate(self._sources):
                 rows = pending[source_of[pending] == number]
@@ -244,7 +248,7 @@ class TrainStream:
             pending = np.array(failed)
             self._replace(pending, where, source_of, sample_of, attempt)
         raise DataError(
-            f"position {where[pending[0]]}: {_MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
+            f"position {where[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
         )
 
     def _fill(
@@ -289,19 +293,30 @@ class TrainStream:
             except UndecodableImageError:
                 failed.append(int(rows[i]))
                 continue
-            top, left, rows_of, columns, flip = (values[i] for values in listed)
-            if raw is not None and rows_of * columns <= MAX_CROP_PIXELS:
-                raw[int(rows[i])] = image[:, top : top + rows_of, left : left + columns], flip
-            else:
-                resized[int(rows[i])] = crop_resize(image, (top, left, rows_of, columns, flip), self._size)
+            self._place(image, tuple(values[i] for values in listed), int(rows[i]), resized, raw)
         return failed
+
+    def _place(
+        self,
+        image: torch.Tensor,
+        box: tuple[int, int, int, int, bool],
+        row: int,
+        resized: torch.Tensor,
+        raw: dict[int, tuple[torch.Tensor, bool]] | None,
+    ) -> None:
+        """Fill a row of `resized`, or put the image's crop and flip into `raw`."""
+        top, left, height, width, flip = box
+        if raw is not None and height * width <= MAX_CROP_PIXELS:
+            raw[row] = image[:, top : top + height, left : left + width], flip
+        else:
+            resized[row] = crop_resize(image, box, self._size)
 
     def _replace(self, rows: I64, positions: I64, source_of: I64, sample_of: I64, attempt: int) -> None:
         """Put another image of the same source and subset in the place of each row's, chosen by (seed, p, attempt)."""
         key = make_key("replacement", self._seed)
         for row in rows:
             source = self._sources[source_of[row]]
-            draw = random_bits(key, positions[row : row + 1] * _MAX_REPLACEMENTS + attempt)
+            draw = random_bits(key, positions[row : row + 1] * MAX_REPLACEMENTS + attempt)
             slot = (draw % np.uint64(source.num_unique)).astype(np.int64)
             sample_of[row] = source.sample_numbers(slot, np.zeros_like(slot))[0]
 

@@ -143,7 +143,7 @@ def test_probing_imagenet_costs_a_few_percent_of_training() -> None:
         model = model_config(size, head_rule="released")
         flops = flops_per_image(model)
         task = {"task": "imagenet-1k", "train": "absent", "test": "absent", "kinds": ["linear", "attentive", "knn"]}
-        section = {**task, **length, "batch_size": 1024, "refit": False}
+        section = {**task, "refit": False, **length, "batch_size": 1024}
         evaluation = EvaluationConfig.model_validate(
             {"budgets": [128_000_000], "validation": {"path": "absent"}, "probes": [section]}
         )
@@ -164,7 +164,7 @@ def test_probing_imagenet_costs_a_few_percent_of_training() -> None:
     assert (
         share("aim-7B", 1, iterations=12_500)[2].rounds == 8
     )  # its heads fit one card in eight rounds, and the card says so
-    refitted = share("aim-7B", 8, 12_500, refit=True)[2]
+    refitted = share("aim-7B", 8, iterations=12_500, refit=True)[2]
     assert refitted.images - cost.images == pytest.approx(12_500 * 1024)
 
 

@@ -1,0 +1,133 @@
+"""Streams of webdataset shards without an index."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.unindexed import open_stream
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.train.attempt import train
+
+WHOLE: dict[str, Any] = {"crop_scale": (1, 1), "crop_ratio": (1, 1), "horizontal_flip": False}
+"""Crops that leave an image of 32 px as it is."""
+
+
+@pytest.fixture
+def shards(small_set: Path, tmp_path: Path) -> Path:
+    """The small set's shards alone."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in small_set.glob("*.tar"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def braces(folder: Path | str) -> str:
+    return f"wds://{folder}/shard-{{000000..000002}}.tar"
+
+
+def seen(config: RunConfig, num_images: int, workers: int = 0) -> list[bytes]:
+    stream = open_stream(config)
+    steps = train_batches(stream, start=0, stop=num_images, batch_size=20, micro_batch=10, num_workers=workers)
+    batches = [batch for step in steps for batch in step]
+    assert torch.equal(torch.cat([batch.positions for batch in batches]), torch.arange(num_images))
+    return [bytes(image.contiguous().numpy()) for batch in batches for image in batch.images]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_images_come_in_another_order_and_with_the_prefixes_of_their_positions(
+    shards: Path, small_set: Path, configure: Callable[..., RunConfig], workers: int
+) -> None:
+    config = configure(sources=[{"path": braces(shards)}], shuffle_buffer=30, **WHOLE)
+    dataset = open_dataset(small_set)
+    known = [bytes(dataset.decode(number).contiguous().numpy()) for number in range(60)]
+    found = seen(config, 400, workers)
+    assert set(found) == set(known)
+    order = [known.index(image) for image in found[:40]]
+    assert order != sorted(order)
+    indexed = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(40))
+    assert torch.equal(open_stream(config).batch(range(40)).prefix_len, indexed.prefix_len)
+    assert seen(configure(sources=[{"path": braces(shards)}], seed=1, **WHOLE), 40) != found[:40]
+
+
+def test_crops_and_flips_are_those_of_the_positions(shards: Path, configure: Callable[..., RunConfig]) -> None:
+    whole, cut, deferred = (
+        open_stream(configure(sources=[{"path": braces(shards)}], **crops), augment_on=where)
+        for crops, where in ((WHOLE, "loader"), ({}, "loader"), ({}, "device"))
+    )
+    images, crops = (stream.batch(range(20)).images_on("cpu") for stream in (cut, deferred))
+    assert torch.equal(images, crops)
+    assert not torch.equal(images, whole.batch(range(20)).images_on("cpu"))
+
+
+def test_a_broken_shard_is_named_and_left_and_broken_shards_alone_end_the_stream(
+    shards: Path, configure: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, *others = sorted(shards.glob("*.tar"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:5000])
+    config = configure(sources=[{"path": braces(shards)}], shuffle_buffer=20, **WHOLE)
+    assert len(set(seen(config, 100))) >= 4
+    told = capsys.readouterr().err
+    assert f"cannot open shard {first}: " in told
+    assert "unexpected end of data" in told
+    assert str(second) in told
+    for path in (second, *others):
+        path.unlink()
+    with pytest.raises(DataError, match=rf"6 shards in a row cannot be read, last: cannot open shard {shards}"):
+        open_stream(config).batch(range(4))
+
+
+def test_undecodable_images_are_counted(tmp_path: Path, shards: Path, configure: Callable[..., RunConfig]) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for number in range(3):
+            entry = tarfile.TarInfo(f"{number}.png")
+            entry.size = 4
+            tar.addfile(entry, io.BytesIO(b"nope"))
+    path = f"wds://{tmp_path}/bad.tar::{shards}/shard-000000.tar"
+    config = configure(sources=[{"path": path}], shuffle_buffer=10, **WHOLE)
+    bad = open_stream(config).batch(range(30)).bad_samples
+    assert bad
+    assert set(bad) <= {f"{tmp_path}/bad.tar: {number}" for number in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"sources": [{"path": "wds:///a.tar"}], "unique_images": 5}, "cannot be mixed or cut to unique_images"),
+        ({"sources": [{"path": "wds:///a.tar", "probability": 0.5}, {"path": "b", "probability": 0.5}]}, "mixed"),
+    ],
+)
+def test_what_needs_an_index_is_refused(configure: Callable[..., RunConfig], data: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        configure(**data)
+
+
+def test_a_relative_path_is_refused(configure: Callable[..., RunConfig]) -> None:
+    with pytest.raises(DataError, match="give an absolute path or a URL after wds://"):
+        open_stream(configure(sources=[{"path": "wds://shards/a.tar"}]))
+
+
+def test_a_run_trains_on_such_a_stream(shards: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tiny_config({"device": "cpu"}, data={"sources": [{"path": braces(shards)}]}, budgets=[64])
+    run = RunDir.create(tmp_path / "run", config)
+    assert train(run.path) == 0
+    (row,) = run.read_rows()
+    assert (row["images_seen"], row["unique_images"], row["epochs"]) == (64, None, None)
+    assert np.isfinite(row["val_loss"])
