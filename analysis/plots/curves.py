@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plot_collapse(found: Collapse, ax: Axes | None = None) -> Figure:
-    """Training curves over their ends, a line a rung; rungs that deviate are dashed and named."""
+    """Training curves over their ends, a line per rung; rungs that deviate are dashed and named."""
     with styled():
         if ax is None:
             _, (ax,) = new_figure()

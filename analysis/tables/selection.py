@@ -56,7 +56,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     """Of rows that differ in some tuned columns, the one with the lowest loss.
 
     A cell is what agrees in N, D, U, seed, design and set-up, and in every foreign column that is a setting: words, and
-    numbers that repeat (three rows a value or more). Other foreign numbers are taken for measurements.
+    numbers that repeat (three rows per value or more). Other foreign numbers are taken for measurements.
 
     Args:
         frame: a table.

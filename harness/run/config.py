@@ -151,7 +151,7 @@ class ScheduleSection(Section):
     """Learning rate against images seen."""
 
     kind: Literal["wsd", "cosine"] = "wsd"
-    """`wsd`: warm-up, stable, and a decay branched off for every budget; `cosine`: one run a budget."""
+    """`wsd`: warm-up, stable, and a decay branched off for every budget; `cosine`: one run per budget."""
     warmup_images: int = Field(128_000_000, ge=0)
     """Linear warm-up from `lr_start`, images (paper: 31,250 iterations of 4096)."""
     lr_start: float = Field(1e-6, ge=0)

@@ -53,7 +53,7 @@ def command(
     account: Annotated[str | None, typer.Option(help="Instead of slurm.account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Instead of slurm.qos.")] = None,
     constraint: Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")] = None,
-    time_min: Annotated[int | None, typer.Option(help="Minutes a job, instead of slurm.time_min.")] = None,
+    time_min: Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")] = None,
 ) -> None:
     """Start what is missing, resume what died, skip what is done."""
     again = f"{sweep} --root {root}"

@@ -135,7 +135,7 @@ def _one_setting(sweep: Sweep) -> dict[str, Any]:
 
 
 def _offer(sweep: Sweep, sizes: list[str], images_seen: int) -> pd.DataFrame:
-    """One run a size to this budget, with the price of its cost card."""
+    """One run per size to this budget, with the price of its cost card."""
     import pandas as pd
 
     from aimscale.sweeps.plan.costs import cost_cards

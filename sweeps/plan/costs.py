@@ -79,7 +79,7 @@ class CostCard:
     steps: int
     """Optimiser steps executed."""
     batch_size: int
-    """Images a step."""
+    """Images per step."""
     lr_peak: float
     """Learning rate after warm-up."""
     warmup_images: int
@@ -155,7 +155,7 @@ class Totals:
 
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
-    """One card a run, in order."""
+    """One card per run, in order."""
     pools: dict[tuple[str, ...], int | None] = {}
     return [_card(sweep, run, _pool(sweep, run.config, pools)) for run in runs]
 

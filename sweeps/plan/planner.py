@@ -108,7 +108,7 @@ def _plan(sweep: Sweep) -> list[Run]:
 
 @functools.cache
 def counts_of(config: ModelConfig) -> tuple[ParamCount, FlopCount]:
-    """Parameters, and FLOPs an image by the published formula."""
+    """Parameters, and FLOPs per image by the published formula."""
     return param_count(config), flops_per_image(config)
 
 

@@ -153,9 +153,9 @@ class SlurmSection(Section):
     min_nodes: int | None = Field(None, gt=0)
     """Start with as few nodes as this when no more are free; results do not depend on it."""
     gpus: bool = True
-    """Ask for one card a task; false for CPU nodes."""
+    """Ask for one card per task; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
-    """Cores a task."""
+    """Cores per task."""
     mem_gb: float | None = Field(None, gt=0)
     """Memory of one node, GB; null takes the partition's default."""
     runs_per_device: Literal["auto"] | Annotated[int, Field(gt=0)] = 1

@@ -6,7 +6,7 @@ learning rate and decay are its own. Two exact rearrangements keep that cheap.
 - The batch norm of the heads has no affine part, so with the statistics of the training split it is a fixed
   standardisation. It is folded into the query and into the pooled vector: tokens are never copied.
 - Queries are the same for all images, so the score of token x in head h is (W_k,h^T q_h) x and the pooled value is
-  W_v,h (sum_n a_n x_n): keys and values of single tokens are never formed. That is N d H work a token where the
+  W_v,h (sum_n a_n x_n): keys and values of single tokens are never formed. That is N d H work per token where the
   written-out head needs 2 N d^2, with the same parameters and the same gradients.
 """
 

@@ -83,7 +83,7 @@ def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_
 
 
 def test_the_forecast_counts_what_steps_and_evaluations_take_beside_their_flops(write_sweep: Any) -> None:
-    """Two runs of 10 ms a step and 5 s an evaluation, whose FLOPs cost nothing; one is half done at twice the speed."""
+    """Two runs of 10 ms per step and 5 s per evaluation, without FLOPs; one is half done at twice the speed."""
     cost = {"peak_tflops": 1e9, "step_ms": 10, "evaluation_s": 5}
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], base=PROBED, budgets=[64_000], cost=cost)
     first, _ = plan(sweep)
