@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import sys
 import threading
@@ -20,6 +21,19 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What gloo and NCCL say when the process at the other end died."""
+
+DISK_ADVICE = {
+    errno.ENOSPC: "free some space, then give the same command again: what was saved before is whole",
+    errno.EDQUOT: "free some of your quota, then give the same command again: what was saved before is whole",
+    errno.EROFS: "choose another folder, or mount it writable",
+    errno.EACCES: "choose another folder, or see to its permissions",
+    errno.EPERM: "choose another folder, or see to its permissions",
+    errno.EXDEV: "files are renamed to their place, so all of one run, or of one data set, must lie on one file system",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "the disk or its server failed; give the same command again when it is well",
+    errno.ESTALE: "the disk or its server failed; give the same command again when it is well",
+}
+"""What to do about what is no fault of the program."""
 
 
 class PreemptedError(Exception):
@@ -66,6 +80,13 @@ def stop_signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
+def disk_sentence(error: OSError) -> str | None:
+    """What and where a disk failed, and what to do; None for what else may be an `OSError`."""
+    advice = DISK_ADVICE.get(error.errno or 0)
+    where = error.filename2 or error.filename  # of a rename, what was to be made
+    return advice and f"{where or 'a file'}: {error.strerror}; {advice}"
+
+
 def classify(error: BaseException) -> tuple[ReasonClass, str]:
     """The kind of a failure and one sentence about it."""
     text = " ".join(str(error).split())
@@ -76,10 +97,12 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if isinstance(error, UserError):
         kinds: dict[str, ReasonClass] = {"DataError": "data", "ProbeError": "data", "CheckpointError": "node"}
         return kinds.get(name, "config"), sentence
+    if isinstance(error, OSError):
+        return "node", disk_sentence(error) or sentence
     if any(sign in text for sign in LOST_PEER):
         return "node", f"another rank is gone, and its own entry in logs/ may say why ({sentence})"
     is_network = name.startswith("Dist") or "onnection" in text or "NCCL" in text or "gloo" in text
-    if isinstance(error, LeaseLost | OSError) or is_network:
+    if isinstance(error, LeaseLost) or is_network:
         return "node", sentence
     return "code", sentence
 
@@ -87,12 +110,15 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
 def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
     """Entry point of what launchers start: `work` on the folder that is the only argument; ends the process.
 
-    A user's mistake and a lost lease are one sentence, everything else a traceback.
+    A user's mistake, a lost lease and a disk that fails are one sentence, everything else a traceback.
     """
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m {usage}")
     try:
         sys.exit(work(Path(sys.argv[1])))
-    except (UserError, LeaseLost) as error:
-        print(f"aimscale: {error}", file=sys.stderr)
+    except (UserError, LeaseLost, OSError) as error:
+        sentence = disk_sentence(error) if isinstance(error, OSError) else error
+        if sentence is None:
+            raise
+        print(f"aimscale: {sentence}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASHED)

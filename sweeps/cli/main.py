@@ -112,12 +112,16 @@ def _top(
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Entry point: a user's mistake prints one sentence and exits with its code, never a traceback."""
+    """Entry point: a user's mistake, or a disk's, prints one sentence and exits with its code, never a traceback."""
     try:
         return typer.main.get_command(app)(args=argv, prog_name="aimscale")
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
+        code, sentence = getattr(error, "exit_code", None), str(error)
+        if isinstance(error, OSError):
+            from aimscale.harness.run.failures import disk_sentence
+
+            code, sentence = 2, disk_sentence(error) or ""
+        if code is None or not sentence:
             raise
-        print(f"aimscale: {error}", file=sys.stderr)
+        print(f"aimscale: {sentence}", file=sys.stderr)
         sys.exit(code)

@@ -257,7 +257,7 @@ class _Jobs:
             typer.echo("stopped; the same command goes on from here")
             raise typer.Exit(EXIT_INTERRUPTED)
         typer.echo(f"{len(done.finished)} runs probed now, {len(done.failed)} failed")
-        if done.failed:
+        if done.failed or any(decision.verdict in ("failed", "damaged") for decision in done.left):
             raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from aimscale.harness.run.failures import disk_sentence
 from aimscale.harness.run.files import locked, write_json, write_text
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
@@ -62,12 +63,14 @@ def lock_file(path: Path) -> Iterator[None]:
     """Hold an exclusive flock for the block; the kernel drops it when the process dies.
 
     Raises:
-        SweepError: the file system has no locks.
+        SweepError: the file system cannot be written, or has no locks.
     """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(path))
         except OSError as error:
+            if sentence := disk_sentence(error):
+                raise SweepError(sentence) from error
             raise SweepError(
                 f"the file system of {path.parent} has no flock ({error.strerror}), without which two launches "
                 f"could start a run twice; mount it with flock or choose another --root"

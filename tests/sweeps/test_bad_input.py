@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,26 @@ FILES = (
     "provenance.json",
     "probing/status.json",
     "probing/request.json",
+    "evaluating/launch.json",
+    "metrics.jsonl",
+    "speed.jsonl",
+    "budgets/640/model.json",
+    "../../sweep.yaml",
+    "../../collect.json",
+    "../../forecasts.jsonl",
 )
-VERBS = (["status"], ["status", "--json"], ["collect"], ["retry"], ["cancel"], ["launch", "--dry-run"])
+VERBS = (
+    ["status"],
+    ["status", "--json", "--ends"],
+    ["collect"],
+    ["retry"],
+    ["cancel"],
+    ["launch", "--dry-run"],
+    ["probe", "--dry-run"],
+    ["logs"],
+    ["collapse"],
+    ["migrate"],
+)
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
@@ -69,7 +91,7 @@ def finished(write_sweep: Any) -> tuple[Path, Path]:
     return sweep.source, record.path
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FILES), content=odd_bytes)
 def test_any_content_of_a_runs_files(
     name: str, content: bytes, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
@@ -144,3 +166,36 @@ def test_any_record_of_a_sweep(content: str, finished: tuple[Path, Path], capsys
     (run_dir.parent.parent / "sweep.json").write_bytes(content.encode("latin-1"))
     for verb, *options in VERBS:
         call([verb, "tiny", "--root", str(source.parent / "root"), *options], capsys)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 256 kB, for which one has to be root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("may not mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("trouble", ["read-only", "full"])
+def test_a_disk_that_cannot_be_written(
+    trouble: str, small_disk: Path, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run_dir = finished
+    shutil.copytree(run_dir.parents[2], small_disk / "root")
+    (small_disk / "root" / "tiny" / "results.csv").write_text("of before")
+    (small_disk / "a file").write_bytes(b"")
+    if trouble == "full":
+        with contextlib.suppress(OSError):
+            (small_disk / "a file").write_bytes(bytes(256 * 1024))
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for verb, *options in (["collect"], ["retry"], ["cancel"], ["launch"], ["work"], ["probe", "--again"], ["status"]):
+        call([verb, str(source), "--root", str(small_disk / "root"), *options], capsys)
+    with pytest.raises(SystemExit, match="2"):
+        main(["collect", str(source), "--root", str(small_disk / "root")])
+    assert {"full": "No space left", "read-only": "Read-only"}[trouble] in capsys.readouterr().err
+    assert (small_disk / "root" / "tiny" / "results.csv").read_text() == "of before"
+    assert not list(small_disk.rglob(".results*"))

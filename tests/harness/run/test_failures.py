@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.device.distributed import find_placement, start_group
-from aimscale.harness.run.failures import STOP_SIGNALS, classify, run_worker, stop_signals
+from aimscale.harness.run.failures import STOP_SIGNALS, classify, disk_sentence, run_worker, stop_signals
 from aimscale.harness.run.fence import LeaseLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
@@ -105,7 +106,19 @@ def test_another_thread_gets_a_flag_that_no_signal_raises() -> None:
     assert flags == [False]
 
 
-@pytest.mark.parametrize(("error", "code"), [(DataError("no images"), 2), (LeaseLost("taken over"), 1)])
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/status.json")
+
+
+def test_a_disk_that_fails_is_named_with_what_to_do() -> None:
+    sentence = "/runs/a/status.json: No space left on device; free some space"
+    assert classify(FULL)[0] == "node"
+    assert classify(FULL)[1].startswith(sentence)
+    crossed = OSError(errno.EXDEV, os.strerror(errno.EXDEV), "/tmp/x", None, "/runs/a/budgets")
+    assert str(disk_sentence(crossed)).startswith("/runs/a/budgets: Invalid cross-device link; files are renamed")
+    assert disk_sentence(FileNotFoundError(errno.ENOENT, "a defect of ours", "x")) is None
+
+
+@pytest.mark.parametrize(("error", "code"), [(DataError("no images"), 2), (LeaseLost("taken over"), 1), (FULL, 1)])
 def test_a_worker_says_what_is_wrong_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
 ) -> None:
@@ -116,7 +129,8 @@ def test_a_worker_says_what_is_wrong_in_one_sentence(
     with pytest.raises(SystemExit) as ended:
         run_worker(work, "worker RUN_DIR")
     assert ended.value.code == code
-    assert capsys.readouterr().err == f"aimscale: {error}\n"
+    said = disk_sentence(error) if isinstance(error, OSError) else str(error)
+    assert capsys.readouterr().err == f"aimscale: {said}\n"
     monkeypatch.setattr(sys, "argv", ["worker"])
     with pytest.raises(SystemExit, match="usage: python -m worker RUN_DIR"):
         run_worker(work, "worker RUN_DIR")
