@@ -1,9 +1,9 @@
 """Faster forms of two operations that PyTorch runs slowly on a CPU; equal to PyTorch's own but for rounding.
 
 **Float32 linear layers.** PyTorch multiplies float32 matrices with Intel's MKL, which on AMD processors leaves AVX-512
-unused. oneDNN, which ships in the same wheel and which PyTorch uses for bfloat16, takes it: 2.3 times the rate here
-(270 against 118 GFLOP/s a core of an EPYC with AVX-512). No public function leads there, so the operator that
-PyTorch's own compiler calls is used where it exists.
+unused. oneDNN, which ships in the same wheel and which PyTorch uses for bfloat16, takes it: 2.3 times the rate on Zen 5
+(270 against 118 GFLOP/s a core), 1.1 times on Zen 4, where weight gradients lose. So both are timed once per machine.
+No public function leads to oneDNN, so the operator that PyTorch's own compiler calls is used where it exists.
 
 **Attention over a few hundred tokens in bfloat16.** PyTorch's fused kernel is made for long sequences, and its bfloat16
 backward pass for none: whole score matrices through two batched products take a fifth of its time at 64 tokens (torch
@@ -16,7 +16,8 @@ layers back.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from aimscale.aim.cost import DENSE_ATTENTION_TOKENS
+from aimscale.aim.machine import cpu_name, measured_once
 
+CLEARLY = 1.15
+"""oneDNN is taken where it is this much faster: a smaller gain, which noise may hide, is not worth other bits."""
 MIN_LINEAR_FLOPS = 4e6
 """A smaller product takes longer to hand to oneDNN than it gains."""
 MIN_WEIGHT_VALUES = 100_000
@@ -40,30 +44,62 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        num_flops = 2 * input.numel() * self.out_features
-        if num_flops < MIN_LINEAR_FLOPS or input.device.type != "cpu" or not _takes_onednn(input, self.weight):
-            return super().forward(input)
-        out: Tensor = _OneDnnLinear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
-        return out.view(*input.shape[:-1], self.out_features)
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear` of (..., in), (out, in) and (out,), by oneDNN where that is faster."""
+    num_flops = 2 * x.numel() * len(weight)
+    if num_flops < MIN_LINEAR_FLOPS or x.device.type != "cpu" or not _takes_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    out: Tensor = _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def float32_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Product of two float32 matrices (m, k) and (k, n) on the CPU by the faster library of the two."""
-    return _multiply(left, right.t()) if onednn_is_faster() else left @ right
+    return _multiply(left, right.t()) if choice().products else left @ right
+
+
+class Choice(NamedTuple):
+    """Which float32 products oneDNN takes."""
+
+    products: bool
+    """Those of the forward pass and of the gradients of inputs."""
+    weight_gradients: bool
+    """Those of two transposed operands."""
+
+
+def choice() -> Choice:
+    """What was measured for this processor, torch and number of threads, at first use."""
+    return _choice(torch.get_num_threads())
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512, which MKL does not use there, and PyTorch has the operator."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "AuthenticAMD" in file.read(1 << 12)
-    except OSError:
-        return False
+def _choice(num_threads: int) -> Choice:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return Choice(products=False, weight_gradients=False)
+    key = [cpu_name(), torch.__version__, num_threads]
+    return Choice(*measured_once("float32-products", key, lambda: list(_measure())))
+
+
+@torch.no_grad()
+def _measure(side: int = 512, tries: int = 15) -> Choice:
+    """Time both libraries in turns; the best of each counts, since other processes only make it worse."""
+    left, right = torch.randn(2, side, side, generator=torch.Generator().manual_seed(0)).unbind()
+    ways = (
+        lambda: left @ right.t(),
+        lambda: _multiply(left, right),
+        lambda: left.t() @ right,
+        lambda: _multiply(left.t(), right.t()),
+    )
+    best = [float("inf")] * len(ways)
+    for _ in range(tries):
+        for index, way in enumerate(ways):
+            started = time.perf_counter()
+            way()
+            best[index] = min(best[index], time.perf_counter() - started)
+    return Choice(products=best[0] > CLEARLY * best[1], weight_gradients=best[2] > CLEARLY * best[3])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -96,7 +132,8 @@ class _OneDnnLinear(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad
         weight_gradient = None
         if for_weight:
-            by_mkl = torch.get_num_threads() > 1 and weight.numel() < MIN_WEIGHT_VALUES
+            is_small = torch.get_num_threads() > 1 and weight.numel() < MIN_WEIGHT_VALUES
+            by_mkl = is_small or not choice().weight_gradients
             weight_gradient = gradient.t() @ x if by_mkl else _multiply(gradient.t(), x.t())
         return (
             _multiply(gradient, weight.t()) if for_x else None,
@@ -114,7 +151,7 @@ def _multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
-        and onednn_is_faster()
+        and choice().products
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not _is_autocast()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimscale.aim.cpu_kernels import Linear, attend
+from aimscale.aim.cpu_kernels import Linear, attend, linear
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -29,17 +29,26 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(grid * grid, width).float()
 
 
+class PatchProjection(nn.Conv2d):
+    """The released models' convolution whose stride is its kernel, as the one matrix product that it is."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map patches (..., o), cut by `patchify`, to (..., d)."""
+        by_row_column_channel = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return linear(patches.to(self.weight.dtype), by_row_column_channel, self.bias)
+
+
 class Patchifier(nn.Module):
-    """Non-overlapping patches (B, C, H, W) -> normed tokens (B, N, d) in raster order."""
+    """Patches (B, N, o) -> normed tokens (B, N, d)."""
 
     def __init__(self, channels: int, patch_size: int, width: int, norm_eps: float) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(channels, width, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, patches: Tensor) -> Tensor:
         """Embed every patch."""
-        tokens: Tensor = self.norm(self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2))
+        tokens: Tensor = self.norm(self.proj(patches))
         return tokens
 
 

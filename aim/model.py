@@ -48,13 +48,19 @@ class Preprocessor(nn.Module):
         self.order.copy_(torch.tensor(patch_order(self.config.patch_order, self.config.grid)))
         self.positions.copy_(_positions(self.config, self.config.width))
 
-    def in_order(self, raster: Tensor) -> Tensor:
-        """Bring (B, N, ...) from raster into sequence order."""
+    def patches(self, images: Tensor) -> Tensor:
+        """Cut images into patches (B, N, o) in sequence order, in their own precision."""
+        raster = patchify(images, self.config.patch_size)
         return raster if self.config.patch_order == "raster" else raster.index_select(1, self.order)
 
+    def embed(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, o) in sequence order -> tokens; who needs them as targets, too, cuts them once."""
+        tokens: Tensor = self.patchifier(patches)
+        return tokens + self.positions
+
     def forward(self, images: Tensor) -> Tensor:
-        """Embed the patches."""
-        return self.in_order(self.patchifier(images)) + self.positions
+        """Embed the patches of images."""
+        return self.embed(self.patches(images))
 
 
 class Trunk(nn.Module):
@@ -183,6 +189,13 @@ class AIM(nn.Module):
         for block in (*self.trunk.blocks, *self.pixel_head.blocks):
             block.compile()
 
+    def compile_whole(self) -> None:
+        """Run torch.compile on all that a step does on the device, in place, and replay it as CUDA graphs there.
+
+        Shapes must not change from step to step: whole pairs of paired prefixes in every micro-batch.
+        """
+        self._losses = torch.compile(self._losses, mode="reduce-overhead", dynamic=False)  # type: ignore[method-assign]
+
     def forward(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch as a sum and a count, so that any split of a batch adds up exactly.
 
@@ -218,7 +231,7 @@ class AIM(nn.Module):
         Each prediction sees the true patches before it. Normalised predictions are brought back to pixels with the
         true patch's own mean and standard deviation.
         """
-        truth = self._patches(images)
+        truth = self.preprocessor.patches(images)
         predicted = self.predict(images, prefix_len)
         if self.config.target == "normalised":
             mean, std = patch_statistics(truth)
@@ -253,10 +266,6 @@ class AIM(nn.Module):
         parts = 3 if name.endswith("attn.qkv") and self.config.qkv_init == "separate" else 1
         return matrix_scale(self.config, name, fan_in=weight[0].numel(), fan_out=len(weight) // parts)
 
-    def _patches(self, images: Tensor) -> Tensor:
-        """True patches (B, N, o) in sequence order."""
-        return self.preprocessor.in_order(patchify(images, self.config.patch_size))
-
     def _in_prefix(self, prefix_len: Tensor) -> Tensor:
         """Which patches belong to the prefix, bool (B, N, 1)."""
         position = torch.arange(self.config.num_tokens, device=prefix_len.device)
@@ -272,13 +281,19 @@ class AIM(nn.Module):
         if not prefix_len.is_cuda:  # there, looking would wait for the device
             assert ((prefix_len >= 1) & (prefix_len < num_tokens)).all(), "prefix lengths run from 1 to N - 1"
         scored = copy_to(scored_positions(prefix_len, num_tokens), images.device)
-        mask = prefix_causal_mask(copy_to(prefix_len, images.device), num_tokens)
-        tokens = self.trunk(self.preprocessor(images), mask, scored)
+        return self._losses(images, copy_to(prefix_len, images.device), scored), scored
+
+    def _losses(self, images: Tensor, prefix_len: Tensor, scored: Tensor) -> Tensor:
+        """The part of `_scored_losses` that the device does: float32 (M,)."""
+        num_tokens = self.config.num_tokens
+        patches = self.preprocessor.patches(images)
+        mask = prefix_causal_mask(prefix_len, num_tokens)
+        tokens = self.trunk(self.preprocessor.embed(patches), mask, scored)
         predicted = self.pixel_head(tokens, scored % num_tokens).float()
-        targets = self._patches(images).flatten(0, 1).index_select(0, scored + 1)
+        targets = patches.flatten(0, 1).index_select(0, scored + 1)
         if self.config.target == "normalised":
             targets = normalise_patches(targets)
-        return (predicted - targets).square().mean(dim=1), scored
+        return (predicted - targets).square().mean(dim=1)
 
 
 def _positions(config: ModelConfig, width: int) -> Tensor:

@@ -1,12 +1,15 @@
-"""Throughput of one training step against two plain PyTorch loops and the measured matrix-multiplication peak.
+"""Throughput of one training step against PyTorch's own engines and the measured matrix-multiplication peak.
 
-The bare loop is ours without DeepSpeed and bookkeeping: its ratio is what those cost. The peer (`harness.bench.peer`)
-is the loop that others write: its ratio is what scoring only what counts, paired prefixes and faster kernels gain.
+FSDP2 and the bare loop (`harness.bench.reference`) step our own model: their ratios are what DeepSpeed costs. The peer
+(`harness.bench.peer`) is the loop that others write: its ratio is what scoring only what counts, paired prefixes and
+faster kernels gain.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,15 +22,26 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.peer import peer_step
+from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.run.provenance import process_age_s
-from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.engine import CompileMode, Engine, EngineOptions, compile_mode
 from aimscale.harness.step.feed import count_targets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherLoop:
+    """Another engine's steps over the same images."""
+
+    ms_per_step: float
+    """Median."""
+    ours_over_it: float
+    """Our time over its: median of the ratio within neighbouring steps, or on a card of steps one after the other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +55,17 @@ class TrainBench:
     batch_size: int
     """Images per step."""
     micro_batch: int
-    """Images per forward pass."""
+    """Images per forward pass and rank."""
+    world_size: int
+    """Ranks."""
     precision: str
     """fp32 or bf16."""
     zero_stage: int
     """DeepSpeed ZeRO stage."""
     activation_checkpointing: bool
     """Whether activations are recomputed."""
-    compiled: bool
-    """Whether the blocks are compiled."""
+    compiled: CompileMode
+    """What torch.compile works on."""
     device: str
     """Device model."""
     num_threads: int
@@ -68,10 +84,9 @@ class TrainBench:
     """Matrix-multiplication rate measured in the same process."""
     nominal_flops_per_s: float | None
     """The data sheet's."""
-    bare_ms_per_step: float
-    """The same model, batch and optimiser in a plain PyTorch loop, steps interleaved with ours."""
-    ratio_to_bare: float
-    """Median of the ratio within neighbouring steps."""
+    others: dict[str, OtherLoop]
+    """`fsdp2`: the same model under PyTorch's own sharding; `bare`: in a plain loop on one rank, bf16 by autocast;
+    `zero1`, `zero2`: ours at these stages; `peer`: a plain loop that trains as the paper describes."""
     memory_bytes: int
     """Peak of the device, or of the process on a CPU, before the bare loop exists."""
     memory_estimate_bytes: int
@@ -80,10 +95,12 @@ class TrainBench:
     """From the start of the process to the end of the first step."""
     data_wait: float | None = None
     """Share of the time spent waiting for images; null when no data set was given."""
-    peer_ms_per_step: float | None = None
-    """A plain loop that trains as the paper describes, steps interleaved with ours; null when not asked for."""
-    ratio_to_peer: float | None = None
-    """Median of the ratio within neighbouring steps."""
+
+
+Step = Callable[[], Tensor]
+"""One optimiser step over the same images; its loss, on the device."""
+Loop = tuple[Step, Callable[[], object]]
+"""A step, and what gives back its model's memory."""
 
 
 def run(
@@ -93,25 +110,29 @@ def run(
     zero_stage: Literal["auto"] | int = "auto",
     micro_batch: Literal["auto"] | int = "auto",
     activation_checkpointing: Literal["auto"] | bool = "auto",
-    compile_blocks: bool = False,
+    compile_as: Literal["auto", "graphs"] | bool = "auto",
     device: str = "auto",
     num_steps: int = 20,
     batches: Iterator[list[Batch]] | None = None,
     with_peer: bool = False,
+    with_stages: bool = False,
 ) -> TrainBench:
-    """Time `num_steps` optimiser steps of ours and of plain loops, alternating, after three of each to warm up.
+    """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
+
+    On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
 
     Args:
         model_config: the model.
-        optimiser: batch size, precision and the rest.
+        optimiser: batch size, precision and the rest; the batch is that of all ranks.
         zero_stage: as in the runtime configuration.
         micro_batch: as in the runtime configuration.
         activation_checkpointing: as in the runtime configuration.
-        compile_blocks: torch.compile the blocks (ours and the bare loop's).
+        compile_as: `runtime.compile`, of ours and of the plain loops.
         device: `auto`, `cpu` or `cuda`.
         num_steps: timed steps.
         batches: the training loader, to measure the wait for data; None takes random images.
         with_peer: time the peer, too.
+        with_stages: time ZeRO stages 1 and 2, too.
     """
     group = start_group(find_placement(), device)
     plan = execution_plan(
@@ -125,68 +146,109 @@ def run(
         activation_checkpointing=activation_checkpointing,
         on_cpu=group.device.type == "cpu",
     )
-    try:
-        options = EngineOptions(
-            zero_stage=plan.zero_stage,
-            activation_checkpointing=plan.activation_checkpointing,
-            compile=compile_blocks,
-        )
-        engine = Engine(AIM(model_config), optimiser, options, group)
-        step = random_batches(model_config, optimiser.batch_size, plan.micro_batch)
-        num_targets = count_targets(step, model_config.num_tokens)
+    options = EngineOptions(
+        zero_stage=plan.zero_stage,
+        activation_checkpointing=plan.activation_checkpointing,
+        compile=compile_mode(compile_as, group.device, optimiser.precision),
+    )
+    step = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
+    num_targets = group.world_size * count_targets(step, model_config.num_tokens)
 
-        def ours() -> Tensor:
+    def zero(stage: int) -> Engine:
+        return Engine(AIM(model_config), optimiser, dataclasses.replace(options, zero_stage=stage), group)
+
+    def reference(sharded: bool) -> ReferenceEngine:
+        return ReferenceEngine(AIM(model_config), optimiser, options, group, sharded=sharded)
+
+    def loop_of(engine: Engine | ReferenceEngine) -> Loop:
+        def one() -> Tensor:
             return engine.step(step, num_targets=num_targets, lr=optimiser.lr_peak).loss_sum
 
-        _timed(ours)
-        startup_s = process_age_s()
-        for _ in range(2):
-            _timed(ours)
-        memory = device_memory_bytes(group)
-        loops = [ours, bare_step(model_config, optimiser, step, num_targets, group.device, options)]
-        if with_peer:
-            loops.append(peer_step(model_config, optimiser, step, group.device))
-        for loop in loops[1:]:
-            for _ in range(3):
-                _timed(loop)
-        rounds = [[_timed(loop) for loop in loops] for _ in range(num_steps)]
-        our_s, *other_s = (statistics.median(times) for times in zip(*rounds, strict=True))
-        ratios = [statistics.median(times[0] / times[index] for times in rounds) for index in range(1, len(loops))]
+        return one, engine.close
+
+    makers: dict[str, Callable[[], Loop]] = {
+        "ours": lambda: loop_of(zero(plan.zero_stage)),
+        "fsdp2": lambda: loop_of(reference(sharded=True)),
+    }
+    if group.world_size == 1:
+        makers["bare"] = lambda: loop_of(reference(sharded=False))
+    for stage in (1, 2) if with_stages else ():
+        makers[f"zero{stage}"] = functools.partial(lambda stage: loop_of(zero(stage)), stage)
+    if with_peer:
+        makers["peer"] = lambda: (peer_step(model_config, optimiser, step, group.device), gc.collect)
+    try:
+        times, memory_bytes, startup_s = _time_loops(makers, num_steps, group)
+        data_wait = None
+        if batches is not None:
+            engine = zero(plan.zero_stage)
+            data_wait = _data_wait(engine, batches, num_steps, model_config.num_tokens)
+            engine.close()
         peak = measure_peak(group.device, optimiser.precision)
-        images_per_s = optimiser.batch_size / our_s
-        return TrainBench(
-            size=model_config.name,
-            params=param_count(model_config).total,
-            batch_size=optimiser.batch_size,
-            micro_batch=plan.micro_batch,
-            precision=optimiser.precision,
-            zero_stage=plan.zero_stage,
-            activation_checkpointing=plan.activation_checkpointing,
-            compiled=compile_blocks,
-            device=device_name(group.device),
-            num_threads=torch.get_num_threads(),
-            ms_per_step=1000 * our_s,
-            images_per_s=images_per_s,
-            **utilisation(  # type: ignore[arg-type]
-                model_config,
-                peak,
-                images_per_s=images_per_s,
-                scored_tokens=num_targets / optimiser.batch_size,
-                world_size=group.world_size,
-            ),
-            peak_flops_per_s=peak.flops_per_s,
-            nominal_flops_per_s=peak.nominal_flops_per_s,
-            bare_ms_per_step=1000 * other_s[0],
-            ratio_to_bare=ratios[0],
-            peer_ms_per_step=1000 * other_s[1] if with_peer else None,
-            ratio_to_peer=ratios[1] if with_peer else None,
-            memory_bytes=memory,
-            memory_estimate_bytes=plan.estimate.total,
-            startup_s=startup_s,
-            data_wait=None if batches is None else _data_wait(engine, batches, num_steps, model_config.num_tokens),
-        )
     finally:
         stop_group()
+    ours_s = statistics.median(times["ours"])
+    images_per_s = optimiser.batch_size / ours_s
+    return TrainBench(
+        size=model_config.name,
+        params=param_count(model_config).total,
+        batch_size=optimiser.batch_size,
+        micro_batch=plan.micro_batch,
+        world_size=group.world_size,
+        precision=optimiser.precision,
+        zero_stage=plan.zero_stage,
+        activation_checkpointing=plan.activation_checkpointing,
+        compiled=options.compile,
+        device=device_name(group.device),
+        num_threads=torch.get_num_threads(),
+        ms_per_step=1000 * ours_s,
+        images_per_s=images_per_s,
+        **utilisation(  # type: ignore[arg-type]
+            model_config,
+            peak,
+            images_per_s=images_per_s,
+            scored_tokens=num_targets / optimiser.batch_size,
+            world_size=group.world_size,
+        ),
+        peak_flops_per_s=peak.flops_per_s,
+        nominal_flops_per_s=peak.nominal_flops_per_s,
+        others={
+            name: OtherLoop(
+                ms_per_step=1000 * statistics.median(its),
+                ours_over_it=statistics.median(our / other for our, other in zip(times["ours"], its, strict=True)),
+            )
+            for name, its in times.items()
+            if name != "ours"
+        },
+        memory_bytes=memory_bytes,
+        memory_estimate_bytes=plan.estimate.total,
+        startup_s=startup_s,
+        data_wait=data_wait,
+    )
+
+
+def _time_loops(
+    makers: dict[str, Callable[[], Loop]], num_steps: int, group: Group
+) -> tuple[dict[str, list[float]], int, float]:
+    """Seconds of every loop's steps; memory before the second loop is made; seconds to the end of the first step."""
+    is_on_cpu = group.device.type == "cpu"
+    times: dict[str, list[float]] = {}
+    memory_bytes, startup_s = 0, 0.0
+    for together in [list(makers)] if is_on_cpu else [[name] for name in makers]:
+        loops: dict[str, Loop] = {}
+        for name in together:
+            loops[name] = makers[name]()
+            for _ in range(3):
+                _timed(loops[name][0])
+                startup_s = startup_s or process_age_s()
+            memory_bytes = memory_bytes or device_memory_bytes(group)
+        rounds = [{name: _timed(step) for name, (step, _) in loops.items()} for _ in range(num_steps)]
+        times |= {name: [each[name] for each in rounds] for name in loops}
+        for _, close in loops.values():
+            close()
+        del loops
+        if not is_on_cpu:
+            torch.cuda.empty_cache()
+    return times, memory_bytes, startup_s
 
 
 def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> list[Batch]:
@@ -201,44 +263,7 @@ def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> li
     return [Batch(images=i, prefix_len=s, positions=p) for i, s, p in zip(*parts, strict=True)]
 
 
-def bare_step(
-    config: ModelConfig,
-    optimiser: OptimiserSection,
-    step: list[Batch],
-    num_targets: int,
-    device: torch.device,
-    options: EngineOptions,
-) -> Callable[[], Tensor]:
-    """One step of the loop that anybody would write: fused AdamW, clipping, autocast for bf16."""
-    model = AIM(config).to(device)
-    model.set_activation_checkpointing(options.activation_checkpointing)
-    if options.compile:
-        model.compile_blocks()
-    adamw = torch.optim.AdamW(
-        model.param_groups(optimiser.weight_decay),
-        lr=optimiser.lr_peak,
-        betas=optimiser.betas,
-        eps=optimiser.eps,
-        fused=True,
-    )
-
-    def one() -> Tensor:
-        total = torch.zeros((), device=device)
-        for batch in step:
-            images = batch.images_on(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=optimiser.precision == "bf16"):
-                loss_sum, _ = model(images, batch.prefix_len)
-            (loss_sum / num_targets).backward()
-            total += loss_sum.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.clip_norm)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        return total
-
-    return one
-
-
-def _timed(step: Callable[[], Tensor]) -> float:
+def _timed(step: Step) -> float:
     """Seconds of one step, to the moment its loss is on the host."""
     started = time.perf_counter()
     step().item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,9 @@ def train(
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     zero_stage: Annotated[int | None, typer.Option(help="ZeRO stage; default: the memory rule.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Images per forward pass; default: the memory rule.")] = None,
-    compile_blocks: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
+    compile_as: Annotated[
+        str, typer.Option("--compile", help="`runtime.compile`: auto, true, false or graphs.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Torch threads (CPU).")] = 1,
     workers: Annotated[int, typer.Option(help="Loader processes, with --config.")] = 0,
@@ -46,14 +49,15 @@ def train(
             "independent prefixes, autocast for bf16.",
         ),
     ] = False,
+    stages: Annotated[bool, typer.Option("--stages", help="Time ZeRO stages 1 and 2 beside each other.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """ms/step, images/s, MFU, data wait, peak memory, and the ratios to plain PyTorch loops, in one run."""
+    """ms/step, images/s, MFU, data wait, peak memory, and the ratios to PyTorch's FSDP2 and plain loops, in one run."""
     import torch
 
     from aimscale.aim.config import model_config
     from aimscale.harness.bench.train import run
-    from aimscale.harness.run.config import OptimiserSection, load_run_config, parse
+    from aimscale.harness.run.config import OptimiserSection, RuntimeConfig, load_run_config, parse
     from aimscale.harness.run.row import model_of
 
     torch.set_num_threads(threads)
@@ -87,25 +91,28 @@ def train(
         optimiser,
         zero_stage="auto" if zero_stage is None else zero_stage,
         micro_batch="auto" if micro_batch is None else micro_batch,
-        compile_blocks=compile_blocks,
+        compile_as=parse(RuntimeConfig, {"compile": compile_as}, "the command line").compile,
         device=device,
         num_steps=steps,
         batches=batches,
         with_peer=peer,
+        with_stages=stages,
     )
-    values = dataclasses.asdict(measured)
+    if int(os.environ["RANK"]) > 0:
+        return
     if as_json:
-        typer.echo(json.dumps(values))
+        typer.echo(json.dumps(dataclasses.asdict(measured)))
         return
     typer.echo(
         f"{measured.size}, {measured.params:,} parameters, batch {measured.batch_size} (micro-batch "
         f"{measured.micro_batch}), {measured.precision}, ZeRO {measured.zero_stage}, {measured.device}, "
-        f"{measured.num_threads} thread(s)"
+        f"{measured.world_size} rank(s) of {measured.num_threads} thread(s), compiled: {measured.compiled}"
     )
-    plain = f"{measured.bare_ms_per_step:.1f} ms; ours / bare = {measured.ratio_to_bare:.3f}"
-    others = {"bare PyTorch loop": plain}
-    if measured.ratio_to_peer is not None:
-        others["loop as published"] = f"{measured.peer_ms_per_step:.1f} ms; ours / peer = {measured.ratio_to_peer:.3f}"
+    names = {"fsdp2": "PyTorch FSDP2", "bare": "bare PyTorch loop", "peer": "loop as published"}
+    others = {
+        names.get(name, f"ZeRO stage {name[-1]}"): f"{it.ms_per_step:.1f} ms; ours / it = {it.ours_over_it:.3f}"
+        for name, it in measured.others.items()
+    }
     wait = "not measured (give --config)" if measured.data_wait is None else f"{100 * measured.data_wait:.1f} %"
     _table(
         {

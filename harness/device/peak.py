@@ -22,8 +22,8 @@ import torch
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.cpu_kernels import float32_matmul
-from aimscale.harness.run.files import cache_folder, write_json
-from aimscale.harness.run.provenance import cpu_name
+from aimscale.aim.machine import cache_folder, cpu_name
+from aimscale.harness.run.files import write_json
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}
 """n on a CPU: as fast as 2048, and short enough to finish between two interruptions by other processes (measured on a

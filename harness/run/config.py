@@ -258,6 +258,19 @@ class EvaluationConfig(Section):
     """Where the features are measured."""
 
 
+class ProfileSection(Section):
+    """Steps whose time and memory are recorded."""
+
+    steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    """First and last of them, counted from 1 at every start of the run; the first few steps only warm up."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ProfileSection:
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"profile.steps {list(self.steps)} ends before it begins")
+        return self
+
+
 class RuntimeConfig(Section):
     """How and where a run is executed; none of this may change its result."""
 
@@ -273,8 +286,10 @@ class RuntimeConfig(Section):
     """Keep master weights and moments in host memory (ZeRO 1 to 3); `auto` where nothing else fits."""
     offload_weights: Literal["auto"] | bool = "auto"
     """Keep the weights there, too, between their uses (ZeRO 3 with `offload_optimiser`)."""
-    compile: bool = False
-    """torch.compile the blocks."""
+    compile: Literal["auto", "graphs"] | bool = "auto"
+    """torch.compile the blocks; `auto` does on a card and not on a CPU, where it is refused as far as it is slower.
+    `graphs` compiles the model as a whole into CUDA graphs, for small models on a card, whose kernels end faster than
+    they are launched."""
     num_workers: int = Field(0, ge=0)
     """Loader processes per rank; 0 loads in a thread of the trainer."""
     augment_on: Literal["loader", "device"] = "loader"
@@ -301,6 +316,8 @@ class RuntimeConfig(Section):
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Besides `metrics.jsonl`, which is always written; W&B groups by sweep and tags with size and budgets."""
+    profile: ProfileSection | None = None
+    """Write a torch profiler trace of some steps and a memory snapshot into the run's `profile/`, for each rank."""
     max_skipped_steps: int = Field(20, ge=0)
     """Consecutive non-finite steps after which a run stops as diverged, where it cannot roll back."""
 

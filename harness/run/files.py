@@ -25,12 +25,6 @@ from aimscale.harness.run.fence import aside_dir, aside_file, keeping_fence, mak
 T = TypeVar("T")
 
 
-def cache_folder() -> Path:
-    """Where this user's processes keep what they measured once: `$AIMSCALE_CACHE`, by default `~/.cache/aimscale`."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("AIMSCALE_CACHE") or os.path.join(home, "aimscale"))
-
-
 @contextlib.contextmanager
 def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to in place of `path`, which it replaces at the block's end; after an error nothing is left.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
+from aimscale.aim.machine import cpu_name
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import process_started, read_object, write_json
 
@@ -50,17 +51,6 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def process_age_s() -> float:

@@ -13,16 +13,18 @@ import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from aimscale.aim.cpu_kernels import choice
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, import_deepspeed
 from aimscale.harness.device.memory import MAX_BUCKET_VALUES
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 
+CompileMode = Literal["none", "blocks", "graphs"]
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -34,8 +36,8 @@ class EngineOptions:
     """0: everything on every rank; 1: optimiser state is split over ranks; 2: gradients too; 3: weights too."""
     activation_checkpointing: bool = False
     """Recompute block activations in the backward pass."""
-    compile: bool = False
-    """torch.compile the blocks."""
+    compile: CompileMode = "none"
+    """torch.compile: nothing, every block, or the whole model into CUDA graphs."""
     offload_optimiser: bool = False
     """Keep master weights and moments in host memory and update them there; ZeRO 1 to 3."""
     offload_weights: bool = False
@@ -128,8 +130,7 @@ class Engine:
         self.is_bf16 = optimiser.precision == "bf16"
         if options.activation_checkpointing:
             model.set_activation_checkpointing(True)  # type: ignore[operator]
-        if options.compile:
-            model.compile_blocks()  # type: ignore[operator]
+        compile_model(model, options.compile)
         num_values = sum(p.numel() for p in model.parameters())
         initial = {name: p.detach().clone() for name, p in model.named_parameters()} if self.is_bf16 else {}
         if self.is_bf16:
@@ -264,6 +265,32 @@ class Engine:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif self.options.zero_stage > 0:
             self._optimizer.update_lp_params()
+
+
+def compile_mode(wanted: Literal["auto", "graphs"] | bool, device: torch.device, precision: str) -> CompileMode:
+    """What `runtime.compile` means on a device: on a card `auto` compiles the blocks, on a CPU nothing.
+
+    Raises:
+        ConfigError: it was asked for where it makes steps slower.
+    """
+    if device.type == "cuda":
+        return "graphs" if wanted == "graphs" else "blocks" if wanted else "none"
+    if wanted in ("auto", False):
+        return "none"
+    if wanted == "graphs" or precision == "bf16" or choice().products:
+        raise ConfigError(
+            f"runtime.compile {wanted} makes {precision} steps slower on this CPU, where compiled graphs leave out the "
+            "faster kernels; leave it on auto"
+        )
+    return "blocks"
+
+
+def compile_model(model: Any, mode: CompileMode) -> None:
+    """Compile a model in place, before it is wrapped."""
+    if mode == "blocks":
+        model.compile_blocks()
+    elif mode == "graphs":
+        model.compile_whole()
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -34,11 +34,12 @@ from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
 from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest
-from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.engine import Engine, EngineOptions, compile_mode
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.budget import save_budget, training_columns
 from aimscale.harness.train.evaluate import record_row
+from aimscale.harness.train.profile import StepProfiler
 
 
 class Trainer:
@@ -78,7 +79,7 @@ class Trainer:
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
-                compile=runtime.compile,
+                compile=compile_mode(runtime.compile, group.device, training.optimiser.precision),
                 offload_optimiser=self.plan.offload_optimiser,
                 offload_weights=self.plan.offload_weights,
             ),
@@ -88,6 +89,8 @@ class Trainer:
         self.writer = CheckpointWriter(self.engine, group, watch.check)
         self.saved_at = time.monotonic()
         self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
+        steps = runtime.profile.steps if runtime.profile else None
+        self.profiler = StepProfiler(run.path / "profile", steps, group)
         self.recorder = Recorder(
             run, config, group, self.model_config, self.peak, images_planned=self.schedule.images_planned()
         )
@@ -133,6 +136,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the terminal and the loggers, and give back the memory of weights, gradients and optimiser states."""
+        self.profiler.close()
         self.recorder.close()
         self.writer.close()
         self.engine.close()
@@ -223,6 +227,7 @@ class Trainer:
                 if step.must_stop:
                     self._save(position, segment.branch)
                     raise PreemptedError
+                self.profiler.before_step()
                 lr = self.schedule.lr(position, segment.branch)
                 try:
                     with self.watch.step():

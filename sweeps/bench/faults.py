@@ -23,8 +23,9 @@ import torch
 import yaml
 
 from aimscale.aim.errors import UserError
+from aimscale.aim.machine import cpu_name
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
-from aimscale.harness.run.provenance import cpu_name, git_commit
+from aimscale.harness.run.provenance import git_commit
 from aimscale.sweeps.bench.disturb import CROWD, FAULTS, IMAGES, PACKED, PATIENCE_S, Disturbed, Victim
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 

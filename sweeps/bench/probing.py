@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from aimscale.aim.cost import flops_per_image
+from aimscale.aim.machine import cpu_name
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
 from aimscale.harness.data.random_access import make_key, random_uniform
@@ -32,7 +33,7 @@ from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.device.peak import measure_peak
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, run_config
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.provenance import cpu_name, git_commit
+from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs
 

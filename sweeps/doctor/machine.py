@@ -103,8 +103,8 @@ def check_python() -> Check:
 
 
 def check_compiler() -> Check:
-    """Compile an empty extension; only `runtime.compile` (torch.compile) needs that once aimscale is installed."""
-    need = "without it `runtime.compile: true` fails; nothing else needs it"
+    """Compile an empty extension; only torch.compile, which runs on a card, needs that once aimscale is installed."""
+    need = "without it runs on a card need `runtime.compile: false`; nothing else needs it"
     found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
     if found is None:
         return Check("compiler", "warn", "no C compiler on the PATH", f"Install gcc and g++ ({need}).")

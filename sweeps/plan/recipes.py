@@ -97,7 +97,6 @@ L3M = replace(
         "objective": {"target": "normalised", "prefix": "uniform"},
         "optimiser": {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.05, "clip_norm": 1.0},
         "schedule": {"lr_start": 1e-6, "lr_end": 0.0},
-        "runtime": {"compile": True},
     },
 )
 

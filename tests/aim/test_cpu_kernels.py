@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from aimscale.aim import cpu_kernels
 from aimscale.aim.config import model_config
-from aimscale.aim.cpu_kernels import Linear, attend, float32_matmul, onednn_is_faster
+from aimscale.aim.cpu_kernels import Choice, Linear, attend, float32_matmul
 from aimscale.aim.model import AIM
 from aimscale.aim.objective import prefix_causal_mask
 
@@ -26,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append((*left.shape, len(right)))
         return multiply(left, right, bias)
 
-    monkeypatch.setattr(cpu_kernels, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(cpu_kernels, "choice", lambda: Choice(products=True, weight_gradients=True))
     monkeypatch.setattr(cpu_kernels, "_multiply", noted)
     return seen
 
@@ -82,7 +84,22 @@ def test_other_inputs_take_pytorchs_way(calls: list) -> None:
 def test_matmul_by_either_library() -> None:
     left, right = torch.randn(64, 48), torch.randn(48, 80)
     torch.testing.assert_close(float32_matmul(left, right), left @ right, rtol=1e-5, atol=1e-5)
-    assert onednn_is_faster() in (True, False)
+
+
+def test_both_libraries_are_measured_once_and_every_process_takes_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another choice in a rank, or after a restart, would end a run with other bits."""
+    monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path))
+    found = iter([Choice(products=True, weight_gradients=False), Choice(products=False, weight_gradients=True)])
+    monkeypatch.setattr(cpu_kernels, "_measure", lambda: next(found))
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no such operator")
+    monkeypatch.setattr(cpu_kernels, "_choice", cpu_kernels._choice.__wrapped__)  # a process that knows nothing yet
+    assert [cpu_kernels.choice() for _ in range(2)] == [Choice(products=True, weight_gradients=False)] * 2
+    (file,) = tmp_path.iterdir()
+    file.write_text("damaged")
+    assert cpu_kernels.choice() == Choice(products=False, weight_gradients=True)
 
 
 @pytest.mark.parametrize("masked", [True, False])

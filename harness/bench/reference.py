@@ -1,0 +1,83 @@
+"""The engines beside which DeepSpeed's cost per step is a number: plain PyTorch alone, and PyTorch's own FSDP2.
+
+Both step the same model over the same images behind `step` and `close` of `harness.step.engine.Engine`, without its
+guard against steps that are not finite. Neither trains runs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from aimscale.aim.model import AIM
+from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.engine import EngineOptions, StepOutcome, compile_model
+
+
+class ReferenceEngine:
+    """AdamW in plain PyTorch: sharded by `fully_shard`, or on one rank and by autocast, as anybody would write it."""
+
+    def __init__(
+        self, model: AIM, optimiser: OptimiserSection, options: EngineOptions, group: Group, *, sharded: bool
+    ) -> None:
+        """Take float32 weights; under FSDP2 bf16 means bf16 weights for use, float32 shards and float32 reduction."""
+        assert sharded or group.world_size == 1, "the bare loop knows one rank"
+        is_bf16 = optimiser.precision == "bf16"
+        self._group, self._clip_norm = group, optimiser.clip_norm
+        self._autocasts = is_bf16 and not sharded
+        self._model = model.to(group.device)
+        model.set_activation_checkpointing(options.activation_checkpointing)
+        compile_model(model, options.compile)
+        if sharded:
+            _shard(model, is_bf16)
+        self._adamw = torch.optim.AdamW(
+            model.param_groups(optimiser.weight_decay),
+            lr=optimiser.lr_peak,
+            betas=optimiser.betas,
+            eps=optimiser.eps,
+            fused=True,
+        )
+
+    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
+        """As `Engine.step`; every step is applied."""
+        for param_group in self._adamw.param_groups:
+            param_group["lr"] = lr * param_group["lr_scale"]
+        scale = self._group.world_size / num_targets  # FSDP2, too, takes the mean over ranks
+        loss_sum = torch.zeros((), device=self._group.device)
+        for index, batch in enumerate(micro_batches):
+            if isinstance(self._model, FSDPModule):
+                self._model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            with torch.autocast(self._group.device.type, torch.bfloat16, enabled=self._autocasts):
+                batch_loss_sum, _ = self._model(batch.images_on(self._group.device), batch.prefix_len)
+            (batch_loss_sum * scale).backward()
+            loss_sum += batch_loss_sum.detach()
+        norm: Any = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return StepOutcome(
+            loss_sum=loss_sum, grad_norm=norm.full_tensor() if hasattr(norm, "full_tensor") else norm, was_applied=True
+        )
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        del self._model, self._adamw
+        gc.collect()
+
+
+def _shard(model: AIM, is_bf16: bool) -> None:
+    """Every block is gathered on its own, the rest with the model."""
+    half = torch.bfloat16 if is_bf16 else None
+    # Images stay float32, from which targets are computed.
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in (*model.trunk.blocks, *model.pixel_head.blocks):
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    for buffer in model.buffers() if is_bf16 else ():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(torch.bfloat16)

@@ -1,0 +1,71 @@
+"""FSDP2 and the bare loop take DeepSpeed's steps, so that their times may be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.bench.reference import ReferenceEngine
+from aimscale.harness.bench.train import random_batches
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.run.config import ConfigError, OptimiserSection
+from aimscale.harness.step.engine import Engine, EngineOptions, compile_mode
+from aimscale.harness.step.feed import count_targets
+
+CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
+
+
+def losses(rank: int, out: Path) -> None:
+    """Losses and gradient norms of ten steps on the same images, by precision and engine."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    step = random_batches(CONFIG, 16, 4)[rank :: group.world_size]
+    num_targets = group.sum_counts(count_targets(step, CONFIG.num_tokens))[0]
+    found: dict[str, dict[str, list[float]]] = {}
+    for precision in ("fp32", "bf16"):
+        optimiser = OptimiserSection(batch_size=16, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
+        options = EngineOptions(zero_stage=2)
+        engines: dict[str, Engine | ReferenceEngine] = {"zero2": Engine(AIM(CONFIG), optimiser, options, group)}
+        engines["fsdp2"] = ReferenceEngine(AIM(CONFIG), optimiser, options, group, sharded=True)
+        if group.world_size == 1:
+            engines["bare"] = ReferenceEngine(AIM(CONFIG), optimiser, options, group, sharded=False)
+        for name, engine in engines.items():
+            values = found.setdefault(precision, {})[name] = []
+            for _ in range(10):
+                outcome = engine.step(step, num_targets=num_targets, lr=3e-3)
+                values += [group.sum_tensor(outcome.loss_sum.clone()).item(), float(outcome.grad_norm)]
+            engine.close()
+    stop_group()
+    if rank == 0:
+        out.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_engines_take_the_same_steps(
+    world_size: int, tmp_path: Path, in_processes: Callable[..., list[int]]
+) -> None:
+    out = tmp_path / "losses.json"
+    assert in_processes(losses, out, world_size=world_size) == [0] * world_size
+    for precision, tolerance in (("fp32", 2e-5), ("bf16", 2e-2)):
+        ours, *others = json.loads(out.read_text())[precision].values()
+        assert ours[-2] < 0.95 * ours[0], "the loss falls"
+        assert len(others) == (2 if world_size == 1 else 1)
+        for theirs in others:
+            assert theirs == pytest.approx(ours, rel=tolerance)
+
+
+def test_compiling_is_refused_where_it_is_slower() -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert [compile_mode(wanted, card, "bf16") for wanted in ("auto", True, False, "graphs")] == [
+        "blocks", "blocks", "none", "graphs",
+    ]  # fmt: skip
+    assert compile_mode("auto", cpu, "fp32") == compile_mode(False, cpu, "bf16") == "none"
+    for wanted, precision in ((True, "bf16"), ("graphs", "fp32")):
+        with pytest.raises(ConfigError, match=f"runtime.compile {wanted} makes {precision} steps slower on this CPU"):
+            compile_mode(wanted, cpu, precision)  # type: ignore[arg-type]
