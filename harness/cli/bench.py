@@ -171,6 +171,8 @@ def gemm(
 
     torch.set_num_threads(threads)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # as training does there
     peaks = [measure_peak(torch.device(name), precision) for precision in ("fp32", "bf16")]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(peak) for peak in peaks]))

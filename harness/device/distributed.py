@@ -253,6 +253,7 @@ def start_group(placement: Placement, device_name: str) -> Group:
     else:
         device = torch.device("cuda", card_index(placement, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # tensor cores (TF32)
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(

@@ -267,13 +267,17 @@ class Engine:
             self._optimizer.update_lp_params()
 
 
-def compile_mode(wanted: Literal["auto", "graphs"] | bool, device: torch.device, precision: str) -> CompileMode:
-    """What `runtime.compile` means on a device: on a card `auto` compiles the blocks, on a CPU nothing.
+def compile_mode(
+    wanted: Literal["auto", "graphs"] | bool, device: torch.device, precision: str, zero_stage: int
+) -> CompileMode:
+    """What `runtime.compile` means: `auto` compiles the blocks on a card, but not at ZeRO 3, whose hooks break graphs.
 
     Raises:
         ConfigError: it was asked for where it makes steps slower.
     """
     if device.type == "cuda":
+        if wanted == "auto" and zero_stage == 3:
+            return "none"
         return "graphs" if wanted == "graphs" else "blocks" if wanted else "none"
     if wanted in ("auto", False):
         return "none"

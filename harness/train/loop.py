@@ -16,6 +16,7 @@ import torch
 
 from aimscale.aim.model import AIM
 from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group
@@ -79,7 +80,7 @@ class Trainer:
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
-                compile=compile_mode(runtime.compile, group.device, training.optimiser.precision),
+                compile=compile_mode(runtime.compile, group.device, training.optimiser.precision, self.plan.zero_stage),
                 offload_optimiser=self.plan.offload_optimiser,
                 offload_weights=self.plan.offload_weights,
             ),
@@ -214,6 +215,8 @@ class Trainer:
             num_workers=self.config.runtime.num_workers,
             pin_memory=self.group.device.type == "cuda",
         )
+        if self.group.device.type == "cuda":
+            batches = on_device_ahead(batches, self.group.device)
         every, roll_back = self.config.runtime.checkpoint_every_images, self.config.training.roll_back
 
         def is_crossed(distance: int | None) -> bool:

@@ -226,7 +226,7 @@ def test_every_earlier_patch_and_the_whole_prefix_are_used(order: str) -> None:
     prediction = model.predict(image, torch.tensor([prefix]))[0]
     for patch in range(prefix, config.num_tokens):
         (gradient,) = torch.autograd.grad(prediction[patch].sum(), image, retain_graph=True)
-        used = model._patches(gradient)[0].abs().amax(1) > 0
+        used = model.preprocessor.patches(gradient)[0].abs().amax(1) > 0
         assert used.tolist() == [k < patch for k in range(config.num_tokens)]
 
 
@@ -347,9 +347,9 @@ def test_complete_keeps_the_prefix_and_pastes_predictions_in_pixels() -> None:
     model = make(config)
     images, prefix_len = batch(config)
     with torch.no_grad():
-        completed = model._patches(model.complete(images, prefix_len))
+        completed = model.preprocessor.patches(model.complete(images, prefix_len))
         predicted = model.predict(images, prefix_len)
-    truth = model._patches(images)
+    truth = model.preprocessor.patches(images)
     for index, prefix in enumerate(prefix_len.tolist()):
         torch.testing.assert_close(completed[index, :prefix], truth[index, :prefix])
         std = truth[index, prefix:].var(1, keepdim=True).add(1e-6).sqrt()

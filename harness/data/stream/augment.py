@@ -107,20 +107,21 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """uint8 (..., C, H, W) to float32, ImageNet mean and standard deviation; one channel takes their averages."""
-    mean, std = _moments(images)
+    mean, std = _moments(images.device, images.shape[-3])
     return images.float().sub_(255 * mean).div_(255 * std)
 
 
 def denormalise(images: torch.Tensor) -> torch.Tensor:
     """Inverse of `normalise`: float32 (..., C, H, W) to uint8, clipped."""
-    mean, std = _moments(images)
+    mean, std = _moments(images.device, images.shape[-3])
     return (images.float() * (255 * std) + 255 * mean).round().clamp(0, 255).byte()
 
 
-def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, 1, 1) mean and standard deviation of pixels in 0..1, on the images' device."""
-    mean, std = torch.tensor(IMAGE_MEAN, device=images.device), torch.tensor(IMAGE_STD, device=images.device)
-    if images.shape[-3] == 1:
+@functools.cache
+def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C, 1, 1) mean and standard deviation of pixels in 0..1; made once, since a card waits for such copies."""
+    mean, std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
+    if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
     return mean[:, None, None], std[:, None, None]
 

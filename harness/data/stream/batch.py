@@ -39,12 +39,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def on(self, device: torch.device | str) -> Batch:
+        """The batch with its images on a device, resized and jittered there, bytes still."""
+        is_cut = isinstance(self.images, Crops)
+        images = self.images.resized(device) if is_cut else self.images.to(device, non_blocking=True)  # type: ignore[union-attr]
+        return dataclasses.replace(self, images=images.contiguous())
+
     def images_on(self, device: torch.device | str) -> torch.Tensor:
         """float32 (B, C, H, W), normalised; bytes are moved first, and resized and normalised on the device."""
-        if isinstance(self.images, Crops):
-            images = self.images.resized(device)
-        else:
-            images = self.images.to(device, non_blocking=True).contiguous()
+        images = self.on(device).images
+        assert isinstance(images, torch.Tensor)
         return normalise(images) if images.dtype == torch.uint8 else images
 
     def pin_memory(self) -> Batch:

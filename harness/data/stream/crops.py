@@ -8,6 +8,7 @@ places give the same bytes, and a run may change place when it is resumed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aimscale.aim.model import copy_to
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.augment import crop_resize
 from aimscale.harness.data.stream.jitter import jitter_colours
@@ -108,7 +110,7 @@ def resize_exactly(crops: list[Tensor], flip: npt.NDArray[np.bool_], size: int) 
     assert crops, "resize_exactly: no crops"
     device, channels = crops[0].device, crops[0].shape[-1]
     images = torch.empty(len(crops), channels, size, size, dtype=torch.uint8, device=device)
-    flips = torch.from_numpy(flip).to(device, non_blocking=True)
+    flips = copy_to(torch.from_numpy(flip), device)
     for first in range(0, len(crops), _GROUP):
         group = crops[first : first + _GROUP]
         heights, widths = ([crop.shape[axis] for crop in group] for axis in (0, 1))
@@ -125,8 +127,9 @@ def resize_exactly(crops: list[Tensor], flip: npt.NDArray[np.bool_], size: int) 
 
 def _resize_last(values: Tensor, lengths: list[int], size: int) -> Tensor:
     """Resize the last axis of (B, M, L), integers 0..255 in float32, of which the first `lengths` count, to `size`."""
-    length = torch.tensor(lengths, dtype=torch.float64, device=values.device)
-    weights, precision = _integer_weights(length, size, values.shape[-1])
+    length = copy_to(torch.tensor(lengths, dtype=torch.float64), values.device)
+    num_taps = 2 * math.ceil(2 * max(1.0, max(lengths) / size)) + 1
+    weights, precision = _integer_weights(length, size, values.shape[-1], num_taps)
     low = torch.remainder(weights, _PART)
     digits = torch.cat([(weights - low) / _PART, low], dim=1).float()
     high_sum, low_sum = torch.bmm(values, digits.mT).int().split(size, dim=-1)  # integers below 2^24: exact
@@ -135,8 +138,8 @@ def _resize_last(values: Tensor, lengths: list[int], size: int) -> Tensor:
     return torch.bitwise_right_shift(total, shift).clamp_(0, 255).float()
 
 
-def _integer_weights(length: Tensor, size: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Weights of the antialiased bicubic filter from `length` (B,) to `size` pixels, as integers.
+def _integer_weights(length: Tensor, size: int, num_columns: int, num_taps: int) -> tuple[Tensor, Tensor]:
+    """Weights of the antialiased bicubic filter from `length` (B,) to `size` pixels, as integers; `num_taps` hold all.
 
     Returns:
         float64 (B, size, num_columns), multiples of one, and the precision p, int32 (B,): a weight is its integer over
@@ -145,7 +148,6 @@ def _integer_weights(length: Tensor, size: int, num_columns: int) -> tuple[Tenso
     scale = (length / size)[:, None, None]
     stretch = scale.clamp(min=1.0)
     centre = (torch.arange(size, dtype=torch.float64, device=length.device)[:, None] + 0.5) * scale
-    num_taps = 2 * int(torch.ceil(2 * stretch.max())) + 1
     first = torch.floor(centre - 2 * stretch + 0.5).clamp(min=0)
     column = first + torch.arange(num_taps, dtype=torch.float64, device=length.device)
     distance = ((column - centre + 0.5) * (1.0 / stretch)).abs()

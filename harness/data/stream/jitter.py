@@ -10,6 +10,7 @@ each colour become bytes before one is chosen, by masks of bits. Brightness and 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as colour
 
+from aimscale.aim.model import copy_to
 from aimscale.harness.data.random_access import I64, random_uniform
 
 _PROBABILITY = 0.8
@@ -130,9 +132,9 @@ def jitter_exactly(images: Tensor, key: int, positions: I64) -> Tensor:
         for number, change in enumerate(_CHANGES):
             rows = np.flatnonzero(chosen & (order[:, stage] == number))
             if rows.size and (images.shape[1] == 3 or number < 2):  # a grey image has neither saturation nor hue
-                where = torch.from_numpy(rows).to(images.device)
-                by = torch.from_numpy(strength[rows, number, None, None, None])
-                images[where] = change(images[where], by if number == 3 else by.to(images.device))
+                where = copy_to(torch.from_numpy(rows), images.device)
+                by = copy_to(torch.from_numpy(strength[rows, number, None, None, None]), images.device)
+                images[where] = change(images[where], by)
     return images
 
 
@@ -160,8 +162,31 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    turned = [colour.adjust_hue(image, by) for image, by in zip(images, shift.flatten().tolist(), strict=True)]
-    return torch.stack(turned)
+    values = images.float()
+    values = values / torch.full_like(values, 255)  # a tensor: a card multiplies by the inverse of a number
+    red, green, _ = values.unbind(1)
+    value = values.amax(1)
+    spread = value - values.amin(1)
+    is_grey = spread == 0
+    saturation = spread / value.masked_fill(is_grey, 1)
+    distance = (value[:, None] - values) / spread.masked_fill(is_grey, 1)[:, None]
+    from_red, from_green, from_blue = distance.unbind(1)
+    by_green_or_blue = torch.where(value == green, from_red + 2 - from_blue, from_green + 4 - from_red)
+    hue = torch.where(value == red, from_blue - from_green, by_green_or_blue)
+    hue = hue.mul(1 / 6).add(1).fmod(1)
+    hue = (hue + shift.float()[:, 0]).remainder(1)
+    six = hue * 6
+    sextant = six.floor()
+    product, rest = saturation * (six - sextant), 1 - saturation
+    levels = torch.stack([torch.ones_like(value), rest, 1 - product, product + rest], dim=1) * value[:, None]
+    which = _level_by_sextant(images.device)[:, sextant.long().remainder(6)].movedim(0, 1)
+    return (levels.clamp(0, 1).gather(1, which) * (256 - 1e-3)).to(torch.uint8)
+
+
+@functools.cache
+def _level_by_sextant(device: torch.device) -> Tensor:
+    """Which of value, low, falling and rising each of red, green and blue is, int64 (3, 6)."""
+    return torch.tensor([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]], device=device)
 
 
 _CHANGES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (_brightness, _contrast, _saturation, _hue)

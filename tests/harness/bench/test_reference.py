@@ -62,10 +62,10 @@ def test_the_engines_take_the_same_steps(
 
 def test_compiling_is_refused_where_it_is_slower() -> None:
     cpu, card = torch.device("cpu"), torch.device("cuda")
-    assert [compile_mode(wanted, card, "bf16") for wanted in ("auto", True, False, "graphs")] == [
+    assert [compile_mode(wanted, card, "bf16", 1) for wanted in ("auto", True, False, "graphs")] == [
         "blocks", "blocks", "none", "graphs",
     ]  # fmt: skip
-    assert compile_mode("auto", cpu, "fp32") == compile_mode(False, cpu, "bf16") == "none"
+    assert compile_mode("auto", card, "bf16", 3) == compile_mode("auto", cpu, "fp32", 0) == "none"
     for wanted, precision in ((True, "bf16"), ("graphs", "fp32")):
         with pytest.raises(ConfigError, match=f"runtime.compile {wanted} makes {precision} steps slower on this CPU"):
-            compile_mode(wanted, cpu, precision)  # type: ignore[arg-type]
+            compile_mode(wanted, cpu, precision, 1)  # type: ignore[arg-type]
