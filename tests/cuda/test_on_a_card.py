@@ -1,0 +1,223 @@
+"""What only a card can show, beside what a CPU computes. `AIMSCALE_TEST_DEVICE=cpu` rehearses what needs none."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import profile
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.bench.reference import ReferenceEngine
+from aimscale.harness.bench.train import random_batches
+from aimscale.harness.data.stream.ahead import on_device_ahead
+from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.crops import Crops, Jitter, pack
+from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.device.memory import memory_estimate
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.checkpoint import load_checkpoint, save_checkpoint
+from aimscale.harness.step.engine import CompileMode, Engine, EngineOptions, fragment_of
+from aimscale.harness.step.feed import count_targets
+
+DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no card"),
+]
+needs_card = pytest.mark.skipif(DEVICE != "cuda", reason="the question is a card's")
+
+CONFIG = model_config("w128-d2", image_size=32, patch_size=4)
+MEDIUM = model_config("w1024-d8", image_size=224, patch_size=14)
+STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[Group]:
+    if DEVICE == "cuda":
+        os.environ.pop("DS_ACCELERATOR", None)  # tests elsewhere ask DeepSpeed for the CPU
+    placement = find_placement({})
+    yield start_group(placement, DEVICE)
+    stop_group()
+
+
+@pytest.fixture
+def engine(group: Group) -> Iterator[Callable[..., Engine]]:
+    """Makes engines, and gives their memory back."""
+    made: list[Engine] = []
+
+    def make(config=CONFIG, precision: str = "bf16", stage: int = 1, compiled: CompileMode = "none") -> Engine:
+        optimiser = OptimiserSection(batch_size=16, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
+        options = EngineOptions(zero_stage=stage, compile=compiled)
+        made.append(Engine(AIM(config), optimiser, options, group))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def losses(engine: Engine | ReferenceEngine, num_steps: int = 5, config=CONFIG) -> list[float]:
+    step = random_batches(config, 16, 8)
+    num_targets = count_targets(step, config.num_tokens)
+    return [engine.step(step, num_targets=num_targets, lr=1e-3).loss_sum.item() for _ in range(num_steps)]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-3), ("bf16", 2e-2)])
+def test_loss_and_gradient_are_the_cpus(precision: str, tolerance: float) -> None:
+    """float32 products are TF32 on a card: ten bits."""
+    (batch,) = random_batches(CONFIG, 16, 16)
+
+    def outcome(device: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+        model = AIM(CONFIG).to(device, dtype)
+        loss_sum, _ = model(batch.images_on(device), batch.prefix_len)
+        gradient = torch.autograd.grad(loss_sum, list(model.parameters()))
+        return loss_sum.item(), torch.cat([each.float().cpu().flatten() for each in gradient])
+
+    loss, gradient = outcome(DEVICE, torch.float32 if precision == "fp32" else torch.bfloat16)
+    expected, expected_gradient = outcome("cpu", torch.float32)
+    assert loss == pytest.approx(expected, rel=tolerance)
+    assert (gradient - expected_gradient).norm() < 5 * tolerance * expected_gradient.norm()
+
+
+@pytest.mark.parametrize(("precision", "stage"), STAGES)
+def test_every_stage_takes_the_steps_of_fsdp2(precision: str, stage: int, engine: Callable, group: Group) -> None:
+    optimiser = OptimiserSection(batch_size=16, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
+    reference = ReferenceEngine(AIM(CONFIG), optimiser, EngineOptions(zero_stage=stage), group, sharded=True)
+    expected = losses(reference)
+    reference.close()
+    found = losses(engine(precision=precision, stage=stage))
+    assert found == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 1e-2)
+    assert found[-1] < found[0]
+
+
+@needs_card
+@pytest.mark.parametrize("compiled", ["blocks", "graphs"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_steps_are_the_others(compiled: CompileMode, precision: str, engine: Callable) -> None:
+    stage = 0 if precision == "fp32" else 1
+    if compiled == "graphs" and stage == 0:
+        stage = 1  # its gradients leave the graph's memory at once
+    expected = losses(engine(precision=precision, stage=stage))
+    found = losses(engine(precision=precision, stage=stage, compiled=compiled))
+    assert found == pytest.approx(expected, rel=2e-3 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+def test_a_resumed_run_holds_the_same_bits(
+    precision: str, stage: int, engine: Callable, group: Group, tmp_path: Path
+) -> None:
+    first = engine(precision=precision, stage=stage)
+    losses(first, 3)
+    save_checkpoint(tmp_path / "saved", first, group, run_id="x", images_seen=48, branch=None, progress={})
+    second = engine(precision=precision, stage=stage)
+    load_checkpoint(tmp_path / "saved", second, group)
+    for one, other in zip(first.fragments(), second.fragments(), strict=True):
+        states = [(each, holder.adam_state(each.flat)) for each, holder in ((one, first), (other, second))]
+        for name in ("exp_avg", "exp_avg_sq"):
+            mine, its = (fragment_of(state[name], fragment) for fragment, state in states)
+            assert torch.equal(mine, its), (one.name, name)
+        assert torch.equal(fragment_of(one.flat, one), fragment_of(other.flat, other)), one.name
+    assert losses(second, 2) == pytest.approx(losses(first, 2), rel=1e-4)
+
+
+def crops(number: int) -> Crops:
+    """Cut out, to be resized, flipped and jittered."""
+    rng = np.random.default_rng(number)
+    views = [
+        (torch.from_numpy(rng.integers(0, 256, (3, *rng.integers(20, 300, 2)), dtype=np.uint8)), bool(index % 2))
+        for index in range(number)
+    ]
+    pixels, layout = pack(views, torch.empty(sum(view.numel() for view, _ in views), dtype=torch.uint8))
+    return Crops(pixels=pixels, layout=layout, size=32, channels=3, jitter=Jitter(7, rng.integers(0, 2**40, number)))
+
+
+def step_of_crops(number: int) -> list[Batch]:
+    prefix_len = torch.tensor([5, CONFIG.num_tokens - 5] * (number // 2))
+    return [Batch(images=crops(number), prefix_len=prefix_len, positions=torch.arange(number))]
+
+
+def test_augmentation_has_the_cpus_bytes() -> None:
+    expected = crops(40).resized("cpu")
+    found = crops(40).resized(DEVICE).cpu()
+    # a CPU without fused multiply-add rounds torchvision's blending twice
+    allowed = 0 if "AVX" in torch.backends.cpu.get_cpu_capability() else 0.05
+    assert (found != expected).float().mean() <= allowed
+
+
+@needs_card
+def test_images_made_a_step_ahead_are_those_of_the_step() -> None:
+    steps = [step_of_crops(number) for number in (8, 16, 4)]
+    expected = [batch.images_on("cuda").cpu() for step in steps for batch in step]
+    pinned = ([batch.pin_memory() for batch in step] for step in steps)
+    found = [batch.images_on("cuda").cpu() for step in on_device_ahead(pinned, torch.device("cuda")) for batch in step]
+    assert len(found) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@needs_card
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(precision: str, stage: int, engine: Callable) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    made = engine(MEDIUM, precision, stage)
+    torch.cuda.reset_peak_memory_stats()
+    step = random_batches(MEDIUM, 64, 64)
+    for _ in range(2):
+        made.step(step, num_targets=count_targets(step, MEDIUM.num_tokens), lr=1e-3)
+    torch.cuda.synchronize()
+    estimate = memory_estimate(
+        MEDIUM,
+        zero_stage=stage,
+        world_size=1,
+        micro_batch=64,
+        precision=precision,  # type: ignore[arg-type]
+        activation_checkpointing=False,
+    )
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(estimate.total - estimate.workspace, rel=0.1)
+
+
+@needs_card
+def test_nothing_of_ours_waits_for_the_card_in_a_step(
+    engine: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine()
+    source = ([batch.pin_memory() for batch in step_of_crops(16)] for _ in range(5))
+    waits: Counter[str] = Counter()
+
+    def note(*_: object, **__: object) -> None:
+        frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()[:-1]]
+        ours = [frame for frame in frames if "/deepspeed/" in frame or "/src/aimscale/" in frame]
+        waits[ours[-1] if ours else frames[-1]] += 1
+
+    for number, step in enumerate(on_device_ahead(source, torch.device("cuda"))):
+        if number == 3:  # by now everything that is made once is made
+            torch.cuda.set_sync_debug_mode("warn")
+            warnings.simplefilter("always")
+            monkeypatch.setattr(warnings, "showwarning", note)
+        made.step(step, num_targets=count_targets(step, CONFIG.num_tokens), lr=1e-3)
+    torch.cuda.set_sync_debug_mode("default")
+    with capsys.disabled():
+        print(f"\nwaits of two steps, all DeepSpeed's: {dict(waits)}")
+    assert [place for place in waits if "/deepspeed/" not in place] == []
+
+
+@needs_card
+def test_attention_takes_a_fused_kernel_with_the_dense_mask() -> None:
+    model = AIM(MEDIUM).to("cuda", torch.bfloat16)
+    (batch,) = random_batches(MEDIUM, 4, 4)
+    with profile() as recorded:
+        model(batch.images_on("cuda"), batch.prefix_len)[0].backward()
+    names = {event.key for event in recorded.key_averages() if "dot_product" in event.key}
+    assert any("efficient" in name or "cudnn" in name for name in names), names
+    assert not any("math" in name for name in names), names
