@@ -150,7 +150,7 @@ def _accuracy(
     probed = probed.dropna(subset=["top1", y])
     if len(probed) < MIN_PROBED:
         raise AnalysisError(f"it has {len(probed)} probed rows, and a link needs {MIN_PROBED}.")
-    route, why = chosen_route(law.law, probed, place, y=y, kind=kind, resamples=resamples, loss_fit=law)
+    found, why = chosen_route(law.law, probed, place, y=y, kind=kind, resamples=resamples, loss_fit=law)
     ratio = signal_to_noise(probed) if {"params_total", "images_seen"} <= set(probed.columns) else np.nan
     noise = f"; signal to noise of seeds {ratio:.3g}" if np.isfinite(ratio) else ""
-    return {name: float(route.value[name].iloc[0]) for name in ENDS}, f"{why}{noise}"
+    return {name: float(found[name].iloc[0]) for name in ENDS}, f"{why}{noise}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 
@@ -22,21 +20,9 @@ CEILING = 0.999
 """An accuracy of one has no log error; the direct route takes it for this."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """A way from scale to accuracy, and how it fared."""
-
-    name: str
-    """`by way of the loss` or `straight from the scale`."""
-    backtest_error: float
-    """Mean |accuracy - forecast| over the held-out largest scales; NaN where it could not be tried."""
-    value: pd.DataFrame
-    """Its forecast: value, ci_lo, ci_hi, pi_lo, pi_hi, a row a scale."""
-
-
 def chosen_route(
     law: Law, probed: pd.DataFrame, place: pd.DataFrame, *, y: str, kind: str, resamples: int, loss_fit: Fit
-) -> tuple[Route, str]:
+) -> tuple[pd.DataFrame, str]:
     """The route that predicts the largest probed scales better, the loss's where none is shown to.
 
     Args:
@@ -49,17 +35,13 @@ def chosen_route(
         loss_fit: the law fitted to all rows.
 
     Returns:
-        The route and a sentence on the choice.
+        Its forecast (value, ci_lo, ci_hi, pi_lo, pi_hi, a row per scale) and a sentence on the choice.
 
     Raises:
         AnalysisError: no route can be fitted.
     """
     chance = _chance(probed)
-    two_step = Route(
-        name="by way of the loss",
-        backtest_error=np.nan,
-        value=_by_loss(loss_fit, probed, place, y, kind, chance, resamples),
-    )
+    two_step = _by_loss(loss_fit, probed, place, y, kind, chance, resamples)
     test = _largest(probed, loss_fit)
     if test is None:
         return two_step, "by way of the loss; too few scales to compare it with the direct route"
@@ -76,10 +58,8 @@ def chosen_route(
     se = float(np.std(gap, ddof=1) / np.sqrt(len(gap)))
     told = f"largest {len(gap)} scales: by the loss {misses[0].mean():.3f} off, direct {misses[1].mean():.3f}"
     if gap.mean() > se:
-        route = Route(name="straight from the scale", backtest_error=float(misses[1].mean()), value=whole)
-        return route, f"straight from the scale ({told}, difference {gap.mean():.3f} ± {se:.3f})"
-    kept = Route(name=two_step.name, backtest_error=float(misses[0].mean()), value=two_step.value)
-    return kept, f"by way of the loss ({told}, difference {gap.mean():.3f} ± {se:.3f})"
+        return whole, f"straight from the scale ({told}, difference {gap.mean():.3f} ± {se:.3f})"
+    return two_step, f"by way of the loss ({told}, difference {gap.mean():.3f} ± {se:.3f})"
 
 
 def signal_to_noise(probed: pd.DataFrame) -> float:
