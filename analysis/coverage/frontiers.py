@@ -39,16 +39,16 @@ def approach_coverage(
     return record
 
 
-def envelope_coverage(design: Design, tables: int) -> Record:
+def envelope_coverage(design: Design, tables: int, *, seed: int = 0) -> Record:
     """Approach 1."""
-    return approach_coverage(envelope_frontier, "approach 1", design, tables)
+    return approach_coverage(envelope_frontier, "approach 1", design, tables, seed=seed)
 
 
-def isoflop_coverage(design: Design, tables: int) -> Record:
+def isoflop_coverage(design: Design, tables: int, *, seed: int = 0) -> Record:
     """Approach 2 on budgets of the table's own."""
-    return approach_coverage(isoflop_frontier, "approach 2", design, tables)
+    return approach_coverage(isoflop_frontier, "approach 2", design, tables, seed=seed)
 
 
-def interpolated_coverage(design: Design, tables: int) -> Record:
+def interpolated_coverage(design: Design, tables: int, *, seed: int = 0) -> Record:
     """Approach 2 on 50 budgets that a grid of N and D is interpolated to."""
-    return approach_coverage(isoflop_frontier, "approach 2, interpolated", design, tables, budgets=50)
+    return approach_coverage(isoflop_frontier, "approach 2, interpolated", design, tables, seed=seed, budgets=50)

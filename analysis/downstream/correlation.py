@@ -3,19 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.downstream.compute import EqualCompute, equal_compute
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import Correlation
 from aimscale.analysis.inference.groups import SIZE_COLUMNS
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.tables.observations import Exclusion
 
 METHODS = ("pearson", "spearman", "kendall")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Correlation(Result):
+    """How two columns go together."""
+
+    method: str
+    """pearson, spearman or kendall."""
+    x: str
+    """Column."""
+    y: str
+    """Column."""
+    value: float
+    """Coefficient, -1 to 1."""
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end."""
+    confidence: float
+    """Coverage of the interval."""
+    num_points: int
+    """Rows used."""
+    interval_method: str
+    """How the interval was made."""
+    partial_on: str | None = None
+    """Column that was held equal, if any."""
+    adjusted: str = ""
+    """How it was held equal, e.g. "within 5 groups of equal flops_train"."""
+    within: str | None = None
+    """Column whose groups' means were taken out of both, if any."""
+    exclusions: tuple[Exclusion, ...] = ()
+    """Rows left out and why."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row: method, x, y, value, low, high, num_points."""
+        names = ("method", "x", "y", "value", "low", "high", "num_points")
+        return pd.DataFrame([{name: getattr(self, name) for name in names}])
+
+    def headline(self) -> str:
+        """Coefficient and interval."""
+        return f"{self.method.capitalize()} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def summary(self) -> str:
+        """The correlation as prose."""
+        return self.sentence()
+
+    def sentence(self) -> str:
+        """Coefficient, interval, n and what was held equal."""
+        partial = f", {self.adjusted}" if self.partial_on else ""
+        partial += f", within {self.within}" if self.within else ""
+        left = f" Left out: {'; '.join(map(str, self.exclusions))}." if self.exclusions else ""
+        nothing = "" if self.low > 0 or self.high < 0 else ", nothing shown"
+        return (
+            f"{self.method.capitalize()} correlation of {self.x} and {self.y}{partial}: {self.value:.3f}{nothing} "
+            f"({self.confidence:.0%} interval {self.low:.3f} to {self.high:.3f}; n = {self.num_points}; "
+            f"{self.interval_method}).{left}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        own = vars(self) | {"exclusions": [str(e) for e in self.exclusions], "sentence": self.sentence()}
+        return plain_types(own)
 
 
 def correlate(

@@ -16,7 +16,8 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from aimscale.analysis.display import plain_types
-from aimscale.analysis.effects.contrasts import Contrast, Contrasts, level_name
+from aimscale.analysis.effects.compared import Contrast, Contrasts
+from aimscale.analysis.effects.contrasts import level_name
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit

@@ -71,16 +71,11 @@ def fit(
     objective = find_objective(objective)
     fixed, bounds = dict(fixed or {}), dict(bounds or {})
     _check_names(law, fixed, bounds)
+    free = len(law.parameters) - len(fixed)
     points = observe(
-        law,
-        df,
-        y=y,
-        columns=columns,
-        weights=weights,
-        positive_y=objective.log,
-        num_free=len(law.parameters) - len(fixed),
+        law, df, y=y, columns=columns, weights=weights, positive_y=objective.log, num_free=free,
         zero_allowed=zero_allowed,
-    )
+    )  # fmt: skip
     if law.centred is not None:
         law = law.centred(Columns(points.x))
     problem = make_problem(law, points.x, points.y, objective, weights=points.weights, fixed=fixed, bounds=bounds)
@@ -90,24 +85,13 @@ def fit(
             f"{law.formula} has no finite {objective.label} on these {len(points.y)} points; check {y}."
         )
     drawn = draw_params(
-        problem,
-        minima,
-        df,
-        points,
-        intervals=intervals,
-        cluster=cluster,
-        counts=counts,
-        resamples=resamples,
-        seed=seed,
+        problem, minima, df, points, intervals=intervals, cluster=cluster, counts=counts, resamples=resamples, seed=seed
     )
     against = lack_of_fit_flags(problem, minima[0].vector, drawn, points, df.loc[points.index], seed)
-    result = _result(problem, minima, points, replace(drawn, flags=(*drawn.flags, *against)), confidence)
-    columns = {**result.columns, **({"weight": weights} if isinstance(weights, str) else {})}
     result = replace(
-        result,
+        _result(problem, minima, points, replace(drawn, flags=(*drawn.flags, *against)), confidence),
         fixed=fixed,
         bounds=bounds,
-        columns=columns,
         cluster=cluster,
         loss_unit=loss_unit(df),
         names=df.attrs.get(THEIR_NAMES, {}),

@@ -2,14 +2,98 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.result import Fit, HeldOut
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.tables.observations import CANONICAL
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HeldOut(Result):
+    """What a fit to the smaller scales predicts for the largest, and what happened."""
+
+    variable: str
+    """Scale that was held out: N, D, C or another column."""
+    values: tuple[float, ...]
+    """The held-out values of it."""
+    num_train: int
+    """Points fitted."""
+    num_test: int
+    """Points predicted."""
+    mean_abs_relative_error: float
+    """Mean of |prediction / measurement - 1|."""
+    log_rmse: float
+    """Root mean square of ln prediction - ln measurement."""
+    naive_mean_abs_relative_error: float
+    """The same error of the naive baseline."""
+    naive_log_rmse: float
+    """The same of the naive baseline."""
+    naive: str
+    """What the naive baseline is."""
+    coverage: float
+    """Share of held-out points inside their prediction interval."""
+    predictions: pd.DataFrame = field(repr=False)
+    """Rows: index of the table, variables, measured, measured_se (standard error of the measurement, NaN if unknown),
+    predicted, pi_lo, pi_hi, inside, naive."""
+
+    @property
+    def num_inside(self) -> int:
+        """Held-out points inside their prediction interval."""
+        return int(self.predictions["inside"].sum())
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """`predictions`."""
+        return self.predictions
+
+    def headline(self) -> str:
+        """Errors of the law and of the naive baseline."""
+        return (
+            f"{self.variable} >= {min(self.values):.3g} held out: mean error {self.mean_abs_relative_error:.2%} "
+            f"(naive {self.naive_mean_abs_relative_error:.2%}), {self.num_inside} of {self.num_test} inside their "
+            "prediction intervals"
+        )
+
+    def sentence(self) -> str:
+        """Error on the held-out scale beside the naive baseline."""
+        verdict = "better" if self.log_rmse < self.naive_log_rmse else "no better"
+        return (
+            f"Held out {self.variable} >= {min(self.values):.3g}: fitted on {self.num_train} points, the law predicts "
+            f"the other {self.num_test} with mean error {self.mean_abs_relative_error:.2%} (log-RMSE "
+            f"{self.log_rmse:.4f}), {verdict} than {self.naive} ({self.naive_mean_abs_relative_error:.2%}, "
+            f"{self.naive_log_rmse:.4f}); {self.num_inside} of {self.num_test} lie inside their prediction interval."
+            f"{self._farthest()}"
+        )
+
+    def _farthest(self) -> str:
+        """The point at the largest scale: forecast, interval, measurement with its own error."""
+        rows = self.predictions
+        if rows["pi_lo"].isna().all():
+            return ""
+        at = list(rows.columns[: list(rows.columns).index("measured")])
+        last = rows.sort_values([self.variable, *at] if self.variable in rows else at).iloc[-1]
+        scale = ", ".join(f"{v} = {last[v]:.4g}" for v in at)
+        error = f" ± {1.96 * last['measured_se']:.4g} (its images)" if last["measured_se"] > 0 else ""
+        return (
+            f" At {scale}: forecast {last['predicted']:.4g} [{last['pi_lo']:.4g}, {last['pi_hi']:.4g}], measured "
+            f"{last['measured']:.4g}{error}: {'inside' if last['inside'] else 'outside'}."
+        )
+
+    def summary(self) -> str:
+        """The test as prose, and every prediction."""
+        return f"{self.sentence()}\n\n{super().summary()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the predictions, in plain types."""
+        return {k: v for k, v in vars(self).items() if k != "predictions"} | {"values": list(self.values)}
 
 
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
@@ -40,20 +124,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         )
     cut = values[-num_values]
     test = scale >= cut
-    refit = fit(
-        result.law,
-        points[~test],
-        y=result.columns["y"],
-        objective=result.objective,
-        columns={k: v for k, v in result.columns.items() if k in result.law.variables},
-        weights=result.columns.get("weight", result.data["weight"].to_numpy()[~test]),
-        fixed=result.fixed,
-        bounds=result.bounds,
-        intervals="auto" if result.interval_kind == "none" else result.interval_kind,
-        cluster=result.cluster,
-        resamples=resamples,
-        confidence=result.confidence,
-    )
+    refit = _without(result, points, test, resamples)
     measured = result.data["y"].to_numpy()[test]
     predicted = refit.predict(points[test])
     y = result.data["y"].to_numpy()
@@ -82,6 +153,24 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         naive=_naive_words(result, by, num_own, int(test.sum())),
         coverage=float(table["inside"].mean()),
         predictions=table,
+    )
+
+
+def _without(result: Fit, points: pd.DataFrame, test: Array, resamples: int) -> Fit:
+    """The same law fitted in the same way to the points that are not held out."""
+    return fit(
+        result.law,
+        points[~test],
+        y=result.columns["y"],
+        objective=result.objective,
+        columns={k: v for k, v in result.columns.items() if k in result.law.variables},
+        weights=result.columns.get("weight", result.data["weight"].to_numpy()[~test]),
+        fixed=result.fixed,
+        bounds=result.bounds,
+        intervals="auto" if result.interval_kind == "none" else result.interval_kind,
+        cluster=result.cluster,
+        resamples=resamples,
+        confidence=result.confidence,
     )
 
 

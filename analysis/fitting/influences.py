@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.optimise import Minimum, global_minimum, make_problem
+from aimscale.analysis.fitting.optimise import global_minimum
+from aimscale.analysis.fitting.profiles import problem_of
 from aimscale.analysis.fitting.result import Fit
 
 INFLUENTIAL_SHIFT = 3.0
@@ -52,17 +53,8 @@ def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFram
 
 def _without(result: Fit, left: pd.DataFrame) -> dict[str, float]:
     """The law's own parameters refitted to some of the fitted points."""
-    x = {v: left[v].to_numpy() for v in result.law.variables}
-    problem = make_problem(
-        result.law,
-        x,
-        left["y"].to_numpy(),
-        result.objective,
-        weights=left["weight"].to_numpy(),
-        fixed=result.fixed,
-        bounds=result.bounds,
-    )
-    best: Minimum = global_minimum(problem, count=4)[0]
+    problem = problem_of(replace(result, data=left))
+    best = global_minimum(problem, count=4)[0]
     return {name: float(v[0]) for name, v in problem.params_of(best.vector[None]).items()}
 
 

@@ -115,8 +115,8 @@ def _is_square(problem: Problem, best: Minimum) -> bool:
     objective = problem.objective
     if objective.likelihood not in ("", "normal") or objective.above != 1.0:
         return False
-    residual = residual_of(problem, best.vector)
-    return bool(objective.delta >= robust_sd(residual, int(problem.movable.sum())))
+    sd = robust_sd(residual_of(problem, best.vector), int(problem.movable.sum()))
+    return objective.multiple > 0 or bool(objective.delta >= sd)
 
 
 def _mixed(

@@ -6,11 +6,17 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from aimscale.analysis.fitting.problem import Problem, objective_of
 from aimscale.analysis.laws.base import Array, Columns
 
 MAX_STARTS = 8
+LATTICE_STARTS = 48
+RADIUS = 0.08
+"""Starts lie further apart than this share of the range in one parameter or another."""
+NEIGHBOURS = 8
+"""A point of the lattice that is lower than so many nearest ones is the floor of a valley."""
 GRID_VALUES = 1_000_000
 """Residuals per chunk of the grid."""
 MAX_GRID_POINTS = 2000
@@ -96,8 +102,8 @@ def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array)
 
 
 def num_starts(problem: Problem) -> int:
-    """How many starts to refine: more where the lattice is sparse, as in laws with breaks."""
-    return MAX_STARTS * min(4, max(1, len(problem.law.nonlinear) - 1))
+    """How many starts to refine: more where the lattice is sparse."""
+    return MAX_STARTS if len(problem.law.nonlinear) <= 2 else LATTICE_STARTS
 
 
 def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
@@ -109,13 +115,15 @@ def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
         chunks = [_project_chunk(problem, theta[i : i + rows]) for i in range(0, len(theta), rows)]
     vector, total = (np.concatenate(part) for part in zip(*chunks, strict=True))
     span = np.where(problem.movable, problem.upper - problem.lower, 1.0)[problem.num_linear :]
-    radius = 0.08 if theta.shape[1] <= 2 else 0.15
+    order = np.argsort(total, kind="stable")
+    if theta.shape[1] > 2:  # first the floor of every valley, also of one that lies high; then the lowest others
+        _, near = cKDTree(theta / span).query(theta / span, NEIGHBOURS + 1)
+        order = order[np.argsort((total > total[near].min(axis=1))[order], kind="stable")]
     chosen: list[int] = []
-    for i in np.argsort(total, kind="stable"):
+    for i in order:
         if not np.isfinite(total[i]) or len(chosen) == count:
             break
-        near = np.abs(theta[chosen] - theta[i]) / span < radius
-        if not chosen or not np.any(np.all(near, axis=1)):
+        if not np.any(np.all(np.abs(theta[chosen] - theta[i]) / span < RADIUS, axis=1)):
             chosen.append(int(i))
     return vector[chosen]
 

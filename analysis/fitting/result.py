@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.inference.groups import Groups
 from aimscale.analysis.inference.mixed import Mixed
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.tables.observations import CANONICAL, Exclusion
+
+if TYPE_CHECKING:
+    from aimscale.analysis.fitting.heldout import HeldOut
 
 NOT_IDENTIFIED = "not identified"
 
@@ -67,67 +70,6 @@ class Rival:
     """Its objective, summed over points."""
     within_noise: bool
     """The data hardly prefer the best minimum to this one (log-likelihood ratio below 2)."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class HeldOut(Result):
-    """What a fit to the smaller scales predicts for the largest, and what happened."""
-
-    variable: str
-    """Scale that was held out: N, D, C or another column."""
-    values: tuple[float, ...]
-    """The held-out values of it."""
-    num_train: int
-    """Points fitted."""
-    num_test: int
-    """Points predicted."""
-    mean_abs_relative_error: float
-    """Mean of |prediction / measurement - 1|."""
-    log_rmse: float
-    """Root mean square of ln prediction - ln measurement."""
-    naive_mean_abs_relative_error: float
-    """The same error of the naive baseline."""
-    naive_log_rmse: float
-    """The same of the naive baseline."""
-    naive: str
-    """What the naive baseline is."""
-    coverage: float
-    """Share of held-out points inside their prediction interval."""
-    predictions: pd.DataFrame = field(repr=False)
-    """Rows: index of the table, variables, measured, measured_se (standard error of the measurement, NaN if unknown),
-    predicted, pi_lo, pi_hi, inside, naive."""
-
-    @property
-    def num_inside(self) -> int:
-        """Held-out points inside their prediction interval."""
-        return int(self.predictions["inside"].sum())
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """`predictions`."""
-        return self.predictions
-
-    def headline(self) -> str:
-        """Errors of the law and of the naive baseline."""
-        return (
-            f"{self.variable} >= {min(self.values):.3g} held out: mean error {self.mean_abs_relative_error:.2%} "
-            f"(naive {self.naive_mean_abs_relative_error:.2%}), {self.num_inside} of {self.num_test} inside their "
-            "prediction intervals"
-        )
-
-    def sentence(self) -> str:
-        """The test as prose."""
-        from aimscale.analysis.fitting.sentences import held_out_sentence
-
-        return held_out_sentence(self)
-
-    def summary(self) -> str:
-        """The test as prose, and every prediction."""
-        return f"{self.sentence()}\n\n{super().summary()}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the predictions, in plain types."""
-        return {k: v for k, v in vars(self).items() if k != "predictions"} | {"values": list(self.values)}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -344,64 +286,6 @@ class Fit(Result):
             "heldout": [h.to_dict() for h in self.heldout],
             "sentence": self.sentence(),
         }
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Correlation(Result):
-    """How two columns go together."""
-
-    method: str
-    """pearson, spearman or kendall."""
-    x: str
-    """Column."""
-    y: str
-    """Column."""
-    value: float
-    """Coefficient, -1 to 1."""
-    low: float
-    """Lower end of the interval."""
-    high: float
-    """Upper end."""
-    confidence: float
-    """Coverage of the interval."""
-    num_points: int
-    """Rows used."""
-    interval_method: str
-    """How the interval was made."""
-    partial_on: str | None = None
-    """Column that was held equal, if any."""
-    adjusted: str = ""
-    """How it was held equal, e.g. "within 5 groups of equal flops_train"."""
-    within: str | None = None
-    """Column whose groups' means were taken out of both, if any."""
-    exclusions: tuple[Exclusion, ...] = ()
-    """Rows left out and why."""
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row: method, x, y, value, low, high, num_points."""
-        names = ("method", "x", "y", "value", "low", "high", "num_points")
-        return pd.DataFrame([{name: getattr(self, name) for name in names}])
-
-    def headline(self) -> str:
-        """Coefficient and interval."""
-        return f"{self.method.capitalize()} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def summary(self) -> str:
-        """The correlation as prose."""
-        return self.sentence()
-
-    def sentence(self) -> str:
-        """The correlation as prose."""
-        from aimscale.analysis.fitting.sentences import correlation_sentence
-
-        return correlation_sentence(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return plain_types(
-            {k: v for k, v in vars(self).items() if k != "exclusions"} | {"sentence": self.sentence()}
-        ) | {"exclusions": [str(e) for e in self.exclusions]}
 
 
 def intervals_of(draws: dict[str, Array], confidence: float, method: str) -> dict[str, Interval]:

@@ -41,7 +41,8 @@ from aimscale.analysis.tables.observations import THEIR_NAMES
 from aimscale.analysis.tables.results import loss_unit
 
 if TYPE_CHECKING:
-    from aimscale.analysis.fitting.result import Correlation, Fit
+    from aimscale.analysis.downstream.correlation import Correlation
+    from aimscale.analysis.fitting.result import Fit
 
 
 def plot_fit(

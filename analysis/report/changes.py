@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from aimscale.analysis.effects.contrasts import Contrasts
+from aimscale.analysis.effects.compared import Contrasts
 from aimscale.analysis.plots.intervals import plot_contrasts, plot_definitions, plot_noise, plot_repeats
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.cells import PageTable, number, page_table, text, whole

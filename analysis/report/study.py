@@ -19,15 +19,16 @@ import pandas as pd
 
 from aimscale.analysis.choice.backtest import AUTO, Choice, choose
 from aimscale.analysis.choice.proposal import Proposal, grid_offer, propose
-from aimscale.analysis.downstream.correlation import correlate
+from aimscale.analysis.downstream.correlation import Correlation, correlate
 from aimscale.analysis.downstream.links import link
-from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
+from aimscale.analysis.effects.compared import Contrasts
+from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.repetition import Repeats, repeats
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.heldout import held_out
-from aimscale.analysis.fitting.result import Correlation, Fit
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
 from aimscale.analysis.frontier.definitions import Definitions, by_definition
 from aimscale.analysis.frontier.optimum import parametric_frontier
@@ -296,9 +297,8 @@ def _link(rows: pd.DataFrame, resamples: int) -> Fit:
 
 def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
     """Pearson, Spearman, Kendall, and Pearson at equal compute and within a size."""
-    cluster = "run_id" if "run_id" in rows and 4 <= rows["run_id"].nunique() < len(rows) else None
-    found = correlate(rows, x="val_loss", y="top1", cluster=cluster)
-    more: list[dict[str, str]] = []
+    found = correlate(rows, x="val_loss", y="top1")
+    more: list[dict[str, Any]] = []
     if "flops_train" in rows and rows["flops_train"].nunique() > 2:
         more.append({"partial": "flops_train"})
     size = next((name for name in ("size", "params_total") if name in rows and varies(rows[name])), None)
@@ -307,10 +307,7 @@ def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
     for options in more:
         # compute or size may explain one of the two completely, so that nothing is left to correlate
         with contextlib.suppress(AnalysisError):
-            found += correlate(
-                rows, x="val_loss", y="top1", methods=("pearson",), cluster=cluster,
-                partial=options.get("partial"), within=options.get("within"),
-            )  # fmt: skip
+            found += correlate(rows, x="val_loss", y="top1", methods=("pearson",), **options)
     return found
 
 

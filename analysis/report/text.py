@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from aimscale.analysis.baselines.published import PAPER_EXPONENTS, TASKS
-from aimscale.analysis.fitting.result import Correlation
+from aimscale.analysis.downstream.correlation import Correlation
 from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study

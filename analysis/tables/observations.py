@@ -162,7 +162,7 @@ def observe(
         y=points["y"].to_numpy(),
         weights=w[keep],
         index=points.index,
-        columns={**names, "y": y},
+        columns={**names, "y": y, **({"weight": weights} if isinstance(weights, str) else {})},
         exclusions=tuple(exclusions),
         num_rows=len(df) + sum(number for _, number in not_chosen),
     )

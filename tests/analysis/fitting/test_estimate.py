@@ -11,6 +11,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import legacy_counts
 from aimscale.analysis.fitting.objectives import HUBER_LOG, find_objective
 from aimscale.analysis.fitting.optimise import global_minimum, make_problem, minimise
+from aimscale.analysis.fitting.projection import design, project
 from aimscale.analysis.laws.catalogue import Law, coefficient, exponent
 
 
@@ -179,3 +180,21 @@ def test_two_breaks_are_found_as_well_as_by_three_hundred_random_starts():
         assert global_minimum(problem)[0].total <= np.nanmin(totals) * 1.002
     found = fit(law, pd.DataFrame({"x": x, "y": y}), y="y", resamples=0)
     assert "the best minimum found, not proved" in found.sentence()
+
+
+def test_rival_minima_that_random_starts_reach_are_listed(measurements):
+    """Of the data-constrained law under Chinchilla's objective, whose valleys lie within 0.1 % of one another."""
+    names = {"unique_tokens": "U", "params": "N", "tokens": "D"}
+    df = measurements("scalebench/data_constrained.parquet").rename(columns=names)
+    df["V"] = df["U"] / 25
+    result = fit(laws.REPEATED_BOTH, df, y="loss", objective="huber_log", resamples=0)
+    x = {v: df[v].to_numpy(float) for v in laws.REPEATED_BOTH.variables}
+    problem = make_problem(laws.REPEATED_BOTH, x, df["loss"].to_numpy(), HUBER_LOG)
+    low, high = problem.lower[3:], problem.upper[3:]
+    theta = np.random.default_rng(0).uniform(low, high, (100, 4))
+    _, totals = minimise(problem, np.column_stack([project(problem, design(problem, theta), problem.weights), theta]))
+    listed = np.array([result.objective_value, *(rival.objective_value for rival in result.rivals)])
+    reached = [np.isclose(totals, each, rtol=5e-5).sum() for each in totals]
+    often = np.unique(totals[np.array(reached) >= 4])
+    assert len(listed) >= 5
+    assert all(np.isclose(listed, each, rtol=5e-5).any() for each in often)

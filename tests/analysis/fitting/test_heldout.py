@@ -6,7 +6,6 @@ import pytest
 from aimscale.analysis import fit, held_out, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting import heldout
-from aimscale.analysis.fitting.sentences import held_out_sentence
 
 
 def test_the_true_law_beats_the_naive_line_on_the_largest_size(grid):
@@ -40,7 +39,7 @@ def test_each_held_out_point_says_whether_it_is_inside_and_how_sure_it_is(grid):
     assert (rows["measured_se"] == 0.002).all()
     assert test.num_inside == rows["inside"].sum()
     assert test.coverage == test.num_inside / 5
-    sentence = held_out_sentence(test)
+    sentence = test.sentence()
     assert f"{test.num_inside} of 5 lie inside" in sentence
     assert "measured" in sentence
     assert "± 0.00392 (its images)" in sentence
