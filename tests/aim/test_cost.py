@@ -40,7 +40,8 @@ def test_parameters_equal_the_modules(size: str, options: dict) -> None:
     assert count.total == _numel(model)
 
 
-@pytest.mark.parametrize(("size", "options"), CASES)
+# every size obeys one formula, and counting operators takes seconds per size
+@pytest.mark.parametrize(("size", "options"), [case for case in CASES if case[0] in ("aim-7B", "rung-24", "rung-32")])
 def test_flops_equal_pytorchs_counter(size: str, options: dict) -> None:
     config, model = _on_meta(size, options)
     # with a gradient for the images, the backward pass is exactly twice the forward pass

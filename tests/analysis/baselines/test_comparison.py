@@ -133,7 +133,7 @@ def test_gaps_to_baselines_have_newcombes_interval():
     assert beside_runs(probes, baselines.assign(n=99)).empty  # other test images
 
 
-def test_the_mean_needs_all_fifteen_tasks():
+def test_the_mean_needs_all_fifteen_tasks(no_fits):
     whole = compare(table(TASKS), resamples=20).means
     assert len(whole) == 4
     assert whole["aim_7b"].iloc[0] == pytest.approx(BY_KEY["aim-7B"].mean)
