@@ -154,33 +154,12 @@ def run(
     step = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
     num_targets = group.world_size * count_targets(step, model_config.num_tokens)
 
-    def zero(stage: int) -> Engine:
-        return Engine(AIM(model_config), optimiser, dataclasses.replace(options, zero_stage=stage), group)
-
-    def reference(sharded: bool) -> ReferenceEngine:
-        return ReferenceEngine(AIM(model_config), optimiser, options, group, sharded=sharded)
-
-    def loop_of(engine: Engine | ReferenceEngine) -> Loop:
-        def one() -> Tensor:
-            return engine.step(step, num_targets=num_targets, lr=optimiser.lr_peak).loss_sum
-
-        return one, engine.close
-
-    makers: dict[str, Callable[[], Loop]] = {
-        "ours": lambda: loop_of(zero(plan.zero_stage)),
-        "fsdp2": lambda: loop_of(reference(sharded=True)),
-    }
-    if group.world_size == 1:
-        makers["bare"] = lambda: loop_of(reference(sharded=False))
-    for stage in (1, 2) if with_stages else ():
-        makers[f"zero{stage}"] = functools.partial(lambda stage: loop_of(zero(stage)), stage)
-    if with_peer:
-        makers["peer"] = lambda: (peer_step(model_config, optimiser, step, group.device), gc.collect)
+    makers = _loops(model_config, optimiser, options, group, step, num_targets, with_peer, with_stages)
     try:
         times, memory_bytes, startup_s = _time_loops(makers, num_steps, group)
         data_wait = None
         if batches is not None:
-            engine = zero(plan.zero_stage)
+            engine = Engine(AIM(model_config), optimiser, options, group)
             data_wait = _data_wait(engine, batches, num_steps, model_config.num_tokens)
             engine.close()
         peak = measure_peak(group.device, optimiser.precision)
@@ -224,6 +203,43 @@ def run(
         startup_s=startup_s,
         data_wait=data_wait,
     )
+
+
+def _loops(
+    model_config: ModelConfig,
+    optimiser: OptimiserSection,
+    options: EngineOptions,
+    group: Group,
+    step: list[Batch],
+    num_targets: int,
+    with_peer: bool,
+    with_stages: bool,
+) -> dict[str, Callable[[], Loop]]:
+    """What makes each loop, by its name in `TrainBench.others`; ours comes first."""
+
+    def zero(stage: int) -> Engine:
+        return Engine(AIM(model_config), optimiser, dataclasses.replace(options, zero_stage=stage), group)
+
+    def reference(sharded: bool) -> ReferenceEngine:
+        return ReferenceEngine(AIM(model_config), optimiser, options, group, sharded=sharded)
+
+    def loop_of(engine: Engine | ReferenceEngine) -> Loop:
+        def one() -> Tensor:
+            return engine.step(step, num_targets=num_targets, lr=optimiser.lr_peak).loss_sum
+
+        return one, engine.close
+
+    makers: dict[str, Callable[[], Loop]] = {
+        "ours": lambda: loop_of(zero(options.zero_stage)),
+        "fsdp2": lambda: loop_of(reference(sharded=True)),
+    }
+    if group.world_size == 1:
+        makers["bare"] = lambda: loop_of(reference(sharded=False))
+    for stage in (1, 2) if with_stages else ():
+        makers[f"zero{stage}"] = functools.partial(lambda stage: loop_of(zero(stage)), stage)
+    if with_peer:
+        makers["peer"] = lambda: (peer_step(model_config, optimiser, step, group.device), gc.collect)
+    return makers
 
 
 def _time_loops(

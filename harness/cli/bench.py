@@ -102,7 +102,11 @@ def train(
         return
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(measured)))
-        return
+    else:
+        _print_train(measured)
+
+
+def _print_train(measured: TrainBench) -> None:
     typer.echo(
         f"{measured.size}, {measured.params:,} parameters, batch {measured.batch_size} (micro-batch "
         f"{measured.micro_batch}), {measured.precision}, ZeRO {measured.zero_stage}, {measured.device}, "
