@@ -96,8 +96,8 @@ def correlate(
 ) -> tuple[Correlation, ...]:
     """Correlations of two columns with intervals on Fisher's scale.
 
-    The standard error is that of leaving out each cluster (row) in turn, and no less than Fisher's (Bonett and Wright's
-    for ranks); Student's t has as many degrees of freedom as there are clusters less one.
+    The wider of two: Fisher's (Bonett and Wright's for ranks), with the rows' degrees of freedom, and that of leaving
+    out each cluster (row) in turn, with Student's t of as many degrees as there are clusters less one.
 
     Args:
         df: one row a point.
@@ -183,7 +183,8 @@ def _interval(
     )
     spare = max(1, n - 3 - spent)
     factor = {"pearson": 1.0, "spearman": 1 + value**2 / 2, "kendall": 0.437 * spare / max(1, spare - 1)}[method]
-    half = student.ppf(0.5 + confidence / 2, num - 1) * max(float(jackknife), float(np.sqrt(factor / spare)))
+    own, shared = (student.ppf(0.5 + confidence / 2, degrees) for degrees in (spare, num - 1))
+    half = max(own * np.sqrt(factor / spare), shared * float(jackknife))
     return value, float(np.tanh(z - half)), float(np.tanh(z + half))
 
 

@@ -74,24 +74,45 @@ def test_gadres_fits_and_four_percentages(measurements):
         assert round(100 * abs(error / row["err_avg17"].iloc[0] - 1), 4) == error_error
 
 
+def ladder(df: pd.DataFrame, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The end of every run (N, D, loss, acc), and all its evaluations as the published recipe smooths them."""
+    ends, evaluations = [], []
+    for run, group in df.assign(run=df["size"] + df["chinchilla_multiple"]).sort_values("step").groupby("run"):
+        loss, acc, keep = group[f"{task}_bpb"], group[f"{task}_acc"], slice(int(np.ceil(0.1 * len(group))), None)
+        named = {"run": run, "N": group["n_params"].iloc[0], "D": group["tokens_total_run"].iloc[0]}
+        ends.append({**named, "loss": loss.tail(5).mean(), "acc": acc.tail(5).mean()})
+        evaluations.append(
+            pd.DataFrame({**named, "loss": loss.rolling(5, min_periods=1).mean()[keep], "acc": acc[keep]})
+        )
+    return pd.DataFrame(ends), pd.concat(evaluations, ignore_index=True)
+
+
+@pytest.mark.slow
+def test_the_default_objective_forecasts_the_ladders_largest_size_better_than_the_recipe(measurements):
+    df = measurements("olmo_ladder/small_runs.csv")
+    misses: dict[str, list[float]] = {"huber_log": [], "robust": []}
+    for task in [name.removesuffix("_acc") for name in df.columns if name.endswith("_acc")]:
+        ends, evaluations = ladder(df, task)
+        small, top = ends["N"] < 1e9, ends[ends["N"] > 1e9]
+        options = {"loss": "loss", "accuracy": "acc", "anchor": (0.0, 1.0), "cluster": "run", "resamples": 0}
+        to_accuracy = link(evaluations[evaluations["N"] < 1e9], **options)
+        for objective, found in misses.items():
+            law = fit(laws.CHINCHILLA, ends[small], y="loss", objective=objective, resamples=0)
+            accuracy = to_accuracy.predict({"L": law.predict(top)["value"].to_numpy()})["value"].to_numpy()
+            found.append(float(np.mean(np.abs(accuracy / top["acc"].to_numpy() - 1))))
+    assert np.mean(misses["robust"]) < 0.021 < np.mean(misses["huber_log"])
+
+
 @pytest.mark.slow
 def test_olmo_ladder_forecasts_have_intervals_of_both_steps(measurements):
     df = measurements("olmo_ladder/small_runs.csv")
-    df["run"] = df["size"] + df["chinchilla_multiple"]
     targets = {"N": [6_887_575_552, 13_202_396_160], "D": [4e12, 5e12]}
     forecasts = []
     for task in ("hellaswag", "piqa", "arc_challenge"):
-        ends, evaluations = [], []
-        for run, group in df.sort_values("step").groupby("run"):
-            loss, keep = group[f"{task}_bpb"], slice(int(np.ceil(0.1 * len(group))), None)
-            end = {"run": run, "N": group["n_params"].iloc[0], "D": group["tokens_total_run"].iloc[0]}
-            ends.append(end | {"loss": loss.tail(5).mean()})
-            smooth = loss.rolling(5, min_periods=1).mean()
-            evaluations.append(pd.DataFrame({"run": run, "loss": smooth[keep], "acc": group[f"{task}_acc"][keep]}))
-        law = fit(laws.CHINCHILLA, pd.DataFrame(ends), y="loss", objective="huber_log", resamples=200, cluster="run")
+        ends, evaluations = ladder(df, task)
+        law = fit(laws.CHINCHILLA, ends, y="loss", objective="huber_log", resamples=200, cluster="run")
         to_accuracy = link(
-            pd.concat(evaluations, ignore_index=True),
-            loss="loss", accuracy="acc", anchor=(0.0, 1.0), cluster="run", resamples=200,
+            evaluations, loss="loss", accuracy="acc", anchor=(0.0, 1.0), cluster="run", resamples=200,
         )  # fmt: skip
         forecasts.append(forecast(law, to_accuracy, targets))
         table = forecasts[-1].table
