@@ -118,14 +118,7 @@ def observe(
         )
     used = df[[*names.values(), y]].apply(pd.to_numeric, errors="coerce").astype(float)
     used.columns = pd.Index([*names, "y"])
-    if isinstance(weights, str):
-        if weights not in df.columns:
-            raise AnalysisError(f"The table has no column {weights!r} for the weights.")
-        w = pd.to_numeric(df[weights], errors="coerce").to_numpy(float)
-    else:
-        w = np.ones(len(df)) if weights is None else np.asarray(weights, float)
-    if len(w) != len(df):
-        raise AnalysisError(f"There are {len(w)} weights for {len(df)} rows; give one weight a row.")
+    w = _weights(df, weights)
     bad_variable = {v: ~(np.isfinite(used[v]) & ((used[v] > 0) | ((used[v] == 0) & zero_allowed))) for v in names}
     reasons = [
         ("not complete (status)", ~is_complete(df)),
@@ -150,12 +143,7 @@ def observe(
             f"{law.formula} has {free} free parameters but the table has {len(points)} usable of {len(df)} points"
             f"{_why(exclusions)}; give at least {free + 1} or fix a parameter."
         )
-    for v in law.variables:
-        if points[v].nunique() < 2:
-            raise AnalysisError(
-                f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so the part of "
-                f"{law.formula} that depends on {v} cannot be fitted; vary {v} or choose a law without it."
-            )
+    _refuse_constants(law, points, names)
     _refuse_mixed_units(df.loc[points.index], points, names, num_variables=len(law.variables))
     return Observations(
         x={v: points[v].to_numpy() for v in law.variables},
@@ -166,6 +154,27 @@ def observe(
         exclusions=tuple(exclusions),
         num_rows=len(df) + sum(number for _, number in not_chosen),
     )
+
+
+def _weights(df: pd.DataFrame, weights: str | Array | None) -> Array:
+    """One weight per row, from a column or as given."""
+    if isinstance(weights, str):
+        if weights not in df.columns:
+            raise AnalysisError(f"The table has no column {weights!r} for the weights.")
+        return pd.to_numeric(df[weights], errors="coerce").to_numpy(float)
+    found = np.ones(len(df)) if weights is None else np.asarray(weights, float)
+    if len(found) != len(df):
+        raise AnalysisError(f"There are {len(found)} weights for {len(df)} rows; give one weight per row.")
+    return found
+
+
+def _refuse_constants(law: Law, points: pd.DataFrame, names: Mapping[str, str]) -> None:
+    for v in law.variables:
+        if points[v].nunique() < 2:
+            raise AnalysisError(
+                f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so the part of "
+                f"{law.formula} that depends on {v} cannot be fitted; vary {v} or choose a law without it."
+            )
 
 
 GAP_OF_UNITS = 1e4

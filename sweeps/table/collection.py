@@ -9,7 +9,7 @@ twice writes the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,21 +82,8 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     unplanned = tuple(
         sorted(path.name for path in sweep.runs_dir.iterdir() if path.is_dir() and path.name not in known)
     )
-    if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
-        raise SweepError(
-            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
-            f"sweep file was edited, or an earlier version of aimscale launched them (`aimscale migrate` brings those "
-            f"along; the commit is in provenance.json)"
-        )
-    for record in imported:
-        try:
-            found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
-            results_table(found)
-        except (UserError, OSError, ValueError, TypeError, KeyError, TableError) as error:
-            damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
-            continue
-        rows += found
-    rows = with_task_names(rows, runs)
+    _refuse_another_plan(sweep, runs, unplanned)
+    rows = with_task_names([*rows, *_imported_rows(sweep, imported, damaged)], runs)
     num_complete = sum(row["status"] == "complete" for row in rows)
     table = results_table(rows)
     write_table(table, sweep.directory / "results.csv")
@@ -131,6 +118,27 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         num_baselines=len(baselines),
         unplanned=unplanned,
     )
+
+
+def _refuse_another_plan(sweep: Sweep, runs: Sequence[Run], unplanned: Sequence[str]) -> None:
+    if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
+        raise SweepError(
+            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
+            f"sweep file was edited, or an earlier version of aimscale launched them (`aimscale migrate` brings those "
+            f"along; the commit is in provenance.json)"
+        )
+
+
+def _imported_rows(sweep: Sweep, imported: Sequence[RunRecord], damaged: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of imported weights; runs whose rows cannot be read go to `damaged`."""
+    for record in imported:
+        try:
+            found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
+            results_table(found)
+        except (UserError, OSError, ValueError, TypeError, KeyError, TableError) as error:
+            damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
+            continue
+        yield from found
 
 
 def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[dict[str, Any]]:
