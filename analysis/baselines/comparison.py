@@ -160,7 +160,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     """
     usable, exclusions = usable_rows(frame)
     probes = probe_frame(frame[is_complete(frame)])
-    left_out = list(exclusions)
+    left_out = [*exclusions, *_leaks(probes)]
     shared = _shared(probes, left_out)
     left_out.append(
         "Loss levels: the paper's are on IN-1k at 224 px with unstated prefixes, ours on this table's own images."
@@ -185,7 +185,6 @@ def _shared(probes: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
     if others:
         left_out.append(f"Probes of another kind than Table 6's attentive one: {', '.join(others)}.")
     kept = known[known["kind"] == PROTOCOL].dropna(subset=["top1"])
-    left_out += _leaks(kept)
     small = (
         sorted({int(side) for side in kept["image_size"].dropna() if side != PAPER_SIDE})
         if "image_size" in kept

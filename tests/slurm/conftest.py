@@ -73,6 +73,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `train` and `test` of red and blue images."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for name, number in (("train", 24), ("test", 12)):
+        images = []
+        for i in range(number):
+            pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+            pixels[:, :, 2 * (i % 2)] += 60
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, format="PNG")
+            images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), i % 2))
+        write_dataset(folder / name, images, classes=("red", "blue"))
+    return folder
+
+
 @dataclass(kw_only=True)
 class Fault:
     """A sweep on the cluster, and what a test does to it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -10,14 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.probe.job import ProbeRequest
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
@@ -27,23 +23,6 @@ from aimscale.sweeps.launch.start import left_alone
 from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm.submit import launch_slurm
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `train` and `test` of red and blue images."""
-    folder = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for name, number in (("train", 24), ("test", 12)):
-        images = []
-        for i in range(number):
-            pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-            pixels[:, :, 2 * (i % 2)] += 60
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, format="PNG")
-            images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), i % 2))
-        write_dataset(folder / name, images, classes=("red", "blue"))
-    return folder
 
 
 @pytest.fixture

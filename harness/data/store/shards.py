@@ -80,10 +80,13 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     Raises:
         DataError: nothing installed knows the protocol.
     """
+    protocol, options = url.partition("://")[0], {}
+    if protocol in ("s3", "s3a"):  # botocore opens ten connections, behind which other reads of a batch would wait
+        chosen = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        options["config_kwargs"] = {"max_pool_connections": _MAX_REQUESTS, **chosen}
     try:
-        filesystem, inner = fsspec.core.url_to_fs(url)
+        filesystem, inner = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        protocol = url.partition("://")[0]
         extra = _EXTRAS.get(protocol)
         how = f"pip install 'aimscale[{extra}]'" if extra else f"install the package that fsspec names: {error}"
         raise DataError(f"{url} needs a package that is not installed; {how}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import http.client
 import http.server
 import re
 import threading
@@ -135,6 +137,108 @@ def test_faults_that_stay_name_shard_and_url(
     url, _ = serve(small_set, lambda path, turn: kind if path.endswith("1.tar") else None)
     stream = TrainStream(configure(sources=[{"path": url}]))
     with pytest.raises(DataError, match=says.format(url=url)):
+        stream.batch(range(60))
+
+
+class S3Proxy(FaultyHandler):
+    """Stands before an S3 server, at `upstream`, and is faulty as `fault` says."""
+
+    protocol_version = "HTTP/1.1"
+    upstream: tuple[str, int]
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        connection = http.client.HTTPConnection(*self.upstream)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        status, data, wanted, fault = answer.status, answer.read(), self.headers.get("Range"), None
+        if self.command == "GET" and wanted and ".tar" in self.path:
+            self.asked[f"{self.path} {wanted}"] += 1
+            fault = type(self).fault(self.path, self.asked[f"{self.path} {wanted}"])
+        if fault == "500":
+            status, data = 500, b"<Error><Code>InternalError</Code><Message>an internal error</Message></Error>"
+        if fault == "stall":
+            time.sleep(3)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+        dropped = ("content-length", "connection", "transfer-encoding", *(("content-range",) if fault == "500" else ()))
+        self.send_response(status)
+        for name, value in answer.getheaders():
+            if name.lower() not in dropped:
+                self.send_header(name, value)
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # who asked has given up
+            self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        self.close_connection = fault == "cut"
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
+
+
+@pytest.fixture
+def faulty_bucket(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """URL of the small set in a bucket behind moto's S3 server, whose faults a function says."""
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    import fsspec
+
+    store = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    store.start()
+    proxies: list[Server] = []
+
+    def start(fault: Callable[[str, int], str | None], tries: int) -> str:
+        attributes = {"fault": staticmethod(fault), "asked": Counter(), "upstream": store.get_host_and_port()}
+        proxies.append(Server(("127.0.0.1", 0), type("Handler", (S3Proxy,), attributes)))
+        threading.Thread(target=proxies[0].serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{proxies[0].server_address[1]}"
+        settings = {"endpoint_url": address, "key": "test", "secret": "test"}
+        monkeypatch.setitem(
+            fsspec.config.conf, "s3", {**settings, "config_kwargs": {"retries": {"total_max_attempts": tries}}}
+        )
+        filesystem = fsspec.filesystem("s3")
+        filesystem.makedirs("faulty", exist_ok=True)  # moto's buckets live as long as the process
+        for path in small_set.rglob("*"):
+            if path.is_file():
+                filesystem.put(str(path), f"faulty/{path.relative_to(small_set)}")
+        return "s3://faulty"
+
+    yield start
+    for server in proxies:
+        server.shutdown()
+        server.server_close()
+    store.stop()
+
+
+def test_faults_of_s3_that_pass_leave_no_trace(
+    small_set: Path,
+    configure: Callable[..., RunConfig],
+    faulty_bucket: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "_STALLED_S", 2.0)
+    kinds = {"0.tar": "500", "1.tar": "cut", "2.tar": "stall"}
+    url = faulty_bucket(lambda path, turn: kinds.get(path[-5:]) if turn == 1 else None, tries=2)
+    expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(32))
+    found = TrainStream(configure(sources=[{"path": url}])).batch(range(32))
+    assert torch.equal(found.images, expected.images)
+    assert found.bad_samples == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("500", "an internal error"), ("cut", ""), ("stall", "stalled: .* did not come within 1 s")]
+)
+def test_faults_of_s3_that_stay_name_shard_and_url(
+    kind: str,
+    says: str,
+    configure: Callable[..., RunConfig],
+    faulty_bucket: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "_STALLED_S", 1.0 if kind == "stall" else 60.0)
+    monkeypatch.setattr(shards, "_NUM_TRIES", 1)
+    url = faulty_bucket(lambda path, turn: kind if path.endswith("1.tar") else None, tries=1)
+    stream = TrainStream(configure(sources=[{"path": url}]))
+    shard = "." if kind == "stall" else "1"  # on a busy machine a good read may seem to have stalled, too
+    with pytest.raises(DataError, match=rf"cannot read shard {url}/shard-00000{shard}.tar: .*{says}"):
         stream.batch(range(60))
 
 
