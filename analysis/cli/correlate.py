@@ -10,9 +10,16 @@ from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import draw, table_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     import pandas as pd
 
+    from aimscale.analysis.downstream.correlation import Correlation
     from aimscale.analysis.fitting.result import Fit
+
+Probe = tuple[str, str]
+"""Task and kind of probe."""
 
 app = typer.Typer(help="Correlate loss with accuracy and forecast accuracy from loss.", add_completion=False)
 
@@ -44,12 +51,9 @@ def correlate_table(
     """Pearson, Spearman and Kendall with intervals."""
     import json as json_module
 
-    import pandas as pd
-
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.downstream.correlation import correlate
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.plots.scaling import plot_loss_accuracy
 
     groups = groups_by_probe(table_of(tables, columns, where, main), y)
     by = {k: clusters_of(group, cluster) for k, group in groups.items()}
@@ -60,14 +64,7 @@ def correlate_table(
     if figure is not None:
         if x != "val_loss" or ("", "") in groups:
             raise AnalysisError("--figure draws probe accuracies against val_loss; leave out --x and --y.")
-        for kind in dict.fromkeys(kind for _, kind in groups):
-            of_kind = {key[0]: key for key in groups if key[1] == kind}
-            drawn = plot_loss_accuracy(
-                pd.concat([groups[key] for key in of_kind.values()]),
-                {task: found[key] for task, key in of_kind.items()},
-                {task: links[key] for task, key in of_kind.items() if key in links},
-            )
-            draw(drawn, figure.with_name(f"{figure.stem}-{kind}"))
+        draw_probes(groups, found, links, figure)
     if json:
         rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
         fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]
@@ -88,6 +85,27 @@ def correlate_table(
                 typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
 
 
+def draw_probes(
+    groups: Mapping[Probe, pd.DataFrame],
+    found: Mapping[Probe, Sequence[Correlation]],
+    links: Mapping[Probe, Fit],
+    path: Path,
+) -> None:
+    """A figure per kind of probe, its name behind that of `path`."""
+    import pandas as pd
+
+    from aimscale.analysis.plots.scaling import plot_loss_accuracy
+
+    for kind in dict.fromkeys(kind for _, kind in groups):
+        of_kind = {key[0]: key for key in groups if key[1] == kind}
+        drawn = plot_loss_accuracy(
+            pd.concat([groups[key] for key in of_kind.values()]),
+            {task: found[key] for task, key in of_kind.items()},
+            {task: links[key] for task, key in of_kind.items() if key in links},
+        )
+        draw(drawn, path.with_name(f"{path.stem}-{kind}"))
+
+
 def clusters_of(rows: pd.DataFrame, wish: str) -> str | None:
     """The column to resample by; `auto` takes runs where at least four have several rows."""
     if wish != "auto":
@@ -96,7 +114,7 @@ def clusters_of(rows: pd.DataFrame, wish: str) -> str | None:
     return "run_id" if 4 <= runs < len(rows) else None
 
 
-def groups_by_probe(df: pd.DataFrame, y: str) -> dict[tuple[str, str], pd.DataFrame]:
+def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
     """(task, kind) -> its rows over the finished runs; one entry ("", "") for a plain column.
 
     Raises:
