@@ -116,6 +116,7 @@ def run(
     batches: Iterator[list[Batch]] | None = None,
     with_peer: bool = False,
     with_stages: bool = False,
+    with_references: bool = True,
 ) -> TrainBench:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
@@ -133,6 +134,7 @@ def run(
         batches: the training loader, to measure the wait for data; None takes random images.
         with_peer: time the peer, too.
         with_stages: time ZeRO stages 1 and 2, too.
+        with_references: time FSDP2 and, on one rank, the bare loop, too.
     """
     group = start_group(find_placement(), device)
     plan = execution_plan(
@@ -154,7 +156,7 @@ def run(
     step = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
     num_targets = group.world_size * count_targets(step, model_config.num_tokens)
 
-    makers = _loops(model_config, optimiser, options, group, step, num_targets, with_peer, with_stages)
+    makers = _loops(model_config, optimiser, options, group, step, num_targets, with_references, with_peer, with_stages)
     try:
         times, memory_bytes, startup_s = _time_loops(makers, num_steps, group)
         data_wait = None
@@ -212,6 +214,7 @@ def _loops(
     group: Group,
     step: list[Batch],
     num_targets: int,
+    with_references: bool,
     with_peer: bool,
     with_stages: bool,
 ) -> dict[str, Callable[[], Loop]]:
@@ -229,11 +232,10 @@ def _loops(
 
         return one, engine.close
 
-    makers: dict[str, Callable[[], Loop]] = {
-        "ours": lambda: loop_of(zero(options.zero_stage)),
-        "fsdp2": lambda: loop_of(reference(sharded=True)),
-    }
-    if group.world_size == 1:
+    makers: dict[str, Callable[[], Loop]] = {"ours": lambda: loop_of(zero(options.zero_stage))}
+    if with_references:
+        makers["fsdp2"] = lambda: loop_of(reference(sharded=True))
+    if with_references and group.world_size == 1:
         makers["bare"] = lambda: loop_of(reference(sharded=False))
     for stage in (1, 2) if with_stages else ():
         makers[f"zero{stage}"] = functools.partial(lambda stage: loop_of(zero(stage)), stage)

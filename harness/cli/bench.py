@@ -50,6 +50,7 @@ def train(
         ),
     ] = False,
     stages: Annotated[bool, typer.Option("--stages", help="Time ZeRO stages 1 and 2 beside each other.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Leave FSDP2 and the bare loop out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """ms/step, images/s, MFU, data wait, peak memory, and the ratios to PyTorch's FSDP2 and plain loops, in one run."""
@@ -97,6 +98,7 @@ def train(
         batches=batches,
         with_peer=peer,
         with_stages=stages,
+        with_references=not alone,
     )
     if int(os.environ["RANK"]) > 0:
         return
@@ -129,6 +131,30 @@ def _print_train(measured: TrainBench) -> None:
             "start-up": f"{measured.startup_s:.1f} s to the end of the first step",
         }
     )
+
+
+@app.command()
+def checkpoint(
+    size: Annotated[str, typer.Option(help="Model size: a name, or w<width>-d<depth>.")] = "rung-128",
+    image_size: Annotated[int, typer.Option(help="Side of the image, pixels.")] = 32,
+    patch_size: Annotated[int, typer.Option(help="Side of a patch, pixels.")] = 4,
+    head_rule: Annotated[str, typer.Option(help="released, proportional or none.")] = "proportional",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    folder: Annotated[Path, typer.Option(help="On the disk in question.")] = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """How long a checkpoint stops training, how long it takes to be written beside it, and to be read."""
+    from aimscale.aim.config import model_config
+    from aimscale.harness.bench.checkpoint import run
+
+    shape = model_config(size, image_size=image_size, patch_size=patch_size, head_rule=head_rule)  # type: ignore[arg-type]
+    found = run(shape, precision=precision, device=device, folder=folder)  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    seconds = {name: f"{found[f'{name}_s']:.2f} s" for name in ("stall", "write", "load")}
+    _table({"size": f"{found['bytes'] / 1e9:.3f} GB"} | seconds)
 
 
 @app.command()

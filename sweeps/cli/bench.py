@@ -25,6 +25,24 @@ def fit(
 
 
 @app.command()
+def card(
+    out: Annotated[Path, typer.Option(help="Folder of card.json and card.md.")] = Path("card"),
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Small sizes on the CPU.")] = False,
+    only: Annotated[str, typer.Option(help="Parts whose names hold this, e.g. `train aim-600M`.")] = "",
+) -> None:
+    """All that only a card can show, in less than nine minutes: tests, peaks, training, a sweep, loading, a checkpoint.
+
+    Exits with 1 where a part did not end well; the others are written.
+    """
+    from aimscale.sweeps.bench.card import run
+
+    done = run(out, rehearse=rehearse, only=only, report=typer.echo)
+    typer.echo(f"{out / 'card.json'} and {out / 'card.md'} are written")
+    if any(part["problem"] for part in done["parts"].values()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def probe(
     images: Annotated[int, typer.Option(min=1000, help="Training images.")] = 200_000,
     classes: Annotated[int, typer.Option(min=2, help="Classes.")] = 1000,

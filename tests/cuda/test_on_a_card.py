@@ -24,9 +24,10 @@ from aimscale.harness.data.stream.crops import Crops, Jitter, pack
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import memory_estimate
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.checkpoint import load_checkpoint, save_checkpoint
+from aimscale.harness.step.checkpoint import load_checkpoint
 from aimscale.harness.step.engine import CompileMode, Engine, EngineOptions, fragment_of
 from aimscale.harness.step.feed import count_targets
+from aimscale.harness.step.saving import CheckpointWriter
 
 DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -119,7 +120,11 @@ def test_a_resumed_run_holds_the_same_bits(
 ) -> None:
     first = engine(precision=precision, stage=stage)
     losses(first, 3)
-    save_checkpoint(tmp_path / "saved", first, group, run_id="x", images_seen=48, branch=None, progress={})
+    writer = CheckpointWriter(first, group, lambda: None)
+    writer.save(tmp_path / "saved", run_id="x", images_seen=48, branch=None, progress={}, keep=())
+    losses(first, 1)  # while it is written
+    writer.finish()
+    load_checkpoint(tmp_path / "saved", first, group)
     second = engine(precision=precision, stage=stage)
     load_checkpoint(tmp_path / "saved", second, group)
     for one, other in zip(first.fragments(), second.fragments(), strict=True):
@@ -128,6 +133,7 @@ def test_a_resumed_run_holds_the_same_bits(
             mine, its = (fragment_of(state[name], fragment) for fragment, state in states)
             assert torch.equal(mine, its), (one.name, name)
         assert torch.equal(fragment_of(one.flat, one), fragment_of(other.flat, other)), one.name
+    writer.close()
     assert losses(second, 2) == pytest.approx(losses(first, 2), rel=1e-4)
 
 

@@ -1,0 +1,216 @@
+"""The first half hour with a card, in one command: what a card alone can show, as one JSON and one page.
+
+Every part is a command of its own in a process of its own, with a limit. One that fails or finds no time left is named
+on the page, and the next goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import aimscale
+from aimscale.harness.data.store.bundled import write_bundled
+from aimscale.harness.run.provenance import git_commit, package_versions
+
+TOTAL_S = 520
+"""All parts together end by then."""
+TESTS = Path(aimscale.__file__).resolve().parents[2] / "tests" / "cuda"
+ON_CARD = ["--image-size", "224", "--patch-size", "14", "--head-rule", "released", "--precision", "bf16"]
+CARD_TRAINING = [
+    *(("rung-128", 512, how) for how in ("auto", "false", "graphs")),
+    *(("rung-384", 256, how) for how in ("auto", "false", "graphs")),
+    *((size, 128, how) for size in ("aim-600M", "aim-1B") for how in ("auto", "false")),
+]
+"""Size, batch, `runtime.compile`."""
+REHEARSED_TRAINING = [("w16-d2", 8, "auto")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One command."""
+
+    name: str
+    """What it shows."""
+    words: list[str]
+    """The command."""
+    limit_s: int
+    """When it is ended."""
+
+
+def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
+    """What is to be run, the most important first; `rehearse` takes small sizes and the CPU."""
+    aimscale_command = [sys.executable, "-m", "aimscale"]
+    device = "cpu" if rehearse else "cuda"
+    yield Part(name="doctor", words=[*aimscale_command, "doctor", "--root", str(folder), "--json"], limit_s=60)
+    yield Part(name="gemm", words=[*aimscale_command, "bench", "gemm", "--device", device, "--json"], limit_s=60)
+    # No options of pyproject: xdist and the like may be missing there.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
+    yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpus"] if rehearse else []), str(TESTS)], limit_s=150)
+    shape = ["--image-size", "16", "--steps", "2"] if rehearse else [*ON_CARD, "--steps", "10"]
+    for size, batch, how in REHEARSED_TRAINING if rehearse else CARD_TRAINING:
+        words = [*aimscale_command, "bench", "train", "--size", size, "--batch", str(batch), "--compile", how, *shape]
+        alone = [] if how == "auto" else ["--alone"]
+        yield Part(name=f"train {size} {how}", words=[*words, *alone, "--device", device, "--json"], limit_s=90)
+    model = ["--size", "w16-d2", "--image-size", "16"] if rehearse else ["--size", "aim-600M", *ON_CARD]
+    words = [*aimscale_command, "bench", "checkpoint", *model, "--device", device, "--folder", str(folder), "--json"]
+    yield Part(name="checkpoint", words=words, limit_s=90)
+    sweep = _write_sweep(folder, rehearse=rehearse)
+    yield Part(name="sweep", words=[*aimscale_command, "launch", str(sweep), "--root", str(folder)], limit_s=120)
+    words = [*aimscale_command, "status", str(sweep), "--root", str(folder), "--json"]
+    yield Part(name="status", words=words, limit_s=30)
+    words = [*aimscale_command, "bench", "data", "--seconds", "0.5" if rehearse else "4", "--workers", "1", "--json"]
+    yield Part(name="loader", words=[*words, *(["--images", "16"] if rehearse else [])], limit_s=60)
+
+
+def run(out: Path, *, rehearse: bool = False, only: str = "", report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run all parts and write `card.json` and `card.md` into `out`.
+
+    Args:
+        out: folder, made if need be.
+        rehearse: small sizes on the CPU.
+        only: parts whose names hold this; empty for all.
+        report: called with a line after each part.
+
+    Returns:
+        What `card.json` holds: `setting`, and of every part its command, seconds, result and problem.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    commit, is_dirty = git_commit()
+    setting = {"git_commit": commit, "git_dirty": is_dirty, "packages": package_versions(), "rehearsal": rehearse}
+    done: dict[str, Any] = {"setting": setting, "parts": {}}
+    patience = 10 if rehearse else 1  # a rehearsal may meet a busy machine
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts(Path(folder), rehearse=rehearse):
+            if only not in part.name:
+                continue
+            left_s = patience * TOTAL_S - (time.monotonic() - started)
+            found = _execute(part, min(patience * part.limit_s, left_s), rehearse)
+            done["parts"][part.name] = found
+            report(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
+            done["seconds"] = time.monotonic() - started
+            (out / "card.json").write_text(json.dumps(done, indent=1))  # after every part: an end without warning
+            (out / "card.md").write_text(page(done))
+    return done
+
+
+def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"command": part.words, "seconds": 0.0, "result": None, "problem": ""}
+    if limit_s < 5:
+        return found | {"problem": "no time was left"}
+    env = os.environ | ({"AIMSCALE_TEST_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if rehearse else {})
+    started = time.monotonic()
+    try:
+        ended = subprocess.run(part.words, capture_output=True, text=True, timeout=limit_s, env=env, check=False)
+    except subprocess.TimeoutExpired:
+        return found | {"seconds": time.monotonic() - started, "problem": f"not done after {limit_s:.0f} s"}
+    lines = ended.stdout.strip().splitlines()
+    said = ended.stderr.strip().splitlines() or lines
+    problem = "" if ended.returncode == 0 else f"exit code {ended.returncode}: {(said or [''])[-1]}"
+    try:
+        result = json.loads(ended.stdout[min(i for i in map(ended.stdout.find, "[{") if i >= 0) :])
+    except ValueError:
+        result = lines[-12:]
+    return found | {"seconds": time.monotonic() - started, "result": result, "problem": problem}
+
+
+def _write_sweep(folder: Path, *, rehearse: bool) -> Path:
+    """One size by two budgets on the bundled images."""
+    write_bundled(folder / "data")
+    size, batch, budgets = ("w16-d2", 16, [64, 128]) if rehearse else ("rung-128", 256, [25_600, 51_200])
+    path = folder / "card.yaml"
+    values = {
+        "name": "card",
+        "sizes": [size],
+        "budgets": budgets,
+        "base": {
+            "model": {"image_size": 32, "patch_size": 4},
+            "data": {"sources": [{"path": "data/photographs-pretrain"}], "color_jitter": True},
+            "optimiser": {"batch_size": batch, "precision": "fp32" if rehearse else "bf16"},
+            "schedule": {"warmup_images": budgets[0] // 4},
+            "validation": {"path": "data/validation", "num_images": 64, "num_prefixes": 1, "centre_crop": 1.0},
+            "runtime": {"augment_on": "device", "device": "cpu" if rehearse else "cuda", "log_every_steps": 4},
+        },
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def page(done: dict[str, Any]) -> str:
+    """The Markdown page."""
+    setting, found = done["setting"], done["parts"]
+    commit = f"commit {setting['git_commit']}{' with changes' if setting['git_dirty'] else ''}"
+    versions = ", ".join(f"{name} {setting['packages'].get(name)}" for name in ("torch", "deepspeed"))
+    lines = [
+        f"# {'A rehearsal on a CPU' if setting['rehearsal'] else 'One card'}",
+        "",
+        f"`aimscale bench card`, {commit}, {versions}, {done['seconds']:.0f} s.",
+        "",
+        "| part | seconds | |",
+        "|---|---|---|",
+        *(f"| {name} | {part['seconds']:.0f} | {part['problem'] or 'done'} |" for name, part in found.items()),
+        "",
+    ]
+    for check in (_result(found, "doctor") or {}).get("checks", ()):
+        if check["level"] != "ok" or check["name"] == "accelerator":
+            lines += [f"Doctor: {check['level']}, {check['name']}: {check['found']}", ""]
+    if gemm := _result(found, "gemm"):
+        peaks = [f"{peak['precision']} {peak['flops_per_s'] / 1e12:.1f} TFLOP/s" for peak in gemm]
+        lines += [f"Matrix products on {gemm[0]['device']}: {', '.join(peaks)}.", ""]
+    head = "size, batch, compiled | ms/step | images/s | MFU published/nominal | executed/nominal | executed/measured"
+    lines += [f"| {head} | ours / FSDP2 | ours / bare | GB (estimate) |", "|---" * 9 + "|"]
+    for name in found:
+        if name.startswith("train") and (row := _result(found, name)):
+            lines.append(_training_line(row))
+    lines.append("")
+    if saved := _result(found, "checkpoint"):
+        lines += [
+            f"A checkpoint of {saved['size']}, {saved['bytes'] / 1e9:.2f} GB: training stands still for "
+            f"{saved['stall_s']:.2f} s, it is written in {saved['write_s']:.1f} s and read in {saved['load_s']:.1f} s.",
+            "",
+        ]
+    for run in (_result(found, "status") or {}).get("runs", ()):
+        lines += [f"Sweep: {run['run_id']} {run['state']}, loss {run['val_loss']}, {run['images_per_s']} images/s.", ""]
+    if loader := _result(found, "loader"):
+        rates = [f"{row['workers']} worker, augmented on {row['augment_on']}: {row['images_per_s']:.0f} images/s"
+                 for row in loader["loader"]]  # fmt: skip
+        device = loader["device"]
+        lines += [f"Loader: {'; '.join(rates)}; resized on {device['name']}: {device['images_per_s']:.0f}/s.", ""]
+    for name in ("tests", "sweep"):
+        if name in found and found[name]["result"]:
+            lines += [f"{name.capitalize()}:", "", "```", *map(str, found[name]["result"]), "```", ""]
+    return "\n".join(lines)
+
+
+def _result(found: dict[str, Any], name: str) -> Any:
+    """Of a part that ended well."""
+    part = found.get(name)
+    return part["result"] if part and not part["problem"] else None
+
+
+def _training_line(row: dict[str, Any]) -> str:
+    def ratio(name: str) -> str:
+        return f"{row['others'][name]['ours_over_it']:.3f}" if name in row["others"] else ""
+
+    shares = [row[name] for name in ("mfu_published", "mfu_executed", "mfu")]
+    cells = [
+        f"{row['size']}, {row['batch_size']}, {row['compiled']}",
+        f"{row['ms_per_step']:.1f}",
+        f"{row['images_per_s']:.0f}",
+        *("" if share is None else f"{100 * share:.1f} %{' (!)' if share > 1 else ''}" for share in shares),
+        ratio("fsdp2"),
+        ratio("bare"),
+        f"{row['memory_bytes'] / 1e9:.1f} ({row['memory_estimate_bytes'] / 1e9:.1f})",
+    ]
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,58 @@
+"""`aimscale bench card`, rehearsed on a CPU with small sizes: its parts run, and one that fails stops no other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from aimscale.sweeps.bench import card
+from aimscale.sweeps.cli.bench import app
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rehearsal_ends_in_a_file_and_a_page(tmp_path: Path) -> None:
+    done = card.run(tmp_path, rehearse=True)
+    assert done == json.loads((tmp_path / "card.json").read_text())
+    assert {name: part["problem"] for name, part in done["parts"].items()} == dict.fromkeys(done["parts"], "")
+    names = {"doctor", "gemm", "tests", "train w16-d2 auto", "checkpoint", "sweep", "status", "loader"}
+    assert done["parts"].keys() == names
+    assert "3 passed" in done["parts"]["tests"]["result"][-1]
+    assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
+    page = (tmp_path / "card.md").read_text()
+    assert "| w16-d2, 8, none |" in page
+    assert "A checkpoint of w16-d2" in page
+
+
+def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {
+        "good": "print('{\"a\": 1}')",
+        "bad": "raise SystemExit('no driver')",
+        "slow": "import time; time.sleep(60)",
+    }
+    parts = [card.Part(name=name, words=[sys.executable, "-c", code], limit_s=1) for name, code in programs.items()]
+    monkeypatch.setattr(card, "parts", lambda *_, **__: parts)
+    found = card.run(tmp_path, rehearse=True)["parts"]
+    assert found["good"]["result"] == {"a": 1}
+    assert found["bad"]["problem"] == "exit code 1: no driver"
+    assert found["slow"]["problem"] == "not done after 10 s"
+    monkeypatch.setattr(card, "TOTAL_S", 0)
+    assert card.run(tmp_path, rehearse=True)["parts"]["good"]["problem"] == "no time was left"
+    assert "no time was left" in (tmp_path / "card.md").read_text()
+
+
+def test_the_parts_of_a_card_are_commands_that_exist(tmp_path: Path) -> None:
+    """Only their options: what they do needs a card."""
+    parts = list(card.parts(tmp_path, rehearse=False))
+    sizes = [part.name for part in parts if part.name.startswith("train")]
+    assert sizes[-4:] == ["train aim-600M auto", "train aim-600M false", "train aim-1B auto", "train aim-1B false"]
+    assert card.TESTS.is_dir()
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for part in parts:
+        if "bench" in part.words:
+            options = {option for param in verbs[part.words[4]].params for option in param.opts}
+            assert {word for word in part.words if word.startswith("--")} <= options, part.name
