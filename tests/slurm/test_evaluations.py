@@ -11,6 +11,7 @@ import pytest
 
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
+from aimscale.sweeps.launch.evaluations import unevaluated
 from aimscale.sweeps.runs.probe_record import EvaluationRecord
 
 
@@ -46,5 +47,4 @@ def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
     assert all(row["val_loss"] for row in rows)
     (undisturbed,) = [entries for _, entries in probe_run(case.records[0].path, since=None)]
     assert rows[0]["probes"] == undisturbed
-    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "submitted" not in again, again
+    assert not unevaluated(case.sweep, case.runs)
