@@ -67,9 +67,12 @@ class Crops:
         """uint8 (B, C, size, size) on the device."""
         pixels = self.pixels.to(device, non_blocking=True)
         crops = self._split(pixels)
-        if pixels.device.type == "cpu":  # the kernel whose result `resize_exactly` reproduces, and faster here
-            done = [self._resize_one(crop, flip) for crop, flip in zip(crops, self.layout.flip, strict=True)]
-            images = torch.stack(done) if done else pixels.new_empty(0, self.channels, self.size, self.size)
+        if not crops:
+            images = pixels.new_empty(0, self.channels, self.size, self.size)
+        elif pixels.device.type == "cpu":  # the kernel whose result `resize_exactly` reproduces, and faster here
+            images = torch.stack(
+                [self._resize_one(crop, flip) for crop, flip in zip(crops, self.layout.flip, strict=True)]
+            )
         else:
             images = resize_exactly(crops, self.layout.flip, self.size)
         return images if self.jitter is None else jitter_colours(images, *self.jitter)

@@ -34,22 +34,24 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
         "bad": "raise SystemExit('no driver')",
         "slow": "import time; time.sleep(60)",
     }
-    parts = [card.Part(name=name, words=[sys.executable, "-c", code], limit_s=1) for name, code in programs.items()]
+    parts = [card.Part(name=name, words=[sys.executable, "-c", code], limit_s=5) for name, code in programs.items()]
     monkeypatch.setattr(card, "parts", lambda *_, **__: parts)
-    found = card.run(tmp_path, rehearse=True)["parts"]
+    found = card.run(tmp_path)["parts"]
     assert found["good"]["result"] == {"a": 1}
     assert found["bad"]["problem"] == "exit code 1: no driver"
-    assert found["slow"]["problem"] == "not done after 10 s"
+    assert found["slow"]["problem"] == "not done after 5 s"
     monkeypatch.setattr(card, "TOTAL_S", 0)
-    assert card.run(tmp_path, rehearse=True)["parts"]["good"]["problem"] == "no time was left"
+    assert card.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"
     assert "no time was left" in (tmp_path / "card.md").read_text()
 
 
-def test_the_parts_of_a_card_are_commands_that_exist(tmp_path: Path) -> None:
+def test_the_parts_of_a_card_are_commands_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only their options: what they do needs a card."""
+    monkeypatch.setattr(card, "write_bundled", lambda out: None)
     parts = list(card.parts(tmp_path, rehearse=False))
-    sizes = [part.name for part in parts if part.name.startswith("train")]
-    assert sizes[-4:] == ["train aim-600M auto", "train aim-600M false", "train aim-1B auto", "train aim-1B false"]
+    trained = [(size, how) for size, _, how in card.CARD_TRAINING]
+    assert [part.name for part in parts if part.name.startswith("train")] == [f"train {s} {how}" for s, how in trained]
+    assert {size for size, _ in trained} == {"rung-128", "rung-384", "aim-600M", "aim-1B"}
     assert card.TESTS.is_dir()
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for part in parts:
