@@ -151,7 +151,7 @@ def run(
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,
-        compile=compile_mode(compile_as, group.device, optimiser.precision, plan.zero_stage),
+        compile=compile_mode(compile_as, group.device, plan.zero_stage),
     )
     step = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
     num_targets = group.world_size * count_targets(step, model_config.num_tokens)

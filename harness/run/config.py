@@ -287,7 +287,7 @@ class RuntimeConfig(Section):
     offload_weights: Literal["auto"] | bool = "auto"
     """Keep the weights there, too, between their uses (ZeRO 3 with `offload_optimiser`)."""
     compile: Literal["auto", "graphs"] | bool = "auto"
-    """torch.compile the blocks; `auto` does on a card and not on a CPU, where it is refused as far as it is slower.
+    """torch.compile the blocks; `auto` does on a card; on a CPU, where it is slower, it is refused.
     `graphs` compiles the model as a whole into CUDA graphs, for small models on a card, whose kernels end faster than
     they are launched."""
     num_workers: int = Field(0, ge=0)

@@ -80,7 +80,7 @@ class Trainer:
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
-                compile=compile_mode(runtime.compile, group.device, training.optimiser.precision, self.plan.zero_stage),
+                compile=compile_mode(runtime.compile, group.device, self.plan.zero_stage),
                 offload_optimiser=self.plan.offload_optimiser,
                 offload_weights=self.plan.offload_weights,
             ),
