@@ -216,7 +216,8 @@ def plot_loss_accuracy(
             ax.set_visible(False)
         if by:
             handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, title=short(by), loc="outside lower center", ncols=min(8, len(labels)))
+            wide = min(4 if columns == 1 else 8, len(labels))  # more would be cut off at the figure's edges
+            figure.legend(handles, labels, title=short(by), loc="outside lower center", ncols=wide)
     return figure
 
 
