@@ -15,7 +15,7 @@ TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
 """The law that the tables come from."""
 POINT_SD, GROUP_SD = 0.003, 0.005
 """Standard deviation of ln loss of a point alone, and of what a run or a size shares."""
-COST = Cost(kappa=6.0, s=0.0, worst_error=0.0)
+COST = Cost(kappa=6.0, s=0.0)
 """C = 6 N D."""
 ERRORS = ("independent", "run", "size")
 """What points share: nothing, the error of their run, or that of their size."""

@@ -31,8 +31,6 @@ class Cost:
     """FLOPs per parameter and sample at N = 1."""
     s: float
     """How much faster than N the FLOPs of a sample grow; 0 for 6ND."""
-    worst_error: float
-    """Largest relative error of this formula over the table."""
 
     def samples(self, flops: Array, num_params: Array) -> Array:
         """D that the budget buys at a size."""
@@ -46,8 +44,7 @@ def cost_of(num_params: Array, samples: Array, flops: Array) -> Cost:
         s, intercept = 0.0, float(np.mean(per_sample))
     else:
         s, intercept = (float(v) for v in np.polyfit(np.log(num_params), per_sample, 1))
-    error = np.abs(np.expm1(intercept + s * np.log(num_params) - per_sample)).max()
-    return Cost(kappa=float(np.exp(intercept)), s=s, worst_error=float(error))
+    return Cost(kappa=float(np.exp(intercept)), s=s)
 
 
 @dataclass(frozen=True, kw_only=True)

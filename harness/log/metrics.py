@@ -109,11 +109,6 @@ class StepLog:
         self._settled.clear()
         return line
 
-    @property
-    def has_steps(self) -> bool:
-        """Whether there is anything for a line."""
-        return bool(self._settled or self._pending)
-
     def train_loss(self) -> float | None:
         """Mean loss over the budget's tail."""
         self._settle()

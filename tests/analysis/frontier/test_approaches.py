@@ -83,7 +83,7 @@ def test_porians_exponents(measurements, experiment):
 def test_cost_of_6nd_is_exact():
     n = np.array([1e6, 1e7, 1e8])
     cost = cost_of(n, 20 * n, 6 * n * 20 * n)
-    assert (cost.kappa, cost.s, cost.worst_error) == (pytest.approx(6), 0.0, pytest.approx(0, abs=1e-9))
+    assert (cost.kappa, cost.s) == (pytest.approx(6), 0.0)
 
 
 def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
