@@ -200,6 +200,8 @@ def _largest(
         raise AnalysisError(
             f"Cannot hold out the largest {by}: it is no column; its columns are {', '.join(map(str, df.columns))}."
         )
+    if y not in df.columns:
+        raise AnalysisError(f"The table has no column {y!r}; its columns are {', '.join(map(str, df.columns))}.")
     scale = pd.to_numeric(df[name], errors="coerce").to_numpy(float)
     usable = np.isfinite(scale) & np.isfinite(pd.to_numeric(df[y], errors="coerce").to_numpy(float))
     wanted = max(MIN_HELD_OUT, int(np.ceil(share * usable.sum())))

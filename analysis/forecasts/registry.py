@@ -83,12 +83,20 @@ def read_register(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     out = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            out.append(json.loads(line))
-        except ValueError:
+            out.append(_entry(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise AnalysisError(f"Line {number} of {path} is no forecast; restore or remove that line.") from None
     return out
+
+
+def _entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of the register with its numbers as numbers; what is none raises."""
+    ends = {name: None if entry[name] is None else float(entry[name]) for name in ("pi_lo", "pi_hi")}
+    texts = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
+    at = {str(name): float(value) for name, value in entry["at"].items()}
+    return entry | ends | texts | {"at": at, "value": float(entry["value"]), "columns": dict(entry["columns"])}
 
 
 def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:

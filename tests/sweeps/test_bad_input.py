@@ -47,7 +47,7 @@ VERBS = (
     ["cancel"],
     ["launch", "--dry-run"],
     ["probe", "--dry-run"],
-    ["logs"],
+    ["logs", "rung"],
     ["collapse"],
     ["migrate"],
 )

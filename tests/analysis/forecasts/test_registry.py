@@ -92,6 +92,6 @@ def test_what_is_measured_already_is_no_forecast(table, grid):
     with pytest.raises(AnalysisError, match="needs both N and D"):
         run(table, "--at", "N=1e9")
     register = table.with_name("forecasts.jsonl")
-    register.write_text("{}\nnothing\n")
-    with pytest.raises(AnalysisError, match="Line 2"):
+    register.write_text("nothing\n{}\n")
+    with pytest.raises(AnalysisError, match="Line 1"):
         read_register(register)
