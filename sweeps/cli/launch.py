@@ -10,7 +10,7 @@ import typer
 
 from aimscale.sweeps.cli.plan import Root, SweepName
 from aimscale.sweeps.launch.evaluations import Place, with_place
-from aimscale.sweeps.launch.start import launch, left_alone, planned, startable
+from aimscale.sweeps.launch.start import launch, left_alone, planned, startable, unplanned
 from aimscale.sweeps.runs.decision import Decision
 from aimscale.sweeps.runs.sweep_dir import prepare
 
@@ -68,11 +68,7 @@ def command(
         return
     result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate, notify=notify)
     _print_left(result.left)
-    if result.unplanned:
-        typer.echo(
-            f"not in this plan and left as they are: {len(result.unplanned)} run directories, such as "
-            f"{result.unplanned[0]}; what they trained differs"
-        )
+    _print_unplanned(result.unplanned)
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -87,6 +83,14 @@ def command(
 def _print_left(left: Sequence[Decision]) -> None:
     for line in left_alone(left):
         typer.echo(line)
+
+
+def _print_unplanned(names: Sequence[str]) -> None:
+    if names:
+        typer.echo(
+            f"not in this plan and left as they are: {len(names)} run directories, such as {names[0]}; what they "
+            f"trained differs"
+        )
 
 
 def _print_local(sweep: str, root: Path) -> None:
@@ -146,5 +150,6 @@ def _launch_slurm(
     for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
         _print_submitted(part.submitted, "evaluations of ", dry_run)
         _print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
+    _print_unplanned(unplanned(loaded, runs))
     if not dry_run:
         typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")

@@ -86,9 +86,15 @@ def launch(
     summary = f"{loaded.name}: {len(result.finished)} runs finished now, {len(result.failed)} failed"
     facts = {"finished": len(result.finished), "failed": len(result.failed), "interrupted": result.interrupted}
     post(notify, "ended", loaded.name, summary, **facts)
+    return replace(result, unplanned=unplanned(loaded, runs))
+
+
+def unplanned(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
+    """Run directories that the plan does not name: what they trained differs from it."""
     names = {run.run_id for run in runs}
-    others = sorted(path.parent.name for path in loaded.runs_dir.glob("*/config.yaml") if path.parent.name not in names)
-    return replace(result, unplanned=tuple(others))
+    return tuple(
+        sorted(path.parent.name for path in sweep.runs_dir.glob("*/config.yaml") if path.parent.name not in names)
+    )
 
 
 def _with_evaluations(trained: LaunchResult, evaluated: LaunchResult) -> LaunchResult:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -91,7 +92,7 @@ def finished(write_sweep: Any) -> tuple[Path, Path]:
     return sweep.source, record.path
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FILES), content=odd_bytes)
 def test_any_content_of_a_runs_files(
     name: str, content: bytes, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
@@ -158,6 +159,51 @@ def test_any_value_at_any_place_of_a_sweep_file(
     path = tmp_path / "any.yaml"
     path.write_text(yaml.safe_dump(document))
     call(["plan", str(path), "--root", str(tmp_path)], capsys)
+
+
+TABLE = {
+    "run_id": ["a", "b", "c", "d"],
+    "size": ["rung-32", "rung-32", "rung-48", "rung-48"],
+    "seed": [0, 1, 0, 1],
+    "params_total": [1e5, 1e5, 2e5, 2e5],
+    "images_seen": [640, 1280, 640, 1280],
+    "val_loss": [0.5, 0.4, 0.45, 0.35],
+    "unique_images": [None, 100, None, 100],
+    "probes": ["[]", '[{"task": "t", "kind": "linear", "top1": 0.5}]', "", "[]"],
+    "extra": ["{}", "{}", "", "{}"],
+}
+TABLE_VERBS = (
+    ["fit"],
+    ["frontier"],
+    ["correlate"],
+    ["contrast", "--by", "seed"],
+    ["noise"],
+    ["repeats"],
+    ["compare"],
+    ["forecast", "--at", "N=1e6,D=1e6"],
+    ["next", "--target", "N=1e6,D=1e6", "--budget", "1"],
+)
+cells = leaves | st.sampled_from(["nan", "1e999", "-1", "[1]", '{"task": 1}', '[{"task": [], "top1": "x"}]', "=1+1"])
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    column=st.sampled_from(sorted(TABLE)) | st.text(max_size=8),
+    column_cells=st.none() | st.lists(cells, min_size=4, max_size=4),
+    content=st.none() | odd_bytes,
+    suffix=st.sampled_from([".csv", ".jsonl"]),
+)
+def test_any_cells_of_a_table(
+    column: str, column_cells: list[Any] | None, content: bytes | None, suffix: str, tmp_path: Path, capsys: Any
+) -> None:
+    frame = pd.DataFrame({**TABLE, column: column_cells}, dtype=object)
+    if column_cells is None:
+        frame = frame.drop(columns=column)
+    path = tmp_path / f"table{suffix}"
+    text = frame.to_csv(index=False) if suffix == ".csv" else frame.to_json(orient="records", lines=True)
+    path.write_bytes(text.encode("utf-8", "replace") if content is None else content)
+    for verb, *options in TABLE_VERBS:
+        call([verb, str(path), *options], capsys)
 
 
 @pytest.mark.parametrize("content", ["null", "[]", "[1]", '"text"', '{"version": 1}', "\xff", "[" * 5000, "1" * 5000])
