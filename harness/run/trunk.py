@@ -18,8 +18,10 @@ def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
     """Budget -> `model.json` beside its weights, for all whose weights are saved, ascending."""
     found = {}
     for path in (run.path / "budgets").glob("[0-9]*/model.json"):
-        with contextlib.suppress(OSError, ValueError):
-            found[int(path.parent.name)] = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            document = json.loads(path.read_text())
+            if isinstance(document, dict):
+                found[int(path.parent.name)] = document
     return dict(sorted(found.items()))
 
 
@@ -27,7 +29,7 @@ def trunk_position(run: RunDir, schedule: Schedule) -> int:
     """Images seen at the furthest point of the trunk that was saved; 0 where there is none."""
     points = [schedule.branch_point(budget) for budget in saved_budgets(run)]
     for path in run.checkpoints.glob("[0-9]*/manifest.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             manifest = json.loads(path.read_text())
             branch = manifest["branch"]
             points.append(manifest["images_seen"] if branch is None else schedule.branch_point(branch))

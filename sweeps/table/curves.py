@@ -46,13 +46,13 @@ def training_curves(sweep: Sweep, runs: Sequence[Run], *, per_param: bool = Fals
                     "rung": run.cell["size"],
                     "run": run.run_id,
                     "progress": line["images_seen"] / end,
-                    "loss": line["loss"],
+                    "loss": float("nan" if line["loss"] is None else line["loss"]),
                 }
                 for line in lines
                 if line.get("branch") in (None, end) and line["images_seen"] <= end
             ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SweepError(f"{path} is damaged ({error}); move the run's directory away") from error
     if not rows:
         raise SweepError(f"no run of {sweep.name} has logged a loss under {sweep.runs_dir}; launch it first")
-    return pd.DataFrame(rows).astype({"loss": float})
+    return pd.DataFrame(rows)

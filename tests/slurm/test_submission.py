@@ -57,10 +57,12 @@ def test_one_job_at_a_time_over_arrays_of_training_and_evaluation(fault: Any) ->
     two_ranks = [{"when": {"seed": 1}, "set": {"devices": 2}}]
     case = fault(seeds=[0, 1], budgets=[32], slurm={"max_parallel": 1, "setup": []}, override=two_ranks)
     words = [str(case.sweep.source), "--root", str(case.sweep.root), "--on", "slurm", "--allow-dirty"]
-    RunRecord.create(case.sweep.run_dir("of_before"), case.runs[0].config)
+    earlier = case.runs[0].config
+    earlier = earlier.model_copy(update={"training": earlier.training.model_copy(update={"seed": 7})})
+    RunRecord.create(case.sweep.run_dir(earlier.run_id), earlier)
     result = CliRunner().invoke(cli_launch.app, words)
     assert result.exit_code == 0, result.output
-    assert "not in this plan and left as they are: 1 run directories, such as of_before" in result.output
+    assert f"not in this plan and left as they are: 1 run directories, such as {earlier.run_id}" in result.output
     assert [line.split(" of ")[0] for line in result.output.splitlines() if line.startswith("submitted")] == [
         "submitted 1 runs", "submitted 1 runs", "submitted evaluations", "submitted evaluations",
     ]  # fmt: skip

@@ -100,7 +100,7 @@ def test_any_content_of_a_runs_files(
     source, run_dir = finished
     path = run_dir / name
     before = path.read_bytes() if path.exists() else None
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     try:
         for verb, *options in VERBS:
