@@ -27,7 +27,7 @@ from aimscale.sweeps.launch.devices import Devices
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
-from aimscale.sweeps.runs.decision import Decision
+from aimscale.sweeps.runs.decision import Decision, note_finished
 from aimscale.sweeps.runs.job_kind import JobKind
 from aimscale.sweeps.runs.retries import Outcome, conclude
 from aimscale.sweeps.runs.sweep_dir import lock_file
@@ -214,6 +214,7 @@ def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], boo
     try:
         with lock_file(queue.kind.lock):
             decision = queue.kind.decide(run, record, is_queued)
+            note_finished(decision)
             if decision.startable:
                 queue.kind.claim(record, run, _own_claim(queue, len(taken)))
         job = _start(queue, run, record, taken, share, command) if decision.startable else None

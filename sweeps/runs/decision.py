@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -70,6 +71,16 @@ def decision(run: Run, record: RunRecord, verdict: Callable[[], tuple[Verdict, s
     except OSError as error:
         what, why = "damaged", f"{error.filename or record.path} cannot be read ({error.strerror})"
     return Decision(run=run, record=record, verdict=what, why=why)
+
+
+def note_finished(found: Decision) -> None:
+    """Finish the status of work whose process was killed between its last result and its last word."""
+    record = found.record
+    if found.verdict != "finished" or not record.status.exists():
+        return
+    with contextlib.suppress(UserError):  # a status that is damaged says nothing about what is done
+        if record.checked_status().state != "finished" and not record.is_held():
+            record.write_status(state="finished", phase="", reason=None, reason_class=None)
 
 
 def standing(

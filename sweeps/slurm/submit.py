@@ -18,7 +18,7 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.stopping import stop_seconds
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
-from aimscale.sweeps.runs.decision import Decision
+from aimscale.sweeps.runs.decision import Decision, note_finished
 from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
 from aimscale.sweeps.runs.notify import VARIABLE, check_url
 from aimscale.sweeps.runs.retries import diagnose
@@ -123,6 +123,8 @@ def launch_slurm(
     make_snapshot(snapshot)
     with lock_file(kind.lock):
         decisions = _decide(kind, runs, settle_ended=True)
+        for decision in decisions:
+            note_finished(decision)
         return _result(batch.submit(decisions, after, most), decisions, snapshot)
 
 

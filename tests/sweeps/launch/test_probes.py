@@ -338,7 +338,10 @@ def test_two_queues_at_once_probe_everything_once(trained: Any) -> None:
     assert sum(output.count("started ") for output in outputs) == 2, outputs
     for run in runs:
         assert [len(row["probes"]) for row in RunDir(sweep.run_dir(run.run_id)).read_rows()] == [1, 1]
+    killed_at_the_end = ProbeRecord.of(sweep.run_dir(runs[0].run_id))
+    killed_at_the_end.write_status(state="failed", reason="killed by the system", reason_class="oom")
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert killed_at_the_end.checked_status().state == "finished"
     assert again == "left alone: 2 finished\n0 runs probed now, 0 failed\n"
 
 
