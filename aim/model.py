@@ -134,26 +134,31 @@ class AIM(nn.Module):
         self.preprocessor = Preprocessor(config)
         self.trunk = Trunk(config)
         self.pixel_head = PixelHead(config)
+        self.shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         if not self.preprocessor.order.is_meta:
             self.init_weights(0)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every weight anew: matrices (the patch convolution too, as one) xavier-uniform, biases 0, norms 1.
-
-        Each tensor has its own generator, seeded by its name, so the values depend on nothing but `seed`: not on
-        device, world size, or what other parts the model has. Parts on the meta device stay there.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
-                bound = self._scale_of(name, module.weight).init_bound
-                values = torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator_for(seed, name))
-                module.weight.copy_(values)
-                if module.bias is not None:
-                    module.bias.zero_()
+        """Give every weight its `initial_value`, and fill in the constants. Parts on the meta device stay there."""
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                parameter.copy_(self.initial_value(name, seed))
         self.fill_constants()
+
+    def initial_value(self, name: str, seed: int) -> Tensor:
+        """Draw one parameter, float32 on the CPU: a matrix (the patch convolution, too, as one) is xavier-uniform,
+        biases are 0, norms 1.
+
+        Each has its own generator, seeded by its name, so the values depend on nothing but `seed`: not on device, world
+        size, or what other parts the model has. `self.shapes` says how large it is, wherever its values are now.
+        """
+        shape = self.shapes[name]
+        if len(shape) < 2:
+            return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
+        module = name.removesuffix(".weight")
+        bound = self._scale_of(module, shape).init_bound
+        return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, module))
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW: `params`, their `weight_decay`, and `lr_scale`, which multiplies every step's rate.
@@ -162,10 +167,11 @@ class AIM(nn.Module):
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
+            shape = self.shapes[name]
+            if len(shape) < 2:
                 key = (0.0, 1.0)
             else:
-                lr_scale = self._scale_of(name.removesuffix(".weight"), parameter).lr_scale
+                lr_scale = self._scale_of(name.removesuffix(".weight"), shape).lr_scale
                 key = (weight_decay / lr_scale, lr_scale)
             groups.setdefault(key, []).append(parameter)
         return [
@@ -262,9 +268,9 @@ class AIM(nn.Module):
                 outputs[index] = x
         return torch.stack([outputs[index] for index in wanted])
 
-    def _scale_of(self, name: str, weight: Tensor) -> MatrixScale:
+    def _scale_of(self, name: str, shape: torch.Size) -> MatrixScale:
         parts = 3 if name.endswith("attn.qkv") and self.config.qkv_init == "separate" else 1
-        return matrix_scale(self.config, name, fan_in=weight[0].numel(), fan_out=len(weight) // parts)
+        return matrix_scale(self.config, name, fan_in=shape[1:].numel(), fan_out=shape[0] // parts)
 
     def _in_prefix(self, prefix_len: Tensor) -> Tensor:
         """Which patches belong to the prefix, bool (B, N, 1)."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.device.memory import Precision
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.checkpoint import load_checkpoint
-from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import CheckpointWriter
 
@@ -28,7 +28,7 @@ def run(config: ModelConfig, *, precision: Precision, device: str, folder: Path)
     group = start_group(find_placement(), device)
     optimiser = OptimiserSection(batch_size=2, precision=precision)
     try:
-        engine = Engine(AIM(config), optimiser, EngineOptions(zero_stage=0 if precision == "fp32" else 1), group)
+        engine = Engine(config, optimiser, EngineOptions(zero_stage=0 if precision == "fp32" else 1), group)
         writer = CheckpointWriter(engine, group, lambda: None)
         step = random_batches(config, 2, 2)
 

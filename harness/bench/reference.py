@@ -17,7 +17,8 @@ from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.engine import EngineOptions, StepOutcome, compile_model
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import StepOutcome, compile_model
 
 
 class ReferenceEngine:

@@ -30,7 +30,8 @@ from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.run.provenance import process_age_s
-from aimscale.harness.step.engine import CompileMode, Engine, EngineOptions, compile_mode
+from aimscale.harness.step.deepspeed_setup import CompileMode, EngineOptions
+from aimscale.harness.step.engine import Engine, compile_mode
 from aimscale.harness.step.feed import count_targets
 
 
@@ -161,7 +162,7 @@ def run(
         times, memory_bytes, startup_s = _time_loops(makers, num_steps, group)
         data_wait = None
         if batches is not None:
-            engine = Engine(AIM(model_config), optimiser, options, group)
+            engine = Engine(model_config, optimiser, options, group)
             data_wait = _data_wait(engine, batches, num_steps, model_config.num_tokens)
             engine.close()
         peak = measure_peak(group.device, optimiser.precision)
@@ -221,7 +222,7 @@ def _loops(
     """What makes each loop, by its name in `TrainBench.others`; ours comes first."""
 
     def zero(stage: int) -> Engine:
-        return Engine(AIM(model_config), optimiser, dataclasses.replace(options, zero_stage=stage), group)
+        return Engine(model_config, optimiser, dataclasses.replace(options, zero_stage=stage), group)
 
     def reference(sharded: bool) -> ReferenceEngine:
         return ReferenceEngine(AIM(model_config), optimiser, options, group, sharded=sharded)

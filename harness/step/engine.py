@@ -18,29 +18,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, import_deepspeed
-from aimscale.harness.device.memory import MAX_BUCKET_VALUES
 from aimscale.harness.run.config import ConfigError, OptimiserSection
+from aimscale.harness.step.deepspeed_setup import (
+    CompileMode,
+    EngineOptions,
+    check_deepspeed,
+    deepspeed_config,
+    make_optimiser,
+    place_partitioned,
+)
 
-CompileMode = Literal["none", "blocks", "graphs"]
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How a model is trained on this hardware."""
-
-    zero_stage: int
-    """0: everything on every rank; 1: optimiser state is split over ranks; 2: gradients too; 3: weights too."""
-    activation_checkpointing: bool = False
-    """Recompute block activations in the backward pass."""
-    compile: CompileMode = "none"
-    """torch.compile: nothing, every block, or the whole model into CUDA graphs."""
-    offload_optimiser: bool = False
-    """Keep master weights and moments in host memory and update them there; ZeRO 1 to 3."""
-    offload_weights: bool = False
-    """Keep the weights themselves in host memory between their uses, too; ZeRO 3."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,49 +65,26 @@ class Fragment:
     """Length of the part; 0 where another rank owns the parameter."""
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips on the global norm and leaves everything as it was when the norm is not finite.
-
-    Used at ZeRO stage 0, where DeepSpeed clips without looking; the attributes are those that DeepSpeed reads from its
-    own optimisers.
-    """
-
-    def __init__(self, *args: Any, clip_norm: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._clip_norm = clip_norm
-        self._global_grad_norm: Tensor | None = None
-        self.overflow = False
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step, or none."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._global_grad_norm = norm
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return
-        # The same formula as DeepSpeed's at stages 1 to 3.
-        torch._foreach_mul_(gradients, 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0))
-        super().step(closure)
-
-
 class Engine:
     """A model, its optimiser, and the one way to step them."""
 
     def __init__(
         self,
-        model: nn.Module,
+        config: ModelConfig,
         optimiser: OptimiserSection,
         options: EngineOptions,
         group: Group,
         *,
+        seed: int = 0,
         log_file: Path | None = None,
     ) -> None:
-        """Wrap `model` (float32, on the CPU or the device).
+        """Make an AIM on the group's device, whose weights are those of `AIM.initial_value` at this seed.
+
+        The model is never whole in host memory: a rank draws, tensor by tensor, what it holds master weights of.
 
         Raises:
-            ConfigError: bf16 at stage 0, which DeepSpeed gets wrong.
+            ConfigError: bf16 at stage 0, which DeepSpeed gets wrong, or an offloading that its stage does not have.
+            DeepSpeedError: a version of DeepSpeed that lacks what is read here.
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
@@ -126,29 +95,32 @@ class Engine:
         deepspeed = import_deepspeed(log_file)
         self.group = group
         self.options = options
-        self.is_bf16 = optimiser.precision == "bf16"
-        if options.activation_checkpointing:
-            model.set_activation_checkpointing(True)  # type: ignore[operator]
-        compile_model(model, options.compile)
-        num_values = sum(p.numel() for p in model.parameters())
-        initial = {name: p.detach().clone() for name, p in model.named_parameters()} if self.is_bf16 else {}
-        if self.is_bf16:
+        with torch.device("meta"):
+            model = AIM(config)
+        if optimiser.precision == "bf16":
             model.to(torch.bfloat16)  # buffers too, which DeepSpeed would leave as they are
+        model.set_activation_checkpointing(options.activation_checkpointing)
+        compile_model(model, options.compile)
+        settings = deepspeed_config(optimiser, options, sum(shape.numel() for shape in model.shapes.values()), group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics
+            if options.zero_stage == 3:
+                place_partitioned(deepspeed, model, settings, group.device)
+            else:
+                model.to_empty(device=group.device)
+            model.fill_constants()
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=_optimiser(model, optimiser, options, group.device),
-                config=_deepspeed_config(optimiser, options, num_values, group),
+                model=model, optimizer=make_optimiser(model, optimiser, options), config=settings
             )
-        if options.zero_stage == 0 and group.world_size == 1:
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients to and fro
         self.module: nn.Module = self._engine.module
+        check_deepspeed(self._engine, self._optimizer, list(self.module.parameters()), options.zero_stage)
+        if group.world_size == 1 and options.zero_stage <= 1 and not hasattr(self._optimizer, "reduce_gradients"):
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients to and fro
         self._names = {id(p): name for name, p in self.module.named_parameters()}
-        if initial:
-            # The masters that DeepSpeed made come from rounded weights; start from the exact ones.
-            for fragment in self.fragments():
-                fragment_of(fragment.flat, fragment).copy_(part_of(initial[fragment.name], fragment))
-            self.publish_masters()
+        for fragment in self.fragments():
+            if fragment.numel:
+                drawn = model.initial_value(fragment.name, seed)
+                fragment_of(fragment.flat, fragment).copy_(part_of(drawn, fragment))
+        self.publish_masters()
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
         """Forward and backward over this rank's micro-batches, then one update.
@@ -312,46 +284,3 @@ def fragment_of(flat: Tensor, fragment: Fragment) -> Tensor:
 def part_of(whole: Tensor, fragment: Fragment) -> Tensor:
     """The part's values inside the whole parameter, 1-D."""
     return whole.reshape(-1).narrow(0, fragment.param_start, fragment.numel)
-
-
-def _optimiser(
-    model: nn.Module, section: OptimiserSection, options: EngineOptions, device: torch.device
-) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": section.lr_peak, "betas": section.betas, "eps": section.eps, "fused": True}
-    groups = model.param_groups(section.weight_decay)  # type: ignore[operator]
-    if options.zero_stage == 0:
-        model.to(device)  # the fused kernel looks at the device of its parameters
-        return GuardedAdamW(groups, clip_norm=section.clip_norm, **settings)
-    return torch.optim.AdamW(groups, **settings)
-
-
-def _deepspeed_config(
-    section: OptimiserSection, options: EngineOptions, num_values: int, group: Group
-) -> dict[str, Any]:
-    # Stages 1 to 3 allocate whole buckets.
-    bucket = max(1, min(MAX_BUCKET_VALUES, num_values))
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # unused: sizes may differ, `Engine.step` scales sums
-        "gradient_accumulation_steps": 1,  # unused too: `Engine.step` marks the boundary
-        "gradient_clipping": 0.0 if options.zero_stage == 0 else section.clip_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": options.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "overlap_comm": group.device.type == "cuda" and group.world_size > 1,
-        },
-    }
-    to_host = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
-    if options.offload_optimiser:
-        config["zero_optimization"]["offload_optimizer"] = to_host
-    if options.offload_weights:
-        config["zero_optimization"]["offload_param"] = to_host
-    if section.precision == "bf16":
-        config["bf16"] = {"enabled": True, "immediate_grad_update": options.zero_stage == 1}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from aimscale.aim.model import AIM
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.loader import train_batches
@@ -35,7 +34,8 @@ from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
 from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest
-from aimscale.harness.step.engine import Engine, EngineOptions, compile_mode
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine, compile_mode
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.budget import save_budget, training_columns
@@ -72,10 +72,8 @@ class Trainer:
             offload_weights=runtime.offload_weights,
             on_cpu=group.device.type == "cpu",
         )
-        model = AIM(self.model_config)
-        model.init_weights(training.seed)
         self.engine = Engine(
-            model,
+            self.model_config,
             training.optimiser,
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
@@ -85,6 +83,7 @@ class Trainer:
                 offload_weights=self.plan.offload_weights,
             ),
             group,
+            seed=training.seed,
             log_file=run.logs / f"deepspeed-rank{group.rank}.log",
         )
         self.writer = CheckpointWriter(self.engine, group, watch.check)

@@ -25,7 +25,8 @@ from aimscale.harness.device.distributed import Group, find_placement, start_gro
 from aimscale.harness.device.memory import memory_estimate
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.checkpoint import load_checkpoint
-from aimscale.harness.step.engine import CompileMode, Engine, EngineOptions, fragment_of
+from aimscale.harness.step.deepspeed_setup import CompileMode, EngineOptions
+from aimscale.harness.step.engine import Engine, fragment_of
 from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import CheckpointWriter
 
@@ -58,7 +59,7 @@ def engine(group: Group) -> Iterator[Callable[..., Engine]]:
     def make(config=CONFIG, precision: str = "bf16", stage: int = 1, compiled: CompileMode = "none") -> Engine:
         optimiser = OptimiserSection(batch_size=16, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
         options = EngineOptions(zero_stage=stage, compile=compiled)
-        made.append(Engine(AIM(config), optimiser, options, group))
+        made.append(Engine(config, optimiser, options, group))
         return made[-1]
 
     yield make

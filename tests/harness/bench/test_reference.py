@@ -15,7 +15,8 @@ from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.step.engine import Engine, EngineOptions, compile_mode
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine, compile_mode
 from aimscale.harness.step.feed import count_targets
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
@@ -31,7 +32,7 @@ def losses(rank: int, out: Path) -> None:
     for precision in ("fp32", "bf16"):
         optimiser = OptimiserSection(batch_size=16, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
         options = EngineOptions(zero_stage=2)
-        engines: dict[str, Engine | ReferenceEngine] = {"zero2": Engine(AIM(CONFIG), optimiser, options, group)}
+        engines: dict[str, Engine | ReferenceEngine] = {"zero2": Engine(CONFIG, optimiser, options, group)}
         engines["fsdp2"] = ReferenceEngine(AIM(CONFIG), optimiser, options, group, sharded=True)
         if group.world_size == 1:
             engines["bare"] = ReferenceEngine(AIM(CONFIG), optimiser, options, group, sharded=False)

@@ -24,7 +24,8 @@ from aimscale.harness.device.memory import (
     memory_estimate,
 )
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import count_targets
 
 GIB = 2**30
@@ -85,11 +86,11 @@ def free_port() -> int:
 def measure_step(rank: int, out: Path, precision: str, stage: int, offload: str) -> None:
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
-    Engine(AIM(model_config("w16-d2", image_size=16, patch_size=4)), OptimiserSection(precision="fp32"),
+    Engine(model_config("w16-d2", image_size=16, patch_size=4), OptimiserSection(precision="fp32"),
            EngineOptions(zero_stage=0), group)  # fmt: skip  # imports are no part of the model
     before = peak_bytes(reset=True)
     options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
-    engine = Engine(AIM(BIG), OptimiserSection(batch_size=16, precision=precision), options, group)  # type: ignore[arg-type]
+    engine = Engine(BIG, OptimiserSection(batch_size=16, precision=precision), options, group)  # type: ignore[arg-type]
     peak_bytes(reset=True)
     step = random_batches(BIG, 16 // group.world_size, 16)
     for _ in range(2):

@@ -23,7 +23,8 @@ from aimscale.harness.step.checkpoint import (
     complete_checkpoints,
     load_checkpoint,
 )
-from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import CheckpointWriter, save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
@@ -32,7 +33,7 @@ Run = Callable[..., list[int]]
 
 def make_engine(group: Group, stage: int, precision: str = "fp32", **options: bool) -> Engine:
     optimiser = OptimiserSection(batch_size=8, precision=precision)  # type: ignore[arg-type]
-    return Engine(AIM(CONFIG), optimiser, EngineOptions(zero_stage=stage, **options), group)
+    return Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage, **options), group)
 
 
 def train(engine: Engine, group: Group, start: int, stop: int) -> list[float]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions
+from aimscale.harness.step.engine import Engine
+from aimscale.harness.step.saving import save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 BATCH, NUM_STEPS, LR = 8, 20, 3e-3
@@ -68,7 +73,7 @@ def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, str]]) 
     for precision, stage, num_micro, offload in cases:
         optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
         options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
-        engine = Engine(AIM(CONFIG), optimiser, options, group)
+        engine = Engine(CONFIG, optimiser, options, group)
         losses, norms = [], []
         for step in range(NUM_STEPS):
             images, prefix_len = step_batch(step)
@@ -114,7 +119,7 @@ def bad_steps(rank: int, out: Path, stages: list[tuple[str, int]]) -> None:
     results = []
     for precision, stage in stages:
         optimiser = OptimiserSection(batch_size=BATCH, precision=precision)  # type: ignore[arg-type]
-        engine = Engine(AIM(CONFIG), optimiser, EngineOptions(zero_stage=stage), group)
+        engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage), group)
         applied, weights = [], []
         for step, poison in enumerate([False, True, False]):
             images, prefix_len = step_batch(step)
@@ -139,15 +144,77 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, in_processes:
         assert weights[2] != weights[1], stage
 
 
+def start_all(rank: int, folder: Path, cases: list[tuple[int, str, bool]]) -> None:
+    """Write the first masters of every (stage, precision, everything offloaded), and compare the weights in use."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    exact = dict(drawn_as_ever(seed=3))
+    for stage, precision, offload in cases:
+        optimiser = OptimiserSection(precision=precision)  # type: ignore[arg-type]
+        options = EngineOptions(zero_stage=stage, offload_optimiser=offload, offload_weights=offload)
+        engine = Engine(CONFIG, optimiser, options, group, seed=3)
+        save_weights(folder / f"{stage}-{precision}-{offload}", engine, group)
+        for name, parameter in engine.module.named_parameters() if stage < 3 else ():
+            assert torch.equal(parameter, exact[name].to(parameter.dtype)), (stage, precision, name)
+    stop_group()
+
+
+def drawn_as_ever(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The values that runs of all versions start from: whole matrices, each from the generator of its module's name."""
+    with torch.device("meta"):
+        model = AIM(CONFIG)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            yield from (
+                (f"{name}.weight", torch.ones(module.weight.shape)),
+                (f"{name}.bias", torch.zeros(module.bias.shape)),
+            )
+        elif isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            bound = math.sqrt(6 / (module.weight[0].numel() + len(module.weight)))
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            yield f"{name}.weight", torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator)
+            if module.bias is not None:
+                yield f"{name}.bias", torch.zeros(module.bias.shape)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_start_with_the_same_bits_at_every_stage(world_size: int, tmp_path: Path, in_processes: Run) -> None:
+    cases = [(0, "fp32", False), (2, "fp32", False), (3, "fp32", False), (1, "bf16", False), (3, "bf16", False)]
+    cases += [(2, "bf16", False), (3, "bf16", True)] if world_size == 2 else []
+    assert in_processes(start_all, tmp_path, cases, world_size=world_size) == [0] * world_size
+    exact = dict(drawn_as_ever(seed=3))
+    for path in tmp_path.iterdir():
+        started = load_file(path)
+        assert started.keys() == exact.keys()
+        assert all(torch.equal(started[name], exact[name]) for name in exact), path.name
+
+
+def lack(rank: int) -> None:
+    group = start_group(find_placement(), "cpu")
+    import deepspeed.runtime.zero.stage_1_and_2 as theirs
+
+    del theirs.DeepSpeedZeroOptimizer.update_lp_params
+    words = (
+        r"DeepSpeed 0\.\d+\.\d+ has no DeepSpeedZeroOptimizer.update_lp_params, which ZeRO stage 2 needs here; install"
+    )
+    with pytest.raises(DeepSpeedError, match=words):
+        Engine(CONFIG, OptimiserSection(precision="fp32"), EngineOptions(zero_stage=2), group)
+
+
+def test_a_deepspeed_that_lacks_what_is_read_of_it_is_refused(in_processes: Run) -> None:
+    assert in_processes(lack) == [0]
+
+
 def refuse(rank: int) -> None:
     group = start_group(find_placement(), "cpu")
     with pytest.raises(ConfigError, match="zero_stage 0 cannot keep float32 master weights"):
-        Engine(AIM(CONFIG), OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
+        Engine(CONFIG, OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
     fp32 = OptimiserSection(precision="fp32")
     with pytest.raises(ConfigError, match="use zero_stage 1, 2 or 3 to offload it"):
-        Engine(AIM(CONFIG), fp32, EngineOptions(zero_stage=0, offload_optimiser=True), group)
+        Engine(CONFIG, fp32, EngineOptions(zero_stage=0, offload_optimiser=True), group)
     with pytest.raises(ConfigError, match="offload_weights needs zero_stage 3"):
-        Engine(AIM(CONFIG), fp32, EngineOptions(zero_stage=2, offload_optimiser=True, offload_weights=True), group)
+        Engine(CONFIG, fp32, EngineOptions(zero_stage=2, offload_optimiser=True, offload_weights=True), group)
 
 
 def test_what_deepspeed_gets_wrong_or_cannot_do_is_refused(in_processes: Run) -> None:
@@ -157,10 +224,10 @@ def test_what_deepspeed_gets_wrong_or_cannot_do_is_refused(in_processes: Run) ->
 MEMORY_PROGRAM = """
 import gc, os, sys, torch
 from aimscale.aim.config import model_config
-from aimscale.aim.model import AIM
 from aimscale.harness.device.distributed import find_placement, start_group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.engine import Engine, EngineOptions
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
 
 def held() -> int:
     gc.collect()
@@ -170,11 +237,9 @@ def held() -> int:
 group = start_group(find_placement(), "cpu")
 for stage, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")):
     before = held()
-    model = AIM(model_config("w64-d4", image_size=16, patch_size=4))
-    model.init_weights(0)
+    config = model_config("w64-d4", image_size=16, patch_size=4)
     options = EngineOptions(zero_stage=stage)
-    engine = Engine(model, OptimiserSection(batch_size=4, precision=precision), options, group)
-    del model
+    engine = Engine(config, OptimiserSection(batch_size=4, precision=precision), options, group)
     during = held() - before
     engine.close()
     print(stage, precision, during, held() - before)
