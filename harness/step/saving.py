@@ -144,10 +144,10 @@ class CheckpointWriter:
                 publish_dir(aside, saving.final)
             except OSError as error:
                 problem = str(error)
+        if problem and self._group.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
         problem = self._group.from_first(problem)
         if problem:
-            if self._group.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
                 f"cannot write checkpoint {saving.final}: {problem}; make room, then start the run again "
                 "(`aimscale retry` where its sweep has given it up)"

@@ -97,11 +97,17 @@ class Trainer:
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # ranks that collect at different steps would wait for each other; see `_train_segment`
         try:
             self._walk()
         except (PreemptedError, DivergedError, DataError, PeerFailedError):
             self.writer.finish()  # all ranks raised it together
             raise
+        finally:
+            gc.enable()
+            gc.unfreeze()
 
     def _walk(self) -> None:
         segments, position = self._resume()
@@ -239,6 +245,8 @@ class Trainer:
                 except DivergedError:
                     if not self._roll_back(position, segment.branch):
                         raise
+                if position // self.batch_size % self.config.runtime.log_every_steps == 0:
+                    gc.collect()  # what came since the start; the step waits for its line anyway
                 if roll_back and is_crossed(roll_back.every_images) and self.recorder.is_finite:
                     self.recorder.counters.point = self.run.checkpoint_dir(position, segment.branch).name
                     self._save(position, segment.branch)
