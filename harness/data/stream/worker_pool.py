@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import mmap
 import multiprocessing
 import multiprocessing.util
@@ -178,6 +179,7 @@ class WorkerPool:
             signal.signal(signum, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
         torch.set_num_threads(1)
+        gc.enable()  # the trainer held it off
         # Ends that this process does not use: while they are open, nobody notices that the other side is gone.
         self._tasks.close()
         for other in (*self._results, *(writer for writer in writers if writer is not writers[number])):
