@@ -280,7 +280,7 @@ def test_plan_prints_cards_and_json(tmp_path: Path) -> None:
     runner = CliRunner()
     table = runner.invoke(cli_plan.app, ["demo", "--root", str(tmp_path)])
     assert table.exit_code == 0
-    assert "rung-128" in table.output
+    assert "w96-d2" in table.output
     assert "FLOPs executed" in table.output
     as_json = runner.invoke(cli_plan.app, ["demo", "--json", "--root", str(tmp_path)])
     assert json.loads(as_json.output)["sweep"] == "demo"

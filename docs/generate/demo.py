@@ -1,0 +1,110 @@
+"""README's section about the demo and its figure, from the tables that the demo left.
+
+    python docs/generate/demo.py aimscale-runs/demo    # takes its tables over, draws the figure, rewrites the section
+
+The tables are kept in `docs/figures/demo/`; a test compares the README with `section()` of them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis import all_approaches, correlate, fit, held_out, laws, plot_fit, probe_frame, read_table
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.plots.style import png_bytes
+
+ROOT = Path(__file__).parents[2]
+TABLES = ROOT / "docs/figures/demo"
+FIGURE = ROOT / "docs/figures/demo.png"
+MARKS = "<!-- demo: written by docs/generate/demo.py -->", "<!-- demo: end -->"
+TASK = "photographs"
+
+
+def law(table: pd.DataFrame) -> Fit:
+    """The joint law of the demo's table."""
+    return fit(laws.CHINCHILLA, table)
+
+
+def section(folder: Path = TABLES) -> str:
+    """What README says about a run of the demo, in Markdown."""
+    table = read_table(folder / "results.parquet")
+    return "\n".join([*_law(table), *_accuracy(table, folder), ""])
+
+
+def _law(table: pd.DataFrame) -> Iterator[str]:
+    joint = law(table)
+    predicted = joint.predict({"N": table["params_total"].to_numpy(), "D": table["images_seen"].to_numpy()})["value"]
+    residual = np.median(np.abs(predicted.to_numpy() / table["val_loss"].to_numpy() - 1))
+    yield (
+        f"- **loss follows a joint law of size and data**: L = E + A N^-α + B D^-β with α = {joint.shown('alpha', 2)}, "
+        f"β = {joint.shown('beta', 2)} and E = {joint.shown('E', 2)}; its {joint.num_points} points lie "
+        f"{residual:.1%} off it (median);"
+    )
+    model, budget = (held_out(joint, table, by=by) for by in ("N", "D"))
+    yield (
+        "- **it forecasts what it has not seen**: fitted without the largest model it errs by "
+        f"{model.mean_abs_relative_error:.1%} on that model's losses (a straight line in log-log by "
+        f"{model.naive_mean_abs_relative_error:.1%}), without the largest budget by "
+        f"{budget.mean_abs_relative_error:.1%} (a straight line by {budget.naive_mean_abs_relative_error:.1%});"
+    )
+    exponents = [
+        f"C^{each.exponent:.2f} [{each.exponent_interval.low:.2f}, {each.exponent_interval.high:.2f}] by approach "
+        f"{each.approach}"
+        for each in all_approaches(table).frontiers
+    ]
+    yield f"- **the best size for a budget of compute grows** as {', '.join(exponents)};"
+
+
+def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
+    probes = _of_task(table).sort_values("flops_train")
+    baselines = _of_task(read_table(folder / "baselines.parquet")).set_index(["kind", "size"])["top1"]
+    gains, contests = [], []
+    for kind, rows in probes.groupby("kind", sort=False):
+        pearson = correlate(rows, x="val_loss", y="top1", methods=("pearson",))[0]
+        first, last = rows["top1"].iloc[[0, -1]]
+        gains.append(
+            f"{kind} probe {first:.0%} to {last:.0%} from the cheapest to the dearest point, Pearson "
+            f"{pearson.value:.2f} [{pearson.low:.2f}, {pearson.high:.2f}]"
+        )
+        against = " and ".join(f"{top1:.0%} of {name}" for name, top1 in baselines[kind].items())
+        contests.append(f"{kind} probe {last:.0%} against {against}")
+    yield f"- **lower loss goes with higher accuracy** on {TASK}: {'; '.join(gains)};"
+    yield f"- **features against pixels and an untrained model** there: {'; '.join(contests)}."
+
+
+def _of_task(table: pd.DataFrame) -> pd.DataFrame:
+    probes = probe_frame(table)
+    return probes[probes["task"] == TASK]
+
+
+def draw(table: pd.DataFrame, path: Path = FIGURE) -> None:
+    """README's first figure: validation loss against parameters by images seen, with the law."""
+    path.write_bytes(png_bytes(plot_fit(law(table), x="N")))
+
+
+def rewrite(readme: str, text: str) -> str:
+    """README with the text between the marks."""
+    before, after = (re.escape(mark) for mark in MARKS)
+    return re.sub(f"(?<={before}\n).*?(?={after})", lambda _: text, readme, flags=re.DOTALL)
+
+
+def main(demo: Path) -> None:
+    """Take the tables over, draw, rewrite."""
+    TABLES.mkdir(exist_ok=True)
+    for name in ("results.parquet", "baselines.parquet"):
+        if demo.resolve() != TABLES:
+            shutil.copyfile(demo / name, TABLES / name)
+    draw(read_table(TABLES / "results.parquet"))
+    readme = ROOT / "README.md"
+    readme.write_text(rewrite(readme.read_text(), section()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
