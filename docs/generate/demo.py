@@ -43,8 +43,8 @@ def _law(table: pd.DataFrame) -> Iterator[str]:
     predicted = joint.predict({"N": table["params_total"].to_numpy(), "D": table["images_seen"].to_numpy()})["value"]
     residual = np.median(np.abs(predicted.to_numpy() / table["val_loss"].to_numpy() - 1))
     yield (
-        f"- **loss follows a joint law of size and data**: L = E + A N^-α + B D^-β with α = {joint.shown('alpha', 2)}, "
-        f"β = {joint.shown('beta', 2)} and E = {joint.shown('E', 2)}; its {joint.num_points} points lie "
+        f"- **loss follows a joint law of size and data**: L = E + A N^-α + B D^-β with α = {joint.shown('alpha', 3)}, "
+        f"β = {joint.shown('beta', 3)} and E = {joint.shown('E', 3)}; its {joint.num_points} points lie "
         f"{residual:.1%} off it (median);"
     )
     model, budget = (held_out(joint, table, by=by) for by in ("N", "D"))

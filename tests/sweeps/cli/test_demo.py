@@ -15,6 +15,7 @@ from aimscale.sweeps.plan import sweepfile
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sweepfile.load_sweep
 
