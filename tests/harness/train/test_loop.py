@@ -147,7 +147,7 @@ def test_the_clock_saves_too_and_a_killed_run_goes_on_from_there(
     assert in_processes(train_in, whole.path) == [0]
     assert in_processes(stop_after, killed.path, 32, signal.SIGKILL) == [-signal.SIGKILL]
     (saved,) = killed.checkpoints.iterdir()
-    assert saved.name in ("16", "24")
+    assert saved.name in ("8", "16", "24")  # the last that was written before the end: how fast is the disk's affair
     assert in_processes(train_in, killed.path) == [0]
     assert results(killed.path) == results(whole.path)
 
