@@ -142,12 +142,13 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path: Path, tiny_config: 
 def test_the_clock_saves_too_and_a_killed_run_goes_on_from_there(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:
-    config = tiny_config({"checkpoint_every_images": None, "checkpoint_every_min": 1e-6}, budgets=[64])
+    config = tiny_config({"checkpoint_every_images": None, "checkpoint_every_min": 1e-9}, budgets=[64])
     whole, killed = (RunDir.create(tmp_path / name, config) for name in ("whole", "killed"))
     assert in_processes(train_in, whole.path) == [0]
     assert in_processes(stop_after, killed.path, 32, signal.SIGKILL) == [-signal.SIGKILL]
-    (saved,) = killed.checkpoints.iterdir()
-    assert saved.name in ("8", "16", "24")  # the last that was written before the end: how fast is the disk's affair
+    saved = {path.name for path in killed.checkpoints.iterdir()}
+    assert saved
+    assert saved <= {"8", "16", "24"}
     assert in_processes(train_in, killed.path) == [0]
     assert results(killed.path) == results(whole.path)
 
