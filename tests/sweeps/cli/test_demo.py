@@ -34,6 +34,6 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
     assert {*zip(probes["task"], probes["kind"], strict=True)} == expected
     assert len(probes) == 4 * len(expected)
     baselines = pd.read_parquet(tmp_path / "demo/baselines.parquet")
-    assert sorted(baselines["size"]) == ["random", "raw-pixels"]
+    assert sorted(baselines["size"]) == ["random-w24-d2", "raw-pixels"]
     again = CliRunner().invoke(demo.app, ["--root", str(tmp_path)], catch_exceptions=False)
     assert "left alone: 2 finished" in again.output
