@@ -11,7 +11,6 @@ import datetime
 import logging
 import os
 import re
-import socket
 import sys
 import warnings
 from pathlib import Path
@@ -85,7 +84,7 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
             address=env.get("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"]))),
             port=port,
         )
-    return Placement(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=_free_port())
+    return Placement(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0)  # the store takes any free port
 
 
 def first_host(node_list: str) -> str:
@@ -111,12 +110,6 @@ def card_index(placement: Placement, num_visible: int) -> int:
             "per device"
         )
     return placement.local_rank
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Group:
@@ -299,5 +292,6 @@ def stop_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if "deepspeed" in sys.modules:
-        # DeepSpeed remembers the group that it saw first.
+        # DeepSpeed remembers the group that it saw first, in two places.
         sys.modules["deepspeed"].comm.comm.cdb = None
+        sys.modules["deepspeed"].utils.groups._WORLD_GROUP = None
