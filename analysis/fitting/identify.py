@@ -14,6 +14,8 @@ from aimscale.analysis.tables.observations import Observations
 
 WIDE_FACTOR, WIDE_EXPONENT_FACTOR = 100.0, 10.0
 """An interval of a positive parameter (an exponent) whose ends differ by more than this factor does not identify it."""
+SAME_VARIABLE = 0.999
+"""Two variables whose logarithms correlate by more than this are one: 6 % of scatter about a proportion over 100x."""
 OUTLIER_SCALES = 6.0
 """A residual beyond this many robust standard deviations is named."""
 
@@ -67,7 +69,7 @@ def diagnose(
     if close:
         other = ", ".join(f"{k} = {v:.4g}" for k, v in close[0].params.items())
         flags.append(f"A rival minimum lies within the noise: {other}.")
-    _correlated_variables(points, flags)
+    _correlated_variables(problem, points, flags, lost)
     _outliers(problem, best, points, flags)
     _rising(problem, best, points, flags)
     derived = [name for name in params if name not in law_params]
@@ -169,14 +171,18 @@ def _intervals(
             lost.add(p.name)
 
 
-def _correlated_variables(points: Observations, flags: list[str]) -> None:
+def _correlated_variables(problem: Problem, points: Observations, flags: list[str], lost: set[str]) -> None:
     for v, values in points.x.items():
         factor = values.max() / max(values.min(), 1e-300)
         if factor < 2:
             flags.append(f"{v} varies by a factor of {factor:.3g} only, so its part of the law is hardly seen.")
     for a, b in itertools.combinations(points.x, 2):
         r = np.corrcoef(np.log(points.x[a]), np.log(points.x[b]))[0, 1]
-        if abs(r) > 0.98:
+        if abs(r) > SAME_VARIABLE and len(points.x) == 2:
+            # What is left to tell them apart is the law's own curvature, which noise imitates.
+            flags.append(f"{a} and {b} are in one proportion throughout, so no exponent of theirs is identified.")
+            lost |= {name for j in range(problem.num_linear) for name in _exponents_of(problem, j)}
+        elif abs(r) > 0.98:
             flags.append(
                 f"{a} and {b} move together (correlation of logarithms {r:.3f}), so their exponents trade off."
             )

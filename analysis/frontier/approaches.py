@@ -76,7 +76,7 @@ class Approaches(Result):
             )
             parts.append(
                 f"Their N* differ by a factor of {self.disagreement(top):.2f} at the largest budget {top:.3g} and of "
-                f"{self.disagreement(100 * top):.2f} at a hundred times it; the {verdict}."
+                f"{self.disagreement(100 * top):.2f} at a hundred times it; {verdict}."
             )
         parts += [f"Approach {k} was not possible: {why}" for k, why in self.failures.items()]
         return " ".join(parts)

@@ -31,8 +31,8 @@ class _Held(NamedTuple):
     """(on every rank, shared)."""
     optimiser: tuple[int, int]
     """(on every rank, shared): master weights and moments."""
-    buffers: int
-    """Of at most MAX_BUFFER_VALUES parameters."""
+    buffers: tuple[int, int]
+    """(of a rank alone, of one among several), of at most MAX_BUFFER_VALUES parameters."""
     bucket: int
     """Of at most MAX_BUCKET_VALUES parameters."""
     host: tuple[int, int] = (0, 0)
@@ -40,22 +40,22 @@ class _Held(NamedTuple):
 
 
 HELD = {
-    ("fp32", 0): _Held((4, 0), (4, 0), (8, 0), 4, 0),  # the buffer with several ranks only
-    ("fp32", 1): _Held((4, 0), (8, 4), (0, 12), 0, 2),
-    ("fp32", 2): _Held((4, 0), (0, 12), (0, 12), 0, 5),
-    ("fp32", 3): _Held((0, 4), (0, 4), (0, 8), 14, 8),
-    ("bf16", 1): _Held((2, 0), (6, 0), (0, 12), 8, 0),
-    ("bf16", 2): _Held((2, 0), (2, 8), (0, 12), 2, 8),
-    ("bf16", 3): _Held((0, 2), (0, 4), (0, 12), 11, 8),
+    ("fp32", 0): _Held((4, 0), (4, 0), (8, 0), (0, 4), 0),
+    ("fp32", 1): _Held((4, 0), (8, 4), (0, 12), (0, 0), 2),
+    ("fp32", 2): _Held((4, 0), (0, 12), (0, 12), (0, 0), 5),
+    ("fp32", 3): _Held((0, 4), (0, 4), (0, 8), (14, 14), 8),
+    ("bf16", 1): _Held((2, 0), (6, 0), (0, 12), (1, 5), 0),
+    ("bf16", 2): _Held((2, 0), (2, 8), (0, 12), (0, 0), 8),
+    ("bf16", 3): _Held((0, 2), (0, 4), (0, 12), (10, 10), 8),
 }
 """By precision and ZeRO stage. bf16 gradients of one backward pass stand beside their float32 accumulation."""
 OFFLOADED = {
-    ("fp32", 1): _Held((4, 0), (8, 0), (0, 0), 1, 2, (0, 20)),
-    ("fp32", 2): _Held((4, 0), (0, 4), (0, 0), 2, 5, (0, 20)),
-    ("fp32", 3): _Held((0, 4), (0, 0), (0, 0), 12, 8, (0, 16)),
-    ("bf16", 1): _Held((2, 0), (6, 0), (0, 0), 4, 8, (0, 20)),
-    ("bf16", 2): _Held((2, 0), (6, 0), (0, 0), 1, 8, (0, 20)),
-    ("bf16", 3): _Held((0, 2), (0, 0), (0, 0), 12, 8, (0, 20)),
+    ("fp32", 1): _Held((4, 0), (8, 0), (0, 0), (1, 1), 2, (0, 20)),
+    ("fp32", 2): _Held((4, 0), (0, 4), (0, 0), (2, 2), 5, (0, 20)),
+    ("fp32", 3): _Held((0, 4), (0, 0), (0, 0), (12, 12), 8, (0, 16)),
+    ("bf16", 1): _Held((2, 0), (6, 0), (0, 0), (4, 4), 8, (0, 20)),
+    ("bf16", 2): _Held((2, 0), (6, 0), (0, 0), (0, 0), 8, (0, 20)),
+    ("bf16", 3): _Held((0, 2), (0, 0), (0, 0), (10, 10), 8, (0, 20)),
 }
 """The same with optimiser state offloaded: the host holds master weights, moments, and float32 gradients twice (as they
 add up and as they are applied). Device and host together are measured on a CPU; how they divide is read from
@@ -142,7 +142,7 @@ def memory_estimate(
     def on_one_rank(part: tuple[int, int]) -> int:
         return num_params * part[0] + num_params * part[1] // world_size
 
-    buffers = 0 if (zero_stage, world_size) == (0, 1) else held.buffers * min(num_params, MAX_BUFFER_VALUES)
+    buffers = held.buffers[world_size > 1] * min(num_params, MAX_BUFFER_VALUES)
     buffers += held.bucket * min(num_params, MAX_BUCKET_VALUES)
     return MemoryEstimate(
         weights=on_one_rank(held.weights),

@@ -17,8 +17,8 @@ from aimscale.harness.device.memory import MAX_BUCKET_VALUES
 from aimscale.harness.run.config import OptimiserSection
 
 CompileMode = Literal["none", "blocks", "graphs"]
-TESTED_DEEPSPEED = "0.19.3 to 0.19.8"
-"""Versions that the tests passed with."""
+TESTED_DEEPSPEED = "0.19.8"
+"""The version that the tests passed with."""
 
 
 class DeepSpeedError(UserError):
@@ -176,5 +176,5 @@ def check_deepspeed(engine: Any, optimizer: Any, parameters: list[nn.Parameter],
 
         raise DeepSpeedError(
             f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which ZeRO stage {stage} needs here; "
-            f"install a version from {TESTED_DEEPSPEED}"
+            f"install {TESTED_DEEPSPEED}"
         )

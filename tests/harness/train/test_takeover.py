@@ -213,7 +213,8 @@ def test_a_rank_that_stands_still_ends_the_others(
     assert (status.state, status.reason_class) == ("failed", "node")
     seen = f"rank {victim} on node-{victim} was not heard of" if action is stand_still else "has been in one step"
     assert seen in str(status.reason)
-    assert status.failed_on == f"node-{victim}"
+    if action is stand_still:  # where all ranks are heard of, nobody can tell which of them holds up the step
+        assert status.failed_on == f"node-{victim}"
 
 
 def end_victim(path: Path, victim: int) -> None:
