@@ -180,7 +180,7 @@ def _correlated_variables(problem: Problem, points: Observations, flags: list[st
         r = np.corrcoef(np.log(points.x[a]), np.log(points.x[b]))[0, 1]
         if abs(r) > SAME_VARIABLE and len(points.x) == 2:
             # What is left to tell them apart is the law's own curvature, which noise imitates.
-            flags.append(f"{a} and {b} are in one proportion throughout, so no exponent of theirs is identified.")
+            flags.append(f"{a} and {b} move together, in one proportion, so no exponent of theirs is identified.")
             lost |= {name for j in range(problem.num_linear) for name in _exponents_of(problem, j)}
         elif abs(r) > 0.98:
             flags.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -102,11 +103,12 @@ def _law(study: Study) -> Iterator[str]:
     if choice is not None and choice.best.law.name != joint.law.name:
         errors = 100 * choice.table.set_index("law")["mean_error"]
         ours, theirs = errors[joint.law.name], errors[choice.best.law.name]
+        chosen = f"The {choice.best.law.name} law, {choice.best.law.formula}, predicts the largest {choice.by}"
+        if math.isnan(ours):
+            yield f"{chosen} within {theirs:.2g} % when it is left out, where too few points remain for the law above."
+            return
         verdict = "better" if theirs < ours else "as well as can be told, with fewer parameters,"
-        yield (
-            f"The {choice.best.law.name} law, {choice.best.law.formula}, predicts the largest {choice.by} {verdict} "
-            f"when it is left out ({theirs:.2g} % off against {ours:.2g} %)."
-        )
+        yield f"{chosen} {verdict} when it is left out ({theirs:.2g} % off against {ours:.2g} %)."
 
 
 def _split(study: Study) -> str:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
 from generate import demo
+
+from aimscale.analysis.report.page import write_report
 
 
 def test_readme_has_the_numbers_of_the_committed_tables() -> None:
     readme = (demo.ROOT / "README.md").read_text()
     assert readme == demo.rewrite(readme, demo.section()), "run `python docs/generate/demo.py docs/figures/demo`"
+
+
+@pytest.mark.slow
+def test_no_sentence_of_its_report_has_a_number_that_is_none(tmp_path: Path) -> None:
+    """Five sizes and three budgets are too few for some laws once the largest compute is left out."""
+    page = write_report([demo.ROOT / "docs/figures/demo/results.parquet"], tmp_path / "report.html").read_text()
+    words = re.sub(r"<[^>]+>", "", page)
+    assert "too few points remain for the law above" in words
+    assert not re.search(r"\bnan\b", words)
