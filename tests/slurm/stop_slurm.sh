@@ -1,7 +1,10 @@
 #!/bin/bash
-# End the daemons that `start_slurm.sh DIR` started, by their pid files, and remove DIR.
+# End the daemons of the cluster in DIR, those too that a test started again, and remove DIR.
 dir=$1
-pids=$(cat "$dir"/run/slurmd.*.pid "$dir"/run/slurmctld.pid 2> /dev/null)
+# Not by pid files: a slurmd that follows a killed one may have written none.
+pids=$(for pid in $(pgrep -x 'slurmd|slurmctld'); do
+  grep -qzx "SLURM_CONF=$dir/slurm.conf" "/proc/$pid/environ" && echo "$pid"
+done)
 kill $pids 2> /dev/null
 for _ in $(seq 50); do
   kill -0 $pids 2> /dev/null || break
