@@ -33,10 +33,7 @@ MIN_LINEAR_FLOPS = 4e6
 """A smaller product takes longer to hand to oneDNN than it gains."""
 MIN_WEIGHT_VALUES = 100_000
 """With several threads the gradient of a smaller weight is faster in MKL: one thread alone transposes for oneDNN."""
-MAX_DENSE_TOKENS = {
-    torch.float32: DENSE_ATTENTION_TOKENS["fp32"],
-    torch.bfloat16: DENSE_ATTENTION_TOKENS["bf16"],
-}
+MAX_DENSE_TOKENS = {torch.float32: DENSE_ATTENTION_TOKENS["fp32"], torch.bfloat16: DENSE_ATTENTION_TOKENS["bf16"]}
 
 
 class Linear(nn.Linear):

@@ -316,10 +316,7 @@ def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Map
 
 
 def _check(
-    state: Mapping[str, Tensor],
-    config: ModelConfig,
-    source: Path,
-    wanted: Mapping[str, tuple[int, ...]] | None = None,
+    state: Mapping[str, Tensor], config: ModelConfig, source: Path, wanted: Mapping[str, tuple[int, ...]] | None = None
 ) -> None:
     """Names and shapes must be exactly the released ones."""
     wanted = released_shapes(config) if wanted is None else wanted

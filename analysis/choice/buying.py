@@ -51,13 +51,7 @@ class Basket:
 
 
 def buy(
-    law: Fit,
-    candidates: Points,
-    prices: Array,
-    target: Points,
-    *,
-    budget: float,
-    noise: float | None = None,
+    law: Fit, candidates: Points, prices: Array, target: Points, *, budget: float, noise: float | None = None
 ) -> Basket:
     """Choose candidates within a budget that leave the forecast at the target the least variance.
 

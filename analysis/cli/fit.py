@@ -40,8 +40,7 @@ def fit_table(
     n: options.CountOfN = options.WhatN.total,
     c: options.CountOfC = options.WhatC.measured,
     on_envelope: Annotated[
-        bool,
-        typer.Option("--envelope", help="Only rows that no row of equal or less compute undercuts (laws of C)."),
+        bool, typer.Option("--envelope", help="Only rows that no row of equal or less compute undercuts (laws of C).")
     ] = False,
     weights: Annotated[str | None, typer.Option(help="Column of weights.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter, e.g. E=0.")] = None,

@@ -306,10 +306,7 @@ def _paired(files: dict[Any, dict[str, np.ndarray]], cells: pd.Series, confidenc
     drawn = {tuple(sorted(rng.choice(len(labels), 2, replace=False))) for _ in range(400)} if len(labels) > 1 else set()
     alike = [(a, b) for _, group in cells.loc[labels].groupby(cells) for a, b in itertools.combinations(group.index, 2)]
     out = []
-    for what, pairs in (
-        ("any two runs", [(labels[i], labels[j]) for i, j in sorted(drawn)]),
-        ("two seeds", alike),
-    ):
+    for what, pairs in (("any two runs", [(labels[i], labels[j]) for i, j in sorted(drawn)]), ("two seeds", alike)):
         errors = [float(np.std(scores[a] - scores[b], ddof=1) / np.sqrt(len(scores[a]))) for a, b in pairs]
         if errors:
             low, high = np.percentile(errors, [50 * (1 - confidence), 50 * (1 + confidence)])

@@ -142,12 +142,7 @@ def overfitting(n0: float = 1.0, d0: float = 1.0, u0: float = 1.0) -> Law:
         formula=f"L = E + A N^-alpha + B D^-beta + G (N / U^{POOL_EXPONENT})^p R/(R + R0), R = D/U - 1",
         variables=("N", "D", "U"),
         linear=tuple(coefficient(name) for name in ("E", "A", "B", "G")),
-        nonlinear=(
-            exponent("alpha"),
-            exponent("beta"),
-            exponent("p", 0.1, 4.0),
-            exponent("R0", 1.0, 1e4),
-        ),
+        nonlinear=(exponent("alpha"), exponent("beta"), exponent("p", 0.1, 4.0), exponent("R0", 1.0, 1e4)),
         basis=basis,
         report=report,
         centred=lambda x: overfitting(_centre(x, "N"), _centre(x, "D"), _centre(x, "U")),

@@ -184,9 +184,7 @@ def plot_residuals(fit: Fit) -> Figure:
 
 
 def plot_loss_accuracy(
-    probes: pd.DataFrame,
-    correlations: Mapping[str, Sequence[Correlation]],
-    links: Mapping[str, Fit] | None = None,
+    probes: pd.DataFrame, correlations: Mapping[str, Sequence[Correlation]], links: Mapping[str, Fit] | None = None
 ) -> Figure:
     """Frozen-feature accuracy against validation loss, a panel per task of one probe kind.
 

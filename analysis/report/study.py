@@ -277,8 +277,7 @@ def _correlate(study: Study, resamples: int) -> None:
     for kind, task in sorted(groups, key=lambda group: kinds.index(group[0])):
         rows = groups[kind, task]
         found = study.attempt(
-            f"Correlation of loss with {kind} accuracy on {task}",
-            partial(_correlations, rows.reset_index(drop=True)),
+            f"Correlation of loss with {kind} accuracy on {task}", partial(_correlations, rows.reset_index(drop=True))
         )
         if found:
             study.correlations[kind, task] = found

@@ -119,7 +119,7 @@ def comparability(study: Study) -> list[str]:
     """What may and may not be read from ours beside the paper's numbers."""
     lines = [
         "The levels of the losses may not be compared: other validation images, resolution, patch size and budgets, "
-        "and the paper does not say which prefixes its validation loss scores.",
+        "and the paper does not say which prefixes its validation loss scores."
     ]
     tasks = set(study.probes["task"]) if not study.probes.empty else set()
     shared = [task for task in TASKS if task in tasks]

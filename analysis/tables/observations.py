@@ -11,13 +11,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
 
-CANONICAL = {
-    "N": "params_total",
-    "D": "images_seen",
-    "U": "unique_images",
-    "C": "flops_train",
-    "L": "val_loss",
-}
+CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
 
 

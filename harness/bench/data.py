@@ -225,11 +225,7 @@ def _single_thread(
 
 
 def _loader_rows(
-    streams: Mapping[_Place, TrainStream],
-    fastest: str,
-    work: Sequence[tuple[bytes, Box]],
-    workers: int,
-    seconds: float,
+    streams: Mapping[_Place, TrainStream], fastest: str, work: Sequence[tuple[bytes, Box]], workers: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Images/s of `train_batches` once its workers run, beside the bare reader in as many processes."""
     num_processes = min(max(1, workers), len(os.sched_getaffinity(0)))

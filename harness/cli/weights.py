@@ -13,10 +13,7 @@ app = typer.Typer(help="Import, export and describe official AIM weights.", no_a
 
 @app.command("import")
 def import_(
-    file: Annotated[
-        Path,
-        typer.Argument(help="Released backbone or trainer's checkpoint.", show_default=False),
-    ],
+    file: Annotated[Path, typer.Argument(help="Released backbone or trainer's checkpoint.", show_default=False)],
     run_dir: Annotated[Path, typer.Argument(help="New run directory.", show_default=False)],
     size: Annotated[str | None, typer.Option(help="Insist on this size; told by the shapes otherwise.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side of its input images, pixels.")] = 224,

@@ -60,11 +60,7 @@ class StepLog:
     def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int, in_tail: bool) -> None:
         """Note a step; `in_tail` counts it into the budget's `train_loss`."""
         step = _Step(
-            images_seen=images_seen,
-            lr=lr,
-            num_targets=num_targets,
-            was_applied=outcome.was_applied,
-            in_tail=in_tail,
+            images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied, in_tail=in_tail
         )
         self._pending.append((step, outcome))
 

@@ -423,12 +423,7 @@ def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
 
 
 def _detail(
-    section: ProbeSection,
-    kind: str,
-    test: LabelledImages,
-    given: Answers,
-    blocks: BlockSet,
-    setting: Setting | None,
+    section: ProbeSection, kind: str, test: LabelledImages, given: Answers, blocks: BlockSet, setting: Setting | None
 ) -> dict[str, Any]:
     return {
         "task": section.task,

@@ -23,9 +23,7 @@ from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, known_peak
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import (
-    RunDir,
-)
+from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start

@@ -109,11 +109,7 @@ def validate(
 
 @torch.no_grad()
 def completions(
-    model: AIM,
-    dataset: ShardDataset,
-    section: ValidationSection,
-    model_section: ModelSection,
-    device: torch.device,
+    model: AIM, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, device: torch.device
 ) -> dict[str, Any]:
     """Pictures of a few validation images, spread over the folder, seen to their middle.
 

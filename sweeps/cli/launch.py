@@ -43,7 +43,7 @@ def command(
         Place | None,
         typer.Option(
             help="Validate and probe inline, in the process that has trained a run, or by jobs of their own; on Slurm "
-            "jobs by default, else as runtime.evaluate says.",
+            "jobs by default, else as runtime.evaluate says."
         ),
     ] = None,
     allow_dirty: Annotated[

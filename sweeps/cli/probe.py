@@ -41,8 +41,7 @@ def probe(
     target: Annotated[
         str,
         typer.Argument(
-            help="A run directory, or a sweep (file, preset or name), all of whose runs are probed.",
-            show_default=False,
+            help="A run directory, or a sweep (file, preset or name), all of whose runs are probed.", show_default=False
         ),
     ],
     images_seen: Annotated[
@@ -72,8 +71,7 @@ def probe(
     cache_gb: CacheGB = 2.0,
     disk_gb: DiskGB = 500.0,
     released: Annotated[
-        bool,
-        typer.Option("--released", help="Score the head that came with imported weights; train nothing."),
+        bool, typer.Option("--released", help="Score the head that came with imported weights; train nothing.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,

@@ -188,9 +188,7 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     section = {**changes.get("model", {}), "size": cell["size"]}
     model = _model_from(section, changes, sweep)
     scale = Scale(
-        width=model.width,
-        params_total=counts_of(model)[0].total,
-        budget=sweep.file.recipe_budget or min(requested),
+        width=model.width, params_total=counts_of(model)[0].total, budget=sweep.file.recipe_budget or min(requested)
     )
     fields = chosen.fields(scale)
     batch_target = fields["optimiser"]["batch_size"]

@@ -60,13 +60,7 @@ def own_claim(backend: Literal["local", "slurm"], devices: int, job_id: str | No
     started = process_started(pid) or ""
     host = socket.gethostname()
     return Claim(
-        backend=backend,
-        host=host,
-        pid=pid,
-        process_started=started,
-        time=time.time(),
-        job_id=job_id,
-        devices=devices,
+        backend=backend, host=host, pid=pid, process_started=started, time=time.time(), job_id=job_id, devices=devices
     )
 
 

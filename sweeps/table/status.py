@@ -105,10 +105,7 @@ class SweepStatus:
 
 
 def sweep_status(
-    sweep: Sweep,
-    runs: Sequence[Run],
-    cards: Sequence[CostCard],
-    jobs: Mapping[str, JobInfo] | None = None,
+    sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: Mapping[str, JobInfo] | None = None
 ) -> SweepStatus:
     """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
     now = time.time()

@@ -6,12 +6,7 @@ from aimscale.aim.config import ModelConfig, known_sizes, model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image, mean_scored_tokens, param_count
 from aimscale.aim.model import AIM
 
-PRINTED_TRUNKS = {
-    "aim-600M": 679_627_776,
-    "aim-1B": 1_208_160_256,
-    "aim-3B": 2_718_210_048,
-    "aim-7B": 6_442_983_424,
-}
+PRINTED_TRUNKS = {"aim-600M": 679_627_776, "aim-1B": 1_208_160_256, "aim-3B": 2_718_210_048, "aim-7B": 6_442_983_424}
 CASES = [
     *((size, {"head_rule": "released" if size.startswith("aim") else "proportional"}) for size in known_sizes()),
     ("rung-32", {"head_rule": "released", "ln_residual": True}),

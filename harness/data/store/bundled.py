@@ -75,10 +75,7 @@ def _read_photographs() -> dict[str, torch.Tensor]:
     import sklearn
 
     found = {}
-    for package, sub_folder, names in (
-        (skimage, "data", _SCIKIT_IMAGE),
-        (sklearn, "datasets/images", _SCIKIT_LEARN),
-    ):
+    for package, sub_folder, names in ((skimage, "data", _SCIKIT_IMAGE), (sklearn, "datasets/images", _SCIKIT_LEARN)):
         for name in names:
             path = Path(package.__path__[0]) / sub_folder / name
             found[path.stem.replace("_left", "").replace("_", "-")] = decode(path.read_bytes())

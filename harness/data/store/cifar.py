@@ -63,12 +63,7 @@ def is_cifar(path: Path) -> bool:
 
 
 def pack_cifar(
-    source: Path,
-    out: Path,
-    *,
-    split: str,
-    classes: tuple[str, ...] | None = None,
-    part: tuple[int, int] | None = None,
+    source: Path, out: Path, *, split: str, classes: tuple[str, ...] | None = None, part: tuple[int, int] | None = None
 ) -> DatasetInfo:
     """Pack one split of an archive, or of the folder that it unpacks to; images are stored as PNG, without loss.
 

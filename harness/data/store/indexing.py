@@ -113,11 +113,7 @@ def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
 
 
 def write_scans(
-    folder: Path,
-    name: str,
-    scans: Iterable[ShardScan],
-    classes: tuple[str, ...] | None,
-    shards_at: str | None = None,
+    folder: Path, name: str, scans: Iterable[ShardScan], classes: tuple[str, ...] | None, shards_at: str | None = None
 ) -> DatasetInfo:
     """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and vouches for the rest.
 

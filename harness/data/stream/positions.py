@@ -20,13 +20,7 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import ShardDataset, open_dataset, require_channels
-from aimscale.harness.data.stream.augment import (
-    SMALL_SIDE,
-    Boxes,
-    crop_resize,
-    crop_resize_small,
-    draw_boxes,
-)
+from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, crop_resize, crop_resize_small, draw_boxes
 from aimscale.harness.data.stream.batch import Batch, Sample
 from aimscale.harness.data.stream.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
 from aimscale.harness.data.stream.jitter import jitter_colours

@@ -43,13 +43,7 @@ def test_fit_prints_parameters_and_the_sentence(table):
 def test_fit_chooses_its_law_by_what_it_predicts(table):
     out = json.loads(run(cli_fit.app, table, "--law", "auto", "--resamples", 0, "--json"))
     assert out["chosen"] == out["best"]["law"]
-    assert {law["law"] for law in out["laws"]} >= {
-        "overtrained",
-        "chinchilla",
-        "kaplan",
-        "coupled",
-        "farseer",
-    }
+    assert {law["law"] for law in out["laws"]} >= {"overtrained", "chinchilla", "kaplan", "coupled", "farseer"}
     assert out["by"] == "C"
     one = json.loads(run(cli_fit.app, table, "--law", "auto:C", "--envelope", "--resamples", 0, "--json"))
     assert list(one["best"]["columns"]) == ["C", "y"]

@@ -13,8 +13,7 @@ from aimscale.harness.run.config import OptimiserSection
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"head_width": 32, "head_depth": 3}, {"ln_residual": True}, {"head_rule": "none"}, {"target": "raw"}],
+    "options", [{"head_width": 32, "head_depth": 3}, {"ln_residual": True}, {"head_rule": "none"}, {"target": "raw"}]
 )
 def test_loss_and_gradients_equal_ours_at_any_prefix(options: dict) -> None:
     config = model_config("w32-d2", image_size=16, patch_size=4, **options)

@@ -18,11 +18,7 @@ from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step import checkpoint, saving
-from aimscale.harness.step.checkpoint import (
-    CheckpointError,
-    complete_checkpoints,
-    load_checkpoint,
-)
+from aimscale.harness.step.checkpoint import CheckpointError, complete_checkpoints, load_checkpoint
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import CheckpointWriter, save_weights

@@ -57,10 +57,7 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = [
-        Check("disk", "fail", "1 MB free", "Free some space."),
-        Check("slurm", "warn", "does not answer", "Ask."),
-    ]
+    checks = [Check("disk", "fail", "1 MB free", "Free some space."), Check("slurm", "warn", "does not answer", "Ask.")]
     monkeypatch.setattr(cli_doctor, "_checks", lambda root, on: iter(checks))
     result = CliRunner().invoke(cli_doctor.app, [])
     assert result.exit_code == 1
@@ -238,11 +235,7 @@ def test_a_root_to_be_made_is_looked_at_where_it_would_be_made(tmp_path: Path) -
 
 @pytest.mark.skipif(GCC is None, reason="needs gcc")
 @pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ("errno = ENOLCK; return -1;", "no flock on "),
-        ("return 0;", "excludes nobody"),
-    ],
+    ("body", "said"), [("errno = ENOLCK; return -1;", "no flock on "), ("return 0;", "excludes nobody")]
 )
 def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str, said: str) -> None:
     """As NFS without a lock daemon answers, and as a mount does that pretends to lock."""

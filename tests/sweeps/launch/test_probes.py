@@ -321,17 +321,7 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(trained: Any) -> None
 @pytest.mark.slow
 def test_two_queues_at_once_probe_everything_once(trained: Any) -> None:
     sweep, runs = trained()
-    command = [
-        sys.executable,
-        "-m",
-        "aimscale",
-        "probe",
-        str(sweep.source),
-        "--root",
-        str(sweep.root),
-        "--slots",
-        "2",
-    ]
+    command = [sys.executable, "-m", "aimscale", "probe", str(sweep.source), "--root", str(sweep.root), "--slots", "2"]
     queues = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [queue.communicate(timeout=200)[0] for queue in queues]
     assert [queue.returncode for queue in queues] == [0, 0], outputs

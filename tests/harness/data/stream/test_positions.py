@@ -19,13 +19,7 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.resize import resize_shorter_side
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.augment import (
-    crop_resize,
-    crop_resize_small,
-    denormalise,
-    draw_boxes,
-    normalise,
-)
+from aimscale.harness.data.stream.augment import crop_resize, crop_resize_small, denormalise, draw_boxes, normalise
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
 from aimscale.harness.data.stream.jitter import _draw, _shift_hue, jitter_colours
