@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,27 +58,60 @@ def results(path: Path) -> dict[str, Any]:
     }
 
 
-FILE_EVENTS = ("fsync", "replace", "rename", "unlink", "rmdir", "truncate")
+def train_and_die(rank: int, path: Path, dies: Callable[[str, Any], bool]) -> None:
+    """Train, and die of SIGKILL just before a change that makes something durable or visible where `dies` says so.
 
+    `dies` is given the change and the path that it is made at (a descriptor for some); threads that save count, too.
+    """
 
-def train_until_event(rank: int, path: Path, number: int, counter: Path) -> None:
-    """Train and die of SIGKILL just before the `number`-th change of a file that makes something durable or visible."""
-    events = iter(range(number))
-
-    def watched(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
+    def watch(change: str) -> None:
+        real = getattr(os, change)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if next(events, None) is None:
+            if dies(change, args[1] if change in ("replace", "rename") else args[0]):
                 os.kill(os.getpid(), signal.SIGKILL)
-            counter.write_text(str(int(counter.read_text() or 0) + 1))
             return real(*args, **kwargs)
 
-        return call
+        setattr(os, change, call)
 
-    for name in FILE_EVENTS:
-        setattr(os, name, watched(name))
+    for change in ("fsync", "replace", "rename", "unlink", "rmdir", "truncate"):
+        watch(change)
     train_in(rank, path)
+
+
+def train_until_change(rank: int, path: Path, number: int) -> None:
+    """Die at the `number`-th change of all."""
+    before = iter(range(number))
+    train_and_die(rank, path, lambda change, at: next(before, None) is None)
+
+
+STAGES = {
+    "replace lease.json", "rename */earlier*", "rmdir */earlier*", "replace provenance.json", "replace status.json",
+    "replace metrics.jsonl", "replace speed.jsonl", "rename */removing-checkpoints-*",
+    "replace */writing-checkpoints-*/manifest.json", "rename checkpoints/*", "rmdir */removing-checkpoints-*",
+    "replace */writing-checkpoints-*-decay-*/manifest.json", "rename checkpoints/*-decay-*",
+    "rename */removing-checkpoints-*-decay-*", "rmdir */removing-checkpoints-*-decay-*",
+    "replace */writing-budgets-*/model.json", "rename budgets/*", "replace results.json",
+    "replace validation/*.npz", "replace completions/*.npz", "rename */released",
+}  # fmt: skip
+"""Changes in a run directory, from taking the lease to giving it back."""
+
+
+def train_until_new_stage(rank: int, path: Path, met: Path) -> None:
+    """Die at the first change of a stage that the file `met` does not list yet, and list it."""
+
+    def dies(change: str, at: Any) -> bool:
+        if change not in ("replace", "rename", "rmdir") or path not in Path(at).parents:
+            return False
+        # One stage for all tokens, image numbers and digests.
+        stage = re.sub(r"\.writer-\w+|\b\d[0-9a-f.-]*(?=-decay|\.npz|/|$)", "*", str(Path(at).relative_to(path)))
+        if f"{change} {stage}" in met.read_text().splitlines():
+            return False
+        with met.open("a") as file:
+            file.write(f"{change} {stage}\n")
+        return True
+
+    train_and_die(rank, path, dies)
 
 
 @pytest.mark.slow
@@ -85,29 +120,29 @@ def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
 ) -> None:
     config = tiny_config()
     whole = RunDir.create(tmp_path / "whole", config)
-    counter = tmp_path / "events"
-    counter.write_text("0")
-    assert in_processes(train_until_event, whole.path, 10**9, counter) == [0]
-    num_events = int(counter.read_text())
-    assert num_events > 60
+    assert in_processes(train_in, whole.path) == [0]
     expected = results(whole.path)
     assert [row["images_seen"] for row in expected["rows"]] == [64, 128]
 
-    # Each run dies again and again, after a stride of its own, so that the deaths meet all stages of the work.
-    num_deaths = 0
-    for stride in (7, 13, 31, 53):
-        broken = RunDir.create(tmp_path / f"broken-{stride}", config)
-        codes = []
-        for attempt in range(40):
-            codes += in_processes(train_until_event, broken.path, stride + attempt, counter)
-            if codes[-1] == 0:
+    def start_until_finished(name: str, function: Callable[..., None], arguments: Iterable[Any]) -> int:
+        broken, codes = RunDir.create(tmp_path / name, config), []
+        for argument in arguments:
+            codes += in_processes(function, broken.path, argument)
+            if codes[-1] != -signal.SIGKILL:
                 break
-        assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0]
-        num_deaths += len(codes) - 1
+        assert codes[-1] == 0
         assert results(broken.path) == expected
         assert broken.read_status().state == "finished"
-    print(f"{num_deaths} deaths in 4 runs of {num_events} file events each")
-    assert num_deaths > 20
+        return len(codes) - 1
+
+    met = tmp_path / "met"
+    met.touch()
+    num_deaths = start_until_finished("by-stage", train_until_new_stage, itertools.repeat(met, 60))
+    assert num_deaths == len(met.read_text().splitlines())
+    assert set(met.read_text().splitlines()) == STAGES
+    # Later changes of the same stages: after a stride of its own, each run dies again and again.
+    for stride in (23, 53):
+        assert start_until_finished(f"stride-{stride}", train_until_change, itertools.count(stride))
 
 
 def stop_after(rank: int, path: Path, num_images: int, signum: int) -> None:
