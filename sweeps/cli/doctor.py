@@ -6,15 +6,12 @@ import dataclasses
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from aimscale.sweeps.doctor.checks import Check
-from aimscale.sweeps.doctor.machine import importing, machine_checks
-from aimscale.sweeps.doctor.storage import storage_checks
+from aimscale.sweeps.doctor.checks import Check, checks
 
 app = typer.Typer(help="Look at this machine, its disk and its Slurm: what works, and what to do about the rest.")
 
@@ -34,25 +31,17 @@ def command(
     Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.
     """
     found = []
-    for check in _checks(root, on):
-        found.append(check)
+    for check in checks(root, on):
+        found.append(check if check.level != "ok" else dataclasses.replace(check, advice=""))
         if not as_json:
-            _print(check)
+            _print(found[-1])
     counts = {level: sum(check.level == level for check in found) for level in COLOURS}
     if as_json:
-        checks = [dataclasses.asdict(check) for check in found]
-        typer.echo(json.dumps({"version": 1, "ok": not counts["fail"], "checks": checks}, indent=1))
+        plain = [dataclasses.asdict(check) for check in found]
+        typer.echo(json.dumps({"version": 1, "ok": not counts["fail"], "checks": plain}, indent=1))
     else:
         typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
     raise typer.Exit(1 if counts["fail"] else 0)
-
-
-def _checks(root: Path, on: Literal["local", "slurm"]) -> Iterator[Check]:
-    with importing() as imported:
-        # The child imports while these look at the disk.
-        storage = list(storage_checks(root, on))
-        yield from machine_checks(imported)
-        yield from storage
 
 
 def _print(check: Check) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -67,15 +66,19 @@ def visible_gpus() -> list[str]:
     """Cards that a local launch may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [card for card in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if card]
-    if shutil.which("nvidia-smi") is None:
-        return []
+    return [str(i) for i in range(len(listed_cards()))]
+
+
+def listed_cards() -> list[str]:
+    """Names of the NVIDIA cards that the driver knows, whatever torch sees."""
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=LIST_TIMEOUT_S, check=False
+            words, capture_output=True, text=True, errors="replace", timeout=LIST_TIMEOUT_S, check=True
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return []
-    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
 def default_slots(runs: Sequence[Run], gpus: Sequence[str]) -> int:

@@ -2,26 +2,23 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from aimscale.sweeps.cli import doctor as cli_doctor
-from aimscale.sweeps.doctor import machine as doctor
-from aimscale.sweeps.doctor import storage as doctor_storage
+from aimscale.sweeps.doctor import checks as doctor
 from aimscale.sweeps.doctor.checks import Check
 
 GCC = shutil.which("gcc")
-FACTS: dict[str, Any] = {
-    "errors": {},
-    "torch": {"version": "2.13.0", "cuda": "13.0", "cards": [], "card_error": None, "bf16": False},
-}
+FACTS: dict[str, Any] = {"torch": {"version": "2.13.0", "cuda": "13.0", "cards": [], "card_error": None, "bf16": False}}
 CARD = {"name": "NVIDIA H100", "bytes": 85_000_000_000}
 
 
@@ -58,7 +55,7 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
 
 def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [Check("disk", "fail", "1 MB free", "Free some space."), Check("slurm", "warn", "does not answer", "Ask.")]
-    monkeypatch.setattr(cli_doctor, "_checks", lambda root, on: iter(checks))
+    monkeypatch.setattr(cli_doctor, "checks", lambda root, on: iter(checks))
     result = CliRunner().invoke(cli_doctor.app, [])
     assert result.exit_code == 1
     assert "fail  disk          1 MB free\n                    -> Free some space." in result.stdout
@@ -67,7 +64,7 @@ def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest
 
 def test_a_warning_alone_gives_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [Check("slurm", "warn", "does not answer", "Ask.")]
-    monkeypatch.setattr(cli_doctor, "_checks", lambda root, on: iter(checks))
+    monkeypatch.setattr(cli_doctor, "checks", lambda root, on: iter(checks))
     result = CliRunner().invoke(cli_doctor.app, ["--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["checks"][0]["advice"] == "Ask."
@@ -79,9 +76,8 @@ def test_a_warning_alone_gives_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
 def import_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str) -> Check:
     """What is said of packages where `import torch` executes this code instead."""
     (tmp_path / "torch.py").write_text(torch)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with doctor.importing() as facts:
-        return doctor.check_packages(facts())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return doctor.check_packages(doctor.imported())
 
 
 def test_a_package_that_aborts_its_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +90,7 @@ def test_a_package_that_aborts_its_process_is_named(tmp_path: Path, monkeypatch:
 def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = import_with(tmp_path, monkeypatch, "raise OSError('libcudart.so.13: cannot open shared object file')")
     assert check.level == "fail"
-    assert "torch does not import (OSError: libcudart.so.13: cannot open shared object file)" in check.found
+    assert "imported torch ended with code 1: OSError: libcudart.so.13: cannot open shared object file" in check.found
 
 
 def test_an_old_version_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +106,7 @@ def test_an_old_version_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["no-such-thing>=1", 'other; extra == "dev"'])
-    assert doctor.check_packages(FACTS).found == "no-such-thing is missing"
+    assert doctor.check_packages(FACTS).found == "no-such-thing is missing, wanted >=1"
 
 
 # Accelerator
@@ -154,8 +150,8 @@ def test_a_missing_compiler_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     check = doctor.check_compiler()
-    assert (check.level, check.found) == ("warn", "no C compiler on the PATH")
-    assert "gcc" in check.advice
+    assert (check.level, check.found) == ("warn", "gcc cannot compile an extension: No such file or directory")
+    assert "runtime.compile: false" in check.advice
 
 
 @pytest.mark.skipif(GCC is None, reason="needs gcc")
@@ -164,39 +160,26 @@ def test_a_compiler_without_the_c_library_warns(tmp_path: Path, monkeypatch: pyt
     check = doctor.check_compiler()
     assert check.level == "warn"
     assert "stdio.h" in check.found
-    assert "build-essential" in check.advice
 
 
 def test_fewer_cores_than_counted_names_the_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     (tmp_path / "cpu.max").write_text("400000 100000\n")
     check = doctor.check_cores(tmp_path)
-    assert (check.level, check.found) == ("warn", "64 cores, of which the container may use 4")
+    assert (check.level, check.found) == ("warn", f"64 of {os.cpu_count()} cores, the container may use 4")
     assert "--slots 4" in check.advice
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert doctor.check_cores(tmp_path).level == "ok"
 
 
-def test_the_containers_bound_counts_as_memory(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 99000000 kB\nMemAvailable:   64000000 kB\n")
-    assert doctor.check_memory(tmp_path, tmp_path / "meminfo").found == "65.5 GB available"
+def test_the_containers_bound_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=65_500_000_000))
+    assert doctor.check_memory(tmp_path).found == "65.5 GB available"
     (tmp_path / "memory.max").write_text("max\n")
-    assert doctor.check_memory(tmp_path, tmp_path / "meminfo").level == "ok"
+    assert doctor.check_memory(tmp_path).level == "ok"
     (tmp_path / "memory.max").write_text("2000000000\n")
-    check = doctor.check_memory(tmp_path, tmp_path / "meminfo")
+    check = doctor.check_memory(tmp_path)
     assert (check.level, check.found) == ("warn", "65.5 GB available, the container's bound is 2 GB")
-
-
-def test_open_files_by_the_real_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        low = doctor.check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert (low.level, low.found) == ("warn", "at most 256")
-    assert "ulimit -n 4096" in low.advice
-    assert doctor.check_open_files(resource.RLIM_INFINITY).found == "no limit"
 
 
 def test_little_or_no_shared_memory_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +194,13 @@ def test_little_or_no_shared_memory_warns(tmp_path: Path, monkeypatch: pytest.Mo
 # Storage
 
 
-def test_a_root_that_cannot_be_written_fails() -> None:
-    found = {check.name: check for check in doctor_storage.storage_checks(Path("/proc/runs"), "local")}
+def checks_of_storage(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
+    monkeypatch.setattr(doctor, "imported", dict)
+    return {check.name: check for check in doctor.checks(root, "local")}
+
+
+def test_a_root_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checks_of_storage(Path("/proc/runs"), monkeypatch)
     assert found["sweep root"].level == "fail"
     assert "/proc cannot be written" in found["sweep root"].found
     assert "--root" in found["sweep root"].advice
@@ -221,13 +209,13 @@ def test_a_root_that_cannot_be_written_fails() -> None:
 
 def test_a_file_in_the_place_of_the_root_fails(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    check = doctor_storage.check_writable(tmp_path / "runs", tmp_path)
+    check = doctor.check_writable(tmp_path / "runs", tmp_path)
     assert (check.level, check.found) == ("fail", f"{tmp_path / 'runs'} is no folder")
 
 
-def test_a_root_to_be_made_is_looked_at_where_it_would_be_made(tmp_path: Path) -> None:
+def test_a_root_to_be_made_is_looked_at_where_it_would_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "a" / "b"
-    found = {check.name: check for check in doctor_storage.storage_checks(root, "local")}
+    found = checks_of_storage(root, monkeypatch)
     assert found["sweep root"].found == f"{tmp_path} can be written; {root} will be made"
     assert found["locks"].level == "ok"
     assert list(tmp_path.iterdir()) == []
@@ -243,7 +231,7 @@ def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str, sa
     library = tmp_path / "flock.so"
     subprocess.run([str(GCC), "-shared", "-fPIC", str(tmp_path / "flock.c"), "-o", str(library)], check=True)
     code = (
-        "import dataclasses, json, pathlib, sys; from aimscale.sweeps.doctor.storage import *\n"
+        "import dataclasses, json, pathlib, sys; from aimscale.sweeps.doctor.checks import *\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "print(json.dumps(dataclasses.asdict(check_locks(folder, mount_of(folder)))))"
     )
@@ -255,90 +243,82 @@ def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str, sa
     assert "another --root" in found["advice"]
 
 
-def test_locks_that_hold_on_one_machine_only_warn(tmp_path: Path) -> None:
-    mounts = tmp_path / "mounts"
-    nfs = f"server:/home {tmp_path} nfs4 rw,relatime,vers=4.2,local_lock=all 0 0"
-    mounts.write_text(f"/dev/vda / ext4 rw 0 0\n{nfs}\n")
-    mount = doctor_storage.mount_of(tmp_path / "runs", mounts)
-    assert mount is not None
-    assert (mount.kind, mount.point) == ("nfs4", tmp_path)
-    check = doctor_storage.check_locks(tmp_path, mount)
+def mount(point: Path, kind: str, options: str = "rw") -> SimpleNamespace:
+    return SimpleNamespace(mountpoint=str(point), fstype=kind, opts=options)
+
+
+def test_locks_that_hold_on_one_machine_only_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nfs = mount(tmp_path, "nfs4", "rw,relatime,vers=4.2,local_lock=all")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [mount(tmp_path, "ext4"), nfs, mount(Path("/"), "ext4")])
+    assert doctor.mount_of(tmp_path / "runs") is nfs
+    check = doctor.check_locks(tmp_path, nfs)
     assert (check.level, check.found) == ("warn", "flock works on this machine only (nfs4 mounted with local_lock=all)")
-
-
-def test_a_mount_point_with_a_space(tmp_path: Path) -> None:
-    (tmp_path / "mounts").write_text(f"/dev/vda / ext4 rw 0 0\n/dev/vdb {tmp_path}/my\\040disk xfs rw 0 0\n")
-    mount = doctor_storage.mount_of(tmp_path / "my disk" / "runs", tmp_path / "mounts")
-    assert mount is not None
-    assert mount.kind == "xfs"
 
 
 @pytest.mark.parametrize(("free", "level"), [(5e8, "fail"), (5e9, "warn"), (5e10, "ok")])
 def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, level: str) -> None:
     usage = type(shutil.disk_usage(tmp_path))(10**12, 0, int(free))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    check = doctor_storage.check_space(tmp_path, tmp_path)
+    check = doctor.check_space(tmp_path, tmp_path)
     assert check.level == level
-    assert bool(check.advice) == (level != "ok")
 
 
 # Slurm
 
 
 def slurm_at(folder: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str) -> None:
-    for name in doctor_storage.SLURM_COMMANDS:
+    for name in doctor.SLURM_COMMANDS:
         program(folder, name, sinfo if name == "sinfo" else "exit 0")
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
 def test_no_slurm_is_a_failure_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor_storage.check_slurm(needed=False).level == "ok"
-    needed = doctor_storage.check_slurm(needed=True)
-    assert (needed.level, needed.found) == ("fail", "not installed")
+    assert doctor.check_slurm(needed=False).level == "ok"
+    needed = doctor.check_slurm(needed=True)
+    assert (needed.level, needed.found) == ("fail", "sbatch, squeue, sinfo, scontrol, scancel, srun not on the PATH")
 
 
 def test_half_a_slurm_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "sinfo", "exit 0")
     monkeypatch.setenv("PATH", str(tmp_path))
-    check = doctor_storage.check_slurm(needed=False)
+    check = doctor.check_slurm(needed=False)
     assert (check.level, check.found) == ("warn", "sbatch, squeue, scontrol, scancel, srun not on the PATH")
 
 
 def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1"
     slurm_at(tmp_path, monkeypatch, f'[ "$1" = --version ] && {{ echo slurm 24.11.5; exit 0; }}; {refusal}')
-    check = doctor_storage.check_slurm(needed=True)
+    check = doctor.check_slurm(needed=True)
     assert check.level == "fail"
     assert "Unable to contact slurm controller" in check.found
     assert "scontrol ping" in check.advice
-    monkeypatch.setattr(doctor_storage, "SLURM_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(doctor, "SLURM_TIMEOUT_S", 0.2)
     program(tmp_path, "sinfo", "exec sleep 20")
-    check = doctor_storage.check_slurm(needed=False)
+    check = doctor.check_slurm(needed=False)
     assert check.level == "warn"
     assert "did not answer within" in check.found
 
 
 def test_partitions_are_listed_and_one_must_be_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = '[ "$1" = --version ] && { echo slurm 24.11.5; exit 0; }'
-    slurm_at(
-        tmp_path, monkeypatch, f"{version}; echo 'gpu*|up|16|gpu:h100:8|1-00:00:00'; echo 'cpu|down|4|(null)|infinite'"
-    )
-    check = doctor_storage.check_slurm(needed=True)
+    lines = "gpu* up: 16 nodes, gpu:h100:8, time limit 1-00:00:00\\ncpu down: 4 nodes, (null), time limit infinite"
+    slurm_at(tmp_path, monkeypatch, f"{version}; printf '{lines}\\n'")
+    check = doctor.check_slurm(needed=True)
     assert check.level == "ok"
     assert check.found == (
         "24.11.5, partitions gpu* up: 16 nodes, gpu:h100:8, time limit 1-00:00:00; "
         "cpu down: 4 nodes, time limit infinite"
     )
-    program(tmp_path, "sinfo", f"{version}; echo 'gpu*|down|16|gpu:h100:8|1-00:00:00'")
-    assert doctor_storage.check_slurm(needed=True).level == "fail"
+    program(tmp_path, "sinfo", f"{version}; echo 'gpu* down: 16 nodes, gpu:h100:8, time limit 1-00:00:00'")
+    assert doctor.check_slurm(needed=True).level == "fail"
 
 
 def test_a_root_that_the_nodes_may_not_see_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_at(tmp_path, monkeypatch, "echo far1; echo far2")
-    local = doctor_storage.Mount(point=Path("/"), kind="ext4", options=("rw",))
-    check = doctor_storage.check_shared(tmp_path, local)
+    local = mount(Path("/"), "ext4")
+    check = doctor.check_shared(tmp_path, local)
     assert check.level == "warn"
     assert "lies on ext4, which far1 and 1 other nodes may not see" in check.found
-    shared = doctor_storage.Mount(point=Path("/"), kind="nfs4", options=("rw",))
-    assert doctor_storage.check_shared(tmp_path, shared).level == "ok"
+    shared = mount(Path("/"), "nfs4")
+    assert doctor.check_shared(tmp_path, shared).level == "ok"
