@@ -91,6 +91,8 @@ class LineWriter:
             images_seen=line["images_seen"],
             images_done=images_done,
         )
+        if "blocks" in line:
+            self._terminal.say(extremes(line["blocks"]))
 
     def _smoothed(self, images_per_s: float, wall_s: float) -> float:
         """The rate of this line and those before it, which count less the longer ago they are."""
@@ -107,3 +109,12 @@ class LineWriter:
         """Write what the loggers have buffered."""
         for logger in self._loggers:
             logger.close()
+
+
+def extremes(blocks: dict[str, dict[str, float | None]]) -> str:
+    """The blocks with the smallest and the largest of each number, in one line."""
+    told = []
+    for key, name in (("grad_norm", "gradient norm"), ("update_ratio", "update to weight")):
+        known = sorted((value, block) for block, its in blocks.items() if (value := its[key]) is not None)
+        told.append(f"{name} " + " to ".join(f"{value:.1e} ({block})" for value, block in (known[0], known[-1])))
+    return f"{'':>10}  blocks  {'; '.join(told)}"

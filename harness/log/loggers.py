@@ -126,10 +126,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line, named by the part of the walk they belong to: `trunk/loss`, `decay-4096/loss`."""
+    """The numbers of a line, named by the part of the walk they belong to: `trunk/loss`, `decay-4096/loss`.
+
+    Those of blocks are called `trunk/grad_norm/trunk.blocks.0`.
+    """
+    blocks = {f"{key}/{name}": value for name, its in line.get("blocks", {}).items() for key, value in its.items()}
     part = "trunk" if line["branch"] is None else f"decay-{line['branch']}"
     return {
         f"{part}/{key}": float(value)
-        for key, value in line.items()
+        for key, value in (line | blocks).items()
         if key not in NOT_PLOTTED and isinstance(value, int | float)
     }

@@ -22,6 +22,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.schedule import Segment
+from aimscale.harness.step.blocks import BlockSums
 from aimscale.harness.step.engine import StepOutcome
 from aimscale.harness.step.feed import Feed, Step
 
@@ -82,8 +83,10 @@ class Recorder:
             self.counters.add_bad_samples(step.num_bad_samples)
         return step
 
-    def step(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
-        """One step is done, up to `images_seen`; a line is written when it is due.
+    def step(
+        self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int, blocks: BlockSums | None
+    ) -> None:
+        """One step is done, up to `images_seen`; a line is written when it is due, with `blocks` where there are some.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
@@ -93,7 +96,7 @@ class Recorder:
         self._interval.num_images += self._batch_size
         self._interval.num_targets += num_targets
         in_tail = segment.branch is not None and images_seen > (1 - TAIL_FRACTION) * segment.branch
-        self._log.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets, in_tail=in_tail)
+        self._log.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets, in_tail=in_tail, blocks=blocks)
         if images_seen // self._batch_size % runtime.log_every_steps == 0 or images_seen == segment.stop:
             self._write_line()
         section = self._config.training.roll_back

@@ -317,6 +317,9 @@ class RuntimeConfig(Section):
     freed, or as jobs of their own, which `aimscale launch` starts."""
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
+    per_block_every_steps: int | None = Field(None, gt=0)
+    """Write the gradient norm and the update-to-weight ratio of every block into the metric line at each such step, a
+    multiple of `log_every_steps`; null never looks. [What to look for](run-directory.md#block-by-block)."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Besides `metrics.jsonl`, which is always written; W&B groups by sweep and tags with size and budgets."""
     profile: ProfileSection | None = None
@@ -332,6 +335,15 @@ class RuntimeConfig(Section):
             if values.pop("max_roll_backs"):
                 raise ValueError("max_roll_backs changes results; set roll_back among the training fields instead")
         return values
+
+    @model_validator(mode="after")
+    def _blocks_go_into_lines(self) -> RuntimeConfig:
+        if self.per_block_every_steps is not None and self.per_block_every_steps % self.log_every_steps:
+            raise ValueError(
+                f"per_block_every_steps {self.per_block_every_steps} is not a multiple of log_every_steps "
+                f"{self.log_every_steps}, at which lines are written"
+            )
+        return self
 
 
 class RunConfig(Section):

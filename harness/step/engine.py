@@ -151,9 +151,8 @@ class Engine:
 
     def close(self) -> None:
         """Give back weights, gradients, masters and moments; the engine is of no use afterwards."""
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
         parameters = list(self.module.parameters())
-        held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(inner.state.values())]
+        held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
         # DeepSpeed's hooks keep some of these alive, so their memory is given back and not only their names.
         for tensor in _tensors_in(held):
@@ -205,6 +204,12 @@ class Engine:
             return list(self._optimizer.fp32_groups_flat_partition)
         return list(self._optimizer.single_partition_of_fp32_groups)
 
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        """The AdamW inside DeepSpeed's optimiser, which steps `optimiser_tensors`."""
+        inner: torch.optim.Optimizer = self._optimizer if self.options.zero_stage == 0 else self._optimizer.optimizer
+        return inner
+
     def optimiser_tensors(self) -> list[Tensor]:
         """The tensors that key the inner AdamW's state on this rank."""
         if self.options.zero_stage == 0:
@@ -216,10 +221,9 @@ class Engine:
     def adam_state(self, owner: Tensor) -> dict[str, Any]:
         """`step`, `exp_avg` and `exp_avg_sq` of one tensor; zeros before the first step."""
         assert any(owner is tensor for tensor in self.optimiser_tensors()), "the state is keyed by the tensor object"
-        inner = self._optimizer if self.options.zero_stage == 0 else self._optimizer.optimizer
-        state = inner.state[owner]
+        state = self.adamw.state[owner]
         if not state:
-            on_device = inner.defaults.get("fused") and owner.is_cuda
+            on_device = self.adamw.defaults.get("fused") and owner.is_cuda
             state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
             for moment in ADAM_MOMENTS:
                 state[moment] = torch.zeros_like(owner)

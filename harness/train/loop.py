@@ -31,6 +31,7 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
+from aimscale.harness.step.blocks import BlockWatch
 from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compile_mode
@@ -87,6 +88,7 @@ class Trainer:
         self.writer = CheckpointWriter(self.engine, group, watch.check)
         self.saved_at = time.monotonic()
         self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
+        self.blocks = BlockWatch(self.engine, runtime.per_block_every_steps)
         steps = runtime.profile.steps if runtime.profile else None
         self.profiler = StepProfiler(run.path / "profile", steps, group)
         self.recorder = Recorder(
@@ -144,7 +146,7 @@ class Trainer:
         self.recorder.close()
         self.writer.close()
         self.engine.close()
-        del self.engine, self.writer
+        del self.engine, self.writer, self.blocks
         gc.collect()
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -237,9 +239,12 @@ class Trainer:
                 lr = self.schedule.lr(position, segment.branch)
                 try:
                     with self.watch.step():
-                        outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+                        with self.blocks.step(position // self.batch_size + 1):
+                            outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
                         position += self.batch_size
-                        self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
+                        self.recorder.step(
+                            outcome, images_seen=position, lr=lr, num_targets=step.num_targets, blocks=self.blocks.sums
+                        )
                 except DivergedError:
                     if not self._roll_back(position, segment.branch):
                         raise

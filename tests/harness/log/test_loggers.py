@@ -85,7 +85,9 @@ def test_tensorboard_holds_every_line_once_after_kills(tmp_path: Path, tiny_conf
 def test_lines_are_joined_with_their_last_speed(tmp_path: Path, tiny_config: Config) -> None:
     run = RunDir.create(tmp_path / "run", tiny_config())
     assert past_lines(run) == []
-    write_lines(run.metrics, [metric(8, None, 0.5), metric(16, None, None), metric(16, 16, 0.25)])
+    blocks = {"trunk.blocks.0": {"grad_norm": 0.7, "update_ratio": None}}
+    third = metric(16, 16, 0.25) | {"blocks": blocks}
+    write_lines(run.metrics, [metric(8, None, 0.5), metric(16, None, None), third])
     speed = [{"images_seen": 8, "branch": None, "mfu": mfu, "time": 100 + mfu} for mfu in (0.1, 0.2)]
     write_lines(run.speed, [*speed, {"images_seen": 16, "branch": 16, "mfu": 0.3}])
     with run.speed.open("a") as file:
@@ -94,7 +96,7 @@ def test_lines_are_joined_with_their_last_speed(tmp_path: Path, tiny_config: Con
     assert (first["loss"], first["mfu"], first["time"]) == (0.5, 0.2, 100.2)
     assert scalars(first) == {"trunk/loss": 0.5, "trunk/mfu": 0.2}
     assert scalars(second) == {}, "a loss that was not finite is no point"
-    assert scalars(third) == {"decay-16/loss": 0.25, "decay-16/mfu": 0.3}
+    assert scalars(third) == {"decay-16/loss": 0.25, "decay-16/grad_norm/trunk.blocks.0": 0.7, "decay-16/mfu": 0.3}
 
 
 def test_wandb_gets_what_it_lacks_by_line_number(

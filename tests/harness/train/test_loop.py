@@ -118,11 +118,12 @@ def train_until_new_stage(rank: int, path: Path, met: Path) -> None:
 def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:
-    config = tiny_config()
+    config = tiny_config({"per_block_every_steps": 3})
     whole = RunDir.create(tmp_path / "whole", config)
     assert in_processes(train_in, whole.path) == [0]
     expected = results(whole.path)
     assert [row["images_seen"] for row in expected["rows"]] == [64, 128]
+    assert sum("blocks" in json.loads(line) for line in expected["metrics"].splitlines()) > 4
 
     def start_until_finished(name: str, function: Callable[..., None], arguments: Iterable[Any]) -> int:
         broken, codes = RunDir.create(tmp_path / name, config), []
