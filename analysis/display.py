@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-FIGURES: dict[str, str] = {}
-"""Class of a result -> `module:function` that draws it. `aimscale.analysis` fills it: results stand below the figures
-and know none of them."""
 MAX_ROWS = 20
 """Rows that a shell and a notebook show of a longer table."""
 
@@ -38,16 +35,17 @@ class Result:
         return f"{self.headline()}\n\n{_text(self.table, len(self.table))}"
 
     def plot(self, **options: Any) -> Figure:
-        """Its figure; the options are those of the plot function of the same name, such as `plot_fit`.
+        """Its figure, by the public function of the same name, such as `plot_fit`, which says what options there are.
 
         Raises:
             AnalysisError: nothing draws this kind of result.
         """
         name = type(self).__name__
-        if name not in FIGURES:
+        # Results stand below the figures and import none of them.
+        draw = getattr(importlib.import_module("aimscale.analysis"), f"plot_{name.lower()}", None)
+        if draw is None:
             raise AnalysisError(f"There is no figure of a {name}; draw its .table yourself.")
-        module, _, function = FIGURES[name].partition(":")
-        return getattr(importlib.import_module(module), function)(self, **options)
+        return draw(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
