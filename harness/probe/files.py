@@ -28,9 +28,10 @@ from aimscale.harness.run.identity import EVALUATION_DEFAULTS, evaluation_digest
 
 SCHEMA_VERSION = 1
 """Of a task's file."""
-PROTOCOL = 2
+PROTOCOL = 3
 """How probes are trained and scored. 2: the query starts with a deviation of 0.02, statistics and pooled features come
-from one pass, LoRA adapts query, value and output projection. What an earlier one left is not taken for this one's."""
+from one pass, LoRA adapts query, value and output projection. 3: heads that the hold-out judges and heads that are kept
+train together. What an earlier one left is not taken for this one's."""
 LOCK_POLL_S = 1.0
 """How often a process that waits for another's task looks again."""
 

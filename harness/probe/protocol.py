@@ -2,13 +2,13 @@
 
 Protocol. The backbone is frozen and used with bidirectional attention; a probe reads the average of raw block outputs.
 The training split is cut once, stratified and seeded, into a fit part and a hold-out. Every head of the grid (learning
-rate x weight decay x block set) is trained on the fit part; the hold-out chooses; the chosen head is scored once on the
-test split, as is the best head on the last six blocks (half of the blocks of a shallow model), which is the paper's
-default and has no choice of blocks in it.
+rate x weight decay x block set) is trained twice in the same pass, on the fit part and on the whole split; the hold-out
+chooses among the former, and the latter of the chosen setting is scored once on the test split, as is that of the best
+setting on the last six blocks (half of the blocks of a shallow model), which is the paper's default and has no choice
+of blocks in it.
 
-Between the two the chosen heads train once more, with their settings, on the whole training split (`refit: false` in a
-task leaves that out, and every result says which). The batch norm uses the exact statistics of what its head was
-trained on instead of a running estimate, which makes results independent of batch and world size.
+The batch norm uses the exact statistics of what its head was trained on instead of a running estimate, which makes
+results independent of batch and world size.
 
 Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
 probes need nothing else. The attentive heads of the whole grid train on one further backbone pass per batch.
@@ -224,7 +224,6 @@ class _Probing:
             "protocol": PROTOCOL,
             "num_fit": len(self._split.fit),
             "num_holdout": len(self._split.held),
-            "refit": self.section.refit,
             "augmentation": self.section.augmentation,
             "seed": self.seed,
             "evaluation": self.name.removeprefix(f"{self.section.task}-"),
@@ -308,7 +307,7 @@ class _Probing:
             features.pooled.remove()
 
     def _heads(self, kinds: tuple[str, ...], source: Features) -> list[dict[str, Any]]:
-        """Train, choose, refit and score the heads of some kinds."""
+        """Train, choose and score the heads of some kinds."""
         sets, last = block_sets(self.backbone.num_blocks)
         fitting = GridFit(
             split=self._split,
@@ -323,8 +322,6 @@ class _Probing:
         )
         candidates = fitting.candidates(source, kinds, sets, last)
         chosen = [best(candidates, kind, blocks) for kind in kinds for blocks in (None, last)]
-        if self.section.refit:
-            chosen = fitting.refit(source, chosen)
         details = []
         for kind, top, fixed in zip(kinds, chosen[::2], chosen[1::2], strict=True):
             features: Features = self._test_features.pooled if kind == "linear" else self._test_features.tokens
@@ -340,10 +337,7 @@ class _Probing:
         search = Neighbours(features=self._train_features, split=self._split, group=self.group)
         candidates = search.candidates(sets)
         top, fixed = best(candidates, "knn"), best(candidates, "knn", last)
-        on_top, on_fixed = (
-            search.answers(each, self._test_features.pooled, self.test, everything=self.section.refit)
-            for each in (top, fixed)
-        )
+        on_top, on_fixed = (search.answers(each, self._test_features.pooled, self.test) for each in (top, fixed))
         return [self._detail(top, fixed, on_top, on_fixed, candidates)]
 
     def _detail(
@@ -443,7 +437,7 @@ def _detail(
 def save_head(candidate: Candidate, path: Path) -> None:
     """Write a trained head under the released names `head.*`; the blocks it averages are in the file's metadata."""
     assert candidate.head is not None
-    state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of(0, 0).items()}
+    state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of_one().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
     write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})
 

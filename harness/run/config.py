@@ -202,8 +202,9 @@ class ProbeSection(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the backbone computes in and features are kept in; the heads train in fp32. How far bf16 features are from
     fp32 ones is measured on a few images, printed, and written beside the results."""
-    epochs: int = Field(20, gt=0)
-    """Passes over the training split."""
+    epochs: int | None = Field(None, gt=0)
+    """Passes over the training split; null takes 20, or as many as make 6.5 million images where that is less (5 of
+    ImageNet-1k)."""
     iterations: int | None = Field(None, gt=0)
     """Steps of the probe's optimiser, instead of `epochs` (12,500 of batch 1024 are CAPI's for ImageNet-1k)."""
     batch_size: int = Field(256, gt=0)
@@ -213,10 +214,7 @@ class ProbeSection(Section):
     weight_decays: Annotated[tuple[float, ...], Field(min_length=1)] = (0.05,)
     """Weight decays tried; chosen on the hold-out."""
     holdout_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the training split kept for choices."""
-    refit: bool = True
-    """Train what the hold-out chose once more, on the whole training split, before the test; false scores it as chosen,
-    trained on the rest alone."""
+    """Share of the training split by which is chosen. What was chosen has learned from all of it."""
 
 
 class RollBackSection(Section):

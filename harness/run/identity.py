@@ -71,10 +71,12 @@ EVALUATION_DEFAULTS: dict[str, dict[str, Any]] = {
         "lrs": [3e-4, 1e-3, 3e-3, 1e-2],
         "weight_decays": [0.05],
         "holdout_fraction": 0.2,
-        "refit": True,
     },
 }
 """Of `ValidationSection` and `ProbeSection`, but for the task's name and the data sets, which always count."""
+
+GONE = {"refit": True}
+"""Fields of a probe that are no more, with the value of what is done now: evaluations that had it keep their names."""
 
 FIRST_NAMES = {"inward_spiral": "spiral", "hashed": "random"}
 """Patch orders that were called otherwise when the first runs were named by them."""
@@ -108,7 +110,7 @@ def evaluation_digest(kind: Literal["validation", "probe"], settings: Values) ->
     Whatever the data are, and whichever kinds of probes are wanted: another kind does not change those that are there.
     """
     measured = {key: value for key, value in settings.items() if key not in (*PATHS, "kinds")}
-    return _digest(kind, _differing(measured, EVALUATION_DEFAULTS[kind]))
+    return _digest(kind, _differing(measured, EVALUATION_DEFAULTS[kind] | GONE))
 
 
 def probe_evaluation(settings: Values, train: str | None, test: str | None) -> str:
@@ -136,6 +138,11 @@ def filled_training(training: Any) -> Any:
     return filled
 
 
+def filled_probe(task: Values) -> dict[str, Any]:
+    """A written probe with the defaults of the schema for fields that it lacks, without those that are no more."""
+    return {key: value for key, value in {**EVALUATION_DEFAULTS["probe"], **task}.items() if key not in GONE}
+
+
 def filled_evaluation(evaluation: Any) -> Any:
     """A written `evaluation` with the defaults of the schema for fields that it lacks."""
     if not isinstance(evaluation, dict):
@@ -144,7 +151,7 @@ def filled_evaluation(evaluation: Any) -> Any:
     if isinstance(validation := filled.get("validation"), dict):
         filled["validation"] = EVALUATION_DEFAULTS["validation"] | validation
     if isinstance(probes := filled.get("probes"), list | tuple):
-        filled["probes"] = [EVALUATION_DEFAULTS["probe"] | task if isinstance(task, dict) else task for task in probes]
+        filled["probes"] = [filled_probe(task) if isinstance(task, dict) else task for task in probes]
     return filled
 
 

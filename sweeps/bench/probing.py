@@ -30,6 +30,7 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store.bundled import photographs
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
+from aimscale.harness.device.memory import host_bytes
 from aimscale.harness.device.peak import measure_peak
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, run_config
 from aimscale.harness.run.directory import RunDir
@@ -85,7 +86,7 @@ def run(
             way["largest_difference"] = _largest_difference(ways[0]["entries"], way["entries"])
             way["same_choices"] = _choices(ways[0]["entries"]) == _choices(way["entries"])
         model = model_of(config.training)
-        (cost,) = probe_costs(config.evaluation, model, flops_per_image(model), 1)
+        (cost,) = probe_costs(config.evaluation, model, flops_per_image(model), 1, host_bytes() / 1e9)
     return {
         "ways": ways,
         "forecast": _forecast(cost),

@@ -23,7 +23,7 @@ from aimscale.harness.device.memory import (
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs
+from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs, rounds_warning
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.stopping import save_seconds, stop_seconds, stop_warning
 from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
@@ -217,7 +217,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     executed = unchecked_schedule(run.config).images_planned()
     scored = mean_scored_tokens(model.num_tokens, training.objective.prefix)
     flops_executed = executed_flops_per_image(model, scored).train * executed
-    probes = probe_costs(run.config.evaluation, model, flops, run.devices)
+    probes = probe_costs(run.config.evaluation, model, flops, run.devices, cost.memory_gb)
     flops_evaluation = evaluation_flops(run.config.evaluation, flops, probes)
     steps, flops_per_s = executed // training.optimiser.batch_size, run.devices * cost.peak_tflops * 1e12 * cost.mfu
     training_s = flops_executed / flops_per_s + steps * cost.step_ms / 1000
@@ -268,7 +268,9 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
         price=device_hours * cost.price_per_device_hour,
         save_s=save_seconds(sweep, run),
         stop_s=stop_seconds(sweep, run),
-        warnings=tuple(filter(None, [*_warnings(run, pool, cost, fit), stop_warning(sweep, run)])),
+        warnings=tuple(
+            filter(None, [*_warnings(run, pool, cost, fit), *map(rounds_warning, probes), stop_warning(sweep, run)])
+        ),
     )
 
 

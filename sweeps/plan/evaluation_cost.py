@@ -7,6 +7,7 @@ meanwhile. What that takes for granted is in the constants below.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from aimscale.harness.data.store.card import num_images
 from aimscale.harness.probe.features.benchmarks import CARDS
 from aimscale.harness.probe.features.sizes import (
     BYTES_PER_HEAD_PARAM,
+    COPIES,
     block_sets,
+    bytes_per_set,
     head_params,
     num_settings,
     number_of_steps,
@@ -56,7 +59,7 @@ class ProbeCost:
     flops_neighbours: float
     """Of the k-NN search."""
     head_bytes: float
-    """Memory of a rank for heads, gradients and optimiser state."""
+    """Memory of a rank for heads, both copies of each, gradients and optimiser state."""
     feature_bytes: float
     """Pooled features of both splits, in memory or on disk, over all ranks."""
 
@@ -79,10 +82,18 @@ def evaluation_flops(evaluation: EvaluationConfig, flops: FlopCount, probes: tup
 
 
 def probe_costs(
-    evaluation: EvaluationConfig, model: ModelConfig, flops: FlopCount, ranks: int
+    evaluation: EvaluationConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_gb: float
 ) -> tuple[ProbeCost, ...]:
-    """Every task of a run at one budget, probed by so many ranks."""
-    return tuple(_probe_cost(section, model, flops, ranks) for section in evaluation.probes)
+    """Every task of a run at one budget, probed by so many ranks of so much memory, 10^9 bytes."""
+    return tuple(_probe_cost(section, model, flops, ranks, 1e9 * memory_gb) for section in evaluation.probes)
+
+
+def rounds_warning(cost: ProbeCost) -> str | None:
+    """What a task's heads cost where they do not fit a rank together."""
+    if cost.rounds < 2:
+        return None
+    passes = f"the heads train in {cost.rounds} rounds, each with passes of its own"
+    return f"task '{cost.task}': {passes}; more devices save them"
 
 
 def _validation_flops(section: ValidationSection, flops: FlopCount) -> float:
@@ -90,7 +101,9 @@ def _validation_flops(section: ValidationSection, flops: FlopCount) -> float:
     return flops.forward * section.num_prefixes * min(section.num_images or images, images)
 
 
-def _probe_cost(section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int) -> ProbeCost:
+def _probe_cost(
+    section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float
+) -> ProbeCost:
     train, test, num_classes = _task_size(section)
     fit, held = train * (1 - section.holdout_fraction), train * section.holdout_fraction
     sets = len(block_sets(model.depth)[0])
@@ -98,28 +111,24 @@ def _probe_cost(section: ProbeSection, model: ModelConfig, flops: FlopCount, ran
     on_views = section.augmentation == "published"
     # heads that train on tokens, from one pass per batch; without augmentation the linear ones need none
     with_tokens = [kind for kind in HEADS if kind in frozen and (kind != "linear" or on_views)]
-    rounds = 0
-    if with_tokens:
-        rounds = -(-sets // sets_per_round(section, with_tokens, model.width, num_classes, ranks))
-    trained = _images_trained(section, fit)
-    refitted = _images_trained(section, train) if section.refit else 0.0
+    together = with_tokens or [kind for kind in ("linear",) if kind in frozen]
+    at_once = min(sets, sets_per_round(section, together, model.width, num_classes, ranks, memory_bytes))
+    rounds = -(-sets // at_once) if with_tokens else 0
+    trained = _images_trained(section, train)
     images = 0.0
     if frozen:
         images += train + test
     if with_tokens:
-        images += rounds * (trained + held) + refitted + test * any(kind != "linear" for kind in with_tokens)
+        images += rounds * (trained + held) + test * any(kind != "linear" for kind in with_tokens)
     if "lora" in section.kinds:
         points = num_settings(section)
-        images += TRAIN_OVER_FORWARD * (points * trained + refitted) + points * held + test
+        images += TRAIN_OVER_FORWARD * (points * _images_trained(section, fit) + trained) + points * held + test
     heads = sum(
-        _head_flops(kind, section, model, num_classes, sets * num_settings(section), trained)
+        _head_flops(kind, section, model, num_classes, COPIES * sets * num_settings(section), trained)
         + _traffic(kind, model, sets if kind in with_tokens else 0, trained, held)
         for kind in HEADS
         if kind in frozen
     )
-    at_once = min(sets, sets_per_round(section, with_tokens or ["linear"], model.width, num_classes, ranks))
-    per_rank = -(-at_once // ranks) * num_settings(section)
-    kinds = with_tokens or [kind for kind in ("linear",) if kind in frozen]
     return ProbeCost(
         task=section.task,
         images=images,
@@ -127,7 +136,7 @@ def _probe_cost(section: ProbeSection, model: ModelConfig, flops: FlopCount, ran
         flops_backbone=images * (flops.patch_embed + flops.trunk),
         flops_heads=heads,
         flops_neighbours=_neighbour_flops(model, sets, fit, held, train, test) if "knn" in frozen else 0.0,
-        head_bytes=BYTES_PER_HEAD_PARAM * per_rank * sum(head_params(kind, model.width, num_classes) for kind in kinds),
+        head_bytes=-(-at_once // ranks) * bytes_per_set(section, together, model.width, num_classes),
         feature_bytes=(train + test) * model.depth * model.width * (2 if section.precision == "bf16" else 4)
         if frozen
         else 0.0,
@@ -154,9 +163,8 @@ def _num_classes(path: str) -> int | None:
 
 def _images_trained(section: ProbeSection, num_images: float) -> float:
     """Images of one training of the heads."""
-    if section.iterations is None:
-        return section.epochs * num_images
-    return min(section.iterations * section.batch_size, number_of_steps(section, int(num_images)) * num_images)
+    steps_per_epoch = max(1, math.ceil(num_images / section.batch_size))
+    return number_of_steps(section, round(num_images)) / steps_per_epoch * num_images
 
 
 def _head_flops(

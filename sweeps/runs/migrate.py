@@ -15,7 +15,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import with_fingerprints
 from aimscale.harness.run.config import ProbeSection, RunConfig, parse
 from aimscale.harness.run.files import write_json, write_text
-from aimscale.harness.run.identity import EVALUATION_DEFAULTS
+from aimscale.harness.run.identity import filled_probe
 from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.runs.claims import RunRecord
@@ -96,7 +96,7 @@ def _rewrite_probe(record: RunRecord, config: RunConfig, path: Path) -> None:
     backbone, size = document["backbone"], record.model_file(images_seen).stat().st_size
     if f"({size} bytes of " not in backbone:
         return
-    section = parse(ProbeSection, EVALUATION_DEFAULTS["probe"] | document["task"], str(path))
+    section = parse(ProbeSection, filled_probe(document["task"]), str(path))
     name = weights_name(record, config, images_seen)
     protocol = document["probes"][0].get("protocol", 1)
     key = task_key(name, section, train, test, int(seed), protocol=protocol)

@@ -11,10 +11,16 @@ from aimscale.harness.run.config import ProbeSection
 BlockSet = tuple[int, ...]
 """Blocks, counted from 0, whose outputs are averaged."""
 
-HEADS_GB = 20.0
-"""Heads of a rank that train together, with gradients and optimiser state; more block sets train in rounds."""
+HEADS_SHARE = 0.5
+"""Of a rank's memory: for heads that train together, with gradients and optimiser state; more block sets train in
+rounds."""
 BYTES_PER_HEAD_PARAM = 16
 """A value, its gradient and two moments in fp32."""
+COPIES = 2
+"""Of every head: one that the hold-out judges, and one that learns from all images."""
+MOST_EPOCHS, MOST_IMAGES = 20, 6_500_000
+"""Training of the heads where a task says nothing: so many passes, or as many as make so many images (5 of
+ImageNet-1k). That keeps all frozen probes of ImageNet-1k below 3 % of training aim-600M to 128M images."""
 
 
 def block_sets(num_blocks: int) -> tuple[list[BlockSet], BlockSet]:
@@ -46,10 +52,21 @@ def num_settings(section: ProbeSection) -> int:
 
 def number_of_steps(section: ProbeSection, num_images: int) -> int:
     """Optimiser steps of one training: the section's iterations, or its epochs over so many images."""
-    return section.iterations or section.epochs * math.ceil(num_images / section.batch_size)
+    if section.iterations is not None:
+        return section.iterations
+    epochs = section.epochs or max(1, min(MOST_EPOCHS, MOST_IMAGES // max(1, num_images)))
+    return epochs * math.ceil(num_images / section.batch_size)
 
 
-def sets_per_round(section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int, ranks: int) -> int:
-    """Block sets whose heads, with gradients and moments, fit into `HEADS_GB` of every rank; at least one per rank."""
-    one = BYTES_PER_HEAD_PARAM * num_settings(section) * sum(head_params(kind, width, num_classes) for kind in kinds)
-    return ranks * max(1, int(HEADS_GB * 1e9 / max(1, one)))
+def bytes_per_set(section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int) -> int:
+    """Memory of all heads on one block set, with gradients and moments."""
+    num_heads = COPIES * num_settings(section)
+    return BYTES_PER_HEAD_PARAM * num_heads * sum(head_params(kind, width, num_classes) for kind in kinds)
+
+
+def sets_per_round(
+    section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int, ranks: int, memory_bytes: float
+) -> int:
+    """Block sets whose heads fit into `HEADS_SHARE` of every rank's memory; at least one per rank."""
+    one = max(1, bytes_per_set(section, kinds, width, num_classes))
+    return ranks * max(1, int(HEADS_SHARE * memory_bytes / one))

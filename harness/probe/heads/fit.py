@@ -1,7 +1,13 @@
-"""Train every candidate head of one task and measure each on the hold-out; nothing here sees the test split."""
+"""Train every candidate head of one task and measure each on the hold-out; nothing here sees the test split.
+
+One training over the whole split does both. Every head stands there twice: one copy learns from the images that are
+not held out, and the hold-out judges it; the other learns from all images, as if alone, and is kept if its setting
+wins. So nothing is trained again after the choice.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +21,7 @@ from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.extraction import Features, SplitFeatures, batched, share
-from aimscale.harness.probe.features.moments import Moments
-from aimscale.harness.probe.features.sizes import BlockSet, number_of_steps, sets_per_round
+from aimscale.harness.probe.features.sizes import COPIES, BlockSet, number_of_steps, sets_per_round
 from aimscale.harness.probe.files import Pause
 from aimscale.harness.probe.heads.owners import Ownership
 from aimscale.harness.probe.heads.progress import ProbeProgress, StepSaver
@@ -46,7 +51,7 @@ class Candidate:
     holdout_loss: float
     """Cross-entropy on the hold-out (0 for k-NN, which has none)."""
     head: HeadStack | None = None
-    """The trained head, alone in its stack, of those that were chosen."""
+    """The head that learned from all images, alone in its stack, of those that were chosen."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,21 @@ class Split:
     labels: Tensor
     """Of all training images (n,)."""
     fit: np.ndarray
-    """Indices trained on, ascending."""
+    """Indices that those heads learn from which the hold-out judges, ascending."""
     held: np.ndarray
     """Indices of the hold-out, ascending."""
     num_classes: int
     """K."""
 
-    @property
+    @functools.cached_property
     def everything(self) -> np.ndarray:
         """Indices of both parts, ascending."""
         return np.sort(np.concatenate([self.fit, self.held]))
+
+    @functools.cached_property
+    def is_fit(self) -> np.ndarray:
+        """Of each image, whether it is not held out."""
+        return np.isin(np.arange(len(self.labels)), self.fit)
 
 
 class Micro(NamedTuple):
@@ -75,6 +85,8 @@ class Micro(NamedTuple):
     """Of all ranks."""
     batch_size: int
     """Images of the whole batch."""
+    num_fit: int
+    """Those of the whole batch that are not held out."""
     ends_batch: bool
     """Whether the optimiser steps after them."""
 
@@ -116,15 +128,20 @@ class GridFit:
     def candidates(
         self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
     ) -> list[Candidate]:
-        """Every kind x block set x setting, trained on the fit part from one stream of batches.
+        """Every kind x block set x setting, judged by the hold-out, all from one stream of batches.
 
         The best of each kind, and the best on the block set `last`, come with their heads.
         """
-        at_once = sets_per_round(self.section, kinds, source.width, self.split.num_classes, self.group.world_size)
+        memory_bytes = self.group.from_first(self.group.memory_bytes())
+        at_once = sets_per_round(
+            self.section, kinds, source.width, self.split.num_classes, self.group.world_size, memory_bytes
+        )
+        rounds = list(batched(range(len(sets)), at_once))
         found: list[Candidate] = []
-        for round_, some in enumerate(batched(range(len(sets)), at_once)):
-            part = f"{'-'.join(kinds)}-{round_}"
-            trained = self._train(source, kinds, [sets[i] for i in some], grid(self.section), self.split.fit, part)
+        for number, some in enumerate(rounds, start=1):
+            trained = self._train(
+                source, kinds, [sets[i] for i in some], f"{'-'.join(kinds)}-{number}-of-{len(rounds)}"
+            )
             found += self._measure(source, trained)
             wanted = _best_numbers(found, kinds, last)
             found = [
@@ -133,31 +150,10 @@ class GridFit:
             ]
         return found
 
-    def refit(self, source: Features, chosen: Sequence[Candidate]) -> list[Candidate]:
-        """The same candidates, in their order, trained once more on the whole training split.
-
-        What the hold-out said of them stays theirs: it is what they were chosen by.
-        """
-        kinds = list(dict.fromkeys(candidate.kind for candidate in chosen))
-        sets = list(dict.fromkeys(candidate.blocks for candidate in chosen))
-        settings = tuple(dict.fromkeys(candidate.setting for candidate in chosen if candidate.setting))
-        part = f"{'-'.join(kinds)}-refit"
-        trained = self._train(source, kinds, sets, settings, self.split.everything, part)
-        again = self._with_heads(chosen, trained, set(range(len(chosen))))
-        return again
-
-    def _train(
-        self,
-        source: Features,
-        kinds: Sequence[str],
-        sets: Sequence[BlockSet],
-        settings: tuple[Setting, ...],
-        images: np.ndarray,
-        part: str,
-    ) -> _Trained:
-        """Train every kind x set x setting on these images, saving now and then as `part`."""
-        trained = self._heads(source, kinds, sets, settings, everything=len(images) > len(self.split.fit))
-        num_steps = number_of_steps(self.section, len(images))
+    def _train(self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], part: str) -> _Trained:
+        """Train every kind x set x setting on the training split, saving now and then as `part`."""
+        trained = self._heads(source, kinds, sets)
+        num_steps = number_of_steps(self.section, len(self.split.labels))
         optimisers = [[StackedAdamW(stack, num_steps=num_steps) for stack in turn.values()] for turn in trained.turns]
         stacks = [stack for turn in trained.turns for stack in turn.values()]
         flat = [optimiser for turn in optimisers for optimiser in turn]
@@ -169,8 +165,8 @@ class GridFit:
                 stack.load_state_dict(values)
             for optimiser, values in zip(flat, saved[1]["optimisers"], strict=True):
                 optimiser.load_state_dict(values)
-        for micro, outputs in self._batches(source, images, step, num_steps):
-            trained.backward(outputs, micro, self._labels(micro))
+        for micro, outputs in self._batches(source, step, num_steps):
+            trained.backward(outputs, micro, self._labels(micro), self._weights(micro))
             if not micro.ends_batch:
                 continue
             for optimiser in flat:
@@ -185,10 +181,9 @@ class GridFit:
                 self.pause()
         return trained
 
-    def _batches(
-        self, source: Features, images: np.ndarray, step: int, num_steps: int
-    ) -> Iterator[tuple[Micro, Tensor]]:
+    def _batches(self, source: Features, step: int, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
         """The rest of the training after `step` steps: this rank's outputs of each micro-batch."""
+        images = self.split.everything
         per_epoch = math.ceil(len(images) / self.section.batch_size)
         size = self._micro_size(source)
         for epoch in range(step // per_epoch, math.ceil(num_steps / per_epoch)):
@@ -196,7 +191,7 @@ class GridFit:
             batches = list(batched(order, self.section.batch_size))
             first = step - epoch * per_epoch if epoch == step // per_epoch else 0
             plan = [
-                Micro(micro, len(batch), number == len(parts))
+                Micro(micro, len(batch), int(self.split.is_fit[batch].sum()), number == len(parts))
                 for batch in batches[first : num_steps - epoch * per_epoch]
                 for parts in [list(batched(batch, size))]
                 for number, micro in enumerate(parts, start=1)
@@ -217,15 +212,14 @@ class GridFit:
     def _labels(self, micro: Micro) -> Tensor:
         return self.split.labels[torch.as_tensor(micro.images)].to(self.device)
 
-    def _heads(
-        self,
-        source: Features,
-        kinds: Sequence[str],
-        sets: Sequence[BlockSet],
-        settings: tuple[Setting, ...],
-        *,
-        everything: bool,
-    ) -> _Trained:
+    def _weights(self, micro: Micro) -> Tensor:
+        """(2, B): of images in the loss of heads that the hold-out judges, and of those that are kept."""
+        is_fit = torch.from_numpy(self.split.is_fit[micro.images]).float()
+        # no image but held-out ones: such a step moves the judged heads by their momentum alone
+        judged = is_fit / max(1, micro.num_fit)
+        return torch.stack([judged, torch.full_like(judged, 1 / micro.batch_size)]).to(self.device)
+
+    def _heads(self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet]) -> _Trained:
         """This rank's untrained heads, standardised by the statistics of what they will be trained on."""
         one = 4 * self._micro_size(source) * source.num_tokens * source.width
         ownership = Ownership.divide(sets, max(1, int(WORKING_GB * 1e9 / one)), self.group)
@@ -236,15 +230,17 @@ class GridFit:
             for kind in kinds if own else ():
                 stacks[kind] = STACKS[kind](
                     num_sets=len(own),
-                    settings=settings,
+                    settings=grid(self.section),
+                    num_copies=COPIES,
                     width=source.width,
                     num_classes=self.split.num_classes,
                     num_heads=self.num_heads,
                     generator=torch.Generator().manual_seed(self.seed),
                     device=self.device,
                 )
-                of = self.features.of_pooled if kind == "linear" else self.features.of_tokens
-                stacks[kind].standardise_by(*_total(of, everything).of_sets(own))
+                fit, held = self.features.of_pooled if kind == "linear" else self.features.of_tokens
+                judged, kept = fit.of_sets(own), (fit + held).of_sets(own)
+                stacks[kind].standardise_by(*(torch.stack(pair, dim=1) for pair in zip(judged, kept, strict=True)))
             turns.append(stacks)
         return _Trained(ownership=ownership, turns=turns)
 
@@ -259,12 +255,12 @@ class GridFit:
             }
             for turn in trained.turns
         ]
-        plan = [Micro(images, len(held), False) for images in batched(held, self._micro_size(source))]
+        plan = [Micro(images, len(held), 0, False) for images in batched(held, self._micro_size(source))]
         for micro, outputs in self._outputs(source, plan):
             labels = self._labels(micro)
             for turn, tokens in trained.deliveries(outputs, micro):
                 for kind, stack in trained.turns[turn].items():
-                    logits = stack(tokens)
+                    logits = stack(tokens)[:, :, : len(stack.settings)]  # of the first copy
                     targets = labels[None, :, None].expand(logits.shape[:3])
                     losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
                     totals[turn][kind][0] += (logits.argmax(3) == targets).sum(1)
@@ -311,11 +307,11 @@ class _Trained:
         for turn in range(len(self.turns)):
             yield turn, self.ownership.deliver(outputs, micro.images, turn)
 
-    def backward(self, outputs: Tensor, micro: Micro, labels: Tensor) -> None:
+    def backward(self, outputs: Tensor, micro: Micro, labels: Tensor, weights: Tensor) -> None:
         """Add the gradients of a micro-batch."""
         for turn, tokens in self.deliveries(outputs, micro):
             for stack in self.turns[turn].values():
-                stack.loss(tokens, labels, micro.batch_size).backward()
+                stack.loss(tokens, labels, weights).backward()
 
     def head_of(self, candidate: Candidate) -> HeadStack | None:
         """A candidate's head, if this rank has it."""
@@ -331,8 +327,3 @@ def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: B
     has_last = any(candidate.blocks == last for candidate in candidates)
     wanted = [best(candidates, kind, blocks) for kind in kinds for blocks in ((None, last) if has_last else (None,))]
     return {number for number, candidate in enumerate(candidates) if any(candidate is each for each in wanted)}
-
-
-def _total(moments: tuple[Moments, Moments], everything: bool) -> Moments:
-    """Of the fit part, or of it and the hold-out."""
-    return moments[0] + moments[1] if everything else moments[0]

@@ -1,9 +1,9 @@
 """LoRA adaptation (rank 8; AIM paper, Table 8): the third protocol on a probe's tasks, and not a frozen feature.
 
 Low-rank updates of the trunk's query, value and output projections (`aim.lora`) train together with an attentive head
-on the fixed block set (the last six), once for every point of the grid; the hold-out chooses, the test split is scored
-once. Optimiser, schedule and views are those of the probes. The head standardises by the statistics of the unadapted
-features.
+on the fixed block set (the last six), once for every point of the grid; the hold-out chooses, the chosen point trains
+once more on the whole training split, and the test split is scored once. Optimiser, schedule and views are those of the
+probes. The head standardises by the statistics of the unadapted features.
 """
 
 from __future__ import annotations
@@ -78,29 +78,17 @@ def adapt(
 
     done: dict[str, Any] = group.from_first((progress.load("lora") if progress and group.is_first else None) or {})
     points: list[float] = done.get("points", [])
-    best: dict[str, Any] | None = done.get("best")
     settings = grid(section)
-    chosen: _Adaptation | None = None
-    for index, setting in enumerate(settings):
-        if index < len(points):
-            continue
+    for index, setting in enumerate(settings[len(points) :], start=len(points)):
         one = adaptation(setting)
         one.train(split.fit, f"lora-{index}", progress, pause)
-        accuracy = one.holdout_top1(split.held)
-        if not points or accuracy > max(points):
-            chosen, best = one, one.state()
-        points.append(accuracy)
+        points.append(one.holdout_top1(split.held))
         if progress and group.is_first:
-            progress.save("lora", {"points": points, "best": best})
+            progress.save("lora", {"points": points})
         pause()
     winner = points.index(max(points))
-    if section.refit or chosen is None:
-        chosen = adaptation(settings[winner])
-        if section.refit:
-            chosen.train(split.everything, "lora-refit", progress, pause)
-        else:
-            assert best is not None
-            chosen.load_state(best)
+    chosen = adaptation(settings[winner])
+    chosen.train(split.everything, "lora-chosen", progress, pause)
     return Adapted(
         setting=settings[winner],
         holdout_top1=points[winner],
@@ -186,7 +174,8 @@ class _Adaptation:
         moments = Moments.about(first.float().mean((1, 2)))
         for _, decoded in self._train_images.ahead(batched(share(images.tolist(), self._group), MICRO_BATCH)):
             moments.add(self._tokens(decoded).flatten(1, 2))
-        self._head.standardise_by(*moments.over_ranks(self._group).of_sets([(0,)]))
+        mean, variance = moments.over_ranks(self._group).of_sets([(0,)])
+        self._head.standardise_by(mean[:, None], variance[:, None])
 
     def _batches(self, order: np.ndarray, epoch: int) -> Iterator[None]:
         """Accumulate the gradients of one batch after the other, summed over micro-batches and ranks."""
@@ -199,7 +188,8 @@ class _Adaptation:
             for _ in own:
                 chunk, images = next(decoded)
                 labels = self._train_images.labels[torch.as_tensor(chunk)].to(self._device)
-                self._head.loss(self._tokens(images), labels, len(part)).backward()
+                weights = torch.full((1, len(chunk)), 1 / len(part), device=self._device)
+                self._head.loss(self._tokens(images), labels, weights).backward()
             for parameter in self.trained:
                 assert parameter.grad is not None
                 self._group.sum_tensor(parameter.grad)

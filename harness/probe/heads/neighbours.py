@@ -55,13 +55,11 @@ class Neighbours:
         return found
 
     @torch.no_grad()
-    def answers(
-        self, chosen: Candidate, pooled: PooledFeatures, images: LabelledImages, *, everything: bool
-    ) -> Answers:
-        """What a candidate says about another split, with the fit part or the whole training split as the bank."""
+    def answers(self, chosen: Candidate, pooled: PooledFeatures, images: LabelledImages) -> Answers:
+        """What a candidate says about another split, with the whole training split as the bank."""
         assert chosen.num_neighbours is not None
         own = share(range(len(images)), self.group)
-        bank = self._bank(chosen.blocks, everything=everything)
+        bank = self._bank(chosen.blocks, everything=True)
         parts = [
             answers(votes[0], images.labels[own][rows])
             for rows, votes in bank.votes(self._vectors(pooled, own, chosen.blocks), (chosen.num_neighbours,))

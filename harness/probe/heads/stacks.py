@@ -1,7 +1,9 @@
 """Many probe heads at once: S feature sets x G settings of (learning rate, weight decay), stacked in every tensor.
 
 One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping,
-learning rate and decay are its own. Two exact rearrangements keep that cheap.
+learning rate and decay are its own. Every setting may stand there in C copies, which learn from images and standardise
+by statistics of their own: one that the hold-out judges, and one that has seen the hold-out, too. Two exact
+rearrangements keep that cheap.
 
 - The batch norm of the heads has no affine part, so with the statistics of the training split it is a fixed
   standardisation. It is folded into the query and into the pooled vector: tokens are never copied.
@@ -42,7 +44,7 @@ class Setting:
 
 
 class HeadStack(nn.Module):
-    """S x G heads of one kind; subclasses say how tokens become the vector that is classified.
+    """S x H heads of one kind, H = C x G; subclasses say how tokens become the vector that is classified.
 
     Life of a stack: `standardise_by` the statistics of the training split, train, `forward` to score.
     """
@@ -56,6 +58,7 @@ class HeadStack(nn.Module):
         *,
         num_sets: int,
         settings: tuple[Setting, ...],
+        num_copies: int = 1,
         width: int,
         num_classes: int,
         num_heads: int,
@@ -64,12 +67,13 @@ class HeadStack(nn.Module):
     ):
         super().__init__()
         self.settings = settings
+        self.num_copies = num_copies
         self.num_classes = num_classes
-        self.register_buffer("mean", torch.zeros(num_sets, width, device=device))
-        self.register_buffer("var", torch.ones(num_sets, width, device=device))
+        self.register_buffer("mean", torch.zeros(num_sets, num_copies, width, device=device))
+        self.register_buffer("var", torch.ones(num_sets, num_copies, width, device=device))
         # every head of the grid starts from the same draw: they differ by what is compared, not by luck
         for name, draw in self._start(num_heads, generator).items():
-            parameter = draw.expand(num_sets, len(settings), *draw.shape).to(device).contiguous()
+            parameter = draw.expand(num_sets, num_copies * len(settings), *draw.shape).to(device).contiguous()
             self.register_parameter(name, nn.Parameter(parameter))
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -77,35 +81,38 @@ class HeadStack(nn.Module):
         raise NotImplementedError
 
     def standardise_by(self, mean: Tensor, variance: Tensor) -> None:
-        """Set the batch norm's mean and (biased) variance, (S, d) each."""
+        """Set the batch norm's mean and (biased) variance, (S, C, d) each."""
         self.mean.copy_(mean)
         self.var.copy_(variance)
 
     @property
     def rstd(self) -> Tensor:
-        """1 / standard deviation, (S, d)."""
+        """1 / standard deviation, (S, C, d)."""
         return (self.var + BATCH_NORM_EPS).rsqrt()
 
-    def loss(self, tokens: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        """Cross-entropy of (S, B, N, d) against labels (B,): the sum over heads of each one's sum / `batch_size`."""
+    def loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Sum over heads and images (S, B, N, d) of cross-entropies with labels (B,), weighted (C, B) by copies."""
         logits = self(tokens)
         targets = labels[None, :, None].expand(logits.shape[:3])
-        return functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="sum") / batch_size
+        losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
+        return (losses.unflatten(2, (self.num_copies, -1)) * weights.mT[..., None]).sum()
 
-    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
-        """Parameters and statistics of one head under the names of `aim.probes`."""
+    def state_of_one(self) -> dict[str, Tensor]:
+        """Parameters and statistics of the only head under the names of `aim.probes`."""
         raise NotImplementedError
 
     def select(self, set_index: int, setting_index: int) -> HeadStack:
-        """A stack that holds one head of this one, for scoring."""
+        """A stack that holds one head of this one, of its last copy, for scoring."""
         alone = object.__new__(type(self))
         nn.Module.__init__(alone)
         alone.settings = (self.settings[setting_index],)
+        alone.num_copies = 1
         alone.num_classes = self.num_classes
         for name, buffer in self.named_buffers():
-            alone.register_buffer(name, buffer[set_index : set_index + 1].clone())
+            alone.register_buffer(name, buffer[set_index : set_index + 1, -1:].clone())
+        head = (self.num_copies - 1) * len(self.settings) + setting_index
         for name, parameter in self.named_parameters():
-            part = parameter[set_index : set_index + 1, setting_index : setting_index + 1].detach().clone()
+            part = parameter[set_index : set_index + 1, head : head + 1].detach().clone()
             alone.register_parameter(name, nn.Parameter(part))
         return alone
 
@@ -119,21 +126,22 @@ class LinearStack(HeadStack):
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
         # zeros: the problem is convex, so the start carries no information and no noise
-        weight = torch.zeros(self.num_classes, self.mean.shape[1])
+        weight = torch.zeros(self.num_classes, self.mean.shape[2])
         return {"weight": weight, "bias": weight.new_zeros(self.num_classes)}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
-        vectors = (tokens.float().mean(2) - self.mean[:, None]) * self.rstd[:, None]
-        return torch.einsum("sbd,sgkd->sbgk", vectors, self.weight) + self.bias[:, None]
+        """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
+        vectors = (tokens.float().mean(2)[:, :, None] - self.mean[:, None]) * self.rstd[:, None]
+        by_copy = self.weight.unflatten(1, (self.num_copies, -1))
+        return torch.einsum("sbcd,scgkd->sbcgk", vectors, by_copy).flatten(2, 3) + self.bias[:, None]
 
-    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
+    def state_of_one(self) -> dict[str, Tensor]:
         """Names of `aim.probes.LinearProbe`."""
         return {
-            "bn.running_mean": self.mean[set_index],
-            "bn.running_var": self.var[set_index],
-            "linear.weight": self.weight.detach()[set_index, setting_index],
-            "linear.bias": self.bias.detach()[set_index, setting_index],
+            "bn.running_mean": self.mean[0, 0],
+            "bn.running_var": self.var[0, 0],
+            "linear.weight": self.weight.detach()[0, 0],
+            "linear.bias": self.bias.detach()[0, 0],
         }
 
 
@@ -147,7 +155,7 @@ class AttentiveStack(HeadStack):
     weight: nn.Parameter
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
-        width = self.mean.shape[1]
+        width = self.mean.shape[2]
         narrow = (num_heads, width // num_heads)
 
         def draw(*shape: int, std: float) -> Tensor:
@@ -161,37 +169,36 @@ class AttentiveStack(HeadStack):
         }
 
     def scoring(self) -> Tensor:
-        """What tokens are multiplied with to become the scores of each head, (S, G, H, d)."""
-        return torch.einsum("sghc,sghcd->sghd", self.query, self.key)
+        """What tokens are multiplied with to become the scores of each query of each head, (S, H, Q, d)."""
+        return torch.einsum("shqc,shqcd->shqd", self.query, self.key)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
+        """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
         num_sets, batch, _, width = tokens.shape
-        num_settings, num_heads, per_head = self.query.shape[1:]
-        rstd = self.rstd
-        # the mean shifts all scores of a head alike and drops out of the softmax
-        direction = (self.scoring() * per_head**-0.5 * rstd[:, None, None]).flatten(1, 2)
+        per_head, per_query = self.query.shape[2:]
+        mean, rstd = (each.repeat_interleave(len(self.settings), dim=1) for each in (self.mean, self.rstd))
+        # the mean shifts all scores of a query alike and drops out of the softmax
+        direction = (self.scoring() * per_query**-0.5 * rstd[:, :, None]).flatten(1, 2)
         # one small product an image: in the backward pass it is several times faster than one tall one
         per_image = direction[:, None].expand(-1, batch, -1, -1).flatten(0, 1).to(tokens.dtype)
         images = tokens.flatten(0, 1)  # bf16 tokens are multiplied as such, all else is fp32
         attention = (per_image @ images.mT).float().softmax(dim=2)
         pooled = (attention.to(tokens.dtype) @ images).float()
-        pooled = pooled.view(num_sets, batch, num_settings, num_heads, width)
-        pooled = (pooled - self.mean[:, None, None, None]) * rstd[:, None, None, None]
-        vectors = torch.einsum("sbghd,sghcd->sbghc", pooled, self.value).flatten(3)
-        return torch.einsum("sbgd,sgkd->sbgk", vectors, self.weight)
+        pooled = pooled.view(num_sets, batch, -1, per_head, width)
+        pooled = (pooled - mean[:, None, :, None]) * rstd[:, None, :, None]
+        vectors = torch.einsum("sbhqd,shqcd->sbhqc", pooled, self.value).flatten(3)
+        return torch.einsum("sbhd,shkd->sbhk", vectors, self.weight)
 
-    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
+    def state_of_one(self) -> dict[str, Tensor]:
         """Names of the released head, as `aim.probes.AttentiveProbe` loads them."""
-        at = (set_index, setting_index)
-        width = self.mean.shape[1]
+        at, width = (0, 0), self.mean.shape[2]
         return {
             "cls_token": self.query.detach()[at].reshape(1, 1, width),
             "k.weight": self.key.detach()[at].reshape(width, width),
             "v.weight": self.value.detach()[at].reshape(width, width),
             "linear.weight": self.weight.detach()[at],
-            "bn.running_mean": self.mean[set_index],
-            "bn.running_var": self.var[set_index],
+            "bn.running_mean": self.mean[at],
+            "bn.running_var": self.var[at],
         }
 
 
@@ -202,7 +209,7 @@ class EfficientStack(AttentiveStack):
     bias: nn.Parameter
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
-        width = self.mean.shape[1]
+        width = self.mean.shape[2]
         queries = num_queries(width)
         start = super()._start(queries, generator)
         del start["key"]
@@ -214,19 +221,19 @@ class EfficientStack(AttentiveStack):
         return self.query
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (S, B, N, d) -> logits (S, B, G, K)."""
+        """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
         return super().forward(tokens) + self.bias[:, None]
 
-    def state_of(self, set_index: int, setting_index: int) -> dict[str, Tensor]:
+    def state_of_one(self) -> dict[str, Tensor]:
         """Names of `aim.probes.EfficientProbe`."""
-        at = (set_index, setting_index)
+        at = (0, 0)
         return {
             "queries": self.query.detach()[at],
             "v.weight": self.value.detach()[at].flatten(0, 1),
             "linear.weight": self.weight.detach()[at],
             "linear.bias": self.bias.detach()[at],
-            "bn.running_mean": self.mean[set_index],
-            "bn.running_var": self.var[set_index],
+            "bn.running_mean": self.mean[at],
+            "bn.running_var": self.var[at],
         }
 
 
@@ -256,13 +263,14 @@ class StackedAdamW:
         self._decayed = [parameter for parameter in stack.parameters() if parameter.dim() > 3]
         self._parameters = list(stack.parameters())
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
-        self._lr_peaks = [setting.lr for setting in stack.settings]
-        self._decays = torch.tensor([setting.weight_decay for setting in stack.settings], device=device)
+        settings = stack.settings * stack.num_copies
+        self._lr_peaks = [setting.lr for setting in settings]
+        self._decays = torch.tensor([setting.weight_decay for setting in settings], device=device)
         self.num_steps = num_steps
         self.step_index = 0
 
     def learning_rates(self) -> Tensor:
-        """Rates (G,) of the coming step."""
+        """Rates (H,) of the coming step."""
         rates = [learning_rate(peak, self.step_index, self.num_steps) for peak in self._lr_peaks]
         return torch.tensor(rates, device=self._decays.device)
 

@@ -6,6 +6,7 @@ import copy
 import errno
 import io
 import json
+import math
 import random
 import threading
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from aimscale.aim.config import model_config
 from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
+from aimscale.aim.probes import AttentiveProbe, EfficientProbe, LinearProbe
 from aimscale.aim.weights import load_probe
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.probe.features.backbones import AimBackbone, PixelBackbone, precision_difference
@@ -31,11 +34,12 @@ from aimscale.harness.probe.features.images import LabelledImages, holdout_split
 from aimscale.harness.probe.features.moments import Moments
 from aimscale.harness.probe.features.sizes import block_sets
 from aimscale.harness.probe.features.views import ARGUMENTS, PublishedViews
-from aimscale.harness.probe.heads.fit import GridFit, Split, grid
+from aimscale.harness.probe.heads.fit import GridFit, Split, best
 from aimscale.harness.probe.heads.knn import NeighbourBank
 from aimscale.harness.probe.heads.lora import _Adaptation
 from aimscale.harness.probe.heads.progress import StepSaver
 from aimscale.harness.probe.heads.scores import wilson_interval
+from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS, learning_rate
 from aimscale.harness.probe.protocol import Bounds, probe_backbone, probe_model
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
@@ -133,7 +137,7 @@ def test_streamed_and_cached_features_give_the_same_probes(
 ) -> None:
     wanted = section(digits, epochs=2, batch_size=100)
     cached = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
-    monkeypatch.setattr("aimscale.harness.probe.features.sizes.HEADS_GB", 3e-4)  # a few block sets in each round
+    monkeypatch.setattr("aimscale.harness.probe.features.sizes.HEADS_SHARE", 1e-12)  # one block set in each round
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)  # and fewer at a time
     streamed = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=tmp_path, bounds=Bounds(cache_gb=0.0))
     for one, other in zip(cached, streamed, strict=True):
@@ -412,9 +416,9 @@ def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
     few = 100  # images that set shapes and centres, and on which precisions are compared
     # linear and k-NN: once over both splits, whatever the epochs and the grid
     assert 0 <= passes("pooled", kinds=("linear", "knn"), epochs=30) - (600 + 400) < few
-    # attentive: that once, a training of 7 batches, the hold-out, a refit of 7 batches, the test split
+    # attentive: that once, a training of 7 batches, the hold-out, the test split
     found = passes("attentive", kinds=("attentive",), iterations=7, batch_size=50)
-    assert 0 <= found - (600 + 400 + 7 * 50 + 120 + 7 * 50 + 400) < few
+    assert 0 <= found - (600 + 400 + 7 * 50 + 120 + 400) < few
 
 
 class Interrupted(Exception):
@@ -494,7 +498,7 @@ def test_threads_make_views_side_by_side(digits: Path) -> None:
 
 
 def test_augmented_probes_learn_from_views(digits: Path, model: AIM) -> None:
-    wanted = section(digits, augmentation="published", kinds=("linear",), epochs=3, refit=False)
+    wanted = section(digits, augmentation="published", kinds=("linear",), epochs=3)
     (entry,) = probe_model(model, wanted, model_section=GEOMETRY, seed=0, out=None)
     assert entry["augmentation"] == "published"
     assert entry["top1_lo95"] > entry["chance"]
@@ -514,69 +518,76 @@ def test_lora_adapts_a_copy_of_the_trunk(digits: Path, model: AIM) -> None:
         probe_backbone(PixelBackbone(), section(digits, kinds=("lora",)), model_section=GEOMETRY, seed=0, out=None)
 
 
-def test_a_refit_trains_what_the_holdout_chose_on_the_whole_training_split(
-    digits: Path, model: AIM, tmp_path: Path
+@pytest.mark.parametrize("kind", list(STACKS))
+def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_everything(
+    digits: Path, model: AIM, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = ("linear", "attentive", "knn")
-    once, twice = (
-        probe_model(
-            model,
-            section(digits, kinds=kinds, epochs=2, refit=refit, train=str(digits / "some")),
-            model_section=GEOMETRY,
-            seed=0,
-            out=tmp_path / str(refit),
-        )
-        for refit in (False, True)
-    )
-    train, _ = open_task(section(digits, train=str(digits / "some")), GEOMETRY)
-    fit, held = holdout_split(train.labels, 0.2, seed=0)
-    for chosen, refitted in zip(once, twice, strict=True):
-        assert (chosen["refit"], refitted["refit"]) == (False, True)
-        for name in ("blocks", "lr", "num_neighbours", "holdout_top1", "num_fit", "num_holdout"):
-            assert chosen[name] == refitted[name], name  # the choice is the hold-out's alone
-    for refit, images in ((False, fit), (True, np.sort(np.concatenate([fit, held])))):
-        saved = load_probe(next((tmp_path / str(refit)).glob("digits-*.attentive.safetensors")), model.config)
-        with torch.no_grad():
-            tokens = model.eval().features(train.images(images), once[1]["blocks"]).mean(0)
-        # the head's statistics tell what it was trained on
-        assert saved.bn.running_mean == pytest.approx(tokens.flatten(0, 1).mean(0).numpy(), abs=1e-5)
-
-
-def test_a_refit_is_a_plain_training_on_everything(digits: Path, model: AIM) -> None:
-    train, _ = open_task(section(digits, train=str(digits / "some")), GEOMETRY)
-    wanted = section(digits, train=str(digits / "some"), kinds=("attentive",), epochs=2, lrs=(3e-3,))
-    everything = np.arange(len(train))
-    split = Split(train.labels, everything[::2], everything[1::2], 10)
-    features = feature_pass(model).split(train, "train", "", split.fit)
+    monkeypatch.setattr("aimscale.harness.probe.heads.fit.MICRO_BATCH", 7)
+    monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)
+    wanted = section(digits, train=str(digits / "some"), epochs=3, batch_size=30, lrs=(3e-3, 1e-2))
+    train, _ = open_task(wanted, GEOMETRY)
+    fit, held = holdout_split(train.labels, 0.2, seed=5)
+    split = Split(train.labels, fit, held, 10)
+    features = feature_pass(model).split(train, "train", "", fit)
+    source = features.pooled if kind == "linear" else features.tokens
     fitting = GridFit(
         split=split,
         section=wanted,
         num_heads=model.config.num_heads,
-        seed=0,
+        seed=5,
         features=features,
         device=torch.device("cpu"),
         group=ALONE,
     )
-    found = fitting.candidates(features.tokens, ["attentive"], [(0,)], (0,))
-    (refitted,) = fitting.refit(features.tokens, found)
-    plain = fitting._train(features.tokens, ["attentive"], [(0,)], grid(wanted), everything, "plain")
-    tokens = next(features.tokens.parts([everything.tolist()]))[:1]
-    assert refitted.head is not None
-    assert torch.equal(refitted.head(tokens), plain.turns[0]["attentive"](tokens))
+    found = fitting.candidates(source, [kind], [(0,), (1,), (0, 1)], (1,))
+    chosen = best(found, kind)
+    assert chosen.head is not None
+    assert chosen.setting is not None
+    (outputs,) = source.parts([list(range(len(train)))])
+    tokens = outputs[list(chosen.blocks)].mean(0)
+
+    def alone(images: np.ndarray) -> nn.Module:
+        """An ordinary module, trained by torch's optimiser on those images of every batch."""
+        start = fitting._heads(source, [kind], [chosen.blocks]).turns[0][kind].select(0, 0).state_of_one()
+        probe = {
+            "attentive": lambda: AttentiveProbe(model.config.width, model.config.num_heads, 10),
+            "efficient": lambda: EfficientProbe(model.config.width, 10),
+            "linear": lambda: LinearProbe(model.config.width, 10),
+        }[kind]()
+        probe.load_state_dict(start | {"bn.num_batches_tracked": torch.tensor(0)})
+        probe.bn.running_mean.copy_(tokens[images].mean((0, 1)))
+        probe.bn.running_var.copy_(tokens[images].var((0, 1), correction=0))
+        groups = [
+            {"params": [p for p in probe.parameters() if (p.dim() > 1) == decays], "weight_decay": 0.05 * decays}
+            for decays in (True, False)
+        ]
+        optimiser, step, num_steps = torch.optim.AdamW(groups), 0, 3 * math.ceil(len(train) / 30)
+        for epoch in range(3):
+            order = np.random.default_rng([5, 1, epoch]).permutation(len(train))
+            for start_at in range(0, len(train), 30):
+                batch = [index for index in order[start_at : start_at + 30] if index in images]
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(chosen.setting.lr, step, num_steps)
+                optimiser.zero_grad()
+                functional.cross_entropy(probe.eval()(tokens[batch]), train.labels[batch]).backward()
+                nn.utils.clip_grad_norm_(probe.parameters(), CLIP_NORM)
+                optimiser.step()
+                step += 1
+        return probe
+
+    kept, judged = alone(split.everything), alone(fit)
+    with torch.no_grad():
+        torch.testing.assert_close(chosen.head(tokens[None])[0, :, 0], kept(tokens), rtol=1e-3, atol=1e-3)
+        answers, held_labels = judged(tokens[held]), train.labels[held]
+    assert chosen.holdout_loss == pytest.approx(float(functional.cross_entropy(answers, held_labels)), rel=1e-3)
+    assert chosen.holdout_top1 == pytest.approx(float((answers.argmax(1) == held_labels).float().mean()))
 
 
-@pytest.mark.parametrize("refit", [False, True])
 def test_a_killed_lora_goes_on_to_the_same_numbers(
-    digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool
+    digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = section(
-        digits,
-        kinds=("knn", "lora"),
-        epochs=2,
-        batch_size=40,
-        lrs=(3e-3, 1e-2),
-        train=str(digits / "some"),
-        refit=refit,
+        digits, kinds=("knn", "lora"), epochs=2, batch_size=40, lrs=(3e-3, 1e-2), train=str(digits / "some")
     )
 
     def run(out: Path, pauses: int) -> tuple[Any, int]:

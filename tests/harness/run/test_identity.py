@@ -125,8 +125,8 @@ def test_an_evaluation_is_named_by_its_settings_not_by_its_folders() -> None:
         section = parse(ProbeSection, {"task": "two", "train": "a", "test": "b", **changes}, "the test")
         return evaluation_digest("probe", section.model_dump(mode="json"))
 
-    assert digest(train="/mnt/a") == digest(epochs=20) == digest()
-    assert len({digest(), digest(epochs=30), digest(task="three"), digest(refit=False)}) == 4
+    assert digest(train="/mnt/a") == digest(holdout_fraction=0.2) == digest()
+    assert len({digest(), digest(epochs=30), digest(task="three"), digest(holdout_fraction=0.1)}) == 4
     assert set(PATHS) <= {*ProbeSection.model_fields, *ValidationSection.model_fields}
 
 

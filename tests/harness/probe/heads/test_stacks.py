@@ -45,10 +45,10 @@ def labels() -> Tensor:
 def fitted(kind: str, tokens: Tensor, labels: Tensor, num_steps: int, **kwargs: object) -> HeadStack:
     stack = make(kind, **kwargs)  # type: ignore[arg-type]
     vectors = tokens.mean(2, keepdim=True) if kind == "linear" else tokens
-    stack.standardise_by(vectors.mean((1, 2)), vectors.var((1, 2), correction=0))
+    stack.standardise_by(vectors.mean((1, 2))[:, None], vectors.var((1, 2), correction=0)[:, None])
     optimiser = StackedAdamW(stack, num_steps=num_steps)
     for _ in range(num_steps):
-        stack.loss(tokens, labels, len(labels)).backward()
+        stack.loss(tokens, labels, torch.full((1, BATCH), 1 / BATCH)).backward()
         optimiser.step()
     return stack
 
@@ -60,7 +60,7 @@ def written_out(stack: HeadStack, set_index: int, setting_index: int) -> nn.Modu
         "efficient": lambda: EfficientProbe(WIDTH, NUM_CLASSES),
         "linear": lambda: LinearProbe(WIDTH, NUM_CLASSES),
     }[stack.kind]()
-    state = copy.deepcopy(stack.state_of(set_index, setting_index))
+    state = copy.deepcopy(stack.select(set_index, setting_index).state_of_one())
     probe.load_state_dict(state | {"bn.num_batches_tracked": torch.tensor(0)})
     return probe.eval()
 
