@@ -1,5 +1,8 @@
 """The error that means "the user can fix this": one sentence, exit code 2, no traceback."""
 
+import difflib
+from collections.abc import Collection
+
 
 class UserError(Exception):
     """A mistake in the input; the message says what, where and what to do about it.
@@ -9,3 +12,9 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
+    """What to say of a mistyped name: the nearest known one, or else all of them behind `otherwise`."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {', '.join(known)}"

@@ -234,14 +234,6 @@ def load_probe(path: Path, config: ModelConfig) -> AttentiveProbe:
     return probe
 
 
-def released_state(model: AIM, probe: AttentiveProbe | None = None) -> dict[str, Tensor]:
-    """Tensors under released names: the backbone's (see `backbone_state`), and the probe's if one is given."""
-    state = backbone_state(model.state_dict(), model.config)
-    if probe is not None:
-        state |= {f"{PROBE}{name}": tensor for name, tensor in probe.state_dict().items()}
-    return state
-
-
 def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The part of one of our states that a released backbone file holds. Nothing is copied.
 

@@ -17,8 +17,6 @@ POINT_SD, GROUP_SD = 0.003, 0.005
 """Standard deviation of ln loss of a point alone, and of what a run or a size shares."""
 COST = Cost(kappa=6.0, s=0.0)
 """C = 6 N D."""
-ERRORS = ("independent", "run", "size")
-"""What points share: nothing, the error of their run, or that of their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class Design:
     seeds: int
     """Runs of every size."""
     errors: str
-    """One of `ERRORS`."""
+    """What points share: nothing (`independent`), the error of their `run`, or that of their `size`."""
     isoflop: bool = False
     """Sizes about the optimum of each budget C, in place of a grid of N and D."""
 

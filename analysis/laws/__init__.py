@@ -1,7 +1,7 @@
 """Scaling laws: what a law is, and the catalogue. `laws.CHINCHILLA` is a law, `laws.LAWS` holds all of them by name."""
 
-from aimscale.analysis.laws.base import Law, Parameter, coefficient, exponent, free, scale_of
-from aimscale.analysis.laws.catalogue import (
+from aimscale.analysis.laws.base import Law, Parameter, coefficient, exponent, free, scale_of  # noqa: F401
+from aimscale.analysis.laws.catalogue import (  # noqa: F401
     CHINCHILLA,
     COUPLED,
     FARSEER,
@@ -12,8 +12,6 @@ from aimscale.analysis.laws.catalogue import (
     LINK_SIGMOID,
     OVERFITTING,
     OVERTRAINED,
-    POWER,
-    POWER_OFFSET,
     REPEATED,
     REPEATED_BOTH,
     REPEATED_DATA,
@@ -25,34 +23,3 @@ from aimscale.analysis.laws.catalogue import (
     shifted,
     sigmoidal,
 )
-
-__all__ = [
-    "CHINCHILLA",
-    "COUPLED",
-    "FARSEER",
-    "KAPLAN",
-    "LAWS",
-    "LINK_EXPONENTIAL",
-    "LINK_LINEAR",
-    "LINK_SIGMOID",
-    "OVERFITTING",
-    "OVERTRAINED",
-    "POWER",
-    "POWER_OFFSET",
-    "REPEATED",
-    "REPEATED_BOTH",
-    "REPEATED_DATA",
-    "Law",
-    "Parameter",
-    "broken",
-    "coefficient",
-    "effective",
-    "exponent",
-    "find_law",
-    "free",
-    "power",
-    "saturating",
-    "scale_of",
-    "shifted",
-    "sigmoidal",
-]

@@ -327,9 +327,6 @@ LINK_EXPONENTIAL = Law(
 
 COUPLED, FARSEER, OVERFITTING = coupled(), farseer(), overfitting()
 
-POWER_OFFSET = power("x")
-POWER = power("x", offset=False)
-
 _ONE_VARIABLE = {
     "power": lambda x: power(x, offset=False),
     "power_offset": power,

@@ -52,8 +52,6 @@ def plot_fit(
     x: str | None = None,
     se: pd.Series | None = None,
     background: pd.DataFrame | None = None,
-    extend_to: float | None = None,
-    legend_title: str | None = None,
 ) -> Figure:
     """Measurements, the fitted law and its confidence band against one variable.
 
@@ -65,8 +63,6 @@ def plot_fit(
         x: the law's variable on the horizontal axis; None takes the first.
         se: standard errors of the measurements, by the table's index; drawn as 95 % bars.
         background: further points, columns `x` and `y`, that were not fitted.
-        extend_to: draw the law on to this x, dashed beyond the fitted range.
-        legend_title: heading of the legend; None names the other variable.
     """
     with styled():
         if ax is None:
@@ -81,24 +77,16 @@ def plot_fit(
         for i, (value, group) in enumerate(series):
             label = human(value) if value is not None else "measured"
             fixed = {others[0]: value} if value is not None else {}
-            _law_line(ax, fit, x, fixed, group, colours[i], LINES[i], extend_to)
+            _law_line(ax, fit, x, fixed, group, colours[i], LINES[i])
             error_bars(ax, group[x], group["y"], se, colours[i])
             scatter(ax, group[x], group["y"], color=colours[i], marker=MARKERS[i], label=label)
-        span = [*data[x], *([extend_to] if extend_to else []), *([] if background is None else background["x"])]
-        ticks = few_values(data[x]) if extend_to is None and background is None else None
+        span = [*data[x], *([] if background is None else background["x"])]
+        ticks = few_values(data[x]) if background is None else None
+        bars = 1.96 * se.reindex(data.index).fillna(0) if se is not None else 0 * data["y"]
+        other = [] if background is None else [*background["y"]]
         if x != "L":  # a link from loss to accuracy reads best on plain axes
             log_axis(ax, "x", span, ticks, tick_label(fit.columns[x]))
-        bars = 1.96 * se.reindex(data.index).fillna(0) if se is not None else 0 * data["y"]
-        heights = [
-            *(data["y"] - bars),
-            *(data["y"] + bars),
-            *data["fitted"],
-            *([] if background is None else background["y"]),
-        ]
-        if extend_to is not None and not others:
-            heights += fit.predict({x: [extend_to]})["value"].tolist()
-        if x != "L":
-            log_axis(ax, "y", heights)
+            log_axis(ax, "y", [*(data["y"] - bars), *(data["y"] + bars), *data["fitted"], *other])
         ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names))
         ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit, fit.names))
         if others:
@@ -107,20 +95,13 @@ def plot_fit(
                 for c, m, line, (value, _) in zip(colours, MARKERS, LINES, series, strict=False)
                 if value is not None
             ]
-            title = legend_title or short(fit.columns[others[0]], fit.names)
+            title = short(fit.columns[others[0]], fit.names)
             ax.legend(handles=handles, title=title, handlelength=2.2, **below(len(handles)))
     return figure_of(ax)
 
 
 def _law_line(
-    ax: Axes,
-    fit: Fit,
-    x: str,
-    fixed: Mapping[str, float],
-    group: pd.DataFrame,
-    colour: str,
-    line: Any,
-    extend_to: float | None,
+    ax: Axes, fit: Fit, x: str, fixed: Mapping[str, float], group: pd.DataFrame, colour: str, line: Any
 ) -> None:
     low, high = float(group[x].min()), float(group[x].max())
     if low == high:
@@ -130,11 +111,6 @@ def _law_line(
     ax.plot(grid, curve["value"], color=colour, linestyle=line, zorder=2)
     if curve["ci_lo"].notna().any():
         ax.fill_between(grid, curve["ci_lo"], curve["ci_hi"], color=colour, alpha=0.16, linewidth=0, zorder=1)
-    if extend_to is not None and extend_to > high:
-        beyond = np.geomspace(high, extend_to, 80)
-        curve = fit.predict({x: beyond} | {name: np.full(80, value) for name, value in fixed.items()})
-        ax.plot(beyond, curve["value"], color=colour, linestyle=(0, (2, 2)), linewidth=1.2, zorder=2)
-        ax.fill_between(beyond, curve["pi_lo"], curve["pi_hi"], color=colour, alpha=0.10, linewidth=0, zorder=1)
 
 
 def plot_points(

@@ -248,12 +248,3 @@ def _write_csv(table: pa.Table, path: Path) -> None:
             for name in nested:
                 row[name] = None if row[name] is None else json.dumps(row[name])
             writer.writerow(row)
-
-
-def schema_markdown() -> str:
-    """The schema as the Markdown tables of `docs/results-table.md`."""
-    parts = []
-    for title, columns in (("Columns", COLUMNS), ("Fields of an entry of `probes`", PROBE_FIELDS)):
-        lines = [f"| {c.name} | {c.dtype} | {c.unit} | {c.meaning} |" for c in columns]
-        parts.append("\n".join([f"## {title}", "", "| name | type | unit | meaning |", "|---|---|---|---|", *lines]))
-    return "\n\n".join(parts) + "\n"

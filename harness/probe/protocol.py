@@ -16,7 +16,6 @@ probes need nothing else. The attentive heads of the whole grid train on one fur
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import sys
@@ -27,7 +26,6 @@ from typing import Any
 
 import torch
 
-from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.index import open_dataset
@@ -94,14 +92,6 @@ class Bounds:
 
 def _go_on() -> None:
     """Never pause."""
-
-
-def probe_model(
-    model: AIM, section: ProbeSection, *, model_section: ModelSection, seed: int, out: Path | None, **options: Any
-) -> list[dict[str, Any]]:
-    """Probe an AIM that is in memory; it is left as it was found. Arguments as for `probe_backbone`."""
-    backbone = AimBackbone(lambda: copy.deepcopy(model).float())
-    return probe_backbone(backbone, section, model_section=model_section, seed=seed, out=out, **options)
 
 
 def probe_backbone(

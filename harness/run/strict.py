@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from aimscale.aim.errors import UserError
+from aimscale.aim.errors import UserError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound="Section")
 
@@ -62,7 +61,8 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"]) or "the file"
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'; {_nearest(first['loc'][-1], _known_keys(kind, first['loc'][:-1]))}{more}"
+        known = _known_keys(kind, first["loc"][:-1])
+        return f"unknown key '{key}'; {did_you_mean(str(first['loc'][-1]), known, 'known keys:')}{more}"
     return f"{key}: {first['msg'].removeprefix('Value error, ')}{more}"
 
 
@@ -71,12 +71,7 @@ def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> N
     known = list(known)
     for key in fields:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key '{key}'; {_nearest(key, known)}")
-
-
-def _nearest(key: str | int, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key '{key}'; {did_you_mean(key, known, 'known keys:')}")
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import sys
@@ -12,7 +11,7 @@ import typer
 import typer.core
 import typer.main
 
-from aimscale.aim.errors import UserError
+from aimscale.aim.errors import UserError, did_you_mean
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
@@ -65,9 +64,7 @@ class LazyGroup(typer.core.TyperGroup):
         if cmd_name not in VERBS:
             if ctx.resilient_parsing:  # the shell asks for completions: nothing to say, and no place to say it
                 return None
-            near = difflib.get_close_matches(cmd_name, VERBS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
-            raise UserError(f"there is no verb '{cmd_name}'; {hint}")
+            raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")
         command = typer.main.get_command(importlib.import_module(VERBS[cmd_name][0]).app)
         command.name = cmd_name
         # Every typer app brings the shell-completion options; they belong to the top alone.

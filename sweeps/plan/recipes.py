@@ -6,12 +6,12 @@ as an assumption.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from aimscale.aim.errors import did_you_mean
 from aimscale.sweeps.plan.sweepfile import SweepError
 
 
@@ -140,7 +140,5 @@ def recipe(name: str) -> Recipe:
         SweepError: unknown; names the nearest.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(RECIPES)}"
-        raise SweepError(f"unknown recipe '{name}'; {hint}")
+        raise SweepError(f"unknown recipe '{name}'; {did_you_mean(name, RECIPES, 'known recipes:')}")
     return RECIPES[name]

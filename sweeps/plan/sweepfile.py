@@ -20,7 +20,6 @@ Relative paths are relative to the file; those of a preset, to the sweep root.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import json
 import os
@@ -32,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from aimscale.aim.errors import UserError
+from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
@@ -228,9 +227,7 @@ class SweepFile(Section):
         known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
         for key in [key for cells in (*self.exclude, *(o.when for o in self.override)) for key in cells]:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"the axes are {', '.join(known)}"
-                raise ValueError(f"'{key}' is no axis of this sweep; {hint}")
+                raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, known, 'the axes are')}")
         for key in self.axes:
             if key in FIELDS_OF_AXES:
                 raise ValueError(f"axis '{key}' is written as `{FIELDS_OF_AXES[key]}`")
@@ -313,8 +310,7 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
         return _read(PRESETS / f"{name}.yaml", base_dir=root, root=root)
     if (root / path / SWEEP_FILE).is_file():
         return _read_directory(root / path)
-    near = difflib.get_close_matches(str(name), preset_names(), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"presets: {', '.join(preset_names())}"
+    hint = did_you_mean(str(name), preset_names(), "presets:")
     raise SweepError(f"no sweep '{name}': it is no YAML file, no preset and no sweep under {root}; {hint}")
 
 

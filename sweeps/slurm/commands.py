@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import getpass
 import os
 import re
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from aimscale.aim.errors import did_you_mean
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim
 
@@ -20,15 +20,8 @@ TIMEOUT_S = 60
 FRESH_S = 5.0
 
 PENDING = (
-    "PENDING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "SPECIAL_EXIT",
-    "REQUEUE_FED",
-    "RESV_DEL_HOLD",
-    "SUSPENDED",
-    "STOPPED",
-)
+    "PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUE_FED", "RESV_DEL_HOLD", "SUSPENDED", "STOPPED",
+)  # fmt: skip
 RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "PREEMPTED")
 
 
@@ -160,9 +153,7 @@ def check_partition(name: str | None) -> None:
         return
     for part in name.split(","):
         if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-            raise SlurmError(f"Slurm has no partition '{part}'; {hint}")
+            raise SlurmError(f"Slurm has no partition '{part}'; {did_you_mean(part, known, 'there are')}")
 
 
 def node_names(partition: str | None) -> list[str]:

@@ -207,9 +207,9 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
     )
     console.print(
         f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %"
-        f"{f', {cost.price_per_device_hour:g} {cost.currency} a device-hour' if cost.price_per_device_hour else ''}"
+        f"{f', {cost.price_per_device_hour:g} {cost.currency} per device-hour' if cost.price_per_device_hour else ''}"
         f"{f', {cost.step_ms:g} ms per step beside its FLOPs' if cost.step_ms else ''}"
-        f"{f', {cost.evaluation_s:g} s a budget for its evaluation' if cost.evaluation_s else ''}; "
+        f"{f', {cost.evaluation_s:g} s per budget for its evaluation' if cost.evaluation_s else ''}; "
         f"start-up is not counted{'' if cost.evaluation_s else ', nor the fitting of probe heads'}; "
         f"recipe {sweep.file.recipe}",
         style="dim",

@@ -12,6 +12,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import (
+    PROBE,
     WeightsError,
     backbone_state,
     identify,
@@ -21,12 +22,19 @@ from aimscale.aim.weights import (
     read_weights,
     released_probe_shapes,
     released_shapes,
-    released_state,
     write_weights,
 )
 
 NUM_CLASSES = 5
 CONFIG = model_config("w16-d2", image_size=12, patch_size=4)
+
+
+def released_state(model: AIM, probe: AttentiveProbe | None = None) -> dict[str, torch.Tensor]:
+    """Tensors under released names: the backbone's (see `backbone_state`), and the probe's if one is given."""
+    state = backbone_state(model.state_dict(), model.config)
+    if probe is not None:
+        state |= {f"{PROBE}{name}": tensor for name, tensor in probe.state_dict().items()}
+    return state
 
 
 @pytest.fixture

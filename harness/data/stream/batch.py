@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 
 from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.data.stream.crops import Crops
-
-
-class Sample(NamedTuple):
-    """What stands at one position."""
-
-    image: torch.Tensor
-    """float32 (C, H, W), normalised."""
-    prefix_len: int
-    """S, 1..N-1."""
-    position: int
-    """p."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

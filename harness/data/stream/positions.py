@@ -21,7 +21,7 @@ from aimscale.harness.data.random_access import I64, make_key, permute, random_b
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import ShardDataset, open_dataset, require_channels
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, crop_resize, crop_resize_small, draw_boxes
-from aimscale.harness.data.stream.batch import Batch, Sample
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
 from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.mixture import Mixture
@@ -158,21 +158,12 @@ class TrainStream:
         lengths = 1 + np.floor(draw * (self.num_tokens - 1)).astype(np.int64)
         return np.where(where % 2 == 1, self.num_tokens - lengths, lengths) if paired else lengths
 
-    def sample(self, position: int) -> Sample:
-        """What stands at one position.
-
-        Raises:
-            DataError: the image cannot be read.
-        """
-        batch = self.batch([position])
-        return Sample(batch.images_on("cpu")[0], int(batch.prefix_len[0]), position)
-
     def num_bytes(self, num_images: int) -> int:
         """Most bytes that the pixels of a batch of so many images take."""
         return num_images * self._channels * self._max_pixels
 
     def batch(self, positions: Sequence[int] | I64, *, into: torch.Tensor | None = None) -> Batch:
-        """Samples at any positions, in that order; equal to `sample` at each, bit for bit.
+        """Samples at any positions, in that order; whatever else is in the batch, each is the same bit for bit.
 
         Args:
             positions: B of them.

@@ -40,11 +40,16 @@ from aimscale.harness.probe.heads.lora import _Adaptation
 from aimscale.harness.probe.heads.progress import StepSaver
 from aimscale.harness.probe.heads.scores import wilson_interval
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS, learning_rate
-from aimscale.harness.probe.protocol import Bounds, probe_backbone, probe_model
+from aimscale.harness.probe.protocol import Bounds, probe_backbone
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
 GEOMETRY = ModelSection(size="rung-32", image_size=16, patch_size=4)
 DIGITS = tuple("0123456789")
+
+
+def probe_model(model: AIM, section: ProbeSection, **options: Any) -> list[dict[str, Any]]:
+    """Probe an AIM that is in memory; it is left as it was found."""
+    return probe_backbone(AimBackbone(lambda: copy.deepcopy(model).float()), section, **options)
 
 
 def write_digits(out: Path, rows: slice, classes: tuple[str, ...] | None = DIGITS) -> Path:
