@@ -10,11 +10,8 @@ import typer
 
 from aimscale.analysis.cli import options
 
-app = typer.Typer(help="Put runs beside the published baselines.", add_completion=False)
 
-
-@app.command()
-def compare(
+def command(
     table: Annotated[
         Path | None, typer.Argument(help="CSV or Parquet table, or a sweep's folder; none with --published.")
     ] = None,

@@ -9,11 +9,8 @@ import typer
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
 
-app = typer.Typer(help="Compare the levels of one column with everything else equal.", add_completion=False)
 
-
-@app.command()
-def contrast_table(
+def command(
     tables: options.Tables,
     by: Annotated[
         str,

@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 Probe = tuple[str, str]
 """Task and kind of probe."""
 
-app = typer.Typer(help="Correlate loss with accuracy and forecast accuracy from loss.", add_completion=False)
 
-
-@app.command()
-def correlate_table(
+def command(
     tables: options.Tables,
     x: Annotated[str, typer.Option(help="First column.")] = "val_loss",
     y: Annotated[str, typer.Option(help="Second column; top1 means every probe of the table.")] = "top1",

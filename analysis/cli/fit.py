@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 
     from aimscale.analysis.fitting.result import Fit
 
-app = typer.Typer(help="Fit a scaling law to a table, with intervals and a held-out test.", add_completion=False)
 
-
-@app.command()
-def fit_table(
+def command(
     tables: options.Tables,
     law: Annotated[
         str,

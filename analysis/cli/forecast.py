@@ -10,11 +10,8 @@ import typer
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
 
-app = typer.Typer(help="Forecast loss and accuracies at a scale, and register the forecast.", add_completion=False)
 
-
-@app.command()
-def forecast_table(
+def command(
     tables: options.Tables,
     at: Annotated[str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat).")],
     law: Annotated[str, typer.Option(help="Law of the loss; auto chooses it as `fit --law auto` does.")] = "auto",

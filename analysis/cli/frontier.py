@@ -9,11 +9,8 @@ import typer
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import draw, table_of, variable_columns
 
-app = typer.Typer(help="Compute-optimal size and data by approaches 1, 2 and 3.", add_completion=False)
 
-
-@app.command()
-def frontier_table(
+def command(
     tables: options.Tables,
     y: options.LossColumn = "val_loss",
     columns: options.Columns = None,

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import typer
-
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
 
-app = typer.Typer(help="Tell the noise of seeds, validation images and prefixes apart.", add_completion=False)
 
-
-@app.command()
-def noise_table(
+def command(
     tables: options.Tables,
     y: options.LossColumn = "val_loss",
     columns: options.Columns = None,

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import typer
-
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
 
-app = typer.Typer(help="Tell what repeated images are worth, by the law of Muennighoff et al.", add_completion=False)
 
-
-@app.command()
-def repeats_table(
+def command(
     tables: options.Tables,
     y: options.LossColumn = "val_loss",
     objective: options.Objective = "robust",

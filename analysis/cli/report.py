@@ -9,11 +9,8 @@ import typer
 
 from aimscale.analysis.cli import options
 
-app = typer.Typer(help="Write one self-contained HTML page from a table.", add_completion=False)
 
-
-@app.command()
-def report(
+def command(
     tables: options.Tables,
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
     columns: options.Columns = None,

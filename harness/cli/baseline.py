@@ -10,11 +10,8 @@ import typer
 from aimscale.harness.cli.probe_output import print_entries
 from aimscale.harness.cli.tasks import CacheGB, DiskGB, Kinds, TaskChoice, TaskFile, TaskNames, TestSplit, TrainSplit
 
-app = typer.Typer(help="Probe a baseline on a run's tasks: a timm model, random weights or raw pixels.")
 
-
-@app.command()
-def baseline(
+def command(
     name: Annotated[str, typer.Argument(help="timm:NAME, random or raw-pixels.", show_default=False)],
     like: Annotated[
         Path, typer.Option(help="Run directory whose tasks, images and seed are used.", show_default=False)

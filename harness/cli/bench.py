@@ -13,7 +13,11 @@ import typer
 if TYPE_CHECKING:
     from aimscale.harness.bench.train import TrainBench
 
-app = typer.Typer(help="Measure throughput, MFU, loader and fit speed against named limits.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure throughput, MFU, loader and fit speed against named limits.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

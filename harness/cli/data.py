@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True)
+app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True, add_completion=False)
 
 ClassesOption = Annotated[
     Path | None, typer.Option("--classes", help="Text file of class names, one per line, in the order of the labels.")

@@ -7,11 +7,8 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train or resume one run from its directory.")
 
-
-@app.command()
-def train(
+def command(
     run: Annotated[
         Path, typer.Argument(metavar="RUN_DIR|CONFIG.yaml", help="A run directory, or a configuration to start from.")
     ],

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-app = typer.Typer(help="Import, export and describe official AIM weights.", no_args_is_help=True)
+app = typer.Typer(help="Import, export and describe official AIM weights.", no_args_is_help=True, add_completion=False)
 
 
 @app.command("import")

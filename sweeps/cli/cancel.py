@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.cli.options import Root, SweepName
 from aimscale.sweeps.launch.stop import cancel
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.table.select import some_runs
 
-app = typer.Typer(help="Stop the runs of a sweep; each saves first.")
-
 Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
 
 
-@app.command()
 def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
     """Stop the runs of a sweep (or those named); each saves first, and `aimscale launch` goes on later."""
     loaded = load_sweep(sweep, root)

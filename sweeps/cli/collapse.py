@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.plan import AsJson, Root, SweepName
-
-app = typer.Typer(help="Compare the shapes of training curves and name sizes that deviate.")
+from aimscale.sweeps.cli.options import AsJson, Root, SweepName
 
 
-@app.command()
 def command(
     sweep: SweepName,
     until: Annotated[

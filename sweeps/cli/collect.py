@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.cli.options import Root, SweepName
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import load_sweep
@@ -14,10 +14,7 @@ from aimscale.sweeps.table.collection import collect
 
 REGISTER, SCORES = "forecasts.jsonl", "forecast-scores.csv"
 
-app = typer.Typer(help="Gather every run's rows into one typed table.")
 
-
-@app.command()
 def command(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
     """Gather every run's rows into one typed table (Parquet and CSV)."""
     loaded = load_sweep(sweep, root)

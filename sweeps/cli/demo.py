@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Run the whole loop on bundled real images; ends at a report.")
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED
 
 BASELINES = ("random", "raw-pixels")
 """What features have to beat, probed as the runs are: the largest model untrained, and the pixels themselves."""
 
 
-@app.command()
 def command(
     root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = Path("aimscale-runs"),
     slots: Annotated[int | None, typer.Option(help="Runs at a time; by default as many as the cores feed.")] = None,
@@ -44,7 +43,7 @@ def command(
         typer.echo(line)
     if result.interrupted:
         typer.echo("stopped; `aimscale demo` goes on from here")
-        raise typer.Exit(130)
+        raise typer.Exit(EXIT_INTERRUPTED)
     runs = plan(sweep)
     largest = runs[-1]
     for name in BASELINES if not result.failed else ():

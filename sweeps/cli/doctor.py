@@ -13,14 +13,11 @@ import typer
 
 from aimscale.sweeps.doctor.checks import Check, checks
 
-app = typer.Typer(help="Look at this machine, its disk and its Slurm: what works, and what to do about the rest.")
-
 COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
 NAME_WIDTH = 13
 TEXT_WIDTH = 95
 
 
-@app.command()
 def command(
     root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs"),
     on: Annotated[Literal["local", "slurm"], typer.Option(help="With slurm, an absent Slurm is a failure.")] = "local",

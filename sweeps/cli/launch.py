@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.cli import options
 from aimscale.sweeps.launch.evaluations import Place, with_place
 from aimscale.sweeps.launch.start import launch, left_alone, planned, startable, unplanned
 from aimscale.sweeps.runs.decision import Decision
@@ -17,21 +17,13 @@ from aimscale.sweeps.runs.sweep_dir import prepare
 if TYPE_CHECKING:
     from aimscale.sweeps.slurm.submit import Submission
 
-app = typer.Typer(help="Start what is missing, resume what died, skip what is done.")
 
-EXIT_INTERRUPTED = 130
-
-
-@app.command()
 def command(
-    sweep: SweepName,
-    root: Root = Path("aimscale-runs"),
-    on: Annotated[Literal["local", "slurm"], typer.Option(help="A queue on this machine, or the cluster's.")] = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started; write nothing.")] = False,
-    slots: Annotated[
-        int | None,
-        typer.Option(help="Local processes at a time; by default one per card, or as many as the cores feed."),
-    ] = None,
+    sweep: options.SweepName,
+    root: options.Root = Path("aimscale-runs"),
+    on: Annotated[options.BackEnd, typer.Option(help="A queue on this machine, or the cluster's.")] = "local",
+    dry_run: options.DryRun = False,
+    slots: options.Slots = None,
     runs_per_device: Annotated[
         str | None,
         typer.Option(help="Runs that share a card, a number or auto (by the memory estimate); instead of the file's."),
@@ -46,14 +38,12 @@ def command(
             "jobs by default, else as runtime.evaluate says."
         ),
     ] = None,
-    allow_dirty: Annotated[
-        bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
-    ] = False,
-    partition: Annotated[str | None, typer.Option(help="Instead of slurm.partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Instead of slurm.account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Instead of slurm.qos.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")] = None,
-    time_min: Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")] = None,
+    allow_dirty: options.AllowDirty = False,
+    partition: options.Partition = None,
+    account: options.Account = None,
+    qos: options.Qos = None,
+    constraint: options.Constraint = None,
+    time_min: options.TimeMin = None,
 ) -> None:
     """Start what is missing, resume what died, skip what is done."""
     again = f"{sweep} --root {root}"
@@ -67,11 +57,11 @@ def command(
         _print_local(sweep, root)
         return
     result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate, notify=notify)
-    _print_left(result.left)
+    print_left(result.left)
     _print_unplanned(result.unplanned)
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(options.EXIT_INTERRUPTED)
     typer.echo(
         f"{len(result.finished)} runs finished now, {len(result.evaluated)} evaluated, {len(result.failed)} failed"
     )
@@ -80,7 +70,8 @@ def command(
         raise typer.Exit(1)
 
 
-def _print_left(left: Sequence[Decision]) -> None:
+def print_left(left: Sequence[Decision]) -> None:
+    """What a launch did not touch."""
     for line in left_alone(left):
         typer.echo(line)
 
@@ -109,7 +100,8 @@ def _print_local(sweep: str, root: Path) -> None:
         typer.echo(f"{decision.verdict}: {what or run.run_id}")
 
 
-def _print_submitted(parts: Sequence[Submission], what: str, dry_run: bool) -> None:
+def print_submitted(parts: Sequence[Submission], what: str, dry_run: bool) -> None:
+    """The jobs of a launch on Slurm, or their scripts."""
     for part in parts:
         if dry_run:
             typer.echo(f"# {what}{len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
@@ -145,11 +137,11 @@ def _launch_slurm(
         check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob, notify=notify)
-    _print_submitted(result.submitted, "", dry_run)
-    _print_left(result.left)
+    print_submitted(result.submitted, "", dry_run)
+    print_left(result.left)
     for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
-        _print_submitted(part.submitted, "evaluations of ", dry_run)
-        _print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
+        print_submitted(part.submitted, "evaluations of ", dry_run)
+        print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
     _print_unplanned(unplanned(loaded, runs))
     if not dry_run:
         typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")

@@ -8,18 +8,15 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.cli.options import Root, SweepName
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.table.select import one_run
 
-app = typer.Typer(help="Print or follow the log of one run.")
-
 ENDED = ("finished", "failed", "diverged")
 
 
-@app.command()
 def command(
     sweep: SweepName,
     run: Annotated[str, typer.Argument(help="A run's id, or any part that only it has.")],

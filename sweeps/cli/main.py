@@ -49,7 +49,17 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("aimscale.analysis.cli.compare", "Put runs beside the published baselines."),
     "report": ("aimscale.analysis.cli.report", "Write one self-contained HTML page from a table."),
 }
-"""Verb -> (module holding a typer app named `app`, the line that `aimscale --help` prints)."""
+"""Verb -> (module with the function `command`, or with a typer app `app` of several; line of `aimscale --help`)."""
+
+
+def verb(name: str) -> typer.Typer:
+    """Import a verb's module and make its typer app."""
+    module = importlib.import_module(VERBS[name][0])
+    if hasattr(module, "app"):
+        return module.app
+    app = typer.Typer(add_completion=False)  # completion belongs to the top alone
+    app.command()(module.command)
+    return app
 
 
 class LazyGroup(typer.core.TyperGroup):
@@ -65,10 +75,8 @@ class LazyGroup(typer.core.TyperGroup):
             if ctx.resilient_parsing:  # the shell asks for completions: nothing to say, and no place to say it
                 return None
             raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")
-        command = typer.main.get_command(importlib.import_module(VERBS[cmd_name][0]).app)
+        command = typer.main.get_command(verb(cmd_name))
         command.name = cmd_name
-        # Every typer app brings the shell-completion options; they belong to the top alone.
-        command.params = [param for param in command.params if "completion" not in str(param.name)]
         return command
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:

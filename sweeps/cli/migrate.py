@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.cli.options import DryRun, Root, SweepName
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.runs.migrate import migrate
 from aimscale.sweeps.runs.sweep_dir import launch_lock
 
-app = typer.Typer(help="Rename runs of earlier versions as this one names them, with rows, weights and probes.")
 
-
-@app.command()
-def command(
-    sweep: SweepName,
-    root: Root = Path("aimscale-runs"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be renamed; write nothing.")] = False,
-) -> None:
+def command(sweep: SweepName, root: Root = Path("aimscale-runs"), dry_run: DryRun = False) -> None:
     """Rename runs of earlier versions as this one names them, with rows, weights and probes; nothing is trained."""
     loaded = load_sweep(sweep, root)
     stay = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from aimscale.sweeps.cli.plan import AsJson, Root, complete_sweep
+from aimscale.sweeps.cli.options import AsJson, Root, complete_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     from aimscale.analysis.choice.proposal import Proposal
     from aimscale.sweeps.plan.sweepfile import Sweep
 
-app = typer.Typer(help="Which runs to buy next for the least error of a forecast per price.")
 TABLES = (".csv", ".parquet", ".jsonl")
 
 
-@app.command()
 def command(
     sweep_or_table: Annotated[
         str,

@@ -21,23 +21,17 @@ from aimscale.harness.cli.tasks import (
     TrainSplit,
     list_tasks,
 )
-from aimscale.sweeps.cli.plan import Root
+from aimscale.sweeps.cli import options
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 
 if TYPE_CHECKING:
     from aimscale.harness.probe.job import ProbeRequest
-    from aimscale.sweeps.launch.local_queue import Queue
     from aimscale.sweeps.plan.planner import Run
-
-app = typer.Typer(help="Probe the frozen features of a run's or a sweep's budgets.")
-
-EXIT_INTERRUPTED = 130
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
-@app.command()
-def probe(
+def command(
     target: Annotated[
         str,
         typer.Argument(
@@ -53,20 +47,20 @@ def probe(
     test: TestSplit = None,
     kind: Kinds = None,
     on: Annotated[
-        Literal["local", "slurm"] | None,
+        options.BackEnd | None,
         typer.Option(help="Probe by jobs of a queue on this machine or of the cluster; sweeps: local by default."),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Ranks that share one job's work.")] = 1,
     run: Annotated[list[str] | None, typer.Option(help="Part of a run id of the sweep (repeatable).")] = None,
-    root: Root = Path("aimscale-runs"),
-    slots: Annotated[int | None, typer.Option(help="Local processes at a time; by default as `launch`.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what jobs would do; start nothing.")] = False,
-    allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Submit uncommitted code.")] = False,
-    partition: Annotated[str | None, typer.Option(help="Instead of slurm.partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Instead of slurm.account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Instead of slurm.qos.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")] = None,
-    time_min: Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")] = None,
+    root: options.Root = Path("aimscale-runs"),
+    slots: options.Slots = None,
+    dry_run: options.DryRun = False,
+    allow_dirty: options.AllowDirty = False,
+    partition: options.Partition = None,
+    account: options.Account = None,
+    qos: options.Qos = None,
+    constraint: options.Constraint = None,
+    time_min: options.TimeMin = None,
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
     cache_gb: CacheGB = 2.0,
     disk_gb: DiskGB = 500.0,
@@ -202,8 +196,8 @@ class _Jobs:
 
     def on_slurm(self, fields: dict[str, str | int | None], *, allow_dirty: bool) -> None:
         """Submit one array per resource shape, or print the scripts."""
+        from aimscale.sweeps.cli.launch import print_left, print_submitted
         from aimscale.sweeps.launch.probes import probing_jobs
-        from aimscale.sweeps.launch.start import left_alone
         from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 
         if not (ready := self._ready()):
@@ -211,23 +205,15 @@ class _Jobs:
         kind = probing_jobs(self.sweep, self.paths, self.requests)
         changed = with_slurm(self.sweep, **fields)
         result = launch_slurm(changed, ready, allow_dirty=allow_dirty, dry_run=self.dry_run, kind=kind)
-        for part in result.submitted:
-            if self.dry_run:
-                typer.echo(f"# probe {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
-            else:
-                shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
-                typer.echo(
-                    f"submitted probes of {len(part.run_ids)} runs of {shape} (nodes x tasks): job {part.job_id}"
-                )
-        for line in left_alone(result.left):
-            typer.echo(line)
+        print_submitted(result.submitted, "probes of ", self.dry_run)
+        print_left(result.left)
 
     def on_this_machine(self, slots: int | None) -> None:
         """Work through the jobs in a queue on this machine, or say what it would do."""
+        from aimscale.sweeps.cli.launch import print_left
         from aimscale.sweeps.launch.devices import default_slots, visible_gpus
-        from aimscale.sweeps.launch.local_queue import run_queue, worker_command
+        from aimscale.sweeps.launch.local_queue import print_events, run_queue, worker_command
         from aimscale.sweeps.launch.probes import WORKER, probing_jobs
-        from aimscale.sweeps.launch.start import left_alone
         from aimscale.sweeps.slurm import commands as slurm
 
         if not (ready := self._ready()):
@@ -245,21 +231,14 @@ class _Jobs:
             slots=default_slots(ready, gpus) if slots is None else slots,
             gpus=gpus,
             command=lambda path, ranks: worker_command(path, ranks, WORKER),
-            report=_print_events,
+            report=print_events,
             is_queued=is_queued,
             kind=kind,
         )
-        for line in left_alone(done.left):
-            typer.echo(line)
+        print_left(done.left)
         if done.interrupted:
             typer.echo("stopped; the same command goes on from here")
-            raise typer.Exit(EXIT_INTERRUPTED)
+            raise typer.Exit(options.EXIT_INTERRUPTED)
         typer.echo(f"{len(done.finished)} runs probed now, {len(done.failed)} failed")
         if done.failed or any(decision.verdict in ("failed", "damaged") for decision in done.left):
             raise typer.Exit(1)
-
-
-def _print_events(queue: Queue) -> None:
-    for event in queue.events:
-        typer.echo(event)
-    queue.events.clear()

@@ -7,15 +7,12 @@ from pathlib import Path
 import typer
 
 from aimscale.sweeps.cli.cancel import Runs
-from aimscale.sweeps.cli.plan import Root, SweepName
+from aimscale.sweeps.cli.options import Root, SweepName
 from aimscale.sweeps.launch.stop import retry
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.table.select import some_runs
 
-app = typer.Typer(help="Clear the failure of runs, so that the next launch resumes them.")
 
-
-@app.command()
 def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
     """Clear the failure of failed and diverged runs (or of those named)."""
     loaded = load_sweep(sweep, root)

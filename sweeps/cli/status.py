@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aimscale.sweeps.cli.plan import AsJson, Root, SweepName
+from aimscale.sweeps.cli.options import AsJson, Root, SweepName
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
@@ -21,10 +21,7 @@ from aimscale.sweeps.table.status import SweepStatus, sweep_status
 if TYPE_CHECKING:
     from aimscale.analysis.forecasts.ending import Ending
 
-app = typer.Typer(help="One line per run: state, step, loss, images/s, MFU, ETA, why it failed.")
 
-
-@app.command()
 def command(
     sweep: SweepName,
     root: Root = Path("aimscale-runs"),

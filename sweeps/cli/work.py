@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.plan import Root, SweepName
-
-app = typer.Typer(help="Take free runs and evaluations of a sweep, one after another, until none is left.")
-
-EXIT_INTERRUPTED = 130
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, Root, SweepName
 
 
-@app.command()
 def command(
     sweep: SweepName,
     root: Root = Path("aimscale-runs"),

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from aimscale.sweeps.launch.local_queue import Queue
+from aimscale.sweeps.launch.local_queue import Queue, print_events
 from aimscale.sweeps.table.status import SweepStatus
 from aimscale.sweeps.table.views import duration, new_console, number, status_summary
 
@@ -40,9 +40,7 @@ def queue_display(look: Callable[[], SweepStatus], console: Console | None = Non
         return
 
     def report_plain(queue: Queue) -> None:
-        for event in queue.events:
-            print(event, flush=True)
-        queue.events.clear()
+        print_events(queue)
         if time.time() - shown["last"] >= PLAIN_EVERY_S:
             shown["last"] = time.time()
             print(status_summary(look()), flush=True)

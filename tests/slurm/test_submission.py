@@ -12,9 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
-from aimscale.sweeps.cli import launch as cli_launch
-from aimscale.sweeps.cli import logs as cli_logs
-from aimscale.sweeps.cli import status as cli_status
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm
@@ -60,7 +58,7 @@ def test_one_job_at_a_time_over_arrays_of_training_and_evaluation(fault: Any) ->
     earlier = case.runs[0].config
     earlier = earlier.model_copy(update={"training": earlier.training.model_copy(update={"seed": 7})})
     RunRecord.create(case.sweep.run_dir(earlier.run_id), earlier)
-    result = CliRunner().invoke(cli_launch.app, words)
+    result = CliRunner().invoke(verb("launch"), words)
     assert result.exit_code == 0, result.output
     assert f"not in this plan and left as they are: 1 run directories, such as {earlier.run_id}" in result.output
     assert [line.split(" of ")[0] for line in result.output.splitlines() if line.startswith("submitted")] == [
@@ -95,11 +93,11 @@ def test_watching_needs_nothing_but_squeue(fault: Any) -> None:
     case.launch((STAND_IN,))
     case.wait_state("finished")
     where = ["--root", str(case.sweep.root)]
-    status = CliRunner().invoke(cli_status.app, [str(case.sweep.source), *where])
+    status = CliRunner().invoke(verb("status"), [str(case.sweep.source), *where])
     assert "1 finished" in status.output
     record: RunRecord = case.records[0]
     record.last_log().write_text("first\nsecond\n")
-    logs = CliRunner().invoke(cli_logs.app, [str(case.sweep.source), "rung-32", "-n", "1", "--follow", *where])
+    logs = CliRunner().invoke(verb("logs"), [str(case.sweep.source), "rung-32", "-n", "1", "--follow", *where])
     assert logs.output == "second\n"
     case.wait_empty_queue()
 

@@ -12,9 +12,9 @@ from aimscale.analysis.baselines.comparison import compare
 from aimscale.analysis.baselines.own import beside_runs
 from aimscale.analysis.baselines.published import BY_KEY, TASKS, published_frame
 from aimscale.analysis.baselines.worked_example import fit_line, forecast_7b, four_points, worked_example
-from aimscale.analysis.cli.compare import app
 from aimscale.analysis.tables.results import probe_frame
 from aimscale.analysis.tables.schema import results_table, write_table
+from aimscale.sweeps.cli.main import verb
 
 
 def rows(tasks, kinds=("attentive",)):
@@ -201,12 +201,12 @@ def test_line_intervals_are_students_t():
 
 def test_command_prints_text_and_json(tmp_path):
     write_table(results_table(rows(["dtd"])), tmp_path / "results.parquet")
-    text = CliRunner().invoke(app, [str(tmp_path), "--resamples", "30"])
+    text = CliRunner().invoke(verb("compare"), [str(tmp_path), "--resamples", "30"])
     assert text.exit_code == 0
     assert "Not comparable, and left out" in text.output
-    found = CliRunner().invoke(app, [str(tmp_path), "--resamples", "30", "--json"])
+    found = CliRunner().invoke(verb("compare"), [str(tmp_path), "--resamples", "30", "--json"])
     assert len(json.loads(found.output)["tasks"]) == 4
-    published = CliRunner().invoke(app, ["--published", "--json"])
+    published = CliRunner().invoke(verb("compare"), ["--published", "--json"])
     assert json.loads(published.output)["forecasts"]["params_trunk"][0]["inside"] is True
 
 
@@ -218,7 +218,7 @@ def test_the_command_shows_our_own_baselines_and_marks_test_images_that_were_see
     write_table(results_table(table), tmp_path / "results.parquet")
     baseline = [{**table[0], "size": "raw-pixels", "run_id": "like"}]
     write_table(results_table(baseline), tmp_path / "baselines.parquet")
-    found = CliRunner().invoke(app, [str(tmp_path), "--resamples", "30", "--json"])
+    found = CliRunner().invoke(verb("compare"), [str(tmp_path), "--resamples", "30", "--json"])
     shown = json.loads(found.output)
     assert {row["baseline"] for row in shown["baselines"]} == {"raw-pixels"}
     assert {row["test_in_pool"] for row in shown["tasks"]} == {7}

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from aimscale.analysis.baselines.board import published_results
 from aimscale.analysis.baselines.nearest import nearest_published
 from aimscale.analysis.baselines.published import BY_KEY, PUBLISHED_SIZES
-from aimscale.analysis.cli.compare import app
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.results import probe_frame
 from aimscale.analysis.tables.schema import results_table, write_table
+from aimscale.sweeps.cli.main import verb
 
 BUDGETS = (10_000, 40_000, 160_000, 640_000)
 
@@ -100,8 +100,8 @@ def test_the_board_is_whole_and_dated():
 
 def test_the_command_prints_five_lines_a_task(tmp_path):
     write_table(results_table(one_run()), tmp_path / "results.parquet")
-    shown = CliRunner().invoke(app, [str(tmp_path), "--run", "mine"])
+    shown = CliRunner().invoke(verb("compare"), [str(tmp_path), "--run", "mine"])
     assert shown.exit_code == 0
     assert len(shown.output.strip().splitlines()) == 5
-    refused = CliRunner().invoke(app, [str(tmp_path), "--run", "nobody"])
+    refused = CliRunner().invoke(verb("compare"), [str(tmp_path), "--run", "nobody"])
     assert isinstance(refused.exception, AnalysisError)

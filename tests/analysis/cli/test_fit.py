@@ -7,10 +7,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis.cli import correlate as cli_correlate
-from aimscale.analysis.cli import fit as cli_fit
-from aimscale.analysis.cli import frontier as cli_frontier
 from aimscale.analysis.errors import AnalysisError
+from aimscale.sweeps.cli.main import verb
 
 RUNNER = CliRunner()
 
@@ -34,32 +32,32 @@ def table(grid, tmp_path):
 
 
 def test_fit_prints_parameters_and_the_sentence(table):
-    out = run(cli_fit.app, table, "--hold-out", "N", "--leave-out", "size", "--against", "kaplan", "--resamples", 100)
+    out = run(verb("fit"), table, "--hold-out", "N", "--leave-out", "size", "--against", "kaplan", "--resamples", 100)
     assert "alpha" in out
     assert "Held out N >=" in out
     assert "Chosen: chinchilla, no other comes within one standard error" in out
 
 
 def test_fit_chooses_its_law_by_what_it_predicts(table):
-    out = json.loads(run(cli_fit.app, table, "--law", "auto", "--resamples", 0, "--json"))
+    out = json.loads(run(verb("fit"), table, "--law", "auto", "--resamples", 0, "--json"))
     assert out["chosen"] == out["best"]["law"]
     assert {law["law"] for law in out["laws"]} >= {"overtrained", "chinchilla", "kaplan", "coupled", "farseer"}
     assert out["by"] == "C"
-    one = json.loads(run(cli_fit.app, table, "--law", "auto:C", "--envelope", "--resamples", 0, "--json"))
+    one = json.loads(run(verb("fit"), table, "--law", "auto:C", "--envelope", "--resamples", 0, "--json"))
     assert list(one["best"]["columns"]) == ["C", "y"]
     with pytest.raises(AnalysisError, match="--fix and --bound belong to one law"):
-        run(cli_fit.app, table, "--law", "auto", "--fix", "E=0")
+        run(verb("fit"), table, "--law", "auto", "--fix", "E=0")
 
 
 def test_fit_json_with_foreign_columns_and_another_n(table):
-    out = json.loads(run(cli_fit.app, table, "--n", "trunk", "--fix", "E=0.2", "--resamples", 50, "--json"))
+    out = json.loads(run(verb("fit"), table, "--n", "trunk", "--fix", "E=0.2", "--resamples", 50, "--json"))
     assert out["columns"]["N"] == "params_trunk"
     assert out["fixed"] == {"E": 0.2}
     assert out["params"]["alpha"] == pytest.approx(0.4, abs=0.05)
 
 
 def test_frontier_prints_all_approaches(table):
-    out = json.loads(run(cli_frontier.app, table, "--budgets", 6, "--at", 1e14, "--json"))
+    out = json.loads(run(verb("frontier"), table, "--budgets", 6, "--at", 1e14, "--json"))
     assert {f["approach"] for f in out["frontiers"]} <= {1, 2, 3}
     assert len(out["frontiers"]) + len(out["failures"]) == 3
     parametric = next(f for f in out["frontiers"] if f["approach"] == 3)
@@ -67,23 +65,23 @@ def test_frontier_prints_all_approaches(table):
 
 
 def test_correlate_takes_every_probe_and_links_it(table):
-    out = json.loads(run(cli_correlate.app, table, "--link", "linear", "--json"))
+    out = json.loads(run(verb("correlate"), table, "--link", "linear", "--json"))
     assert {(c["task"], c["kind"]) for c in out["correlations"]} == {("digits", "linear")}
     assert next(c for c in out["correlations"] if c["method"] == "pearson")["value"] < -0.99
     assert out["links"][0]["params"]["s"] == pytest.approx(1.0, abs=0.05)
 
 
 def test_correlate_draws_every_kind_of_probe(table, tmp_path):
-    run(cli_correlate.app, table, "--figure", tmp_path / "accuracy")
+    run(verb("correlate"), table, "--figure", tmp_path / "accuracy")
     assert (tmp_path / "accuracy-linear.svg").exists()
     with pytest.raises(AnalysisError, match="leave out --x and --y"):
-        run(cli_correlate.app, table, "--y", "val_loss", "--x", "images_seen", "--figure", tmp_path / "other")
+        run(verb("correlate"), table, "--y", "val_loss", "--x", "images_seen", "--figure", tmp_path / "other")
 
 
 def test_laws_of_compute_are_fitted_to_the_envelope(table):
-    out = json.loads(run(cli_fit.app, table, "--law", "power_offset:C", "--envelope", "--resamples", 0, "--json"))
+    out = json.loads(run(verb("fit"), table, "--law", "power_offset:C", "--envelope", "--resamples", 0, "--json"))
     assert 5 < out["num_points"] < 30
-    law = json.loads(run(cli_fit.app, table, "--law", "power_offset:N", "--resamples", 0, "--json"))
+    law = json.loads(run(verb("fit"), table, "--law", "power_offset:N", "--resamples", 0, "--json"))
     assert any("differ in images seen (5 values)" in flag for flag in law["flags"])
 
 
@@ -96,13 +94,13 @@ def test_mistakes_are_one_sentence(table, tmp_path):
         ((tmp_path / "other.csv",), "no column"),
     ]:
         with pytest.raises(AnalysisError, match=words):
-            run(cli_fit.app, *args)
+            run(verb("fit"), *args)
 
 
 def test_fit_says_what_where_left_out(table):
     rows = pd.read_csv(table)
     smallest = rows["images_seen"].min()
     dropped = int((rows["images_seen"] == smallest).sum())
-    out = run(cli_fit.app, table, "--where", f"D>{smallest}", "--resamples", 20)
+    out = run(verb("fit"), table, "--where", f"D>{smallest}", "--resamples", 20)
     assert f"Fitted to {len(rows) - dropped} of {len(rows)} points" in out
     assert f"Left out: {dropped} rows not chosen by --where D>{smallest}." in out

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from aimscale.analysis.cli import contrast as cli_contrast
 from aimscale.analysis.effects.contrasts import contrast, factors, t_interval
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.inputs import with_setup
 from aimscale.analysis.tables.measures import wanted_measures
+from aimscale.sweeps.cli.main import verb
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
 
@@ -208,10 +208,10 @@ def test_the_verb_prints_sentences_json_and_a_figure(known_study, tmp_path):
     table["probes"] = table["probes"].map(json.dumps)
     table.to_csv(tmp_path / "results.csv", index=False)
     arguments = [str(tmp_path / "results.csv"), "--by", "prefix", "--each", "--figure", str(tmp_path / "prefix")]
-    out = CliRunner().invoke(cli_contrast.app, arguments, catch_exceptions=False)
+    out = CliRunner().invoke(verb("contrast"), arguments, catch_exceptions=False)
     assert "none is worse" in out.output
     assert "never seen" in out.output
     assert (tmp_path / "prefix.svg").exists()
-    found = json.loads(CliRunner().invoke(cli_contrast.app, [*arguments, "--json"]).output)
+    found = json.loads(CliRunner().invoke(verb("contrast"), [*arguments, "--json"]).output)
     assert len(found["contrasts"]) == 3
     assert found["contrasts"][0]["pairs"][0]["size"] == "s3"

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis.cli import noise as cli_noise
 from aimscale.analysis.effects.noise_sources import _ends, _prefix_noise, noise
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.inputs import read_tables
+from aimscale.sweeps.cli.main import verb
 
 NUM_TOKENS = 49
 
@@ -154,8 +154,8 @@ def test_order_and_unit_do_not_matter(known_study):
 
 
 def test_the_verb_prints_draws_and_gives_json(sweep, tmp_path):
-    out = CliRunner().invoke(cli_noise.app, [str(sweep), "--figure", str(tmp_path / "n")], catch_exceptions=False)
+    out = CliRunner().invoke(verb("noise"), [str(sweep), "--figure", str(tmp_path / "n")], catch_exceptions=False)
     assert "between seeds" in out.output
     assert (tmp_path / "n.svg").exists()
-    found = json.loads(CliRunner().invoke(cli_noise.app, [str(sweep), "--json"]).output)
+    found = json.loads(CliRunner().invoke(verb("noise"), [str(sweep), "--json"]).output)
     assert {"components", "seed_share", "cells", "sentences"} <= set(found)

@@ -5,9 +5,9 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.cli import repeats as cli_repeats
 from aimscale.analysis.effects.repetition import _th, repeats
 from aimscale.analysis.errors import AnalysisError
+from aimscale.sweeps.cli.main import verb
 
 GRID = {"sizes": ["s3", "s5"], "uniques": [1000, 4000, 16000, 64000], "seeds": [0, 1], "seed_sd": 0.001}
 
@@ -76,7 +76,7 @@ def test_tables_without_repeats_are_refused(known_study):
 def test_the_verb_prints_and_draws(known_study, tmp_path):
     known_study(GRID).to_csv(tmp_path / "t.csv", index=False)
     arguments = [str(tmp_path / "t.csv"), "--resamples", "30", "--figure", str(tmp_path / "r")]
-    out = CliRunner().invoke(cli_repeats.app, arguments, catch_exceptions=False)
+    out = CliRunner().invoke(verb("repeats"), arguments, catch_exceptions=False)
     assert "sight of an image is worth" in out.output
     assert (tmp_path / "r.png").exists()
 

@@ -8,16 +8,16 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis import read_table
-from aimscale.analysis.cli import forecast as cli_forecast
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.registry import read_register, score_words, scores
+from aimscale.sweeps.cli.main import verb
 
 AT = {"N": 3e7, "D": 1e7}
 TRUE_LOSS = 0.2 + 30 * AT["N"] ** -0.4 + 40 * AT["D"] ** -0.5
 
 
 def run(*args: object) -> str:
-    result = CliRunner().invoke(cli_forecast.app, [str(a) for a in args], catch_exceptions=False)
+    result = CliRunner().invoke(verb("forecast"), [str(a) for a in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 

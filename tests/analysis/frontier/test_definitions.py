@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis.cli import fit as cli_fit
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.frontier.definitions import by_definition
+from aimscale.sweeps.cli.main import verb
 
 
 def test_proportional_counts_share_one_exponent(known_study):
@@ -51,9 +51,9 @@ def test_the_verb_prints_draws_and_refuses(known_study, tmp_path):
     df = known_study({"seeds": [0]})
     df.to_parquet(tmp_path / "results.parquet")
     arguments = [str(tmp_path / "results.parquet"), "--definitions", "--resamples", "40"]
-    out = CliRunner().invoke(cli_fit.app, [*arguments, "--figure", str(tmp_path / "d")], catch_exceptions=False)
+    out = CliRunner().invoke(verb("fit"), [*arguments, "--figure", str(tmp_path / "d")], catch_exceptions=False)
     assert "By what is counted" in out.output
     assert (tmp_path / "d.svg").exists()
-    assert len(json.loads(CliRunner().invoke(cli_fit.app, [*arguments, "--json"]).output)["definitions"]) == 12
+    assert len(json.loads(CliRunner().invoke(verb("fit"), [*arguments, "--json"]).output)["definitions"]) == 12
     with pytest.raises(AnalysisError, match="comparing definitions takes at least two"):
         by_definition(df.drop(columns=["params_trunk", "params_head"]))

@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis.cli.report import app
 from aimscale.analysis.report.page import maths, write_report
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.tables.results import read_table
 from aimscale.analysis.tables.schema import TableError, results_table, write_table
+from aimscale.sweeps.cli.main import verb
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5
 SIZES = {"small": 3e4, "medium": 2e5, "large": 1e6, "huge": 4e6}
@@ -243,7 +243,7 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     frame = pd.DataFrame(sweep_rows())[["params_total", "images_seen", "val_loss"]]
     frame.set_axis(["size_m", "tokens", "loss"], axis=1).to_csv(tmp_path / "theirs.csv", index=False)
     options = ["--columns", "N=size_m,D=tokens,L=loss", "--resamples", "40", "--out", str(tmp_path / "page.html")]
-    result = CliRunner().invoke(app, [str(tmp_path / "theirs.csv"), *options])
+    result = CliRunner().invoke(verb("report"), [str(tmp_path / "theirs.csv"), *options])
     assert result.exit_code == 0
     page = Page((tmp_path / "page.html").read_text())
     assert {"loss-N", "loss-D", "law-ND"} <= page.ids()

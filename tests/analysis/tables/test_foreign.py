@@ -8,12 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis import fit, plot_fit, read_table, read_tables
-from aimscale.analysis.cli import fit as cli_fit
-from aimscale.analysis.cli import frontier as cli_frontier
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.observations import NOT_CHOSEN
 from aimscale.analysis.tables.schema import TableError
 from aimscale.analysis.tables.selection import select
+from aimscale.sweeps.cli.main import verb
 
 NAMES = {"N": "num_params", "D": "tokens", "L": "loss"}
 COLUMNS = "N=num_params,D=tokens,L=loss"
@@ -47,7 +46,7 @@ def test_json_lines_and_computed_columns(theirs, tmp_path):
         read_table(path)
     theirs.drop(columns="flops").to_csv(tmp_path / "no_flops.csv", index=False)
     args = [str(tmp_path / "no_flops.csv"), "--columns", COLUMNS + ",C=6ND", "--best-of", "lr", "--json"]
-    out = CliRunner().invoke(cli_frontier.app, args, catch_exceptions=False)
+    out = CliRunner().invoke(verb("frontier"), args, catch_exceptions=False)
     assert json.loads(out.output)["frontiers"][-1]["exponent"] == pytest.approx(0.37 / 0.71, abs=0.05)
 
 
@@ -61,7 +60,7 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
         40, "not the best lr of their cell (in 4 of 20 cells the best one lies at an end of what was tried)",
     )  # fmt: skip
     args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS, "--best-of", "lr", "--resamples", "20"]
-    out = CliRunner().invoke(cli_fit.app, args, catch_exceptions=False).output
+    out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False).output
     assert "Fitted to 20 of 60 points" in out
     assert "40 rows not the best lr" in out
     twice = pd.concat([theirs.assign(batch=64), theirs.assign(batch=128, loss=1.01 * theirs["loss"])])

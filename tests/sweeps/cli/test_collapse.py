@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.sweeps.cli import collapse as verb
-from aimscale.sweeps.cli import status as cli_status
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError
 
@@ -18,7 +17,7 @@ def test_the_curves_are_read_from_the_run_directories(write_sweep: Any, tmp_path
     sweep = write_sweep(sizes=sizes, budgets=[640, 6400])
     args = [str(sweep.source), "--root", str(sweep.root)]
     with pytest.raises(SweepError, match="has logged a loss"):
-        CliRunner().invoke(verb.app, args, catch_exceptions=False)
+        CliRunner().invoke(verb("collapse"), args, catch_exceptions=False)
     rng = np.random.default_rng(0)
     for i, run in enumerate(plan(sweep)):
         folder = sweep.run_dir(run.run_id)
@@ -29,7 +28,7 @@ def test_the_curves_are_read_from_the_run_directories(write_sweep: Any, tmp_path
         other = {"images_seen": 600, "branch": 640, "loss": 9.0}  # the decay towards another budget is left out
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*trunk, other]))
     out = CliRunner().invoke(
-        verb.app, [*args, "--json", "--figure", str(tmp_path / "collapse")], catch_exceptions=False
+        verb("collapse"), [*args, "--json", "--figure", str(tmp_path / "collapse")], catch_exceptions=False
     )
     found = json.loads(out.output)
     assert found["deviating"] == ["rung-96"]
@@ -47,9 +46,9 @@ def test_status_forecasts_the_end_of_a_running_run(write_sweep: Any) -> None:
         text = "".join(json.dumps(line) + "\n" for line in (lines[:50] if i == 1 else lines))
         (folder / "metrics.jsonl").write_text(text + '{"images_seen": 9')  # a line that is being written
     args = [str(sweep.source), "--root", str(sweep.root), "--ends"]
-    out = CliRunner().invoke(cli_status.app, args, catch_exceptions=False)
+    out = CliRunner().invoke(verb("status"), args, catch_exceptions=False)
     assert "at 50% of its training, will end at a training loss of 1.05" in out.output
-    (ending,) = json.loads(CliRunner().invoke(cli_status.app, [*args, "--json"], catch_exceptions=False).output)[
+    (ending,) = json.loads(CliRunner().invoke(verb("status"), [*args, "--json"], catch_exceptions=False).output)[
         "endings"
     ]
     assert ending["num_finished"] == 3

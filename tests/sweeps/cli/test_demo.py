@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis import probe_frame, read_table
-from aimscale.sweeps.cli import demo
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan import sweepfile
 
 
@@ -25,7 +25,7 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
         return sweep.with_fields(sizes=["w16-d2", "w24-d2"], budgets=[960, 1920], exclude=[], base=base)
 
     monkeypatch.setattr(sweepfile, "load_sweep", small)
-    first = CliRunner().invoke(demo.app, ["--root", str(tmp_path)], catch_exceptions=False)
+    first = CliRunner().invoke(verb("demo"), ["--root", str(tmp_path)], catch_exceptions=False)
     assert first.exit_code == 0, first.output
     assert "4 of 4 rows have results" in first.output
     assert (tmp_path / "demo/report.html").exists()
@@ -35,5 +35,5 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
     assert len(probes) == 4 * len(expected)
     baselines = pd.read_parquet(tmp_path / "demo/baselines.parquet")
     assert sorted(baselines["size"]) == ["random-w24-d2", "raw-pixels"]
-    again = CliRunner().invoke(demo.app, ["--root", str(tmp_path)], catch_exceptions=False)
+    again = CliRunner().invoke(verb("demo"), ["--root", str(tmp_path)], catch_exceptions=False)
     assert "left alone: 2 finished" in again.output

@@ -10,14 +10,14 @@ import yaml
 from typer.testing import CliRunner
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.cli import next as next_verb
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
 
 def run(*args: object) -> str:
-    result = CliRunner().invoke(next_verb.app, [str(a) for a in args], catch_exceptions=False)
+    result = CliRunner().invoke(verb("next"), [str(a) for a in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.sweeps.cli import doctor as cli_doctor
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.doctor import checks as doctor
 from aimscale.sweeps.doctor.checks import Check
 
@@ -56,7 +57,7 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
 def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [Check("disk", "fail", "1 MB free", "Free some space."), Check("slurm", "warn", "does not answer", "Ask.")]
     monkeypatch.setattr(cli_doctor, "checks", lambda root, on: iter(checks))
-    result = CliRunner().invoke(cli_doctor.app, [])
+    result = CliRunner().invoke(verb("doctor"), [])
     assert result.exit_code == 1
     assert "fail  disk          1 MB free\n                    -> Free some space." in result.stdout
     assert result.stdout.endswith("0 ok, 1 to look at, 1 failed\n")
@@ -65,7 +66,7 @@ def test_a_failure_is_named_with_what_to_do_and_gives_code_1(monkeypatch: pytest
 def test_a_warning_alone_gives_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [Check("slurm", "warn", "does not answer", "Ask.")]
     monkeypatch.setattr(cli_doctor, "checks", lambda root, on: iter(checks))
-    result = CliRunner().invoke(cli_doctor.app, ["--json"])
+    result = CliRunner().invoke(verb("doctor"), ["--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["checks"][0]["advice"] == "Ask."
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.cli import migrate
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.launch.start import launch, left_alone
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import load_sweep
@@ -252,14 +252,16 @@ def test_runs_of_an_earlier_version_are_brought_along_by_one_command(moved: Call
     with pytest.raises(UserError, match=r"holds 1 runs of an earlier version.* `aimscale migrate tiny"):
         launch(there / "sweep.yaml", there / "runs", slots=1)
     command = [str(there / "sweep.yaml"), "--root", str(there / "runs")]
-    dry = CliRunner().invoke(migrate.app, [*command, "--dry-run"], catch_exceptions=False)
+    dry = CliRunner().invoke(verb("migrate"), [*command, "--dry-run"], catch_exceptions=False)
     assert dry.output == f"{old.name} would become {run.name}\n"
     (there / "data" / "train").rename(there / "data" / "away")
-    stays = CliRunner().invoke(migrate.app, command, catch_exceptions=False)
+    stays = CliRunner().invoke(verb("migrate"), command, catch_exceptions=False)
     assert stays.exit_code == 1
     assert "which cannot be read now" in stays.output
     (there / "data" / "away").rename(there / "data" / "train")
-    assert CliRunner().invoke(migrate.app, command, catch_exceptions=False).output == f"{old.name} is now {run.name}\n"
+    assert (
+        CliRunner().invoke(verb("migrate"), command, catch_exceptions=False).output == f"{old.name} is now {run.name}\n"
+    )
     result = launch(there / "sweep.yaml", there / "runs", slots=1)
     assert (left_alone(result.left), result.evaluated) == (["left alone: 1 finished"], ())
     after = state(run)["rows"]

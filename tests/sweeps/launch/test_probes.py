@@ -33,7 +33,7 @@ from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.cli import probe as cli_probe
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.launch.probes import missing, probing_jobs, run_at, runs_of_sweep, sweep_of_run
 from aimscale.sweeps.launch.stop import cancel, retry
 from aimscale.sweeps.launch.worker import work
@@ -302,7 +302,7 @@ def test_without_slurm_nothing_is_claimed(trained: Any, monkeypatch: Any, tmp_pa
 
 
 def invoke(*words: str) -> Any:
-    return CliRunner().invoke(cli_probe.app, list(words), catch_exceptions=False)
+    return CliRunner().invoke(verb("probe"), list(words), catch_exceptions=False)
 
 
 def test_a_dry_run_says_what_is_missing_and_writes_nothing(trained: Any) -> None:

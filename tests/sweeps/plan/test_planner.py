@@ -12,7 +12,7 @@ from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.cli import plan as cli_plan
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards, to_json, with_bench
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs, rounds_warning
 from aimscale.sweeps.plan.planner import counts_of, plan
@@ -277,11 +277,11 @@ def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: s
 
 def test_plan_prints_cards_and_json(tmp_path: Path) -> None:
     runner = CliRunner()
-    table = runner.invoke(cli_plan.app, ["demo", "--root", str(tmp_path)])
+    table = runner.invoke(verb("plan"), ["demo", "--root", str(tmp_path)])
     assert table.exit_code == 0
     assert "w96-d2" in table.output
     assert "FLOPs executed" in table.output
-    as_json = runner.invoke(cli_plan.app, ["demo", "--json", "--root", str(tmp_path)])
+    as_json = runner.invoke(verb("plan"), ["demo", "--json", "--root", str(tmp_path)])
     assert json.loads(as_json.output)["sweep"] == "demo"
 
 

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from aimscale.aim.errors import UserError
 from aimscale.analysis.tables.results import read_table
 from aimscale.harness.run.files import write_json
-from aimscale.sweeps.cli import collect as cli_collect
-from aimscale.sweeps.cli import status as cli_status
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.runs.claims import RunRecord
@@ -129,7 +128,7 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     assert status.eta_s is not None
     assert not fresh.path.exists()
     json.dumps(asdict(status), allow_nan=False)
-    output = CliRunner().invoke(cli_status.app, [str(tmp_path / "sweep.yaml"), "--root", str(tmp_path / "root")]).output
+    output = CliRunner().invoke(verb("status"), [str(tmp_path / "sweep.yaml"), "--root", str(tmp_path / "root")]).output
     assert "2 dead" in output
     assert "version 99" in output
     assert "0.4321" in output
@@ -153,7 +152,7 @@ def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch
         {**shared, "at": {**at, "D": 9e9}, "value": 0.5, "pi_lo": 0.4, "pi_hi": 0.6},
     ]
     (sweep.directory / "forecasts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = CliRunner().invoke(cli_collect.app, [str(sweep.source), "--root", str(sweep.root)], catch_exceptions=False)
+    out = CliRunner().invoke(verb("collect"), [str(sweep.source), "--root", str(sweep.root)], catch_exceptions=False)
     assert "forecast: val_loss at D = 1280, forecast on 2026-01-01" in out.output
     assert "inside" in out.output
     assert "2 registered forecasts, 1 not measured yet" in out.output
