@@ -29,6 +29,9 @@ from aimscale.aim.objective import (
 )
 from aimscale.aim.orders import patch_order
 
+_ENDS = ("preprocessor.patchifier.proj", "pixel_head.proj_out")
+"""The matrices that read or write pixels."""
+
 
 class Preprocessor(nn.Module):
     """Images (B, C, H, W) -> tokens (B, N, d) in sequence order, with fixed positions added after the norm."""
@@ -160,23 +163,26 @@ class AIM(nn.Module):
         bound = self._scale_of(module, shape).init_bound
         return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, module))
 
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for AdamW: `params`, their `weight_decay`, and `lr_scale`, which multiplies every step's rate.
+    def param_groups(self, weight_decay: float, *, hidden_apart: bool = False) -> list[dict[str, Any]]:
+        """Groups for an optimiser: `params`, their `weight_decay`, `lr_scale`, which multiplies every step's rate, and
+        `hidden`: with `hidden_apart`, matrices from width to width, neither patch embedding nor last layer, are by
+        themselves.
 
         Matrices decay; biases and norms do not. In the standard parametrisation every `lr_scale` is 1; see `aim.mup`.
         """
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             shape = self.shapes[name]
             if len(shape) < 2:
-                key = (0.0, 1.0)
+                key = (0.0, 1.0, False)
             else:
-                lr_scale = self._scale_of(name.removesuffix(".weight"), shape).lr_scale
-                key = (weight_decay / lr_scale, lr_scale)
+                module = name.removesuffix(".weight")
+                lr_scale = self._scale_of(module, shape).lr_scale
+                key = (weight_decay / lr_scale, lr_scale, hidden_apart and module not in _ENDS)
             groups.setdefault(key, []).append(parameter)
         return [
-            {"params": params, "weight_decay": decay, "lr_scale": lr_scale}
-            for (decay, lr_scale), params in groups.items()
+            {"params": params, "weight_decay": decay, "lr_scale": lr_scale, "hidden": hidden}
+            for (decay, lr_scale, hidden), params in groups.items()
         ]
 
     @torch.no_grad()

@@ -132,8 +132,11 @@ class ObjectiveSection(Section):
 
 
 class OptimiserSection(Section):
-    """AdamW and its batch (paper, Table 9)."""
+    """AdamW, or Muon beside it, and the batch (paper, Table 9)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: torch's Muon for the matrices from width to width, its update scaled to AdamW's usual size so that rate
+    and decay carry over, and AdamW for all else; needs `zero_stage` 0, fp32 and the standard parametrisation."""
     batch_size: int = Field(4096, gt=0)
     """Images per optimiser step, over all ranks and micro-batches."""
     lr_peak: float = Field(1e-3, gt=0)

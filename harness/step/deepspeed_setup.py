@@ -65,13 +65,48 @@ class GuardedAdamW(torch.optim.AdamW):
             return
         # The same formula as DeepSpeed's at stages 1 to 3.
         torch._foreach_mul_(gradients, 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0))
-        super().step(closure)
+        self._update()
+
+    def _update(self) -> None:
+        super().step()
+
+
+class GuardedMuon(GuardedAdamW):
+    """Torch's Muon for the `hidden` groups, AdamW for the others, clipped and guarded alike.
+
+    Checkpoints know AdamW's state alone, so `exp_avg` holds Muon's momentum; its `exp_avg_sq` stays zero.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, **settings: Any) -> None:
+        super().__init__(groups, clip_norm=clip_norm, **settings)
+        hidden = [group for group in self.param_groups if group["hidden"]]  # shared: rates set in one are set in both
+        self._muon = torch.optim.Muon(hidden, lr=settings["lr"], adjust_lr_fn="match_rms_adamw")
+
+    def _update(self) -> None:
+        matrices = [p for group in self._muon.param_groups for p in group["params"]]
+        for matrix in matrices:
+            state = self.state[matrix]
+            if not state:
+                state.update(
+                    step=torch.zeros(()), exp_avg=torch.zeros_like(matrix), exp_avg_sq=torch.zeros_like(matrix)
+                )
+            state["step"] += 1
+            self._muon.state[matrix] = {"momentum_buffer": state["exp_avg"]}
+        self._muon.step()
+        gradients = [matrix.grad for matrix in matrices]
+        for matrix in matrices:
+            matrix.grad = None  # which AdamW passes over
+        super()._update()
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            matrix.grad = gradient
 
 
 def make_optimiser(model: AIM, section: OptimiserSection, options: EngineOptions) -> torch.optim.Optimizer:
-    """torch's AdamW over the model's parameter groups."""
+    """torch's AdamW over the model's parameter groups, or Muon for some of them."""
     settings: dict[str, Any] = {"lr": section.lr_peak, "betas": section.betas, "eps": section.eps, "fused": True}
-    groups = model.param_groups(section.weight_decay)
+    groups = model.param_groups(section.weight_decay, hidden_apart=section.name == "muon")
+    if section.name == "muon":
+        return GuardedMuon(groups, clip_norm=section.clip_norm, **settings)
     if options.zero_stage == 0:
         return GuardedAdamW(groups, clip_norm=section.clip_norm, **settings)
     return torch.optim.AdamW(groups, **settings)

@@ -92,6 +92,11 @@ class Engine:
             raise ConfigError("zero_stage 0 keeps its optimiser on the device; use zero_stage 1, 2 or 3 to offload it")
         if options.offload_weights and not (options.zero_stage == 3 and options.offload_optimiser):
             raise ConfigError("offload_weights needs zero_stage 3 and offload_optimiser")
+        if optimiser.name == "muon" and (options.zero_stage > 0 or config.parametrisation != "standard"):
+            raise ConfigError(
+                "muon needs whole matrices, so zero_stage 0 (and fp32), and parametrisation standard, "
+                "as the size of its updates follows the width by itself"
+            )
         deepspeed = import_deepspeed(log_file)
         self.group = group
         self.options = options

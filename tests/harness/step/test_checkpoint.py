@@ -27,8 +27,8 @@ CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 Run = Callable[..., list[int]]
 
 
-def make_engine(group: Group, stage: int, precision: str = "fp32", **options: bool) -> Engine:
-    optimiser = OptimiserSection(batch_size=8, precision=precision)  # type: ignore[arg-type]
+def make_engine(group: Group, stage: int, precision: str = "fp32", name: str = "adamw", **options: bool) -> Engine:
+    optimiser = OptimiserSection(name=name, batch_size=8, precision=precision)  # type: ignore[arg-type]
     return Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage, **options), group)
 
 
@@ -150,9 +150,9 @@ def test_an_offloaded_run_is_saved_and_goes_on_with_or_without_offloading(tmp_pa
     assert in_processes(offload_and_back, tmp_path, cases, world_size=2) == [0, 0]
 
 
-def round_trip(rank: int, folder: Path) -> None:
+def round_trip(rank: int, folder: Path, name: str) -> None:
     group = start_group(find_placement(), "cpu")
-    engine = make_engine(group, 0)
+    engine = make_engine(group, 0, name=name)
     train(engine, group, 0, 3)
     save(folder / "1", engine, group, images_seen=24)
     losses = train(engine, group, 3, 6)
@@ -172,8 +172,11 @@ def round_trip(rank: int, folder: Path) -> None:
     stop_group()
 
 
-def test_a_checkpoint_restores_weights_moments_and_count_and_notices_damage(tmp_path: Path, in_processes: Run) -> None:
-    assert in_processes(round_trip, tmp_path) == [0]
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_restores_weights_moments_and_count_and_notices_damage(
+    name: str, tmp_path: Path, in_processes: Run
+) -> None:
+    assert in_processes(round_trip, tmp_path, name) == [0]
 
 
 def save_and_train_on(rank: int, folder: Path) -> None:

@@ -38,19 +38,32 @@ def step_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(1, CONFIG.num_tokens, (BATCH,), generator=generator)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether Muon has a parameter."""
+    return name.endswith((".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight", ".proj_in.weight")) and (
+        "patchifier" not in name
+    )
+
+
 def plain_losses(optimiser: OptimiserSection) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of a loop without DeepSpeed, ranks or micro-batches."""
     model = AIM(CONFIG)
-    adamw = torch.optim.AdamW(
-        model.param_groups(optimiser.weight_decay), lr=LR, betas=optimiser.betas, eps=optimiser.eps
-    )
+    matrices = [p for name, p in model.named_parameters() if optimiser.name == "muon" and is_hidden(name)]
+    groups = model.param_groups(optimiser.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=LR, betas=optimiser.betas, eps=optimiser.eps)]
+    if matrices:
+        decay = optimiser.weight_decay
+        parts += [torch.optim.Muon(matrices, lr=LR, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
     losses, norms = [], []
     for step in range(NUM_STEPS):
         loss_sum, num_targets = model(*step_batch(step))
         (loss_sum / num_targets).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.clip_norm).item())
-        adamw.step()
-        adamw.zero_grad()
+        for part in parts:
+            part.step()
+        model.zero_grad()
         losses.append((loss_sum / num_targets).item())
     return losses, norms
 
@@ -65,13 +78,13 @@ def split(images: torch.Tensor, prefix_len: torch.Tensor, rank: int, world_size:
     ]
 
 
-def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, str]]) -> None:
+def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, str]], name: str = "adamw") -> None:
     """Run every (precision, stage, micro-batches, offload) in this process group and write losses and norms."""
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     results = []
     for precision, stage, num_micro, offload in cases:
-        optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
+        optimiser = OptimiserSection(name=name, batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
         options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
         engine = Engine(CONFIG, optimiser, options, group)
         losses, norms = [], []
@@ -111,6 +124,19 @@ def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in
         tolerance = 1e-5 if case[0] == "fp32" else 1e-2
         assert largest_difference(our_losses, losses) < tolerance, case
         assert largest_difference(our_norms, norms) < 10 * tolerance, case
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_muon_takes_the_steps_of_pytorch_s(world_size: int, tmp_path: Path, in_processes: Run) -> None:
+    cases = [("fp32", 0, 1, "none"), ("fp32", 0, 3, "none")]
+    out = tmp_path / "losses.json"
+    assert in_processes(engine_losses, out, cases, "muon", world_size=world_size) == [0] * world_size
+    losses, norms = plain_losses(OptimiserSection(name="muon", batch_size=BATCH, clip_norm=0.5))
+    of_adamw, _ = plain_losses(OptimiserSection(batch_size=BATCH, clip_norm=0.5))
+    assert largest_difference(of_adamw, losses) > 0.01
+    for our_losses, our_norms in json.loads(out.read_text()):
+        assert largest_difference(our_losses, losses) < 2e-3  # it orthogonalises in bf16
+        assert largest_difference(our_norms, norms) < 2e-2
 
 
 def bad_steps(rank: int, out: Path, stages: list[tuple[str, int]]) -> None:
@@ -231,6 +257,8 @@ def refuse(rank: int) -> None:
         Engine(CONFIG, fp32, EngineOptions(zero_stage=0, offload_optimiser=True), group)
     with pytest.raises(ConfigError, match="offload_weights needs zero_stage 3"):
         Engine(CONFIG, fp32, EngineOptions(zero_stage=2, offload_optimiser=True, offload_weights=True), group)
+    with pytest.raises(ConfigError, match="muon needs whole matrices"):
+        Engine(CONFIG, fp32.model_copy(update={"name": "muon"}), EngineOptions(zero_stage=1), group)
 
 
 def test_what_deepspeed_gets_wrong_or_cannot_do_is_refused(in_processes: Run) -> None:
