@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import heapq
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -264,14 +266,24 @@ def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
 
 
 def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
-    """Planned time left of what waits or runs, evaluation included, over that done a second by what is running."""
-    left = speed = 0.0
+    """Seconds until the last run ends, where each that ends makes room for the longest that waits.
+
+    A run takes its planned time, evaluation included, over what those now training do of theirs in a second.
+    """
+    running, waiting, paces = [], [], []
     for line, card in zip(lines, cards, strict=True):
-        if line.state in ("not started", "queued", "running", "preempted", "dead"):
-            left += card.training_s * (1 - line.progress)
-            # Validation alone is done about when the training that it follows is.
-            share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
-            left += card.evaluation_s * (1 - share)
-        if line.state == "running" and line.images_per_s:
-            speed += card.training_s / card.images_executed * line.images_per_s
-    return left / speed if speed else None
+        # Validation alone is done about when the training that it follows is.
+        share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
+        left = card.training_s * (1 - line.progress) + card.evaluation_s * (1 - share)
+        if line.state == "running":
+            running.append(left)
+            if line.images_per_s:
+                paces.append(card.training_s / card.images_executed * line.images_per_s)
+        elif line.state in ("not started", "queued", "preempted", "dead"):
+            waiting.append(left)
+    if not paces:
+        return None
+    ends = sorted(running)
+    for left in sorted(waiting, reverse=True):
+        heapq.heapreplace(ends, ends[0] + left)
+    return max(ends) / statistics.mean(paces)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def test_the_forecast_counts_what_steps_and_evaluations_take_beside_their_flops(
         record.write_start()
         record.write_status(images_done=32_000, images_planned=64_000, images_per_s=2 * 6_400)
         assert look(sweep).eta_s == pytest.approx((1_500 * 0.010 + 2 * 5) / 2, rel=1e-6)
+
+
+def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep: Any) -> None:
+    """Three runs of 10 s by the plan, two of them running at its speed: a sum over two slots would say 10 s."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], budgets=[64_000], cost={"peak_tflops": 1e9, "step_ms": 10})
+    runs = plan(sweep)
+    card = cost_cards(sweep, runs)[0]
+    pace = card.images_executed / card.training_s
+    with contextlib.ExitStack() as stack:
+        for run, done in zip(runs[:2], (0.5, 0.5), strict=True):
+            record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
+            stack.enter_context(record.hold())
+            record.write_start()
+            record.write_status(images_done=int(done * 64_000), images_planned=64_000, images_per_s=pace)
+        assert look(sweep).eta_s == pytest.approx(1.5 * card.training_s, rel=1e-6)
 
 
 def test_a_probe_job_is_shown_beside_its_run(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
