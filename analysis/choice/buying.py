@@ -115,7 +115,7 @@ def _posterior(law: Fit, candidates: Points, target: Points, noise: float) -> Ar
     measured = {v: law.data[v].to_numpy(float) for v in law.law.variables}
     offered, wanted = law.variables(candidates), law.variables(target)
     x = {v: np.concatenate([measured[v], offered[v], wanted[v]]) for v in law.law.variables}
-    slopes = log_slopes(law, x)
+    slopes = law.log_slopes(x)
     places = np.stack([np.log(x[v]) for v in law.law.variables], axis=1) / DEPARTURE_RANGE
     distance = np.sum((places[:, None] - places[None]) ** 2, axis=2)
     departure = max(DEPARTURE_SD, DEPARTURE_TO_NOISE * noise)
@@ -123,18 +123,6 @@ def _posterior(law: Fit, candidates: Points, target: Points, noise: float) -> Ar
     m = len(law.data)
     seen = joint[:m, :m] + noise**2 * np.eye(m)
     return joint[m:, m:] - joint[m:, :m] @ np.linalg.solve(seen, joint[:m, m:])
-
-
-def log_slopes(law: Fit, x: Mapping[str, Array]) -> Array:
-    """Derivatives (n, k) of ln L by the logarithm of each positive parameter, or by a parameter of either sign."""
-    columns = []
-    base = np.log(law.law.value(x, law.law_params))
-    for p in law.law.parameters:
-        value = law.law_params[p.name]
-        unit = abs(value) if value and (p.log or p in law.law.linear) else 1.0
-        moved = np.log(law.law.value(x, {**law.law_params, p.name: value + 1e-5 * unit}))
-        columns.append((moved - base) / 1e-5)
-    return np.stack(columns, axis=1)
 
 
 def noise_of(law: Fit) -> float:

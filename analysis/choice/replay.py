@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.choice.backtest import with_compute
-from aimscale.analysis.choice.buying import buy, log_slopes
+from aimscale.analysis.choice.buying import buy
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import huber_log
@@ -103,7 +103,7 @@ def _v_optimal(pool: pd.DataFrame, first: Array, budget: float, law: Law, power:
     """Least mean variance of the law over the whole pool (not at the target), per price^power, one after another."""
     known = fit(law, pool.loc[first], y="loss", objective=OBJECTIVE, resamples=0)
     price = pool["C"].to_numpy()
-    slopes = log_slopes(known, {v: pool[v].to_numpy(float) for v in law.variables})
+    slopes = known.log_slopes(pool)
     spread = np.linalg.inv(slopes[first].T @ slopes[first] + 1e-4 * np.eye(slopes.shape[1]))
     bought, left = list(first), budget - price[first].sum()
     while True:

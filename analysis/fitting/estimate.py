@@ -15,6 +15,7 @@ from aimscale.analysis.fitting.lackoffit import lack_of_fit_flags
 from aimscale.analysis.fitting.objectives import HUBER_LOG, ROBUST, Objective, find_objective
 from aimscale.analysis.fitting.optimise import Minimum, Problem, global_minimum, make_problem, minimise
 from aimscale.analysis.fitting.profiles import profile
+from aimscale.analysis.fitting.projection import MAX_STARTS
 from aimscale.analysis.fitting.result import Fit, about, intervals_of
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -118,7 +119,7 @@ def best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
         problem = replace(problem, objective=problem.objective.with_scale(sd))
         refined, totals = minimise(problem, vectors)
         sd = robust_sd(residual_of(problem, refined[np.argmin(totals)]), free)
-    return problem, global_minimum(problem, extra=vectors)
+    return problem, global_minimum(problem, extra=vectors, count=MAX_STARTS)  # every valley is among the vectors
 
 
 def _bounded_above(result: Fit, problem: Problem) -> Fit:

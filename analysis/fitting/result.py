@@ -200,6 +200,17 @@ class Fit(Result):
             factor = np.maximum(factor, np.maximum(low / x[v], x[v] / high))
         return pd.DataFrame({**out, "beyond_range": factor}, index=df.index if isinstance(df, pd.DataFrame) else None)
 
+    def log_slopes(self, df: pd.DataFrame | Mapping[str, Any]) -> Array:
+        """Derivatives (n, k) of ln L by the logarithm of each positive parameter, or by one of either sign itself."""
+        x, columns = self.variables(df), []
+        base = np.log(self.law.value(x, self.law_params))
+        for p in self.law.parameters:
+            value = self.law_params[p.name]
+            unit = abs(value) if value and (p.log or p in self.law.linear) else 1.0
+            moved = np.log(self.law.value(x, {**self.law_params, p.name: value + 1e-5 * unit}))
+            columns.append((moved - base) / 1e-5)
+        return np.stack(columns, axis=1)
+
     @property
     def num_draws(self) -> int:
         """Draws kept."""

@@ -1,9 +1,11 @@
 """A table measured again through its own design, to see how far an approach errs on it: by noise, and by its own bias.
 
-The joint law is fitted with its errors of sizes, runs and points; every draw of both gives a table with the same rows
-and the optimum that this draw has. What an approach finds on the table, less that optimum, is its error. The errors
-count everything that the design does to an approach: few budgets, interpolated rows, grids off the centre, alpha other
-than beta.
+The joint law is fitted with its errors of sizes, runs and points. Every draw of its parameters is a truth, with the
+optimum that it has; of the tables which that truth may give, the one is simulated whose fit is the fit of the table at
+hand: the fitted law, and what a fit leaves over of that draw's errors. What an approach finds on it, less the draw's
+optimum, is its error. The errors count everything that the design does to an approach: few budgets, interpolated rows,
+grids off the centre, alpha other than beta. (Truths with errors of their own would count twice what the approach and
+the fit have in common: a step from size to size, which lies where it lies, then errs by all that the law may err.)
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.frontier.optimum import Cost, optimum_of
 from aimscale.analysis.inference.groups import groups_of
+from aimscale.analysis.inference.lackoffit import left_over
 from aimscale.analysis.inference.mixed import simulated_errors
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
@@ -54,8 +57,9 @@ def simulate(points: pd.DataFrame, cost: Cost, num_tables: int, seed: int) -> Si
         groups.runs if law.groups.runs is not None else None,
         np.random.default_rng([seed, 3]),
     )
+    left = left_over(law.log_slopes(points), np.ones(len(points)), errors)
+    log_losses = np.log(law.law.value(x, law.law_params)) + left
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_losses = np.log(law.law.value(x, law.draws)) + errors
         optima = np.stack(optimum_of(law.draws, cost), axis=1)
     good = np.isfinite(log_losses).all(axis=1) & np.isfinite(optima).all(axis=1)
     return Simulated(log_losses=log_losses[good], optima=optima[good])

@@ -78,8 +78,8 @@ def test_one_rule_serves_every_cut_through_chinchillas_points(epoch, cut, object
     assert log_rmse(found.best, above) < 1.05 * min(log_rmse(form, above) for form in forms)
 
 
-@pytest.mark.parametrize(("objective", "least_r2"), [("huber_log", 0.97), ("robust", 0.95)])
-def test_pools_seen_many_times_get_a_law_that_overfits(measurements, objective, least_r2):
+@pytest.mark.parametrize("objective", ["huber_log", "robust"])
+def test_pools_seen_many_times_get_a_law_that_overfits(measurements, objective):
     names = {"unique_tokens": "U", "params": "N", "tokens": "D"}
     df = measurements("scalebench/data_constrained.parquet").rename(columns=names)
     top = df["D"].rank(method="first") > 0.9 * len(df)
@@ -87,4 +87,4 @@ def test_pools_seen_many_times_get_a_law_that_overfits(measurements, objective, 
     miss = df.loc[top, "loss"] - found.best.predict(df[top])["value"].to_numpy()
     r2 = 1 - (miss**2).sum() / ((df.loc[top, "loss"] - df.loc[top, "loss"].mean()) ** 2).sum()
     assert found.best.law.name == "overfitting"
-    assert r2 > least_r2
+    assert r2 > 0.97
