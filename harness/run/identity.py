@@ -39,6 +39,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "data.shuffle_buffer": 1000,
     "objective.target": "normalised",
     "objective.prefix": "paired",
+    "optimiser.name": "adamw",
     "optimiser.batch_size": 4096,
     "optimiser.lr_peak": 1e-3,
     "optimiser.betas": [0.9, 0.95],
