@@ -148,17 +148,26 @@ def checkpoint(
     folder: Annotated[Path, typer.Option(help="On the disk in question.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """How long a checkpoint stops training, how long it takes to be written beside it, and to be read."""
+    """How long a checkpoint stops training, with the state copied aside and without; alone or under torchrun."""
     from aimscale.aim.config import model_config
     from aimscale.harness.bench.checkpoint import run
 
     shape = model_config(size, image_size=image_size, patch_size=patch_size, head_rule=head_rule)  # type: ignore[arg-type]
     found = run(shape, precision=precision, device=device, folder=folder)  # type: ignore[arg-type]
+    if int(os.environ["RANK"]) > 0:
+        return
     if as_json:
         typer.echo(json.dumps(found))
         return
-    seconds = {name: f"{found[f'{name}_s']:.2f} s" for name in ("stall", "write", "load")}
-    _table({"size": f"{found['bytes'] / 1e9:.3f} GB"} | seconds)
+    share = f"{100 * found['stall']:.1f} % of a save for which training waits ({found['wait_s']:.2f} s)"
+    _table(
+        {
+            "size": f"{found['bytes'] / 1e9:.3f} GB, {found['world_size']} rank(s)",
+            "stall": f"{found['stall_s']:.3f} s, {share}",
+            "write": f"{found['write_s']:.2f} s, in which a step takes {found['slowdown']:.2f} times as long",
+            "load": f"{found['load_s']:.2f} s",
+        }
+    )
 
 
 @app.command()

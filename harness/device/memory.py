@@ -8,6 +8,7 @@ what the backward pass of a block keeps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal, NamedTuple
 
 from aimscale.aim.config import ModelConfig
@@ -95,12 +96,17 @@ class MemoryEstimate:
     host: int = 0
     """Offloaded: in the memory of the host, not of the device, and not in `total`."""
     checkpoint_copy: int = 0
-    """In the memory of the host, too: the state as it is written to disk while training goes on."""
+    """In the memory of the host, too: the state as it is written to disk while training goes on; 0 where it waits."""
 
     @property
     def states(self) -> int:
         """What does not depend on the micro-batch."""
         return self.weights + self.gradients + self.optimiser + self.buffers
+
+    @property
+    def on_host(self) -> int:
+        """Everything in the host's memory."""
+        return self.host + self.checkpoint_copy
 
     @property
     def total(self) -> int:
@@ -256,6 +262,7 @@ def execution_plan(
     activation_checkpointing: Literal["auto"] | bool = "auto",
     offload_optimiser: Literal["auto"] | bool = "auto",
     offload_weights: Literal["auto"] | bool = "auto",
+    checkpoint_copy: Literal["auto"] | bool = "auto",
     on_cpu: bool = False,
 ) -> ExecutionPlan:
     """Choose what is not fixed.
@@ -265,8 +272,8 @@ def execution_plan(
     bf16, whose master weights need it, and 2); stage 3, slower, comes next. Offloading comes last, first of optimiser
     state in the same order (every step then moves gradients and weights over the bus, and the host updates them at the
     speed of its memory), then of the weights, too; without being told only where the host's memory is known and
-    suffices, and never on a CPU, whose memory is the host's. A micro-batch below 8 counts as not fitting while there is
-    something left to try.
+    suffices, and never on a CPU, whose memory is the host's. Checkpoints are copied aside where that memory is not
+    known or suffices. A micro-batch below 8 counts as not fitting while there is something left to try.
 
     Args:
         config: the model.
@@ -281,6 +288,7 @@ def execution_plan(
         activation_checkpointing: fixes it.
         offload_optimiser: fixes it.
         offload_weights: fixes it.
+        checkpoint_copy: fixes whether checkpoints are copied aside.
         on_cpu: the device is the host.
 
     Raises:
@@ -302,14 +310,16 @@ def execution_plan(
     per_rank = -(-batch_size // world_size)
     limit = USABLE_FRACTION * device_bytes
     for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
-        for setting in settings:
+        for setting, copies in itertools.product(settings, (True, False)):
+            if checkpoint_copy not in ("auto", copies):
+                continue
             empty = memory_estimate(
                 config, world_size=world_size, micro_batch=0, precision=precision, on_cpu=on_cpu, **setting._asdict()
             )
-            on_host = empty.host + empty.checkpoint_copy
+            empty = empty if copies else dataclasses.replace(empty, checkpoint_copy=0)
             if on_cpu:
-                limit = USABLE_FRACTION * device_bytes - on_host
-            elif host_bytes is not None and on_host > USABLE_FRACTION * host_bytes:
+                limit = USABLE_FRACTION * device_bytes - empty.on_host
+            elif host_bytes is not None and empty.on_host > USABLE_FRACTION * host_bytes:
                 continue
             per_image = activation_bytes_per_image(config, precision, setting.activation_checkpointing, on_cpu)
             room = int((limit - empty.total) // per_image)
@@ -326,8 +336,8 @@ def execution_plan(
                 )
     raise DoesNotFitError(
         f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "
-        "use more ranks, or leave zero_stage, micro_batch, activation_checkpointing and offloading on auto "
-        f"(of the host, the copy of a checkpoint needs {empty.checkpoint_copy / 2**30:.1f} GiB per rank)"
+        "use more ranks, or leave zero_stage, micro_batch, activation_checkpointing, offloading and checkpoint_copy on "
+        "auto"
     )
 
 

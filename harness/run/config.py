@@ -310,6 +310,9 @@ class RuntimeConfig(Section):
     """Checkpoints at this distance, beside those at branch points; null leaves them to the time."""
     checkpoint_every_min: float | None = Field(30, gt=0)
     """Checkpoints this many minutes after the last, too. They are written while training goes on."""
+    checkpoint_copy: Literal["auto"] | bool = "auto"
+    """Copy the state into host memory, 12 bytes per parameter over all ranks, and write it while training goes on;
+    false writes it from where it is, and training waits. `auto` copies where the host has room."""
     keep_trunk: bool = True
     """Keep the last saved point of a finished run's trunk, 12 bytes per parameter, from which a longer budget goes on
     (wsd)."""

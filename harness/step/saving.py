@@ -1,8 +1,10 @@
 """Saving: the state is copied aside, and written, checked and published while training goes on.
 
-A rank stops for the copy alone, its own share of the state, into host memory that is allocated once (page-locked where
-there is a card). A thread writes the copy, makes it durable, and reads it again. When all ranks are done, the first
-publishes the checkpoint by renaming its folder: what carries the final name is complete. At most one is under way.
+A rank stops for the copy alone, its own share of the state, into host memory that is allocated once, behind the start
+(page-locked where there is a card). A thread writes the copy, makes it durable, and reads it again. Where the host has
+no room for a copy, the same thread writes the state from where it is, piece by piece, and the rank waits for it. When
+all ranks are done, the first publishes the checkpoint by renaming its folder: what carries the final name is complete.
+At most one is under way.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +57,21 @@ class _UnderWay:
 class CheckpointWriter:
     """Writes the checkpoints of one engine; all ranks call its methods together."""
 
-    def __init__(self, engine: Engine, group: Group, check: Callable[[], None]) -> None:
-        """`check` is called before anything is published; it raises where the run is not this group's any more."""
-        self._engine, self._group, self._check = engine, group, check
+    def __init__(self, engine: Engine, group: Group, check: Callable[[], None], *, copies: bool = True) -> None:
+        """Allocate nothing yet.
+
+        Args:
+            engine: whose state is saved.
+            group: all ranks.
+            check: called before anything is published; raises where the run is not this group's any more.
+            copies: whether the state is copied aside; otherwise ranks wait until it is written.
+        """
+        self._engine, self._group, self._check, self._copies = engine, group, check, copies
         self._under_way: _UnderWay | None = None
         self._dropping: concurrent.futures.Future[None] | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        num_values = sum(fragment.numel for _, fragment in self._own_share())
-        self._copy = self._background.submit(_allocate, num_values, group.device)
+        self._copy: concurrent.futures.Future[Tensor] | None = None
 
     def save(
         self,
@@ -75,7 +83,7 @@ class CheckpointWriter:
         progress: dict[str, Any],
         keep: Collection[Path],
     ) -> None:
-        """Copy the engine's state and begin to write it; the one before is finished first.
+        """Copy the engine's state and begin to write it, or write it; the one before is finished first.
 
         A complete checkpoint that is already there is kept: the same position of the same run holds the same values.
 
@@ -92,7 +100,8 @@ class CheckpointWriter:
         if self._group.from_first(self._group.is_first and _prepare(final)):
             self._drop_all_but({final, *keep})
             return
-        shapes = self._copy_aside()
+        share = self._own_share()
+        pieces = self._copied(share) if self._copies else _pieces(share.values())
         manifest = Manifest(
             version=CHECKPOINT_VERSION,
             run_id=run_id,
@@ -103,7 +112,10 @@ class CheckpointWriter:
             files={},
         )
         name = f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
-        part = self._background.submit(_write_part, aside_dir(final) / name, shapes, self._copy.result(), self._stop)
+        shapes = {key: list(values.shape) for key, values in share.items()}
+        part = self._background.submit(_write_part, aside_dir(final) / name, shapes, pieces, self._stop)
+        if not self._copies:
+            concurrent.futures.wait([part])
         self._under_way = _UnderWay(final=final, manifest=manifest, keep=frozenset({final, *keep}), part=part)
 
     def is_under_way(self, final: Path) -> bool:
@@ -113,9 +125,13 @@ class CheckpointWriter:
     def poll(self) -> None:
         """Publish what all ranks have written by now; costs one exchange while there is something to publish.
 
+        The first call, from a run that has started, has the copy's memory allocated.
+
         Raises:
             CheckpointError: as `finish` says.
         """
+        if self._copies:
+            self._allocated()
         if self._under_way and not self._group.any(not self._under_way.part.done()):
             self._publish(self._under_way)
 
@@ -158,35 +174,52 @@ class CheckpointWriter:
         """Give up what is under way, and the memory of the copy."""
         self._stop.set()
         self._background.shutdown()
-        del self._copy
+        self._copy = None
 
     def _drop_all_but(self, keep: Collection[Path]) -> None:
         """Remove the other checkpoints, in the background: that of gigabytes takes long."""
         if self._group.is_first:
             self._dropping = self._background.submit(_remove_others, keep)
 
-    def _own_share(self) -> list[tuple[str, Fragment]]:
-        """Kind and place of what this rank writes: what it holds, or its share where all hold everything."""
+    def _own_share(self) -> dict[str, Tensor]:
+        """What this rank writes, by its key, where it is: what it holds, or its share where all hold everything."""
         fragments = self._engine.fragments()
         if self._engine.options.zero_stage == 0:
             owners = share_out(fragments, self._group.world_size)
             fragments = [each for each, owner in zip(fragments, owners, strict=True) if owner == self._group.rank]
-        return [(kind, fragment) for fragment in fragments if fragment.numel for kind in (MASTER, *ADAM_MOMENTS)]
-
-    def _copy_aside(self) -> dict[str, list[int]]:
-        """Copy this rank's share, one piece after the other; returns their keys and shapes, in that order."""
-        shapes: dict[str, list[int]] = {}
-        copy, start = self._copy.result(), 0
-        for kind, fragment in self._own_share():
-            flat = fragment.flat if kind == MASTER else self._engine.adam_state(fragment.flat)[kind]
-            copy.narrow(0, start, fragment.numel).copy_(fragment_of(flat, fragment), non_blocking=True)
-            start += fragment.numel
+        share = {}
+        for fragment in fragments:
             is_whole = fragment.numel == fragment.shape.numel()
-            key = f"{kind}/{fragment.name}" + ("" if is_whole else f"@{fragment.param_start}")
-            shapes[key] = list(fragment.shape) if is_whole else [fragment.numel]
+            for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
+                flat = fragment.flat if kind == MASTER else self._engine.adam_state(fragment.flat)[kind]
+                values = fragment_of(flat, fragment)
+                if is_whole:
+                    share[f"{kind}/{fragment.name}"] = values.view(fragment.shape)
+                else:
+                    share[f"{kind}/{fragment.name}@{fragment.param_start}"] = values
+        return share
+
+    def _allocated(self) -> concurrent.futures.Future[Tensor]:
+        """The copy's memory, which is made ready beside training."""
+        if self._copy is None:
+            num_values = sum(values.numel() for values in self._own_share().values())
+            self._copy = self._background.submit(_allocate, num_values, self._group.device)
+        return self._copy
+
+    def _copied(self, share: dict[str, Tensor]) -> Sequence[Tensor]:
+        """Copies of these values, one after the other."""
+        copy, start = self._allocated().result(), 0
+        for values in share.values():
+            copy.narrow(0, start, values.numel()).copy_(values.flatten(), non_blocking=True)
+            start += values.numel()
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
-        return shapes
+        return copy.split(_CHUNK_VALUES)
+
+
+def _pieces(share: Iterable[Tensor]) -> Iterable[Tensor]:
+    """These values one after the other, in copies on the host: a tensor that numpy saw cannot give its memory back."""
+    return (piece.to("cpu", copy=True) for values in share for piece in values.flatten().split(_CHUNK_VALUES))
 
 
 def _allocate(num_values: int, device: torch.device) -> Tensor:
@@ -221,7 +254,7 @@ def share_out(fragments: Sequence[Fragment], world_size: int) -> list[int]:
 
 
 def _write_part(
-    path: Path, shapes: dict[str, list[int]], values: Tensor, stop: threading.Event
+    path: Path, shapes: dict[str, list[int]], pieces: Iterable[Tensor], stop: threading.Event
 ) -> tuple[str, int, int, str]:
     """Write one safetensors file, make it durable, and read it again; returns name, size, checksum and the problem.
 
@@ -230,7 +263,7 @@ def _write_part(
     if not shapes:
         return path.name, 0, 0, ""
     try:
-        crc = _write_safetensors(path, shapes, values, stop)
+        crc = _write_safetensors(path, shapes, pieces, stop)
         if file_crc32(path) != crc:
             return path.name, 0, 0, f"{path.name} reads otherwise than it was written"
         return path.name, path.stat().st_size, crc, ""
@@ -238,8 +271,10 @@ def _write_part(
         return path.name, 0, 0, str(error)
 
 
-def _write_safetensors(path: Path, shapes: dict[str, list[int]], values: Tensor, stop: threading.Event) -> int:
-    """Write float32 tensors that stand one after the other in `values`; returns the file's checksum."""
+def _write_safetensors(
+    path: Path, shapes: dict[str, list[int]], pieces: Iterable[Tensor], stop: threading.Event
+) -> int:
+    """Write float32 tensors whose values come one after the other in `pieces`; returns the file's checksum."""
     entries, end = {}, 0
     for key, shape in shapes.items():
         start, end = end, end + 4 * torch.Size(shape).numel()
@@ -250,11 +285,12 @@ def _write_safetensors(path: Path, shapes: dict[str, list[int]], values: Tensor,
         start_of_file = len(header).to_bytes(8, "little") + header
         file.write(start_of_file)
         crc = zlib.crc32(start_of_file)
-        for chunk in values[: end // 4].split(_CHUNK_VALUES):
+        for piece in pieces:
             if stop.is_set():
                 raise OSError("the run ended before it was written")
-            file.write(chunk.numpy())
-            crc = zlib.crc32(chunk.numpy(), crc)
+            data: Any = piece.numpy()
+            file.write(data)
+            crc = zlib.crc32(data, crc)
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache

@@ -69,6 +69,7 @@ class Trainer:
             activation_checkpointing=runtime.activation_checkpointing,
             offload_optimiser=runtime.offload_optimiser,
             offload_weights=runtime.offload_weights,
+            checkpoint_copy=runtime.checkpoint_copy,
             on_cpu=group.device.type == "cpu",
         )
         self.engine = Engine(
@@ -85,7 +86,7 @@ class Trainer:
             seed=training.seed,
             log_file=run.logs / f"deepspeed-rank{group.rank}.log",
         )
-        self.writer = CheckpointWriter(self.engine, group, watch.check)
+        self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.estimate.checkpoint_copy > 0)
         self.saved_at = time.monotonic()
         self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
         self.blocks = BlockWatch(self.engine, runtime.per_block_every_steps)

@@ -193,7 +193,8 @@ def page(done: dict[str, Any]) -> str:
     if saved := _result(found, "checkpoint"):
         lines += [
             f"A checkpoint of {saved['size']}, {saved['bytes'] / 1e9:.2f} GB: training stands still for "
-            f"{saved['stall_s']:.2f} s, it is written in {saved['write_s']:.1f} s and read in {saved['load_s']:.1f} s.",
+            f"{saved['stall_s']:.2f} s, {100 * saved['stall']:.1f} % of what it would without a copy; it is written in "
+            f"{saved['write_s']:.1f} s and read in {saved['load_s']:.1f} s.",
             "",
         ]
     for run in (_result(found, "status") or {}).get("runs", ()):

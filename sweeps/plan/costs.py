@@ -98,6 +98,8 @@ class CostCard:
     """Peak of one rank at that stage and micro-batch, activations included."""
     memory_by_stage: dict[int, int]
     """The same at every ZeRO stage."""
+    host_bytes: int | None
+    """Host memory of all ranks for offloaded states and for the copy from which a checkpoint is written."""
     checkpoint_bytes: int
     """One resumable checkpoint."""
     save_s: float
@@ -258,6 +260,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
         activation_checkpointing=fit.chosen.activation_checkpointing if fit.chosen else None,
         memory_bytes=fit.chosen.estimate.total if fit.chosen else None,
         memory_by_stage=fit.by_stage,
+        host_bytes=run.devices * fit.chosen.estimate.on_host if fit.chosen else None,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + len(budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
         trunk_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total if keeps_trunk else 0,
@@ -297,6 +300,7 @@ def _fit(model: ModelConfig, config: RunConfig, devices: int, device_bytes: int)
         runtime.activation_checkpointing,
         runtime.offload_optimiser,
         runtime.offload_weights,
+        runtime.checkpoint_copy,
     )
 
 
@@ -312,6 +316,7 @@ def _fit_cached(
     activation_checkpointing: Literal["auto"] | bool,
     offload_optimiser: Literal["auto"] | bool,
     offload_weights: Literal["auto"] | bool,
+    checkpoint_copy: Literal["auto"] | bool,
 ) -> _Fit:
     try:
         chosen = execution_plan(
@@ -325,6 +330,7 @@ def _fit_cached(
             activation_checkpointing=activation_checkpointing,
             offload_optimiser=offload_optimiser,
             offload_weights=offload_weights,
+            checkpoint_copy=checkpoint_copy,
         )
     except DoesNotFitError:
         chosen = None

@@ -201,7 +201,8 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
         f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)} "
         f"({data_size(total.trunk_bytes)} of them the trunks kept for longer budgets), "
         f"image cache {data_size(total.cache_bytes)}; told to stop, a run gets up to "
-        f"{duration(max(card.stop_s for card in cards))} to save",
+        f"{duration(max(card.stop_s for card in cards))} to save; in host memory, all ranks of a run keep up to "
+        f"{data_size(max(card.host_bytes or 0 for card in cards))} of offloaded states and checkpoint copies",
         highlight=False,
         soft_wrap=True,
     )

@@ -201,7 +201,7 @@ def test_offloading_comes_last_and_only_where_the_host_has_room() -> None:
     assert plan(24, host=200) == plan(24) == (3, False, False)
     assert plan(14, host=200) == (3, True, False)
     for host in (None, 4):
-        with pytest.raises(DoesNotFitError, match="offloading on auto"):
+        with pytest.raises(DoesNotFitError, match="offloading and checkpoint_copy on auto"):
             plan(14, host=host)
     assert plan(80, offload_optimiser=True) == (1, True, False)
     assert plan(80, offload_optimiser=True, offload_weights=True) == (3, True, True)
@@ -226,8 +226,9 @@ def test_a_cpu_offloads_only_where_told_and_then_counts_both() -> None:
     # 32 million parameters at 20 bytes on the host, 15 on the device and 12 in a checkpoint's copy, and the workspace,
     # are 1690 MiB, more than nine tenths of 1800.
     assert not plan(1800).offload_optimiser  # type: ignore[attr-defined]
-    with pytest.raises(DoesNotFitError, match=r"a checkpoint needs 0\.4 GiB per rank"):
-        plan(1800, offload_optimiser=True)
+    with pytest.raises(DoesNotFitError, match="checkpoint_copy on auto"):
+        plan(1800, offload_optimiser=True, checkpoint_copy=True)
+    assert plan(1800, offload_optimiser=True).estimate.checkpoint_copy == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,18 @@ def save_and_train_on(rank: int, folder: Path) -> None:
     real_read, checkpoint._Stretch.read = checkpoint._Stretch.read, read  # type: ignore[method-assign]
     load_checkpoint(folder / "1", engine, group)
     assert sum(was_read) == 3 * sum(fragment.numel for fragment in engine.fragments())
-    assert train(engine, group, 2, 5) == losses
+    saving._write_part = real
+    waiting = CheckpointWriter(engine, group, lambda: None, copies=False)
+    begin(waiting, folder / "same")
+    losses_after = train(engine, group, 2, 5)  # changes nothing that is still to be written
+    waiting.finish()
+    waiting.close()
+    assert waiting._copy is None
+    assert sorted((folder / "same").iterdir()) == [
+        folder / "same" / path.name for path in sorted((folder / "1").iterdir())
+    ]
+    assert all((folder / "same" / path.name).read_bytes() == path.read_bytes() for path in (folder / "1").iterdir())
+    assert losses_after == losses
 
     problem = ("part", 0, 0, "no space" if rank == 1 else "")
     saving._write_part = lambda *args: problem  # type: ignore[assignment]
@@ -219,7 +230,7 @@ def save_and_train_on(rank: int, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*2: no space; make room"):
         writer.finish()
     writer.close()
-    assert [path.name for path in folder.iterdir()] == ["1"]
+    assert {path.name for path in folder.iterdir()} == {"1", "same"}
     stop_group()
 
 
