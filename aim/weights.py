@@ -87,6 +87,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"there is no weight file {path}")
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise WeightsError(f"{path} is neither .pth nor .safetensors; convert it to one of them")
+    if not path.stat().st_size:
+        raise WeightsError(f"{path} is empty; download it again")
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.inputs import FOLDER
 from aimscale.analysis.tables.results import probe_frame, read_table
+from aimscale.analysis.tables.schema import FOLDER
 
 BASELINES_FILE = "baselines.parquet"
 

@@ -20,6 +20,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.tables.observations import CANONICAL
+from aimscale.analysis.tables.schema import column_names, no_column
 
 AUTO = "auto"
 """Name that stands for a choice: of the joint laws, or with `auto:C` of the laws in one variable."""
@@ -197,11 +198,9 @@ def _largest(
     by = by or (laws[0].variables[0] if len(laws[0].variables) == 1 else "C")
     name = by if by in df.columns else _column(df, columns, by)
     if name is None:
-        raise AnalysisError(
-            f"Cannot hold out the largest {by}: it is no column; its columns are {', '.join(map(str, df.columns))}."
-        )
+        raise AnalysisError(f"Cannot hold out the largest {by}: it is no column; its columns are {column_names(df)}.")
     if y not in df.columns:
-        raise AnalysisError(f"The table has no column {y!r}; its columns are {', '.join(map(str, df.columns))}.")
+        raise no_column(df, y)
     scale = pd.to_numeric(df[name], errors="coerce").to_numpy(float)
     usable = np.isfinite(scale) & np.isfinite(pd.to_numeric(df[y], errors="coerce").to_numpy(float))
     wanted = max(MIN_HELD_OUT, int(np.ceil(share * usable.sum())))

@@ -120,13 +120,13 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
     from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.tables.observations import is_complete
     from aimscale.analysis.tables.results import probe_frame
+    from aimscale.analysis.tables.schema import column_names
 
     done = df[is_complete(df)]
     if y in df.columns:
         return {("", ""): done}
     if y != "top1" or "probes" not in df.columns:
-        names = ", ".join(map(str, df.columns))
-        raise AnalysisError(f"The table has neither a column {y!r} nor probes; its columns are {names}.")
+        raise AnalysisError(f"The table has neither a column {y!r} nor probes; its columns are {column_names(df)}.")
     probes = probe_frame(done)
     if probes.empty:
         raise AnalysisError(

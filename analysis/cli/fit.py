@@ -51,7 +51,7 @@ def command(
         ),
     ] = "auto",
     cluster: options.Cluster = "auto",
-    resamples: Annotated[int, typer.Option(help="Bootstrap resamples; 0 for none.")] = 1000,
+    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples; 0 for none.")] = 1000,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
 
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import draw, table_of, variable_columns
+from aimscale.analysis.errors import AnalysisError
 
 
 def command(
@@ -21,7 +23,7 @@ def command(
     c: options.CountOfC = options.WhatC.measured,
     budgets: Annotated[
         int | None,
-        typer.Option(help="Interpolate every size to this many budgets (approach 2); default: the table's own."),
+        typer.Option(min=2, help="Interpolate every size to this many budgets (approach 2); default: the table's own."),
     ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
     objective: Annotated[str, typer.Option(help="What approach 3 minimises.")] = "robust",
@@ -36,6 +38,9 @@ def command(
     from aimscale.analysis.frontier.approaches import all_approaches
     from aimscale.analysis.tables.design import mixture_flags
 
+    for flops in at or []:
+        if not 0 < flops < math.inf:
+            raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
     df = table_of(tables, columns, where, main, fresh=True, best=best_of, y=y)
     names = variable_columns(df.columns, n, c)
     found = all_approaches(

@@ -16,6 +16,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.groups import SIZE_COLUMNS
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.tables.observations import Exclusion
+from aimscale.analysis.tables.schema import no_column
 
 METHODS = ("pearson", "spearman", "kendall")
 
@@ -237,7 +238,7 @@ def _columns(
 ) -> tuple[Array, Array, Array | None, Array, tuple[Exclusion, ...]]:
     for name in (x, y, *([partial] if partial else []), *([cluster] if cluster else [])):
         if name not in df.columns:
-            raise AnalysisError(f"The table has no column {name!r}; its columns are {', '.join(map(str, df.columns))}.")
+            raise no_column(df, name)
     numeric = [x, y] + ([partial] if partial else [])
     used = df[numeric].apply(pd.to_numeric, errors="coerce").astype(float)
     good = np.isfinite(used).all(axis=1)

@@ -16,6 +16,7 @@ from aimscale.analysis.fitting.objectives import LSQ, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
+from aimscale.analysis.tables.schema import no_column
 
 LINKS: dict[str, Law] = {"sigmoid": LINK_SIGMOID, "exponential": LINK_EXPONENTIAL, "linear": LINK_LINEAR}
 
@@ -54,7 +55,7 @@ def link(
     if kind not in LINKS:
         raise AnalysisError(f"There is no link named {kind!r}; choose from {', '.join(LINKS)}.")
     if accuracy not in df.columns:
-        raise AnalysisError(f"The table has no column {accuracy!r}; its columns are {', '.join(map(str, df.columns))}.")
+        raise no_column(df, accuracy)
     values = pd.to_numeric(df[accuracy], errors="coerce")
     if (values > 1).any() or (values < 0).any():
         mixed = " and fractions" if (values[values > 0] <= 1).any() else ""

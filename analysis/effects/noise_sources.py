@@ -22,8 +22,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
-from aimscale.analysis.tables.inputs import FOLDER
 from aimscale.analysis.tables.observations import is_complete
+from aimscale.analysis.tables.schema import FOLDER, no_column
 
 MAX_FILES = 200
 """Runs whose per-image losses are read; enough for the noise of a mean."""
@@ -125,7 +125,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
     """
     rows = df[is_complete(df)]
     if y not in rows:
-        raise AnalysisError(f"The table has no column {y!r}; it has {', '.join(map(str, rows.columns))}.")
+        raise no_column(rows, y)
     rows = rows[pd.to_numeric(rows[y], errors="coerce") > 0]
     if len(rows) < 2:
         raise AnalysisError(f"{len(rows)} complete rows have a positive {y}, too few to tell noise from.")

@@ -15,6 +15,7 @@ from aimscale.analysis.fitting.objectives import LOG_LSQ
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import power, sigmoidal
+from aimscale.analysis.tables.schema import no_column
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -76,7 +77,7 @@ def extrapolate(
     """
     for name in (x, y):
         if name not in df.columns:
-            raise AnalysisError(f"The table has no column {name!r}; its columns are {', '.join(map(str, df.columns))}.")
+            raise no_column(df, name)
     points = df[[x, y]].drop_duplicates(x, keep="last").sort_values(x)
     if len(points) < 6:
         raise AnalysisError(f"The curve has {len(points)} different {x}; extrapolating it needs at least 6.")

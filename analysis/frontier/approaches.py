@@ -12,11 +12,12 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import ROBUST, Objective
+from aimscale.analysis.fitting.objectives import ROBUST, Objective, find_objective
 from aimscale.analysis.frontier.envelope import envelope_frontier
 from aimscale.analysis.frontier.isoflop import isoflop_frontier
 from aimscale.analysis.frontier.optimum import Frontier, parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.tables.schema import no_column
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -114,6 +115,9 @@ def all_approaches(
     Raises:
         AnalysisError: no approach is possible.
     """
+    objective = find_objective(objective)
+    if cluster is not None and cluster not in ("auto", *df.columns):
+        raise no_column(df, cluster, " to resample by")
     frontiers, failures = [], {}
 
     def parametric() -> Frontier:

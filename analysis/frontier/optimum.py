@@ -21,6 +21,7 @@ from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.tables.observations import is_complete, resolve_columns
+from aimscale.analysis.tables.schema import no_column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,7 @@ def points_of(df: pd.DataFrame, *, y: str, columns: Mapping[str, str] | None) ->
     c = names.get("C", "C" if "C" in df.columns else "flops_train")
     for name in (c, y):
         if name not in df.columns:
-            raise AnalysisError(f"The table has no column {name!r}; its columns are {', '.join(map(str, df.columns))}.")
+            raise no_column(df, name)
     used = df[is_complete(df)]
     out = used[[found["N"], found["D"], c, y]].apply(pd.to_numeric, errors="coerce").astype(float)
     out.columns = pd.Index(["N", "D", "C", "loss"])

@@ -15,6 +15,8 @@ import pandas as pd
 MAX_ROWS = 400
 """Rows shown on the page; the CSV beside the table has all."""
 MAX_CSV_BYTES = 3_000_000
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes text that begins so for a formula."""
 """Larger CSV is not put into the page."""
 
 
@@ -128,6 +130,6 @@ def csv_uri(frame: pd.DataFrame) -> str | None:
     writer = csv.writer(buffer)
     writer.writerow(frame.columns)
     for values in frame.itertuples(index=False, name=None):
-        writer.writerow([f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in values])
+        writer.writerow([f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v for v in values])
     encoded = base64.b64encode(buffer.getvalue().encode()).decode()
     return f"data:text/csv;base64,{encoded}" if len(encoded) <= MAX_CSV_BYTES else None

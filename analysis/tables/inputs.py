@@ -12,11 +12,9 @@ import pandas as pd
 
 from aimscale.analysis.tables.observations import is_complete
 from aimscale.analysis.tables.results import read_table
-from aimscale.analysis.tables.schema import TableError
+from aimscale.analysis.tables.schema import FOLDER, TableError
 from aimscale.analysis.tables.selection import best_of, select
 
-FOLDER = "table_folder"
-"""Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 OWN_COLUMN = {
     "objective.prefix": "prefix",
     "objective.target": "target",

@@ -9,7 +9,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.results import probe_frame
-from aimscale.analysis.tables.schema import KNOWN, MFU
+from aimscale.analysis.tables.schema import KNOWN, MFU, no_column
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -139,9 +139,7 @@ def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.
             parts.append(mine.assign(measure=m.name))
     long = pd.concat(parts, ignore_index=True)
     if by not in long:
-        raise AnalysisError(
-            f"The table has no column {by!r} to compare by; it has {', '.join(map(str, rows.columns))}."
-        )
+        raise no_column(rows, by, " to compare by")
     return long[long["value"].notna()]
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.tables.schema import column_names
 
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
@@ -79,7 +80,7 @@ def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | Non
             raise AnalysisError(
                 f"The table has no column {' or '.join(repr(c) for c in dict.fromkeys(choices))} for {variable} of "
                 f"{law.formula}; name yours with --columns {variable}=THEIRS (its columns: "
-                f"{', '.join(map(str, df.columns))})."
+                f"{column_names(df)})."
             )
         found[variable] = present[0]
     return found
@@ -108,7 +109,7 @@ def observe(
     if y not in df.columns:
         raise AnalysisError(
             f"The table has no column {y!r} to fit; name yours with --columns L=THEIRS or --y (its columns: "
-            f"{', '.join(map(str, df.columns))})."
+            f"{column_names(df)})."
         )
     used = df[[*names.values(), y]].apply(pd.to_numeric, errors="coerce").astype(float)
     used.columns = pd.Index([*names, "y"])

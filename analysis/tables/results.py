@@ -5,6 +5,7 @@ Every analysis verb reads through `read_table` (by way of `inputs.read_tables`).
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
@@ -88,7 +89,7 @@ def _read_file(path: Path) -> pd.DataFrame:
             return pd.read_json(path, lines=True)
     except pd.errors.EmptyDataError as error:
         raise TableError(f"{path} is empty; write the table again") from error
-    except (pa.ArrowException, pd.errors.ParserError, ValueError, OSError) as error:
+    except (pa.ArrowException, pd.errors.ParserError, csv.Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise TableError(f"cannot read {path} as a table ({reason}): it may be half-written; write it again") from error
     raise TableError(f"cannot tell what {path} is: give a .parquet, .csv, .tsv or .jsonl file")
@@ -108,6 +109,9 @@ def _refuse_half_written(path: Path) -> None:
     """A text table whose last line has no newline and too few fields was cut off while it was written."""
     separator = "\t" if path.suffix == ".tsv" else ","
     with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise TableError(f"{path} is in UTF-16; save it as CSV in UTF-8")
+        file.seek(0)
         header = file.readline().decode("utf-8", "replace")
         file.seek(max(0, path.stat().st_size - 65536))
         tail = file.read().decode("utf-8", "replace")
@@ -191,9 +195,20 @@ def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(value) if isinstance(value, str) else list(value)
-        return [dict(entry) for entry in entries]
+        return [_checked_probe(dict(entry)) for entry in entries]
     except (TypeError, ValueError) as error:
-        raise TableError(f"{path}: 'probes' of row {row + 1} is no JSON list of objects; correct it") from error
+        raise TableError(f"{path}: 'probes' of row {row + 1} is no list of probes ({error}); correct it") from error
+
+
+def _checked_probe(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry as it is; ValueError where a number is none, or where there is no task."""
+    values = _with_extra(entry)
+    for field in PROBE_FIELDS:
+        value = values.get(field.name)
+        kind = (int, float) if field.dtype in ("int64", "float64") else str if field.dtype == "string" else object
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{field.name} is {value!r}")
+    return entry
 
 
 def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:

@@ -28,8 +28,22 @@ SCHEMA_VERSION = 1
 Dtype = Literal["string", "int64", "float64", "list<int64>", "probes", "json"]
 
 
+FOLDER = "table_folder"
+"""Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
+
+
 class TableError(AnalysisError):
     """A results table that cannot be read or written as asked."""
+
+
+def column_names(columns: Iterable[object]) -> str:
+    """A table's own columns, for a sentence about one that it lacks."""
+    return ", ".join(str(name) for name in columns if name != FOLDER)
+
+
+def no_column(columns: Iterable[object], name: str, why: str = "") -> TableError:
+    """The sentence about a column that a table (which iterates over its columns) lacks; `why` it is wanted."""
+    return TableError(f"The table has no column {name!r}{why}; its columns are {column_names(columns)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns
 from aimscale.analysis.tables.observations import CANONICAL, NOT_CHOSEN, THEIR_NAMES, is_complete
-from aimscale.analysis.tables.schema import KNOWN, TableError
+from aimscale.analysis.tables.schema import KNOWN, TableError, column_names
 
 IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", "table_folder")
 """Columns of words that tell runs apart without being settings."""
@@ -32,8 +32,7 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
         name, sign, value = found["name"].strip(), found["sign"], found["value"].strip()
         name = our_name(frame, name)
         if name not in frame:
-            there = ", ".join(map(str, frame.columns))
-            raise TableError(f"--where {text}: the table has no column '{name}' (columns: {there})")
+            raise TableError(f"--where {text}: the table has no column '{name}' (columns: {column_names(frame)})")
         meets = _meets(frame[name], sign, value, text)
         kept = frame[meets]
         if kept.empty:
@@ -73,7 +72,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     tuned = [our_name(frame, name) for name in names]
     for name in (*tuned, y):
         if name not in frame:
-            raise TableError(f"--best-of: the table has no column '{name}' (columns: {', '.join(map(str, frame))})")
+            raise TableError(f"--best-of: the table has no column '{name}' (columns: {column_names(frame)})")
     rows = frame[is_complete(frame) & (pd.to_numeric(frame[y], errors="coerce") > 0)]
     cells = rows.groupby(_cell_columns(rows, {y, *tuned}), dropna=False, sort=False).ngroup()
     kept = rows.loc[np.sort(rows.groupby(cells)[y].idxmin().to_numpy())]

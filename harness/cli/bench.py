@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is a card.")]
+Threads = Annotated[int, typer.Option(min=1, help="Torch threads (CPU).")]
 
 
 @app.command()
@@ -37,14 +39,14 @@ def train(
     batch: Annotated[int, typer.Option(help="Images per optimiser step.")] = 64,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     zero_stage: Annotated[int | None, typer.Option(help="ZeRO stage; default: the memory rule.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Images per forward pass; default: the memory rule.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Images per pass; default: the memory rule.")] = None,
     compile_as: Annotated[
         str, typer.Option("--compile", help="`runtime.compile`: auto, true, false or graphs.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Torch threads (CPU).")] = 1,
-    workers: Annotated[int, typer.Option(help="Loader processes, with --config.")] = 0,
-    steps: Annotated[int, typer.Option(help="Timed steps.")] = 20,
+    device: Device = "auto",
+    threads: Threads = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes, with --config.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
     peer: Annotated[
         bool,
         typer.Option(
@@ -144,7 +146,7 @@ def checkpoint(
     patch_size: Annotated[int, typer.Option(help="Side of a patch, pixels.")] = 4,
     head_rule: Annotated[str, typer.Option(help="released, proportional or none.")] = "proportional",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     folder: Annotated[Path, typer.Option(help="On the disk in question.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -172,10 +174,10 @@ def checkpoint(
 
 @app.command()
 def data(
-    images: Annotated[int, typer.Option(help="JPEGs to cycle over.")] = 256,
-    seconds: Annotated[float, typer.Option(help="Wall time of each of the two comparisons.")] = 10.0,
+    images: Annotated[int, typer.Option(min=1, help="JPEGs to cycle over.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Wall time of each of the two comparisons.")] = 10.0,
     workers: Annotated[
-        list[int] | None, typer.Option(help="Numbers of loader processes; default: 1 and every core.")
+        list[int] | None, typer.Option(min=0, help="Numbers of loader processes; default: 1 and every core.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -202,11 +204,7 @@ def index(
 
 
 @app.command()
-def gemm(
-    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Torch threads (CPU).")] = 1,
-    as_json: JsonOption = False,
-) -> None:
+def gemm(device: Device = "auto", threads: Threads = 1, as_json: JsonOption = False) -> None:
     """Matrix-multiplication rate of this device, in fp32 and bf16: the peak of MFU."""
     import torch
 

@@ -6,11 +6,12 @@ is. Torch is not imported here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from aimscale.harness.run.identity import SCHEMA, filled_evaluation, filled_training, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
@@ -182,11 +183,17 @@ class ValidationSection(Section):
     0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, as tiny pictures want."""
 
 
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
+        raise ValueError(f"a task is named by up to 80 letters, digits, spaces and . _ + -, not '{name[:90]}'")
+    return name
+
+
 class ProbeSection(Section):
     """One frozen-feature task."""
 
-    task: str
-    """Name of the task in tables and plots."""
+    task: Annotated[str, AfterValidator(_file_name)]
+    """Name of the task in tables, plots and file names: letters, digits, spaces and . _ + -."""
     train: str
     """Folder of labelled, indexed shards to fit on (part of it is held out to choose blocks and rates)."""
     test: str

@@ -15,7 +15,7 @@ from aimscale.harness.cli.bench import app
 @app.command()
 def fit(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
-    starts: Annotated[int, typer.Option(help="Starts of the peers' grid (4500 is the published one).")] = 4500,
+    starts: Annotated[int, typer.Option(min=1, help="Starts of the peers' grid (4500 is the published one).")] = 4500,
 ) -> None:
     """A Chinchilla fit and 4000 bootstraps against the start grid and PyPI's `chinchilla`, in one run."""
     from aimscale.analysis.bench import run, table

@@ -125,7 +125,8 @@ def main(argv: list[str] | None = None) -> Any:
         if isinstance(error, OSError):
             from aimscale.harness.run.failures import disk_sentence
 
-            code, sentence = 2, disk_sentence(error) or ""
+            plain = f"{error.filename}: {error.strerror}" if error.filename else ""
+            code, sentence = 2, disk_sentence(error) or plain
         if code is None or not sentence:
             raise
         print(f"aimscale: {sentence}", file=sys.stderr)

@@ -48,6 +48,8 @@ class SweepError(UserError):
 
 def count(value: Any) -> Any:
     """Turn `4k`, `500M`, `2B`, `1e6` or `4096` into an integer; what is no count is left for pydantic to report."""
+    if isinstance(value, bool):
+        raise ValueError("must be a count such as 4096, 4k or 500M")
     if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip().replace("_", ""))):
         value = round(float(match[1]) * _UNIT[match[2]], 6)
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aimscale.sweeps.cli.main import main
+from aimscale.sweeps.cli.main import VERBS, main
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.runs.claims import RunRecord, own_claim
 from aimscale.sweeps.runs.sweep_dir import prepare
@@ -36,22 +37,55 @@ FILES = (
     "metrics.jsonl",
     "speed.jsonl",
     "budgets/640/model.json",
+    "budgets/640/model.safetensors",
     "../../sweep.yaml",
     "../../collect.json",
     "../../forecasts.jsonl",
+    "../../../../set/dataset.json",
+    "../../../../set/index.parquet",
 )
-VERBS = (
-    ["status"],
-    ["status", "--json", "--ends"],
-    ["collect"],
-    ["retry"],
-    ["cancel"],
-    ["launch", "--dry-run"],
-    ["probe", "--dry-run"],
-    ["logs", "rung"],
-    ["collapse"],
-    ["migrate"],
+OF_SWEEP = (
+    "plan {sweep}",
+    "status {sweep}",
+    "status {sweep} --json --ends",
+    "collect {sweep}",
+    "retry {sweep}",
+    "cancel {sweep}",
+    "launch {sweep}",
+    "launch {sweep} --dry-run",
+    "work {sweep}",
+    "probe {sweep} --dry-run",
+    "logs {sweep} rung",
+    "collapse {sweep}",
+    "migrate {sweep}",
 )
+OF_RUN = (
+    "train {run}",
+    "probe {run} --dry-run",
+    "baseline raw-pixels --like {run}",
+    "weights export {run} {folder}/exported",
+    "weights info {run}/budgets/640/model.safetensors",
+    "data info {folder}/set",
+)
+OF_TABLE = (
+    "fit {table}",
+    "frontier {table}",
+    "correlate {table}",
+    "contrast {table} --by seed",
+    "noise {table}",
+    "repeats {table}",
+    "compare {table}",
+    "forecast {table} --at N=1e6,D=1e6",
+    "next {table} --target N=1e6,D=1e6 --budget 1",
+    "report {table} --out {folder}/report.html",
+)
+WITHOUT_FILES = {"demo", "doctor", "bench"}
+
+
+def test_every_verb_that_reads_files_is_tried() -> None:
+    tried = {line.split()[0] for line in OF_SWEEP + OF_RUN + OF_TABLE}
+    assert (tried | WITHOUT_FILES, tried & WITHOUT_FILES) == (set(VERBS), set())
+
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
@@ -62,8 +96,11 @@ odd_bytes = st.one_of(
 )
 
 
-def call(words: list[str], capsys: Any) -> None:
+def call(line: str, capsys: Any, **places: Path) -> None:
     """Run a verb; anything but an answer or one sentence with exit code 2 (1 for failed runs) is an error."""
+    words = [word.format(**places) for word in line.split()]
+    if "sweep" in places:
+        words += ["--root", str(places["root"])]
     try:
         main(words)
     except SystemExit as end:
@@ -103,8 +140,10 @@ def test_any_content_of_a_runs_files(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     try:
-        for verb, *options in VERBS:
-            call([verb, str(source), "--root", str(source.parent / "root"), *options], capsys)
+        for line in OF_SWEEP:
+            call(line, capsys, sweep=source, root=source.parent / "root")
+        for line in OF_RUN:
+            call(line, capsys, run=run_dir, folder=source.parent)
     finally:
         path.unlink()
         if before is not None:
@@ -116,7 +155,7 @@ def test_any_content_of_a_runs_files(
 def test_any_content_of_a_sweep_file(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "any.yaml"
     path.write_bytes(content)
-    call(["plan", str(path), "--root", str(tmp_path)], capsys)
+    call("plan {sweep}", capsys, sweep=path, root=tmp_path)
 
 
 PLAIN: dict[str, Any] = {
@@ -158,7 +197,7 @@ def test_any_value_at_any_place_of_a_sweep_file(
     holder[place[-1]] = value
     path = tmp_path / "any.yaml"
     path.write_text(yaml.safe_dump(document))
-    call(["plan", str(path), "--root", str(tmp_path)], capsys)
+    call("plan {sweep}", capsys, sweep=path, root=tmp_path)
 
 
 TABLE = {
@@ -172,17 +211,6 @@ TABLE = {
     "probes": ["[]", '[{"task": "t", "kind": "linear", "top1": 0.5}]', "", "[]"],
     "extra": ["{}", "{}", "", "{}"],
 }
-TABLE_VERBS = (
-    ["fit"],
-    ["frontier"],
-    ["correlate"],
-    ["contrast", "--by", "seed"],
-    ["noise"],
-    ["repeats"],
-    ["compare"],
-    ["forecast", "--at", "N=1e6,D=1e6"],
-    ["next", "--target", "N=1e6,D=1e6", "--budget", "1"],
-)
 cells = leaves | st.sampled_from(["nan", "1e999", "-1", "[1]", '{"task": 1}', '[{"task": [], "top1": "x"}]', "=1+1"])
 
 
@@ -202,16 +230,66 @@ def test_any_cells_of_a_table(
     path = tmp_path / f"table{suffix}"
     text = frame.to_csv(index=False) if suffix == ".csv" else frame.to_json(orient="records", lines=True)
     path.write_bytes(text.encode("utf-8", "replace") if content is None else content)
-    for verb, *options in TABLE_VERBS:
-        call([verb, str(path), *options], capsys)
+    for line in OF_TABLE:
+        call(line, capsys, table=path, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("fit {table} --resamples -1", "--resamples"),
+        ("fit {table} --law power:D --resamples 0 --figure {folder}/nowhere/a", "nowhere/a.svg: No such file"),
+        ("fit {table} --law power:D --hold-out D:-1", "--hold-out"),
+        ("fit {folder}/utf16.csv", "is in UTF-16"),
+        ("report {folder}/binary.csv", "cannot read"),
+        ("compare {folder}/probes.csv", "'probes' of row 1 is no list of probes (top1 is 'x')"),
+        ("frontier {table} --budgets -1", "--budgets"),
+        ("frontier {table} --at 0", "--at takes training FLOPs"),
+        ("frontier {table} --at nan", "--at takes training FLOPs"),
+        ("frontier {table} --objective odd", "no objective named 'odd'"),
+        ("frontier {table} --cluster odd", "no column 'odd' to resample by; its columns are run_id, size, "),
+        ("correlate {table} --x L --y L", "its columns are run_id, size, "),
+        ("weights info {folder}/empty.pth", "empty.pth is empty"),
+        ("data index odd://place --out {folder}/index", "Protocol not known"),
+        ("plan {folder}/flag.yaml", "budgets.0: must be a count"),
+        ("plan {folder}/task.yaml", "probes.0.task: a task is named by"),
+        ("launch {folder}/flag.yaml --time-min -5", "must be a count"),
+        ("train {folder}/nowhere", "cannot read"),
+        ("baseline raw-pixels --like {folder}", "is no run directory"),
+        ("demo --root {table}", "cannot write to"),
+        ("bench train --device tpu", "--device"),
+        ("bench train --steps 0", "--steps"),
+        ("bench train --threads -1", "--threads"),
+        ("bench data --seconds 0", "--seconds"),
+        ("bench data --workers -1", "--workers"),
+        ("bench gemm --device tpu", "--device"),
+        ("bench fit --starts 0", "--starts"),
+        ("bench faults --folder {table}", "Not a directory"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(line: str, words: str, tmp_path: Path, capsys: Any) -> None:
+    frame = pd.DataFrame({**TABLE, "flops_train": [1.0, 2.0, 3.0, 4.0]}).drop(columns=["probes", "extra"])
+    table = tmp_path / "table.csv"
+    frame.to_csv(table, index=False)
+    frame.assign(probes='[{"task": "t", "kind": "knn", "top1": "x"}]').to_csv(tmp_path / "probes.csv", index=False)
+    (tmp_path / "utf16.csv").write_text(table.read_text(), encoding="utf-16")
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "flag.yaml").write_text(yaml.safe_dump(PLAIN | {"budgets": [True]}))
+    base = PLAIN["base"] | {"probes": [{"task": "../x", "train": "a", "test": "b"}]}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(PLAIN | {"base": base}))
+    with pytest.raises(SystemExit) as end:
+        main([word.format(table=table, folder=tmp_path) for word in line.split()])
+    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+    assert (end.value.code, words in said) == (2, True), said
 
 
 @pytest.mark.parametrize("content", ["null", "[]", "[1]", '"text"', '{"version": 1}', "\xff", "[" * 5000, "1" * 5000])
 def test_any_record_of_a_sweep(content: str, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     source, run_dir = finished
     (run_dir.parent.parent / "sweep.json").write_bytes(content.encode("latin-1"))
-    for verb, *options in VERBS:
-        call([verb, "tiny", "--root", str(source.parent / "root"), *options], capsys)
+    for line in OF_SWEEP:
+        call(line, capsys, sweep=Path("tiny"), root=source.parent / "root")
 
 
 @pytest.fixture
@@ -238,8 +316,8 @@ def test_a_disk_that_cannot_be_written(
             (small_disk / "a file").write_bytes(bytes(256 * 1024))
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for verb, *options in (["collect"], ["retry"], ["cancel"], ["launch"], ["work"], ["probe", "--again"], ["status"]):
-        call([verb, str(source), "--root", str(small_disk / "root"), *options], capsys)
+    for verb in ("collect", "retry", "cancel", "launch", "work", "probe --again", "status"):
+        call(f"{verb} {{sweep}}", capsys, sweep=source, root=small_disk / "root")
     with pytest.raises(SystemExit, match="2"):
         main(["collect", str(source), "--root", str(small_disk / "root")])
     assert {"full": "No space left", "read-only": "Read-only"}[trouble] in capsys.readouterr().err

@@ -23,7 +23,7 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.info import DATASET_FILE, INDEX_FILE, NO_LABEL, SCHEMA, DatasetInfo
 from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan, scan_shard, shard_size
-from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join
+from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, with_retries
 from aimscale.harness.run.files import publish_dir, write_text, written_aside
 
 PARTS_FOLDER = ".index-parts"
@@ -87,7 +87,8 @@ def list_shards(location: str) -> list[str]:
     if is_url(location):
         try:
             filesystem, inner = filesystem_of(location)
-            found = [path.rstrip("/").rpartition("/")[2] for path in filesystem.ls(inner, detail=False)]
+            listed = with_retries(lambda: filesystem.ls(inner, detail=False))
+            found = [path.rstrip("/").rpartition("/")[2] for path in listed]
         except REMOTE_ERRORS as error:
             raise DataError(
                 f"cannot list {location} ({error}); name the shards: {location}/NAME-{{000..123}}.tar"

@@ -59,6 +59,7 @@ def test_every_fault_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     trials = json.loads(result.stdout)["trials"]
     assert {trial["fault"] for trial in trials} == {fault.name for fault in FAULTS}
-    assert all(trial["moments"] and not trial["problems"] for trial in trials)
-    assert sum(trial["num_kills"] for trial in trials) > 6
+    assert not any(trial["problems"] for trial in trials)
+    killed = {trial["fault"] for trial in trials if trial["num_kills"]}
+    assert killed >= {"kill the launcher or worker", "kill launcher and trainer"}, "the others may end before"
     assert "as undisturbed" in faults.table(trials)
