@@ -20,7 +20,7 @@ def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
     fault: Any, data: Path, labelled: Path
 ) -> None:
     task: dict[str, Any] = {"task": "colour", "train": str(labelled / "train"), "test": str(labelled / "test")}
-    task |= {"kinds": ["knn", "lora"], "epochs": 100, "lrs": [3e-3], "refit": False}
+    task |= {"kinds": ["knn", "lora"], "epochs": 100, "lrs": [3e-3]}
     base = {
         "model": {"image_size": 16, "patch_size": 4},
         "data": {"sources": [{"path": str(data / "train")}]},

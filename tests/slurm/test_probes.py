@@ -71,7 +71,7 @@ def finished(case: Any) -> bool:
 
 @pytest.mark.timeout(600)
 def test_two_submissions_at_once_and_a_requeue_give_the_numbers_of_an_undisturbed_probe(trained: Any) -> None:
-    case = trained(kinds=["knn", "lora"], epochs=100, lrs=[3e-3], refit=False)
+    case = trained(kinds=["knn", "lora"], epochs=100, lrs=[3e-3])
     outputs = [submission.communicate(timeout=120)[0] for submission in [submit(case), submit(case)]]
     assert sorted("submitted" in output for output in outputs) == [False, True], outputs
     assert any("left alone: 2 queued" in output or "running" in output for output in outputs), outputs
