@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import heapq
 import statistics
 import time
@@ -11,10 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.card import fingerprint
-from aimscale.harness.run.config import ProbeSection
+from aimscale.harness.probe.files import is_probed
 from aimscale.harness.run.directory import Status
-from aimscale.harness.run.identity import probe_evaluation
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -227,7 +224,9 @@ def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[
     if state in ("not started", "damaged"):
         return done, doing, hours
     if tasks:
-        done = sum(_is_probed(record, budget, task) for budget in run.budgets for task in run.config.evaluation.probes)
+        saved = [budget for budget in run.budgets if record.model_file(budget).exists()]
+        wanted = [(budget, task) for budget in saved for task in run.config.evaluation.probes]
+        done = sum(is_probed(record, run.config, budget, task) for budget, task in wanted)
     try:
         hours = _hours(record, now, is_running=state == "running")
         if probing.path.is_dir():
@@ -238,13 +237,6 @@ def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[
     except UserError as error:
         doing = str(error)
     return done, doing, hours
-
-
-def _is_probed(record: RunRecord, budget: int, task: ProbeSection) -> bool:
-    """Whether the task has a file, by its name."""
-    folder, earlier = record.probes_dir(budget), f"{task.task}.json"
-    name = probe_evaluation(task.model_dump(mode="json"), fingerprint(task.train), fingerprint(task.test))
-    return (folder / earlier).exists() or any(folder.glob(f"{glob.escape(task.task)}-{name}.json"))
 
 
 def _hours(record: RunRecord, now: float, *, is_running: bool) -> float:

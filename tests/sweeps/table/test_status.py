@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from aimscale.harness.probe.files import evaluation_of, task_key, weights_name
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.files import write_json
 from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.runs.probe_record import ProbeRecord
 from aimscale.sweeps.table.collection import collect
@@ -27,10 +30,16 @@ def look(sweep: Any) -> SweepStatus:
     return sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
 
 
-def finish_task(record: RunRecord, budget: int, task: str) -> None:
-    path = record.probes_dir(budget) / f"{task}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{}")
+def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequence[str]) -> None:
+    """Leave the file of a task whose probes of these kinds are done, and the weights that it is of."""
+    weights = record.model_file(budget)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_bytes(b"weights")
+    section = next(each for each in run.config.evaluation.probes if each.task == task)
+    key = task_key(weights_name(record, run.config, budget), section, "train", "test", run.config.training.seed)
+    document = {"key": key, "task": section.model_dump(mode="json"), "probes": [{"kind": kind} for kind in kinds]}
+    name = evaluation_of(section, "train", "test")
+    write_json(record.probes_dir(budget) / f"{task}-{name}.json", document)
 
 
 def test_evaluation_is_shown_and_the_next_step_is_said(
@@ -47,7 +56,12 @@ def test_evaluation_is_shown_and_the_next_step_is_said(
     assert status.device_hours_planned > 0
     for budget in run.budgets:
         for task in ("pets", "cars"):
-            finish_task(record, budget, task)
+            finish_task(run, record, budget, task, ["linear"])
+    assert look(sweep).runs[0].evaluated == 0, "attentive ones are missing"
+    for budget in run.budgets:
+        for task in ("pets", "cars"):
+            finish_task(run, record, budget, task, ["linear", "attentive"])
+    assert look(sweep).runs[0].evaluated == 4
     assert "aimscale collect" in look(sweep).next_step
     collect(sweep, [run], cost_cards(sweep, [run]))
     assert look(sweep).next_step == f"`aimscale report {sweep.directory / 'results.parquet'}`"
@@ -75,7 +89,7 @@ def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_
         record.write_status(phase="probe", images_done=99, images_planned=100, images_per_s=10.0)
         record.write_status(started=started - 3600)
         forecasts.append(look(sweep).eta_s)
-        finish_task(record, run.budgets[0], "pets")
+        finish_task(run, record, run.budgets[0], "pets", ["linear", "attentive"])
         forecasts.append(look(sweep).eta_s)
         assert 1 <= look(sweep).device_hours < 1.1
     assert forecasts[0] is not None
