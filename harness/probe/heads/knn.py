@@ -3,6 +3,9 @@
 Votes are weighted by exp(cosine / 0.07), as in DINO's evaluation (Caron et al., arXiv 2104.14294, appendix). The search
 is exact and goes block by block: each rank compares all queries with its own images, and only the nearest of each rank
 are put together, so that no rank ever holds the features of another.
+
+Data sets hold images twice, under different labels even. So all products have one shape, which gives equal vectors
+equal cosines wherever they stand, and of equally near images the first comes first: ranks do not change the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ NUM_NEIGHBOURS = (1, 5, 10, 20, 50)
 """k tried; those above the number of images are left out."""
 QUERIES = 1024
 """Queries of all ranks at a time."""
-BANK_BLOCK = 65_536
+BANK_BLOCK = 8192
 """Images of a rank compared at a time."""
 
 
@@ -29,12 +32,20 @@ class NeighbourBank:
     """Labelled vectors, standardised by the mean and deviation of all ranks' vectors, compared by cosine."""
 
     def __init__(
-        self, vectors: Tensor, labels: Tensor, mean: Tensor, variance: Tensor, num_classes: int, group: Group
+        self,
+        vectors: Tensor,
+        labels: Tensor,
+        images: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        num_classes: int,
+        group: Group,
     ) -> None:
-        """Take this rank's vectors (n, d) with labels (n,); mean and variance (d,) are those of all ranks."""
+        """Take vectors (n, d), labels and numbers (n,) of this rank's images; mean and variance (d,) are of all."""
         self._mean, self._rstd = mean, (variance + 1e-6).rsqrt()
-        self._bank = self._unit(vectors)
-        self._labels = labels.to(vectors.device)
+        self._bank = functional.pad(self._unit(vectors), (0, 0, 0, -len(vectors) % BANK_BLOCK))
+        # one number says which image it is and what it shows; the first image has the least
+        self._tags = (images * num_classes + labels).to(vectors.device)
         self._num_classes = num_classes
         self._group = group
         (self.size,) = group.sum_counts(len(labels))
@@ -70,22 +81,36 @@ class NeighbourBank:
     def _nearest(self, queries: Tensor, room: int, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and labels (m, k) of the k nearest of all ranks' images, nearest first."""
         padded = queries.new_zeros(room, queries.shape[1])
+        padded[:] = queries[-1:] if len(queries) else 0
         padded[: len(queries)] = queries
         everyone = self._group.concatenate(padded).flatten(0, 1)
+        in_one_shape = functional.pad(everyone, (0, 0, 0, QUERIES - len(everyone)))
         cosine = everyone.new_full((len(everyone), k), -torch.inf)
-        labels = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
+        tags = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
         for start in range(0, len(self._bank), BANK_BLOCK):
-            block = self._bank[start : start + BANK_BLOCK]
-            found, nearest = (everyone @ block.mT).topk(min(k, len(block)), dim=1)
-            both = torch.cat([cosine, found], dim=1)
-            names = torch.cat([labels, self._labels[start + nearest]], dim=1)
-            cosine, places = both.topk(k, dim=1)
-            labels = names.gather(1, places)
+            named = self._tags[start : start + BANK_BLOCK]
+            found = (in_one_shape @ self._bank[start : start + BANK_BLOCK].mT)[: len(everyone), : len(named)]
+            near, of_near = _first(found, named.expand(len(everyone), -1), k)
+            cosine, tags = _first(torch.cat([cosine, near], dim=1), torch.cat([tags, of_near], dim=1), k)
         first = self._group.rank * room
         mine = slice(first, first + len(queries))
-        if self._group.world_size == 1:
-            return cosine[mine], labels[mine]
-        all_cosine = self._group.concatenate(cosine)[:, mine].transpose(0, 1).flatten(1)
-        all_labels = self._group.concatenate(labels)[:, mine].transpose(0, 1).flatten(1)
-        cosine, places = all_cosine.topk(k, dim=1)
-        return cosine, all_labels.gather(1, places)
+        cosine, tags = (self._group.concatenate(each)[:, mine].transpose(0, 1).flatten(1) for each in (cosine, tags))
+        cosine, tags = _first(cosine, tags, k)
+        return cosine, tags % self._num_classes
+
+
+def _first(cosine: Tensor, tags: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest cosines of each row of (m, n) with their tags, by falling cosine; of equal ones by tag."""
+    found, places = cosine.topk(min(k + 1, cosine.shape[1]), dim=1)
+    kept = _in_order(found[:, :k], tags.gather(1, places[:, :k]))
+    if found.shape[1] > k and (is_tied := found[:, k - 1] == found[:, k]).any():  # which of them topk took is chance
+        for part, exact in zip(kept, _in_order(cosine[is_tied], tags[is_tied]), strict=True):
+            part[is_tied] = exact[:, :k]
+    return kept
+
+
+def _in_order(cosine: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (m, n), each row by falling cosine, then by tag."""
+    tags, by_tag = tags.sort(dim=1)
+    cosine, by_cosine = cosine.gather(1, by_tag).sort(dim=1, descending=True, stable=True)
+    return cosine, tags.gather(1, by_cosine)

@@ -73,6 +73,7 @@ class Neighbours:
         return NeighbourBank(
             self._vectors(self.features.pooled, own, blocks),
             self.split.labels[own],
+            torch.as_tensor(own),
             mean,
             variance,
             self.split.num_classes,

@@ -250,25 +250,40 @@ def test_raw_pixels_have_no_tokens_to_attend_over(digits: Path) -> None:
         assert entry["top1"] > 0.8
 
 
-def test_neighbours_vote_with_their_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_vote_with_their_cosine() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, 0.1]])
     labels, mean, variance = torch.tensor([0, 0, 1, 1]), bank.mean(0), bank.var(0, unbiased=False)
-    neighbours = NeighbourBank(bank, labels, mean, variance, 2, ALONE)
+    neighbours = NeighbourBank(bank, labels, torch.arange(4), mean, variance, 2, ALONE)
     ((rows, votes),) = neighbours.votes(torch.tensor([[0.8, 0.02]]), (1, 4))
     assert rows == slice(0, 1)
     assert votes.argmax(2).tolist() == [[0], [0]]
     assert votes[0, 0].tolist() == [1.0, 0.0]  # the nearest has weight one
     assert votes[1, 0, 0] > votes[1, 0, 1] > 0
-    # blocks of bank and queries change nothing
+
+
+@pytest.mark.parametrize("ks", [(5, 20), (1, 3)])
+def test_blocks_and_ranks_change_no_neighbour(monkeypatch: pytest.MonkeyPatch, ks: tuple[int, ...]) -> None:
+    """Where a third of the images stand there several times, with another label each time."""
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(301, 8, generator=generator), torch.randn(37, 8, generator=generator)
+    bank[100:200], bank[200:300], queries[:9] = bank[:100], bank[:100], bank[50:59]
     labels = torch.randint(0, 5, (301,), generator=generator)
-    make = [bank, labels, bank.mean(0), bank.var(0, unbiased=False), 5, ALONE]
-    whole = torch.cat([votes for _, votes in NeighbourBank(*make).votes(queries, (5, 20))], dim=1)
-    monkeypatch.setattr("aimscale.harness.probe.heads.knn.QUERIES", 10)
-    monkeypatch.setattr("aimscale.harness.probe.heads.knn.BANK_BLOCK", 13)
-    blocks = torch.cat([votes for _, votes in NeighbourBank(*make).votes(queries, (5, 20))], dim=1)
-    torch.testing.assert_close(blocks, whole)
+    mean, variance = bank.mean(0), bank.var(0, unbiased=False)
+
+    def votes(order: Tensor) -> Tensor:
+        neighbours = NeighbourBank(bank[order], labels[order], order, mean, variance, 5, ALONE)
+        return torch.cat([votes for _, votes in neighbours.votes(queries, ks)], dim=1)
+
+    whole = votes(torch.arange(301))
+    unit = functional.normalize((torch.cat([bank, queries]) - mean) * (variance + 1e-6).rsqrt(), dim=1)
+    cosine = (unit[301:] @ unit[:301].mT).numpy()
+    for row, values in enumerate(cosine):
+        nearest = sorted(range(301), key=lambda image: (-values[image], image))[: ks[0]]
+        expected = np.bincount(labels[nearest], np.exp((values[nearest] - values[nearest[0]]) / 0.07), 5)
+        assert whole[0, row].numpy() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    monkeypatch.setattr("aimscale.harness.probe.heads.knn.BANK_BLOCK", 64)
+    assert torch.equal(votes(torch.arange(301)), whole)
+    assert torch.equal(votes(torch.cat([torch.arange(0, 301, 2), torch.arange(1, 301, 2)])), whole)
 
 
 def test_wilson_interval_of_published_examples() -> None:
@@ -364,17 +379,26 @@ def test_pooled_features_on_disk_are_gone_on_with_and_a_damaged_file_is_computed
     assert sum(passes) >= 600
 
 
-def test_statistics_of_any_average_are_those_of_its_vectors() -> None:
+def test_statistics_of_any_average_are_those_of_its_vectors_whatever_the_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(4, 90, 6, generator=generator) * 3 + 40
-    moments = Moments.about(vectors[:, :5].mean(1))
-    for part in vectors.split(37, dim=1):
-        moments.add(part)
+
+    def moments(*parts: Tensor) -> Moments:
+        found = Moments.about(vectors[:, :5].mean(1))
+        for part in parts:
+            found.add(part)
+        return found
+
+    whole = moments(*vectors.split(37, dim=1))
+    ranks = moments(vectors[:, ::2]) + moments(*vectors[:, 1::2].split(8, dim=1))
     for blocks in ((2,), (0, 1, 3)):
-        mean, variance = moments.of_sets([blocks])
+        mean, variance = whole.of_sets([blocks])
         average = vectors[list(blocks)].mean(0)
         torch.testing.assert_close(mean[0], average.mean(0))
         torch.testing.assert_close(variance[0], average.var(0, correction=0), rtol=1e-4, atol=1e-5)
+        assert all(
+            torch.equal(one, other) for one, other in zip((mean, variance), ranks.of_sets([blocks]), strict=True)
+        )
 
 
 def test_bf16_features_are_near_those_of_fp32_and_the_difference_is_said(

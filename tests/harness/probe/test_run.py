@@ -228,7 +228,8 @@ def test_two_ranks_get_the_numbers_of_one(run: RunDir, capsys: pytest.CaptureFix
     together = json.loads(outputs[0])
     assert outputs[1] == ""  # rank 0 speaks
     for one, two in zip(alone, together, strict=True):
-        assert one["top1"] == pytest.approx(two["top1"], abs=0.02)  # sums in another order
+        # gradients are summed in another order; neighbours are the same
+        assert one["top1"] == pytest.approx(two["top1"], abs=0.02 if one["kind"] != "knn" else 0)
         assert {k: v for k, v in one.items() if k.startswith("num")} == {
             k: v for k, v in two.items() if k.startswith("num")
         }
