@@ -11,7 +11,7 @@ import typer
 from aimscale.sweeps.cli.options import Root, SweepName
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.runs.claims import RunRecord
-from aimscale.sweeps.runs.probe_record import ProbeRecord
+from aimscale.sweeps.runs.probe_record import jobs_beside
 from aimscale.sweeps.table.select import one_run
 
 ENDED = ("finished", "failed", "diverged")
@@ -23,18 +23,19 @@ def command(
     root: Root = Path("aimscale-runs"),
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
     probes: Annotated[
-        bool, typer.Option("--probes", help="Of the job that evaluates it, not of its training.")
+        bool, typer.Option("--probes", help="Of the job that evaluated it last, not of its training.")
     ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines to print; 0 for all.", min=0)] = 0,
 ) -> None:
     """Print or follow the log of one run's last attempt."""
     loaded = load_sweep(sweep, root)
     run_dir = loaded.run_dir(one_run(loaded, run))
-    record = ProbeRecord.of(run_dir) if probes else RunRecord(run_dir)
-    path = record.last_log()
-    if path is None:
+    records = jobs_beside(run_dir).values() if probes else [RunRecord(run_dir)]
+    logs = [(path.stat().st_mtime, path, record) for record in records if (path := record.last_log())]
+    if not logs:
         what = "no job evaluated it by itself" if probes else "it was never started"
         raise SweepError(f"{run_dir.name} has no such log yet; {what}")
+    _, path, record = max(logs, key=lambda each: each[0])
     with path.open(errors="replace") as file:
         text = file.read().splitlines(keepends=True)
         typer.echo("".join(text[-lines:] if lines else text), nl=False)

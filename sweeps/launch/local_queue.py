@@ -247,6 +247,7 @@ def _start(queue: Queue, run: Run, record: RunRecord, taken: tuple[int, ...], sh
     threads = str(run.config.runtime.num_threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "AIMSCALE_ATTEMPT": str(attempt)}
     environment |= queue.devices.environment(taken, share)
+    environment.pop("SLURM_STEP_NUM_TASKS", None)  # srun may have started several queues; no run is a rank of theirs
     if len(taken) > 1:  # torchrun kills its workers so long after it was told to stop; by default after 30 s
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(queue.kind.stop_s(run))
     record.logs.mkdir(parents=True, exist_ok=True)

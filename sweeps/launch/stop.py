@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from aimscale.harness.run.files import process_started
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.runs.claims import RunRecord, local_claim_is_live
-from aimscale.sweeps.runs.probe_record import EvaluationRecord, ProbeRecord
+from aimscale.sweeps.runs.probe_record import jobs_beside
 from aimscale.sweeps.runs.retries import forgive
 from aimscale.sweeps.runs.sweep_dir import launch_lock
 from aimscale.sweeps.slurm import commands as slurm
@@ -76,12 +76,8 @@ def _records(sweep: Sweep, run_ids: Sequence[str]) -> Iterator[tuple[str, RunRec
     """Training, probe job and evaluation job of each run, with what to call them."""
     for run_id in run_ids:
         yield run_id, RunRecord(sweep.run_dir(run_id))
-        probing = ProbeRecord.of(sweep.run_dir(run_id))
-        if probing.path.is_dir():
-            yield f"probes of {run_id}", probing
-        evaluating = EvaluationRecord.of(sweep.run_dir(run_id))
-        if evaluating.path.is_dir():
-            yield f"evaluation of {run_id}", evaluating
+        for what, job in jobs_beside(sweep.run_dir(run_id)).items():
+            yield f"{what} of {run_id}", job
 
 
 def _stop_local(record: RunRecord) -> bool:

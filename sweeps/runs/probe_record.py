@@ -44,6 +44,12 @@ class EvaluationRecord(ProbeRecord):
         return cls(run_dir / EVALUATION_FOLDER)
 
 
+def jobs_beside(run_dir: Path) -> dict[str, ProbeRecord]:
+    """The probe job and the evaluation job of a run, where it had one, by what they do."""
+    both = {"probes": ProbeRecord.of(run_dir), "evaluation": EvaluationRecord.of(run_dir)}
+    return {what: job for what, job in both.items() if job.path.is_dir()}
+
+
 def sweep_folder(run_dir: Path) -> Path | None:
     """The folder of the sweep that a run directory belongs to; None where it belongs to none."""
     folder = run_dir.resolve().parent.parent

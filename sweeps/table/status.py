@@ -16,7 +16,7 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
-from aimscale.sweeps.runs.probe_record import ProbeRecord
+from aimscale.sweeps.runs.probe_record import jobs_beside
 from aimscale.sweeps.runs.retries import explain_job
 from aimscale.sweeps.slurm.commands import JobInfo
 
@@ -74,7 +74,7 @@ class RunStatus:
     to_evaluate: int
     """Such pairs in all."""
     evaluation: str
-    """What its probe job does, where it has one: queued, running, failed and why, else empty."""
+    """What its evaluation or probe jobs do, where it has some: queued, running, failed and why, else empty."""
     device_hours: float
     """Spent so far, all attempts."""
 
@@ -217,8 +217,7 @@ def _validation_loss(record: RunRecord) -> float | None:
 
 
 def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[int, str, float]:
-    """Probed pairs, what the probe job does, and device-hours of both jobs."""
-    probing = ProbeRecord.of(record.path)
+    """Probed pairs, what the jobs beside training do, and device-hours of all."""
     tasks = len(run.config.evaluation.probes)
     done, hours, doing = 0, 0.0, ""
     if state in ("not started", "damaged"):
@@ -229,11 +228,13 @@ def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[
         done = sum(is_probed(record, run.config, budget, task) for budget, task in wanted)
     try:
         hours = _hours(record, now, is_running=state == "running")
-        if probing.path.is_dir():
-            status, is_running = probing.checked_status(), probing.is_held()
-            hours += _hours(probing, now, is_running=is_running)
-            doing = "running" if is_running else status.state if status.state in ("queued", "failed") else ""
-            doing += f" ({status.reason_class}: {status.reason})" if doing == "failed" else ""
+        for job in jobs_beside(record.path).values():
+            status, is_running = job.checked_status(), job.is_held()
+            hours += _hours(job, now, is_running=is_running)
+            if is_running or status.state == "queued":
+                doing = "running" if is_running else "queued"
+            elif status.state == "failed":
+                doing = doing or f"failed ({status.reason_class}: {status.reason})"
     except UserError as error:
         doing = str(error)
     return done, doing, hours
@@ -248,8 +249,8 @@ def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
     """What a person does with a sweep that is through."""
     if any(line.state != "finished" for line in lines):
         return ""
-    if any(line.evaluated < line.to_evaluate for line in lines):
-        return f"`aimscale probe {sweep.directory}` evaluates what is left"
+    if any(line.evaluated < line.to_evaluate or line.val_loss is None for line in lines):
+        return f"`aimscale launch {sweep.directory}` evaluates what is left"
     table = sweep.directory / "results.parquet"
     ages = [line.heartbeat_age_s for line in lines if line.heartbeat_age_s is not None]
     if not table.exists() or time.time() - table.stat().st_mtime > min(ages, default=0.0):
@@ -260,20 +261,24 @@ def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
 def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
     """Seconds until the last run ends, where each that ends makes room for the longest that waits.
 
-    A run takes its planned time, evaluation included, over what those now training do of theirs in a second.
+    A run takes its planned time, evaluation included, over what those now training do of theirs in a second, or did.
     """
-    running, waiting, paces = [], [], []
+    running, waiting, paces, past_paces = [], [], [], []
     for line, card in zip(lines, cards, strict=True):
         # Validation alone is done about when the training that it follows is.
         share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
         left = card.training_s * (1 - line.progress) + card.evaluation_s * (1 - share)
-        if line.state == "running":
+        if line.device_hours:
+            planned_s = card.training_s + card.evaluation_s - left
+            past_paces.append(planned_s * card.devices / 3600 / line.device_hours)
+        if line.state == "running" or line.evaluation == "running":
             running.append(left)
             if line.images_per_s:
                 paces.append(card.training_s / card.images_executed * line.images_per_s)
-        elif line.state in ("not started", "queued", "preempted", "dead"):
+        elif line.state in ("not started", "queued", "preempted", "dead") or line.evaluation == "queued":
             waiting.append(left)
-    if not paces:
+    paces = paces or past_paces  # where nothing trains, evaluations go on as fast as all went before them
+    if not (running and paces):
         return None
     ends = sorted(running)
     for left in sorted(waiting, reverse=True):

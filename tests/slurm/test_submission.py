@@ -76,6 +76,22 @@ def test_one_job_at_a_time_over_arrays_of_training_and_evaluation(fault: Any) ->
     assert all(row["val_loss"] > 0 for row in rows)
 
 
+def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
+    case = fault(slurm={"setup": []})
+    record, run = case.records[0], case.runs[0]
+    RunRecord.create(record.path, run.config)
+    record.write_status(state="failed", reason="node node1 failed", reason_class="node")
+    ended = {"exit_code": None, "where": "slurm 1", "saved": record.saved_progress(), "reason_class": "node"}
+    record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", failed_nodes=["node1"], **ended)
+    where = ["--root", str(case.sweep.root), "--on", "slurm", "--allow-dirty", "--evaluate", "inline"]
+    told = CliRunner().invoke(verb("launch"), [str(case.sweep.source), *where])
+    assert "without node1, where some of these runs failed" in told.output
+    case.wait_state("finished")
+    case.wait_empty_queue()
+    job = told.output.partition(" as job ")[2].split()[0]
+    assert " NodeList=node2" in slurm.command("scontrol", "show", "job", job)
+
+
 def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(fault: Any) -> None:
     case = fault(seeds=[0, 1], slurm={"extra": {"comment": "night shift"}, "mem_gb": 1.0, "partition": "main"})
     dry = launch_slurm(case.sweep, case.runs, allow_dirty=True, dry_run=True, worker=(STAND_IN,))

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from aimscale.harness.probe.files import evaluation_of, task_key, weights_name
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
+from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.runs.claims import RunRecord
-from aimscale.sweeps.runs.probe_record import ProbeRecord
+from aimscale.sweeps.runs.probe_record import EvaluationRecord, ProbeRecord
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.views import new_console, status_summary, status_table
@@ -52,7 +54,7 @@ def test_evaluation_is_shown_and_the_next_step_is_said(
     record = RunRecord(sweep.run_dir(run.run_id))
     status = look(sweep)
     assert (status.runs[0].state, status.runs[0].evaluated) == ("finished", 0)
-    assert "aimscale probe" in status.next_step
+    assert "aimscale launch" in status.next_step
     assert status.device_hours_planned > 0
     for budget in run.budgets:
         for task in ("pets", "cars"):
@@ -124,12 +126,31 @@ def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep:
         assert look(sweep).eta_s == pytest.approx(1.5 * card.training_s, rel=1e-6)
 
 
-def test_a_probe_job_is_shown_beside_its_run(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32"], base=PROBED)
+@pytest.mark.parametrize("kind", [ProbeRecord, EvaluationRecord])
+def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
+    kind: type[ProbeRecord], write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
+) -> None:
+    cost = {"peak_tflops": 1e9, "step_ms": 10, "evaluation_s": 5}
+    sweep = write_sweep(sizes=["rung-32"], base=PROBED, cost=cost)
     launch(sweep, slots=1, command=stand_in())
-    probing = ProbeRecord.of(sweep.run_dir(plan(sweep)[0].run_id))
-    probing.write_status(state="failed", reason="no such class", reason_class="data")
+    run = plan(sweep)[0]
+    card = cost_cards(sweep, [run])[0]
+    trained, job = RunRecord(sweep.run_dir(run.run_id)), kind.of(sweep.run_dir(run.run_id))
+    slow = {"exit_code": 0, "where": "here", "saved": [1], "reason_class": None, "reason": None}
+    trained.append_attempt(attempt=2, ended=1.0, device_hours=3 * card.training_s / 3600, **slow)
+    job.append_attempt(attempt=1, ended=1.0, device_hours=0.0, **slow)
+    with job.hold():
+        line = look(sweep).runs[0]
+        assert (line.state, line.evaluation) == ("finished", "running")
+        assert look(sweep).eta_s == pytest.approx(3 * card.evaluation_s), "as slow as training was"
+    job.append_attempt(attempt=2, ended=1.0, device_hours=0.5, **slow)
+    assert look(sweep).device_hours == pytest.approx(3 * card.training_s / 3600 + 0.5)
+    job.logs.mkdir()
+    job.log_file(1).write_text("of the job\n")
+    job.write_status(state="failed", reason="no such class", reason_class="data")
     assert look(sweep).runs[0].evaluation == "failed (data: no such class)"
+    logs = CliRunner().invoke(verb("logs"), [str(sweep.source), "rung-32", "--probes", "--root", str(sweep.root)])
+    assert logs.output == "of the job\n"
     console = new_console()
     console.print(status_table(look(sweep), console.width))
     assert "evaluation failed (data: no such class)" in capsys.readouterr().out
