@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 from generate import command_reference, config_reference
 
 from aimscale.harness.run.config import Section
 from aimscale.sweeps.cli.main import VERBS, app
+from aimscale.sweeps.plan.sweepfile import SlurmSection
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +86,26 @@ def test_a_fields_value_and_default_are_said_in_words() -> None:
 def test_what_base_may_hold_besides_result_fields_is_told() -> None:
     for name in ("runtime", "devices", "lr_multiplier"):
         assert f"`{name}`" in config_reference.INTRODUCTION
+
+
+def test_the_yaml_of_the_pages_is_read_and_says_what_exists() -> None:
+    """Manifests for other schedulers, too: their commands are ours, with options that there are."""
+    blocks = [
+        yaml.safe_load(text)
+        for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md")
+        for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    sections = [block["slurm"] for block in blocks if isinstance(block, dict) and "slurm" in block]
+    assert len([SlurmSection.model_validate(section) for section in sections]) >= 4
+    (job,) = [block["spec"]["template"]["spec"] for block in blocks if isinstance(block, dict) and "kind" in block]
+    (task,) = [block for block in blocks if isinstance(block, dict) and "num_nodes" in block]
+    (container,) = job["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in job["volumes"]}
+    group = typer.main.get_command(app)
+    worker = group.get_command(group.make_context("aimscale", [], resilient_parsing=True), "work")  # type: ignore[attr-defined]
+    for command in (container["command"], task["run"].split()):
+        assert command[:2] == ["aimscale", "work"]
+        assert worker.make_context("work", command[2:]).params["sweep"] == "/shared/mysweep.yaml"
 
 
 def test_every_verb_and_option_is_listed_with_its_values() -> None:

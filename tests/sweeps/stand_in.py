@@ -2,8 +2,8 @@
 
     python stand_in.py RUN_DIR [BEHAVIOUR]
 
-BEHAVIOUR is `finish` (default), `crash`, `die` (SIGKILL to itself) or `slow`; the file `behaviour` in the run
-directory, where there is one, wins. Each start appends its pid to `starts`.
+BEHAVIOUR is `finish` (default), `crash`, `die` (SIGKILL to itself) or `wait` (work until told to stop); the file
+`behaviour` in the run directory, where there is one, wins. Each start appends its pid to `starts`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main(path: str, behaviour: str = "finish") -> int:
             for budget in config.evaluation.budgets:
                 if any(row["images_seen"] == budget for row in run.read_rows()):
                     continue
-                for _ in range(STEPS):
-                    time.sleep(0.5 if behaviour == "slow" else 0.01)
+                for _ in range(30_000 if behaviour == "wait" else STEPS):
+                    time.sleep(0.01)
                     if told:
                         run.write_status(state="preempted", reason="told to stop")
                         return EXIT_PREEMPTED

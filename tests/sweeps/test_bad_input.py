@@ -8,14 +8,14 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aimscale.sweeps.cli.main import VERBS, main
@@ -129,33 +129,45 @@ def finished(write_sweep: Any) -> tuple[Path, Path]:
     return sweep.source, record.path
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(FILES), content=odd_bytes)
-def test_any_content_of_a_runs_files(
-    name: str, content: bytes, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def some_and_more(some: int, more: int) -> pytest.MarkDecorator:
+    """How many odd things are tried: few in every run of the tests, many in the slow ones."""
+    return pytest.mark.parametrize("number", [some, pytest.param(more, marks=pytest.mark.slow)])
+
+
+def trying(number: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
+    """Call a function with so many things that these strategies find."""
+    return lambda function: settings(max_examples=number, deadline=None)(given(**strategies)(function))()
+
+
+@some_and_more(15, 150)
+def test_any_content_of_a_runs_files(number: int, finished: tuple[Path, Path], capsys: Any) -> None:
     source, run_dir = finished
-    path = run_dir / name
-    before = path.read_bytes() if path.exists() else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    try:
-        for line in OF_SWEEP:
-            call(line, capsys, sweep=source, root=source.parent / "root")
-        for line in OF_RUN:
-            call(line, capsys, run=run_dir, folder=source.parent)
-    finally:
-        path.unlink()
-        if before is not None:
-            path.write_bytes(before)
+
+    @trying(number, name=st.sampled_from(FILES), content=odd_bytes)
+    def _(name: str, content: bytes) -> None:
+        path = run_dir / name
+        before = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        try:
+            for line in OF_SWEEP:
+                call(line, capsys, sweep=source, root=source.parent / "root")
+            for line in OF_RUN:
+                call(line, capsys, run=run_dir, folder=source.parent)
+        finally:
+            path.unlink()
+            if before is not None:
+                path.write_bytes(before)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=odd_bytes | values.map(lambda value: yaml.safe_dump(value).encode()))
-def test_any_content_of_a_sweep_file(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@some_and_more(60, 600)
+def test_any_content_of_a_sweep_file(number: int, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "any.yaml"
-    path.write_bytes(content)
-    call("plan {sweep}", capsys, sweep=path, root=tmp_path)
+
+    @trying(number, content=odd_bytes | values.map(lambda value: yaml.safe_dump(value).encode()))
+    def _(content: bytes) -> None:
+        path.write_bytes(content)
+        call("plan {sweep}", capsys, sweep=path, root=tmp_path)
 
 
 PLAIN: dict[str, Any] = {
@@ -185,19 +197,19 @@ def places(values: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [above, *(place for key, value in inner for place in places(value, (*above, key)))]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.sampled_from(places(PLAIN)[1:]), value=values)
-def test_any_value_at_any_place_of_a_sweep_file(
-    place: tuple[Any, ...], value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document = copy.deepcopy(PLAIN)
-    holder: Any = document
-    for key in place[:-1]:
-        holder = holder[key]
-    holder[place[-1]] = value
+@some_and_more(60, 600)
+def test_any_value_at_any_place_of_a_sweep_file(number: int, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "any.yaml"
-    path.write_text(yaml.safe_dump(document))
-    call("plan {sweep}", capsys, sweep=path, root=tmp_path)
+
+    @trying(number, place=st.sampled_from(places(PLAIN)[1:]), value=values)
+    def _(place: tuple[Any, ...], value: Any) -> None:
+        document = copy.deepcopy(PLAIN)
+        holder: Any = document
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = value
+        path.write_text(yaml.safe_dump(document))
+        call("plan {sweep}", capsys, sweep=path, root=tmp_path)
 
 
 TABLE = {
@@ -214,24 +226,24 @@ TABLE = {
 cells = leaves | st.sampled_from(["nan", "1e999", "-1", "[1]", '{"task": 1}', '[{"task": [], "top1": "x"}]', "=1+1"])
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    column=st.sampled_from(sorted(TABLE)) | st.text(max_size=8),
-    column_cells=st.none() | st.lists(cells, min_size=4, max_size=4),
-    content=st.none() | odd_bytes,
-    suffix=st.sampled_from([".csv", ".jsonl"]),
-)
-def test_any_cells_of_a_table(
-    column: str, column_cells: list[Any] | None, content: bytes | None, suffix: str, tmp_path: Path, capsys: Any
-) -> None:
-    frame = pd.DataFrame({**TABLE, column: column_cells}, dtype=object)
-    if column_cells is None:
-        frame = frame.drop(columns=column)
-    path = tmp_path / f"table{suffix}"
-    text = frame.to_csv(index=False) if suffix == ".csv" else frame.to_json(orient="records", lines=True)
-    path.write_bytes(text.encode("utf-8", "replace") if content is None else content)
-    for line in OF_TABLE:
-        call(line, capsys, table=path, folder=tmp_path)
+@some_and_more(10, 100)
+def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
+    @trying(
+        number,
+        column=st.sampled_from(sorted(TABLE)) | st.text(max_size=8),
+        column_cells=st.none() | st.lists(cells, min_size=4, max_size=4),
+        content=st.none() | odd_bytes,
+        suffix=st.sampled_from([".csv", ".jsonl"]),
+    )
+    def _(column: str, column_cells: list[Any] | None, content: bytes | None, suffix: str) -> None:
+        frame = pd.DataFrame({**TABLE, column: column_cells}, dtype=object)
+        if column_cells is None:
+            frame = frame.drop(columns=column)
+        path = tmp_path / f"table{suffix}"
+        text = frame.to_csv(index=False) if suffix == ".csv" else frame.to_json(orient="records", lines=True)
+        path.write_bytes(text.encode("utf-8", "replace") if content is None else content)
+        for line in OF_TABLE:
+            call(line, capsys, table=path, folder=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -139,12 +139,13 @@ def test_a_requeued_job_does_not_drive_out_a_trainer_that_is_at_work(
 ) -> None:
     """Slurm lost the node and starts the job again elsewhere; the node's trainer never stopped."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    run = RunDir.create(tmp_path / "run", tiny_config())
-    first = start("node-a", run.path, place="step", action=lambda: time.sleep(0.05), number=1)
-    until(run.metrics.exists)
+    run, go = RunDir.create(tmp_path / "run", tiny_config()), tmp_path / "go"
+    first = start("node-a", run.path, place="step", action=lambda: until(go.exists), number=4)
+    until(lambda: run.metrics.exists() and run.metrics.read_text())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(LeaseHeld, match="on node-a"):
         train(run.path)
+    go.touch()
     first.join()
     assert first.exitcode == 0
     assert outcome(run.path) == outcome(whole.path)
@@ -160,13 +161,16 @@ def test_a_trainer_whose_lease_was_taken_while_it_worked_stops_before_it_writes(
         lease = aimscale.harness.run.lease
         lease.Lease._beat = lambda self: setattr(self, "_last_beat", lease.running_time())  # type: ignore[method-assign]
         (tmp_path / "silent").touch()
-        time.sleep(1.0)  # outlasts the lease
+        until((tmp_path / "taken").exists)
 
-    first = start("node-a", run.path, place="step", action=beat_into_the_void, number=3)
+    first = start("node-a", run.path, place="step", action=beat_into_the_void, number=6)
     until(lambda: (tmp_path / "silent").exists() and run.metrics.exists() and run.metrics.read_text())
     until(lambda: not run.is_held())
     assert first.exitcode is None
+    first_lease = read_lease(run.lease)
     second = start("node-b", run.path)
+    until(lambda: read_lease(run.lease) != first_lease)
+    (tmp_path / "taken").touch()
     for trainer in (first, second):
         trainer.join()
     assert (first.exitcode, second.exitcode) == (EXIT_CRASHED, 0)

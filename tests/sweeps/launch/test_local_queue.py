@@ -43,7 +43,7 @@ def queue_process(tmp_path: Path, behaviour: str) -> subprocess.Popen[str]:
 
 
 def wait_for(condition: Any, what: str) -> None:
-    for _ in range(600):
+    for _ in range(4000):
         if condition():
             return
         time.sleep(0.05)
@@ -69,7 +69,7 @@ def test_longest_runs_first_and_a_second_launch_starts_nothing(
 def test_two_launches_at_once_start_each_run_once(write_sweep: Any, tmp_path: Path) -> None:
     sweep = write_sweep(seeds=[0, 1, 2])
     queues = [queue_process(tmp_path, "finish") for _ in range(2)]
-    assert [queue.communicate(timeout=60)[0].splitlines()[-1] for queue in queues] == ["done", "done"]
+    assert [queue.communicate(timeout=200)[0].splitlines()[-1] for queue in queues] == ["done", "done"]
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     assert [starts(record) for record in records] == [1] * 6
     assert all(len(record.read_rows()) == 2 for record in records)
@@ -80,10 +80,10 @@ def test_interrupting_saves_and_launching_again_goes_on(
 ) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    queue = queue_process(tmp_path, "slow")
+    queue = queue_process(tmp_path, "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
     queue.send_signal(signal.SIGINT)
-    assert queue.communicate(timeout=60)[0].splitlines()[-1] == "interrupted"
+    assert queue.communicate(timeout=200)[0].splitlines()[-1] == "interrupted"
     assert {record.read_status().state for record in records} == {"preempted"}
     assert not any(record.is_held() or record.claim.exists() for record in records)
     result = launch(sweep, slots=2, command=stand_in())
@@ -96,7 +96,7 @@ def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
 ) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    queue = queue_process(tmp_path, "slow")
+    queue = queue_process(tmp_path, "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
     queue.kill()
     queue.wait()

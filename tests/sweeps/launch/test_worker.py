@@ -5,11 +5,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from aimscale.aim.errors import UserError
+from aimscale.sweeps.launch import local_queue
 from aimscale.sweeps.launch.worker import work
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.runs.claims import RunRecord
@@ -45,7 +47,7 @@ def start(tmp_path: Path, verb: str, behaviour: str = "finish") -> subprocess.Po
 def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, tmp_path: Path) -> None:
     sweep = write_sweep(sizes=["rung-32"], seeds=list(range(8)))
     all_of_them = [start(tmp_path, verb) for verb in ("work", "work", "work", "launch")]
-    lines = [each.communicate(timeout=120)[0].splitlines()[-1] for each in all_of_them]
+    lines = [each.communicate(timeout=240)[0].splitlines()[-1] for each in all_of_them]
     assert sum(int(line.split()[-1]) for line in lines) == 8, lines
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["nothing is left"] * 3 + ["launched"]
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
@@ -53,15 +55,24 @@ def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, tmp_
     assert [len(record.read_rows()) for record in records] == [2] * 8
 
 
-def test_a_worker_whose_time_is_up_saves_and_another_goes_on(write_sweep: Any, stand_in: Any) -> None:
-    """Half of a time that is shorter than two saves is left for saving."""
+def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
+    write_sweep: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an hour, two minutes are left for saving; the clock jumps there once both runs are at work."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
-    started = time.time()
-    did = work(sweep, hours=6 / 3600, devices=2, command=stand_in("slow"), check=lambda runs: None)
-    assert did.why == "time is up"
-    assert time.time() - started >= 3
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    jumps = iter([3600 - 150, 3600 - 90])
+
+    def later() -> float:
+        at_work = all((record.path / "starts").exists() for record in records)
+        return time.time() + (next(jumps, 3600 - 90) if at_work else 0)
+
+    monkeypatch.setattr(local_queue, "time", SimpleNamespace(time=later, sleep=time.sleep))
+    did = work(sweep, hours=1, devices=2, command=stand_in("wait"), check=lambda runs: None)
+    assert did.why == "time is up"
+    assert next(jumps, None) is None, "not before that"
     assert [record.checked_status().state for record in records] == ["preempted", "preempted"]
+    monkeypatch.undo()
     did = work(sweep, devices=1, command=stand_in(), check=lambda runs: None)
     assert (did.why, sorted(did.trained)) == ("nothing is left", sorted(record.path.name for record in records))
 
