@@ -64,15 +64,12 @@ class ModelConfig:
     patch_size: int
     """Side of a square patch, pixels."""
     channels: int
-    """Colour channels."""
     width: int
     """d: channels of the trunk's residual stream."""
     depth: int
     """L: number of transformer blocks."""
     num_heads: int
-    """Attention heads of each block."""
     head: PixelHeadConfig
-    """The pixel head."""
     patch_order: PatchOrder = "raster"
     """Order in which patches are read and predicted."""
     target: Target = "normalised"

@@ -33,7 +33,6 @@ class ParamCount:
     trunk: int
     """Blocks and the last norm."""
     head: int
-    """Pixel head."""
 
     @property
     def total(self) -> int:
@@ -46,11 +45,9 @@ class FlopCount:
     """Forward FLOPs of one image by part."""
 
     patch_embed: float
-    """Patch embedding."""
     trunk: float
     """Blocks, attention included."""
     head: float
-    """Pixel head."""
 
     @property
     def forward(self) -> float:

@@ -38,7 +38,6 @@ class MatrixScale:
     init_bound: float
     """Initial values are uniform on [-bound, bound]."""
     lr_scale: float
-    """Multiplies the learning rate."""
 
 
 def attention_scale(config: ModelConfig) -> float:

@@ -25,7 +25,6 @@ class Published:
     model: str
     """Method and architecture."""
     data: str
-    """Pre-training data."""
     task: str
     """One of `TASKS`."""
     kind: str
@@ -35,7 +34,6 @@ class Published:
     top1: float
     """Accuracy, fraction."""
     source: str
-    """Where it stands."""
     blocks: str = ""
     """`last 6` or `best 6` of AIM's rows."""
     caveat: str = ""

@@ -44,7 +44,6 @@ class Closing:
     """What would close the gap to AIM-7B on one task, by the fitted laws."""
 
     task: str
-    """The task."""
     scale: str
     """What is scaled while the rest stays: N or D."""
     value: float | None

@@ -26,21 +26,15 @@ class Nearest:
     """One result of a run and the published one that is nearest to it."""
 
     run: str
-    """The run's id."""
     task: str
-    """The task."""
     kind: str
-    """The probe."""
     published: Published
     """The nearest in accuracy, of the same task and kind."""
     gap: float
     """Ours minus theirs, fraction."""
     gap_lo95: float
-    """Lower end of its 95 % interval."""
     gap_hi95: float
-    """Upper end."""
     lines: tuple[str, ...]
-    """The five lines."""
 
 
 def nearest_published(probes: pd.DataFrame, run: str | None = None) -> list[Nearest]:

@@ -60,23 +60,17 @@ class Baseline:
     key: str
     """Our short name, e.g. `aim-7B`."""
     method: str
-    """Pre-training method."""
     arch: str
-    """Architecture."""
     data: str
-    """Pre-training data."""
     layers: str
     """Which blocks' outputs the probe averages: `last 6`, `best 6`, or `as published` for the other methods."""
     image_size: int
-    """Side of the input, pixels."""
     top1: tuple[float, ...]
     """Accuracy per task of `TASKS`, fractions."""
     printed_mean: float
     """The mean that the table prints, fraction."""
     source: str = f"{PAPER}, Table 6"
-    """Where it stands."""
     protocol: str = "frozen trunk, attentive probe, test split of each benchmark"
-    """How it was measured."""
 
     @property
     def mean(self) -> float:
@@ -154,11 +148,8 @@ class PublishedSize:
     """One released AIM size: its counts, its pre-training loss and its ImageNet accuracy."""
 
     key: str
-    """Released size."""
     width: int
-    """Trunk width d."""
     depth: int
-    """Trunk blocks L."""
     images_seen: int
     """Images seen by the released weights (paper, Table 9)."""
     val_loss: float

@@ -27,13 +27,9 @@ class Line:
     x: np.ndarray
     """Fitted x (n,)."""
     slope: float
-    """Slope."""
     slope_lo: float
-    """Lower end of its 95 % interval."""
     slope_hi: float
-    """Upper end."""
     intercept: float
-    """Value at x = 0."""
     sigma: float
     """Residual standard deviation, n - 2 degrees of freedom."""
 
@@ -71,11 +67,9 @@ class PublishedForecast:
     by: str
     """How it was forecast."""
     predicted: float
-    """Forecast."""
     low: float
     """Lower end of the 95 % prediction interval."""
     high: float
-    """Upper end."""
     actual: float
     """What the paper reports for 7B."""
     extrapolation: float
@@ -134,11 +128,9 @@ class FourPoints:
     """Correlation of loss and 15-task mean over AIM's four sizes, and how little that proves."""
 
     pearson: float
-    """Pearson's r."""
     low: float
     """Lower end of Fisher's 95 % interval."""
     high: float
-    """Upper end."""
     p_rank: float
     """Chance that four unrelated pairs line up in perfect order, either way: 2 / 4!."""
 

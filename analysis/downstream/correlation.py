@@ -28,21 +28,14 @@ class Correlation(Result):
     method: str
     """pearson, spearman or kendall."""
     x: str
-    """Column."""
     y: str
-    """Column."""
     value: float
     """Coefficient, -1 to 1."""
     low: float
-    """Lower end of the interval."""
     high: float
-    """Upper end."""
     confidence: float
-    """Coverage of the interval."""
     num_points: int
-    """Rows used."""
     interval_method: str
-    """How the interval was made."""
     partial_on: str | None = None
     """Column that was held equal, if any."""
     adjusted: str = ""
@@ -50,7 +43,6 @@ class Correlation(Result):
     within: str | None = None
     """Column whose groups' means were taken out of both, if any."""
     exclusions: tuple[Exclusion, ...] = ()
-    """Rows left out and why."""
 
     @property
     def table(self) -> pd.DataFrame:

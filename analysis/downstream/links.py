@@ -98,7 +98,6 @@ class Forecast(Result):
     measured_draws: Array = field(repr=False)
     """Draws of one measured accuracy (num_draws, rows)."""
     confidence: float
-    """Coverage of the intervals."""
 
     def headline(self) -> str:
         """How many scales, which intervals."""
@@ -182,9 +181,7 @@ class LeavesChance(Result):
     low: float
     """Lower end of its interval."""
     high: float
-    """Upper end."""
     chance: float
-    """Accuracy of guessing."""
     margin: float
     """What counts as above: two standard errors of an accuracy measured on n examples."""
 

@@ -20,35 +20,27 @@ class Contrast(Result):
     """One level against the baseline, in one measure."""
 
     measure: Measure
-    """What is compared."""
     baseline: str
     """Level that is subtracted."""
     level: str
-    """Level in question."""
     num_pairs: int
-    """Pairs of rows."""
     num_run_pairs: int
     """Pairs of runs, over which the interval is: budgets of the same two runs are averaged first."""
     baseline_mean: float
     """Mean of the measure at the baseline, over pairs of runs."""
     level_mean: float
-    """Mean at the level."""
     difference: float
     """Mean of level minus baseline."""
     low: float
     """Lower end of its interval; NaN with a single pair of runs."""
     high: float
-    """Upper end."""
     ratio: float
     """Geometric mean of level over baseline; NaN where a value is not positive."""
     ratio_low: float
-    """Lower end."""
     ratio_high: float
-    """Upper end."""
     detectable: float
     """Size of a true difference that would have been seen with probability 0.8; NaN with a single pair."""
     confidence: float
-    """Coverage of the intervals, such as 0.95."""
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
     by_scale: pd.DataFrame = field(repr=False)
@@ -120,9 +112,7 @@ class Contrasts(Result):
     """All levels of a column against the baseline."""
 
     by: str
-    """The column."""
     baseline: str
-    """The baseline level."""
     equal: tuple[str, ...]
     """Columns that take several values and are equal within every pair."""
     contrasts: tuple[Contrast, ...]

@@ -37,25 +37,18 @@ class Gain:
     """A level's worth in compute, against the baseline."""
 
     level: str
-    """Level in question."""
     baseline: str
-    """Level that is compared with."""
     factor: float
     """The level is worth this many times the compute (geometric mean over pairs of runs); below 1: it wastes some."""
     low: float
     """Lower end of its interval, over pairs of runs and the law's E and exponent."""
     high: float
-    """Upper end."""
     growth: float
     """Factor by which `factor` changes when N grows tenfold; NaN where sizes do not vary."""
     growth_low: float
-    """Lower end."""
     growth_high: float
-    """Upper end."""
     num_run_pairs: int
-    """Pairs of runs."""
     confidence: float
-    """Coverage of the intervals."""
 
     def sentence(self) -> str:
         """Worth with its interval, and whether it grows with size."""

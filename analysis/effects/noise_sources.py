@@ -40,7 +40,6 @@ class Component:
     low: float
     """Lower end of the 95 % interval; NaN if unknown."""
     high: float
-    """Upper end."""
     basis: str
     """What it was estimated from."""
 

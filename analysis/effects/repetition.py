@@ -31,14 +31,12 @@ class Repeats(Result):
     """What the k-th sight of an image is worth."""
 
     fit: Fit
-    """The fitted law."""
     max_epochs: float
     """Most passes over the same images in the table."""
     table: pd.DataFrame = field(repr=False)
     """One row a number of passes k: epochs; worth, worth_low, worth_high (of the k-th sight, a share of a new image's);
     effective, effective_low, effective_high (all k passes in passes of new images); measured (within the table)."""
     num_uniques: int
-    """Different pool sizes."""
 
     @property
     def is_unbounded(self) -> bool:

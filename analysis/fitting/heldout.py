@@ -25,9 +25,7 @@ class HeldOut(Result):
     values: tuple[float, ...]
     """The held-out values of it."""
     num_train: int
-    """Points fitted."""
     num_test: int
-    """Points predicted."""
     mean_abs_relative_error: float
     """Mean of |prediction / measurement - 1|."""
     log_rmse: float

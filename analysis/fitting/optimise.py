@@ -158,7 +158,6 @@ class Minimum:
     """A local minimum."""
 
     vector: Array
-    """The optimiser's vector (k,)."""
     total: float
     """Objective, summed over points."""
 

@@ -22,7 +22,6 @@ class Profile(Result):
     """The profile of one parameter."""
 
     parameter: str
-    """Its name."""
     values: Array = field(repr=False)
     """Where it was held (m,)."""
     lost: Array = field(repr=False)
@@ -30,9 +29,7 @@ class Profile(Result):
     low: float
     """Lower end of the likelihood-ratio interval; the grid's end if the profile never crosses the threshold."""
     high: float
-    """Upper end."""
     confidence: float
-    """Coverage of the interval."""
     closed: tuple[bool, bool]
     """Whether the profile crosses the threshold below and above: False means flat, the data do not bound it there."""
 

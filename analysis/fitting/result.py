@@ -46,9 +46,7 @@ class Interval:
     """A confidence interval of a parameter."""
 
     low: float
-    """Lower end."""
     high: float
-    """Upper end."""
     confidence: float
     """E.g. 0.95."""
     method: str
@@ -65,7 +63,6 @@ class Rival:
     """A local minimum other than the best."""
 
     params: dict[str, float]
-    """Its parameters."""
     objective_value: float
     """Its objective, summed over points."""
     within_noise: bool
@@ -77,9 +74,7 @@ class Fit(Result):
     """A fitted law."""
 
     law: Law
-    """The form."""
     objective: Objective
-    """What was minimised."""
     params: dict[str, float]
     """Reported parameters and derived quantities; see `not_identified` before printing digits."""
     intervals: dict[str, Interval]
@@ -93,11 +88,9 @@ class Fit(Result):
     rivals: tuple[Rival, ...]
     """Other local minima, best first."""
     num_points: int
-    """Points fitted."""
     num_rows: int
     """Rows of the table given."""
     exclusions: tuple[Exclusion, ...]
-    """Rows left out and why."""
     ranges: dict[str, tuple[float, float]]
     """Smallest and largest value of each variable among the fitted points."""
     columns: dict[str, str]
@@ -109,7 +102,6 @@ class Fit(Result):
     draws: dict[str, Array] = field(repr=False)
     """Draws of the law's own parameters (num_draws,)."""
     interval_method: str
-    """How the intervals were made."""
     interval_kind: str = "none"
     """mixed, bootstrap or none."""
     cluster: str | None = "auto"
@@ -123,7 +115,6 @@ class Fit(Result):
     optimiser: str
     """How the optimum was found."""
     confidence: float = 0.95
-    """Coverage of all intervals."""
     names: dict[str, str] = field(default_factory=dict)
     """Column -> its name in the file, where `--columns` renamed it."""
     loss_unit: str = ""
@@ -131,7 +122,6 @@ class Fit(Result):
     heldout: tuple[HeldOut, ...] = ()
     """Extrapolation tests, if asked for."""
     fixed: dict[str, float] = field(default_factory=dict)
-    """Parameters that were held."""
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Parameters that were kept between two values."""
 

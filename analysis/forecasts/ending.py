@@ -23,7 +23,6 @@ class Ending:
     """A forecast of a run's last training loss."""
 
     run: str
-    """Identity."""
     progress: float
     """Share of its training so far."""
     value: float
@@ -31,11 +30,9 @@ class Ending:
     low: float
     """Lower end of the prediction interval."""
     high: float
-    """Upper end."""
     num_finished: int
     """Finished curves that it rests on."""
     confidence: float
-    """Coverage of the interval."""
 
     def sentence(self) -> str:
         """In words."""

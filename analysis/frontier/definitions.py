@@ -36,7 +36,6 @@ class Definitions(Result):
     """One row a meaning: N, C, alpha, beta and exponent (a of N* ~ C^a), each with _low and _high; objective (the
     minimum, lower fits better), reason (why an exponent is missing)."""
     interval_method: str
-    """How the intervals were made."""
 
     def sentence(self) -> str:
         """How far the exponents move with the definition, beside how wide their intervals are."""

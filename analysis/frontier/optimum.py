@@ -53,9 +53,7 @@ class Refusal:
     """A budget that an approach cannot use."""
 
     flops: float
-    """The budget."""
     reason: str
-    """Why, in words."""
 
     def __str__(self) -> str:
         return f"C = {self.flops:.3g}: {self.reason}"
@@ -84,13 +82,11 @@ class Frontier(Result):
     exponent: float
     """a, of N*(C)."""
     exponent_interval: Interval
-    """Its confidence interval."""
     log_k: float = field(repr=False)
     """ln k."""
     draws: Array = field(repr=False)
     """Draws (num_draws, 2) of (ln k, a)."""
     cost: Cost
-    """C of N and D."""
     pairs: pd.DataFrame = field(repr=False)
     """The optima the line goes through: C, N, D, loss, log_N_std (approaches 1 and 2)."""
     refusals: tuple[Refusal, ...]

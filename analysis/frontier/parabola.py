@@ -14,7 +14,6 @@ class Budget:
     """The points of one budget, as a function of the table's losses."""
 
     flops: float
-    """The budget C."""
     num_params: Array
     """N of each point (m,)."""
     rows: Array

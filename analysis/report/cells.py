@@ -25,7 +25,6 @@ class Cell:
     """One cell."""
 
     text: str
-    """What is read."""
     sort: float | str
     """What is sorted by; missing numbers sort last."""
     numeric: bool
@@ -41,11 +40,9 @@ class PageTable:
     key: str
     """HTML id and file name of the download."""
     title: str
-    """Heading."""
     note: str
     """A line below the heading: units, source, protocol."""
     headers: tuple[str, ...]
-    """Column headings."""
     rows: tuple[tuple[Cell, ...], ...]
     """Cells, at most `MAX_ROWS` rows."""
     num_rows: int

@@ -23,13 +23,9 @@ class Finding:
     section: str
     """`laws`, `changes` or `noise`."""
     title: str
-    """Heading."""
     sentences: tuple[str, ...]
-    """The answer."""
     figure: PageFigure | None
-    """Its picture."""
     tables: tuple[PageTable, ...]
-    """Its numbers."""
 
 
 TITLES = {

@@ -47,9 +47,7 @@ class PageFigure:
     svg: str
     """Inline SVG whose colours follow the page's theme."""
     svg_uri: str
-    """Stand-alone SVG as a data URI."""
     png_uri: str
-    """PNG as a data URI."""
     csv_uri: str | None
     """The drawn points as a data URI, or None when they are too many."""
 

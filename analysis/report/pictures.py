@@ -22,11 +22,8 @@ class PictureRow:
     """A row of equal-sized pictures."""
 
     label: str
-    """What they are."""
     alt: str
-    """For readers who do not see them."""
     uris: tuple[str, ...]
-    """PNG data URIs."""
 
 
 def picture_rows(study: Study) -> list[PictureRow]:

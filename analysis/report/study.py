@@ -55,7 +55,6 @@ class Study:
     """Tables read as one, analysed."""
 
     paths: tuple[Path, ...]
-    """The tables."""
     frame: pd.DataFrame
     """All rows, as `read_tables` gives them."""
     main: pd.DataFrame
@@ -91,7 +90,6 @@ class Study:
     noise: Noise | None = None
     """Where the spread of the main experiment's loss comes from."""
     repeats: Repeats | None = None
-    """What repeated images are worth."""
     definitions: Definitions | None = None
     """The exponents by meaning of N and C."""
     missing: list[str] = field(default_factory=list)

@@ -27,9 +27,7 @@ class Line:
     """One of the five."""
 
     question: str
-    """What it answers."""
     answer: str
-    """The answer, in a sentence or two."""
     colour: Colour | None = None
     """Of the first line: how far to trust the rest."""
 

@@ -40,7 +40,6 @@ class Part:
     """The rows of one experiment out of a table that holds several."""
 
     rows: pd.DataFrame
-    """Them."""
     words: str
     """What they have in common that others do not, or an empty string when there are no others."""
     num_others: int

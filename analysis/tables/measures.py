@@ -27,7 +27,6 @@ class Measure:
     column: str
     """Column of the table, or top1 or last_top1 of a probe."""
     task: str = ""
-    """Task of the probe."""
     kind: str = ""
     """Kind of the probe; empty where kinds are what is compared."""
 

@@ -36,7 +36,6 @@ class Exclusion:
     """Rows that a fit left out, and why."""
 
     reason: str
-    """In words."""
     rows: tuple[object, ...]
     """Index labels of the rows; None for those that the table lost before (`--where`)."""
 
@@ -59,7 +58,6 @@ class Observations:
     columns: dict[str, str]
     """Variable (and 'y') -> column of the table."""
     exclusions: tuple[Exclusion, ...]
-    """What was left out."""
     num_rows: int
     """Rows of the table."""
 

@@ -50,7 +50,6 @@ class TrainBench:
     """What `aimscale bench train` measured."""
 
     size: str
-    """Model."""
     params: int
     """Parameters, pixel head included."""
     batch_size: int
@@ -58,19 +57,14 @@ class TrainBench:
     micro_batch: int
     """Images per forward pass and rank."""
     world_size: int
-    """Ranks."""
     precision: str
     """fp32 or bf16."""
     zero_stage: int
-    """DeepSpeed ZeRO stage."""
     activation_checkpointing: bool
-    """Whether activations are recomputed."""
     compiled: CompileMode
     """What torch.compile works on."""
     device: str
-    """Device model."""
     num_threads: int
-    """Torch threads (CPU)."""
     ms_per_step: float
     """Median over the timed steps, images ready."""
     images_per_s: float

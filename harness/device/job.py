@@ -26,11 +26,8 @@ class Job:
     folder: RunDir
     """Of the status, the lease and the logs."""
     placement: Placement
-    """This process among the ranks."""
     watch: RankWatch
-    """Its eye on the others."""
     flag: StopFlag
-    """Raised by a signal."""
     stack: contextlib.ExitStack
     """Left when the end is told: a group whose end hangs must not keep a failure from the other ranks."""
 

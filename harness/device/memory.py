@@ -84,7 +84,6 @@ class MemoryEstimate:
     weights: int
     """What the forward pass reads."""
     gradients: int
-    """Accumulated gradients."""
     optimiser: int
     """Master weights and moments."""
     buffers: int
@@ -92,7 +91,6 @@ class MemoryEstimate:
     activations: int
     """Kept for the backward pass, or the working set of one recomputed block if larger."""
     workspace: int = WORKSPACE_BYTES
-    """Kernels' workspaces and slack."""
     host: int = 0
     """Offloaded: in the memory of the host, not of the device, and not in `total`."""
     checkpoint_copy: int = 0
@@ -209,13 +207,10 @@ class ExecutionPlan:
     """How a run uses its devices."""
 
     zero_stage: int
-    """DeepSpeed ZeRO stage."""
     micro_batch: int
     """Most images per forward pass and rank."""
     activation_checkpointing: bool
-    """Recompute activations."""
     offload_optimiser: bool
-    """Keep optimiser state in host memory."""
     offload_weights: bool
     """Keep weights in host memory between their uses."""
     estimate: MemoryEstimate

@@ -67,11 +67,9 @@ class Peak:
     """A measured matrix-multiplication rate."""
 
     device: str
-    """Device model."""
     precision: str
     """fp32 or bf16."""
     num_threads: int
-    """Torch threads (CPU)."""
     gemm_side: int
     """n of the n x n x n product."""
     flops_per_s: float

@@ -15,7 +15,6 @@ class Tally:
     device_s: float = 0.0
     """The same times the number of devices."""
     num_images: int = 0
-    """Images trained on."""
     num_skipped_steps: int = 0
     """Non-finite steps."""
     num_bad_samples: int = 0

@@ -33,9 +33,7 @@ class _Step:
     images_seen: int
     """After it."""
     lr: float
-    """Its rate."""
     num_targets: int
-    """Its scored targets."""
     was_applied: bool
     """Whether it updated the weights."""
     in_tail: bool

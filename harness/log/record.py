@@ -36,7 +36,6 @@ class Interval:
     wall_s: float = 0.0
     """Time booked so far."""
     data_wait_s: float = 0.0
-    """Time spent waiting for images."""
     num_images: int = 0
     """Images of all ranks."""
     num_targets: int = 0

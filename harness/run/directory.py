@@ -45,7 +45,6 @@ class Status:
     """`status.json`: what a run is doing, rewritten at every logging step."""
 
     version: int = STATUS_VERSION
-    """Of this file format."""
     state: State = "created"
     """Where the run stands."""
     phase: str = ""

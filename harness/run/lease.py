@@ -42,9 +42,7 @@ class Holder:
     token: str
     """Of its own folder."""
     host: str
-    """Where it runs."""
     pid: int
-    """Its process there."""
     process_started: str | None
     """Start time of that process, which makes the pid unique."""
     heartbeat: float

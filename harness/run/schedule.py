@@ -31,11 +31,8 @@ class Schedule:
     """Learning rate and segments of one run."""
 
     section: ScheduleSection
-    """Its shape."""
     lr_peak: float
-    """Rate after warm-up."""
     batch_size: int
-    """Images per step."""
     budgets: tuple[int, ...]
     """Images seen at which a row is recorded, increasing multiples of the batch size."""
 

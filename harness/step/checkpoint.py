@@ -38,9 +38,7 @@ class Manifest:
     """`manifest.json`: what a checkpoint is, apart from its tensors."""
 
     version: int
-    """Of the format."""
     run_id: str
-    """Whose it is."""
     images_seen: int
     """Position in the stream."""
     branch: int | None
@@ -130,7 +128,6 @@ class _Stretch:
     """Values start..stop-1 of a flattened tensor, in a file."""
 
     path: Path
-    """The file."""
     offset: int
     """Where they start in it, bytes."""
     start: int

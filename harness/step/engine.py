@@ -52,7 +52,6 @@ class Fragment:
     """The part of one parameter whose master weight and moments live on this rank."""
 
     name: str
-    """Parameter name."""
     shape: torch.Size
     """Shape of the whole parameter."""
     flat: Tensor

@@ -50,7 +50,6 @@ class Part:
     """One command."""
 
     name: str
-    """What it shows."""
     words: list[str]
     """The command."""
     limit_s: int

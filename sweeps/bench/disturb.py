@@ -36,7 +36,6 @@ class Disturbed:
     victim: Victim
     """Whose processes are disturbed."""
     random: random.Random
-    """Draws the moments."""
     work_s: float = 0.0
     """How long the victim works when nothing disturbs it."""
     moments: list[str] = field(default_factory=list)
@@ -188,13 +187,9 @@ class Fault:
     """A way to disturb."""
 
     name: str
-    """For the table."""
     act: Callable[[Disturbed], None]
-    """Does it."""
     victim: Victim = "training"
-    """To whom."""
     num_runs: int = 1
-    """Of the sweep."""
     times: int = 1
     """Tries of it in a round."""
 

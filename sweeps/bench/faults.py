@@ -42,7 +42,6 @@ class Trial:
     """One disturbed sweep."""
 
     fault: str
-    """What was done to it."""
     moments: list[str] = field(default_factory=list)
     """What the victim was doing each time."""
     num_kills: int

@@ -59,11 +59,8 @@ class Check:
     """What was found about one thing."""
 
     name: str
-    """The thing."""
     level: Level
-    """How it is."""
     found: str
-    """What there is."""
     advice: str = ""
     """One sentence on what to do where it is not ok."""
 

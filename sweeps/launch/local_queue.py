@@ -55,13 +55,10 @@ class Job:
     """A run that the queue executes."""
 
     run: Run
-    """The planned run."""
     record: RunRecord
-    """Its directory."""
     attempt: int
     """1 for the first start."""
     devices: tuple[int, ...]
-    """Devices it occupies."""
     share: Fraction
     """How much of each."""
     process: subprocess.Popen[bytes]
@@ -75,13 +72,10 @@ class Queue:
     """State of one launch on this machine."""
 
     kind: JobKind
-    """What is done with its runs."""
     runs: Sequence[Run]
-    """All its runs."""
     pending: list[Run]
     """To be started, longest first."""
     devices: Devices
-    """Where processes run."""
     share: Callable[[Run], Fraction]
     """How much of a device a run of one device takes."""
     job_id: str | None = None
@@ -89,7 +83,6 @@ class Queue:
     failed: Callable[[RunRecord], object] = lambda record: None
     """Called with each run that failed for good."""
     active: list[Job] = field(default_factory=list)
-    """Processes running."""
     ended: list[tuple[Run, Outcome]] = field(default_factory=list)
     """Attempts that ended, in order."""
     left: list[Decision] = field(default_factory=list)
@@ -97,7 +90,6 @@ class Queue:
     events: list[str] = field(default_factory=list)
     """Sentences that the display has not printed yet."""
     stopping: bool = False
-    """Asked to stop."""
     stopped_by: int | None = None
     """The first signal that asked, where one did."""
 

@@ -43,7 +43,6 @@ class BudgetCost:
     """One row that a run will give."""
 
     images_seen: int
-    """D."""
     epochs: float | None
     """D / U; null where the pool's size is unknown."""
     flops: float
@@ -57,33 +56,23 @@ class CostCard:
     """What one run costs."""
 
     run_id: str
-    """Identity."""
     cell: dict[str, Any]
     """Axis -> value."""
     params_preprocessor: int
-    """Parameters of the patch embedding."""
     params_trunk: int
-    """Parameters of the trunk."""
     params_head: int
-    """Parameters of the pixel head."""
     params_total: int
-    """All parameters."""
     flops_per_image: float
     """Training FLOPs of one image by the published formula."""
     budgets: tuple[BudgetCost, ...]
-    """The rows."""
     images_executed: int
     """Images trained on: the stable trunk, and the decay branch of every budget beside it."""
     flops_executed: float
     """FLOPs the devices execute: fewer an image than the formula (only scored tokens enter the head), more images."""
     steps: int
-    """Optimiser steps executed."""
     batch_size: int
-    """Images per step."""
     lr_peak: float
-    """Learning rate after warm-up."""
     warmup_images: int
-    """Images of warm-up."""
     schedule: str
     """`wsd` or `cosine`."""
     devices: int
@@ -93,7 +82,6 @@ class CostCard:
     micro_batch: int | None
     """Images per forward pass and rank."""
     activation_checkpointing: bool | None
-    """Recompute activations."""
     memory_bytes: int | None
     """Peak of one rank at that stage and micro-batch, activations included."""
     memory_by_stage: dict[int, int]
@@ -101,7 +89,6 @@ class CostCard:
     host_bytes: int | None
     """Host memory of all ranks for offloaded states and for the copy from which a checkpoint is written."""
     checkpoint_bytes: int
-    """One resumable checkpoint."""
     save_s: float
     """Time of one save at the stated rate."""
     stop_s: int
@@ -109,7 +96,7 @@ class CostCard:
     disk_bytes: int
     """Of the run directory: the last checkpoint, the trunk's, one under way, and the final weights of all budgets."""
     trunk_bytes: int
-    """Of them, what a finished run keeps of its trunk, from which a longer budget goes on."""
+    """Of `disk_bytes`, what a finished run keeps of its trunk, from which a longer budget goes on."""
     probes: tuple[ProbeCost, ...]
     """The tasks, each at one budget."""
     flops_evaluation: float
@@ -121,9 +108,7 @@ class CostCard:
     wall_s: float
     """Both."""
     device_hours: float
-    """`wall_s` x devices."""
     price: float
-    """`device_hours` at the stated rate."""
     warnings: tuple[str, ...]
     """What should be looked at before launching."""
 
@@ -133,23 +118,16 @@ class Totals:
     """Sums over a sweep."""
 
     num_runs: int
-    """Runs."""
     num_rows: int
-    """Rows of the results table."""
     images_executed: int
-    """Images trained on."""
     flops_executed: float
-    """FLOPs executed in training."""
     flops_evaluation: float
     """Of validation and probes."""
     device_hours: float
-    """Device-hours."""
     price: float
-    """At the stated rate."""
     disk_bytes: int
-    """Of all run directories."""
     trunk_bytes: int
-    """Of them, the trunks that finished runs keep for longer budgets."""
+    """Of `disk_bytes`, the trunks that finished runs keep for longer budgets."""
     cache_bytes: int
     """Of the different training images, if all are cached locally."""
     longest_wall_s: float

@@ -47,7 +47,6 @@ class ProbeCost:
     """One task at one budget."""
 
     task: str
-    """Its name."""
     images: float
     """Images through the backbone, forwards; what LoRA trains on counts three times."""
     rounds: int

@@ -37,19 +37,14 @@ class Recipe:
     summary: str
     """One line for the reader."""
     schedule: Literal["wsd", "cosine"]
-    """Learning-rate schedule."""
     precision: Literal["fp32", "bf16"]
     """Of parameters and activations."""
     batch_size: Callable[[Scale], int]
     """Images per optimiser step; even, because prefixes come in pairs."""
     lr_peak: Callable[[Scale], float]
-    """Learning rate after warm-up."""
     warmup_images: Callable[[Scale], int]
-    """Images of linear warm-up."""
     zero_stage: Callable[[Scale], Literal[0, 1, 2, 3] | Literal["auto"]]
-    """DeepSpeed ZeRO stage."""
     devices: Callable[[Scale], int]
-    """Data-parallel ranks."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Section -> fields that are the same at every size."""
 

@@ -33,7 +33,6 @@ class Claim:
     """`launch.json`: who started or queued the run's present attempt."""
 
     version: int = 1
-    """Of this file format."""
     backend: Literal["local", "slurm"]
     """What executes it."""
     host: str

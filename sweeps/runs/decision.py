@@ -22,13 +22,10 @@ class Decision:
     """The verdict on one run."""
 
     run: Run
-    """The planned run."""
     record: RunRecord
-    """Its directory."""
     verdict: Verdict
     """What to do: `start` and `resume` are to be started, the others left alone."""
     why: str = ""
-    """For the reader."""
 
     @property
     def startable(self) -> bool:

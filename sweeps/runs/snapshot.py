@@ -27,7 +27,6 @@ class Snapshot:
     path: Path | None
     """Folder that holds the packages; null for an installed release, which is pinned by its version."""
     commit: str | None
-    """Git commit."""
     dirty: bool
     """Whether it holds changes that are not committed."""
 

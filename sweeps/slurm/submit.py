@@ -37,7 +37,6 @@ class Shape:
     """What one job asks for."""
 
     nodes: int
-    """Machines."""
     tasks_per_node: int
     """Ranks (and cards) of each."""
 
@@ -47,17 +46,14 @@ class Submission:
     """One array that was submitted, or would be."""
 
     shape: Shape
-    """Of each element."""
     run_ids: tuple[str, ...]
     """Its runs, in the order of its elements."""
     num_jobs: int
     """Elements; each executes one run, or several as a queue of its own."""
     turn: Turn
-    """When they run."""
     excluded: tuple[str, ...]
     """Nodes that failed under one of these runs, which they will not get again."""
     script: str
-    """The sbatch script."""
     job_id: str | None = None
     """Slurm's id; null in a dry run."""
 
@@ -67,11 +63,9 @@ class SlurmLaunch:
     """What a launch on Slurm did."""
 
     submitted: tuple[Submission, ...]
-    """Arrays."""
     left: tuple[Decision, ...]
     """Runs left alone, and why."""
     snapshot: Snapshot
-    """The code that the jobs run."""
 
 
 def shape_of(run: Run, section: SlurmSection) -> Shape:

@@ -28,7 +28,6 @@ class RunStatus:
     """One line of `aimscale status`."""
 
     run_id: str
-    """Identity."""
     cell: dict[str, Any]
     """Axis -> value."""
     state: Shown
@@ -40,13 +39,11 @@ class RunStatus:
     images_seen: int
     """Position in the stream."""
     step: int
-    """Optimiser step."""
     loss: float | None
     """Training loss of the last step logged."""
     val_loss: float | None
     """Validation loss of the last budget recorded."""
     images_per_s: float | None
-    """All ranks."""
     mfu_published: float | None
     """Published FLOPs over the nominal peak, 0..1; null where no nominal peak is known."""
     mfu_executed: float | None
@@ -56,17 +53,13 @@ class RunStatus:
     eta_s: float | None
     """To the end, at the present speed, without validation and probes."""
     attempts: int
-    """Starts so far."""
     reason: str | None
     """Why it failed, was preempted or waits."""
     reason_class: str | None
-    """Kind of reason."""
     heartbeat_age_s: float | None
     """Since its last sign of life."""
     job_id: str | None
-    """Slurm's job, where there is one."""
     host: str | None
-    """Where it runs or ran."""
     log: str | None
     """Output of its last attempt."""
     evaluated: int
@@ -84,7 +77,6 @@ class SweepStatus:
     """All of `aimscale status`."""
 
     sweep: str
-    """Name."""
     runs: tuple[RunStatus, ...]
     """In the order of the plan."""
     counts: dict[str, int]

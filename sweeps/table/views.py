@@ -87,13 +87,11 @@ class Column:
     """One column of a table that drops its least important columns on a narrow terminal."""
 
     header: str
-    """Its title."""
     cells: list[Any]
     """Strings or rich texts."""
     rank: int = 0
     """0 is always shown; of the others the highest go first."""
     right: bool = True
-    """Alignment."""
 
 
 def fitted_table(columns: list[Column], width: int) -> tuple[Table, list[str]]:

@@ -49,23 +49,16 @@ class DatasetInfo:
     """`dataset.json`."""
 
     version: int = FORMAT_VERSION
-    """Of the format of the index."""
     name: str
-    """For messages and plots."""
     num_samples: int
     """Rows of the index."""
     num_bad: int
     """Rows whose image did not decode."""
     num_shards: int
-    """Tar files."""
     total_bytes: int
-    """Of all shards."""
     max_width: int
-    """Of any image, pixels."""
     max_height: int
-    """Of any image, pixels."""
     max_pixels: int
-    """Of any image."""
     one_size: bool
     """Whether all images that decode have the same width and height."""
     classes: tuple[str, ...] | None

@@ -43,7 +43,6 @@ class Jitter(NamedTuple):
     """Colour jitter that is still to be applied."""
 
     key: int
-    """Of the draws."""
     positions: I64
     """(B,): the counters of the draws."""
 
@@ -55,7 +54,6 @@ class Crops:
     pixels: Tensor
     """uint8 (number of bytes,): each crop's rows, top to bottom, colours interleaved."""
     layout: CropLayout
-    """Sizes and flips."""
     size: int
     """Side of the resized image, pixels."""
     channels: int

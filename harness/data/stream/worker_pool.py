@@ -64,7 +64,6 @@ class _Loaded:
     """What a worker says of a task; the pixels are in the slot."""
 
     number: int
-    """Of the task."""
     bad_samples: tuple[str, ...] = ()
     """As in `Batch`."""
     layout: CropLayout | None = None

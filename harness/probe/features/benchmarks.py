@@ -26,9 +26,7 @@ class TaskCard:
     title: str
     """The paper's column heading (Table 6)."""
     num_classes: int
-    """Classes."""
     num_train: int
-    """Images of the training split."""
     num_test: int | None
     """Images of the split that is scored; None where the paper does not say which it is."""
     test_split: str

@@ -40,13 +40,9 @@ class Features(Protocol):
     """Block outputs of this rank's images."""
 
     num_blocks: int
-    """L."""
     num_tokens: int
-    """N."""
     width: int
-    """d."""
     group: Group
-    """The ranks that share the images."""
 
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
         """Outputs (L, b, N, d) for each chunk of this rank's images; b may be 0."""
@@ -123,7 +119,6 @@ class FeaturePass:
     backbone: Backbone
     """On its device, in the task's precision."""
     group: Group
-    """The ranks that share the images."""
     precision: str
     """`fp32` or `bf16`: in which pooled features are kept."""
     cache_gb: float = CACHE_GB

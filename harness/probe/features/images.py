@@ -29,13 +29,11 @@ class LabelledImages:
     """A labelled data set, preprocessed for one model geometry."""
 
     dataset: ShardDataset
-    """Indexed shards."""
     rows: np.ndarray
     """Samples used (n,): those that decode."""
     labels: Tensor
     """Class indices (n,), int64, of those."""
     classes: tuple[str, ...]
-    """Class names."""
     model_section: ModelSection
     """Image size and channels to prepare for."""
     centre_crop: float

@@ -47,7 +47,6 @@ class Candidate:
     num_neighbours: int | None = None
     """k of k-NN."""
     holdout_top1: float
-    """Accuracy on the hold-out."""
     holdout_loss: float
     """Cross-entropy on the hold-out (0 for k-NN, which has none)."""
     head: HeadStack | None = None
@@ -65,7 +64,6 @@ class Split:
     held: np.ndarray
     """Indices of the hold-out, ascending."""
     num_classes: int
-    """K."""
 
     @functools.cached_property
     def everything(self) -> np.ndarray:
@@ -117,7 +115,6 @@ class GridFit:
     features: SplitFeatures
     """Of the training split."""
     device: torch.device
-    """Where the heads are."""
     group: Group
     """The ranks that share the work; the result does not depend on them but for rounding."""
     progress: ProbeProgress | None = None

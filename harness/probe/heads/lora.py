@@ -43,9 +43,7 @@ class Adapted:
     """The chosen adaptation."""
 
     setting: Setting
-    """Its point of the grid."""
     holdout_top1: float
-    """Accuracy on the hold-out."""
     grid: list[tuple[Setting, float]]
     """Every point with its hold-out accuracy."""
     given: Answers

@@ -28,9 +28,7 @@ class Neighbours:
     features: SplitFeatures
     """Of the training split."""
     split: Split
-    """Its fit part and hold-out."""
     group: Group
-    """The ranks that share the images."""
 
     @torch.no_grad()
     def candidates(self, sets: Sequence[BlockSet]) -> list[Candidate]:

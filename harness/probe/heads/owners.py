@@ -25,7 +25,6 @@ class Ownership:
     turns: tuple[tuple[tuple[BlockSet, ...], ...], ...]
     """turns[t][r]: sets that rank r takes in turn t, perhaps none."""
     group: Group
-    """The ranks."""
 
     @classmethod
     def divide(cls, sets: Sequence[BlockSet], per_turn: int, group: Group) -> Ownership:
