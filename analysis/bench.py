@@ -76,7 +76,6 @@ def run(table: pd.DataFrame | None = None, *, grid_starts: int = 4500, num_boots
     Args:
         table: N, D and loss; None takes the built-in table.
         grid_starts: how many of the grid's 4500 starts to run (evenly spread); the time is scaled up to all.
-        num_bootstraps: resamples.
 
     Returns:
         Times, objectives, ratios, limits and whether they are met, machine and versions.

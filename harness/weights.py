@@ -113,7 +113,6 @@ def import_weights(
     Args:
         source: `.pth` or `.safetensors` with `preprocessor.*` and `trunk.*` under released names; or with q, k, v apart
             and `head.decoder_*`, whose pixel head comes along.
-        run_path: new directory.
         size: named size; None takes the one whose shapes fit.
         image_size: side of the images, pixels, which the file does not tell.
         images_seen: D; None takes the published number of that size.
@@ -212,9 +211,6 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     """Write a budget's backbone under released names: `model.safetensors`, `model.pth` and `README.md` in `out`.
 
     Args:
-        run: a run directory.
-        images_seen: the budget.
-        out: new folder.
         probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`.
 
     Raises:

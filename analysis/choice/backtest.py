@@ -133,11 +133,8 @@ def choose(
 
     Args:
         laws: candidates, or "auto" (see `candidates`).
-        df: one row a point.
         by: scale to hold out: C (default; 6 N D where the table has no such column), or a column or variable.
-        y: column to fit.
         columns: variable of the laws -> column.
-        objective: what is minimised.
         share: share of the points held out, those of largest scale.
         options: further arguments of `fit` for the law that is chosen (`resamples`, `cluster`, `weights`...).
 

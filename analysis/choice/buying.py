@@ -59,7 +59,6 @@ def buy(
         law: a fit to what has been measured.
         candidates: variables of the law (num_candidates,) per run on offer.
         prices: price (num_candidates,), in any unit.
-        target: variables of the law at the scales to forecast.
         budget: what may be spent, in the unit of the prices.
         noise: standard deviation of the log of one measurement; default: that of the fit's residuals.
 

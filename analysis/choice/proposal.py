@@ -91,15 +91,12 @@ def propose(
     """The runs on offer that leave the forecast at the target the least variance for the budget.
 
     Args:
-        df: one row a measured point.
         target: N, D (and U where the law has it) of the run to forecast.
         offer: candidates, with N, D, price and whatever names them; U where the law has it, else D.
         budget: what may be spent, in units of the prices.
         unit: its name.
         law: a law, its name, or "auto" (`choose`).
-        y: column of the loss.
         columns: variable of the law -> column of df.
-        objective: what is minimised.
 
     Raises:
         AnalysisError: the target lacks a variable, nothing is affordable, or the law cannot be fitted.
@@ -170,8 +167,6 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
     """What a bare table lets one think of: its own N and D and steps from the largest towards the target, below it.
 
     Args:
-        df: columns N and D.
-        target: N and D.
         steps: values between the table's largest and the target's, in equal factors.
 
     Returns:

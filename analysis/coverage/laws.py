@@ -22,10 +22,6 @@ def fit_coverage(design: Design, tables: int, *, seed: int = 0, resamples: int =
     """Intervals of `fit`, of its predictions, of approach 3 and of `held_out`, over simulated tables.
 
     Args:
-        design: where is measured.
-        tables: how many are simulated.
-        seed: seed of the tables.
-        resamples: draws of every fit.
         options: more options of `fit`, such as `intervals="bootstrap"`.
     """
     rng, record, scales = np.random.default_rng(seed), Record(), design.scales()

@@ -43,7 +43,6 @@ def equal_compute(values: Array, sizes: Array, name: str) -> EqualCompute:
     Args:
         values: the column (n,), positive.
         sizes: sizes (n,), so that seeds of one size make no group.
-        name: of the column.
     """
     log_c = np.log(values)
     group = _groups(log_c)

@@ -93,16 +93,12 @@ def correlate(
     out each cluster (row) in turn, with Student's t of as many degrees as there are clusters less one.
 
     Args:
-        df: one row a point.
-        x: first column, e.g. val_loss.
-        y: second column, e.g. top1.
         methods: any of pearson, spearman, kendall.
         partial: positive column (usually flops_train) that is held equal: rows are compared within groups that share
             it, else about a smooth function of it.
         within: column (such as size) whose groups' means are taken out of both first.
         cluster: column whose rows are not independent (a run measured at several budgets); "auto" takes `run_id` where
             four runs or more have several rows; None takes rows as independent.
-        confidence: coverage of the intervals.
 
     Raises:
         AnalysisError: missing or constant column, unknown method, or fewer than 4 usable rows.

@@ -37,16 +37,12 @@ def link(
     """Accuracy as a function of loss.
 
     Args:
-        df: one row a measurement.
         kind: sigmoid, exponential or linear.
-        loss: column of the loss.
         accuracy: column of the accuracy, 0 to 1.
         chance: accuracy of guessing; holds the floor of the sigmoid and the exponential there. None fits the floor.
         anchor: an ideal point (loss, accuracy) added as one more measurement, such as (0, 1) in the OLMo ladder.
-        objective: what to minimise.
         cluster: column whose groups (runs) are resampled whole: the evaluations of one run are not independent; as for
             `fit`.
-        resamples: bootstrap resamples.
         seed: seed of the bootstrap; equal seeds and clusters pair the draws of several tasks.
 
     Raises:

@@ -61,14 +61,12 @@ def contrast(
     """Compare the levels of a column with everything else equal.
 
     Args:
-        frame: a results table, as `read_tables` gives it.
         by: a column; `kind` for kinds of probes and `blocks` for the chosen blocks against the last ones, both within a
             row.
         baseline: level to compare with; None takes the paper's, else the one with most rows.
         measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
             validation loss and every probe.
         ignore: columns that may differ within a pair.
-        confidence: coverage of the intervals.
 
     Raises:
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.

@@ -103,7 +103,6 @@ def gain_of(contrast: Contrast, law: Fit, sizes: Mapping[str, float]) -> Gain:
     """The gain of one contrast by a law of the baseline.
 
     Args:
-        contrast: a contrast in the loss.
         law: Chinchilla's law fitted to the baseline's rows, with draws.
         sizes: size -> N, for the trend; empty for none.
 

@@ -116,8 +116,6 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
 
     Args:
         df: a results table, best read by `read_tables`, which says where the per-image losses lie.
-        y: loss column, positive.
-        confidence: coverage of the intervals.
 
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.

@@ -137,10 +137,7 @@ def repeats(
 
     Args:
         df: a table with images seen D, different images U and, where it varies, N.
-        y: loss column.
         columns: variable -> column.
-        objective: what to minimise.
-        resamples: bootstrap resamples.
 
     Raises:
         AnalysisError: no repeats in the table, a single pool size, or too few points.

@@ -103,7 +103,6 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
 
     Args:
         result: the fit whose law, objective and columns are used.
-        df: the table it was fitted on.
         by: variable of the law (N, D, C) or a column of the table.
         num_values: how many of the largest distinct values to hold out.
         resamples: bootstrap resamples for the prediction intervals.

@@ -22,8 +22,6 @@ def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFram
     `shift` is the largest movement of a parameter in its bootstrap standard deviations (NaN without a bootstrap).
 
     Args:
-        result: the fit.
-        df: the table it was fitted on.
         by: column of the groups, or a variable of the law.
 
     Raises:

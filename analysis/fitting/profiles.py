@@ -69,11 +69,7 @@ def profile(fit: Fit, parameter: str, *, span: float = 4.0, num: int = 41, confi
     Student's t (for a straight line and squares the interval is exact).
 
     Args:
-        fit: the fit.
-        parameter: one of the law's own parameters.
         span: half-width of the grid in standard deviations of the bootstrap.
-        num: grid points.
-        confidence: coverage of the interval.
 
     Raises:
         AnalysisError: the law has no such parameter, or it was fixed.

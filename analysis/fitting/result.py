@@ -136,9 +136,7 @@ class Fit(Result):
         """Errors of T(y) of new measurements (num_draws, num_points), each of a new run and size.
 
         Args:
-            num_points: how many are measured.
             weights: their weights (num_points,), relative to the fit's; None takes the fit's median.
-            seed: seed of the draws.
         """
         rng, shape = np.random.default_rng([seed, 2]), (self.num_draws, num_points)
         weight = np.full(num_points, self.data["weight"].median()) if weights is None else np.asarray(weights, float)

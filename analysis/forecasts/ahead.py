@@ -108,11 +108,7 @@ def ahead(
         df: one row a point, with `probes` for accuracies.
         at: N and D of the run (and U where the law has it).
         law: a law, its name, or "auto" (`choose`).
-        y: column of the loss.
         columns: variable of the law -> column.
-        objective: what the law's fit minimises.
-        link_kind: sigmoid, exponential or linear.
-        resamples: bootstrap resamples.
 
     Raises:
         AnalysisError: a variable is missing, or the law cannot be fitted.

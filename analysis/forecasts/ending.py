@@ -50,7 +50,6 @@ def endings(curves: pd.DataFrame, *, confidence: float = 0.95) -> list[Ending]:
 
     Args:
         curves: one row a logged step: run, progress (share of the run's own training, 0 to 1), loss.
-        confidence: coverage of the intervals.
 
     Raises:
         AnalysisError: fewer than three finished runs.

@@ -40,11 +40,6 @@ def data_hash(law_points: pd.DataFrame) -> str:
 def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
     """Append forecasts to a register, before the run.
 
-    Args:
-        found: the forecasts.
-        df: the table they were made from.
-        path: the register; it is made where it is not there.
-
     Raises:
         AnalysisError: the table already holds a measurement there, or the file cannot be written.
     """
@@ -101,10 +96,6 @@ def _entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
     """Every registered forecast beside what was measured there since.
-
-    Args:
-        path: the register.
-        df: the table of today.
 
     Returns:
         One row a forecast (`COLUMNS`): measured is the mean over the num_rows rows found there, error is

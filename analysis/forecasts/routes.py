@@ -26,12 +26,8 @@ def chosen_route(
     """The route that predicts the largest probed scales better, the loss's where none is shown to.
 
     Args:
-        law: law of the loss.
         probed: rows of one task with N, D, the loss and `top1`.
         place: variables of the law at the scales to forecast.
-        y: column of the loss.
-        kind: link from loss to accuracy.
-        resamples: bootstrap resamples.
         loss_fit: the law fitted to all rows.
 
     Returns:

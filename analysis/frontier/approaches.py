@@ -104,12 +104,8 @@ def all_approaches(
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
 
     Args:
-        df: one row a point.
-        y: loss column.
         columns: N, D or C -> column.
         budgets: common budgets that approach 2 interpolates to; None takes the table's own.
-        objective: of approach 3.
-        resamples: bootstrap resamples of each.
         cluster: column whose groups approach 3 resamples whole, as for `fit`.
 
     Raises:

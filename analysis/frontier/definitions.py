@@ -87,9 +87,6 @@ def by_definition(
     """Refit the joint law for every meaning of N, and draw its frontier for every meaning of C.
 
     Args:
-        df: a results table.
-        y: loss column.
-        objective: what to minimise.
         resamples: bootstrap resamples of every fit; the same runs are drawn in all of them.
 
     Raises:

@@ -33,16 +33,12 @@ def isoflop_frontier(
     """Compute-optimal size by iso-FLOP parabolas.
 
     Args:
-        df: one row a point.
-        y: loss column.
         columns: N, D or C -> column.
         budgets: interpolate every size's curve to this many budgets; None takes budgets as they stand in the table.
         tolerance: rows whose C differ by less than this fraction share a budget (without `budgets`).
         window: only points within this factor of the best measured N enter the parabola: far from its minimum an
             iso-FLOP curve is no parabola, and its skew would move the vertex.
         resamples: simulated tables, from which the interval is read.
-        confidence: coverage of the intervals.
-        seed: seed of the simulation.
 
     Raises:
         AnalysisError: fewer than two budgets with an interior, convex minimum; the message names each refused budget.

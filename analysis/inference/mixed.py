@@ -92,8 +92,6 @@ def mixed_model(
         weights: the estimate's weights (n,), taken for relative inverse variances of the point errors.
         sizes: number of each point's size (n,), or None where sizes are not told apart from runs or points.
         runs: number of each point's run (n,), nested in sizes, or None.
-        num_draws: draws.
-        rng: source of randomness.
     """
     n, k = jacobian.shape
     scale = np.sqrt(np.sum(weights[:, None] * jacobian**2, axis=0))

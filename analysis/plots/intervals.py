@@ -35,7 +35,6 @@ def dots(ax: Axes, rows: Sequence[tuple[str, float, float, float]], *, colours: 
     """Values with intervals on a horizontal axis, one row each, from the top down.
 
     Args:
-        ax: where to draw.
         rows: (label, value, low, high); ends that are NaN leave the dot alone.
         colours: of the rows; None takes the accent for all.
     """

@@ -41,9 +41,7 @@ def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = A
     """N*(C) of one approach: its optima and its line with the interval, dashed beyond the budgets used.
 
     Args:
-        frontier: an approach's result.
         ax: where to draw; None makes a figure. Several approaches can share one.
-        colour: of the line.
         number: 0-based place among several, which picks marker and line style.
     """
     with styled():

@@ -45,7 +45,6 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
     """Label of a column: theirs in a foreign table, ours with its unit from the schema, else the name as it is.
 
     Args:
-        column: a column's name.
         loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
         names: our column -> its name in the file, of a foreign table.
     """

@@ -58,7 +58,6 @@ def plot_fit(
     A law of two variables gives one line for each of up to eight values of the other one.
 
     Args:
-        fit: a fitted law.
         ax: where to draw; None makes a figure.
         x: the law's variable on the horizontal axis; None takes the first.
         se: standard errors of the measurements, by the table's index; drawn as 95 % bars.

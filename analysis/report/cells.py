@@ -90,10 +90,6 @@ def page_table(
     """Lay out a data frame.
 
     Args:
-        key: HTML id.
-        title: heading.
-        note: line below it.
-        frame: the numbers.
         columns: (column of the frame, heading, formatter); columns that the frame lacks or that are all missing
             are left out.
     """

@@ -54,7 +54,6 @@ def write_report(
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `selection.select`.
         best: tuned columns of which only the best value counts, see `selection.best_of`.
-        resamples: bootstrap resamples of every interval.
 
     Returns:
         Path of the page.

@@ -57,11 +57,6 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     A cell is what agrees in N, D, U, seed, design and set-up, and in every foreign column that is a setting: words, and
     numbers that repeat (three rows per value or more). Other foreign numbers are taken for measurements.
 
-    Args:
-        frame: a table.
-        names: the tuned columns, such as lr.
-        y: loss column.
-
     Returns:
         The best rows, in order. `attrs` tells how many were left out, and in how many cells the best value is the
         smallest or the largest that was tried: a better one may lie beyond.

@@ -118,17 +118,10 @@ def run(
     On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
 
     Args:
-        model_config: the model.
         optimiser: batch size, precision and the rest; the batch is that of all ranks.
-        zero_stage: as in the runtime configuration.
-        micro_batch: as in the runtime configuration.
-        activation_checkpointing: as in the runtime configuration.
+        zero_stage: this, `micro_batch` and `activation_checkpointing` as in the runtime configuration.
         compile_as: `runtime.compile`, of ours and of the plain loops.
-        device: `auto`, `cpu` or `cuda`.
-        num_steps: timed steps.
         batches: the training loader, to measure the wait for data; None takes random images.
-        with_peer: time the peer, too.
-        with_stages: time ZeRO stages 1 and 2, too.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
     """
     group = start_group(find_placement(), device)

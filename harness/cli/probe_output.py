@@ -14,8 +14,6 @@ def print_entries(results: Iterable[tuple[int | None, list[dict[str, Any]]]], *,
 
     Args:
         results: (images seen, or None for a baseline; entries) after each task; reading them does the probing.
-        is_first: whether this is rank 0.
-        as_json: one JSON list instead of lines.
     """
     found: list[dict[str, Any]] = []
     for budget, entries in results:

@@ -221,10 +221,6 @@ class Group:
 def start_group(placement: Placement, device_name: str) -> Group:
     """Choose the device, tell DeepSpeed about it, and join the process group.
 
-    Args:
-        placement: this process among the ranks.
-        device_name: `auto`, `cpu` or `cuda`.
-
     Raises:
         LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
     """

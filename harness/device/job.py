@@ -55,8 +55,6 @@ def execute_job(folder: RunDir, work: Callable[[Job], None], *, also: Iterable[P
     """Hold the folder, do the work and return the exit code (`run.directory`).
 
     Args:
-        folder: of the job.
-        work: what all ranks do.
         also: folders beside the job's own that the work writes into.
 
     Raises:

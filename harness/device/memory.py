@@ -127,12 +127,6 @@ def memory_estimate(
     """Estimate the peak bytes of one rank.
 
     Args:
-        config: the model.
-        zero_stage: 0 to 3.
-        world_size: ranks that share the states.
-        micro_batch: images per forward pass.
-        precision: of weights and activations.
-        activation_checkpointing: keep only every block's input.
         on_cpu: there the attention of short sequences keeps its scores.
         offload_optimiser: master weights and moments live in host memory; ZeRO 1 to 3.
         offload_weights: so do the weights between their uses; ZeRO 3.
@@ -271,20 +265,10 @@ def execution_plan(
     known or suffices. A micro-batch below 8 counts as not fitting while there is something left to try.
 
     Args:
-        config: the model.
         batch_size: images per step, over all ranks.
-        world_size: ranks that share the states.
-        precision: of weights and activations.
-        device_bytes: memory of a rank's device.
         host_bytes: a rank's share of its host's memory, for what is offloaded and for the copy of a checkpoint; None
             where it is not known.
-        zero_stage: fixes it.
-        micro_batch: fixes it.
-        activation_checkpointing: fixes it.
-        offload_optimiser: fixes it.
-        offload_weights: fixes it.
-        checkpoint_copy: fixes whether checkpoints are copied aside.
-        on_cpu: the device is the host.
+        checkpoint_copy: whether checkpoints are copied aside.
 
     Raises:
         DoesNotFitError: nothing fits.

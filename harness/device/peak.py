@@ -87,11 +87,8 @@ def utilisation(
     that is saved. `mfu_executed`: FLOPs executed over the nominal peak. `mfu`: FLOPs executed over the measured peak.
 
     Args:
-        config: the model.
-        peak: of one device.
         images_per_s: training throughput of all devices.
         scored_tokens: mean per image.
-        world_size: devices.
     """
     rate = images_per_s / world_size
     executed = rate * executed_flops_per_image(config, scored_tokens).train

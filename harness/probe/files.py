@@ -101,9 +101,6 @@ def finished_probes(folder: Path, section: ProbeSection, key: str, *, since: flo
     """Kind -> probe, of those of a task's kinds that files of this key hold; a fingerprint of `*` stands for any.
 
     Args:
-        folder: of a budget or a baseline.
-        section: the task.
-        key: as `task_key` makes it.
         since: files older than this Unix time do not count.
     """
     wanted = key.rsplit("/", 4)

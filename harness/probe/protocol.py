@@ -111,12 +111,9 @@ def probe_backbone(
 
     Args:
         backbone: weights loaded, on its device; used in the task's precision afterwards.
-        section: the task.
-        model_section: image geometry.
         seed: splits the hold-out, draws the heads' start and the order of images.
         out: folder for the evaluation's file, the same with per-class counts and the whole grid; None writes nothing.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
-        bounds: memory and disk for features.
         since: take what files of the same weights, evaluation and seed say that are not older than this Unix time, and
             do the other kinds; None does them all.
         pause: called by all ranks together wherever work is saved; raises to stop there, and the next call goes on.

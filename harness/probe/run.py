@@ -139,7 +139,6 @@ def probe_run(
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
         group: the ranks that share the work; all of them call this.
-        bounds: memory and disk of a rank for features.
         since: take what files of the same weights, data and seed say that are not older than this Unix time; None
             probes in any case.
         pause: called by all ranks together wherever work is saved; raises to stop there.
@@ -206,13 +205,9 @@ def probe_baseline(
         target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.baseline_models`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
-        weights: weight file of a timm model.
-        random_weights: leave a timm model untrained.
         hub: fetch the weights of a timm model.
         image_size: of a timm model; None takes its own.
         out: folder of the result files; None takes `baselines/<target>` of the run.
-        group: the ranks that share the work.
-        bounds: memory and disk of a rank for features.
         since: as for `probe_run`.
 
     Raises:

@@ -219,7 +219,6 @@ class RunDir:
         """Replace a budget's row by `change(row)`, one process at a time: a trainer and probe jobs write rows.
 
         Args:
-            images_seen: the budget.
             change: gets the row, None where there is none, and returns the new one, None to leave things as they are.
 
         Returns:

@@ -64,7 +64,6 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
     """Append this start to `provenance.json`.
 
     Args:
-        run: the run directory.
         facts: what the caller knows: device, world size, ZeRO stage, measured peaks.
 
     Raises:

@@ -40,8 +40,6 @@ def execute(run: RunDir, *, group: str, rank: int, world_size: int, also: Iterab
     Args:
         run: its first rank takes the lease, the others join its fence.
         group: names this start of the run on all its ranks.
-        rank: this process among them.
-        world_size: their number.
         also: folders beside the run's own that are written into.
 
     Raises:

@@ -32,7 +32,6 @@ class BlockSums:
         """`grad_norm` before clipping and `update_ratio` of every block; all ranks call this together.
 
         Args:
-            group: all ranks.
             grad_norm: of the whole model, before clipping: at stages 1 to 3 the gradients that AdamW sees are clipped.
         """
         gradients, updates, weights = group.sum_tensor(self.squares).sqrt().tolist()

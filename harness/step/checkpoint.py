@@ -159,8 +159,6 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, beyond: int) -> t
     """Load the checkpoint furthest along the walk, or an earlier one where that is damaged (which is then deleted).
 
     Args:
-        folder: the run's checkpoints.
-        engine: to bring to its state.
         group: all ranks call this together.
         beyond: only checkpoints with more images done than this.
 

@@ -132,7 +132,6 @@ class Engine:
         Args:
             micro_batches: at least one, as many as on every other rank, on any device.
             num_targets: scored targets of the whole batch, over all ranks.
-            lr: learning rate of this step.
         """
         for param_group in self._optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]

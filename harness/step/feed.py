@@ -57,9 +57,6 @@ class Feed:
         """The next step.
 
         Args:
-            batches: this rank's loader.
-            stop_asked: whether this rank was asked to stop.
-            save_asked: whether this rank wants a checkpoint.
             num_images: images of the run after this step.
             num_bad: undecodable samples of the run before it.
 

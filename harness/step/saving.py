@@ -61,8 +61,6 @@ class CheckpointWriter:
         """Allocate nothing yet.
 
         Args:
-            engine: whose state is saved.
-            group: all ranks.
             check: called before anything is published; raises where the run is not this group's any more.
             copies: whether the state is copied aside; otherwise ranks wait until it is written.
         """

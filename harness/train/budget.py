@@ -54,8 +54,6 @@ def training_columns(config: RunConfig, images_seen: int, facts: dict[str, Any])
     """What a budget's row says when its weights are saved; evaluation adds the rest.
 
     Args:
-        config: of the run.
-        images_seen: the budget.
         facts: columns that training knows: losses, times, counts, device.
     """
     row = describe(config) | facts

@@ -33,7 +33,6 @@ def evaluate_run(run: RunDir, config: RunConfig, group: Group, job: Job) -> None
     """Measure what a configuration of the run asks for and its budgets lack; all ranks call this together.
 
     Args:
-        run: a run directory.
         config: of the run, with what is to be measured now.
         group: the ranks, which share the images.
         job: whose `status.json` tells how far it is, and which may be asked to stop wherever work is saved.

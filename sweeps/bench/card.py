@@ -90,7 +90,6 @@ def run(out: Path, *, rehearse: bool = False, only: str = "", report: Callable[[
 
     Args:
         out: folder, made if need be.
-        rehearse: small sizes on the CPU.
         only: parts whose names hold this; empty for all.
         report: called with a line after each part.
 

@@ -59,9 +59,6 @@ def run(
 
     Args:
         folder: empty, on a local disk; what is wrong stays there to be looked at.
-        rounds: turns.
-        seed: of the moments.
-        report: called after every trial.
 
     Returns:
         `trials` (see `Trial`) and `setting`.

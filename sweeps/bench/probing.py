@@ -60,11 +60,9 @@ def run(
     """Make the images, probe them in three ways and compare with the card.
 
     Args:
-        num_images: of the training split.
         num_classes: places in photographs.
         size: rung whose random weights are probed.
         iterations: optimiser steps of the linear and the attentive grid.
-        batch_size: images per step.
         folder: where everything goes and stays; None takes a temporary one.
 
     Returns:

@@ -131,8 +131,6 @@ def run_queue(
     """Do to runs (longest first as given) what `kind` says until none is left to start.
 
     Args:
-        runs: the runs.
-        kind: what is done with them.
         slots: processes at a time; more than there are cards share the cards.
         gpus: cards, of which each run sees its own alone.
         share: how much of a card a run of one device takes, instead of an even share.
@@ -141,7 +139,6 @@ def run_queue(
         is_queued: whether Slurm still knows a job that an earlier launch submitted.
         job_id: of the Slurm job that this queue is.
         until: Unix time at which everything saves and ends.
-        failed: called with each run that failed for good.
 
     Raises:
         SweepError: no slot.

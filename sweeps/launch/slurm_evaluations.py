@@ -17,11 +17,7 @@ def evaluation_arrays(
     """Submit what evaluates the runs of a launch; runs that evaluate themselves only where training is over.
 
     Args:
-        sweep: with the resources to ask for.
-        runs: all runs of the launch.
         trained: what was submitted to train.
-        allow_dirty: submit uncommitted code.
-        dry_run: only say what would be submitted.
     """
     by_id = {run.run_id: run for run in runs}
     started = {run_id for part in trained.submitted for run_id in part.run_ids}

@@ -45,7 +45,6 @@ def launch(
 
     Args:
         sweep: a sweep or its name.
-        root: where sweep directories are made.
         slots: processes at a time; by default one per card, or as many as the cores feed.
         runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
         notify: webhook that is told of failures and of the end.

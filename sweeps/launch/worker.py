@@ -50,7 +50,6 @@ def work(
 
     Args:
         sweep: a sweep or its name.
-        root: where sweep directories are made.
         hours: time until the machine is gone.
         devices: cards (or, without cards, processes) to use; by default all.
         command: the program that executes a run.

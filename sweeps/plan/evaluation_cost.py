@@ -72,7 +72,6 @@ def evaluation_flops(evaluation: EvaluationConfig, flops: FlopCount, probes: tup
     """FLOPs of all budgets' validation and probes; a data set that is not here to be counted adds nothing.
 
     Args:
-        evaluation: of the run.
         flops: of its model, one image.
         probes: its tasks, as `probe_costs` prices them.
     """

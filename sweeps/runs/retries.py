@@ -48,11 +48,8 @@ def conclude(
     """Record how an attempt ended and decide what follows.
 
     Args:
-        run: where it is recorded.
-        attempt: its number.
         exit_code: of the process, negative for a signal.
         where: back end and job.
-        asked: a person stopped it.
         peer: what another rank said when it failed first.
         node: Slurm's name of the node where the first to fail ran.
 

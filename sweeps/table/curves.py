@@ -19,8 +19,6 @@ def training_curves(sweep: Sweep, runs: Sequence[Run], *, per_param: bool = Fals
     """Logged losses of every run that has begun, by size in order of N, on the way to one budget each.
 
     Args:
-        sweep: the sweep.
-        runs: its runs.
         per_param: end each run at the budget whose D/N is nearest to the sweep's median, instead of the largest.
 
     Returns:

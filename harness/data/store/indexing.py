@@ -48,9 +48,7 @@ def index_shards(
         out: local folder for `index.parquet` and `dataset.json`.
         names: shard names relative to `location`.
         name: of the data set; the folder's name by default.
-        classes: class names by label.
         num_workers: processes, each reading one shard at a time.
-        progress: told of every finished shard.
 
     Raises:
         DataError: no shards, no images, or a shard that is missing, truncated or malformed.

@@ -103,7 +103,6 @@ def resize_exactly(crops: list[Tensor], flip: npt.NDArray[np.bool_], size: int) 
     Args:
         crops: uint8 (H, W, C) each.
         flip: (B,) flip the result left to right.
-        size: side of the result, pixels.
 
     Returns:
         uint8 (B, C, size, size).

@@ -55,13 +55,10 @@ def train_batches(
     At least one whole step is loaded ahead. Close the iterator when it is left before its end.
 
     Args:
-        stream: the run's stream.
         start: first position, anything; costs nothing however large.
         stop: end; the last step is shorter when `batch_size` does not divide the distance.
         batch_size: images per step, over all ranks.
         micro_batch: most images per item of the list.
-        rank: of this process.
-        world_size: number of ranks.
         num_workers: loader processes; 0 loads in a thread of this one.
         pin_memory: hand out page-locked batches (needs CUDA).
 

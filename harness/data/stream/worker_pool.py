@@ -80,7 +80,6 @@ class WorkerPool:
 
         Args:
             stream: every process has a copy of it.
-            num_workers: at least 1.
             micro_batch: most images of one batch.
             num_micro: batches of one optimiser step. A whole step is loaded ahead, and two more batches per process.
         """

@@ -88,11 +88,8 @@ def baseline(
     Args:
         target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
-        weights: weight file of a timm model.
-        random_weights: leave a timm model untrained.
         hub: download the weights of a timm model, or take them from the hub's local cache.
         image_size: side of a timm model's images; None takes the size it was trained at.
-        device: where it runs.
 
     Raises:
         ProbeError: an unknown target or timm model, or weights that cannot be had.

@@ -135,8 +135,6 @@ class FeaturePass:
         """One pass over the images of a split.
 
         Args:
-            images: the split.
-            name: of the split, for its file.
             key: what the features depend on.
             fit: images whose statistics are summed, apart from those of all others; None sums none.
 

@@ -66,7 +66,6 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
     Chance is the share of the commonest class: what always naming it scores.
 
     Args:
-        given: of a probe on n images.
         labels: (n,).
         classes: K names.
     """
