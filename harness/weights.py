@@ -141,12 +141,9 @@ def import_weights(
     config = model_config(**dict(section))
     if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
         raise WeightsError(f"{source} holds {found.name}, not {section.size}; leave out --size, or give the other file")
+    images_seen = PUBLISHED_IMAGES_SEEN.get(section.size) if images_seen is None else images_seen
     if images_seen is None:
-        if section.size not in PUBLISHED_IMAGES_SEEN:
-            raise WeightsError(
-                f"{source} is no published size ({section.size}); say --images-seen, its training images"
-            )
-        images_seen = PUBLISHED_IMAGES_SEEN[section.size]
+        raise WeightsError(f"{source} is no published size ({section.size}); say --images-seen, its training images")
     kept_head = _released_head(read_weights(head) if head else state, config, head or source, insist=head is not None)
     body = {name: tensor for name, tensor in state.items() if not name.startswith(PROBE)}
     _check(body, config, source, _whole_shapes(config) if pixel_head else None)

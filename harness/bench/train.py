@@ -13,7 +13,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from aimscale.harness.device.distributed import Group, find_placement, start_gro
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
-from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
 from aimscale.harness.run.provenance import process_age_s
 from aimscale.harness.step.deepspeed_setup import CompileMode, EngineOptions
 from aimscale.harness.step.engine import Engine, compile_mode
@@ -101,12 +100,8 @@ Loop = tuple[Step, Callable[[], object]]
 def run(
     model_config: ModelConfig,
     optimiser: OptimiserSection,
+    runtime: RuntimeConfig,
     *,
-    zero_stage: Literal["auto"] | int = "auto",
-    micro_batch: Literal["auto"] | int = "auto",
-    activation_checkpointing: Literal["auto"] | bool = "auto",
-    compile_as: Literal["auto", "graphs"] | bool = "auto",
-    device: str = "auto",
     num_steps: int = 20,
     batches: Iterator[list[Batch]] | None = None,
     with_peer: bool = False,
@@ -119,31 +114,26 @@ def run(
 
     Args:
         optimiser: batch size, precision and the rest; the batch is that of all ranks.
-        zero_stage: this, `micro_batch` and `activation_checkpointing` as in the runtime configuration.
-        compile_as: `runtime.compile`, of ours and of the plain loops.
+        runtime: device, ZeRO stage, micro-batch and compiling.
         batches: the training loader, to measure the wait for data; None takes random images.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
     """
-    group = start_group(find_placement(), device)
+    group = start_group(find_placement(), runtime.device)
     plan = execution_plan(
         model_config,
-        batch_size=optimiser.batch_size,
+        optimiser,
+        runtime,
         world_size=group.world_size,
-        precision=optimiser.precision,
         device_bytes=group.memory_bytes(),
-        zero_stage=zero_stage,
-        micro_batch=micro_batch,
-        activation_checkpointing=activation_checkpointing,
         on_cpu=group.device.type == "cpu",
     )
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,
-        compile=compile_mode(compile_as, group.device, plan.zero_stage),
+        compile=compile_mode(runtime.compile, group.device, plan.zero_stage),
     )
     step = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
     num_targets = group.world_size * count_targets(step, model_config.num_tokens)
-
     makers = _loops(model_config, optimiser, options, group, step, num_targets, with_references, with_peer, with_stages)
     try:
         times, memory_bytes, startup_s = _time_loops(makers, num_steps, group)
@@ -157,6 +147,13 @@ def run(
         stop_group()
     ours_s = statistics.median(times["ours"])
     images_per_s = optimiser.batch_size / ours_s
+    shares = utilisation(
+        model_config,
+        peak,
+        images_per_s=images_per_s,
+        scored_tokens=num_targets / optimiser.batch_size,
+        world_size=group.world_size,
+    )
     return TrainBench(
         size=model_config.name,
         params=param_count(model_config).total,
@@ -171,28 +168,20 @@ def run(
         num_threads=torch.get_num_threads(),
         ms_per_step=1000 * ours_s,
         images_per_s=images_per_s,
-        **utilisation(  # type: ignore[arg-type]
-            model_config,
-            peak,
-            images_per_s=images_per_s,
-            scored_tokens=num_targets / optimiser.batch_size,
-            world_size=group.world_size,
-        ),
+        **shares,  # type: ignore[arg-type]
         peak_flops_per_s=peak.flops_per_s,
         nominal_flops_per_s=peak.nominal_flops_per_s,
-        others={
-            name: OtherLoop(
-                ms_per_step=1000 * statistics.median(its),
-                ours_over_it=statistics.median(our / other for our, other in zip(times["ours"], its, strict=True)),
-            )
-            for name, its in times.items()
-            if name != "ours"
-        },
+        others={name: _beside(times["ours"], its) for name, its in times.items() if name != "ours"},
         memory_bytes=memory_bytes,
         memory_estimate_bytes=plan.estimate.total,
         startup_s=startup_s,
         data_wait=data_wait,
     )
+
+
+def _beside(ours: list[float], its: list[float]) -> OtherLoop:
+    ratios = [our / other for our, other in zip(ours, its, strict=True)]
+    return OtherLoop(ms_per_step=1000 * statistics.median(its), ours_over_it=statistics.median(ratios))
 
 
 def _loops(

@@ -93,13 +93,16 @@ def train(
             micro_batch=micro_batch or optimiser.batch_size,
             num_workers=workers,
         )
+    runtime = {
+        "zero_stage": "auto" if zero_stage is None else zero_stage,
+        "micro_batch": "auto" if micro_batch is None else micro_batch,
+        "compile": compile_as,
+        "device": device,
+    }
     measured = run(
         shape,
         optimiser,
-        zero_stage="auto" if zero_stage is None else zero_stage,
-        micro_batch="auto" if micro_batch is None else micro_batch,
-        compile_as=parse(RuntimeConfig, {"compile": compile_as}, "the command line").compile,
-        device=device,
+        parse(RuntimeConfig, runtime, "the command line"),
         num_steps=steps,
         batches=batches,
         with_peer=peer,

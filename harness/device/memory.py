@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import DENSE_ATTENTION_TOKENS, param_count
 from aimscale.aim.errors import UserError
+from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
 
 Precision = Literal["fp32", "bf16"]
 
@@ -240,21 +241,15 @@ def _settings(precision: Precision, may_offload: bool) -> list[_Setting]:
 
 def execution_plan(
     config: ModelConfig,
+    optimiser: OptimiserSection,
+    runtime: RuntimeConfig,
     *,
-    batch_size: int,
     world_size: int,
-    precision: Precision,
     device_bytes: int,
     host_bytes: int | None = None,
-    zero_stage: Literal["auto"] | int = "auto",
-    micro_batch: Literal["auto"] | int = "auto",
-    activation_checkpointing: Literal["auto"] | bool = "auto",
-    offload_optimiser: Literal["auto"] | bool = "auto",
-    offload_weights: Literal["auto"] | bool = "auto",
-    checkpoint_copy: Literal["auto"] | bool = "auto",
     on_cpu: bool = False,
 ) -> ExecutionPlan:
-    """Choose what is not fixed.
+    """Choose what `runtime` leaves open.
 
     The rule: take the first setting that fits, each with its largest micro-batch. Stored activations come before
     recomputed ones (a third more FLOPs), and among each the lower ZeRO stage (less communication; 0 for fp32, 1 for
@@ -265,48 +260,41 @@ def execution_plan(
     known or suffices. A micro-batch below 8 counts as not fitting while there is something left to try.
 
     Args:
-        batch_size: images per step, over all ranks.
         host_bytes: a rank's share of its host's memory, for what is offloaded and for the copy of a checkpoint; None
             where it is not known.
-        checkpoint_copy: whether checkpoints are copied aside.
 
     Raises:
         DoesNotFitError: nothing fits.
     """
+    precision = optimiser.precision
+    may_offload = runtime.offload_optimiser is True or (host_bytes is not None and not on_cpu)
     settings = [
         setting
-        for setting in _settings(precision, offload_optimiser is True or (host_bytes is not None and not on_cpu))
-        if zero_stage in ("auto", setting.zero_stage)
-        and activation_checkpointing in ("auto", setting.activation_checkpointing)
-        and offload_optimiser in ("auto", setting.offload_optimiser)
-        and offload_weights in ("auto", setting.offload_weights)
+        for setting in _settings(precision, may_offload)
+        if all(getattr(runtime, name) in ("auto", value) for name, value in setting._asdict().items())
     ]
     if not settings:
         raise DoesNotFitError(
-            f"no setting has zero_stage {zero_stage} in {precision}, offload_optimiser {offload_optimiser} and "
-            f"offload_weights {offload_weights}; offloading needs zero_stage 1 to 3, of the weights 3 and of both"
+            f"no setting has zero_stage {runtime.zero_stage} in {precision}, offload_optimiser "
+            f"{runtime.offload_optimiser} and offload_weights {runtime.offload_weights}; offloading needs zero_stage 1 "
+            "to 3, of the weights 3 and of both"
         )
-    per_rank = -(-batch_size // world_size)
-    limit = USABLE_FRACTION * device_bytes
+    per_rank = -(-optimiser.batch_size // world_size)
     for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
         for setting, copies in itertools.product(settings, (True, False)):
-            if checkpoint_copy not in ("auto", copies):
+            if runtime.checkpoint_copy not in ("auto", copies):
                 continue
             empty = memory_estimate(
                 config, world_size=world_size, micro_batch=0, precision=precision, on_cpu=on_cpu, **setting._asdict()
             )
             empty = empty if copies else dataclasses.replace(empty, checkpoint_copy=0)
-            if on_cpu:
-                limit = USABLE_FRACTION * device_bytes - empty.on_host
-            elif host_bytes is not None and empty.on_host > USABLE_FRACTION * host_bytes:
-                continue
             per_image = activation_bytes_per_image(config, precision, setting.activation_checkpointing, on_cpu)
-            room = int((limit - empty.total) // per_image)
-            if micro_batch == "auto":
+            room = int(_bytes_left(empty, device_bytes, host_bytes, on_cpu) // per_image)
+            if runtime.micro_batch == "auto":
                 most = min(room, per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
                 chosen, fits = even_share(per_rank, most), most >= enough
             else:
-                chosen, fits = micro_batch, micro_batch <= room
+                chosen, fits = runtime.micro_batch, runtime.micro_batch <= room
             if fits:
                 return ExecutionPlan(
                     micro_batch=chosen,
@@ -318,6 +306,13 @@ def execution_plan(
         "use more ranks, or leave zero_stage, micro_batch, activation_checkpointing, offloading and checkpoint_copy on "
         "auto"
     )
+
+
+def _bytes_left(empty: MemoryEstimate, device_bytes: int, host_bytes: int | None, on_cpu: bool) -> float:
+    """Bytes of the device for activations; negative where the host cannot hold its part."""
+    if host_bytes is not None and not on_cpu and empty.on_host > USABLE_FRACTION * host_bytes:
+        return -1.0
+    return USABLE_FRACTION * device_bytes - (empty.on_host if on_cpu else 0) - empty.total
 
 
 def even_share(per_rank: int, most: int) -> int:

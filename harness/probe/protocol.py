@@ -147,26 +147,7 @@ def probe_backbone(
         used = Resources(group)
         found |= {detail["kind"]: detail for detail in probing.details()}
         if out is not None:
-            features = probing.feature_files()
-            document = {
-                "schema_version": SCHEMA_VERSION,
-                "key": key,
-                "backbone": backbone.name,
-                "task": section.model_dump(mode="json") | {"kinds": list(found)},
-                "classes": list(train.classes),
-                "world_size": group.world_size,
-                **used.so_far(),
-                "feature_bytes": features,
-                "backbone_images": group.sum_counts(getattr(backbone, "images_seen", 0))[0],
-                "probes": list(found.values()),
-            }
-            if group.is_first:
-                write_json(out / f"{name}.json", document)
-            assert progress is not None
-            probing.remove_features()
-            group.wait()
-            if group.is_first:
-                progress.clear()
+            probing.write(out / f"{name}.json", found, used)
         return [as_entry(found[kind]) for kind in wanted]
 
 
@@ -276,22 +257,32 @@ class _Probing:
     def _test_features(self) -> SplitFeatures:
         return self._pass.split(self.test, f"{self.name}.test", self.key)
 
-    def _made(self) -> list[SplitFeatures]:
-        """Feature sets that were needed."""
-        return [self.__dict__[name] for name in ("_train_features", "_test_features") if name in self.__dict__]
-
-    def feature_files(self) -> dict[str, int]:
-        """Bytes of pooled features in memory and on disk, of all ranks."""
-        own = {"memory": 0, "disk": 0}
-        for features in self._made():
-            own["disk" if features.pooled.is_on_disk else "memory"] += features.pooled.num_bytes
-        memory, disk = self.group.sum_counts(own["memory"], own["disk"])
-        return {"memory": memory, "disk": disk}
-
-    def remove_features(self) -> None:
-        """Give the disk back."""
-        for features in self._made():
-            features.pooled.remove()
+    def write(self, path: Path, found: dict[str, dict[str, Any]], used: Resources) -> None:
+        """Write the evaluation's file, and give back the disk that its features and progress took."""
+        made = [self.__dict__[name].pooled for name in ("_train_features", "_test_features") if name in self.__dict__]
+        memory, disk = self.group.sum_counts(
+            sum(pooled.num_bytes for pooled in made if not pooled.is_on_disk),
+            sum(pooled.num_bytes for pooled in made if pooled.is_on_disk),
+        )
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "key": self.key,
+            "backbone": self.backbone.name,
+            "task": self.section.model_dump(mode="json") | {"kinds": list(found)},
+            "classes": list(self.train.classes),
+            "world_size": self.group.world_size,
+            **used.so_far(),
+            "feature_bytes": {"memory": memory, "disk": disk},
+            "backbone_images": self.group.sum_counts(getattr(self.backbone, "images_seen", 0))[0],
+            "probes": list(found.values()),
+        }
+        if self.group.is_first:
+            write_json(path, document)
+        for pooled in made:
+            pooled.remove()
+        self.group.wait()
+        if self.group.is_first and self.progress is not None:
+            self.progress.clear()
 
     def _heads(self, kinds: tuple[str, ...], source: Features) -> list[dict[str, Any]]:
         """Train, choose and score the heads of some kinds."""

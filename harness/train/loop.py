@@ -59,17 +59,11 @@ class Trainer:
         )
         self.plan = execution_plan(
             self.model_config,
-            batch_size=self.batch_size,
+            training.optimiser,
+            runtime,
             world_size=group.world_size,
-            precision=training.optimiser.precision,
             device_bytes=group.from_first(group.memory_bytes()),
             host_bytes=group.from_first(group.host_memory_bytes()),
-            zero_stage=runtime.zero_stage,
-            micro_batch=runtime.micro_batch,
-            activation_checkpointing=runtime.activation_checkpointing,
-            offload_optimiser=runtime.offload_optimiser,
-            offload_weights=runtime.offload_weights,
-            checkpoint_copy=runtime.checkpoint_copy,
             on_cpu=group.device.type == "cpu",
         )
         self.engine = Engine(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
@@ -16,11 +16,10 @@ from aimscale.harness.device.memory import (
     CHECKPOINT_BYTES_PER_PARAM,
     DoesNotFitError,
     ExecutionPlan,
-    Precision,
     execution_plan,
     memory_estimate,
 )
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs, rounds_warning
@@ -204,7 +203,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     evaluation_s = flops_evaluation / flops_per_s + len(budgets) * cost.evaluation_s
     wall_s = training_s + evaluation_s
     device_hours = wall_s * run.devices / 3600
-    fit = _fit(model, run.config, run.devices, round(cost.memory_gb * 1e9))
+    fit = _fit(model, training.optimiser, run.config.runtime, run.devices, round(cost.memory_gb * 1e9))
     keeps_trunk = run.config.runtime.keep_trunk and training.schedule.kind == "wsd"
     return CostCard(
         run_id=run.run_id,
@@ -265,53 +264,15 @@ class _Fit:
     """Bytes of a rank at every stage, at that micro-batch (1 where nothing fits)."""
 
 
-def _fit(model: ModelConfig, config: RunConfig, devices: int, device_bytes: int) -> _Fit:
-    runtime, optimiser = config.runtime, config.training.optimiser
-    return _fit_cached(
-        model,
-        devices,
-        device_bytes,
-        optimiser.batch_size,
-        optimiser.precision,
-        runtime.zero_stage,
-        runtime.micro_batch,
-        runtime.activation_checkpointing,
-        runtime.offload_optimiser,
-        runtime.offload_weights,
-        runtime.checkpoint_copy,
-    )
-
-
 @functools.cache
-def _fit_cached(
-    model: ModelConfig,
-    devices: int,
-    device_bytes: int,
-    batch_size: int,
-    precision: Precision,
-    zero_stage: Literal["auto"] | int,
-    micro_batch: Literal["auto"] | int,
-    activation_checkpointing: Literal["auto"] | bool,
-    offload_optimiser: Literal["auto"] | bool,
-    offload_weights: Literal["auto"] | bool,
-    checkpoint_copy: Literal["auto"] | bool,
+def _fit(
+    model: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, devices: int, device_bytes: int
 ) -> _Fit:
     try:
-        chosen = execution_plan(
-            model,
-            batch_size=batch_size,
-            world_size=devices,
-            precision=precision,
-            device_bytes=device_bytes,
-            zero_stage=zero_stage,
-            micro_batch=micro_batch,
-            activation_checkpointing=activation_checkpointing,
-            offload_optimiser=offload_optimiser,
-            offload_weights=offload_weights,
-            checkpoint_copy=checkpoint_copy,
-        )
+        chosen = execution_plan(model, optimiser, runtime, world_size=devices, device_bytes=device_bytes)
     except DoesNotFitError:
         chosen = None
+    precision = optimiser.precision
     by_stage = {
         stage: memory_estimate(
             model,
@@ -367,10 +328,11 @@ def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) ->
     if run.devices > 1:
         return 1
     total = SHARED_MEMORY * (device_bytes or 1e9 * sweep.file.cost.memory_gb)
-    model = model_of(run.config.training)
-    alone = _fit(model, run.config, 1, round(total)).chosen
+    training, runtime = run.config.training, run.config.runtime
+    model = model_of(training)
+    alone = _fit(model, training.optimiser, runtime, 1, round(total)).chosen
     for num in range(MAX_RUNS_ON_A_DEVICE, 1, -1):
-        shared = _fit(model, run.config, 1, round(total / num)).chosen
+        shared = _fit(model, training.optimiser, runtime, 1, round(total / num)).chosen
         if shared is None or alone is None:
             continue
         enough = min(alone.micro_batch, MIN_SHARED_MICRO_BATCH)

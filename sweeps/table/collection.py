@@ -60,11 +60,10 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     """
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
-    rows: list[dict[str, Any]] = []
     damaged: dict[str, str] = {}
     completions: list[dict[str, Any]] = []
     machines: dict[str, dict[str, Any]] = {}
-    finished_at: list[Any] = []
+    rows: list[dict[str, Any]] = []
     for run, card in zip(runs, cards, strict=True):
         record = RunRecord(sweep.run_dir(run.run_id))
         try:
@@ -74,15 +73,12 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
             damaged[run.run_id] = str(error)
             continue
         rows += found
-        finished_at += [row["finished_at"] for row in found if row.get("finished_at")]
         completions += _completions(sweep, run, record)
         machines |= _machine(record)
-    imported = _imported(sweep, {run.run_id for run in runs})
-    known = {run.run_id for run in runs} | {record.path.name for record in imported}
-    unplanned = tuple(
-        sorted(path.name for path in sweep.runs_dir.iterdir() if path.is_dir() and path.name not in known)
-    )
-    _refuse_another_plan(sweep, runs, unplanned)
+    finished_at = [row["finished_at"] for row in rows if row.get("finished_at")]
+    planned = {run.run_id for run in runs}
+    imported = _imported(sweep, planned)
+    unplanned = _unplanned(sweep, runs, planned | {record.path.name for record in imported})
     rows = with_task_names([*rows, *_imported_rows(sweep, imported, damaged)], runs)
     num_complete = sum(row["status"] == "complete" for row in rows)
     table = results_table(rows)
@@ -90,23 +86,21 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     write_table(table, sweep.directory / "results.parquet")
     baselines = with_task_names(_baselines(sweep, damaged), runs)
     _write_baselines(sweep, baselines)
+    summary = {
+        "version": COLLECT_VERSION,
+        "sweep": sweep.name,
+        "description": sweep.file.description,
+        "recipe": sweep.file.recipe,
+        "created": max(map(str, finished_at), default=None),
+        "num_runs": len(runs),
+        "num_rows": len(rows),
+        "num_complete": num_complete,
+        "completions": completions,
+        "damaged": damaged,
+        "machines": list(machines.values()),
+    }
     try:
-        write_json(
-            sweep.directory / "collect.json",
-            {
-                "version": COLLECT_VERSION,
-                "sweep": sweep.name,
-                "description": sweep.file.description,
-                "recipe": sweep.file.recipe,
-                "created": max(map(str, finished_at), default=None),
-                "num_runs": len(runs),
-                "num_rows": len(rows),
-                "num_complete": num_complete,
-                "completions": completions,
-                "damaged": damaged,
-                "machines": list(machines.values()),
-            },
-        )
+        write_json(sweep.directory / "collect.json", summary)
     except OSError as error:
         raise SweepError(f"cannot write {sweep.directory / 'collect.json'}: {error.strerror}") from error
     return Collected(
@@ -120,13 +114,21 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     )
 
 
-def _refuse_another_plan(sweep: Sweep, runs: Sequence[Run], unplanned: Sequence[str]) -> None:
+def _unplanned(sweep: Sweep, runs: Sequence[Run], known: set[str]) -> tuple[str, ...]:
+    """Directories of no known run.
+
+    Raises:
+        SweepError: there are some, and none of a planned run.
+    """
+    found = (path.name for path in sweep.runs_dir.iterdir() if path.is_dir() and path.name not in known)
+    unplanned = tuple(sorted(found))
     if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(
             f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
             f"sweep file was edited, or an earlier version of aimscale launched them (`aimscale migrate` brings those "
             f"along; the commit is in provenance.json)"
         )
+    return unplanned
 
 
 def _imported_rows(sweep: Sweep, imported: Sequence[RunRecord], damaged: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from aimscale.harness.device.memory import (
     kept_bytes_per_image,
     memory_estimate,
 )
-from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import count_targets
@@ -162,11 +162,10 @@ def test_the_rule_takes_the_lowest_stage_that_fits_with_enough_images() -> None:
     ) -> tuple[int, int, bool]:
         chosen = execution_plan(
             model_config(size, head_rule="released"),
-            batch_size=4096,
+            OptimiserSection(batch_size=4096, precision=precision),  # type: ignore[arg-type]
+            RuntimeConfig(**fixed),  # type: ignore[arg-type]
             world_size=world_size,
-            precision=precision,  # type: ignore[arg-type]
             device_bytes=int(gib * GIB),
-            **fixed,  # type: ignore[arg-type]
         )
         assert chosen.estimate.total <= 0.9 * gib * GIB
         return chosen.zero_stage, chosen.micro_batch, chosen.activation_checkpointing
@@ -186,12 +185,11 @@ def test_offloading_comes_last_and_only_where_the_host_has_room() -> None:
     def plan(gib: float, host: int | None = None, precision: str = "bf16", **fixed: object) -> tuple[int, bool, bool]:
         chosen = execution_plan(
             model_config("aim-7B", head_rule="released"),
-            batch_size=4096,
+            OptimiserSection(batch_size=4096, precision=precision),  # type: ignore[arg-type]
+            RuntimeConfig(**fixed),  # type: ignore[arg-type]
             world_size=8,
-            precision=precision,  # type: ignore[arg-type]
             device_bytes=int(gib * GIB),
             host_bytes=None if host is None else host * GIB,
-            **fixed,  # type: ignore[arg-type]
         )
         assert chosen.estimate.total <= 0.9 * gib * GIB
         assert (chosen.estimate.host > 0) == chosen.offload_optimiser
@@ -216,9 +214,14 @@ def test_offloading_comes_last_and_only_where_the_host_has_room() -> None:
 def test_a_cpu_offloads_only_where_told_and_then_counts_both() -> None:
     def plan(mib: int, **fixed: object) -> object:
         return execution_plan(
-            BIG, batch_size=16, world_size=1, precision="fp32", device_bytes=mib * 2**20, host_bytes=mib * 2**20,
-            on_cpu=True, **fixed,  # type: ignore[arg-type]
-        )  # fmt: skip
+            BIG,
+            OptimiserSection(batch_size=16, precision="fp32"),
+            RuntimeConfig(**fixed),  # type: ignore[arg-type]
+            world_size=1,
+            device_bytes=mib * 2**20,
+            host_bytes=mib * 2**20,
+            on_cpu=True,
+        )
 
     assert not plan(4000).offload_optimiser  # type: ignore[attr-defined]
     told = plan(4000, offload_optimiser=True)
