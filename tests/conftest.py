@@ -4,11 +4,15 @@ On small tensors, threads that wait for each other make two busy cores ten times
 """
 
 import atexit
+import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -17,3 +21,27 @@ _owner = os.getpid()
 hypothesis.settings.register_profile("same", derandomize=True)  # a failure is the doing of a change, not of chance
 hypothesis.settings.load_profile("same")
 atexit.register(lambda: shutil.rmtree(_cache, ignore_errors=True) if os.getpid() == _owner else None)
+
+
+@pytest.fixture(scope="session")
+def write_images() -> Callable[..., str]:
+    """Packs PNGs of noise; the two classes, where there are any, take turns, one redder and one bluer."""
+    import numpy as np
+    from PIL import Image
+
+    from aimscale.harness.data.store.pack import PackedImage, write_dataset
+
+    def write(folder: Path, number: int, *, seed: int = 0, classes: tuple[str, ...] = (), side: int = 16) -> str:
+        rng = np.random.default_rng(seed)
+        images = []
+        for i in range(number):
+            pixels = rng.integers(0, 120, (side, side, 3), dtype=np.uint8)
+            if classes:
+                pixels[:, :, 2 * (i % 2)] += 100
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, format="PNG")
+            images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), i % 2 if classes else None))
+        write_dataset(folder, images, classes=classes or None)
+        return str(folder)
+
+    return write

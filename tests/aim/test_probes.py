@@ -1,21 +1,28 @@
+from typing import Any
+
 import numpy as np
 import torch
 
 from aimscale.aim.probes import AttentiveProbe, EfficientProbe, LinearProbe
 
 
-def test_attentive_probe_equals_its_description() -> None:
-    width, num_heads, num_classes, num_tokens = 8, 2, 3, 5
-    probe = AttentiveProbe(width, num_heads, num_classes).eval()
+def used(probe: AttentiveProbe | EfficientProbe, width: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Standardised tokens and logits of two images of five tokens, and the weights, in float64."""
+    probe.eval()
     probe.bn.running_mean.normal_()
     probe.bn.running_var.uniform_(0.5, 2)
-    features = torch.randn(2, num_tokens, width)
+    features = torch.randn(2, 5, width)
     with torch.no_grad():
         logits = probe(features).numpy()
-
     weights = {name: value.double().numpy() for name, value in probe.state_dict().items()}
-    for image in range(2):
-        normed = (features[image].numpy() - weights["bn.running_mean"]) / np.sqrt(weights["bn.running_var"] + 1e-6)
+    normed = (features.numpy() - weights["bn.running_mean"]) / np.sqrt(weights["bn.running_var"] + 1e-6)
+    return normed, logits, weights
+
+
+def test_attentive_probe_equals_its_description() -> None:
+    num_heads = 2
+    tokens, logits, weights = used(AttentiveProbe(8, num_heads, 3), 8)
+    for image, normed in enumerate(tokens):
         keys, values = normed @ weights["k.weight"].T, normed @ weights["v.weight"].T
         pooled = []
         for head in range(num_heads):
@@ -42,17 +49,10 @@ def test_linear_probe_is_mean_then_norm_then_linear() -> None:
 
 def test_efficient_probe_equals_the_published_pooling() -> None:
     """Each query scores whole tokens, undivided by heads; each pools a slice of one value projection of its own."""
-    width, num_classes, num_tokens = 64, 3, 5
-    probe = EfficientProbe(width, num_classes).eval()
+    probe = EfficientProbe(64, 3)
     torch.nn.init.normal_(probe.queries)
-    probe.bn.running_mean.normal_()
-    probe.bn.running_var.uniform_(0.5, 2)
-    features = torch.randn(2, num_tokens, width)
-    with torch.no_grad():
-        logits = probe(features).numpy()
-    weights = {name: value.double().numpy() for name, value in probe.state_dict().items()}
-    for image in range(2):
-        tokens = (features[image].numpy() - weights["bn.running_mean"]) / np.sqrt(weights["bn.running_var"] + 1e-6)
+    both, logits, weights = used(probe, 64)
+    for image, tokens in enumerate(both):
         values = tokens @ weights["v.weight"].T
         pooled = []
         for query in range(32):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
@@ -12,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
-from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.sweeps.launch.packed_job import PackedJob
 from aimscale.sweeps.launch.start import launch
 from aimscale.sweeps.plan.costs import cost_cards
@@ -58,35 +54,20 @@ def cluster() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
     """Folders `train` and `validation` of small images."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, num_images in (("train", 96), ("validation", 16)):
-        images = []
-        for i in range(num_images):
-            ramp = np.linspace(0, 200, 20)[None, :, None] * rng.random(3) + 55 * rng.random((20, 20, 3))
-            file = io.BytesIO()
-            Image.fromarray(ramp.astype(np.uint8)).save(file, format="PNG")
-            images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), None))
-        write_dataset(folder / name, images)
+    for seed, (name, number) in enumerate({"train": 96, "validation": 16}.items()):
+        write_images(folder / name, number, seed=seed, side=20)
     return folder
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
     """Folders `train` and `test` of red and blue images."""
     folder = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for name, number in (("train", 24), ("test", 12)):
-        images = []
-        for i in range(number):
-            pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-            pixels[:, :, 2 * (i % 2)] += 60
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, format="PNG")
-            images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), i % 2))
-        write_dataset(folder / name, images, classes=("red", "blue"))
+    for seed, (name, number) in enumerate({"train": 24, "test": 12}.items()):
+        write_images(folder / name, number, seed=seed, classes=("red", "blue"))
     return folder
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.launch.start import launch, left_alone
@@ -40,25 +36,12 @@ FILE: dict[str, Any] = {
 }
 
 
-def write_images(folder: Path, num_images: int, seed: int) -> None:
-    """Red and blue noise, labelled."""
-    rng = np.random.default_rng(seed)
-    images = []
-    for i in range(num_images):
-        pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-        pixels[:, :, 2 * (i % 2)] += 100
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, format="PNG")
-        images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), i % 2))
-    write_dataset(folder, images, classes=("red", "blue"))
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
     """A folder with the sweep file, its data, and `runs`, where it was launched."""
     home = tmp_path_factory.mktemp("home")
     for seed, (name, number) in enumerate({"train": 64, "validation": 16, "fit": 24, "test": 12}.items()):
-        write_images(home / "data" / name, number, seed)
+        write_images(home / "data" / name, number, seed=seed, classes=("red", "blue"))
     (home / "sweep.yaml").write_text(yaml.safe_dump(FILE))
     assert len(launch(home / "sweep.yaml", home / "runs", slots=1).finished) == 1
     return home
@@ -117,10 +100,12 @@ def test_a_sweep_is_known_where_its_data_are_not(home: Path, moved: Callable[...
         assert run.run_id == only_run(home / "runs").name
 
 
-def test_other_images_in_the_same_folder_are_another_run(home: Path, moved: Callable[..., Path]) -> None:
+def test_other_images_in_the_same_folder_are_another_run(
+    home: Path, moved: Callable[..., Path], write_images: Any
+) -> None:
     there = moved()
     shutil.rmtree(there / "data" / "train")
-    write_images(there / "data" / "train", 64, seed=99)
+    write_images(there / "data" / "train", 64, seed=99, classes=("red", "blue"))
     (run,) = plan(load_sweep(there / "sweep.yaml", there / "runs"))
     assert run.run_id != only_run(home / "runs").name
 

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import aimscale.sweeps.launch.start
 from aimscale.analysis.tables.results import read_table
-from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.table.collection import collect
 
 
-def write_images(folder: Path, num_images: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    images = []
-    for i in range(num_images):
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(file, format="PNG")
-        images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), None))
-    write_dataset(folder, images)
-
-
 @pytest.mark.slow
-def test_one_process_and_two_give_the_same_rows(write_sweep: Any, tmp_path: Path) -> None:
-    write_images(tmp_path / "data" / "train", 64, seed=0)
-    write_images(tmp_path / "data" / "validation", 8, seed=1)
+def test_one_process_and_two_give_the_same_rows(write_sweep: Any, write_images: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "data" / "train", 64, seed=0, side=20)
+    write_images(tmp_path / "data" / "validation", 8, seed=1, side=20)
     losses = []
     for devices in (1, 2):
         sweep = write_sweep(name=f"on-{devices}", sizes=["rung-32"], budgets=[128, 256], cost={"devices": devices})

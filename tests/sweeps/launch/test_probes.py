@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -13,10 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
@@ -25,7 +22,6 @@ from aimscale.aim.weights import write_weights
 from aimscale.analysis.baselines.comparison import compare
 from aimscale.analysis.tables.inputs import read_tables
 from aimscale.analysis.tables.results import probe_frame, read_table
-from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.probe.files import is_probed
 from aimscale.harness.probe.job import ProbeRequest, probe_job
 from aimscale.harness.probe.run import probe_baseline, probe_run
@@ -50,24 +46,11 @@ from aimscale.sweeps.table.collection import collect
 NOTHING_QUEUED = lambda claim: False  # noqa: E731
 
 
-def write_labelled(folder: Path, num_images: int, seed: int) -> None:
-    """Red and blue images."""
-    rng = np.random.default_rng(seed)
-    images = []
-    for i in range(num_images):
-        pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-        pixels[:, :, 2 * (i % 2)] += 100
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, format="PNG")
-        images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), i % 2))
-    write_dataset(folder, images, classes=("red", "blue"))
-
-
 @pytest.fixture
-def trained(write_sweep: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list[Run]]]:
+def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list[Run]]]:
     """A sweep whose runs have finished budgets (of random weights) with rows without probes."""
     for name, number in (("train", 24), ("test", 12)):
-        write_labelled(tmp_path / "data" / name, number, seed=number)
+        write_images(tmp_path / "data" / name, number, seed=number, classes=("red", "blue"))
 
     def make(**task: Any) -> tuple[Sweep, list[Run]]:
         own = {"task": "colour", "train": "data/train", "test": "data/test", "kinds": ["knn"], **task}
@@ -151,7 +134,7 @@ def test_what_is_done_from_other_weights_or_before_again_is_missing(trained: Any
 
 
 def test_evaluations_with_other_settings_or_data_both_stay_and_the_table_keeps_them_apart(
-    trained: Any, tmp_path: Path
+    trained: Any, write_images: Any, tmp_path: Path
 ) -> None:
     sweep, runs = trained()
     path = sweep.run_dir(runs[0].run_id)
@@ -159,7 +142,7 @@ def test_evaluations_with_other_settings_or_data_both_stay_and_the_table_keeps_t
     (first, second) = [entries for _, entries in probe_run(path)]
     kept = {file: file.read_bytes() for file in path.glob("probes/*/*.json")}
     more = own.model_copy(update={"holdout_fraction": 0.4})
-    write_labelled(tmp_path / "data" / "other", 16, seed=5)
+    write_images(tmp_path / "data" / "other", 16, seed=5, classes=("red", "blue"))
     others = [more, own.model_copy(update={"test": str(tmp_path / "data" / "other")})]
     names = [entries[0]["evaluation"] for _, entries in probe_run(path, sections=others)]
     assert len({first[0]["evaluation"], *names}) == 3
