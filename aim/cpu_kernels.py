@@ -82,7 +82,7 @@ def _choice(num_threads: int) -> Choice:
 
 @torch.no_grad()
 def _measure(side: int = 512, tries: int = 15) -> Choice:
-    """Time both libraries in turns; the best of each counts, since other processes only make it worse."""
+    """Time both libraries alternately; the best of each counts, since other processes only make it worse."""
     left, right = torch.randn(2, side, side, generator=torch.Generator().manual_seed(0)).unbind()
     ways = (
         lambda: left @ right.t(),

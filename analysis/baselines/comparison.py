@@ -71,7 +71,7 @@ class Closing:
         high = "no limit found" if self.high is None else human(self.high)
         return (
             f"{self.task}: about {human(self.value)} {what} would close the gap [{low}, {high}], "
-            f"{human(self.extrapolation or 1)} times the largest run, which nobody has checked "
+            f"{human(self.extrapolation or 1)} times the largest run, unverified "
             f"({100 * self.share_reached:.0f} % of resamples reach it)."
         )
 

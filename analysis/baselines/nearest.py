@@ -122,7 +122,7 @@ def _closing(own: pd.DataFrame, name: str, kind: str, theirs: Published, task: s
     else:
         parts.append("size: not estimated, no published ladder of sizes under this probe")
     return "To close it: " + "; ".join(parts) + ".", (
-        "How far that reaches: " + "; ".join(reach) + "; nobody has checked." if reach else "No extrapolation."
+        "How far that reaches: " + "; ".join(reach) + "; unverified." if reach else "No extrapolation."
     )
 
 

@@ -26,7 +26,7 @@ PRIOR_SD = 1.0
 DEPARTURE_SD = 0.01
 """Least standard deviation of the departure, in log loss: what good laws miss by a decade beyond their data."""
 DEPARTURE_TO_NOISE = 2.5
-"""A law that scatters more departs more: at least so many times the noise."""
+"""A law that scatters more departs more: by at least this multiple of the noise."""
 DEPARTURE_RANGE = 2.5
 """Length scale of the departure in each logarithm: a factor of 12."""
 PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -104,7 +104,7 @@ def propose(
     df = with_compute(df, columns)
     options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": RESAMPLES}
     known = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
-    # The law as fitted lives on its variables; U and C follow from N and D where nobody says otherwise.
+    # The law as fitted lives on its variables; U and C follow from N and D unless they are given.
     place = with_variables(pd.DataFrame([dict(target)]), known, df)
     offer = offer.reset_index(drop=True)
     basket = buy(known, with_variables(offer, known, df), offer["price"].to_numpy(float), place, budget=budget)
@@ -153,7 +153,7 @@ def _warnings(law: Fit, bought: pd.DataFrame, target: Mapping[str, float]) -> li
         if ratio.max() / ratio.min() < COLLINEAR:
             out.append(
                 f"D/N stays between {ratio.min():.3g} and {ratio.max():.3g} over the table and these runs, so the "
-                "exponents of N and D can hardly be told apart; offer sizes and budgets off that line."
+                "exponents of N and D can hardly be separated; offer sizes and budgets off that line."
             )
     for v in ("N", "D"):
         if v in target and v in law.data:
@@ -164,7 +164,7 @@ def _warnings(law: Fit, bought: pd.DataFrame, target: Mapping[str, float]) -> li
 
 
 def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4) -> pd.DataFrame:
-    """What a bare table lets one think of: its own N and D and steps from the largest towards the target, below it.
+    """What a bare table suggests: its own N and D and steps from the largest towards the target, below it.
 
     Args:
         steps: values between the table's largest and the target's, in equal factors.

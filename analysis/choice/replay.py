@@ -37,7 +37,7 @@ def replay(df: pd.DataFrame, law: Law | str, *, share: float = 0.1, draws: int =
         df: columns of the law's variables, C and loss.
         law: the law that plans and forecasts.
         share: budget, as a share of what all runs but the held-out ones cost.
-        draws: first runs drawn at random, so many times.
+        draws: how often the first runs are drawn at random.
         top: share of the runs, those of most compute, that are held out.
 
     Returns:

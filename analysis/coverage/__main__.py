@@ -45,7 +45,7 @@ STUDIES: dict[str, tuple[tuple[Design, ...], Callable[[Design, int], Record]]] =
 
 
 def coverage_table(names: list[str], tables: int) -> pd.DataFrame:
-    """One row an interval and a column a design, each "coverage % / width"."""
+    """One row per interval and a column per design, each "coverage % / width"."""
     columns: dict[str, dict[str, str]] = {}
     for name in names:
         designs, study = STUDIES[name]

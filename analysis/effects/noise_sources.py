@@ -79,7 +79,7 @@ class Noise(Result):
         return pd.DataFrame([vars(each) for each in self.components])
 
     def headline(self) -> str:
-        """What is told apart."""
+        """The sources that were separated."""
         return f"Standard deviation of ln loss by {len(self.components)} sources"
 
     def summary(self) -> str:
@@ -266,7 +266,7 @@ def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, confidence: float,
         components.append(
             Component(
                 source="which prefixes were drawn, at most", value=float(np.median(prefixes)), low=float(low),
-                high=float(high), basis=f"{num} prefixes an image, {len(prefixes)} rows; the same for all runs",
+                high=float(high), basis=f"{num} prefixes per image, {len(prefixes)} rows; the same for all runs",
             )
         )  # fmt: skip
     else:

@@ -65,7 +65,7 @@ def extrapolate(
     of the vision curves from the lower half, and the second quarter from the first.
 
     Args:
-        df: one row a point; of several with the same x the last one counts.
+        df: one row per point; of several with the same x the last one counts.
         x: column of the scale.
         y: column of the loss or error, positive.
         tail_weight: power of x in the weights.

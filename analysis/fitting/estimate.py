@@ -48,7 +48,7 @@ def fit(
 
     Args:
         law: a law or its name.
-        df: one row a point.
+        df: one row per point.
         y: column to fit.
         objective: an objective or its name; the default is least squares of logarithms for all but outliers.
         columns: variable of the law -> column; default: the variable's own name, else the results table's column.

@@ -17,7 +17,7 @@ INFLUENTIAL_SHIFT = 3.0
 
 
 def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFrame:
-    """Leave each group out: one row a group with its points, every parameter without it, and `shift`.
+    """Leave each group out: one row per group with its points, every parameter without it, and `shift`.
 
     `shift` is the largest movement of a parameter in its bootstrap standard deviations (NaN without a bootstrap).
 

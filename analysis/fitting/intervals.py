@@ -62,7 +62,7 @@ def draw_params(
     resamples: int,
     seed: int,
 ) -> Draws:
-    """Draws by the mixed model where the objective is one of squares and nobody asked for resamples; else a bootstrap.
+    """Draws by the mixed model where the objective is one of squares and no resamples were asked for; else a bootstrap.
 
     Raises:
         AnalysisError: an unknown kind of intervals, or no such column to group by.

@@ -1,4 +1,4 @@
-"""Loss and accuracies at a scale that nobody has trained, with intervals."""
+"""Loss and accuracies at a scale not trained yet, with intervals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def ahead(
     """Forecast the loss at a scale by a law, and every probe's accuracy by a link from the loss.
 
     Args:
-        df: one row a point, with `probes` for accuracies.
+        df: one row per point, with `probes` for accuracies.
         at: N and D of the run (and U where the law has it).
         law: a law, its name, or "auto" (`choose`).
         columns: variable of the law -> column.

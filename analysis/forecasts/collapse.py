@@ -69,7 +69,7 @@ def collapse(curves: pd.DataFrame, *, until: float | None = None) -> Collapse:
     every step of progress), in units of the others' scatter about that line; the ratio follows Fisher's F.
 
     Args:
-        curves: one row a logged step: rung (in order of size), run, progress (share of training, 0 to 1), loss.
+        curves: one row per logged step: rung (in order of size), run, progress (share of training, 0 to 1), loss.
         until: share of training that is compared; default: the least that all runs have reached.
 
     Raises:

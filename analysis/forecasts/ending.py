@@ -49,7 +49,7 @@ def endings(curves: pd.DataFrame, *, confidence: float = 0.95) -> list[Ending]:
     training: a straight line over their loss there, or its mean of fewer than five; the interval is Student's.
 
     Args:
-        curves: one row a logged step: run, progress (share of the run's own training, 0 to 1), loss.
+        curves: one row per logged step: run, progress (share of the run's own training, 0 to 1), loss.
 
     Raises:
         AnalysisError: fewer than three finished runs.

@@ -1,6 +1,6 @@
-"""Forecasts written down before the run, and scored after it: the only test of a law that nobody can argue with.
+"""Forecasts written down before the run, and scored after it: the only test of a law that leaves no room for argument.
 
-`forecasts.jsonl` beside the table is only ever appended to, a line a forecast. `scores` compares its lines with the
+`forecasts.jsonl` beside the table is only ever appended to, one line per forecast. `scores` compares its lines with the
 rows that have been measured since.
 """
 
@@ -70,7 +70,7 @@ def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:
-    """The forecasts of a register, oldest first; none where the file is not there.
+    """The forecasts of a register, oldest first; none where the file does not exist.
 
     Raises:
         AnalysisError: a line is damaged.
@@ -98,7 +98,7 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
     """Every registered forecast beside what was measured there since.
 
     Returns:
-        One row a forecast (`COLUMNS`): measured is the mean over the num_rows rows found there, error is
+        One row per forecast (`COLUMNS`): measured is the mean over the num_rows rows found there, error is
         measured / forecast - 1, inside says whether the measurement lies in the prediction interval; both are empty
         where nothing was measured yet.
     """

@@ -1,4 +1,4 @@
-"""Two routes to an accuracy nobody has measured: straight from the scale, or by way of the loss; a backtest chooses."""
+"""Two routes to an unmeasured accuracy: straight from the scale, or by way of the loss; a backtest chooses."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def isoflop_frontier(
 
     Args:
         columns: N, D or C -> column.
-        budgets: interpolate every size's curve to this many budgets; None takes budgets as they stand in the table.
+        budgets: interpolate every size's curve to this many budgets; None takes budgets as they are in the table.
         tolerance: rows whose C differ by less than this fraction share a budget (without `budgets`).
         window: only points within this factor of the best measured N enter the parabola: far from its minimum an
             iso-FLOP curve is no parabola, and its skew would move the vertex.

@@ -90,7 +90,7 @@ def mixed_model(
         jacobian: derivatives (n, k) of the prediction by every free parameter.
         residual: measurement minus prediction (n,) at the estimate.
         weights: the estimate's weights (n,), taken for relative inverse variances of the point errors.
-        sizes: number of each point's size (n,), or None where sizes are not told apart from runs or points.
+        sizes: number of each point's size (n,), or None where sizes cannot be separated from runs or points.
         runs: number of each point's run (n,), nested in sizes, or None.
     """
     n, k = jacobian.shape

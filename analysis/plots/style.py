@@ -103,7 +103,7 @@ def new_figure(
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that axes stand in, of sub-figures the outermost."""
+    """The figure that holds the axes, of sub-figures the outermost."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure

@@ -45,7 +45,7 @@ def forecast_table(study: Study) -> PageTable | None:
         "forecast",
         "What the joint law expects beyond this table",
         "From the largest size and budget. The interval is for one new measurement; it assumes that the law holds "
-        "there, which the last column says how far nobody has checked.",
+        "there, unverified as far as the last column says.",
         frame,
         [
             ("scale", "scale", text),

@@ -27,7 +27,7 @@ OWN_COLUMN = {
 }
 """Fields of the set-up that the table has as columns."""
 DEFAULT = "default"
-"""What stands in a column of the set-up where a run left the field at its default."""
+"""What a column of the set-up holds where a run left the field at its default."""
 
 
 def read_tables(

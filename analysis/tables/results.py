@@ -1,4 +1,4 @@
-"""Reading a results table, or anybody else's table of results, as a data frame with our names.
+"""Reading a results table, ours or a foreign one, as a data frame with our names.
 
 Every analysis verb reads through `read_table` (by way of `inputs.read_tables`).
 """

@@ -85,7 +85,7 @@ PROBE_FIELDS = _columns(
         ("lr", "float64", "", "Chosen learning rate"),
         ("weight_decay", "float64", "", "Chosen weight decay"),
         ("test_in_train", "int64", "images", "Test images that the task's training split holds too, byte for byte"),
-        ("test_in_pool", "int64", "images", "Test images in the pre-training pool; null where nobody could look"),
+        ("test_in_pool", "int64", "images", "Test images in the pre-training pool; null where it could not be read"),
         ("extra", "json", "", "Further keys that the probe wrote"),
     ]
 )
@@ -184,7 +184,7 @@ def arrow_schema() -> pa.Schema:
 
 
 def results_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Build the typed table from row dictionaries, as they stand in `results.json`.
+    """Build the typed table from row dictionaries, as in `results.json`.
 
     A missing key becomes null; an unknown one goes to `extra`.
 

@@ -70,7 +70,7 @@ def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
         pearson = correlate(rows, x="val_loss", y="top1", methods=("pearson",))[0]
         first, last = rows["top1"].iloc[[0, -1]]
         gains.append(
-            f"{kind} probe {first:.0%} to {last:.0%} from the cheapest to the dearest point, Pearson "
+            f"{kind} probe {first:.0%} to {last:.0%} from the cheapest to the most expensive point, Pearson "
             f"{pearson.value:.2f} [{pearson.low:.2f}, {pearson.high:.2f}]"
         )
         against = " and ".join(f"{top1:.0%} of {name}" for name, top1 in baselines[kind].items())

@@ -1,7 +1,7 @@
 """How fast images are read: the training stream beside the bare decode-and-crop limit of each JPEG library.
 
-Everything is measured in one process on one thread, in turns of a few dozen images, so that a busy machine slows all
-alike; then the loader with worker processes, which resizes or leaves that to the device, in turns with as many bare
+Everything is measured in one process on one thread, switching every few dozen images, so that a busy machine slows all
+alike; then the loader with worker processes, which resizes or leaves that to the device, alternating with as many bare
 readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
 """
 
@@ -112,7 +112,7 @@ def table(result: dict[str, Any]) -> str:
         label = "training stream" if name == "stream" else f"bare {name}"
         lines.append(f"  {label:<38}{rate:>10,.0f}{share:>10.1%}")
     lines.append(
-        f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once, in turns"
+        f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once, interleaved"
     )
     for row in result["loader"]:
         label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
@@ -252,7 +252,7 @@ def _loader_rows(
 
 
 def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
-    """Images/s, and bytes per image, that a loader hands out while nobody else works."""
+    """Images/s, and bytes per image, that a loader hands out while nothing else runs."""
     batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):
@@ -266,7 +266,7 @@ def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[flo
 
 
 def _rates(streams: Mapping[_Place, TrainStream], seconds: float) -> dict[_Place, float]:
-    """Images/s of some streams on one thread, in turns."""
+    """Images/s of some streams on one thread, interleaved."""
     times: dict[_Place, list[float]] = {where: [] for where in streams}
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or not all(times.values()):

@@ -27,7 +27,7 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 
 class LaunchError(UserError):
-    """The environment does not say which rank of how many this process is, or names a device that is not there."""
+    """The environment does not say which rank of how many this process is, or names a device that does not exist."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

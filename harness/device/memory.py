@@ -50,7 +50,7 @@ HELD = {
     ("bf16", 2): _Held((2, 0), (2, 8), (0, 12), (0, 0), 8),
     ("bf16", 3): _Held((0, 2), (0, 4), (0, 12), (10, 10), 8),
 }
-"""By precision and ZeRO stage. bf16 gradients of one backward pass stand beside their float32 accumulation."""
+"""By precision and ZeRO stage. bf16 gradients of one backward pass are held beside their float32 accumulation."""
 OFFLOADED = {
     ("fp32", 1): _Held((4, 0), (8, 0), (0, 0), (1, 1), 2, (0, 20)),
     ("fp32", 2): _Held((4, 0), (0, 4), (0, 0), (2, 2), 5, (0, 20)),

@@ -23,7 +23,7 @@ class JsonLines:
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
         """Open for appending, after cutting to `keep_bytes` (None keeps all whole lines).
 
-        The file is replaced by a copy: a process that had it before appends to what nobody sees.
+        The file is replaced by a copy: a process that had it before appends to a file without a name.
         """
         old = path.read_bytes() if path.exists() else b""
         size = old.rfind(b"\n") + 1 if keep_bytes is None else keep_bytes

@@ -57,9 +57,9 @@ class WandbLogger:
     """Weights & Biases; WANDB_MODE=offline keeps everything in `wandb/` of the run directory.
 
     W&B's own step is the number of the line in `metrics.jsonl`. A run that is resumed online says how many lines it
-    has; offline, what an earlier start wrote and nobody has synchronised yet gives way to a new record of all lines.
+    has; offline, what an earlier start wrote and was not synchronised yet gives way to a new record of all lines.
     Runs are grouped by sweep and tagged with their size and budgets; the columns of their rows that are known before
-    training (parameters, FLOPs per image) stand beside the configuration, to be plotted against.
+    training (parameters, FLOPs per image) are in the configuration too, to be plotted against.
     """
 
     def __init__(self, run: RunDir, config: RunConfig, past: Sequence[dict[str, Any]]) -> None:

@@ -67,7 +67,7 @@ class StepLog:
         in_tail: bool,
         blocks: BlockSums | None = None,
     ) -> None:
-        """Note a step; `in_tail` counts it into the budget's `train_loss`, `blocks` stand in its line."""
+        """Note a step; `in_tail` counts it into the budget's `train_loss`, `blocks` go into its line."""
         step = _Step(
             images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied, in_tail=in_tail
         )

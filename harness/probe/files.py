@@ -121,7 +121,7 @@ def finished_probes(folder: Path, section: ProbeSection, key: str, *, since: flo
 
 
 def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
-    """The attentive head of a task, or of `<task>-<evaluation>` where there are several.
+    """The attentive head of a task, or of `<task>-<evaluation>` where there are several cards.
 
     Raises:
         RunDirError: none, or several.

@@ -169,7 +169,7 @@ class _Probing:
     progress: ProbeProgress | None
     pause: Pause
     shared: dict[str, int | None]
-    """Test images that stand elsewhere, too."""
+    """Counts of test images that are in other data sets, too."""
 
     def details(self) -> list[dict[str, Any]]:
         """One entry per kind, with per-class counts and the grid, in the order of the task's kinds."""
@@ -363,7 +363,7 @@ def shared_images(
     """How many test images are in the training split, and in the pre-training pool, byte for byte; says so if any are.
 
     Returns:
-        `test_in_train` and `test_in_pool`, the latter None where the pool is not known or not at hand.
+        `test_in_train` and `test_in_pool`, the latter None where the pool is unknown or not available.
     """
     counts: dict[str, int | None] = {"test_in_train": count_shared([train.dataset], test.dataset), "test_in_pool": None}
     if pools is not None:
@@ -371,7 +371,7 @@ def shared_images(
             counts["test_in_pool"] = count_shared([open_dataset(pool) for pool in pools], test.dataset)
         except DataError:  # moved, remote, or of imported weights
             print(
-                f"{section.task}: the pre-training images are not at hand, so nobody looked for test images there",
+                f"{section.task}: the pre-training images are not available, so they were not searched for test images",
                 file=sys.stderr,
                 flush=True,
             )
@@ -388,7 +388,7 @@ def shared_images(
 def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
     attending = [kind for kind in section.kinds if kind in ON_TOKENS]
     if isinstance(backbone, PixelBackbone) and attending:
-        named = f"{backbone.name} has one token an image, nothing to attend over"
+        named = f"{backbone.name} has one token per image, nothing to attend over"
         raise ProbeError(f"{named}; leave out kind '{attending[0]}'")
     if "lora" in section.kinds and not isinstance(backbone, AimBackbone):
         raise ProbeError(f"LoRA adapts AIM trunks, not {backbone.name}; leave out kind 'lora'")

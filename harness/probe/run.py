@@ -82,7 +82,7 @@ def join_ranks(device: str) -> Iterator[Group]:
     """The ranks that torchrun or Slurm started, or this process by itself; left again at the end, whatever happened.
 
     Raises:
-        LaunchError: a device that is not there, or variables that name half of a group.
+        LaunchError: a device that does not exist, or variables that name half of a group.
     """
     placement = find_placement()
     if placement.world_size > 1:

@@ -64,7 +64,7 @@ class ModelSection(Section):
 
 
 UNINDEXED = "wds://"
-"""Begins the path of webdataset shards that nobody indexed."""
+"""Begins the path of webdataset shards without an index."""
 
 
 class SourceSection(Section):

@@ -243,7 +243,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def hold(self, *, also: Iterable[Path] = (), group: str | None = None) -> Iterator[Lease]:
-        """Hold the lease for the block, in which nobody else changes this folder and those of `also`.
+        """Hold the lease for the block, in which no other process changes this folder or those of `also`.
 
         Raises:
             LeaseHeld: another live process holds it.

@@ -1,9 +1,9 @@
 """The fence around a run directory: a process that lost its lease can change nothing in it any more.
 
-Who takes a lease makes a folder of its own, `.writer-<token>`, and takes away those of earlier holders. Behind a fence
-every file is prepared in the writer's own folder and renamed out of it, and what goes is renamed into it. Each of
-these is one step of the file system, which fails once the folder is gone, even where the writer looked at its lease a
-moment ago and then stood still for minutes. No clock and no lock takes part in that.
+A process that takes a lease makes a folder of its own, `.writer-<token>`, and takes away those of earlier holders.
+Behind a fence every file is prepared in the writer's own folder and renamed out of it, and what goes is renamed into
+it. Each of these is one step of the file system, which fails once the folder is gone, even where the writer looked at
+its lease a moment ago and then stood still for minutes. This uses no clock and no lock.
 """
 
 from __future__ import annotations

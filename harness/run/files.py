@@ -101,7 +101,7 @@ def _refuse_constant(name: str) -> None:
 
 @contextlib.contextmanager
 def written_dir_aside(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `path`, not there yet, at the block's end; after an error nothing is left.
+    """A new folder to fill, which becomes `path` (not there before) at the block's end; after an error nothing is left.
 
     What a killed process of this host left of the same folder goes, too.
     """
@@ -139,7 +139,7 @@ def publish_dir(aside: Path, final: Path) -> None:
 
 
 def remove_dir(path: Path) -> None:
-    """Remove a folder that readers may look at: whole, in one step. One that is not there is no error."""
+    """Remove a folder that readers may look at: whole, in one step. A missing one is no error."""
     doomed = aside_dir(path, "removing")
     shutil.rmtree(doomed, ignore_errors=True)
     try:
@@ -165,7 +165,7 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an flock on a file, made if it is not there, for the block; the kernel drops it when the process dies.
+    """Hold an flock on a file, made if it does not exist, for the block; the kernel drops it when the process dies.
 
     Yields False where another process has it and `wait` is false. Processes forked meanwhile do not hold it.
 

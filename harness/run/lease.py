@@ -141,7 +141,7 @@ class Lease:
         """
         if not self._lost and running_time() - self._last_beat > STALE_S - BEAT_S:
             with contextlib.suppress(OSError):
-                self._beat()  # this process may have stood still, and nobody may have come meanwhile
+                self._beat()  # this process may have stood still without another taking over
         if self._lost:
             raise LeaseLost(f"{self._run} was taken over by another process; this one stops")
         silence_s = running_time() - self._last_beat

@@ -126,7 +126,7 @@ class RankWatch:
         while not self._stop.wait(BEAT_S if self._beats else 0):
             now = running_time()
             if now - last > SILENCE_S / 2:
-                # This process stood still, or the file system did: nobody is judged by what was missed meanwhile.
+                # This process or the file system stood still: what was missed meanwhile counts against no rank.
                 self._heard = {rank: (beat, now) for rank, (beat, _) in self._heard.items()}
                 self._step_started = now if self._step_started else None
             last = now
@@ -168,7 +168,7 @@ class RankWatch:
         return None
 
     def _end(self, problem: str) -> None:
-        """End this process, which may hang; what it has not renamed yet, nobody sees."""
+        """End this process, which may hang; what it has not renamed yet stays unseen."""
         if self._stop.wait(GRACE_S):
             return
         print(f"aimscale: rank {self._rank} ends: {problem}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Gradient norm and update-to-weight ratio of every block, looked at where the inner AdamW steps.
 
 Hooks before and after that step read what it reads and writes, on this rank's part, whatever the ZeRO stage. Nothing
-waits for the device; a copy of the part's master weights stands beside them for as long as the step takes.
+waits for the device; a copy of the part's master weights is held for as long as the step takes.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class _Stretch:
     """Behind the last."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Some of them, float32, and no byte beside them."""
+        """Some of them, float32; reads no other byte."""
         return np.fromfile(self.path, "<f4", stop - start, offset=self.offset + 4 * (start - self.start))
 
 
@@ -166,7 +166,7 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, beyond: int) -> t
         Its manifest (None when there is none), and a sentence for every damaged one.
 
     Raises:
-        CheckpointError: all of them are damaged; nobody asked to train from the start.
+        CheckpointError: all of them are damaged; starting over is the caller's decision.
     """
     damaged: dict[Path, CheckpointError] = {}
     for path, manifest in reversed(group.from_first(complete_checkpoints(folder))):

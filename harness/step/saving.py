@@ -88,7 +88,7 @@ class CheckpointWriter:
         Args:
             final: the folder that it becomes.
             run_id: as the other words up to `progress`, see `Manifest`.
-            keep: checkpoints beside it that stay; the others go when it is there.
+            keep: checkpoints that stay; the others go once this one is complete.
 
         Raises:
             CheckpointError: the one before could not be written.

@@ -37,7 +37,7 @@ def train(path: Path) -> int:
             try:
                 trainer.walk()
             finally:
-                trainer.close()  # frees the device: no training state stands beside what comes next
+                trainer.close()  # frees the device: what comes next needs the memory of the training state
         if config.runtime.evaluate == "inline":
             evaluate_run(run, config, group, job)
 

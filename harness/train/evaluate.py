@@ -111,7 +111,7 @@ def _validate(run: RunDir, config: RunConfig, group: Group, budget: int) -> None
 
 
 def _refuse_overlap(config: RunConfig, held_out: ShardDataset) -> None:
-    """Refuse validation images among the training images, where those are still at hand."""
+    """Refuse validation images among the training images, where those are still available."""
     try:
         pools = [open_dataset(source.path) for source in config.training.data.sources]
     except DataError as error:

@@ -55,7 +55,7 @@ class Trial:
 def run(
     folder: Path, *, rounds: int, seed: int = 0, report: Callable[[Trial], None] = lambda trial: None
 ) -> dict[str, Any]:
-    """Try every fault in turns, crowds twice in each.
+    """Try every fault in each round, crowds twice.
 
     Args:
         folder: empty, on a local disk; what is wrong stays there to be looked at.

@@ -102,7 +102,7 @@ def _of_sweep(
 
     table = sweep.directory / "results.parquet"
     if not table.is_file():
-        raise SweepError(f"{table} is not there; `aimscale collect {sweep.name}` makes it once some runs are complete")
+        raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it once runs are complete")
     df = read_table(table)
     named = sizes.split(",") if sizes else list(sweep.file.sizes)
     images = [int(count(text)) for text in budgets.split(",")] if budgets else _budgets(sweep, df)

@@ -249,7 +249,7 @@ def check_locks(folder: Path, mount: Any) -> Check:
             locked(Path(file.name), wait=False) as again,
         ):
             if again:
-                level, found = "fail", f"flock on {kind} excludes nobody"
+                level, found = "fail", f"flock on {kind} excludes no other process"
     except OSError as error:
         level, found = "fail", f"no flock on {kind} ({error.strerror})"
     advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."

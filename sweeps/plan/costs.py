@@ -67,7 +67,7 @@ class CostCard:
     images_executed: int
     """Images trained on: the stable trunk, and the decay branch of every budget beside it."""
     flops_executed: float
-    """FLOPs the devices execute: fewer an image than the formula (only scored tokens enter the head), more images."""
+    """FLOPs the devices execute: fewer per image than the formula (only scored tokens enter the head), more images."""
     steps: int
     batch_size: int
     lr_peak: float
@@ -294,7 +294,7 @@ def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[
         least = min(fit.by_stage, key=fit.by_stage.__getitem__)
         found.append(
             f"{training.model.size} does not fit {cost.memory_gb:g} GB on {run.devices} devices: ZeRO stage {least} "
-            f"takes {fit.by_stage[least] / 1e9:.0f} GB even one image at a time"
+            f"takes {fit.by_stage[least] / 1e9:.0f} GB even with one image at a time"
         )
     batch, target = training.optimiser.batch_size, run.batch_target
     if abs(batch / target - 1) > MAX_BATCH_DEVIATION:
@@ -313,7 +313,7 @@ def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[
     if training.data.is_unindexed:
         found.append(
             "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
-            "counted, the number of ranks and workers changes what is seen, and nobody looks for validation images"
+            "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
         )
     if batch < run.devices:
         found.append(f"batch {batch} is smaller than {run.devices} devices")

@@ -138,7 +138,7 @@ def _cells(sweep: Sweep, fixed: _Fixed, chosen: Recipe) -> Iterator[tuple[Fields
     file = sweep.file
     named = file.axes | ({"variant": tuple(file.variants)} if file.variants else {})
     axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in named.items()]
-    # what a recipe says of the model stands under everything else, because sizes and budgets follow from the model
+    # what a recipe says of the model gives way to all else but comes first: sizes and budgets follow from the model
     base = merge({"model": dict(chosen.settings["model"])}, fixed.base) if "model" in chosen.settings else fixed.base
     for values in itertools.product(*axes):
         axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), base)

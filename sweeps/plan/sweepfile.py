@@ -104,7 +104,7 @@ class CostSection(Section):
     currency: str = "USD"
     """Of the price."""
     pool_images: Count | None = None
-    """Size of the image pool, where the data sets are not at hand to be counted."""
+    """Size of the image pool, where the data sets are not available to be counted."""
     image_bytes: int = Field(110_000, gt=0)
     """Mean size of one stored image, bytes, for the cache's disk."""
     devices: int | None = Field(None, gt=0)

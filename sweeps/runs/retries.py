@@ -53,7 +53,7 @@ def conclude(
         peer: what another rank said when it failed first.
         node: Slurm's name of the node where the first to fail ran.
 
-    Where nobody could say why (killed, or dead before the first line), the status is written here.
+    Where the reason is unknown (killed, or dead before the first line), the status is written here.
     """
     if exit_code != EXIT_FINISHED and run.is_held():
         return "held"  # this attempt was refused, or lost the run to the one that has it now

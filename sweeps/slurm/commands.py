@@ -29,7 +29,7 @@ Phase = Literal["pending", "running", "ended"]
 
 
 class SlurmError(SweepError):
-    """Slurm is not there, does not answer, or refuses; in its own words where it has some."""
+    """Slurm is missing, does not answer, or refuses; in its own words where it has some."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,7 +125,7 @@ class _Watcher:
         return claim if claim and claim.job_id == self.job_id else None
 
     def _is_claimed(self) -> bool:
-        """Whether nobody cancelled the run meanwhile."""
+        """Whether the run has not been cancelled meanwhile."""
         return self._claim() is not None
 
     def _is_ours(self) -> bool:
@@ -190,7 +190,7 @@ class _Watcher:
 
     def _follow(self, outcome: Outcome) -> str:
         """Requeue where there is more to do and Slurm does not do it itself; free the run where the job is over."""
-        # After TERM alone Slurm is cancelling or requeueing the job itself; after USR2 nobody but us will.
+        # After TERM alone Slurm is cancelling or requeueing the job itself; after USR2 it is up to us.
         goes_on = (outcome == "again" and not self.told_to_end) or (outcome == "preempted" and self.told_to_save)
         if goes_on and self._is_claimed():
             try:

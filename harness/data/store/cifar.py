@@ -71,7 +71,7 @@ def pack_cifar(
     positions start..stop-1 of that order.
 
     Raises:
-        DataError: files are missing, damaged or of another layout, or the part is not there.
+        DataError: files are missing, damaged or of another layout, or the part does not exist.
     """
     files = _read_files(source)
     for (kind, version), layout in _LAYOUTS.items():

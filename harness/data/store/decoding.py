@@ -47,7 +47,7 @@ def decode(data: bytes, channels: int = 3) -> torch.Tensor:
 
     Raises:
         ImageTooLargeError: the header says more than MAX_IMAGE_PIXELS.
-        UndecodableImageError: the bytes are empty, truncated, no image, or pixels whose range nobody states (floating
+        UndecodableImageError: the bytes are empty, truncated, no image, or pixels without a stated range (floating
             point and 32-bit integers).
     """
     mode, pillow_mode, jpeg_mode = _MODES[channels]

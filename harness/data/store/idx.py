@@ -33,7 +33,7 @@ def pack_idx(
     positions start..stop-1 of that order.
 
     Raises:
-        DataError: a file is missing, truncated or no idx file, the counts differ, or the part is not there.
+        DataError: a file is missing, truncated or no idx file, the counts differ, or the part does not exist.
     """
     labels_path = images_path.with_name(images_path.name.replace("images-idx3", "labels-idx1"))
     images, labels = read_idx(images_path), read_idx(labels_path)

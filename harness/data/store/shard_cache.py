@@ -36,7 +36,7 @@ class CachedReader:
     """Reads shards of one data set through a cache in `cache_dir`, which never holds more than `max_bytes`.
 
     Raises:
-        DataError: what stands in the cache's place is not a cache, or cannot be made.
+        DataError: what is in the cache's place is not a cache, or it cannot be made.
     """
 
     def __init__(self, location: str, sizes: Mapping[str, int], cache_dir: Path, max_bytes: int) -> None:
@@ -117,10 +117,10 @@ class CachedReader:
 
 
 def open_cache(cache_dir: Path) -> Path:
-    """The cache's own folder in `cache_dir`, made and marked when it is not there.
+    """The cache's own folder in `cache_dir`, made and marked if it does not exist.
 
     Raises:
-        DataError: a folder of that name was made by somebody else, or none can be made.
+        DataError: a folder of that name was made by something else, or none can be made.
     """
     root = cache_dir / CACHE_FOLDER
     try:

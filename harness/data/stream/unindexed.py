@@ -1,4 +1,4 @@
-"""Training on webdataset shards that nobody indexed: `wds://` and a path or URL, with braces for many.
+"""Training on webdataset shards without an index: `wds://` and a path or URL, with braces for many.
 
 The library's own pipeline reads: shards drawn with replacement, their images shuffled in a buffer. Crops, flips and
 prefixes are those of the positions, as in an indexed stream; the images are those that come.
@@ -74,7 +74,7 @@ class UnindexedStream(TrainStream):
 
     @property
     def unique_images(self) -> int:
-        """0: nobody counted them."""
+        """0: they are not counted."""
         return 0
 
     @property

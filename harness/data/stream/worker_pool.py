@@ -67,7 +67,7 @@ class _Loaded:
     bad_samples: tuple[str, ...] = ()
     """As in `Batch`."""
     layout: CropLayout | None = None
-    """Which crops stand in the slot, when the device resizes them."""
+    """Which crops are in the slot, when the device resizes them."""
     error: Exception | None = None
     """Why there are no pixels."""
 
@@ -178,7 +178,7 @@ class WorkerPool:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
         torch.set_num_threads(1)
         gc.enable()  # the trainer held it off
-        # Ends that this process does not use: while they are open, nobody notices that the other side is gone.
+        # Ends that this process does not use: while they are open, the other side's end goes unnoticed.
         self._tasks.close()
         for other in (*self._results, *(writer for writer in writers if writer is not writers[number])):
             other.close()

@@ -1,4 +1,4 @@
-"""The paper's fifteen benchmarks as cards: what a data set must be before its accuracy may stand beside the paper's.
+"""The paper's fifteen benchmarks as cards: what a data set must be before its accuracy compares with the paper's.
 
 A probe whose task bears one of these names is checked against the card, so that a subset, another split or another
 class list cannot pass for the benchmark. Any other name is a task of one's own and is not checked. Sizes and classes:

@@ -1,6 +1,6 @@
 """Train every candidate head of one task and measure each on the hold-out; nothing here sees the test split.
 
-One training over the whole split does both. Every head stands there twice: one copy learns from the images that are
+One training over the whole split does both. Every head is there twice: one copy learns from the images that are
 not held out, and the hold-out judges it; the other learns from all images, as if alone, and is kept if its setting
 wins. So nothing is trained again after the choice.
 """

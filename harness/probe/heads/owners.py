@@ -20,7 +20,7 @@ from aimscale.harness.probe.features.sizes import BlockSet
 
 @dataclass(frozen=True, kw_only=True)
 class Ownership:
-    """Which sets each rank owns, in turns: each turn is what its owner holds in memory at a time."""
+    """Which sets each rank owns, turn by turn: each turn is what its owner holds in memory at a time."""
 
     turns: tuple[tuple[tuple[BlockSet, ...], ...], ...]
     """turns[t][r]: sets that rank r takes in turn t, perhaps none."""

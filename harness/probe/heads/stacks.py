@@ -1,7 +1,7 @@
 """Many probe heads at once: S feature sets x G settings of (learning rate, weight decay), stacked in every tensor.
 
 One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping,
-learning rate and decay are its own. Every setting may stand there in C copies, which learn from images and standardise
+learning rate and decay are its own. Every setting may have C copies, which learn from images and standardise
 by statistics of their own: one that the hold-out judges, and one that has seen the hold-out, too. Two exact
 rearrangements keep that cheap.
 

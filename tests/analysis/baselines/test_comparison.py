@@ -149,7 +149,7 @@ def test_the_size_that_closes_a_gap_lies_where_the_known_law_puts_it():
     assert n_true > 6.4e6
     assert found["N"].value == pytest.approx(n_true, rel=0.1)
     assert found["N"].extrapolation == pytest.approx(n_true / 6.4e6, rel=0.1)
-    assert "nobody has checked" in found["N"].sentence()
+    assert "unverified" in found["N"].sentence()
 
 
 def test_imported_models_without_a_loss_are_compared_by_task_alone():

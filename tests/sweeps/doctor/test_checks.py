@@ -224,7 +224,7 @@ def test_a_root_to_be_made_is_looked_at_where_it_would_be_made(tmp_path: Path, m
 
 @pytest.mark.skipif(GCC is None, reason="needs gcc")
 @pytest.mark.parametrize(
-    ("body", "said"), [("errno = ENOLCK; return -1;", "no flock on "), ("return 0;", "excludes nobody")]
+    ("body", "said"), [("errno = ENOLCK; return -1;", "no flock on "), ("return 0;", "excludes no other process")]
 )
 def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str, said: str) -> None:
     """As NFS without a lock daemon answers, and as a mount does that pretends to lock."""
