@@ -260,9 +260,9 @@ def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
         # Validation alone is done about when the training that it follows is.
         share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
         left = card.training_s * (1 - line.progress) + card.evaluation_s * (1 - share)
-        if line.device_hours:
-            planned_s = card.training_s + card.evaluation_s - left
-            past_paces.append(planned_s * card.devices / 3600 / line.device_hours)
+        done_s = card.training_s + card.evaluation_s - left
+        if line.device_hours and done_s > 0:
+            past_paces.append(done_s * card.devices / 3600 / line.device_hours)
         if line.state == "running" or line.evaluation == "running":
             running.append(left)
             if line.images_per_s:

@@ -87,6 +87,7 @@ def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_
     forecasts = []
     with record.hold():
         record.write_start()
+        assert look(sweep).eta_s is None, "nothing was done yet"
         started = record.read_status().started or 0.0
         record.write_status(phase="probe", images_done=99, images_planned=100, images_per_s=10.0)
         record.write_status(started=started - 3600)
