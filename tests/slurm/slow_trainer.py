@@ -42,6 +42,6 @@ def slow_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
 
 
 if os.environ.get("FAULT") == "stop":  # less patient than 40 s
-    watch.BEAT_S, watch.SILENCE_S = 1.0, 10.0
+    watch.BEAT_S, watch.SILENCE_S = 1.0, 20.0
 Engine.step = slow_step  # type: ignore[method-assign]
 train.main()

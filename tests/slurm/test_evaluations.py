@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.launch.evaluations import unevaluated
 from aimscale.sweeps.runs.probe_record import EvaluationRecord
 
 
-@pytest.mark.timeout(600)
 def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
     fault: Any, data: Path, labelled: Path
 ) -> None:
@@ -34,12 +31,12 @@ def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert told.count("submitted") == 2, told
     jobs = [EvaluationRecord.of(record.path) for record in case.records]
-    case.wait(lambda: jobs[0].is_held() and jobs[0].saved_progress()[1] > 0, "a part of the first evaluation", 240)
+    case.wait(lambda: jobs[0].is_held() and jobs[0].saved_progress()[1] > 0, "a part of the first evaluation")
     claim = jobs[0].read_claim()
     assert claim is not None
     assert {record.checked_status().state for record in case.records[:1]} == {"finished"}, "training is over"
     subprocess.run(["scontrol", "requeue", str(claim.job_id)], check=True)
-    case.wait(lambda: all(job.checked_status().state == "finished" for job in jobs), "the end of the evaluations", 240)
+    case.wait(lambda: all(job.checked_status().state == "finished" for job in jobs), "the end of the evaluations")
     case.wait_empty_queue()
     assert jobs[0].checked_status().attempt == 2
     assert [RunDir(record.path).read_status().attempt for record in case.records] == [1, 1], "nothing trained again"

@@ -20,7 +20,7 @@ Losses = dict[str, list[tuple[int, float]]]
 
 def assert_as_undisturbed(fault: Any, undisturbed: Losses, rel: float = 1e-6) -> None:
     """All runs finished with the losses of runs without a fault, and nothing is left in the queue."""
-    fault.wait_state("finished", seconds=150)
+    fault.wait_state("finished")
     fault.wait_empty_queue()
     for run_id, rows in fault.losses().items():
         expected = undisturbed[run_id]
@@ -39,12 +39,13 @@ def kinds(fault: Any) -> list[str | None]:
 
 
 def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses) -> None:
-    case = fault(step_s=5.0, slurm={"time_min": 1, "signal_delay_s": 25})
+    case = fault(step_s=5.0, slurm={"time_min": 2, "signal_delay_s": 25})
     case.launch()
     assert_as_undisturbed(case, undisturbed)
-    codes = [ended["exit_code"] for ended in case.records[0].read_attempts()]
-    assert codes == [75] * (len(codes) - 1) + [0]
-    assert len(codes) > 1
+    *limited, last = [ended["exit_code"] for ended in case.records[0].read_attempts()]
+    assert last == 0
+    assert 75 in limited, "the first attempt's steps take two minutes"
+    assert set(limited) <= {75, -signal.SIGUSR2}, "there is nothing to save before the imports are through"
 
 
 def test_scontrol_requeue_goes_on_where_it_saved(fault: Any, undisturbed: Losses) -> None:
@@ -159,7 +160,7 @@ def test_two_nodes_are_preempted_and_come_back_on_one(fault: Any, undisturbed: L
     ]
     urgent_id = subprocess.run(urgent, check=True, capture_output=True, text=True).stdout.strip()
     try:
-        case.wait_state("finished", seconds=150)
+        case.wait_state("finished")
     finally:
         slurm.cancel([urgent_id])
     assert_as_undisturbed(case, undisturbed, rel=1e-4)
@@ -169,7 +170,6 @@ def test_two_nodes_are_preempted_and_come_back_on_one(fault: Any, undisturbed: L
     assert "2 rank(s)" in log
 
 
-@pytest.mark.timeout(400)
 def test_a_rank_that_hangs_on_another_node_ends_the_others_and_its_node_is_named(
     fault: Any, undisturbed: Losses
 ) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 
-@pytest.mark.timeout(600)
 def test_workers_that_srun_starts_on_two_nodes_share_a_sweep_and_no_run_is_a_rank_of_two(
     fault: Any, undisturbed: Any
 ) -> None:
@@ -24,7 +23,6 @@ def test_workers_that_srun_starts_on_two_nodes_share_a_sweep_and_no_run_is_a_ran
     assert case.losses() == undisturbed
 
 
-@pytest.mark.timeout(600)
 def test_the_interpreter_may_be_a_command_that_enters_a_container(fault: Any, undisturbed: Any) -> None:
     """As `apptainer exec` does: into a mount namespace of its own, then it becomes the interpreter."""
     case = fault(slurm={"python": f"unshare --mount {sys.executable}", "srun": ["--export=ALL"]})

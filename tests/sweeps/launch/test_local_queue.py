@@ -15,6 +15,7 @@ import aimscale.sweeps.launch.start
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.launch.start import left_alone
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.stopping import stop_seconds
 from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.runs.retries import forgive
 from aimscale.sweeps.runs.sweep_dir import prepare
@@ -141,6 +142,15 @@ def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
     other = write_sweep(sizes=["rung-32"], seeds=[1])
     result = launch(other, slots=1, command=stand_in())
     assert (len(result.finished), result.unplanned) == (1, (path.name,))
+
+
+def test_torchrun_is_told_how_long_its_ranks_may_save(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], cost={"devices": 2})
+    note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(os.environ['{}']); sys.exit(2)"
+    program = note.format("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    launch(sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-c", program, str(run_dir)])
+    (run,) = plan(sweep)
+    assert (sweep.run_dir(run.run_id) / "told").read_text() == str(stop_seconds(sweep, run))
 
 
 def test_bad_directories_are_refused_in_one_sentence(
