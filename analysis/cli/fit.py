@@ -37,7 +37,7 @@ def command(
     n: options.CountOfN = options.WhatN.total,
     c: options.CountOfC = options.WhatC.measured,
     on_envelope: Annotated[
-        bool, typer.Option("--envelope", help="Only rows that no row of equal or less compute undercuts (laws of C).")
+        bool, typer.Option("--envelope", help="Only rows that no row of equal or less compute beats (laws of C).")
     ] = False,
     weights: Annotated[str | None, typer.Option(help="Column of weights.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter, e.g. E=0.")] = None,
@@ -47,7 +47,7 @@ def command(
     intervals: Annotated[
         str,
         typer.Option(
-            help="mixed: errors of sizes, runs and points apart; bootstrap: resamples; auto: mixed where it applies."
+            help="mixed: separate errors of sizes, runs and points; bootstrap: resamples; auto: mixed where it applies."
         ),
     ] = "auto",
     cluster: options.Cluster = "auto",

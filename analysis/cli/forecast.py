@@ -31,7 +31,7 @@ def command(
     ] = None,
     json: options.AsJson = False,
 ) -> None:
-    """Loss by a law and every probe's accuracy by way of the loss, each with two intervals."""
+    """Forecast the loss by a law and every probe's accuracy through it, each with two intervals."""
     from aimscale.analysis.forecasts.ahead import ahead, parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write

@@ -31,10 +31,10 @@ Where = Annotated[
 ]
 BestOf = Annotated[
     list[str] | None,
-    typer.Option(help="Of rows that differ in these tuned columns alone (e.g. lr), only the best; may be repeated."),
+    typer.Option(help="Where rows differ in these tuned columns only (e.g. lr), keep the best; may be repeated."),
 ]
 Main = Annotated[
-    bool, typer.Option("--main", help="Of a table that mixes experiments, only the one with most sizes and budgets.")
+    bool, typer.Option("--main", help="Where a table mixes experiments, keep the one with the most sizes and budgets.")
 ]
 FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and FIGURE.png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

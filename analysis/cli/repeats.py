@@ -18,7 +18,7 @@ def command(
     figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
-    """R_D with its interval, the worth of the k-th sight of an image, and whether R_D is bounded at all."""
+    """R_D with its interval, the worth of the k-th pass over an image, and whether R_D is bounded at all."""
     from aimscale.analysis.effects.repetition import repeats
     from aimscale.analysis.tables.design import mixture_flags
 

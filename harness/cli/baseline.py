@@ -25,9 +25,9 @@ def command(
     random_weights: Annotated[bool, typer.Option("--random", help="Leave a timm model untrained.")] = False,
     hub: Annotated[bool, typer.Option("--hub", help="Fetch a timm model's weights from the hub or its cache.")] = False,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Image side of a timm model, pixels; its own otherwise.")
+        int | None, typer.Option(min=1, help="Image side of a timm model, pixels; default: its own.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; LIKE/baselines/NAME otherwise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: LIKE/baselines/NAME.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the baseline runs.")] = "auto",
     cache_gb: CacheGB = 2.0,
     disk_gb: DiskGB = 500.0,

@@ -51,11 +51,11 @@ def train(
         bool,
         typer.Option(
             "--peer",
-            help="Time a plain PyTorch loop beside it that trains as the paper describes: the head on every token, "
+            help="Also time a plain PyTorch loop that trains as the paper describes: the head on every token, "
             "independent prefixes, autocast for bf16.",
         ),
     ] = False,
-    stages: Annotated[bool, typer.Option("--stages", help="Time ZeRO stages 1 and 2 beside each other.")] = False,
+    stages: Annotated[bool, typer.Option("--stages", help="Also time ZeRO stages 1 and 2.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Leave FSDP2 and the bare loop out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -150,7 +150,7 @@ def checkpoint(
     head_rule: Annotated[str, typer.Option(help="released, proportional or none.")] = "proportional",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
     device: Device = "auto",
-    folder: Annotated[Path, typer.Option(help="On the disk in question.")] = Path(),
+    folder: Annotated[Path, typer.Option(help="Folder on the disk to test.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
     """How long a checkpoint stops training, with the state copied aside and without; alone or under torchrun."""
@@ -193,9 +193,9 @@ def data(
 
 @app.command()
 def index(
-    images: Annotated[int, typer.Option(min=1, help="Images of the index, made up and deleted.")] = 2_000_000,
+    images: Annotated[int, typer.Option(min=1, help="Images of the index, which is made up and deleted.")] = 2_000_000,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that open it at once.")] = 4,
-    reads: Annotated[int, typer.Option(min=1, help="Random positions that each of them reads.")] = 10_000,
+    reads: Annotated[int, typer.Option(min=1, help="Random positions that each process reads.")] = 10_000,
     folder: Annotated[Path | None, typer.Option(help="Where to make it (24 bytes per image); default: /tmp.")] = None,
     as_json: JsonOption = False,
 ) -> None:

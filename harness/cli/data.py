@@ -29,7 +29,7 @@ def pack(
     bundled: Annotated[
         bool, typer.Option("--bundled", help="Pack the photographs and digits that ship inside installed packages.")
     ] = False,
-    resize: Annotated[int | None, typer.Option(min=1, help="Shrink shorter sides above this to it, pixels.")] = None,
+    resize: Annotated[int | None, typer.Option(min=1, help="Shrink larger shorter sides to this, pixels.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave undecodable images out and list them.")] = False,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Size at which a new shard begins, MB.")] = 500.0,
     images: Annotated[
@@ -43,7 +43,7 @@ def pack(
     classes: ClassesOption = None,
     split: Annotated[str | None, typer.Option(metavar="train|test", help="Which part of a CIFAR archive.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read an image folder; default: every core for thousands.")
+        int | None, typer.Option(min=1, help="Processes that read an image folder; default: by its size.")
     ] = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
@@ -90,7 +90,7 @@ def pack(
 def index(
     shards: Annotated[
         str,
-        typer.Argument(help="Folder or URL of tar shards, or FOLDER/NAME-{000..123}.tar where a server lists nothing."),
+        typer.Argument(help="Folder or URL of tar shards, or FOLDER/NAME-{000..123}.tar where the server cannot list."),
     ],
     out: Annotated[
         Path | None,

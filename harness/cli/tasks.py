@@ -12,14 +12,14 @@ import typer
 from aimscale.harness.run.config import ConfigError, ProbeSection, RunConfig, parse, read_yaml
 
 TaskNames = Annotated[
-    list[str] | None, typer.Option("--task", help="Task of the run's configuration (repeatable); all otherwise.")
+    list[str] | None, typer.Option("--task", help="Task of the run's configuration (repeatable); default: all.")
 ]
 TaskFile = Annotated[
     Path | None,
     typer.Option("--tasks", help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's."),
 ]
-TrainSplit = Annotated[str | None, typer.Option(help="Labelled data set of a task of your own: its training split.")]
-TestSplit = Annotated[str | None, typer.Option(help="And its test split.")]
+TrainSplit = Annotated[str | None, typer.Option(help="Training split of a task of your own: a labelled data set.")]
+TestSplit = Annotated[str | None, typer.Option(help="Test split of that task.")]
 Kinds = Annotated[
     list[str] | None,
     typer.Option("--kind", help="linear, attentive, efficient, knn or lora (repeatable) instead of the task's own."),

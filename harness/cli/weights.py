@@ -15,22 +15,22 @@ app = typer.Typer(help="Import, export and describe official AIM weights.", no_a
 def import_(
     file: Annotated[Path, typer.Argument(help="Released backbone or trainer's checkpoint.", show_default=False)],
     run_dir: Annotated[Path, typer.Argument(help="New run directory.", show_default=False)],
-    size: Annotated[str | None, typer.Option(help="Insist on this size; told by the shapes otherwise.")] = None,
+    size: Annotated[str | None, typer.Option(help="Insist on this size; default: by the shapes.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side of its input images, pixels.")] = 224,
     images_seen: Annotated[
-        int | None, typer.Option(min=1, help="Images it was trained on; the published number otherwise.")
+        int | None, typer.Option(min=1, help="Images it was trained on; default: the published number.")
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, which shapes do not tell; known of published sizes.")
+        int | None, typer.Option(min=1, help="Attention heads, which shapes do not show; known for published sizes.")
     ] = None,
     head: Annotated[
-        Path | None, typer.Option(help="File of the released attentive probe; one in FILE is kept otherwise.")
+        Path | None, typer.Option(help="File of the released attentive probe; default: the one in FILE.")
     ] = None,
     head_blocks: Annotated[
         Literal["last", "best"], typer.Option(help="Blocks that the probe reads: the last six or the published best.")
     ] = "last",
 ) -> None:
-    """Turn released weights into a finished run, which probe and collect read like any other."""
+    """Turn released weights into a finished run, which `probe` and `collect` read like any other."""
     from aimscale.harness.weights import import_weights
 
     run = import_weights(
@@ -54,9 +54,7 @@ def import_(
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Run directory with saved budgets.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
-    images_seen: Annotated[
-        int | None, typer.Option(help="Which budget; the last otherwise.", show_default=False)
-    ] = None,
+    images_seen: Annotated[int | None, typer.Option(help="Budget; default: the last.", show_default=False)] = None,
     probe: Annotated[
         str | None,
         typer.Option(

@@ -29,7 +29,7 @@ class ProbeRequest(Section):
     """What a probe job is to do."""
 
     version: Literal[1] = 1
-    """Of this file format."""
+    """Version of this file format."""
     tasks: tuple[ProbeSection, ...] = Field(min_length=1)
     """Tasks."""
     images_seen: int | None = None

@@ -75,7 +75,7 @@ class SourceSection(Section):
     `wds://` and the path or URL of shards without an index, `wds://https://host/part-{0000..0999}.tar`: a stream that
     cannot be resumed exactly, counted, cut to unique images or compared with the validation images."""
     fingerprint: str | None = None
-    """Of its content, from its `dataset.json`; filled in when a run is planned. A run refuses images of another."""
+    """Hash of its content, as in `dataset.json`; filled in when a run is planned. A run refuses images of another."""
     probability: float = Field(1.0, gt=0, le=1)
     """Probability of drawing from this source; the probabilities of a run add up to 1."""
 
@@ -133,7 +133,7 @@ class ObjectiveSection(Section):
 
 
 class OptimiserSection(Section):
-    """AdamW, or Muon beside it, and the batch (paper, Table 9)."""
+    """AdamW, or Muon with AdamW, and the batch (paper, Table 9)."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon`: torch's Muon for the matrices from width to width, its update scaled to AdamW's usual size so that rate
@@ -180,7 +180,7 @@ class ValidationSection(Section):
     """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone."""
     centre_crop: float = Field(0.875, gt=0, le=1)
     """Share of the shorter side that the centre crop keeps: images are resized to ceil(image_size / centre_crop) first.
-    0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, as tiny pictures want."""
+    0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, which suits tiny pictures."""
 
 
 def _file_name(name: str) -> str:
@@ -202,8 +202,8 @@ class ProbeSection(Section):
         "linear",
         "attentive",
     )
-    """Which probes to fit. `efficient`: 32 queries over whole tokens (arXiv 2506.10178). `lora` is none: it adapts the
-    trunk (rank 8; paper, Table 8) under an attentive head."""
+    """Which probes to fit. `efficient`: 32 queries over whole tokens (arXiv 2506.10178). `lora` is not frozen: it
+    adapts the trunk (rank 8; paper, Table 8) under an attentive head."""
     augmentation: Literal["none", "published"] = "none"
     """Training views: one centre crop, or the published recipe (random resized crops of scale 0.08 to 1, flips,
     RandAugment m9 mstd0.5 inc1), from which attentive and linear heads learn; k-NN sees centre crops alone."""
@@ -224,7 +224,7 @@ class ProbeSection(Section):
     weight_decays: Annotated[tuple[float, ...], Field(min_length=1)] = (0.05,)
     """Weight decays tried; chosen on the hold-out."""
     holdout_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the training split by which is chosen. What was chosen has learned from all of it."""
+    """Share of the training split held out to choose by. What is chosen has learned from all of it."""
 
 
 class RollBackSection(Section):
@@ -361,7 +361,7 @@ class RunConfig(Section):
     """One run, as stored in `config.yaml` of its run directory."""
 
     version: Literal[2] = 2
-    """Of this file format."""
+    """Version of this file format."""
     identity_schema: Literal[1] = SCHEMA
     """Version of the defaults that the run's name leaves out (`harness.run.identity`)."""
     training: TrainingConfig

@@ -28,11 +28,11 @@ def fit(
 def card(
     out: Annotated[Path, typer.Option(help="Folder of card.json and card.md.")] = Path("card"),
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Small sizes on the CPU.")] = False,
-    only: Annotated[str, typer.Option(help="Parts whose names hold this, e.g. `train aim-600M`.")] = "",
+    only: Annotated[str, typer.Option(help="Parts whose names contain this, e.g. `train aim-600M`.")] = "",
 ) -> None:
-    """All that only a card can show, in less than nine minutes: tests, peaks, training, a sweep, loading, a checkpoint.
+    """What only a card can show, in less than nine minutes: tests, peaks, training, a sweep, loading, a checkpoint.
 
-    Exits with 1 where a part did not end well; the others are written.
+    Exits with 1 if a part failed; the others are written.
     """
     from aimscale.sweeps.bench.card import run
 
@@ -64,7 +64,7 @@ def probe(
 @app.command()
 def faults(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; each tries every fault once, crowds twice.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random moments.")] = 0,
     folder: Annotated[Path | None, typer.Option(help="New folder to try them in; default: a temporary one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:

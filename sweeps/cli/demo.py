@@ -16,7 +16,7 @@ BASELINES = ("random", "raw-pixels")
 
 def command(
     root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = Path("aimscale-runs"),
-    slots: Annotated[int | None, typer.Option(help="Runs at a time; by default as many as the cores feed.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Runs at a time; by default as many as the cores can feed.")] = None,
 ) -> None:
     """Pack the bundled images, train and probe the grid, fit the laws, write the report.
 

@@ -20,7 +20,7 @@ TEXT_WIDTH = 95
 
 def command(
     root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs"),
-    on: Annotated[Literal["local", "slurm"], typer.Option(help="With slurm, an absent Slurm is a failure.")] = "local",
+    on: Annotated[Literal["local", "slurm"], typer.Option(help="With slurm, a missing Slurm is a failure.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at this machine, its disk and its Slurm: what works, and what to do about the rest.

@@ -29,13 +29,13 @@ def command(
         typer.Option(help="Runs that share a card, a number or auto (by the memory estimate); instead of the file's."),
     ] = None,
     notify: Annotated[
-        str | None, typer.Option(help="Webhook that is told, in JSON, of failures and of the end.", show_default=False)
+        str | None, typer.Option(help="Webhook to post to, in JSON, on failures and at the end.", show_default=False)
     ] = None,
     evaluate: Annotated[
         Place | None,
         typer.Option(
-            help="Validate and probe inline, in the process that has trained a run, or by jobs of their own; on Slurm "
-            "jobs by default, else as runtime.evaluate says."
+            help="Validate and probe inline, in the process that trained the run, or as separate jobs; default: jobs "
+            "on Slurm, else as runtime.evaluate says."
         ),
     ] = None,
     allow_dirty: options.AllowDirty = False,

@@ -19,11 +19,11 @@ ENDED = ("finished", "failed", "diverged")
 
 def command(
     sweep: SweepName,
-    run: Annotated[str, typer.Argument(help="A run's id, or any part that only it has.")],
+    run: Annotated[str, typer.Argument(help="A run's id, or any part that no other id has.")],
     root: Root = Path("aimscale-runs"),
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends or Ctrl-C.")] = False,
     probes: Annotated[
-        bool, typer.Option("--probes", help="Of the job that evaluated it last, not of its training.")
+        bool, typer.Option("--probes", help="The log of its last evaluation job instead of its training.")
     ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines to print; 0 for all.", min=0)] = 0,
 ) -> None:

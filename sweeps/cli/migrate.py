@@ -13,7 +13,7 @@ from aimscale.sweeps.runs.sweep_dir import launch_lock
 
 
 def command(sweep: SweepName, root: Root = Path("aimscale-runs"), dry_run: DryRun = False) -> None:
-    """Rename runs of earlier versions as this one names them, with rows, weights and probes; nothing is trained."""
+    """Give runs of earlier versions the names of this one, with rows, weights and probes; nothing is trained."""
     loaded = load_sweep(sweep, root)
     stay = 0
     with launch_lock(loaded):

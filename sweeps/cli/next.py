@@ -48,7 +48,7 @@ def command(
     root: Root = Path("aimscale-runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Choose the runs that leave the forecast at the target the least variance, several at once."""
+    """Choose the runs, together, that make the forecast at the target most certain."""
     from aimscale.analysis.forecasts.ahead import parse_scale
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 

@@ -28,11 +28,11 @@ SweepName = Annotated[
         help="A sweep file, a preset's name, or the name of a launched sweep.", autocompletion=complete_sweep
     ),
 ]
-Root = Annotated[Path, typer.Option(help="Sweep directories are made under this folder.")]
+Root = Annotated[Path, typer.Option(help="Folder that holds the sweep directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BackEnd = Literal["local", "slurm"]
 Slots = Annotated[
-    int | None, typer.Option(help="Local processes at a time; by default one per card, or as many as the cores feed.")
+    int | None, typer.Option(help="Local processes at a time; by default one per card, or what the cores can feed.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 AllowDirty = Annotated[bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")]

@@ -39,7 +39,7 @@ def command(
         ),
     ],
     images_seen: Annotated[
-        int | None, typer.Option(help="Probe this budget only; all saved ones otherwise.", show_default=False)
+        int | None, typer.Option(help="Probe this budget only; default: all saved ones.", show_default=False)
     ] = None,
     task: TaskNames = None,
     tasks: TaskFile = None,
@@ -48,7 +48,7 @@ def command(
     kind: Kinds = None,
     on: Annotated[
         options.BackEnd | None,
-        typer.Option(help="Probe by jobs of a queue on this machine or of the cluster; sweeps: local by default."),
+        typer.Option(help="Probe by jobs, in a queue on this machine or on the cluster; sweeps: local by default."),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Ranks that share one job's work.")] = 1,
     run: Annotated[list[str] | None, typer.Option(help="Part of a run id of the sweep (repeatable).")] = None,
@@ -78,7 +78,7 @@ def command(
 
     A run is probed in this process (alone, under torchrun, or in a Slurm job step with several tasks); a sweep, and a
     run with --on, by one job per run. What is done already is not done again; a killed probe goes on where it was.
-    Baselines have a verb of their own, `aimscale baseline`.
+    Baselines have their own verb, `aimscale baseline`.
     """
     choice = TaskChoice(names=task, file=tasks, train=train, test=test, kinds=kind)
     is_run = Path(target, "config.yaml").is_file()

@@ -45,7 +45,7 @@ def launch(
 
     Args:
         sweep: a sweep or its name.
-        slots: processes at a time; by default one per card, or as many as the cores feed.
+        slots: processes at a time; by default one per card, or as many as the cores can feed.
         runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
         notify: webhook that is told of failures and of the end.
         evaluate: where validation and probes run: `inline`, in the process that has trained the run, or as `jobs` after

@@ -92,17 +92,17 @@ class CostSection(Section):
     mfu: float = Field(0.40, gt=0, le=1)
     """Share of that peak that training executes (a bench result given to `plan --bench` replaces it)."""
     step_ms: float = Field(0.0, ge=0)
-    """Time of a step beside its FLOPs, ms: calls and the loader; most of it for models below a million parameters."""
+    """Time of a step beyond its FLOPs, ms: calls and the loader; most of a step below a million parameters."""
     evaluation_s: float = Field(0.0, ge=0)
-    """Time of one budget's validation and probes beside their FLOPs, s: decoding, and heads on small tasks."""
+    """Time of one budget's validation and probes beyond their FLOPs, s: decoding, and heads on small tasks."""
     memory_gb: float = Field(80.0, gt=0)
     """Memory of one device, GB."""
     price_per_device_hour: float = Field(0.0, ge=0)
-    """In `currency`."""
+    """Price of a device for an hour, in `currency`."""
     save_gb_per_s: float = Field(0.5, gt=0)
     """Rate at which a checkpoint reaches the disk, GB/s: decides how long a run is given to save."""
     currency: str = "USD"
-    """Of the price."""
+    """Unit of the price."""
     pool_images: Count | None = None
     """Size of the image pool, where the data sets are not available to be counted."""
     image_bytes: int = Field(110_000, gt=0)
@@ -134,7 +134,7 @@ Command = Annotated[Line, AfterValidator(lambda text: shlex.join(shlex.split(tex
 
 
 class SlurmSection(Section):
-    """How jobs are asked for; each field can also be given to `launch`."""
+    """How jobs are requested; each field can also be given to `launch`."""
 
     partition: Line | None = None
     """Partition."""
@@ -147,7 +147,7 @@ class SlurmSection(Section):
     time_min: int = Field(1440, gt=0)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
     signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Seconds between the word to save and the end, before a time limit and after Ctrl-C; auto: two saves at
+    """Seconds between the signal to save and the end, before a time limit and after Ctrl-C; auto: two saves at
     `cost.save_gb_per_s` and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and cards) of one node."""
@@ -179,7 +179,7 @@ class SweepFile(Section):
     """One experiment."""
 
     version: Literal[1] = 1
-    """Of this file format."""
+    """Version of this file format."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the sweep's directory."""
     description: str = ""
@@ -187,8 +187,8 @@ class SweepFile(Section):
     recipe: str = "small"
     """A recipe of `sweeps.plan.recipes`."""
     recipe_budget: Count | None = None
-    """D that the recipe fits batch, rate and warm-up to; null: the smallest of a run. Said where a smaller budget joins
-    runs that are there, so that it does not make others of them."""
+    """D that the recipe fits batch, rate and warm-up to; null: the smallest of a run. Set it where a smaller budget
+    joins existing runs, so that they stay the same runs."""
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Model sizes."""
     budgets: tuple[Count, ...] = ()
