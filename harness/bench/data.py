@@ -1,8 +1,8 @@
 """How fast images are read: the training stream beside the bare decode-and-crop limit of each JPEG library.
 
-Everything is measured in one process on one thread, switching every few dozen images, so that a busy machine slows all
-alike; then the loader with worker processes, which resizes or leaves that to the device, alternating with as many bare
-readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
+Everything is measured in one process on one thread, in processor time, switching every few dozen images, so that a busy
+machine slows all alike; then the loader with worker processes, which resizes or leaves that to the device, alternating
+with as many bare readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import simplejpeg
 import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import IMAGE_SIZE, photograph_crops, photographs
@@ -58,8 +59,8 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         `stream_share`: the stream over it, median of turns; `loader`: rows with workers, who augments, images/s, the
         limit (the fastest library in as many processes at once, at most one per core: cores share caches and clocks),
         the median of their ratio over rounds in which both have a turn, and kB per image handed to the trainer;
-        `device`: its name and the images/s that it resizes when the loader only cuts out; `jitter`: images/s of the
-        stream with colour jitter, by who augments, one thread;
+        `device`: its name and the images/s that it resizes when the loader only cuts out; `jitter`: images/s with
+        colour jitter on one thread, of the stream by who augments, and of the fastest library with torchvision's;
         `small`: images/s of 32 px images, first epoch and later ones; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
@@ -78,8 +79,7 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         crops = (crop for crop, _ in zip(photograph_crops("validation"), range(2000), strict=False))
         small = _small(TrainStream(_config(Path(folder) / "small", crops, IMAGE_SIZE)))
         resized = _device_rate(streams["device"], device, seconds / 4)
-        config = _with_jitter(config)
-        jitter = _rates({where: TrainStream(config, augment_on=where) for where in _PLACES}, seconds / 4)
+        jitter = _jitter(_with_jitter(config), fastest, work, seconds / 4)
     return {
         "single_thread": single,
         "fastest_limit": single[fastest],
@@ -120,8 +120,12 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"  {label:<38}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}{row['kb_per_image']:>7.0f} kB")
     device, small, jitter = result["device"], result["small"], result["jitter"]
     lines.append("training stream with colour jitter, one thread")
-    for where, label in (("loader", "all in the loader"), ("device", "resizing and jitter left to the device")):
-        lines.append(f"  {label:<38}{jitter[where]:>10,.0f}")
+    for key, label in (
+        ("loader", "all in the loader"),
+        ("device", "resizing and jitter left to the device"),
+        ("torchvision", "torchvision's, after the fastest library"),
+    ):
+        lines.append(f"  {label:<38}{jitter[key]:>10,.0f}")
     lines.append(f"resize, flip and normalise crops in the batch on {device['name']}")
     lines.append(f"  {'in the trainer':<38}{device['images_per_s']:>10,.0f}")
     lines.append("training stream, 32 px PNGs, one thread")
@@ -215,9 +219,9 @@ def _single_thread(
     first = 0
     while time.perf_counter() < stop or len(times["stream"]) < 3:
         for name, turn in turns.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             turn(first)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.thread_time() - start)
         first += _TURN
     rates = {name: _TURN / statistics.median(values) for name, values in times.items()}
     fastest = max((name for name in rates if name != "stream"), key=rates.__getitem__)
@@ -265,16 +269,22 @@ def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[flo
         return number / (time.perf_counter() - start), num_bytes / number
 
 
-def _rates(streams: Mapping[_Place, TrainStream], seconds: float) -> dict[_Place, float]:
-    """Images/s of some streams on one thread, interleaved."""
-    times: dict[_Place, list[float]] = {where: [] for where in streams}
+def _jitter(config: RunConfig, fastest: str, work: Sequence[tuple[bytes, Box]], seconds: float) -> dict[str, float]:
+    """Images/s with colour jitter on one thread, interleaved."""
+    reader, streams = _readers()[fastest], {where: TrainStream(config, augment_on=where) for where in _PLACES}
+    peer = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
+    turns: dict[str, Callable[[], object]] = {
+        where: functools.partial(stream.batch, np.arange(_TURN)) for where, stream in streams.items()
+    }
+    turns["torchvision"] = lambda: [peer(reader(*each)) for each in work[:_TURN]]
+    times: dict[str, list[float]] = {name: [] for name in turns}
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or not all(times.values()):
-        for where, stream in streams.items():
-            start = time.perf_counter()
-            stream.batch(np.arange(_TURN))
-            times[where].append(time.perf_counter() - start)
-    return {where: _TURN / statistics.median(values) for where, values in times.items()}
+        for name, turn in turns.items():
+            start = time.thread_time()
+            turn()
+            times[name].append(time.thread_time() - start)
+    return {name: _TURN / statistics.median(values) for name, values in times.items()}
 
 
 def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:

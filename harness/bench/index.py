@@ -137,7 +137,7 @@ def _read(dataset: ShardDataset, rank: int, num_reads: int) -> None:
         samples = dataset.usable(permute(permute(positions, number, make_key("epoch")), number, make_key("subset")))
         dataset.sides(samples)
         for sample in samples.tolist():
-            dataset.place(sample)
+            dataset.places([sample])
 
 
 def _proportional_kb() -> float:

@@ -305,7 +305,7 @@ class RuntimeConfig(Section):
     """Loader processes per rank; 0 loads in a thread of the trainer."""
     augment_on: Literal["loader", "device"] = "loader"
     """Who resizes, flips and jitters: the loader, image by image, or the device, in the batch. Both give the same
-    bytes. The device spares a loader that cannot keep up the jitter, three quarters of its work; without jitter
+    bytes. The device spares a loader that cannot keep up the jitter, two fifths of its work; without jitter
     measure first (`aimscale bench data`): crops of photographs have two to three times the bytes of resized ones."""
     num_threads: int = Field(1, ge=1)
     """Torch threads per rank (CPU)."""

@@ -195,7 +195,6 @@ def check_deepspeed(engine: Any, optimizer: Any, parameters: list[nn.Parameter],
     """Raise DeepSpeedError where this version lacks something that is read of it."""
     of_optimizer, of_parameters = _READ[stage]
     steps = ("set_gradient_accumulation_boundary", "get_global_grad_norm", "was_step_applied")
-    steps = ("set_gradient_accumulation_boundary", "get_global_grad_norm", "was_step_applied")
     missing = [
         f"{type(owner).__name__}.{names}"
         for owner, read in (

@@ -206,8 +206,9 @@ class TrainStream:
         """uint8 (B, C, H, W) at the front of a flat buffer."""
         shape = (num_images, self._channels, self._size, self._size)
         images = flat[: num_images * self._channels * self._size**2]
-        # decoded photographs come with interleaved colours, small images from the cache in planes: keep copies straight
-        if self._size > SMALL_SIDE:
+        # decoded photographs come with interleaved colours, small images from the cache in planes, which jitter needs:
+        # keep copies straight
+        if self._size > SMALL_SIDE and not self._data.color_jitter:
             return images.view(num_images, self._size, self._size, self._channels).permute(0, 3, 1, 2)
         return images.view(shape)
 
@@ -258,10 +259,9 @@ class TrainStream:
             horizontal_flip=self._data.horizontal_flip,
         )
         data: list[bytes | None] = [None] * len(samples)
-        if dataset.is_remote:  # all at once
-            fresh = np.flatnonzero(~source.pixels.holds(samples))
-            for i, read in zip(fresh.tolist(), dataset.read_many(samples[fresh]), strict=True):
-                data[i] = read
+        fresh = np.flatnonzero(~source.pixels.holds(samples))
+        for i, read in zip(fresh.tolist(), dataset.read_many(samples[fresh]), strict=True):
+            data[i] = read
         failed: list[int] = []
         small = np.flatnonzero((height <= SMALL_SIDE) & (width <= SMALL_SIDE))
         shapes = height[small] * (SMALL_SIDE + 1) + width[small]

@@ -22,7 +22,7 @@ from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.augment import crop_resize, crop_resize_small, denormalise, draw_boxes, normalise
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
-from aimscale.harness.data.stream.jitter import _draw, _shift_hue, jitter_colours
+from aimscale.harness.data.stream.jitter import _draw, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.mixture import Mixture
 from aimscale.harness.data.stream.positions import TrainStream
@@ -244,24 +244,21 @@ def test_colour_jitter_is_drawn_by_position() -> None:
     torch.testing.assert_close(got.std(0), expected.std(0), rtol=0.2, atol=0)
 
 
-def test_colour_jitter_gives_the_bytes_of_torchvision() -> None:
+def test_colour_jitter_is_that_of_torchvision_rounded_once() -> None:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 600, 600), generator=generator, dtype=torch.uint8)
-    image[:, :50], image[1, 50:100], image[2, 100:150] = image[:1, :50], image[0, 50:100], image[1, 100:150]  # ties
-    image[:, 150:160], image[:, 160:170] = 0, 255
-    for shift in (-0.1, -0.033, 0.0, 1e-7, 0.05, 0.1):
-        assert torch.equal(_shift_hue(image, shift), colour.adjust_hue(image, shift)), shift
-    assert torch.equal(_shift_hue(image[:1], 0.1), image[:1])
     changes = (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation, colour.adjust_hue)
     for side in (1, 7, 32, 224):
         shape = (20, side, side + 1, 3)
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
-        expected = images.clone(memory_format=torch.preserve_format)
+        images[:, 1, : side // 4], images[:, 2, side // 5 : side // 2] = 0, 255  # ties
+        images[:, 1:, :, : side // 3] = images[:, :1, :, : side // 3]  # grey
+        expected = images.double() / 255
         chosen, order, strength = _draw(5, np.arange(20))
         for row in np.flatnonzero(chosen):
             for change in order[row]:
                 expected[row] = changes[change](expected[row], float(strength[row, change]))
-        assert torch.equal(jitter_colours(images, 5, np.arange(20)), expected), side
+        got = jitter_colours(images, 5, np.arange(20))
+        assert (got - 255 * expected).abs().max() < 0.51, side
 
 
 def test_other_than_grey_or_colour_is_refused(configure: Configure) -> None:
@@ -302,7 +299,7 @@ def spoil(folder: Path, out: Path, samples: list[int]) -> Path:
     shutil.copytree(folder, out)
     dataset = open_dataset(out)
     for sample in samples:
-        name, offset, size = dataset.place(sample)
+        ((name, offset, size),) = dataset.places([sample])
         with (out / name).open("r+b") as shard:
             shard.seek(offset)
             shard.write(bytes(size))
