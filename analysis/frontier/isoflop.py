@@ -63,7 +63,9 @@ def isoflop_frontier(
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
     table.insert(2, "D", cost.samples(table["C"].to_numpy(), table["N"].to_numpy()))
     line = log_line(table["C"].to_numpy(), table["N"].to_numpy())
-    fresh = len(table) if budgets is None else min(len(table), _own_budgets(points))
+    fresh = len(table)
+    if budgets is not None:  # interpolation has the budgets that a size was measured at to go by, however many it makes
+        fresh = min(fresh, int(points.groupby("N")["C"].nunique().median()))
     draws, bias, method, spread = _draws(points, cost, accepted, table, line, fresh, window, resamples, seed)
     return Frontier(
         approach=2,
@@ -91,11 +93,6 @@ def budgets_of(points: pd.DataFrame, budgets: int | None, tolerance: float) -> l
         Budget(flops=flops, num_params=group["N"].to_numpy(), rows=group["row"].to_numpy())
         for flops, group in isoflop_points(numbered, None, tolerance)
     ]
-
-
-def _own_budgets(points: pd.DataFrame) -> int:
-    """Budgets that a size was measured at: what interpolation has to go by, however many it is asked for."""
-    return int(points.groupby("N")["C"].nunique().median())
 
 
 def _draws(

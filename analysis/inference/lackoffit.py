@@ -83,7 +83,8 @@ def pattern_test(
         x: variables (n,), positive.
         errors: simulated errors (num, n), shared ones included: a pattern over sizes alone may be their own errors.
     """
-    logs = {f"ln {name}": _standard(np.log(v)) for name, v in x.items() if np.all(v > 0) and np.ptp(v) > 0}
+    plain = {f"ln {name}": np.log(v) for name, v in x.items() if np.all(v > 0) and np.ptp(v) > 0}
+    logs = {name: (v - v.mean()) / v.std() for name, v in plain.items()}
     named = {
         f"{a} x {b}" if a != b else f"{a} squared": logs[a] * logs[b]
         for a, b in itertools.combinations_with_replacement(logs, 2)
@@ -109,7 +110,3 @@ def pattern_test(
     p = float((1 + np.sum(statistic(left_over(jacobian, weights, errors)) >= value)) / (1 + len(errors)))
     strongest = names[int(np.argmax(np.abs(columns @ scaled)))]
     return Test(statistic=value, p_value=p, degrees=(q, n - k - q), pattern=strongest)
-
-
-def _standard(values: Array) -> Array:
-    return (values - values.mean()) / values.std()

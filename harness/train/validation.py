@@ -7,7 +7,6 @@ be compared image by image: the published losses of 0.6B to 7B differ by 0.013 i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,8 @@ def validate(
     own = np.arange(len(indices))[group.rank :: group.world_size]
     per_pass = max(1, EVAL_TOKENS // (model.config.num_tokens * section.num_prefixes))
     sums, counts = [], []
-    for rows in _chunks(own, per_pass):
+    for start in range(0, len(own), per_pass):
+        rows = own[start : start + per_pass]
         images = eval_images(dataset, indices[rows], model_section, section.centre_crop).to(group.device)
         repeated = images.repeat_interleave(section.num_prefixes, dim=0)
         loss_sum, num_targets = model.per_image_loss(repeated, prefixes[rows].reshape(-1))
@@ -139,11 +139,6 @@ def completions(
 def _channels_last(images: Tensor) -> np.ndarray:
     array: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
     return array
-
-
-def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def write_npz(path: Path, arrays: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.machine import cpu_name
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.run.provenance import git_commit
-from aimscale.sweeps.bench.disturb import CROWD, FAULTS, IMAGES, PACKED, PATIENCE_S, Disturbed, Victim
+from aimscale.sweeps.bench.disturb import CROWD, FAULTS, IMAGES, PACKED, PATIENCE_S, Disturbed, Fault, Victim
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 
 TIMING = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "git_commit"}
@@ -83,30 +83,32 @@ def run(
         name = f"{len(done)}-{fault.name.replace(' ', '-')}"
         disturbed = _disturbed(folder, name, fault.victim, draw, fault.num_runs, trained[1])
         disturbed.work_s = victims[fault.victim]
-        started = time.monotonic()
-        try:
-            fault.act(disturbed)
-            num_starts = _finish(disturbed)
-            problems = _differences(expected[fault.victim, fault.num_runs], _outcome(disturbed))
-            if fault.name == CROWD:
-                problems += _executed_twice(disturbed, num_starts)
-        except (UserError, subprocess.TimeoutExpired) as error:
-            problems = [str(error)]
-        done.append(
-            Trial(
-                fault=fault.name,
-                moments=disturbed.moments,
-                num_kills=disturbed.num_kills,
-                problems=problems,
-                seconds=time.monotonic() - started,
-            )
-        )
+        done.append(_try(fault, disturbed, expected[fault.victim, fault.num_runs]))
         report(done[-1])
-        if not problems:
+        if not done[-1].problems:
             shutil.rmtree(disturbed.root)
     commit, is_dirty = git_commit()
     setting = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "git_commit": commit, "git_dirty": is_dirty}
     return {"trials": [asdict(trial) for trial in done], "setting": {**setting, "seed": seed}}
+
+
+def _try(fault: Fault, disturbed: Disturbed, expected: dict[str, Any]) -> Trial:
+    started = time.monotonic()
+    try:
+        fault.act(disturbed)
+        num_starts = _finish(disturbed)
+        problems = _differences(expected, _outcome(disturbed))
+        if fault.name == CROWD:
+            problems += _executed_twice(disturbed, num_starts)
+    except (UserError, subprocess.TimeoutExpired) as error:
+        problems = [str(error)]
+    return Trial(
+        fault=fault.name,
+        moments=disturbed.moments,
+        num_kills=disturbed.num_kills,
+        problems=problems,
+        seconds=time.monotonic() - started,
+    )
 
 
 def _write_data(folder: Path) -> None:

@@ -73,7 +73,8 @@ def run(
         root = folder or Path(temporary)
         started = time.monotonic()
         for split, count in (("train", num_images), ("test", max(num_classes, round(TEST_SHARE * num_images)))):
-            write_dataset(root / split, crops(split, count, num_classes), classes=class_names(num_classes))
+            classes = tuple(f"place-{number:04d}" for number in range(num_classes))
+            write_dataset(root / split, crops(split, count, num_classes), classes=classes)
         made_s = time.monotonic() - started
         config = _config(root, size, iterations, batch_size)
         ways: list[dict[str, Any]] = []
@@ -130,11 +131,6 @@ def table(result: dict[str, Any]) -> str:
     for way in result["ways"][:1]:
         lines += [f"{entry['kind']:<10} top-1 {100 * entry['top1']:.2f} %" for entry in way["entries"]]
     return "\n".join(lines)
-
-
-def class_names(num_classes: int) -> tuple[str, ...]:
-    """Names that sort as their numbers."""
-    return tuple(f"place-{number:04d}" for number in range(num_classes))
 
 
 def crops(split: str, num_images: int, num_classes: int) -> Iterator[PackedImage]:

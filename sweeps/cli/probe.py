@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -187,12 +187,11 @@ class _Jobs:
         """Runs with a finished budget, each probed by `devices` ranks; says how many have none."""
         from aimscale.harness.probe.run import saved_budgets
         from aimscale.harness.run.directory import RunDir
-        from aimscale.sweeps.launch.probes import with_devices
 
         ready = [run for run in self.runs if saved_budgets(RunDir(self.paths[run.run_id]))]
         if len(ready) < len(self.runs):
             typer.echo(f"{len(self.runs) - len(ready)} of {len(self.runs)} runs have no finished budget yet")
-        return with_devices(ready, self.devices)
+        return [replace(run, devices=self.devices) for run in ready]
 
     def on_slurm(self, fields: dict[str, str | int | None], *, allow_dirty: bool) -> None:
         """Submit one array per resource shape, or print the scripts."""

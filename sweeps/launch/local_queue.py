@@ -205,7 +205,8 @@ def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], boo
             decision = queue.kind.decide(run, record, is_queued)
             note_finished(decision)
             if decision.startable:
-                queue.kind.claim(record, run, _own_claim(queue, len(taken)))
+                claim = own_claim("slurm" if queue.job_id else "local", len(taken), queue.job_id)
+                queue.kind.claim(record, run, claim)
         job = _start(queue, run, record, taken, share, command) if decision.startable else None
     except (OSError, UserError) as error:
         decision, job = Decision(run=run, record=record, verdict="damaged", why=_words(error)), None
@@ -219,10 +220,6 @@ def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], boo
     verb = "started" if job.attempt == 1 else f"resumed (attempt {job.attempt})"
     queue.events.append(f"{verb} {run.run_id}")
     return True
-
-
-def _own_claim(queue: Queue, devices: int) -> Claim:
-    return own_claim("slurm" if queue.job_id else "local", devices, queue.job_id)
 
 
 def _words(error: Exception) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -139,8 +138,3 @@ def _claim(requests: Requests, record: RunRecord, run: Run, claim: Claim) -> Non
     request.write(record)
     record.write_status(state="queued", reason=None, reason_class=None)
     record.write_claim(claim)
-
-
-def with_devices(runs: Sequence[Run], devices: int) -> list[Run]:
-    """The runs, each probed by so many ranks."""
-    return [replace(run, devices=devices) for run in runs]

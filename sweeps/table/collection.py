@@ -61,25 +61,12 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
     damaged: dict[str, str] = {}
-    completions: list[dict[str, Any]] = []
-    machines: dict[str, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
-    for run, card in zip(runs, cards, strict=True):
-        record = RunRecord(sweep.run_dir(run.run_id))
-        try:
-            found = _rows(sweep, run, card, record)
-            results_table(found)
-        except (UserError, TableError) as error:
-            damaged[run.run_id] = str(error)
-            continue
-        rows += found
-        completions += _completions(sweep, run, record)
-        machines |= _machine(record)
-    finished_at = [row["finished_at"] for row in rows if row.get("finished_at")]
-    planned = {run.run_id for run in runs}
-    imported = _imported(sweep, planned)
-    unplanned = _unplanned(sweep, runs, planned | {record.path.name for record in imported})
-    rows = with_task_names([*rows, *_imported_rows(sweep, imported, damaged)], runs)
+    planned = list(_planned_rows(sweep, runs, cards, damaged))
+    whole = [run for run in runs if run.run_id not in damaged]
+    known = {run.run_id for run in runs}
+    imported = _imported(sweep, known)
+    unplanned = _unplanned(sweep, runs, known | {record.path.name for record in imported})
+    rows = with_task_names([*planned, *_imported_rows(sweep, imported, damaged)], runs)
     num_complete = sum(row["status"] == "complete" for row in rows)
     table = results_table(rows)
     write_table(table, sweep.directory / "results.csv")
@@ -91,13 +78,13 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         "sweep": sweep.name,
         "description": sweep.file.description,
         "recipe": sweep.file.recipe,
-        "created": max(map(str, finished_at), default=None),
+        "created": max((str(row["finished_at"]) for row in planned if row.get("finished_at")), default=None),
         "num_runs": len(runs),
         "num_rows": len(rows),
         "num_complete": num_complete,
-        "completions": completions,
+        "completions": [each for run in whole for each in _completions(sweep, run)],
         "damaged": damaged,
-        "machines": list(machines.values()),
+        "machines": _machines([RunRecord(sweep.run_dir(run.run_id)) for run in whole]),
     }
     try:
         write_json(sweep.directory / "collect.json", summary)
@@ -129,6 +116,20 @@ def _unplanned(sweep: Sweep, runs: Sequence[Run], known: set[str]) -> tuple[str,
             f"along; the commit is in provenance.json)"
         )
     return unplanned
+
+
+def _planned_rows(
+    sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], damaged: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the planned runs; runs whose rows cannot be read go to `damaged`."""
+    for run, card in zip(runs, cards, strict=True):
+        try:
+            found = _rows(sweep, run, card, RunRecord(sweep.run_dir(run.run_id)))
+            results_table(found)
+        except (UserError, TableError) as error:
+            damaged[run.run_id] = str(error)
+            continue
+        yield from found
 
 
 def _imported_rows(sweep: Sweep, imported: Sequence[RunRecord], damaged: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -251,8 +252,9 @@ def setup_of(training: TrainingConfig) -> dict[str, Any]:
     return setup
 
 
-def _completions(sweep: Sweep, run: Run, record: RunRecord) -> list[dict[str, Any]]:
+def _completions(sweep: Sweep, run: Run) -> list[dict[str, Any]]:
     """Pictures for the report, by paths relative to the sweep's directory."""
+    record = RunRecord(sweep.run_dir(run.run_id))
     return [
         {
             "run_id": run.run_id,
@@ -265,11 +267,14 @@ def _completions(sweep: Sweep, run: Run, record: RunRecord) -> list[dict[str, An
     ]
 
 
-def _machine(record: RunRecord) -> dict[str, dict[str, Any]]:
-    """The machine of the run's last start, keyed by itself so that equal machines count once."""
-    try:
-        start = json.loads(record.provenance.read_text())["starts"][-1]
-        machine = {key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return {}
-    return {json.dumps(machine, sort_keys=True): machine}
+def _machines(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The machines of the runs' last starts, equal ones once."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        try:
+            start = json.loads(record.provenance.read_text())["starts"][-1]
+            machine = {key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start}
+        except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
+            continue
+        found[json.dumps(machine, sort_keys=True)] = machine
+    return list(found.values())

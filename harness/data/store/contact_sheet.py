@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 from aimscale.harness.data.errors import DataError
@@ -41,7 +40,7 @@ def write_contact_sheet(
         except UndecodableImageError:
             continue
         left, top = _MARGIN_PX + shown % columns * cell[0], _MARGIN_PX + shown // columns * cell[1]
-        sheet.paste(_picture(tile), (left, top))
+        sheet.paste(Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()), (left, top))
         draw.text((left, top + tile_px), _caption(dataset, sample, tile_px), fill="black")
         shown += 1
     if not shown:
@@ -53,10 +52,6 @@ def write_contact_sheet(
             f"cannot write the contact sheet {path} ({error}); name a .png in a folder that exists"
         ) from error
     return shown
-
-
-def _picture(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def _caption(dataset: ShardDataset, sample: int, width_px: int) -> str:
