@@ -54,7 +54,7 @@ def spoil(folder: Path, out: Path, samples: range) -> Path:
     shutil.copytree(folder, out)
     dataset = open_dataset(out)
     for sample in samples:
-        name, offset, size = dataset.place(sample)
+        ((name, offset, size),) = dataset.places([sample])
         with (out / name).open("r+b") as shard:
             shard.seek(offset)
             shard.write(bytes(size))

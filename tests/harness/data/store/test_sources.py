@@ -269,7 +269,7 @@ def test_cache_keeps_its_bound_and_makes_room(small_set: Path, tmp_path: Path, s
         url, _ = serve(small_set)
         reader = CachedReader(url, sizes, cache, bound)
         for i in range(len(dataset)):
-            assert reader.read_many([dataset.place(i)]) == [dataset.read(i)]
+            assert reader.read_many(dataset.places([i])) == [dataset.read(i)]
             assert stored() <= bound
         assert len([*reader._folder.iterdir()]) >= 1, turn
     name = next(iter(sizes))
