@@ -14,25 +14,6 @@ import pandas as pd
 
 PAPER = "El-Nouby et al. 2024, arXiv 2401.08541"
 
-TASKS = (
-    "imagenet-1k",
-    "inat18",
-    "cifar10",
-    "cifar100",
-    "food101",
-    "dtd",
-    "pets",
-    "cars",
-    "iwildcam",
-    "camelyon17",
-    "pcam",
-    "rxrx1",
-    "eurosat",
-    "fmow",
-    "infographic",
-)
-"""The fifteen benchmarks by the names that a sweep's `probes` must use to be compared, in the order of Table 6."""
-
 TASK_TITLES = {
     "imagenet-1k": "IN-1k",
     "inat18": "iNAT-18",
@@ -51,6 +32,8 @@ TASK_TITLES = {
     "infographic": "Infographic",
 }
 """Our name -> the paper's column heading."""
+TASKS = tuple(TASK_TITLES)
+"""The fifteen benchmarks by the names that a sweep's `probes` must use to be compared, in the order of Table 6."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,18 +71,8 @@ def test_export_gives_back_what_was_imported_with_a_card(
     released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, state = released
-    weights(
-        capsys,
-        "import",
-        str(path),
-        str(tmp_path / "run"),
-        "--image-size",
-        "28",
-        "--images-seen",
-        "8192",
-        "--num-heads",
-        "2",
-    )
+    options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", "2"]
+    weights(capsys, "import", str(path), str(tmp_path / "run"), *options)
     code, out, _ = weights(capsys, "export", str(tmp_path / "run"), str(tmp_path / "out"))
     assert code == 0
     assert "model.safetensors" in out
@@ -114,19 +104,9 @@ def test_wrong_files_are_refused_and_leave_nothing(
     save_file({k: v for k, v in state.items() if "blocks.1.mlp.fc2" not in k}, tmp_path / "short.safetensors")
     torch.save({"w": Path("x")}, tmp_path / "pickle.pth")
     before = sorted(tmp_path.iterdir())
+    few = "--images-seen 8 --num-heads 2"
     for arguments, message in (
-        (
-            [
-                "import",
-                str(tmp_path / "short.safetensors"),
-                str(tmp_path / "r"),
-                "--images-seen",
-                "8",
-                "--num-heads",
-                "2",
-            ],
-            "fc2",
-        ),
+        (["import", str(tmp_path / "short.safetensors"), str(tmp_path / "r"), *few.split()], "fc2"),
         (
             ["import", str(path), str(tmp_path / "r"), "--size", "rung-64", "--images-seen", "8", "--num-heads", "3"],
             "holds w48-d2, not rung-64",

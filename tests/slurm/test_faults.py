@@ -149,14 +149,8 @@ def test_two_nodes_are_preempted_and_come_back_on_one(fault: Any, undisturbed: L
     case.launch()
     case.wait_trained()
     urgent = [
-        "sbatch",
-        "--parsable",
-        "--partition=urgent",
-        "--cpus-per-task=2",
-        "--wrap",
+        *["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "-o", "/dev/null", "--wrap"],
         "sleep 60",
-        "-o",
-        "/dev/null",
     ]
     urgent_id = subprocess.run(urgent, check=True, capture_output=True, text=True).stdout.strip()
     try:

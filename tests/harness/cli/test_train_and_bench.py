@@ -62,24 +62,8 @@ def test_train_refuses_what_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_processes: Run) -> None:
     out = tmp_path / "bench.json"
-    arguments = [
-        "train",
-        "--size",
-        "w16-d2",
-        "--image-size",
-        "16",
-        "--batch",
-        "8",
-        "--micro-batch",
-        "4",
-        "--steps",
-        "3",
-        "--head-width",
-        "16",
-        "--head-depth",
-        "3",
-        "--peer",
-    ]
+    model = "train --size w16-d2 --image-size 16 --batch 8 --micro-batch 4 --steps 3 --head-width 16 --head-depth 3"
+    arguments = [*model.split(), "--peer"]
     stages = ["--stages"] if precision == "bf16" else []
     assert in_processes(invoke, cli_bench.app, [*arguments, "--precision", precision, *stages, "--json"], out) == [0]
     measured = json.loads(out.read_text())
