@@ -1,5 +1,6 @@
 """Correlations, contrasts and noise hold the truth too, and the command prints a table of every study."""
 
+import pandas as pd
 import pytest
 
 from aimscale.analysis.coverage import __main__ as command
@@ -20,8 +21,16 @@ def test_two_step_forecasts_cover():
     assert (found["coverage"] >= 0.83).all()
 
 
-def test_the_command_prints_a_row_an_interval(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["coverage", "--tables", "2", "--only", "contrast"])
+def test_the_command_prints_a_row_an_interval_and_goes_on_where_it_was_cut_off(monkeypatch, capsys, tmp_path):
+    keep = tmp_path / "coverage.csv"
+    monkeypatch.setattr("sys.argv", ["coverage", "--tables", "2", "--only", "contrast", "--keep", str(keep)])
     monkeypatch.setattr(command, "verdict_coverage", lambda tables: noise_coverage(command.GRIDS[2], 2))
     command.main()
     assert "| contrast | " in capsys.readouterr().out
+    kept = pd.read_csv(keep)
+    kept.iloc[:3].assign(coverage=0.77).to_csv(keep, index=False)
+    command.main()
+    assert capsys.readouterr().out.count("| 77 / ") == 3
+    again = pd.read_csv(keep)
+    assert (again["coverage"].iloc[:3] == 0.77).all()
+    pd.testing.assert_frame_equal(again.iloc[3:], kept.iloc[3:])
