@@ -12,16 +12,16 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting import bootstrap as boot
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.fitting.optimise import Minimum, Problem, minimise
-from aimscale.analysis.fitting.projection import starts
+from aimscale.analysis.fitting.projection import resample_starts, starts
 from aimscale.analysis.inference.groups import Groups, groups_of, with_spread
 from aimscale.analysis.inference.mixed import Mixed, mixed_model, simulated_errors
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.tables.observations import Observations
 
-WEIGHTS_AT_ONCE = 5_000_000
-"""Weights of resamples held in floating point at once."""
+WEIGHTS_AT_ONCE = 1_000_000
+"""Weights of resamples held in floating point at once, for each start."""
 MANY_NONLINEAR = 3
-"""From this many non-linear parameters on a resample's optimum is looked for on the grid, not only near the table's."""
+"""From this many non-linear parameters on a resample's optimum is looked for on its own grid as well."""
 BENT_SHARE = 0.01
 """Share of draws of an exponent beyond its bounds from which on the law is refitted to simulated tables instead."""
 REFIT_STARTS = 2
@@ -211,22 +211,22 @@ def bootstrap_draws(problem: Problem, minima: list[Minimum], counts: Array) -> d
     """The law's own parameters (num_resamples,) refitted under every row of counts.
 
     Every resample starts from the best minimum and from the rivals (at most two more), and keeps the lowest result.
-    With three or more non-linear parameters its optimum may lie elsewhere altogether, so the table's best grid
-    points are starts as well.
+    With three or more non-linear parameters its optimum may lie elsewhere altogether, so the floors of the lowest
+    valleys of its own projected grid are starts as well.
     """
-    origins = [m.vector for m in minima[:3]]
-    if len(problem.law.nonlinear) >= MANY_NONLINEAR:
-        origins += list(starts(problem))
+    near = np.array([m.vector for m in minima[:3]])
     rows = max(1, WEIGHTS_AT_ONCE // len(problem.y))
     blocks = []
     for i in range(0, len(counts), rows):
         weights = counts[i : i + rows] * problem.weights
-        best, best_total = minimise(problem, np.repeat(origins[0][None], len(weights), axis=0), weights)
-        for origin in origins[1:]:
-            vector, total = minimise(problem, np.repeat(origin[None], len(weights), axis=0), weights)
-            better = total < best_total
-            best[better], best_total[better] = vector[better], total[better]
-        blocks.append(best)
+        num = len(weights)
+        origins = np.repeat(near[:, None], num, axis=1)
+        if len(problem.law.nonlinear) >= MANY_NONLINEAR:
+            origins = np.concatenate([origins, resample_starts(problem, weights, near[0])])
+        flat = origins.reshape(-1, origins.shape[2])
+        vector, total = minimise(problem, flat, np.tile(weights, (len(origins), 1)))
+        best = np.argmin(total.reshape(-1, num), axis=0)
+        blocks.append(vector.reshape(origins.shape)[best, np.arange(num)])
     return problem.params_of(np.concatenate(blocks))
 
 

@@ -21,6 +21,8 @@ GRID_VALUES = 1_000_000
 """Residuals per chunk of the grid."""
 MAX_GRID_POINTS = 2000
 """Points that the grid looks at."""
+VALLEYS, RESAMPLES_AT_ONCE = 4, 100
+"""Starts of each resample by non-linear parameter beyond two, and resamples whose grids are held at once."""
 
 
 def grid_points(lower: Array, upper: Array) -> Array:
@@ -53,20 +55,23 @@ def design(problem: Problem, theta: Array) -> Array:
 
 
 def project(problem: Problem, g: Array, weights: Array) -> Array:
-    """Best bounded linear coefficients (m, p) of weighted least squares on designs (m, p, n).
+    """Best bounded linear coefficients (m, p) of weighted least squares on designs (m, p, n)."""
+    gw = g * (weights[:, None, :] if weights.ndim == 2 else weights)
+    return _bounded(problem, gw @ g.transpose(0, 2, 1), gw @ problem.y)[0]
+
+
+def _bounded(problem: Problem, gram: Array, moment: Array) -> tuple[Array, Array]:
+    """Minima (m, p) of c' gram c / 2 - moment' c within the linear parameters' bounds, and their values (m,).
 
     All 2^p choices of coefficients held at their nearest finite bound are tried; p is at most a few.
     """
     p = problem.num_linear
-    gw = g * (weights[:, None, :] if weights.ndim == 2 else weights)
-    gram = gw @ g.transpose(0, 2, 1)
-    moment = gw @ problem.y
     scale = np.sqrt(np.einsum("mjj->mj", gram)) + 1e-300
     gram = gram / (scale[:, :, None] * scale[:, None, :]) + 1e-11 * np.eye(p)
     moment = moment / scale
     lower, upper = problem.lower[:p] * scale, problem.upper[:p] * scale
     held_at = np.where(np.isfinite(lower), lower, np.where(np.isfinite(upper), upper, 0.0))
-    best, best_value = np.zeros((len(g), p)), np.full(len(g), np.inf)
+    best, best_value = np.zeros((len(gram), p)), np.full(len(gram), np.inf)
     can_hold = np.isfinite(problem.lower[:p]) | np.isfinite(problem.upper[:p])
     must_hold = ~problem.movable[:p]
     for held in itertools.product((False, True), repeat=p):
@@ -90,9 +95,8 @@ def project(problem: Problem, g: Array, weights: Array) -> Array:
         rows = np.flatnonzero(todo)
         better = value < best_value[rows]
         best[rows[better]], best_value[rows[better]] = c[better], value[better]
-    return np.where(
-        np.isfinite(best_value)[:, None], best / scale, np.clip(held_at / scale, problem.lower[:p], problem.upper[:p])
-    )
+    fallback = np.clip(held_at / scale, problem.lower[:p], problem.upper[:p])
+    return np.where(np.isfinite(best_value)[:, None], best / scale, fallback), best_value
 
 
 def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array) -> Array:
@@ -128,12 +132,62 @@ def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     return vector[chosen]
 
 
+def resample_starts(problem: Problem, weights: Array, near: Array) -> Array:
+    """The floors of the lowest valleys of the grid under each row of weights (num, n): (valleys, num, k).
+
+    The squares of all resamples at a grid point are one product of matrices. Where the objective is robust, points far
+    from the table's own optimum `near` (k,) count less, as they will in the objective.
+    """
+    kept, num = _evenly(problem.num_points), len(weights)
+    weights = weights[:, kept]
+    if problem.objective.robust:
+        transform = problem.objective.transform
+        size = np.abs(transform(problem.y) - transform(problem.predict(near[None])[0]))[kept]
+        weights = weights / np.maximum(size / (np.median(size) + 1e-300), 1.0)
+    problem = _thinned(problem)
+    theta = grid_points(problem.lower[problem.num_linear :], problem.upper[problem.num_linear :])
+    span = np.where(problem.movable, problem.upper - problem.lower, 1.0)[problem.num_linear :]
+    _, neighbours = cKDTree(theta / span).query(theta / span, NEIGHBOURS + 1)
+    relative = (weights / problem.y**2 if problem.objective.log else weights).T
+    p, rows = problem.num_linear, max(1, GRID_VALUES // (len(problem.y) * (1 + problem.num_linear) ** 2))
+    valleys = VALLEYS * max(1, theta.shape[1] - 2)
+    out = np.empty((valleys, num, len(problem.lower)))
+    for i in range(0, num, RESAMPLES_AT_ONCE):
+        some = relative[:, i : i + RESAMPLES_AT_ONCE]
+        found = [_squares(problem, theta[j : j + rows], some) for j in range(0, len(theta), rows)]
+        linear, total = (np.concatenate(part) for part in zip(*found, strict=True))  # (m, block, p), (m, block)
+        is_floor = total <= total[neighbours].min(axis=1)
+        lowest = np.lexsort((total, ~is_floor), axis=0)[:valleys]
+        out[:, i : i + some.shape[1], :p] = np.take_along_axis(linear, lowest[..., None], axis=0)
+        out[:, i : i + some.shape[1], p:] = theta[lowest]
+    return out
+
+
+def _squares(problem: Problem, theta: Array, weights: Array) -> tuple[Array, Array]:
+    """Projected coefficients (m, num, p) at points (m, q) of the grid under weights (n, num), and their squares."""
+    p, num = problem.num_linear, weights.shape[1]
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # far corners of the grid may overflow
+        g = design(problem, theta)
+        overflows = ~np.isfinite(g).all(axis=(1, 2))
+        g[overflows] = 0.0
+        gram = (g[:, :, None, :] * g[:, None, :, :]) @ weights
+        moment = (g * problem.y) @ weights
+        flat = gram.transpose(0, 3, 1, 2).reshape(-1, p, p), moment.transpose(0, 2, 1).reshape(-1, p)
+        linear, total = (each.reshape(len(theta), num, *each.shape[1:]) for each in _bounded(problem, *flat))
+    return linear, np.where(overflows[:, None], np.inf, total)
+
+
+def _evenly(num_points: int) -> Array:
+    """Numbers of evenly spaced points, at most `MAX_GRID_POINTS`."""
+    return np.linspace(0, num_points - 1, min(num_points, MAX_GRID_POINTS)).astype(int)
+
+
 def _thinned(problem: Problem) -> Problem:
     """The problem on evenly spaced points where there are many: enough to find starts, which are refined on all."""
     n = len(problem.y)
     if n <= MAX_GRID_POINTS:
         return problem
-    keep = np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int)
+    keep = _evenly(n)
     x = Columns({v: problem.x[v][np.append(keep, n)] for v in problem.law.variables})
     return replace(problem, x=x, y=problem.y[keep], weights=problem.weights[keep])
 
