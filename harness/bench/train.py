@@ -132,7 +132,8 @@ def run(
         activation_checkpointing=plan.activation_checkpointing,
         compile=compile_mode(runtime.compile, group.device, plan.zero_stage),
     )
-    step = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
+    batches_on_host = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
+    step = [batch.on(group.device) for batch in batches_on_host]  # as a run has them: moved a step ahead
     num_targets = group.world_size * count_targets(step, model_config.num_tokens)
     makers = _loops(model_config, optimiser, options, group, step, num_targets, with_references, with_peer, with_stages)
     try:

@@ -101,7 +101,9 @@ def utilisation(
 
 
 def nominal_flops_per_s(name: str, precision: str) -> float | None:
-    """The data sheet's dense peak of a device by its model name; None where it is not known."""
+    """The data sheet's dense peak of a device by its model name; None where it is not known, as for a slice (MIG)."""
+    if "MIG" in name:
+        return None
     for key in sorted(NOMINAL_TFLOPS, key=len, reverse=True):
         if re.search(rf"\b{key}\b", name.replace("-", " ")):
             return NOMINAL_TFLOPS[key] * 1e12 / (2 if precision == "fp32" else 1)

@@ -160,7 +160,7 @@ def _integer_weights(length: Tensor, size: int, num_columns: int, num_taps: int)
         total = total + weights[..., tap : tap + 1]
     weights = weights / total
     precision = _precision(weights.amax(dim=(1, 2)))
-    scaled = weights * torch.exp2(precision.double())[:, None, None]
+    scaled = weights * 2 ** precision.long()[:, None, None]  # of integers: exp2 may be off by a digit on a card
     scaled = torch.trunc(scaled + torch.where(scaled < 0, -0.5, 0.5))
     dense = torch.zeros(len(length), size, num_columns + num_taps, dtype=torch.float64, device=length.device)
     dense.scatter_(2, column.long(), scaled)
@@ -170,5 +170,5 @@ def _integer_weights(length: Tensor, size: int, num_columns: int, num_taps: int)
 def _precision(largest: Tensor) -> Tensor:
     """torch's choice: the first p for which the largest weight times 2^(p + 1) needs more than 15 bits."""
     candidates = torch.arange(1, _MAX_PRECISION + 1, device=largest.device)
-    fits = torch.floor(0.5 + largest[:, None] * torch.exp2(candidates.double())) < 1 << 15
+    fits = torch.floor(0.5 + largest[:, None] * 2**candidates) < 1 << 15
     return fits.sum(dim=1, dtype=torch.int32)

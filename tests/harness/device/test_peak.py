@@ -89,7 +89,8 @@ def test_the_measurement_is_a_rate_of_the_best_try(precision: str, monkeypatch: 
 def test_a_known_card_has_its_data_sheets_peak(name: str, tflops: float) -> None:
     assert nominal_flops_per_s(name, "bf16") == tflops * 1e12
     assert nominal_flops_per_s(name, "fp32") == tflops * 1e12 / 2
-    assert nominal_flops_per_s("NVIDIA A10G", "bf16") is None
+    for other in ("NVIDIA A10G", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        assert nominal_flops_per_s(other, "bf16") is None
 
 
 def test_utilisation_names_its_flops_and_its_peak() -> None:
