@@ -17,7 +17,7 @@ def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
     fault: Any, data: Path, labelled: Path
 ) -> None:
     task: dict[str, Any] = {"task": "colour", "train": str(labelled / "train"), "test": str(labelled / "test")}
-    task |= {"kinds": ["knn", "lora"], "epochs": 100, "lrs": [3e-3]}
+    task |= {"kinds": ["knn", "lora"], "epochs": 40, "lrs": [3e-3]}
     base = {
         "model": {"image_size": 16, "patch_size": 4},
         "data": {"sources": [{"path": str(data / "train")}]},
@@ -25,7 +25,7 @@ def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
         "validation": {"path": str(data / "validation")},
         "probes": [task],
     }
-    case = fault(seeds=[0, 1], sizes=["w16-d2"], budgets=[160], base=base)
+    case = fault(seeds=[0, 1], sizes=["w16-d2"], budgets=[160], base=base, slow_evaluations=True)
     command = [sys.executable, "-m", "aimscale", "launch", str(case.sweep.source), "--root", str(case.sweep.root)]
     command += ["--on", "slurm", "--allow-dirty"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -32,6 +32,7 @@ def trained(fault: Any, labelled: Path) -> Callable[..., Any]:
     def make(**task: Any) -> Any:
         own = {"task": "colour", "train": str(labelled / "train"), "test": str(labelled / "test"), **task}
         case = fault(
+            slow_evaluations=True,
             seeds=[0, 1],
             sizes=["w16-d2"],
             budgets=[160],
@@ -70,12 +71,12 @@ def finished(case: Any) -> bool:
 
 
 def test_two_submissions_at_once_and_a_requeue_give_the_numbers_of_an_undisturbed_probe(trained: Any) -> None:
-    case = trained(kinds=["knn", "lora"], epochs=100, lrs=[3e-3])
+    case = trained(kinds=["knn", "lora"], epochs=40, lrs=[3e-3])
     outputs = [submission.communicate(timeout=400)[0] for submission in [submit(case), submit(case)]]
     assert sorted("submitted" in output for output in outputs) == [False, True], outputs
     assert any("left alone: 2 queued" in output or "running" in output for output in outputs), outputs
     first = ProbeRecord.of(case.records[0].path)
-    case.wait(lambda: first.saved_progress()[1] > 0, "a first epoch of LoRA")
+    case.wait(lambda: first.saved_progress()[1] > 0, "a first step of LoRA")
     job = first.read_claim()
     assert job is not None
     subprocess.run(["scontrol", "requeue", str(job.job_id)], check=True)
