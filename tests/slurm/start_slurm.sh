@@ -53,7 +53,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min
 ReturnToService=2
 SlurmdParameters=config_overrides
 MpiDefault=none
-KillWait=8
+KillWait=30
 MinJobAge=300
 # Ranks meet at a port that follows from the id: clusters side by side count from different numbers.
 FirstJobId=$((port - 26999))
