@@ -34,6 +34,8 @@ def approach_coverage(
         record.judge(f"{name}: possible", True)
         i, at = found.exponent_interval, found.at(flops).iloc[0]
         record.add(f"{name}: exponent", i.low, i.high, found.exponent, a)
+        # the interval is one of the estimate less its simulated bias, which may scatter more than the estimate itself
+        record.add(f"{name}: exponent less its bias", i.low, i.high, float(np.median(found.draws[:, 1])), a)
         low, high, estimate = np.log([at["N_lo"], at["N_hi"], at["N"]])
         record.add(f"{name}: N*", low, high, estimate, log_k + a * np.log(flops))
     return record

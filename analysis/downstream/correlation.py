@@ -167,13 +167,14 @@ def _interval(
     z = float(np.arctanh(np.clip(value, -limit, limit)))
     without = np.array([at(np.flatnonzero(member != k)) for k in range(num)]) if num <= MOST_CLUSTERS else np.array([])
     without = np.arctanh(np.clip(without[np.isfinite(without)], -limit, limit))
-    jackknife = (
-        np.sqrt((len(without) - 1) / len(without) * np.sum((without - without.mean()) ** 2)) if len(without) else 0
-    )
+    left_out = (len(without) - 1) / len(without) * np.sum((without - without.mean()) ** 2) if len(without) else 0.0
     spare = max(1, n - 3 - spent)
     factor = {"pearson": 1.0, "spearman": 1 + value**2 / 2, "kendall": 0.437 * spare / max(1, spare - 1)}[method]
-    own, shared = (student.ppf(0.5 + confidence / 2, degrees) for degrees in (spare, num - 1))
-    half = max(own * np.sqrt(factor / spare), shared * float(jackknife))
+    fisher = factor / spare
+    # a variance from a few clusters varies much: Fisher's counts in it as one cluster more
+    clustered = (fisher + (num - 1) * left_out) / num
+    own, shared = (student.ppf(0.5 + confidence / 2, degrees) for degrees in (spare, num))
+    half = max(own * np.sqrt(fisher), shared * np.sqrt(clustered))
     return value, float(np.tanh(z - half)), float(np.tanh(z + half))
 
 
