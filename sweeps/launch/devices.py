@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from aimscale.sweeps.plan.costs import runs_on_a_device
+from aimscale.sweeps.plan.device_fit import runs_on_a_device
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 

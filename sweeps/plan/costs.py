@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.card import num_images
-from aimscale.harness.device.memory import (
-    CHECKPOINT_BYTES_PER_PARAM,
-    DoesNotFitError,
-    ExecutionPlan,
-    execution_plan,
-    memory_estimate,
-)
-from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
+from aimscale.sweeps.plan.device_fit import DeviceFit, device_fit
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs, rounds_warning
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.stopping import save_seconds, stop_seconds, stop_warning
@@ -30,10 +23,6 @@ from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
 WEIGHTS_BYTES_PER_PARAM = 4
 """Final weights of a budget, fp32."""
 MAX_EPOCHS = 4
-MAX_RUNS_ON_A_DEVICE = 8
-SHARED_MEMORY = 0.9
-"""What runs that share a device may plan for; each has a context and an allocator of its own."""
-MIN_SHARED_MICRO_BATCH = 32
 MAX_BATCH_DEVIATION = 0.10
 
 
@@ -203,7 +192,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     evaluation_s = flops_evaluation / flops_per_s + len(budgets) * cost.evaluation_s
     wall_s = training_s + evaluation_s
     device_hours = wall_s * run.devices / 3600
-    fit = _fit(model, training.optimiser, run.config.runtime, run.devices, round(cost.memory_gb * 1e9))
+    fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, round(cost.memory_gb * 1e9))
     keeps_trunk = run.config.runtime.keep_trunk and training.schedule.kind == "wsd"
     return CostCard(
         run_id=run.run_id,
@@ -254,40 +243,7 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Fit:
-    """How a run fits its devices."""
-
-    chosen: ExecutionPlan | None
-    """Stage, micro-batch and recomputation; null where nothing fits."""
-    by_stage: dict[int, int]
-    """Bytes of a rank at every stage, at that micro-batch (1 where nothing fits)."""
-
-
-@functools.cache
-def _fit(
-    model: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, devices: int, device_bytes: int
-) -> _Fit:
-    try:
-        chosen = execution_plan(model, optimiser, runtime, world_size=devices, device_bytes=device_bytes)
-    except DoesNotFitError:
-        chosen = None
-    precision = optimiser.precision
-    by_stage = {
-        stage: memory_estimate(
-            model,
-            zero_stage=stage,
-            world_size=devices,
-            micro_batch=chosen.micro_batch if chosen else 1,
-            precision=precision,
-            activation_checkpointing=chosen.activation_checkpointing if chosen else True,
-        ).total
-        for stage in ((0, 1, 2, 3) if precision == "fp32" else (1, 2, 3))  # bf16 needs the master weights of 1 and up
-    }
-    return _Fit(chosen=chosen, by_stage=by_stage)
-
-
-def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[str]:
+def _warnings(run: Run, pool: int | None, cost: CostSection, fit: DeviceFit) -> list[str]:
     training, budgets = run.config.training, run.config.evaluation.budgets
     found = []
     if fit.chosen is None:
@@ -318,31 +274,6 @@ def _warnings(run: Run, pool: int | None, cost: CostSection, fit: _Fit) -> list[
     if batch < run.devices:
         found.append(f"batch {batch} is smaller than {run.devices} devices")
     return found
-
-
-def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) -> int:
-    """How many runs like this one fit a device of this memory (`cost.memory_gb` otherwise), by the memory estimate.
-
-    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH`, offload or recomputation.
-    """
-    if run.devices > 1:
-        return 1
-    total = SHARED_MEMORY * (device_bytes or 1e9 * sweep.file.cost.memory_gb)
-    training, runtime = run.config.training, run.config.runtime
-    model = model_of(training)
-    alone = _fit(model, training.optimiser, runtime, 1, round(total)).chosen
-    for num in range(MAX_RUNS_ON_A_DEVICE, 1, -1):
-        shared = _fit(model, training.optimiser, runtime, 1, round(total / num)).chosen
-        if shared is None or alone is None:
-            continue
-        enough = min(alone.micro_batch, MIN_SHARED_MICRO_BATCH)
-        same = (shared.activation_checkpointing, shared.estimate.host) == (
-            alone.activation_checkpointing,
-            alone.estimate.host,
-        )
-        if shared.micro_batch >= enough and same:
-            return num
-    return 1
 
 
 def _pool(sweep: Sweep, config: RunConfig, seen: dict[tuple[str, ...], int | None]) -> int | None:

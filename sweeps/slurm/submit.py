@@ -13,7 +13,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from aimscale.sweeps.plan.costs import runs_on_a_device
+from aimscale.sweeps.plan.device_fit import runs_on_a_device
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.stopping import stop_seconds
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError

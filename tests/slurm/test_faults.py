@@ -148,10 +148,7 @@ def test_two_nodes_are_preempted_and_come_back_on_one(fault: Any, undisturbed: L
     case = fault(slurm={"min_nodes": 1, "partition": "main"}, cost={"devices": 2})
     case.launch()
     case.wait_trained()
-    urgent = [
-        *["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "-o", "/dev/null", "--wrap"],
-        "sleep 60",
-    ]
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "-o/dev/null", "--wrap=sleep 60"]
     urgent_id = subprocess.run(urgent, check=True, capture_output=True, text=True).stdout.strip()
     try:
         case.wait_state("finished")

@@ -4,7 +4,7 @@ from fractions import Fraction
 from typing import Any
 
 from aimscale.sweeps.launch.devices import Devices, sharing
-from aimscale.sweeps.plan.costs import runs_on_a_device
+from aimscale.sweeps.plan.device_fit import runs_on_a_device
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.slurm.submit import with_slurm
 

@@ -1,0 +1,79 @@
+"""How runs fit their devices, one or several to a device, by the memory estimate."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from aimscale.aim.config import ModelConfig
+from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, execution_plan, memory_estimate
+from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
+from aimscale.harness.run.row import model_of
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep
+
+MAX_RUNS_ON_A_DEVICE = 8
+SHARED_MEMORY = 0.9
+"""What runs that share a device may plan for; each has a context and an allocator of its own."""
+MIN_SHARED_MICRO_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFit:
+    """How a run fits its devices."""
+
+    chosen: ExecutionPlan | None
+    """Stage, micro-batch and recomputation; null where nothing fits."""
+    by_stage: dict[int, int]
+    """Bytes of a rank at every stage, at that micro-batch (1 where nothing fits)."""
+
+
+@functools.cache
+def device_fit(
+    model: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, devices: int, device_bytes: int
+) -> DeviceFit:
+    """The execution plan of a run on devices of this memory, and what it would take at every stage."""
+    try:
+        chosen = execution_plan(model, optimiser, runtime, world_size=devices, device_bytes=device_bytes)
+    except DoesNotFitError:
+        chosen = None
+    precision = optimiser.precision
+    by_stage = {
+        stage: memory_estimate(
+            model,
+            zero_stage=stage,
+            world_size=devices,
+            micro_batch=chosen.micro_batch if chosen else 1,
+            precision=precision,
+            activation_checkpointing=chosen.activation_checkpointing if chosen else True,
+        ).total
+        for stage in ((0, 1, 2, 3) if precision == "fp32" else (1, 2, 3))  # bf16 needs the master weights of 1 and up
+    }
+    return DeviceFit(chosen=chosen, by_stage=by_stage)
+
+
+def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) -> int:
+    """How many runs like this one fit a device of this memory (`cost.memory_gb` otherwise), by the memory estimate.
+
+    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH`, offload or recomputation.
+    """
+    if run.devices > 1:
+        return 1
+    total = SHARED_MEMORY * (device_bytes or 1e9 * sweep.file.cost.memory_gb)
+    training = run.config.training
+    fit = functools.partial(device_fit, model_of(training), training.optimiser, run.config.runtime, 1)
+    alone = fit(round(total)).chosen
+    if alone is None:
+        return 1
+    for num in range(MAX_RUNS_ON_A_DEVICE, 1, -1):
+        shared = fit(round(total / num)).chosen
+        if shared is None or shared.micro_batch < min(alone.micro_batch, MIN_SHARED_MICRO_BATCH):
+            continue
+        if _way(shared) == _way(alone):
+            return num
+    return 1
+
+
+def _way(plan: ExecutionPlan) -> tuple[bool, int]:
+    """What sharing must not change: recomputation, and bytes offloaded."""
+    return plan.activation_checkpointing, plan.estimate.host
