@@ -195,9 +195,7 @@ def load_model(
     return model
 
 
-def load_backbone(
-    path: Path, config: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> AIM:
+def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
     """Build an AIM from a released backbone file; the pixel head, which it lacks, keeps `init_weights(0)`.
 
     Probe tensors `head.*` in the same file are left alone, see `load_probe`.
@@ -207,11 +205,11 @@ def load_backbone(
     """
     state = {name: tensor for name, tensor in read_weights(path).items() if not name.startswith(PROBE)}
     model = _on_meta(config)
-    model.pixel_head.to_empty(device=device).to(dtype)
+    model.pixel_head.to_empty(device=device)
     model.init_weights(0)
     for part in ("preprocessor", "trunk"):
         own = {name.removeprefix(f"{part}."): state.pop(name) for name in list(state) if name.startswith(f"{part}.")}
-        _fill(getattr(model, part), own, str(path), device, dtype, prefix=f"{part}.")
+        _fill(getattr(model, part), own, str(path), device, torch.float32, prefix=f"{part}.")
     if state:
         raise WeightsError(f"{path} holds {_some(state)}, which an AIM backbone does not have")
     model.fill_constants()

@@ -41,12 +41,12 @@ GRID = {
 """The replication's 6 x 6 x 5 x 5 x 5 = 4500 starts (ln A, ln B, ln E, alpha, beta)."""
 
 
-def built_in_table(num_points: int = 240, seed: int = 0) -> pd.DataFrame:
-    """N, D, loss of a known law with Laplace noise of 0.5 %, over the range of Chinchilla's runs."""
-    rng = np.random.default_rng(seed)
-    n = np.exp(rng.uniform(np.log(6e7), np.log(1.6e10), num_points))
-    d = np.exp(rng.uniform(np.log(1e9), np.log(3e11), num_points))
-    loss = CHINCHILLA.value({"N": n, "D": d}, OPTIMUM) * np.exp(rng.laplace(0, 0.005, num_points))
+def built_in_table() -> pd.DataFrame:
+    """240 points N, D, loss of a known law with Laplace noise of 0.5 %, over the range of Chinchilla's runs."""
+    rng = np.random.default_rng(0)
+    n = np.exp(rng.uniform(np.log(6e7), np.log(1.6e10), 240))
+    d = np.exp(rng.uniform(np.log(1e9), np.log(3e11), 240))
+    loss = CHINCHILLA.value({"N": n, "D": d}, OPTIMUM) * np.exp(rng.laplace(0, 0.005, 240))
     return pd.DataFrame({"N": n, "D": d, "loss": loss})
 
 

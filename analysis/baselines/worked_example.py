@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
 from aimscale.analysis.baselines.published import LOSS_SOURCE, PAPER, PAPER_EXPONENTS, published_frame
@@ -187,8 +186,3 @@ def _with_offset(count: str) -> str:
     found = fit("power_offset:N", published_frame(), columns={"N": count}, objective="log_lsq", resamples=400)
     flags = " ".join(flag for flag in found.flags if about(flag) in ("E", "a"))
     return f"With an offset, L = E + A N^-a: E = {found.shown('E')}, a = {found.shown('a')}. {flags}".rstrip()
-
-
-def forecast_frame(count: str = "params_trunk") -> pd.DataFrame:
-    """`forecast_7b` as a data frame: what, by, predicted, low, high, actual, extrapolation, inside."""
-    return pd.DataFrame([vars(f) | {"inside": f.inside} for f in forecast_7b(count)])

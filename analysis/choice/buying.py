@@ -50,9 +50,7 @@ class Basket:
     """The same once they are measured."""
 
 
-def buy(
-    law: Fit, candidates: Points, prices: Array, target: Points, *, budget: float, noise: float | None = None
-) -> Basket:
+def buy(law: Fit, candidates: Points, prices: Array, target: Points, *, budget: float) -> Basket:
     """Choose candidates within a budget that leave the forecast at the target the least variance.
 
     Args:
@@ -60,7 +58,6 @@ def buy(
         candidates: variables of the law (num_candidates,) per run on offer.
         prices: price (num_candidates,), in any unit.
         budget: what may be spent, in the unit of the prices.
-        noise: standard deviation of the log of one measurement; default: that of the fit's residuals.
 
     Raises:
         AnalysisError: nothing on offer is within the budget, or a price is not positive.
@@ -70,7 +67,7 @@ def buy(
         raise AnalysisError("Every candidate needs a positive price.")
     if not np.any(prices <= budget):
         raise AnalysisError(f"The cheapest candidate costs {prices.min():.3g}, more than the budget of {budget:.3g}.")
-    noise = noise_of(law) if noise is None else noise
+    noise = noise_of(law)
     joint = np.stack([_posterior(each, candidates, target, noise) for each in _plausible(law)])
     baskets = [_fill(joint.copy(), prices, budget, noise, power) for power in PRICE_POWERS]
     return min(baskets, key=lambda basket: basket.sd_after)

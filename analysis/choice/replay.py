@@ -30,15 +30,14 @@ FIRST = 4
 Strategy = Callable[[pd.DataFrame, Array, pd.DataFrame, float, Law, np.random.Generator], Array]
 
 
-def replay(df: pd.DataFrame, law: Law | str, *, share: float = 0.1, draws: int = 20, top: float = 0.1) -> pd.DataFrame:
-    """Spend a share of the table's compute by every strategy, and forecast the largest runs.
+def replay(df: pd.DataFrame, law: Law | str, *, share: float = 0.1, draws: int = 20) -> pd.DataFrame:
+    """Spend a share of the table's compute by every strategy, and forecast the tenth of the runs with most compute.
 
     Args:
         df: columns of the law's variables, C and loss.
         law: the law that plans and forecasts.
         share: budget, as a share of what all runs but the held-out ones cost.
         draws: how often the first runs are drawn at random.
-        top: share of the runs, those of most compute, that are held out.
 
     Returns:
         One row a strategy, best first: strategy, num_runs, r2, r2_median, log_error (mean |ln forecast - ln measured|);
@@ -48,7 +47,7 @@ def replay(df: pd.DataFrame, law: Law | str, *, share: float = 0.1, draws: int =
         AnalysisError: too few runs.
     """
     law = find_law(law) if isinstance(law, str) else law
-    held = df["C"].rank(method="first") > (1 - top) * len(df)
+    held = df["C"].rank(method="first") > 0.9 * len(df)
     pool, test = df[~held].reset_index(drop=True), df[held]
     budget = share * float(pool["C"].sum())
     rows = []

@@ -14,20 +14,20 @@ from aimscale.analysis.frontier.optimum import Frontier, cost_of, log_line, poin
 from aimscale.analysis.frontier.simulated import corrected, interval_of, lines_through, simulate
 from aimscale.analysis.laws.base import Array
 
+NUM_BUDGETS = 200
+
 
 def envelope_frontier(
     df: pd.DataFrame,
     *,
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
-    num_budgets: int = 200,
     resamples: int = 500,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Frontier:
     """Compute-optimal size by the envelope of training curves.
 
-    Every size's best losses at its budgets are joined by straight lines in log-log; at each of `num_budgets` budgets
+    Every size's best losses at its budgets are joined by straight lines in log-log; at each of `NUM_BUDGETS` budgets
     the size of the lowest curve is read off, where at least three curves exist and the lowest is neither the smallest
     nor the largest of them (nothing lies beyond these). The interval comes from tables simulated through this design.
 
@@ -35,7 +35,7 @@ def envelope_frontier(
         AnalysisError: fewer than three sizes were measured at two budgets or more, or the envelope never changes hands.
     """
     points = points_of(df, y=y, columns=columns)
-    grid = np.geomspace(points["C"].min(), points["C"].max(), num_budgets)
+    grid = np.geomspace(points["C"].min(), points["C"].max(), NUM_BUDGETS)
     curves = Curves.of(points, grid)
     if len(curves.sizes) < 3:
         raise AnalysisError(
@@ -60,7 +60,7 @@ def envelope_frontier(
         approach=1,
         method=f"lower envelope of {len(curves.sizes)} training curves at {len(table)} budgets",
         exponent=line[1],
-        exponent_interval=interval_of(draws, confidence, method),
+        exponent_interval=interval_of(draws, method),
         bias=bias,
         log_k=line[0],
         draws=draws,

@@ -17,6 +17,9 @@ from aimscale.analysis.frontier.simulated import corrected, interval_of, lines_t
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import power
 
+TOLERANCE = 0.1
+"""Rows whose C differ by less than this fraction share a budget."""
+
 
 def isoflop_frontier(
     df: pd.DataFrame,
@@ -24,10 +27,7 @@ def isoflop_frontier(
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
     budgets: int | None = None,
-    tolerance: float = 0.1,
-    window: float = 8.0,
     resamples: int = 500,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Frontier:
     """Compute-optimal size by iso-FLOP parabolas.
@@ -35,20 +35,17 @@ def isoflop_frontier(
     Args:
         columns: N, D or C -> column.
         budgets: interpolate every size's curve to this many budgets; None takes budgets as they are in the table.
-        tolerance: rows whose C differ by less than this fraction share a budget (without `budgets`).
-        window: only points within this factor of the best measured N enter the parabola: far from its minimum an
-            iso-FLOP curve is no parabola, and its skew would move the vertex.
         resamples: simulated tables, from which the interval is read.
 
     Raises:
         AnalysisError: fewer than two budgets with an interior, convex minimum; the message names each refused budget.
     """
     points = points_of(df, y=y, columns=columns)
-    curves = budgets_of(points, budgets, tolerance)
+    curves = budgets_of(points, budgets)
     log_losses = np.log(points["loss"].to_numpy())
     pairs, refusals, accepted = [], [], []
     for curve in curves:
-        found = vertex(curve.num_params, curve.losses(log_losses[None])[0], window)
+        found = vertex(curve.num_params, curve.losses(log_losses[None])[0])
         if isinstance(found, str):
             refusals.append(Refusal(flops=curve.flops, reason=found))
             continue
@@ -66,14 +63,14 @@ def isoflop_frontier(
     fresh = len(table)
     if budgets is not None:  # interpolation has the budgets that a size was measured at to go by, however many it makes
         fresh = min(fresh, int(points.groupby("N")["C"].nunique().median()))
-    draws, bias, method, spread = _draws(points, cost, accepted, table, line, fresh, window, resamples, seed)
+    draws, bias, method, spread = _draws(points, cost, accepted, table, line, fresh, resamples, seed)
     return Frontier(
         approach=2,
         method=f"parabolas in ln N at {len(table)} of {len(curves)} budgets, then a plain line",
         exponent=line[1],
-        exponent_interval=interval_of(draws, confidence, method),
+        exponent_interval=interval_of(draws, method),
         bias=bias,
-        advice=advice(points, accepted, table, line[1], window) if budgets is None else (),
+        advice=advice(points, accepted, table, line[1]) if budgets is None else (),
         log_k=line[0],
         draws=draws,
         cost=cost,
@@ -84,14 +81,14 @@ def isoflop_frontier(
     )
 
 
-def budgets_of(points: pd.DataFrame, budgets: int | None, tolerance: float) -> list[Budget]:
+def budgets_of(points: pd.DataFrame, budgets: int | None) -> list[Budget]:
     """The table's own budgets, or `budgets` common ones that every size's curve is interpolated to."""
     numbered = points.assign(row=np.arange(len(points)))
     if budgets is not None:
         return _interpolated(numbered, budgets)
     return [
         Budget(flops=flops, num_params=group["N"].to_numpy(), rows=group["row"].to_numpy())
-        for flops, group in isoflop_points(numbered, None, tolerance)
+        for flops, group in isoflop_points(numbered, None)
     ]
 
 
@@ -102,7 +99,6 @@ def _draws(
     table: pd.DataFrame,
     line: tuple[float, float],
     fresh: int,
-    window: float,
     resamples: int,
     seed: int,
 ) -> tuple[Array, float | None, str, Array]:
@@ -118,7 +114,7 @@ def _draws(
     tables = simulate(points, cost, resamples, seed) if resamples else None
     found = None
     if tables is not None:
-        tops = np.stack([tops_of(each, tables.log_losses, window) for each in accepted], axis=1)
+        tops = np.stack([tops_of(each, tables.log_losses) for each in accepted], axis=1)
         lines = lines_through(log_c, tops)
         found = corrected(line, lines, tables.optima)
     if tables is None or found is None:
@@ -153,7 +149,7 @@ def loss_along(pairs: pd.DataFrame) -> Fit | None:
     return fit(power("C"), pairs, y="loss", objective="log_lsq", resamples=200) if len(pairs) > 3 else None
 
 
-def isoflop_points(points: pd.DataFrame, budgets: int | None, tolerance: float) -> list[tuple[float, pd.DataFrame]]:
+def isoflop_points(points: pd.DataFrame, budgets: int | None) -> list[tuple[float, pd.DataFrame]]:
     """(budget, its points N and loss), by rows that share a C or by interpolating each size's curve."""
     if budgets is not None:
         numbered = points.assign(row=np.arange(len(points)))
@@ -164,18 +160,18 @@ def isoflop_points(points: pd.DataFrame, budgets: int | None, tolerance: float) 
         ]
     ordered = points.sort_values("C")
     log_c = np.log(ordered["C"].to_numpy())
-    group = _shared_budgets(log_c, ordered["N"].to_numpy(), tolerance)
+    group = _shared_budgets(log_c, ordered["N"].to_numpy())
     found = [(float(np.exp(log_c[group == k].mean())), ordered[group == k]) for k in np.unique(group)]
     return sorted(found, key=lambda pair: pair[0])
 
 
-def _shared_budgets(log_c: Array, num_params: Array, tolerance: float) -> Array:
+def _shared_budgets(log_c: Array, num_params: Array) -> Array:
     """Group number of every row (n,), rows by ascending C: the budgets that most sizes share are taken first.
 
     A table that holds a grid of (N, D) beside its iso-FLOP runs has rows at nearly every C; chained by nearness they
     would all be one budget.
     """
-    half = np.log1p(tolerance) / 2
+    half = np.log1p(TOLERANCE) / 2
     starts, ends = np.searchsorted(log_c, log_c - half), np.searchsorted(log_c, log_c + half, side="right")
     group, number = np.full(len(log_c), -1), 0
     sizes = np.array([len(np.unique(num_params[a:b])) for a, b in zip(starts, ends, strict=True)])

@@ -26,10 +26,13 @@ class Budget:
         return np.exp(log_losses[:, self.rows] if self.blend is None else log_losses @ self.blend.T)
 
 
+WINDOW = 8.0
+"""Only points within this factor of the best measured N enter a parabola: far from its minimum an iso-FLOP curve is
+none, and its skew would move the vertex."""
 FEW_SIZES = "fewer than 4 sizes, which a parabola with an error needs"
 
 
-def vertex(num_params: Array, loss: Array, window: float) -> tuple[float, float] | str:
+def vertex(num_params: Array, loss: Array) -> tuple[float, float] | str:
     """(ln N*, loss*) of a parabola in ln N, or the reason why there is none."""
     if len(np.unique(num_params)) < 4:
         return FEW_SIZES
@@ -37,10 +40,10 @@ def vertex(num_params: Array, loss: Array, window: float) -> tuple[float, float]
     if best in (num_params.min(), num_params.max()):
         edge = "smallest" if best == num_params.min() else "largest"
         return f"the {edge} size has the lowest loss, so the minimum is not interior"
-    close = near(num_params, best, window)
+    close = near(num_params, best)
     x = np.log(num_params[close])
     if len(np.unique(x)) < 4:
-        return f"{len(np.unique(x))} sizes within a factor {window:g} of the best, a parabola with an error needs 4"
+        return f"{len(np.unique(x))} sizes within a factor {WINDOW:g} of the best, a parabola with an error needs 4"
     top, value, convex = (each[0] for each in parabolas(x, loss[None, close]))
     if not convex:
         return "the parabola is not convex"
@@ -49,7 +52,7 @@ def vertex(num_params: Array, loss: Array, window: float) -> tuple[float, float]
     return float(top), float(value)
 
 
-def tops_of(budget: Budget, log_losses: Array, window: float) -> Array:
+def tops_of(budget: Budget, log_losses: Array) -> Array:
     """ln N* (num,) of the parabolas through one budget of tables (num, n); NaN where there is none."""
     losses, n = budget.losses(log_losses), budget.num_params
     best = np.argmin(losses, axis=1)
@@ -57,7 +60,7 @@ def tops_of(budget: Budget, log_losses: Array, window: float) -> Array:
     for i in np.unique(best):
         if n[i] in (n.min(), n.max()):
             continue
-        close, rows = near(n, n[i], window), best == i
+        close, rows = near(n, n[i]), best == i
         x = np.log(n[close])
         if len(np.unique(x)) < 4:
             continue
@@ -66,9 +69,9 @@ def tops_of(budget: Budget, log_losses: Array, window: float) -> Array:
     return out
 
 
-def near(num_params: Array, best: float, window: float) -> Array:
-    """Which sizes (m,) enter the parabola: far from its minimum an iso-FLOP curve is none."""
-    return np.abs(np.log(num_params / best)) <= np.log(window)
+def near(num_params: Array, best: float) -> Array:
+    """Which sizes (m,) enter the parabola."""
+    return np.abs(np.log(num_params / best)) <= np.log(WINDOW)
 
 
 def parabolas(x: Array, losses: Array) -> tuple[Array, Array, Array]:

@@ -21,14 +21,12 @@ MOST_ADVICE = 8
 """Sentences of advice at most."""
 
 
-def advice(
-    points: pd.DataFrame, accepted: list[Budget], table: pd.DataFrame, exponent: float, window: float
-) -> tuple[str, ...]:
+def advice(points: pd.DataFrame, accepted: list[Budget], table: pd.DataFrame, exponent: float) -> tuple[str, ...]:
     """Budgets and points that look wrong, each by name with what the exponent would be without it."""
     log_losses = np.log(points["loss"].to_numpy())[None]
     out = []
     log_n = np.log(table["N"].to_numpy())
-    residuals = [_residual(each, log_losses, window) for each in accepted]
+    residuals = [_residual(each, log_losses) for each in accepted]
     scale = 1.4826 * float(np.median(np.abs(np.concatenate(residuals)))) + 1e-300
     for k, budget in enumerate(accepted):
         sizes = np.log(budget.num_params)
@@ -48,7 +46,7 @@ def advice(
         for row, what in [(r, "nearly repeats another size") for r in twins] + [
             (r, "lies far from its parabola") for r in far if r not in twins
         ]:
-            without_point = _exponent_without(row, accepted, log_losses, window)
+            without_point = _exponent_without(row, accepted, log_losses)
             out.append(
                 f"Row {points.index[row]} (N = {points['N'].iloc[row]:.3g}, C = {budget.flops:.3g}) {what}; without it "
                 f"the exponent is {without_point:.3f} instead of {exponent:.3f}."
@@ -56,10 +54,10 @@ def advice(
     return tuple(out[:MOST_ADVICE])
 
 
-def _residual(budget: Budget, log_losses: Array, window: float) -> Array:
+def _residual(budget: Budget, log_losses: Array) -> Array:
     """Relative residuals (m,) of a budget's parabola; 0 outside of its window."""
     losses = budget.losses(log_losses)[0]
-    close = near(budget.num_params, budget.num_params[np.argmin(losses)], window)
+    close = near(budget.num_params, budget.num_params[np.argmin(losses)])
     x = np.log(budget.num_params[close])
     out = np.zeros(len(losses))
     # without each point in turn, so that an outlier cannot bend the parabola towards itself
@@ -72,12 +70,12 @@ def _residual(budget: Budget, log_losses: Array, window: float) -> Array:
     return out
 
 
-def _exponent_without(row: int, accepted: list[Budget], log_losses: Array, window: float) -> float:
+def _exponent_without(row: int, accepted: list[Budget], log_losses: Array) -> float:
     """The exponent when one row of the table is left out."""
     tops, flops = [], []
     for budget in accepted:
         keep = budget.rows != row
-        found = vertex(budget.num_params[keep], budget.losses(log_losses)[0][keep], window)
+        found = vertex(budget.num_params[keep], budget.losses(log_losses)[0][keep])
         if not isinstance(found, str):
             tops.append(np.exp(found[0]))
             flops.append(budget.flops)

@@ -80,10 +80,10 @@ def corrected(line: tuple[float, float], found: Array, optima: Array) -> tuple[A
     return np.asarray(line) - errors, float(np.median(errors[:, 1]))
 
 
-def interval_of(draws: Array, confidence: float, method: str) -> Interval:
-    """Percentile interval of the exponent."""
-    low, high = interval(draws[:, 1], confidence)
-    return Interval(low=low, high=high, confidence=confidence, method=method)
+def interval_of(draws: Array, method: str) -> Interval:
+    """95 % percentile interval of the exponent."""
+    low, high = interval(draws[:, 1], 0.95)
+    return Interval(low=low, high=high, confidence=0.95, method=method)
 
 
 def lines_through(log_c: Array, log_n: Array) -> Array:

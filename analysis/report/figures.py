@@ -218,7 +218,7 @@ def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigu
     yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
     isoflop = next((frontier for frontier in approaches.frontiers if frontier.approach == 2), None)
     if isoflop is not None:
-        points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None, 0.1)
+        points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None)
         caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
         data = pd.concat([frame.assign(C=flops) for flops, frame in points])
         figure = plot_isoflop(

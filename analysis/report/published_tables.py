@@ -6,7 +6,7 @@ import pandas as pd
 
 from aimscale.analysis.baselines.comparison import Comparison
 from aimscale.analysis.baselines.published import BASELINES, LOSS_SOURCE, PUBLISHED_SIZES, TASK_TITLES, TASKS
-from aimscale.analysis.baselines.worked_example import forecast_frame, four_points
+from aimscale.analysis.baselines.worked_example import forecast_7b, four_points
 from aimscale.analysis.fitting.sentences import kind_name
 from aimscale.analysis.report.cells import Formatter, PageTable, number, page_table, percent, spans, text, whole
 
@@ -69,7 +69,7 @@ def baseline_table(comparison: Comparison) -> PageTable | None:
 
 def worked_example_table() -> PageTable:
     """The paper's 7B forecast from its three smaller models."""
-    frame = forecast_frame()
+    frame = pd.DataFrame([vars(forecast) for forecast in forecast_7b("params_trunk")])
     frame["interval"] = spans(frame["low"], frame["high"], number(4))
     return page_table(
         "published-forecast",

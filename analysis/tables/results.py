@@ -238,10 +238,10 @@ def _with_extra(entry: dict[str, Any]) -> dict[str, Any]:
     return entry | {name: extra[name] for name in names if entry.get(name) is None}
 
 
-def usable_rows(frame: pd.DataFrame, needs: Sequence[str] = ("val_loss",)) -> tuple[pd.DataFrame, list[str]]:
+def usable_rows(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Rows that a law may be fitted to, and one sentence per reason for leaving others out.
 
-    A row is left out when its budget is not `complete` or when a needed value is missing, infinite or not positive.
+    A row is left out when its budget is not `complete` or when its val_loss is missing, infinite or not positive.
     """
     kept, exclusions = frame, []
     if "status" in frame:
@@ -250,16 +250,14 @@ def usable_rows(frame: pd.DataFrame, needs: Sequence[str] = ("val_loss",)) -> tu
             if num:
                 exclusions.append(f"{num} row{'s' if num > 1 else ''} left out: {status}.")
         kept = frame[is_complete(frame)]
-    for name in needs:
-        if name not in kept:
-            return kept.iloc[:0], [*exclusions, f"All rows left out: the table has no column {name}."]
-        values = kept[name].astype("float64")
-        good = np.isfinite(values) & (values > 0)
-        if not good.all():
-            num = int((~good).sum())
-            exclusions.append(f"{num} row{'s' if num > 1 else ''} left out: no positive, finite {name}.")
-        kept = kept[good]
-    return kept, exclusions
+    if "val_loss" not in kept:
+        return kept.iloc[:0], [*exclusions, "All rows left out: the table has no column val_loss."]
+    values = kept["val_loss"].astype("float64")
+    good = np.isfinite(values) & (values > 0)
+    if not good.all():
+        num = int((~good).sum())
+        exclusions.append(f"{num} row{'s' if num > 1 else ''} left out: no positive, finite val_loss.")
+    return kept[good], exclusions
 
 
 def loss_unit(frame: pd.DataFrame) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -21,9 +21,9 @@ LIVE_EVERY_S = 0.5
 
 
 @contextmanager
-def queue_display(look: Callable[[], SweepStatus], console: Console | None = None) -> Iterator[Callable[[Queue], None]]:
+def queue_display(look: Callable[[], SweepStatus]) -> Iterator[Callable[[Queue], None]]:
     """A function for `local_queue.run_queue(report=...)`: a live table on a terminal, lines otherwise."""
-    console = console or new_console()
+    console = new_console()
     shown = {"last": 0.0}
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, transient=True) as live:

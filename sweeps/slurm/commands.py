@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,14 +78,14 @@ def plain(message: str) -> str:
     return "; ".join(dict.fromkeys(lines)) or "it gave no reason"
 
 
-def jobs(job_ids: Iterable[str] | None = None) -> dict[str, JobInfo]:
+def jobs() -> dict[str, JobInfo]:
     """Jobs of this user that slurmctld remembers (ended ones for MinJobAge), by id; array elements one by one."""
     text = command("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "-o", "%i|%T|%R")
     found = {}
     for line in text.splitlines():
         job_id, _, rest = line.strip().partition("|")
         state, _, reason = rest.partition("|")
-        if state and (job_ids is None or job_id in job_ids):  # else a plugin's remark among the jobs
+        if state:  # else a plugin's remark among the jobs
             found[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
     return found
 

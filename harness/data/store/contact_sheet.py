@@ -15,11 +15,11 @@ from aimscale.harness.data.store.index import ShardDataset
 
 _CAPTION_PX = 14
 _MARGIN_PX = 4
+_TILE_PX = 96
+_SIDE = 8  # tiles
 
 
-def write_contact_sheet(
-    dataset: ShardDataset, path: Path, *, rows: int = 8, columns: int = 8, tile_px: int = 96
-) -> int:
+def write_contact_sheet(dataset: ShardDataset, path: Path) -> int:
     """Write a grid of random images, centre-cropped, each with its class below; returns how many are shown.
 
     Raises:
@@ -27,21 +27,21 @@ def write_contact_sheet(
     """
     number = dataset.num_usable
     order = (permute(np.array([i]), number, make_key("contact sheet")) for i in range(number))
-    cell = (tile_px + _MARGIN_PX, tile_px + _MARGIN_PX + (_CAPTION_PX if dataset.labels is not None else 0))
-    sheet = Image.new("RGB", (columns * cell[0] + _MARGIN_PX, rows * cell[1] + _MARGIN_PX), "white")
+    cell = (_TILE_PX + _MARGIN_PX, _TILE_PX + _MARGIN_PX + (_CAPTION_PX if dataset.labels is not None else 0))
+    sheet = Image.new("RGB", (_SIDE * cell[0] + _MARGIN_PX, _SIDE * cell[1] + _MARGIN_PX), "white")
     draw = ImageDraw.Draw(sheet)
     shown = 0
     for drawn in order:
-        if shown == rows * columns:
+        if shown == _SIDE**2:
             break
         sample = int(dataset.usable(drawn)[0])
         try:
-            tile = crop_centre(dataset.decode(sample), tile_px)
+            tile = crop_centre(dataset.decode(sample), _TILE_PX)
         except UndecodableImageError:
             continue
-        left, top = _MARGIN_PX + shown % columns * cell[0], _MARGIN_PX + shown // columns * cell[1]
+        left, top = _MARGIN_PX + shown % _SIDE * cell[0], _MARGIN_PX + shown // _SIDE * cell[1]
         sheet.paste(Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()), (left, top))
-        draw.text((left, top + tile_px), _caption(dataset, sample, tile_px), fill="black")
+        draw.text((left, top + _TILE_PX), _caption(dataset, sample, _TILE_PX), fill="black")
         shown += 1
     if not shown:
         raise DataError(f"{dataset.path} has no image that decodes, so there is nothing to show")

@@ -94,7 +94,7 @@ def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
         pd.DataFrame({"N": 1e5 * 2.0 ** np.arange(-2, 3), "C": flops * (1 + 0.01 * np.arange(-2, 3)), "loss": 0.3})
         for flops in (1e12, 1e13)
     ]
-    groups = isoflop_points(pd.concat([fine, *lines], ignore_index=True), None, 0.1)
+    groups = isoflop_points(pd.concat([fine, *lines], ignore_index=True), None)
     with_lines = [(flops, rows) for flops, rows in groups if (rows["loss"] == 0.3).any()]
     assert [round(flops / 1e12) for flops, _ in with_lines] == [1, 10]
     assert all((rows["loss"] == 0.3).sum() == 5 for _, rows in with_lines)

@@ -92,7 +92,7 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
         "accuracy": plot_loss_accuracy(probes, links),
         "published": plot_beside_published(grid[grid["images_seen"] == grid["images_seen"].max()], published_frame()),
         "frontier": plot_approaches(approaches),
-        "isoflop": plot_isoflop(isoflop_points(points_of(grid, y="val_loss", columns=None), 5, 0.1)),
+        "isoflop": plot_isoflop(isoflop_points(points_of(grid, y="val_loss", columns=None), 5)),
         "surface": plot_surface(joint, approaches.frontiers[-1]),
         "cloud": plot_cloud(joint),
         "forecast": plot_forecasts({"largest N": by_n}),
