@@ -7,22 +7,28 @@ import functools
 import http.client
 import http.server
 import re
+import resource
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from aimscale.harness.bench import data as bench_data
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store import shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import RunConfig, SourceSection
+
+_PAUSES = {"stall": 3.0, "far": 0.02}
+"""Seconds before an answer; `far` is a network's latency."""
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -56,11 +62,11 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
     def _answer(self, path: Path, wanted: str, fault: str | None) -> None:
         first, last = (int(number) for number in re.findall(r"\d+", wanted))
         data = path.read_bytes()[first : last + 1]
-        if fault == "stall":
-            time.sleep(3)
+        if fault in _PAUSES:
+            time.sleep(_PAUSES[fault])
         if fault in ("503", "403"):
             return self.send_error(int(fault))
-        time.sleep(0.02)  # a network's latency
+        time.sleep(_PAUSES["far"])
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{path.stat().st_size}")
         self.send_header("Content-Length", str(len(data)))
@@ -157,8 +163,8 @@ class S3Proxy(FaultyHandler):
             fault = type(self).fault(self.path, self.asked[f"{self.path} {wanted}"])
         if fault == "500":
             status, data = 500, b"<Error><Code>InternalError</Code><Message>an internal error</Message></Error>"
-        if fault == "stall":
-            time.sleep(3)
+        if fault in _PAUSES:
+            time.sleep(_PAUSES[fault])
         length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
         dropped = ("content-length", "connection", "transfer-encoding", *(("content-range",) if fault == "500" else ()))
         self.send_response(status)
@@ -185,7 +191,7 @@ def faulty_bucket(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     store.start()
     proxies: list[Server] = []
 
-    def start(fault: Callable[[str, int], str | None], tries: int) -> str:
+    def start(fault: Callable[[str, int], str | None], tries: int, folder: Path = small_set) -> str:
         attributes = {"fault": staticmethod(fault), "asked": Counter(), "upstream": store.get_host_and_port()}
         proxies.append(Server(("127.0.0.1", 0), type("Handler", (S3Proxy,), attributes)))
         threading.Thread(target=proxies[0].serve_forever, daemon=True).start()
@@ -196,9 +202,9 @@ def faulty_bucket(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         )
         filesystem = fsspec.filesystem("s3")
         filesystem.makedirs("faulty", exist_ok=True)  # moto's buckets live as long as the process
-        for path in small_set.rglob("*"):
+        for path in folder.rglob("*"):
             if path.is_file():
-                filesystem.put(str(path), f"faulty/{path.relative_to(small_set)}")
+                filesystem.put(str(path), f"faulty/{path.relative_to(folder)}")
         return "s3://faulty"
 
     yield start
@@ -240,6 +246,43 @@ def test_faults_of_s3_that_stay_name_shard_and_url(
     shard = "." if kind == "stall" else "1"  # on a busy machine a good read may seem to have stalled, too
     with pytest.raises(DataError, match=rf"cannot read shard {url}/shard-00000{shard}.tar: .*{says}"):
         stream.batch(range(60))
+
+
+@pytest.mark.slow
+def test_images_per_second_beside_the_disks(
+    tmp_path: Path,
+    faulty_bucket: Callable[..., str],
+    serve: Callable[..., tuple[str, type[FaultyHandler]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Photographs behind 20 ms of latency; prints what docs/benchmarks.md shows."""
+    config = bench_data._config(tmp_path / "set", bench_data._photographs(64), 224)
+    folder = tmp_path / "set" / "train"
+    urls = {
+        "disk": str(folder),
+        "HTTP": serve(folder, lambda path, turn: None)[0],
+        "S3": faulty_bucket(lambda path, turn: "far", tries=2, folder=folder),
+    }
+    streams = {}
+    for name, url in urls.items():
+        data = config.training.data.model_copy(update={"sources": [SourceSection(path=url)]})
+        training = config.training.model_copy(update={"data": data})
+        streams[name] = TrainStream(config.model_copy(update={"training": training}))
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
+    for name, stream in 3 * [*streams.items()]:
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        steps = train_batches(stream, start=0, stop=192, batch_size=32, micro_batch=32, num_workers=2)
+        first, *_ = [batch for step in steps for batch in step]
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        took[name].append((time.perf_counter() - started, cpu_s))
+        assert torch.equal(first.images, streams["disk"].batch(range(32)).images), name
+    median = {name: np.median(values, axis=0) for name, values in took.items()}
+    with capsys.disabled():
+        for name, (wall_s, cpu_s) in median.items():
+            wall, cpu = median["disk"] / (wall_s, cpu_s)
+            print(f"\n{name}: {192 / wall_s:.0f} images/s, {wall:.2f} of the disk's;", end=" ")
+            print(f"{1000 * cpu_s / 192:.2f} ms of a loader's CPU time per image, {1 / cpu:.2f} of the disk's", end="")
 
 
 @pytest.fixture(scope="module")
