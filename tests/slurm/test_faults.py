@@ -39,7 +39,7 @@ def kinds(fault: Any) -> list[str | None]:
 
 
 def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses) -> None:
-    case = fault(step_s=5.0, slurm={"time_min": 2, "signal_delay_s": 25})
+    case = fault(step_s=5.0, slurm={"time_min": 1, "signal_delay_s": 15})
     case.launch()
     assert_as_undisturbed(case, undisturbed)
     *limited, last = [ended["exit_code"] for ended in case.records[0].read_attempts()]

@@ -131,7 +131,8 @@ def finished(write_sweep: Any) -> tuple[Path, Path]:
 
 def some_and_more(some: int, more: int) -> pytest.MarkDecorator:
     """How many odd things are tried: few in every run of the tests, many in the slow ones."""
-    return pytest.mark.parametrize("number", [some, pytest.param(more, marks=pytest.mark.slow)])
+    many = pytest.param(more, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])
+    return pytest.mark.parametrize("number", [some, many])
 
 
 def trying(number: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
@@ -139,7 +140,7 @@ def trying(number: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Calla
     return lambda function: settings(max_examples=number, deadline=None)(given(**strategies)(function))()
 
 
-@some_and_more(15, 150)
+@some_and_more(15, 60)
 def test_any_content_of_a_runs_files(number: int, finished: tuple[Path, Path], capsys: Any) -> None:
     source, run_dir = finished
 
@@ -160,7 +161,7 @@ def test_any_content_of_a_runs_files(number: int, finished: tuple[Path, Path], c
                 path.write_bytes(before)
 
 
-@some_and_more(60, 600)
+@some_and_more(60, 240)
 def test_any_content_of_a_sweep_file(number: int, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "any.yaml"
 
@@ -197,7 +198,7 @@ def places(values: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [above, *(place for key, value in inner for place in places(value, (*above, key)))]
 
 
-@some_and_more(60, 600)
+@some_and_more(60, 240)
 def test_any_value_at_any_place_of_a_sweep_file(number: int, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "any.yaml"
 
@@ -226,7 +227,7 @@ TABLE = {
 cells = leaves | st.sampled_from(["nan", "1e999", "-1", "[1]", '{"task": 1}', '[{"task": [], "top1": "x"}]', "=1+1"])
 
 
-@some_and_more(10, 100)
+@some_and_more(10, 40)
 def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
     @trying(
         number,
