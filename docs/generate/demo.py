@@ -67,11 +67,14 @@ def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
     baselines = _of_task(read_table(folder / "baselines.parquet")).set_index(["kind", "size"])["top1"]
     gains, contests = [], []
     for kind, rows in probes.groupby("kind", sort=False):
-        pearson = correlate(rows, x="val_loss", y="top1", methods=("pearson",))[0]
+        pearson, within = (
+            correlate(rows, x="val_loss", y="top1", methods=("pearson",), within=by)[0] for by in (None, "size")
+        )
         first, last = rows["top1"].iloc[[0, -1]]
         gains.append(
             f"{kind} probe {first:.0%} to {last:.0%} from the cheapest to the most expensive point, Pearson "
-            f"{pearson.value:.2f} [{pearson.low:.2f}, {pearson.high:.2f}]"
+            f"{pearson.value:.2f} [{pearson.low:.2f}, {pearson.high:.2f}], within a size {within.value:.2f} "
+            f"[{within.low:.2f}, {within.high:.2f}]"
         )
         against = " and ".join(f"{top1:.0%} of {name}" for name, top1 in baselines[kind].items())
         contests.append(f"{kind} probe {last:.0%} against {against}")

@@ -1,4 +1,4 @@
-"""`aimscale demo`: bundled real images, five sizes by three budgets, probes, laws, one report; nothing to download."""
+"""`aimscale demo`: bundled real images, five sizes by four budgets, probes, laws, one report; nothing to download."""
 
 from __future__ import annotations
 
