@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aimscale.harness.device.distributed import LaunchError, find_placement, first_host
+from aimscale.harness.device.distributed import LaunchError, card_index, find_placement, first_host
 
 
 def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
@@ -24,6 +24,17 @@ def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
     assert placed.port == find_placement(slurm | {"SLURM_PROCID": "0"}).port != alone.port
     batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "9"}
     assert find_placement(batch_script).world_size == 1, "only what srun started is one of several"
+
+
+def test_a_task_that_sees_one_card_of_its_own_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm may bind a card to each task; under torchrun every rank sees all cards, or there are too few."""
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+    placed = find_placement(slurm | {"SLURM_LOCALID": "1"})
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert (card_index(placed, 1), card_index(placed, 8)) == (0, 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(LaunchError, match="this host shows 1"):
+        card_index(placed, 1)
 
 
 def test_half_an_environment_is_refused() -> None:

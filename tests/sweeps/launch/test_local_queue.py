@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -144,13 +145,18 @@ def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
     assert (len(result.finished), result.unplanned) == (1, (path.name,))
 
 
-def test_torchrun_is_told_how_long_its_ranks_may_save(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
+    write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else torchrun kills its ranks after 30 s, and a run would wait for the other tasks of a step as its ranks."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     sweep = write_sweep(sizes=["rung-32"], cost={"devices": 2})
-    note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(os.environ['{}']); sys.exit(2)"
-    program = note.format("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-    launch(sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-c", program, str(run_dir)])
+    note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(str(dict(os.environ))); sys.exit(2)"
+    launch(sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
     (run,) = plan(sweep)
-    assert (sweep.run_dir(run.run_id) / "told").read_text() == str(stop_seconds(sweep, run))
+    told = ast.literal_eval((sweep.run_dir(run.run_id) / "told").read_text())
+    assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(stop_seconds(sweep, run))
+    assert "SLURM_STEP_NUM_TASKS" not in told
 
 
 def test_bad_directories_are_refused_in_one_sentence(
