@@ -71,8 +71,9 @@ def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twi
         for first, checksums in pool.index.checksum.blocks():
             likely = np.flatnonzero(table[_low_bits(checksums)])
             nearest = np.minimum(np.searchsorted(wanted, checksums[likely]), len(wanted) - 1)
-            same = (wanted[nearest] == checksums[likely]) & ~np.isin(first + likely, pool.index.bad)
-            if same.any():
+            same = wanted[nearest] == checksums[likely]
+            if same.any():  # few blocks hold a twin, and looking among many bad samples takes long
+                same &= ~np.isin(first + likely, pool.index.bad)
                 yield pool, first + likely[same], order[nearest[same]]
 
 
