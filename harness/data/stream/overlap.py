@@ -74,6 +74,7 @@ def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twi
             same = wanted[nearest] == checksums[likely]
             if same.any():  # few blocks hold a twin, and looking among many bad samples takes long
                 same &= ~np.isin(first + likely, pool.index.bad)
+            if same.any():
                 yield pool, first + likely[same], order[nearest[same]]
 
 
