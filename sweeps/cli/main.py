@@ -125,9 +125,11 @@ def main(argv: list[str] | None = None) -> Any:
         if isinstance(error, OSError):
             from aimscale.harness.run.failures import disk_sentence
 
-            plain = f"{error.filename}: {error.strerror}" if error.filename else ""
-            code, sentence = 2, disk_sentence(error) or plain
+            named = f"{error.filename}: {error.strerror}" if error.filename else ""
+            code, sentence = 2, disk_sentence(error) or named
         if code is None or not sentence:
             raise
-        print(f"aimscale: {sentence}", file=sys.stderr)
+        # a name out of a user's file may hold what a terminal obeys or breaks a line at
+        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in sentence)
+        print(f"aimscale: {plain}", file=sys.stderr)
         sys.exit(code)

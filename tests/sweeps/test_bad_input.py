@@ -257,6 +257,7 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("report {folder}/binary.csv", "cannot read"),
         ("compare {folder}/probes.csv", "'probes' of row 1 is no list of probes (top1 is 'x')"),
         ("frontier {table} --budgets -1", "--budgets"),
+        ("frontier {folder}/names.jsonl", r"(its columns: \x0b)"),
         ("frontier {table} --at 0", "--at takes training FLOPs"),
         ("frontier {table} --at nan", "--at takes training FLOPs"),
         ("frontier {table} --objective odd", "no objective named 'odd'"),
@@ -288,6 +289,7 @@ def test_what_makes_no_sense_is_refused_by_name(line: str, words: str, tmp_path:
     (tmp_path / "utf16.csv").write_text(table.read_text(), encoding="utf-16")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "empty.pth").touch()
+    (tmp_path / "names.jsonl").write_text('{"\x0b": null}')
     (tmp_path / "flag.yaml").write_text(yaml.safe_dump(PLAIN | {"budgets": [True]}))
     base = PLAIN["base"] | {"probes": [{"task": "../x", "train": "a", "test": "b"}]}
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(PLAIN | {"base": base}))
