@@ -60,6 +60,7 @@ def run(config: ModelConfig, *, precision: Precision, device: str, folder: Path)
                 steps.append(one_step())
                 beside.poll()
             write_s = time.perf_counter() - started
+            beside.finish()  # it removes other checkpoints in the background, and would the next one
             waiting = CheckpointWriter(engine, group, lambda: None, copies=False)
             group.wait()
             started = time.perf_counter()
