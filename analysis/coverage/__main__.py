@@ -42,8 +42,8 @@ STUDIES: dict[str, tuple[tuple[Design, ...], Callable[[Design, int], Record]]] =
     "forecast": (GRIDS, forecast_coverage),
     "repeats": (GRIDS, repeats_coverage),
 }
-"""What is measured, on which designs, from cheap to dear. (Five sizes interpolated to budgets are refused: fewer than
-four share one.)"""
+"""What is measured, on which designs, from cheapest to most expensive. (Five sizes interpolated to budgets are
+refused: fewer than four share one.)"""
 
 
 def cells(names: list[str], tables: int, keep: Path | None) -> pd.DataFrame:

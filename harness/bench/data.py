@@ -204,6 +204,26 @@ def _read_turn(reader: Reader, work: Sequence[tuple[bytes, Box]], first: int) ->
         reader(*work[i % len(work)])
 
 
+def _stream_turn(stream: TrainStream, first: int) -> None:
+    stream.batch(np.arange(first, first + _TURN))
+
+
+def _times_of(turns: Mapping[str, Callable[[int], object]], seconds: float) -> dict[str, list[float]]:
+    """Processor time of every turn, interleaved, three or more of each; a turn is told its first image."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in turns.values():
+        turn(0)  # warm-up
+    stop = time.perf_counter() + seconds
+    first = 0
+    while time.perf_counter() < stop or min(map(len, times.values())) < 3:
+        for name, turn in turns.items():
+            start = time.thread_time()
+            turn(first)
+            times[name].append(time.thread_time() - start)
+        first += _TURN
+    return times
+
+
 def _single_thread(
     stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float
 ) -> tuple[dict[str, float], float]:
@@ -211,18 +231,8 @@ def _single_thread(
     turns: dict[str, Callable[[int], object]] = {
         name: functools.partial(_read_turn, reader, work) for name, reader in _readers().items()
     }
-    turns["stream"] = lambda first: stream.batch(np.arange(first, first + _TURN))
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for turn in turns.values():
-        turn(0)  # warm-up
-    stop = time.perf_counter() + seconds
-    first = 0
-    while time.perf_counter() < stop or len(times["stream"]) < 3:
-        for name, turn in turns.items():
-            start = time.thread_time()
-            turn(first)
-            times[name].append(time.thread_time() - start)
-        first += _TURN
+    turns["stream"] = functools.partial(_stream_turn, stream)
+    times = _times_of(turns, seconds)
     rates = {name: _TURN / statistics.median(values) for name, values in times.items()}
     fastest = max((name for name in rates if name != "stream"), key=rates.__getitem__)
     return rates, statistics.median(limit / ours for limit, ours in zip(times[fastest], times["stream"], strict=True))
@@ -273,18 +283,11 @@ def _jitter(config: RunConfig, fastest: str, work: Sequence[tuple[bytes, Box]], 
     """Images/s with colour jitter on one thread, interleaved."""
     reader, streams = _readers()[fastest], {where: TrainStream(config, augment_on=where) for where in _PLACES}
     peer = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
-    turns: dict[str, Callable[[], object]] = {
-        where: functools.partial(stream.batch, np.arange(_TURN)) for where, stream in streams.items()
+    turns: dict[str, Callable[[int], object]] = {
+        where: functools.partial(_stream_turn, stream) for where, stream in streams.items()
     }
-    turns["torchvision"] = lambda: [peer(reader(*each)) for each in work[:_TURN]]
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or not all(times.values()):
-        for name, turn in turns.items():
-            start = time.thread_time()
-            turn()
-            times[name].append(time.thread_time() - start)
-    return {name: _TURN / statistics.median(values) for name, values in times.items()}
+    turns["torchvision"] = functools.partial(_read_turn, lambda data, box: peer(reader(data, box)), work)
+    return {name: _TURN / statistics.median(values) for name, values in _times_of(turns, seconds).items()}
 
 
 def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
