@@ -5,6 +5,7 @@ On small tensors, threads that wait for each other make two busy cores ten times
 
 import atexit
 import io
+import multiprocessing.forkserver
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ os.environ["AIMSCALE_CACHE"] = _cache = tempfile.mkdtemp(prefix="aimscale-cache-
 _owner = os.getpid()
 hypothesis.settings.register_profile("same", derandomize=True)  # a failure is the doing of a change, not of chance
 hypothesis.settings.load_profile("same")
+# A test's fork cannot ask its parent's server for processes; it starts its own.
+os.register_at_fork(after_in_child=multiprocessing.forkserver._forkserver.__init__)  # type: ignore[misc]
 atexit.register(lambda: shutil.rmtree(_cache, ignore_errors=True) if os.getpid() == _owner else None)
 
 

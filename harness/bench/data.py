@@ -17,6 +17,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,25 +306,32 @@ def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
 
 def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> float:
     """Images/s of one reader in some processes that start together."""
-    context = multiprocessing.get_context("fork")  # as the loader's workers
+    context = multiprocessing.get_context("forkserver")  # as the loader's workers
     rates, barrier = context.SimpleQueue(), context.Barrier(num_processes)
-
-    def read() -> None:
-        reader, number = _readers()[name], 0
-        barrier.wait()
-        start = time.perf_counter()
-        while time.perf_counter() < start + seconds:
-            _read_turn(reader, work, number)
-            number += _TURN
-        rates.put(number / (time.perf_counter() - start))
-
-    processes = [context.Process(target=read, daemon=True) for _ in range(num_processes)]
+    processes = [
+        context.Process(target=_read_bare, args=(name, work, seconds, barrier, rates), daemon=True)
+        for _ in range(num_processes)
+    ]
     for process in processes:
         process.start()
     total: float = sum(rates.get() for _ in processes)
     for process in processes:
         process.join()
     return total
+
+
+def _read_bare(
+    name: str, work: Sequence[tuple[bytes, Box]], seconds: float, barrier: Barrier, rates: SimpleQueue[float]
+) -> None:
+    """One process of `_bare_rate`."""
+    torch.set_num_threads(1)
+    reader, number = _readers()[name], 0
+    barrier.wait()
+    start = time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        _read_turn(reader, work, number)
+        number += _TURN
+    rates.put(number / (time.perf_counter() - start))
 
 
 def _small(stream: TrainStream) -> dict[str, float]:

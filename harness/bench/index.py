@@ -40,7 +40,7 @@ def run(*, num_images: int, num_ranks: int, num_reads: int, folder: Path | None 
         made, held_out = Path(root) / "made", Path(root) / "held-out"
         _make(made, num_images, seed=0)
         _make(held_out, min(_NUM_HELD_OUT, num_images), seed=1)
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("forkserver")  # as for indexing
         pipes = [context.Pipe() for _ in range(num_ranks)]
         processes = [
             context.Process(target=_rank, args=(theirs, made, rank, num_reads))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from aimscale.harness.data.processes import start_server
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.run.config import RunConfig
@@ -30,6 +31,8 @@ def train(path: Path) -> int:
 
     def work(job: Job) -> None:
         torch.set_num_threads(config.runtime.num_threads)
+        if config.runtime.num_workers:
+            start_server()  # it imports PyTorch while the engine is built
         group = start_group(job.placement, config.runtime.device)
         job.stack.callback(stop_group)
         if missing_budgets(run, config):

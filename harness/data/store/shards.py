@@ -170,7 +170,7 @@ class RemoteReader:
 
     def _fetch(self, places: Sequence[Place]) -> list[bytes | Exception]:
         """One try of each."""
-        # looked up every time: fsspec keeps one file system per process, so that a forked worker gets its own
+        # looked up every time: fsspec keeps one file system per process, so that each worker has its own
         filesystem, _ = filesystem_of(self._location)
         paths = [filesystem._strip_protocol(join(self._location, name)) for name, _, _ in places]
         starts, ends = [start for _, start, _ in places], [start + size for _, start, size in places]

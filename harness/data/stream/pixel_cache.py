@@ -1,25 +1,26 @@
 """Decoded small images kept in memory, so that a run over many epochs decodes each once.
 
-The memory is shared with the processes that are forked from this one: what one loader worker has decoded, the others
-need not, nor those of the next stretch of the run.
+The memory is shared with the loader processes: what one of them has decoded, the others need not, nor those of the
+next stretch of the run.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from aimscale.harness.data.processes import SharedMemory
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import SMALL_SIDE
 
 MAX_CACHE_BYTES = 512 * 2**20
-"""Bound of the decoded pixels of one data set in a process and its forks; larger data sets are decoded anew."""
+"""Bound of the decoded pixels of one data set, over all loader processes; larger data sets are decoded anew."""
 
 
 class PixelCache:
@@ -30,8 +31,21 @@ class PixelCache:
         info = dataset.info
         shape = (len(dataset), channels, info.max_height, info.max_width)
         fits = max(info.max_height, info.max_width) <= SMALL_SIDE and math.prod(shape) <= MAX_CACHE_BYTES
-        self._pixels = torch.from_numpy(_shared(shape)) if info.one_size and fits else None
-        self._known = _shared((len(dataset) if self._pixels is not None else 0,))
+        self._shape = shape if info.one_size and fits else (0, channels, 1, 1)
+        self._memory = SharedMemory(math.prod(self._shape) + self._shape[0])
+        self._map()
+
+    def _map(self) -> None:
+        is_kept = self._shape[0] > 0
+        self._pixels = torch.from_numpy(self._memory.array(self._shape)) if is_kept else None
+        self._known = self._memory.array(self._shape[:1], math.prod(self._shape))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("_dataset", "_channels", "_shape", "_memory")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
 
     def holds(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which samples need not be read any more."""
@@ -62,9 +76,3 @@ class PixelCache:
             return self._pixels[torch.from_numpy(samples[good])], good
         empty = torch.empty(0, self._channels, 1, 1, dtype=torch.uint8)
         return torch.stack(fresh) if fresh else empty, good
-
-
-def _shared(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Zeros; pages are mapped when they are written, so that memory grows with the images that were read."""
-    size = int(np.prod(shape))
-    return np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, size).reshape(shape)

@@ -72,6 +72,9 @@ class UnindexedStream(TrainStream):
         self._images: Iterator[tuple[str, bytes]] | None = None
         self._num_failures = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_images": None}  # a worker draws its own
+
     @property
     def unique_images(self) -> int:
         """0: they are not counted."""

@@ -2,8 +2,7 @@
 
 New shared memory for every batch would cost its page faults every time (measured: 150 us per image of 224 px, a fifth
 of what decoding it takes); a slot that was written before costs none. A batch is handed out as a view of its slot,
-without a copy, and the slot is used again when the last reference to the view is gone. The memory is anonymous: no
-limit on /dev/shm applies to it, and it cannot outlive the processes.
+without a copy, and the slot is used again when the last reference to the view is gone.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import gc
 import mmap
-import multiprocessing
 import multiprocessing.util
 import pickle
 import signal
@@ -21,13 +18,13 @@ import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
-from multiprocessing.synchronize import Lock
+from multiprocessing.context import ForkServerProcess
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from aimscale.harness.data.processes import SharedMemory, held_back, ignore_trainers_signals, start_server
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import CropLayout, Crops
@@ -36,8 +33,6 @@ from aimscale.harness.data.stream.positions import TrainStream
 _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or handed out as a copy
 _MAX_WINDOW = 256  # tasks under way: all fit into a pipe (64 KiB), so that sending one never blocks
 _HEADER_BYTES = mmap.PAGESIZE  # its first byte says: stop
-# Slurm sends a step's signals to every process of it: the trainer saves and ends its workers itself.
-_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _JOIN_S = 10.0
 
 
@@ -72,6 +67,63 @@ class _Loaded:
     """Why there are no pixels."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ring:
+    """The slots, and a first byte that says: stop."""
+
+    memory: SharedMemory
+    slot_bytes: int
+    """A multiple of the page's."""
+
+    @classmethod
+    def make(cls, num_slots: int, slot_bytes: int) -> _Ring:
+        return cls(memory=SharedMemory(_HEADER_BYTES + num_slots * slot_bytes), slot_bytes=slot_bytes)
+
+    @property
+    def is_stopped(self) -> bool:
+        return bool(self.memory.bytes[0])
+
+    def stop(self) -> None:
+        self.memory.bytes[0] = 1
+
+    def slot(self, number: int) -> npt.NDArray[np.uint8]:
+        return self.memory.array((self.slot_bytes,), _HEADER_BYTES + number * self.slot_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """What a loader process is given."""
+
+    stream: TrainStream
+    ring: _Ring
+    tasks: Connection
+    """Shared by all workers: one reads at a time."""
+    results: Connection
+    """Its own."""
+
+    def serve(self) -> None:
+        """A worker's life."""
+        ignore_trainers_signals()
+        torch.set_num_threads(1)
+        with contextlib.suppress(EOFError, BrokenPipeError):  # the trainer is gone
+            while True:
+                with self.ring.memory.locked():
+                    message = self.tasks.recv_bytes()
+                if self.ring.is_stopped:
+                    return
+                self.results.send_bytes(pickle.dumps(self._load(pickle.loads(message))))
+
+    def _load(self, task: _Task) -> _Loaded:
+        try:
+            into = torch.from_numpy(self.ring.slot(task.slot))
+            batch = self.stream.batch(np.arange(task.start, task.stop), into=into)
+        except Exception as error:
+            error.add_note(f"in a loader process:\n{traceback.format_exc()}")
+            return _Loaded(number=task.number, error=error)
+        layout = batch.images.layout if isinstance(batch.images, Crops) else None
+        return _Loaded(number=task.number, bad_samples=batch.bad_samples, layout=layout)
+
+
 class WorkerPool:
     """Processes that load micro-batches ahead, handed out in the order in which they are asked for."""
 
@@ -85,32 +137,27 @@ class WorkerPool:
         """
         self._stream = stream
         page = mmap.PAGESIZE
-        self._slot_bytes = max(1, -(-stream.num_bytes(micro_batch) // page)) * page
-        most = max(num_workers + 1, _MAX_BYTES // self._slot_bytes)
+        slot_bytes = max(1, -(-stream.num_bytes(micro_batch) // page)) * page
+        most = max(num_workers + 1, _MAX_BYTES // slot_bytes)
         self._window = min(2 * num_workers + num_micro, _MAX_WINDOW, most)
         # the step in use and the next one, being put together, are held by the trainer
         self._num_slots = max(self._window, min(self._window + 2 * num_micro, most))
         self._free = collections.deque(range(self._num_slots))
-        self._ring = mmap.mmap(-1, _HEADER_BYTES + self._num_slots * self._slot_bytes)
-        context = multiprocessing.get_context("fork")
+        self._ring = _Ring.make(self._num_slots, slot_bytes)
+        context = start_server()
         task_reader, self._tasks = context.Pipe(duplex=False)
-        pipes = [context.Pipe(duplex=False) for _ in range(num_workers)]
-        self._results = [reader for reader, _ in pipes]
-        writers = [writer for _, writer in pipes]
-        lock = context.Lock()
-        self._processes = [
-            context.Process(target=self._serve, args=(task_reader, lock, writers, number), daemon=True)
-            for number in range(num_workers)
-        ]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
-        try:
-            for process in self._processes:
+        self._results: list[Connection] = []
+        self._processes: list[ForkServerProcess] = []
+        with held_back():
+            for _ in range(num_workers):
+                reader, writer = context.Pipe(duplex=False)
+                worker = _Worker(stream=stream, ring=self._ring, tasks=task_reader, results=writer)
+                process = context.Process(target=worker.serve, daemon=True)
                 process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                writer.close()
+                self._results.append(reader)
+                self._processes.append(process)
         task_reader.close()
-        for writer in writers:
-            writer.close()
         # At the end of the program this comes before multiprocessing waits for processes that ignore its SIGTERM.
         self._finalizer = multiprocessing.util.Finalize(
             self, _stop, args=(self._ring, self._tasks, self._results, self._processes), exitpriority=10
@@ -159,7 +206,7 @@ class WorkerPool:
 
     def _hand_out(self, task: _Task, loaded: _Loaded, num_under_way: int) -> Batch:
         """The batch in a slot; a copy of it when so many others are held that the workers would run out of slots."""
-        slot = self._slot(task.slot)
+        slot = self._ring.slot(task.slot)
         weakref.finalize(slot, self._free.append, task.slot).atexit = False  # once no tensor shows it any more
         if loaded.error is not None:
             raise loaded.error
@@ -168,42 +215,12 @@ class WorkerPool:
         num_lent = self._num_slots - len(self._free) - num_under_way  # with this one
         return batch.clone() if num_lent > self._num_slots - self._window else batch
 
-    def _slot(self, number: int) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(self._ring, np.uint8, self._slot_bytes, _HEADER_BYTES + number * self._slot_bytes)
 
-    def _serve(self, tasks: Connection, lock: Lock, writers: Sequence[Connection], number: int) -> None:
-        """A worker's life."""
-        for signum in _TRAINERS_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
-        torch.set_num_threads(1)
-        gc.enable()  # the trainer held it off
-        # Ends that this process does not use: while they are open, the other side's end goes unnoticed.
-        self._tasks.close()
-        for other in (*self._results, *(writer for writer in writers if writer is not writers[number])):
-            other.close()
-        with contextlib.suppress(EOFError, BrokenPipeError):  # the trainer is gone
-            while True:
-                with lock:
-                    message = tasks.recv_bytes()
-                if self._ring[0]:
-                    return
-                writers[number].send_bytes(pickle.dumps(self._load_one(pickle.loads(message))))
-
-    def _load_one(self, task: _Task) -> _Loaded:
-        try:
-            into = torch.from_numpy(self._slot(task.slot))
-            batch = self._stream.batch(np.arange(task.start, task.stop), into=into)
-        except Exception as error:
-            error.add_note(f"in a loader process:\n{traceback.format_exc()}")
-            return _Loaded(number=task.number, error=error)
-        layout = batch.images.layout if isinstance(batch.images, Crops) else None
-        return _Loaded(number=task.number, bad_samples=batch.bad_samples, layout=layout)
-
-
-def _stop(ring: mmap.mmap, tasks: Connection, results: Sequence[Connection], processes: Sequence[ForkProcess]) -> None:
+def _stop(
+    ring: _Ring, tasks: Connection, results: Sequence[Connection], processes: Sequence[ForkServerProcess]
+) -> None:
     """Tell workers to end after the batch that they are at, and wait for it."""
-    ring[0] = 1
+    ring.stop()
     with contextlib.suppress(OSError):  # a dead worker reads nothing
         for _ in processes:
             tasks.send_bytes(b"")
@@ -217,7 +234,7 @@ def _stop(ring: mmap.mmap, tasks: Connection, results: Sequence[Connection], pro
         result.close()
 
 
-def _how_it_ended(process: ForkProcess) -> str:
+def _how_it_ended(process: ForkServerProcess) -> str:
     code = process.exitcode or 0
     if code == -signal.SIGKILL:
         return (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import operator
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -37,8 +39,9 @@ def parts(number: int, size: int = 6) -> list[np.ndarray]:
 
 def in_ring(pool: WorkerPool, batch: Batch) -> bool:
     assert isinstance(batch.images, torch.Tensor)
-    first = np.frombuffer(pool._ring, np.uint8).ctypes.data
-    return first <= batch.images.data_ptr() < first + len(pool._ring)
+    memory = pool._ring.memory
+    first = memory.array(()).ctypes.data
+    return first <= batch.images.data_ptr() < first + len(memory.bytes)
 
 
 def is_gone(pid: int) -> bool:
@@ -141,12 +144,16 @@ def test_a_dead_worker_is_an_error_that_says_how_it_died(
     assert all(is_gone(process.pid or 0) for process in pool._processes)
 
 
-def test_an_error_in_a_worker_keeps_its_type_and_says_where(stream: TrainStream) -> None:
-    def fail(i: int) -> bytes:
-        raise {0: DataError("shard x is gone"), 1: ZeroDivisionError("a bug")}[i % 2]
-
-    for number, kind in enumerate((DataError, ZeroDivisionError)):
-        stream.datasets[0].read_many = lambda _, n=number: fail(n)  # type: ignore[method-assign]
+def test_an_error_in_a_worker_keeps_its_type_and_says_where(
+    configure: Configure, small_set: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_set, tmp_path / "data")
+    for kind in (TypeError, DataError):
+        stream = TrainStream(configure(sources=[{"path": str(tmp_path / "data")}]))
+        if kind is DataError:
+            (tmp_path / "data" / stream.datasets[0].shards[0].name).unlink()
+        else:
+            stream.datasets[0].read_many = operator.index  # type: ignore[assignment, method-assign]
         with pytest.raises(kind) as caught:
             list(train_batches(stream, start=0, stop=60, batch_size=20, micro_batch=20, num_workers=1))
         assert "in a loader process" in caught.value.__notes__[0]

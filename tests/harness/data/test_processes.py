@@ -1,0 +1,80 @@
+"""Processes beside a trainer: nothing of its threads is in them, its signals do not end them, they share memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from aimscale.harness.data.processes import SharedMemory, start_server
+from aimscale.harness.data.stream.worker_pool import _Ring
+
+_PROGRAM = """
+import os, threading
+from aimscale.harness.data.processes import start_server
+
+lock = threading.Lock()
+lock.acquire()
+os.register_at_fork(after_in_child=lock.acquire)  # as libraries do whose threads are not in a fork
+process = start_server().Process(target=int)
+process.start()
+process.join()
+print(process.exitcode)
+"""
+
+
+def test_a_lock_that_is_held_stops_no_process() -> None:
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "0\n"
+
+
+def test_the_server_outlives_the_trainers_signals() -> None:
+    multiprocessing.forkserver._forkserver._stop()
+    context = start_server()
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
+        os.kill(server, signum)
+    process = context.Process(target=int)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert multiprocessing.forkserver._forkserver._forkserver_pid == server
+
+
+def test_memory_is_shared_with_a_process_that_is_given_it() -> None:
+    ring = _Ring.make(1, 2)
+    process = start_server().Process(target=ring.stop)
+    process.start()
+    process.join(60)
+    assert ring.is_stopped
+    assert ring.slot(0).tolist() == [0, 0]
+
+
+def test_memory_stays_as_long_as_a_view() -> None:
+    view = SharedMemory(1 << 20).array((4, 5), offset=16)
+    view[:] = 3
+    assert view.sum() == 60
+
+
+def test_the_lock_of_a_process_that_dies_is_free() -> None:
+    memory = SharedMemory(1)
+    holder = multiprocessing.get_context("fork").Process(target=_hold, args=(memory,))
+    holder.start()
+    while not memory.bytes[0]:
+        time.sleep(0.01)
+    holder.kill()
+    with memory.locked():
+        assert np.array_equal(memory.array((1,)), [1])
+    holder.join()
+
+
+def _hold(memory: SharedMemory) -> None:
+    with memory.locked():
+        memory.bytes[0] = 1
+        time.sleep(600)
