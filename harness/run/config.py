@@ -251,7 +251,7 @@ class TrainingConfig(Section):
     """The optimiser."""
     schedule: ScheduleSection = ScheduleSection()
     """The learning-rate schedule."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**53)
     """Seeds the initial weights and the stream."""
     roll_back: RollBackSection | None = None
     """Go back when steps stop being finite; null stops the run."""

@@ -39,8 +39,10 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
             if durable:
                 _fsync(aside)
             aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a full disk names no file
         raise
     if durable:
         fsync_dir(path.parent)

@@ -120,9 +120,10 @@ class _Fixed:
         model = {"model": dict(recipe(sweep.file.recipe).settings.get("model", {}))}
         self.base = merge(model, _resolve(_nested(sweep.file.base), sweep))
         self.overrides = [
-            (_conditions(override.when), _resolve(_nested(override.set), sweep)) for override in sweep.file.override
+            (_conditions(override.when, sweep), _resolve(_nested(override.set), sweep))
+            for override in sweep.file.override
         ]
-        self.excludes = [_conditions(exclude) for exclude in sweep.file.exclude]
+        self.excludes = [_conditions(exclude, sweep) for exclude in sweep.file.exclude]
         self.axes = {
             (key, i): {} if key == "lr_multiplier" else _resolve(_nested({key: value}), sweep)
             for key, values in sweep.file.axes.items()
@@ -267,15 +268,24 @@ def _nested(fields: Mapping[str, Any]) -> Fields:
     return nested
 
 
-def _conditions(cell: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Axis -> accepted values, counts read as numbers."""
-    return {
-        key: tuple(
-            count(value) if key in ("budget", "unique_images") else value
-            for value in (values if isinstance(values, list | tuple) else [values])
-        )
-        for key, values in cell.items()
-    }
+def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, ...]]:
+    """Axis -> accepted values, counts read as numbers; a value that no cell has is a mistake."""
+    file = sweep.file
+    known = {"size": file.sizes, "budget": file.budgets, "unique_images": file.unique_images, "seed": file.seeds}
+    known |= {"variant": tuple(file.variants), **file.axes}
+    conditions = {}
+    for key, values in cell.items():
+        listed = values if isinstance(values, list | tuple) else [values]
+        if key in ("budget", "unique_images"):
+            listed = [each if isinstance(each, bool) else count(each) for each in listed]
+        conditions[key] = tuple(listed)
+        for value in listed:
+            if value not in known[key] and not (key == "budget" and file.isoflop):
+                raise SweepError(
+                    f"{sweep.source}: exclude or override names {key} {value!r}, which no cell has; the sweep's are "
+                    f"{', '.join(map(repr, known[key]))}"
+                )
+    return conditions
 
 
 def _matches(cell: Fields, conditions: Mapping[str, tuple[Any, ...]]) -> bool:

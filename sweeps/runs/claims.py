@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import STATUS_VERSION, RunDir, Status
-from aimscale.harness.run.files import process_started, write_json
+from aimscale.harness.run.files import process_started, write_json, write_text
 from aimscale.harness.run.lease import Holder
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
@@ -212,10 +212,8 @@ class RunRecord(RunDir):
         return 1 + sum(not ended.get("forgiven") for ended in self.read_attempts())
 
     def append_attempt(self, **values: Any) -> None:
-        """Record how an attempt ended."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.attempts.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Record how an attempt ended; a line that was cut off before goes, or this one would be lost with it."""
+        write_text(self.attempts, "".join(json.dumps(each) + "\n" for each in [*self.read_attempts(), values]))
 
     def log_file(self, attempt: int, rank: int = 0) -> Path:
         """Output of one attempt's process."""

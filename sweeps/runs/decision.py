@@ -40,7 +40,7 @@ def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> D
         status = record.checked_status()
         if not record.config.exists() or status.state == "created":
             return standing(record, status, is_queued) or ("start", "")
-        missing = _missing_budgets(run, record)
+        missing = budgets_left(run, record)
         if status.state == "finished" and not missing:
             return "finished", ""
         is_longer = f"extended to {missing[-1]} images" if missing and status.state == "finished" else status.state
@@ -52,7 +52,13 @@ def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> D
     return decision(run, record, verdict)
 
 
-def _missing_budgets(run: Run, record: RunRecord) -> list[int]:
+def budgets_left(run: Run, record: RunRecord) -> list[int]:
+    """Budgets that are still to be trained.
+
+    Raises:
+        SweepError: a file that tells is damaged.
+        RunDirError: no saved point of the trunk leads to one of them.
+    """
     try:
         return missing_budgets(record, run.config)
     except (OSError, ValueError, TypeError, KeyError) as error:

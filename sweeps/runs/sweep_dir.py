@@ -38,7 +38,8 @@ def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
             write_json(directory / SWEEP_RECORD, values)
         skew = (directory / SWEEP_FILE).stat().st_mtime - time.time()
     except OSError as error:
-        raise SweepError(f"cannot write into {directory} ({error.strerror}); choose another --root") from error
+        sentence = disk_sentence(error) or f"cannot write into {directory} ({error.strerror}); choose another --root"
+        raise SweepError(sentence) from error
     if abs(skew) > MAX_CLOCK_SKEW_S:
         raise SweepError(
             f"the clock of {socket.gethostname()} is {-skew:+.0f} s off that of the file system of {directory}, so "

@@ -16,6 +16,7 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.runs.decision import budgets_left
 from aimscale.sweeps.runs.probe_record import jobs_beside
 from aimscale.sweeps.runs.retries import explain_job
 from aimscale.sweeps.slurm.commands import JobInfo
@@ -100,7 +101,10 @@ def sweep_status(
 ) -> SweepStatus:
     """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
     now = time.time()
-    lines = tuple(_run_status(run, RunRecord(sweep.run_dir(run.run_id)), jobs, now) for run in runs)
+    lines = tuple(
+        _run_status(run, card, RunRecord(sweep.run_dir(run.run_id)), jobs, now)
+        for run, card in zip(runs, cards, strict=True)
+    )
     counts: dict[str, int] = {}
     for line in lines:
         counts[line.state] = counts.get(line.state, 0) + 1
@@ -121,18 +125,24 @@ def sweep_status(
     )
 
 
-def _run_status(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float) -> RunStatus:
+def _run_status(
+    run: Run, card: CostCard, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float
+) -> RunStatus:
     try:
-        return _undamaged(run, record, jobs, now)
+        return _undamaged(run, card, record, jobs, now)
     except UserError as error:
-        return _line(run, record, Status(reason=str(error)), "damaged", now)
+        why = str(error)
     except OSError as error:
         why = f"{error.filename or record.path} cannot be read ({error.strerror})"
-        return _line(run, record, Status(reason=why), "damaged", now)
+    return _line(run, card, record, Status(reason=why), "damaged", now)
 
 
-def _undamaged(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float) -> RunStatus:
+def _undamaged(
+    run: Run, card: CostCard, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float
+) -> RunStatus:
     status, claim = record.checked_status(), record.read_claim()
+    if status.state == "finished" and (missing := budgets_left(run, record)):
+        status = replace(status, state="preempted", reason=f"extended to {missing[-1]} images")
     state: Shown
     if status.state in ("finished", "created") and claim is None:
         state = "finished" if status.state == "finished" else "not started"
@@ -144,7 +154,7 @@ def _undamaged(run: Run, record: RunRecord, jobs: Mapping[str, JobInfo] | None, 
         state = "queued"
     else:
         state = "dead" if status.state in ("running", "queued") else _shown(status)
-    return _line(run, record, status, state, now, claim)
+    return _line(run, card, record, status, state, now, claim)
 
 
 def _shown(status: Status) -> Shown:
@@ -167,18 +177,18 @@ def _by_job(
 
 
 def _line(
-    run: Run, record: RunRecord, status: Status, state: Shown, now: float, claim: Claim | None = None
+    run: Run, card: CostCard, record: RunRecord, status: Status, state: Shown, now: float, claim: Claim | None = None
 ) -> RunStatus:
     log = record.last_log() if state != "not started" else None
     evaluated, evaluation, hours = _evaluation(run, record, state, now)
-    left = status.images_planned - status.images_done
+    left = max(0, card.images_executed - status.images_done)
     speed = status.images_per_s if state == "running" else None
     return RunStatus(
         run_id=run.run_id,
         cell=run.cell,
         state=state,
         phase=status.phase if state == "running" else "",
-        progress=1.0 if state == "finished" else status.images_done / max(1, status.images_planned),
+        progress=1.0 if state == "finished" else 1.0 - left / card.images_executed,
         images_seen=status.images_seen,
         step=status.step,
         loss=status.loss,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from aimscale.harness.run.config import ConfigError, RunConfig, RuntimeConfig, parse, run_config
+from aimscale.harness.run.config import ConfigError, RunConfig, RuntimeConfig, parse, read_yaml, run_config
 
 FIELDS = {
     "model": {"size": "w16-d2", "image_size": 16, "patch_size": 4},
@@ -43,3 +45,12 @@ def test_budgets_are_checked_in_a_file_too() -> None:
     values = {"training": {"model": FIELDS["model"], "data": FIELDS["data"]}}
     with pytest.raises(ConfigError, match=r"config.yaml: .* is not a multiple of the batch size"):
         parse(RunConfig, {**values, "evaluation": {"budgets": [7], "validation": {"path": "v"}}}, "config.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused_and_a_merged_one_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("base: &base {seeds: [0], sizes: [a]}\nmore: {<<: *base, seeds: [1]}\n")
+    assert read_yaml(path)["more"] == {"seeds": [1], "sizes": ["a"]}
+    path.write_text("budgets: [1k]\nsizes: [a]\nbudgets: [2k]\n")
+    with pytest.raises(ConfigError, match=r"the key 'budgets' stands twice .* line 3"):
+        read_yaml(path)

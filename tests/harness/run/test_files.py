@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -35,6 +36,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with written_aside(path) as aside:
         aside.write_text("half")
         assert path.read_text() == '{\n "a": 1\n}\n'
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"), written_aside(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [each.name for each in path.parent.iterdir()] == ["value.json"]
     write_text(path, "new", durable=False)
     assert path.read_text() == "new"

@@ -260,6 +260,9 @@ def test_runs_of_an_earlier_version_are_brought_along_by_one_command(moved: Call
     with pytest.raises(UserError, match=r"holds 1 runs of an earlier version.* `aimscale migrate tiny"):
         launch(there / "sweep.yaml", there / "runs", slots=1)
     command = [str(there / "sweep.yaml"), "--root", str(there / "runs")]
+    nothing = CliRunner().invoke(verb("migrate"), [*command[:2], str(there / "other")], catch_exceptions=False)
+    assert "is of an earlier version" in nothing.output
+    assert not (there / "other").exists()
     dry = CliRunner().invoke(verb("migrate"), [*command, "--dry-run"], catch_exceptions=False)
     assert dry.output == f"{old.name} would become {run.name}\n"
     (there / "data" / "train").rename(there / "data" / "away")

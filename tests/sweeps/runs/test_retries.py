@@ -132,3 +132,12 @@ def test_a_job_that_vanished_before_it_started_is_no_failure(record: RunRecord) 
     status = record.checked_status()
     assert (status.state, status.reason) == ("preempted", "Slurm's job 7 is gone and never started")
     assert record.read_attempts() == []
+
+
+def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: RunRecord) -> None:
+    record.write_status(state="failed", reason="", reason_class="code")
+    for _ in range(2):
+        with record.attempts.open("a") as file:
+            file.write('{"attempt": 1, "en')
+        forgive(record)
+    assert [ended["forgiven"] for ended in record.read_attempts()] == [True, True]

@@ -113,9 +113,9 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     runs = plan(sweep)
     cards = cost_cards(sweep, runs)
     fresh, dead, other_version, running = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
-    dead.write_status(state="running", images_done=500, images_planned=1000, images_per_s=10.0)
+    dead.write_status(state="running", images_done=500, images_per_s=10.0)
     other_version.write_status(version=99)
-    running.write_status(state="running", images_done=250, images_planned=1000, images_per_s=10.0, loss=0.5)
+    running.write_status(state="running", images_done=250, images_per_s=10.0, loss=0.5)
     running.record_row({"images_seen": 640, "val_loss": 0.4321})
     running.record_row({"images_seen": 1280, "val_loss": None})  # trained, and not evaluated yet
     (sweep.runs_dir / "old-run").mkdir()
@@ -123,7 +123,7 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
         status = sweep_status(sweep, runs, cards)
     assert [line.state for line in status.runs] == ["not started", "dead", "damaged", "running"]
     assert "version 99" in str(status.runs[2].reason)
-    assert status.runs[3].eta_s == 75
+    assert status.runs[3].eta_s == (cards[3].images_executed - 250) / 10
     assert status.unplanned == ("old-run",)
     assert status.eta_s is not None
     assert not fresh.path.exists()

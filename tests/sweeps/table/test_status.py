@@ -79,6 +79,16 @@ def test_evaluation_is_shown_and_the_next_step_is_said(
     assert ("MFU executed/nominal" in said, "MFU published/nominal" in said) == (True, False)
 
 
+def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected(
+    write_sweep: Any, launch: Any, stand_in: Any
+) -> None:
+    launch(write_sweep(sizes=["rung-32"]), slots=1, command=stand_in())
+    longer = look(write_sweep(sizes=["rung-32"], budgets=[640, 1280, 6400]))
+    assert (longer.runs[0].state, longer.runs[0].reason) == ("preempted", "extended to 6400 images")
+    assert 0 < longer.progress < 1
+    assert longer.next_step == ""
+
+
 def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_sweep: Any) -> None:
     """Training stands still then; what is left of evaluation does not."""
     sweep = write_sweep(sizes=["rung-32"], base=PROBED)
@@ -89,7 +99,7 @@ def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_
         record.write_start()
         assert look(sweep).eta_s is None, "nothing was done yet"
         started = record.read_status().started or 0.0
-        record.write_status(phase="probe", images_done=99, images_planned=100, images_per_s=10.0)
+        record.write_status(phase="probe", images_done=99, images_per_s=10.0)
         record.write_status(started=started - 3600)
         forecasts.append(look(sweep).eta_s)
         finish_task(run, record, run.budgets[0], "pets", ["linear", "attentive"])
@@ -108,7 +118,7 @@ def test_the_forecast_counts_what_steps_and_evaluations_take_beside_their_flops(
     record = RunRecord(RunRecord.create(sweep.run_dir(first.run_id), first.config).path)
     with record.hold():
         record.write_start()
-        record.write_status(images_done=32_000, images_planned=64_000, images_per_s=2 * 6_400)
+        record.write_status(images_done=32_000, images_per_s=2 * 6_400)
         assert look(sweep).eta_s == pytest.approx((1_500 * 0.010 + 2 * 5) / 2, rel=1e-6)
 
 
@@ -123,7 +133,7 @@ def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep:
             record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
             stack.enter_context(record.hold())
             record.write_start()
-            record.write_status(images_done=int(done * 64_000), images_planned=64_000, images_per_s=pace)
+            record.write_status(images_done=int(done * 64_000), images_per_s=pace)
         assert look(sweep).eta_s == pytest.approx(1.5 * card.training_s, rel=1e-6)
 
 
