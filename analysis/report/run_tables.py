@@ -14,6 +14,14 @@ from aimscale.analysis.tables.schema import MFU
 MFU_COLUMNS: list[tuple[str, str, Formatter]] = [(name, f"MFU {how} (%)", percent) for name, how in MFU.items()]
 
 
+def last_of_runs(frame: pd.DataFrame, column: str) -> pd.Series:
+    """A cost at the largest budget of each run: the row of a budget counts what the smaller ones trained, too."""
+    if "run_id" not in frame:
+        return frame[column]
+    known = frame.dropna(subset=column)
+    return known.loc[known.groupby("run_id")[column].idxmax(), column]
+
+
 def ladder_table(study: Study) -> PageTable:
     """One row per size: what it is and what it cost."""
     frame = study.frame
@@ -27,7 +35,7 @@ def ladder_table(study: Study) -> PageTable:
         if name in frame:
             ladder[name] = groups[name].median()
     if "device_hours" in frame:
-        ladder["device_hours"] = groups["device_hours"].sum(min_count=1)
+        ladder["device_hours"] = last_of_runs(frame, "device_hours").groupby(frame["size"]).sum(min_count=1)
     if "val_loss" in frame:
         ladder["best_loss"] = study.usable.groupby(_size_of(study.usable))["val_loss"].min()
     ladder = ladder.reset_index()
@@ -38,7 +46,7 @@ def ladder_table(study: Study) -> PageTable:
         "The sizes",
         "Parameters; training FLOPs per image (3 × forward, head and attention counted); median throughput and MFU "
         "(FLOPs by the published formula or as executed, over the device's nominal or measured peak); device time of "
-        "all budgets.",
+        "training to the largest budget of each run.",
         ladder,
         [
             ("size", "size", text),

@@ -12,6 +12,7 @@ from aimscale.analysis.baselines.published import PAPER_EXPONENTS, TASKS
 from aimscale.analysis.downstream.correlation import Correlation
 from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.plots.style import human
+from aimscale.analysis.report.run_tables import last_of_runs
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.tables.design import widest_slice
 
@@ -49,11 +50,11 @@ def _what_was_run(study: Study) -> Iterator[str]:
         devices = (
             ", ".join(dict.fromkeys(frame["device"].dropna())) if _has(frame, "device") else "the devices named below"
         )
-        cost = f" Training and evaluation took {human(frame['device_hours'].sum())} device-hours on {devices}."
+        hours = last_of_runs(frame, "device_hours").sum()
+        cost = f" Training to the largest budget of each run took {human(hours)} device-hours on {devices}."
     if _has(frame, "flops_train"):
-        runs = ["run_id"] if _has(frame, "run_id") else None
-        last = frame.groupby(runs)["flops_train"].max() if runs else frame["flops_train"]
-        cost += f" The runs used {human(last.sum())} FLOP up to their largest budgets."
+        flops = last_of_runs(frame, "flops_train").sum()
+        cost += f" The runs used {human(flops)} FLOP up to their largest budgets."
     one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
     yield f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.page import maths, write_report
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study
@@ -97,6 +98,11 @@ class Page(HTMLParser):
 def page(tmp_path_factory) -> Page:
     folder = write_sweep(tmp_path_factory.mktemp("sweep"), sweep_rows())
     return Page(write_report(folder, resamples=200).read_text())
+
+
+def test_the_cost_counts_what_the_budgets_of_a_run_share_once(page):
+    hours = sum(SIZES.values()) * 32_000 / 1e12
+    assert f"Training to the largest budget of each run took {human(hours)} device-hours on cpu." in page.text
 
 
 def test_every_section_figure_and_table_is_there(page):
