@@ -1,7 +1,9 @@
 """What a change is worth in compute: how many times as much the worse setting needs to reach the loss of the better.
 
-Along the compute-optimal frontier of a law E + A N^-alpha + B D^-beta the loss above E falls as C^-a with
-a = alpha beta / (alpha + beta), so two losses at the same scale are (L - E)^(1/a) apart in compute.
+Two answers. At one size: a monotone curve through the baseline's own budgets says at which compute it has the level's
+loss; no law is assumed, and the level must lie inside them. Along the compute-optimal frontier of a law
+E + A N^-alpha + B D^-beta: the loss above E falls as C^-a with a = alpha beta / (alpha + beta), so two losses at the
+same scale are (L - E)^(1/a) apart in compute.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.interpolate import PchipInterpolator
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -27,6 +30,9 @@ from aimscale.analysis.tables.observations import is_complete
 
 MIN_VALID = 0.9
 """A law of which more draws than the rest of this put E above a measured loss says nothing about gains."""
+
+MIN_BUDGETS = 3
+"""A curve through fewer of the baseline's budgets is not drawn."""
 
 UNKNOWN = 100.0
 """An interval whose ends are this factor apart is not printed."""
@@ -49,14 +55,17 @@ class Gain:
     growth_high: float
     num_run_pairs: int
     confidence: float
+    at_one_size: bool = False
+    """Read off the baseline's own budgets at the same size, not along the compute-optimal frontier of a law."""
 
     def sentence(self) -> str:
         """Worth with its interval, and whether it grows with size."""
+        how = " at the same size" if self.at_one_size else ""
         if not self.high / self.low < UNKNOWN:
-            return f"What {self.level} is worth in compute cannot be told from {self.num_run_pairs} pairs of runs."
+            return f"What {self.level} is worth in compute{how} cannot be told from {self.num_run_pairs} pairs of runs."
         text = (
-            f"{self.level} is worth {self.factor:.2f} times the compute of {self.baseline} [{self.low:.2f}, "
-            f"{self.high:.2f}] over {self.num_run_pairs} pairs of runs"
+            f"{self.level} is worth {self.factor:.2f} times the compute of {self.baseline}{how} "
+            f"[{self.low:.2f}, {self.high:.2f}] over {self.num_run_pairs} pairs of runs"
         )
         if not np.isfinite(self.growth_low):
             return f"{text}; whether that changes with size cannot be told."
@@ -75,7 +84,7 @@ class Gain:
 
 
 def with_gains(found: Contrasts, frame: pd.DataFrame, *, resamples: int = 300) -> Contrasts:
-    """The contrasts with the compute-equivalent gain of every level in the validation loss.
+    """The contrasts with the compute-equivalent gains of every level in the validation loss, at one size and by a law.
 
     The law is fitted to the baseline's rows; where it cannot be, or says nothing about gains, that is left out by name.
     """
@@ -84,16 +93,22 @@ def with_gains(found: Contrasts, frame: pd.DataFrame, *, resamples: int = 300) -
         return found
     rows = frame[is_complete(frame)]
     rows = rows[rows[found.by].map(level_name, na_action="ignore") == found.baseline]
-    gains: list[Gain] = []
     left_out = list(found.left_out)
+    sizes = (
+        {str(k): float(v) for k, v in frame.groupby("size")["params_total"].median().items()}
+        if "size" in frame.columns
+        else {}
+    )
+    gains: list[Gain] = []
+    for each in losses:
+        own = gain_at_one_size(each, frame, found.by, sizes)
+        if isinstance(own, Gain):
+            gains.append(own)
+        elif own:
+            left_out.append(own)
     try:
         law = fit(CHINCHILLA, rows, resamples=resamples)
-        sizes = (
-            {str(k): float(v) for k, v in frame.groupby("size")["params_total"].median().items()}
-            if "size" in frame.columns
-            else {}
-        )
-        gains = [gain_of(each, law, sizes) for each in losses]
+        gains += [gain_of(each, law, sizes) for each in losses]
     except AnalysisError as error:
         left_out.append(f"Compute-equivalent gains are left out: {error}")
     return replace(found, gains=tuple(gains), left_out=tuple(left_out))
@@ -118,12 +133,61 @@ def gain_of(contrast: Contrast, law: Fit, sizes: Mapping[str, float]) -> Gain:
             f"the limit E of the law of {contrast.baseline} reaches up to measured losses, so the compute between two "
             "losses is unknown; add larger sizes or more data."
         )
+    return _gain(contrast, point, draws[valid], sizes)
+
+
+def gain_at_one_size(contrast: Contrast, frame: pd.DataFrame, by: str, sizes: Mapping[str, float]) -> Gain | str:
+    """The gain read off the baseline's own curves, or why there is none; an empty string where it has no curves."""
+    pairs = contrast.pairs
+    keys = [name for name in pairs.columns if name not in ("run_pair", "baseline_value", "level_value", "difference")]
+    if "images_seen" not in keys:
+        return ""
+    rows = frame[is_complete(frame) & frame["val_loss"].notna()]
+    has_flops = "flops_train" in rows and bool(rows["flops_train"].notna().all())
+    rows = rows.assign(cost=rows["flops_train" if has_flops else "images_seen"])
+    names = rows[by].map(level_name, na_action="ignore")
+    base, level = (
+        rows[names == each].groupby(keys, dropna=False)[["val_loss", "cost"]].mean().reset_index()
+        for each in (contrast.baseline, contrast.level)
+    )
+    run_keys = [name for name in keys if name != "images_seen"]
+    runs = pairs.drop_duplicates("run_pair")[[*run_keys, "run_pair"]]
+    curves = {
+        run: curve.set_index("cost")["val_loss"] for run, curve in runs.merge(base, on=run_keys).groupby("run_pair")
+    }
+    if min(map(len, curves.values())) < MIN_BUDGETS:
+        return ""
+    spent = pairs[keys].merge(level, on=keys)["cost"].to_numpy(float)
+    needed = [_log_cost(curves[run], loss) for run, loss in zip(pairs["run_pair"], pairs["level_value"], strict=True)]
+    point = np.array(needed) - np.log(spent)
+    if outside := int((~np.isfinite(point)).sum()):
+        return (
+            f"What {contrast.level} is worth in compute at the same size is left out: {outside} of {len(point)} losses "
+            f"lie outside those of the budgets of {contrast.baseline}, or these do not fall from budget to budget."
+        )
+    return replace(_gain(contrast, point, point[None], sizes), at_one_size=True)
+
+
+def _log_cost(losses: pd.Series, loss: float) -> float:
+    """ln cost at which a curve, by cost, reaches a loss; NaN outside it, or where it does not fall throughout."""
+    losses = losses.sort_index(ascending=False)
+    if not np.all(np.diff(losses) > 0):
+        return np.nan
+    log_cost = PchipInterpolator(
+        np.log(losses.to_numpy(float)), np.log(losses.index.to_numpy(float)), extrapolate=False
+    )
+    return float(log_cost(np.log(loss)))
+
+
+def _gain(contrast: Contrast, point: Array, draws: Array, sizes: Mapping[str, float]) -> Gain:
+    """Mean and trend of the pairs' log gains, with what the law's draws add to their errors."""
+    pairs = contrast.pairs
     log_n = np.log10(pairs["size"].astype(str).map(dict(sizes)).to_numpy(float)) if "size" in pairs and sizes else None
     runs = pairs["run_pair"].to_numpy()
     mean, mean_se, spare = _mean(point, runs)
     slope, slope_se, slope_spare = _slope(point, runs, log_n)
-    law_sd = _spread(np.array([_mean(draw, runs)[0] for draw in draws[valid]]))
-    slope_sd = _spread(np.array([_slope(draw, runs, log_n)[0] for draw in draws[valid]]))
+    law_sd = _spread(np.array([_mean(draw, runs)[0] for draw in draws]))
+    slope_sd = _spread(np.array([_slope(draw, runs, log_n)[0] for draw in draws]))
     half = _half(mean_se, spare, law_sd, contrast.confidence)
     slope_half = _half(slope_se, slope_spare, slope_sd, contrast.confidence)
     return Gain(

@@ -227,9 +227,10 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
         for c in correlations
         if c.partial_on is None and c.within is None
     ]
-    ax.set_ylim(max(0.0, ax.get_ylim()[0] - 0.12 * np.ptp(ax.get_ylim())), None)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(0.0, low - (0.05 + 0.07 * len(lines)) * (high - low)), None)  # room for the words below the points
     ax.text(
-        0.03, 0.1, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=7.5, color=INK, bbox=BOX
+        0.03, 0.03, "\n".join(lines), transform=ax.transAxes, ha="left", va="bottom", fontsize=7.5, color=INK, bbox=BOX
     )
 
 

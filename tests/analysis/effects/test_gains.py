@@ -29,9 +29,27 @@ def table(gain, noise: float = 0.0005, seed: int = 0) -> pd.DataFrame:
 
 def gain_in(df: pd.DataFrame):
     found = with_gains(contrast(df, by="prefix", measures=["val_loss"]), df)
-    assert len(found.gains) == 1, found.left_out
-    assert found.gains[0].sentence() in found.summary()
-    return found.gains[0]
+    by_law = [each for each in found.gains if not each.at_one_size]
+    assert len(by_law) == 1, found.left_out
+    assert by_law[0].sentence() in found.summary()
+    return by_law[0]
+
+
+def at_one_size(df: pd.DataFrame):
+    """Gain and reasons why there is none."""
+    found = with_gains(contrast(df, by="prefix", measures=["val_loss"]), df)
+    return next((each for each in found.gains if each.at_one_size), None), found.left_out
+
+
+def faster(gain: float, cost: float = 1.0, noise: float = 0.0005) -> pd.DataFrame:
+    """A level that learns from D images what the baseline learns from gain D; an image costs `cost` times as much."""
+    df = table(lambda n: 1.0, noise=noise)
+    is_level, n, d = df["prefix"] == "none", df["params_total"], df["images_seen"]
+    excess = TRUTH["A"] * n ** -TRUTH["alpha"] + TRUTH["B"] * (gain * d) ** -TRUTH["beta"]
+    noise_of = df["val_loss"] / (TRUTH["E"] + TRUTH["A"] * n ** -TRUTH["alpha"] + TRUTH["B"] * d ** -TRUTH["beta"])
+    df.loc[is_level, "val_loss"] = (noise_of * (TRUTH["E"] + excess))[is_level]
+    df["flops_train"] = 6 * n * d * np.where(is_level, cost, 1.0)
+    return df[~is_level | df["images_seen"].between(1e4, 3e5)]
 
 
 def test_a_constant_gain_comes_back_with_an_interval_and_no_trend():
@@ -59,3 +77,36 @@ def test_without_a_law_the_gain_is_left_out_by_name():
     found = with_gains(contrast(one, by="prefix", measures=["val_loss"]), one)
     assert found.gains == ()
     assert any(line.startswith("Compute-equivalent gains are left out") for line in found.left_out)
+
+
+def test_at_one_size_the_baselines_own_budgets_say_what_a_level_is_worth():
+    gain, _ = at_one_size(faster(1.5, noise=0.003))
+    assert gain.factor == pytest.approx(1.5, rel=0.05)
+    assert 1 < gain.low < 1.5 < gain.high < 2
+    assert "none is worth 1.5" in gain.sentence()
+    assert "compute of paired at the same size" in gain.sentence()
+    dear, _ = at_one_size(faster(1.5, cost=2.0, noise=1e-6))
+    assert dear.factor == pytest.approx(0.75, rel=0.05)
+
+
+def test_a_loss_outside_the_baselines_budgets_is_left_out_by_name():
+    gain, left_out = at_one_size(faster(100))
+    assert gain is None
+    assert any("at the same size is left out: 30 of 30 losses lie outside" in line for line in left_out)
+
+
+def test_a_curve_that_rises_is_no_curve():
+    df = faster(1.5)
+    df.loc[
+        (df["prefix"] == "paired") & (df["images_seen"] == df["images_seen"].max()) & (df["seed"] == 0), "val_loss"
+    ] = 9
+    gain, left_out = at_one_size(df)
+    assert gain is None
+    assert any("do not fall from budget to budget" in line for line in left_out)
+
+
+def test_two_budgets_are_no_curve():
+    df = faster(1.5)
+    gain, left_out = at_one_size(df[df["images_seen"].between(1e4, 7e4)])
+    assert gain is None
+    assert not any("at the same size" in line for line in left_out)
