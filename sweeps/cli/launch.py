@@ -139,7 +139,7 @@ def _launch_slurm(
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob, notify=notify)
     print_submitted(result.submitted, "", dry_run)
     print_left(result.left)
-    for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
+    for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run, notify=notify):
         print_submitted(part.submitted, "evaluations of ", dry_run)
         print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
     _print_unplanned(unplanned(loaded, runs))

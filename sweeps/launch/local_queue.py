@@ -218,7 +218,7 @@ def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], boo
     if queue.stopping:  # the signal came while it was being started
         _signal(job, signal.SIGTERM)
     verb = "started" if job.attempt == 1 else f"resumed (attempt {job.attempt})"
-    queue.events.append(f"{verb} {run.run_id}")
+    queue.events.append(f"{verb} {record.title}")
     return True
 
 
@@ -260,7 +260,7 @@ def _gather(queue: Queue) -> None:
                 queue.failed(job.record)
         except (OSError, UserError) as error:
             outcome = "stop"
-            queue.events.append(f"left {job.run.run_id}: how it ended cannot be written down ({_words(error)})")
+            queue.events.append(f"left {job.record.title}: how it ended cannot be written down ({_words(error)})")
         queue.ended.append((job.run, outcome))
         if outcome in ("again", "preempted") and not queue.stopping:
             queue.pending.insert(0, job.run)
@@ -285,14 +285,14 @@ def print_events(queue: Queue) -> None:
 
 def _sentence(job: Job, outcome: Outcome) -> str:
     if outcome == "finished":
-        return f"finished {job.run.run_id} in {time.time() - job.started:.0f} s"
+        return f"finished {job.record.title} in {time.time() - job.started:.0f} s"
     if outcome == "held":
-        return f"left {job.run.run_id}: another process executes it"
+        return f"left {job.record.title}: another process executes it"
     if outcome == "preempted":
-        return f"stopped {job.run.run_id}, saved"
+        return f"stopped {job.record.title}, saved"
     status = job.record.checked_status()
     what = "trying again" if outcome == "again" else f"see {job.record.log_file(job.attempt)}"
-    return f"failed {job.run.run_id} ({status.reason_class}: {status.reason}); {what}"
+    return f"failed {job.record.title} ({status.reason_class}: {status.reason}); {what}"
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 from aimscale.sweeps.launch.evaluations import evaluation_jobs, unevaluated
@@ -12,18 +13,24 @@ from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
 
 
 def evaluation_arrays(
-    sweep: Sweep, runs: Sequence[Run], trained: SlurmLaunch, *, allow_dirty: bool, dry_run: bool
+    sweep: Sweep,
+    runs: Sequence[Run],
+    trained: SlurmLaunch,
+    *,
+    allow_dirty: bool,
+    dry_run: bool,
+    notify: str | None = None,
 ) -> Iterator[SlurmLaunch]:
     """Submit what evaluates the runs of a launch; runs that evaluate themselves only where training is over.
 
     Args:
         trained: what was submitted to train.
     """
+    submit = functools.partial(launch_slurm, sweep, allow_dirty=allow_dirty, dry_run=dry_run, notify=notify)
     by_id = {run.run_id: run for run in runs}
     started = {run_id for part in trained.submitted for run_id in part.run_ids}
     if lacking := unevaluated(sweep, [run for run in runs if run.run_id not in started]):
-        kind = evaluation_jobs(sweep)
-        yield launch_slurm(sweep, lacking, allow_dirty=allow_dirty, dry_run=dry_run, kind=kind)
+        yield submit(lacking, kind=evaluation_jobs(sweep))
     last: dict[int, list[str]] = {}  # of each lane, what runs at its end
     for part in trained.submitted:
         last[part.turn.lane] = [part.job_id or "TRAINING_JOB"]
@@ -36,8 +43,6 @@ def evaluation_arrays(
         by_element = is_alone and part.turn.limit >= part.num_jobs == len(part.run_ids) > 1
         after = [f"aftercorr:{part.job_id or 'TRAINING_JOB'}"] if by_element else afterany(last[part.turn.lane])
         kind = evaluation_jobs(sweep, expected=part.run_ids)
-        submitted = launch_slurm(
-            sweep, members, allow_dirty=allow_dirty, dry_run=dry_run, kind=kind, after=after, most=part.turn.limit
-        )
+        submitted = submit(members, kind=kind, after=after, most=part.turn.limit)
         last[part.turn.lane] = [each.job_id or "EVALUATION_JOB" for each in submitted.submitted]
         yield submitted

@@ -76,6 +76,16 @@ class RunRecord(RunDir):
         self.attempts = self.path / "attempts.jsonl"
 
     @property
+    def run(self) -> RunDir:
+        """The run that the work is on."""
+        return self
+
+    @property
+    def title(self) -> str:
+        """What a person calls the work."""
+        return self.path.name
+
+    @property
     def home(self) -> Path:
         """Folder of the launch lock and of Slurm's logs: the sweep's."""
         return self.path.parent.parent

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.probe_record import jobs_beside
 
 VARIABLE = "AIMSCALE_NOTIFY"
 """Environment variable that tells jobs the address."""
 TIMEOUT_S = 10.0
+UNDER_WAY = ("queued", "running", "preempted")
 
 
 def check_url(url: str) -> str:
@@ -47,25 +51,29 @@ def post(url: str | None, event: Literal["failed", "ended"], sweep: str, text: s
 def post_failure(url: str | None, record: RunRecord) -> bool:
     """Say that a run failed for good."""
     status, sweep = record.checked_status(), record.home.name
-    text = f"{sweep}: {record.path.name} failed ({status.reason_class}: {status.reason})"
-    facts = {"run_id": record.path.name, "reason": status.reason, "reason_class": status.reason_class}
+    text = f"{sweep}: {record.title} failed ({status.reason_class}: {status.reason})"
+    facts = {"run_id": record.run.path.name, "reason": status.reason, "reason_class": status.reason_class}
     return post(url, "failed", sweep, text, **facts)
 
 
 def post_from_job(record: RunRecord, *, has_failed: bool) -> None:
-    """Say from a Slurm job that its run failed, and that the sweep ended where it was the last one under way."""
+    """Say from a Slurm job that its work failed, and that the sweep ended where it was the last work under way."""
     url = os.environ.get(VARIABLE)
     if not url:
         return
     if has_failed:
         post_failure(url, record)
-    others = (RunRecord(path) for path in record.path.parent.iterdir() if path != record.path)
-    if not any(map(_is_under_way, others)):
-        post(url, "ended", record.home.name, f"{record.home.name}: no run waits or runs any more")
+    others = (each for path in record.run.path.parent.iterdir() for each in _work_under_way(RunRecord(path)))
+    if not any(each.path != record.path for each in others):
+        post(url, "ended", record.home.name, f"{record.home.name}: nothing waits or runs any more")
 
 
-def _is_under_way(record: RunRecord) -> bool:
-    try:
-        return record.read_claim() is not None and record.checked_status().state in ("queued", "running", "preempted")
-    except SweepError:
-        return False
+def _work_under_way(run: RunRecord) -> Iterator[RunRecord]:
+    """Training, and the jobs beside it where training has not failed: Slurm starts none of those then."""
+    with contextlib.suppress(SweepError):
+        state = run.checked_status().state
+        if state in UNDER_WAY and run.read_claim() is not None:
+            yield run
+        for job in jobs_beside(run.path).values() if state not in ("failed", "diverged") else ():
+            if job.checked_status().state in UNDER_WAY and job.read_claim() is not None:
+                yield job

@@ -10,6 +10,8 @@ from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD
 from aimscale.sweeps.runs.claims import RunRecord, evaluation_progress
 
 EVALUATION_FOLDER = "evaluating"
+WORK = {FOLDER: "probes", EVALUATION_FOLDER: "evaluation"}
+"""Folder in a run -> what is done there."""
 
 
 class ProbeRecord(RunRecord):
@@ -24,6 +26,11 @@ class ProbeRecord(RunRecord):
     def run(self) -> RunDir:
         """The run that is probed."""
         return RunDir(self.path.parent)
+
+    @property
+    def title(self) -> str:
+        """What a person calls the work."""
+        return f"the {WORK[self.path.name]} of {self.run.path.name}"
 
     @property
     def home(self) -> Path:
@@ -46,8 +53,8 @@ class EvaluationRecord(ProbeRecord):
 
 def jobs_beside(run_dir: Path) -> dict[str, ProbeRecord]:
     """The probe job and the evaluation job of a run, where it had one, by what they do."""
-    both = {"probes": ProbeRecord.of(run_dir), "evaluation": EvaluationRecord.of(run_dir)}
-    return {what: job for what, job in both.items() if job.path.is_dir()}
+    both = (ProbeRecord.of(run_dir), EvaluationRecord.of(run_dir))
+    return {WORK[job.path.name]: job for job in both if job.path.is_dir()}
 
 
 def sweep_folder(run_dir: Path) -> Path | None:

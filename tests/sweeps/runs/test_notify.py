@@ -12,6 +12,7 @@ from aimscale.aim.errors import UserError
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.runs.claims import RunRecord, claim_run, own_claim
 from aimscale.sweeps.runs.notify import VARIABLE, check_url, post, post_from_job
+from aimscale.sweeps.runs.probe_record import EvaluationRecord
 from aimscale.sweeps.runs.sweep_dir import prepare
 
 
@@ -67,6 +68,30 @@ def test_the_last_slurm_job_of_a_sweep_tells_of_the_end(
     records[1].write_status(state="failed", reason="r", reason_class="code")
     post_from_job(records[1], has_failed=True)
     assert [message["event"] for message in got] == ["failed", "ended"]
+
+
+def test_an_evaluation_that_fails_is_named_by_its_run_and_one_that_waits_keeps_the_sweep_from_its_end(
+    webhook: Any, write_sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, got = webhook
+    monkeypatch.setenv(VARIABLE, url)
+    sweep = write_sweep(sizes=["rung-32"])
+    (run,) = plan(sweep)
+    prepare(sweep)
+    trained = RunRecord(sweep.run_dir(run.run_id))
+    claim_run(trained, run, own_claim("slurm", 1, "7"))
+    job = EvaluationRecord.of(trained.path)
+    job.write_status(state="queued")
+    job.write_claim(own_claim("slurm", 1, "8"))
+    trained.write_status(state="finished")
+    trained.drop_claim()
+    post_from_job(trained, has_failed=False)
+    assert got == []
+    job.write_status(state="failed", reason="r", reason_class="code")
+    post_from_job(job, has_failed=True)
+    assert [message["event"] for message in got] == ["failed", "ended"]
+    assert got[0]["text"] == f"tiny: the evaluation of {run.run_id} failed (code: r)"
+    assert (got[0]["run_id"], got[1]["sweep"]) == (run.run_id, "tiny")
 
 
 def test_a_webhook_that_does_not_answer_stops_nothing(capsys: Any) -> None:
