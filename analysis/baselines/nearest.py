@@ -6,6 +6,7 @@ run's own budgets; what size would, from the slope of AIM's four published sizes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,15 +38,18 @@ class Nearest:
     lines: tuple[str, ...]
 
 
-def nearest_published(probes: pd.DataFrame, run: str | None = None) -> list[Nearest]:
+def nearest_published(
+    probes: pd.DataFrame, run: str | None = None, called: Mapping[str, str] | None = None
+) -> list[Nearest]:
     """The five lines of every task and kind of one run that published models have, too.
 
     Args:
         probes: `probe_frame` of complete rows.
         run: part of the run's id; None takes the only run there is.
+        called: task of the table -> published task to put it beside, where the names differ.
 
     Raises:
-        AnalysisError: no run or several are meant.
+        AnalysisError: no run or several are meant, or none of its tasks is published under its kind of probe.
     """
     ids = [str(name) for name in probes["run_id"].dropna().unique()] if "run_id" in probes else []
     chosen = [name for name in ids if run is None or run in name]
@@ -53,9 +57,25 @@ def nearest_published(probes: pd.DataFrame, run: str | None = None) -> list[Near
         shown = ", ".join(chosen[:5] or ids[:5])
         raise AnalysisError(f"name one run with --run, part of its id; {len(chosen)} of {len(ids)} fit: {shown}")
     rows = probes[(probes["run_id"] == chosen[0]) & probes["top1"].notna()]
+    names = dict(called or {})
     known = {(each.task, each.kind) for each in published_results()}
-    groups = rows.groupby(["task", "kind"], sort=False)
-    return [_nearest(chosen[0], str(t), str(k), own) for (t, k), own in groups if (t, k) in known]
+    if unknown := sorted(set(names.values()) - {task for task, _ in known}):
+        raise AnalysisError(f"--task: no published task is called {unknown[0]}; they are {_tasks(known)}")
+    groups = [(str(t), str(k), own) for (t, k), own in rows.groupby(["task", "kind"], sort=False)]
+    shared = [(t, k, own) for t, k, own in groups if (names.get(t, t), k) in known]
+    if not shared:
+        theirs = ", ".join(f"{t} ({k})" for t, k, _ in groups) or "no probes"
+        raise AnalysisError(
+            f"run {chosen[0]} has {theirs}, and published are {_tasks(known)}; --task OURS=THEIRS puts a task beside "
+            "a published one of another name"
+        )
+    return [_nearest(chosen[0], names.get(t, t), k, own) for t, k, own in shared]
+
+
+def _tasks(known: set[tuple[str, str]]) -> str:
+    """Published tasks by kind of probe."""
+    by_kind = {kind: sorted(t for t, k in known if k == kind) for kind in sorted({k for _, k in known})}
+    return "; ".join(f"{', '.join(tasks)} ({kind})" for kind, tasks in by_kind.items())
 
 
 def _nearest(run: str, task: str, kind: str, own: pd.DataFrame) -> Nearest:
@@ -144,7 +164,8 @@ def _span(what: str, ends: list[float]) -> str:
     value, low, high = ends
     limits = [human(end) if np.isfinite(end) else "no limit found" for end in (low, high)]
     if not np.isfinite(value):
-        return f"no number of {what} up to {human(REACH)} times this run's [{limits[0]}, {limits[1]}]"
+        interval = f" [{limits[0]}, {limits[1]}]" if np.isfinite([low, high]).any() else ""
+        return f"no number of {what} up to {human(REACH)} times this run's{interval}"
     return f"about {human(value)} {what} [{limits[0]}, {limits[1]}]"
 
 
@@ -155,6 +176,8 @@ def _times(value: float, largest: float) -> str:
 def _differs(row: pd.Series, kind: str, theirs: Published) -> str:
     """What is not comparable between the two results."""
     found = [f"they saw {theirs.data}"]
+    if row["task"] != theirs.task:
+        found.append(f"our task is {row['task']}, put beside {theirs.task} as asked")
     if "image_size" in row and pd.notna(row["image_size"]) and row["image_size"] != theirs.image_size:
         found.append(f"{int(row['image_size'])} px against {theirs.image_size} px")
     if row.get("test_in_train", 0) > 0 or row.get("test_in_pool", 0) > 0:

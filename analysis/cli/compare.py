@@ -21,6 +21,10 @@ def command(
     run: Annotated[
         str | None, typer.Option(help="Part of a run's id: that run beside the nearest published model, in five lines.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="With --run: a task as OURS=THEIRS, to put it beside a published one of another name."),
+    ] = None,
     columns: options.Columns = None,
     resamples: options.Resamples = 1000,
     json: options.AsJson = False,
@@ -34,6 +38,9 @@ def command(
     from aimscale.analysis.tables.observations import is_complete
     from aimscale.analysis.tables.results import parse_columns, probe_frame
 
+    called = dict(_pair(text) for text in task or [])
+    if called and run is None:
+        raise AnalysisError("--task goes with --run")
     if published == (table is not None):
         raise AnalysisError("give either a table to compare, or --published for the paper's own four sizes")
     if table is None:
@@ -42,12 +49,19 @@ def command(
         return
     frame = read_tables([table], parse_columns(columns or []))
     if run is not None:
-        nearest = nearest_published(probe_frame(frame[is_complete(frame)]), run)
-        if not nearest:
-            raise AnalysisError(f"no task and probe of run {run} is among the published results")
+        nearest = nearest_published(probe_frame(frame[is_complete(frame)]), run, called)
         plain = [vars(each) | {"published": vars(each.published)} for each in nearest]
         blocks = ["\n".join(each.lines) for each in nearest]
         typer.echo(json_module.dumps(plain, indent=2) if json else "\n\n".join(blocks))
         return
     comparison = compare_frame(frame, resamples=resamples)
     typer.echo(json_module.dumps(comparison.to_dict(), indent=2) if json else comparison.summary())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    from aimscale.analysis.errors import AnalysisError
+
+    ours, equals, theirs = (part.strip() for part in text.partition("="))
+    if not (ours and equals and theirs):
+        raise AnalysisError(f"--task needs OURS=THEIRS, such as cifar10-10k=cifar10, not '{text}'")
+    return ours, theirs

@@ -202,7 +202,7 @@ def reader(tmp_path: Path) -> Reader:
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "HOME": str(tmp_path / "home"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT / "src"),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }

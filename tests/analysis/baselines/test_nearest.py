@@ -66,7 +66,8 @@ def test_the_rival_has_the_same_task_and_probe():
     assert (knn.published.model, knn.published.top1) == ("MAE ViT-L/16", 0.481)
     assert "best of 90 epochs" in knn.lines[4]
     assert "size: not estimated" in knn.lines[2]
-    assert found(one_run("my-own")) == []
+    with pytest.raises(AnalysisError, match=r"has my-own \(attentive\), and published are"):
+        found(one_run("my-own"))
     # the last blocks stand beside AIM's last six, never beside its best six
     (last,) = found(one_run("imagenet-1k", start=0.72))
     assert last.published.blocks != "best 6"
@@ -105,3 +106,34 @@ def test_the_command_prints_five_lines_a_task(tmp_path):
     assert len(shown.output.strip().splitlines()) == 5
     refused = CliRunner().invoke(verb("compare"), [str(tmp_path), "--run", "nobody"])
     assert isinstance(refused.exception, AnalysisError)
+
+
+def test_a_task_of_another_name_is_put_beside_a_published_one_and_said_so(tmp_path):
+    path = tmp_path / "t.parquet"
+    write_table(results_table(one_run(task="cifar10-10k")), path)
+    alone = CliRunner().invoke(verb("compare"), [str(path), "--run", "mine"])
+    assert alone.exit_code != 0
+    assert "cifar10-10k (attentive)" in str(alone.exception)
+    assert "--task OURS=THEIRS" in str(alone.exception)
+    shown = CliRunner().invoke(verb("compare"), [str(path), "--run", "mine", "--task", "cifar10-10k=cifar10"])
+    assert shown.exit_code == 0, shown.exception
+    lines = shown.output.splitlines()
+    assert len(lines) == 5
+    assert "BEiT ViT-L/14" in lines[0]
+    assert "our task is cifar10-10k, put beside cifar10 as asked" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--run", "mine", "--task", "cifar10-10k=cifar11"], "no published task is called cifar11"),
+        (["--run", "mine", "--task", "cifar10"], "OURS=THEIRS"),
+        (["--task", "cifar10-10k=cifar10"], "goes with --run"),
+    ],
+)
+def test_a_task_that_is_not_named_well_is_refused(tmp_path, more, message):
+    path = tmp_path / "t.parquet"
+    write_table(results_table(one_run(task="cifar10-10k")), path)
+    done = CliRunner().invoke(verb("compare"), [str(path), *more])
+    assert done.exit_code != 0
+    assert message in str(done.exception)
