@@ -144,7 +144,10 @@ def _recipes() -> Iterator[str]:
 def _sizes() -> Iterator[str]:
     yield (
         "## Sizes\n\n`size` is one of these, or `w<width>-d<depth>` for any other shape. N at 224 px and patch 14 with "
-        "the pixel head of each `head_rule`.\n"
+        "the pixel head of each `head_rule`.\n\nOther shapes have the widest attention heads of 2 to 64 channels, a "
+        "power of two, that divide their width and are at least two: 2 heads of 16 at width 32, but 13 of 4 at width "
+        "52. Loss and attentive probes follow that, so `aimscale plan` names sizes where it jumps; `w52-d2-h4` has "
+        "four. The rule stays, because names of runs stand for it.\n"
     )
     rules = get_args(HeadRule)
     heads = " | ".join(f"N, {rule} head" for rule in rules)

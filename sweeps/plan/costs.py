@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.device_fit import DeviceFit, device_fit
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs, rounds_warning
+from aimscale.sweeps.plan.heads import uneven_heads
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.stopping import save_seconds, stop_seconds, stop_warning
 from aimscale.sweeps.plan.sweepfile import CostSection, Sweep, SweepError
@@ -125,7 +126,8 @@ class Totals:
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card per run, in order."""
     pools: dict[tuple[str, ...], int | None] = {}
-    return [_card(sweep, run, _pool(sweep, run.config, pools)) for run in runs]
+    heads = uneven_heads(model_of(run.config.training) for run in runs)
+    return [_card(sweep, run, _pool(sweep, run.config, pools), heads) for run in runs]
 
 
 def totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Totals:
@@ -176,7 +178,7 @@ def with_bench(sweep: Sweep, path: Path) -> Sweep:
     return sweep.with_fields(cost={**sweep.file.cost.model_dump(mode="json"), **changes})
 
 
-def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
+def _card(sweep: Sweep, run: Run, pool: int | None, heads: Mapping[str, str]) -> CostCard:
     cost = sweep.file.cost
     training, budgets = run.config.training, run.config.evaluation.budgets
     model = model_of(training)
@@ -238,7 +240,15 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
         save_s=save_seconds(sweep, run),
         stop_s=stop_seconds(sweep, run),
         warnings=tuple(
-            filter(None, [*_warnings(run, pool, cost, fit), *map(rounds_warning, probes), stop_warning(sweep, run)])
+            filter(
+                None,
+                [
+                    *_warnings(run, pool, cost, fit),
+                    *map(rounds_warning, probes),
+                    stop_warning(sweep, run),
+                    heads.get(training.model.size),
+                ],
+            )
         ),
     )
 

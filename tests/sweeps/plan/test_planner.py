@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.aim.config import model_config
+from aimscale.aim.config import known_sizes, model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import EvaluationConfig
@@ -206,6 +206,18 @@ def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
     words = " | ".join(cost_cards(sweep, plan(sweep))[0].warnings)
     for part in ("does not fit 16 GB", "+700 % off", "12.8 epochs", "the pool has 50", "warm-up of 640 images"):
         assert part in words
+
+
+def test_sizes_whose_attention_heads_jump_are_named(write_sweep: Any) -> None:
+    def odd(*sizes: str) -> set[str]:
+        sweep = write_sweep(sizes=list(sizes), unique_images=[None])
+        return {card.cell["size"] for card in cost_cards(sweep, plan(sweep)) for w in card.warnings if "heads" in w}
+
+    assert odd("w16-d2", "w20-d2", "w32-d2", "w52-d2", "w72-d2") == {"w32-d2", "w52-d2"}  # 2, 5, 2, 13, 9 heads
+    assert odd("w52-d2", "w32-d2") == {"w52-d2"}  # 4 channels above 16, however they are listed
+    assert odd("w16-d2-h4", "w20-d2-h4", "w32-d2-h4", "w52-d2-h4", "w72-d2-h4") == set()
+    assert odd("w16-d2-h2", "w24-d2-h3", "w64-d2-h8", "w128-d2-h16") == set()
+    assert odd(*known_sizes()) == set()
 
 
 def test_a_benchmark_replaces_the_assumed_speed(write_sweep: Any, tmp_path: Path) -> None:
