@@ -95,7 +95,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); download it again") from error
+        raise WeightsError(
+            f"{path} is not a whole safetensors file ({error}); restore it or download it again"
+        ) from error
     except Exception as error:  # torch raises many kinds, among them pickle's own, for files it will not read
         if "Cannot allocate memory" in str(error):
             size_gb = path.stat().st_size / 1e9

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.aim.weights import load_backbone, load_model
+from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.device.distributed import Group, LaunchError, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, ProbeError
 from aimscale.harness.probe.features.baseline_models import baseline
@@ -35,9 +34,7 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
     """
     path = _saved_file(run, images_seen)
     shape = dict(config.training.model)
-    with safe_open(path, framework="pt") as file:
-        has_pixel_head = any(name.startswith("pixel_head.") for name in file.keys())  # noqa: SIM118 (not a dict)
-    if has_pixel_head:
+    if any(name.startswith("pixel_head.") for name in read_weights(path)):
         model = model_config(**shape, target=config.training.objective.target)
         return load_model(path, model, device=device).eval()
     shape |= {"head_rule": "none", "head_width": None, "head_depth": None, "ln_residual": False}

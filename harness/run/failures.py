@@ -95,7 +95,8 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "out of memory" in text.lower():
         return "oom", sentence
     if isinstance(error, UserError):
-        kinds: dict[str, ReasonClass] = {"DataError": "data", "ProbeError": "data", "CheckpointError": "node"}
+        kinds: dict[str, ReasonClass] = {"CheckpointError": "node"}
+        kinds |= dict.fromkeys(("DataError", "ProbeError", "WeightsError"), "data")
         return kinds.get(name, "config"), sentence
     if isinstance(error, OSError):
         return "node", disk_sentence(error) or sentence

@@ -72,12 +72,19 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
     # A misspelt key also leaves its place empty: say the spelling first, and do not count what is missing.
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first, others = errors[0], [each for each in errors[1:] if each["type"] != "missing"]
-    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    place, said = first["loc"], first["msg"].removeprefix("Value error, ")
+    if place and str(place[-1]).startswith("literal["):  # each alternative of a field gives an error of its own
+        place = place[:-1]
+        said = " or ".join(
+            [said, *(each["msg"].removeprefix("Input should be ") for each in others if each["loc"][:-1] == place)]
+        )
+        others = [each for each in others if each["loc"][:-1] != place]
+    key = ".".join(str(part) for part in place) or "the file"
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])
         return f"unknown key '{key}'; {did_you_mean(str(first['loc'][-1]), known, 'known keys:')}{more}"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}{more}"
+    return f"{key}: {said}{more}"
 
 
 def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> None:

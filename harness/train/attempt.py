@@ -27,6 +27,7 @@ def train(path: Path) -> int:
     run = RunDir(path)
     config = run.load_config()
     if find_placement().world_size == 1 and _is_finished(run, config):
+        print(f"{path} has finished; extend its budgets or probes in the sweep file, and launch, to go on")
         return EXIT_FINISHED
 
     def work(job: Job) -> None:

@@ -19,6 +19,7 @@ def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-run
     cleared, damaged = retry(loaded, some_runs(loaded, runs or []))
     for line in [*(f"{name}: cleared" for name in cleared), *damaged]:
         typer.echo(line)
-    typer.echo(f"{len(cleared)} failures cleared; `aimscale launch` (of probes: `aimscale probe`) resumes them")
+    again = "; `aimscale launch` (of probes: `aimscale probe`) resumes them" if cleared else ""
+    typer.echo(f"{len(cleared)} failures cleared{again}")
     if damaged:
         raise typer.Exit(1)

@@ -169,7 +169,7 @@ def left_alone(left: Sequence[Decision]) -> list[str]:
     sentences = [f"left alone: {', '.join(lines)}"] if lines else []
     for decision in left:
         if decision.verdict == "damaged":
-            sentences.append(f"skipped {decision.run.run_id}: {decision.why}")
+            sentences.append(f"skipped {decision.record.title}: {decision.why}")
         elif decision.verdict == "failed":
-            sentences.append(f"not tried again: {decision.run.run_id} ({decision.why}); `aimscale retry` clears it")
+            sentences.append(f"not tried again: {decision.record.title} ({decision.why}); `aimscale retry` clears it")
     return sentences

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
-from aimscale.aim.weights import known_heads, load_backbone, released_probe_shapes, released_shapes
+from aimscale.aim.weights import WeightsError, known_heads, load_backbone, released_probe_shapes, released_shapes
 from aimscale.analysis.tables.schema import results_table
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.probe.features.images import open_task
@@ -180,6 +181,9 @@ def test_a_checkpoint_of_the_authors_trainer_comes_with_its_pixel_head(
     assert (section.head_width, section.head_depth, section.ln_residual, section.norm_eps) == (32, 3, True, 1e-5)
     images, prefixes = torch.randn(4, 3, 28, 28), torch.tensor([1, 2, 3, 2])
     loaded = load_budget(run, run.load_config(), 8192, "cpu")
+    os.truncate(run.model_file(8192), 3000)
+    with pytest.raises(WeightsError, match=r"8192/model\.safetensors is not a whole safetensors file"):
+        load_budget(run, run.load_config(), 8192, "cpu")
     torch.testing.assert_close(loaded(images, prefixes)[0], model(images, prefixes)[0])  # the pixel head's losses
     del state["head.decoder_blocks.1.mlp.fc1.weight"]
     torch.save(state, tmp_path / "l3m.pth")

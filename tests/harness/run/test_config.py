@@ -26,6 +26,7 @@ def test_the_runtime_of_earlier_runs_is_read(old: dict) -> None:
     [
         ({"roll_back": {"every_image": 3}}, r"unknown key 'roll_back\.every_image'; did you mean 'every_images'"),
         ({"optimizer": {}}, r"the test: unknown key 'optimizer'; did you mean 'optimiser'"),
+        ({"model": FIELDS["model"] | {"size": 3}}, r"model\.size: Input should be a valid string$"),
         ({"budgets": [8192, 4096]}, r"the test: budgets \[8192, 4096\] must increase"),
         ({"budgets": [5000]}, "budget 5000 is not a multiple of the batch size 4096; use 4096"),
         ({"schedule": {"kind": "cosine"}, "budgets": [4096, 8192]}, "a cosine run decays to one budget"),
@@ -54,3 +55,8 @@ def test_a_key_that_stands_twice_is_refused_and_a_merged_one_may_be_replaced(tmp
     path.write_text("budgets: [1k]\nsizes: [a]\nbudgets: [2k]\n")
     with pytest.raises(ConfigError, match=r"the key 'budgets' stands twice .* line 3"):
         read_yaml(path)
+
+
+def test_what_may_be_a_word_or_a_number_is_said_in_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"^here: micro_batch: Input should be 'auto' or greater than 0$"):
+        parse(RuntimeConfig, {"micro_batch": 0}, "here")
