@@ -11,14 +11,13 @@ import contextlib
 import functools
 import importlib.util
 import io
-import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import Barrier
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
+from aimscale.harness.data.processes import TRAINERS_SIGNALS, start_process
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import IMAGE_SIZE, photograph_crops, photographs
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
@@ -305,33 +305,33 @@ def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
 
 
 def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> float:
-    """Images/s of one reader in some processes that start together."""
-    context = multiprocessing.get_context("forkserver")  # as the loader's workers
-    rates, barrier = context.SimpleQueue(), context.Barrier(num_processes)
-    processes = [
-        context.Process(target=_read_bare, args=(name, work, seconds, barrier, rates), daemon=True)
-        for _ in range(num_processes)
-    ]
-    for process in processes:
-        process.start()
-    total: float = sum(rates.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return total
+    """Images/s of one reader in some processes that begin together."""
+    pipes = []
+    for _ in range(num_processes):
+        ours, theirs = Pipe()
+        start_process(_read_bare, name, work, seconds, theirs)
+        theirs.close()
+        pipes.append(ours)
+    for pipe in pipes:
+        pipe.recv()  # ready
+    for pipe in pipes:
+        pipe.send(None)
+    return sum(pipe.recv() for pipe in pipes)
 
 
-def _read_bare(
-    name: str, work: Sequence[tuple[bytes, Box]], seconds: float, barrier: Barrier, rates: SimpleQueue[float]
-) -> None:
+def _read_bare(name: str, work: Sequence[tuple[bytes, Box]], seconds: float, pipe: Connection) -> None:
     """One process of `_bare_rate`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TRAINERS_SIGNALS)
     torch.set_num_threads(1)
     reader, number = _readers()[name], 0
-    barrier.wait()
+    _read_turn(reader, work, number)  # warm-up
+    pipe.send(None)
+    pipe.recv()
     start = time.perf_counter()
     while time.perf_counter() < start + seconds:
         _read_turn(reader, work, number)
         number += _TURN
-    rates.put(number / (time.perf_counter() - start))
+    pipe.send(number / (time.perf_counter() - start))
 
 
 def _small(stream: TrainStream) -> dict[str, float]:

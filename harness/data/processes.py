@@ -14,11 +14,15 @@ import mmap
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import numpy as np
@@ -27,26 +31,46 @@ import numpy.typing as npt
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 """Slurm sends a step's signals to every process of it: the trainer saves, and ends its processes itself."""
 
-_PRELOAD = "aimscale.harness.data.stream.worker_pool"  # what a loader process needs, imported once
+_PRELOAD = (  # what a loader process needs, imported once; nothing of it may start a thread
+    "aimscale.harness.data.stream.worker_pool",
+    "aimscale.harness.data.stream.unindexed",
+)
+_MAX_FOLDER = 70  # bytes of the temporary folder's name: a socket's path holds 107, 32 of them Python's
 
 
 def start_server() -> ForkServerContext:
-    """The context of processes that ignore no signal yet but hold `TRAINERS_SIGNALS` back.
-
-    Returns at once; the first process waits until the server has imported PyTorch.
-    """
+    """The context in which `start_process` starts; asked for early, the server imports PyTorch meanwhile."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOAD])
+    context.set_forkserver_preload(list(_PRELOAD))
     with held_back():
         resource_tracker.ensure_running()  # the server starts it anyway, and it lets two of the signals through
     with held_back():
+        with _short_temporary_folder():
+            get_temp_dir()
         forkserver.ensure_running()
     return context
 
 
+def start_process(function: Callable[..., object], *args: Any) -> ForkServerProcess:
+    """A daemon process that calls `function(*args)`; it holds `TRAINERS_SIGNALS` back until it says otherwise.
+
+    It imports what `function` needs, and not the program's main module, which costs seconds and would start a program
+    again that has no `if __name__ == "__main__"`.
+    """
+    process = start_server().Process(target=function, args=args, daemon=True)
+    main = sys.modules["__main__"]
+    with held_back():
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            process.start()
+        finally:
+            sys.modules["__main__"] = main
+    return process
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Signals for the trainer wait meanwhile; what is started here inherits that."""
+    """Signals for the trainer wait meanwhile; the server and what it starts inherit that."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)
     try:
         yield
@@ -54,8 +78,20 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _short_temporary_folder() -> Iterator[None]:
+    """The server's socket does not fit into one with a long name, such as a job's scratch folder may have."""
+    before = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > _MAX_FOLDER:
+        tempfile.tempdir = "/tmp"
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def ignore_trainers_signals() -> None:
-    """For a process of `start_server`'s context."""
+    """For a process of `start_process`."""
     for signum in TRAINERS_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TRAINERS_SIGNALS)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")
 MAX_IMAGE_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (Pillow's limit, too: 268 MB of pixels): a header of a few bytes
 may ask for any amount of memory."""

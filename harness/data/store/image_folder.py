@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.resize import resize_shorter_side
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode
+from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.indexing import write_scans
 from aimscale.harness.data.store.info import DatasetInfo
 from aimscale.harness.data.store.pack import MAX_SHARD_BYTES, PackedImage, ShardWriter, encode, shuffled_order
-from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS, SCAN_SCHEMA, ShardScan
+from aimscale.harness.data.store.scan import SCAN_SCHEMA, ShardScan
 from aimscale.harness.run.files import locked, written_aside
 
 _CHUNK = 64  # images that a process prepares at a time

@@ -21,8 +21,6 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from aimscale.harness.data.errors import DataError
@@ -117,6 +115,10 @@ class ShardDataset:
 
     def key(self, i: int) -> str:
         """Key of sample i: its path in the shard without extension."""
+        # not with the module: its allocator starts a thread, and loader processes have no use for it
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         where = join(self.path, INDEX_FILE)
         # No thread of Arrow's may hold bytes of Python's: when the program ends at once, with an error message, such a
         # thread asks the dying interpreter for its lock to free them, and the process aborts.

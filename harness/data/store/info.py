@@ -1,4 +1,4 @@
-"""What a data set says of itself: `dataset.json`, and the columns of its index."""
+"""What a data set says of itself: `dataset.json`."""
 
 from __future__ import annotations
 
@@ -7,29 +7,12 @@ import hashlib
 import json
 from typing import Any
 
-import pyarrow as pa
-
 from aimscale.harness.data.errors import DataError
 
 FORMAT_VERSION = 2
 INDEX_FILE = "index.parquet"
 DATASET_FILE = "dataset.json"
 NO_LABEL = -1
-
-SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("label", pa.int64()),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("checksum", pa.uint64(), nullable=False),
-        pa.field("ok", pa.bool_(), nullable=False),
-    ]
-)
-"""Of `index.parquet`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,24 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.info import SCHEMA, image_checksum
+from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
+from aimscale.harness.data.store.info import image_checksum
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_remote
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("label", pa.int64()),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("checksum", pa.uint64(), nullable=False),
+        pa.field("ok", pa.bool_(), nullable=False),
+    ]
+)
+"""Of `index.parquet`."""
 SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
 MAX_LABEL = 2**31 - 1
 """Largest class number."""

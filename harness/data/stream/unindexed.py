@@ -20,9 +20,8 @@ import webdataset
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import I64, make_key
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode
+from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.store.scan import IMAGE_EXTENSIONS
 from aimscale.harness.data.store.shards import is_url, open_remote, with_retries
 from aimscale.harness.data.stream.augment import draw_boxes
 from aimscale.harness.data.stream.positions import MAX_REPLACEMENTS, TrainStream

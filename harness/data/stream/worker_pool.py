@@ -17,14 +17,14 @@ import signal
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.context import ForkServerProcess
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data.processes import SharedMemory, held_back, ignore_trainers_signals, start_server
+from aimscale.harness.data.processes import SharedMemory, ignore_trainers_signals, start_process
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import CropLayout, Crops
@@ -144,24 +144,20 @@ class WorkerPool:
         self._num_slots = max(self._window, min(self._window + 2 * num_micro, most))
         self._free = collections.deque(range(self._num_slots))
         self._ring = _Ring.make(self._num_slots, slot_bytes)
-        context = start_server()
-        task_reader, self._tasks = context.Pipe(duplex=False)
+        task_reader, self._tasks = Pipe(duplex=False)
         self._results: list[Connection] = []
         self._processes: list[ForkServerProcess] = []
-        with held_back():
-            for _ in range(num_workers):
-                reader, writer = context.Pipe(duplex=False)
-                worker = _Worker(stream=stream, ring=self._ring, tasks=task_reader, results=writer)
-                process = context.Process(target=worker.serve, daemon=True)
-                process.start()
-                writer.close()
-                self._results.append(reader)
-                self._processes.append(process)
-        task_reader.close()
         # At the end of the program this comes before multiprocessing waits for processes that ignore its SIGTERM.
         self._finalizer = multiprocessing.util.Finalize(
             self, _stop, args=(self._ring, self._tasks, self._results, self._processes), exitpriority=10
         )
+        for _ in range(num_workers):
+            reader, writer = Pipe(duplex=False)
+            worker = _Worker(stream=stream, ring=self._ring, tasks=task_reader, results=writer)
+            self._processes.append(start_process(worker.serve))
+            writer.close()
+            self._results.append(reader)
+        task_reader.close()
 
     def close(self) -> None:
         """End the processes; batches that were handed out stay as they are."""

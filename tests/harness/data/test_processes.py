@@ -9,39 +9,53 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
-from aimscale.harness.data.processes import SharedMemory, start_server
+from aimscale.harness.data.processes import SharedMemory, start_process, start_server
 from aimscale.harness.data.stream.worker_pool import _Ring
 
 _PROGRAM = """
-import os, threading
-from aimscale.harness.data.processes import start_server
+import multiprocessing.forkserver, os, threading
+from aimscale.harness.data.processes import start_process
 
 lock = threading.Lock()
 lock.acquire()
 os.register_at_fork(after_in_child=lock.acquire)  # as libraries do whose threads are not in a fork
-process = start_server().Process(target=int)
-process.start()
+process = start_process(int)
 process.join()
-print(process.exitcode)
+server = multiprocessing.forkserver._forkserver._forkserver_pid
+print(process.exitcode, len(os.listdir(f"/proc/{server}/task")))
 """
 
 
-def test_a_lock_that_is_held_stops_no_process() -> None:
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "0\n"
+def test_no_thread_and_no_main_module_is_in_a_process(tmp_path: Path) -> None:
+    program, folder = tmp_path / "without-a-guard.py", tmp_path / ("long" * 20)
+    program.write_text(_PROGRAM)
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for how in ([str(program)], ["-"]):
+        done = subprocess.run(
+            [sys.executable, *how],
+            env={**environment, "TMPDIR": str(folder)},  # longer than a socket's path may be
+            input=_PROGRAM,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        assert done.stdout == "0 1\n", "exit code of the process, threads of the server"
+        assert done.stderr == ""
 
 
 def test_the_server_outlives_the_trainers_signals() -> None:
     multiprocessing.forkserver._forkserver._stop()
-    context = start_server()
+    start_server()
     server = multiprocessing.forkserver._forkserver._forkserver_pid
     for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         os.kill(server, signum)
-    process = context.Process(target=int)
-    process.start()
+    process = start_process(int)
     process.join(60)
     assert process.exitcode == 0
     assert multiprocessing.forkserver._forkserver._forkserver_pid == server
@@ -49,8 +63,7 @@ def test_the_server_outlives_the_trainers_signals() -> None:
 
 def test_memory_is_shared_with_a_process_that_is_given_it() -> None:
     ring = _Ring.make(1, 2)
-    process = start_server().Process(target=ring.stop)
-    process.start()
+    process = start_process(ring.stop)
     process.join(60)
     assert ring.is_stopped
     assert ring.slot(0).tolist() == [0, 0]
