@@ -35,6 +35,7 @@ _PRELOAD = (  # what a loader process needs, imported once; nothing of it may st
     "aimscale.harness.data.stream.worker_pool",
     "aimscale.harness.data.stream.unindexed",
 )
+_MIN_SHARED = 1 << 20  # bytes: each takes a descriptor, of which a process can be given some 250
 _MAX_FOLDER = 70  # bytes of the temporary folder's name: a socket's path holds 107, 32 of them Python's
 
 
@@ -127,6 +128,33 @@ class SharedMemory:
             yield
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+
+class SharedArray:
+    """A read-only array that a process to which it is passed shares, once it is large."""
+
+    def __init__(self, values: npt.NDArray[Any]) -> None:
+        self._memory = SharedMemory(values.nbytes) if values.nbytes >= _MIN_SHARED else None
+        self.values = values
+        if self._memory is not None:
+            self._map(values.dtype, values.shape)
+            self.values[...] = values
+        self.values.flags.writeable = False
+
+    def _map(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        assert self._memory is not None, "SharedArray: a small one"
+        self.values = np.frombuffer(self._memory.bytes, dtype, math.prod(shape)).reshape(shape)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        values = self.values
+        return (None, values) if self._memory is None else (self._memory, values.dtype, values.shape)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._memory, *what = state
+        if self._memory is None:
+            (self.values,) = what
+        else:
+            self._map(*what)
 
 
 def _attach(descriptor: Any) -> SharedMemory:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aimscale.harness.data.processes import SharedArray
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.info import NO_LABEL, DatasetInfo
 
@@ -30,20 +31,26 @@ _MAX_MAPPED_BYTES = 1 << 24  # of a column that is read through its mapping
 
 
 class Column:
-    """Rows of one dtype; safe to fork, and pickled by its file's name."""
+    """Rows of one dtype; safe to fork, and pickled by its file's name or by its shared memory."""
 
-    def __init__(self, values: npt.NDArray[Any], path: Path | None = None) -> None:
-        self._values, self._path = values, path
-        self._file = None if path is None or values.nbytes <= _MAX_MAPPED_BYTES else path.open("rb", buffering=0)
+    def __init__(self, values: npt.NDArray[Any], source: Path | SharedArray) -> None:
+        self._values, self._source = values, source
+        self._file = None
+        if isinstance(source, Path) and values.nbytes > _MAX_MAPPED_BYTES:
+            self._file = source.open("rb", buffering=0)
 
     @classmethod
     def of_file(cls, path: Path) -> Column:
         """Map an .npy file."""
-        values = np.lib.format.open_memmap(path, mode="r")
-        return cls(values, path)
+        return cls(np.lib.format.open_memmap(path, mode="r"), path)
+
+    @classmethod
+    def of_array(cls, array: SharedArray) -> Column:
+        """Hold values in memory."""
+        return cls(array.values, array)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Column, (self._values,)) if self._path is None else (Column.of_file, (self._path,))
+        return (Column.of_file if isinstance(self._source, Path) else Column.of_array), (self._source,)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -86,27 +93,35 @@ class Index:
     """uint64: 64-bit hashes of the image files."""
     label: Column | None
     """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
-    shards: npt.NDArray[Any]
-    """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
-    bad: I64
-    """Numbers of the undecodable samples, ascending."""
-    bad_before: I64
-    """For each of them, how many usable samples stand before it."""
 
     def __init__(self, folder: Path | None, read: Callable[[str], bytes] | None = None) -> None:
         def load(name: str) -> Column:
             if folder is not None:
                 return Column.of_file(folder / name)
             assert read is not None, "Index: neither a folder nor a way to read"
-            return Column(np.load(io.BytesIO(read(name))))
+            return Column.of_array(SharedArray(np.load(io.BytesIO(read(name)))))
 
         self.samples, self.checksum = load("samples.npy"), load("checksum.npy")
         try:
             self.label = load("label.npy")
         except FileNotFoundError:  # no sample has one
             self.label = None
-        self.shards = load("shards.npy").values
-        self.bad, self.bad_before = load("bad.npy").values, load("bad_before.npy").values
+        self._shards, self._bad, self._bad_before = load("shards.npy"), load("bad.npy"), load("bad_before.npy")
+
+    @property
+    def shards(self) -> npt.NDArray[Any]:
+        """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
+        return self._shards.values
+
+    @property
+    def bad(self) -> I64:
+        """Numbers of the undecodable samples, ascending."""
+        return self._bad.values
+
+    @property
+    def bad_before(self) -> I64:
+        """For each of them, how many usable samples stand before it."""
+        return self._bad_before.values
 
 
 def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.NDArray[Any]:

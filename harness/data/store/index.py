@@ -50,7 +50,6 @@ class ShardDataset:
     def __init__(self, path: str, info: DatasetInfo, index: Index, reader: ShardReader) -> None:
         self.path = path
         self.info = info
-        self.shards = ShardList(index.shards, info.num_samples)
         self._index = index
         self._reader = reader
         self._first = np.ascontiguousarray(index.shards["first"])
@@ -64,6 +63,11 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return self.info.num_samples
+
+    @property
+    def shards(self) -> ShardList:
+        """The tar files."""
+        return ShardList(self._index.shards, self.info.num_samples)
 
     @property
     def index(self) -> Index:

@@ -32,13 +32,13 @@ class PixelCache:
         shape = (len(dataset), channels, info.max_height, info.max_width)
         fits = max(info.max_height, info.max_width) <= SMALL_SIDE and math.prod(shape) <= MAX_CACHE_BYTES
         self._shape = shape if info.one_size and fits else (0, channels, 1, 1)
-        self._memory = SharedMemory(math.prod(self._shape) + self._shape[0])
+        self._memory = SharedMemory(math.prod(self._shape) + self._shape[0]) if self._shape[0] else None
         self._map()
 
     def _map(self) -> None:
-        is_kept = self._shape[0] > 0
-        self._pixels = torch.from_numpy(self._memory.array(self._shape)) if is_kept else None
-        self._known = self._memory.array(self._shape[:1], math.prod(self._shape))
+        self._pixels = None if self._memory is None else torch.from_numpy(self._memory.array(self._shape))
+        if self._memory is not None:
+            self._known = self._memory.array(self._shape[:1], math.prod(self._shape))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("_dataset", "_channels", "_shape", "_memory")}

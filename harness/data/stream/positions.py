@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.processes import SharedArray
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
 from aimscale.harness.data.store.decoding import UndecodableImageError
 from aimscale.harness.data.store.index import ShardDataset, open_dataset, require_channels
@@ -42,7 +43,7 @@ class _Source:
     dataset: ShardDataset
     num_unique: int
     """U of this source: the first of the fixed permutation of its pool."""
-    subset: I64 | None
+    subset: SharedArray | None
     """Those U sample numbers; None when they are too many to list at start-up."""
     key: int
     """Of its epochs; depends on the run's seed."""
@@ -52,7 +53,7 @@ class _Source:
         """Sample numbers at `slots` (0..U-1) of `epochs`."""
         keys = random_bits(self.key, epochs)
         within = permute(slots, self.num_unique, keys)
-        return self.subset[within] if self.subset is not None else _first_of_pool(self.dataset, within)
+        return self.subset.values[within] if self.subset is not None else _first_of_pool(self.dataset, within)
 
 
 class TrainStream:
@@ -87,7 +88,9 @@ class TrainStream:
             _Source(
                 dataset=dataset,
                 num_unique=num_unique,
-                subset=_first_of_pool(dataset, np.arange(num_unique)) if num_unique <= _MAX_LISTED else None,
+                subset=SharedArray(_first_of_pool(dataset, np.arange(num_unique)))
+                if num_unique <= _MAX_LISTED
+                else None,
                 key=make_key("epoch", self._seed, number),
                 pixels=PixelCache(dataset, self._channels),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from aimscale.harness.data.processes import SharedMemory, start_process, start_server
+from aimscale.harness.data.processes import SharedArray, SharedMemory, start_process, start_server
 from aimscale.harness.data.stream.worker_pool import _Ring
 
 _PROGRAM = """
@@ -73,6 +76,27 @@ def test_memory_stays_as_long_as_a_view() -> None:
     view = SharedMemory(1 << 20).array((4, 5), offset=16)
     view[:] = 3
     assert view.sum() == 60
+
+
+def test_a_large_array_is_shared_and_a_small_one_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "teller.py").write_text(
+        "def tell(arrays, pipe):\n"
+        "    for _ in range(2):\n"
+        "        pipe.send([(len(array.values), array.values[0], array.values[-1]) for array in arrays])\n"
+        "        pipe.recv()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arrays = [SharedArray(np.arange(number)) for number in (5, 1 << 18)]
+    ours, theirs = Pipe()
+    start_process(importlib.import_module("teller").tell, arrays, theirs)
+    theirs.close()
+    assert ours.recv() == [(5, 0, 4), (1 << 18, 0, (1 << 18) - 1)]
+    assert arrays[0]._memory is None
+    assert arrays[1]._memory is not None
+    arrays[1]._memory.bytes[0] = 7
+    ours.send(None)
+    assert ours.recv() == [(5, 0, 4), (1 << 18, 7, (1 << 18) - 1)]
+    ours.send(None)
 
 
 def test_the_lock_of_a_process_that_dies_is_free() -> None:
