@@ -23,7 +23,7 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.runs.claims import Claim, RunRecord
 from aimscale.sweeps.runs.decision import Decision, decide
 from aimscale.sweeps.runs.job_kind import JobKind
-from aimscale.sweeps.runs.notify import post_from_job
+from aimscale.sweeps.runs.notify import VARIABLE, leave, post_failure
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import REQUEUE_WAIT_S, JobError
 
@@ -60,7 +60,7 @@ class PackedJob:
             command=lambda path, devices: worker_command(path, devices, self.worker),
             report=print_events,
             job_id=job_id,
-            failed=lambda record: post_from_job(record, has_failed=True),
+            failed=lambda record: post_failure(os.environ.get(VARIABLE), record),
         )
         return self._follow(result, job_id)
 
@@ -102,8 +102,8 @@ class PackedJob:
                 raise JobError(f"could not requeue ({error}); `aimscale launch` resumes the runs") from error
             time.sleep(REQUEUE_WAIT_S)
             return "requeued"
-        if result.finished and not result.failed:
-            post_from_job(records[0], has_failed=False)
+        if result.finished or result.failed:
+            leave(records[0], job_id, has_failed=False)
         if result.failed:
             raise JobError(f"failed: {', '.join(result.failed)}; `aimscale status` says why")
         return f"{len(result.finished)} runs finished"

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.runs.probe_record import jobs_beside
+from aimscale.sweeps.runs.sweep_dir import lock_file
 
 VARIABLE = "AIMSCALE_NOTIFY"
 """Environment variable that tells jobs the address."""
 TIMEOUT_S = 10.0
-UNDER_WAY = ("queued", "running", "preempted")
 
 
 def check_url(url: str) -> str:
@@ -56,24 +54,26 @@ def post_failure(url: str | None, record: RunRecord) -> bool:
     return post(url, "failed", sweep, text, **facts)
 
 
-def post_from_job(record: RunRecord, *, has_failed: bool) -> None:
-    """Say from a Slurm job that its work failed, and that the sweep ended where it was the last work under way."""
+def leave(record: RunRecord, job_id: str, *, has_failed: bool) -> None:
+    """Give back the work of a Slurm job that is over; say that it failed, and that it was the sweep's last."""
     url = os.environ.get(VARIABLE)
-    if not url:
-        return
     if has_failed:
         post_failure(url, record)
-    others = (each for path in record.run.path.parent.iterdir() for each in _work_under_way(RunRecord(path)))
-    if not any(each.path != record.path for each in others):
+    with lock_file(record.home / "launch.lock"):  # of jobs that end at the same moment, one is the last
+        if (claim := record.find_claim()) and claim.job_id == job_id:
+            record.drop_claim()
+        runs = map(RunRecord, record.run.path.parent.iterdir()) if url else ()
+        is_last = not any(map(_is_under_way, runs))
+    if is_last:
         post(url, "ended", record.home.name, f"{record.home.name}: nothing waits or runs any more")
 
 
-def _work_under_way(run: RunRecord) -> Iterator[RunRecord]:
-    """Training, and the jobs beside it where training has not failed: Slurm starts none of those then."""
-    with contextlib.suppress(SweepError):
-        state = run.checked_status().state
-        if state in UNDER_WAY and run.read_claim() is not None:
-            yield run
-        for job in jobs_beside(run.path).values() if state not in ("failed", "diverged") else ():
-            if job.checked_status().state in UNDER_WAY and job.read_claim() is not None:
-                yield job
+def _is_under_way(run: RunRecord) -> bool:
+    """Whether a job stands behind training, or beside it where it has not failed: Slurm starts none of those then."""
+    try:
+        if run.read_claim() is not None:
+            return True
+        has_failed = run.checked_status().state in ("failed", "diverged")
+        return not has_failed and any(job.read_claim() is not None for job in jobs_beside(run.path).values())
+    except SweepError:
+        return False

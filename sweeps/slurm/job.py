@@ -25,7 +25,7 @@ from aimscale.harness.run.lease import STALE_S
 from aimscale.harness.run.watch import node_name
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord
-from aimscale.sweeps.runs.notify import post_from_job
+from aimscale.sweeps.runs.notify import leave
 from aimscale.sweeps.runs.retries import Outcome, Words, conclude, explain
 from aimscale.sweeps.runs.sweep_dir import lock_file
 from aimscale.sweeps.slurm import commands as slurm
@@ -106,7 +106,7 @@ class _Watcher:
         node = failed_peer["node"] if failed_peer else ""
         outcome = conclude(self.record, attempt, exit_code, where, asked=asked, peer=said, node=node)
         if outcome in ("finished", "stop"):
-            post_from_job(self.record, has_failed=outcome == "stop")
+            leave(self.record, self.job_id, has_failed=outcome == "stop")
         return self._follow(outcome)
 
     def _take_over(self) -> bool:
@@ -189,7 +189,7 @@ class _Watcher:
         return failed if num_left >= int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) else []
 
     def _follow(self, outcome: Outcome) -> str:
-        """Requeue where there is more to do and Slurm does not do it itself; free the run where the job is over."""
+        """Requeue where there is more to do and Slurm does not do it itself."""
         # After TERM alone Slurm is cancelling or requeueing the job itself; after USR2 it is up to us.
         goes_on = (outcome == "again" and not self.told_to_end) or (outcome == "preempted" and self.told_to_save)
         if goes_on and self._is_claimed():

@@ -11,7 +11,7 @@ import pytest
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.runs.claims import RunRecord, claim_run, own_claim
-from aimscale.sweeps.runs.notify import VARIABLE, check_url, post, post_from_job
+from aimscale.sweeps.runs.notify import VARIABLE, check_url, leave, post
 from aimscale.sweeps.runs.probe_record import EvaluationRecord
 from aimscale.sweeps.runs.sweep_dir import prepare
 
@@ -62,11 +62,12 @@ def test_the_last_slurm_job_of_a_sweep_tells_of_the_end(
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     for i, (record, run) in enumerate(zip(records, plan(sweep), strict=True)):
         claim_run(record, run, own_claim("slurm", 1, f"7_{i}"))
-    records[0].write_status(state="finished")
-    post_from_job(records[0], has_failed=False)
+    for record in records:
+        record.write_status(state="finished")  # at the same moment
+    leave(records[0], "7_0", has_failed=False)
     assert got == []
     records[1].write_status(state="failed", reason="r", reason_class="code")
-    post_from_job(records[1], has_failed=True)
+    leave(records[1], "7_1", has_failed=True)
     assert [message["event"] for message in got] == ["failed", "ended"]
 
 
@@ -84,11 +85,10 @@ def test_an_evaluation_that_fails_is_named_by_its_run_and_one_that_waits_keeps_t
     job.write_status(state="queued")
     job.write_claim(own_claim("slurm", 1, "8"))
     trained.write_status(state="finished")
-    trained.drop_claim()
-    post_from_job(trained, has_failed=False)
+    leave(trained, "7", has_failed=False)
     assert got == []
     job.write_status(state="failed", reason="r", reason_class="code")
-    post_from_job(job, has_failed=True)
+    leave(job, "8", has_failed=True)
     assert [message["event"] for message in got] == ["failed", "ended"]
     assert got[0]["text"] == f"tiny: the evaluation of {run.run_id} failed (code: r)"
     assert (got[0]["run_id"], got[1]["sweep"]) == (run.run_id, "tiny")
