@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.lease import STALE_S
 from aimscale.sweeps.launch.devices import visible_gpus
@@ -44,10 +45,7 @@ class PackedJob:
         """
         job_id, restarts = slurm.own_job_id() or "", int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         shares = {path.name: Fraction(1, num) for path, num in zip(self.paths, self.runs_per_device, strict=True)}
-        runs = [
-            Run(run_id=path.name, config=RunDir(path).load_config(), cell={}, devices=1, batch_target=0)
-            for path in self.paths
-        ]
+        runs = list(self._runs())
         kind = self._kind(job_id, restarts)
         _wait_for_leases([RunRecord(path) for path in self.paths])
         gpus = visible_gpus()[: self.devices]
@@ -62,7 +60,19 @@ class PackedJob:
             job_id=job_id,
             failed=lambda record: post_failure(os.environ.get(VARIABLE), record),
         )
+        for decision in result.left:
+            print(f"left {decision.record.title}: {decision.why or decision.verdict}", flush=True)
         return self._follow(result, job_id)
+
+    def _runs(self) -> Iterator[Run]:
+        """Those that can be read; a damaged one is named and left."""
+        for path in self.paths:
+            try:
+                config = RunDir(path).load_config()
+            except UserError as error:
+                print(f"skipped {path.name}: {error}", flush=True)
+                continue
+            yield Run(run_id=path.name, config=config, cell={}, devices=1, batch_target=0)
 
     def checkpoint(self) -> Any:
         """Asked for by submitit when it is told to stop before the queue took over: the same call again."""
@@ -94,7 +104,7 @@ class PackedJob:
 
     def _follow(self, result: LaunchResult, job_id: str) -> str:
         records = [RunRecord(path) for path in self.paths]
-        waiting = [record for record in records if (claim := record.read_claim()) and claim.job_id == job_id]
+        waiting = [record for record in records if (claim := record.find_claim()) and claim.job_id == job_id]
         if waiting and result.stopped_by == signal.SIGUSR2:
             try:
                 slurm.requeue(job_id)
@@ -112,5 +122,12 @@ class PackedJob:
 def _wait_for_leases(records: list[RunRecord]) -> None:
     """Trainers of an earlier incarnation of this job, cut off from Slurm, give their leases up when they notice."""
     deadline = time.monotonic() + 2 * STALE_S
-    while time.monotonic() < deadline and any(record.is_held() for record in records):
+    while time.monotonic() < deadline and any(map(_seems_held, records)):
         time.sleep(1.0)
+
+
+def _seems_held(record: RunRecord) -> bool:
+    try:
+        return record.is_held()
+    except UserError:
+        return False  # the queue names what is damaged

@@ -46,6 +46,17 @@ def test_one_slurm_job_executes_several_runs_as_a_queue(queued: list[RunRecord],
     assert queued[0].last_log() is not None
 
 
+def test_damaged_runs_of_a_job_are_named_and_the_others_executed(queued: list[RunRecord], capsys: Any) -> None:
+    for record, name in zip(queued, ("config.yaml", "lease.json", "launch.json"), strict=False):
+        (record.path / name).write_text("[")
+    job = PackedJob([record.path for record in queued], [2, 2, 2, 2], 1, (STAND_IN,))
+    assert job() == "1 runs finished"
+    assert [record.checked_status().state for record in queued] == ["queued", "queued", "queued", "finished"]
+    said = capsys.readouterr().out
+    assert f"skipped {queued[0].path.name}: " in said
+    assert all(f"left {record.path.name}: {record.path}" in said for record in queued[1:3])
+
+
 def test_a_job_that_slurm_restarted_leaves_runs_of_its_later_self_alone(
     queued: list[RunRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
