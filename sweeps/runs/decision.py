@@ -97,4 +97,5 @@ def standing(
         return "queued", f"by {claim.backend} {claim.job_id or claim.host}"
     if status.state in ("failed", "diverged") and not forgive_failure and not may_try_again(record):
         return "failed", f"{status.reason_class}: {status.reason}"
+    record.read_attempts()  # where they are damaged, it is said now, not after a job was submitted
     return None

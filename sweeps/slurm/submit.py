@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -137,18 +138,19 @@ def _decide(kind: JobKind, runs: Sequence[Run], *, settle_ended: bool) -> list[D
 
 
 def settle(records: Sequence[RunRecord], known: dict[str, slurm.JobInfo]) -> None:
-    """Record the end of jobs that are gone while their runs say that they wait or run."""
+    """Record the end of jobs that are gone while their runs say that they wait or run; what is damaged is left."""
     lost: list[tuple[RunRecord, Claim]] = []
     for record in records:
-        claim = record.read_claim()
-        if claim is None or claim.backend != "slurm" or slurm.is_queued(known)(claim) or record.is_held():
-            continue
-        lost.append((record, claim))
+        with contextlib.suppress(SweepError):
+            claim = record.read_claim()
+            if claim and claim.backend == "slurm" and not slurm.is_queued(known)(claim) and not record.is_held():
+                lost.append((record, claim))
     states = {job_id: info.state for job_id, info in known.items()}
     states |= slurm.ended_states([claim.job_id for _, claim in lost if claim.job_id and claim.job_id not in states])
     for record, claim in lost:
-        diagnose(record, states.get(claim.job_id or ""), claim)
-        record.drop_claim()
+        with contextlib.suppress(SweepError):
+            diagnose(record, states.get(claim.job_id or ""), claim)
+            record.drop_claim()
 
 
 class _Batch:

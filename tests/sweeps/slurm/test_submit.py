@@ -16,11 +16,14 @@ from aimscale.aim.errors import UserError
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.stopping import stop_seconds
+from aimscale.sweeps.runs.claims import RunRecord, claim_run, own_claim
+from aimscale.sweeps.runs.decision import decide
 from aimscale.sweeps.runs.job_kind import training_jobs
 from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
+from aimscale.sweeps.runs.sweep_dir import prepare
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import tasks_on_node
-from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, shape_of, with_slurm
+from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of, with_slurm
 from aimscale.sweeps.table.views import duration, print_plan
 
 
@@ -68,6 +71,24 @@ def test_without_slurm_one_sentence(write_sweep: Any, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"there is no Slurm here .* use --on local"):
         launch_slurm(sweep, plan(sweep))
     assert slurm.known_jobs() is None
+
+
+def test_a_damaged_run_keeps_no_other_from_being_settled_or_decided_on(
+    write_sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sacct
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2, 3])
+    prepare(sweep)
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    for i, (run, record) in enumerate(zip(plan(sweep), records, strict=True)):
+        claim_run(record, run, own_claim("slurm", 1, f"7_{i}"))
+        record.write_status(state="running")
+    for record, name in zip(records, ("launch.json", "attempts.jsonl", "lease.json"), strict=False):
+        (record.path / name).write_text("7\n7\n")
+    settle(records, {})
+    decisions = [decide(run, record, lambda claim: False) for run, record in zip(plan(sweep), records, strict=True)]
+    assert [found.verdict for found in decisions] == ["damaged", "damaged", "damaged", "resume"]
+    assert records[3].checked_status().reason == "the job is gone (Slurm does not know it any more)"
 
 
 def test_slurms_own_complaint_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
