@@ -159,3 +159,11 @@ def test_the_verb_prints_draws_and_gives_json(sweep, tmp_path):
     assert (tmp_path / "n.svg").exists()
     found = json.loads(CliRunner().invoke(verb("noise"), [str(sweep), "--json"]).output)
     assert {"components", "seed_share", "cells", "sentences"} <= set(found)
+
+
+def test_scatter_about_a_law_that_is_more_than_all_scatter_is_not_printed():
+    """Seven sizes, each off the law by its own: their errors could be the law's terms."""
+    table = read_tables([Path(__file__).parents[3] / "docs/study/results/cifar.parquet"])
+    found = noise(table)
+    assert found.component("scatter about the joint law") is None
+    assert any("cannot be told from the law's own terms" in line for line in found.missing)
