@@ -31,6 +31,9 @@ from aimscale.analysis.tables.observations import is_complete
 MIN_VALID = 0.9
 """A law of which more draws than the rest of this put E above a measured loss says nothing about gains."""
 
+ASKS_OTHERWISE = ("patch_order",)
+"""Columns whose levels have losses that are subtracted with a caution, but are no ground for a gain."""
+
 MIN_BUDGETS = 3
 """A curve through fewer of the baseline's budgets is not drawn."""
 
@@ -91,6 +94,9 @@ def with_gains(found: Contrasts, frame: pd.DataFrame, *, resamples: int = 300) -
     losses = [each for each in found.contrasts if each.measure.column == "val_loss" and each.num_run_pairs > 1]
     if not losses or found.by not in frame.columns or "params_total" not in frame.columns:
         return found
+    if found.by in ASKS_OTHERWISE:
+        why = f"Compute-equivalent gains are left out: losses at other {found.by} differ in what is asked."
+        return replace(found, left_out=(*found.left_out, why))
     rows = frame[is_complete(frame)]
     rows = rows[rows[found.by].map(level_name, na_action="ignore") == found.baseline]
     left_out = list(found.left_out)

@@ -110,3 +110,10 @@ def test_two_budgets_are_no_curve():
     gain, left_out = at_one_size(df[df["images_seen"].between(1e4, 7e4)])
     assert gain is None
     assert not any("at the same size" in line for line in left_out)
+
+
+def test_losses_of_other_orders_are_no_ground_for_a_gain():
+    df = table(lambda n: 1.2).rename(columns={"prefix": "patch_order"}).replace({"patch_order": {"paired": "raster"}})
+    found = with_gains(contrast(df, by="patch_order", measures=["val_loss"]), df)
+    assert found.gains == ()
+    assert any("differ in what is asked" in line for line in found.left_out)
