@@ -85,11 +85,18 @@ def _what_came_out(study: Study) -> Iterator[str]:
 
 
 def accuracy_in_words(study: Study) -> Iterator[str]:
-    """Whether loss goes with accuracy, a sentence per task of the first kind of probe."""
+    """Whether loss goes with accuracy: a sentence per task of the first kind of probe, and one on all others."""
     first = next(iter(study.correlations), (None,))[0]
+    others = []
     for (kind, task), found in study.correlations.items():
         if kind == first:
             yield correlation_words(task, kind, found)
+        else:
+            others.append(
+                f"{accuracy_of(kind)} on {task} {found[0].value:.2f} [{found[0].low:.2f}, {found[0].high:.2f}]"
+            )
+    if others:
+        yield f"{found[0].method.capitalize()} of the other probes: {', '.join(others)}."
 
 
 def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
@@ -105,6 +112,8 @@ def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> s
     first = found[0]
     if first.low * first.high <= 0:
         verdict = f"Validation loss is not shown to go with {accuracy_of(kind)} on {task}"
+        if inside is not None and inside.high < 0:
+            verdict += " over all sizes; within a size lower loss goes with higher accuracy"
     elif first.value < 0:
         verdict = f"Lower validation loss goes with higher {accuracy_of(kind)} on {task}"
     else:
