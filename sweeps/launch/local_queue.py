@@ -29,7 +29,7 @@ from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.runs.decision import Decision, note_finished
 from aimscale.sweeps.runs.job_kind import JobKind
-from aimscale.sweeps.runs.retries import Outcome, conclude
+from aimscale.sweeps.runs.retries import Outcome, conclude, note_lost
 from aimscale.sweeps.runs.sweep_dir import lock_file
 
 POLL_S = 0.2
@@ -202,6 +202,7 @@ def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], boo
     record = queue.kind.record(run)
     try:
         with lock_file(queue.kind.lock):
+            note_lost(record)
             decision = queue.kind.decide(run, record, is_queued)
             note_finished(decision)
             if decision.startable:

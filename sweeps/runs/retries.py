@@ -16,7 +16,7 @@ from aimscale.harness.run.directory import (
     EXIT_USER_ERROR,
     ReasonClass,
 )
-from aimscale.sweeps.runs.claims import Claim, RunRecord
+from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
 
 Outcome = Literal["finished", "preempted", "again", "stop", "held"]
 """`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `held`: it runs elsewhere."""
@@ -122,7 +122,22 @@ def diagnose(run: RunRecord, job_state: str | None, claim: Claim) -> None:
         return
     reason, kind, state = explain_job(job_state, run.job_log(claim.job_id), claim.nodes)
     run.write_status(state=state, reason=reason, reason_class=kind)
-    _record(run, run.next_attempt(), None, f"slurm {claim.job_id}", reason, kind, claim.nodes)
+    _record(run, run.next_attempt(), None, f"slurm {claim.job_id}", reason, kind, claim.nodes, was_lost=True)
+
+
+def note_lost(run: RunRecord) -> None:
+    """Record the end of a local attempt whose launcher was killed with it: a container that runs out of memory, say.
+
+    Else a run that takes every worker with it would be tried for ever.
+    """
+    claim, status = run.read_claim(), run.checked_status()
+    if claim is None or claim.backend != "local" or local_claim_is_live(claim) or run.is_held():
+        return
+    if status.state == "running":
+        reason = "killed with its launcher, or the machine stopped"
+        run.write_status(state="failed", reason=reason, reason_class="node")
+        _record(run, run.next_attempt(), None, f"local {claim.host}", reason, "node", was_lost=True)
+        run.drop_claim()
 
 
 def explain_job(
@@ -192,8 +207,11 @@ def _record(
     reason: str | None,
     kind: str | None,
     node: str = "",
+    *,
+    was_lost: bool = False,
 ) -> None:
-    now = time.time()
+    """`was_lost`: it ended some time ago, soon after its last sign of life."""
+    now = (run.checked_status().heartbeat if was_lost else None) or time.time()
     run.append_attempt(
         attempt=attempt,
         ended=now,

@@ -9,7 +9,7 @@ import pytest
 
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from aimscale.sweeps.runs.claims import RunRecord, own_claim
-from aimscale.sweeps.runs.retries import conclude, diagnose, forgive, may_try_again
+from aimscale.sweeps.runs.retries import conclude, diagnose, forgive, may_try_again, note_lost
 
 
 @pytest.fixture
@@ -141,3 +141,19 @@ def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: Ru
             file.write('{"attempt": 1, "en')
         forgive(record)
     assert [ended["forgiven"] for ended in record.read_attempts()] == [True, True]
+
+
+def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: RunRecord) -> None:
+    """What a container that runs out of memory kills."""
+    for num in (1, 2, 3):
+        record.write_claim(replace(own_claim("local", 2), process_started="0", time=0.0))
+        with record.hold():
+            record.write_start()
+            record.write_status(started=1e6 * num, heartbeat=1e6 * num + 1800)
+            note_lost(record)
+            assert record.checked_status().state == "running", "it lives"
+        note_lost(record)
+        note_lost(record)
+        assert (record.checked_status().state, len(record.read_attempts())) == ("failed", num)
+        assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
+        assert may_try_again(record) == (num < 3)
