@@ -45,22 +45,26 @@ STUDIES: dict[str, tuple[tuple[Design, ...], Callable[[Design, int], Record]]] =
 """What is measured, on which designs, from cheapest to most expensive. (Five sizes interpolated to budgets are
 refused: fewer than four share one.)"""
 
+KEY = ["study", "design", "asked"]
+"""What a kept cell is known by: its study, its design, and of how many tables it was asked to be."""
+
 
 def cells(names: list[str], tables: int, keep: Path | None) -> pd.DataFrame:
-    """Rows study, design, interval, tables, coverage, width; those that `keep` holds already are taken from there."""
-    known = pd.read_csv(keep) if keep is not None and keep.exists() else pd.DataFrame(columns=["study", "design"])
+    """Rows study, design, interval, tables, coverage, width; what `keep` holds for as many tables is taken from it."""
+    known = pd.read_csv(keep) if keep is not None and keep.exists() else pd.DataFrame(columns=KEY)
     for name in names:
         designs, study = STUDIES[name]
         for design in designs:
-            if ((known["study"] == name) & (known["design"] == design.words)).any():
+            cell = (name, design.words, tables)
+            if (known[KEY] == cell).all(axis=1).any():
                 continue
             found = study(design, tables).table()
-            found.insert(0, "design", design.words)
-            found.insert(0, "study", name)
+            for column, value in zip(reversed(KEY), reversed(cell), strict=True):
+                found.insert(0, column, value)
             known = pd.concat([known, found], ignore_index=True) if len(known) else found
             if keep is not None:
                 known.to_csv(keep, index=False)
-    return known[known["study"].isin(names)]
+    return known[known["study"].isin(names) & (known["asked"] == tables)]
 
 
 def coverage_table(found: pd.DataFrame) -> pd.DataFrame:

@@ -34,3 +34,7 @@ def test_the_command_prints_a_row_an_interval_and_goes_on_where_it_was_cut_off(m
     again = pd.read_csv(keep)
     assert (again["coverage"].iloc[:3] == 0.77).all()
     pd.testing.assert_frame_equal(again.iloc[3:], kept.iloc[3:])
+    monkeypatch.setattr("sys.argv", ["coverage", "--tables", "3", "--only", "contrast", "--keep", str(keep)])
+    command.main()  # of another number of tables: nothing kept serves
+    assert "| 77 / " not in capsys.readouterr().out
+    assert set(pd.read_csv(keep)["asked"]) == {2, 3}
