@@ -64,13 +64,11 @@ def _form(
         np.round(np.log(np.array([v + 1e-300 for v in points.x.values()])), 9), axis=1, return_inverse=True
     )
     own = None
-    if drawn.groups.runs is not None or drawn.groups.sizes is not None:
-        # what all points of a size share is no noise of replicates but lack of fit: it is left out of the null
+    if drawn.groups.runs is not None and not drawn.groups.departs:
+        # what all points of a size or a scale share is no noise of replicates but lack of fit: the null is without it
         components = replace(drawn.mixed.drawn, size=np.zeros_like(drawn.mixed.drawn.size))
         own = simulated_errors(components, weights, None, drawn.groups.runs, rng)
-    found = replicate_test(
-        residual, jacobian, weights, np.ravel(cells[1]), own if drawn.groups.runs is not None else None
-    )
+    found = replicate_test(residual, jacobian, weights, np.ravel(cells[1]), own)
     if found is not None:
         if found.p_value > ALARM:
             return []

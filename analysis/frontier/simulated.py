@@ -20,7 +20,7 @@ from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.frontier.optimum import Cost, optimum_of
-from aimscale.analysis.inference.groups import groups_of
+from aimscale.analysis.inference.groups import by_scale, groups_of
 from aimscale.analysis.inference.lackoffit import left_over
 from aimscale.analysis.inference.mixed import simulated_errors
 from aimscale.analysis.laws.base import Array
@@ -50,6 +50,7 @@ def simulate(points: pd.DataFrame, cost: Cost, num_tables: int, seed: int) -> Si
         return None
     x = {v: points[v].to_numpy(float) for v in ("N", "D")}
     groups = groups_of(points, x)
+    groups = by_scale(groups, x) or groups if law.groups.departs else groups
     errors = simulated_errors(
         law.errors.drawn,
         np.ones(len(points)),

@@ -24,11 +24,14 @@ class Groups:
     """Size of each point (n,); None where no size has several points, or where runs are sizes."""
     runs: Array | None
     """Run of each point (n,), nested in sizes; None where every run has a single point or the table names no runs."""
+    departs: bool = False
+    """Whether `runs` numbers scales instead (equal variables of the law): what replicates share there is the law's own
+    departure from the truth."""
 
     @property
     def words(self) -> str:
         """E.g. "errors of 5 sizes, 15 runs and points"."""
-        named = [(self.sizes, "sizes"), (self.runs, "runs")]
+        named = [(self.sizes, "sizes"), (self.runs, "scales" if self.departs else "runs")]
         counted = [f"{len(np.unique(codes))} {word}" for codes, word in named if codes is not None]
         return f"errors of {', '.join(counted)} and points" if counted else "errors of points"
 
@@ -52,6 +55,16 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
     return Groups(sizes=_shared(sizes), runs=_shared(runs))
 
 
+def by_scale(groups: Groups, x: Mapping[str, Array]) -> Groups | None:
+    """The same sizes with scales in place of runs; None where no scale has replicates or they are nested in no size."""
+    scales = _codes_of_rows(np.round(np.log(np.maximum(np.stack(list(x.values()), axis=1), 1e-300)), 9))
+    if _shared(scales) is None or (groups.sizes is not None and not _nested(scales, groups.sizes)):
+        return None
+    if groups.sizes is not None and scales.max() == groups.sizes.max():
+        return None
+    return Groups(sizes=groups.sizes, runs=scales, departs=True)
+
+
 def with_spread(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...]]:
     """The groups whose spread the law leaves visible, and the words "sizes" or "runs" for those it does not.
 
@@ -65,7 +78,7 @@ def with_spread(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...
         known = jacobian if sizes is None else np.column_stack([jacobian, _indicators(sizes)])
         if _spare(runs, known) < MIN_SPARE:
             runs, lost = None, [*lost, "runs"]
-    return Groups(sizes=sizes, runs=runs), tuple(lost)
+    return Groups(sizes=sizes, runs=runs, departs=groups.departs), tuple(lost)
 
 
 def _sizes(rows: pd.DataFrame, x: Mapping[str, Array]) -> Array | None:
@@ -85,6 +98,10 @@ def _runs(rows: pd.DataFrame, sizes: Array | None) -> Array | None:
 
 def _codes(labels: Array) -> Array:
     return np.unique(labels, return_inverse=True)[1]
+
+
+def _codes_of_rows(rows: Array) -> Array:
+    return np.unique(rows, axis=0, return_inverse=True)[1].ravel()
 
 
 def _nested(inner: Array, outer: Array) -> bool:

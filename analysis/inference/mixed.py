@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import chi2
 
 from aimscale.analysis.laws.base import Array
 
@@ -25,6 +26,13 @@ GRID_ONE, GRID_TWO = 64, 28
 """Points per axis of the grid of variance ratios, with one and with two grouping factors."""
 MAX_LOG_RATIO = 14.0
 """The largest group variance looked at is e^14 times that of a group's mean of point errors."""
+TOO_CALM = 0.005
+"""A spread of sizes is ruled out where residuals as calm between sizes as these are less probable than this. A law that
+does not fit could else move far along what it cannot tell from sizes, and call that their error."""
+SEEN = 0.5
+"""Directions between sizes of which the law leaves at least this share of the variance show how much sizes differ."""
+MOST_SIZES = 500
+"""More sizes than this know their spread, whatever the law."""
 NOTHING_SHARED = 0.3
 """Prior probability that groups share nothing: of those tried, the one whose intervals hold best (docs/analysis.md)."""
 
@@ -60,6 +68,8 @@ class Mixed:
     """Their REML estimates."""
     degrees: float
     """Degrees of freedom of the errors' total variance: sizes - 2 or so where sizes differ, n - k where they do not."""
+    evidence: float
+    """Logarithm of the restricted likelihood, averaged over the prior; models of the same points can be compared."""
 
 
 def simulated_errors(
@@ -101,7 +111,9 @@ def mixed_model(
     size, run = sums.size.ravel(), sums.run.ravel()
     spare = n - k
     rest, log_likelihood = sums.restricted(spare)
-    share = np.exp(log_likelihood - log_likelihood.max()) * sums.prior
+    log_likelihood[sums.too_calm(rest / spare)] = -np.inf
+    most = log_likelihood.max()
+    share = np.exp(log_likelihood - most) * sums.prior
     chosen = rng.choice(len(share), size=num_draws, p=share / share.sum())
     variance = rest[chosen] / rng.chisquare(spare, num_draws)
     best = int(np.argmax(log_likelihood))
@@ -118,6 +130,7 @@ def mixed_model(
         drawn=drawn,
         estimated=_components(size[best], run[best], rest[best] / spare),
         degrees=_degrees(drawn.total**2),
+        evidence=float(most + np.log(share.sum() / sums.prior.sum())),
     )
 
 
@@ -173,6 +186,25 @@ class _Sums:
         log_information = np.linalg.slogdet(information)[1]
         log_likelihood = -0.5 * (log_v + log_information + spare * np.log(np.maximum(rest, 1e-300)))
         return rest.ravel(), log_likelihood.ravel()
+
+    def too_calm(self, variance: Array) -> Array:
+        """Cells (F S,), of a point's variance (F S,), whose sizes should differ by far more than the residuals do.
+
+        With Z the sizes' indicators and M what the law leaves, Z'r has the covariance K (size variance) K + K (point
+        variance), K = Z'MZ. Counted are the directions that the law hardly touches; runs add to their size's variance.
+        """
+        of_size, weight = np.add.reduceat(self.sums, self.starts, axis=0), np.add.reduceat(self.weight, self.starts)
+        if not 1 < len(weight) <= MOST_SIZES:
+            return np.zeros(self.size.size, bool)
+        known = np.linalg.pinv(self.plain[:-1, :-1], rcond=1e-12, hermitian=True)
+        left = np.diag(weight) - of_size[:, :-1] @ known @ of_size[:, :-1].T
+        values, vectors = np.linalg.eigh(left / np.sqrt(np.outer(weight, weight)))
+        seen = values > SEEN
+        squares = (vectors[:, seen].T @ (of_size[:, -1] / np.sqrt(weight))) ** 2 / values[seen]
+        per_run = np.mean(np.add.reduceat(self.weight**2, self.starts) / weight**2)
+        shared = (self.size + per_run * self.run).ravel()[:, None] * values[seen] * np.mean(weight)
+        ratio = np.sum(squares / (1 + shared), axis=1) / variance
+        return (self.size.ravel() > 0) & (chi2.cdf(ratio, max(1, seen.sum())) < TOO_CALM)
 
     def meat(self, size: Array, run: Array) -> Array:
         """A' W V W A (m, k + 1, k + 1) at variance ratios (m,): what the weighted estimate's error spreads by."""

@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import t as student
 
 from aimscale.analysis import fit, laws
+from aimscale.analysis.coverage.designs import Design, measured
 from aimscale.analysis.inference.groups import groups_of, with_spread
 from aimscale.analysis.inference.mixed import mixed_model, simulated_errors
 
@@ -115,3 +116,32 @@ def test_weights_enter_prediction_intervals(grid):
         rows = pd.DataFrame({"N": [1e6, 1e6], "D": [1e6, 1e6], "weight": [1.0, 25.0]})
         width = (lambda p: p["pi_hi"] - p["pi_lo"])(result.predict(rows))
         assert width[0] > 2 * width[1]
+
+
+@pytest.mark.parametrize("errors", ["independent", "run"])
+def test_a_law_that_does_not_fit_makes_no_errors_of_sizes(errors):
+    design = Design(sizes=7, budgets=4, seeds=3, errors=errors)
+    scales, rng = design.scales(), np.random.default_rng(8)
+    n, d = (np.log(scales[v]) - np.log(scales[v]).mean() for v in ("N", "D"))
+    for _ in range(5):
+        df = measured(scales, errors, rng)
+        df["loss"] *= np.exp(0.006 * n * d / (n.std() * d.std()))  # no term of the law does that
+        result = fit(laws.CHINCHILLA, df, y="loss", resamples=200)
+        assert result.errors.estimated.size < 0.02  # 0.04 before, four times what the table scatters
+        assert not {"alpha", "beta"} & result.not_identified
+        assert "The law does not fit" in " ".join(result.flags)
+        assert ("scales" in result.interval_method) == (errors == "independent")
+
+
+def test_seeds_that_share_the_laws_departure_are_not_taken_for_independent():
+    rng = np.random.default_rng(0)
+    once = pd.DataFrame({"D": np.geomspace(1e3, 1e6, 10)})
+    once["loss"] = (1 + 40 * once["D"] ** -0.5) * np.exp(0.02 * rng.standard_normal(10))
+    seeds = [once.assign(seed=s, run_id=f"r{s}-" + once.index.astype(str)) for s in range(4)]
+    df = pd.concat(seeds, ignore_index=True)
+    df["loss"] *= np.exp(0.002 * rng.standard_normal(40))
+    power = laws.find_law("power_offset:D")
+    four, one = (fit(power, each, y="loss", resamples=1000) for each in (df, df[df["seed"] == 0]))
+    width = [fitted.intervals["a"].high - fitted.intervals["a"].low for fitted in (four, one)]
+    assert width[0] > 0.7 * width[1]  # half of it if forty points counted
+    assert "10 scales and points" in four.interval_method
