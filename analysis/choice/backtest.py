@@ -33,8 +33,9 @@ SHARE = 0.15
 MIN_HELD_OUT = 5
 STANDARD_ERRORS = 1.0
 """A law is as good as the best if its mean error exceeds that by at most so many standard errors."""
-POINTS_PER_PARAMETER = 2.0
-"""Fewer points below the cut than this for each parameter are too few to judge a law by."""
+SCALES_PER_PARAMETER = 2.0
+"""Fewer scales below the cut than this for each parameter are too few to fit a law to (seeds of a scale count once).
+Above it a point for each parameter is asked for: five points cannot judge nine parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -214,13 +215,15 @@ def _misses(
     """|ln prediction - ln measurement| (num_test,) of a law fitted to the rest; infinite where it predicts none.
 
     Raises:
-        AnalysisError: the law cannot be fitted, or has more parameters than the points can carry.
+        AnalysisError: the law cannot be fitted, or has more parameters than the points can carry or judge.
     """
     below = fit(law, df[~test], y=y, columns=columns, objective=objective, resamples=0)
-    if below.num_points < POINTS_PER_PARAMETER * len(law.parameters):
-        raise AnalysisError(
-            f"{below.num_points} points below the cut are too few for its {len(law.parameters)} parameters."
-        )
+    num = len(law.parameters)
+    scales = len(below.data[list(law.variables)].drop_duplicates())
+    if scales < SCALES_PER_PARAMETER * num:
+        raise AnalysisError(f"{scales} scales below the cut are too few for its {num} parameters.")
+    if test.sum() < num:
+        raise AnalysisError(f"{test.sum()} points above the cut are too few to judge its {num} parameters by.")
     with np.errstate(invalid="ignore", divide="ignore"):
         out = np.abs(np.log(below.predict(df[test])["value"].to_numpy() / pd.to_numeric(df.loc[test, y]).to_numpy()))
     return np.where(np.isfinite(out), out, np.inf)

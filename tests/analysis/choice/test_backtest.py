@@ -40,7 +40,13 @@ def test_worse_laws_are_ranked_with_the_error_of_the_difference():
 
 def test_a_law_that_the_points_cannot_carry_is_named_and_not_ranked(grid):
     found = choose("auto", grid.iloc[:22], resamples=0)
-    assert found.table.set_index("law").loc["farseer", "reason"].startswith("17 points below the cut are too few")
+    reason = found.table.set_index("law")["reason"]
+    assert reason["farseer"].startswith("17 scales below the cut are too few")
+    assert reason["coupled"] == "5 points above the cut are too few to judge its 6 parameters by."
+    assert reason["chinchilla"] == ""
+    seeds = pd.concat([grid.iloc[:14].assign(seed=s) for s in range(3)], ignore_index=True)
+    tripled = choose("auto", seeds, resamples=0).table.set_index("law")["reason"]
+    assert tripled["coupled"] == "11 scales below the cut are too few for its 6 parameters."
     with pytest.raises(AnalysisError, match="too few to hold out the largest 5"):
         choose("auto", grid.iloc[:5], resamples=0)
     with pytest.raises(AnalysisError, match="Cannot hold out the largest rung"):
