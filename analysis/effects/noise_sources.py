@@ -143,7 +143,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
         components += _validation(rows, y, _cells(rows), confidence, missing)
     if len(components) == 1:
         raise AnalysisError(f"This table cannot tell noise from anything: {' '.join(missing)}")
-    components += _law(rows, y, confidence, components[0].value, missing)
+    components += _law(rows, y, confidence)
     return Noise(components=tuple(components), seed_share=share, cells=cells, missing=tuple(missing))
 
 
@@ -196,11 +196,8 @@ def _cells(rows: pd.DataFrame) -> pd.Series:
     return rows.groupby(keys, dropna=False).ngroup() if keys else pd.Series(0, index=rows.index)
 
 
-def _law(rows: pd.DataFrame, y: str, confidence: float, spread: float, missing: list[str]) -> list[Component]:
-    """Scatter about the joint law, where one can be fitted: what is more than seeds is the form or the tuning.
-
-    Few sizes that each lie off the law let their errors stand in for its terms; then it is more than the whole spread.
-    """
+def _law(rows: pd.DataFrame, y: str, confidence: float) -> list[Component]:
+    """Scatter about the joint law, where one can be fitted: what is more than seeds is the form or the tuning."""
     repeated = "unique_images" in rows and varies(rows["unique_images"])
     try:
         law = fit("repeated" if repeated else "chinchilla", rows, y=y, intervals="mixed", resamples=1000)
@@ -211,11 +208,6 @@ def _law(rows: pd.DataFrame, y: str, confidence: float, spread: float, missing: 
     low, high = interval(law.errors.drawn.total, confidence)
     basis = f"residuals of {law.num_points} points; more than seeds and images explain is the law's form or the tuning"
     value = float(law.errors.estimated.total)
-    if value > spread:
-        missing.append(
-            "The scatter about the joint law is not known: errors of sizes cannot be told from the law's own terms."
-        )
-        return []
     return [Component(source="scatter about the joint law", value=value, low=low, high=high, basis=basis)]
 
 

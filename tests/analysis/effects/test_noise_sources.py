@@ -161,9 +161,7 @@ def test_the_verb_prints_draws_and_gives_json(sweep, tmp_path):
     assert {"components", "seed_share", "cells", "sentences"} <= set(found)
 
 
-def test_scatter_about_a_law_that_is_more_than_all_scatter_is_not_printed():
-    """Seven sizes, each off the law by its own: their errors could be the law's terms."""
+def test_scatter_about_a_law_that_does_not_fit_is_less_than_the_whole_spread():
     table = read_tables([Path(__file__).parents[3] / "docs/study/results/cifar.parquet"])
-    found = noise(table)
-    assert found.component("scatter about the joint law") is None
-    assert any("cannot be told from the law's own terms" in line for line in found.missing)
+    scatter = noise(table).component("scatter about the joint law")
+    assert 0.004 < scatter.value < 0.008  # misfit passed for errors of sizes of 16 %
