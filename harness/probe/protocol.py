@@ -17,7 +17,6 @@ probes need nothing else. The attentive heads of the whole grid train on one fur
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,33 +25,19 @@ from typing import Any
 
 import torch
 
-from aimscale.aim.weights import write_weights
-from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.overlap import count_shared
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.checks import check_kinds, shared_images
+from aimscale.harness.probe.entries import answers_of_heads, entry, frozen_entry, save_head
 from aimscale.harness.probe.features.backbones import (
     DTYPES,
     AimBackbone,
     Backbone,
-    PixelBackbone,
-    ProbeError,
     matmul_precision,
     precision_difference,
 )
-from aimscale.harness.probe.features.blocks import averages
-from aimscale.harness.probe.features.extraction import (
-    ALONE,
-    CACHE_GB,
-    DISK_GB,
-    FeaturePass,
-    Features,
-    SplitFeatures,
-    batched,
-    share,
-)
+from aimscale.harness.probe.features.extraction import ALONE, CACHE_GB, DISK_GB, FeaturePass, Features, SplitFeatures
 from aimscale.harness.probe.features.images import LabelledImages, holdout_split, open_task
-from aimscale.harness.probe.features.sizes import BlockSet, block_sets
+from aimscale.harness.probe.features.sizes import block_sets
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import (
     PROTOCOL,
@@ -68,14 +53,12 @@ from aimscale.harness.probe.heads.fit import Candidate, GridFit, Split, best
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.neighbours import Neighbours
 from aimscale.harness.probe.heads.progress import ProbeProgress
-from aimscale.harness.probe.heads.scores import Answers, answers, score, together
-from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, Setting
+from aimscale.harness.probe.heads.scores import Answers
+from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS
 from aimscale.harness.probe.resources import Resources
 from aimscale.harness.run.config import ModelSection, ProbeSection
 from aimscale.harness.run.files import write_json
 
-TEST_BATCH = 64
-"""Test images at a time."""
 COMPARED_IMAGES = 16
 """Training images on which bf16 features are compared with fp32 ones."""
 
@@ -126,7 +109,7 @@ def probe_backbone(
     Raises:
         ProbeError: unlabelled or unmatched data, too few images, or features beyond the bounds.
     """
-    _check_kinds(backbone, section)
+    check_kinds(backbone, section)
     train, test = open_task(section, model_section)
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
@@ -304,7 +287,7 @@ class _Probing:
         for kind, top, fixed in zip(kinds, chosen[::2], chosen[1::2], strict=True):
             features: Features = self._test_features.pooled if kind == "linear" else self._test_features.tokens
             on_top, on_fixed = answers_of_heads(features, self.test, (top, fixed), self.group)
-            details.append(self._detail(top, fixed, on_top, on_fixed, candidates))
+            details.append(self._entry(top, fixed, on_top, on_fixed, candidates))
             if self.out is not None and self.group.is_first:
                 save_head(top, self.out / f"{self.name}.{kind}.safetensors")
         return details
@@ -316,22 +299,13 @@ class _Probing:
         candidates = search.candidates(sets)
         top, fixed = best(candidates, "knn"), best(candidates, "knn", last)
         on_top, on_fixed = (search.answers(each, self._test_features.pooled, self.test) for each in (top, fixed))
-        return [self._detail(top, fixed, on_top, on_fixed, candidates)]
+        return [self._entry(top, fixed, on_top, on_fixed, candidates)]
 
-    def _detail(
+    def _entry(
         self, top: Candidate, fixed: Candidate, on_top: Answers, on_fixed: Answers, candidates: Sequence[Candidate]
     ) -> dict[str, Any]:
-        """A frozen probe's entry: the chosen one, the best on the last blocks, and the whole grid."""
-        on_last = score(on_fixed, self.test.labels, self.test.classes)
-        return _detail(self.section, top.kind, self.test, on_top, top.blocks, top.setting) | {
-            "num_neighbours": top.num_neighbours,
-            "holdout_top1": top.holdout_top1,
-            "precision": self.section.precision,
-            "precision_difference": self._difference,
-            "last_blocks": list(fixed.blocks),
-            **{f"last_{name}": on_last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
-            "grid": [_grid_row(candidate) for candidate in candidates if candidate.kind == top.kind],
-        }
+        found = frozen_entry(self.section, self.test, top, fixed, on_top, on_fixed, candidates)
+        return found | {"precision": self.section.precision, "precision_difference": self._difference}
 
     def _lora(self) -> dict[str, Any]:
         assert isinstance(self.backbone, AimBackbone)
@@ -351,97 +325,7 @@ class _Probing:
         )
         points = [{"lr": p.lr, "weight_decay": p.weight_decay, "holdout_top1": top1} for p, top1 in adapted.grid]
         return (
-            _detail(self.section, "lora", self.test, adapted.given, last, adapted.setting)
+            entry(self.section, "lora", self.test, adapted.given, last, adapted.setting)
             | {"holdout_top1": adapted.holdout_top1, "lora_rank": RANK, "num_trained": adapted.num_trained}
             | {"grid": points}
         )
-
-
-def shared_images(
-    section: ProbeSection, train: LabelledImages, test: LabelledImages, pools: Sequence[str] | None
-) -> dict[str, int | None]:
-    """How many test images are in the training split, and in the pre-training pool, byte for byte; says so if any are.
-
-    Returns:
-        `test_in_train` and `test_in_pool`, the latter None where the pool is unknown or not available.
-    """
-    counts: dict[str, int | None] = {"test_in_train": count_shared([train.dataset], test.dataset), "test_in_pool": None}
-    if pools is not None:
-        try:
-            counts["test_in_pool"] = count_shared([open_dataset(pool) for pool in pools], test.dataset)
-        except DataError:  # moved, remote, or of imported weights
-            print(
-                f"{section.task}: the pre-training images are not available, so they were not searched for test images",
-                file=sys.stderr,
-                flush=True,
-            )
-    for where, name in (("its training split", "test_in_train"), ("the pre-training pool", "test_in_pool")):
-        if counts[name]:
-            print(
-                f"{section.task}: {counts[name]} of {len(test)} test images are in {where}, too; results are marked",
-                file=sys.stderr,
-                flush=True,
-            )
-    return counts
-
-
-def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
-    attending = [kind for kind in section.kinds if kind in ON_TOKENS]
-    if isinstance(backbone, PixelBackbone) and attending:
-        named = f"{backbone.name} has one token per image, nothing to attend over"
-        raise ProbeError(f"{named}; leave out kind '{attending[0]}'")
-    if "lora" in section.kinds and not isinstance(backbone, AimBackbone):
-        raise ProbeError(f"LoRA adapts AIM trunks, not {backbone.name}; leave out kind 'lora'")
-
-
-def _detail(
-    section: ProbeSection, kind: str, test: LabelledImages, given: Answers, blocks: BlockSet, setting: Setting | None
-) -> dict[str, Any]:
-    return {
-        "task": section.task,
-        "kind": kind,
-        "blocks": list(blocks),
-        "num_classes": len(test.classes),
-        **score(given, test.labels, test.classes),
-        "lr": setting.lr if setting else None,
-        "weight_decay": setting.weight_decay if setting else None,
-        # the best rate at the end of the grid says that the grid should go on there
-        "lr_at_edge": setting is not None
-        and len(section.lrs) > 1
-        and setting.lr in (min(section.lrs), max(section.lrs)),
-    }
-
-
-def save_head(candidate: Candidate, path: Path) -> None:
-    """Write a trained head under the released names `head.*`; the blocks it averages are in the file's metadata."""
-    assert candidate.head is not None
-    state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of_one().items()}
-    state["head.bn.num_batches_tracked"] = torch.tensor(0)
-    write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})
-
-
-@torch.no_grad()
-def answers_of_heads(
-    features: Features, test: LabelledImages, candidates: Sequence[Candidate], group: Group
-) -> list[Answers]:
-    """What each candidate's head says about the test split; the ranks share its images."""
-    own = list(batched(share(range(len(test)), group), TEST_BATCH))
-    parts: list[list[Answers]] = [[] for _ in candidates]
-    for chunk, outputs in zip(own, features.parts(own), strict=True):
-        for candidate, part in zip(candidates, parts, strict=True):
-            assert candidate.head is not None
-            scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
-            part.append(answers(scores, test.labels[chunk]))
-    return [together(part, len(test), group) for part in parts]
-
-
-def _grid_row(candidate: Candidate) -> dict[str, Any]:
-    setting = candidate.setting
-    return {
-        "blocks": list(candidate.blocks),
-        "lr": setting.lr if setting else None,
-        "weight_decay": setting.weight_decay if setting else None,
-        "num_neighbours": candidate.num_neighbours,
-        "holdout_top1": candidate.holdout_top1,
-        "holdout_loss": candidate.holdout_loss,
-    }

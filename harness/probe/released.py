@@ -14,6 +14,7 @@ from safetensors import safe_open
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.entries import TEST_BATCH
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, ProbeError
 from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
 from aimscale.harness.probe.features.images import open_labelled
@@ -40,8 +41,6 @@ BEST_BLOCKS = {
     "aim-7B": tuple(range(14, 20)),
 }
 """Blocks that the published best-layers heads average (the authors' inference code)."""
-TEST_BATCH = 64
-"""Images at a time."""
 
 HeadBlocks = Literal["last", "best"]
 
