@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
 
+if TYPE_CHECKING:
+    from aimscale.analysis.fitting.curves import Extrapolation
+
 
 def command(
     tables: options.Tables,
-    at: Annotated[str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat).")],
-    law: Annotated[str, typer.Option(help="Law of the loss; auto chooses it as `fit --law auto` does.")] = "auto",
+    at: Annotated[
+        str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat); of a curve x=1e6.")
+    ],
+    law: Annotated[
+        str,
+        typer.Option(
+            help="Law of the loss; auto chooses it as `fit --law auto` does, curve extrapolates over one column."
+        ),
+    ] = "auto",
     y: options.LossColumn = "val_loss",
     objective: options.Objective = "robust",
     link: Annotated[str, typer.Option(help="From loss to accuracy: sigmoid, exponential or linear.")] = "sigmoid",
@@ -36,6 +46,9 @@ def command(
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
 
+    if law == "curve":
+        show(_curve(tables, at, y, columns, where, register, resamples), json)
+        return
     df = table_of(tables, columns, where, main, fresh=not law.startswith(("repeated", "overfitting")))
     place = parse_scale(at, "--at")
     found = ahead(df, place, law=law, y=y, objective=objective, link_kind=link, resamples=resamples)
@@ -46,3 +59,24 @@ def command(
         write(found, df, path)
         after = ["", f"registered in {path}"]
     show(found, json, after=after)
+
+
+def _curve(
+    tables: list[Path],
+    at: str,
+    y: str,
+    columns: list[str] | None,
+    where: list[str] | None,
+    register: bool,
+    resamples: int,
+) -> Extrapolation:
+    """One curve over one column, forecast at a value of it."""
+    from aimscale.analysis.errors import AnalysisError
+    from aimscale.analysis.fitting.curves import extrapolate
+    from aimscale.analysis.forecasts.ahead import parse_scale
+
+    if register:
+        raise AnalysisError("A curve's forecast cannot be registered; --register takes laws of N and D.")
+    [(x, value)] = parse_scale(at, "--at", is_curve=True).items()
+    df = table_of(tables, columns, where, y=y)
+    return extrapolate(df, x=x, y=y, resamples=resamples).at(value)

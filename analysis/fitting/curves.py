@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import LOG_LSQ
@@ -28,6 +28,24 @@ class Extrapolation(Result):
     """Name of x."""
     table: pd.DataFrame = field(repr=False)
     """The points used: x, y."""
+    asked: float | None = None
+    """Where the forecast is asked for, if anywhere."""
+
+    def at(self, x: float) -> Extrapolation:
+        """The same, with the forecast at x in its words."""
+        return replace(self, asked=x)
+
+    def summary(self) -> str:
+        """Laws and points, and the forecast that was asked for."""
+        if self.asked is None:
+            return super().summary()
+        row = self.predict(np.array([self.asked])).iloc[0]
+        apart = row["disagreement"] - 1
+        return (
+            f"{self.headline()}; at {self.variable} = {self.asked:.4g}, {row['beyond_range']:.3g} times beyond:\n"
+            f"  {self.table.columns[1]}: {row['value']:.4g} (curve {row['ci_lo']:.4g} to {row['ci_hi']:.4g}; one "
+            f"measurement {row['pi_lo']:.4g} to {row['pi_hi']:.4g}); the two laws differ by {apart:.2%}"
+        )
 
     def headline(self) -> str:
         """Laws and points."""
@@ -35,7 +53,11 @@ class Extrapolation(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
-        return {"variable": self.variable, "num_points": len(self.table), "fits": [f.to_dict() for f in self.fits]}
+        out = {"variable": self.variable, "num_points": len(self.table), "fits": [f.to_dict() for f in self.fits]}
+        if self.asked is None:
+            return out
+        ahead = plain_types(self.predict(np.array([self.asked])).iloc[0].to_dict())
+        return {**out, "forecast": {"at": self.asked, **ahead}}
 
     def predict(self, x: Array) -> pd.DataFrame:
         """value, ci_lo, ci_hi, pi_lo, pi_hi, disagreement (ratio of the two laws), beyond_range at x.

@@ -71,8 +71,8 @@ class Ahead(Result):
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 
 
-def parse_scale(text: str, option: str) -> dict[str, float]:
-    """`N=1e9,D=2B` as numbers, N and D at least.
+def parse_scale(text: str, option: str, *, is_curve: bool = False) -> dict[str, float]:
+    """`N=1e9,D=2B` as numbers, N and D at least; of a single curve one column, `x=1e6`.
 
     Raises:
         AnalysisError: not of that form.
@@ -86,6 +86,10 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
             raise AnalysisError(f"{option} takes N=1e9,D=2B, not {text!r}.") from None
         if not 0 < out[name] < np.inf:
             raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {text!r}.")
+    if is_curve:
+        if len(out) != 1:
+            raise AnalysisError(f"A curve has one scale: {option} takes x=1e6 there, not {text!r}.")
+        return out
     if not {"N", "D"} <= set(out):
         raise AnalysisError(f"{option} needs both N and D, as in N=1e9,D=2B, not {text!r}.")
     return out
