@@ -31,7 +31,7 @@ def import_(
     ] = "last",
 ) -> None:
     """Turn released weights into a finished run, which `probe` and `collect` read like any other."""
-    from aimscale.harness.weights import import_weights
+    from aimscale.harness.weights.importing import import_weights
 
     run = import_weights(
         file,
@@ -66,7 +66,7 @@ def export(
     from aimscale.harness.probe.files import probe_head
     from aimscale.harness.probe.run import saved_budgets
     from aimscale.harness.run.directory import RunDir, RunDirError
-    from aimscale.harness.weights import export_weights
+    from aimscale.harness.weights.exporting import export_weights
 
     run = RunDir(run_dir)
     run.load_config()
@@ -87,7 +87,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe a weight file from its names and shapes."""
-    from aimscale.harness.weights import describe_weights
+    from aimscale.harness.weights.contents import describe_weights
 
     facts: dict[str, Any] = describe_weights(file)
     if as_json:
