@@ -196,7 +196,8 @@ def page(done: dict[str, Any]) -> str:
             "",
         ]
     for run in (_result(found, "status") or {}).get("runs", ()):
-        lines += [f"Sweep: {run['run_id']} {run['state']}, loss {run['val_loss']}, {run['images_per_s']} images/s.", ""]
+        numbers = f"loss {_short(run['val_loss'], '.4f')}, {_short(run['images_per_s'], ',.0f')} images/s"
+        lines += [f"Sweep: {run['run_id']} {run['state']}, {numbers}.", ""]
     if loader := _result(found, "loader"):
         rates = [f"{row['workers']} worker, augmented on {row['augment_on']}: {row['images_per_s']:.0f} images/s"
                  for row in loader["loader"]]  # fmt: skip
@@ -229,3 +230,8 @@ def _training_line(row: dict[str, Any]) -> str:
         f"{row['memory_bytes'] / 1e9:.1f} ({row['memory_estimate_bytes'] / 1e9:.1f})",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _short(value: float | None, form: str) -> str:
+    """A number for people; a run that ended early has none."""
+    return "-" if value is None else format(value, form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def test_a_rehearsal_ends_in_a_file_and_a_page(tmp_path: Path) -> None:
     page = (tmp_path / "card.md").read_text()
     assert "| w16-d2, 8, none |" in page
     assert "A checkpoint of w16-d2" in page
+    assert re.search(r"finished, loss \d\.\d{4}, [\d,]+ images/s", page)
 
 
 def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
