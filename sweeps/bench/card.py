@@ -25,6 +25,8 @@ from aimscale.harness.run.provenance import git_commit, package_versions
 
 TOTAL_S = 520
 """All parts together end by then."""
+GRACE_S = 20
+"""What a part has to end its own processes when it is late."""
 TESTS = Path(aimscale.__file__).resolve().parents[2] / "tests" / "cuda"
 ON_CARD = ["--image-size", "224", "--patch-size", "14", "--head-rule", "released", "--precision", "bf16"]
 MAX_LINES = 40
@@ -122,18 +124,26 @@ def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
         return found | {"problem": "no time was left"}
     env = os.environ | ({"AIMSCALE_TEST_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if rehearse else {})
     started = time.monotonic()
+    process = subprocess.Popen(part.words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    is_late = False
     try:
-        ended = subprocess.run(part.words, capture_output=True, text=True, timeout=limit_s, env=env, check=False)
-    except subprocess.TimeoutExpired as late:
-        seen = late.stdout or b""
-        lines = (seen if isinstance(seen, str) else seen.decode(errors="replace")).splitlines()[-MAX_LINES:]
+        out, err = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        is_late = True
+        process.terminate()  # a launch then ends its runs, which would hold the card
+        try:
+            out, err = process.communicate(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+    lines = out.strip().splitlines()
+    if is_late:
         problem = f"not done after {limit_s:.0f} s"
-        return found | {"seconds": time.monotonic() - started, "result": lines, "problem": problem}
-    lines = ended.stdout.strip().splitlines()
-    said = ended.stderr.strip().splitlines() or lines
-    problem = "" if ended.returncode == 0 else f"exit code {ended.returncode}: {(said or [''])[-1]}"
+        return found | {"seconds": time.monotonic() - started, "result": lines[-MAX_LINES:], "problem": problem}
+    said = err.strip().splitlines() or lines
+    problem = "" if process.returncode == 0 else f"exit code {process.returncode}: {(said or [''])[-1]}"
     try:
-        result = json.loads(ended.stdout[min(i for i in map(ended.stdout.find, "[{") if i >= 0) :])
+        result = json.loads(out[min(i for i in map(out.find, "[{") if i >= 0) :])
     except ValueError:
         result = lines[-MAX_LINES:]
     return found | {"seconds": time.monotonic() - started, "result": result, "problem": problem}

@@ -34,7 +34,8 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
     programs = {
         "good": "print('{\"a\": 1}')",
         "bad": "raise SystemExit('no driver')",
-        "slow": "import time; time.sleep(60)",
+        "slow": "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('in order')))"
+        "; time.sleep(60)",
     }
     parts = [card.Part(name=name, words=[sys.executable, "-c", code], limit_s=5) for name, code in programs.items()]
     monkeypatch.setattr(card, "parts", lambda *_, **__: parts)
@@ -42,6 +43,7 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
     assert found["good"]["result"] == {"a": 1}
     assert found["bad"]["problem"] == "exit code 1: no driver"
     assert found["slow"]["problem"] == "not done after 5 s"
+    assert found["slow"]["result"] == ["in order"], "it could end its own processes"
     monkeypatch.setattr(card, "TOTAL_S", 0)
     assert card.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"
     assert "no time was left" in (tmp_path / "card.md").read_text()
