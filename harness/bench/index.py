@@ -6,7 +6,6 @@ is deleted afterwards: 24 bytes per image.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from aimscale.harness.data.processes import server_context
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
@@ -40,7 +40,7 @@ def run(*, num_images: int, num_ranks: int, num_reads: int, folder: Path | None 
         made, held_out = Path(root) / "made", Path(root) / "held-out"
         _make(made, num_images, seed=0)
         _make(held_out, min(_NUM_HELD_OUT, num_images), seed=1)
-        context = multiprocessing.get_context("forkserver")  # as for indexing
+        context = server_context(__name__)
         pipes = [context.Pipe() for _ in range(num_ranks)]
         processes = [
             context.Process(target=_rank, args=(theirs, made, rank, num_reads))

@@ -39,15 +39,21 @@ _MIN_SHARED = 1 << 20  # bytes: each takes a descriptor, of which a process can 
 _MAX_FOLDER = 70  # bytes of the temporary folder's name: a socket's path holds 107, 32 of them Python's
 
 
+def server_context(*preload: str) -> ForkServerContext:
+    """The context of a server that will start with its first process, if none has, and import these modules."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    with _short_temporary_folder():
+        get_temp_dir()
+    return context
+
+
 def start_server() -> ForkServerContext:
     """The context in which `start_process` starts; asked for early, the server imports PyTorch meanwhile."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
+    context = server_context(*_PRELOAD)
     with held_back():
         resource_tracker.ensure_running()  # the server starts it anyway, and it lets two of the signals through
     with held_back():
-        with _short_temporary_folder():
-            get_temp_dir()
         forkserver.ensure_running()
     return context
 

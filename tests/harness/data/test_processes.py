@@ -52,6 +52,19 @@ def test_no_thread_and_no_main_module_is_in_a_process(tmp_path: Path) -> None:
         assert done.stderr == ""
 
 
+def test_a_long_temporary_folder_stops_no_pool(tmp_path: Path) -> None:
+    program = (
+        "from concurrent.futures import ProcessPoolExecutor as Pool\n"
+        "from aimscale.harness.data.processes import server_context\n"
+        "print(Pool(1, server_context('json')).submit(int).result())"
+    )
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+
+
 def test_the_server_outlives_the_trainers_signals() -> None:
     multiprocessing.forkserver._forkserver._stop()
     start_server()
