@@ -11,7 +11,8 @@ from aimscale.analysis.coverage.laws import fit_coverage, held_out_coverage, ver
 def test_intervals_of_a_fit_cover_where_sizes_err(seeds, errors):
     found = fit_coverage(Design(sizes=5, budgets=4, seeds=seeds, errors=errors), 60, resamples=300).table()
     found = found.set_index("interval")
-    assert (found["coverage"] > 0.85).all()
+    # two degrees of freedom between five sizes: the least of 400 tables is A's 89 %, and 60 tables err by 4
+    assert (found["coverage"] > 0.81).all()
     assert found.loc["alpha, beta and a identified", "coverage"] > 0.95
     assert found.loc["alpha", "width"] < 1.7  # resampling runs gives 1.9 to 2.7
 
