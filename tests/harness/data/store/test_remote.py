@@ -9,14 +9,15 @@ import http.server
 import json
 import multiprocessing
 import multiprocessing.forkserver
-import os
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import psutil
 import pytest
@@ -150,6 +151,13 @@ def test_faults_that_stay_name_shard_and_url(
         stream.batch(range(60))
 
 
+def tell_fsspec(patch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    """Where S3 is and how to speak to it, for this process and for those that load."""
+    patch.setitem(fsspec.config.conf, "s3", settings)
+    patch.setenv("FSSPEC_S3", json.dumps(settings))
+    multiprocessing.forkserver._forkserver._stop()  # the next one reads that
+
+
 class S3Proxy(FaultyHandler):
     """Stands before an S3 server, at `upstream`, and is faulty as `fault` says."""
 
@@ -189,8 +197,6 @@ def faulty_bucket(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """URL of the small set in a bucket behind moto's S3 server, whose faults a function says."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
-    import fsspec
-
     store = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     store.start()
     proxies: list[Server] = []
@@ -201,9 +207,7 @@ def faulty_bucket(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         threading.Thread(target=proxies[0].serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{proxies[0].server_address[1]}"
         settings = {"endpoint_url": address, "key": "test", "secret": "test"}
-        monkeypatch.setitem(
-            fsspec.config.conf, "s3", {**settings, "config_kwargs": {"retries": {"total_max_attempts": tries}}}
-        )
+        tell_fsspec(monkeypatch, {**settings, "config_kwargs": {"retries": {"total_max_attempts": tries}}})
         filesystem = fsspec.filesystem("s3")
         filesystem.makedirs("faulty", exist_ok=True)  # moto's buckets live as long as the process
         for path in folder.rglob("*"):
@@ -295,28 +299,19 @@ def bucket() -> Iterator[str]:
     """URL of a bucket behind moto's S3 server; fsspec is told where that is."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
-    import fsspec
-
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    settings = {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}
-    os.environ["FSSPEC_S3"] = json.dumps(settings)  # for loader processes
-    multiprocessing.forkserver._forkserver._stop()  # the next one has that
-    before = dict(fsspec.config.conf)
-    fsspec.config.conf["s3"] = settings
-    fsspec.filesystem("s3").mkdir("shards")
-    yield "s3://shards"
-    fsspec.config.conf.clear()
-    fsspec.config.conf.update(before)
+    with pytest.MonkeyPatch.context() as patch:
+        tell_fsspec(patch, {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"})
+        fsspec.filesystem("s3").mkdir("shards")
+        yield "s3://shards"
     server.stop()
 
 
 def test_s3_gives_the_same_stream_as_files(
     small_set: Path, tmp_path: Path, bucket: str, configure: Callable[..., RunConfig]
 ) -> None:
-    import fsspec
-
     filesystem = fsspec.filesystem("s3")
     for path in small_set.rglob("*"):
         if path.is_file():
