@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import io
 import os
-import signal
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from aimscale.harness.data.processes import TRAINERS_SIGNALS, start_process
+from aimscale.harness.data.processes import heed_signals, start_process
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import IMAGE_SIZE, photograph_crops, photographs
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
@@ -321,7 +320,7 @@ def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int,
 
 def _read_bare(name: str, work: Sequence[tuple[bytes, Box]], seconds: float, pipe: Connection) -> None:
     """One process of `_bare_rate`."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, TRAINERS_SIGNALS)
+    heed_signals()
     torch.set_num_threads(1)
     reader, number = _readers()[name], 0
     _read_turn(reader, work, number)  # warm-up

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aimscale.harness.data.processes import server_context
+from aimscale.harness.data.processes import heed_signals, start_process
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
@@ -40,14 +40,8 @@ def run(*, num_images: int, num_ranks: int, num_reads: int, folder: Path | None 
         made, held_out = Path(root) / "made", Path(root) / "held-out"
         _make(made, num_images, seed=0)
         _make(held_out, min(_NUM_HELD_OUT, num_images), seed=1)
-        context = server_context(__name__)
-        pipes = [context.Pipe() for _ in range(num_ranks)]
-        processes = [
-            context.Process(target=_rank, args=(theirs, made, rank, num_reads))
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in processes:
-            process.start()
+        pipes = [Pipe() for _ in range(num_ranks)]
+        processes = [start_process(_rank, theirs, made, rank, num_reads) for rank, (_, theirs) in enumerate(pipes)]
         before = _ask(pipes, "memory")
         opened, read, after = _ask(pipes, "open"), _ask(pipes, "read"), _ask(pipes, "memory")
         for process in processes:
@@ -112,6 +106,7 @@ def _ask(pipes: list[tuple[Connection, Connection]], what: str) -> list[float]:
 
 def _rank(pipe: Connection, folder: Path, rank: int, num_reads: int) -> None:
     """One process: says what it is asked for, and ends with the second look at its memory."""
+    heed_signals()
     dataset: ShardDataset | None = None
     while True:
         what = pipe.recv()

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 """Slurm sends a step's signals to every process of it: the trainer saves, and ends its processes itself."""
 
 _PRELOAD = (  # what a loader process needs, imported once; nothing of it may start a thread
@@ -59,7 +59,7 @@ def start_server() -> ForkServerContext:
 
 
 def start_process(function: Callable[..., object], *args: Any) -> ForkServerProcess:
-    """A daemon process that calls `function(*args)`; it holds `TRAINERS_SIGNALS` back until it says otherwise.
+    """A daemon process that calls `function(*args)`; signals are held back until it ignores or heeds them.
 
     It imports what `function` needs, and not the program's main module, which costs seconds and would start a program
     again that has no `if __name__ == "__main__"`.
@@ -78,7 +78,7 @@ def start_process(function: Callable[..., object], *args: Any) -> ForkServerProc
 @contextmanager
 def held_back() -> Iterator[None]:
     """Signals for the trainer wait meanwhile; the server and what it starts inherit that."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
     try:
         yield
     finally:
@@ -97,11 +97,16 @@ def _short_temporary_folder() -> Iterator[None]:
         tempfile.tempdir = before
 
 
-def ignore_trainers_signals() -> None:
-    """For a process of `start_process`."""
-    for signum in TRAINERS_SIGNALS:
+def ignore_signals() -> None:
+    """For a process of `start_process`: what the trainer is told is none of its business."""
+    for signum in _TRAINERS_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, TRAINERS_SIGNALS)
+    heed_signals()
+
+
+def heed_signals() -> None:
+    """For a process of `start_process`: take the signals that were held back, as any process does."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
 
 
 class SharedMemory:
@@ -122,9 +127,11 @@ class SharedMemory:
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (DupFd(self._file.fileno()),)
 
-    def array(self, shape: tuple[int, ...], offset: int = 0) -> npt.NDArray[np.uint8]:
+    def array(
+        self, shape: tuple[int, ...], offset: int = 0, dtype: npt.DTypeLike = np.uint8
+    ) -> np.ndarray[Any, np.dtype[Any]]:
         """A view of some bytes; the memory stays as long as any view."""
-        return np.frombuffer(self.bytes, np.uint8, math.prod(shape), offset).reshape(shape)
+        return np.frombuffer(self.bytes, dtype, math.prod(shape), offset).reshape(shape)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -140,27 +147,20 @@ class SharedArray:
     """A read-only array that a process to which it is passed shares, once it is large."""
 
     def __init__(self, values: npt.NDArray[Any]) -> None:
-        self._memory = SharedMemory(values.nbytes) if values.nbytes >= _MIN_SHARED else None
-        self.values = values
-        if self._memory is not None:
-            self._map(values.dtype, values.shape)
+        self.values, self._memory = values, None
+        if values.nbytes >= _MIN_SHARED:
+            self._memory = SharedMemory(values.nbytes)
+            self.values = self._memory.array(values.shape, dtype=values.dtype)
             self.values[...] = values
         self.values.flags.writeable = False
 
-    def _map(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        assert self._memory is not None, "SharedArray: a small one"
-        self.values = np.frombuffer(self._memory.bytes, dtype, math.prod(shape)).reshape(shape)
-
     def __getstate__(self) -> tuple[Any, ...]:
         values = self.values
-        return (None, values) if self._memory is None else (self._memory, values.dtype, values.shape)
+        return (None, values) if self._memory is None else (self._memory, values.shape, values.dtype)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._memory, *what = state
-        if self._memory is None:
-            (self.values,) = what
-        else:
-            self._map(*what)
+        self._memory, what, *dtype = state
+        self.values = what if self._memory is None else self._memory.array(what, dtype=dtype[0])
 
 
 def _attach(descriptor: Any) -> SharedMemory:

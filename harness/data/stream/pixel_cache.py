@@ -31,13 +31,16 @@ class PixelCache:
         info = dataset.info
         shape = (len(dataset), channels, info.max_height, info.max_width)
         fits = max(info.max_height, info.max_width) <= SMALL_SIDE and math.prod(shape) <= MAX_CACHE_BYTES
-        self._shape = shape if info.one_size and fits else (0, channels, 1, 1)
-        self._memory = SharedMemory(math.prod(self._shape) + self._shape[0]) if self._shape[0] else None
+        self._shape = shape
+        self._memory = (
+            SharedMemory(math.prod(shape) + len(dataset)) if info.one_size and fits and len(dataset) else None
+        )
         self._map()
 
     def _map(self) -> None:
-        self._pixels = None if self._memory is None else torch.from_numpy(self._memory.array(self._shape))
+        self._pixels: torch.Tensor | None = None
         if self._memory is not None:
+            self._pixels = torch.from_numpy(self._memory.array(self._shape))
             self._known = self._memory.array(self._shape[:1], math.prod(self._shape))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data.processes import SharedMemory, ignore_trainers_signals, start_process
+from aimscale.harness.data.processes import SharedMemory, ignore_signals, start_process
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import CropLayout, Crops
@@ -103,7 +103,7 @@ class _Worker:
 
     def serve(self) -> None:
         """A worker's life."""
-        ignore_trainers_signals()
+        ignore_signals()
         torch.set_num_threads(1)
         with contextlib.suppress(EOFError, BrokenPipeError):  # the trainer is gone
             while True:
