@@ -18,6 +18,7 @@ from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.optimum import cost_of
 from aimscale.analysis.laws.base import Law
+from aimscale.analysis.tables.design import mixture_flags
 
 COLLINEAR = 3.0
 """A design whose D/N varies by less than this factor hardly tells the exponents of N and D apart."""
@@ -119,7 +120,7 @@ def propose(
         unit=unit,
         sd_before=basket.sd_before,
         sd_after=basket.sd_after,
-        warnings=tuple(_warnings(known, table, target)),
+        warnings=(*_warnings(known, table, target), *mixture_flags(df, known.law.variables)),
     )
 
 

@@ -45,6 +45,7 @@ def command(
     from aimscale.analysis.forecasts.ahead import ahead, parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
+    from aimscale.analysis.tables.design import mixture_flags
 
     if law == "curve":
         show(_curve(tables, at, y, columns, where, register, resamples), json)
@@ -52,12 +53,12 @@ def command(
     df = table_of(tables, columns, where, main, fresh=not law.startswith(("repeated", "overfitting")))
     place = parse_scale(at, "--at")
     found = ahead(df, place, law=law, y=y, objective=objective, link_kind=link, resamples=resamples)
-    after = []
+    after = list(mixture_flags(df, found.law.law.variables))
     if register:
         folder = tables[0] if tables[0].is_dir() else tables[0].parent
         path = to or folder / REGISTER
         write(found, df, path)
-        after = ["", f"registered in {path}"]
+        after += ["", f"registered in {path}"]
     show(found, json, after=after)
 
 

@@ -103,6 +103,8 @@ def observe(
     Raises:
         AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
     """
+    if not df.index.is_unique:
+        raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
     names = resolve_columns(law, df, columns)
     if y not in df.columns:
         raise AnalysisError(

@@ -27,6 +27,9 @@ FORMULAS = {
 }
 """(our name, what stands for theirs) -> our columns that it is made of, and how: `--columns C=6ND` and `D=C/6N`."""
 
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
+"""Of files that are tables."""
+
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping.
@@ -92,7 +95,7 @@ def _read_file(path: Path) -> pd.DataFrame:
     except (pa.ArrowException, pd.errors.ParserError, csv.Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise TableError(f"cannot read {path} as a table ({reason}): it may be half-written; write it again") from error
-    raise TableError(f"cannot tell what {path} is: give a .parquet, .csv, .tsv or .jsonl file")
+    raise TableError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -102,7 +105,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise TableError(
             f"{path} was written with schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale"
         )
-    return table.to_pandas()
+    frame = table.to_pandas()
+    return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
 
 
 def _refuse_half_written(path: Path) -> None:

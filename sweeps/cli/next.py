@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import table_of
 from aimscale.sweeps.cli.options import AsJson, Root, complete_sweep
 
 if TYPE_CHECKING:
@@ -16,14 +18,12 @@ if TYPE_CHECKING:
     from aimscale.analysis.choice.proposal import Proposal
     from aimscale.sweeps.plan.sweepfile import Sweep
 
-TABLES = (".csv", ".parquet", ".jsonl")
-
 
 def command(
-    sweep_or_table: Annotated[
-        str,
+    sweep_or_tables: Annotated[
+        list[str],
         typer.Argument(
-            help="A launched and collected sweep (runs are priced by their cost cards), or any table.",
+            help="A launched and collected sweep (runs are priced by their cost cards), or any tables, read as one.",
             autocompletion=complete_sweep,
         ),
     ],
@@ -34,7 +34,10 @@ def command(
     ] = None,
     law: Annotated[str, typer.Option(help="Law to forecast by; auto chooses it as `fit --law auto` does.")] = "auto",
     y: Annotated[str, typer.Option(help="Column of the loss.")] = "val_loss",
-    columns: Annotated[list[str] | None, typer.Option(help="Foreign columns as ours=theirs (of a TABLE).")] = None,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    main: options.Main = False,
     sizes: Annotated[
         str | None, typer.Option(help="Sizes on offer, e.g. rung-32,rung-64; default: the sweep's.")
     ] = None,
@@ -50,21 +53,24 @@ def command(
 ) -> None:
     """Choose the runs, together, that make the forecast at the target most certain."""
     from aimscale.analysis.forecasts.ahead import parse_scale
+    from aimscale.analysis.tables.results import SUFFIXES
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     place = parse_scale(target, "--target")
-    if Path(sweep_or_table).suffix in TABLES:
+    if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        found = _of_table(Path(sweep_or_table), columns, place, budget, law, y, tflops)
+        df = table_of([Path(name) for name in sweep_or_tables], columns, where, main, best=best_of, y=y)
+        found = _of_table(df, place, budget, law, y, tflops)
     else:
-        sweep = load_sweep(sweep_or_table, root)
+        sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
             raise SweepError(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
                 f"as --write {sweep.base_dir / write.name}"
             )
-        found = _of_sweep(sweep, place, budget, law, y, sizes, budgets)
+        df = table_of([_table(sweep)], columns, where, main, best=best_of, y=y)
+        found = _of_sweep(sweep, df, place, budget, law, y, sizes, budgets)
         if write is not None:
             write.write_text(_sweep_file(sweep, found.table))
     typer.echo(found.to_json() if as_json else found.summary())
@@ -72,17 +78,13 @@ def command(
         typer.echo(f"\nwrote {write}; next: aimscale plan {write}")
 
 
-def _of_table(
-    path: Path, columns: list[str] | None, target: dict[str, float], budget: float, law: str, y: str, tflops: float
-) -> Proposal:
+def _of_table(df: pd.DataFrame, target: dict[str, float], budget: float, law: str, y: str, tflops: float) -> Proposal:
     """Runs on the table's own grid and on the way to the target, priced by its own FLOPs."""
     from aimscale.analysis.choice.backtest import with_compute
     from aimscale.analysis.choice.proposal import grid_offer, propose
     from aimscale.analysis.frontier.optimum import cost_of, points_of
-    from aimscale.analysis.tables.inputs import read_tables
-    from aimscale.analysis.tables.results import parse_columns
 
-    df = with_compute(read_tables([path], parse_columns(columns or [])), None)
+    df = with_compute(df, None)
     points = points_of(df, y=y, columns=None)
     cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
     offer = grid_offer(points, target)
@@ -90,20 +92,31 @@ def _of_table(
     return propose(df, target, offer.assign(price=flops / (tflops * 1e12 * 3600)), budget=budget, law=law, y=y)
 
 
+def _table(sweep: Sweep) -> Path:
+    from aimscale.sweeps.plan.sweepfile import SweepError
+
+    table = sweep.directory / "results.parquet"
+    if not table.is_file():
+        raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it once runs are complete")
+    return table
+
+
 def _of_sweep(
-    sweep: Sweep, target: dict[str, float], budget: float, law: str, y: str, sizes: str | None, budgets: str | None
+    sweep: Sweep,
+    df: pd.DataFrame,
+    target: dict[str, float],
+    budget: float,
+    law: str,
+    y: str,
+    sizes: str | None,
+    budgets: str | None,
 ) -> Proposal:
     """Runs of the sweep's sizes and budgets that are not measured yet, priced by their cost cards."""
     import pandas as pd
 
     from aimscale.analysis.choice.proposal import propose
-    from aimscale.analysis.tables.results import read_table
-    from aimscale.sweeps.plan.sweepfile import SweepError, count
+    from aimscale.sweeps.plan.sweepfile import count
 
-    table = sweep.directory / "results.parquet"
-    if not table.is_file():
-        raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it once runs are complete")
-    df = read_table(table)
     named = sizes.split(",") if sizes else list(sweep.file.sizes)
     images = [int(count(text)) for text in budgets.split(",")] if budgets else _budgets(sweep, df)
     offer = pd.concat([_offer(sweep, named, seen) for seen in images], ignore_index=True)

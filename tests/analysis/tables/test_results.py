@@ -74,7 +74,7 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
         ("words.csv", "val_loss,N\n0.5,1\nhigh,2\n", r"column 'val_loss' holds 'high' in row 2"),
         ("quote.csv", 'N,val_loss\n1,"2\n', "half-written"),
         ("cut.parquet", "PAR1 and then nothing", "half-written"),
-        ("results.xlsx", "x", "give a .parquet, .csv, .tsv or .jsonl"),
+        ("results.xlsx", "x", "give a .parquet, .csv, .tsv, .jsonl or .ndjson"),
         ("probes.csv", "val_loss,probes\n0.5,[1]\n", "'probes' of row 1"),
     ],
 )

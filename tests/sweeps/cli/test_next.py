@@ -69,6 +69,28 @@ def test_a_table_is_priced_by_its_own_flops(collected: Any, tmp_path: Any) -> No
     assert found["sd_after"] < found["sd_before"]
 
 
+def test_rows_are_chosen_as_every_verb_chooses_them(collected: Any, tmp_path: Any) -> None:
+    """A second experiment in the table is warned about, and left out by --where or --main, of tables and of sweeps."""
+    ours = pd.read_parquet(collected.directory / "results.parquet").assign(prefix="paired")
+    theirs = ours.sample(frac=0.5, random_state=0).assign(prefix="causal", run_id=lambda df: df["run_id"] + "c")
+    theirs["val_loss"] *= 1.3
+    parts = [tmp_path / "ours.csv", tmp_path / "theirs.tsv"]
+    ours.to_csv(parts[0], index=False)
+    theirs.to_csv(parts[1], sep="\t", index=False)
+    pd.concat([ours, theirs]).to_parquet(collected.directory / "results.parquet")
+    args = ["--target", "N=1e7,D=100k", "--budget", 0.01, "--law", "chinchilla"]
+    alone = json.loads(run(parts[0], *args, "--json"))
+    assert not any("mix" in text for text in alone["warnings"])
+    assert "mix experiments (prefix: " in run(collected.source, "--root", collected.root, *args)
+    for tables, choice in (
+        (parts, ["--where", "prefix=paired"]),
+        ([collected.directory / "results.parquet"], ["--main"]),
+    ):
+        chosen = json.loads(run(*tables, *args, *choice, "--json"))
+        assert not any("mix" in text for text in chosen["warnings"])
+        assert chosen["forecast"] == pytest.approx(alone["forecast"])
+
+
 def test_mistakes_are_told_in_one_sentence(collected: Any, tmp_path: Any) -> None:
     with pytest.raises(AnalysisError, match="needs both N and D"):
         run(collected.source, "--root", collected.root, "--target", "N=1e9", "--budget", 1)
