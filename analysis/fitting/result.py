@@ -52,10 +52,14 @@ class Interval:
     method: str
     """E.g. "bootstrap over 240 points"."""
 
+    @property
+    def is_known(self) -> bool:
+        """Whether both ends are numbers."""
+        return bool(np.isfinite([self.low, self.high]).all())
+
     def words(self, form: str = ".3f") -> str:
         """Both ends in brackets, or that there is no interval."""
-        known = np.isfinite([self.low, self.high]).all()
-        return f"[{self.low:{form}}, {self.high:{form}}]" if known else "(no interval)"
+        return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else "(no interval)"
 
 
 @dataclass(frozen=True, kw_only=True)

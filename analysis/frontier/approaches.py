@@ -64,23 +64,33 @@ class Approaches(Result):
     def summary(self, flops: Any = None) -> str:
         """All approaches as prose, and the optimum at budgets: by default the largest, and ten times it."""
         optima = self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops)
-        return f"{self.sentence()}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
+        lines = "\n".join(self.lines())
+        return f"{lines}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
 
     def sentence(self) -> str:
         """All approaches, their disagreement at the largest budget and beyond, and what failed."""
-        parts = [f.sentence() for f in self.frontiers]
+        return " ".join(self.lines(bullet=""))
+
+    def lines(self, bullet: str = "- ") -> list[str]:
+        """The same, with a line for each approach and for each point or budget that looks wrong."""
+        parts = [line for f in self.frontiers for line in f.lines(bullet)]
         if len(self.frontiers) > 1:
             top = self.largest_budget
-            pairs = " and of ".join(f"{a} and {b}" for a, b in self.apart())
-            verdict = (
-                f"the intervals of {pairs} do not overlap" if pairs else "the intervals of their exponents overlap"
-            )
             parts.append(
                 f"Their N* differ by a factor of {self.disagreement(top):.2f} at the largest budget {top:.3g} and of "
-                f"{self.disagreement(100 * top):.2f} at a hundred times it; {verdict}."
+                f"{self.disagreement(100 * top):.2f} at a hundred times it{self._overlap()}."
             )
-        parts += [f"Approach {k} was not possible: {why}" for k, why in self.failures.items()]
-        return " ".join(parts)
+        return parts + [f"Approach {k} was not possible: {why}" for k, why in self.failures.items()]
+
+    def _overlap(self) -> str:
+        """Whether the intervals overlap, of those that have one."""
+        if pairs := " and of ".join(f"{a} and {b}" for a, b in self.apart()):
+            return f"; the intervals of {pairs} do not overlap"
+        known = [str(f.approach) for f in self.frontiers if f.exponent_interval.is_known]
+        if len(known) < 2:
+            return ""
+        whose = "their exponents" if len(known) == len(self.frontiers) else " and ".join(known)
+        return f"; the intervals of {whose} overlap"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""

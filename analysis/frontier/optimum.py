@@ -108,8 +108,9 @@ class Frontier(Result):
         c = np.atleast_1d(np.asarray(flops, float))
         n = np.exp(self.log_k + self.exponent * np.log(c))
         tails = [50 * (1 - self.exponent_interval.confidence), 50 * (1 + self.exponent_interval.confidence)]
-        n_draws = np.exp(self.draws[:, :1] + self.draws[:, 1:] * np.log(c))
-        n_lo, n_hi = np.nanpercentile(n_draws, tails, axis=0)
+        draws = self.draws[np.isfinite(self.draws).all(axis=1)]
+        n_draws = np.exp(draws[:, :1] + draws[:, 1:] * np.log(c))
+        n_lo, n_hi = np.percentile(n_draws, tails, axis=0) if len(draws) else np.full((2, len(c)), np.nan)
         out = {"C": c, "N": n, "N_lo": n_lo, "N_hi": n_hi, "D": self.cost.samples(c, n)}
         out |= {"D_lo": self.cost.samples(c, n_hi), "D_hi": self.cost.samples(c, n_lo)}
         if self.law is not None:
@@ -125,20 +126,26 @@ class Frontier(Result):
     def summary(self) -> str:
         """The exponent as prose, and the optimum at the largest budget and at ten times it."""
         optima = self.at([self.range[1], 10 * self.range[1]])
-        return f"{self.sentence()}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
+        lines = "\n".join(self.lines())
+        return f"{lines}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
 
     def sentence(self) -> str:
-        """The exponent with its interval, method, range and refusals."""
+        """The exponent with its interval, method, range and refusals, and what looks wrong."""
+        return " ".join(self.lines(bullet=""))
+
+    def lines(self, bullet: str = "- ") -> list[str]:
+        """The same, with a line for each point or budget that looks wrong."""
         i = self.exponent_interval
+        interval = f"{i.words()} ({i.confidence:.0%}, {i.method})" if i.is_known else f"({i.method})"
         text = (
-            f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} {i.words()} "
-            f"({i.confidence:.0%}, {i.method}), C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."
+            f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} {interval}, "
+            f"C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."
         )
         if self.bias is not None:
             text += f" By itself this approach errs by {self.bias:+.3f} on this design, which the interval allows for."
         if self.refusals:
             text += f" Refused: {'; '.join(refusal_words(self.refusals))}."
-        return " ".join([text, *self.advice])
+        return [text, *(bullet + one for one in self.advice)]
 
     @property
     def table(self) -> pd.DataFrame:

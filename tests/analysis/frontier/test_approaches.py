@@ -1,5 +1,6 @@
 """Approaches 1, 2 and 3 on a surface whose optimum is known, and on Porian's measurements."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -172,3 +173,20 @@ def test_approaches_that_disagree_are_named(grid):
     assert apart.apart() == [(1, 3), (2, 3)]
     assert "the intervals of 1 and 3 and of 2 and 3 do not overlap" in apart.sentence()
     assert "the intervals of their exponents overlap" in Approaches(frontiers=tuple(narrow[:2]), failures={}).sentence()
+    # Of two that have no interval it cannot be said whether they overlap, nor of one beside the others.
+    unknown = replace(
+        first,
+        approach=2,
+        draws=np.full((1, 2), np.nan),
+        exponent_interval=replace(first.exponent_interval, low=np.nan, high=np.nan, method="no interval: why"),
+        advice=("Row 3 lies far off.",),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words = Approaches(frontiers=(narrow[0], unknown), failures={}).summary().splitlines()
+    assert "overlap" not in " ".join(words)
+    assert words[1].startswith("Approach 2")
+    assert "(no interval: why), C from" in words[1]
+    assert words[2] == "- Row 3 lies far off."
+    three = Approaches(frontiers=(narrow[0], unknown, replace(narrow[1], approach=3)), failures={})
+    assert "the intervals of 1 and 3 overlap" in three.sentence()
