@@ -17,7 +17,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.optimum import cost_of
-from aimscale.analysis.laws.base import Law
+from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.tables.design import mixture_flags
 
 COLLINEAR = 3.0
@@ -25,6 +25,8 @@ COLLINEAR = 3.0
 RESAMPLES = 20
 """Bootstrap draws of the fit, over which the worth of runs is averaged."""
 MARGIN = 1.001
+SAME = 1.03
+"""Sizes or budgets that differ by less than this factor count as one."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -175,16 +177,29 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
     """
     axes = []
     for v in ("N", "D"):
-        values = np.unique(df[v].to_numpy(float))
+        values = _distinct(df[v].to_numpy(float))
         if target[v] > values[-1]:
             values = np.append(values, np.geomspace(values[-1], target[v], steps + 2)[1:-1])
         axes.append(values)
     n, d = (a.ravel() for a in np.meshgrid(*axes, indexing="ij"))
     offer = pd.DataFrame({"N": n, "D": d})
     offer = offer[offer["N"] * offer["D"] < target["N"] * target["D"] / MARGIN]
-    measured = set(zip(df["N"].round(6), df["D"].round(6), strict=True))
-    new = [(a, b) not in measured for a, b in zip(offer["N"].round(6), offer["D"].round(6), strict=True)]
-    return offer[new].reset_index(drop=True)
+
+    def cells(points: pd.DataFrame) -> list[tuple[int, int]]:
+        places = (np.searchsorted(axis, points[v].to_numpy(float), "right") for v, axis in zip("ND", axes, strict=True))
+        return list(zip(*places, strict=True))
+
+    measured = set(cells(df))
+    return offer[[cell not in measured for cell in cells(offer)]].reset_index(drop=True)
+
+
+def _distinct(values: Array) -> Array:
+    """Sorted values without those that nearly repeat the one before, as rounded budgets do."""
+    kept: list[float] = []
+    for value in np.unique(values):
+        if not kept or value > SAME * kept[-1]:
+            kept.append(float(value))
+    return np.array(kept)
 
 
 def _words(target: Mapping[str, float]) -> str:

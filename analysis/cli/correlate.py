@@ -28,6 +28,7 @@ def command(
     y: Annotated[str, typer.Option(help="Second column; top1 means every probe of the table.")] = "top1",
     columns: options.Columns = None,
     where: options.Where = None,
+    best_of: options.BestOf = None,
     main: options.Main = False,
     partial: Annotated[
         str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
@@ -52,7 +53,7 @@ def command(
     from aimscale.analysis.downstream.correlation import correlate
     from aimscale.analysis.errors import AnalysisError
 
-    groups = groups_by_probe(table_of(tables, columns, where, main), y)
+    groups = groups_by_probe(table_of(tables, columns, where, main, best=best_of, y=x), y)
     by = {k: clusters_of(group, cluster) for k, group in groups.items()}
     found = {
         k: correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]) for k, group in groups.items()

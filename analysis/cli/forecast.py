@@ -11,6 +11,8 @@ from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from aimscale.analysis.fitting.curves import Extrapolation
 
 
@@ -31,6 +33,7 @@ def command(
     resamples: options.Resamples = 1000,
     columns: options.Columns = None,
     where: options.Where = None,
+    best_of: options.BestOf = None,
     main: options.Main = False,
     register: Annotated[
         bool, typer.Option("--register", help="Append law, data hash, date and intervals to a file, before the run.")
@@ -42,15 +45,19 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss by a law and every probe's accuracy through it, each with two intervals."""
+    from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.forecasts.ahead import ahead, parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
     from aimscale.analysis.tables.design import mixture_flags
 
+    is_fresh = not law.startswith(("repeated", "overfitting", "curve"))
+    df = table_of(tables, columns, where, main, fresh=is_fresh, best=best_of, y=y)
     if law == "curve":
-        show(_curve(tables, at, y, columns, where, register, resamples), json)
+        if register:
+            raise AnalysisError("A curve's forecast cannot be registered; --register takes laws of N and D.")
+        show(_curve(df, at, y, resamples), json)
         return
-    df = table_of(tables, columns, where, main, fresh=not law.startswith(("repeated", "overfitting")))
     place = parse_scale(at, "--at")
     found = ahead(df, place, law=law, y=y, objective=objective, link_kind=link, resamples=resamples)
     after = list(mixture_flags(df, found.law.law.variables))
@@ -62,22 +69,10 @@ def command(
     show(found, json, after=after)
 
 
-def _curve(
-    tables: list[Path],
-    at: str,
-    y: str,
-    columns: list[str] | None,
-    where: list[str] | None,
-    register: bool,
-    resamples: int,
-) -> Extrapolation:
+def _curve(df: pd.DataFrame, at: str, y: str, resamples: int) -> Extrapolation:
     """One curve over one column, forecast at a value of it."""
-    from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.fitting.curves import extrapolate
     from aimscale.analysis.forecasts.ahead import parse_scale
 
-    if register:
-        raise AnalysisError("A curve's forecast cannot be registered; --register takes laws of N and D.")
     [(x, value)] = parse_scale(at, "--at", is_curve=True).items()
-    df = table_of(tables, columns, where, y=y)
     return extrapolate(df, x=x, y=y, resamples=resamples).at(value)

@@ -47,27 +47,30 @@ class Repeats(Result):
     def sentences(self) -> list[str]:
         """R_D, what the second, fourth and last measured sights are worth, and what cannot be said."""
         r, i = self.fit.params["R_D"], self.fit.intervals.get("R_D")
+        what = "image" if self.fit.loss_unit else "sample"  # of a foreign table
+        an = f"an {what}" if self.fit.loss_unit else f"a {what}"
         lines = []
         if not self.is_unbounded:
             ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
             half = f" [{i.low * np.log(2) + 1:.2g}, {i.high * np.log(2) + 1:.2g}]" if i else ""
+            k = round(r * np.log(2) + 1)
             lines.append(
-                f"R_D = {r:.3g}{ends} (language: {PUBLISHED:.1f}): a repeat is worth half of a new image at its "
-                f"{r * np.log(2) + 1:.2g}th sight{half}."
+                f"R_D = {r:.3g}{ends} (language: {PUBLISHED:.1f}): a repeat is worth half of a new {what} at its "
+                f"{k}{_th(k)} sight{half}."
             )
         else:
             least = i.low if i else r
             lines.append(
                 f"R_D has no upper end in these data; it is at least {least:.3g}. Up to {self.max_epochs:.3g} passes, "
-                "repeats cannot be told from new images."
+                f"repeats cannot be told from new {what}s."
             )
         measured = self.table[self.table["measured"]]
         told = measured[measured["epochs"].isin((2, 4, 8, 16, 32)) | (measured["epochs"] == measured["epochs"].max())]
         for row in told.itertuples():
             lines.append(
-                f"The {row.epochs}{_th(row.epochs)} sight of an image is worth {100 * row.worth:.0f} % "
+                f"The {row.epochs}{_th(row.epochs)} sight of {an} is worth {100 * row.worth:.0f} % "
                 f"[{100 * row.worth_low:.0f}, {100 * row.worth_high:.0f}] of a new one; {row.epochs} passes are worth "
-                f"{row.effective:.2f} [{row.effective_low:.2f}, {row.effective_high:.2f}] of new images."
+                f"{row.effective:.2f} [{row.effective_low:.2f}, {row.effective_high:.2f}] of new {what}s."
             )
         lines.append(
             f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "

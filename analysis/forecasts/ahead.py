@@ -52,7 +52,8 @@ class Ahead(Result):
     def summary(self) -> str:
         """A line a quantity, with what the intervals are."""
         lines = [
-            f"  {quantity}: {value:.4g} (curve {ci_lo:.4g} to {ci_hi:.4g}; one measurement {pi_lo:.4g} to {pi_hi:.4g})"
+            f"  {self.law.names.get(quantity, quantity)}: {value:.4g} (curve {ci_lo:.4g} to {ci_hi:.4g}; "
+            f"one measurement {pi_lo:.4g} to {pi_hi:.4g})"
             for quantity, value, ci_lo, ci_hi, pi_lo, pi_hi in self.table.to_numpy()
         ]
         note = f"Intervals of {self.law.confidence:.0%}: {self.law.interval_method}."

@@ -26,6 +26,8 @@ FORMULAS = {
     ("images_seen", "C/6N"): (("flops_train", "params_total"), lambda c, n: c / (6 * n)),
 }
 """(our name, what stands for theirs) -> our columns that it is made of, and how: `--columns C=6ND` and `D=C/6N`."""
+LETTERS = {name: letter for letter, name in CANONICAL.items()}
+"""A foreign table's column may be called by the letter."""
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
 """Of files that are tables."""
@@ -148,10 +150,11 @@ def _computed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
         if ours in frame or (ours, theirs) not in FORMULAS:
             continue
         names, function = FORMULAS[ours, theirs]
-        for name in names:
-            if name not in frame:
+        there = [next((n for n in (name, *LETTERS.get(name, "")) if n in frame), None) for name in names]
+        for name, column in zip(names, there, strict=True):
+            if column is None:
                 raise TableError(f"{path} has no column {name} to compute {theirs} from; name yours with --columns")
-        frame[ours] = function(*(frame[name].astype(float) for name in names))
+        frame[ours] = function(*(frame[column].astype(float) for column in there))
     return frame
 
 

@@ -56,6 +56,17 @@ def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
         propose(grid, {"N": 1e8}, ray, budget=3, law="chinchilla")
 
 
+def test_budgets_that_nearly_repeat_are_offered_once(grid):
+    points = grid.rename(columns={"params_total": "N", "images_seen": "D"})
+    cells = len(points[["N", "D"]].drop_duplicates())
+    target = {"N": 2 * points["N"].max(), "D": 2 * points["D"].max()}
+    rounded = points.assign(D=points["D"] * np.random.default_rng(0).uniform(1, 1.01, len(points))).iloc[1:]
+    offer = grid_offer(rounded, target)
+    axes = [int(np.unique(offer[v]).size) for v in "ND"]
+    assert axes == [points[v].nunique() + 4 for v in "ND"]
+    assert len(offer) == axes[0] * axes[1] - (cells - 1)
+
+
 def test_bought_runs_forecast_farseers_top_of_compute_better_than_others(measurements):
     df = measurements("scalebench/farseer.parquet")
     found = replay(df.assign(C=6 * df["N"] * df["D"]), "coupled", draws=2).set_index("strategy")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis import fit, plot_fit, read_table, read_tables
+from aimscale.analysis import fit, laws, plot_fit, read_table, read_tables, repeats
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.observations import NOT_CHOSEN
 from aimscale.analysis.tables.schema import TableError
@@ -48,6 +48,24 @@ def test_json_lines_and_computed_columns(theirs, tmp_path):
     args = [str(tmp_path / "no_flops.csv"), "--columns", COLUMNS + ",C=6ND", "--best-of", "lr", "--json"]
     out = CliRunner().invoke(verb("frontier"), args, catch_exceptions=False)
     assert json.loads(out.output)["frontiers"][-1]["exponent"] == pytest.approx(0.37 / 0.71, abs=0.05)
+
+
+def test_a_forecast_and_repeats_are_told_in_their_words(theirs, tmp_path):
+    lettered = theirs.rename(columns={"num_params": "N", "tokens": "D"}).drop(columns="flops")
+    lettered.to_csv(tmp_path / "lettered.csv", index=False)
+    args = [str(tmp_path / "lettered.csv"), "--columns", "L=loss,C=6ND", "--best-of", "lr", "--law", "chinchilla"]
+    asked = [*args, "--at", "N=1e10,D=1e11", "--resamples", "20"]
+    out = CliRunner().invoke(verb("forecast"), asked, catch_exceptions=False).output
+    assert "\n  loss: " in out
+    assert "val_loss" not in out
+    np.testing.assert_allclose(read_table(tmp_path / "lettered.csv", {"C": "6ND"})["flops_train"], theirs["flops"])
+    n, d, u = (a.ravel() for a in np.meshgrid([1e7, 1e8], np.geomspace(1e8, 3e9, 6), [1e8, 3e8]))
+    x = {"N": n, "D": d, "U": np.minimum(u, d)}
+    params = {"E": 1.8, "A": 400, "B": 2000, "alpha": 0.34, "beta": 0.37, "R_D": 5.0}
+    repeated = pd.DataFrame({**x, "loss": laws.REPEATED.value(x, params)})
+    words = " ".join(repeats(repeated, y="loss", resamples=20).sentences())
+    assert "sight of a sample is worth" in words
+    assert "image" not in words
 
 
 def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
