@@ -28,12 +28,12 @@ def accuracy_of(kind: str) -> str:
 
 def fit_sentence(fit: Fit) -> str:
     """Law, what its variables count, objective, optimiser, n, exclusions, range, intervals, held-out error, flags."""
-    y = variable_words(fit, "y")
+    names = {"L": variable_words(fit, "y"), **{v: variable_words(fit, v) for v in fit.law.variables}}
+    where = ", ".join(f"{letter} = {name}" for letter, name in names.items() if letter != name)
     numbers = ", ".join(_number(fit, name) for name in fit.params)
-    variables = ", ".join(f"{v} = {variable_words(fit, v)}" for v in fit.law.variables)
     ranges = ", ".join(f"{v} from {low:.3g} to {high:.3g}" for v, (low, high) in fit.ranges.items())
     parts = [
-        f"{fit.law.formula} with {numbers}, where L = {y} and {variables}.",
+        f"{fit.law.formula} with {numbers}{f', where {where}' if where else ''}.",
         f"Fitted to {fit.num_points} of {fit.num_rows} points over {ranges} by minimising the {fit.objective.label} "
         f"(value {fit.objective_value:.6g}), {_weights(fit)}, with a {fit.optimiser}; no starting values are needed.",
         f"Left out: {'; '.join(map(str, fit.exclusions)) if fit.exclusions else 'nothing'}.",

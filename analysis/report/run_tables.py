@@ -44,9 +44,14 @@ def ladder_table(study: Study) -> PageTable:
     return page_table(
         "ladder",
         "The sizes",
-        "Parameters; training FLOPs per image (3 × forward, head and attention counted); median throughput and MFU "
-        "(FLOPs by the published formula or as executed, over the device's nominal or measured peak); device time of "
-        "training to the largest budget of each run.",
+        _sentence(
+            ladder,
+            params_total="parameters",
+            flops_per_image="training FLOPs per image (3 × forward, head and attention counted)",
+            images_per_s="median throughput and MFU (FLOPs by the published formula or as executed, over the device's "
+            "nominal or measured peak)",
+            device_hours="device time of training to the largest budget of each run",
+        ),
         ladder,
         [
             ("size", "size", text),
@@ -61,6 +66,12 @@ def ladder_table(study: Study) -> PageTable:
             ("best_loss", "lowest loss", number(4)),
         ],
     )
+
+
+def _sentence(frame: pd.DataFrame, **words: str) -> str:
+    """What the columns are that the frame has, by their name."""
+    text = "; ".join(word for name, word in words.items() if name in frame and frame[name].notna().any())
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _size_of(frame: pd.DataFrame) -> pd.Series:

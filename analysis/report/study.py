@@ -214,7 +214,9 @@ def _fit_laws(study: Study, resamples: int) -> None:
         rows["C"] = ("power_offset:C", lower_envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
     for key, (law, subset, words) in rows.items():
         study.selections[key] = words
-        found = study.attempt(f"Law {law}", partial(fit, law, subset, resamples=affordable(resamples, len(subset))))
+        found = study.attempt(
+            f"A law on {words}", partial(fit, law, subset, resamples=affordable(resamples, len(subset)))
+        )
         if found is not None:
             study.fits[key] = found
     if "ND" in study.fits:

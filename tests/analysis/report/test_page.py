@@ -254,7 +254,7 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     page = Page((tmp_path / "page.html").read_text())
     assert {"loss-N", "loss-D", "law-ND"} <= page.ids()
     assert not {"published", "beside-aim", "published-tasks"} & page.ids()
-    assert not any(ours in page.text for ours in ("AIM", "images", "pixel head", "next-patch", "val_loss"))
+    assert not any(ours in page.text for ours in ("AIM", "image", "MFU", "pixel head", "next-patch", "val_loss"))
     assert "N = size_m, D = tokens" in page.text
     with pytest.raises(TableError, match="there is no table"):
         write_report(tmp_path / "absent.csv")

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from aimscale.analysis import fit, laws, plot_fit, read_table, read_tables, repeats
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.plots.parts import axis_label
 from aimscale.analysis.tables.observations import NOT_CHOSEN
 from aimscale.analysis.tables.schema import TableError
 from aimscale.analysis.tables.selection import select
@@ -96,7 +97,7 @@ def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     df = select(read_table(tmp_path / "theirs.csv", NAMES), ["num_params<9e8", "lr=3e-4"])
     result = fit("chinchilla", df, resamples=0)
     words = result.sentence()
-    assert "where L = loss and N = num_params, D = tokens." in words
+    assert "where L = loss, N = num_params, D = tokens." in words
     assert not any(ours in words for ours in ("head included", "images", "params_total", "val_loss"))
     (ax,) = plot_fit(result).axes
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_legend().get_title().get_text()) == (
@@ -118,3 +119,12 @@ def test_rows_that_differ_in_any_column_are_no_repeats():
     result = fit("power:N", df, y="y", resamples=0)
     assert [str(e) for e in result.exclusions] == ["1 row that repeat another row exactly"]
     assert result.num_points == 5
+
+
+def test_a_column_that_is_called_by_its_letter_is_not_explained_by_it(theirs, tmp_path):
+    theirs[theirs["lr"] == 3e-4].rename(columns={"num_params": "N"}).to_csv(tmp_path / "lettered.csv", index=False)
+    result = fit(
+        "chinchilla", read_table(tmp_path / "lettered.csv", {"N": "N", "D": "tokens", "L": "loss"}), resamples=0
+    )
+    assert ", where L = loss, D = tokens. Fitted to" in result.sentence()
+    assert axis_label("params_total", "", result.names | {"params_total": "N"}) == "N"
