@@ -2,7 +2,7 @@
 
 `python -m aimscale.analysis.choice.replay TABLE --law coupled` holds the top tenth of compute out, starts from a few
 cheap runs drawn at random, spends a tenth of what the others cost by every strategy, fits the law to what was bought
-and forecasts the held-out runs.
+and forecasts the held-out runs. Beside the strategies stands the law fitted to all the others: no purchase has more.
 """
 
 from __future__ import annotations
@@ -118,12 +118,15 @@ def _v_optimal(pool: pd.DataFrame, first: Array, budget: float, law: Law, power:
         left -= price[best]
 
 
+ALL_RUNS = "all runs"
+"""The whole pool, far beyond the budget: what the law can reach there."""
 STRATEGIES: dict[str, Strategy] = {
     "next": _ours,
     "random": lambda pool, first, test, budget, law, rng: _fill(pool, first, budget, rng.permutation(len(pool))),
     "cheapest": lambda pool, first, test, budget, law, rng: _fill(pool, first, budget, np.argsort(pool["C"])),
     "V-optimal": lambda pool, first, test, budget, law, rng: _v_optimal(pool, first, budget, law, 0.0),
     "V-optimal per price": lambda pool, first, test, budget, law, rng: _v_optimal(pool, first, budget, law, 1.0),
+    ALL_RUNS: lambda pool, first, test, budget, law, rng: np.arange(len(pool)),
 }
 """Name -> positions in the pool that are bought, the first runs included."""
 

@@ -56,7 +56,7 @@ def cells(names: list[str], tables: int, keep: Path | None) -> pd.DataFrame:
         designs, study = STUDIES[name]
         for design in designs:
             cell = (name, design.words, tables)
-            if (known[KEY] == cell).all(axis=1).any():
+            if (known[KEY] == list(cell)).all(axis=1).any():
                 continue
             found = study(design, tables).table()
             for column, value in zip(reversed(KEY), reversed(cell), strict=True):

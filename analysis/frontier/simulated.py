@@ -1,11 +1,13 @@
 """A table measured again through its own design, to see how far an approach errs on it: by noise, and by its own bias.
 
 The joint law is fitted with its errors of sizes, runs and points. Every draw of its parameters is a truth, with the
-optimum that it has; of the tables which that truth may give, the one is simulated whose fit is the fit of the table at
-hand: the fitted law, and what a fit leaves over of that draw's errors. What an approach finds on it, less the draw's
-optimum, is its error. The errors count everything that the design does to an approach: few budgets, interpolated rows,
-grids off the centre, alpha other than beta. (Truths with errors of their own would count twice what the approach and
-the fit have in common: a step from size to size, which lies where it lies, then errs by all that the law may err.)
+optimum that it has; of the tables which that truth may give, one is simulated whose fit is the fit of the table at
+hand: the fitted law, and what a fit leaves over of errors that took that truth to this fit. What an approach finds on
+it, less the draw's optimum, is its error. The errors count everything that the design does to an approach: few budgets,
+interpolated rows, grids off the centre, alpha other than beta. (Truths with errors of their own would count twice what
+the approach and the fit have in common: a step from size to size, which lies where it lies, then errs by all that the
+law may err.) What is left over is as large as on the table at hand, where it was seen: variances drawn anew for it, as
+they are for the law's parameters, would count their uncertainty where there is none.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.frontier.optimum import Cost, optimum_of
 from aimscale.analysis.inference.groups import by_scale, groups_of
-from aimscale.analysis.inference.lackoffit import left_over
-from aimscale.analysis.inference.mixed import simulated_errors
+from aimscale.analysis.inference.mixed import Components, Mixed, simulated_errors
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 
@@ -51,19 +52,37 @@ def simulate(points: pd.DataFrame, cost: Cost, num_tables: int, seed: int) -> Si
     x = {v: points[v].to_numpy(float) for v in ("N", "D")}
     groups = groups_of(points, x)
     groups = by_scale(groups, x) or groups if law.groups.departs else groups
-    errors = simulated_errors(
-        law.errors.drawn,
-        np.ones(len(points)),
-        groups.sizes if law.groups.sizes is not None else None,
-        groups.runs if law.groups.runs is not None else None,
-        np.random.default_rng([seed, 3]),
-    )
-    left = left_over(law.log_slopes(points), np.ones(len(points)), errors)
-    log_losses = np.log(law.law.value(x, law.law_params)) + left
+    sizes = groups.sizes if law.groups.sizes is not None else None
+    runs = groups.runs if law.groups.runs is not None else None
+    fitted = np.log(law.law.value(x, law.law_params))
     with np.errstate(divide="ignore", invalid="ignore"):
+        moved = fitted - np.log(law.law.value(x, law.draws))
+        log_losses = fitted + _left_over(law.log_slopes(points), moved, law.errors, sizes, runs, seed)
         optima = np.stack(optimum_of(law.draws, cost), axis=1)
     good = np.isfinite(log_losses).all(axis=1) & np.isfinite(optima).all(axis=1)
     return Simulated(log_losses=log_losses[good], optima=optima[good])
+
+
+def _left_over(slopes: Array, moved: Array, errors: Mixed, sizes: Array | None, runs: Array | None, seed: int) -> Array:
+    """What a fit leaves over (num, n) of errors that moved its law by `moved` (num, n) from the truth.
+
+    Errors that sizes or runs share move the law and stay in the residuals at once, so the two are told together.
+
+    Args:
+        slopes: the linearised law (n, k).
+        sizes: number of each point's size (n,), or None where sizes share nothing.
+        runs: number of each point's run (n,), or None.
+    """
+    sd = errors.estimated
+    size, run, point = (np.broadcast_to(each, len(moved)) for each in (sd.size, sd.run, sd.point))
+    same = Components(size=size, run=run, point=point)
+    simulated = simulated_errors(same, np.ones(len(slopes)), sizes, runs, np.random.default_rng([seed, 3]))
+    basis, _ = np.linalg.qr(slopes)
+    covered = sd.covariance_times(basis, sizes, runs)
+    share = sd.total / np.maximum(errors.drawn.total, 1e-300)
+    missing = share[:, None] * (moved @ basis) - simulated @ basis
+    simulated += missing @ np.linalg.pinv(basis.T @ covered, hermitian=True) @ covered.T
+    return simulated - (simulated @ basis) @ basis.T
 
 
 def corrected(line: tuple[float, float], found: Array, optima: Array) -> tuple[Array, float] | None:

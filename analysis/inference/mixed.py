@@ -53,6 +53,14 @@ class Components:
         """Of one measurement of weight 1 of a new size and run."""
         return np.sqrt(self.size**2 + self.run**2 + self.point**2)
 
+    def covariance_times(self, columns: Array, sizes: Array | None, runs: Array | None) -> Array:
+        """Covariance of the errors of points of weight 1 times columns (n, m), by one value of each component."""
+        out = self.point**2 * columns
+        for spread, codes in ((self.size, sizes), (self.run, runs)):
+            if codes is not None:
+                out += spread**2 * np.stack([np.bincount(codes, each)[codes] for each in columns.T], axis=1)
+        return out
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
