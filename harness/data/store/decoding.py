@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,16 @@ may ask for any amount of memory."""
 MAX_IMAGE_SIDE = 65_535
 """Longest side, pixels: JPEG's own bound."""
 
-_MODES = {1: (ImageReadMode.GRAY, "L", "GRAY"), 3: (ImageReadMode.RGB, "RGB", "RGB")}
+
+class _Mode(NamedTuple):
+    """What libraries call a number of channels."""
+
+    torchvision: ImageReadMode
+    pillow: str
+    simplejpeg: str
+
+
+_MODES = {1: _Mode(ImageReadMode.GRAY, "L", "GRAY"), 3: _Mode(ImageReadMode.RGB, "RGB", "RGB")}
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _BITS_PER_SAMPLE = 258  # TIFF's tag
@@ -51,23 +61,41 @@ def decode(data: bytes, channels: int = 3) -> torch.Tensor:
         UndecodableImageError: the bytes are empty, truncated, no image, or pixels without a stated range (floating
             point and 32-bit integers).
     """
-    mode, pillow_mode, jpeg_mode = _MODES[channels]
+    pixels = _decode_jpeg(data, channels)
+    return _decode_other(data, channels) if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def decode_interleaved(data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
+    """`decode` to (height, width, channels) without gaps, which is how a JPEG is decoded."""
+    pixels = _decode_jpeg(data, channels)
+    return _decode_other(data, channels).permute(1, 2, 0).contiguous().numpy() if pixels is None else pixels
+
+
+def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
+    """None: no JPEG, or a variant that simplejpeg does not know, CMYK for one."""
+    if data[:2] != _JPEG_START:
+        return None
     try:
-        if data[:2] == _JPEG_START:
-            _refuse_large(*simplejpeg.decode_jpeg_header(data)[:2])
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, jpeg_mode)).permute(2, 0, 1)
+        _refuse_large(*simplejpeg.decode_jpeg_header(data)[:2])
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _MODES[channels].simplejpeg)
     except ValueError:
-        pass  # a variant that it does not know, CMYK for one
+        return None
+    return pixels
+
+
+def _decode_other(data: bytes, channels: int) -> torch.Tensor:
+    """`decode` of what is no JPEG."""
     _refuse_large(*_size_px(data))
+    mode = _MODES[channels]
     try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
-        if image.dim() == 3 and image.dtype == torch.uint8:
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode.torchvision)
+        if image.dim() == 3 and len(image) == channels and image.dtype == torch.uint8:
             return image
     except (RuntimeError, ValueError):
         pass  # a format or variant that torchvision does not know either (BMP, TIFF, 16-bit PNG): Pillow decides
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            pixels = np.array(_eight_bits(picture).convert(pillow_mode))
+            pixels = np.array(_eight_bits(picture).convert(mode.pillow))
     except UndecodableImageError:
         raise
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them

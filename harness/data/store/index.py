@@ -229,16 +229,27 @@ class ShardDataset:
         """
         data = self.read(i) if data is None else data
         image = decode(data, channels)
-        shard = self.shard_of(i)
-        self._num_reads += 1
-        if not self._seen[shard] or self._num_reads % _CHECKED_SHARE == 0:
-            self._seen[shard] = True
-            if image_checksum(data) != self._index.checksum.take(np.array([i]))[0]:
-                raise DataError(
-                    f"shard {self._shard_path(shard)} was changed after it was indexed: {self.describe(i)} is another "
-                    "image; restore the shard, or run `aimscale data index` again"
-                )
+        self.check(np.array([i]), [data])
         return image
+
+    def check(self, samples: I64, data: Sequence[bytes]) -> None:
+        """Compare some of these image files with the index: see `decode`.
+
+        Raises:
+            DataError: a shard holds another image.
+        """
+        shards = self._first.searchsorted(samples, side="right") - 1
+        turns = np.arange(self._num_reads + 1, self._num_reads + 1 + len(samples))
+        chosen = np.flatnonzero(~self._seen[shards] | (turns % _CHECKED_SHARE == 0))
+        self._seen[shards] = True
+        self._num_reads += len(samples)
+        for i, checksum in zip(chosen.tolist(), self._index.checksum.take(samples[chosen]), strict=True):
+            if image_checksum(data[i]) != checksum:
+                raise DataError(
+                    f"shard {self._shard_path(shards[i])} was changed after it was indexed: "
+                    f"{self.describe(int(samples[i]))} is another image; restore the shard, or run "
+                    "`aimscale data index` again"
+                )
 
     def _shard_path(self, number: int) -> str:
         return join(self.location, self.shards[number].name)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data.processes import SharedMemory
-from aimscale.harness.data.store.decoding import UndecodableImageError
+from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import SMALL_SIDE
 
@@ -55,27 +55,24 @@ class PixelCache:
         return np.zeros(len(samples), dtype=bool) if self._pixels is None else self._known[samples] != 0
 
     def stack(
-        self, samples: npt.NDArray[np.int64], data: Sequence[bytes | None]
+        self, samples: npt.NDArray[np.int64], data: Sequence[bytes]
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
         """Images of one size: uint8 (number that decoded, C, H, W), and bool (len(samples),) saying which did.
 
-        `data` holds the files' bytes where they were read before.
+        `data` holds the files' bytes, of those that are not held yet.
         """
         good = np.ones(len(samples), dtype=bool)
-        fresh: list[torch.Tensor] = []
-        for i in range(len(samples)) if self._pixels is None else np.flatnonzero(~self.holds(samples)):
-            sample = int(samples[i])
+        decoded: dict[int, torch.Tensor] = {}
+        for i in np.flatnonzero(~self.holds(samples)).tolist():
             try:
-                image = self._dataset.decode(sample, self._channels, data[int(i)])
+                decoded[i] = decode(data[i], self._channels)
             except UndecodableImageError:
                 good[i] = False
-                continue
-            if self._pixels is None:
-                fresh.append(image)
-            else:
-                self._pixels[sample] = image
-                self._known[sample] = 1  # after the pixels: another process may look at any moment
-        if self._pixels is not None:
-            return self._pixels[torch.from_numpy(samples[good])], good
-        empty = torch.empty(0, self._channels, 1, 1, dtype=torch.uint8)
-        return torch.stack(fresh) if fresh else empty, good
+        self._dataset.check(samples[list(decoded)], [data[i] for i in decoded])
+        if self._pixels is None:
+            empty = torch.empty(0, self._channels, 1, 1, dtype=torch.uint8)
+            return torch.stack([*decoded.values()]) if decoded else empty, good
+        for i, image in decoded.items():
+            self._pixels[samples[i]] = image
+            self._known[samples[i]] = 1  # after the pixels: another process may look at any moment
+        return self._pixels[torch.from_numpy(samples[good])], good

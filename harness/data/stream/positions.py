@@ -19,9 +19,9 @@ import torch
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.processes import SharedArray
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
-from aimscale.harness.data.store.decoding import UndecodableImageError
+from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset, open_dataset, require_channels
-from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, crop_resize, crop_resize_small, draw_boxes
+from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, crop_resize_into, crop_resize_small, draw_boxes
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
 from aimscale.harness.data.stream.jitter import jitter_colours
@@ -261,12 +261,13 @@ class TrainStream:
             ratio=self._data.crop_ratio,
             horizontal_flip=self._data.horizontal_flip,
         )
-        data: list[bytes | None] = [None] * len(samples)
+        data = [b""] * len(samples)  # those that are in memory decoded are not read
         fresh = np.flatnonzero(~source.pixels.holds(samples))
         for i, read in zip(fresh.tolist(), dataset.read_many(samples[fresh]), strict=True):
             data[i] = read
         failed: list[int] = []
-        small = np.flatnonzero((height <= SMALL_SIDE) & (width <= SMALL_SIDE))
+        is_small = (height <= SMALL_SIDE) & (width <= SMALL_SIDE)
+        small, large = np.flatnonzero(is_small), np.flatnonzero(~is_small).tolist()
         shapes = height[small] * (SMALL_SIDE + 1) + width[small]
         for shape in np.unique(shapes):
             group = small[shapes == shape]
@@ -274,30 +275,35 @@ class TrainStream:
             failed += rows[group[~good]].tolist()
             group = group[good]
             resized[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
-        listed = [values.tolist() for values in boxes]
-        for i in np.setdiff1d(np.arange(len(rows)), small).tolist():
+        boxes_of = list(zip(*(values.tolist() for values in boxes), strict=True))
+        slots, row_of = resized.split(1), rows.tolist()
+        decoded: list[int] = []
+        for i in large:
             try:
-                image = dataset.decode(int(samples[i]), self._channels, data[i])
+                pixels = decode_interleaved(data[i], self._channels)
             except UndecodableImageError:
-                failed.append(int(rows[i]))
+                failed.append(row_of[i])
                 continue
-            self._place(image, tuple(values[i] for values in listed), int(rows[i]), resized, raw)
+            decoded.append(i)
+            self._place(pixels, boxes_of[i], row_of[i], slots, raw)
+        dataset.check(samples[decoded], [data[i] for i in decoded])
         return failed
 
     def _place(
         self,
-        image: torch.Tensor,
+        pixels: npt.NDArray[np.uint8],
         box: tuple[int, int, int, int, bool],
         row: int,
-        resized: torch.Tensor,
+        slots: Sequence[torch.Tensor],
         raw: dict[int, tuple[torch.Tensor, bool]] | None,
     ) -> None:
-        """Fill a row of `resized`, or put the image's crop and flip into `raw`."""
+        """Fill slot `row` (1, C, size, size) with an image (H, W, C), or put its crop and flip into `raw`."""
         top, left, height, width, flip = box
         if raw is not None and height * width <= MAX_CROP_PIXELS:
-            raw[row] = image[:, top : top + height, left : left + width], flip
+            crop = pixels[top : top + height, left : left + width]
+            raw[row] = torch.from_numpy(crop).permute(2, 0, 1), flip
         else:
-            resized[row] = crop_resize(image, box, self._size)
+            crop_resize_into(slots[row], pixels, box)
 
     def _replace(self, rows: I64, positions: I64, source_of: I64, sample_of: I64, attempt: int) -> None:
         """Put another image of the same source and subset in the place of each row's, chosen by (seed, p, attempt)."""

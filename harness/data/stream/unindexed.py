@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import webdataset
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import I64, make_key
-from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
+from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.store.shards import is_url, open_remote, with_retries
 from aimscale.harness.data.stream.augment import draw_boxes
@@ -93,28 +94,29 @@ class UnindexedStream(TrainStream):
         self, where: I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
     ) -> tuple[str, ...]:
         bad: list[str] = []
+        slots = resized.split(1)
         for row, position in enumerate(where.tolist()):
-            image = self._next(position, bad)
+            pixels = self._next(position, bad)
             box = draw_boxes(
                 make_key("crop", self._seed),
                 where[row : row + 1],
-                np.array([image.shape[1]]),
-                np.array([image.shape[2]]),
+                np.array([pixels.shape[0]]),
+                np.array([pixels.shape[1]]),
                 scale=self._data.crop_scale,
                 ratio=self._data.crop_ratio,
                 horizontal_flip=self._data.horizontal_flip,
             )
-            self._place(image, tuple(values[0].item() for values in box), row, resized, raw)
+            self._place(pixels, tuple(values[0].item() for values in box), row, slots, raw)
         return tuple(bad)
 
-    def _next(self, position: int, bad: list[str]) -> torch.Tensor:
-        """The next image that decodes; names of those before it go to `bad`."""
+    def _next(self, position: int, bad: list[str]) -> npt.NDArray[np.uint8]:
+        """The next image that decodes, (H, W, C); names of those before it go to `bad`."""
         if self._images is None:  # made where it is used: by the trainer's thread, or in each worker
             self._images = self._pipeline(position)
         for _ in range(MAX_REPLACEMENTS):
             name, data = next(self._images)
             try:
-                return decode(data, self._channels)
+                return decode_interleaved(data, self._channels)
             except UndecodableImageError:
                 bad.append(name)
         raise DataError(f"position {position}: {MAX_REPLACEMENTS} undecodable images in a row, last {bad[-1]}")

@@ -120,7 +120,9 @@ def test_public_layouts_are_read_as_they_are(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "datacomp")
     assert len(dataset) == 8
     assert dataset.labels is None, "a caption was taken for a label"
-    assert {dataset.decode(i).shape for i in range(8)} == {(3, 70, 75), (3, 50, 60)}
+    for channels in (1, 3):
+        shapes = {dataset.decode(i, channels).shape for i in range(8)}
+        assert shapes == {(channels, 70, 75), (channels, 50, 60)}, "torchvision has no grey WebP"
     assert sorted(path.name for path in (tmp_path / "datacomp").iterdir() if "index" in path.name) == [
         dataset.info.index_folder,
         "index.parquet",

@@ -19,7 +19,14 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.resize import resize_shorter_side
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.augment import crop_resize, crop_resize_small, denormalise, draw_boxes, normalise
+from aimscale.harness.data.stream.augment import (
+    crop_resize,
+    crop_resize_into,
+    crop_resize_small,
+    denormalise,
+    draw_boxes,
+    normalise,
+)
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
 from aimscale.harness.data.stream.jitter import _draw, jitter_colours
@@ -229,6 +236,26 @@ def test_batched_crop_equals_the_single_one(data: st.DataObject, height: int, wi
         assert (batch[row].flip(-1) if flip else batch[row]).double().sub(exact).abs().max() < 1.5
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "box", [(3, 5, 60, 70, False), (3, 5, 60, 70, True), (0, 0, 9, 90, True), (1, 2, 32, 32, True)]
+)
+def test_a_crop_is_that_of_plain_torch_wherever_it_goes(channels: int, box: tuple[int, int, int, int, bool]) -> None:
+    top, left, height, width, flip = box
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 90, channels), dtype=np.uint8)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    crop = image[None, :, top : top + height, left : left + width]
+    (expected,) = F.interpolate(crop, size=(32, 32), mode="bicubic", antialias=True)
+    expected = expected.flip(-1) if flip else expected
+    assert torch.equal(crop_resize(image, box, 32), expected)
+    assert torch.equal(crop_resize(image.contiguous(), box, 32), expected)
+    planes = torch.zeros(3, channels, 32, 32, dtype=torch.uint8)
+    for batch in (planes, planes.to(memory_format=torch.channels_last)):
+        crop_resize_into(batch[1:2], pixels, box)
+        assert torch.equal(batch[1], expected)
+        assert not batch[::2].any()
+
+
 def test_colour_jitter_is_drawn_by_position() -> None:
     images = torch.full((400, 3, 4, 4), 0, dtype=torch.uint8)
     images[:, 0], images[:, 1], images[:, 2] = 150, 100, 60
@@ -304,6 +331,22 @@ def spoil(folder: Path, out: Path, samples: list[int]) -> Path:
             shard.seek(offset)
             shard.write(bytes(size))
     return out
+
+
+def test_a_shard_that_was_written_anew_is_refused(
+    small_set: Path, large_set: Path, tmp_path: Path, configure: Configure
+) -> None:
+    for folder in (small_set, large_set):
+        path = tmp_path / folder.parent.name
+        shutil.copytree(folder, path)
+        dataset = open_dataset(path)
+        smallest = min(dataset.read_many(range(len(dataset))), key=len)
+        for name, offset, size in dataset.places(range(len(dataset))):
+            with (path / name).open("r+b") as shard:
+                shard.seek(offset)
+                shard.write(smallest.ljust(size, b"\0"))
+        with pytest.raises(DataError, match=r"was changed after it was indexed: sample '.*' of .*shard-"):
+            TrainStream(configure(sources=[{"path": str(path)}])).batch(np.arange(24))
 
 
 def test_bad_samples_are_replaced_alike_and_counted(small_set: Path, tmp_path: Path, configure: Configure) -> None:
