@@ -226,6 +226,7 @@ class _Probing:
             backbone=self.backbone,
             group=self.group,
             precision=self.section.precision,
+            for_tokens=self.train.views is not None or not set(ON_TOKENS).isdisjoint(self.section.kinds),
             cache_gb=self.bounds.cache_gb,
             disk_gb=self.bounds.disk_gb,
             folder=self.out,
@@ -298,7 +299,8 @@ class _Probing:
         search = Neighbours(features=self._train_features, split=self._split, group=self.group)
         candidates = search.candidates(sets)
         top, fixed = best(candidates, "knn"), best(candidates, "knn", last)
-        on_top, on_fixed = (search.answers(each, self._test_features.pooled, self.test) for each in (top, fixed))
+        on_top = search.answers(top, self._test_features.pooled, self.test)
+        on_fixed = on_top if fixed is top else search.answers(fixed, self._test_features.pooled, self.test)
         return [self._entry(top, fixed, on_top, on_fixed, candidates)]
 
     def _entry(

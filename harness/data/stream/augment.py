@@ -27,6 +27,7 @@ SMALL_SIDE = 64
 _NUM_TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
 _DRAWS = 2 * _NUM_TRIES + 3
 _resize: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa  # F.interpolate calls it, without `out`
+_VALUES_AT_A_TIME = 2**17  # of pixels: 42 images of 32 px in colour
 _WEIGHT_SCALE = 2.0**14  # 255 * 1.5 * 2^14 < 2^24: exact in fp32
 
 
@@ -38,6 +39,10 @@ class Boxes(NamedTuple):
     height: npt.NDArray[np.int64]
     width: npt.NDArray[np.int64]
     flip: npt.NDArray[np.bool_]
+
+    def of(self, rows: slice) -> Boxes:
+        """Those of some images."""
+        return Boxes(self.top[rows], self.left[rows], self.height[rows], self.width[rows], self.flip[rows])
 
 
 def draw_boxes(
@@ -110,6 +115,16 @@ def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: tup
 
 def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
     """`crop_resize` of uint8 (B, C, H, W) with one box each, H and W at most SMALL_SIDE; within 2 of 255 of it."""
+    resized = images.new_empty(*images.shape[:2], size, size)
+    # what a processor's cache holds, and the allocator does not take from the system anew: half of the time
+    step = max(1, _VALUES_AT_A_TIME // max(1, images[:1].numel()))
+    for first in range(0, len(images), step):
+        some = slice(first, first + step)
+        resized[some] = _crop_resize(images[some], boxes.of(some), size)
+    return resized
+
+
+def _crop_resize(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
     num_rows, num_columns = images.shape[-2:]
     vertical = _resize_weights(num_rows, size)[_weight_index(boxes.top, boxes.height, num_rows)]
     horizontal = _resize_weights(num_columns, size)[_weight_index(boxes.left, boxes.width, num_columns)]

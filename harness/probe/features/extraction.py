@@ -107,7 +107,8 @@ class SplitFeatures:
     tokens: StreamedTokens | CachedTokens
     """All tokens: kept, or computed again when asked for."""
     of_tokens: tuple[Moments, Moments]
-    """Statistics of the tokens of the images to fit and of the hold-out, of all ranks."""
+    """Statistics of the tokens of the images to fit and of the hold-out, of all ranks; of nothing unless they are to be
+    read."""
     of_pooled: tuple[Moments, Moments]
     """The same of the pooled vectors."""
 
@@ -121,6 +122,8 @@ class FeaturePass:
     group: Group
     precision: str
     """`fp32` or `bf16`: in which pooled features are kept."""
+    for_tokens: bool = True
+    """Whether anything will read single tokens: else they are not kept, and have no statistics."""
     cache_gb: float = CACHE_GB
     """Memory of a rank, 10^9 bytes, for tokens and again for pooled features."""
     disk_gb: float = DISK_GB
@@ -163,7 +166,8 @@ class FeaturePass:
                 if fit is not None:
                     for part, rows_of in enumerate((is_fit[chunk], ~is_fit[chunk])):
                         chosen = torch.from_numpy(rows_of).to(outputs.device)
-                        sums[part].add(outputs[:, chosen].flatten(1, 2))
+                        if self.for_tokens:
+                            sums[part].add(outputs[:, chosen].flatten(1, 2))
                         sums[2 + part].add(means[:, chosen])
                 first += len(chunk)
             if rows:
@@ -180,9 +184,9 @@ class FeaturePass:
         )
 
     def _room_for_tokens(self, stream: StreamedTokens, images: LabelledImages, num_own: int) -> Tensor | None:
-        """Room for all tokens of this rank's images, where they fit into memory and do not change by epoch."""
+        """Room for all tokens of this rank's images, where they are read, fit, and do not change by epoch."""
         num_bytes = stream.bytes_per_image * -(-len(images) // self.group.world_size)
-        if images.views is not None or num_bytes > self.cache_gb * 1e9:
+        if not self.for_tokens or images.views is not None or num_bytes > self.cache_gb * 1e9:
             return None
         return stream.room(num_own)
 

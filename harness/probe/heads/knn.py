@@ -25,7 +25,7 @@ NUM_NEIGHBOURS = (1, 5, 10, 20, 50)
 QUERIES = 1024
 """Queries of all ranks at a time."""
 BANK_BLOCK = 8192
-"""Images of a rank compared at a time."""
+"""Images of a rank compared at a time, at most; a power of two, as are smaller blocks."""
 
 
 class NeighbourBank:
@@ -42,14 +42,16 @@ class NeighbourBank:
         group: Group,
     ) -> None:
         """Take vectors (n, d), labels and numbers (n,) of this rank's images; mean and variance (d,) are of all."""
+        (self.size,) = group.sum_counts(len(labels))
+        """Images of all ranks."""
+        # of all ranks' images: however many ranks share them, products keep their shape
+        self._block = min(BANK_BLOCK, 1 << (self.size - 1).bit_length())
         self._mean, self._rstd = mean, (variance + 1e-6).rsqrt()
-        self._bank = functional.pad(self._unit(vectors), (0, 0, 0, -len(vectors) % BANK_BLOCK))
+        self._bank = functional.pad(self._unit(vectors), (0, 0, 0, -len(vectors) % self._block))
         # one number says which image it is and what it shows; the first image has the least
         self._tags = (images * num_classes + labels).to(vectors.device)
         self._num_classes = num_classes
         self._group = group
-        (self.size,) = group.sum_counts(len(labels))
-        """Images of all ranks."""
 
     def _unit(self, vectors: Tensor) -> Tensor:
         return functional.normalize((vectors - self._mean) * self._rstd, dim=1)
@@ -87,9 +89,9 @@ class NeighbourBank:
         in_one_shape = functional.pad(everyone, (0, 0, 0, QUERIES - len(everyone)))
         cosine = everyone.new_full((len(everyone), k), -torch.inf)
         tags = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
-        for start in range(0, len(self._bank), BANK_BLOCK):
-            named = self._tags[start : start + BANK_BLOCK]
-            found = (in_one_shape @ self._bank[start : start + BANK_BLOCK].mT)[: len(everyone), : len(named)]
+        for start in range(0, len(self._bank), self._block):
+            named = self._tags[start : start + self._block]
+            found = (in_one_shape @ self._bank[start : start + self._block].mT)[: len(everyone), : len(named)]
             near, of_near = _first(found, named.expand(len(everyone), -1), k)
             cosine, tags = _first(torch.cat([cosine, near], dim=1), torch.cat([tags, of_near], dim=1), k)
         first = self._group.rank * room

@@ -316,6 +316,34 @@ def test_features_are_kept_only_within_the_stated_memory_and_disk(digits: Path, 
         feature_pass(model, cache_gb=0.0, disk_gb=1e-6, folder=tmp_path).split(train, "train", "")
 
 
+def test_tokens_that_nobody_reads_are_neither_kept_nor_summed(
+    digits: Path, model: AIM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, _ = open_task(section(digits), GEOMETRY)
+    fit = np.arange(0, 600, 2)
+    with_tokens, without = (feature_pass(model, for_tokens=each).split(train, "", "", fit) for each in (True, False))
+    assert isinstance(with_tokens.tokens, CachedTokens)
+    assert isinstance(without.tokens, StreamedTokens)
+    assert [each.count for each in without.of_tokens] == [0, 0]
+    everything = slice(None)
+    assert torch.equal(without.pooled.rows(everything), with_tokens.pooled.rows(everything))
+    for part, whole in zip(without.of_pooled, with_tokens.of_pooled, strict=True):
+        assert torch.equal(part.sums, whole.sums)
+        assert torch.equal(part.products, whole.products)
+    asked: list[bool] = []
+    split = FeaturePass.split
+
+    def watched(work: FeaturePass, *args: Any) -> Any:
+        asked.append(work.for_tokens)
+        return split(work, *args)
+
+    monkeypatch.setattr(FeaturePass, "split", watched)
+    for kinds, reads in ((("linear", "knn"), False), (("knn", "attentive"), True)):
+        asked.clear()
+        probe_model(model, section(digits, kinds=kinds), model_section=GEOMETRY, seed=0, out=None)
+        assert set(asked) == {reads}
+
+
 def test_a_full_disk_is_one_sentence(digits: Path, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -4,6 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from torchvision.transforms.v2 import functional as colour
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.resize import resize_shorter_side
-from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.index import ShardDataset, open_dataset
+from aimscale.harness.data.stream import evalset
 from aimscale.harness.data.stream.augment import (
     crop_resize,
     crop_resize_into,
@@ -256,6 +258,16 @@ def test_a_crop_is_that_of_plain_torch_wherever_it_goes(channels: int, box: tupl
         assert not batch[::2].any()
 
 
+def test_many_crops_at_once_are_those_of_one_at_a_time() -> None:
+    number = 100  # more than are worked on at a time
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (number, 3, 32, 32), dtype=np.uint8))
+    sides = np.full(number, 32, dtype=np.int32)
+    boxes = draw_boxes(2, np.arange(number), sides, sides, scale=(0.4, 1.0), ratio=(0.75, 4 / 3), horizontal_flip=True)
+    each = [slice(row, row + 1) for row in range(number)]
+    alone = [crop_resize_small(images[one], boxes.of(one), 32) for one in each]
+    assert torch.equal(crop_resize_small(images, boxes, 32), torch.cat(alone))
+
+
 def test_colour_jitter_is_drawn_by_position() -> None:
     images = torch.full((400, 3, 4, 4), 0, dtype=torch.uint8)
     images[:, 0], images[:, 1], images[:, 2] = 150, 100, 60
@@ -305,6 +317,29 @@ def test_normalise_round_trip() -> None:
     images = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8)
     assert torch.equal(denormalise(normalise(images)), images)
     assert abs(normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8))[0].item() - (1 - 0.485) / 0.229) < 1e-6
+
+
+@pytest.mark.parametrize("bound", [2**20, 0])
+def test_small_evaluation_images_are_prepared_once_and_others_each_time(
+    large_set: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    monkeypatch.setattr(evalset, "_kept", {})
+    monkeypatch.setattr(evalset, "MAX_KEPT_BYTES", bound)
+    dataset, model = open_dataset(large_set), configure().training.model
+    decoded: list[int] = []
+    decode = type(dataset).decode
+
+    def watched(self: ShardDataset, i: int, *args: Any) -> torch.Tensor:
+        decoded.append(i)
+        return decode(self, i, *args)
+
+    monkeypatch.setattr(ShardDataset, "decode", watched)
+    first = eval_images(dataset, [3, 0], model, 1.0)
+    assert decoded == [3, 0]
+    again = eval_images(dataset, [0, 1, 3], model, 1.0)
+    assert decoded == ([3, 0, 1] if bound else [3, 0, 0, 1, 3])
+    assert torch.equal(again[[2, 0]], first)
+    assert not torch.equal(eval_images(dataset, [3], model, 0.5), first[:1])
 
 
 def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> None:
