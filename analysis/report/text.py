@@ -87,16 +87,17 @@ def _what_came_out(study: Study) -> Iterator[str]:
 def accuracy_in_words(study: Study) -> Iterator[str]:
     """Whether loss goes with accuracy: a sentence per task of the first kind of probe, and one on all others."""
     first = next(iter(study.correlations), (None,))[0]
-    others = []
+    others = {of: found[0] for of, found in study.correlations.items() if of[0] != first}
     for (kind, task), found in study.correlations.items():
         if kind == first:
             yield correlation_words(task, kind, found)
-        else:
-            others.append(
-                f"{accuracy_of(kind)} on {task} {found[0].value:.2f} [{found[0].low:.2f}, {found[0].high:.2f}]"
-            )
     if others:
-        yield f"{found[0].method.capitalize()} of the other probes: {', '.join(others)}."
+        method = next(iter(others.values())).method.capitalize()
+        listed = (
+            f"{accuracy_of(kind)} on {task} {each.value:.2f} [{each.low:.2f}, {each.high:.2f}]"
+            for (kind, task), each in others.items()
+        )
+        yield f"{method} of the other probes: {', '.join(listed)}."
 
 
 def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
