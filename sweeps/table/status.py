@@ -273,7 +273,8 @@ def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
         done_s = card.training_s + card.evaluation_s - left
         if line.device_hours and done_s > 0:
             past_paces.append(done_s * card.devices / 3600 / line.device_hours)
-        if line.state == "running" or line.evaluation == "running":
+        is_starting = line.state == "queued" and line.job_id is None  # locally; a job of Slurm's may wait for long
+        if line.state == "running" or is_starting or line.evaluation == "running":
             running.append(left)
             if line.images_per_s:
                 paces.append(card.training_s / card.images_executed * line.images_per_s)

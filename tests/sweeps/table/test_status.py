@@ -13,7 +13,7 @@ from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.runs.claims import RunRecord, own_claim
 from aimscale.sweeps.runs.probe_record import EvaluationRecord, ProbeRecord
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
@@ -135,6 +135,24 @@ def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep:
             record.write_start()
             record.write_status(images_done=int(done * 64_000), images_per_s=pace)
         assert look(sweep).eta_s == pytest.approx(1.5 * card.training_s, rel=1e-6)
+
+
+@pytest.mark.parametrize(("job_id", "takes"), [(None, 1.5), ("7", 2.5)])
+def test_the_forecast_counts_a_run_that_a_local_worker_starts_but_no_job_that_waits(
+    write_sweep: Any, job_id: str | None, takes: float
+) -> None:
+    """Three runs, of which one is half done, and another is claimed: beside it, or behind it."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], budgets=[64_000], cost={"peak_tflops": 1e9, "step_ms": 10})
+    runs = plan(sweep)
+    card = cost_cards(sweep, runs)[0]
+    going, claimed = (RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path) for run in runs[:2])
+    claimed.write_claim(own_claim("slurm" if job_id else "local", 1, job_id))
+    with going.hold():
+        going.write_start()
+        going.write_status(images_done=32_000, images_per_s=card.images_executed / card.training_s)
+        status = look(sweep)
+        assert status.counts == {"running": 1, "queued": 1, "not started": 1}
+        assert status.eta_s == pytest.approx(takes * card.training_s, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [ProbeRecord, EvaluationRecord])
