@@ -1,8 +1,10 @@
 """How fast images are read: the training stream beside the bare decode-and-crop limit of each JPEG library.
 
-Everything is measured in one process on one thread, in processor time, switching every few dozen images, so that a busy
-machine slows all alike; then the loader with worker processes, which resizes or leaves that to the device, alternating
-with as many bare readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
+The bare readers are what one writes first, with plain torch, on bytes in memory, whose pictures are thrown away. The
+minimal loop is what any loader must do and no more: read each file, decode, crop, resize and store in a batch.
+All take turns in one process on one thread, in processor time, switching every few dozen images, so that a busy machine
+slows all alike; then the loader with and without worker processes, which resizes or leaves that to the device,
+alternating with as many bare readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -18,11 +21,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
@@ -31,7 +35,7 @@ from aimscale.harness.data.processes import heed_signals, start_process
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import IMAGE_SIZE, photograph_crops, photographs
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.data.stream.augment import crop_resize, draw_boxes
+from aimscale.harness.data.stream.augment import crop_resize_into, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig, run_config
@@ -53,13 +57,15 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
     Args:
         num_images: JPEGs to cycle over.
         seconds: wall time of the single-thread comparison, and of all loader runs together.
-        workers: numbers of loader processes; one and every core by default.
+        workers: numbers of loader processes; none, one and every core by default.
 
     Returns:
-        `single_thread`: images/s of each library and of the stream; `fastest_limit`: the best library's;
-        `stream_share`: the stream over it, median of turns; `loader`: rows with workers, who augments, images/s, the
-        limit (the fastest library in as many processes at once, at most one per core: cores share caches and clocks),
-        the median of their ratio over rounds in which both have a turn, and kB per image handed to the trainer;
+        `single_thread`: images/s of each library, of the minimal loop and of the stream; `fastest_limit`: the best
+        library's; `stream_share` and `minimal_share`: the stream and the minimal loop over it, and `stream_of_minimal`,
+        medians of turns; `loader`: rows with workers, who augments, images/s, the limit (the fastest library in as many
+        processes at once, at most one per core: cores share caches and clocks), the median of their ratio over rounds
+        in which both have a turn, the same of processor time per image over all processes, which a busy machine
+        disturbs less, and kB per image handed to the trainer;
         `device`: its name and the images/s that it resizes when the loader only cuts out; `jitter`: images/s with
         colour jitter on one thread, of the stream by who augments, and of the fastest library with torchvision's;
         `small`: images/s of 32 px images, first epoch and later ones; `setting`.
@@ -71,9 +77,10 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         streams = {where: TrainStream(config, augment_on=where) for where in _PLACES}
         stream = streams["loader"]
         work = _work(stream, num_images)
-        single, share = _single_thread(stream, work, seconds)
-        fastest = max((name for name in single if name != "stream"), key=single.__getitem__)
-        numbers = workers if workers is not None else sorted({1, cores})
+        times = _single_thread(stream, work, seconds)
+        single = {name: _TURN / statistics.median(values) for name, values in times.items()}
+        fastest = max(_readers(), key=single.__getitem__)
+        numbers = workers if workers is not None else sorted({0, 1, cores})
         loader = [
             row for number in numbers for row in _loader_rows(streams, fastest, work, number, seconds / len(numbers))
         ]
@@ -84,7 +91,9 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
     return {
         "single_thread": single,
         "fastest_limit": single[fastest],
-        "stream_share": share,
+        "stream_share": _share(times, "stream", fastest),
+        "minimal_share": _share(times, "minimal", fastest),
+        "stream_of_minimal": _share(times, "stream", "minimal"),
         "loader": loader,
         "device": {"name": device, "images_per_s": resized},
         "jitter": jitter,
@@ -108,17 +117,20 @@ def table(result: dict[str, Any]) -> str:
         f"decode + random resized crop to {setting['crop_px']} px, JPEGs of {width} x {height} px, one thread",
         f"  {'':<38}{'images/s':>10}{'of limit':>10}",
     ]
+    labels = {"stream": "training stream", "minimal": "minimal loop: read, decode, crop, store"}
     for name, rate in sorted(result["single_thread"].items(), key=lambda entry: -entry[1]):
-        share = result["stream_share"] if name == "stream" else rate / limit
-        label = "training stream" if name == "stream" else f"bare {name}"
-        lines.append(f"  {label:<38}{rate:>10,.0f}{share:>10.1%}")
-    lines.append(
-        f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once, interleaved"
-    )
+        share = result.get(f"{name}_share", rate / limit)
+        lines.append(f"  {labels.get(name, f'bare {name}'):<40}{rate:>8,.0f}{share:>10.1%}")
+    lines.append(f"  {'training stream, of the minimal loop':<48}{result['stream_of_minimal']:>10.1%}")
+    lines += [
+        f"loader on {setting['cores']} cores; limit: the fastest library in as many processes at once, interleaved",
+        f"  {'':<38}{'images/s':>10}{'of limit':>10}{'of its CPU time':>17}",
+    ]
     for row in result["loader"]:
         label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
         label += ", resizing left to the device" if row["augment_on"] == "device" else ""
-        lines.append(f"  {label:<38}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}{row['kb_per_image']:>7.0f} kB")
+        shares = f"{row['share']:>10.1%}{row['cpu_share']:>17.1%}"
+        lines.append(f"  {label:<38}{row['images_per_s']:>10,.0f}{shares}{row['kb_per_image']:>7.0f} kB")
     device, small, jitter = result["device"], result["small"], result["jitter"]
     lines.append("training stream with colour jitter, one thread")
     for key, label in (
@@ -149,11 +161,11 @@ def _readers() -> dict[str, Reader]:
     """Decode, crop, resize and flip with each library that is installed."""
 
     def with_simplejpeg(data: bytes, box: Box) -> torch.Tensor:
-        return crop_resize(torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1), box, _CROP_SIZE)
+        return _plain_crop(torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1), box)
 
     def with_torchvision(data: bytes, box: Box) -> torch.Tensor:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return crop_resize(decode_jpeg(encoded, mode=ImageReadMode.RGB), box, _CROP_SIZE)
+        return _plain_crop(decode_jpeg(encoded, mode=ImageReadMode.RGB), box)
 
     def with_pillow(data: bytes, box: Box) -> torch.Tensor:
         top, left, height, width, flip = box
@@ -174,13 +186,21 @@ def _readers() -> dict[str, Reader]:
     return readers
 
 
+def _plain_crop(image: torch.Tensor, box: Box) -> torch.Tensor:
+    """Crop, resize and flip with torch's public functions; without the copy its kernel takes a quarter longer."""
+    top, left, height, width, flip = box
+    crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    (resized,) = F.interpolate(crop, size=(_CROP_SIZE, _CROP_SIZE), mode="bicubic", antialias=True)
+    return resized.flip(-1) if flip else resized
+
+
 def _opencv_reader() -> Reader:
     cv2 = importlib.import_module("cv2")  # an optional package: measured where it happens to be installed
     cv2.setNumThreads(1)
 
     def read(data: bytes, box: Box) -> torch.Tensor:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        return crop_resize(torch.from_numpy(pixels).permute(2, 0, 1), box, _CROP_SIZE)
+        return _plain_crop(torch.from_numpy(pixels).permute(2, 0, 1), box)
 
     return read
 
@@ -205,6 +225,26 @@ def _read_turn(reader: Reader, work: Sequence[tuple[bytes, Box]], first: int) ->
         reader(*work[i % len(work)])
 
 
+def _minimal_turn(
+    read: Callable[[int], bytes], work: Sequence[tuple[bytes, Box]], into: Sequence[torch.Tensor], first: int
+) -> None:
+    """What any loader must do."""
+    for slot, i in zip(into, range(first, first + _TURN), strict=True):
+        number = i % len(work)
+        crop_resize_into(slot, simplejpeg.decode_jpeg(read(number)), work[number][1])
+
+
+def _shard_reader(stream: TrainStream, num_images: int, stack: contextlib.ExitStack) -> Callable[[int], bytes]:
+    """The bytes of one of the first image files, from its shard."""
+    dataset = stream.datasets[0]
+    places = dataset.places(range(num_images))
+    opened = {name: os.open(f"{dataset.path}/{name}", os.O_RDONLY) for name in {name for name, _, _ in places}}
+    for descriptor in opened.values():
+        stack.callback(os.close, descriptor)
+    where = [(opened[name], size, offset) for name, offset, size in places]
+    return lambda i: os.pread(*where[i])
+
+
 def _stream_turn(stream: TrainStream, first: int) -> None:
     stream.batch(np.arange(first, first + _TURN))
 
@@ -215,28 +255,32 @@ def _times_of(turns: Mapping[str, Callable[[int], object]], seconds: float) -> d
     for turn in turns.values():
         turn(0)  # warm-up
     stop = time.perf_counter() + seconds
-    first = 0
+    first, names = 0, list(turns)
     while time.perf_counter() < stop or min(map(len, times.values())) < 3:
-        for name, turn in turns.items():
+        for name in names:
             start = time.thread_time()
-            turn(first)
+            turns[name](first)
             times[name].append(time.thread_time() - start)
         first += _TURN
+        names = names[1:] + names[:1]  # none always comes behind the same
     return times
 
 
-def _single_thread(
-    stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float
-) -> tuple[dict[str, float], float]:
-    """Images/s of every reader on bytes in memory, and of the stream on its shards; share of the stream."""
+def _single_thread(stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float) -> dict[str, list[float]]:
+    """Times of every reader on bytes in memory, and of the minimal loop and the stream on shards."""
     turns: dict[str, Callable[[int], object]] = {
         name: functools.partial(_read_turn, reader, work) for name, reader in _readers().items()
     }
-    turns["stream"] = functools.partial(_stream_turn, stream)
-    times = _times_of(turns, seconds)
-    rates = {name: _TURN / statistics.median(values) for name, values in times.items()}
-    fastest = max((name for name in rates if name != "stream"), key=rates.__getitem__)
-    return rates, statistics.median(limit / ours for limit, ours in zip(times[fastest], times["stream"], strict=True))
+    into = torch.empty(_TURN, _CROP_SIZE, _CROP_SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2).split(1)
+    with contextlib.ExitStack() as stack:
+        turns["minimal"] = functools.partial(_minimal_turn, _shard_reader(stream, len(work), stack), work, into)
+        turns["stream"] = functools.partial(_stream_turn, stream)
+        return _times_of(turns, seconds)
+
+
+def _share(times: Mapping[str, Sequence[float]], ours: str, limit: str) -> float:
+    """Speed over a limit's, median of turns beside each other."""
+    return statistics.median(theirs / mine for mine, theirs in zip(times[ours], times[limit], strict=True))
 
 
 def _loader_rows(
@@ -245,8 +289,8 @@ def _loader_rows(
     """Images/s of `train_batches` once its workers run, beside the bare reader in as many processes."""
     num_processes = min(max(1, workers), len(os.sched_getaffinity(0)))
     turn_s = seconds / _ROUNDS / (1 + len(streams))
-    limits: list[float] = []
-    rates: dict[_Place, list[float]] = {where: [] for where in streams}
+    limits: list[_Rate] = []
+    rates: dict[_Place, list[_Rate]] = {where: [] for where in streams}
     sizes: dict[_Place, float] = {}
     for _ in range(_ROUNDS):
         limits.append(_bare_rate(fastest, work, num_processes, turn_s))
@@ -257,27 +301,48 @@ def _loader_rows(
         {
             "workers": workers,
             "augment_on": where,
-            "images_per_s": statistics.median(rates[where]),
-            "limit_images_per_s": statistics.median(limits),
-            "share": statistics.median(rate / limit for rate, limit in zip(rates[where], limits, strict=True)),
+            "images_per_s": statistics.median(rate.per_s for rate in rates[where]),
+            "limit_images_per_s": statistics.median(limit.per_s for limit in limits),
+            "share": statistics.median(
+                rate.per_s / limit.per_s for rate, limit in zip(rates[where], limits, strict=True)
+            ),
+            "cpu_share": statistics.median(
+                rate.per_cpu_s / limit.per_cpu_s for rate, limit in zip(rates[where], limits, strict=True)
+            ),
             "kb_per_image": sizes[where] / 1000,
         }
         for where in streams
     ]
 
 
-def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
-    """Images/s, and bytes per image, that a loader hands out while nothing else runs."""
+class _Rate(NamedTuple):
+    """Images in a second of wall time, and of processor time of all processes that load them."""
+
+    per_s: float
+    per_cpu_s: float
+
+
+def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[_Rate, float]:
+    """The rate, and bytes per image, with which a loader hands out images while nothing else runs."""
+    before = set(multiprocessing.active_children())
     batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):
             next(batches)  # start the workers, and use up what they loaded ahead meanwhile
-        start, number, num_bytes = time.perf_counter(), 0, 0
+        processes = [process.pid for process in set(multiprocessing.active_children()) - before]
+        start, cpu, number, num_bytes = time.perf_counter(), _cpu_s(processes), 0, 0
         while time.perf_counter() < start + seconds or not number:
             for batch in next(batches):
                 number += len(batch)
                 num_bytes += batch.num_bytes
-        return number / (time.perf_counter() - start), num_bytes / number
+        cpu = _cpu_s(processes) - cpu
+        return _Rate(number / (time.perf_counter() - start), number / cpu), num_bytes / number
+
+
+def _cpu_s(processes: Sequence[int | None]) -> float:
+    """Processor time of this process and of some others so far."""
+    clocks = [(~pid << 3) | 2 for pid in processes if pid is not None]  # as clock_getcpuclockid has it on Linux
+    return time.process_time() + sum(map(time.clock_gettime, clocks))
 
 
 def _jitter(config: RunConfig, fastest: str, work: Sequence[tuple[bytes, Box]], seconds: float) -> dict[str, float]:
@@ -303,19 +368,22 @@ def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
     return number / (time.perf_counter() - start)
 
 
-def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> float:
-    """Images/s of one reader in some processes that begin together."""
-    pipes = []
+def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> _Rate:
+    """The rate of one reader in some processes that begin together."""
+    pipes, processes = [], []
     for _ in range(num_processes):
         ours, theirs = Pipe()
-        start_process(_read_bare, name, work, seconds, theirs)
+        processes.append(start_process(_read_bare, name, work, seconds, theirs))
         theirs.close()
         pipes.append(ours)
     for pipe in pipes:
         pipe.recv()  # ready
     for pipe in pipes:
         pipe.send(None)
-    return sum(pipe.recv() for pipe in pipes)
+    told = [_Rate(*pipe.recv()) for pipe in pipes]
+    for process in processes:
+        process.join()
+    return _Rate(sum(rate.per_s for rate in told), statistics.mean(rate.per_cpu_s for rate in told))
 
 
 def _read_bare(name: str, work: Sequence[tuple[bytes, Box]], seconds: float, pipe: Connection) -> None:
@@ -326,11 +394,11 @@ def _read_bare(name: str, work: Sequence[tuple[bytes, Box]], seconds: float, pip
     _read_turn(reader, work, number)  # warm-up
     pipe.send(None)
     pipe.recv()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     while time.perf_counter() < start + seconds:
         _read_turn(reader, work, number)
         number += _TURN
-    pipe.send(number / (time.perf_counter() - start))
+    pipe.send((number / (time.perf_counter() - start), number / (time.process_time() - cpu)))
 
 
 def _small(stream: TrainStream) -> dict[str, float]:

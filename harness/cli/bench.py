@@ -24,6 +24,19 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads (CPU).")]
 
 
+def _count(value: str | int) -> int:
+    from aimscale.harness.run.counts import count
+
+    number = count(value)
+    if not isinstance(number, int) or number < 1:
+        raise typer.BadParameter(f"'{value}' is no count; give one such as 4096, 4k or 500M")
+    return number
+
+
+def _counted(text: str) -> Any:
+    return typer.Option(parser=_count, metavar="COUNT", help=text)
+
+
 @app.command()
 def train(
     size: Annotated[str, typer.Option(help="Model size: a name, or w<width>-d<depth>.")] = "rung-128",
@@ -177,14 +190,14 @@ def checkpoint(
 
 @app.command()
 def data(
-    images: Annotated[int, typer.Option(min=1, help="JPEGs to cycle over.")] = 256,
+    images: Annotated[int, _counted("JPEGs to cycle over.")] = 256,
     seconds: Annotated[float, typer.Option(min=0.1, help="Wall time of each of the two comparisons.")] = 10.0,
     workers: Annotated[
-        list[int] | None, typer.Option(min=0, help="Numbers of loader processes; default: 1 and every core.")
+        list[int] | None, typer.Option(min=0, help="Numbers of loader processes; default: 0, 1 and every core.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Images/s of the training stream against the fastest decode-and-crop of this machine."""
+    """Images/s of the training stream against the fastest decode-and-crop of this machine, and the least any needs."""
     from aimscale.harness.bench.data import run, table
 
     result = run(num_images=images, seconds=seconds, workers=workers)
@@ -193,9 +206,14 @@ def data(
 
 @app.command()
 def index(
-    images: Annotated[int, typer.Option(min=1, help="Images of the index, which is made up and deleted.")] = 2_000_000,
+    images: Annotated[
+        int,
+        typer.Option(
+            parser=_count, metavar="COUNT", help="Images of the index, which is made up and deleted, e.g. 200M."
+        ),
+    ] = 2_000_000,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that open it at once.")] = 4,
-    reads: Annotated[int, typer.Option(min=1, help="Random positions that each process reads.")] = 10_000,
+    reads: Annotated[int, _counted("Random positions that each process reads.")] = 10_000,
     folder: Annotated[Path | None, typer.Option(help="Where to make it (24 bytes per image); default: /tmp.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -115,7 +115,7 @@ def _of_sweep(
     import pandas as pd
 
     from aimscale.analysis.choice.proposal import propose
-    from aimscale.sweeps.plan.sweepfile import count
+    from aimscale.harness.run.counts import count
 
     named = sizes.split(",") if sizes else list(sweep.file.sizes)
     images = [int(count(text)) for text in budgets.split(",")] if budgets else _budgets(sweep, df)

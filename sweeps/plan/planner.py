@@ -29,9 +29,10 @@ from aimscale.harness.run.config import (
     parse,
     run_config,
 )
+from aimscale.harness.run.counts import count
 from aimscale.harness.run.row import cached_model
 from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, count
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 Fields = dict[str, Any]
 

@@ -33,26 +33,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
+from aimscale.harness.run.counts import count
 
 PRESETS = Path(__file__).parent / "presets"
 SWEEP_FILE = "sweep.yaml"
 SWEEP_RECORD = "sweep.json"
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kKMB]?)")
-_UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-
 
 class SweepError(UserError):
     """A sweep that cannot be planned, launched or read as written."""
-
-
-def count(value: Any) -> Any:
-    """Turn `4k`, `500M`, `2B`, `1e6` or `4096` into an integer; what is no count is left for pydantic to report."""
-    if isinstance(value, bool):
-        raise ValueError("must be a count such as 4096, 4k or 500M")
-    if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip().replace("_", ""))):
-        value = round(float(match[1]) * _UNIT[match[2]], 6)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Count = Annotated[int, BeforeValidator(count), Field(gt=0, json_schema_extra={"format": "count"})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -57,6 +58,39 @@ def test_scontrol_requeue_goes_on_where_it_saved(fault: Any, undisturbed: Losses
     subprocess.run(["scontrol", "requeue", job(case)], check=True)
     assert_as_undisturbed(case, undisturbed)
     assert [ended["exit_code"] for ended in case.records[0].read_attempts()] == [75, 0]
+
+
+def test_a_step_with_loader_processes_saves_requeues_and_leaves_none(fault: Any, undisturbed: Losses) -> None:
+    case = fault(override=[{"when": {"size": "rung-32"}, "set": {"runtime.num_workers": 2}}])
+    case.launch()
+    case.wait_trained()
+    number = job(case)
+    assert len(loaders(number)) == 2
+    subprocess.run(["scontrol", "requeue", number], check=True)
+    assert_as_undisturbed(case, undisturbed)
+    assert [ended["exit_code"] for ended in case.records[0].read_attempts()] == [75, 0]
+    case.wait(lambda: not processes(number), "an end of all processes of the job")
+
+
+def processes(number: str) -> list[Path]:
+    """Processes that have a job's name in their environment, the leader first."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"SLURM_JOB_ID={number}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(folder)
+    return found
+
+
+def loaders(number: str) -> list[Path]:
+    """Those of them that a server without threads has started."""
+    servers = {
+        folder.name
+        for folder in processes(number)
+        if b"multiprocessing.forkserver" in (folder / "cmdline").read_bytes()
+    }
+    parents = {folder: (folder / "stat").read_text().rpartition(")")[2].split()[1] for folder in processes(number)}
+    return [folder for folder, parent in parents.items() if parent in servers]
 
 
 def test_one_element_of_an_array_is_requeued_and_never_the_others(fault: Any, undisturbed: Losses) -> None:

@@ -276,6 +276,8 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("bench train --threads -1", "--threads"),
         ("bench data --seconds 0", "--seconds"),
         ("bench data --workers -1", "--workers"),
+        ("bench data --images 4x", "--images"),
+        ("bench index --images 0", "--images"),
         ("bench gemm --device tpu", "--device"),
         ("bench fit --starts 0", "--starts"),
         ("bench faults --folder {table}", "Not a directory"),
