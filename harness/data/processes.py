@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aimscale.aim.errors import UserError
+
 _TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 """Slurm sends a step's signals to every process of it: the trainer saves, and ends its processes itself."""
 
@@ -63,6 +65,9 @@ def start_process(function: Callable[..., object], *args: Any) -> ForkServerProc
 
     It imports what `function` needs, and not the program's main module, which costs seconds and would start a program
     again that has no `if __name__ == "__main__"`.
+
+    Raises:
+        UserError: the arguments share more pieces of memory than can be passed.
     """
     process = start_server().Process(target=function, args=args, daemon=True)
     main = sys.modules["__main__"]
@@ -70,6 +75,13 @@ def start_process(function: Callable[..., object], *args: Any) -> ForkServerProc
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
             process.start()
+        except ValueError as error:
+            if "too many fds" not in str(error):
+                raise
+            raise UserError(
+                "the sources of this run share more pieces of memory than a process can be given (some 250); index "
+                "several of them as one data set, or set runtime.num_workers to 0"
+            ) from error
         finally:
             sys.modules["__main__"] = main
     return process

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.data.processes import SharedArray, SharedMemory, start_process, start_server
 from aimscale.harness.data.stream.worker_pool import _Ring
 
@@ -83,6 +84,14 @@ def test_memory_is_shared_with_a_process_that_is_given_it() -> None:
     process.join(60)
     assert ring.is_stopped
     assert ring.slot(0).tolist() == [0, 0]
+
+
+def test_more_memory_than_can_be_passed_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"more pieces of memory than a process can be given .*num_workers to 0"):
+        start_process(print, *(SharedMemory(1) for _ in range(300)))
+    process = start_process(int)
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_memory_stays_as_long_as_a_view() -> None:
