@@ -79,7 +79,8 @@ def command(
             typer.echo(f"  {c.sentence()}")
         if (task, kind) in links:
             typer.echo(f"  {links[task, kind].sentence()}")
-            for loss, row in zip(at_loss or [], links[task, kind].predict({"L": at_loss}).itertuples(), strict=True):
+            predicted = links[task, kind].predict({"L": at_loss}).itertuples() if at_loss else ()
+            for loss, row in zip(at_loss or (), predicted, strict=True):
                 typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
 
 

@@ -69,6 +69,8 @@ def test_correlate_takes_every_probe_and_links_it(table):
     assert {(c["task"], c["kind"]) for c in out["correlations"]} == {("digits", "linear")}
     assert next(c for c in out["correlations"] if c["method"] == "pearson")["value"] < -0.99
     assert out["links"][0]["params"]["s"] == pytest.approx(1.0, abs=0.05)
+    assert "At a loss of" not in run(verb("correlate"), table, "--link", "linear")
+    assert "At a loss of 0.3: " in run(verb("correlate"), table, "--link", "linear", "--at-loss", 0.3)
 
 
 def test_correlate_draws_every_kind_of_probe(table, tmp_path):
