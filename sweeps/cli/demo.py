@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """Pack the bundled images, train and probe the grid, fit the laws, write the report.
 
-    About 5 minutes on two cores. Interrupt it at any time; the same command goes on where it was.
+    Five to eight minutes on two cores. Interrupt it at any time; the same command goes on where it was.
     """
     from aimscale.analysis.report.page import write_report
     from aimscale.harness.data.store.bundled import write_bundled
