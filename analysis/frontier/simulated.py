@@ -23,6 +23,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.frontier.optimum import Cost, optimum_of
 from aimscale.analysis.inference.groups import by_scale, groups_of
+from aimscale.analysis.inference.lackoffit import left_over
 from aimscale.analysis.inference.mixed import Components, Mixed, simulated_errors
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
@@ -82,7 +83,7 @@ def _left_over(slopes: Array, moved: Array, errors: Mixed, sizes: Array | None, 
     share = sd.total / np.maximum(errors.drawn.total, 1e-300)
     missing = share[:, None] * (moved @ basis) - simulated @ basis
     simulated += missing @ np.linalg.pinv(basis.T @ covered, hermitian=True) @ covered.T
-    return simulated - (simulated @ basis) @ basis.T
+    return left_over(slopes, np.ones(len(slopes)), simulated)
 
 
 def corrected(line: tuple[float, float], found: Array, optima: Array) -> tuple[Array, float] | None:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from aimscale.analysis.plots.style import MAX_SERIES, PAPER, RASTERISE_ABOVE, human, power_of_ten
-from aimscale.analysis.tables.observations import CANONICAL
+from aimscale.analysis.tables.observations import LETTERS
 from aimscale.analysis.tables.schema import KNOWN
 
 AXIS_LABELS = {
@@ -49,8 +49,8 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
         names: our column -> its name in the file, of a foreign table.
     """
     if names and column in names:
-        letter = next((letter for letter, ours in CANONICAL.items() if ours == column and letter != "L"), "")
-        return plain(names[column]) if letter in ("", names[column]) else f"{letter}: {plain(names[column])}"
+        letter = LETTERS.get(column, "L")
+        return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
     if column in ("val_loss", "train_loss") and loss_unit:
         return f"{AXIS_LABELS[column]} ({loss_unit})"
     if not loss_unit and column in FOREIGN_LABELS:

@@ -14,6 +14,8 @@ from aimscale.analysis.tables.schema import column_names
 
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
+LETTERS = {name: letter for letter, name in CANONICAL.items()}
+"""The other way round."""
 
 
 NOT_CHOSEN = "not_chosen"

@@ -9,7 +9,7 @@ import codecs
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aimscale.analysis.tables.observations import CANONICAL, THEIR_NAMES, is_complete
+from aimscale.analysis.tables.observations import CANONICAL, LETTERS, THEIR_NAMES, is_complete
 from aimscale.analysis.tables.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, STATUSES, Column, TableError
 
 FORMULAS = {
@@ -26,11 +26,6 @@ FORMULAS = {
     ("images_seen", "C/6N"): (("flops_train", "params_total"), lambda c, n: c / (6 * n)),
 }
 """(our name, what stands for theirs) -> our columns that it is made of, and how: `--columns C=6ND` and `D=C/6N`."""
-LETTERS = {name: letter for letter, name in CANONICAL.items()}
-"""A foreign table's column may be called by the letter."""
-
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
-"""Of files that are tables."""
 
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
@@ -85,19 +80,23 @@ def _read_file(path: Path) -> pd.DataFrame:
     if not path.exists():
         raise TableError(f"there is no table at {path}; `aimscale collect` writes one, or give another path")
     try:
-        if path.suffix == ".parquet":
-            return _read_parquet(path)
-        if path.suffix in (".csv", ".tsv"):
-            _refuse_half_written(path)
-            return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-        if path.suffix in (".jsonl", ".ndjson"):
-            return pd.read_json(path, lines=True)
+        if path.suffix in _READERS:
+            return _READERS[path.suffix](path)
     except pd.errors.EmptyDataError as error:
         raise TableError(f"{path} is empty; write the table again") from error
     except (pa.ArrowException, pd.errors.ParserError, csv.Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise TableError(f"cannot read {path} as a table ({reason}): it may be half-written; write it again") from error
     raise TableError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+
+
+def _read_separated(path: Path) -> pd.DataFrame:
+    _refuse_half_written(path)
+    return pd.read_csv(path, sep=_separator(path))
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    return pd.read_json(path, lines=True)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -111,9 +110,13 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
 
 
+def _separator(path: Path) -> str:
+    return "\t" if path.suffix == ".tsv" else ","
+
+
 def _refuse_half_written(path: Path) -> None:
     """A text table whose last line has no newline and too few fields was cut off while it was written."""
-    separator = "\t" if path.suffix == ".tsv" else ","
+    separator = _separator(path)
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise TableError(f"{path} is in UTF-16; save it as CSV in UTF-8")
@@ -127,6 +130,17 @@ def _refuse_half_written(path: Path) -> None:
     last = next(csv.reader([tail.rsplit("\n", 1)[1]], delimiter=separator))
     if len(last) < num_fields:
         raise TableError(f"the last line of {path} breaks off; it is half-written, write it again")
+
+
+_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_separated,
+    ".tsv": _read_separated,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+}
+SUFFIXES = tuple(_READERS)
+"""Of files that are tables."""
 
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
@@ -150,7 +164,7 @@ def _computed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
         if ours in frame or (ours, theirs) not in FORMULAS:
             continue
         names, function = FORMULAS[ours, theirs]
-        there = [next((n for n in (name, *LETTERS.get(name, "")) if n in frame), None) for name in names]
+        there = [next((n for n in (name, LETTERS[name]) if n in frame), None) for name in names]
         for name, column in zip(names, there, strict=True):
             if column is None:
                 raise TableError(f"{path} has no column {name} to compute {theirs} from; name yours with --columns")

@@ -206,12 +206,7 @@ def data(
 
 @app.command()
 def index(
-    images: Annotated[
-        int,
-        typer.Option(
-            parser=_count, metavar="COUNT", help="Images of the index, which is made up and deleted, e.g. 200M."
-        ),
-    ] = 2_000_000,
+    images: Annotated[int, _counted("Images of the index, which is made up and deleted, e.g. 200M.")] = 2_000_000,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that open it at once.")] = 4,
     reads: Annotated[int, _counted("Random positions that each process reads.")] = 10_000,
     folder: Annotated[Path | None, typer.Option(help="Where to make it (24 bytes per image); default: /tmp.")] = None,
