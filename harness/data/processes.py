@@ -8,7 +8,6 @@ without a name.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import mmap
 import multiprocessing
@@ -144,15 +143,6 @@ class SharedMemory:
     ) -> np.ndarray[Any, np.dtype[Any]]:
         """A view of some bytes; the memory stays as long as any view."""
         return np.frombuffer(self.bytes, dtype, math.prod(shape), offset).reshape(shape)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process at a time; the lock of a process that dies is free."""
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
 class SharedArray:

@@ -13,6 +13,7 @@ import torch
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.background import Background
 from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.buffers import Buffers
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.worker_pool import WorkerPool
 
@@ -29,13 +30,19 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
     fewer pairs than micro-batches gets empty ones.
     """
     unit = 2 if start % 2 == 0 and stop % 2 == 0 else 1
-    ranks = np.array_split(np.arange(start, stop, unit), world_size)
+    first, last = _share((stop - start) // unit, world_size, rank)
+    most = -(-((stop - start) // unit) // world_size)  # what the first rank has
     if unit == 2 and micro_batch == 1:
-        ranks = [np.stack([first, first + 1], axis=1).reshape(-1) for first in ranks]
-        unit = 1
-    num_micro = max(1, -(-max(map(len, ranks)) // max(1, micro_batch // unit)))
-    parts = np.array_split(ranks[rank], num_micro)
-    return [(part[:, None] + np.arange(unit)).reshape(-1).astype(np.int64) for part in parts]
+        first, last, most, unit = 2 * first, 2 * last, 2 * most, 1
+    num_micro = max(1, -(-most // max(1, micro_batch // unit)))
+    bounds = [_share(last - first, num_micro, number) for number in range(num_micro)]
+    return [np.arange(start + unit * (first + a), start + unit * (first + b)) for a, b in bounds]
+
+
+def _share(number: int, parts: int, which: int) -> tuple[int, int]:
+    """First, and one behind the last, of `number` things that go to one of some parts; the first get one more."""
+    each, more = divmod(number, parts)
+    return which * each + min(which, more), (which + 1) * each + min(which + 1, more)
 
 
 def train_batches(
@@ -99,7 +106,7 @@ def _loading(
     with contextlib.ExitStack() as stack:
         if num_workers == 0:
             at_a_time = PIXELS_AT_A_TIME // (micro_batch * stream.image_size**2)
-            batches = _several_at_a_time(stream, parts, max(1, at_a_time))
+            batches = _several_at_a_time(stream, parts, max(1, at_a_time), micro_batch)
         else:
             pool = WorkerPool(stream, num_workers=num_workers, micro_batch=micro_batch, num_micro=num_micro)
             stack.callback(pool.close)
@@ -113,13 +120,15 @@ def _loading(
         yield batches
 
 
-def _several_at_a_time(stream: TrainStream, parts: Iterator[I64], num: int) -> Iterator[Batch]:
+def _several_at_a_time(stream: TrainStream, parts: Iterator[I64], num: int, micro_batch: int) -> Iterator[Batch]:
     """`map(stream.batch, parts)`, so many of them in one call."""
+    buffers = Buffers(stream.num_bytes(num * micro_batch))
     while several := list(itertools.islice(parts, num)):
-        whole = stream.batch(np.concatenate(several))
+        whole = stream.batch(np.concatenate(several), into=buffers.take())
         if len(several) == 1:
             yield whole
         elif whole.bad_samples or not isinstance(whole.images, torch.Tensor):
             yield from map(stream.batch, several)  # each says which of its own were replaced
         else:
             yield from whole.split([len(part) for part in several])
+        del whole  # its memory is free when the next one is made

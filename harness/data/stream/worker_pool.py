@@ -12,13 +12,16 @@ import contextlib
 import dataclasses
 import mmap
 import multiprocessing.util
+import os
 import pickle
+import selectors
 import signal
+import struct
 import traceback
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, Pipe
 from multiprocessing.context import ForkServerProcess
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +30,13 @@ import torch
 from aimscale.harness.data.processes import SharedMemory, ignore_signals, start_process
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.buffers import lent
 from aimscale.harness.data.stream.crops import CropLayout, Crops
 from aimscale.harness.data.stream.positions import TrainStream
 
 _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or handed out as a copy
 _MAX_WINDOW = 256  # tasks under way: all fit into a pipe (64 KiB), so that sending one never blocks
+_TASK = struct.Struct("=4q")  # so short that a pipe gives each reader a whole one: workers need no lock to share it
 _HEADER_BYTES = mmap.PAGESIZE  # its first byte says: stop
 _JOIN_S = 10.0
 
@@ -40,8 +45,7 @@ class WorkerDiedError(RuntimeError):
     """A loader process ended without being asked to."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Task:
+class _Task(NamedTuple):
     """A micro-batch to load."""
 
     number: int
@@ -54,9 +58,8 @@ class _Task:
     """One behind the last."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Loaded:
-    """What a worker says of a task; the pixels are in the slot."""
+class _Loaded(NamedTuple):
+    """What a worker says of a task, as a plain tuple; the pixels are in the slot."""
 
     number: int
     bad_samples: tuple[str, ...] = ()
@@ -97,7 +100,7 @@ class _Worker:
     stream: TrainStream
     ring: _Ring
     tasks: Connection
-    """Shared by all workers: one reads at a time."""
+    """Shared by all workers."""
     results: Connection
     """Its own."""
 
@@ -105,13 +108,9 @@ class _Worker:
         """A worker's life."""
         ignore_signals()
         torch.set_num_threads(1)
-        with contextlib.suppress(EOFError, BrokenPipeError):  # the trainer is gone
-            while True:
-                with self.ring.memory.locked():
-                    message = self.tasks.recv_bytes()
-                if self.ring.is_stopped:
-                    return
-                self.results.send_bytes(pickle.dumps(self._load(pickle.loads(message))))
+        with contextlib.suppress(BrokenPipeError):  # the trainer is gone
+            while (message := os.read(self.tasks.fileno(), _TASK.size)) and not self.ring.is_stopped:
+                self.results.send_bytes(pickle.dumps(tuple(self._load(_Task(*_TASK.unpack(message))))))
 
     def _load(self, task: _Task) -> _Loaded:
         try:
@@ -158,6 +157,10 @@ class WorkerPool:
             writer.close()
             self._results.append(reader)
         task_reader.close()
+        self._ready = selectors.DefaultSelector()
+        for reader, process in zip(self._results, self._processes, strict=True):
+            self._ready.register(reader, selectors.EVENT_READ)
+            self._ready.register(process.sentinel, selectors.EVENT_READ)
 
     def close(self) -> None:
         """End the processes; batches that were handed out stay as they are."""
@@ -178,7 +181,7 @@ class WorkerPool:
                 number, positions = entry
                 start = int(positions[0]) if len(positions) else 0
                 task = _Task(number=number, slot=self._free.pop(), start=start, stop=start + len(positions))
-                self._tasks.send_bytes(pickle.dumps(task))
+                os.write(self._tasks.fileno(), _TASK.pack(*task))
                 under_way.append(task)
             if not under_way:
                 return
@@ -190,11 +193,11 @@ class WorkerPool:
 
     def _receive(self) -> Iterator[_Loaded]:
         """Wait for results."""
-        ready = wait([*self._results, *(process.sentinel for process in self._processes)])
+        ready = [key.fileobj for key, _ in self._ready.select()]
         for each in ready:
             if isinstance(each, Connection):
                 with contextlib.suppress(EOFError, ConnectionResetError):  # the process has ended: see below
-                    yield pickle.loads(each.recv_bytes())
+                    yield _Loaded(*pickle.loads(each.recv_bytes()))
         for process in self._processes:
             if process.sentinel in ready:
                 process.join()
@@ -202,12 +205,11 @@ class WorkerPool:
 
     def _hand_out(self, task: _Task, loaded: _Loaded, num_under_way: int) -> Batch:
         """The batch in a slot; a copy of it when so many others are held that the workers would run out of slots."""
-        slot = self._ring.slot(task.slot)
-        weakref.finalize(slot, self._free.append, task.slot).atexit = False  # once no tensor shows it any more
+        pixels = lent(self._ring.slot(task.slot), task.slot, self._free)
         if loaded.error is not None:
             raise loaded.error
         positions = np.arange(task.start, task.stop)
-        batch = self._stream.batch_in(torch.from_numpy(slot), positions, loaded.layout, loaded.bad_samples)
+        batch = self._stream.batch_in(pixels, positions, loaded.layout, loaded.bad_samples)
         num_lent = self._num_slots - len(self._free) - num_under_way  # with this one
         return batch.clone() if num_lent > self._num_slots - self._window else batch
 
@@ -219,7 +221,7 @@ def _stop(
     ring.stop()
     with contextlib.suppress(OSError):  # a dead worker reads nothing
         for _ in processes:
-            tasks.send_bytes(b"")
+            os.write(tasks.fileno(), bytes(_TASK.size))
     tasks.close()
     for process in processes:
         process.join(_JOIN_S)

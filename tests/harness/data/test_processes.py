@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
@@ -119,21 +118,3 @@ def test_a_large_array_is_shared_and_a_small_one_copied(tmp_path: Path, monkeypa
     ours.send(None)
     assert ours.recv() == [(5, 0, 4), (1 << 18, 7, (1 << 18) - 1)]
     ours.send(None)
-
-
-def test_the_lock_of_a_process_that_dies_is_free() -> None:
-    memory = SharedMemory(1)
-    holder = multiprocessing.get_context("fork").Process(target=_hold, args=(memory,))
-    holder.start()
-    while not memory.bytes[0]:
-        time.sleep(0.01)
-    holder.kill()
-    with memory.locked():
-        assert np.array_equal(memory.array((1,)), [1])
-    holder.join()
-
-
-def _hold(memory: SharedMemory) -> None:
-    with memory.locked():
-        memory.bytes[0] = 1
-        time.sleep(600)

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def test_batches_stay_what_they_are_however_many_are_held(stream: TrainStream) -
         assert torch.equal(batch.images, expected.images)
         assert torch.equal(batch.prefix_len, expected.prefix_len)
     assert torch.cat([batch.positions for batch in held]).tolist() == list(range(240))
+
+
+def test_a_thread_uses_memory_again_that_nobody_shows(stream: TrainStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aimscale.harness.data.stream.loader.PIXELS_AT_A_TIME", 1)
+
+    def steps() -> Iterator[Batch]:
+        return (batch for (batch,) in train_batches(stream, start=0, stop=240, batch_size=6, micro_batch=6))
+
+    assert len({batch.images.data_ptr() for batch in steps()}) <= 5, "in use, ahead and being made"
+    held = list(steps())
+    assert torch.equal(torch.cat([batch.images for batch in held]), stream.batch(range(240)).images)
 
 
 def test_slots_are_used_again_and_nothing_is_copied_when_batches_are_let_go(stream: TrainStream) -> None:
