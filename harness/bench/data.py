@@ -35,7 +35,7 @@ from aimscale.harness.data.processes import heed_signals, start_process
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import IMAGE_SIZE, photograph_crops, photographs
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.data.stream.augment import crop_resize_into, draw_boxes
+from aimscale.harness.data.stream.augment import box_draws, crop_resize_into, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig, run_config
@@ -210,8 +210,7 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
     dataset = stream.datasets[0]
     data = [dataset.read(i) for i in range(num_images)]
     boxes = draw_boxes(
-        make_key("bench"),
-        np.arange(num_images),
+        box_draws(make_key("bench"), np.arange(num_images)),
         *dataset.sides(np.arange(num_images)),
         scale=(0.4, 1.0),
         ratio=(3 / 4, 4 / 3),

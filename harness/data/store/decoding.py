@@ -71,6 +71,18 @@ def decode_interleaved(data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
     return _decode_other(data, channels).permute(1, 2, 0).contiguous().numpy() if pixels is None else pixels
 
 
+def decode_into(buffer: npt.NDArray[np.uint8], data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
+    """`decode_interleaved` to the front of a flat buffer, if it is a JPEG that the buffer holds; else to new memory.
+
+    simplejpeg decodes nothing that is larger than its buffer, so that a JPEG needs no look at its header before.
+    """
+    try:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _MODES[channels].simplejpeg, buffer=buffer)
+    except ValueError:
+        return decode_interleaved(data, channels)
+    return pixels
+
+
 def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
     """None: no JPEG, or a variant that simplejpeg does not know, CMYK for one."""
     if data[:2] != _JPEG_START:

@@ -45,9 +45,13 @@ class Boxes(NamedTuple):
         return Boxes(self.top[rows], self.left[rows], self.height[rows], self.width[rows], self.flip[rows])
 
 
+def box_draws(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Uniform on [0, 1), (B, some): what `draw_boxes` makes the boxes at B positions of."""
+    return random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
+
+
 def draw_boxes(
-    key: int,
-    positions: npt.NDArray[np.int64],
+    draws: npt.NDArray[np.float64],
     image_height: npt.NDArray[np.int32],
     image_width: npt.NDArray[np.int32],
     *,
@@ -59,17 +63,16 @@ def draw_boxes(
 
     The largest centre crop with an allowed ratio is taken when no try fits, as in torchvision.
     """
-    uniform = random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
     height, width = image_height.astype(np.float64), image_width.astype(np.float64)
-    area = (scale[0] + (scale[1] - scale[0]) * uniform[:, :_NUM_TRIES]) * (height * width)[:, None]
-    log_ratio = np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * uniform[:, _NUM_TRIES : 2 * _NUM_TRIES]
+    area = (scale[0] + (scale[1] - scale[0]) * draws[:, :_NUM_TRIES]) * (height * width)[:, None]
+    log_ratio = np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[:, _NUM_TRIES : 2 * _NUM_TRIES]
     widths = np.rint(np.sqrt(area * np.exp(log_ratio)))
     heights = np.rint(np.sqrt(area * np.exp(-log_ratio)))
     fits = (widths >= 1) & (widths <= width[:, None]) & (heights >= 1) & (heights <= height[:, None])
-    rows, first = np.arange(len(positions)), fits.argmax(axis=1)
+    rows, first = np.arange(len(draws)), fits.argmax(axis=1)
     crop_width, crop_height = widths[rows, first], heights[rows, first]
-    top = np.floor(uniform[:, -3] * (height - crop_height + 1))
-    left = np.floor(uniform[:, -2] * (width - crop_width + 1))
+    top = np.floor(draws[:, -3] * (height - crop_height + 1))
+    left = np.floor(draws[:, -2] * (width - crop_width + 1))
     none_fits = ~fits.any(axis=1)
     if none_fits.any():
         centre_width = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
@@ -78,7 +81,7 @@ def draw_boxes(
         crop_height = np.where(none_fits, np.maximum(1, centre_height), crop_height)
         top = np.where(none_fits, (height - crop_height) // 2, top)
         left = np.where(none_fits, (width - crop_width) // 2, left)
-    flip = (uniform[:, -1] < 0.5) & horizontal_flip
+    flip = (draws[:, -1] < 0.5) & horizontal_flip
     return Boxes(
         top=top.astype(np.int64),
         left=left.astype(np.int64),
@@ -106,11 +109,11 @@ def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: tup
     crop = crop.permute(0, 3, 1, 2)
     size = into.shape[-1]
     if (height, width) == (size, size):
-        into.copy_(crop.flip(-1) if flip else crop)
-    elif flip:
-        into.copy_(_resize(crop, (size, size), False, None).flip(-1))
+        into.copy_(crop)
     else:
         _resize(crop, (size, size), False, None, out=into)
+    if flip:
+        into.copy_(into.flip(-1))
 
 
 def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:

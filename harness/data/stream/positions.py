@@ -8,8 +8,9 @@ source is walked epoch by epoch, every epoch a fresh permutation of the same U i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,15 +20,23 @@ import torch
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.processes import SharedArray
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved
+from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved, decode_into
 from aimscale.harness.data.store.index import ShardDataset, open_dataset, require_channels
-from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, crop_resize_into, crop_resize_small, draw_boxes
+from aimscale.harness.data.stream.augment import (
+    SMALL_SIDE,
+    Boxes,
+    box_draws,
+    crop_resize_into,
+    crop_resize_small,
+    draw_boxes,
+)
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
 from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.mixture import Mixture
 from aimscale.harness.data.stream.overlap import refuse_overlap
 from aimscale.harness.data.stream.pixel_cache import PixelCache
+from aimscale.harness.data.stream.stretch import Columns, Stretch
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
@@ -111,6 +120,7 @@ class TrainStream:
         self._size, self._channels = training.model.image_size, training.model.channels
         self.num_tokens = (training.model.image_size // training.model.patch_size) ** 2
         self._max_pixels = max(self._size**2, MAX_CROP_PIXELS if augment_on == "device" else 0)
+        self._drawn, self._prefixes = Stretch(self._draw), Stretch(self._draw_prefixes)
         require_channels(self._channels)
 
     @property
@@ -151,6 +161,10 @@ class TrainStream:
                 sample_of[mine] = source.sample_numbers(slots, epochs)
         return source_of, sample_of
 
+    def _draw(self, where: I64) -> Columns:
+        """`locate`, and what the crops' boxes are made of."""
+        return *self.locate(where), box_draws(make_key("crop", self._seed), where)
+
     def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
         """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
@@ -160,6 +174,9 @@ class TrainStream:
         draw = random_uniform(make_key("prefix", self._seed), where // 2 if paired else where)
         lengths = 1 + np.floor(draw * (self.num_tokens - 1)).astype(np.int64)
         return np.where(where % 2 == 1, self.num_tokens - lengths, lengths) if paired else lengths
+
+    def _draw_prefixes(self, where: I64) -> Columns:
+        return (self.prefix_lengths(where),)
 
     def num_bytes(self, num_images: int) -> int:
         """Most bytes that the pixels of a batch of so many images take."""
@@ -200,7 +217,7 @@ class TrainStream:
             )
         return Batch(
             images=images,
-            prefix_len=torch.from_numpy(self.prefix_lengths(where)),
+            prefix_len=torch.from_numpy(self._prefixes(where)[0].copy()),
             positions=torch.from_numpy(where),
             bad_samples=bad,
         )
@@ -222,7 +239,7 @@ class TrainStream:
         self, where: I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
     ) -> tuple[str, ...]:
         """Fill each row of `resized`, or put its crop and flip into `raw`; returns the samples that were replaced."""
-        source_of, sample_of = self.locate(where)
+        source_of, sample_of, draws = self._drawn(where)
         bad: list[str] = []
         pending = np.arange(len(where))
         for attempt in range(MAX_REPLACEMENTS + 1):
@@ -230,11 +247,11 @@ class TrainStream:
             for number, source in enumerate(self._sources):
                 rows = pending[source_of[pending] == number]
                 if rows.size:
-                    failed += self._fill(resized, raw, rows, where, source, sample_of)
+                    failed += self._fill(resized, raw, rows, source, sample_of[rows], draws[rows])
             if not failed:
                 return tuple(bad)
             bad += [self._sources[source_of[row]].dataset.describe(int(sample_of[row])) for row in failed]
-            pending = np.array(failed)
+            pending, sample_of = np.array(failed), sample_of.copy()
             self._replace(pending, where, source_of, sample_of, attempt)
         raise DataError(
             f"position {where[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
@@ -245,16 +262,15 @@ class TrainStream:
         resized: torch.Tensor,
         raw: dict[int, tuple[torch.Tensor, bool]] | None,
         rows: I64,
-        positions: I64,
         source: _Source,
-        sample_of: I64,
+        samples: I64,
+        draws: npt.NDArray[np.float64],
     ) -> list[int]:
         """`_decode_all` of one source's rows, once; returns the rows whose image did not decode."""
-        samples, dataset = sample_of[rows], source.dataset
+        dataset = source.dataset
         height, width = dataset.sides(samples)
         boxes = draw_boxes(
-            make_key("crop", self._seed),
-            positions[rows],
+            draws,
             height,
             width,
             scale=self._data.crop_scale,
@@ -269,7 +285,7 @@ class TrainStream:
         is_small = (height <= SMALL_SIDE) & (width <= SMALL_SIDE)
         small, large = np.flatnonzero(is_small), np.flatnonzero(~is_small).tolist()
         shapes = height[small] * (SMALL_SIDE + 1) + width[small]
-        for shape in np.unique(shapes):
+        for shape in np.unique(shapes) if small.size else ():
             group = small[shapes == shape]
             images, good = source.pixels.stack(samples[group], [data[i] for i in group])
             failed += rows[group[~good]].tolist()
@@ -277,10 +293,14 @@ class TrainStream:
             resized[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
         boxes_of = list(zip(*(values.tolist() for values in boxes), strict=True))
         slots, row_of = resized.split(1), rows.tolist()
+        decode: Callable[[bytes, int], npt.NDArray[np.uint8]] = decode_interleaved  # raw crops are views of the image
+        if raw is None:  # else an image makes room for the next
+            most = int((height.astype(np.int64) * width)[large].max(initial=0)) * self._channels
+            decode = functools.partial(decode_into, np.empty(most, dtype=np.uint8))
         decoded: list[int] = []
         for i in large:
             try:
-                pixels = decode_interleaved(data[i], self._channels)
+                pixels = decode(data[i], self._channels)
             except UndecodableImageError:
                 failed.append(row_of[i])
                 continue

@@ -24,7 +24,7 @@ from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.store.shards import is_url, open_remote, with_retries
-from aimscale.harness.data.stream.augment import draw_boxes
+from aimscale.harness.data.stream.augment import box_draws, draw_boxes
 from aimscale.harness.data.stream.positions import MAX_REPLACEMENTS, TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
@@ -98,8 +98,7 @@ class UnindexedStream(TrainStream):
         for row, position in enumerate(where.tolist()):
             pixels = self._next(position, bad)
             box = draw_boxes(
-                make_key("crop", self._seed),
-                where[row : row + 1],
+                box_draws(make_key("crop", self._seed), where[row : row + 1]),
                 np.array([pixels.shape[0]]),
                 np.array([pixels.shape[1]]),
                 scale=self._data.crop_scale,

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, crop_resize, draw_boxes, normalise
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_draws, crop_resize, draw_boxes, normalise
 from aimscale.harness.run.config import ModelSection
 
 CROP_SCALE = (0.08, 1.0)
@@ -82,8 +82,7 @@ class PublishedViews:
             image = dataset.decode(int(row), self._channels)
             height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
             boxes = draw_boxes(
-                key,
-                np.array([row], dtype=np.int64),
+                box_draws(key, np.array([row], dtype=np.int64)),
                 height,
                 width,
                 scale=CROP_SCALE,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -21,7 +22,13 @@ from PIL import Image
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store import bundled
-from aimscale.harness.data.store.decoding import ImageTooLargeError, UndecodableImageError, decode
+from aimscale.harness.data.store.decoding import (
+    ImageTooLargeError,
+    UndecodableImageError,
+    decode,
+    decode_interleaved,
+    decode_into,
+)
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
@@ -269,8 +276,10 @@ def test_a_header_that_asks_for_gigabytes_is_refused_by_name(
     (tmp_path / "in").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / "a.png")
     (tmp_path / "in" / f"bomb.{kind}").write_bytes(claiming(kind, 65_500))
-    with pytest.raises(ImageTooLargeError):
-        decode((tmp_path / "in" / f"bomb.{kind}").read_bytes())
+    bomb = (tmp_path / "in" / f"bomb.{kind}").read_bytes()
+    for read in (decode, functools.partial(decode_into, np.empty(40 * 40 * 3, dtype=np.uint8))):
+        with pytest.raises(ImageTooLargeError):
+            read(bomb)
     with pytest.raises(DataError, match=rf"bomb.{kind} cannot be decoded \(.*pixels"):
         pack_folder(tmp_path / "in", tmp_path / "out")
     with pytest.raises(SystemExit) as ended:
@@ -278,6 +287,18 @@ def test_a_header_that_asks_for_gigabytes_is_refused_by_name(
     assert ended.value.code == 0
     assert f"left out, cannot be decoded: {tmp_path / 'in' / f'bomb.{kind}'}" in capsys.readouterr().out
     assert len(open_dataset(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_an_image_is_decoded_to_a_buffer_that_holds_it_and_else_to_memory_of_its_own(kind: str, channels: int) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
+    data, size = saved(image, kind), 30 * 41 * channels
+    for room in (size, size + 1, size - 1, 0):
+        buffer = np.zeros(room, dtype=np.uint8)
+        pixels = decode_into(buffer, data, channels)
+        assert np.array_equal(pixels, decode_interleaved(data, channels))
+        assert np.shares_memory(pixels, buffer) == buffer.any() == (kind == "jpeg" and room >= size)
 
 
 def test_a_strip_is_cropped_before_it_is_enlarged() -> None:

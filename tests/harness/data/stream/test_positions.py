@@ -22,6 +22,7 @@ from aimscale.harness.data.resize import resize_shorter_side
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream import evalset
 from aimscale.harness.data.stream.augment import (
+    box_draws,
     crop_resize,
     crop_resize_into,
     crop_resize_small,
@@ -35,6 +36,7 @@ from aimscale.harness.data.stream.jitter import _draw, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.mixture import Mixture
 from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.stretch import Stretch
 from aimscale.harness.run.config import RunConfig
 
 Configure = Callable[..., RunConfig]
@@ -121,6 +123,38 @@ def test_every_epoch_is_a_permutation_over_restarts_and_world_sizes(configure: C
     assert sum(number == 0 for number, _ in seen) == 240
 
 
+@given(
+    requests=st.lists(
+        st.one_of(
+            st.tuples(st.integers(0, 700), st.integers(0, 300)).map(lambda each: list(range(each[0], sum(each)))),
+            st.lists(st.integers(0, 700), max_size=5),
+        ),
+        max_size=8,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_a_stretch_gives_what_its_function_gives_in_any_order(requests: list[list[int]]) -> None:
+    calls: list[int] = []
+
+    def function(where: np.ndarray) -> tuple[np.ndarray, ...]:
+        calls.append(len(where))
+        return where**2, np.stack([where, -where], axis=1)
+
+    stretch = Stretch(function)
+    for request in requests:
+        where = np.array(request, dtype=np.int64)
+        for got, want in zip(stretch(where), function(where), strict=True):
+            assert np.array_equal(got, want)
+
+
+def test_batches_that_follow_each_other_are_drawn_together() -> None:
+    calls: list[int] = []
+    stretch = Stretch(lambda where: (calls.append(len(where)) or where,))  # type: ignore[func-returns-value]
+    for first in range(1000, 1000 + 256, 32):
+        stretch(np.arange(first, first + 32))
+    assert calls == [256]
+
+
 def test_seeds_change_order_and_prefixes_but_not_the_subset(configure: Configure) -> None:
     first, second = (TrainStream(configure(seed=seed, unique_images=40)) for seed in (0, 1))
     a, b = (np.stack(stream.locate(np.arange(40))) for stream in (first, second))
@@ -185,8 +219,7 @@ def test_boxes_follow_random_resized_crop() -> None:
     torch.manual_seed(0)
     number, height, width = 4000, 120, 200
     boxes = draw_boxes(
-        7,
-        np.arange(number),
+        box_draws(7, np.arange(number)),
         np.full(number, height),
         np.full(number, width),
         scale=(0.4, 1.0),
@@ -216,8 +249,7 @@ def test_batched_crop_equals_the_single_one(data: st.DataObject, height: int, wi
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     images = torch.from_numpy(rng.integers(0, 256, (5, 3, height, width), dtype=np.uint8))
     boxes = draw_boxes(
-        1,
-        rng.integers(0, 2**40, 5),
+        box_draws(1, rng.integers(0, 2**40, 5)),
         np.full(5, height),
         np.full(5, width),
         scale=(0.1, 1.0),
@@ -262,7 +294,8 @@ def test_many_crops_at_once_are_those_of_one_at_a_time() -> None:
     number = 100  # more than are worked on at a time
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (number, 3, 32, 32), dtype=np.uint8))
     sides = np.full(number, 32, dtype=np.int32)
-    boxes = draw_boxes(2, np.arange(number), sides, sides, scale=(0.4, 1.0), ratio=(0.75, 4 / 3), horizontal_flip=True)
+    draws = box_draws(2, np.arange(number))
+    boxes = draw_boxes(draws, sides, sides, scale=(0.4, 1.0), ratio=(0.75, 4 / 3), horizontal_flip=True)
     each = [slice(row, row + 1) for row in range(number)]
     alone = [crop_resize_small(images[one], boxes.of(one), 32) for one in each]
     assert torch.equal(crop_resize_small(images, boxes, 32), torch.cat(alone))
@@ -393,6 +426,9 @@ def test_bad_samples_are_replaced_alike_and_counted(small_set: Path, tmp_path: P
     clean = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(np.arange(60))
     changed = (expected.images != clean.images).flatten(1).any(1)
     assert changed.sum() == 2
+    again = TrainStream(config)
+    for _ in range(2):  # what was drawn for the stretch stays, though a sample was replaced
+        assert again.batch(np.arange(60)).bad_samples == expected.bad_samples
     for world, micro in ((2, 4), (4, 3)):
         parts = [part for step in run(TrainStream(config), 0, 60, micro=micro, world=world, batch=20) for part in step]
         assert torch.equal(whole(parts)[0], expected.images)
