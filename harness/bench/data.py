@@ -1,7 +1,6 @@
 """How fast images are read: the training stream beside the bare decode-and-crop limit of each JPEG library.
 
-The bare readers are what one writes first, with plain torch, on bytes in memory, whose pictures are thrown away. The
-minimal loop is what any loader must do and no more: read each file, decode, crop, resize and store in a batch.
+The minimal loop is what any loader must do and no more: read each file, decode, crop, resize and store in a batch.
 All take turns in one process on one thread, in processor time, switching every few dozen images, so that a busy machine
 slows all alike; then the loader with and without worker processes, which resizes or leaves that to the device,
 alternating with as many bare readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
 import multiprocessing
 import os
@@ -19,19 +17,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from aimscale.harness.data.processes import heed_signals, start_process
+from aimscale.harness.bench.bare_reader import CROP_SIZE, TURN, Box, Rate, bare_rate, read_turn, readers
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import IMAGE_SIZE, photograph_crops, photographs
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
@@ -41,14 +36,10 @@ from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig, run_config
 
 _HEIGHT, _WIDTH, _QUALITY = 375, 500, 90
-_CROP_SIZE = 224
-_TURN = 32  # images a library decodes before the next has its turn
 _NUM_HELD_OUT = 8
 _ROUNDS = 5  # in each of which the bare reader and the loaders have a turn: a busy machine slows all alike
 _Place = Literal["loader", "device"]
 _PLACES: tuple[_Place, ...] = ("loader", "device")
-Box = tuple[int, int, int, int, bool]
-Reader = Callable[[bytes, Box], torch.Tensor]
 
 
 def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] | None = None) -> dict[str, Any]:
@@ -73,13 +64,13 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
     cores = len(os.sched_getaffinity(0))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder, _one_thread():
-        config = _config(Path(folder) / "large", _photographs(num_images), _CROP_SIZE)
+        config = _config(Path(folder) / "large", _photographs(num_images), CROP_SIZE)
         streams = {where: TrainStream(config, augment_on=where) for where in _PLACES}
         stream = streams["loader"]
         work = _work(stream, num_images)
         times = _single_thread(stream, work, seconds)
-        single = {name: _TURN / statistics.median(values) for name, values in times.items()}
-        fastest = max(_readers(), key=single.__getitem__)
+        single = {name: TURN / statistics.median(values) for name, values in times.items()}
+        fastest = max(readers(), key=single.__getitem__)
         numbers = workers if workers is not None else sorted({0, 1, cores})
         loader = [
             row for number in numbers for row in _loader_rows(streams, fastest, work, number, seconds / len(numbers))
@@ -101,7 +92,7 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         "setting": {
             "image_px": [_HEIGHT, _WIDTH],
             "jpeg_quality": _QUALITY,
-            "crop_px": _CROP_SIZE,
+            "crop_px": CROP_SIZE,
             "num_images": num_images,
             "cores": cores,
             "torch": torch.__version__,
@@ -157,54 +148,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _readers() -> dict[str, Reader]:
-    """Decode, crop, resize and flip with each library that is installed."""
-
-    def with_simplejpeg(data: bytes, box: Box) -> torch.Tensor:
-        return _plain_crop(torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1), box)
-
-    def with_torchvision(data: bytes, box: Box) -> torch.Tensor:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return _plain_crop(decode_jpeg(encoded, mode=ImageReadMode.RGB), box)
-
-    def with_pillow(data: bytes, box: Box) -> torch.Tensor:
-        top, left, height, width, flip = box
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        image = image.resize(
-            (_CROP_SIZE, _CROP_SIZE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
-        )
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return pixels.flip(-1) if flip else pixels
-
-    readers: dict[str, Reader] = {
-        "simplejpeg + torch": with_simplejpeg,
-        "torchvision": with_torchvision,
-        "Pillow": with_pillow,
-    }
-    if importlib.util.find_spec("cv2") is not None:
-        readers["OpenCV + torch"] = _opencv_reader()
-    return readers
-
-
-def _plain_crop(image: torch.Tensor, box: Box) -> torch.Tensor:
-    """Crop, resize and flip with torch's public functions; without the copy its kernel takes a quarter longer."""
-    top, left, height, width, flip = box
-    crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    (resized,) = F.interpolate(crop, size=(_CROP_SIZE, _CROP_SIZE), mode="bicubic", antialias=True)
-    return resized.flip(-1) if flip else resized
-
-
-def _opencv_reader() -> Reader:
-    cv2 = importlib.import_module("cv2")  # an optional package: measured where it happens to be installed
-    cv2.setNumThreads(1)
-
-    def read(data: bytes, box: Box) -> torch.Tensor:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        return _plain_crop(torch.from_numpy(pixels).permute(2, 0, 1), box)
-
-    return read
-
-
 def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
     """Image files in memory with a crop each, drawn as the stream draws them."""
     dataset = stream.datasets[0]
@@ -219,16 +162,11 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
     return [(data[i], tuple(values[i].item() for values in boxes)) for i in range(num_images)]
 
 
-def _read_turn(reader: Reader, work: Sequence[tuple[bytes, Box]], first: int) -> None:
-    for i in range(first, first + _TURN):
-        reader(*work[i % len(work)])
-
-
 def _minimal_turn(
     read: Callable[[int], bytes], work: Sequence[tuple[bytes, Box]], into: Sequence[torch.Tensor], first: int
 ) -> None:
     """What any loader must do."""
-    for slot, i in zip(into, range(first, first + _TURN), strict=True):
+    for slot, i in zip(into, range(first, first + TURN), strict=True):
         number = i % len(work)
         crop_resize_into(slot, simplejpeg.decode_jpeg(read(number)), work[number][1])
 
@@ -245,7 +183,7 @@ def _shard_reader(stream: TrainStream, num_images: int, stack: contextlib.ExitSt
 
 
 def _stream_turn(stream: TrainStream, first: int) -> None:
-    stream.batch(np.arange(first, first + _TURN))
+    stream.batch(np.arange(first, first + TURN))
 
 
 def _times_of(turns: Mapping[str, Callable[[int], object]], seconds: float) -> dict[str, list[float]]:
@@ -260,7 +198,7 @@ def _times_of(turns: Mapping[str, Callable[[int], object]], seconds: float) -> d
             start = time.thread_time()
             turns[name](first)
             times[name].append(time.thread_time() - start)
-        first += _TURN
+        first += TURN
         names = names[1:] + names[:1]  # none always comes behind the same
     return times
 
@@ -268,9 +206,9 @@ def _times_of(turns: Mapping[str, Callable[[int], object]], seconds: float) -> d
 def _single_thread(stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float) -> dict[str, list[float]]:
     """Times of every reader on bytes in memory, and of the minimal loop and the stream on shards."""
     turns: dict[str, Callable[[int], object]] = {
-        name: functools.partial(_read_turn, reader, work) for name, reader in _readers().items()
+        name: functools.partial(read_turn, reader, work) for name, reader in readers().items()
     }
-    into = torch.empty(_TURN, _CROP_SIZE, _CROP_SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2).split(1)
+    into = torch.empty(TURN, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2).split(1)
     with contextlib.ExitStack() as stack:
         turns["minimal"] = functools.partial(_minimal_turn, _shard_reader(stream, len(work), stack), work, into)
         turns["stream"] = functools.partial(_stream_turn, stream)
@@ -288,11 +226,11 @@ def _loader_rows(
     """Images/s of `train_batches` once its workers run, beside the bare reader in as many processes."""
     num_processes = min(max(1, workers), len(os.sched_getaffinity(0)))
     turn_s = seconds / _ROUNDS / (1 + len(streams))
-    limits: list[_Rate] = []
-    rates: dict[_Place, list[_Rate]] = {where: [] for where in streams}
+    limits: list[Rate] = []
+    rates: dict[_Place, list[Rate]] = {where: [] for where in streams}
     sizes: dict[_Place, float] = {}
     for _ in range(_ROUNDS):
-        limits.append(_bare_rate(fastest, work, num_processes, turn_s))
+        limits.append(bare_rate(fastest, work, num_processes, turn_s))
         for where, stream in streams.items():
             rate, sizes[where] = _loader_rate(stream, workers, turn_s)
             rates[where].append(rate)
@@ -314,17 +252,10 @@ def _loader_rows(
     ]
 
 
-class _Rate(NamedTuple):
-    """Images in a second of wall time, and of processor time of all processes that load them."""
-
-    per_s: float
-    per_cpu_s: float
-
-
-def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[_Rate, float]:
+def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[Rate, float]:
     """The rate, and bytes per image, with which a loader hands out images while nothing else runs."""
     before = set(multiprocessing.active_children())
-    batches = train_batches(stream, start=0, stop=10**9, batch_size=_TURN, micro_batch=_TURN, num_workers=workers)
+    batches = train_batches(stream, start=0, stop=10**9, batch_size=TURN, micro_batch=TURN, num_workers=workers)
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):
             next(batches)  # start the workers, and use up what they loaded ahead meanwhile
@@ -335,7 +266,7 @@ def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[_Ra
                 number += len(batch)
                 num_bytes += batch.num_bytes
         cpu = _cpu_s(processes) - cpu
-        return _Rate(number / (time.perf_counter() - start), number / cpu), num_bytes / number
+        return Rate(number / (time.perf_counter() - start), number / cpu), num_bytes / number
 
 
 def _cpu_s(processes: Sequence[int | None]) -> float:
@@ -346,18 +277,18 @@ def _cpu_s(processes: Sequence[int | None]) -> float:
 
 def _jitter(config: RunConfig, fastest: str, work: Sequence[tuple[bytes, Box]], seconds: float) -> dict[str, float]:
     """Images/s with colour jitter on one thread, interleaved."""
-    reader, streams = _readers()[fastest], {where: TrainStream(config, augment_on=where) for where in _PLACES}
+    reader, streams = readers()[fastest], {where: TrainStream(config, augment_on=where) for where in _PLACES}
     peer = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
     turns: dict[str, Callable[[int], object]] = {
         where: functools.partial(_stream_turn, stream) for where, stream in streams.items()
     }
-    turns["torchvision"] = functools.partial(_read_turn, lambda data, box: peer(reader(data, box)), work)
-    return {name: _TURN / statistics.median(values) for name, values in _times_of(turns, seconds).items()}
+    turns["torchvision"] = functools.partial(read_turn, lambda data, box: peer(reader(data, box)), work)
+    return {name: TURN / statistics.median(values) for name, values in _times_of(turns, seconds).items()}
 
 
 def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
     """Images/s that a device resizes, flips and normalises."""
-    batch = stream.batch(np.arange(_TURN))
+    batch = stream.batch(np.arange(TURN))
     for _ in range(3):
         float(batch.images_on(device).sum())
     start, number = time.perf_counter(), 0
@@ -365,39 +296,6 @@ def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
         float(batch.images_on(device)[0, 0, 0, 0])  # waits for the device
         number += len(batch)
     return number / (time.perf_counter() - start)
-
-
-def _bare_rate(name: str, work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> _Rate:
-    """The rate of one reader in some processes that begin together."""
-    pipes, processes = [], []
-    for _ in range(num_processes):
-        ours, theirs = Pipe()
-        processes.append(start_process(_read_bare, name, work, seconds, theirs))
-        theirs.close()
-        pipes.append(ours)
-    for pipe in pipes:
-        pipe.recv()  # ready
-    for pipe in pipes:
-        pipe.send(None)
-    told = [_Rate(*pipe.recv()) for pipe in pipes]
-    for process in processes:
-        process.join()
-    return _Rate(sum(rate.per_s for rate in told), statistics.mean(rate.per_cpu_s for rate in told))
-
-
-def _read_bare(name: str, work: Sequence[tuple[bytes, Box]], seconds: float, pipe: Connection) -> None:
-    """One process of `_bare_rate`."""
-    heed_signals()
-    torch.set_num_threads(1)
-    reader, number = _readers()[name], 0
-    _read_turn(reader, work, number)  # warm-up
-    pipe.send(None)
-    pipe.recv()
-    start, cpu = time.perf_counter(), time.process_time()
-    while time.perf_counter() < start + seconds:
-        _read_turn(reader, work, number)
-        number += _TURN
-    pipe.send((number / (time.perf_counter() - start), number / (time.process_time() - cpu)))
 
 
 def _small(stream: TrainStream) -> dict[str, float]:
@@ -442,8 +340,8 @@ def _config(folder: Path, images: Iterator[PackedImage], image_size: int) -> Run
         {
             "model": {"size": "rung-32", "image_size": image_size, "patch_size": image_size // 8},
             "data": {"sources": [{"path": str(folder / "train")}]},
-            "optimiser": {"batch_size": _TURN},
-            "budgets": [_TURN],
+            "optimiser": {"batch_size": TURN},
+            "budgets": [TURN],
             "validation": {"path": str(folder / "validation")},
         },
         "the benchmark",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aimscale.harness.bench import data as bench_data
+from aimscale.harness.bench.bare_reader import readers
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.stream.augment import crop_resize
 from aimscale.harness.data.stream.positions import TrainStream
@@ -19,9 +20,8 @@ def test_readers_agree_on_the_pixels() -> None:
     data = next(iter(bench_data._photographs(1))).data
     box = (10, 30, 300, 320, True)
     expected = crop_resize(decode(data), box, 224).int()
-    readers = bench_data._readers()
-    assert {"simplejpeg + torch", "torchvision", "Pillow"} <= readers.keys()
-    for name, read in readers.items():
+    assert {"simplejpeg + torch", "torchvision", "Pillow"} <= readers().keys()
+    for name, read in readers().items():
         difference = (read(data, box).int() - expected).abs()
         assert difference.float().mean() < 0.6, name
         assert difference.max() <= (12 if name == "Pillow" else 0), name
@@ -32,7 +32,7 @@ def test_bench_reports_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     result = bench_data.run(num_images=32, seconds=0.3, workers=[0, 1])
     assert torch.get_num_threads() == threads
-    assert result["fastest_limit"] == max(result["single_thread"][name] for name in bench_data._readers())
+    assert result["fastest_limit"] == max(result["single_thread"][name] for name in readers())
     rows = [(row["workers"], row["augment_on"]) for row in result["loader"]]
     assert rows == [(0, "loader"), (0, "device"), (1, "loader"), (1, "device")]
     assert {row["kb_per_image"] for row in result["loader"] if row["augment_on"] == "loader"} == {3 * 224**2 / 1000}
@@ -61,7 +61,7 @@ def test_the_minimal_loop_stores_what_the_bare_reader_gives(tmp_path: Path) -> N
     with contextlib.ExitStack() as stack:
         read = bench_data._shard_reader(stream, 20, stack)
         bench_data._minimal_turn(read, work, into.split(1), 32)
-    reader = bench_data._readers()["simplejpeg + torch"]
+    reader = readers()["simplejpeg + torch"]
     for row in range(32):
         assert torch.equal(into[row], reader(*work[(32 + row) % 20])), row
 
