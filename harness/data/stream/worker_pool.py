@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data.processes import SharedMemory, ignore_signals, start_process
+from aimscale.harness.data.processes import SharedMemory, ignore_signals, keep_freed_memory, start_process
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.buffers import lent
@@ -107,6 +107,7 @@ class _Worker:
     def serve(self) -> None:
         """A worker's life."""
         ignore_signals()
+        keep_freed_memory()
         torch.set_num_threads(1)
         with contextlib.suppress(BrokenPipeError):  # the trainer is gone
             while (message := os.read(self.tasks.fileno(), _TASK.size)) and not self.ring.is_stopped:

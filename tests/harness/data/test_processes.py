@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -118,3 +119,31 @@ def test_a_large_array_is_shared_and_a_small_one_copied(tmp_path: Path, monkeypa
     ours.send(None)
     assert ours.recv() == [(5, 0, 4), (1 << 18, 7, (1 << 18) - 1)]
     ours.send(None)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_a_loader_process_keeps_what_a_batch_frees() -> None:
+    given_back, kept = (
+        int(subprocess.run([sys.executable, "-c", first + _BATCHES], capture_output=True, check=True).stdout)
+        for first in ("", "from aimscale.harness.data.processes import keep_freed_memory as k; k()\n")
+    )
+    assert given_back > 10_000, "the test measures nothing here"
+    assert kept < 1_000
+
+
+_BATCHES = """
+import resource
+import numpy as np
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def batch():
+    [np.ones(375 * 500 * 3, dtype=np.uint8) for _ in range(32)]
+
+batch()
+before = faults()
+for _ in range(5):
+    batch()
+print(faults() - before)
+"""
