@@ -33,6 +33,7 @@ from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_draws, crop_resize_into, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.threads import one_thread
 from aimscale.harness.run.config import RunConfig, run_config
 
 _HEIGHT, _WIDTH, _QUALITY = 375, 500, 90
@@ -63,7 +64,7 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
     """
     cores = len(os.sched_getaffinity(0))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder, _one_thread():
+    with tempfile.TemporaryDirectory() as folder, one_thread():
         config = _config(Path(folder) / "large", _photographs(num_images), CROP_SIZE)
         streams = {where: TrainStream(config, augment_on=where) for where in _PLACES}
         stream = streams["loader"]
@@ -136,16 +137,6 @@ def table(result: dict[str, Any]) -> str:
     for name, key in (("first epoch", "first_epoch"), ("later epochs (in memory)", "later_epochs")):
         lines.append(f"  {name:<38}{small[key]:>10,.0f}")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:

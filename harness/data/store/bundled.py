@@ -24,6 +24,7 @@ from aimscale.harness.data.random_access import make_key, permute, random_unifor
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.pack import PackedImage, encode, new_folder, write_dataset
+from aimscale.harness.data.threads import one_thread
 
 IMAGE_SIZE = 32
 """Side of every bundled image, pixels."""
@@ -51,7 +52,7 @@ def write_bundled(out: Path) -> None:
         DataError: `out` exists already.
     """
     classes = tuple(sorted(photographs()))
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, one_thread():
         for split in _REGIONS:
             write_dataset(folder / f"photographs-{split}", photograph_crops(split), classes=classes)
             write_dataset(folder / f"digits-{split}", _digits(split), classes=tuple("0123456789"))

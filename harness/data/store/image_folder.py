@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.processes import server_context
@@ -238,6 +239,7 @@ _images: _ImageFolder  # of a worker process
 def _begin(images: _ImageFolder) -> None:
     global _images
     _images = images
+    torch.set_num_threads(1)  # there is a process for every core
 
 
 def _prepare(numbers: range) -> list[PackedImage | str]:

@@ -31,7 +31,7 @@ from aimscale.harness.data.store.decoding import (
 )
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.sweeps.cli.main import main
 
 
@@ -235,6 +235,27 @@ def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.Monke
     mixed = sets["validation"]
     digits = np.isin(mixed.checksum, sets["digits-validation"].checksum)
     assert digits.reshape(-1, 5).sum(1).tolist() == [1] * 17
+
+
+def test_the_bundled_images_are_resized_by_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two, each resize of a few microseconds cost a millisecond of waiting at full load."""
+    seen: set[int] = set()
+
+    def watched(pixels: torch.Tensor) -> tuple[str, bytes]:
+        seen.add(torch.get_num_threads())
+        return encode(pixels)
+
+    monkeypatch.setattr(bundled, "_NUM_PHOTOGRAPHS", dict.fromkeys(bundled._NUM_PHOTOGRAPHS, 17))
+    monkeypatch.setattr(bundled, "_NUM_DIGITS", dict.fromkeys(bundled._NUM_DIGITS, 10))
+    monkeypatch.setattr(bundled, "encode", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        bundled.write_bundled(tmp_path / "out")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
 
 
 def saved(picture: Image.Image, kind: str) -> bytes:

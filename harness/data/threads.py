@@ -1,0 +1,23 @@
+"""How many threads torch's kernels share out their work to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for work on small images: others wait at full load for their share of a few microseconds.
+
+    Measured with two cores: resizing a crop to 32 px takes 0.03 ms of processor time with one thread, 0.6 to 1 ms with
+    two.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
