@@ -263,27 +263,31 @@ def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
 def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
     """Seconds until the last run ends, where each that ends makes room for the longest that waits.
 
-    A run takes its planned time, evaluation included, over what those now training do of theirs in a second, or did.
+    A run takes its planned time, evaluation included, over the mean pace: what a run does of its plan in a second, now
+    or, where it does not train, so far. What a run has done weighs: the first steps of one that starts say little.
     """
-    running, waiting, paces, past_paces = [], [], [], []
+    running, waiting, paces, weights = [], [], [], []
     for line, card in zip(lines, cards, strict=True):
         # Validation alone is done about when the training that it follows is.
         share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
         left = card.training_s * (1 - line.progress) + card.evaluation_s * (1 - share)
         done_s = card.training_s + card.evaluation_s - left
-        if line.device_hours and done_s > 0:
-            past_paces.append(done_s * card.devices / 3600 / line.device_hours)
         is_starting = line.state == "queued" and line.job_id is None  # locally; a job of Slurm's may wait for long
         if line.state == "running" or is_starting or line.evaluation == "running":
             running.append(left)
-            if line.images_per_s:
-                paces.append(card.training_s / card.images_executed * line.images_per_s)
         elif line.state in ("not started", "queued", "preempted", "dead") or line.evaluation == "queued":
             waiting.append(left)
-    paces = paces or past_paces  # where nothing trains, evaluations go on as fast as all went before them
+        if done_s <= 0:
+            continue
+        if line.state == "running" and line.images_per_s:
+            paces.append(card.training_s / card.images_executed * line.images_per_s)
+            weights.append(done_s)
+        elif line.device_hours:
+            paces.append(done_s * card.devices / 3600 / line.device_hours)
+            weights.append(done_s)
     if not (running and paces):
         return None
     ends = sorted(running)
     for left in sorted(waiting, reverse=True):
         heapq.heapreplace(ends, ends[0] + left)
-    return max(ends) / statistics.mean(paces)
+    return max(ends) / statistics.fmean(paces, weights)

@@ -137,6 +137,22 @@ def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep:
         assert look(sweep).eta_s == pytest.approx(1.5 * card.training_s, rel=1e-6)
 
 
+def test_the_first_steps_of_a_run_say_little_beside_what_others_have_done(write_sweep: Any) -> None:
+    """Of three runs one is nearly done at its planned speed, one has begun at a tenth of it."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], budgets=[64_000], cost={"peak_tflops": 1e9, "step_ms": 10})
+    runs = plan(sweep)
+    card = cost_cards(sweep, runs)[0]
+    planned = card.images_executed / card.training_s
+    with contextlib.ExitStack() as stack:
+        for run, done, speed in zip(runs, (0.9, 0.01), (planned, planned / 10), strict=False):
+            record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
+            stack.enter_context(record.hold())
+            record.write_start()
+            record.write_status(images_done=int(done * 64_000), images_per_s=speed)
+        pace = (0.9 + 0.01 / 10) / 0.91
+        assert look(sweep).eta_s == pytest.approx(1.1 * card.training_s / pace, rel=1e-6)
+
+
 @pytest.mark.parametrize(("job_id", "takes"), [(None, 1.5), ("7", 2.5)])
 def test_the_forecast_counts_a_run_that_a_local_worker_starts_but_no_job_that_waits(
     write_sweep: Any, job_id: str | None, takes: float
