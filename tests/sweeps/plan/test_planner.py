@@ -294,7 +294,7 @@ def test_plan_prints_cards_and_json(tmp_path: Path) -> None:
     runner = CliRunner()
     table = runner.invoke(verb("plan"), ["demo", "--root", str(tmp_path)])
     assert table.exit_code == 0
-    assert "w96-d2" in table.output
+    assert "w96-d1" in table.output
     assert "FLOPs executed" in table.output
     as_json = runner.invoke(verb("plan"), ["demo", "--json", "--root", str(tmp_path)])
     assert json.loads(as_json.output)["sweep"] == "demo"
