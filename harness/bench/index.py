@@ -32,9 +32,9 @@ def run(*, num_images: int, num_ranks: int, num_reads: int, folder: Path | None 
     """Make an index of `num_images`, open it in `num_ranks` processes at once and read `num_reads` positions in each.
 
     Returns:
-        `bytes` on disk; `open_s`, the slowest rank's; `memory_mb`, what opening and reading added to the proportional
-        set sizes of all ranks together, and `memory_mb_of_rank` the largest single one; `reads_per_s` of the slowest
-        rank (position to row: permutation, subset and index); `overlap_s`, one comparison with 50,000 held-out images.
+        `bytes` on disk; `open_s`, the slowest rank's; `memory_mb`, what opening and reading added to the memory that
+        all ranks hold together, and `memory_mb_of_rank` the largest single one; `reads_per_s` of the slowest rank
+        (position to row: permutation, subset and index); `overlap_s`, one comparison with 50,000 held-out images.
     """
     with tempfile.TemporaryDirectory(dir=folder) as root:
         made, held_out = Path(root) / "made", Path(root) / "held-out"
@@ -119,7 +119,7 @@ def _rank(pipe: Connection, folder: Path, rank: int, num_reads: int) -> None:
             _read(dataset, rank, num_reads)
             pipe.send(time.perf_counter() - start)
         else:
-            pipe.send(_proportional_kb())
+            pipe.send(_held_kb(folder))
             if dataset is not None:
                 return
 
@@ -135,9 +135,16 @@ def _read(dataset: ShardDataset, rank: int, num_reads: int) -> None:
             dataset.places([sample])
 
 
-def _proportional_kb() -> float:
-    """This process's share of the memory that it and others map."""
-    for line in Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return float(line.split()[1])
-    raise AssertionError("_proportional_kb: the system states no Pss")
+def _held_kb(folder: Path) -> float:
+    """What this process holds by itself, and its share of the index's mapped files.
+
+    Not of all that it maps: its share of the libraries grows whenever another program that uses them ends.
+    """
+    held, is_index = 0.0, False
+    for line in Path(f"/proc/{os.getpid()}/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "Anonymous" or (name == "Pss" and is_index):
+            held += float(value.split()[0])
+        elif "-" in name.split(" ")[0]:  # the first line of a mapping, which names its file
+            is_index = str(folder) in line
+    return held
