@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Generator, Iterator
 
 import numpy as np
-import torch
 
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.background import Background
@@ -105,7 +104,8 @@ def _loading(
     batches: Iterator[Batch]
     with contextlib.ExitStack() as stack:
         if num_workers == 0:
-            at_a_time = PIXELS_AT_A_TIME // (micro_batch * stream.image_size**2)
+            # crops of several micro-batches lie in one buffer, which nothing cuts up
+            at_a_time = 1 if stream.hands_out_crops else PIXELS_AT_A_TIME // (micro_batch * stream.image_size**2)
             batches = _several_at_a_time(stream, parts, max(1, at_a_time), micro_batch)
         else:
             pool = WorkerPool(stream, num_workers=num_workers, micro_batch=micro_batch, num_micro=num_micro)
@@ -127,7 +127,7 @@ def _several_at_a_time(stream: TrainStream, parts: Iterator[I64], num: int, micr
         whole = stream.batch(np.concatenate(several), into=buffers.take())
         if len(several) == 1:
             yield whole
-        elif whole.bad_samples or not isinstance(whole.images, torch.Tensor):
+        elif whole.bad_samples:
             yield from map(stream.batch, several)  # each says which of its own were replaced
         else:
             yield from whole.split([len(part) for part in several])

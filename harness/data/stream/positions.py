@@ -124,6 +124,11 @@ class TrainStream:
         require_channels(self._channels)
 
     @property
+    def hands_out_crops(self) -> bool:
+        """Whether the device resizes."""
+        return self._augment_on == "device"
+
+    @property
     def image_size(self) -> int:
         """Side of the images that it hands out, pixels."""
         return self._size

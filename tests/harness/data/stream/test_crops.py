@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream import crops as crops_module
 from aimscale.harness.data.stream import positions as stream_module
 from aimscale.harness.data.stream.augment import crop_resize
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import CropLayout, Crops, pack, resize_exactly
 from aimscale.harness.data.stream.jitter import _draw, _jittered
 from aimscale.harness.data.stream.loader import train_batches
@@ -151,3 +153,19 @@ def test_replaced_samples_are_cropped_alike(large_set: Path, tmp_path: Path, con
 def test_a_layout_is_small_to_send() -> None:
     layout = CropLayout(np.zeros(512, np.int32), np.zeros(512, np.int32), np.zeros(512, bool))
     assert len(pickle.dumps(layout)) < 8192, "several must fit into a pipe"
+
+
+def test_crops_are_cut_once_by_the_thread_too(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches that were read several at a time were read again one by one."""
+    stream = TrainStream(configure(), augment_on="device")
+    asked: list[int] = []
+    batch = stream.batch
+
+    def counted(positions: I64, **more: torch.Tensor) -> Batch:
+        asked.append(len(positions))
+        return batch(positions, **more)
+
+    monkeypatch.setattr(stream, "batch", counted)
+    steps = list(train_batches(stream, start=0, stop=48, batch_size=8, micro_batch=4))
+    assert len(steps) == 6
+    assert sum(asked) == 48
