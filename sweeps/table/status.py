@@ -263,8 +263,8 @@ def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
 def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
     """Seconds until the last run ends, where each that ends makes room for the longest that waits.
 
-    A run takes its planned time, evaluation included, over the mean pace: what a run does of its plan in a second, now
-    or, where it does not train, so far. What a run has done weighs: the first steps of one that starts say little.
+    A run takes its planned time, evaluation included, over the mean of the runs' paces. What a run has done weighs: the
+    first steps of one that starts say little.
     """
     running, waiting, paces, weights = [], [], [], []
     for line, card in zip(lines, cards, strict=True):
@@ -277,13 +277,8 @@ def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
             running.append(left)
         elif line.state in ("not started", "queued", "preempted", "dead") or line.evaluation == "queued":
             waiting.append(left)
-        if done_s <= 0:
-            continue
-        if line.state == "running" and line.images_per_s:
-            paces.append(card.training_s / card.images_executed * line.images_per_s)
-            weights.append(done_s)
-        elif line.device_hours:
-            paces.append(done_s * card.devices / 3600 / line.device_hours)
+        if done_s > 0 and (pace := _pace(line, card, done_s)):
+            paces.append(pace)
             weights.append(done_s)
     if not (running and paces):
         return None
@@ -291,3 +286,10 @@ def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
     for left in sorted(waiting, reverse=True):
         heapq.heapreplace(ends, ends[0] + left)
     return max(ends) / statistics.fmean(paces, weights)
+
+
+def _pace(line: RunStatus, card: CostCard, done_s: float) -> float:
+    """Planned seconds that a run does in one: now, where it trains, or so far; 0 where nothing is known."""
+    if line.state == "running" and line.images_per_s:
+        return card.training_s / card.images_executed * line.images_per_s
+    return done_s * card.devices / 3600 / line.device_hours if line.device_hours else 0.0

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,16 @@ PROBED: dict[str, Any] = {
 
 def look(sweep: Any) -> SweepStatus:
     return sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+
+
+@contextlib.contextmanager
+def training(sweep: Any, run: Run, *, images_done: int, images_per_s: float) -> Iterator[None]:
+    """A run that a process holds, so far on its way and so fast."""
+    record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
+    with record.hold():
+        record.write_start()
+        record.write_status(images_done=images_done, images_per_s=images_per_s)
+        yield
 
 
 def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequence[str]) -> None:
@@ -115,10 +125,7 @@ def test_the_forecast_counts_what_steps_and_evaluations_take_beside_their_flops(
     cost = {"peak_tflops": 1e9, "step_ms": 10, "evaluation_s": 5}
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], base=PROBED, budgets=[64_000], cost=cost)
     first, _ = plan(sweep)
-    record = RunRecord(RunRecord.create(sweep.run_dir(first.run_id), first.config).path)
-    with record.hold():
-        record.write_start()
-        record.write_status(images_done=32_000, images_per_s=2 * 6_400)
+    with training(sweep, first, images_done=32_000, images_per_s=2 * 6_400):
         assert look(sweep).eta_s == pytest.approx((1_500 * 0.010 + 2 * 5) / 2, rel=1e-6)
 
 
@@ -129,11 +136,8 @@ def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep:
     card = cost_cards(sweep, runs)[0]
     pace = card.images_executed / card.training_s
     with contextlib.ExitStack() as stack:
-        for run, done in zip(runs[:2], (0.5, 0.5), strict=True):
-            record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
-            stack.enter_context(record.hold())
-            record.write_start()
-            record.write_status(images_done=int(done * 64_000), images_per_s=pace)
+        for run in runs[:2]:
+            stack.enter_context(training(sweep, run, images_done=32_000, images_per_s=pace))
         assert look(sweep).eta_s == pytest.approx(1.5 * card.training_s, rel=1e-6)
 
 
@@ -144,11 +148,8 @@ def test_the_first_steps_of_a_run_say_little_beside_what_others_have_done(write_
     card = cost_cards(sweep, runs)[0]
     planned = card.images_executed / card.training_s
     with contextlib.ExitStack() as stack:
-        for run, done, speed in zip(runs, (0.9, 0.01), (planned, planned / 10), strict=False):
-            record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
-            stack.enter_context(record.hold())
-            record.write_start()
-            record.write_status(images_done=int(done * 64_000), images_per_s=speed)
+        for run, done, speed in zip(runs[:2], (57_600, 640), (planned, planned / 10), strict=True):
+            stack.enter_context(training(sweep, run, images_done=done, images_per_s=speed))
         pace = (0.9 + 0.01 / 10) / 0.91
         assert look(sweep).eta_s == pytest.approx(1.1 * card.training_s / pace, rel=1e-6)
 
