@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 import typer
 
 from aimscale.harness.cli.probe_output import print_entries
-from aimscale.harness.cli.tasks import CacheGB, DiskGB, Kinds, TaskChoice, TaskFile, TaskNames, TestSplit, TrainSplit
+from aimscale.harness.cli.tasks import (
+    CacheGB,
+    DiskGB,
+    Kinds,
+    TaskChoice,
+    TaskFile,
+    TaskNames,
+    TestSplit,
+    Threads,
+    TrainSplit,
+)
 
 
 def command(
@@ -29,6 +39,7 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: LIKE/baselines/NAME.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the baseline runs.")] = "auto",
+    threads: Threads = None,
     cache_gb: CacheGB = 2.0,
     disk_gb: DiskGB = 500.0,
     again: Annotated[bool, typer.Option("--again", help="Repeat tasks that are done.")] = False,
@@ -44,8 +55,9 @@ def command(
 
     run = RunDir(like)
     choice = TaskChoice(names=task, file=tasks, train=train, test=test, kinds=kind)
-    sections = choice.sections(run.load_config())
-    with join_ranks(device) as group:
+    config = run.load_config()
+    sections = choice.sections(config)
+    with join_ranks(device, threads or config.runtime.num_threads) as group:
         results = probe_baseline(
             name,
             run,

@@ -33,6 +33,9 @@ CacheGB = Annotated[
         "tokens batch by batch, and pooled features go to disk.",
     ),
 ]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Torch threads of a rank (CPU); default: the run's `runtime.num_threads`.")
+]
 DiskGB = Annotated[float, typer.Option(min=0, help="Disk of a rank for pooled features that memory does not hold, GB.")]
 
 

@@ -80,7 +80,7 @@ def _probe(job: Job, run: RunDir, request: ProbeRequest) -> None:
     from aimscale.harness.probe.protocol import Bounds
     from aimscale.harness.probe.run import join_ranks, probe_run, saved_budgets
 
-    group = job.stack.enter_context(join_ranks(request.device))
+    group = job.stack.enter_context(join_ranks(request.device, run.load_config().runtime.num_threads))
     bounds = Bounds(cache_gb=request.cache_gb, disk_gb=request.disk_gb)
     pause = job.pausing(group)
     done: set[int] = set()

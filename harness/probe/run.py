@@ -13,6 +13,7 @@ import torch
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
+from aimscale.harness.data.threads import kernel_threads
 from aimscale.harness.device.distributed import Group, LaunchError, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, ProbeError
 from aimscale.harness.probe.features.baseline_models import baseline
@@ -75,25 +76,30 @@ def wanted_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[ProbeSe
 
 
 @contextlib.contextmanager
-def join_ranks(device: str) -> Iterator[Group]:
+def join_ranks(device: str, num_threads: int) -> Iterator[Group]:
     """The ranks that torchrun or Slurm started, or this process by itself; left again at the end, whatever happened.
+
+    Args:
+        num_threads: of torch, in each rank: `runtime.num_threads` of the run. The threads that decode images ahead
+            have as many again, each; with one for every core they would hold up one another.
 
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
     """
     placement = find_placement()
-    if placement.world_size > 1:
-        try:
-            group = start_group(placement, device)
-            yield group
-            group.wait()  # no rank takes the store away from one that still needs it
-        finally:
-            stop_group()
-        return
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise LaunchError("--device cuda was asked for and torch sees no CUDA device; use cpu or auto")
-    yield Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
+    with kernel_threads(num_threads):
+        if placement.world_size > 1:
+            try:
+                group = start_group(placement, device)
+                yield group
+                group.wait()  # no rank takes the store away from one that still needs it
+            finally:
+                stop_group()
+            return
+        has_cuda = torch.cuda.is_available()
+        if device == "cuda" and not has_cuda:
+            raise LaunchError("--device cuda was asked for and torch sees no CUDA device; use cpu or auto")
+        yield Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
 
 
 @functools.cache

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.probe.run import join_ranks
 from aimscale.harness.run.directory import RunDir
@@ -28,8 +26,8 @@ def evaluation_job(path: Path) -> int:
     config = folder.load_config()
 
     def work(job: Job) -> None:
-        torch.set_num_threads(config.runtime.num_threads)
-        evaluate_run(run, config, job.stack.enter_context(join_ranks(config.runtime.device)), job)
+        group = job.stack.enter_context(join_ranks(config.runtime.device, config.runtime.num_threads))
+        evaluate_run(run, config, group, job)
 
     return execute_job(folder, work, also=[run.path / name for name in ("validation", "completions", "probes")])
 

@@ -24,8 +24,7 @@ def command(
     """
     from aimscale.analysis.report.page import write_report
     from aimscale.harness.data.store.bundled import write_bundled
-    from aimscale.harness.data.threads import one_thread
-    from aimscale.harness.probe.run import probe_baseline
+    from aimscale.harness.probe.run import join_ranks, probe_baseline
     from aimscale.harness.run.directory import RunDir
     from aimscale.sweeps.launch.start import launch, left_alone
     from aimscale.sweeps.plan.costs import cost_cards
@@ -47,9 +46,11 @@ def command(
         raise typer.Exit(EXIT_INTERRUPTED)
     runs = plan(sweep)
     largest = runs[-1]
-    with one_thread():
+    runtime = largest.config.runtime
+    with join_ranks(runtime.device, runtime.num_threads) as group:
         for name in BASELINES if not result.failed else ():
-            for _ in probe_baseline(name, RunDir(sweep.run_dir(largest.run_id)), largest.config.evaluation.probes):
+            like = RunDir(sweep.run_dir(largest.run_id))
+            for _ in probe_baseline(name, like, largest.config.evaluation.probes, group=group):
                 pass
     collected = collect(sweep, runs, cost_cards(sweep, runs))
     typer.echo(f"{collected.num_complete} of {collected.num_rows} rows have results: {collected.table}")

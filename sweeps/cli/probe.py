@@ -18,6 +18,7 @@ from aimscale.harness.cli.tasks import (
     TaskFile,
     TaskNames,
     TestSplit,
+    Threads,
     TrainSplit,
     list_tasks,
 )
@@ -62,6 +63,7 @@ def command(
     constraint: options.Constraint = None,
     time_min: options.TimeMin = None,
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
+    threads: Threads = None,
     cache_gb: CacheGB = 2.0,
     disk_gb: DiskGB = 500.0,
     released: Annotated[
@@ -86,14 +88,14 @@ def command(
         if devices > 1 or slots or dry_run or run:
             raise SweepError("--devices, --slots, --dry-run and --run go with jobs; add --on local or --on slurm")
         if released:
-            _score_released(Path(target), choice, device, as_json)
+            _score_released(Path(target), choice, device, threads, as_json)
             return
-        _probe_here(Path(target), choice, images_seen, device, (cache_gb, disk_gb), again, as_json)
+        _probe_here(Path(target), choice, images_seen, device, threads, (cache_gb, disk_gb), again, as_json)
         return
     if released:
         raise SweepError("--released goes with one imported run, probed in this process")
-    if as_json:
-        raise SweepError("--json goes with probing in this process, not with jobs")
+    if as_json or threads:
+        raise SweepError("--json and --threads go with probing in this process, not with jobs")
     sweep, runs, paths = _runs(target, is_run, root, run)
     requests = {
         each.run_id: _request(each, choice, images_seen, time.time() if again else 0.0, device, (cache_gb, disk_gb))
@@ -112,6 +114,7 @@ def _probe_here(
     choice: TaskChoice,
     images_seen: int | None,
     device: Device,
+    threads: int | None,
     bounds_gb: tuple[float, float],
     again: bool,
     as_json: bool,
@@ -121,8 +124,9 @@ def _probe_here(
     from aimscale.harness.probe.run import join_ranks, probe_run
     from aimscale.harness.run.directory import RunDir
 
-    sections = choice.sections(RunDir(path).load_config())
-    with join_ranks(device) as group:
+    config = RunDir(path).load_config()
+    sections = choice.sections(config)
+    with join_ranks(device, threads or config.runtime.num_threads) as group:
         results = probe_run(
             path,
             images_seen,
@@ -134,14 +138,15 @@ def _probe_here(
         print_entries(results, is_first=group.is_first, as_json=as_json)
 
 
-def _score_released(path: Path, choice: TaskChoice, device: Device, as_json: bool) -> None:
+def _score_released(path: Path, choice: TaskChoice, device: Device, threads: int | None, as_json: bool) -> None:
     """Score an imported run's own head."""
     from aimscale.harness.probe.released import score_released
     from aimscale.harness.probe.run import join_ranks
     from aimscale.harness.run.directory import RunDir
 
-    sections = choice.test_only().sections(RunDir(path).load_config())
-    with join_ranks(device) as group:
+    config = RunDir(path).load_config()
+    sections = choice.test_only().sections(config)
+    with join_ranks(device, threads or config.runtime.num_threads) as group:
         print_entries(score_released(path, sections, group=group), is_first=group.is_first, as_json=as_json)
 
 

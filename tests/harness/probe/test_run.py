@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 from aimscale.aim.config import model_config
@@ -19,6 +20,7 @@ from aimscale.aim.weights import write_weights
 from aimscale.analysis.tables.schema import results_table
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.probe.files import with_probes_of_files
+from aimscale.harness.probe.job import ProbeRequest, probe_job
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.cli.main import main
@@ -26,8 +28,6 @@ from aimscale.sweeps.cli.main import main
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
     root = tmp_path_factory.mktemp("digits")
     bunch = load_digits()
     pixels = torch.as_tensor(bunch.images * 15).byte()[:, None]
@@ -193,6 +193,35 @@ def test_mistakes_are_one_sentence(
     error = call(capsys, "probe", str(run.path), "--device", "cpu", *arguments)
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["probe RUN", "baseline raw-pixels --like RUN", "job"])
+def test_probing_takes_the_runs_number_of_threads_and_not_one_for_every_core(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    seen: list[int] = []
+
+    def count(*_: Any, **__: Any) -> list[dict[str, Any]]:
+        seen.append(torch.get_num_threads())
+        return []
+
+    monkeypatch.setattr("aimscale.harness.probe.run.probe_backbone", count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)  # "cores"
+    try:
+        if verb == "job":
+            job = RunDir(run.path / "probing")
+            job.path.mkdir()
+            ProbeRequest(tasks=tuple(run.load_config().evaluation.probes), device="cpu").write(job)
+            assert probe_job(job.path) == 0
+        else:
+            arguments = [*verb.replace("RUN", str(run.path)).split(), "--device", "cpu", "--kind", "linear"]
+            call(capsys, *arguments)
+            call(capsys, *arguments, "--threads", "3")
+        assert seen == ([1] if verb == "job" else [1, 3])
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)
 
 
 LEAVES_GROUP = """
