@@ -174,7 +174,7 @@ def _shard_reader(stream: TrainStream, num_images: int, stack: contextlib.ExitSt
 
 
 def _stream_turn(stream: TrainStream, first: int) -> None:
-    stream.batch(np.arange(first, first + TURN))
+    stream.batch(range(first, first + TURN))
 
 
 def _times_of(turns: Mapping[str, Callable[[int], object]], seconds: float) -> dict[str, list[float]]:
@@ -295,7 +295,7 @@ def _small(stream: TrainStream) -> dict[str, float]:
     for epoch in range(3):
         start = time.perf_counter()
         for first in range(epoch * stream.unique_images, (epoch + 1) * stream.unique_images, 64):
-            stream.batch(np.arange(first, first + 64)).images_on("cpu")
+            stream.batch(range(first, first + 64)).images_on("cpu")
         rates.append(stream.unique_images / (time.perf_counter() - start))
     return {"first_epoch": rates[0], "later_epochs": max(rates[1:])}
 

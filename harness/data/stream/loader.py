@@ -21,7 +21,7 @@ PIXELS_AT_A_TIME = 2**18
 time of a small one goes to calls."""
 
 
-def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[I64]:
+def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[range]:
     """Positions [start, stop) of one optimiser step to this rank's micro-batches.
 
     Every rank gets the same number of micro-batches, none above `micro_batch`; their sizes differ by one pair
@@ -35,7 +35,7 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
         first, last, most, unit = 2 * first, 2 * last, 2 * most, 1
     num_micro = max(1, -(-most // max(1, micro_batch // unit)))
     bounds = [_share(last - first, num_micro, number) for number in range(num_micro)]
-    return [np.arange(start + unit * (first + a), start + unit * (first + b)) for a, b in bounds]
+    return [range(start + unit * (first + a), start + unit * (first + b)) for a, b in bounds]
 
 
 def _share(number: int, parts: int, which: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ def train_batches(
     )
     sizes: collections.deque[int] = collections.deque()  # micro-batches of the steps under way
 
-    def flat() -> Iterator[I64]:
+    def flat() -> Iterator[range]:
         for parts in steps:
             sizes.append(len(parts))
             yield from parts
@@ -98,7 +98,7 @@ def train_batches(
 
 @contextlib.contextmanager
 def _loading(
-    stream: TrainStream, parts: Iterator[I64], num_workers: int, pin_memory: bool, micro_batch: int, num_micro: int
+    stream: TrainStream, parts: Iterator[range], num_workers: int, pin_memory: bool, micro_batch: int, num_micro: int
 ) -> Iterator[Iterator[Batch]]:
     """Batches in the order of `parts`, loaded ahead; what loads them ends with the block."""
     batches: Iterator[Batch]
@@ -120,11 +120,11 @@ def _loading(
         yield batches
 
 
-def _several_at_a_time(stream: TrainStream, parts: Iterator[I64], num: int, micro_batch: int) -> Iterator[Batch]:
+def _several_at_a_time(stream: TrainStream, parts: Iterator[range], num: int, micro_batch: int) -> Iterator[Batch]:
     """`map(stream.batch, parts)`, so many of them in one call."""
     buffers = Buffers(stream.num_bytes(num * micro_batch))
     while several := list(itertools.islice(parts, num)):
-        whole = stream.batch(np.concatenate(several), into=buffers.take())
+        whole = stream.batch(_joined(several), into=buffers.take())
         if len(several) == 1:
             yield whole
         elif whole.bad_samples:
@@ -132,3 +132,10 @@ def _several_at_a_time(stream: TrainStream, parts: Iterator[I64], num: int, micr
         else:
             yield from whole.split([len(part) for part in several])
         del whole  # its memory is free when the next one is made
+
+
+def _joined(parts: list[range]) -> range | I64:
+    """All positions of some micro-batches: those of a single rank follow each other."""
+    if all(before.stop == after.start for before, after in itertools.pairwise(parts)):
+        return range(parts[0].start, parts[-1].stop)
+    return np.concatenate(parts)

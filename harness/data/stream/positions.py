@@ -7,7 +7,6 @@ source is walked epoch by epoch, every epoch a fresh permutation of the same U i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -18,10 +17,9 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.processes import SharedArray
-from aimscale.harness.data.random_access import I64, make_key, permute, random_bits, random_uniform
+from aimscale.harness.data.random_access import I64, make_key, random_bits, random_uniform
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved, decode_into
-from aimscale.harness.data.store.index import ShardDataset, open_dataset, require_channels
+from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import (
     SMALL_SIDE,
     Boxes,
@@ -34,35 +32,13 @@ from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import MAX_CROP_PIXELS, CropLayout, Crops, Jitter, pack
 from aimscale.harness.data.stream.jitter import jitter_colours
 from aimscale.harness.data.stream.mixture import Mixture
-from aimscale.harness.data.stream.overlap import refuse_overlap
-from aimscale.harness.data.stream.pixel_cache import PixelCache
-from aimscale.harness.data.stream.stretch import Columns, Stretch
+from aimscale.harness.data.stream.sources import Source, open_sources
+from aimscale.harness.data.stream.stretch import Columns, Drawn, Stretch
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
 
-_MAX_LISTED = 1 << 22  # subsets up to this size are listed at start-up, which takes 2 s and spares a permutation later
 MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """One data set of the mixture."""
-
-    dataset: ShardDataset
-    num_unique: int
-    """U of this source: the first of the fixed permutation of its pool."""
-    subset: SharedArray | None
-    """Those U sample numbers; None when they are too many to list at start-up."""
-    key: int
-    """Of its epochs; depends on the run's seed."""
-    pixels: PixelCache
-
-    def sample_numbers(self, slots: I64, epochs: I64) -> I64:
-        """Sample numbers at `slots` (0..U-1) of `epochs`."""
-        keys = random_bits(self.key, epochs)
-        within = permute(slots, self.num_unique, keys)
-        return self.subset.values[within] if self.subset is not None else _first_of_pool(self.dataset, within)
 
 
 class TrainStream:
@@ -82,34 +58,10 @@ class TrainStream:
         augment_on: Literal["loader", "device"] = "loader",
     ) -> None:
         self._set_up(config, augment_on)
-        sources = config.training.data.sources
-        self._mixture = Mixture([source.probability for source in sources])
-        datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
-        for source, dataset in zip(sources, datasets, strict=True):
-            if source.fingerprint not in (None, dataset.fingerprint):
-                raise DataError(
-                    f"{source.path} holds other images (fingerprint {dataset.fingerprint}) than those this run trains "
-                    f"on ({source.fingerprint}); put those back, or launch the sweep again to train a new run on these"
-                )
-        held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
-        refuse_overlap(datasets, held_out)
-        self._sources = [
-            _Source(
-                dataset=dataset,
-                num_unique=num_unique,
-                subset=SharedArray(_first_of_pool(dataset, np.arange(num_unique)))
-                if num_unique <= _MAX_LISTED
-                else None,
-                key=make_key("epoch", self._seed, number),
-                pixels=PixelCache(dataset, self._channels),
-            )
-            for number, (dataset, num_unique) in enumerate(
-                zip(datasets, self._unique_per_source(datasets), strict=True)
-            )
-        ]
-
+        self._mixture = Mixture([source.probability for source in config.training.data.sources])
+        self._sources = open_sources(config, self._mixture, cache_dir=cache_dir, cache_gb=cache_gb)
         if augment_on == "device":
-            largest = max(dataset.info.max_pixels for dataset in datasets)
+            largest = max(dataset.info.max_pixels for dataset in self.datasets)
             self._max_pixels = max(self._size**2, min(largest, MAX_CROP_PIXELS))
 
     def _set_up(self, config: RunConfig, augment_on: Literal["loader", "device"]) -> None:
@@ -166,9 +118,29 @@ class TrainStream:
                 sample_of[mine] = source.sample_numbers(slots, epochs)
         return source_of, sample_of
 
-    def _draw(self, where: I64) -> Columns:
-        """`locate`, and what the crops' boxes are made of."""
-        return *self.locate(where), box_draws(make_key("crop", self._seed), where)
+    def _draw(self, where: I64) -> Drawn:
+        return self._with_boxes(*self.locate(where), box_draws(make_key("crop", self._seed), where))
+
+    def _with_boxes(self, source_of: I64, sample_of: I64, uniforms: npt.NDArray[np.float64]) -> Drawn:
+        """The crops of these samples."""
+        height, width = np.empty((2, len(sample_of)), dtype=np.int32)
+        for number, source in enumerate(self._sources):
+            mine = np.flatnonzero(source_of == number)
+            height[mine], width[mine] = source.dataset.sides(sample_of[mine])
+        return Drawn(source_of, sample_of, uniforms, height, width, *self._boxes(uniforms, height, width))
+
+    def _boxes(
+        self, uniforms: npt.NDArray[np.float64], height: npt.NDArray[np.int32], width: npt.NDArray[np.int32]
+    ) -> Boxes:
+        """Crops of images of these sides."""
+        return draw_boxes(
+            uniforms,
+            height,
+            width,
+            scale=self._data.crop_scale,
+            ratio=self._data.crop_ratio,
+            horizontal_flip=self._data.horizontal_flip,
+        )
 
     def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
         """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""
@@ -191,28 +163,39 @@ class TrainStream:
         """Samples at any positions, in that order; whatever else is in the batch, each is the same bit for bit.
 
         Args:
-            positions: B of them.
+            positions: B of them; consecutive ones cost the least as a `range`.
             into: uint8, `num_bytes(B)` or more: where the pixels go; None takes new memory.
 
         Raises:
             DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
         """
-        where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        where: range | I64
+        if isinstance(positions, range) and positions.step == 1:
+            where = positions
+        else:
+            where = np.asarray(positions, dtype=np.int64).reshape(-1)
         if into is None:
             into = torch.empty(self.num_bytes(len(where)), dtype=torch.uint8)
+        return self.batch_in(into, where, *self.fill(into, where))
+
+    def fill(self, into: torch.Tensor, where: range | I64) -> tuple[CropLayout | None, tuple[str, ...]]:
+        """Write the pixels of `batch` alone; returns what `batch_in` asks for besides."""
         if self._augment_on == "loader":
-            bad = self._decode_all(where, self._rows(into, len(where)), None)
+            images = self._rows(into, len(where))
+            bad = self._decode_all(where, images, None)
             if self._data.color_jitter:
-                jitter_colours(self._rows(into, len(where)), *self._jitter(where))
-            return self.batch_in(into, where, None, bad)
+                jitter_colours(images, *self._jitter(where))
+            return None, bad
         resized = self._rows(torch.empty(len(where) * self._channels * self._size**2, dtype=torch.uint8), len(where))
         raw: dict[int, tuple[torch.Tensor, bool]] = {}
         bad = self._decode_all(where, resized, raw)
         _, layout = pack([raw[row] if row in raw else (resized[row], False) for row in range(len(where))], into)
-        return self.batch_in(into, where, layout, bad)
+        return layout, bad
 
-    def batch_in(self, pixels: torch.Tensor, where: I64, layout: CropLayout | None, bad: tuple[str, ...]) -> Batch:
-        """The batch at positions `where`, whose pixels `batch` has written into a flat buffer, here or elsewhere."""
+    def batch_in(
+        self, pixels: torch.Tensor, where: range | I64, layout: CropLayout | None, bad: tuple[str, ...]
+    ) -> Batch:
+        """The batch at positions `where`, whose pixels `fill` has written into a flat buffer, here or elsewhere."""
         images: torch.Tensor | Crops = self._rows(pixels, len(where))
         if layout is not None:
             num_bytes = int((layout.height.astype(np.int64) * layout.width).sum()) * self._channels
@@ -223,65 +206,56 @@ class TrainStream:
         return Batch(
             images=images,
             prefix_len=torch.from_numpy(self._prefixes(where)[0].copy()),
-            positions=torch.from_numpy(where),
+            positions=torch.arange(where.start, where.stop) if isinstance(where, range) else torch.from_numpy(where),
             bad_samples=bad,
         )
 
     def _rows(self, flat: torch.Tensor, num_images: int) -> torch.Tensor:
         """uint8 (B, C, H, W) at the front of a flat buffer."""
-        shape = (num_images, self._channels, self._size, self._size)
-        images = flat[: num_images * self._channels * self._size**2]
+        channels, size = self._channels, self._size
+        plane = size * size
         # decoded photographs come with interleaved colours, small images from the cache in planes, which jitter needs:
         # keep copies straight
-        if self._size > SMALL_SIDE and not self._data.color_jitter:
-            return images.view(num_images, self._size, self._size, self._channels).permute(0, 3, 1, 2)
-        return images.view(shape)
+        is_interleaved = size > SMALL_SIDE and not self._data.color_jitter
+        strides = (1, size * channels, channels) if is_interleaved else (plane, size, 1)
+        return flat.as_strided((num_images, channels, size, size), (channels * plane, *strides))
 
-    def _jitter(self, where: I64) -> Jitter:
-        return Jitter(make_key("jitter", self._seed), where)
+    def _jitter(self, where: range | I64) -> Jitter:
+        return Jitter(make_key("jitter", self._seed), np.asarray(where, dtype=np.int64))
 
     def _decode_all(
-        self, where: I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
+        self, where: range | I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
     ) -> tuple[str, ...]:
         """Fill each row of `resized`, or put its crop and flip into `raw`; returns the samples that were replaced."""
-        source_of, sample_of, draws = self._drawn(where)
+        drawn = Drawn._make(self._drawn(where))
         bad: list[str] = []
         pending = np.arange(len(where))
         for attempt in range(MAX_REPLACEMENTS + 1):
             failed: list[int] = []
             for number, source in enumerate(self._sources):
-                rows = pending[source_of[pending] == number]
+                rows = pending[drawn.source[pending] == number]
                 if rows.size:
-                    failed += self._fill(resized, raw, rows, source, sample_of[rows], draws[rows])
+                    failed += self._fill_from(source, resized, raw, rows, drawn.of(rows))
             if not failed:
                 return tuple(bad)
-            bad += [self._sources[source_of[row]].dataset.describe(int(sample_of[row])) for row in failed]
-            pending, sample_of = np.array(failed), sample_of.copy()
-            self._replace(pending, where, source_of, sample_of, attempt)
+            bad += [self._sources[drawn.source[row]].dataset.describe(int(drawn.sample[row])) for row in failed]
+            pending = np.array(failed)
+            drawn = self._replaced(drawn, pending, np.asarray(where)[pending], attempt)
         raise DataError(
             f"position {where[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
         )
 
-    def _fill(
+    def _fill_from(
         self,
+        source: Source,
         resized: torch.Tensor,
         raw: dict[int, tuple[torch.Tensor, bool]] | None,
         rows: I64,
-        source: _Source,
-        samples: I64,
-        draws: npt.NDArray[np.float64],
+        drawn: Drawn,
     ) -> list[int]:
         """`_decode_all` of one source's rows, once; returns the rows whose image did not decode."""
-        dataset = source.dataset
-        height, width = dataset.sides(samples)
-        boxes = draw_boxes(
-            draws,
-            height,
-            width,
-            scale=self._data.crop_scale,
-            ratio=self._data.crop_ratio,
-            horizontal_flip=self._data.horizontal_flip,
-        )
+        dataset, samples, boxes = source.dataset, drawn.sample, drawn.boxes
+        height, width = drawn.image_height, drawn.image_width
         data = [b""] * len(samples)  # those that are in memory decoded are not read
         fresh = np.flatnonzero(~source.pixels.holds(samples))
         for i, read in zip(fresh.tolist(), dataset.read_many(samples[fresh]), strict=True):
@@ -330,37 +304,13 @@ class TrainStream:
         else:
             crop_resize_into(slots[row], pixels, box)
 
-    def _replace(self, rows: I64, positions: I64, source_of: I64, sample_of: I64, attempt: int) -> None:
-        """Put another image of the same source and subset in the place of each row's, chosen by (seed, p, attempt)."""
-        key = make_key("replacement", self._seed)
-        for row in rows:
-            source = self._sources[source_of[row]]
-            draw = random_bits(key, positions[row : row + 1] * MAX_REPLACEMENTS + attempt)
-            slot = (draw % np.uint64(source.num_unique)).astype(np.int64)
+    def _replaced(self, drawn: Drawn, rows: I64, positions: I64, attempt: int) -> Drawn:
+        """With another image of the same source and subset in the place of each row's, by (seed, position, attempt)."""
+        sample_of = drawn.sample.copy()
+        for row, draw in zip(
+            rows, random_bits(make_key("replacement", self._seed), positions * MAX_REPLACEMENTS + attempt), strict=True
+        ):
+            source = self._sources[drawn.source[row]]
+            slot = np.array([draw % np.uint64(source.num_unique)], dtype=np.int64)
             sample_of[row] = source.sample_numbers(slot, np.zeros_like(slot))[0]
-
-    def _unique_per_source(self, datasets: Sequence[ShardDataset]) -> list[int]:
-        for dataset in datasets:
-            num_bad = dataset.info.num_bad
-            if not dataset.num_usable or num_bad / len(dataset) > self._data.max_bad_fraction:
-                first = dataset.describe(int(dataset.index.bad[0]))
-                raise DataError(
-                    f"{dataset.path}: {num_bad} of {len(dataset)} images cannot be decoded, first {first}; "
-                    f"repair them or raise data.max_bad_fraction ({self._data.max_bad_fraction:g})"
-                )
-        wanted = self._data.unique_images
-        if wanted is None:
-            return [dataset.num_usable for dataset in datasets]
-        counts = self._mixture.counts(wanted)
-        for dataset, count in zip(datasets, counts, strict=True):
-            if not 1 <= count <= dataset.num_usable:
-                raise DataError(
-                    f"unique_images {wanted} takes {count} images of {dataset.path}, which has {dataset.num_usable} "
-                    f"usable ones; {'lower' if count else 'raise'} data.unique_images or change the probabilities"
-                )
-        return counts
-
-
-def _first_of_pool(dataset: ShardDataset, numbers: I64) -> I64:
-    """Sample numbers at `numbers` of the one fixed permutation of the usable images, the same for every seed."""
-    return dataset.usable(permute(numbers, dataset.num_usable, make_key("subset")))
+        return self._with_boxes(drawn.source, sample_of, drawn.uniforms)

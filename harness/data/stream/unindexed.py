@@ -24,7 +24,7 @@ from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.store.shards import is_url, open_remote, with_retries
-from aimscale.harness.data.stream.augment import box_draws, draw_boxes
+from aimscale.harness.data.stream.augment import box_draws
 from aimscale.harness.data.stream.positions import MAX_REPLACEMENTS, TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
@@ -91,20 +91,15 @@ class UnindexedStream(TrainStream):
         return hashlib.blake2b(" ".join(self._urls).encode(), digest_size=8).hexdigest()
 
     def _decode_all(
-        self, where: I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
+        self, where: range | I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
     ) -> tuple[str, ...]:
         bad: list[str] = []
         slots = resized.split(1)
-        for row, position in enumerate(where.tolist()):
-            pixels = self._next(position, bad)
-            box = draw_boxes(
-                box_draws(make_key("crop", self._seed), where[row : row + 1]),
-                np.array([pixels.shape[0]]),
-                np.array([pixels.shape[1]]),
-                scale=self._data.crop_scale,
-                ratio=self._data.crop_ratio,
-                horizontal_flip=self._data.horizontal_flip,
-            )
+        uniforms = box_draws(make_key("crop", self._seed), np.asarray(where))
+        for row, position in enumerate(where):
+            pixels = self._next(int(position), bad)
+            height, width = np.array(pixels.shape[:2], dtype=np.int32)[:, None]
+            box = self._boxes(uniforms[row : row + 1], height, width)
             self._place(pixels, tuple(values[0].item() for values in box), row, slots, raw)
         return tuple(bad)
 

@@ -28,10 +28,9 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data.processes import SharedMemory, ignore_signals, keep_freed_memory, start_process
-from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.buffers import lent
-from aimscale.harness.data.stream.crops import CropLayout, Crops
+from aimscale.harness.data.stream.crops import CropLayout
 from aimscale.harness.data.stream.positions import TrainStream
 
 _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or handed out as a copy
@@ -116,12 +115,11 @@ class _Worker:
     def _load(self, task: _Task) -> _Loaded:
         try:
             into = torch.from_numpy(self.ring.slot(task.slot))
-            batch = self.stream.batch(np.arange(task.start, task.stop), into=into)
+            layout, bad_samples = self.stream.fill(into, range(task.start, task.stop))
         except Exception as error:
             error.add_note(f"in a loader process:\n{traceback.format_exc()}")
             return _Loaded(number=task.number, error=error)
-        layout = batch.images.layout if isinstance(batch.images, Crops) else None
-        return _Loaded(number=task.number, bad_samples=batch.bad_samples, layout=layout)
+        return _Loaded(number=task.number, bad_samples=bad_samples, layout=layout)
 
 
 class WorkerPool:
@@ -167,8 +165,8 @@ class WorkerPool:
         """End the processes; batches that were handed out stay as they are."""
         self._finalizer()
 
-    def load(self, parts: Iterable[I64]) -> Iterator[Batch]:
-        """The batch of each of `parts` (consecutive positions), in order; to be called once.
+    def load(self, parts: Iterable[range]) -> Iterator[Batch]:
+        """The batch of each of `parts`, in order; to be called once.
 
         Raises:
             DataError: a shard cannot be read.
@@ -179,9 +177,8 @@ class WorkerPool:
         loaded: dict[int, _Loaded] = {}
         while True:
             while len(under_way) < self._window and (entry := next(following, None)) is not None:
-                number, positions = entry
-                start = int(positions[0]) if len(positions) else 0
-                task = _Task(number=number, slot=self._free.pop(), start=start, stop=start + len(positions))
+                number, part = entry
+                task = _Task(number=number, slot=self._free.pop(), start=part.start, stop=part.stop)
                 os.write(self._tasks.fileno(), _TASK.pack(*task))
                 under_way.append(task)
             if not under_way:
@@ -209,8 +206,7 @@ class WorkerPool:
         pixels = lent(self._ring.slot(task.slot), task.slot, self._free)
         if loaded.error is not None:
             raise loaded.error
-        positions = np.arange(task.start, task.stop)
-        batch = self._stream.batch_in(pixels, positions, loaded.layout, loaded.bad_samples)
+        batch = self._stream.batch_in(pixels, range(task.start, task.stop), loaded.layout, loaded.bad_samples)
         num_lent = self._num_slots - len(self._free) - num_under_way  # with this one
         return batch.clone() if num_lent > self._num_slots - self._window else batch
 

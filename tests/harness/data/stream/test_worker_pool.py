@@ -33,8 +33,8 @@ def stream(configure: Configure) -> TrainStream:
     return TrainStream(configure())
 
 
-def parts(number: int, size: int = 6) -> list[np.ndarray]:
-    return [np.arange(first, first + size) for first in range(0, number * size, size)]
+def parts(number: int, size: int = 6) -> list[range]:
+    return [range(first, first + size) for first in range(0, number * size, size)]
 
 
 def in_ring(pool: WorkerPool, batch: Batch) -> bool:
