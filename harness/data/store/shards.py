@@ -7,6 +7,7 @@ import collections
 import os
 import random
 import re
+import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from aimscale.harness.data.errors import DataError
 T = TypeVar("T")
 REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
 """What fsspec's file systems raise when the network or the server fails."""
-_MAX_OPEN_FILES = 128
+_MAX_OPEN_FILES = 128  # of one reader
+_SHARE_OF_DESCRIPTORS = 0.5  # of a process, for the readers together: `ulimit -n` is often 1024
 _NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
 _MAX_REQUESTS = 64  # under way at once, per process
 _STALLED_S = 60.0  # without an answer a read has stalled and is tried again
@@ -113,8 +115,21 @@ def with_retries(action: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
+_open_files: set[int] = set()
+"""Descriptors of all readers of this process; threads change it by single calls only."""
+
+
+def _may_open_more() -> bool:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most == resource.RLIM_INFINITY or len(_open_files) < _SHARE_OF_DESCRIPTORS * most
+
+
 class LocalReader:
-    """Positioned reads on a bounded number of open files; an unpickled copy opens its own."""
+    """Positioned reads on a bounded number of open files; an unpickled copy opens its own.
+
+    A run with many sources, or an evaluation whose threads each have their own, has many readers: beyond their share of
+    the process's descriptors each keeps the one file that it read last.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -124,8 +139,8 @@ class LocalReader:
         return {"_folder": self._folder, "_files": collections.OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        while self._files:
+            self._close_oldest()
 
     def read_many(self, places: Sequence[Place]) -> list[bytes]:
         """See `ShardReader`."""
@@ -135,14 +150,20 @@ class LocalReader:
         descriptor = self._files.get(name)
         try:
             if descriptor is None:
+                while self._files and (len(self._files) >= _MAX_OPEN_FILES or not _may_open_more()):
+                    self._close_oldest()
                 descriptor = self._files[name] = os.open(self._folder / name, os.O_RDONLY)
-                if len(self._files) > _MAX_OPEN_FILES:
-                    os.close(self._files.popitem(last=False)[1])
+                _open_files.add(descriptor)
             else:
                 self._files.move_to_end(name)
             return os.pread(descriptor, size, offset)
         except OSError as error:
             raise _of_shard(error, name) from error
+
+    def _close_oldest(self) -> None:
+        descriptor = self._files.popitem(last=False)[1]
+        _open_files.discard(descriptor)  # before another thread may be given its number
+        os.close(descriptor)
 
 
 class RemoteReader:

@@ -154,6 +154,32 @@ print(decode(file.getvalue())[:, 0, 0].tolist(), decode(file.getvalue(), 1)[:, 0
     assert lines == [str(is_elsewhere), "[10, 200, 30] [123]"]
 
 
+def test_readers_of_many_data_sets_leave_descriptors_to_the_rest_of_the_process(tmp_path: Path) -> None:
+    for number in range(6 * 30):
+        folder = tmp_path / f"set-{number % 6}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number // 6}.tar").write_bytes(bytes([number]))
+    program = """
+import os, resource, sys, threading
+from pathlib import Path
+from aimscale.harness.data.store.shards import LocalReader
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+readers = [LocalReader(folder) for folder in sorted(Path(sys.argv[1]).iterdir())]
+places = [(f"{number}.tar", 0, 1) for number in range(30)]
+found = {}
+def read(number):
+    found[number] = [readers[number].read_many(places) for _ in range(20)]
+threads = [threading.Thread(target=read, args=[number]) for number in range(6)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert all(found[number] == 20 * [[bytes([6 * each + number]) for each in range(30)]] for number in range(6))
+assert 50 <= len(os.listdir("/proc/self/fd")) < 80, len(os.listdir("/proc/self/fd"))
+del readers[:]
+assert len(os.listdir("/proc/self/fd")) < 30
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=120)
+
+
 def test_index_records_undecodable_images(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     good, cut = jpeg(rng, 60, 60), jpeg(rng, 60, 60)[:-200]
