@@ -6,7 +6,10 @@ A job is the training of a run, or an evaluation or probes beside it; all three 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +20,8 @@ from aimscale.harness.device.distributed import Group, Placement, find_placement
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
 from aimscale.harness.run.watch import RankWatch, execute
+
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ def execute_job(folder: RunDir, work: Callable[[Job], None], *, also: Iterable[P
         LeaseHeld: another process executes this job.
         Exception: what the work raised; `status.json` says why, too.
     """
+    _die_with_torchrun()
     placement = find_placement()
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(
@@ -87,3 +93,13 @@ def execute_job(folder: RunDir, work: Callable[[Job], None], *, also: Iterable[P
             watch.note_failure(reason, reason_class)
             raise
     return EXIT_FINISHED
+
+
+def _die_with_torchrun() -> None:
+    """Have the kernel kill this rank when torchrun is killed, or it would train on with nobody to know of it.
+
+    torchrun starts ranks in sessions of their own, which a KILL to its process group does not reach: a launcher's,
+    after the second Ctrl-C.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
