@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.downstream.coefficients import coefficient_of, fishers_variance, repetition
 from aimscale.analysis.downstream.compute import EqualCompute, equal_compute
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.groups import SIZE_COLUMNS
@@ -89,8 +90,8 @@ def correlate(
 ) -> tuple[Correlation, ...]:
     """Correlations of two columns with intervals on Fisher's scale.
 
-    The wider of two: Fisher's (Bonett and Wright's for ranks), with the rows' degrees of freedom, and that of leaving
-    out each cluster (row) in turn, with Student's t of as many degrees as there are clusters less one.
+    Their variance is the mean of two, by degrees of freedom: Fisher's (Bonett and Wright's for ranks) with as many rows
+    as tell something of their own, and that of leaving out each cluster (row) in turn.
 
     Args:
         methods: any of pearson, spearman, kendall.
@@ -120,10 +121,12 @@ def correlate(
     sizes = kept[name].astype(str).to_numpy() if name else np.arange(len(a)).astype(str)
     equal = None if z is None else equal_compute(z, sizes, str(partial))
     spent = (0 if equal is None else equal.basis.shape[1] - 1) + (0 if within is None else kept[within].nunique() - 1)
+    lost = 0 if within is None else _lost(kept[within].astype(str).to_numpy(), member)
+    pair = _Pair(a=a, b=b, equal=equal, member=member, lost=lost, spent=spent - lost)
     unit = f"{len(a)} rows" if cluster is None else f"{len(labels)} clusters by {cluster}"
     out = []
     for method in methods:
-        value, low, high = _interval(method, a, b, equal, member, spent, confidence)
+        value, low, high = pair.interval(method, confidence)
         out.append(
             Correlation(
                 method=method,
@@ -150,65 +153,60 @@ def _auto(df: pd.DataFrame) -> str | None:
     return "run_id" if 4 <= runs < len(df) else None
 
 
-def _interval(
-    method: str, a: Array, b: Array, equal: EqualCompute | None, member: Array, spent: int, confidence: float
-) -> tuple[float, float, float]:
-    """Coefficient and interval; from -1 to 1 where nothing varies."""
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """Two columns to be correlated, and what their rows share."""
 
-    def at(rows: Array | None) -> float:
-        if equal is not None:
-            return coefficient_of(method, equal.left(a, rows), equal.left(b, rows))
-        return coefficient_of(method, a, b) if rows is None else coefficient_of(method, a[rows], b[rows])
+    a: Array
+    b: Array
+    equal: EqualCompute | None
+    member: Array
+    """Number of each row's cluster (n,)."""
+    lost: int
+    """Degrees of freedom between clusters that group means have taken out: where each group holds whole clusters."""
+    spent: int
+    """Other degrees of freedom that were taken out."""
 
-    value, n, num = at(None), len(a), int(member.max()) + 1
-    if not np.isfinite(value):
-        return value, -1.0, 1.0
-    limit = 1 - 1e-12
-    z = float(np.arctanh(np.clip(value, -limit, limit)))
-    without = np.array([at(np.flatnonzero(member != k)) for k in range(num)]) if num <= MOST_CLUSTERS else np.array([])
-    without = np.arctanh(np.clip(without[np.isfinite(without)], -limit, limit))
-    left_out = (len(without) - 1) / len(without) * np.sum((without - without.mean()) ** 2) if len(without) else 0.0
-    spare = max(1, n - 3 - spent)
-    factor = {"pearson": 1.0, "spearman": 1 + value**2 / 2, "kendall": 0.437 * spare / max(1, spare - 1)}[method]
-    fisher = factor / spare
-    # a variance from a few clusters varies much: Fisher's counts in it as one cluster more
-    clustered = (fisher + (num - 1) * left_out) / num
-    own, shared = (student.ppf(0.5 + confidence / 2, degrees) for degrees in (spare, num))
-    half = max(own * np.sqrt(fisher), shared * np.sqrt(clustered))
-    return value, float(np.tanh(z - half)), float(np.tanh(z + half))
+    def sides(self, rows: Array | None = None) -> tuple[Array, Array]:
+        """Both columns or some of their rows, compute taken out where it is held equal."""
+        if self.equal is not None:
+            return self.equal.left(self.a, rows), self.equal.left(self.b, rows)
+        return (self.a, self.b) if rows is None else (self.a[rows], self.b[rows])
+
+    def interval(self, method: str, confidence: float) -> tuple[float, float, float]:
+        """Coefficient and interval; from -1 to 1 where nothing varies."""
+        value, num = coefficient_of(method, *self.sides()), int(self.member.max()) + 1
+        if not np.isfinite(value):
+            return value, -1.0, 1.0
+        limit = 1 - 1e-12
+        rows = len(self.a) / repetition(method, *self.sides(), self.member, self.lost)
+        fisher = fishers_variance(method, value, rows * (1 - self.spent / len(self.a)) - self.lost)
+        kept = [np.flatnonzero(self.member != k) for k in range(num)] if num <= MOST_CLUSTERS else []
+        without = np.array([coefficient_of(method, *self.sides(each)) for each in kept])
+        without = np.arctanh(np.clip(without[np.isfinite(without)], -limit, limit))
+        left_out = (len(without) - 1) * np.var(without) if len(without) else fisher
+        left_out *= rows / max(1.0, rows - self.lost)  # clusters of a group mirror each other about its mean
+        # A variance from a few clusters varies much: it is averaged with Fisher's, which is known. Satterthwaite's
+        # degrees of freedom are those of such an average.
+        degrees = num - 1 - self.lost
+        variance = (FISHERS_WEIGHT * fisher + degrees * left_out) / (FISHERS_WEIGHT + degrees)
+        t = student.ppf(0.5 + confidence / 2, (FISHERS_WEIGHT + degrees) ** 2 / degrees)
+        z, half = float(np.arctanh(np.clip(value, -limit, limit))), t * np.sqrt(variance)
+        return value, float(np.tanh(z - half)), float(np.tanh(z + half))
 
 
+FISHERS_WEIGHT = 4
+"""Fisher's variance counts as much as so many degrees of freedom between clusters (how chosen: docs/analysis.md)."""
 MOST_CLUSTERS = 1000
 """More clusters than this are not left out in turn: Fisher's standard error is enough."""
 
 
-def coefficient_of(method: str, a: Array, b: Array) -> float:
-    """One correlation coefficient of two arrays (n,); NaN if either is constant."""
-    if method == "kendall":
-        return _kendall(a, b)
-    if method == "spearman":
-        a, b = _ranks(a), _ranks(b)
-    da, db = a - a.mean(), b - b.mean()
-    norm = np.sqrt((da @ da) * (db @ db))
-    return float(da @ db / norm) if norm > 1e-15 * (np.abs(a).max() * np.abs(b).max() + 1e-300) else float("nan")
-
-
-def _ranks(a: Array) -> Array:
-    """Ranks with ties averaged."""
-    _, inverse, counts = np.unique(a, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
-
-
-def _kendall(a: Array, b: Array) -> float:
-    """Kendall's tau-b. Pairs are compared all at once up to 500 points; scipy's O(n log n) method above."""
-    if len(a) > 500:
-        from scipy.stats import kendalltau
-
-        return float(kendalltau(a, b).statistic)
-    sa, sb = np.sign(a[:, None] - a), np.sign(b[:, None] - b)
-    norm = np.sqrt(np.sum(sa * sa) * np.sum(sb * sb))
-    return float(np.sum(sa * sb) / norm) if norm > 0 else float("nan")
+def _lost(groups: Array, member: Array) -> int:
+    """Degrees of freedom between clusters that the means of groups (n,) take: none where groups do not hold several
+    clusters each, whole."""
+    labels, code = np.unique(groups, return_inverse=True)
+    nested = len(np.unique(np.stack([code, member]), axis=1).T) == member.max() + 1
+    return len(labels) - 1 if nested and len(labels) <= member.max() else 0
 
 
 def _without_group_means(rows: pd.DataFrame, within: str, a: Array, b: Array) -> tuple[Array, Array]:
