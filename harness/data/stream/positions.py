@@ -235,7 +235,8 @@ class TrainStream:
             for number, source in enumerate(self._sources):
                 rows = pending[drawn.source[pending] == number]
                 if rows.size:
-                    failed += self._fill_from(source, resized, raw, rows, drawn.of(rows))
+                    theirs = drawn if len(rows) == len(where) else drawn.of(rows)
+                    failed += self._fill_from(source, resized, raw, rows, theirs)
             if not failed:
                 return tuple(bad)
             bad += [self._sources[drawn.source[row]].dataset.describe(int(drawn.sample[row])) for row in failed]
