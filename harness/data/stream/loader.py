@@ -104,8 +104,7 @@ def _loading(
     batches: Iterator[Batch]
     with contextlib.ExitStack() as stack:
         if num_workers == 0:
-            # crops of several micro-batches lie in one buffer, which nothing cuts up
-            at_a_time = 1 if stream.hands_out_crops else PIXELS_AT_A_TIME // (micro_batch * stream.image_size**2)
+            at_a_time = PIXELS_AT_A_TIME // (micro_batch * stream.image_size**2) if stream.can_be_split else 1
             batches = _several_at_a_time(stream, parts, max(1, at_a_time), micro_batch)
         else:
             pool = WorkerPool(stream, num_workers=num_workers, micro_batch=micro_batch, num_micro=num_micro)

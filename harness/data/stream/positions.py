@@ -76,9 +76,9 @@ class TrainStream:
         require_channels(self._channels)
 
     @property
-    def hands_out_crops(self) -> bool:
-        """Whether the device resizes."""
-        return self._augment_on == "device"
+    def can_be_split(self) -> bool:
+        """Whether several micro-batches may be read as one: crops for a device lie in a buffer that nothing cuts."""
+        return self._augment_on == "loader"
 
     @property
     def image_size(self) -> int:

@@ -76,6 +76,11 @@ class UnindexedStream(TrainStream):
         return {**self.__dict__, "_images": None}  # a worker draws its own
 
     @property
+    def can_be_split(self) -> bool:
+        """Not: which of them an undecodable image came with could not be read again."""
+        return False
+
+    @property
     def unique_images(self) -> int:
         """0: they are not counted."""
         return 0

@@ -102,9 +102,11 @@ def test_undecodable_images_are_counted(tmp_path: Path, shards: Path, configure:
             tar.addfile(entry, io.BytesIO(b"nope"))
     path = f"wds://{tmp_path}/bad.tar::{shards}/shard-000000.tar"
     config = configure(sources=[{"path": path}], shuffle_buffer=10, **WHOLE)
-    bad = open_stream(config).batch(range(30)).bad_samples
-    assert bad
-    assert set(bad) <= {f"{tmp_path}/bad.tar: {number}" for number in range(3)}
+    stream = open_stream(config)
+    bad = [stream.batch(range(first, first + 10)).bad_samples for first in range(0, 60, 10)]
+    assert {name for names in bad for name in names} == {f"{tmp_path}/bad.tar: {number}" for number in range(3)}
+    steps = train_batches(open_stream(config), start=0, stop=60, batch_size=20, micro_batch=10)
+    assert [batch.bad_samples for step in steps for batch in step] == bad
 
 
 @pytest.mark.parametrize(
