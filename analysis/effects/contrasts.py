@@ -19,7 +19,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.mixed import mixed_model
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
-from aimscale.analysis.tables.observations import CANONICAL, is_complete
+from aimscale.analysis.tables.observations import is_complete
+from aimscale.analysis.tables.schema import CANONICAL
 
 SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
 """Columns of scale and chance that a pair must share."""

@@ -13,7 +13,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.tables.observations import CANONICAL
+from aimscale.analysis.tables.schema import CANONICAL
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

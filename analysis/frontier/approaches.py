@@ -142,6 +142,7 @@ def all_approaches(
         except AnalysisError as error:
             failures[number] = str(error)
     if not frontiers:
-        reasons = " ".join(f"{number}: {why}" for number, why in failures.items())
-        raise AnalysisError(f"No approach is possible. {reasons}")
+        reasons = [f"{number}: {why}" for number, why in failures.items()]
+        once = [*failures.values()][:1] if len({*failures.values()}) == 1 else reasons
+        raise AnalysisError(f"No approach is possible. {' '.join(once)}")
     return Approaches(frontiers=tuple(frontiers), failures=failures)

@@ -37,8 +37,8 @@ from aimscale.analysis.plots.style import (
     ordered_colours,
     styled,
 )
-from aimscale.analysis.tables.observations import THEIR_NAMES
 from aimscale.analysis.tables.results import loss_unit
+from aimscale.analysis.tables.schema import THEIR_NAMES
 
 if TYPE_CHECKING:
     from aimscale.analysis.downstream.correlation import Correlation

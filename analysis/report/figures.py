@@ -28,8 +28,8 @@ from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
 from aimscale.analysis.report.cells import csv_uri
 from aimscale.analysis.report.study import Study, probe_kinds
 from aimscale.analysis.tables.design import widest_slice
-from aimscale.analysis.tables.observations import THEIR_NAMES
 from aimscale.analysis.tables.results import loss_unit
+from aimscale.analysis.tables.schema import THEIR_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)

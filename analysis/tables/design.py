@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.observations import CANONICAL
+from aimscale.analysis.tables.schema import CANONICAL
 
 DESIGN = ("prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size")
 """Columns of the results table that make runs another experiment, not another scale of the same."""

@@ -10,13 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.tables.schema import column_names
-
-CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
-"""Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
-LETTERS = {name: letter for letter, name in CANONICAL.items()}
-"""The other way round."""
-
+from aimscale.analysis.tables.schema import CANONICAL, column_names
 
 NOT_CHOSEN = "not_chosen"
 """Key of a frame's `attrs`: (reason, number of rows) of what `--where` left out, so that a fit can say so."""
@@ -27,10 +21,6 @@ def is_complete(frame: pd.DataFrame) -> pd.Series:
     if "status" not in frame.columns:
         return pd.Series(True, index=frame.index)
     return frame["status"].isna() | (frame["status"] == "complete")
-
-
-THEIR_NAMES = "their_names"
-"""Key of a frame's `attrs`: our column -> what the file calls it, where that differs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aimscale.analysis.tables.observations import CANONICAL, LETTERS, THEIR_NAMES, is_complete
-from aimscale.analysis.tables.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, STATUSES, Column, TableError
+from aimscale.analysis.tables.observations import is_complete
+from aimscale.analysis.tables.schema import (
+    CANONICAL,
+    KNOWN,
+    LETTERS,
+    PROBE_FIELDS,
+    SCHEMA_VERSION,
+    STATUSES,
+    THEIR_NAMES,
+    Column,
+    TableError,
+)
 
 FORMULAS = {
     ("flops_train", "6ND"): (("params_total", "images_seen"), lambda n, d: 6 * n * d),
@@ -51,8 +61,9 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, requi
     Args:
         path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, or a sweep's folder that holds
             `results.parquet`.
-        columns: our name (or letter) -> the name in the file; columns that are not named keep their names. "6ND" for C
-            and "C/6N" for D are computed where the file has no column of that name.
+        columns: our name (or letter) -> the name in the file; a file's own N, D, U, C and L are taken for the laws'
+            letters, other columns that are not named keep their names. "6ND" for C and "C/6N" for D are computed where
+            the file has no column of that name.
         require: our names that must be there.
 
     Returns:
@@ -72,7 +83,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, requi
     frame = _rename(frame, {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
     require_columns(frame, require, path)
     for name in [name for name in frame.columns if name in KNOWN]:
-        frame[name] = _coerce(frame[name], KNOWN[name], path)
+        frame[name] = _coerce(frame[name], KNOWN[name], path, frame.attrs[THEIR_NAMES])
     return _computed(frame, path)
 
 
@@ -145,6 +156,7 @@ SUFFIXES = tuple(_READERS)
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
     """Our names for theirs; `attrs` remembers theirs, formulas included."""
+    columns = _with_letters(frame, columns)
     formulas = {o: t for o, t in columns.items() if t not in frame.columns and (o, t) in FORMULAS}
     columns = {ours: theirs for ours, theirs in columns.items() if ours not in formulas}
     absent = [theirs for theirs in columns.values() if theirs not in frame.columns]
@@ -158,17 +170,31 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
     return frame
 
 
+def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
+    """`columns` and the letters among the file's own: N is the law's N where it holds numbers and no other was named.
+
+    Such a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
+    """
+    letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
+    theirs = [letter for letter in letters if pd.to_numeric(frame[letter], errors="coerce").notna().any()]
+    free = {CANONICAL[letter]: letter for letter in theirs if not {CANONICAL[letter]} & {*columns, *frame.columns}}
+    other = {f"their {letter}": letter for letter in theirs if CANONICAL[letter] in columns}
+    return {**free, **other, **columns}
+
+
 def _computed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The frame with the columns that `--columns` gives as formulas."""
     for ours, theirs in frame.attrs.get(THEIR_NAMES, {}).items():
         if ours in frame or (ours, theirs) not in FORMULAS:
             continue
         names, function = FORMULAS[ours, theirs]
-        there = [next((n for n in (name, LETTERS[name]) if n in frame), None) for name in names]
-        for name, column in zip(names, there, strict=True):
-            if column is None:
-                raise TableError(f"{path} has no column {name} to compute {theirs} from; name yours with --columns")
-        frame[ours] = function(*(frame[column].astype(float) for column in there))
+        for name in names:
+            if name not in frame:
+                letter = LETTERS[name]
+                raise TableError(
+                    f"{path} has no column {letter} to compute {theirs} from; name yours with --columns {letter}=THEIRS"
+                )
+        frame[ours] = function(*(frame[name].astype(float) for name in names))
     return frame
 
 
@@ -193,16 +219,15 @@ def _list(names: Iterable[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _coerce(values: pd.Series, column: Column, path: Path) -> pd.Series:
+def _coerce(values: pd.Series, column: Column, path: Path, theirs: Mapping[str, str]) -> pd.Series:
     """Type one column; the only text that may stand for a missing number is an empty one."""
     if column.dtype in ("int64", "float64"):
         numbers = pd.to_numeric(values, errors="coerce")
         bad = numbers.isna() & values.notna()
         if bad.any():
             row = int(np.flatnonzero(bad.to_numpy())[0])
-            raise TableError(
-                f"{path}: column '{column.name}' holds {values.iloc[row]!r} in row {row + 1}; make it a number"
-            )
+            name = theirs.get(column.name, column.name)
+            raise TableError(f"{path}: column '{name}' holds {values.iloc[row]!r} in row {row + 1}; make it a number")
         whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
         return numbers.astype("int64") if whole else numbers.astype("float64")
     if column.dtype == "probes":

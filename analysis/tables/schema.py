@@ -15,12 +15,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
@@ -32,18 +35,30 @@ FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 
 
+CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
+"""Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
+LETTERS = {name: letter for letter, name in CANONICAL.items()}
+"""The other way round."""
+THEIR_NAMES = "their_names"
+"""Key of a frame's `attrs`: our column -> what the file calls it, where that differs."""
+
+
 class TableError(AnalysisError):
     """A results table that cannot be read or written as asked."""
 
 
-def column_names(columns: Iterable[object]) -> str:
-    """A table's own columns, for a sentence about one that it lacks."""
-    return ", ".join(str(name) for name in columns if name != FOLDER)
+def column_names(frame: pd.DataFrame) -> str:
+    """A table's own columns, as its file calls them, for a sentence about one that it lacks."""
+    theirs = frame.attrs.get(THEIR_NAMES, {})
+    return ", ".join(str(theirs.get(name, name)) for name in frame.columns if name != FOLDER)
 
 
-def no_column(columns: Iterable[object], name: str, why: str = "") -> TableError:
-    """The sentence about a column that a table (which iterates over its columns) lacks; `why` it is wanted."""
-    return TableError(f"The table has no column {name!r}{why}; its columns are {column_names(columns)}.")
+def no_column(frame: pd.DataFrame, name: str, why: str = "") -> TableError:
+    """The sentence about a column that a table lacks: what for, the option that names it, what there is."""
+    letter = LETTERS.get(CANONICAL.get(name, name))
+    computed = ", or compute it as C=6ND" if letter == "C" else ""
+    option = f"; name yours with --columns {letter}=THEIRS{computed}" if letter else ""
+    return TableError(f"The table has no column {name!r}{why}{option}; its columns are {column_names(frame)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns
-from aimscale.analysis.tables.observations import CANONICAL, NOT_CHOSEN, THEIR_NAMES, is_complete
-from aimscale.analysis.tables.schema import KNOWN, TableError, column_names
+from aimscale.analysis.tables.observations import NOT_CHOSEN, is_complete
+from aimscale.analysis.tables.schema import CANONICAL, KNOWN, THEIR_NAMES, TableError, column_names
 
 IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", "table_folder")
 """Columns of words that tell runs apart without being settings."""

@@ -1,13 +1,14 @@
 """Tables of others: their formats, their names, columns that can be computed, and the best of what they tuned."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis import fit, laws, plot_fit, read_table, read_tables, repeats
+from aimscale.analysis import all_approaches, fit, laws, plot_fit, read_table, read_tables, repeats
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.parts import axis_label
 from aimscale.analysis.tables.observations import NOT_CHOSEN
@@ -40,7 +41,7 @@ def test_json_lines_and_computed_columns(theirs, tmp_path):
     theirs.drop(columns="tokens").to_csv(tmp_path / "theirs.csv", index=False)
     df = read_table(tmp_path / "theirs.csv", {"N": "num_params", "C": "flops", "D": "C/6N"})
     np.testing.assert_allclose(df["images_seen"], theirs["tokens"])
-    with pytest.raises(TableError, match=r"no column params_total to compute C/6N from; name yours with --columns"):
+    with pytest.raises(TableError, match=r"no column N to compute C/6N from; name yours with --columns N=THEIRS"):
         read_table(tmp_path / "theirs.csv", {"C": "flops", "D": "C/6N"})
     path.write_text('{"a": 1}\n{"a": ')
     with pytest.raises(TableError, match="cannot read"):
@@ -67,6 +68,46 @@ def test_a_forecast_and_repeats_are_told_in_their_words(theirs, tmp_path):
     words = " ".join(repeats(repeated, y="loss", resamples=20).sentences())
     assert "sight of a sample is worth" in words
     assert "image" not in words
+
+
+@pytest.fixture
+def lettered(theirs) -> pd.DataFrame:
+    """The same with two seeds, its columns called N, D, C and L."""
+    names = {"num_params": "N", "tokens": "D", "flops": "C", "loss": "L"}
+    rng = np.random.default_rng(1)
+    seeds = [theirs.assign(seed=s, loss=theirs["loss"] * np.exp(1e-3 * rng.standard_normal(60))) for s in (0, 1)]
+    return pd.concat(seeds).rename(columns=names)
+
+
+@pytest.mark.parametrize("command", ["fit", "frontier", "noise", "contrast --by lr", "forecast --at N=1e10,D=1e11"])
+def test_columns_called_by_a_letter_are_known_to_every_verb(command, lettered, tmp_path):
+    lettered.to_csv(tmp_path / "lettered.csv", index=False)
+    lettered.rename(columns={"N": "n", "D": "d", "C": "c", "L": "l"}).to_csv(tmp_path / "named.csv", index=False)
+    name, *options = command.split()
+    out = [
+        CliRunner().invoke(verb(name), [str(tmp_path / table), *options, "--json", *columns], catch_exceptions=False)
+        for table, columns in (("lettered.csv", []), ("named.csv", ["--columns", "N=n,D=d,C=c,L=l"]))
+    ]
+    assert out[0].exit_code == 0
+    values = [re.findall(r": (-?[0-9.e+-]+)", each.output) for each in out]
+    assert values[0] == values[1]
+    assert len(values[0]) > 5
+
+
+def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_path):
+    layers = lettered.rename(columns={"L": "loss", "N": "all"}).assign(L=12, N=lettered["N"] / 2, C="cluster-a")
+    layers.to_csv(tmp_path / "layers.csv", index=False)
+    df = read_table(tmp_path / "layers.csv", {"L": "loss", "N": "all"})
+    assert df["val_loss"].max() < 10
+    assert set(df["their L"]) == {12}
+    assert set(df["C"]) == {"cluster-a"}
+    assert fit("chinchilla", df, resamples=0).ranges["N"][1] == pytest.approx(1e9)
+
+
+def test_a_text_among_numbers_is_named_by_their_column(lettered, tmp_path):
+    lettered.astype({"N": object}).replace({"N": {1e7: "10M"}}).to_csv(tmp_path / "text.csv", index=False)
+    with pytest.raises(TableError, match="column 'N' holds '10M' in row 1; make it a number"):
+        read_table(tmp_path / "text.csv")
 
 
 def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
@@ -110,6 +151,11 @@ def test_missing_columns_name_the_option(theirs):
         fit("chinchilla", theirs, y="loss")
     with pytest.raises(AnalysisError, match="--columns L=THEIRS or --y"):
         fit("chinchilla", theirs.rename(columns={"num_params": "N", "tokens": "D"}))
+    named = {"num_params": "N", "tokens": "D", "loss": "val_loss"}
+    with pytest.raises(
+        AnalysisError, match="'flops_train'; name yours with --columns C=THEIRS, or compute it as C=6ND"
+    ):
+        all_approaches(theirs.drop(columns="flops").rename(columns=named))
 
 
 def test_rows_that_differ_in_any_column_are_no_repeats():
