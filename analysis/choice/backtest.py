@@ -161,7 +161,7 @@ def choose(
             row["reason"] = str(error)
         rows.append(row)
     if not misses:
-        raise AnalysisError(f"No law could be scored by holding out {by}: {rows[0]['reason']}")
+        raise AnalysisError(f"No law could be scored by holding out {by}: {rows[0]['reason']} Name one with --law.")
     table = _ranked(pd.DataFrame(rows), misses)
     good = table[table["as_good"]].sort_values(["num_params", "mean_error"])
     chosen = next(law for law in found if law.name == good["law"].iloc[0])
@@ -203,7 +203,10 @@ def _largest(
     wanted = max(MIN_HELD_OUT, int(np.ceil(share * usable.sum())))
     values = np.sort(scale[usable])[::-1]
     if len(values) <= wanted or values[wanted - 1] == values[-1]:
-        raise AnalysisError(f"{by} has {len(values)} usable values, too few to hold out the largest {wanted}.")
+        raise AnalysisError(
+            f"{by} has {len(values)} usable values, too few to hold out the largest {wanted} and choose a law by them; "
+            "name one with --law."
+        )
     cut = float(values[wanted - 1])
     return usable & (scale >= cut), by, cut
 

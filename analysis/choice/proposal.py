@@ -19,6 +19,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.optimum import cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.tables.design import mixture_flags
+from aimscale.analysis.tables.schema import CANONICAL, column_names
 
 COLLINEAR = 3.0
 """A design whose D/N varies by less than this factor hardly tells the exponents of N and D apart."""
@@ -34,7 +35,7 @@ class Proposal(Result):
     """Runs to buy next."""
 
     table: pd.DataFrame
-    """One row per run, in the order of choice: the offer's columns (N, D, price...) and D/N."""
+    """One row per run, in the order of choice: the offer's columns (N, D, price...), the law's other variables, D/N."""
     law: Fit = field(repr=False)
     """The law that the worth of runs is computed with."""
     target: dict[str, float]
@@ -50,12 +51,17 @@ class Proposal(Result):
     sd_after: float
     """The same once the runs are measured."""
     warnings: tuple[str, ...] = ()
-    """What to look at before buying."""
+    """What to look at before buying, beside the law's own flags."""
 
     @property
     def price(self) -> float:
         """Of all runs together."""
         return float(self.table["price"].sum())
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the law knows of repeats and no run makes any."""
+        return "U" in self.law.law.variables and bool((self.table["U"] == self.table["D"]).all())
 
     def headline(self) -> str:
         """How many runs, what they cost and what they are worth."""
@@ -69,13 +75,21 @@ class Proposal(Result):
         """Headline, runs in order of choice, law and warnings."""
         shown = self.table.to_string(index=False, float_format=lambda v: f"{v:.4g}")
         law = f"By {self.law.law.formula} on {self.law.num_points} points, which forecasts {self.forecast:.4g} there."
-        return "\n".join([f"{self.headline()}.", "", shown, "", law, *(f"Warning: {w}" for w in self.warnings)])
+        fresh = ["Every run on offer sees new data only (U = D)."] if self.is_fresh else []
+        warnings = [f"Warning: {w}" for w in (*self.warnings, *self.law.flags)]
+        return "\n".join([f"{self.headline()}.", "", shown, "", law, *fresh, *warnings])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
         plain = {k: v for k, v in vars(self).items() if k not in ("table", "law")}
         return plain_types(
-            {**plain, "price": self.price, "law": self.law.law.name, "runs": self.table.to_dict("records")}
+            {
+                **plain,
+                "warnings": [*self.warnings, *self.law.flags],
+                "price": self.price,
+                "law": self.law.law.name,
+                "runs": self.table.to_dict("records"),
+            }
         )
 
 
@@ -102,15 +116,15 @@ def propose(
         columns: variable of the law -> column of df.
 
     Raises:
-        AnalysisError: the target lacks a variable, nothing is affordable, or the law cannot be fitted.
+        AnalysisError: the target lacks a variable or names an unknown one, nothing is affordable, or the law cannot be
+            fitted.
     """
     df = with_compute(df, columns)
     options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": RESAMPLES}
     known = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
-    # The law as fitted lives on its variables; U and C follow from N and D unless they are given.
-    place = with_variables(pd.DataFrame([dict(target)]), known, df)
-    offer = offer.reset_index(drop=True)
-    basket = buy(known, with_variables(offer, known, df), offer["price"].to_numpy(float), place, budget=budget)
+    place = place_of(target, known, df)
+    offer = with_variables(offer.reset_index(drop=True), known, df)
+    basket = buy(known, offer, offer["price"].to_numpy(float), place, budget=budget)
     table = offer.loc[basket.rows].reset_index(drop=True)
     table["D/N"] = table["D"] / table["N"]
     return Proposal(
@@ -124,6 +138,21 @@ def propose(
         sd_after=basket.sd_after,
         warnings=(*_warnings(known, table, target), *mixture_flags(df, known.law.variables)),
     )
+
+
+def place_of(target: Mapping[str, float], law: Fit, df: pd.DataFrame) -> pd.DataFrame:
+    """One row: a scale with every variable of the law (`with_variables`).
+
+    Raises:
+        AnalysisError: a variable is missing, or the scale names what is neither a variable nor a column.
+    """
+    for name in target:
+        if not {name, CANONICAL.get(name, name)} & {*law.law.variables, *df.columns}:
+            raise AnalysisError(
+                f"The scale names {name}, which is neither a variable of {law.law.formula} nor a column of the table "
+                f"({column_names(df)})."
+            )
+    return with_variables(pd.DataFrame([dict(target)]), law, df)
 
 
 def with_variables(points: pd.DataFrame, law: Fit, df: pd.DataFrame) -> pd.DataFrame:
@@ -174,6 +203,9 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
 
     Returns:
         N and D of every combination that is smaller than the target in N D and not in the table.
+
+    Raises:
+        AnalysisError: there is none.
     """
     axes = []
     for v in ("N", "D"):
@@ -190,7 +222,13 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
         return list(zip(*places, strict=True))
 
     measured = set(cells(df))
-    return offer[[cell not in measured for cell in cells(offer)]].reset_index(drop=True)
+    new = offer[np.array([cell not in measured for cell in cells(offer)], bool)].reset_index(drop=True)
+    if new.empty:
+        raise AnalysisError(
+            f"No run smaller than {_words(target)} is left to buy: all that the table's sizes and budgets make are "
+            "measured."
+        )
+    return new
 
 
 def _distinct(values: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
-from aimscale.analysis.choice.proposal import with_variables
+from aimscale.analysis.choice.proposal import place_of
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
@@ -45,7 +45,8 @@ class Ahead(Result):
 
     def headline(self) -> str:
         """Scale, law, distance."""
-        place = ", ".join(f"{k} = {v:.4g}" for k, v in self.at.items())
+        fresh = ["U = D"] if "U" in self.law.law.variables and "U" not in self.at else []  # as `with_variables` has it
+        place = ", ".join([f"{k} = {v:.4g}" for k, v in self.at.items()] + fresh)
         far = f"{self.beyond_range:.3g} times beyond the fitted range" if self.beyond_range > 1 else "inside the range"
         return f"At {place}, {far}, by {self.law.law.formula} on {self.law.num_points} points"
 
@@ -69,11 +70,11 @@ class Ahead(Result):
         )
 
 
-_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
+_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def parse_scale(text: str, option: str, *, is_curve: bool = False) -> dict[str, float]:
-    """`N=1e9,D=2B` as numbers, N and D at least; of a single curve one column, `x=1e6`.
+    """`N=1e9,D=2B` as numbers (k, M, B, T), N and D at least; of a single curve one column, `x=1e6`.
 
     Raises:
         AnalysisError: not of that form.
@@ -81,12 +82,14 @@ def parse_scale(text: str, option: str, *, is_curve: bool = False) -> dict[str, 
     out: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (each.strip() for each in part.partition("="))
+        if name in out:
+            raise AnalysisError(f"{option} names {name} twice in {text!r}.")
         try:
             out[name] = float(value[:-1]) * _UNITS[value[-1]] if value[-1:] in _UNITS else float(value)
         except ValueError:
-            raise AnalysisError(f"{option} takes N=1e9,D=2B, not {text!r}.") from None
+            raise AnalysisError(f"{option} takes numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.") from None
         if not 0 < out[name] < np.inf:
-            raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {text!r}.")
+            raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {part!r}.")
     if is_curve:
         if len(out) != 1:
             raise AnalysisError(f"A curve has one scale: {option} takes x=1e6 there, not {text!r}.")
@@ -116,14 +119,14 @@ def ahead(
         columns: variable of the law -> column.
 
     Raises:
-        AnalysisError: a variable is missing, or the law cannot be fitted.
+        AnalysisError: a variable is missing or unknown, or the law cannot be fitted.
     """
     if y in df.columns and is_complete(df).sum() == 0:
         raise AnalysisError("No row of the table is complete, so there is nothing to forecast from.")
     df = with_compute(df, columns)
     options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": resamples}
     found = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
-    place = with_variables(pd.DataFrame([dict(at)]), found, df)
+    place = place_of(at, found, df)
     loss = found.predict(place)
     ends = {name: float(loss[name].iloc[0]) for name in ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")}
     rows: list[dict[str, Any]] = [{"quantity": y, **ends}]

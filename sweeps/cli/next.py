@@ -60,6 +60,8 @@ def command(
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
+        if sizes or budgets:
+            raise SweepError("--sizes and --budgets are those of a sweep; a table offers its own N and D")
         df = table_of([Path(name) for name in sweep_or_tables], columns, where, main, best=best_of, y=y)
         found = _of_table(df, place, budget, law, y, tflops)
     else:
