@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,11 +53,18 @@ def command(
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.downstream.correlation import correlate
     from aimscale.analysis.errors import AnalysisError
+    from aimscale.analysis.tables.schema import our_name
 
-    groups = groups_by_probe(table_of(tables, columns, where, main, best=best_of, y=x), y)
+    df = table_of(tables, columns, where, main, best=best_of, y=x)
+    x, y = our_name(df, x), our_name(df, y)
+    partial, within = (our_name(df, name) if name else None for name in (partial, within))
+    if x == y:
+        raise AnalysisError(f"--x and --y name one column, {x}, which correlates with itself.")
+    groups = groups_by_probe(df, y)
     by = {k: clusters_of(group, cluster) for k, group in groups.items()}
     found = {
-        k: correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]) for k, group in groups.items()
+        k: in_their_words(df, correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]))
+        for k, group in groups.items()
     }
     links = {k: link_of(group, link, x, y, by[k]) for k, group in groups.items()} if link else {}
     if figure is not None:
@@ -82,6 +90,27 @@ def command(
             predicted = links[task, kind].predict({"L": at_loss}).itertuples() if at_loss else ()
             for loss, row in zip(at_loss or (), predicted, strict=True):
                 typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
+
+
+def in_their_words(df: pd.DataFrame, found: Sequence[Correlation]) -> tuple[Correlation, ...]:
+    """Correlations of columns by the names that the table's file gives them."""
+    from aimscale.analysis.tables.schema import their_name
+
+    def translated(c: Correlation) -> Correlation:
+        fields = {
+            field: name for field in ("x", "y", "partial_on", "within") if (name := getattr(c, field)) is not None
+        }
+
+        def in_theirs(text: str) -> str:
+            for name in fields.values():
+                text = text.replace(name, their_name(df, name))
+            return text
+
+        called: dict[str, Any] = {field: their_name(df, name) for field, name in fields.items()}
+        exclusions = tuple(replace(e, reason=in_theirs(e.reason)) for e in c.exclusions)
+        return replace(c, **called, adjusted=in_theirs(c.adjusted), exclusions=exclusions)
+
+    return tuple(map(translated, found))
 
 
 def draw_probes(
@@ -128,7 +157,9 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
     if y in df.columns:
         return {("", ""): done}
     if y != "top1" or "probes" not in df.columns:
-        raise AnalysisError(f"The table has neither a column {y!r} nor probes; its columns are {column_names(df)}.")
+        raise AnalysisError(
+            f"The table has neither a column {y!r} nor probes; name a column by --y (its columns: {column_names(df)})."
+        )
     probes = probe_frame(done)
     if probes.empty:
         raise AnalysisError(

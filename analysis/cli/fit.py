@@ -76,13 +76,14 @@ def command(
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.frontier.definitions import by_definition
     from aimscale.analysis.tables.design import lower_envelope
+    from aimscale.analysis.tables.schema import our_name
 
     fresh = not law.startswith(("repeated", "overfitting"))
     df = table_of(tables, columns, where, main, fresh=fresh, best=best_of, y=y)
+    y, names = our_name(df, y), variable_columns(df.columns, n, c)
     if definitions:
         show(by_definition(df, y=y, objective=objective, resamples=resamples), json, figure)
         return
-    names = variable_columns(df.columns, n, c)
     if on_envelope:
         df = lower_envelope(df, names.get("C", "flops_train"), y)
     choice = None
@@ -99,20 +100,21 @@ def command(
         y=y,
         objective=objective,
         columns=names,
-        weights=weights,
+        weights=our_name(df, weights) if weights else None,
         fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0", 1).items()},
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},
         resamples=resamples,
         intervals=intervals,
-        cluster=None if cluster == "none" else cluster,
+        cluster=None if cluster == "none" else our_name(df, cluster),
     )
     result = tested(result, df, hold_out or [], leave_out, profiles)
+    after = [*nothing_found(result, leave_out, profiles), *(["", choice.sentence()] if choice else [])]
     if choice and json:
         if figure is not None:
             draw(result.plot(), figure)
         show(replace(choice, best=result), json)
     else:
-        show(result, json, figure, after=["", choice.sentence()] if choice else [])
+        show(result, json, figure, after=after)
 
 
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | None, profiles: bool) -> Fit:
@@ -121,18 +123,35 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | 
     from aimscale.analysis.fitting.influences import with_influence_flags
     from aimscale.analysis.fitting.profiles import with_profile_flags
     from aimscale.analysis.tables.design import mixture_flags
+    from aimscale.analysis.tables.schema import our_name
 
     tests = []
     for wish in hold_out:
         by, _, count = wish.partition(":")
-        if count and not count.isdecimal():
+        if count and not (count.isdecimal() and int(count)):
             raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
         tests.append(held_out(result, df, by=by, num_values=int(count or 1)))
     flags = (*result.flags, *mixture_flags(df, result.law.variables))
     result = replace(result, flags=flags, heldout=tuple(tests))
     if leave_out is not None:
-        result = with_influence_flags(result, df, by=leave_out)
+        result = with_influence_flags(result, df, by=our_name(df, leave_out))
     return with_profile_flags(result) if profiles else result
+
+
+def nothing_found(result: Fit, leave_out: str | None, profiles: bool) -> list[str]:
+    """What was looked for and not there, so that a flag that is absent is not taken for a check that was not made."""
+    from aimscale.analysis.fitting.influences import INFLUENTIAL_SHIFT, LEAVING_OUT
+    from aimscale.analysis.fitting.profiles import FLAT
+
+    lines = []
+    if leave_out is not None and not any(flag.startswith(LEAVING_OUT) for flag in result.flags):
+        lines.append(
+            f"No group of {leave_out} moves a parameter by more than {INFLUENTIAL_SHIFT:g} standard deviations when "
+            "it is left out."
+        )
+    if profiles and not any(FLAT in flag for flag in result.flags):
+        lines.append("No parameter's profile likelihood is flat.")
+    return lines
 
 
 def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:

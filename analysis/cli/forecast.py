@@ -50,9 +50,11 @@ def command(
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
     from aimscale.analysis.tables.design import mixture_flags
+    from aimscale.analysis.tables.schema import our_name
 
     is_fresh = not law.startswith(("repeated", "overfitting", "curve"))
     df = table_of(tables, columns, where, main, fresh=is_fresh, best=best_of, y=y)
+    y = our_name(df, y)
     if law == "curve":
         if register:
             raise AnalysisError("A curve's forecast cannot be registered; --register takes laws of N and D.")
@@ -73,6 +75,7 @@ def _curve(df: pd.DataFrame, at: str, y: str, resamples: int) -> Extrapolation:
     """One curve over one column, forecast at a value of it."""
     from aimscale.analysis.fitting.curves import extrapolate
     from aimscale.analysis.forecasts.ahead import parse_scale
+    from aimscale.analysis.tables.schema import our_name
 
     [(x, value)] = parse_scale(at, "--at", is_curve=True).items()
-    return extrapolate(df, x=x, y=y, resamples=resamples).at(value)
+    return extrapolate(df, x=our_name(df, x), y=y, resamples=resamples).at(value)

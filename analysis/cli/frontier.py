@@ -37,6 +37,7 @@ def command(
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.frontier.approaches import all_approaches
     from aimscale.analysis.tables.design import mixture_flags
+    from aimscale.analysis.tables.schema import our_name
 
     for flops in at or []:
         if not 0 < flops < math.inf:
@@ -44,7 +45,12 @@ def command(
     df = table_of(tables, columns, where, main, fresh=True, best=best_of, y=y)
     names = variable_columns(df.columns, n, c)
     found = all_approaches(
-        df, y=y, columns=names, budgets=budgets, objective=objective, cluster=None if cluster == "none" else cluster
+        df,
+        y=our_name(df, y),
+        columns=names,
+        budgets=budgets,
+        objective=objective,
+        cluster=None if cluster == "none" else our_name(df, cluster),
     )
     flags = mixture_flags(df, ["N", "D", "C"])
     if figure is not None:

@@ -20,7 +20,7 @@ from aimscale.analysis.inference.mixed import mixed_model
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
 from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.tables.observations import is_complete
-from aimscale.analysis.tables.schema import CANONICAL
+from aimscale.analysis.tables.schema import our_name
 
 SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
 """Columns of scale and chance that a pair must share."""
@@ -72,7 +72,8 @@ def contrast(
     Raises:
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
     """
-    by = by if by in frame.columns or by in (KIND, BLOCKS) else CANONICAL.get(by, by)
+    by = by if by in (KIND, BLOCKS) else our_name(frame, by)
+    ignore = [our_name(frame, name) for name in ignore]
     rows = frame[is_complete(frame)]
     if by in rows and not varies(rows[by]):
         values = [level_name(value) for value in rows[by].dropna().unique()]

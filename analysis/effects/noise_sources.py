@@ -168,7 +168,8 @@ def _seeds(rows: pd.DataFrame, log_y: np.ndarray, confidence: float) -> tuple[li
     variance = float((table["deviation"] ** 2).sum() / (by_cell["seed"].count() - 1).sum())
     between, within, budgets = _squares(table)
     low, high = _ends([(between[0] / budgets, between[1]), (within[0] * (1 - 1 / budgets), within[1])], confidence)
-    basis = f"{by_cell.ngroups} cells; {between[1]} degrees of freedom of runs, {within[1]} of rows within them"
+    counted = f"{by_cell.ngroups} cell{'s' * (by_cell.ngroups > 1)}"
+    basis = f"{counted}; {between[1]} degrees of freedom of runs, {within[1]} of rows within them"
     components = [Component(source="between seeds", value=np.sqrt(variance), low=low, high=high, basis=basis)]
     if within[1]:
         shared = max(0.0, (between[0] - within[0]) / budgets)

@@ -18,6 +18,7 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
 from aimscale.analysis.tables.design import varies
 from aimscale.analysis.tables.observations import is_complete, resolve_columns
+from aimscale.analysis.tables.schema import their_name
 
 PUBLISHED = 15.387
 """R_D of Muennighoff et al. 2023, language, up to 44 epochs."""
@@ -55,8 +56,8 @@ class Repeats(Result):
             half = f" [{i.low * np.log(2) + 1:.2g}, {i.high * np.log(2) + 1:.2g}]" if i else ""
             k = round(r * np.log(2) + 1)
             lines.append(
-                f"R_D = {r:.3g}{ends} (language: {PUBLISHED:.1f}): a repeat is worth half of a new {what} at its "
-                f"{k}{_th(k)} sight{half}."
+                f"R_D = {r:.3g}{ends} ({PUBLISHED:.1f} for language, Muennighoff et al. 2023): a repeat is worth half "
+                f"of a new {what} at its {k}{_th(k)} sight{half}."
             )
         else:
             least = i.low if i else r
@@ -151,12 +152,12 @@ def repeats(
     ratio = (rows[names["D"]] / rows[names["U"]]).dropna()
     if len(uniques) < 2:
         raise AnalysisError(
-            f"{names['U']} takes {len(uniques)} value(s), so what repeats are worth cannot be told from what images "
-            "are worth; run a grid over unique_images."
+            f"{their_name(df, names['U'])} takes {len(uniques)} value{'s' * (len(uniques) != 1)}, so what repeats are "
+            "worth cannot be told from what new data are worth; run pools of several sizes."
         )
     if not (ratio > 1.5).any():
         raise AnalysisError(
-            f"No row repeats its images (most passes: {ratio.max():.3g}); run small pools at large budgets."
+            f"No row repeats its data (most passes: {ratio.max():.3g}); run small pools at large budgets."
         )
     n = next((c for c in ((columns or {}).get("N"), "N", "params_total") if c and c in rows), None)
     law = REPEATED if n is not None and varies(rows[n]) else REPEATED_DATA

@@ -40,10 +40,10 @@ class Extrapolation(Result):
         if self.asked is None:
             return super().summary()
         row = self.predict(np.array([self.asked])).iloc[0]
-        apart = row["disagreement"] - 1
+        apart, y = row["disagreement"] - 1, self.fits[0].names.get(self.table.columns[1], self.table.columns[1])
         return (
             f"{self.headline()}; at {self.variable} = {self.asked:.4g}, {row['beyond_range']:.3g} times beyond:\n"
-            f"  {self.table.columns[1]}: {row['value']:.4g} (curve {row['ci_lo']:.4g} to {row['ci_hi']:.4g}; one "
+            f"  {y}: {row['value']:.4g} (curve {row['ci_lo']:.4g} to {row['ci_hi']:.4g}; one "
             f"measurement {row['pi_lo']:.4g} to {row['pi_hi']:.4g}); the two laws differ by {apart:.2%}"
         )
 

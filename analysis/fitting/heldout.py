@@ -13,7 +13,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.tables.schema import CANONICAL
+from aimscale.analysis.tables.schema import our_name
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -181,7 +181,7 @@ def errors(predicted: Array, measured: Array) -> tuple[float, float]:
 def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
     if by in result.data.columns:
         return result.data[by].to_numpy(float)
-    by = CANONICAL.get(by, by) if by not in points.columns else by
+    by = our_name(points, by)
     if by not in points.columns:
         raise AnalysisError(
             f"Cannot hold out by {by!r}: it is neither a variable of {result.law.formula} nor a column."

@@ -102,7 +102,7 @@ def _rising(problem: Problem, best: Minimum, points: Observations, flags: list[s
     of_law = np.sum((z - problem.objective.transform(problem.predict(best.vector[None])[0])) ** 2)
     rising = [v for v, slope in zip(points.x, line[1:], strict=True) if slope > 0]
     if rising and of_line < 0.5 * of_law:
-        what = f"{points.columns['y']} rises with {' and '.join(rising)}"
+        what = f"{points.called['y']} rises with {' and '.join(rising)}"
         flags.append(
             f"{what}, which {problem.law.formula} cannot follow, so it is fitted as noise; is it an accuracy, or "
             "something else?"

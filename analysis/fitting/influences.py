@@ -14,6 +14,8 @@ from aimscale.analysis.fitting.result import Fit
 
 INFLUENTIAL_SHIFT = 3.0
 """A group whose removal moves a parameter by more than this many bootstrap standard deviations is influential."""
+LEAVING_OUT = "Leaving out "
+"""How a flag about such a group begins."""
 
 
 def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFrame:
@@ -61,7 +63,7 @@ def with_influence_flags(result: Fit, df: pd.DataFrame, *, by: str = "size") -> 
     table = influence(result, df, by=by)
     influential = table[table["shift"] > INFLUENTIAL_SHIFT]
     flags = [
-        f"Leaving out {by} {label} moves a parameter by {shift:.1f} standard deviations: the fit hinges on it."
+        f"{LEAVING_OUT}{by} {label} moves a parameter by {shift:.1f} standard deviations: the fit hinges on it."
         for label, shift in zip(influential[by], influential["shift"], strict=True)
     ]
     return replace(result, flags=(*result.flags, *flags))

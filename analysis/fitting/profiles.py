@@ -16,6 +16,9 @@ from aimscale.analysis.fitting.optimise import Problem, make_problem, minimise
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 
+FLAT = "its profile is flat"
+"""What the flag about such a parameter says."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Profile(Result):
@@ -49,7 +52,7 @@ class Profile(Result):
     def sentence(self) -> str:
         """The interval in words."""
         if not any(self.closed):
-            return f"{self.parameter} is not identified: its profile is flat from {self.low:.4g} to {self.high:.4g}."
+            return f"{self.parameter} is not identified: {FLAT} from {self.low:.4g} to {self.high:.4g}."
         open_end = "" if all(self.closed) else f"; not bounded {'below' if not self.closed[0] else 'above'}"
         return f"{self.parameter}: {self.confidence:.0%} profile interval {self.low:.4g} to {self.high:.4g}{open_end}."
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.schema import CANONICAL
+from aimscale.analysis.tables.schema import CANONICAL, THEIR_NAMES, no_column
 
 DESIGN = ("prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size")
 """Columns of the results table that make runs another experiment, not another scale of the same."""
@@ -77,7 +77,14 @@ def _num_cells(rows: pd.DataFrame) -> int:
 
 
 def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_loss") -> pd.DataFrame:
-    """Rows whose loss no row of equal or lower compute undercuts."""
+    """Rows whose loss no row of equal or lower compute undercuts.
+
+    Raises:
+        TableError: a column is missing.
+    """
+    for name in (x, y):
+        if name not in frame:
+            raise no_column(frame, name)
     ordered = frame[(frame[x] > 0) & (frame[y] > 0)].sort_values([x, y], kind="stable")
     best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
     return ordered[ordered[y].to_numpy() < best_before]
@@ -86,7 +93,7 @@ def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_lo
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, ...]:
     """Sentences of warning about rows that differ in more than a law's variables."""
     flags = []
-    names = design_columns(frame)
+    names, theirs = design_columns(frame), frame.attrs.get(THEIR_NAMES, {})
     if names:
         several = "; ".join(f"{name}: {', '.join(map(str, frame[name].dropna().unique()[:4]))}" for name in names)
         flags.append(
@@ -96,16 +103,17 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, .
     if repeated and not {"U", "unique_images"} & set(variables):
         values = sorted(frame["unique_images"].dropna().unique())
         flags.append(
-            f"The rows differ in unique images ({', '.join(f'{value:,.0f}' for value in values[:6])}), which this law "
-            "does not know; choose with --where or fit the law 'repeated'."
+            f"The rows differ in {theirs.get('unique_images', 'unique images')} "
+            f"({', '.join(f'{value:,.0f}' for value in values[:6])}), which this law does not know; choose with "
+            "--where or fit the law 'repeated'."
         )
     known = {CANONICAL.get(v, v) for v in variables} | set(variables)
     for name, words in (("images_seen", "images seen"), ("params_total", "parameters")):
         one = {"images_seen": {"params_total"}, "params_total": {"images_seen"}}[name]
         if name in frame and varies(frame[name]) and known & one and name not in known:
             flags.append(
-                f"The rows differ in {words} ({frame[name].nunique()} values), which this law does not know; choose "
-                "one with --where, or fit the joint law."
+                f"The rows differ in {theirs.get(name, words)} ({frame[name].nunique()} values), which this law does "
+                "not know; choose one with --where, or fit the joint law."
             )
     return tuple(flags)
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.tables.results import probe_frame
-from aimscale.analysis.tables.schema import KNOWN, MFU, no_column
+from aimscale.analysis.tables.schema import KNOWN, MFU, column_names, no_column, our_name
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -97,7 +97,7 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
             raise AnalysisError("The table has neither val_loss nor probes; name a column with --measure.")
         return found
     found = []
-    for name in names:
+    for name in (our_name(rows, name) for name in names):
         column, _, rest = name.partition(":")
         task, _, kind = rest.partition(":")
         if column in ACCURACIES and column not in rows:
@@ -111,9 +111,7 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
         elif name in rows and pd.api.types.is_numeric_dtype(rows[name]):
             found.append(Measure(column=name))
         else:
-            raise AnalysisError(
-                f"The table has no numeric column {name!r} to measure; it has {', '.join(map(str, rows))}."
-            )
+            raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows)}.")
     return list(dict.fromkeys(found))
 
 

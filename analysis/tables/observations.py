@@ -10,7 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.tables.schema import CANONICAL, column_names
+from aimscale.analysis.tables.schema import CANONICAL, column_names, our_name, their_name
 
 NOT_CHOSEN = "not_chosen"
 """Key of a frame's `attrs`: (reason, number of rows) of what `--where` left out, so that a fit can say so."""
@@ -49,6 +49,8 @@ class Observations:
     """Labels of the table's rows (n,)."""
     columns: dict[str, str]
     """Variable (and 'y') -> column of the table."""
+    called: dict[str, str]
+    """Variable (and 'y') -> what the table's file calls that column."""
     exclusions: tuple[Exclusion, ...]
     num_rows: int
     """Rows of the table."""
@@ -62,17 +64,16 @@ def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | Non
     """
     found = {}
     for variable in law.variables:
-        choices = (
-            [columns[variable]] if columns and variable in columns else [variable, CANONICAL.get(variable, variable)]
-        )
-        present = [c for c in choices if c in df.columns]
-        if not present:
+        named = (columns or {}).get(variable)
+        name = named or our_name(df, variable)
+        if name not in df.columns:
+            choices = [named] if named else list(dict.fromkeys([variable, CANONICAL.get(variable, variable)]))
+            of_one = f" with --law {law.name}:N, or" if variable == "x" else ""
             raise AnalysisError(
-                f"The table has no column {' or '.join(repr(c) for c in dict.fromkeys(choices))} for {variable} of "
-                f"{law.formula}; name yours with --columns {variable}=THEIRS (its columns: "
-                f"{column_names(df)})."
+                f"The table has no column {' or '.join(map(repr, choices))} for {variable} of {law.formula}; name "
+                f"yours{of_one} with --columns {variable}=THEIRS (its columns: {column_names(df)})."
             )
-        found[variable] = present[0]
+        found[variable] = name
     return found
 
 
@@ -103,15 +104,16 @@ def observe(
             f"The table has no column {y!r} to fit; name yours with --columns L=THEIRS or --y (its columns: "
             f"{column_names(df)})."
         )
+    called = {v: their_name(df, name) for v, name in {**names, "y": y}.items()}
     used = df[[*names.values(), y]].apply(pd.to_numeric, errors="coerce").astype(float)
     used.columns = pd.Index([*names, "y"])
     w = _weights(df, weights)
     bad_variable = {v: ~(np.isfinite(used[v]) & ((used[v] > 0) | ((used[v] == 0) & zero_allowed))) for v in names}
     reasons = [
         ("not complete (status)", ~is_complete(df)),
-        *((f"with a missing or non-positive {names[v]}", bad) for v, bad in bad_variable.items()),
-        (f"with a missing or infinite {y}", ~np.isfinite(used["y"])),
-        (f"with a non-positive {y}, which has no logarithm", (used["y"] <= 0) & positive_y),
+        *((f"with a missing or non-positive {called[v]}", bad) for v, bad in bad_variable.items()),
+        (f"with a missing or infinite {called['y']}", ~np.isfinite(used["y"])),
+        (f"with a non-positive {called['y']}, which has no logarithm", (used["y"] <= 0) & positive_y),
         ("with a missing or non-positive weight", pd.Series(~(np.isfinite(w) & (w > 0)), df.index)),
         ("that repeat another row exactly", _repeats(df, used)),
     ]
@@ -130,13 +132,14 @@ def observe(
             f"{law.formula} has {free} free parameters but the table has {len(points)} usable of {len(df)} points"
             f"{_why(exclusions)}; give at least {free + 1} or fix a parameter."
         )
-    _refuse_constants(law, points, names)
-    _refuse_mixed_units(df.loc[points.index], points, names, num_variables=len(law.variables))
+    _refuse_constants(law, points, called)
+    _refuse_mixed_units(df.loc[points.index], points, called, num_variables=len(law.variables))
     return Observations(
         x={v: points[v].to_numpy() for v in law.variables},
         y=points["y"].to_numpy(),
         weights=w[keep],
         index=points.index,
+        called=called,
         columns={**names, "y": y, **({"weight": weights} if isinstance(weights, str) else {})},
         exclusions=tuple(exclusions),
         num_rows=len(df) + sum(number for _, number in not_chosen),
@@ -162,6 +165,11 @@ def _refuse_constants(law: Law, points: pd.DataFrame, names: Mapping[str, str]) 
                 f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so the part of "
                 f"{law.formula} that depends on {v} cannot be fitted; vary {v} or choose a law without it."
             )
+    if points["y"].nunique() < 2:
+        raise AnalysisError(
+            f"{names['y']} takes the single value {points['y'].iloc[0]:g} in all {len(points)} points, so no law can "
+            "be fitted to it."
+        )
 
 
 GAP_OF_UNITS = 1e4

@@ -47,10 +47,21 @@ class TableError(AnalysisError):
     """A results table that cannot be read or written as asked."""
 
 
+def our_name(frame: pd.DataFrame, typed: str) -> str:
+    """Column that a user means: by its name here, by a law's letter, or by the name that it has in their file."""
+    ours = {theirs: ours for ours, theirs in frame.attrs.get(THEIR_NAMES, {}).items()}
+    choices = (typed, CANONICAL.get(typed, typed), ours.get(typed, typed))
+    return next((name for name in choices if name in frame), typed)
+
+
+def their_name(frame: pd.DataFrame, name: str) -> str:
+    """What a table's file calls one of its columns."""
+    return str(frame.attrs.get(THEIR_NAMES, {}).get(name, name))
+
+
 def column_names(frame: pd.DataFrame) -> str:
     """A table's own columns, as its file calls them, for a sentence about one that it lacks."""
-    theirs = frame.attrs.get(THEIR_NAMES, {})
-    return ", ".join(str(theirs.get(name, name)) for name in frame.columns if name != FOLDER)
+    return ", ".join(their_name(frame, name) for name in frame.columns if name != FOLDER)
 
 
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> TableError:

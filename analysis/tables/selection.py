@@ -10,7 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns
 from aimscale.analysis.tables.observations import NOT_CHOSEN, is_complete
-from aimscale.analysis.tables.schema import CANONICAL, KNOWN, THEIR_NAMES, TableError, column_names
+from aimscale.analysis.tables.schema import CANONICAL, KNOWN, TableError, column_names, our_name
 
 IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", "table_folder")
 """Columns of words that tell runs apart without being settings."""
@@ -44,13 +44,6 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     return frame.reset_index(drop=True) if conditions else frame
 
 
-def our_name(frame: pd.DataFrame, typed: str) -> str:
-    """Column that a user means: by its name here, by a law's letter, or by the name that it has in their file."""
-    ours = {theirs: ours for ours, theirs in frame.attrs.get(THEIR_NAMES, {}).items()}
-    choices = (typed, CANONICAL.get(typed, typed), ours.get(typed, typed))
-    return next((name for name in choices if name in frame), typed)
-
-
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
     """Of rows that differ in some tuned columns, the one with the lowest loss.
 
@@ -64,7 +57,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     Raises:
         TableError: no such column, or no two rows of a cell differ in them.
     """
-    tuned = [our_name(frame, name) for name in names]
+    tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
     for name in (*tuned, y):
         if name not in frame:
             raise TableError(f"--best-of: the table has no column '{name}' (columns: {column_names(frame)})")

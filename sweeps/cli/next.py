@@ -54,6 +54,7 @@ def command(
     """Choose the runs, together, that make the forecast at the target most certain."""
     from aimscale.analysis.forecasts.ahead import parse_scale
     from aimscale.analysis.tables.results import SUFFIXES
+    from aimscale.analysis.tables.schema import our_name
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     place = parse_scale(target, "--target")
@@ -63,7 +64,7 @@ def command(
         if sizes or budgets:
             raise SweepError("--sizes and --budgets are those of a sweep; a table offers its own N and D")
         df = table_of([Path(name) for name in sweep_or_tables], columns, where, main, best=best_of, y=y)
-        found = _of_table(df, place, budget, law, y, tflops)
+        found = _of_table(df, place, budget, law, our_name(df, y), tflops)
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -72,7 +73,7 @@ def command(
                 f"as --write {sweep.base_dir / write.name}"
             )
         df = table_of([_table(sweep)], columns, where, main, best=best_of, y=y)
-        found = _of_sweep(sweep, df, place, budget, law, y, sizes, budgets)
+        found = _of_sweep(sweep, df, place, budget, law, our_name(df, y), sizes, budgets)
         if write is not None:
             write.write_text(_sweep_file(sweep, found.table))
     typer.echo(found.to_json() if as_json else found.summary())

@@ -146,6 +146,41 @@ def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     )  # fmt: skip
 
 
+def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
+    some = theirs.drop(columns="flops")
+    some.loc[0, "num_params"], some.loc[1, "loss"] = np.nan, np.inf
+    some.assign(pool=np.where(some["lr"] > 5e-4, some["tokens"], some["tokens"] / 2)).to_csv(tmp_path / "theirs.csv")
+    args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS + ",U=pool"]
+
+    def said(name: str, *options: str) -> str:
+        return CliRunner().invoke(verb(name), [*args, *options], catch_exceptions=False).output
+
+    words = said("fit", "--y", "loss", "--hold-out", "tokens", "--resamples", "20", "--leave-out", "lr", "--profile")
+    assert "1 row with a missing or non-positive num_params; 1 row with a missing or infinite loss" in words
+    assert "The rows differ in pool (" in words
+    assert "No group of lr moves a parameter by more than 3" in words
+    assert "No parameter's profile likelihood is flat." in words
+    words = said("correlate", "--x", "loss", "--y", "num_params", "--partial", "tokens")
+    assert "Pearson correlation of loss and num_params, within 4 groups of equal tokens" in words
+    assert "2 rows with a missing loss or num_params or tokens" in words
+    rising = read_table(tmp_path / "theirs.csv", NAMES).assign(val_loss=lambda df: df["params_total"] ** 0.1)
+    assert any("loss rises with N" in flag for flag in fit("chinchilla", rising, resamples=0).flags)
+    with pytest.raises(AnalysisError, match="loss takes the single value 2 in all 59 points, so no law can be fitted"):
+        fit("chinchilla", rising.assign(val_loss=2.0), resamples=0)
+    for options, why in (
+        (["fit", "--hold-out", "N:0"], "--hold-out takes N or N:2"),
+        (["fit", "--law", "power_offset"], "name yours with --law power_offset:N, or with --columns x=THEIRS"),
+        (
+            ["fit", "--law", "power_offset:C", "--envelope"],
+            "no column 'flops_train'; name yours with --columns C=THEIRS",
+        ),
+        (["correlate", "--x", "loss", "--y", "L"], "--x and --y name one column, val_loss"),
+        (["correlate"], "name a column by --y"),
+    ):
+        with pytest.raises(AnalysisError, match=why):
+            said(*options)
+
+
 def test_missing_columns_name_the_option(theirs):
     with pytest.raises(AnalysisError, match="name yours with --columns N=THEIRS"):
         fit("chinchilla", theirs, y="loss")

@@ -115,7 +115,7 @@ def test_mistakes_are_told_in_one_sentence(collected: Any, tmp_path: Any) -> Non
     args = [collected.directory / "results.parquet", "--budget", 1, "--law", "chinchilla", "--target"]
     with pytest.raises(AnalysisError, match="No run smaller than N = 10, D = 10 is left to buy"):
         run(*args, "N=10,D=10")
-    with pytest.raises(AnalysisError, match="names Q, which is neither a variable of L = .* nor a column"):
+    with pytest.raises(AnalysisError, match=r"names Q, which is neither a variable of L = .* nor a column"):
         run(*args, "N=1e7,D=1T,Q=3")
     with pytest.raises(AnalysisError, match="--target names N twice"):
         run(*args, "N=1e7,D=1e5,N=3")
