@@ -1,0 +1,94 @@
+"""A task of real images: the 8x8 digits of scikit-learn, and a small model with random weights to probe on it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
+from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.harness.probe.features.backbones import AimBackbone
+from aimscale.harness.probe.features.extraction import ALONE, FeaturePass
+from aimscale.harness.probe.features.images import LabelledImages, open_task
+from aimscale.harness.probe.protocol import probe_backbone
+from aimscale.harness.run.config import ModelSection, ProbeSection
+
+DIGITS = tuple("0123456789")
+GEOMETRY: dict[str, Any] = {"size": "rung-32", "image_size": 16, "patch_size": 4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the tests of probes ask for again and again."""
+
+    root: Path
+    """600 training images, 400 test images, and splits for special cases."""
+    model: AIM
+    geometry: ModelSection
+
+    def section(self, **changes: Any) -> ProbeSection:
+        """The digits by three kinds of probe, with changes."""
+        values: dict[str, Any] = {
+            "task": "digits",
+            "train": str(self.root / "train"),
+            "test": str(self.root / "test"),
+            "kinds": ("linear", "attentive", "knn"),
+            "epochs": 10,
+            "batch_size": 64,
+            "lrs": (3e-3, 3e-2),
+            "precision": "fp32",
+            "centre_crop": 1.0,
+        }
+        return ProbeSection.model_validate(values | changes)
+
+    def open(self) -> tuple[LabelledImages, LabelledImages]:
+        """Training and test images."""
+        return open_task(self.section(), self.geometry)
+
+    def probe(self, section: ProbeSection, backbone: Any = None, **options: Any) -> list[dict[str, Any]]:
+        """Probe a backbone, or the model, which is left as it was found."""
+        backbone = backbone or AimBackbone(lambda: copy.deepcopy(self.model).float())
+        return probe_backbone(backbone, section, model_section=self.geometry, **options)
+
+    def feature_pass(self, **options: Any) -> FeaturePass:
+        """Features of the model, in one process."""
+        backbone = AimBackbone(lambda: copy.deepcopy(self.model))
+        return FeaturePass(backbone=backbone, group=ALONE, precision="fp32", **options)
+
+
+@pytest.fixture(scope="session")
+def model() -> AIM:
+    return AIM(model_config(**GEOMETRY))
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory, model: AIM) -> Task:
+    root = tmp_path_factory.mktemp("digits")
+    _write_digits(root / "train", slice(0, 600))
+    _write_digits(root / "test", slice(600, 1000))
+    _write_digits(root / "unlabelled", slice(0, 20), classes=None)
+    _write_digits(root / "some", slice(0, 80))
+    _write_digits(root / "few", slice(0, 12))
+    _write_digits(root / "renamed", slice(0, 50), classes=tuple("abcdefghij"))
+    return Task(root=root, model=model, geometry=ModelSection(**GEOMETRY))
+
+
+def _write_digits(out: Path, rows: slice, classes: tuple[str, ...] | None = DIGITS) -> None:
+    bunch = load_digits()
+
+    def images() -> Any:
+        for i in range(*rows.indices(len(bunch.images))):
+            buffer = io.BytesIO()
+            Image.fromarray((bunch.images[i] * 15).astype(np.uint8)).resize((16, 16)).save(buffer, "png")
+            yield PackedImage(f"{i:06d}", "png", buffer.getvalue(), int(bunch.target[i]) if classes else None)
+
+    write_dataset(out, images(), classes=classes)

@@ -1,0 +1,115 @@
+"""The images of a task: their classes, their hold-out, and how they are read ahead."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens
+from aimscale.harness.probe.features.images import LabelledImages, holdout_split
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "unlabelled"}, "has no labels"),
+        ({"test": "renamed"}, "classes of .* differ"),
+        ({"train": "few"}, "12 training images for 10 classes"),
+        ({"train": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_tasks_are_refused_in_one_sentence(task: Any, changes: Any, message: str) -> None:
+    wanted = task.section(**{side: str(task.root / name) for side, name in changes.items()})
+    with pytest.raises(UserError, match=message) as caught:
+        task.probe(wanted, seed=0, out=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_are_matched_by_name_and_may_lack_test_images(task: Any, tmp_path: Path) -> None:
+    bunch = load_digits()
+    names = tuple("98765430")  # in another order; no test image shows a 1 or a 2
+
+    def images() -> Any:
+        for i in range(600, 1000):
+            if str(bunch.target[i]) in names:
+                buffer = io.BytesIO()
+                Image.fromarray((bunch.images[i] * 15).astype(np.uint8)).resize((16, 16)).save(buffer, "png")
+                yield PackedImage(f"{i:06d}", "png", buffer.getvalue(), names.index(str(bunch.target[i])))
+
+    write_dataset(tmp_path / "fewer", images(), classes=names)
+    wanted = task.section(kinds=("knn",), train=str(task.root / "some"))
+    task.probe(wanted, seed=0, out=tmp_path / "all")
+    fewer = wanted.model_copy(update={"test": str(tmp_path / "fewer")})
+    task.probe(fewer, seed=0, out=tmp_path / "part")
+    per_class = [
+        json.loads(next((tmp_path / name).glob("digits-*.json")).read_text())["probes"][0]["per_class"]
+        for name in ("all", "part")
+    ]
+    for whole, part in zip(*per_class, strict=True):
+        assert part == (whole if whole["class"] in names else whole | {"n": 0, "correct": 0})
+
+
+def test_holdout_is_stratified_disjoint_and_seeded() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 1)
+    fit, held = holdout_split(labels, 0.2, seed=1)
+    assert sorted([*fit, *held]) == list(range(81))
+    assert np.bincount(labels[held], minlength=3).tolist() == [10, 6, 0]
+    assert np.array_equal(held, holdout_split(labels, 0.2, seed=1)[1])
+    assert not np.array_equal(held, holdout_split(labels, 0.2, seed=2)[1])
+    assert len(holdout_split(torch.tensor([0, 0, 1, 1]), 0.01, seed=0)[1]) == 1
+
+
+def test_images_are_decoded_ahead_in_order_and_errors_come_where_their_images_would(task: Any) -> None:
+    train, _ = task.open()
+    chunks = [[5, 3], [], [9], list(range(30)), [7]]
+    ahead = list(train.ahead(chunks))
+    assert [list(chunk) for chunk, _ in ahead] == chunks
+    for chunk, images in ahead:
+        assert torch.equal(images, train.images(chunk))
+    with pytest.raises(IndexError):
+        list(train.ahead([[0], [10**6]]))
+    first = next(iter(train.ahead([[0]] * 50)))  # a reader that stops early leaves no thread waiting
+    assert torch.equal(first[1], train.images([0]))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode") and thread.is_alive()]
+
+
+def test_the_next_images_are_decoded_while_the_backbone_works(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = task.open()
+    under_way = {chunk: threading.Event() for chunk in range(3)}
+    images_of = LabelledImages.images
+
+    def images(self: LabelledImages, indices: Sequence[int], epoch: int | None = None) -> Tensor:
+        under_way[indices[0] // 64].set()
+        return images_of(self, indices, epoch)
+
+    class Patient:
+        """Does not answer for a chunk before the next one is being decoded: without reading ahead it never would."""
+
+        name, num_blocks, num_heads, passes = "patient", 1, 1, 0
+
+        def use(self, dtype: torch.dtype) -> None:
+            pass
+
+        def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+            self.passes += 1
+            if self.passes in (2, 3):  # the first pass is one image, for the shape
+                assert under_way[self.passes - 1].wait(timeout=60)
+            return torch.zeros(len(blocks), len(images), 1, 4)
+
+    source = StreamedTokens(Patient(), train, ALONE)
+    monkeypatch.setattr(LabelledImages, "images", images)
+    outputs = list(source.parts([list(range(start, start + 64)) for start in (0, 64, 128)]))
+    assert [part.shape[1] for part in outputs] == [64, 64, 64]

@@ -1,0 +1,114 @@
+"""A grid of heads: trained together, judged and kept as each would be alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aimscale.aim.model import AIM
+from aimscale.aim.probes import AttentiveProbe, EfficientProbe, LinearProbe
+from aimscale.harness.probe.features.backbones import AimBackbone
+from aimscale.harness.probe.features.extraction import ALONE
+from aimscale.harness.probe.features.images import holdout_split, open_task
+from aimscale.harness.probe.heads.fit import GridFit, Split, best
+from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS, learning_rate
+from aimscale.harness.probe.protocol import Bounds
+
+
+def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
+    task: Any, model: AIM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images: list[int] = []
+
+    class Counted(AimBackbone):
+        def features(self, batch: Tensor, blocks: Sequence[int]) -> Tensor:
+            images.append(len(batch))
+            return super().features(batch, blocks)
+
+    def passes(out: str, **changes: Any) -> int:
+        images.clear()
+        wanted = task.section(**changes)
+        backbone = Counted(lambda: copy.deepcopy(model))
+        task.probe(wanted, backbone, seed=0, out=tmp_path / out, bounds=Bounds(cache_gb=0.0))
+        return sum(images)
+
+    few = 100  # images that set shapes and centres, and on which precisions are compared
+    # linear and k-NN: once over both splits, whatever the epochs and the grid
+    assert 0 <= passes("pooled", kinds=("linear", "knn"), epochs=30) - (600 + 400) < few
+    # attentive: that once, a training of 7 batches, the hold-out, the test split
+    found = passes("attentive", kinds=("attentive",), iterations=7, batch_size=50)
+    assert 0 <= found - (600 + 400 + 7 * 50 + 120 + 400) < few
+
+
+@pytest.mark.parametrize("kind", list(STACKS))
+def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_everything(
+    task: Any, model: AIM, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aimscale.harness.probe.heads.fit.MICRO_BATCH", 7)
+    monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)
+    wanted = task.section(train=str(task.root / "some"), epochs=3, batch_size=30, lrs=(3e-3, 1e-2))
+    train, _ = open_task(wanted, task.geometry)
+    fit, held = holdout_split(train.labels, 0.2, seed=5)
+    split = Split(train.labels, fit, held, 10)
+    features = task.feature_pass().split(train, "train", "", fit)
+    source = features.pooled if kind == "linear" else features.tokens
+    fitting = GridFit(
+        split=split,
+        section=wanted,
+        num_heads=model.config.num_heads,
+        seed=5,
+        features=features,
+        device=torch.device("cpu"),
+        group=ALONE,
+    )
+    found = fitting.candidates(source, [kind], [(0,), (1,), (0, 1)], (1,))
+    chosen = best(found, kind)
+    assert chosen.head is not None
+    assert chosen.setting is not None
+    (outputs,) = source.parts([list(range(len(train)))])
+    tokens = outputs[list(chosen.blocks)].mean(0)
+
+    def alone(images: np.ndarray) -> nn.Module:
+        """An ordinary module, trained by torch's optimiser on those images of every batch."""
+        start = fitting._heads(source, [kind], [chosen.blocks]).turns[0][kind].select(0, 0).state_of_one()
+        probe = {
+            "attentive": lambda: AttentiveProbe(model.config.width, model.config.num_heads, 10),
+            "efficient": lambda: EfficientProbe(model.config.width, 10),
+            "linear": lambda: LinearProbe(model.config.width, 10),
+        }[kind]()
+        probe.load_state_dict(start | {"bn.num_batches_tracked": torch.tensor(0)})
+        probe.bn.running_mean.copy_(tokens[images].mean((0, 1)))
+        probe.bn.running_var.copy_(tokens[images].var((0, 1), correction=0))
+        groups = [
+            {"params": [p for p in probe.parameters() if (p.dim() > 1) == decays], "weight_decay": 0.05 * decays}
+            for decays in (True, False)
+        ]
+        optimiser, step, num_steps = torch.optim.AdamW(groups), 0, 3 * math.ceil(len(train) / 30)
+        for epoch in range(3):
+            order = np.random.default_rng([5, 1, epoch]).permutation(len(train))
+            for start_at in range(0, len(train), 30):
+                batch = [index for index in order[start_at : start_at + 30] if index in images]
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(chosen.setting.lr, step, num_steps)
+                optimiser.zero_grad()
+                functional.cross_entropy(probe.eval()(tokens[batch]), train.labels[batch]).backward()
+                nn.utils.clip_grad_norm_(probe.parameters(), CLIP_NORM)
+                optimiser.step()
+                step += 1
+        return probe
+
+    kept, judged = alone(split.everything), alone(fit)
+    with torch.no_grad():
+        torch.testing.assert_close(chosen.head(tokens[None])[0, :, 0], kept(tokens), rtol=1e-3, atol=1e-3)
+        answers, held_labels = judged(tokens[held]), train.labels[held]
+    assert chosen.holdout_loss == pytest.approx(float(functional.cross_entropy(answers, held_labels)), rel=1e-3)
+    assert chosen.holdout_top1 == pytest.approx(float((answers.argmax(1) == held_labels).float().mean()))
