@@ -10,6 +10,7 @@ import pytest
 from aimscale.analysis import all_approaches, fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.approaches import Approaches
+from aimscale.analysis.frontier.envelope import about_lowest, envelope_frontier
 from aimscale.analysis.frontier.isoflop import isoflop_frontier, isoflop_points
 from aimscale.analysis.frontier.optimum import cost_of, log_line, parametric_frontier
 
@@ -34,6 +35,24 @@ def test_three_approaches_find_the_known_exponent(surface):
     assert found.disagreement(1e20) < 1.1
     assert "budgets from C = 6e+14 to" in found.sentence()
     assert "NaN" not in found.to_json()
+
+
+def test_few_sizes_do_not_bias_the_envelope():
+    """The lowest of five sizes at each budget are a staircase of three steps, steeper than the frontier by 0.24."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(1e5, 3e6, 4)))
+    truth = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
+    loss = laws.CHINCHILLA.value({"N": n, "D": d}, truth)
+    found = envelope_frontier(pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": loss}), resamples=0)
+    assert found.exponent == pytest.approx(0.40 / 0.78, abs=0.01)
+
+
+def test_the_minimum_about_the_lowest_of_uneven_sizes():
+    x = np.array([0.0, 1.0, 3.0, 4.0])
+    tops = np.array([1.3, 2.9, 9.0, -1.0])
+    at, least = about_lowest(x, 2.0 + 0.7 * (x - tops[:, None]) ** 2)
+    np.testing.assert_allclose(at[:2], tops[:2])
+    np.testing.assert_allclose(least[:2], 2.0)
+    assert np.isnan(at[2:]).all()
 
 
 def test_closed_form_optimum_is_the_numerical_one_also_with_counted_flops(surface):
