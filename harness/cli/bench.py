@@ -224,13 +224,12 @@ def gemm(device: Device = "auto", threads: Threads = 1, as_json: JsonOption = Fa
     """Matrix-multiplication rate of this device, in fp32 and bf16: the peak of MFU."""
     import torch
 
+    from aimscale.harness.device.distributed import choose_device, find_placement
     from aimscale.harness.device.peak import measure_peak
 
     torch.set_num_threads(threads)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # as training does there
-    peaks = [measure_peak(torch.device(name), precision) for precision in ("fp32", "bf16")]
+    chosen = choose_device(find_placement(), device)  # float32 products as in training
+    peaks = [measure_peak(chosen, precision) for precision in ("fp32", "bf16")]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(peak) for peak in peaks]))
         return

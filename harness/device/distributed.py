@@ -218,6 +218,25 @@ class Group:
             torch.distributed.barrier(group=self._host_group)
 
 
+def choose_device(placement: Placement, name: str) -> torch.device:
+    """The device that `name` (auto, cpu or cuda) means for this process, made its own.
+
+    Raises:
+        LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise LaunchError("the device cuda was asked for but torch sees no CUDA device; use cpu or auto")
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", card_index(placement, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # tensor cores (TF32)
+    return device
+
+
 def start_group(placement: Placement, device_name: str) -> Group:
     """Choose the device, tell DeepSpeed about it, and join the process group.
 
@@ -233,17 +252,9 @@ def start_group(placement: Placement, device_name: str) -> Group:
     )
     import torch
 
-    has_cuda = torch.cuda.is_available()
-    if device_name == "cuda" and not has_cuda:
-        raise LaunchError("runtime.device is cuda but torch sees no CUDA device; use cpu or auto")
-    if device_name == "cpu" or not has_cuda:
+    device = choose_device(placement, device_name)
+    if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        device = torch.device("cpu")
-    else:
-        device = torch.device("cuda", card_index(placement, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # tensor cores (TF32)
-
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

@@ -15,7 +15,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.entries import TEST_BATCH
-from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, ProbeError
+from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, ProbeError, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
 from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.files import (
@@ -91,10 +91,11 @@ def score_released(
             )
         backbone.use(DTYPES[section.precision])
         own = list(batched(share(range(len(test)), group), TEST_BATCH))
-        parts = [
-            answers(head(outputs[blocks].float().mean(0)), test.labels[chunk])
-            for chunk, outputs in zip(own, StreamedTokens(backbone, test, group).parts(own), strict=True)
-        ]
+        with matmul_precision(section.precision):
+            parts = [
+                answers(head(outputs[blocks].float().mean(0)), test.labels[chunk])
+                for chunk, outputs in zip(own, StreamedTokens(backbone, test, group).parts(own), strict=True)
+            ]
         evaluation = evaluation_of(section, test.dataset.fingerprint, test.dataset.fingerprint)
         detail = {
             "task": section.task,

@@ -14,7 +14,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.threads import kernel_threads
-from aimscale.harness.device.distributed import Group, LaunchError, find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, ProbeError
 from aimscale.harness.probe.features.baseline_models import baseline
 from aimscale.harness.probe.features.extraction import ALONE
@@ -96,10 +96,7 @@ def join_ranks(device: str, num_threads: int) -> Iterator[Group]:
             finally:
                 stop_group()
             return
-        has_cuda = torch.cuda.is_available()
-        if device == "cuda" and not has_cuda:
-            raise LaunchError("--device cuda was asked for and torch sees no CUDA device; use cpu or auto")
-        yield Group(placement, torch.device("cuda" if has_cuda and device != "cpu" else "cpu"), None)
+        yield Group(placement, choose_device(placement, device), None)
 
 
 @functools.cache

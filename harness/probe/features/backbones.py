@@ -23,12 +23,12 @@ class ProbeError(UserError):
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Let cards multiply fp32 matrices (of heads and neighbours) in TF32 where features are bf16; exactly otherwise."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
+    before = torch.get_float32_matmul_precision()  # set by its name throughout: torch refuses to read a mix of names
+    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 class Backbone(Protocol):

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
 
-from aimscale.harness.device.distributed import LaunchError, card_index, find_placement, first_host
+import pytest
+import torch
+
+from aimscale.harness.device.distributed import LaunchError, card_index, choose_device, find_placement, first_host
+from aimscale.harness.probe.features.backbones import matmul_precision
+from aimscale.harness.probe.run import join_ranks
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One card, to be chosen and not to be used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
@@ -35,6 +51,25 @@ def test_a_task_that_sees_one_card_of_its_own_takes_it(monkeypatch: pytest.Monke
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(LaunchError, match="this host shows 1"):
         card_index(placed, 1)
+
+
+def test_a_process_alone_multiplies_on_its_card_as_ranks_do(card: None) -> None:
+    """Else the validation loss of a run would depend on whether the process that trained it measures it."""
+    with join_ranks("auto", 1) as group:
+        assert group.device == torch.device("cuda", 0)
+        assert torch.get_float32_matmul_precision() == "high"
+        for precision, expected in (("fp32", "highest"), ("bf16", "high")):
+            with matmul_precision(precision):
+                # what torch.compile asks; it raises where one name was set by allow_tf32 and the other was not
+                assert torch.get_float32_matmul_precision() == expected
+                assert torch.backends.cuda.matmul.allow_tf32 == (expected == "high")
+        assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_card_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LaunchError, match="no CUDA device; use cpu or auto"):
+        choose_device(find_placement({}), "cuda")
 
 
 def test_half_an_environment_is_refused() -> None:
