@@ -147,10 +147,10 @@ def _multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype == weight.dtype == torch.float32
+        not torch.compiler.is_compiling()  # before what cannot be compiled
+        and x.dtype == weight.dtype == torch.float32
         and choice().products
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.compiler.is_compiling()
         and not _is_autocast()
     )
 

@@ -300,7 +300,7 @@ class RuntimeConfig(Section):
     compile: Literal["auto", "graphs"] | bool = "auto"
     """torch.compile the blocks; `auto` does on a card; on a CPU, where it is slower, it is refused.
     `graphs` compiles the model as a whole into CUDA graphs, for small models on a card, whose kernels end faster than
-    they are launched."""
+    they are launched; not with `objective.prefix: uniform` or ZeRO 3."""
     num_workers: int = Field(0, ge=0)
     """Loader processes per rank; 0 loads in a thread of the trainer."""
     augment_on: Literal["loader", "device"] = "loader"
@@ -393,6 +393,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
         check_budgets(self.training, self.evaluation)
+        check_graphs(self.training, self.runtime)
         return self
 
     @property
@@ -429,13 +430,21 @@ def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None
     refuse_unknown(fields, known, where)
     first, second = split_fields(fields)
     training, evaluation = parse(TrainingConfig, first, where), parse(EvaluationConfig, second, where)
+    runtime = runtime or RuntimeConfig()
     try:
         check_budgets(training, evaluation)
+        check_graphs(training, runtime)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     return RunConfig.model_construct(  # its parts are validated
-        version=2, identity_schema=SCHEMA, training=training, evaluation=evaluation, runtime=runtime or RuntimeConfig()
+        version=2, identity_schema=SCHEMA, training=training, evaluation=evaluation, runtime=runtime
     )
+
+
+def check_graphs(training: TrainingConfig, runtime: RuntimeConfig) -> None:
+    """Raise ValueError where a step's shapes change, for each of which CUDA graphs would be made anew."""
+    if runtime.compile == "graphs" and training.objective.prefix == "uniform":
+        raise ValueError("runtime.compile graphs needs the same shapes in every step; take objective.prefix paired")
 
 
 def check_budgets(training: TrainingConfig, evaluation: EvaluationConfig) -> None:

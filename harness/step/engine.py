@@ -119,6 +119,11 @@ class Engine:
         check_deepspeed(self._engine, self._optimizer, list(self.module.parameters()), options.zero_stage)
         if group.world_size == 1 and options.zero_stage <= 1 and not hasattr(self._optimizer, "reduce_gradients"):
             self._engine.enable_backward_allreduce = False  # it would copy all gradients to and fro
+        # A CUDA graph writes gradients into its own memory, which the next replay takes again. At other stages
+        # DeepSpeed moves them elsewhere at once.
+        self._adds_up_in_place = (
+            options.compile == "graphs" and optimiser.precision == "fp32" and options.zero_stage <= 1
+        )
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         for fragment in self.fragments():
             if fragment.numel:
@@ -138,6 +143,9 @@ class Engine:
         # DeepSpeed divides the sum of the ranks' gradients by their number.
         scale = self.group.world_size / num_targets
         loss_sum = torch.zeros((), device=self.group.device)
+        if self._adds_up_in_place and len(micro_batches) > 1:
+            for parameter in self.module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             images = batch.images_on(self.group.device)
@@ -157,9 +165,10 @@ class Engine:
         parameters = list(self.module.parameters())
         held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
+        if self.options.compile == "graphs":
+            torch.compiler.reset()  # graphs own the memory of their activations
         # DeepSpeed's hooks keep some of these alive, so their memory is given back and not only their names.
-        for tensor in _tensors_in(held):
-            tensor.untyped_storage().resize_(0)
+        give_back(held)
         del self._engine, self._optimizer, self.module
 
     def fragments(self) -> list[Fragment]:
@@ -249,8 +258,10 @@ def compile_mode(wanted: Literal["auto", "graphs"] | bool, device: torch.device,
     """What `runtime.compile` means: `auto` compiles the blocks on a card, but not at ZeRO 3, whose hooks break graphs.
 
     Raises:
-        ConfigError: it was asked for where it makes steps slower.
+        ConfigError: it was asked for where it makes steps slower, or graphs at ZeRO 3.
     """
+    if wanted == "graphs" and zero_stage == 3:
+        raise ConfigError("runtime.compile graphs needs zero_stage 0, 1 or 2: a graph cannot gather weights")
     if device.type == "cuda":
         if wanted == "auto" and zero_stage == 3:
             return "none"
@@ -268,6 +279,16 @@ def compile_model(model: Any, mode: CompileMode) -> None:
         model.compile_blocks()
     elif mode == "graphs":
         model.compile_whole()
+
+
+def give_back(held: Any) -> None:
+    """Free the memory of tensors inside nested lists and dictionaries, gradients included."""
+    for tensor in _tensors_in(held):
+        storage = tensor.untyped_storage()
+        if storage.resizable():
+            storage.resize_(0)
+        else:  # page-locked, where DeepSpeed offloads from a card
+            tensor.data = tensor.new_empty(0)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -67,6 +67,8 @@ def test_compiling_is_for_cards() -> None:
         "blocks", "blocks", "none", "graphs",
     ]  # fmt: skip
     assert compile_mode("auto", card, 3) == compile_mode("auto", cpu, 0) == compile_mode(False, cpu, 1) == "none"
+    with pytest.raises(ConfigError, match="graphs needs zero_stage 0, 1 or 2"):
+        compile_mode("graphs", card, 3)
     for wanted in (True, "graphs"):
         with pytest.raises(ConfigError, match=f"runtime.compile {wanted} makes steps slower on a CPU"):
             compile_mode(wanted, cpu, 1)  # type: ignore[arg-type]

@@ -48,6 +48,13 @@ def test_budgets_are_checked_in_a_file_too() -> None:
         parse(RunConfig, {**values, "evaluation": {"budgets": [7], "validation": {"path": "v"}}}, "config.yaml")
 
 
+def test_graphs_are_refused_where_shapes_change_from_step_to_step() -> None:
+    runtime, uniform = RuntimeConfig(compile="graphs"), {"objective": {"prefix": "uniform"}}
+    assert run_config(FIELDS, "the test", runtime).runtime == runtime
+    with pytest.raises(ConfigError, match=r"the test: runtime\.compile graphs needs the same shapes in every step"):
+        run_config({**FIELDS, **uniform}, "the test", runtime)
+
+
 def test_a_key_that_stands_twice_is_refused_and_a_merged_one_may_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text("base: &base {seeds: [0], sizes: [a]}\nmore: {<<: *base, seeds: [1]}\n")

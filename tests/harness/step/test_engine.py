@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,8 +24,9 @@ from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions
-from aimscale.harness.step.engine import Engine
+from aimscale.harness.step import engine as engines
+from aimscale.harness.step.deepspeed_setup import CompileMode, DeepSpeedError, EngineOptions
+from aimscale.harness.step.engine import Engine, give_back
 from aimscale.harness.step.saving import save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
@@ -137,6 +140,56 @@ def test_muon_takes_the_steps_of_pytorch_s(world_size: int, tmp_path: Path, in_p
     for our_losses, our_norms in json.loads(out.read_text()):
         assert largest_difference(our_losses, losses) < 2e-3  # it orthogonalises in bf16
         assert largest_difference(our_norms, norms) < 2e-2
+
+
+def steps_on_graphs(rank: int, cases: list[tuple[str, int]]) -> None:
+    """Where a backward pass writes its gradients, and what `close` does; nothing is compiled."""
+    engines.compile_model = lambda *_: None
+    group = start_group(find_placement(), "cpu")
+    for precision, stage in cases:
+        optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
+        losses = {}
+        for compiled in get_args(CompileMode):
+            engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage, compile=compiled), group)
+            backward = engine._engine.backward
+            moved: list[bool] = []
+
+            def watched(loss, backward=backward, engine=engine, moved=moved, **words) -> None:
+                before = [None if p.grad is None else p.grad.data_ptr() for p in engine.module.parameters()]
+                backward(loss, **words)
+                after = [None if p.grad is None else p.grad.data_ptr() for p in engine.module.parameters()]
+                moved.append(any(new is not None and new != old for old, new in zip(before, after, strict=True)))
+
+            engine._engine.backward = watched
+            images, prefix_len = step_batch(0)
+            num_targets = int((CONFIG.num_tokens - prefix_len).sum())
+            micro_batches = split(images, prefix_len, 0, 1, 3)
+            losses[compiled] = [
+                float(engine.step(micro_batches, num_targets=num_targets, lr=LR).loss_sum) for _ in range(3)
+            ]
+            assert len(moved) == 9
+            assert compiled != "graphs" or not any(moved), "a gradient stays in memory that a graph owns"
+            resets: list[bool] = []
+            torch.compiler.reset = lambda resets=resets: resets.append(True)
+            engine.close()
+            assert resets == [True] * (compiled == "graphs")
+        assert losses["graphs"] == losses["none"]
+    stop_group()
+
+
+def test_gradients_of_several_graphs_add_up_in_memory_of_their_own(in_processes: Run) -> None:
+    """Replaying a graph overwrites what it gave; PyTorch refuses to read it then."""
+    assert in_processes(steps_on_graphs, [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]) == [0]
+
+
+def test_memory_that_cannot_be_resized_is_given_back_too() -> None:
+    """Page-locked memory, to which DeepSpeed offloads from a card, cannot; nor can numpy's."""
+    locked, parameter = torch.from_numpy(np.ones(4)), torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    gradient = parameter.grad
+    give_back([{"masters": [locked]}, (parameter,)])
+    assert locked.numel() == 0
+    assert [each.untyped_storage().nbytes() for each in (parameter, gradient)] == [0, 0]
 
 
 def bad_steps(rank: int, out: Path, stages: list[tuple[str, int]]) -> None:
