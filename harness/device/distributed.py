@@ -243,16 +243,16 @@ def start_group(placement: Placement, device_name: str) -> Group:
     Raises:
         LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
     """
-    os.environ.update(
-        RANK=str(placement.rank),
-        WORLD_SIZE=str(placement.world_size),
-        LOCAL_RANK=str(placement.local_rank),
-        MASTER_ADDR=placement.address,
-        MASTER_PORT=str(placement.port),
-    )
     import torch
 
     device = choose_device(placement, device_name)
+    os.environ.update(
+        RANK=str(placement.rank),
+        WORLD_SIZE=str(placement.world_size),
+        LOCAL_RANK=str(placement.local_rank if device.index is None else device.index),  # DeepSpeed takes that card
+        MASTER_ADDR=placement.address,
+        MASTER_PORT=str(placement.port),
+    )
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if not torch.distributed.is_initialized():

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from aimscale.harness.device.distributed import LaunchError, card_index, choose_device, find_placement, first_host
+from aimscale.harness.device.distributed import (
+    LaunchError,
+    Placement,
+    card_index,
+    choose_device,
+    find_placement,
+    first_host,
+    start_group,
+)
 from aimscale.harness.probe.features.backbones import matmul_precision
 from aimscale.harness.probe.run import join_ranks
 
@@ -64,6 +73,19 @@ def test_a_process_alone_multiplies_on_its_card_as_ranks_do(card: None) -> None:
                 assert torch.get_float32_matmul_precision() == expected
                 assert torch.backends.cuda.matmul.allow_tf32 == (expected == "high")
         assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_deepspeed_is_told_the_card_and_not_the_number_of_the_task(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the card of LOCAL_RANK; a task that Slurm gave one card of its own has card 0, whichever task it is."""
+    monkeypatch.setattr(os, "environ", os.environ | {"SLURM_LOCALID": "3"})
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
+    placement = Placement(rank=7, world_size=8, local_rank=3, address="n1", port=1)
+    assert start_group(placement, "cuda").device == torch.device("cuda", 0)
+    assert (os.environ["LOCAL_RANK"], os.environ["RANK"]) == ("0", "7")
+    start_group(placement, "cpu")
+    assert os.environ["LOCAL_RANK"] == "3"
 
 
 def test_a_card_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
