@@ -73,7 +73,7 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
         words = [*aimscale_command, "bench", "train", "--size", size, "--batch", str(batch), "--compile", how, *shape]
         alone = [] if index < 2 else ["--alone"]
         words += [*alone, "--device", device, "--json"]
-        training.append(Part(name=f"train {size} {how}", words=words, limit_s=120))
+        training.append(Part(name=f"train {size} {how}", words=words, limit_s=120 if alone else 200))
     yield from training[:4]
     model = ["--size", "w16-d2", "--image-size", "16"] if rehearse else ["--size", "aim-600M", *ON_CARD]
     words = [*aimscale_command, "bench", "checkpoint", *model, "--device", device, "--folder", str(folder), "--json"]
