@@ -45,11 +45,20 @@ class Repeats(Result):
         i = self.fit.intervals.get("R_D")
         return self.fit.params["R_D"] > UNBOUNDED or (i is not None and i.high > UNBOUNDED)
 
+    @property
+    def sample(self) -> str:
+        """What a pool is of, in words; a foreign table, whose losses have no unit of ours, does not say."""
+        return "image" if self.fit.loss_unit else "sample"
+
+    @property
+    def a_sample(self) -> str:
+        """The same with its article."""
+        return "an image" if self.fit.loss_unit else "a sample"
+
     def sentences(self) -> list[str]:
         """R_D, what the second, fourth and last measured sights are worth, and what cannot be said."""
         r, i = self.fit.params["R_D"], self.fit.intervals.get("R_D")
-        what = "image" if self.fit.loss_unit else "sample"  # of a foreign table
-        an = f"an {what}" if self.fit.loss_unit else f"a {what}"
+        what, an = self.sample, self.a_sample
         lines = []
         if not self.is_unbounded:
             ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""

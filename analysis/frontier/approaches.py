@@ -31,7 +31,7 @@ class Approaches(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row an approach: approach, exponent, low, high, method, refused."""
+        """One row an approach: approach, exponent, low, high, bias, method, refused."""
         return pd.concat([f.table for f in self.frontiers], ignore_index=True)
 
     def at(self, flops: Any) -> pd.DataFrame:

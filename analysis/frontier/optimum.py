@@ -142,17 +142,29 @@ class Frontier(Result):
             f"C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."
         )
         if self.bias is not None:
-            text += f" By itself this approach errs by {self.bias:+.3f} on this design, which the interval allows for."
+            text += (
+                f" By itself this approach errs by {self.bias:+.3f} on this design; the interval, and that of N*, is "
+                f"about the exponent less that, {self.exponent - self.bias:.3f}."
+            )
         if self.refusals:
             text += f" Refused: {'; '.join(refusal_words(self.refusals))}."
         return [text, *(bullet + one for one in self.advice)]
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row: approach, exponent, low, high, method, refused."""
+        """One row: approach, exponent, low, high, bias, method, refused."""
         i = self.exponent_interval
         row = {"approach": self.approach, "exponent": self.exponent, "low": i.low, "high": i.high}
-        return pd.DataFrame([{**row, "method": self.method, "refused": len(self.refusals)}])
+        bias = np.nan if self.bias is None else self.bias
+        return pd.DataFrame([{**row, "bias": bias, "method": self.method, "refused": len(self.refusals)}])
+
+    def exponent_words(self) -> str:
+        """The exponent with its interval, which is about the exponent less the approach's own bias where it has one."""
+        interval = self.exponent_interval.words(".2f")
+        if self.bias is None or abs(self.bias) < 0.005:
+            return f"{self.exponent:.2f} {interval} by approach {self.approach}"
+        corrected = f"{self.exponent - self.bias:.2f} {interval} less its own bias on this design"
+        return f"{self.exponent:.2f} by approach {self.approach} ({corrected})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""

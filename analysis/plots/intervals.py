@@ -143,7 +143,7 @@ def plot_repeats(found: Repeats) -> Figure:
         uniques = sorted(points["U"].unique())
         colours = ordered_colours(len(uniques))
         fresh = curves.groupby("D")["fresh"].first()
-        ax.plot(fresh.index, fresh, color=MUTED, linestyle=":", label="all images new", zorder=4)
+        ax.plot(fresh.index, fresh, color=MUTED, linestyle=":", label=f"all {found.sample}s new", zorder=4)
         for i, (unique, colour) in enumerate(zip(uniques, colours, strict=True)):
             line, dot = curves[curves["U"] == unique], points[points["U"] == unique]
             ax.plot(line["D"], line["loss"], color=colour)
@@ -152,5 +152,5 @@ def plot_repeats(found: Repeats) -> Figure:
         log_axis(ax, "y", [*points["loss"], *curves["loss"]])
         ax.set_xlabel(axis_label("images_seen", found.fit.loss_unit, found.fit.names))
         ax.set_ylabel(axis_label("val_loss", found.fit.loss_unit, found.fit.names))
-        ax.legend(title="U, different images", **below(len(uniques) + 1))
+        ax.legend(title=f"U, different {found.sample}s", **below(len(uniques) + 1))
         return figure

@@ -176,22 +176,22 @@ def _repeats(study: Study) -> Finding:
     _, points = found.curves()
     caption = (
         f"{found.fit.law.formula}. Marks: measurements at the size with most pool sizes; lines: the law; dotted: were "
-        "every image new."
+        f"every {found.sample} new."
     )
     figure = page_figure(
-        "repeats", "laws", "Loss against images seen, by pool size", caption,
+        "repeats", "laws", f"Loss against {found.sample}s seen, by pool size", caption,
         plot_repeats(found), points,
     )  # fmt: skip
     return Finding(
         section="laws",
-        title="What repeated images are worth",
+        title=f"What repeated {found.sample}s are worth",
         sentences=tuple(found.sentences()),
         figure=figure,
         tables=(
             page_table(
                 "repeats-table",
-                "The worth of the k-th sight of an image",
-                f"As a share of a new image's; passes beyond {human(found.max_epochs)} were not measured.",
+                f"The worth of the k-th sight of {found.a_sample}",
+                f"As a share of a new {found.sample}'s; passes beyond {human(found.max_epochs)} were not measured.",
                 found.table,
                 [
                     ("epochs", "passes", whole),

@@ -1,9 +1,11 @@
-"""What the laws expect beyond the table: losses by the joint law, accuracies by way of the loss."""
+"""What the laws expect beyond the table: losses by the law that predicts best, accuracies by way of the loss."""
 
 from __future__ import annotations
 
 import pandas as pd
 
+from aimscale.analysis.choice.backtest import with_compute
+from aimscale.analysis.choice.proposal import with_variables
 from aimscale.analysis.downstream.links import forecast
 from aimscale.analysis.report.study import Study
 
@@ -11,17 +13,19 @@ FORECAST_SCALES = ((2.0, 2.0), (10.0, 1.0), (1.0, 10.0), (10.0, 10.0))
 
 
 def forecasts(study: Study) -> pd.DataFrame:
-    """What the joint law expects beyond the table: N and D multiplied from the largest run.
+    """What the law expects beyond the table: N and D multiplied from the largest run, data new (U = D).
 
     Returns:
-        Columns: times_n, times_d, N, D, value, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range; empty without the law.
+        Columns: times_n, times_d, N, D, value, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range; empty without a law.
     """
-    joint = study.fits.get("ND")
-    if joint is None:
+    law = study.forecaster
+    if law is None:
         return pd.DataFrame()
+    joint = study.fits["ND"]
     scales = pd.DataFrame(FORECAST_SCALES, columns=["times_n", "times_d"])
     grid = scales.assign(N=scales["times_n"] * joint.ranges["N"][1], D=scales["times_d"] * joint.ranges["D"][1])
-    return pd.concat([grid, joint.predict(grid)], axis=1)
+    found = law.predict(with_variables(grid, law, with_compute(study.usable, None)))
+    return pd.concat([grid, found.assign(beyond_range=scales.max(axis=1))], axis=1)  # in N and D; laws may know C, too
 
 
 def accuracy_forecasts(study: Study) -> pd.DataFrame:
@@ -30,15 +34,16 @@ def accuracy_forecasts(study: Study) -> pd.DataFrame:
     Returns:
         Columns: task, kind, times_n, times_d, loss, accuracy, pi_lo, pi_hi, beyond_range; empty without both steps.
     """
-    joint = study.fits.get("ND")
+    law = study.forecaster
     kind = next((kind for kind, _ in study.links), None)
-    if joint is None or not joint.draws or kind is None:
+    if law is None or not law.draws or kind is None:
         return pd.DataFrame()
     scales = forecasts(study)[["times_n", "times_d", "N", "D"]]
+    places = with_variables(scales, law, with_compute(study.usable, None))
     tables = []
     for (each, task), second in study.links.items():
         if each == kind and second.draws:
-            found = forecast(joint, second, scales[["N", "D"]]).table
+            found = forecast(law, second, places[list(law.law.variables)]).table
             keep = found[["loss", "accuracy", "pi_lo", "pi_hi", "beyond_range"]].reset_index(drop=True)
             tables.append(pd.concat([scales[["times_n", "times_d"]], keep], axis=1).assign(task=task, kind=kind))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

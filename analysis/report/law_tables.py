@@ -35,17 +35,17 @@ def law_tables(study: Study) -> list[PageTable]:
 
 
 def forecast_table(study: Study) -> PageTable | None:
-    """What the joint law expects beyond the table."""
-    frame = forecasts(study)
-    if frame.empty:
+    """What the law that predicts best expects beyond the table."""
+    frame, law = forecasts(study), study.forecaster
+    if frame.empty or law is None:
         return None
     frame["scale"] = [f"{n:g} × N, {d:g} × D" for n, d in zip(frame["times_n"], frame["times_d"], strict=True)]
     frame["interval"] = spans(frame["pi_lo"], frame["pi_hi"], number(4))
     return page_table(
         "forecast",
         "What the joint law expects beyond this table",
-        "From the largest size and budget. The interval is for one new measurement; it assumes that the law holds "
-        "there, unverified as far as the last column says.",
+        f"By {law.law.formula}, from the largest size and budget. The interval is for one new measurement; it assumes "
+        "that the law holds there, unverified as far as the last column says.",
         frame,
         [
             ("scale", "scale", text),
@@ -97,13 +97,15 @@ def frontier_table(study: Study) -> PageTable | None:
     return page_table(
         "frontiers",
         "Compute-optimal size, by approach",
-        "N* grows as a power of C; 1: envelope of training curves, 2: a parabola at each compute, 3: the joint law.",
+        "N* grows as a power of C; 1: envelope of training curves, 2: a parabola at each compute, 3: the joint law. "
+        "Low and high: 95 % interval, of the exponent less the bias that the approach has by itself on this design.",
         study.approaches.table,
         [
             ("approach", "approach", whole),
             ("exponent", "exponent", number(3)),
             ("low", "low", number(3)),
             ("high", "high", number(3)),
+            ("bias", "its own bias", number(3)),
             ("method", "method", prose),
             ("refused", "budgets refused", whole),
         ],

@@ -8,8 +8,8 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.cells import Formatter, PageTable, number, page_table, percent, text, whole
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.tables.design import DESIGN, design_columns
-from aimscale.analysis.tables.results import loss_unit
-from aimscale.analysis.tables.schema import MFU
+from aimscale.analysis.tables.results import loss_unit, usable_rows
+from aimscale.analysis.tables.schema import MFU, their_name
 
 MFU_COLUMNS: list[tuple[str, str, Formatter]] = [(name, f"MFU {how} (%)", percent) for name, how in MFU.items()]
 
@@ -37,7 +37,8 @@ def ladder_table(study: Study) -> PageTable:
     if "device_hours" in frame:
         ladder["device_hours"] = last_of_runs(frame, "device_hours").groupby(frame["size"]).sum(min_count=1)
     if "val_loss" in frame:
-        ladder["best_loss"] = study.usable.groupby(_size_of(study.usable))["val_loss"].min()
+        main, _ = usable_rows(study.main)
+        ladder["best_loss"] = main.groupby(_size_of(main))["val_loss"].min()
     ladder = ladder.reset_index()
     if "params_total" in ladder:
         ladder = ladder.sort_values("params_total")
@@ -57,7 +58,7 @@ def ladder_table(study: Study) -> PageTable:
             ("size", "size", text),
             ("params_trunk", "trunk", whole),
             ("params_head", "pixel head", whole),
-            ("params_total", "all parameters", whole),
+            ("params_total", "all parameters" if study.is_ours else their_name(frame, "params_total"), whole),
             ("flops_per_image", "FLOP/image", human),
             ("num_runs", "runs", whole),
             ("images_per_s", "images/s", human),

@@ -1,7 +1,7 @@
 """What a report says about its tables: fits, correlations, contrasts, noise, each or a sentence why it is not there.
 
-Laws are fitted to the main experiment of the tables (`design.main_part`) at its largest pool of images; the other rows
-are what contrasts and repeats are made of.
+Laws are fitted to the main experiment of the tables (`design.main_part`) where its data are hardly repeated
+(`design.fresh_part`); the other rows are what contrasts and repeats are made of.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from aimscale.analysis.tables.design import fresh_part, lower_envelope, main_par
 from aimscale.analysis.tables.measures import BLOCKS, KIND
 from aimscale.analysis.tables.observations import is_complete
 from aimscale.analysis.tables.results import probe_frame, usable_rows
-from aimscale.analysis.tables.schema import MFU
+from aimscale.analysis.tables.schema import CANONICAL, MFU
 
 MANY_ROWS = 20_000
 """Rows above which noise, repeats and definitions are left to their own verbs."""
@@ -60,7 +60,9 @@ class Study:
     main: pd.DataFrame
     """All rows of the main experiment."""
     usable: pd.DataFrame
-    """Complete rows of the main experiment at its largest pool that have a validation loss: what laws are fitted to."""
+    """Complete rows of the main experiment, with a loss, whose data are hardly repeated: what laws are fitted to."""
+    whose: str = ""
+    """Which rows these are, in words; empty where they are all."""
     num_usable: int
     """Complete rows with a validation loss, of all experiments."""
     probes: pd.DataFrame
@@ -80,7 +82,7 @@ class Study:
     links: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     choice: Choice | None = None
-    """Which joint law predicts the table's own largest scales best."""
+    """Which joint law predicts the table's own largest scales best; it forecasts, too."""
     proposal: Proposal | None = None
     """The runs to buy next for a forecast at twice the largest size and budget, for half of what that run costs."""
     approaches: Approaches | None = None
@@ -94,6 +96,12 @@ class Study:
     """The exponents by meaning of N and C."""
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
+
+    @property
+    def forecaster(self) -> Fit | None:
+        """The law that forecasts: the one that predicted the largest scales best, else the joint law."""
+        joint = self.fits.get("ND")
+        return joint if joint is None or self.choice is None else self.choice.best
 
     @property
     def samples(self) -> str:
@@ -123,11 +131,13 @@ def study_tables(
     exclusions = [*impossible, *exclusions]
     part = main_part(frame)
     fresh = fresh_part(usable_rows(part.rows)[0])
+    whose = ["of the main experiment"] * bool(part.num_others) + [f"with {fresh.words}"] * bool(fresh.num_others)
     study = Study(
         paths=tuple(paths),
         frame=frame,
         main=part.rows,
         usable=fresh.rows,
+        whose=" ".join(whose),
         num_usable=len(everything),
         probes=probe_frame(part.rows[is_complete(part.rows)]),
         collect=collect,
@@ -214,6 +224,8 @@ def _fit_laws(study: Study, resamples: int) -> None:
         rows["C"] = ("power_offset:C", lower_envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
     for key, (law, subset, words) in rows.items():
         study.selections[key] = words
+        if key in ("N", "D") and not varies(subset[CANONICAL[key]]):
+            continue  # every row has a size and a budget of its own: there is no slice to fit anything to
         found = study.attempt(
             f"A law on {words}", partial(fit, law, subset, resamples=affordable(resamples, len(subset)))
         )
@@ -223,7 +235,7 @@ def _fit_laws(study: Study, resamples: int) -> None:
         study.fits["ND"] = _with_tests(study, study.fits["ND"])
         if len(usable) <= MANY_CHOICES:
             with contextlib.suppress(AnalysisError):  # too few rows to hold any out
-                study.choice = choose(AUTO, usable, resamples=0)
+                study.choice = choose(AUTO, usable, resamples=affordable(resamples, len(usable)))
             with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
                 study.proposal = _proposal(study, study.fits["ND"])
         if "flops_train" in usable and usable["flops_train"].notna().any():

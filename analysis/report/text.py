@@ -15,6 +15,7 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.run_tables import last_of_runs
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.tables.design import widest_slice
+from aimscale.analysis.tables.results import usable_rows
 
 
 def runs_in_words(study: Study) -> list[str]:
@@ -63,10 +64,11 @@ def _what_came_out(study: Study) -> Iterator[str]:
     usable = study.usable
     if usable.empty:
         return
-    best = usable.iloc[int(usable["val_loss"].argmin())]
-    error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(usable, "val_loss_se") and best["val_loss_se"] > 0 else ""
-    name = f" by {best['size']}" if _has(usable, "size") else ""
-    seen = f" after {human(best['images_seen'])} {study.samples}" if _has(usable, "images_seen") else ""
+    main, _ = usable_rows(study.main)
+    best = main.iloc[int(main["val_loss"].argmin())]
+    error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
+    name = f" by {best['size']}" if _has(main, "size") else ""
+    seen = f" after {human(best['images_seen'])} {study.samples}" if _has(main, "images_seen") else ""
     reached = f", reached{name}{seen}" if name or seen else ""
     yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}."
     for varied, fixed, words in (
@@ -177,7 +179,9 @@ def methods(study: Study) -> list[str]:
         if _has(frame, name):
             values = dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in frame[name].dropna())
             lines.append(f"{words}: {', '.join(list(values)[:8])}{' and more' if len(values) > 8 else ''}.")
-    lines += study.exclusions or ["Nothing was left out of the fits."]
+    if not study.exclusions and not any(fit.exclusions for fit in study.fits.values()):
+        lines.append("Nothing was left out of the fits.")
+    lines += study.exclusions
     for name, words in (("num_skipped_steps", "skipped optimiser steps"), ("num_bad_samples", "undecodable samples")):
         if _has(frame, name):
             lines.append(f"{int(frame[name].sum())} {words} over all rows.")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from aimscale.analysis.choice.proposal import Proposal
+from aimscale.analysis.choice.proposal import COLLINEAR, Proposal
 from aimscale.analysis.fitting.result import about
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.expected import forecasts
@@ -82,7 +82,8 @@ def _trust_words(colour: Colour, reasons: list[str]) -> str:
 
 def _within_a_sentence(flag: str) -> str:
     """A flag without its full stop; its first letter is small where it is that of a word, not of a parameter."""
-    return (flag[0].lower() + flag[1:] if flag[1:2].islower() else flag).rstrip(".")
+    is_word = flag[1:2].islower() or (flag[1:2] == " " and flag[2:].startswith("rival"))
+    return (flag[0].lower() + flag[1:] if is_word else flag).rstrip(".")
 
 
 def symbol(name: str) -> str:
@@ -96,7 +97,8 @@ def _law(study: Study) -> Iterator[str]:
         yield "None."
         return
     values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
-    yield f"{joint.law.formula} with {values}, on {joint.num_points} of {joint.num_rows} rows."
+    whose = f" {study.whose}" if study.whose else ""
+    yield f"{joint.law.formula} with {values}, on {joint.num_points} of {joint.num_rows} rows{whose}."
     choice = study.choice
     if choice is not None and choice.best.law.name != joint.law.name:
         errors = 100 * choice.table.set_index("law")["mean_error"]
@@ -117,9 +119,7 @@ def _split(study: Study) -> str:
     top = found.largest_budget
     best = found.frontiers[-1]
     at = best.at(top).iloc[0]
-    exponents = ", ".join(
-        f"{f.exponent:.2f} {f.exponent_interval.words('.2f')} by approach {f.approach}" for f in found.frontiers
-    )
+    exponents = ", ".join(f.exponent_words() for f in found.frontiers)
     apart = (
         f" Their N* differ by a factor of {found.disagreement(top):.2g} there and of "
         f"{found.disagreement(100 * top):.2g} at a hundred times that budget."
@@ -136,7 +136,8 @@ def _forecast(study: Study) -> str:
     frame = forecasts(study)
     if frame.empty:
         return "None without a law."
-    joint = study.fits["ND"]
+    joint, law = study.fits["ND"], study.forecaster
+    assert law is not None
     parts = []
     for _, row in frame[frame["times_n"] == frame["times_d"]].iterrows():
         interval = _ends(row["pi_lo"], row["pi_hi"], ".4g")
@@ -147,7 +148,8 @@ def _forecast(study: Study) -> str:
     warning = (
         "" if not {"alpha", "beta"} & joint.not_identified else " Its exponents are not identified: do not use it."
     )
-    return f"A loss of {' and '.join(parts)}; {joint.confidence:.0%} intervals of one measurement.{warning}"
+    by = "" if law.law.name == joint.law.name else f" by the {law.law.name} law"
+    return f"A loss of {' and '.join(parts)}{by}; {law.confidence:.0%} intervals of one measurement.{warning}"
 
 
 def _ends(low: float, high: float, form: str) -> str:
@@ -161,6 +163,10 @@ def _next(study: Study) -> str:
     usable = study.usable
     if joint is None:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
+    ratio = joint.data["D"] / joint.data["N"]
+    if joint.not_identified & {"alpha", "beta"} and ratio.max() < COLLINEAR * ratio.min():
+        line = f"D/N stays between {human(ratio.min())} and {human(ratio.max())}"
+        return f"Every size at several budgets: {line}, and along one line of N and D no exponent can be told."
     for v, name, noun in (("N", "alpha", "sizes"), ("D", "beta", "budgets")):
         if name in joint.not_identified:
             low, high = joint.ranges[v]

@@ -61,14 +61,28 @@ def main_part(frame: pd.DataFrame) -> Part:
     return Part(rows=best, words=words, num_others=len(frame) - len(best))
 
 
+FEW_PASSES = 4.0
+"""Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
+
+
 def fresh_part(frame: pd.DataFrame) -> Part:
-    """The rows at the number of unique images that has most cells, the largest among equals: data hardly repeated."""
+    """The rows at the number of unique images that has most cells, the largest among equals: data hardly repeated.
+
+    Where half of these see their pool more than `FEW_PASSES` times, the rows of any pool that do not, if they make as
+    many as a third of the cells.
+    """
     name = "unique_images"
     if name not in frame or not varies(frame[name]):
         return Part(rows=frame, words="", num_others=0)
     groups = [rows for _, rows in frame.groupby(name, sort=True)]
     best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
-    return Part(rows=best, words=f"{best[name].iloc[0]:,.0f} unique images", num_others=len(frame) - len(best))
+    theirs = frame.attrs.get(THEIR_NAMES, {}).get(name)
+    words = f"{best[name].iloc[0]:,.0f} {theirs or 'unique images'}"
+    if "images_seen" in frame:
+        few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
+        if (best["images_seen"] / best[name]).median() > FEW_PASSES and 3 * _num_cells(few) >= _num_cells(best):
+            best, words = few, f"at most {FEW_PASSES:g} passes over their pool"
+    return Part(rows=best, words=words, num_others=len(frame) - len(best))
 
 
 def _num_cells(rows: pd.DataFrame) -> int:

@@ -263,6 +263,38 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "theirs.csv"]
 
 
+def test_a_lettered_table_with_repeats_and_a_law_of_its_own(tmp_path):
+    """Its sizes are seen, pools that are worn out are left out, the law that predicts best forecasts."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 3e9, 8), np.geomspace(1e9, 1e11, 6)))
+    rng = np.random.default_rng(0)
+    clean = 0.3 + np.sqrt(60 * n**-0.4 + 300 * d**-0.5) * np.exp(1e-3 * rng.standard_normal(n.size))
+    fresh = pd.DataFrame({"N": n, "D": d, "U": d, "L": clean})
+    worn = fresh.assign(U=1e8, L=1.1 * fresh["L"])
+    pd.concat([fresh, worn, fresh.iloc[:1]]).to_csv(tmp_path / "theirs.csv", index=False)
+    write_report(tmp_path / "theirs.csv", columns={"C": "6ND"}, out=tmp_path / "page.html", resamples=40)
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "8 model sizes (10M to 3B parameters), 6 data budgets" in text
+    assert "on 48 of 49 rows with at most 4 passes over their pool" in text
+    assert f"The lowest validation loss is {clean.min():.4f}" in text
+    truth = 0.3 + np.sqrt(60 * 3e10**-0.4 + 300 * 1e12**-0.5)
+    loss = re.search(r"and (0\.\d+) \[(0\.\d+), (0\.\d+)\] at N = 30B, .* \(10 times beyond .* by the (\w+) law;", text)
+    assert loss[4] in ("coupled", "farseer")
+    assert float(loss[2]) < truth < float(loss[3])
+    assert "1 row that repeat another row exactly" in text
+    assert "Nothing was left out" not in text
+    assert "What repeated samples are worth" in text
+    assert not any(ours in text for ours in ("image", "all parameters", "val_loss", "params_total"))
+
+
+def test_sizes_and_budgets_on_one_line_are_told_to_leave_it(tmp_path):
+    n = np.geomspace(1e7, 1e10, 8)
+    loss = (1.8 + 400 * n**-0.34 + 2000 * (20 * n) ** -0.37) * np.exp(1e-3 * np.sin(99 * np.arange(8)))
+    pd.DataFrame({"N": n, "D": 20 * n, "L": loss}).to_csv(tmp_path / "line.csv", index=False)
+    text = Page(write_report(tmp_path / "line.csv", resamples=40).read_text()).text
+    assert "Every size at several budgets: D/N stays between 20 and 20" in text
+    assert "A law on rows" not in text
+
+
 def test_formulas_become_html_only_after_escaping():
     assert str(maths("L = A N^-alpha <b> -0.5 at 3 %")) == "L = A N<sup>−α</sup> &lt;b&gt; −0.5 at 3\u00a0%"
     assert str(maths("((Nc/N)^(aN/aD) + x)^aD")) == "((Nc/N)<sup>aN/aD</sup> + x)<sup>aD</sup>"

@@ -72,12 +72,21 @@ def test_the_main_experiment_is_the_one_with_most_cells(known_study):
     assert part.words == "prefix paired"
     assert part.num_others == 100
     fresh = fresh_part(part.rows)
-    assert set(fresh.rows["unique_images"]) == {64000}
+    assert (set(fresh.rows["unique_images"]), fresh.words) == ({64000}, "64,000 unique images")
     flags = mixture_flags(df, ["N", "D"])
     assert "mix experiments (prefix: paired, none)" in flags[0]
     assert "unique images (1,000, 64,000)" in flags[1]
     assert mixture_flags(known_study(grid), ["N", "D"]) == ()
     assert mixture_flags(part.rows, ["N", "D", "U"]) == ()
+
+
+def test_a_pool_seen_many_times_gives_way_to_rows_that_see_theirs_few_times(known_study):
+    worn = {"seeds": [0], "uniques": [1000]}
+    fresh = [{"seeds": [0], "budgets": [seen], "uniques": [seen]} for seen in (4000, 8000, 16000, 32000)]
+    part = fresh_part(known_study(worn, *fresh))
+    assert (part.words, part.num_others) == ("at most 4 passes over their pool", 24)
+    assert part.rows["epochs"].max() == 4
+    assert set(fresh_part(known_study(worn, *fresh[:1])).rows["unique_images"]) == {1000}
 
 
 def test_other_validation_images_are_another_experiment(known_study):
