@@ -170,9 +170,15 @@ def round_ticks(low: float, high: float, most: int = 7) -> list[float]:
     if decades < 0.5:
         steps = mpl.ticker.MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         return [float(step) for step in steps if low <= step <= high]
+    exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+
+    def of(mantissas: Sequence[int]) -> list[float]:
+        return [m * 10.0**e for e in exponents for m in mantissas if low <= m * 10.0**e <= high]
+
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
-        exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-        ticks = [m * 10.0**e for e in exponents for m in mantissas if low <= m * 10.0**e <= high]
+        ticks = of(mantissas)
+        if len(ticks) < 3:  # half a decade may hold a single one of 1, 2 and 5
+            return of(range(1, 10))
         if len(ticks) <= most:
             return ticks
     return ticks[:: int(np.ceil(len(ticks) / most))]

@@ -134,13 +134,13 @@ def test_numbers_read_as_people_say_them():
     assert shown == ["27.6k", "1.21B", "1M", "3.5×10²¹", "0.0123", "0", "–"]
 
 
-@pytest.mark.parametrize("span", [(0.30, 0.31), (0.2, 0.5), (1e3, 1e4), (1e4, 1e10), (5, 5)])
+@pytest.mark.parametrize("span", [(0.30, 0.31), (0.2, 0.5), (2.57, 7.8), (1e3, 1e4), (1e4, 1e10), (5, 5)])
 def test_log_axes_have_a_few_ticks_inside(span):
     _, (ax,) = new_figure()
     log_axis(ax, "y", span)
     low, high = ax.get_ylim()
     ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
-    assert 1 <= len(ticks) <= 10
+    assert (1 if span == (5, 5) else 3) <= len(ticks) <= 10
 
 
 def test_a_hundred_thousand_points_become_an_image_in_the_figure(joint):
