@@ -17,10 +17,10 @@ from scipy.stats import t as student
 from aimscale.analysis.effects.compared import Contrast, Contrasts
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.mixed import mixed_model
-from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
+from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
 from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.tables.observations import is_complete
-from aimscale.analysis.tables.schema import our_name
+from aimscale.analysis.tables.schema import column_names, our_name, their_name
 
 SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
 """Columns of scale and chance that a pair must share."""
@@ -73,6 +73,7 @@ def contrast(
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
     """
     by = by if by in (KIND, BLOCKS) else our_name(frame, by)
+    frame = frame if by == "params_total" else with_size(frame)
     ignore = [our_name(frame, name) for name in ignore]
     rows = frame[is_complete(frame)]
     if by in rows and not varies(rows[by]):
@@ -86,7 +87,7 @@ def contrast(
         left_out.append(f"Losses at different {by} {OTHER_UNIT[by]}, so they are not compared.")
     if not asked:
         raise AnalysisError(f"Nothing can be compared over {by}. {' '.join(left_out)}".rstrip())
-    keys = _keys(rows, by, ignore)
+    keys = _keys(rows, by, ignore, {m.column for m in asked})
     long = long_format(rows, asked, by)
     levels = _levels(long[by])
     if len(levels) < 2:
@@ -94,18 +95,20 @@ def contrast(
         raise AnalysisError(f"Nothing can be compared: {alone} values of {', '.join(m.title for m in asked)}.")
     baseline = _baseline(long, by, levels, baseline)
     found: list[Contrast] = []
+    why: dict[str, list[str]] = {}  # reason -> the measures that have it
     for m in asked:
         for level in levels:
             if level == baseline:
                 continue
             one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level, confidence)
             if isinstance(one, str):
-                left_out.append(one)
+                why.setdefault(one, []).append(m.title)
             else:
                 found.append(one)
+    left_out += [f"{', '.join(titles)}: {reason}" for reason, titles in why.items()]
     if not found:
         raise AnalysisError(" ".join(_some_lines(left_out)))
-    equal = tuple(name for name in keys if varies(rows[name]))
+    equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
     return Contrasts(
         by=by,
         baseline=baseline,
@@ -132,16 +135,24 @@ def _some_lines(lines: list[str], limit: int = 5) -> tuple[str, ...]:
     return (*different[:limit], *more)
 
 
-def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str]) -> list[str]:
+def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: set[str]) -> list[str]:
     """Columns that a pair must share."""
     unknown = [name for name in ignore if name not in rows]
     if unknown:
-        raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {', '.join(map(str, rows))}.")
+        raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {column_names(rows)}.")
     if by in (KIND, BLOCKS):
         return [name for name in ("run_id", *SCALE) if name in rows]
     names = [*SCALE, *DESIGN, "head_depth", "head_width", *MEASURED_ON, *setup_columns(rows)]
-    free = {by, *FOLLOWS.get(by, ()), *ignore}
+    foreign = foreign_settings(rows, measured)
+    names += foreign
+    same = [name for name in ("size", *foreign) if name in rows and by in rows and _is_one(rows, by, name)]
+    free = {by, *FOLLOWS.get(by, ()), *same, *ignore}
     return [name for name in dict.fromkeys(names) if name in rows and name not in free]
+
+
+def _is_one(rows: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether two columns are one under two names, such as a model's name and its size."""
+    return len(rows[[one, other]].drop_duplicates()) == rows[one].nunique() == rows[other].nunique()
 
 
 def _levels(values: pd.Series) -> list[str]:
@@ -178,12 +189,12 @@ def _one(
     sides = [long[names == each] for each in (baseline, level)]
     if min(map(len, sides)) == 0:
         absent = baseline if sides[0].empty else level
-        return f"{measure.title}: no value at {by} = {absent}."
+        return f"no value at {by} = {absent}."
     means = [side.groupby(keys, dropna=False)["value"].mean().reset_index() for side in sides]
     pairs = means[0].merge(means[1], on=keys, suffixes=("_baseline", "_level"))
     pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
     if pairs.empty:
-        return f"{measure.title}: nothing is paired between {by} = {baseline} and {level}; {_why(sides, keys)}"
+        return f"nothing is paired between {by} = {baseline} and {level}; {_why(sides, keys)}"
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
     runs = [name for name in keys if name != "images_seen"]
     pairs["run_pair"] = pairs.groupby(runs, dropna=False).ngroup() if runs else 0
@@ -260,7 +271,7 @@ def _by_scale(pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
 
 def _why(sides: list[pd.DataFrame], keys: list[str]) -> str:
-    """Columns in which the two levels never agree."""
+    """Columns in which the two levels never agree, each or with the others equal."""
     apart = []
     for name in keys:
         ours, theirs = (set(side[name].dropna().unique()) for side in sides)
@@ -268,7 +279,17 @@ def _why(sides: list[pd.DataFrame], keys: list[str]) -> str:
             apart.append(f"{name} ({_some(ours)} against {_some(theirs)})")
     if apart:
         return f"their rows never agree in {', '.join(apart)}; run both with the same, or --ignore that column."
-    return f"no row of one agrees with a row of the other in all of {', '.join(keys)}."
+    for name in keys:
+        rest = [key for key in keys if key != name]
+        near = sides[0].merge(sides[1], on=rest) if rest else sides[0].merge(sides[1], how="cross")
+        if len(near):
+            ours, theirs = (set(near[f"{name}_{side}"].dropna().unique()) for side in "xy")
+            return (
+                f"rows that agree in all else differ in {name} ({_some(ours)} against {_some(theirs)}); run both with "
+                "the same, or --ignore that column."
+            )
+    apart = ", ".join(name for name in keys if len(pd.concat(side[name] for side in sides).unique()) > 1)
+    return f"no row of one agrees with a row of the other in all of {apart}."
 
 
 def _some(values: set[Any]) -> str:

@@ -26,6 +26,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.tables.design import with_size
 from aimscale.analysis.tables.observations import is_complete
 
 MIN_VALID = 0.9
@@ -97,14 +98,11 @@ def with_gains(found: Contrasts, frame: pd.DataFrame, *, resamples: int = 300) -
     if found.by in ASKS_OTHERWISE:
         why = f"Compute-equivalent gains are left out: losses at other {found.by} differ in what is asked."
         return replace(found, left_out=(*found.left_out, why))
+    frame = with_size(frame)
     rows = frame[is_complete(frame)]
     rows = rows[rows[found.by].map(level_name, na_action="ignore") == found.baseline]
     left_out = list(found.left_out)
-    sizes = (
-        {str(k): float(v) for k, v in frame.groupby("size")["params_total"].median().items()}
-        if "size" in frame.columns
-        else {}
-    )
+    sizes = {str(k): float(v) for k, v in frame.groupby("size")["params_total"].median().items()}
     gains: list[Gain] = []
     for each in losses:
         own = gain_at_one_size(each, frame, found.by, sizes)

@@ -21,7 +21,7 @@ from aimscale.analysis.effects.contrasts import SCALE
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns, varies
+from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
 from aimscale.analysis.tables.observations import is_complete
 from aimscale.analysis.tables.schema import FOLDER, no_column
 
@@ -120,6 +120,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
     """
+    df = with_size(df)
     rows = df[is_complete(df)]
     if y not in rows:
         raise no_column(rows, y)
@@ -132,28 +133,32 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
         Component(source="spread over the whole table", value=float(np.std(log_y, ddof=1)), low=np.nan, high=np.nan,
                   basis=f"{len(rows)} rows")
     ]  # fmt: skip
-    found, cells = _seeds(rows, log_y, confidence)
+    found, cells = _seeds(rows, y, log_y, confidence)
     components += found
     if not found:
-        missing.append("No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.")
+        settings = foreign_settings(rows, {y})
+        also = f" ({', '.join(settings)} must agree, too)" if settings else ""
+        missing.append(
+            f"No two rows differ in the seed alone{also}, so the noise of seeds is not known; run more seeds."
+        )
     share = float("nan")
     if found:
         share = min(1.0, found[0].value ** 2 / components[0].value ** 2) if components[0].value > 0 else np.nan
     if y == "val_loss":
-        components += _validation(rows, y, _cells(rows), confidence, missing)
+        components += _validation(rows, y, _cells(rows, y), confidence, missing)
     if len(components) == 1:
         raise AnalysisError(f"This table cannot tell noise from anything: {' '.join(missing)}")
     components += _law(rows, y, confidence)
     return Noise(components=tuple(components), seed_share=share, cells=cells, missing=tuple(missing))
 
 
-def _seeds(rows: pd.DataFrame, log_y: np.ndarray, confidence: float) -> tuple[list[Component], pd.DataFrame]:
+def _seeds(rows: pd.DataFrame, y: str, log_y: np.ndarray, confidence: float) -> tuple[list[Component], pd.DataFrame]:
     """Between seeds, pooled over cells; and how much of it a run's budgets share."""
     empty = pd.DataFrame(columns=["size", "images_seen", "num_seeds", "mean", "sd"])
     if "seed" not in rows or not varies(rows["seed"]):
         return [], empty
-    keys = _keys(rows)
-    table = rows[[*keys, "seed"]].assign(log_y=log_y, cell=_cells(rows))
+    keys = _keys(rows, y)
+    table = rows[[*keys, "seed"]].assign(log_y=log_y, cell=_cells(rows, y))
     groups = [name for name in keys if name != "images_seen"]
     table["group"] = table.groupby(groups, dropna=False).ngroup() if groups else 0
     table = table.groupby(["cell", "group", "seed"]).agg(
@@ -185,15 +190,16 @@ def _seeds(rows: pd.DataFrame, log_y: np.ndarray, confidence: float) -> tuple[li
     return components, cells.reset_index(drop=True)
 
 
-def _keys(rows: pd.DataFrame) -> list[str]:
+def _keys(rows: pd.DataFrame, y: str) -> list[str]:
     """Columns in which two rows of a cell agree: all of the design but the seed."""
     names = ["params_total", *SCALE, *DESIGN, "head_depth", "head_width", *MEASURED_ON, *setup_columns(rows)]
+    names += foreign_settings(rows, {y})
     return [name for name in dict.fromkeys(names) if name in rows and name != "seed"]
 
 
-def _cells(rows: pd.DataFrame) -> pd.Series:
+def _cells(rows: pd.DataFrame, y: str) -> pd.Series:
     """Number of each row's cell, by row label."""
-    keys = _keys(rows)
+    keys = _keys(rows, y)
     return rows.groupby(keys, dropna=False).ngroup() if keys else pd.Series(0, index=rows.index)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.schema import CANONICAL, THEIR_NAMES, no_column
+from aimscale.analysis.tables.schema import CANONICAL, FOLDER, KNOWN, THEIR_NAMES, no_column
 
 DESIGN = ("prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size")
 """Columns of the results table that make runs another experiment, not another scale of the same."""
@@ -28,6 +28,40 @@ SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 def setup_columns(frame: pd.DataFrame) -> list[str]:
     """Columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
     return [str(name) for name in frame.columns if "." in str(name) and str(name).split(".")[0] in SECTIONS]
+
+
+IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", FOLDER)
+"""Columns of words that tell runs apart without being settings."""
+
+
+def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:
+    """Columns of a foreign table that are settings: words and numbers that repeat (numbers in three rows or more each).
+
+    Other numbers are taken for measurements. A word that stands for one size and one seed is the name of a run.
+    """
+    scale = [name for name in ("params_total", "seed") if name in frame and varies(frame[name])]
+    found = []
+    for name in map(str, frame.columns):
+        if name in KNOWN or name in IDENTITIES or name in CANONICAL or name in measured or not varies(frame[name]):
+            continue
+        if pd.api.types.is_numeric_dtype(frame[name]):
+            is_setting = 3 * frame[name].nunique() <= len(frame)
+        else:
+            words = frame[name].astype(str)  # a cell may be a list
+            is_name = len(scale) == 2 and frame.groupby(words)[scale].nunique().max(axis=None) <= 1
+            is_setting = words.nunique() < len(frame) and not is_name
+        found += [name] * is_setting
+    return found
+
+
+def with_size(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with a `size` per number of parameters where it has none: foreign tables count, and do not name."""
+    if "size" in frame or "params_total" not in frame:
+        return frame
+    out = frame.assign(size=frame["params_total"].map("{:.4g}".format))
+    theirs = frame.attrs.get(THEIR_NAMES, {})
+    out.attrs[THEIR_NAMES] = {**theirs, "size": theirs.get("params_total", "params_total")}
+    return out
 
 
 def varies(values: pd.Series) -> bool:

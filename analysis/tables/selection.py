@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, setup_columns
+from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns
 from aimscale.analysis.tables.observations import NOT_CHOSEN, is_complete
-from aimscale.analysis.tables.schema import CANONICAL, KNOWN, TableError, column_names, our_name
+from aimscale.analysis.tables.schema import CANONICAL, TableError, column_names, our_name
 
-IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", "table_folder")
-"""Columns of words that tell runs apart without being settings."""
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
 
@@ -47,8 +45,7 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
     """Of rows that differ in some tuned columns, the one with the lowest loss.
 
-    A cell is what agrees in N, D, U, seed, design and set-up, and in every foreign column that is a setting: words, and
-    numbers that repeat (three rows per value or more). Other foreign numbers are taken for measurements.
+    A cell is what agrees in N, D, U, seed, design and set-up, and in every foreign setting (`foreign_settings`).
 
     Returns:
         The best rows, in order. `attrs` tells how many were left out, and in how many cells the best value is the
@@ -74,10 +71,9 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
 
 def _cell_columns(rows: pd.DataFrame, not_these: set[str]) -> list[str]:
     scale = (*CANONICAL, *CANONICAL.values(), "size", "seed", *DESIGN, *MEASURED_ON, *setup_columns(rows))
-    foreign = [str(name) for name in rows if name not in KNOWN and name not in IDENTITIES]
-    settings = [name for name in foreign if rows[name].dtype == object or 3 * rows[name].nunique() <= len(rows)]
     skip = {"L", "val_loss", "C", "flops_train", *not_these}
-    names = [name for name in dict.fromkeys([*scale, *settings]) if name in rows and name not in skip]
+    known = dict.fromkeys([*scale, *foreign_settings(rows, not_these)])
+    names = [name for name in known if name in rows and name not in skip]
     if not names:
         raise TableError("--best-of: the table has no N, D or other column that would tell its cells apart")
     return names

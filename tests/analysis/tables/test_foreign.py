@@ -94,6 +94,34 @@ def test_columns_called_by_a_letter_are_known_to_every_verb(command, lettered, t
     assert len(values[0]) > 5
 
 
+def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_path):
+    """Pairs and cells agree in N where no size is named, and in rates and words; not in the names of runs."""
+    named = lettered.drop(columns="C").assign(
+        run=lambda df: [f"{n:g}-{s}" for n, s in zip(df["N"], df["seed"], strict=True)]
+    )
+    both = pd.concat([named.assign(data="a"), named.assign(data="b", L=1.02 * named["L"])])
+    both.to_csv(tmp_path / "both.csv", index=False)
+
+    def said(name: str, *options: str) -> str:
+        return CliRunner().invoke(verb(name), [str(tmp_path / "both.csv"), *options], catch_exceptions=False).output
+
+    words = said("contrast", "--by", "data", "--each")
+    assert "with everything else equal (N, seed, D, lr)" in words
+    assert "ratio 1.0200 [1.0200, 1.0200], over 30 pairs of runs (120 of rows)" in words
+    assert "3.162e+07" in words
+    words = said("noise")
+    assert "(120 cells; 30 degrees of freedom of runs, 90 of rows within them)" in words
+    words = said("contrast", "--by", "N")
+    assert "over 12 pairs of runs" in words
+    both[both["seed"] == both["data"].map({"a": 0, "b": 1})].to_csv(tmp_path / "both.csv", index=False)
+    with pytest.raises(
+        AnalysisError, match=r"never agree in seed \(0 against 1\); run both with the same, or --ignore"
+    ):
+        said("contrast", "--by", "data")
+    with pytest.raises(AnalysisError, match=r"No two rows differ in the seed alone \(lr, data must agree, too\)"):
+        said("noise")
+
+
 def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_path):
     layers = lettered.rename(columns={"L": "loss", "N": "all"}).assign(L=12, N=lettered["N"] / 2, C="cluster-a")
     layers.to_csv(tmp_path / "layers.csv", index=False)
