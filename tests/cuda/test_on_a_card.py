@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +17,28 @@ from torch.profiler import profile
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
+from aimscale.aim.weights import write_weights
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.train import random_batches
+from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.crops import Crops, Jitter, pack
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import memory_estimate
-from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.probe.features.extraction import ALONE
+from aimscale.harness.probe.protocol import Bounds
+from aimscale.harness.probe.run import load_budget, probe_run
+from aimscale.harness.run.config import OptimiserSection, run_config
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.row import model_of
+from aimscale.harness.step.blocks import BlockWatch
 from aimscale.harness.step.checkpoint import load_checkpoint
 from aimscale.harness.step.deepspeed_setup import CompileMode, EngineOptions
 from aimscale.harness.step.engine import Engine, fragment_of
 from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import CheckpointWriter
+from aimscale.harness.train.validation import validate
 
 DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -39,6 +49,7 @@ needs_card = pytest.mark.skipif(DEVICE != "cuda", reason="the question is a card
 
 CONFIG = model_config("w128-d2", image_size=32, patch_size=4)
 MEDIUM = model_config("w1024-d8", image_size=224, patch_size=14)
+OFFLOADED = [("bf16", 1, "optimiser"), ("bf16", 2, "optimiser"), ("bf16", 3, "all")]
 STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 
 
@@ -56,9 +67,13 @@ def engine(group: Group) -> Iterator[Callable[..., Engine]]:
     """Makes engines, and gives their memory back."""
     made: list[Engine] = []
 
-    def make(config=CONFIG, precision: str = "bf16", stage: int = 1, compiled: CompileMode = "none") -> Engine:
+    def make(
+        config=CONFIG, precision: str = "bf16", stage: int = 1, compiled: CompileMode = "none", offload: str = "none"
+    ) -> Engine:
         optimiser = OptimiserSection(batch_size=16, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
-        options = EngineOptions(zero_stage=stage, compile=compiled)
+        options = EngineOptions(
+            zero_stage=stage, compile=compiled, offload_optimiser=offload != "none", offload_weights=offload == "all"
+        )
         made.append(Engine(config, optimiser, options, group))
         return made[-1]
 
@@ -101,6 +116,12 @@ def test_every_stage_takes_the_steps_of_fsdp2(precision: str, stage: int, engine
     found = losses(engine(precision=precision, stage=stage))
     assert found == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 1e-2)
     assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize(("precision", "stage", "offload"), OFFLOADED)
+def test_offloaded_steps_are_the_others(precision: str, stage: int, offload: str, engine: Callable) -> None:
+    expected = losses(engine(precision=precision, stage=stage))
+    assert losses(engine(precision=precision, stage=stage, offload=offload)) == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
@@ -158,11 +179,15 @@ def test_images_made_a_step_ahead_are_those_of_the_step() -> None:
 
 
 @needs_card
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
-def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(precision: str, stage: int, engine: Callable) -> None:
+@pytest.mark.parametrize(
+    ("precision", "stage", "offload"), [("fp32", 0, "none"), ("bf16", 1, "none"), ("bf16", 2, "none"), *OFFLOADED]
+)
+def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(
+    precision: str, stage: int, offload: str, engine: Callable
+) -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    made = engine(MEDIUM, precision, stage)
+    made = engine(MEDIUM, precision, stage, offload=offload)
     torch.cuda.reset_peak_memory_stats()
     step = random_batches(MEDIUM, 64, 64)
     for _ in range(2):
@@ -175,6 +200,8 @@ def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(precision: str
         micro_batch=64,
         precision=precision,  # type: ignore[arg-type]
         activation_checkpointing=False,
+        offload_optimiser=offload != "none",
+        offload_weights=offload == "all",
     )
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(estimate.total - estimate.workspace, rel=0.1)
 
@@ -184,6 +211,7 @@ def test_nothing_of_ours_waits_for_the_card_in_a_step(
     engine: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = engine()
+    blocks = BlockWatch(made, 1)
     source = ([batch.pin_memory() for batch in step_of_crops(16)] for _ in range(5))
     waits: Counter[str] = Counter()
 
@@ -197,11 +225,50 @@ def test_nothing_of_ours_waits_for_the_card_in_a_step(
             torch.cuda.set_sync_debug_mode("warn")
             warnings.simplefilter("always")
             monkeypatch.setattr(warnings, "showwarning", note)
-        made.step(step, num_targets=count_targets(step, CONFIG.num_tokens), lr=1e-3)
+        with blocks.step(number):
+            made.step(step, num_targets=count_targets(step, CONFIG.num_tokens), lr=1e-3)
     torch.cuda.set_sync_debug_mode("default")
     with capsys.disabled():
         print(f"\nwaits of two steps, all DeepSpeed's: {dict(waits)}")
     assert [place for place in waits if "/deepspeed/" not in place] == []
+
+
+def test_a_run_is_evaluated_as_on_the_cpu(write_images: Callable[..., str], tmp_path: Path, group: Group) -> None:
+    """Validation and every kind of probe, its tokens kept or computed again."""
+    data = [
+        write_images(tmp_path / name, 80, seed=seed, classes=("a", "b")) for seed, name in enumerate(("fit", "test"))
+    ]
+    kinds = ["linear", "attentive", "efficient", "knn", "lora"]
+    probe = {"task": "redder", "train": data[0], "test": data[1], "kinds": kinds, "epochs": 2, "lrs": [1e-2]}
+    fields: dict[str, Any] = {
+        "model": {"size": "w64-d2", "image_size": 16, "patch_size": 4},
+        "data": {"sources": [{"path": data[0]}]},
+        "optimiser": {"batch_size": 16},
+        "budgets": [64],
+        "validation": {"path": data[1], "num_prefixes": 2},
+        "probes": [probe | {"batch_size": 20, "precision": "fp32"}],
+    }
+    config = run_config(fields, "the test")
+    found: dict[str, list[float]] = {}
+    for place, cache_gb in (("cpu", 2.0), (DEVICE, 2.0), (DEVICE, 0.0)):
+        run = RunDir.create(tmp_path / f"run-{place}-{cache_gb}", config)
+        model = AIM(model_of(config.training))
+        write_weights(model.state_dict(), run.model_file(64))
+        where = group if place == DEVICE else ALONE
+        loss = validate(
+            load_budget(run, config, 64, where.device),
+            open_dataset(data[1]),
+            config.evaluation.validation,
+            config.training.model,
+            where,
+        ).loss
+        ((_, entries),) = probe_run(run.path, group=where, bounds=Bounds(cache_gb=cache_gb, disk_gb=1))
+        assert [entry["kind"] for entry in entries] == kinds
+        found[run.path.name] = [loss, *(entry["top1"] for entry in entries)]
+    expected, *others = found.values()
+    for other in others:
+        assert other[0] == pytest.approx(expected[0], rel=2e-3)
+        assert other[1:] == pytest.approx(expected[1:], abs=0.05)
 
 
 @needs_card
