@@ -12,7 +12,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.peer import peer_step
 from aimscale.harness.bench.reference import ReferenceEngine
+from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan
@@ -103,7 +104,7 @@ def run(
     runtime: RuntimeConfig,
     *,
     num_steps: int = 20,
-    batches: Iterator[list[Batch]] | None = None,
+    batches: Callable[..., Generator[list[Batch]]] | None = None,
     with_peer: bool = False,
     with_stages: bool = False,
     with_references: bool = True,
@@ -115,7 +116,8 @@ def run(
     Args:
         optimiser: batch size, precision and the rest; the batch is that of all ranks.
         runtime: device, ZeRO stage, micro-batch and compiling.
-        batches: the training loader, to measure the wait for data; None takes random images.
+        batches: `train_batches` of some steps, to measure the wait for data, which is told what depends on ranks and
+            memory; None takes random images.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
     """
     group = start_group(find_placement(), runtime.device)
@@ -141,7 +143,9 @@ def run(
         data_wait = None
         if batches is not None:
             engine = Engine(model_config, optimiser, options, group)
-            data_wait = _data_wait(engine, batches, num_steps, model_config.num_tokens)
+            loaded = _as_a_run_loads(batches, plan.micro_batch, group)
+            data_wait = _data_wait(engine, loaded, num_steps, model_config.num_tokens)
+            loaded.close()
             engine.close()
         peak = measure_peak(group.device, optimiser.precision)
     finally:
@@ -264,6 +268,15 @@ def _timed(step: Step) -> float:
     started = time.perf_counter()
     step().item()
     return time.perf_counter() - started
+
+
+def _as_a_run_loads(
+    batches: Callable[..., Generator[list[Batch]]], micro_batch: int, group: Group
+) -> Generator[list[Batch]]:
+    is_card = group.device.type == "cuda"
+    ranks = {"rank": group.rank, "world_size": group.world_size}
+    loaded = batches(micro_batch=micro_batch, pin_memory=is_card, **ranks)
+    return on_device_ahead(loaded, group.device) if is_card else loaded
 
 
 def _data_wait(engine: Engine, batches: Iterator[list[Batch]], num_steps: int, num_tokens: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -98,12 +99,12 @@ def train(
 
         loaded = load_run_config(config)
         shape, optimiser = model_of(loaded.training), loaded.training.optimiser
-        batches = train_batches(
-            open_stream(loaded),
+        batches = functools.partial(
+            train_batches,
+            open_stream(loaded, augment_on=loaded.runtime.augment_on),
             start=0,
             stop=(steps + 2) * optimiser.batch_size,
             batch_size=optimiser.batch_size,
-            micro_batch=micro_batch or optimiser.batch_size,
             num_workers=workers,
         )
     runtime = {

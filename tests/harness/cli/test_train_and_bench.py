@@ -6,18 +6,22 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import aimscale.harness.bench.train
+import aimscale.harness.device.memory
 import aimscale.harness.device.peak
 import aimscale.harness.train.attempt
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.cli import bench as cli_bench
+from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
+from aimscale.harness.step.engine import Engine, StepOutcome
 from aimscale.sweeps.cli.main import verb
 
 Run = Callable[..., list[int]]
@@ -57,6 +61,30 @@ def test_train_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert isinstance(CliRunner().invoke(verb("train"), [str(tmp_path)]).exception, ConfigError)
     assert isinstance(CliRunner().invoke(verb("train"), [str(tmp_path / "no.yaml")]).exception, ConfigError)
     assert list(tmp_path.iterdir()) == []
+
+
+def invoke_in_little_memory(rank: int, arguments: list[str], out: Path, sizes: Path) -> None:
+    """As on a device that holds two images, of 16 tokens each, at a time; writes down the sizes of micro-batches."""
+    aimscale.harness.device.memory.MAX_MICRO_BATCH_TOKENS = 32
+    step, seen = Engine.step, set()
+
+    def watched(self: Engine, micro_batches: list[Batch], **words: Any) -> StepOutcome:
+        seen.update(len(batch) for batch in micro_batches)
+        return step(self, micro_batches, **words)
+
+    Engine.step = watched  # type: ignore[method-assign]
+    invoke(rank, cli_bench.app, arguments, out)
+    sizes.write_text(json.dumps(sorted(seen)))
+
+
+def test_bench_train_loads_images_as_the_run_does(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    """In micro-batches that the memory holds, not a batch at once."""
+    (tmp_path / "config.yaml").write_text(tiny_config().to_yaml())
+    arguments = ["train", "--config", str(tmp_path / "config.yaml"), "--steps", "2", "--alone", "--json"]
+    out, sizes = tmp_path / "bench.json", tmp_path / "sizes.json"
+    assert in_processes(invoke_in_little_memory, arguments, out, sizes) == [0]
+    assert 0 <= json.loads(out.read_text())["data_wait"] < 1
+    assert json.loads(sizes.read_text()) == [2]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
