@@ -34,6 +34,7 @@ from aimscale.harness.data.stream.augment import box_draws, crop_resize_into, dr
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.threads import one_thread
+from aimscale.harness.device.distributed import choose_device, find_placement
 from aimscale.harness.run.config import RunConfig, run_config
 
 _HEIGHT, _WIDTH, _QUALITY = 375, 500, 90
@@ -63,7 +64,7 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         `small`: images/s of 32 px images, first epoch and later ones; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(find_placement(), "auto")  # it multiplies as in training
     with tempfile.TemporaryDirectory() as folder, one_thread():
         config = _config(Path(folder) / "large", _photographs(num_images), CROP_SIZE)
         streams = {where: TrainStream(config, augment_on=where) for where in _PLACES}
@@ -87,7 +88,7 @@ def run(*, num_images: int = 256, seconds: float = 10.0, workers: Sequence[int] 
         "minimal_share": _share(times, "minimal", fastest),
         "stream_of_minimal": _share(times, "stream", "minimal"),
         "loader": loader,
-        "device": {"name": device, "images_per_s": resized},
+        "device": {"name": device.type, "images_per_s": resized},
         "jitter": jitter,
         "small": small,
         "setting": {
@@ -277,7 +278,7 @@ def _jitter(config: RunConfig, fastest: str, work: Sequence[tuple[bytes, Box]], 
     return {name: TURN / statistics.median(values) for name, values in _times_of(turns, seconds).items()}
 
 
-def _device_rate(stream: TrainStream, device: str, seconds: float) -> float:
+def _device_rate(stream: TrainStream, device: torch.device, seconds: float) -> float:
     """Images/s that a device resizes, flips and normalises."""
     batch = stream.batch(np.arange(TURN))
     for _ in range(3):

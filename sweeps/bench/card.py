@@ -66,7 +66,7 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     yield Part(name="gemm", words=[*aimscale_command, "bench", "gemm", "--device", device, "--json"], limit_s=60)
     # No options of pyproject: xdist and the like may be missing there.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
-    yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpus"] if rehearse else []), str(TESTS)], limit_s=200)
+    yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
     shape = ["--image-size", "16", "--steps", "2"] if rehearse else [*ON_CARD, "--steps", "10"]
     training = []
     for index, (size, batch, how) in enumerate(REHEARSED_TRAINING if rehearse else CARD_TRAINING):

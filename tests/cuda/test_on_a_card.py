@@ -124,7 +124,7 @@ def test_offloaded_steps_are_the_others(precision: str, stage: int, offload: str
     assert losses(engine(precision=precision, stage=stage, offload=offload)) == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
 def test_a_resumed_run_holds_the_same_bits(
     precision: str, stage: int, engine: Callable, group: Group, tmp_path: Path
 ) -> None:
