@@ -288,8 +288,8 @@ def _why(sides: list[pd.DataFrame], keys: list[str]) -> str:
                 f"rows that agree in all else differ in {name} ({_some(ours)} against {_some(theirs)}); run both with "
                 "the same, or --ignore that column."
             )
-    apart = ", ".join(name for name in keys if len(pd.concat(side[name] for side in sides).unique()) > 1)
-    return f"no row of one agrees with a row of the other in all of {apart}."
+    varied = [name for name in keys if len(pd.concat([side[name] for side in sides]).unique()) > 1]
+    return f"no row of one agrees with a row of the other in all of {', '.join(varied)}."
 
 
 def _some(values: set[Any]) -> str:

@@ -42,15 +42,17 @@ def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> lis
     scale = [name for name in ("params_total", "seed") if name in frame and varies(frame[name])]
     found = []
     for name in map(str, frame.columns):
-        if name in KNOWN or name in IDENTITIES or name in CANONICAL or name in measured or not varies(frame[name]):
+        if name in KNOWN or name in IDENTITIES or name in CANONICAL or name in measured:
+            continue
+        if frame[name].map(lambda cell: isinstance(cell, list | dict)).any() or not varies(frame[name]):
             continue
         if pd.api.types.is_numeric_dtype(frame[name]):
             is_setting = 3 * frame[name].nunique() <= len(frame)
         else:
-            words = frame[name].astype(str)  # a cell may be a list
-            is_name = len(scale) == 2 and frame.groupby(words)[scale].nunique().max(axis=None) <= 1
-            is_setting = words.nunique() < len(frame) and not is_name
-        found += [name] * is_setting
+            is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == frame[name].nunique()
+            is_setting = frame[name].nunique() < len(frame) and not is_name
+        if is_setting:
+            found.append(name)
     return found
 
 

@@ -308,6 +308,7 @@ def test_impossible_numbers_are_named_and_not_used(tmp_path):
     text = Page(write_report(write_sweep(tmp_path / "some", rows, pictures=False), resamples=40).read_text()).text
     assert "4 values of flops_train are not positive, finite numbers and not used." in text
     assert "MFU (executed/measured) of 1 rows exceeds 100 % and is not shown" in text.replace("\u00a0", " ")
+    assert re.search(r"The runs used \d\S* FLOP", text)
     assert not re.search(r"\bnan\b", text)
     assert "109" not in text[text.index("The sizes") : text.index("Loss against parameters")]
     for row in rows:

@@ -100,10 +100,11 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
         run=lambda df: [f"{n:g}-{s}" for n, s in zip(df["N"], df["seed"], strict=True)]
     )
     both = pd.concat([named.assign(data="a"), named.assign(data="b", L=1.02 * named["L"])])
-    both.to_csv(tmp_path / "both.csv", index=False)
+    both["tags"] = both["data"].map(lambda data: [data])
+    both.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
 
     def said(name: str, *options: str) -> str:
-        return CliRunner().invoke(verb(name), [str(tmp_path / "both.csv"), *options], catch_exceptions=False).output
+        return CliRunner().invoke(verb(name), [str(tmp_path / "both.jsonl"), *options], catch_exceptions=False).output
 
     words = said("contrast", "--by", "data", "--each")
     assert "with everything else equal (N, seed, D, lr)" in words
@@ -113,7 +114,8 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
     assert "(120 cells; 30 degrees of freedom of runs, 90 of rows within them)" in words
     words = said("contrast", "--by", "N")
     assert "over 12 pairs of runs" in words
-    both[both["seed"] == both["data"].map({"a": 0, "b": 1})].to_csv(tmp_path / "both.csv", index=False)
+    one = both[both["seed"] == both["data"].map({"a": 0, "b": 1})]
+    one.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
     with pytest.raises(
         AnalysisError, match=r"never agree in seed \(0 against 1\); run both with the same, or --ignore"
     ):
