@@ -53,6 +53,8 @@ def nearest_published(
     """
     ids = [str(name) for name in probes["run_id"].dropna().unique()] if "run_id" in probes else []
     chosen = [name for name in ids if run is None or run in name]
+    if not ids:
+        raise AnalysisError("--run takes a probed run of a results table, and this table has none.")
     if len(chosen) != 1:
         shown = ", ".join(chosen[:5] or ids[:5])
         raise AnalysisError(f"name one run with --run, part of its id; {len(chosen)} of {len(ids)} fit: {shown}")

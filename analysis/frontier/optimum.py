@@ -162,9 +162,8 @@ class Frontier(Result):
         """The exponent with its interval, which is about the exponent less the approach's own bias where it has one."""
         interval = self.exponent_interval.words(".2f")
         if self.bias is None or abs(self.bias) < 0.005:
-            return f"{self.exponent:.2f} {interval} by approach {self.approach}"
-        corrected = f"{self.exponent - self.bias:.2f} {interval} less its own bias on this design"
-        return f"{self.exponent:.2f} by approach {self.approach} ({corrected})"
+            return f"{self.exponent:.2f} {interval}"
+        return f"{self.exponent:.2f} (less its own bias {self.exponent - self.bias:.2f} {interval})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""

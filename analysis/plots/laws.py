@@ -48,8 +48,7 @@ def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = A
         if ax is None:
             ax = new_figure()[1][0]
         low, high = frontier.range
-        ends = frontier.exponent_interval.words(".2f")
-        label = f"approach {frontier.approach}: exponent {frontier.exponent:.2f} {ends}"
+        label = f"approach {frontier.approach}: exponent {frontier.exponent_words()}"
         for start, end, style, alpha in ((low, high, LINES[number], 0.18), (high, 10 * high, (0, (1, 2)), 0.08)):
             line = frontier.at(np.geomspace(start, end, 60))
             ax.plot(line["C"], line["N"], color=colour, linestyle=style, label=label if end == high else None)

@@ -149,7 +149,8 @@ def plot_residuals(fit: Fit) -> Figure:
                 label = human(value) if value is not None else None
                 scatter(ax, group[x], shown[group.index], color=colours[i], marker=MARKERS[i], label=label, size=26)
             log_axis(ax, "x", fit.data[x], few_values(fit.data[x], 0.16), tick_label(fit.columns[x]))
-            ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names).split(" (")[0])
+            label = axis_label(fit.columns[x], fit.loss_unit, fit.names)
+            ax.set_xlabel(label if fit.columns[x] in fit.names else label.split(" (")[0])  # ours explain themselves
             if others:
                 ax.legend(title=short(fit.columns[others[0]], fit.names), handletextpad=0.1, **below(len(series)))
         axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")

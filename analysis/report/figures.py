@@ -213,7 +213,10 @@ def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
 def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
     """N*(C) by every approach that the table allows, and the parabolas where approach 2 is one of them."""
     failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
-    caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
+    caption = (
+        "Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals, "
+        f"about N* less an approach's own bias on this design.{failed}"
+    )
     figure = plot_approaches(approaches)
     yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
     isoflop = next((frontier for frontier in approaches.frontiers if frontier.approach == 2), None)

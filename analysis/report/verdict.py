@@ -119,7 +119,7 @@ def _split(study: Study) -> str:
     top = found.largest_budget
     best = found.frontiers[-1]
     at = best.at(top).iloc[0]
-    exponents = ", ".join(f.exponent_words() for f in found.frontiers)
+    exponents = ", ".join(f"{f.exponent_words()} by approach {f.approach}" for f in found.frontiers)
     apart = (
         f" Their N* differ by a factor of {found.disagreement(top):.2g} there and of "
         f"{found.disagreement(100 * top):.2g} at a hundred times that budget."

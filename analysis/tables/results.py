@@ -125,6 +125,12 @@ def _separator(path: Path) -> str:
     return "\t" if path.suffix == ".tsv" else ","
 
 
+def _refuse_semicolons(header: str, path: Path) -> None:
+    """Spreadsheets of many countries write CSV with semicolons and decimal commas; nothing would be read from it."""
+    if path.suffix == ".csv" and "," not in header and ";" in header:
+        raise TableError(f"{path} is separated by semicolons; save it with commas and decimal points")
+
+
 def _refuse_half_written(path: Path) -> None:
     """A text table whose last line has no newline and too few fields was cut off while it was written."""
     separator = _separator(path)
@@ -135,6 +141,7 @@ def _refuse_half_written(path: Path) -> None:
         header = file.readline().decode("utf-8", "replace")
         file.seek(max(0, path.stat().st_size - 65536))
         tail = file.read().decode("utf-8", "replace")
+    _refuse_semicolons(header, path)
     if tail.endswith("\n") or not tail.strip() or "\n" not in tail:
         return
     num_fields = len(next(csv.reader([header], delimiter=separator)))

@@ -254,6 +254,8 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("fit {table} --law power:D --resamples 0 --figure {folder}/nowhere/a", "nowhere/a.svg: No such file"),
         ("fit {table} --law power:D --hold-out D:-1", "--hold-out"),
         ("fit {folder}/utf16.csv", "is in UTF-16"),
+        ("fit {folder}/semicolons.csv", "is separated by semicolons; save it with commas"),
+        ("compare {table} --run a", "this table has none"),
         ("report {folder}/binary.csv", "cannot read"),
         ("compare {folder}/probes.csv", "'probes' of row 1 is no list of probes (top1 is 'x')"),
         ("frontier {table} --budgets -1", "--budgets"),
@@ -289,6 +291,7 @@ def test_what_makes_no_sense_is_refused_by_name(line: str, words: str, tmp_path:
     table = tmp_path / "table.csv"
     frame.to_csv(table, index=False)
     frame.assign(probes='[{"task": "t", "kind": "knn", "top1": "x"}]').to_csv(tmp_path / "probes.csv", index=False)
+    frame.to_csv(tmp_path / "semicolons.csv", index=False, sep=";", decimal=",")
     (tmp_path / "utf16.csv").write_text(table.read_text(), encoding="utf-16")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "empty.pth").touch()

@@ -13,6 +13,7 @@ from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.frontier.envelope import about_lowest, envelope_frontier
 from aimscale.analysis.frontier.isoflop import isoflop_frontier, isoflop_points
 from aimscale.analysis.frontier.optimum import cost_of, log_line, parametric_frontier
+from aimscale.analysis.plots.laws import plot_frontier
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70
@@ -160,6 +161,20 @@ def test_the_bias_of_a_grid_off_the_centre_is_simulated_and_said():
 def _law_table(truth: dict[str, float]) -> pd.DataFrame:
     n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 6), np.geomspace(1e8, 1e11, 6)))
     return pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": laws.CHINCHILLA.value({"N": n, "D": d}, truth)})
+
+
+def test_an_interval_stands_beside_the_exponent_that_it_is_about(grid):
+    found = envelope_frontier(grid, resamples=100)
+    assert abs(found.bias) < 0.02
+    found = replace(found, exponent=found.exponent + 0.2, bias=found.bias + 0.2)  # a design that drives it off
+    corrected, ends = found.exponent - found.bias, found.exponent_interval
+    assert ends.low < corrected < ends.high < found.exponent
+    assert found.exponent_words() == f"{found.exponent:.2f} (less its own bias {corrected:.2f} {ends.words('.2f')})"
+    assert f"about the exponent less that, {corrected:.3f}." in found.sentence()
+    legend = plot_frontier(found).axes[0].get_legend().get_texts()[0].get_text()
+    assert legend == f"approach 1: exponent {found.exponent_words()}"
+    same = replace(found, bias=0.001)
+    assert same.exponent_words() == f"{found.exponent:.2f} {ends.words('.2f')}"
 
 
 def test_points_that_look_wrong_are_named_with_the_exponent_without_them():

@@ -129,6 +129,13 @@ def test_series_differ_in_grey_and_both_themes_have_contrast():
             assert lightness(light) < 0.5 < lightness(dark) + 0.25
 
 
+def test_names_of_others_are_not_cut(joint):
+    named = dataclasses.replace(joint, names={"params_total": "# Params (M) [non-emb]"})
+    left, right = (ax.get_xlabel() for ax in plot_residuals(named).axes)
+    assert left == "N: # Params (M) [non-emb]"
+    assert right == "D: training images seen"
+
+
 def test_numbers_read_as_people_say_them():
     shown = [human(v) for v in (27_648, 1.209e9, 999_999, 3.5e21, 0.0123, 0, np.nan)]
     assert shown == ["27.6k", "1.21B", "1M", "3.5×10²¹", "0.0123", "0", "–"]
