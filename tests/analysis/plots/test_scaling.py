@@ -133,7 +133,7 @@ def test_names_of_others_are_not_cut(joint):
     named = dataclasses.replace(joint, names={"params_total": "# Params (M) [non-emb]"})
     left, right = (ax.get_xlabel() for ax in plot_residuals(named).axes)
     assert left == "N: # Params (M) [non-emb]"
-    assert right == "D: training images seen"
+    assert right == "D: samples seen"
 
 
 def test_numbers_read_as_people_say_them():
