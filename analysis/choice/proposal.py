@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
-from aimscale.analysis.choice.buying import buy
+from aimscale.analysis.choice.buying import Basket, buy
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
@@ -28,6 +28,10 @@ RESAMPLES = 20
 MARGIN = 1.001
 SAME = 1.03
 """Sizes or budgets that differ by less than this factor count as one."""
+WORTHWHILE = 0.9
+"""Runs that leave more than this share of the forecast's standard deviation are hardly worth buying."""
+MANY_VALUES = 15
+"""More sizes or budgets than this are no grid, and are offered as so many in equal factors."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -136,7 +140,7 @@ def propose(
         unit=unit,
         sd_before=basket.sd_before,
         sd_after=basket.sd_after,
-        warnings=(*_warnings(known, table, target), *mixture_flags(df, known.law.variables)),
+        warnings=(*_too_little(basket), *_warnings(known, table, target), *mixture_flags(df, known.law.variables)),
     )
 
 
@@ -177,6 +181,13 @@ def with_variables(points: pd.DataFrame, law: Fit, df: pd.DataFrame) -> pd.DataF
     return points
 
 
+def _too_little(basket: Basket) -> list[str]:
+    """That the budget buys next to nothing, where it does: many cheap runs may hide that."""
+    if basket.sd_after <= WORTHWHILE * basket.sd_before:
+        return []
+    return ["These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget."]
+
+
 def _warnings(law: Fit, bought: pd.DataFrame, target: Mapping[str, float]) -> list[str]:
     """Fixed D/N, and a target far beyond everything that will be measured."""
     out = []
@@ -210,6 +221,8 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
     axes = []
     for v in ("N", "D"):
         values = _distinct(df[v].to_numpy(float))
+        if len(values) > MANY_VALUES:
+            values = np.geomspace(values[0], values[-1], MANY_VALUES)
         if target[v] > values[-1]:
             values = np.append(values, np.geomspace(values[-1], target[v], steps + 2)[1:-1])
         axes.append(values)

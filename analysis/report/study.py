@@ -42,8 +42,6 @@ MANY_ROWS = 20_000
 """Rows above which noise, repeats and definitions are left to their own verbs."""
 MANY_CHOICES = 1000
 """Rows above which no law is chosen by a backtest: `aimscale fit --law auto` does it."""
-MANY_VALUES = 15
-"""Sizes or budgets above which a proposal is made from a coarser grid."""
 MANY_SIZES = 300
 """Sizes above which a table is not a grid of sizes and budgets."""
 
@@ -245,10 +243,7 @@ def _fit_laws(study: Study, resamples: int) -> None:
 def _proposal(study: Study, joint: Fit) -> Proposal:
     """What to buy of the table's own grid and steps beyond it, priced at 6 N D."""
     target = {v: 2 * joint.ranges[v][1] for v in ("N", "D")}
-    measured = joint.data[["N", "D"]]
-    if measured.nunique().max() > MANY_VALUES:
-        measured = pd.DataFrame({v: np.geomspace(*joint.ranges[v], 8) for v in ("N", "D")})
-    offer = grid_offer(measured, target, steps=1)
+    offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     law = study.choice.best.law if study.choice else joint.law
     budget = 3 * target["N"] * target["D"]

@@ -68,6 +68,15 @@ def test_budgets_that_nearly_repeat_are_offered_once(grid):
     assert len(offer) == axes[0] * axes[1] - (cells - 1)
 
 
+def test_sizes_of_their_own_in_every_row_are_offered_as_a_grid(grid):
+    """A hundred sizes by a hundred budgets would be ten thousand runs, each beside every other."""
+    rng = np.random.default_rng(0)
+    points = pd.DataFrame({"N": 10 ** rng.uniform(5, 7, 100), "D": 10 ** rng.uniform(6, 8, 100)})
+    offer = grid_offer(points, {"N": 1e8, "D": 1e9})
+    assert offer["N"].nunique() == offer["D"].nunique() == 19
+    assert (offer["N"].min(), offer["D"].min()) == pytest.approx((points["N"].min(), points["D"].min()))
+
+
 def test_bought_runs_forecast_farseers_top_of_compute_better_than_others(measurements):
     df = measurements("scalebench/farseer.parquet")
     found = replay(df.assign(C=6 * df["N"] * df["D"]), "coupled", draws=2).set_index("strategy")

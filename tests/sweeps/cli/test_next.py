@@ -104,6 +104,8 @@ def test_what_a_law_warns_of_and_how_often_runs_see_their_data_are_said(collecte
     df.assign(val_loss=2 + np.random.default_rng(0).normal(0, 0.01, len(df))).to_csv(flat, index=False)
     said = run(flat, *args[1:-1], "chinchilla")
     assert "Warning: alpha is not identified" in said
+    assert "hardly narrow" not in text
+    assert "Warning: These runs hardly narrow the forecast" in run(*args[:3], "--budget", 3e-5, *args[5:])
 
 
 def test_mistakes_are_told_in_one_sentence(collected: Any, tmp_path: Any) -> None:
