@@ -77,9 +77,15 @@ def diagnose(
         lost |= set(derived)  # they are functions of the same exponents: none is known when one is not
     above = {about(f) for f in flags if "is known from above only" in f}
     flags = [f for f in flags if not (about(f) in above and "lies on its lower bound" in f)]
+    reached = {_parameter_and_bound(f) for f in flags if "its interval reaches the bound" in f}
+    flags = [f for f in flags if not ("lies on its" in f and _parameter_and_bound(f) in reached)]
     inner = set(law_params) - set(params)  # the law's own coordinates, unknown to the reader
     flags = [f for f in dict.fromkeys(flags) if about(f) not in inner]
     return Diagnosis(flags=tuple(flags), not_identified=frozenset(lost & set(params)))
+
+
+def _parameter_and_bound(flag: str) -> tuple[str, str]:
+    return about(flag), flag.rsplit(" ", 1)[1]
 
 
 def known_from_above(name: str, high: float) -> Flag:

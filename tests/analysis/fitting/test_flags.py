@@ -40,8 +40,10 @@ def test_notes_lie_at_the_parameter_they_are_about(grid):
 def test_one_note_a_parameter(grid):
     rng = np.random.default_rng(0)
     flat = grid.assign(val_loss=0.3 * (1 + 1e-3 * rng.standard_normal(len(grid))))
-    result = fit("chinchilla", flat, resamples=200)
-    for note in result.table["note"]:
+    rising = grid.assign(val_loss=grid["params_total"] ** 0.2 + grid["images_seen"] ** 0.1)  # A and B are 0 throughout
+    notes = [note for each in (flat, rising) for note in fit("chinchilla", each, resamples=200).table["note"]]
+    assert sum("from above" in note for note in notes) > 1
+    for note in notes:
         assert note.count("bound") + note.count("from above") + note.count("factor") <= 1, note
 
 
