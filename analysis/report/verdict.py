@@ -145,9 +145,8 @@ def _forecast(study: Study) -> str:
             f"{row['value']:.4g}{interval} at N = {human(row['N'])}, D = {human(row['D'])} "
             f"({row['beyond_range']:.3g} times beyond the table)"
         )
-    warning = (
-        "" if not {"alpha", "beta"} & joint.not_identified else " Its exponents are not identified: do not use it."
-    )
+    unknown = law.law.name == joint.law.name and {"alpha", "beta"} & joint.not_identified
+    warning = " Its exponents are not identified: do not use it." if unknown else ""
     by = "" if law.law.name == joint.law.name else f" by the {law.law.name} law"
     return f"A loss of {' and '.join(parts)}{by}; {law.confidence:.0%} intervals of one measurement.{warning}"
 

@@ -1,5 +1,7 @@
 """The report says what the table holds and what is missing, lets nothing hostile through, and asks nobody."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -315,6 +317,16 @@ def test_impossible_numbers_are_named_and_not_used(tmp_path):
         row["flops_train"] = -1.0
     text = Page(write_report(write_sweep(tmp_path / "none", rows, pictures=False), resamples=40).read_text()).text
     assert "Best splitNot known" in text.replace("Best split Not", "Best splitNot")
+
+
+def test_the_slope_beside_aim_is_of_sizes_after_equal_images(tmp_path):
+    rows = [row for row in sweep_rows(probes=False) if (row["size"], row["images_seen"]) != ("huge", 32000)]
+    page = Page(write_report(write_sweep(tmp_path, rows, pictures=False), resamples=40).read_text())
+    assert "Ours: lowest loss of each size after 16,000 images, 30k to 4M parameters" in page.text
+    (table,) = (attrs["href"] for tag, attrs in page.tags if attrs.get("download") == "beside-aim.csv")
+    losses = {row["size"]: row["val_loss"] for row in rows if row["images_seen"] == 16000}
+    drawn = pd.read_csv(io.BytesIO(base64.b64decode(table.partition(",")[2])))
+    assert drawn.loc[drawn["family"] == "this table", "val_loss"].tolist() == pytest.approx(list(losses.values()))
 
 
 def test_tables_are_told_apart_by_their_folders(tmp_path, monkeypatch):
