@@ -30,7 +30,8 @@ MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "cod
 A node or a time limit is nobody's fault; memory and code may have failed by a neighbour's or a network's doing, once;
 the others would fail again.
 """
-
+RANKS_DIE_WITHIN_S = 10.0
+"""A process on a card takes seconds to give its memory back."""
 
 _MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
@@ -55,18 +56,29 @@ def conclude(
 
     Where the reason is unknown (killed, or dead before the first line), the status is written here.
     """
-    if exit_code != EXIT_FINISHED and run.is_held():
+    if exit_code != EXIT_FINISHED and _is_held_by_another(run, exit_code):
         return "held"  # this attempt was refused, or lost the run to the one that has it now
     exit_code = _by_torchrun(run, exit_code)
     if exit_code == EXIT_FINISHED:
         _record(run, attempt, exit_code, where, None, None)
         return "finished"
-    if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT):
+    is_killed_as_asked = asked and exit_code == -signal.SIGKILL  # by a second Ctrl-C
+    if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
         return _preempted(run, attempt, exit_code, where, asked)
     reason, kind = peer or explain(run, attempt, exit_code)
     run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
     _record(run, attempt, exit_code, where, reason, kind, node)
     return "again" if may_try_again(run) else "stop"
+
+
+def _is_held_by_another(run: RunRecord, exit_code: int) -> bool:
+    """Whether another process holds the run: the ranks of a torchrun that was killed take a moment to die with it."""
+    deadline = time.monotonic() + (RANKS_DIE_WITHIN_S if exit_code == -signal.SIGKILL else 0)
+    while run.is_held():
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _by_torchrun(run: RunRecord, exit_code: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from aimscale.sweeps.runs import retries
 from aimscale.sweeps.runs.claims import RunRecord, own_claim
 from aimscale.sweeps.runs.retries import conclude, diagnose, forgive, may_try_again, note_lost
 
@@ -38,6 +39,18 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
     for _ in range(5):
         assert conclude(record, 1, -signal.SIGTERM, "test", asked=True) == "preempted"
+        assert conclude(record, 1, -signal.SIGKILL, "test", asked=True) == "preempted"
+
+
+def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = iter([True, True, False])
+    monkeypatch.setattr(RunRecord, "is_held", lambda _: next(held))
+    assert attempt(record, -signal.SIGKILL) == "again"
+    monkeypatch.setattr(RunRecord, "is_held", lambda _: True)
+    monkeypatch.setattr(retries, "RANKS_DIE_WITHIN_S", 0.2)
+    assert [attempt(record, code) for code in (-signal.SIGKILL, EXIT_CRASHED)] == ["held", "held"]
 
 
 @pytest.mark.parametrize(
