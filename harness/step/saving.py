@@ -37,7 +37,7 @@ from aimscale.harness.step.checkpoint import (
 )
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 
-_CHUNK_VALUES = 1 << 24
+_CHUNK_VALUES = 1 << 24  # 64 MiB, a power of two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self._dropping: concurrent.futures.Future[None] | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copy: concurrent.futures.Future[Tensor] | None = None
+        self._copy: concurrent.futures.Future[list[Tensor]] | None = None
 
     def save(
         self,
@@ -197,7 +197,7 @@ class CheckpointWriter:
                     share[f"{kind}/{fragment.name}@{fragment.param_start}"] = values
         return share
 
-    def _allocated(self) -> concurrent.futures.Future[Tensor]:
+    def _allocated(self) -> concurrent.futures.Future[list[Tensor]]:
         """The copy's memory, which is made ready beside training."""
         if self._copy is None:
             num_values = sum(values.numel() for values in self._own_share().values())
@@ -206,13 +206,11 @@ class CheckpointWriter:
 
     def _copied(self, share: dict[str, Tensor]) -> Sequence[Tensor]:
         """Copies of these values, one after the other."""
-        copy, start = self._allocated().result(), 0
-        for values in share.values():
-            copy.narrow(0, start, values.numel()).copy_(values.flatten(), non_blocking=True)
-            start += values.numel()
+        copy = self._allocated().result()
+        _fill(copy, share.values())
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
-        return copy.split(_CHUNK_VALUES)
+        return copy
 
 
 def _pieces(share: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -220,9 +218,25 @@ def _pieces(share: Iterable[Tensor]) -> Iterable[Tensor]:
     return (piece.to("cpu", copy=True) for values in share for piece in values.flatten().split(_CHUNK_VALUES))
 
 
-def _allocate(num_values: int, device: torch.device) -> Tensor:
-    """float32 host memory, its pages already there."""
-    return torch.empty(num_values, pin_memory=device.type == "cuda").zero_()
+def _allocate(num_values: int, device: torch.device) -> list[Tensor]:
+    """float32 host memory, its pages already there, in pieces of _CHUNK_VALUES; the last may be shorter.
+
+    PyTorch rounds page-locked memory up to a power of two: 13 GB in one piece would take 17, and 10 as much.
+    """
+    sizes = [min(_CHUNK_VALUES, num_values - start) for start in range(0, num_values, _CHUNK_VALUES)]
+    return [torch.empty(size, pin_memory=device.type == "cuda").zero_() for size in sizes]
+
+
+def _fill(pieces: Sequence[Tensor], share: Iterable[Tensor]) -> None:
+    """Copy values, one after the other, into the pieces of `_allocate`."""
+    start = 0
+    for values in share:
+        left = values.flatten()
+        while len(left):
+            number, offset = divmod(start, _CHUNK_VALUES)
+            fitting = left[: _CHUNK_VALUES - offset]
+            pieces[number][offset : offset + len(fitting)].copy_(fitting, non_blocking=True)
+            left, start = left[len(fitting) :], start + len(fitting)
 
 
 def _remove_others(keep: Collection[Path]) -> None:

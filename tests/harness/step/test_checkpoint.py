@@ -145,6 +145,16 @@ def offload_and_back(rank: int, folder: Path, cases: list[tuple[int, str, bool]]
 
 
 @pytest.mark.slow
+def test_the_copy_lies_in_pieces_that_page_locking_does_not_round_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (4 * saving._CHUNK_VALUES).bit_count() == 1, "bytes of a piece, a power of two"
+    monkeypatch.setattr(saving, "_CHUNK_VALUES", 8)
+    share = [torch.arange(5.0), torch.arange(12.0).view(3, 4), torch.ones(2), torch.arange(3.0)]
+    pieces = saving._allocate(22, torch.device("cpu"))
+    saving._fill(pieces, share)
+    assert [len(piece) for piece in pieces] == [8, 8, 6]
+    assert torch.equal(torch.cat(pieces), torch.cat([values.flatten() for values in share]))
+
+
 def test_an_offloaded_run_is_saved_and_goes_on_with_or_without_offloading(tmp_path: Path, in_processes: Run) -> None:
     cases = [(1, "fp32", False), (2, "bf16", False), (3, "fp32", True)]
     assert in_processes(offload_and_back, tmp_path, cases, world_size=2) == [0, 0]
