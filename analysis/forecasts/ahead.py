@@ -58,7 +58,8 @@ class Ahead(Result):
             for quantity, value, ci_lo, ci_hi, pi_lo, pi_hi in self.table.to_numpy()
         ]
         note = f"Intervals of {self.law.confidence:.0%}: {self.law.interval_method}."
-        return "\n".join([f"{self.headline()}:", *lines, note, *self.routes, *self.law.flags, *self.left_out])
+        gone = [f"Left out: {'; '.join(map(str, self.law.exclusions))}."] if self.law.exclusions else []
+        return "\n".join([f"{self.headline()}:", *lines, note, *gone, *self.routes, *self.law.flags, *self.left_out])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""

@@ -97,8 +97,8 @@ def accuracy_forecast_table(study: Study) -> PageTable | None:
     return page_table(
         "accuracy-forecast",
         "Accuracy expected beyond this table",
-        "Two steps: scale to loss by the joint law, loss to accuracy by a sigmoid above chance; the interval carries "
-        "the errors of both and the scatter of one measurement. Loss alone may not decide accuracy: see the figure.",
+        "Two steps: scale to loss by the law that forecasts, loss to accuracy by a sigmoid above chance; the interval "
+        "has errors of both and the scatter of one measurement. Loss alone may not decide accuracy: see the figure.",
         frame,
         [
             ("task", "task", text),

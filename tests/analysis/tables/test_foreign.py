@@ -190,6 +190,8 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
     assert "The rows differ in pool (" in words
     assert "No group of lr moves a parameter by more than 3" in words
     assert "No parameter's profile likelihood is flat." in words
+    words = said("forecast", "--at", "N=1e10,D=1e11", "--law", "chinchilla", "--resamples", "20")
+    assert "Left out: 1 row with a missing or non-positive num_params; 1 row with a missing or infinite loss." in words
     words = said("correlate", "--x", "loss", "--y", "num_params", "--partial", "tokens")
     assert "Pearson correlation of loss and num_params, within 4 groups of equal tokens" in words
     assert "2 rows with a missing loss or num_params or tokens" in words
