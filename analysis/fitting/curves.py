@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.objectives import LOG_LSQ
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import power, sigmoidal
-from aimscale.analysis.tables.schema import no_column
+from aimscale.analysis.tables.schema import no_column, their_name
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -102,7 +102,9 @@ def extrapolate(
             raise no_column(df, name)
     points = df[[x, y]].drop_duplicates(x, keep="last").sort_values(x)
     if len(points) < 6:
-        raise AnalysisError(f"The curve has {len(points)} different {x}; extrapolating it needs at least 6.")
+        raise AnalysisError(
+            f"The curve has {len(points)} different {their_name(df, x)}; extrapolating it needs at least 6."
+        )
     weights = (points[x] / points[x].max()).to_numpy() ** tail_weight
     fits = tuple(
         fit(law, points, y=y, objective=LOG_LSQ, weights=weights, resamples=resamples, confidence=confidence)

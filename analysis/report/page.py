@@ -69,6 +69,7 @@ def write_report(
         require_columns(frame, ["val_loss"], paths[0])
     page = render(study_tables(paths, frame, _read_collects(paths), resamples=resamples))
     out = out or paths[0].with_name("report.html")
+    out = out / "report.html" if out.is_dir() else out
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         aside.write_text(page, encoding="utf-8")

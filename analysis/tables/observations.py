@@ -104,13 +104,20 @@ def observe(
             f"The table has no column {y!r} to fit; name yours with --columns L=THEIRS or --y (its columns: "
             f"{column_names(df)})."
         )
-    called = {v: their_name(df, name) for v, name in {**names, "y": y}.items()}
+    columns_of = {**names, "y": y}
+    called = {v: their_name(df, name) for v, name in columns_of.items()}
     used = df[[*names.values(), y]].apply(pd.to_numeric, errors="coerce").astype(float)
     used.columns = pd.Index([*names, "y"])
     w = _weights(df, weights)
     bad_variable = {v: ~(np.isfinite(used[v]) & ((used[v] > 0) | ((used[v] == 0) & zero_allowed))) for v in names}
+    is_text = {v: df[name].notna() & used[v].isna() for v, name in columns_of.items()}
     reasons = [
         ("not complete (status)", ~is_complete(df)),
+        *(
+            (f"whose {called[v]} is no number, such as {df[name][is_text[v]].iloc[0]!r}", is_text[v])
+            for v, name in columns_of.items()
+            if is_text[v].any()
+        ),
         *((f"with a missing or non-positive {called[v]}", bad) for v, bad in bad_variable.items()),
         (f"with a missing or infinite {called['y']}", ~np.isfinite(used["y"])),
         (f"with a non-positive {called['y']}, which has no logarithm", (used["y"] <= 0) & positive_y),

@@ -292,7 +292,10 @@ def test_sizes_and_budgets_on_one_line_are_told_to_leave_it(tmp_path):
     n = np.geomspace(1e7, 1e10, 8)
     loss = (1.8 + 400 * n**-0.34 + 2000 * (20 * n) ** -0.37) * np.exp(1e-3 * np.sin(99 * np.arange(8)))
     pd.DataFrame({"N": n, "D": 20 * n, "L": loss}).to_csv(tmp_path / "line.csv", index=False)
-    text = Page(write_report(tmp_path / "line.csv", resamples=40).read_text()).text
+    (tmp_path / "pages").mkdir()
+    page = write_report(tmp_path / "line.csv", out=tmp_path / "pages", resamples=40)
+    assert page == tmp_path / "pages" / "report.html"
+    text = Page(page.read_text()).text
     assert "Every size at several budgets: D/N stays between 20 and 20" in text
     assert "A law on rows" not in text
 

@@ -138,6 +138,9 @@ def test_a_text_among_numbers_is_named_by_their_column(lettered, tmp_path):
     lettered.astype({"N": object}).replace({"N": {1e7: "10M"}}).to_csv(tmp_path / "text.csv", index=False)
     with pytest.raises(TableError, match="column 'N' holds '10M' in row 1; make it a number"):
         read_table(tmp_path / "text.csv")
+    counts = lettered.assign(N=[f"{n / 1e6:.0f}M" for n in lettered["N"]], index=range(120)).set_index("index")
+    with pytest.raises(AnalysisError, match="left out: 120 rows whose N is no number, such as '10M'"):
+        fit("chinchilla", counts, y="L")
 
 
 def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
