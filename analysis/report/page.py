@@ -163,13 +163,19 @@ def maths(value: str) -> markupsafe.Markup:
     """A sentence of ours as HTML: escaped first, then exponents raised, Greek names, true minus signs, no lonely %."""
     safe = str(markupsafe.escape(value))
     safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: symbol(found[0]), safe)
-    safe = re.sub(r"\^(\([^()]*\)|-?[\w.]*\w)", lambda found: f"<sup>{_exponent(found[1])}</sup>", safe)
+    safe = _raised(safe)
     safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", safe)
     return markupsafe.Markup(safe.replace(" %", "\u00a0%"))
 
 
+def _raised(text: str) -> str:
+    """Exponents as superscripts: x^-a, x^(1/f), and x^-exp(b y^c), whose own exponents are raised once more."""
+    return re.sub(r"\^(-?exp\([^()]*\)|\([^()]*\)|-?[\w.]*\w)", lambda found: f"<sup>{_exponent(found[1])}</sup>", text)
+
+
 def _exponent(text: str) -> str:
-    return text.removeprefix("(").removesuffix(")").replace("-", "−")
+    bare = text[1:-1] if text.startswith("(") else _raised(text)
+    return bare.replace("-", "−")
 
 
 def _asset(name: str) -> str:

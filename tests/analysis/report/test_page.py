@@ -303,6 +303,7 @@ def test_sizes_and_budgets_on_one_line_are_told_to_leave_it(tmp_path):
 def test_formulas_become_html_only_after_escaping():
     assert str(maths("L = A N^-alpha <b> -0.5 at 3 %")) == "L = A N<sup>−α</sup> &lt;b&gt; −0.5 at 3\u00a0%"
     assert str(maths("((Nc/N)^(aN/aD) + x)^aD")) == "((Nc/N)<sup>aN/aD</sup> + x)<sup>aD</sup>"
+    assert str(maths("B D^-exp(a N^alpha + b)")) == "B D<sup>−exp(a N<sup>α</sup> + b)</sup>"
 
 
 def test_impossible_numbers_are_named_and_not_used(tmp_path):
