@@ -8,6 +8,7 @@ import io
 import multiprocessing.forkserver
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["MKL_DISABLE_FAST_MM"] = "1"  # tests fork from processes with threads; that allocator may then spin for ever
 os.environ["AIMSCALE_CACHE"] = _cache = tempfile.mkdtemp(prefix="aimscale-cache-")
 _owner = os.getpid()
+# What a shell without job control starts in the background ignores Ctrl-C, and so would all that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("same", derandomize=True)  # a failure is the doing of a change, not of chance
 hypothesis.settings.load_profile("same")
 # A test's fork cannot ask its parent's server for processes; it starts its own.
