@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,17 @@ if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
 
 MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
+
+
+class Canvas(NamedTuple):
+    """Memory for the images of a batch, made once where it is used again: it takes a call of torch for each image."""
+
+    flat: torch.Tensor
+    """uint8, as many bytes as the pixels of the batch may take."""
+    rows: torch.Tensor
+    """uint8 (B, C, H, W) at its front."""
+    slots: tuple[torch.Tensor, ...]
+    """Each row: (1, C, H, W)."""
 
 
 class TrainStream:
@@ -176,20 +187,26 @@ class TrainStream:
             where = np.asarray(positions, dtype=np.int64).reshape(-1)
         if into is None:
             into = torch.empty(self.num_bytes(len(where)), dtype=torch.uint8)
-        return self.batch_in(into, where, *self.fill(into, where))
+        return self.batch_in(into, where, *self.fill(self.canvas(into, len(where)), where))
 
-    def fill(self, into: torch.Tensor, where: range | I64) -> tuple[CropLayout | None, tuple[str, ...]]:
+    def canvas(self, flat: torch.Tensor, num_images: int) -> Canvas:
+        """For so many images, in a flat buffer of `num_bytes`."""
+        rows = self._rows(flat, num_images)
+        return Canvas(flat, rows, rows.split(1))
+
+    def fill(self, into: Canvas, where: range | I64) -> tuple[CropLayout | None, tuple[str, ...]]:
         """Write the pixels of `batch` alone; returns what `batch_in` asks for besides."""
         if self._augment_on == "loader":
-            images = self._rows(into, len(where))
-            bad = self._decode_all(where, images, None)
+            bad = self._decode_all(where, into, None)
             if self._data.color_jitter:
-                jitter_colours(images, *self._jitter(where))
+                jitter_colours(into.rows[: len(where)], *self._jitter(where))
             return None, bad
-        resized = self._rows(torch.empty(len(where) * self._channels * self._size**2, dtype=torch.uint8), len(where))
+        num_bytes = len(where) * self._channels * self._size**2
+        resized = self.canvas(torch.empty(num_bytes, dtype=torch.uint8), len(where))
         raw: dict[int, tuple[torch.Tensor, bool]] = {}
         bad = self._decode_all(where, resized, raw)
-        _, layout = pack([raw[row] if row in raw else (resized[row], False) for row in range(len(where))], into)
+        crops = [raw[row] if row in raw else (resized.rows[row], False) for row in range(len(where))]
+        _, layout = pack(crops, into.flat)
         return layout, bad
 
     def batch_in(
@@ -224,7 +241,7 @@ class TrainStream:
         return Jitter(make_key("jitter", self._seed), np.asarray(where, dtype=np.int64))
 
     def _decode_all(
-        self, where: range | I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
+        self, where: range | I64, resized: Canvas, raw: dict[int, tuple[torch.Tensor, bool]] | None
     ) -> tuple[str, ...]:
         """Fill each row of `resized`, or put its crop and flip into `raw`; returns the samples that were replaced."""
         drawn = Drawn._make(self._drawn(where))
@@ -247,12 +264,7 @@ class TrainStream:
         )
 
     def _fill_from(
-        self,
-        source: Source,
-        resized: torch.Tensor,
-        raw: dict[int, tuple[torch.Tensor, bool]] | None,
-        rows: I64,
-        drawn: Drawn,
+        self, source: Source, resized: Canvas, raw: dict[int, tuple[torch.Tensor, bool]] | None, rows: I64, drawn: Drawn
     ) -> list[int]:
         """`_decode_all` of one source's rows, once; returns the rows whose image did not decode."""
         dataset, samples, boxes = source.dataset, drawn.sample, drawn.boxes
@@ -270,9 +282,11 @@ class TrainStream:
             images, good = source.pixels.stack(samples[group], [data[i] for i in group])
             failed += rows[group[~good]].tolist()
             group = group[good]
-            resized[rows[group]] = crop_resize_small(images, Boxes(*(values[group] for values in boxes)), self._size)
+            resized.rows[rows[group]] = crop_resize_small(
+                images, Boxes(*(values[group] for values in boxes)), self._size
+            )
         boxes_of = list(zip(*(values.tolist() for values in boxes), strict=True))
-        slots, row_of = resized.split(1), rows.tolist()
+        row_of = rows.tolist()
         decode: Callable[[bytes, int], npt.NDArray[np.uint8]] = decode_interleaved  # raw crops are views of the image
         if raw is None:  # else an image makes room for the next
             most = int((height.astype(np.int64) * width)[large].max(initial=0)) * self._channels
@@ -285,7 +299,7 @@ class TrainStream:
                 failed.append(row_of[i])
                 continue
             decoded.append(i)
-            self._place(pixels, boxes_of[i], row_of[i], slots, raw)
+            self._place(pixels, boxes_of[i], row_of[i], resized.slots, raw)
         dataset.check(samples[decoded], [data[i] for i in decoded])
         return failed
 

@@ -25,7 +25,7 @@ from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableIm
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.store.shards import is_url, open_remote, with_retries
 from aimscale.harness.data.stream.augment import box_draws
-from aimscale.harness.data.stream.positions import MAX_REPLACEMENTS, TrainStream
+from aimscale.harness.data.stream.positions import MAX_REPLACEMENTS, Canvas, TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 MAX_FAILURES = 6
@@ -96,16 +96,15 @@ class UnindexedStream(TrainStream):
         return hashlib.blake2b(" ".join(self._urls).encode(), digest_size=8).hexdigest()
 
     def _decode_all(
-        self, where: range | I64, resized: torch.Tensor, raw: dict[int, tuple[torch.Tensor, bool]] | None
+        self, where: range | I64, resized: Canvas, raw: dict[int, tuple[torch.Tensor, bool]] | None
     ) -> tuple[str, ...]:
         bad: list[str] = []
-        slots = resized.split(1)
         uniforms = box_draws(make_key("crop", self._seed), np.asarray(where))
         for row, position in enumerate(where):
             pixels = self._next(int(position), bad)
             height, width = np.array(pixels.shape[:2], dtype=np.int32)[:, None]
             box = self._boxes(uniforms[row : row + 1], height, width)
-            self._place(pixels, tuple(values[0].item() for values in box), row, slots, raw)
+            self._place(pixels, tuple(values[0].item() for values in box), row, resized.slots, raw)
         return tuple(bad)
 
     def _next(self, position: int, bad: list[str]) -> npt.NDArray[np.uint8]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import mmap
 import multiprocessing.util
 import os
 import pickle
-import selectors
+import select
 import signal
 import struct
 import traceback
@@ -31,11 +32,12 @@ from aimscale.harness.data.processes import SharedMemory, ignore_signals, keep_f
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.buffers import lent
 from aimscale.harness.data.stream.crops import CropLayout
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.positions import Canvas, TrainStream
 
 _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or handed out as a copy
 _MAX_WINDOW = 256  # tasks under way: all fit into a pipe (64 KiB), so that sending one never blocks
 _TASK = struct.Struct("=4q")  # so short that a pipe gives each reader a whole one: workers need no lock to share it
+_DONE = struct.Struct("=q?")  # the task's number, and whether there is more to say of it than that its slot is filled
 _HEADER_BYTES = mmap.PAGESIZE  # its first byte says: stop
 _JOIN_S = 10.0
 
@@ -58,15 +60,17 @@ class _Task(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    """What a worker says of a task, as a plain tuple; the pixels are in the slot."""
+    """What a worker says of a task, where there is anything to say; the pixels are in the slot."""
 
-    number: int
     bad_samples: tuple[str, ...] = ()
     """As in `Batch`."""
     layout: CropLayout | None = None
     """Which crops are in the slot, when the device resizes them."""
     error: Exception | None = None
     """Why there are no pixels."""
+
+
+_PLAIN = _Loaded()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,24 +106,34 @@ class _Worker:
     """Shared by all workers."""
     results: Connection
     """Its own."""
+    micro_batch: int
+    """Most images of a task."""
 
     def serve(self) -> None:
         """A worker's life."""
         ignore_signals()
         keep_freed_memory()
         torch.set_num_threads(1)
+        canvas = functools.cache(self._canvas)
         with contextlib.suppress(BrokenPipeError):  # the trainer is gone
             while (message := os.read(self.tasks.fileno(), _TASK.size)) and not self.ring.is_stopped:
-                self.results.send_bytes(pickle.dumps(tuple(self._load(_Task(*_TASK.unpack(message))))))
+                task = _Task(*_TASK.unpack(message))
+                loaded = self._load(canvas(task.slot), range(task.start, task.stop))
+                has_more = loaded != _PLAIN
+                os.write(self.results.fileno(), _DONE.pack(task.number, has_more))
+                if has_more:
+                    self.results.send_bytes(pickle.dumps(tuple(loaded)))
 
-    def _load(self, task: _Task) -> _Loaded:
+    def _canvas(self, slot: int) -> Canvas:
+        return self.stream.canvas(torch.from_numpy(self.ring.slot(slot)), self.micro_batch)
+
+    def _load(self, canvas: Canvas, where: range) -> _Loaded:
         try:
-            into = torch.from_numpy(self.ring.slot(task.slot))
-            layout, bad_samples = self.stream.fill(into, range(task.start, task.stop))
+            layout, bad_samples = self.stream.fill(canvas, where)
         except Exception as error:
             error.add_note(f"in a loader process:\n{traceback.format_exc()}")
-            return _Loaded(number=task.number, error=error)
-        return _Loaded(number=task.number, bad_samples=bad_samples, layout=layout)
+            return _Loaded(error=error)
+        return _Loaded(bad_samples=bad_samples, layout=layout)
 
 
 class WorkerPool:
@@ -151,15 +165,15 @@ class WorkerPool:
         )
         for _ in range(num_workers):
             reader, writer = Pipe(duplex=False)
-            worker = _Worker(stream=stream, ring=self._ring, tasks=task_reader, results=writer)
+            worker = _Worker(stream=stream, ring=self._ring, tasks=task_reader, results=writer, micro_batch=micro_batch)
             self._processes.append(start_process(worker.serve))
             writer.close()
             self._results.append(reader)
         task_reader.close()
-        self._ready = selectors.DefaultSelector()
-        for reader, process in zip(self._results, self._processes, strict=True):
-            self._ready.register(reader, selectors.EVENT_READ)
-            self._ready.register(process.sentinel, selectors.EVENT_READ)
+        self._ready = select.poll()
+        self._reader_of = {reader.fileno(): reader for reader in self._results}
+        for descriptor in (*self._reader_of, *(process.sentinel for process in self._processes)):
+            self._ready.register(descriptor, select.POLLIN)
 
     def close(self) -> None:
         """End the processes; batches that were handed out stay as they are."""
@@ -184,18 +198,18 @@ class WorkerPool:
             if not under_way:
                 return
             while under_way[0].number not in loaded:
-                for result in self._receive():
-                    loaded[result.number] = result
+                loaded.update(self._receive())
             task = under_way.popleft()
             yield self._hand_out(task, loaded.pop(task.number), len(under_way))
 
-    def _receive(self) -> Iterator[_Loaded]:
-        """Wait for results."""
-        ready = [key.fileobj for key, _ in self._ready.select()]
-        for each in ready:
-            if isinstance(each, Connection):
+    def _receive(self) -> Iterator[tuple[int, _Loaded]]:
+        """Wait for results; gives them with their tasks' numbers."""
+        ready = [descriptor for descriptor, _ in self._ready.poll()]
+        for descriptor in ready:
+            if (reader := self._reader_of.get(descriptor)) and (message := os.read(descriptor, _DONE.size)):
+                number, has_more = _DONE.unpack(message)
                 with contextlib.suppress(EOFError, ConnectionResetError):  # the process has ended: see below
-                    yield _Loaded(*pickle.loads(each.recv_bytes()))
+                    yield number, _Loaded(*pickle.loads(reader.recv_bytes())) if has_more else _PLAIN
         for process in self._processes:
             if process.sentinel in ready:
                 process.join()
