@@ -58,8 +58,6 @@ def command(
     df = table_of(tables, columns, where, main, best=best_of, y=x)
     x, y = our_name(df, x), our_name(df, y)
     partial, within = (our_name(df, name) if name else None for name in (partial, within))
-    if x == y:
-        raise AnalysisError(f"--x and --y name one column, {x}, which correlates with itself.")
     groups = groups_by_probe(df, y)
     by = {k: clusters_of(group, cluster) for k, group in groups.items()}
     found = {

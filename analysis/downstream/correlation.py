@@ -102,8 +102,10 @@ def correlate(
             four runs or more have several rows; None takes rows as independent.
 
     Raises:
-        AnalysisError: missing or constant column, unknown method, or fewer than 4 usable rows.
+        AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
     """
+    if x == y:
+        raise AnalysisError(f"x and y name one column, {x}, which correlates with itself.")
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")

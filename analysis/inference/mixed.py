@@ -137,7 +137,7 @@ def mixed_model(
         metric=covariance[place[-1]] / np.outer(scale, scale),
         drawn=drawn,
         estimated=_components(size[best], run[best], rest[best] / spare),
-        degrees=_degrees(drawn.total**2),
+        degrees=min(float(spare), _degrees(drawn.total**2)),  # few draws may say more
         evidence=float(most + np.log(share.sum() / sums.prior.sum())),
     )
 

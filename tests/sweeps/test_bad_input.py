@@ -264,7 +264,7 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("frontier {table} --at nan", "--at takes training FLOPs"),
         ("frontier {table} --objective odd", "no objective named 'odd'"),
         ("frontier {table} --cluster odd", "no column 'odd' to resample by; its columns are run_id, size, "),
-        ("correlate {table} --x L --y L", "--x and --y name one column, val_loss"),
+        ("correlate {table} --x L --y L", "x and y name one column, val_loss"),
         ("correlate {table} --x L --y odd", "name a column by --y (its columns: run_id, size, "),
         ("weights info {folder}/empty.pth", "empty.pth is empty"),
         ("data index odd://place --out {folder}/index", "Protocol not known"),

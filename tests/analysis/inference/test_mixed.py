@@ -52,6 +52,15 @@ def test_degrees_of_freedom_are_those_of_points_or_of_sizes():
             assert found.degrees == pytest.approx(spare, abs=1.5)
 
 
+def test_few_draws_do_not_make_degrees_of_freedom():
+    rng = np.random.default_rng(0)
+    design = np.column_stack([np.ones(12), np.arange(12.0)])
+    found = [
+        mixed_model(design, rng.standard_normal(12), np.ones(12), None, None, num_draws=5, rng=rng) for _ in range(20)
+    ]
+    assert max(each.degrees for each in found) <= 10
+
+
 def test_points_alone_give_the_exact_t_interval():
     rng = np.random.default_rng(1)
     x = np.linspace(1, 2, 12)

@@ -209,7 +209,7 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
             ["fit", "--law", "power_offset:C", "--envelope"],
             "no column 'flops_train'; name yours with --columns C=THEIRS",
         ),
-        (["correlate", "--x", "loss", "--y", "L"], "--x and --y name one column, val_loss"),
+        (["correlate", "--x", "loss", "--y", "L"], "x and y name one column, val_loss"),
         (["correlate"], "name a column by --y"),
     ):
         with pytest.raises(AnalysisError, match=why):
