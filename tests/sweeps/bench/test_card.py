@@ -22,7 +22,7 @@ def test_a_rehearsal_ends_in_a_file_and_a_page(tmp_path: Path) -> None:
     assert {name: part["problem"] for name, part in done["parts"].items()} == dict.fromkeys(done["parts"], "")
     names = {"doctor", "gemm", "tests", "train w16-d2 auto", "checkpoint", "sweep", "status", "loader"}
     assert done["parts"].keys() == names
-    assert "3 passed" in done["parts"]["tests"]["result"][-1]
+    assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no card
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
     page = (tmp_path / "card.md").read_text()
     assert "| w16-d2, 8, none |" in page
