@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -52,3 +53,69 @@ def write_images() -> Callable[..., str]:
         return str(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def random_crops() -> Callable[[int], Any]:
+    """So many crops, cut out, to be resized, flipped and jittered."""
+    import numpy as np
+    import torch
+
+    from aimscale.harness.data.stream.crops import Crops, Jitter, pack
+
+    def crops(number: int) -> Crops:
+        rng = np.random.default_rng(number)
+        views = [
+            (torch.from_numpy(rng.integers(0, 256, (3, *rng.integers(20, 300, 2)), dtype=np.uint8)), bool(index % 2))
+            for index in range(number)
+        ]
+        pixels, layout = pack(views, torch.empty(sum(view.numel() for view, _ in views), dtype=torch.uint8))
+        jitter = Jitter(7, rng.integers(0, 2**40, number))
+        return Crops(pixels=pixels, layout=layout, size=32, channels=3, jitter=jitter)
+
+    return crops
+
+
+@pytest.fixture
+def evaluations(write_images: Callable[..., str], tmp_path: Path) -> Callable[..., list[list[float]]]:
+    """Validation loss and the accuracy of every kind of probe of one model, for each group of ranks and cache in GB."""
+    from aimscale.aim.model import AIM
+    from aimscale.aim.weights import write_weights
+    from aimscale.harness.data.store.index import open_dataset
+    from aimscale.harness.probe.protocol import Bounds
+    from aimscale.harness.probe.run import load_budget, probe_run
+    from aimscale.harness.run.config import run_config
+    from aimscale.harness.run.directory import RunDir
+    from aimscale.harness.run.row import model_of
+    from aimscale.harness.train.validation import completions, validate
+
+    def evaluate(places: list[tuple[Any, float]], *, num_images: int, epochs: int) -> list[list[float]]:
+        fit, test = (
+            write_images(tmp_path / name, num_images, seed=seed, classes=("a", "b"))
+            for seed, name in enumerate(("fit", "test"))
+        )
+        kinds = ["linear", "attentive", "efficient", "knn", "lora"]
+        probe = {"task": "redder", "train": fit, "test": test, "kinds": kinds, "epochs": epochs, "lrs": [1e-2]}
+        fields = {
+            "model": {"size": "w64-d2", "image_size": 16, "patch_size": 4},
+            "data": {"sources": [{"path": fit}]},
+            "optimiser": {"batch_size": 16},
+            "budgets": [64],
+            "validation": {"path": test, "num_prefixes": 2},
+            "probes": [probe | {"batch_size": 20, "precision": "fp32"}],
+        }
+        config = run_config(fields, "the test")
+        found = []
+        for number, (group, cache_gb) in enumerate(places):
+            run = RunDir.create(tmp_path / f"run-{number}", config)
+            write_weights(AIM(model_of(config.training)).state_dict(), run.model_file(64))
+            model, images = load_budget(run, config, 64, group.device), open_dataset(test)
+            section, shape = config.evaluation.validation, config.training.model
+            loss = validate(model, images, section, shape, group).loss
+            completions(model, images, section, shape, group.device)
+            ((_, entries),) = probe_run(run.path, group=group, bounds=Bounds(cache_gb=cache_gb, disk_gb=1))
+            assert [entry["kind"] for entry in entries] == kinds
+            found.append([loss, *(entry["top1"] for entry in entries)])
+        return found
+
+    return evaluate

@@ -16,7 +16,8 @@ def forecasts(study: Study) -> pd.DataFrame:
     """What the law expects beyond the table: N and D multiplied from the largest run, data new (U = D).
 
     Returns:
-        Columns: times_n, times_d, N, D, value, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range; empty without a law.
+        Columns: times_n, times_d, N, D and the law's other variables, value, ci_lo, ci_hi, pi_lo, pi_hi,
+        beyond_range; empty without a law.
     """
     law = study.forecaster
     if law is None:
@@ -24,8 +25,9 @@ def forecasts(study: Study) -> pd.DataFrame:
     joint = study.fits["ND"]
     scales = pd.DataFrame(FORECAST_SCALES, columns=["times_n", "times_d"])
     grid = scales.assign(N=scales["times_n"] * joint.ranges["N"][1], D=scales["times_d"] * joint.ranges["D"][1])
-    found = law.predict(with_variables(grid, law, with_compute(study.usable, None)))
-    return pd.concat([grid, found.assign(beyond_range=scales.max(axis=1))], axis=1)  # in N and D; laws may know C, too
+    places = with_variables(grid, law, with_compute(study.usable, None))
+    found = law.predict(places).assign(beyond_range=scales.max(axis=1))  # in N and D; laws may know C, too
+    return pd.concat([places, found], axis=1)
 
 
 def accuracy_forecasts(study: Study) -> pd.DataFrame:
@@ -38,12 +40,11 @@ def accuracy_forecasts(study: Study) -> pd.DataFrame:
     kind = next((kind for kind, _ in study.links), None)
     if law is None or not law.draws or kind is None:
         return pd.DataFrame()
-    scales = forecasts(study)[["times_n", "times_d", "N", "D"]]
-    places = with_variables(scales, law, with_compute(study.usable, None))
+    places = forecasts(study)
     tables = []
     for (each, task), second in study.links.items():
         if each == kind and second.draws:
             found = forecast(law, second, places[list(law.law.variables)]).table
             keep = found[["loss", "accuracy", "pi_lo", "pi_hi", "beyond_range"]].reset_index(drop=True)
-            tables.append(pd.concat([scales[["times_n", "times_d"]], keep], axis=1).assign(task=task, kind=kind))
+            tables.append(pd.concat([places[["times_n", "times_d"]], keep], axis=1).assign(task=task, kind=kind))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.tables.schema import CANONICAL, FOLDER, KNOWN, THEIR_NAMES, no_column
+from aimscale.analysis.tables.schema import CANONICAL, FOLDER, KNOWN, THEIR_NAMES, no_column, their_name
 
 DESIGN = ("prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size")
 """Columns of the results table that make runs another experiment, not another scale of the same."""
@@ -61,8 +61,7 @@ def with_size(frame: pd.DataFrame) -> pd.DataFrame:
     if "size" in frame or "params_total" not in frame:
         return frame
     out = frame.assign(size=frame["params_total"].map("{:.4g}".format))
-    theirs = frame.attrs.get(THEIR_NAMES, {})
-    out.attrs[THEIR_NAMES] = {**theirs, "size": theirs.get("params_total", "params_total")}
+    out.attrs[THEIR_NAMES] = {**frame.attrs.get(THEIR_NAMES, {}), "size": their_name(frame, "params_total")}
     return out
 
 
@@ -112,8 +111,7 @@ def fresh_part(frame: pd.DataFrame) -> Part:
         return Part(rows=frame, words="", num_others=0)
     groups = [rows for _, rows in frame.groupby(name, sort=True)]
     best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
-    theirs = frame.attrs.get(THEIR_NAMES, {}).get(name)
-    words = f"{best[name].iloc[0]:,.0f} {theirs or 'unique images'}"
+    words = f"{best[name].iloc[0]:,.0f} {their_name(frame, name, 'unique images')}"
     if "images_seen" in frame:
         few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
         if (best["images_seen"] / best[name]).median() > FEW_PASSES and 3 * _num_cells(few) >= _num_cells(best):
@@ -143,7 +141,7 @@ def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_lo
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, ...]:
     """Sentences of warning about rows that differ in more than a law's variables."""
     flags = []
-    names, theirs = design_columns(frame), frame.attrs.get(THEIR_NAMES, {})
+    names = design_columns(frame)
     if names:
         several = "; ".join(f"{name}: {', '.join(map(str, frame[name].dropna().unique()[:4]))}" for name in names)
         flags.append(
@@ -153,7 +151,7 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, .
     if repeated and not {"U", "unique_images"} & set(variables):
         values = sorted(frame["unique_images"].dropna().unique())
         flags.append(
-            f"The rows differ in {theirs.get('unique_images', 'unique images')} "
+            f"The rows differ in {their_name(frame, 'unique_images', 'unique images')} "
             f"({', '.join(f'{value:,.0f}' for value in values[:6])}), which this law does not know; choose with "
             "--where or fit the law 'repeated'."
         )
@@ -162,8 +160,8 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, .
         one = {"images_seen": {"params_total"}, "params_total": {"images_seen"}}[name]
         if name in frame and varies(frame[name]) and known & one and name not in known:
             flags.append(
-                f"The rows differ in {theirs.get(name, words)} ({frame[name].nunique()} values), which this law does "
-                "not know; choose one with --where, or fit the joint law."
+                f"The rows differ in {their_name(frame, name, words)} ({frame[name].nunique()} values), which this law "
+                "does not know; choose one with --where, or fit the joint law."
             )
     return tuple(flags)
 

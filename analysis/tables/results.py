@@ -184,7 +184,7 @@ def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, 
     """
     letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
     theirs = [letter for letter in letters if pd.to_numeric(frame[letter], errors="coerce").notna().any()]
-    free = {CANONICAL[letter]: letter for letter in theirs if not {CANONICAL[letter]} & {*columns, *frame.columns}}
+    free = {CANONICAL[letter]: letter for letter in theirs if CANONICAL[letter] not in {*columns, *frame.columns}}
     other = {f"their {letter}": letter for letter in theirs if CANONICAL[letter] in columns}
     return {**free, **other, **columns}
 

@@ -54,9 +54,9 @@ def our_name(frame: pd.DataFrame, typed: str) -> str:
     return next((name for name in choices if name in frame), typed)
 
 
-def their_name(frame: pd.DataFrame, name: str) -> str:
-    """What a table's file calls one of its columns."""
-    return str(frame.attrs.get(THEIR_NAMES, {}).get(name, name))
+def their_name(frame: pd.DataFrame, name: str, words: str = "") -> str:
+    """What a table's file calls one of its columns, where that is not our name; else `words` for it, or our name."""
+    return str(frame.attrs.get(THEIR_NAMES, {}).get(name, words or name))
 
 
 def column_names(frame: pd.DataFrame) -> str:

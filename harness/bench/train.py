@@ -22,7 +22,6 @@ from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.peer import peer_step
 from aimscale.harness.bench.reference import ReferenceEngine
-from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan
@@ -116,8 +115,8 @@ def run(
     Args:
         optimiser: batch size, precision and the rest; the batch is that of all ranks.
         runtime: device, ZeRO stage, micro-batch and compiling.
-        batches: `train_batches` of some steps, to measure the wait for data, which is told what depends on ranks and
-            memory; None takes random images.
+        batches: `rank_batches` of some steps, to measure the wait for data, which is told group and micro-batch; None
+            takes random images.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
     """
     group = start_group(find_placement(), runtime.device)
@@ -143,7 +142,7 @@ def run(
         data_wait = None
         if batches is not None:
             engine = Engine(model_config, optimiser, options, group)
-            loaded = _as_a_run_loads(batches, plan.micro_batch, group)
+            loaded = batches(group=group, micro_batch=plan.micro_batch)
             data_wait = _data_wait(engine, loaded, num_steps, model_config.num_tokens)
             loaded.close()
             engine.close()
@@ -268,15 +267,6 @@ def _timed(step: Step) -> float:
     started = time.perf_counter()
     step().item()
     return time.perf_counter() - started
-
-
-def _as_a_run_loads(
-    batches: Callable[..., Generator[list[Batch]]], micro_batch: int, group: Group
-) -> Generator[list[Batch]]:
-    is_card = group.device.type == "cuda"
-    ranks = {"rank": group.rank, "world_size": group.world_size}
-    loaded = batches(micro_batch=micro_batch, pin_memory=is_card, **ranks)
-    return on_device_ahead(loaded, group.device) if is_card else loaded
 
 
 def _data_wait(engine: Engine, batches: Iterator[list[Batch]], num_steps: int, num_tokens: int) -> float:

@@ -94,13 +94,13 @@ def train(
         )
         optimiser = parse(OptimiserSection, {"batch_size": batch, "precision": precision}, "the command line")
     else:
-        from aimscale.harness.data.stream.loader import train_batches
+        from aimscale.harness.data.stream.ahead import rank_batches
         from aimscale.harness.data.stream.unindexed import open_stream
 
         loaded = load_run_config(config)
         shape, optimiser = model_of(loaded.training), loaded.training.optimiser
         batches = functools.partial(
-            train_batches,
+            rank_batches,
             open_stream(loaded, augment_on=loaded.runtime.augment_on),
             start=0,
             stop=(steps + 2) * optimiser.batch_size,

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.stream.ahead import on_device_ahead
-from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.ahead import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import execution_plan
@@ -204,19 +203,15 @@ class Trainer:
 
     def _train_segment(self, segment: Segment, position: int) -> None:
         """Train from `position` to the end of a segment, saving on the way."""
-        batches = train_batches(
+        batches = rank_batches(
             self.stream,
+            group=self.group,
             start=position,
             stop=segment.stop,
             batch_size=self.batch_size,
             micro_batch=self.plan.micro_batch,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
             num_workers=self.config.runtime.num_workers,
-            pin_memory=self.group.device.type == "cuda",
         )
-        if self.group.device.type == "cuda":
-            batches = on_device_ahead(batches, self.group.device)
         every, roll_back = self.config.runtime.checkpoint_every_images, self.config.training.roll_back
 
         def is_crossed(distance: int | None) -> bool:

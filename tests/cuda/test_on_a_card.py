@@ -10,35 +10,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.profiler import profile
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.aim.weights import write_weights
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.data.stream.crops import Crops, Jitter, pack
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import memory_estimate
 from aimscale.harness.probe.features.extraction import ALONE
-from aimscale.harness.probe.protocol import Bounds
-from aimscale.harness.probe.run import load_budget, probe_run
-from aimscale.harness.run.config import OptimiserSection, run_config
-from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.blocks import BlockWatch
 from aimscale.harness.step.checkpoint import load_checkpoint
 from aimscale.harness.step.deepspeed_setup import CompileMode, EngineOptions
 from aimscale.harness.step.engine import Engine, fragment_of
 from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import CheckpointWriter
-from aimscale.harness.train.validation import validate
 
 DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -147,30 +138,19 @@ def test_a_resumed_run_holds_the_same_bits(
     assert losses(second, 2) == pytest.approx(losses(first, 2), rel=1e-4)
 
 
-def crops(number: int) -> Crops:
-    """Cut out, to be resized, flipped and jittered."""
-    rng = np.random.default_rng(number)
-    views = [
-        (torch.from_numpy(rng.integers(0, 256, (3, *rng.integers(20, 300, 2)), dtype=np.uint8)), bool(index % 2))
-        for index in range(number)
-    ]
-    pixels, layout = pack(views, torch.empty(sum(view.numel() for view, _ in views), dtype=torch.uint8))
-    return Crops(pixels=pixels, layout=layout, size=32, channels=3, jitter=Jitter(7, rng.integers(0, 2**40, number)))
-
-
-def step_of_crops(number: int) -> list[Batch]:
+def step_of_crops(number: int, random_crops: Callable[[int], Any]) -> list[Batch]:
     prefix_len = torch.tensor([5, CONFIG.num_tokens - 5] * (number // 2))
-    return [Batch(images=crops(number), prefix_len=prefix_len, positions=torch.arange(number))]
+    return [Batch(images=random_crops(number), prefix_len=prefix_len, positions=torch.arange(number))]
 
 
-def test_augmentation_has_the_cpus_bytes() -> None:
-    expected = crops(40).resized("cpu")
-    assert torch.equal(crops(40).resized(DEVICE).cpu(), expected)
+def test_augmentation_has_the_cpus_bytes(random_crops: Callable[[int], Any]) -> None:
+    expected = random_crops(40).resized("cpu")
+    assert torch.equal(random_crops(40).resized(DEVICE).cpu(), expected)
 
 
 @needs_card
-def test_images_made_a_step_ahead_are_those_of_the_step() -> None:
-    steps = [step_of_crops(number) for number in (8, 16, 4)]
+def test_images_made_a_step_ahead_are_those_of_the_step(random_crops: Callable[[int], Any]) -> None:
+    steps = [step_of_crops(number, random_crops) for number in (8, 16, 4)]
     expected = [batch.images_on("cuda").cpu() for step in steps for batch in step]
     pinned = ([batch.pin_memory() for batch in step] for step in steps)
     found = [batch.images_on("cuda").cpu() for step in on_device_ahead(pinned, torch.device("cuda")) for batch in step]
@@ -208,11 +188,11 @@ def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(
 
 @needs_card
 def test_nothing_of_ours_waits_for_the_card_in_a_step(
-    engine: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    engine: Callable, random_crops: Callable[[int], Any], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = engine()
     blocks = BlockWatch(made, 1)
-    source = ([batch.pin_memory() for batch in step_of_crops(16)] for _ in range(5))
+    source = ([batch.pin_memory() for batch in step_of_crops(16, random_crops)] for _ in range(5))
     waits: Counter[str] = Counter()
 
     def note(*_: object, **__: object) -> None:
@@ -233,39 +213,9 @@ def test_nothing_of_ours_waits_for_the_card_in_a_step(
     assert [place for place in waits if "/deepspeed/" not in place] == []
 
 
-def test_a_run_is_evaluated_as_on_the_cpu(write_images: Callable[..., str], tmp_path: Path, group: Group) -> None:
+def test_a_run_is_evaluated_as_on_the_cpu(evaluations: Callable[..., list[list[float]]], group: Group) -> None:
     """Validation and every kind of probe, its tokens kept or computed again."""
-    data = [
-        write_images(tmp_path / name, 80, seed=seed, classes=("a", "b")) for seed, name in enumerate(("fit", "test"))
-    ]
-    kinds = ["linear", "attentive", "efficient", "knn", "lora"]
-    probe = {"task": "redder", "train": data[0], "test": data[1], "kinds": kinds, "epochs": 2, "lrs": [1e-2]}
-    fields: dict[str, Any] = {
-        "model": {"size": "w64-d2", "image_size": 16, "patch_size": 4},
-        "data": {"sources": [{"path": data[0]}]},
-        "optimiser": {"batch_size": 16},
-        "budgets": [64],
-        "validation": {"path": data[1], "num_prefixes": 2},
-        "probes": [probe | {"batch_size": 20, "precision": "fp32"}],
-    }
-    config = run_config(fields, "the test")
-    found: dict[str, list[float]] = {}
-    for place, cache_gb in (("cpu", 2.0), (DEVICE, 2.0), (DEVICE, 0.0)):
-        run = RunDir.create(tmp_path / f"run-{place}-{cache_gb}", config)
-        model = AIM(model_of(config.training))
-        write_weights(model.state_dict(), run.model_file(64))
-        where = group if place == DEVICE else ALONE
-        loss = validate(
-            load_budget(run, config, 64, where.device),
-            open_dataset(data[1]),
-            config.evaluation.validation,
-            config.training.model,
-            where,
-        ).loss
-        ((_, entries),) = probe_run(run.path, group=where, bounds=Bounds(cache_gb=cache_gb, disk_gb=1))
-        assert [entry["kind"] for entry in entries] == kinds
-        found[run.path.name] = [loss, *(entry["top1"] for entry in entries)]
-    expected, *others = found.values()
+    expected, *others = evaluations([(ALONE, 2.0), (group, 2.0), (group, 0.0)], num_images=80, epochs=2)
     for other in others:
         assert other[0] == pytest.approx(expected[0], rel=2e-3)
         assert other[1:] == pytest.approx(expected[1:], abs=0.05)

@@ -10,10 +10,8 @@ import contextlib
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,24 +20,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.aim.weights import write_weights
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream import augment
 from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.data.stream.crops import Crops, Jitter, pack
 from aimscale.harness.device.distributed import Group, find_placement
 from aimscale.harness.probe.features.extraction import ALONE
-from aimscale.harness.probe.protocol import Bounds
-from aimscale.harness.probe.run import load_budget, probe_run
-from aimscale.harness.run.config import OptimiserSection, run_config
-from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.blocks import BlockWatch
 from aimscale.harness.step.deepspeed_setup import EngineOptions, make_optimiser
 from aimscale.harness.step.engine import Fragment
-from aimscale.harness.train.validation import completions, validate
 
 CARD = torch.device("cuda", 0)
 CONFIG = model_config("w64-d2", image_size=32, patch_size=4)
@@ -239,21 +229,11 @@ def test_a_step_that_is_watched_block_by_block_waits_for_its_norm_alone(card: Gr
     assert blocks.sums.line(card, 1.0)["trunk.blocks.1"]["update_ratio"]
 
 
-def crops(number: int) -> Crops:
-    rng = np.random.default_rng(number)
-    views = [
-        (torch.from_numpy(rng.integers(0, 256, (3, *rng.integers(20, 300, 2)), dtype=np.uint8)), bool(index % 2))
-        for index in range(number)
-    ]
-    pixels, layout = pack(views, torch.empty(sum(view.numel() for view, _ in views), dtype=torch.uint8))
-    return Crops(pixels=pixels, layout=layout, size=32, channels=3, jitter=Jitter(7, rng.integers(0, 2**40, number)))
-
-
-def test_augmentation_waits_for_nothing_and_has_the_cpus_bytes(card: Group) -> None:
+def test_augmentation_waits_for_nothing_and_has_the_cpus_bytes(card: Group, random_crops: Callable[[int], Any]) -> None:
     numbers = (8, 40, 4)
-    expected = [crops(number).resized("cpu") for number in numbers]
+    expected = [random_crops(number).resized("cpu") for number in numbers]
     steps = [
-        [Batch(images=crops(number), prefix_len=torch.ones(number), positions=torch.arange(number)).pin_memory()]
+        [Batch(images=random_crops(number), prefix_len=torch.ones(number), positions=torch.arange(number)).pin_memory()]
         for number in numbers
     ]
     found = [step[0].images for step in on_device_ahead((step for step in steps), CARD)]
@@ -263,29 +243,7 @@ def test_augmentation_waits_for_nothing_and_has_the_cpus_bytes(card: Group) -> N
         assert torch.equal(images.values, values)
 
 
-def test_an_evaluation_has_the_cpus_numbers(write_images: Callable[..., str], tmp_path: Path, card: Group) -> None:
+def test_an_evaluation_has_the_cpus_numbers(evaluations: Callable[..., list[list[float]]], card: Group) -> None:
     """Validation, completions and every kind of probe, tokens kept and computed again."""
-    data = [write_images(tmp_path / name, 48, seed=len(name), classes=("a", "b")) for name in ("fit", "test")]
-    kinds = ["linear", "attentive", "efficient", "knn", "lora"]
-    probe = {"task": "redder", "train": data[0], "test": data[1], "kinds": kinds, "epochs": 1, "lrs": [1e-2]}
-    fields: dict[str, Any] = {
-        "model": {"size": "w64-d2", "image_size": 16, "patch_size": 4},
-        "data": {"sources": [{"path": data[0]}]},
-        "optimiser": {"batch_size": 16},
-        "budgets": [64],
-        "validation": {"path": data[1], "num_prefixes": 2},
-        "probes": [probe | {"batch_size": 20, "precision": "fp32"}],
-    }
-    config = run_config(fields, "the test")
-    found = []
-    for number, (group, cache_gb) in enumerate([(ALONE, 2.0), (card, 2.0), (card, 0.0)]):
-        run = RunDir.create(tmp_path / f"run-{number}", config)
-        write_weights(AIM(model_of(config.training)).state_dict(), run.model_file(64))
-        model, images = load_budget(run, config, 64, group.device), open_dataset(data[1])
-        section, shape = config.evaluation.validation, config.training.model
-        loss = validate(model, images, section, shape, group).loss
-        completions(model, images, section, shape, group.device)
-        ((_, entries),) = probe_run(run.path, group=group, bounds=Bounds(cache_gb=cache_gb, disk_gb=1))
-        found.append([loss, *(entry["top1"] for entry in entries)])
-    assert len(found[0]) == 1 + len(kinds)
-    assert found[1] == found[2] == pytest.approx(found[0], rel=1e-6)
+    expected, *found = evaluations([(ALONE, 2.0), (card, 2.0), (card, 0.0)], num_images=48, epochs=1)
+    assert found[0] == found[1] == pytest.approx(expected, rel=1e-6)
