@@ -1,11 +1,8 @@
 from . import laws as laws
-from .baselines.comparison import compare as compare
-from .choice.backtest import choose as choose
-from .choice.proposal import propose as propose
-from .downstream.correlation import correlate as correlate
-from .downstream.links import forecast as forecast
-from .downstream.links import leaves_chance as leaves_chance
-from .downstream.links import link as link
+from .accuracy.correlation import correlate as correlate
+from .accuracy.links import forecast as forecast
+from .accuracy.links import leaves_chance as leaves_chance
+from .accuracy.links import link as link
 from .effects.contrasts import contrast as contrast
 from .effects.noise_sources import noise as noise
 from .effects.repetition import repeats as repeats
@@ -19,6 +16,8 @@ from .forecasts.ahead import ahead as ahead
 from .forecasts.collapse import collapse as collapse
 from .frontier.approaches import all_approaches as all_approaches
 from .frontier.definitions import by_definition as by_definition
+from .next.backtest import choose as choose
+from .next.proposal import propose as propose
 from .plots.curves import plot_collapse as plot_collapse
 from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.intervals import plot_definitions as plot_definitions
@@ -34,7 +33,8 @@ from .plots.scaling import plot_fit as plot_fit
 from .plots.scaling import plot_points as plot_points
 from .plots.scaling import plot_residuals as plot_residuals
 from .plots.style import save as save
+from .published.comparison import compare as compare
 from .report.page import write_report as write_report
-from .tables.inputs import read_tables as read_tables
-from .tables.results import probe_frame as probe_frame
-from .tables.results import read_table as read_table
+from .table.inputs import read_tables as read_tables
+from .table.results import probe_frame as probe_frame
+from .table.results import read_table as read_table

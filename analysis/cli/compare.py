@@ -30,13 +30,13 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Task by task, exponents, and what would close the gap; what is not comparable is named and left out."""
-    from aimscale.analysis.baselines.comparison import compare as compare_frame
-    from aimscale.analysis.baselines.nearest import nearest_published
-    from aimscale.analysis.baselines.worked_example import worked_example
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.tables.inputs import read_tables
-    from aimscale.analysis.tables.observations import is_complete
-    from aimscale.analysis.tables.results import parse_columns, probe_frame
+    from aimscale.analysis.published.comparison import compare as compare_frame
+    from aimscale.analysis.published.nearest import nearest_published
+    from aimscale.analysis.published.worked_example import worked_example
+    from aimscale.analysis.table.inputs import read_tables
+    from aimscale.analysis.table.observations import is_complete
+    from aimscale.analysis.table.results import parse_columns, probe_frame
 
     called = dict(_pair(text) for text in task or [])
     if called and run is None:

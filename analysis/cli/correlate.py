@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from aimscale.analysis.downstream.correlation import Correlation
+    from aimscale.analysis.accuracy.correlation import Correlation
     from aimscale.analysis.fitting.result import Fit
 
 Probe = tuple[str, str]
@@ -50,10 +50,10 @@ def command(
     """Pearson, Spearman and Kendall with intervals."""
     import json as json_module
 
+    from aimscale.analysis.accuracy.correlation import correlate
     from aimscale.analysis.display import plain_types
-    from aimscale.analysis.downstream.correlation import correlate
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.tables.schema import our_name
+    from aimscale.analysis.table.schema import our_name
 
     df = table_of(tables, columns, where, main, best=best_of, y=x)
     x, y = our_name(df, x), our_name(df, y)
@@ -92,7 +92,7 @@ def command(
 
 def in_their_words(df: pd.DataFrame, found: Sequence[Correlation]) -> tuple[Correlation, ...]:
     """Correlations of columns by the names that the table's file gives them."""
-    from aimscale.analysis.tables.schema import their_name
+    from aimscale.analysis.table.schema import their_name
 
     def translated(c: Correlation) -> Correlation:
         fields = {
@@ -147,9 +147,9 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
         AnalysisError: no such column, or nothing probed.
     """
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.tables.observations import is_complete
-    from aimscale.analysis.tables.results import probe_frame
-    from aimscale.analysis.tables.schema import column_names
+    from aimscale.analysis.table.observations import is_complete
+    from aimscale.analysis.table.results import probe_frame
+    from aimscale.analysis.table.schema import column_names
 
     done = df[is_complete(df)]
     if y in df.columns:
@@ -168,7 +168,7 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
 
 def link_of(rows: pd.DataFrame, kind: str, x: str, y: str, cluster: str | None) -> Fit:
     """Accuracy as a function of loss, with the probe's chance level as its floor where the table knows it."""
-    from aimscale.analysis.downstream.links import link
+    from aimscale.analysis.accuracy.links import link
 
     chance = float(rows["chance"].iloc[0]) if "chance" in rows.columns and len(rows["chance"].unique()) == 1 else None
     return link(rows, kind=kind, loss=x, accuracy=y, chance=chance, cluster=cluster)

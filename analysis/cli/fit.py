@@ -72,11 +72,11 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
-    from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.frontier.definitions import by_definition
-    from aimscale.analysis.tables.design import lower_envelope
-    from aimscale.analysis.tables.schema import our_name
+    from aimscale.analysis.next.backtest import AUTO, choose, with_compute
+    from aimscale.analysis.table.design import lower_envelope
+    from aimscale.analysis.table.schema import our_name
 
     fresh = not law.startswith(("repeated", "overfitting"))
     df = table_of(tables, columns, where, main, fresh=fresh, best=best_of, y=y)
@@ -122,8 +122,8 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | 
     from aimscale.analysis.fitting.heldout import held_out
     from aimscale.analysis.fitting.influences import with_influence_flags
     from aimscale.analysis.fitting.profiles import with_profile_flags
-    from aimscale.analysis.tables.design import mixture_flags
-    from aimscale.analysis.tables.schema import our_name
+    from aimscale.analysis.table.design import mixture_flags
+    from aimscale.analysis.table.schema import our_name
 
     tests = []
     for wish in hold_out:

@@ -18,7 +18,7 @@ def command(
 ) -> None:
     """Standard deviations with intervals; per-image losses are read from the run directories beside the tables."""
     from aimscale.analysis.effects.noise_sources import noise
-    from aimscale.analysis.tables.schema import our_name
+    from aimscale.analysis.table.schema import our_name
 
     df = table_of(tables, columns, where, main, best=best_of, y=y)
     show(noise(df, y=our_name(df, y)), json, figure)

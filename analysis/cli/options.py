@@ -85,9 +85,9 @@ def table_of(
     y: str = "val_loss",
 ) -> pd.DataFrame:
     """The tables of a verb as one frame; with `main` the largest experiment alone, with `fresh` its largest pool."""
-    from aimscale.analysis.tables.design import fresh_part, main_part
-    from aimscale.analysis.tables.inputs import read_tables
-    from aimscale.analysis.tables.results import parse_columns
+    from aimscale.analysis.table.design import fresh_part, main_part
+    from aimscale.analysis.table.inputs import read_tables
+    from aimscale.analysis.table.results import parse_columns
 
     frame = read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
     frame = main_part(frame).rows if main else frame

@@ -20,8 +20,8 @@ def command(
 ) -> None:
     """R_D with its interval, the worth of the k-th pass over an image, and whether R_D is bounded at all."""
     from aimscale.analysis.effects.repetition import repeats
-    from aimscale.analysis.tables.design import mixture_flags
-    from aimscale.analysis.tables.schema import our_name
+    from aimscale.analysis.table.design import mixture_flags
+    from aimscale.analysis.table.schema import our_name
 
     df = table_of(tables, columns, where, main, best=best_of, y=y)
     found = repeats(df, y=our_name(df, y), objective=objective, resamples=resamples)

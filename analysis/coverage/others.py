@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.accuracy.correlation import correlate
+from aimscale.analysis.accuracy.links import forecast, link
 from aimscale.analysis.coverage.designs import POINT_SD, TRUTH, Design, clean_losses, measured, shared_sd
 from aimscale.analysis.coverage.laws import AHEAD
 from aimscale.analysis.coverage.record import Record
-from aimscale.analysis.downstream.correlation import correlate
-from aimscale.analysis.downstream.links import forecast, link
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.effects.noise_sources import noise
 from aimscale.analysis.effects.repetition import repeats

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Result, plain_types
-from aimscale.analysis.tables.measures import Measure
+from aimscale.analysis.table.measures import Measure
 
 if TYPE_CHECKING:
     from aimscale.analysis.effects.gains import Gain

@@ -17,10 +17,10 @@ from scipy.stats import t as student
 from aimscale.analysis.effects.compared import Contrast, Contrasts
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.mixed import mixed_model
-from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
-from aimscale.analysis.tables.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
-from aimscale.analysis.tables.observations import is_complete
-from aimscale.analysis.tables.schema import column_names, our_name, their_name
+from aimscale.analysis.table.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
+from aimscale.analysis.table.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
+from aimscale.analysis.table.observations import is_complete
+from aimscale.analysis.table.schema import column_names, our_name, their_name
 
 SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
 """Columns of scale and chance that a pair must share."""

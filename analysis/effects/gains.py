@@ -26,8 +26,8 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.tables.design import with_size
-from aimscale.analysis.tables.observations import is_complete
+from aimscale.analysis.table.design import with_size
+from aimscale.analysis.table.observations import is_complete
 
 MIN_VALID = 0.9
 """A law of which more draws than the rest of this put E above a measured loss says nothing about gains."""

@@ -21,9 +21,9 @@ from aimscale.analysis.effects.contrasts import SCALE
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.tables.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
-from aimscale.analysis.tables.observations import is_complete
-from aimscale.analysis.tables.schema import FOLDER, no_column
+from aimscale.analysis.table.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
+from aimscale.analysis.table.observations import is_complete
+from aimscale.analysis.table.schema import FOLDER, no_column
 
 MAX_FILES = 200
 """Runs whose per-image losses are read; enough for the noise of a mean."""

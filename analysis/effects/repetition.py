@@ -16,9 +16,9 @@ from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit, about
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
-from aimscale.analysis.tables.design import varies
-from aimscale.analysis.tables.observations import is_complete, resolve_columns
-from aimscale.analysis.tables.schema import their_name
+from aimscale.analysis.table.design import varies
+from aimscale.analysis.table.observations import is_complete, resolve_columns
+from aimscale.analysis.table.schema import their_name
 
 PUBLISHED = 15.387
 """R_D of Muennighoff et al. 2023, language, up to 44 epochs."""

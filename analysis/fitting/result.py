@@ -15,8 +15,8 @@ from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.inference.groups import Groups
 from aimscale.analysis.inference.mixed import Mixed
 from aimscale.analysis.laws.base import Array, Columns, Law
-from aimscale.analysis.tables.observations import Exclusion
-from aimscale.analysis.tables.schema import CANONICAL
+from aimscale.analysis.table.observations import Exclusion
+from aimscale.analysis.table.schema import CANONICAL
 
 if TYPE_CHECKING:
     from aimscale.analysis.fitting.heldout import HeldOut

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.choice.backtest import AUTO, choose, with_compute
-from aimscale.analysis.choice.proposal import place_of
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
@@ -18,8 +16,10 @@ from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.routes import ENDS, chosen_route, signal_to_noise
 from aimscale.analysis.laws.base import Law
-from aimscale.analysis.tables.observations import is_complete
-from aimscale.analysis.tables.results import probe_frame
+from aimscale.analysis.next.backtest import AUTO, choose, with_compute
+from aimscale.analysis.next.proposal import place_of
+from aimscale.analysis.table.observations import is_complete
+from aimscale.analysis.table.results import probe_frame
 
 MIN_PROBED = 6
 """Probed rows below which no link from loss to accuracy is fitted."""

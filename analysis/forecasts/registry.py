@@ -19,9 +19,9 @@ import pandas as pd
 from aimscale.analysis.display import plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.ahead import Ahead
-from aimscale.analysis.tables.observations import is_complete
-from aimscale.analysis.tables.results import probe_frame
-from aimscale.analysis.tables.schema import CANONICAL
+from aimscale.analysis.table.observations import is_complete
+from aimscale.analysis.table.results import probe_frame
+from aimscale.analysis.table.schema import CANONICAL
 
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.choice.backtest import MIN_HELD_OUT, SHARE
-from aimscale.analysis.downstream.links import forecast, link
+from aimscale.analysis.accuracy.links import forecast, link
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.next.backtest import MIN_HELD_OUT, SHARE
 
 ERROR = "error_rate"
 """Column that the direct route fits: 1 - accuracy."""

@@ -20,8 +20,8 @@ from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.tables.observations import is_complete, resolve_columns
-from aimscale.analysis.tables.schema import no_column
+from aimscale.analysis.table.observations import is_complete, resolve_columns
+from aimscale.analysis.table.schema import no_column
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,11 +37,11 @@ from aimscale.analysis.plots.style import (
     ordered_colours,
     styled,
 )
-from aimscale.analysis.tables.results import loss_unit
-from aimscale.analysis.tables.schema import THEIR_NAMES
+from aimscale.analysis.table.results import loss_unit
+from aimscale.analysis.table.schema import THEIR_NAMES
 
 if TYPE_CHECKING:
-    from aimscale.analysis.downstream.correlation import Correlation
+    from aimscale.analysis.accuracy.correlation import Correlation
     from aimscale.analysis.fitting.result import Fit
 
 

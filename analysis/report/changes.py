@@ -13,7 +13,7 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.cells import PageTable, number, page_table, text, whole
 from aimscale.analysis.report.figures import PageFigure, page_figure
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.tables.measures import BLOCKS, KIND
+from aimscale.analysis.table.measures import BLOCKS, KIND
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from aimscale.analysis.choice.backtest import with_compute
-from aimscale.analysis.choice.proposal import with_variables
-from aimscale.analysis.downstream.links import forecast
+from aimscale.analysis.accuracy.links import forecast
+from aimscale.analysis.next.backtest import with_compute
+from aimscale.analysis.next.proposal import with_variables
 from aimscale.analysis.report.study import Study
 
 FORECAST_SCALES = ((2.0, 2.0), (10.0, 1.0), (1.0, 10.0), (10.0, 10.0))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from aimscale.analysis.baselines.published import published_frame
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.frontier.approaches import Approaches
@@ -25,11 +24,12 @@ from aimscale.analysis.plots.scaling import (
     plot_residuals,
 )
 from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
+from aimscale.analysis.published.published import published_frame
 from aimscale.analysis.report.cells import csv_uri
 from aimscale.analysis.report.study import Study, probe_kinds
-from aimscale.analysis.tables.design import widest_slice
-from aimscale.analysis.tables.results import loss_unit
-from aimscale.analysis.tables.schema import THEIR_NAMES
+from aimscale.analysis.table.design import widest_slice
+from aimscale.analysis.table.results import loss_unit
+from aimscale.analysis.table.schema import THEIR_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from aimscale.analysis.baselines.comparison import compare
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import css_variables
+from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.report import accuracy_tables, law_tables, published_tables, run_tables
 from aimscale.analysis.report import text as words
 from aimscale.analysis.report.changes import findings
@@ -27,8 +27,8 @@ from aimscale.analysis.report.figures import page_figures
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
-from aimscale.analysis.tables.inputs import read_tables
-from aimscale.analysis.tables.results import require_columns
+from aimscale.analysis.table.inputs import read_tables
+from aimscale.analysis.table.results import require_columns
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from aimscale.analysis.baselines.comparison import Comparison
-from aimscale.analysis.baselines.published import BASELINES, LOSS_SOURCE, PUBLISHED_SIZES, TASK_TITLES, TASKS
-from aimscale.analysis.baselines.worked_example import forecast_7b, four_points
 from aimscale.analysis.fitting.sentences import kind_name
+from aimscale.analysis.published.comparison import Comparison
+from aimscale.analysis.published.published import BASELINES, LOSS_SOURCE, PUBLISHED_SIZES, TASK_TITLES, TASKS
+from aimscale.analysis.published.worked_example import forecast_7b, four_points
 from aimscale.analysis.report.cells import Formatter, PageTable, number, page_table, percent, spans, text, whole
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.cells import Formatter, PageTable, number, page_table, percent, text, whole
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.tables.design import DESIGN, design_columns
-from aimscale.analysis.tables.results import loss_unit, usable_rows
-from aimscale.analysis.tables.schema import MFU, their_name
+from aimscale.analysis.table.design import DESIGN, design_columns
+from aimscale.analysis.table.results import loss_unit, usable_rows
+from aimscale.analysis.table.schema import MFU, their_name
 
 MFU_COLUMNS: list[tuple[str, str, Formatter]] = [(name, f"MFU {how} (%)", percent) for name, how in MFU.items()]
 

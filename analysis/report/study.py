@@ -17,10 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.choice.backtest import AUTO, Choice, choose
-from aimscale.analysis.choice.proposal import Proposal, grid_offer, propose
-from aimscale.analysis.downstream.correlation import Correlation, correlate
-from aimscale.analysis.downstream.links import link
+from aimscale.analysis.accuracy.correlation import Correlation, correlate
+from aimscale.analysis.accuracy.links import link
 from aimscale.analysis.effects.compared import Contrasts
 from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
@@ -32,11 +30,13 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
 from aimscale.analysis.frontier.definitions import Definitions, by_definition
 from aimscale.analysis.frontier.optimum import parametric_frontier
-from aimscale.analysis.tables.design import fresh_part, lower_envelope, main_part, varies, widest_slice
-from aimscale.analysis.tables.measures import BLOCKS, KIND
-from aimscale.analysis.tables.observations import is_complete
-from aimscale.analysis.tables.results import probe_frame, usable_rows
-from aimscale.analysis.tables.schema import CANONICAL, MFU
+from aimscale.analysis.next.backtest import AUTO, Choice, choose
+from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
+from aimscale.analysis.table.design import fresh_part, lower_envelope, main_part, varies, widest_slice
+from aimscale.analysis.table.measures import BLOCKS, KIND
+from aimscale.analysis.table.observations import is_complete
+from aimscale.analysis.table.results import probe_frame, usable_rows
+from aimscale.analysis.table.schema import CANONICAL, MFU
 
 MANY_ROWS = 20_000
 """Rows above which noise, repeats and definitions are left to their own verbs."""

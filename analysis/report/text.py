@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from aimscale.analysis.baselines.published import PAPER_EXPONENTS, TASKS
-from aimscale.analysis.downstream.correlation import Correlation
+from aimscale.analysis.accuracy.correlation import Correlation
 from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.plots.style import human
+from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS
 from aimscale.analysis.report.run_tables import last_of_runs
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.tables.design import widest_slice
-from aimscale.analysis.tables.results import usable_rows
+from aimscale.analysis.table.design import widest_slice
+from aimscale.analysis.table.results import usable_rows
 
 
 def runs_in_words(study: Study) -> list[str]:

@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from aimscale.analysis.choice.proposal import COLLINEAR, Proposal
 from aimscale.analysis.fitting.result import about
+from aimscale.analysis.next.proposal import COLLINEAR, Proposal
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.expected import forecasts
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.tables.design import varies
+from aimscale.analysis.table.design import varies
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}

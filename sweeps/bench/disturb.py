@@ -16,8 +16,8 @@ from typing import Literal
 
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
-from aimscale.sweeps.runs.claims import RunRecord
-from aimscale.sweeps.runs.probe_record import EvaluationRecord, ProbeRecord
+from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.probe_record import EvaluationRecord, ProbeRecord
 
 PATIENCE_S = 600.0
 """What is so small and has not ended by then hangs."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from aimscale.sweeps.cli.options import Root, SweepName
-from aimscale.sweeps.launch.stop import cancel
+from aimscale.sweeps.engine.stop import cancel
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.table.select import some_runs
 

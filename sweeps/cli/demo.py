@@ -26,7 +26,7 @@ def command(
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.harness.probe.run import join_ranks, probe_baseline
     from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.launch.start import launch, left_alone
+    from aimscale.sweeps.engine.start import launch, left_alone
     from aimscale.sweeps.plan.costs import cost_cards
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.plan.sweepfile import load_sweep

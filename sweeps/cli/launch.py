@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aimscale.sweeps.cli import options
-from aimscale.sweeps.launch.evaluations import Place, with_place
-from aimscale.sweeps.launch.start import launch, left_alone, planned, startable, unplanned
-from aimscale.sweeps.runs.decision import Decision
-from aimscale.sweeps.runs.sweep_dir import prepare
+from aimscale.sweeps.engine.evaluations import Place, with_place
+from aimscale.sweeps.engine.start import launch, left_alone, planned, startable, unplanned
+from aimscale.sweeps.state.decision import Decision
+from aimscale.sweeps.state.sweep_dir import prepare
 
 if TYPE_CHECKING:
     from aimscale.sweeps.slurm.submit import Submission
@@ -86,10 +86,10 @@ def _print_unplanned(names: Sequence[str]) -> None:
 
 def _print_local(sweep: str, root: Path) -> None:
     """The commands that a local launch would run."""
-    from aimscale.sweeps.launch.local_queue import worker_command
-    from aimscale.sweeps.runs.claims import RunRecord
-    from aimscale.sweeps.runs.decision import decide
+    from aimscale.sweeps.engine.local_queue import worker_command
     from aimscale.sweeps.slurm import commands as slurm
+    from aimscale.sweeps.state.claims import RunRecord
+    from aimscale.sweeps.state.decision import decide
 
     loaded, runs, _ = planned(sweep, root)
     is_queued = slurm.Queued()
@@ -125,9 +125,9 @@ def _launch_slurm(
     fields: dict[str, str | int | None],
     notify: str | None,
 ) -> None:
-    from aimscale.sweeps.launch.packed_job import PackedJob
-    from aimscale.sweeps.launch.preflight import check_data
-    from aimscale.sweeps.launch.slurm_evaluations import evaluation_arrays
+    from aimscale.sweeps.engine.packed_job import PackedJob
+    from aimscale.sweeps.engine.preflight import check_data
+    from aimscale.sweeps.engine.slurm_evaluations import evaluation_arrays
     from aimscale.sweeps.slurm import commands as slurm
     from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 

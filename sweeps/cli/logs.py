@@ -10,8 +10,8 @@ import typer
 
 from aimscale.sweeps.cli.options import Root, SweepName
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
-from aimscale.sweeps.runs.claims import RunRecord
-from aimscale.sweeps.runs.probe_record import jobs_beside
+from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.probe_record import jobs_beside
 from aimscale.sweeps.table.select import one_run
 
 ENDED = ("finished", "failed", "diverged")

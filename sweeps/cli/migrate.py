@@ -8,8 +8,8 @@ import typer
 
 from aimscale.sweeps.cli.options import DryRun, Root, SweepName
 from aimscale.sweeps.plan.sweepfile import load_sweep
-from aimscale.sweeps.runs.migrate import migrate, misnamed
-from aimscale.sweeps.runs.sweep_dir import launch_lock
+from aimscale.sweeps.state.migrate import migrate, misnamed
+from aimscale.sweeps.state.sweep_dir import launch_lock
 
 
 def command(sweep: SweepName, root: Root = Path("aimscale-runs"), dry_run: DryRun = False) -> None:

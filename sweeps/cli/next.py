@@ -15,7 +15,7 @@ from aimscale.sweeps.cli.options import AsJson, Root, complete_sweep
 if TYPE_CHECKING:
     import pandas as pd
 
-    from aimscale.analysis.choice.proposal import Proposal
+    from aimscale.analysis.next.proposal import Proposal
     from aimscale.sweeps.plan.sweepfile import Sweep
 
 
@@ -53,8 +53,8 @@ def command(
 ) -> None:
     """Choose the runs, together, that make the forecast at the target most certain."""
     from aimscale.analysis.forecasts.ahead import parse_scale
-    from aimscale.analysis.tables.results import SUFFIXES
-    from aimscale.analysis.tables.schema import our_name
+    from aimscale.analysis.table.results import SUFFIXES
+    from aimscale.analysis.table.schema import our_name
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     place = parse_scale(target, "--target")
@@ -83,9 +83,9 @@ def command(
 
 def _of_table(df: pd.DataFrame, target: dict[str, float], budget: float, law: str, y: str, tflops: float) -> Proposal:
     """Runs on the table's own grid and on the way to the target, priced by its own FLOPs."""
-    from aimscale.analysis.choice.backtest import with_compute
-    from aimscale.analysis.choice.proposal import grid_offer, propose
     from aimscale.analysis.frontier.optimum import cost_of, points_of
+    from aimscale.analysis.next.backtest import with_compute
+    from aimscale.analysis.next.proposal import grid_offer, propose
 
     df = with_compute(df, None)
     points = points_of(df, y=y, columns=None)
@@ -117,7 +117,7 @@ def _of_sweep(
     """Runs of the sweep's sizes and budgets that are not measured yet, priced by their cost cards."""
     import pandas as pd
 
-    from aimscale.analysis.choice.proposal import propose
+    from aimscale.analysis.next.proposal import propose
     from aimscale.harness.run.counts import count
 
     named = sizes.split(",") if sizes else list(sweep.file.sizes)

@@ -153,7 +153,7 @@ def _score_released(path: Path, choice: TaskChoice, device: Device, threads: int
 def _runs(target: str, is_run: bool, root: Path, parts: list[str] | None) -> tuple[Sweep, list[Run], dict[str, Path]]:
     """The runs meant, with their directories."""
     from aimscale.harness.probe.features.baseline_models import is_baseline
-    from aimscale.sweeps.launch.probes import runs_of_sweep, sweep_of_run
+    from aimscale.sweeps.engine.probes import runs_of_sweep, sweep_of_run
 
     if is_run:
         sweep, one = sweep_of_run(Path(target))
@@ -201,7 +201,7 @@ class _Jobs:
     def on_slurm(self, fields: dict[str, str | int | None], *, allow_dirty: bool) -> None:
         """Submit one array per resource shape, or print the scripts."""
         from aimscale.sweeps.cli.launch import print_left, print_submitted
-        from aimscale.sweeps.launch.probes import probing_jobs
+        from aimscale.sweeps.engine.probes import probing_jobs
         from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 
         if not (ready := self._ready()):
@@ -215,9 +215,9 @@ class _Jobs:
     def on_this_machine(self, slots: int | None) -> None:
         """Work through the jobs in a queue on this machine, or say what it would do."""
         from aimscale.sweeps.cli.launch import print_left
-        from aimscale.sweeps.launch.devices import default_slots, visible_gpus
-        from aimscale.sweeps.launch.local_queue import print_events, run_queue, worker_command
-        from aimscale.sweeps.launch.probes import WORKER, probing_jobs
+        from aimscale.sweeps.engine.devices import default_slots, visible_gpus
+        from aimscale.sweeps.engine.local_queue import print_events, run_queue, worker_command
+        from aimscale.sweeps.engine.probes import WORKER, probing_jobs
         from aimscale.sweeps.slurm import commands as slurm
 
         if not (ready := self._ready()):

@@ -8,7 +8,7 @@ import typer
 
 from aimscale.sweeps.cli.cancel import Runs
 from aimscale.sweeps.cli.options import Root, SweepName
-from aimscale.sweeps.launch.stop import retry
+from aimscale.sweeps.engine.stop import retry
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.table.select import some_runs
 

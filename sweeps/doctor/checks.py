@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
 from aimscale.sweeps.doctor.imports import FACTS_LINE, IMPORTING_LINE
-from aimscale.sweeps.launch.devices import listed_cards
+from aimscale.sweeps.engine.devices import listed_cards
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.views import data_size
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from aimscale.aim.errors import did_you_mean
 from aimscale.sweeps.plan.sweepfile import SweepError
-from aimscale.sweeps.runs.claims import Claim
+from aimscale.sweeps.state.claims import Claim
 
 TIMEOUT_S = 60
 FRESH_S = 5.0

@@ -24,11 +24,11 @@ from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.lease import STALE_S
 from aimscale.harness.run.watch import node_name
 from aimscale.sweeps.plan.sweepfile import SweepError
-from aimscale.sweeps.runs.claims import Claim, RunRecord
-from aimscale.sweeps.runs.notify import leave
-from aimscale.sweeps.runs.retries import Outcome, Words, conclude, explain
-from aimscale.sweeps.runs.sweep_dir import lock_file
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.claims import Claim, RunRecord
+from aimscale.sweeps.state.notify import leave
+from aimscale.sweeps.state.retries import Outcome, Words, conclude, explain
+from aimscale.sweeps.state.sweep_dir import lock_file
 
 POLL_S = 0.5
 PEER_GRACE_S = 60.0

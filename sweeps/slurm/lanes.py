@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aimscale.sweeps.plan.sweepfile import Sweep
-from aimscale.sweeps.runs.claims import RunRecord
-from aimscale.sweeps.runs.probe_record import jobs_beside
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.probe_record import jobs_beside
 
 
 @dataclass(frozen=True, kw_only=True)

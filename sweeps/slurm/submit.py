@@ -18,16 +18,16 @@ from aimscale.sweeps.plan.device_fit import runs_on_a_device
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.stopping import stop_seconds
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
-from aimscale.sweeps.runs.claims import Claim, RunRecord, own_claim
-from aimscale.sweeps.runs.decision import Decision, note_finished
-from aimscale.sweeps.runs.job_kind import JobKind, training_jobs
-from aimscale.sweeps.runs.notify import VARIABLE, check_url
-from aimscale.sweeps.runs.retries import diagnose
-from aimscale.sweeps.runs.snapshot import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.runs.sweep_dir import lock_file
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
 from aimscale.sweeps.slurm.lanes import Turn, afterany, queued_jobs, turns
+from aimscale.sweeps.state.claims import Claim, RunRecord, own_claim
+from aimscale.sweeps.state.decision import Decision, note_finished
+from aimscale.sweeps.state.job_kind import JobKind, training_jobs
+from aimscale.sweeps.state.notify import VARIABLE, check_url
+from aimscale.sweeps.state.retries import diagnose
+from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
+from aimscale.sweeps.state.sweep_dir import lock_file
 
 Packed = Callable[[list[Path], list[int], int, tuple[str, ...]], Any]
 """(run directories, how many like each share a card, cards, worker) -> a job that executes them all."""
@@ -287,7 +287,7 @@ def executor_for(
     """A submitit executor with everything that a job of this shape asks for; `devices` are those of a node."""
     section = sweep.file.slurm
     told = [f"export {VARIABLE}={shlex.quote(check_url(notify))}"] if notify else []
-    # A time limit is not a failure here: progress bounds the attempts (sweeps.runs.retries), not submitit's count.
+    # A time limit is not a failure here: progress bounds the attempts (sweeps.state.retries), not submitit's count.
     executor = submitit.SlurmExecutor(
         folder=sweep.directory / "slurm", max_num_timeout=1_000_000, python=section.python
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.analysis.tables.schema import TableError, results_table, write_table
+from aimscale.analysis.table.schema import TableError, results_table, write_table
 from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.config import Section, TrainingConfig
 from aimscale.harness.run.files import write_json
@@ -25,7 +25,7 @@ from aimscale.harness.run.row import configured_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.state.claims import RunRecord
 from aimscale.sweeps.table.task_names import with_task_names
 
 COLLECT_VERSION = 1

@@ -15,11 +15,11 @@ from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
-from aimscale.sweeps.runs.claims import Claim, RunRecord, local_claim_is_live
-from aimscale.sweeps.runs.decision import budgets_left
-from aimscale.sweeps.runs.probe_record import jobs_beside
-from aimscale.sweeps.runs.retries import explain_job
 from aimscale.sweeps.slurm.commands import JobInfo
+from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.state.decision import budgets_left
+from aimscale.sweeps.state.probe_record import jobs_beside
+from aimscale.sweeps.state.retries import explain_job
 
 Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]
 

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from aimscale.analysis.tables.schema import MFU
+from aimscale.analysis.table.schema import MFU
 from aimscale.sweeps.plan.costs import CostCard, totals
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep

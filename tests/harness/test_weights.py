@@ -19,7 +19,7 @@ from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import WeightsError, known_heads, load_backbone, released_probe_shapes, released_shapes
-from aimscale.analysis.tables.schema import results_table
+from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.probe.features.images import open_task
 from aimscale.harness.probe.run import load_budget

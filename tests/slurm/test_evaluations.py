@@ -9,8 +9,8 @@ from typing import Any
 
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.launch.evaluations import unevaluated
-from aimscale.sweeps.runs.probe_record import EvaluationRecord
+from aimscale.sweeps.engine.evaluations import unevaluated
+from aimscale.sweeps.state.probe_record import EvaluationRecord
 
 
 def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(

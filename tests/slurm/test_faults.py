@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from aimscale.sweeps.launch.start import left_alone
-from aimscale.sweeps.launch.stop import cancel, retry
+from aimscale.sweeps.engine.start import left_alone
+from aimscale.sweeps.engine.stop import cancel, retry
 from aimscale.sweeps.slurm import commands as slurm
 
 Losses = dict[str, list[tuple[int, float]]]

@@ -18,11 +18,11 @@ from aimscale.harness.probe.job import ProbeRequest
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.launch.probes import probing_jobs
-from aimscale.sweeps.launch.start import left_alone
-from aimscale.sweeps.runs.probe_record import ProbeRecord
-from aimscale.sweeps.runs.sweep_dir import prepare
+from aimscale.sweeps.engine.probes import probing_jobs
+from aimscale.sweeps.engine.start import left_alone
 from aimscale.sweeps.slurm.submit import launch_slurm
+from aimscale.sweeps.state.probe_record import ProbeRecord
+from aimscale.sweeps.state.sweep_dir import prepare
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.cli.main import verb
-from aimscale.sweeps.runs.claims import RunRecord
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm
+from aimscale.sweeps.state.claims import RunRecord
 
 STAND_IN = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
 
 LAUNCHER = """
     from pathlib import Path
-    from aimscale.sweeps.runs.sweep_dir import prepare
+    from aimscale.sweeps.state.sweep_dir import prepare
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.slurm.submit import launch_slurm
     from aimscale.sweeps.plan.sweepfile import load_sweep

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-import aimscale.sweeps.launch.start
+import aimscale.sweeps.engine.start
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
@@ -41,7 +41,7 @@ def write_sweep(tmp_path: Path) -> Any:
 @pytest.fixture
 def launch() -> Any:
     """A local launch of workers that read no data."""
-    return functools.partial(aimscale.sweeps.launch.start.launch, check=lambda runs: None)
+    return functools.partial(aimscale.sweeps.engine.start.launch, check=lambda runs: None)
 
 
 @pytest.fixture

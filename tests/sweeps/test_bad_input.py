@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from aimscale.sweeps.cli.main import VERBS, main
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.runs.claims import RunRecord, own_claim
-from aimscale.sweeps.runs.sweep_dir import prepare
+from aimscale.sweeps.state.claims import RunRecord, own_claim
+from aimscale.sweeps.state.sweep_dir import prepare
 
 FILES = (
     "config.yaml",

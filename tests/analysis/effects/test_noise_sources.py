@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from aimscale.analysis.effects.noise_sources import _ends, _prefix_noise, noise
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.tables.inputs import read_tables
+from aimscale.analysis.table.inputs import read_tables
 from aimscale.sweeps.cli.main import verb
 
 NUM_TOKENS = 49

@@ -9,7 +9,6 @@ import pytest
 from PIL import ImageColor
 
 from aimscale.analysis import correlate, fit, held_out
-from aimscale.analysis.baselines.published import published_frame
 from aimscale.analysis.fitting.profiles import profile
 from aimscale.analysis.frontier.approaches import all_approaches
 from aimscale.analysis.frontier.isoflop import isoflop_points
@@ -41,6 +40,7 @@ from aimscale.analysis.plots.style import (
     svg_text,
     themed_svg,
 )
+from aimscale.analysis.published.published import published_frame
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.page import maths, write_report
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.tables.results import read_table
-from aimscale.analysis.tables.schema import TableError, results_table, write_table
+from aimscale.analysis.table.results import read_table
+from aimscale.analysis.table.schema import TableError, results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5

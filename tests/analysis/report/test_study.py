@@ -9,7 +9,7 @@ import pytest
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.report.changes import contrast_words
 from aimscale.analysis.report.page import write_report
-from aimscale.analysis.tables.schema import results_table, write_table
+from aimscale.analysis.table.schema import results_table, write_table
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.downstream.correlation import correlate
+from aimscale.analysis.accuracy.correlation import correlate
 from aimscale.analysis.report.text import accuracy_in_words
 
 

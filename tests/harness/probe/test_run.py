@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.analysis.tables.schema import results_table
+from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.probe.files import with_probes_of_files
 from aimscale.harness.probe.job import ProbeRequest, probe_job

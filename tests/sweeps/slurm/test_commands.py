@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.sweeps.runs.claims import own_claim
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.claims import own_claim
 
 
 @pytest.fixture

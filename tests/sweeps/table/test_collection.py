@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
-from aimscale.analysis.tables.results import read_table
+from aimscale.analysis.table.results import read_table
 from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.runs.claims import RunRecord
+from aimscale.sweeps.state.claims import RunRecord
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import sweep_status
 

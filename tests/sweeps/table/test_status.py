@@ -13,8 +13,8 @@ from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.runs.claims import RunRecord, own_claim
-from aimscale.sweeps.runs.probe_record import EvaluationRecord, ProbeRecord
+from aimscale.sweeps.state.claims import RunRecord, own_claim
+from aimscale.sweeps.state.probe_record import EvaluationRecord, ProbeRecord
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.views import new_console, status_summary, status_table

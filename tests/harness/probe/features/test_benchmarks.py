@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from aimscale.analysis.baselines.published import TASK_TITLES, TASKS
+from aimscale.analysis.published.published import TASK_TITLES, TASKS
 from aimscale.harness.probe.features.benchmarks import CARDS, TaskError, check_against_card
 
 

@@ -1,0 +1,224 @@
+"""From loss to accuracy: links with a chance floor, two-step forecasts, and the loss at which a task leaves chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.display import Result
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.objectives import LSQ, Objective
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.laws.base import Array, Columns, Law
+from aimscale.analysis.laws.catalogue import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
+from aimscale.analysis.table.schema import no_column
+
+LINKS: dict[str, Law] = {"sigmoid": LINK_SIGMOID, "exponential": LINK_EXPONENTIAL, "linear": LINK_LINEAR}
+
+
+def link(
+    df: pd.DataFrame,
+    *,
+    kind: str = "sigmoid",
+    loss: str = "val_loss",
+    accuracy: str = "top1",
+    chance: float | None = None,
+    anchor: tuple[float, float] | None = None,
+    objective: Objective | str = LSQ,
+    cluster: str | None = "auto",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Fit:
+    """Accuracy as a function of loss.
+
+    Args:
+        kind: sigmoid, exponential or linear.
+        accuracy: column of the accuracy, 0 to 1.
+        chance: accuracy of guessing; holds the floor of the sigmoid and the exponential there. None fits the floor.
+        anchor: an ideal point (loss, accuracy) added as one more measurement, such as (0, 1) in the OLMo ladder.
+        cluster: column whose groups (runs) are resampled whole: the evaluations of one run are not independent; as for
+            `fit`.
+        seed: seed of the bootstrap; equal seeds and clusters pair the draws of several tasks.
+
+    Raises:
+        AnalysisError: unknown kind, accuracies that are no fractions or mix percent and fractions, or too few points.
+    """
+    if kind not in LINKS:
+        raise AnalysisError(f"There is no link named {kind!r}; choose from {', '.join(LINKS)}.")
+    if accuracy not in df.columns:
+        raise no_column(df, accuracy)
+    values = pd.to_numeric(df[accuracy], errors="coerce")
+    if (values > 1).any() or (values < 0).any():
+        mixed = " and fractions" if (values[values > 0] <= 1).any() else ""
+        raise AnalysisError(
+            f"{accuracy} holds percents{mixed} (from {values.min():g} to {values.max():g}); give 0 to 1."
+        )
+    rows = df
+    if anchor is not None:
+        by = "run_id" if cluster == "auto" and "run_id" in df.columns else cluster
+        ideal = {loss: anchor[0], accuracy: anchor[1]} | ({by: "ideal point"} if by not in (None, "auto") else {})
+        rows = pd.concat([df, pd.DataFrame([ideal], index=["ideal point"])])
+    fixed = {"floor": chance} if chance is not None and kind != "linear" else None
+    bounds = None if fixed or kind == "linear" else {"floor": (0.0, 1.0)}
+    result = fit(
+        LINKS[kind],
+        rows,
+        y=accuracy,
+        columns={"L": loss},
+        objective=objective,
+        fixed=fixed,
+        bounds=bounds,
+        cluster=cluster,
+        resamples=resamples,
+        seed=seed,
+        zero_allowed=True,
+    )
+    return replace(result, limits=(chance or 0.0, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Forecast(Result):
+    """Accuracy at unseen scales, by way of the loss."""
+
+    table: pd.DataFrame
+    """One row a scale: variables, loss, loss_lo, loss_hi, accuracy, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range.
+
+    The confidence interval carries the uncertainty of both curves, the prediction interval also the scatter of both."""
+    curve_draws: Array = field(repr=False)
+    """Draws of the accuracy's curve (num_draws, rows)."""
+    measured_draws: Array = field(repr=False)
+    """Draws of one measured accuracy (num_draws, rows)."""
+    confidence: float
+
+    def headline(self) -> str:
+        """How many scales, which intervals."""
+        return f"Accuracy at {len(self.table)} scales by way of the loss, {self.confidence:.0%} intervals"
+
+    def summary(self) -> str:
+        """One clause a scale."""
+        return self.sentence()
+
+    def sentence(self) -> str:
+        """One clause a scale."""
+        parts = [
+            f"at a loss of {row.loss:.4g} [{row.loss_lo:.4g}, {row.loss_hi:.4g}] an accuracy of {row.accuracy:.3f} "
+            f"[{row.pi_lo:.3f}, {row.pi_hi:.3f}], {row.beyond_range:.3g} times beyond the fitted range"
+            for row in self.table.itertuples()
+        ]
+        return f"Expected, with {100 * self.confidence:.0f} % prediction intervals of both steps: {'; '.join(parts)}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, without the draws."""
+        return {"confidence": self.confidence, "scales": self.table.to_dict("records"), "sentence": self.sentence()}
+
+
+def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], *, seed: int = 0) -> Forecast:
+    """Two-step forecast: scale -> loss by `first`, loss -> accuracy by `second`.
+
+    Draw b of the first is paired with draw b of the second, so that fits that resampled the same runs with the same
+    seed keep their correlation.
+
+    Raises:
+        AnalysisError: a fit has no draws.
+    """
+    if not (first.draws and second.draws):
+        raise AnalysisError("A forecast with intervals needs fits with resamples > 0.")
+    x = first.variables(scales)
+    n = len(next(iter(x.values())))
+    num = min(first.num_draws, second.num_draws)
+    point = np.broadcast_to(first.law.value(x, first.law_params), (n,))
+    losses = np.broadcast_to(first.law.value(x, {k: v[:num] for k, v in first.draws.items()}), (num, n))
+    inverse, transform = first.objective.inverse, first.objective.transform
+    noisy = inverse(transform(losses) + first.scatter(n, seed=seed)[:num])
+    draws2 = {k: v[:num] for k, v in second.draws.items()}
+    curve, scattered = (_link_values(second, draws2, each) for each in (losses, noisy))
+    measured = scattered + second.scatter(n, seed=seed + 1)[:num]
+    tails = [50 * (1 - first.confidence), 50 * (1 + first.confidence)]
+    accuracy = np.clip(second.law.value({"L": point}, second.law_params), *(second.limits or (0.0, 1.0)))
+    table = pd.DataFrame({**x, "loss": point})[[*first.law.variables, "loss"]]
+    table["loss_lo"], table["loss_hi"] = np.nanpercentile(losses, tails, axis=0)
+    table["accuracy"] = accuracy
+    table["ci_lo"], table["ci_hi"] = np.nanpercentile(curve, tails, axis=0)
+    table["pi_lo"], table["pi_hi"] = np.nanpercentile(np.clip(measured, 0, 1), tails, axis=0)
+    table["beyond_range"] = first.predict(scales)["beyond_range"].to_numpy()
+    return Forecast(table=table, curve_draws=curve, measured_draws=measured, confidence=first.confidence)
+
+
+def _link_values(link: Fit, draws: Mapping[str, Array], loss: Array) -> Array:
+    """Accuracy (num, n), from chance to 1, where every draw has its own losses (num, n)."""
+    parts = link.law.basis(Columns({"L": loss}), {k: v[:, None] for k, v in draws.items()})
+    values = sum(draws[p.name][:, None] * part for p, part in zip(link.law.linear, parts, strict=True))
+    return np.clip(values, *(link.limits or (0.0, 1.0)))
+
+
+def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:
+    """Mean accuracy over tasks: accuracy, ci_lo, ci_hi, pi_lo, pi_hi (errors as correlated as the draws)."""
+    num = min(len(f.curve_draws) for f in forecasts)
+    tails = [50 * (1 - forecasts[0].confidence), 50 * (1 + forecasts[0].confidence)]
+    curve = np.mean([f.curve_draws[:num] for f in forecasts], axis=0)
+    measured = np.mean([f.measured_draws[:num] for f in forecasts], axis=0)
+    out = pd.DataFrame({"accuracy": np.mean([f.table["accuracy"] for f in forecasts], axis=0)})
+    out["ci_lo"], out["ci_hi"] = np.nanpercentile(curve, tails, axis=0)
+    out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LeavesChance(Result):
+    """The loss at which a task rises above guessing."""
+
+    loss: float
+    """Highest loss at which the link exceeds chance by the margin; NaN if it never does in the fitted range."""
+    low: float
+    """Lower end of its interval."""
+    high: float
+    chance: float
+    margin: float
+    """What counts as above: two standard errors of an accuracy measured on n examples."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row: loss, low, high, chance, margin."""
+        return pd.DataFrame([vars(self)])
+
+    def headline(self) -> str:
+        """In words."""
+        return self.sentence()
+
+    def sentence(self) -> str:
+        """In words."""
+        if not np.isfinite(self.loss):
+            return f"The task stays within {self.margin:.3f} of chance ({self.chance:.3f}) over the measured losses."
+        return (
+            f"The task rises {self.margin:.3f} above chance ({self.chance:.3f}) at a loss of {self.loss:.4g} "
+            f"({self.low:.4g} to {self.high:.4g})."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return vars(self) | {"sentence": self.sentence()}
+
+
+def leaves_chance(second: Fit, *, chance: float, num_examples: int) -> LeavesChance:
+    """At what loss a task leaves chance, by the link and the sampling error of its accuracy."""
+    margin = 2 * float(np.sqrt(chance * (1 - chance) / num_examples))
+    low, high = second.ranges["L"]
+    grid = np.linspace(low, high, 1000)
+
+    def highest(values: Array) -> Array:
+        above = np.atleast_2d(values) > chance + margin
+        return np.where(above.any(axis=1), grid[above.shape[1] - 1 - np.argmax(above[:, ::-1], axis=1)], np.nan)
+
+    point = float(highest(second.law.value({"L": grid}, second.law_params))[0])
+    ends = (np.nan, np.nan)
+    if second.draws:
+        crossings = highest(np.broadcast_to(second.law.value({"L": grid}, second.draws), (second.num_draws, len(grid))))
+        if np.isfinite(crossings).any():
+            tails = [50 * (1 - second.confidence), 50 * (1 + second.confidence)]
+            ends = (float(np.nanpercentile(crossings, tails[0])), float(np.nanpercentile(crossings, tails[1])))
+    return LeavesChance(loss=point, low=ends[0], high=ends[1], chance=chance, margin=margin)

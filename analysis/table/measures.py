@@ -1,0 +1,148 @@
+"""What runs are compared in: columns of a row, and the accuracies of its probes, in long format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.results import probe_frame
+from aimscale.analysis.table.schema import KNOWN, MFU, column_names, no_column, our_name
+
+KIND = "kind"
+"""Compares kinds of probes within a row."""
+BLOCKS = "blocks"
+"""Compares the blocks chosen on the hold-out with the last six (or half), within a row and kind."""
+ACCURACIES = ("top1", "last_top1")
+CHOSEN, LAST = "chosen", "last"
+"""Levels of `BLOCKS`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One number of a run at a budget."""
+
+    column: str
+    """Column of the table, or top1 or last_top1 of a probe."""
+    task: str = ""
+    kind: str = ""
+    """Kind of the probe; empty where kinds are what is compared."""
+
+    @property
+    def name(self) -> str:
+        """As `--measure` takes it."""
+        return ":".join(part for part in (self.column, self.task, self.kind) if part)
+
+    @property
+    def is_accuracy(self) -> bool:
+        """A fraction, higher is better."""
+        return self.column in ACCURACIES
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Losses, times and costs."""
+        return not self.is_accuracy and self.column not in (*MFU, "images_per_s")
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether a ratio says anything: not of accuracies, which have a floor at chance."""
+        return not self.is_accuracy
+
+    @property
+    def unit(self) -> str:
+        """Of a difference."""
+        return "fraction" if self.is_accuracy else (KNOWN[self.column].unit if self.column in KNOWN else "")
+
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        if not self.is_accuracy:
+            return {"val_loss": "validation loss"}.get(self.column, self.column)
+        last = " on the last blocks" if self.column == "last_top1" else ""
+        return f"{self.task} {self.kind + ' probe' if self.kind else 'accuracy'}{last}"
+
+    def shown(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{100 * value:.2f} %" if self.is_accuracy else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+
+    def shown_difference(self, value: float) -> str:
+        """A signed difference."""
+        return f"{100 * value:+.2f}" if self.is_accuracy else f"{value:+.4f}" if abs(value) < 1e4 else f"{value:+.4g}"
+
+    def shown_size(self, value: float) -> str:
+        """An unsigned difference with its unit."""
+        return f"{100 * value:.2f} points" if self.is_accuracy else f"{value:.4f}"
+
+
+def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[Measure]:
+    """Measures by name; none named: the validation loss and every probe's accuracy.
+
+    Raises:
+        AnalysisError: a name that is neither a numeric column nor a probe of the table.
+    """
+    within_row = by in (KIND, BLOCKS)
+    probes = _probes(rows, by)
+    entries = list(dict.fromkeys(zip(probes["task"], probes["kind"], strict=True)))
+    if by == KIND:
+        entries = list(dict.fromkeys((task, "") for task, _ in entries))
+    of_probes = [Measure(column="top1", task=str(task), kind=str(kind)) for task, kind in entries]
+    if within_row and not of_probes:
+        raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
+    if not names:
+        has_loss = "val_loss" in rows and rows["val_loss"].notna().any() and not within_row
+        found = ([Measure(column="val_loss")] if has_loss else []) + of_probes
+        if not found:
+            raise AnalysisError("The table has neither val_loss nor probes; name a column with --measure.")
+        return found
+    found = []
+    for name in (our_name(rows, name) for name in names):
+        column, _, rest = name.partition(":")
+        task, _, kind = rest.partition(":")
+        if column in ACCURACIES and column not in rows:
+            matching = [m for m in of_probes if task in ("", m.task) and kind in ("", m.kind)]
+            if not matching:
+                there = ", ".join(m.name for m in of_probes) or "none"
+                raise AnalysisError(f"The table has no probe for the measure {name!r}; its probes: {there}.")
+            found += [Measure(column=column, task=m.task, kind=m.kind) for m in matching]
+        elif within_row:
+            raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
+        elif name in rows and pd.api.types.is_numeric_dtype(rows[name]):
+            found.append(Measure(column=name))
+        else:
+            raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows)}.")
+    return list(dict.fromkeys(found))
+
+
+def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.DataFrame:
+    """One row per run, budget and measure: the table's columns, `measure`, `value`, and `by` where it is in the row."""
+    parts = []
+    plain = [m for m in measures if not m.is_accuracy or m.column in rows]
+    for m in plain:
+        parts.append(rows.drop(columns="probes", errors="ignore").assign(measure=m.name, value=rows[m.column]))
+    if len(plain) < len(measures):
+        probes = _probes(rows, by)
+        for m in measures:
+            if m in plain:
+                continue
+            mine = probes[(probes["task"] == m.task) & ((probes["kind"] == m.kind) | (m.kind == ""))]
+            if by == BLOCKS:
+                mine = pd.concat(
+                    [mine.assign(blocks=CHOSEN, value=mine["top1"]), mine.assign(blocks=LAST, value=mine["last_top1"])]
+                )
+            else:
+                mine = mine.assign(value=mine[m.column])
+            parts.append(mine.assign(measure=m.name))
+    long = pd.concat(parts, ignore_index=True)
+    if by not in long:
+        raise no_column(rows, by, " to compare by")
+    return long[long["value"].notna()]
+
+
+def _probes(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """`probe_frame`; to compare by blocks, those that were scored on the last six as well as on the chosen ones."""
+    probes = probe_frame(rows)
+    if by == BLOCKS:
+        probes = probes[probes["last_top1"].notna()]
+    return probes

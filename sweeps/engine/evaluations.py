@@ -1,0 +1,105 @@
+"""Evaluation jobs: validation and probes that a run's configuration asks for and its saved budgets lack.
+
+A job works on one run and knows its directory alone (`harness.train.evaluation_job`); its configuration, claim, status,
+attempts and logs lie in `RUN/evaluating/`, beside those of training. Nothing of it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.config import ConfigError, load_run_config
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.files import write_text
+from aimscale.harness.run.trunk import saved_budgets
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.state.claims import Claim, RunRecord
+from aimscale.sweeps.state.decision import Decision, Verdict, decide, decision, standing
+from aimscale.sweeps.state.job_kind import JobKind
+from aimscale.sweeps.state.probe_record import EvaluationRecord
+from aimscale.sweeps.state.retries import forgive
+from aimscale.sweeps.state.sweep_dir import launch_lock_path
+
+WORKER = ("-m", "aimscale.harness.train.evaluation_job")
+
+Place = Literal["inline", "jobs"]
+
+
+def with_place(runs: Sequence[Run], place: Place | None) -> list[Run]:
+    """The runs, evaluated there; None leaves what their configuration says."""
+    if place is None:
+        return list(runs)
+    runtimes = [run.config.runtime.model_copy(update={"evaluate": place}) for run in runs]
+    return [
+        replace(run, config=run.config.model_copy(update={"runtime": runtime}))
+        for run, runtime in zip(runs, runtimes, strict=True)
+    ]
+
+
+def unevaluated(sweep: Sweep, runs: Sequence[Run]) -> list[Run]:
+    """Runs with a saved budget that lacks something, or that is damaged, which the decision on it then says."""
+
+    def lacks(run: Run) -> bool:
+        try:
+            return bool(_missing(sweep, run))
+        except UserError:
+            return True
+
+    return [run for run in runs if lacks(run)]
+
+
+def _missing(sweep: Sweep, run: Run) -> list[str]:
+    directory = RunDir(sweep.run_dir(run.run_id))
+    if not saved_budgets(directory):
+        return []
+    from aimscale.harness.train.evaluate import missing_evaluations  # imports torch
+
+    return missing_evaluations(directory, run.config)
+
+
+def evaluation_jobs(sweep: Sweep, expected: Collection[str] = ()) -> JobKind:
+    """Evaluate the runs of a sweep; `expected` are ids of runs whose budgets will be there when the job starts."""
+
+    def decide_on(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> Decision:
+        def verdict() -> tuple[Verdict, str]:
+            trained = RunRecord(sweep.run_dir(run.run_id))
+            missing = _missing(sweep, run)
+            if not missing and run.run_id not in expected:
+                return "finished", ""
+            training = decide(run, trained, is_queued)
+            if run.config.runtime.evaluate == "inline" and training.verdict in ("running", "queued"):
+                return training.verdict, "the run evaluates itself"
+            is_other = not _same_evaluation(record, run)
+            found = standing(record, record.checked_status(), is_queued, forgive_failure=is_other)
+            return found or ("start", ", ".join(missing))
+
+        return decision(run, record, verdict)
+
+    return JobKind(
+        name=f"aimscale-{sweep.name}-evaluation",
+        lock=launch_lock_path(sweep),
+        record=lambda run: EvaluationRecord.of(sweep.run_dir(run.run_id)),
+        decide=decide_on,
+        claim=_claim,
+        worker=WORKER,
+    )
+
+
+def _same_evaluation(record: RunRecord, run: Run) -> bool:
+    """Whether the job's last attempt was asked for the same."""
+    try:
+        return load_run_config(record.config).evaluation == run.config.evaluation
+    except ConfigError:
+        return False
+
+
+def _claim(record: RunRecord, run: Run, claim: Claim) -> None:
+    if record.path.exists() and not _same_evaluation(record, run):
+        forgive(record)  # another question starts with a clean slate
+    write_text(record.config, run.config.to_yaml())
+    record.write_status(state="queued", reason=None, reason_class=None)
+    record.write_claim(claim)

@@ -1,0 +1,175 @@
+"""Launch a sweep: make its directory, then start what is missing on the chosen back end."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from aimscale.harness.run.config import parse, read_yaml
+from aimscale.harness.run.schedule import schedule_of
+from aimscale.sweeps.engine.devices import default_slots, sharing, visible_gpus
+from aimscale.sweeps.engine.display import queue_display
+from aimscale.sweeps.engine.evaluations import WORKER, Place, evaluation_jobs, unevaluated, with_place
+from aimscale.sweeps.engine.local_queue import Command, LaunchResult, run_queue, worker_command
+from aimscale.sweeps.engine.preflight import check_data
+from aimscale.sweeps.plan.costs import CostCard, cost_cards
+from aimscale.sweeps.plan.planner import Run, plan
+from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.claims import Claim, RunRecord
+from aimscale.sweeps.state.decision import Decision, decide
+from aimscale.sweeps.state.job_kind import training_jobs
+from aimscale.sweeps.state.migrate import misnamed
+from aimscale.sweeps.state.notify import check_url, post, post_failure
+from aimscale.sweeps.state.sweep_dir import prepare
+from aimscale.sweeps.table.status import sweep_status
+
+
+def launch(
+    sweep: Sweep | str | Path,
+    root: Path = Path("aimscale-runs"),
+    *,
+    slots: int | None = None,
+    runs_per_device: str | int | None = None,
+    notify: str | None = None,
+    evaluate: Place | None = None,
+    command: Command = worker_command,
+    check: Callable[[Sequence[Run]], None] = check_data,
+) -> LaunchResult:
+    """Start what is missing, resume what died, skip what is done; returns when nothing is left to start.
+
+    Calling it again goes on where it was.
+
+    Args:
+        sweep: a sweep or its name.
+        slots: processes at a time; by default one per card, or as many as the cores can feed.
+        runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
+        notify: webhook that is told of failures and of the end.
+        evaluate: where validation and probes run: `inline`, in the process that has trained the run, or as `jobs` after
+            training; None leaves it to each run's `runtime.evaluate`. What finished runs lack is jobs in any case.
+        command: the program that executes a run.
+        check: looks at the data of the runs that would start.
+
+    Raises:
+        SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
+            written; nothing was made.
+    """
+    if notify is not None:
+        check_url(notify)
+    loaded, runs, cards = planned(sweep, root)
+    if runs_per_device is not None:
+        loaded = loaded.with_fields(
+            slurm={**loaded.file.slurm.model_dump(mode="json"), "runs_per_device": runs_per_device}
+        )
+    runs = with_place(runs, evaluate)
+    ask = slurm.Queued()
+    check(startable(loaded, runs, ask))
+    prepare(loaded, runs)
+    gpus = visible_gpus()
+    queue = functools.partial(
+        run_queue,
+        slots=default_slots(runs, gpus) if slots is None else slots,
+        gpus=gpus,
+        share=sharing(loaded) if gpus and slots is None else None,
+        is_queued=ask,
+        failed=lambda record: post_failure(notify, record),
+    )
+    with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
+        result = queue(runs, command=command, report=report, kind=training_jobs(loaded))
+        if not result.interrupted and (lacking := unevaluated(loaded, runs)):
+            evaluated = queue(lacking, command=evaluation_command, report=report, kind=evaluation_jobs(loaded))
+            result = _with_evaluations(result, evaluated)
+    summary = f"{loaded.name}: {len(result.finished)} runs finished now, {len(result.failed)} failed"
+    facts = {"finished": len(result.finished), "failed": len(result.failed), "interrupted": result.interrupted}
+    post(notify, "ended", loaded.name, summary, **facts)
+    return replace(result, unplanned=unplanned(loaded, runs))
+
+
+def unplanned(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
+    """Run directories that the plan does not name: what they trained differs from it."""
+    names = {run.run_id for run in runs}
+    return tuple(
+        sorted(path.parent.name for path in sweep.runs_dir.glob("*/config.yaml") if path.parent.name not in names)
+    )
+
+
+def _with_evaluations(trained: LaunchResult, evaluated: LaunchResult) -> LaunchResult:
+    """Training and the evaluation after it as one launch."""
+    return replace(
+        trained,
+        evaluated=evaluated.finished,
+        failed=trained.failed + evaluated.failed,
+        left=trained.left + tuple(each for each in evaluated.left if each.verdict in ("failed", "damaged")),
+        interrupted=evaluated.interrupted,
+        stopped_by=evaluated.stopped_by,
+    )
+
+
+def evaluation_command(path: Path, devices: int) -> list[str]:
+    """The program that executes an evaluation job."""
+    return worker_command(path, devices, WORKER)
+
+
+def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
+    """A sweep with its runs, longest first, and their cards; what could not start is refused.
+
+    Raises:
+        SweepError, ConfigError: the sweep cannot be planned, or a run's warm-up reaches into its decay.
+    """
+    loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
+    runs = plan(loaded)
+    for run in runs:
+        schedule_of(run.config)
+    if old := misnamed(loaded):
+        raise SweepError(
+            f"{loaded.runs_dir} holds {len(old)} runs of an earlier version, such as {old[0]}, which would be trained "
+            f"again under other names; bring them along with `aimscale migrate {loaded.name} --root {loaded.root}`, or "
+            f"choose another --root"
+        )
+    _refuse_renaming(loaded, runs)
+    cards = cost_cards(loaded, runs)
+    order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
+    return loaded, [runs[i] for i in order], [cards[i] for i in order]
+
+
+def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
+    """Stop where a smaller budget alone would train runs again, because the recipe follows the smallest.
+
+    Raises:
+        SweepError: it would.
+    """
+    written, names = sweep.directory / SWEEP_FILE, {run.run_id for run in runs}
+    if not sweep.file.budgets or not written.is_file():
+        return
+    before = parse(SweepFile, read_yaml(written), str(written))
+    budget = before.recipe_budget or min(before.budgets, default=None)
+    if budget in (None, sweep.file.recipe_budget or min(sweep.file.budgets)):
+        return
+    there = {path.parent.name for path in sweep.runs_dir.glob("*/config.yaml")} - names
+    if again := sorted(there & {run.run_id for run in plan(sweep.with_fields(recipe_budget=budget))}):
+        raise SweepError(
+            f"{sweep.source}: recipe '{sweep.file.recipe}' follows the smallest budget, so {len(again)} runs that are "
+            f"there, such as {again[0]}, would be trained again under other names; write `recipe_budget: {budget}` to "
+            f"keep them, or give this sweep another name"
+        )
+
+
+def startable(sweep: Sweep, runs: Sequence[Run], is_queued: Callable[[Claim], bool]) -> list[Run]:
+    """Runs that a launch would start now."""
+    return [run for run in runs if decide(run, RunRecord(sweep.run_dir(run.run_id)), is_queued).startable]
+
+
+def left_alone(left: Sequence[Decision]) -> list[str]:
+    """What a launch did not touch: finished and running ones counted, failed and damaged ones named."""
+    counts = Counter(decision.verdict for decision in left)
+    lines = [f"{num} {verdict}" for verdict, num in counts.items() if verdict in ("finished", "running", "queued")]
+    sentences = [f"left alone: {', '.join(lines)}"] if lines else []
+    for decision in left:
+        if decision.verdict == "damaged":
+            sentences.append(f"skipped {decision.record.title}: {decision.why}")
+        elif decision.verdict == "failed":
+            sentences.append(f"not tried again: {decision.record.title} ({decision.why}); `aimscale retry` clears it")
+    return sentences

@@ -1,0 +1,101 @@
+"""What a launch does with each run of a sweep: start it, or leave it and say why."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.directory import Status
+from aimscale.harness.run.trunk import missing_budgets
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.state.retries import may_try_again
+
+Verdict = Literal["start", "resume", "finished", "running", "queued", "failed", "damaged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The verdict on one run."""
+
+    run: Run
+    record: RunRecord
+    verdict: Verdict
+    """What to do: `start` and `resume` are to be started, the others left alone."""
+    why: str = ""
+
+    @property
+    def startable(self) -> bool:
+        """Whether a process is to be started."""
+        return self.verdict in ("start", "resume")
+
+
+def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> Decision:
+    """Look at a run's directory; `is_queued` says whether a Slurm claim's job is still known to the queue."""
+
+    def verdict() -> tuple[Verdict, str]:
+        status = record.checked_status()
+        if not record.config.exists() or status.state == "created":
+            return standing(record, status, is_queued) or ("start", "")
+        missing = budgets_left(run, record)
+        if status.state == "finished" and not missing:
+            return "finished", ""
+        is_longer = f"extended to {missing[-1]} images" if missing and status.state == "finished" else status.state
+        if found := standing(record, status, is_queued):
+            return found
+        record.load_config()  # a damaged one is named now, not after a job was submitted
+        return "resume", is_longer
+
+    return decision(run, record, verdict)
+
+
+def budgets_left(run: Run, record: RunRecord) -> list[int]:
+    """Budgets that are still to be trained.
+
+    Raises:
+        SweepError: a file that tells is damaged.
+        RunDirError: no saved point of the trunk leads to one of them.
+    """
+    try:
+        return missing_budgets(record, run.config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise record.damaged(record.results, error) from error
+
+
+def decision(run: Run, record: RunRecord, verdict: Callable[[], tuple[Verdict, str]]) -> Decision:
+    """The verdict that looking gives; `damaged` where the directory cannot be read or holds what it should not."""
+    try:
+        what, why = verdict()
+    except UserError as error:
+        what, why = "damaged", str(error)
+    except OSError as error:
+        what, why = "damaged", f"{error.filename or record.path} cannot be read ({error.strerror})"
+    return Decision(run=run, record=record, verdict=what, why=why)
+
+
+def note_finished(found: Decision) -> None:
+    """Finish the status of work whose process was killed between its last result and its last word."""
+    record = found.record
+    if found.verdict != "finished" or not record.status.exists():
+        return
+    with contextlib.suppress(UserError):  # a status that is damaged says nothing about what is done
+        if record.checked_status().state != "finished" and not record.is_held():
+            record.write_status(state="finished", phase="", reason=None, reason_class=None)
+
+
+def standing(
+    record: RunRecord, status: Status, is_queued: Callable[[Claim], bool], *, forgive_failure: bool = False
+) -> tuple[Verdict, str] | None:
+    """Why unfinished work is left alone: it runs, waits, or failed for good; None where it is to be started."""
+    if record.is_held():
+        return "running", f"on {status.host}"
+    claim = record.read_claim()
+    if claim and (local_claim_is_live(claim) if claim.backend == "local" else is_queued(claim)):
+        return "queued", f"by {claim.backend} {claim.job_id or claim.host}"
+    if status.state in ("failed", "diverged") and not forgive_failure and not may_try_again(record):
+        return "failed", f"{status.reason_class}: {status.reason}"
+    record.read_attempts()  # where they are damaged, it is said now, not after a job was submitted
+    return None

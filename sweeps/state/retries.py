@@ -1,0 +1,247 @@
+"""What an ended attempt means, and whether to try again: bounded by progress, not by a count of attempts."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Literal
+
+from aimscale.harness.run.directory import (
+    EXIT_CRASHED,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    ReasonClass,
+)
+from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live
+
+Outcome = Literal["finished", "preempted", "again", "stop", "held"]
+"""`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `held`: it runs elsewhere."""
+
+Words = tuple[str, ReasonClass]
+"""A reason and its class."""
+
+MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "code": 2, "data": 1, "nan": 1, "config": 1}
+"""Attempts in a row that saved nothing new, whatever ended them, after which one that ends for this reason is the last.
+
+A node or a time limit is nobody's fault; memory and code may have failed by a neighbour's or a network's doing, once;
+the others would fail again.
+"""
+RANKS_DIE_WITHIN_S = 10.0
+"""A process on a card takes seconds to give its memory back."""
+
+_MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
+
+
+def conclude(
+    run: RunRecord,
+    attempt: int,
+    exit_code: int,
+    where: str,
+    *,
+    asked: bool = False,
+    peer: Words | None = None,
+    node: str = "",
+) -> Outcome:
+    """Record how an attempt ended and decide what follows.
+
+    Args:
+        exit_code: of the process, negative for a signal.
+        where: back end and job.
+        peer: what another rank said when it failed first.
+        node: Slurm's name of the node where the first to fail ran.
+
+    Where the reason is unknown (killed, or dead before the first line), the status is written here.
+    """
+    if exit_code != EXIT_FINISHED and _is_held_by_another(run, exit_code):
+        return "held"  # this attempt was refused, or lost the run to the one that has it now
+    exit_code = _by_torchrun(run, exit_code)
+    if exit_code == EXIT_FINISHED:
+        _record(run, attempt, exit_code, where, None, None)
+        return "finished"
+    is_killed_as_asked = asked and exit_code == -signal.SIGKILL  # by a second Ctrl-C
+    if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
+        return _preempted(run, attempt, exit_code, where, asked)
+    reason, kind = peer or explain(run, attempt, exit_code)
+    run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
+    _record(run, attempt, exit_code, where, reason, kind, node)
+    return "again" if may_try_again(run) else "stop"
+
+
+def _is_held_by_another(run: RunRecord, exit_code: int) -> bool:
+    """Whether another process holds the run: the ranks of a torchrun that was killed take a moment to die with it."""
+    deadline = time.monotonic() + (RANKS_DIE_WITHIN_S if exit_code == -signal.SIGKILL else 0)
+    while run.is_held():
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _by_torchrun(run: RunRecord, exit_code: int) -> int:
+    """torchrun turns every failure of its workers into exit code 1; what they wrote last tells which it was.
+
+    The launcher wrote `queued` before it started them, so the state is this attempt's.
+    """
+    if exit_code != EXIT_CRASHED:
+        return exit_code
+    return {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED}.get(run.checked_status().state, exit_code)
+
+
+def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: bool) -> Outcome:
+    """An attempt that was told to stop: to be gone on with, unless it is stopped again and again before it saves."""
+    reason = run.checked_status().reason if exit_code == EXIT_PREEMPTED else "stopped before it could save"
+    _record(run, attempt, exit_code, where, reason, None if asked else "timeout")
+    if not asked and not _tries_left(run, "timeout"):
+        reason = (
+            f"stopped {MAX_FRUITLESS['timeout']} times before it saved anything new; give it more time "
+            f"(slurm.time_min) or save more often (runtime.checkpoint_every_images)"
+        )
+        run.write_status(state="failed", reason=reason, reason_class="timeout")
+        return "stop"
+    run.write_status(state="preempted", reason=reason, reason_class=None)
+    return "preempted"
+
+
+def explain(run: RunRecord, attempt: int, exit_code: int, rank: int = 0) -> Words:
+    """Why a process failed: in its own words where it had any."""
+    status = run.checked_status()
+    if exit_code == -signal.SIGKILL:
+        return "killed by the system (SIGKILL), most often for want of memory; use a smaller micro-batch", "oom"
+    if status.state in ("failed", "diverged") and status.reason and status.reason_class:
+        return status.reason, status.reason_class
+    reason = _last_words(run, attempt, rank) or (
+        f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    )
+    kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
+    return reason, kinds.get(exit_code, "code")
+
+
+def diagnose(run: RunRecord, job_state: str | None, claim: Claim) -> None:
+    """Record the end of an attempt that nothing was left to record, from Slurm's word for how its job ended.
+
+    A run that was told to stop and saved, or ended by itself, has said so and is left as it is. So is one whose job
+    never started, but that it waits for the next launch.
+    """
+    state_now = run.checked_status().state
+    if state_now == "queued" and not claim.nodes and job_state in (None, "CANCELLED"):
+        run.write_status(state="preempted", reason=f"Slurm's job {claim.job_id} is gone and never started")
+        return
+    if state_now not in ("running", "queued"):
+        return
+    reason, kind, state = explain_job(job_state, run.job_log(claim.job_id), claim.nodes)
+    run.write_status(state=state, reason=reason, reason_class=kind)
+    _record(run, run.next_attempt(), None, f"slurm {claim.job_id}", reason, kind, claim.nodes, was_lost=True)
+
+
+def note_lost(run: RunRecord) -> None:
+    """Record the end of a local attempt whose launcher was killed with it: a container that runs out of memory, say.
+
+    Else a run that takes every worker with it would be tried for ever.
+    """
+    claim, status = run.read_claim(), run.checked_status()
+    if claim is None or claim.backend != "local" or local_claim_is_live(claim) or run.is_held():
+        return
+    if status.state == "running":
+        reason = "killed with its launcher, or the machine stopped"
+        run.write_status(state="failed", reason=reason, reason_class="node")
+        _record(run, run.next_attempt(), None, f"local {claim.host}", reason, "node", was_lost=True)
+        run.drop_claim()
+
+
+def explain_job(
+    job_state: str | None, log: Path, nodes: str = ""
+) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
+    """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
+    state = (job_state or "").split(" ")[0]
+    if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(_last_start(log))):
+        return "Slurm killed the job for want of memory; raise slurm.mem_gb", "oom", "failed"
+    match state:
+        case "NODE_FAIL" | "BOOT_FAIL":
+            return f"node {nodes or '(unknown)'} failed", "node", "failed"
+        case "TIMEOUT" | "DEADLINE":
+            return "the time limit came before it could save; raise slurm.signal_delay_s", "timeout", "failed"
+        case "CANCELLED":
+            return "cancelled before it could save", None, "preempted"
+        case "FAILED":
+            return f"the job failed without a word; see {log}", "code", "failed"
+        case _:
+            return f"the job is gone ({job_state or 'Slurm does not know it any more'})", "node", "failed"
+
+
+def _last_start(log: Path) -> str:
+    """Output of a job since its last start, in which slurmstepd says why it killed something."""
+    try:
+        return log.read_text(errors="replace").rpartition("Starting with")[2]
+    except OSError:
+        return ""
+
+
+def may_try_again(run: RunRecord) -> bool:
+    """Whether a run that failed has tries left."""
+    kind = run.checked_status().reason_class
+    return kind is None or _tries_left(run, kind)
+
+
+def forgive(run: RunRecord) -> None:
+    """Clear a failure, so that the next launch resumes the run (`aimscale retry`)."""
+    run.write_status(state="preempted", reason="to be tried again", reason_class=None)
+    run.append_attempt(forgiven=True, ended=time.time())
+
+
+def _tries_left(run: RunRecord, kind: ReasonClass) -> bool:
+    return fruitless_attempts(run) < MAX_FRUITLESS[kind]
+
+
+def fruitless_attempts(run: RunRecord) -> int:
+    """Attempts at the end of the record that saved nothing new, the one that saved last among them.
+
+    An attempt that a person stopped, or that finished, counts for nothing.
+    """
+    num, saved = 0, None
+    for ended in run.read_attempts():
+        if ended.get("forgiven"):
+            num, saved = 0, None
+        elif ended["reason_class"] is not None:
+            num = num + 1 if ended["saved"] == saved else 1
+            saved = ended["saved"]
+    return num
+
+
+def _record(
+    run: RunRecord,
+    attempt: int,
+    exit_code: int | None,
+    where: str,
+    reason: str | None,
+    kind: str | None,
+    node: str = "",
+    *,
+    was_lost: bool = False,
+) -> None:
+    """`was_lost`: it ended some time ago, soon after its last sign of life."""
+    now = (run.checked_status().heartbeat if was_lost else None) or time.time()
+    run.append_attempt(
+        attempt=attempt,
+        ended=now,
+        device_hours=run.hours_since_start(now),
+        exit_code=exit_code,
+        where=where,
+        saved=run.saved_progress(),
+        reason_class=kind,
+        reason=reason,
+        # Of several nodes it is not known which one failed.
+        failed_nodes=[node] if kind == "node" and node and not set(node) & set(",[") else [],
+    )
+
+
+def _last_words(run: RunRecord, attempt: int, rank: int) -> str | None:
+    """Last line of an attempt's log that says something."""
+    try:
+        lines = run.log_file(attempt, rank).read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), None)

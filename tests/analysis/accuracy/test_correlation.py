@@ -1,0 +1,130 @@
+"""Correlation coefficients against scipy, partial correlation, refusals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from aimscale.analysis import correlate
+from aimscale.analysis.accuracy.coefficients import repetition
+from aimscale.analysis.errors import AnalysisError
+
+
+@pytest.fixture
+def frame() -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    c = np.exp(rng.normal(size=60))
+    x = np.log(c) + rng.normal(size=60)
+    return pd.DataFrame({"c": c, "x": x.round(1), "y": (np.log(c) + rng.normal(size=60)).round(1)})
+
+
+def test_coefficients_equal_scipys_with_ties(frame):
+    pearson, spearman, kendall = correlate(frame, x="x", y="y")
+    assert pearson.value == pytest.approx(stats.pearsonr(frame.x, frame.y)[0])
+    assert spearman.value == pytest.approx(stats.spearmanr(frame.x, frame.y)[0])
+    assert kendall.value == pytest.approx(stats.kendalltau(frame.x, frame.y)[0])
+    assert pearson.low < pearson.value < pearson.high
+
+
+def test_what_comes_from_compute_alone_vanishes_when_compute_is_regressed_out(frame):
+    plain = correlate(frame, x="x", y="y", methods=["pearson"])[0]
+    partial = correlate(frame, x="x", y="y", methods=["pearson"], partial="c")[0]
+    assert plain.low > 0.15
+    assert partial.low < 0 < partial.high
+    assert "about a smooth function of c" in partial.sentence()
+    assert "nothing shown" in partial.sentence()
+
+
+def test_what_differs_only_between_groups_vanishes_within_them():
+    rng = np.random.default_rng(0)
+    level = np.repeat(np.arange(6.0), 10)
+    df = pd.DataFrame({"size": level, "x": level + rng.normal(size=60), "y": level + rng.normal(size=60)})
+    assert correlate(df, x="x", y="y", methods=["pearson"])[0].low > 0.5
+    inside = correlate(df, x="x", y="y", methods=["pearson"], within="size")[0]
+    assert inside.low < 0 < inside.high
+    assert "within size" in inside.sentence()
+
+
+def test_useless_columns_are_refused(frame):
+    with pytest.raises(AnalysisError, match="same in all"):
+        correlate(frame.assign(y=1.0), x="x", y="y")
+    with pytest.raises(AnalysisError, match="no column 'z'"):
+        correlate(frame, x="x", y="z")
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.0003, 0.003])
+def test_two_unrelated_power_laws_of_compute_show_nothing(noise):
+    """A straight line in ln C leaves two bends that correlate with r = -.99."""
+    rng, shown = np.random.default_rng(0), 0
+    for _ in range(40):
+        c = 6 * np.outer(np.geomspace(1e5, 1e7, 7), np.geomspace(1e5, 3e6, 5)).ravel()
+        loss = (0.2 + 30 * c**-0.15) * np.exp(noise * rng.standard_normal(35))
+        error = (0.1 + 200 * c**-0.25) * np.exp(noise * rng.standard_normal(35))
+        df = pd.DataFrame({"flops_train": c, "val_loss": loss, "top1": 1 - error})
+        found = correlate(df, x="val_loss", y="top1", methods=["pearson"], partial="flops_train")[0]
+        shown += found.low > 0 or found.high < 0
+    assert shown <= 4
+
+
+def test_rows_of_equal_compute_are_compared_within_their_groups():
+    rng = np.random.default_rng(1)
+    c, n = (v.ravel() for v in np.meshgrid(np.geomspace(1e15, 1e17, 5), np.arange(6.0)))
+    shared = rng.standard_normal(30)
+    df = pd.DataFrame({"flops_train": c, "params_total": 10**n, "x": np.log(c) + shared, "y": -np.log(c) + shared})
+    found = correlate(df, x="x", y="y", methods=["pearson"], partial="flops_train")[0]
+    assert found.value > 0.99
+    assert "within 5 groups of equal flops_train" in found.sentence()
+
+
+def test_clusters_count_once():
+    """Rows that repeat their run's values are no new evidence: 8 runs of 6 rows are 8 points."""
+    rng, held, width = np.random.default_rng(2), 0, {}
+    for trial in range(200):
+        pair = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 12)
+        rows = np.repeat(pair, 6, axis=0) + 0.05 * rng.standard_normal((72, 2))
+        df = pd.DataFrame({"x": rows[:, 0], "y": rows[:, 1], "run_id": np.repeat(np.arange(12), 6).astype(str)})
+        found = correlate(df, x="x", y="y", methods=["pearson"])[0]
+        held += found.low < 0.6 / 1.0025 < found.high
+        if trial == 0:
+            width = {by: (lambda i: i.high - i.low)(correlate(df, x="x", y="y", methods=["pearson"], cluster=by)[0])
+                     for by in ("run_id", None)}  # fmt: skip
+    assert held / 200 > 0.9
+    assert width["run_id"] > 1.7 * width[None]
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
+def test_few_clusters_neither_hide_what_rows_tell_nor_count_them_twice(alike):
+    """Five runs of four rows: the clustered variance alone, which Fisher's only bounds, is 1.3 times as wide."""
+    rng, truth, found = np.random.default_rng(5), [[1, 0.6], [0.6, 1]], []
+    runs = np.repeat(np.arange(5), 4)
+    for _ in range(400):
+        own, shared = rng.multivariate_normal([0, 0], truth, 20), rng.multivariate_normal([0, 0], truth, 5)[runs]
+        pair = np.sqrt(1 - alike) * own + np.sqrt(alike) * shared
+        df = pd.DataFrame({"x": pair[:, 0], "y": pair[:, 1], "run_id": runs.astype(str)})
+        found.append(correlate(df, x="x", y="y", methods=["pearson"])[0])
+    low, high, value = (np.array([getattr(f, name) for f in found]) for name in ("low", "high", "value"))
+    assert 0.92 <= np.mean((low < 0.6) & (high > 0.6)) <= 0.975
+    assert np.median(high - low) / (2 * 1.96 * np.std(value)) < 1.2
+
+
+def test_seeds_of_a_size_mirror_each_other_about_its_mean():
+    """Within sizes of two runs whose rows are alike, unrelated columns were called related in a fifth of tables."""
+    rng, shown = np.random.default_rng(6), 0
+    runs = np.repeat(np.arange(12), 6)
+    for _ in range(200):
+        x, y = np.sqrt(0.9) * rng.standard_normal((2, 12))[:, runs] + np.sqrt(0.1) * rng.standard_normal((2, 72))
+        df = pd.DataFrame({"x": x, "y": y, "run_id": runs.astype(str), "size": runs // 2})
+        found = correlate(df, x="x", y="y", methods=["pearson"], within="size")[0]
+        shown += found.low > 0 or found.high < 0
+    assert shown <= 20
+
+
+@pytest.mark.parametrize("method", ["pearson", "kendall"])
+def test_rows_repeat_each_other_as_far_as_they_are_alike(method):
+    rng, runs = np.random.default_rng(7), np.repeat(np.arange(300), 4)
+    for alike in (0.0, 0.5, 1.0):
+        a, b = np.sqrt(alike) * rng.standard_normal((2, 300))[:, runs] + np.sqrt(1 - alike) * rng.standard_normal(
+            (2, 1200)
+        )
+        assert repetition(method, a, b, runs, 0) == pytest.approx(1 + 3 * alike**2, abs=0.2)
+    assert repetition(method, a, b, np.arange(1200), 0) == 1.0

@@ -1,0 +1,137 @@
+"""Loss to accuracy: known links, Gadre's percentages, OpenCLIP's edge, the OLMo ladder."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.accuracy.links import average, forecast, leaves_chance, link
+from aimscale.analysis.errors import AnalysisError
+
+
+@pytest.fixture
+def scores() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    loss = rng.uniform(0.2, 0.6, 80)
+    accuracy = 0.1 + 0.8 / (1 + np.exp(25 * (loss - 0.35))) + 0.01 * rng.standard_normal(80)
+    return pd.DataFrame({"val_loss": loss, "top1": accuracy.clip(0, 1), "run_id": [f"r{i // 4}" for i in range(80)]})
+
+
+def test_a_known_sigmoid_is_recovered_with_chance_as_its_floor(scores):
+    result = link(scores, chance=0.1, cluster="run_id", resamples=300)
+    assert result.params["floor"] == pytest.approx(0.1)
+    for name, value in {"ceiling": 0.9, "k": 25, "L0": 0.35}.items():
+        i = result.intervals[name]
+        assert i.low - 0.1 * value < value < i.high + 0.1 * value
+    found = leaves_chance(result, chance=0.1, num_examples=1000)
+    assert found.low <= found.loss <= found.high
+    exact = 0.35 + np.log(0.8 / found.margin - 1) / 25
+    assert found.loss == pytest.approx(exact, abs=0.03)
+
+
+def test_forecasts_carry_both_errors(grid, scores):
+    first = fit(laws.CHINCHILLA, grid, resamples=300)
+    second = link(scores, chance=0.1, resamples=300)
+    ahead = {"N": [1e7, 1e9], "D": [3e6, 3e8]}
+    both = forecast(first, second, ahead)
+    alone = second.predict({"L": both.table["loss"]})
+    width = both.table["ci_hi"] - both.table["ci_lo"]
+    assert (width > (alone["ci_hi"] - alone["ci_lo"]) * 0.95).all()
+    assert (both.table["pi_hi"] - both.table["pi_lo"] >= width * 0.95).all()
+    assert both.table["beyond_range"].iloc[1] == pytest.approx(100, rel=1e-6)
+    assert json.loads(both.to_json())["scales"][1]["accuracy"] == pytest.approx(both.table["accuracy"].iloc[1])
+    assert "100 times beyond the fitted range" in both.sentence()
+    mean = average([both, both])
+    assert mean["accuracy"].tolist() == pytest.approx(both.table["accuracy"].tolist())
+
+
+@pytest.mark.parametrize(("scale", "words"), [(100, "percents"), (np.array([100, 1] * 40), "percents and fractions")])
+def test_percents_are_refused(scores, scale, words):
+    with pytest.raises(AnalysisError, match=words):
+        link(scores.assign(top1=scores["top1"] * scale))
+
+
+def test_gadres_fits_and_four_percentages(measurements):
+    df = measurements("gadre_scaling/gadre_rpj_models.csv").rename(columns={"flops": "C"})
+    sizes = ["d=96_l=8_h=4", "d=512_l=8_h=4", "d=576_l=24_h=8", "d=1024_l=24_h=8"]
+    five = df[(df["model"].isin(sizes) & (df["cc_mult"] == 1)) | ((df["model"] == sizes[0]) & (df["cc_mult"] == 16))]
+    six = pd.concat([five, df[(df["model"] == "open_lm_1b") & (df["cc_mult"] == 1)]])
+    law = fit(laws.OVERTRAINED, five, y="loss_c4_val", objective="lsq", resamples=0)
+    to_error = link(
+        six.assign(acc=1 - six["err_avg17"]), kind="exponential", loss="loss_c4_val", accuracy="acc", resamples=0
+    )
+    assert round(law.params["E"], 4) == 1.8366
+    assert round(-2 * law.params["h"], 5) == -0.27285
+    assert [round(to_error.params[k], 4) for k in ("eps", "k", "gamma")] == [0.8570, 2.2065, 0.7146]
+    published = {"rpj-open_lm_1b-32.0": (0.7103, 3.6365), "rpj-open_lm_7b-1.0": (0.7320, 0.0464)}
+    for name, (loss_error, error_error) in published.items():
+        row = df[df["name"] == name]
+        loss = law.predict(row)["value"].iloc[0]
+        error = 1 - to_error.predict({"L": [loss]})["value"].iloc[0]
+        assert round(100 * abs(loss / row["loss_c4_val"].iloc[0] - 1), 4) == loss_error
+        assert round(100 * abs(error / row["err_avg17"].iloc[0] - 1), 4) == error_error
+
+
+def ladder(df: pd.DataFrame, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The end of every run (N, D, loss, acc), and all its evaluations as the published recipe smooths them."""
+    ends, evaluations = [], []
+    for run, group in df.assign(run=df["size"] + df["chinchilla_multiple"]).sort_values("step").groupby("run"):
+        loss, acc, keep = group[f"{task}_bpb"], group[f"{task}_acc"], slice(int(np.ceil(0.1 * len(group))), None)
+        named = {"run": run, "N": group["n_params"].iloc[0], "D": group["tokens_total_run"].iloc[0]}
+        ends.append({**named, "loss": loss.tail(5).mean(), "acc": acc.tail(5).mean()})
+        evaluations.append(
+            pd.DataFrame({**named, "loss": loss.rolling(5, min_periods=1).mean()[keep], "acc": acc[keep]})
+        )
+    return pd.DataFrame(ends), pd.concat(evaluations, ignore_index=True)
+
+
+@pytest.mark.slow
+def test_the_default_objective_forecasts_the_ladders_largest_size_better_than_the_recipe(measurements):
+    df = measurements("olmo_ladder/small_runs.csv")
+    misses: dict[str, list[float]] = {"huber_log": [], "robust": []}
+    for task in [name.removesuffix("_acc") for name in df.columns if name.endswith("_acc")]:
+        ends, evaluations = ladder(df, task)
+        small, top = ends["N"] < 1e9, ends[ends["N"] > 1e9]
+        options = {"loss": "loss", "accuracy": "acc", "anchor": (0.0, 1.0), "cluster": "run", "resamples": 0}
+        to_accuracy = link(evaluations[evaluations["N"] < 1e9], **options)
+        for objective, found in misses.items():
+            law = fit(laws.CHINCHILLA, ends[small], y="loss", objective=objective, resamples=0)
+            accuracy = to_accuracy.predict({"L": law.predict(top)["value"].to_numpy()})["value"].to_numpy()
+            found.append(float(np.mean(np.abs(accuracy / top["acc"].to_numpy() - 1))))
+    assert np.mean(misses["robust"]) < 0.021 < np.mean(misses["huber_log"])
+
+
+@pytest.mark.slow
+def test_olmo_ladder_forecasts_have_intervals_of_both_steps(measurements):
+    df = measurements("olmo_ladder/small_runs.csv")
+    targets = {"N": [6_887_575_552, 13_202_396_160], "D": [4e12, 5e12]}
+    forecasts = []
+    for task in ("hellaswag", "piqa", "arc_challenge"):
+        ends, evaluations = ladder(df, task)
+        law = fit(laws.CHINCHILLA, ends, y="loss", objective="huber_log", resamples=200, cluster="run")
+        to_accuracy = link(
+            evaluations, loss="loss", accuracy="acc", anchor=(0.0, 1.0), cluster="run", resamples=200,
+        )  # fmt: skip
+        forecasts.append(forecast(law, to_accuracy, targets))
+        table = forecasts[-1].table
+        assert (table["ci_lo"] < table["accuracy"]).all()
+        assert (table["accuracy"] < table["ci_hi"]).all()
+        assert (table["beyond_range"] > 10).all()
+    assert forecasts[0].table["accuracy"].tolist() == pytest.approx([0.824, 0.852], abs=0.005)
+    mean = average(forecasts)
+    assert (mean["ci_hi"] - mean["ci_lo"]).max() < max((f.table["ci_hi"] - f.table["ci_lo"]).max() for f in forecasts)
+
+
+def test_links_stay_between_chance_and_one(scores):
+    """The line and the exponential leave the range of accuracies a little beyond the losses they were fitted to."""
+    for kind in ("linear", "exponential", "sigmoid"):
+        result = link(scores, kind=kind, chance=0.1, resamples=200)
+        rows = result.predict({"L": [1e-3, 0.1, 2.0]})
+        assert rows[["value", "ci_lo", "ci_hi"]].to_numpy().min() >= 0.1
+        assert rows.drop(columns="beyond_range").to_numpy().max() <= 1
+        ahead = fit(laws.power("x"), pd.DataFrame({"x": [1.0, 2, 4, 8, 16], "y": [0.5, 0.4, 0.33, 0.28, 0.25]}), y="y")
+        table = forecast(ahead, result, {"x": [1e-3, 1e6]}).table
+        assert table[["accuracy", "ci_lo", "ci_hi"]].to_numpy().min() >= 0.1
+        assert table[["accuracy", "ci_hi", "pi_hi"]].to_numpy().max() <= 1

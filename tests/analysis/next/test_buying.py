@@ -1,0 +1,114 @@
+"""Runs are bought for what they tell about the target, by their price."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.next import replay as choice_replay
+from aimscale.analysis.next.buying import buy
+from aimscale.analysis.next.proposal import grid_offer, propose
+from aimscale.analysis.next.replay import ALL_RUNS, STRATEGIES, replay
+
+TARGET = {"N": [1e8], "D": [3e7]}
+
+
+@pytest.fixture
+def known(grid):
+    return fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=20, cluster=None)
+
+
+def test_a_basket_keeps_to_its_budget_and_more_money_leaves_less_error(known):
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 3e7, 6), np.geomspace(1e5, 1e7, 6)))
+    offer, price = {"N": n, "D": d}, n * d
+    errors = []
+    for budget in np.array([0.02, 0.2, 1.0]) * price.sum():
+        basket = buy(known, offer, price, TARGET, budget=budget)
+        assert basket.price <= budget
+        assert len(set(basket.rows)) == len(basket.rows)
+        errors.append(basket.sd_after)
+        assert basket.sd_after < basket.sd_before
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(AnalysisError, match="more than the budget"):
+        buy(known, offer, price, TARGET, budget=0.5 * price.min())
+
+
+def test_of_two_runs_of_one_price_the_one_towards_the_target_is_bought(known):
+    offer = {"N": np.array([3e5, 3e7]), "D": np.array([3e5, 1e7])}
+    assert buy(known, offer, np.array([1.0, 1.0]), TARGET, budget=1.0).rows.tolist() == [1]
+
+
+def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
+    offer = grid_offer(grid.rename(columns={"params_total": "N", "images_seen": "D"}), {"N": 1e8, "D": 3e7})
+    assert (offer["N"] * offer["D"] < 3e15).all()
+    found = propose(grid, {"N": 1e8, "D": 3e7}, offer.assign(price=6e-12 * offer["N"] * offer["D"]), budget=2000)
+    assert found.price <= 2000
+    assert not any("hardly be separated" in w for w in found.warnings)
+    assert f"{len(found.table)} runs for" in found.summary()
+    n = np.repeat(np.geomspace(1e5, 1e7, 10), 2)
+    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(20))
+    line = pd.DataFrame({"N": n, "D": n * np.tile([1.0, 1.5], 10), "val_loss": (0.2 + 30 * n**-0.4) * noise})
+    ray = pd.DataFrame({"N": [2e7, 4e7], "D": [2e7, 4e7], "price": [1.0, 2.0]})
+    found = propose(line, {"N": 1e11, "D": 1e11}, ray, budget=3, law="overtrained")
+    assert "exponents of N and D can hardly be separated" in found.warnings[0]
+    assert "times the largest" in found.warnings[1]
+    with pytest.raises(AnalysisError, match="needs D of the target"):
+        propose(grid, {"N": 1e8}, ray, budget=3, law="chinchilla")
+
+
+def test_budgets_that_nearly_repeat_are_offered_once(grid):
+    points = grid.rename(columns={"params_total": "N", "images_seen": "D"})
+    cells = len(points[["N", "D"]].drop_duplicates())
+    target = {"N": 2 * points["N"].max(), "D": 2 * points["D"].max()}
+    rounded = points.assign(D=points["D"] * np.random.default_rng(0).uniform(1, 1.01, len(points))).iloc[1:]
+    offer = grid_offer(rounded, target)
+    axes = [int(np.unique(offer[v]).size) for v in "ND"]
+    assert axes == [points[v].nunique() + 4 for v in "ND"]
+    assert len(offer) == axes[0] * axes[1] - (cells - 1)
+
+
+def test_sizes_of_their_own_in_every_row_are_offered_as_a_grid(grid):
+    """A hundred sizes by a hundred budgets would be ten thousand runs, each beside every other."""
+    rng = np.random.default_rng(0)
+    points = pd.DataFrame({"N": 10 ** rng.uniform(5, 7, 100), "D": 10 ** rng.uniform(6, 8, 100)})
+    offer = grid_offer(points, {"N": 1e8, "D": 1e9})
+    assert offer["N"].nunique() == offer["D"].nunique() == 19
+    assert (offer["N"].min(), offer["D"].min()) == pytest.approx((points["N"].min(), points["D"].min()))
+
+
+def test_bought_runs_forecast_farseers_top_of_compute_better_than_others(measurements):
+    df = measurements("scalebench/farseer.parquet")
+    found = replay(df.assign(C=6 * df["N"] * df["D"]), "coupled", draws=2).set_index("strategy")
+    assert found["r2"].idxmax() == "next"
+    assert found.loc["next", "r2"] > 0.95
+
+
+@pytest.fixture
+def repeated(measurements):
+    names = {"unique_tokens": "U", "params": "N", "tokens": "D"}
+    df = measurements("scalebench/data_constrained.parquet").rename(columns=names)
+    return df.assign(C=6 * df["N"] * df["D"])
+
+
+def odd(df):
+    """Two runs that lie 8 and 9 % above every law."""
+    return (df["N"] > 3.5e9) & df["D"].between(2e10, 3e10)
+
+
+def test_two_runs_that_no_law_explains_bound_what_any_purchase_can_reach(repeated, monkeypatch):
+    monkeypatch.setattr(choice_replay, "STRATEGIES", {ALL_RUNS: STRATEGIES[ALL_RUNS]})
+    assert odd(repeated).sum() == 2
+    reached, without = (replay(df, "overfitting", draws=1)["r2"].item() for df in (repeated, repeated[~odd(repeated)]))
+    assert reached < 0.7
+    assert without > 0.86
+
+
+@pytest.mark.slow
+def test_bought_runs_forecast_repeated_data_with_less_error_than_others(repeated):
+    found, without = (
+        replay(df, "overfitting", draws=6).set_index("strategy").drop(ALL_RUNS)
+        for df in (repeated, repeated[~odd(repeated)])
+    )
+    assert found["log_error"].idxmin() == "next"
+    assert without["r2"].idxmax() == "next"

@@ -1,0 +1,234 @@
+"""Comparison with the published models: right gaps, nothing averaged or compared that is not the same."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis.published.comparison import compare
+from aimscale.analysis.published.own import beside_runs
+from aimscale.analysis.published.published import BY_KEY, TASKS, published_frame
+from aimscale.analysis.published.worked_example import fit_line, forecast_7b, four_points, worked_example
+from aimscale.analysis.table.results import probe_frame
+from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.sweeps.cli.main import verb
+
+
+def rows(tasks, kinds=("attentive",)):
+    """4 sizes x 4 budgets of a known law, with accuracy a steep function of loss."""
+    out = []
+    for n in (1e5, 4e5, 1.6e6, 6.4e6):
+        for d in (1e4, 4e4, 1.6e5, 6.4e5):
+            loss = 0.2 + 20 * n**-0.4 + 30 * d**-0.5
+            top1 = 0.1 + 0.89 / (1 + np.exp(9 * (loss - 0.42)))
+            probes = [{"task": t, "kind": k, "n": 1000, "chance": 0.1, "top1": top1} for t in tasks for k in kinds]
+            run = {"run_id": f"n{n:g}", "size": f"n{n:g}", "status": "complete", "image_size": 32, "val_loss": loss}
+            counts = {"params_total": n, "params_trunk": 0.6 * n, "images_seen": d, "flops_train": 6 * n * d}
+            out.append(run | counts | {"probes": probes})
+    return out
+
+
+def table(tasks, **options):
+    return results_table(rows(tasks, **options)).to_pandas()
+
+
+def test_gaps_are_ours_minus_theirs_at_the_largest_budget():
+    found = compare(table(["cifar10", "my-own"], kinds=("attentive", "knn")), resamples=50)
+    assert found.tasks["task"].unique().tolist() == ["cifar10"]
+    assert found.tasks["images_seen"].unique().tolist() == [640_000]
+    last = found.tasks.iloc[-1]
+    assert last["gap_to_aim_7b"] == pytest.approx(last["top1"] - 0.986)
+    assert (last["best_frozen"], last["best_frozen_top1"]) == ("dinov2-g14", 0.996)
+    said = " ".join(found.left_out)
+    for reason in ("my-own", "knn", "Loss levels", "32 px", "at most 1 of the paper's 15"):
+        assert reason in said
+    assert found.means.empty
+
+
+def with_last_blocks(entry, drop):
+    """A probe entry as our own prober writes it: the last six blocks are worth `drop` less than the chosen ones."""
+    last = entry["top1"] - drop
+    return entry | {"last_top1": last, "last_top1_lo95": last - 0.03, "last_top1_hi95": last + 0.03}
+
+
+def test_each_choice_of_blocks_stands_beside_the_papers_row_of_that_choice():
+    ours = rows(["cifar10", "dtd"])
+    for row in ours:
+        row["probes"] = [with_last_blocks(entry, 0.05) for entry in row["probes"]]
+    found = compare(results_table(ours).to_pandas(), resamples=20)
+    largest = found.tasks[found.tasks["size"] == "n6.4e+06"].set_index(["task", "blocks"])
+    assert largest["aim_7b"].to_dict() == {
+        ("cifar10", "last"): 0.986, ("cifar10", "chosen"): 0.989, ("dtd", "last"): 0.823, ("dtd", "chosen"): 0.856,
+    }  # fmt: skip
+    gap = largest["top1"]["cifar10", "chosen"] - largest["top1"]["cifar10", "last"]
+    assert gap == pytest.approx(0.05)
+    assert (largest["top1"] - largest["aim_7b"]).to_list() == pytest.approx(largest["gap_to_aim_7b"].to_list())
+    # the gap that is to be closed is that of the last blocks, where nothing was chosen
+    plain = {c.scale: c.value for c in compare(table(["dtd"]), resamples=20).closing}
+    closing = {c.scale: c.value for c in found.closing if c.task == "dtd"}
+    assert closing["N"] is None or closing["N"] > plain["N"]
+
+
+@pytest.fixture
+def no_fits(monkeypatch):
+    """Leave out what takes the time: exponents and what would close the gaps."""
+    monkeypatch.setattr("aimscale.analysis.published.comparison._closings", lambda *_: [])
+    monkeypatch.setattr("aimscale.analysis.published.comparison._exponents", lambda *_: pd.DataFrame())
+
+
+def test_means_keep_the_choices_of_blocks_apart(no_fits):
+    ours = rows(TASKS)
+    for row in ours:
+        row["probes"] = [with_last_blocks(entry, 0.05) for entry in row["probes"]]
+    means = compare(results_table(ours).to_pandas(), resamples=20).means.set_index(["run_id", "blocks"])
+    assert means.loc[("n100000", "last"), "aim_7b"] == pytest.approx(BY_KEY["aim-7B"].mean)
+    assert means.loc[("n100000", "chosen"), "aim_7b"] == pytest.approx(BY_KEY["aim-7B-best"].mean)
+    assert means.loc[("n100000", "chosen"), "mean"] - means.loc[("n100000", "last"), "mean"] == pytest.approx(0.05)
+    # one task without the last blocks: the mean over fourteen is not given
+    del ours[3]["probes"][0]["last_top1"]
+    kept = compare(results_table(ours).to_pandas(), resamples=20).means
+    assert ("n100000", "last") not in set(zip(kept["run_id"], kept["blocks"], strict=True))
+
+
+def test_lora_is_in_no_frozen_comparison(no_fits):
+    plain = rows(TASKS)
+    adapted = rows(TASKS, kinds=("attentive", "lora"))
+    for row in adapted:
+        for entry in row["probes"]:
+            entry["top1"] = 1.0 if entry["kind"] == "lora" else entry["top1"]
+    one, other = (compare(results_table(table).to_pandas(), resamples=20) for table in (plain, adapted))
+    pd.testing.assert_frame_equal(one.tasks, other.tasks)
+    pd.testing.assert_frame_equal(one.means, other.means)
+    assert "lora" in " ".join(other.left_out)
+
+
+def test_tables_of_earlier_schemas_keep_the_last_blocks_in_extra():
+    ours = rows(["dtd"])[:1]
+    ours[0]["probes"] = [
+        entry | {"extra": json.dumps({"last_top1": 0.25, "refit": False})} for entry in ours[0]["probes"]
+    ]
+    assert probe_frame(results_table(ours).to_pandas())["last_top1"].tolist() == [0.25]
+
+
+def test_gaps_to_baselines_have_newcombes_interval():
+    # Newcombe, Statistics in Medicine 17:873 (1998), table II, (a): 56/70 and 48/80, method 10: 0.0524 to 0.3339
+    probes = pd.DataFrame(
+        {"task": "t", "kind": "knn", "size": ["w64"], "params_total": [1e5], "images_seen": [8], "n": [100],
+         "top1": [56 / 70], "top1_lo95": [0.6919], "top1_hi95": [0.8769]}
+    )  # fmt: skip
+    baselines = pd.DataFrame(
+        {"task": "t", "kind": "knn", "size": ["raw-pixels"], "n": [100],
+         "top1": [48 / 80], "top1_lo95": [0.4905], "top1_hi95": [0.7003]}
+    )  # fmt: skip
+    (row,) = beside_runs(probes, baselines).to_dict("records")
+    assert (row["gap_lo95"], row["gap_hi95"]) == pytest.approx((0.0524, 0.3339), abs=2e-4)
+    assert (row["baseline"], row["verdict"]) == ("raw-pixels", "above")
+    (turned,) = beside_runs(
+        baselines.assign(params_total=1e5, images_seen=8), probes.drop(columns=["params_total", "images_seen"])
+    ).to_dict("records")
+    assert turned["verdict"] == "below"
+    assert beside_runs(probes, baselines.assign(n=99)).empty  # other test images
+
+
+def test_the_mean_needs_all_fifteen_tasks(no_fits):
+    whole = compare(table(TASKS), resamples=20).means
+    assert len(whole) == 4
+    assert whole["aim_7b"].iloc[0] == pytest.approx(BY_KEY["aim-7B"].mean)
+    assert compare(table(TASKS[:2]), resamples=20).means.empty
+
+
+def test_the_size_that_closes_a_gap_lies_where_the_known_law_puts_it():
+    frame = table(["dtd"])
+    found = {c.scale: c for c in compare(frame, resamples=100).closing}
+    target = BY_KEY["aim-7B"].accuracy("dtd")
+    loss = 0.42 + np.log(0.89 / (target - 0.1) - 1) / 9
+    n_true = ((loss - 0.2 - 30 * 6.4e5**-0.5) / 20) ** (-1 / 0.4)
+    assert n_true > 6.4e6
+    assert found["N"].value == pytest.approx(n_true, rel=0.1)
+    assert found["N"].extrapolation == pytest.approx(n_true / 6.4e6, rel=0.1)
+    assert "unverified" in found["N"].sentence()
+
+
+def test_imported_models_without_a_loss_are_compared_by_task_alone():
+    imported = [row | {"val_loss": None, "size": "timm:some"} for row in rows(["cifar10"])[:1]]
+    found = compare(results_table(imported).to_pandas(), resamples=30)
+    assert found.tasks["size"].tolist() == ["timm:some"]
+    assert found.closing == ()
+    assert "What would close the gaps" in " ".join(found.left_out)
+    assert len(found.exponents) == 2
+    assert "timm:some" in found.summary()
+
+
+def test_exponents_stand_beside_the_papers():
+    exponents = compare(table(["dtd"]), resamples=50).exponents.set_index(["whose", "N"])["exponent"]
+    assert exponents["AIM, four published points", "params_trunk"] == pytest.approx(0.0188, abs=5e-5)
+    largest = pd.DataFrame(rows(["dtd"])).query("images_seen == 640000")
+    slope = -np.polyfit(np.log(largest["params_total"]), np.log(largest["val_loss"]), 1)[0]
+    assert exponents["this table, 640,000 images seen", "params_total"] == pytest.approx(slope, rel=0.3)
+
+
+def test_worked_example_forecasts_7b_from_three_points():
+    loss, by_size, by_loss = forecast_7b("params_trunk")
+    assert loss.actual == 0.2989
+    assert loss.predicted == pytest.approx(0.2990, abs=1e-4)
+    assert loss.inside
+    assert by_size.actual == pytest.approx(0.778)
+    assert by_size.predicted > by_size.actual  # the paper's 7B gains less than the line through its smaller models
+    assert by_loss.high - by_loss.low > 0.1  # three points hardly constrain the mean
+    assert all(forecast.inside for forecast in (by_size, by_loss))
+
+
+def test_four_points_allow_little():
+    found = four_points()
+    assert found.pearson == pytest.approx(-0.926, abs=1e-3)
+    assert found.low < -0.99 < 0 < found.high
+    assert all("\n" not in sentence for sentence in worked_example()["sentences"])
+
+
+def test_line_intervals_are_students_t():
+    x = published_frame()["val_loss"].to_numpy()
+    y = published_frame()["mean15_last6"].to_numpy()
+    line = fit_line(x, y)
+    value, low, high = line.predict(float(x.mean()))
+    residual = y - np.polyval(np.polyfit(x, y, 1), x)
+    half = 4.302653 * np.sqrt(residual @ residual / 2) * np.sqrt(1 + 1 / 4)
+    assert value == pytest.approx(y.mean())
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-5)
+
+
+def test_command_prints_text_and_json(tmp_path):
+    write_table(results_table(rows(["dtd"])), tmp_path / "results.parquet")
+    text = CliRunner().invoke(verb("compare"), [str(tmp_path), "--resamples", "30"])
+    assert text.exit_code == 0
+    assert "Not comparable, and left out" in text.output
+    found = CliRunner().invoke(verb("compare"), [str(tmp_path), "--resamples", "30", "--json"])
+    assert len(json.loads(found.output)["tasks"]) == 4
+    published = CliRunner().invoke(verb("compare"), ["--published", "--json"])
+    assert json.loads(published.output)["forecasts"]["params_trunk"][0]["inside"] is True
+
+
+def test_the_command_shows_our_own_baselines_and_marks_test_images_that_were_seen(tmp_path):
+    table = rows(["dtd"])
+    for row in table:
+        for probe in row["probes"]:
+            probe |= {"n": 1880, "test_in_train": 0, "test_in_pool": 7}
+    write_table(results_table(table), tmp_path / "results.parquet")
+    baseline = [{**table[0], "size": "raw-pixels", "run_id": "like"}]
+    write_table(results_table(baseline), tmp_path / "baselines.parquet")
+    found = CliRunner().invoke(verb("compare"), [str(tmp_path), "--resamples", "30", "--json"])
+    shown = json.loads(found.output)
+    assert {row["baseline"] for row in shown["baselines"]} == {"raw-pixels"}
+    assert {row["test_in_pool"] for row in shown["tasks"]} == {7}
+    assert "test_in_train" not in shown["tasks"][0]  # none were
+    (sentence,) = [line for line in shown["left_out"] if line.startswith("dtd:") and "pool" in line]
+    assert "7 of 1880 test images are in the pre-training pool" in sentence
+
+
+def test_the_docs_quote_the_forecasts_as_computed():
+    documented = (Path(__file__).parents[3] / "docs" / "published-models.md").read_text()
+    for forecast in [*forecast_7b("params_trunk"), *forecast_7b("params_total")]:
+        assert forecast.sentence() in documented
+    assert four_points().sentence() in documented

@@ -1,0 +1,246 @@
+"""Tables of others: their formats, their names, columns that can be computed, and the best of what they tuned."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis import all_approaches, fit, laws, plot_fit, read_table, read_tables, repeats
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.plots.parts import axis_label
+from aimscale.analysis.table.observations import NOT_CHOSEN
+from aimscale.analysis.table.schema import TableError
+from aimscale.analysis.table.selection import select
+from aimscale.sweeps.cli.main import verb
+
+NAMES = {"N": "num_params", "D": "tokens", "L": "loss"}
+COLUMNS = "N=num_params,D=tokens,L=loss"
+
+
+@pytest.fixture
+def theirs() -> pd.DataFrame:
+    """5 sizes x 4 budgets x 3 rates; the middle rate is the best one everywhere but at the largest size."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in np.geomspace(1e7, 1e9, 5):
+        for d in np.geomspace(1e8, 1e10, 4):
+            for lr, worse in ((1e-4, 1.02 if n < 9e8 else 1.0), (3e-4, 1.0 if n < 9e8 else 1.01), (1e-3, 1.03)):
+                loss = (1.8 + 400 * n**-0.34 + 2000 * d**-0.37) * worse * np.exp(1e-3 * rng.standard_normal())
+                rows.append({"num_params": n, "tokens": d, "lr": lr, "loss": loss, "note": "x", "flops": 6 * n * d})
+    return pd.DataFrame(rows)
+
+
+def test_json_lines_and_computed_columns(theirs, tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    theirs.drop(columns="flops").to_json(path, orient="records", lines=True)
+    df = read_table(path, NAMES | {"C": "6ND"})
+    np.testing.assert_allclose(df["flops_train"], theirs["flops"])
+    theirs.drop(columns="tokens").to_csv(tmp_path / "theirs.csv", index=False)
+    df = read_table(tmp_path / "theirs.csv", {"N": "num_params", "C": "flops", "D": "C/6N"})
+    np.testing.assert_allclose(df["images_seen"], theirs["tokens"])
+    with pytest.raises(TableError, match=r"no column N to compute C/6N from; name yours with --columns N=THEIRS"):
+        read_table(tmp_path / "theirs.csv", {"C": "flops", "D": "C/6N"})
+    path.write_text('{"a": 1}\n{"a": ')
+    with pytest.raises(TableError, match="cannot read"):
+        read_table(path)
+    theirs.drop(columns="flops").to_csv(tmp_path / "no_flops.csv", index=False)
+    args = [str(tmp_path / "no_flops.csv"), "--columns", COLUMNS + ",C=6ND", "--best-of", "lr", "--json"]
+    out = CliRunner().invoke(verb("frontier"), args, catch_exceptions=False)
+    assert json.loads(out.output)["frontiers"][-1]["exponent"] == pytest.approx(0.37 / 0.71, abs=0.05)
+
+
+def test_a_forecast_and_repeats_are_told_in_their_words(theirs, tmp_path):
+    lettered = theirs.rename(columns={"num_params": "N", "tokens": "D"}).drop(columns="flops")
+    lettered.to_csv(tmp_path / "lettered.csv", index=False)
+    args = [str(tmp_path / "lettered.csv"), "--columns", "L=loss,C=6ND", "--best-of", "lr", "--law", "chinchilla"]
+    asked = [*args, "--at", "N=1e10,D=1e11", "--resamples", "20"]
+    out = CliRunner().invoke(verb("forecast"), asked, catch_exceptions=False).output
+    assert "\n  loss: " in out
+    assert "val_loss" not in out
+    np.testing.assert_allclose(read_table(tmp_path / "lettered.csv", {"C": "6ND"})["flops_train"], theirs["flops"])
+    n, d, u = (a.ravel() for a in np.meshgrid([1e7, 1e8], np.geomspace(1e8, 3e9, 6), [1e8, 3e8]))
+    x = {"N": n, "D": d, "U": np.minimum(u, d)}
+    params = {"E": 1.8, "A": 400, "B": 2000, "alpha": 0.34, "beta": 0.37, "R_D": 5.0}
+    repeated = pd.DataFrame({**x, "loss": laws.REPEATED.value(x, params)})
+    words = " ".join(repeats(repeated, y="loss", resamples=20).sentences())
+    assert "sight of a sample is worth" in words
+    assert "image" not in words
+
+
+@pytest.fixture
+def lettered(theirs) -> pd.DataFrame:
+    """The same with two seeds, its columns called N, D, C and L."""
+    names = {"num_params": "N", "tokens": "D", "flops": "C", "loss": "L"}
+    rng = np.random.default_rng(1)
+    seeds = [theirs.assign(seed=s, loss=theirs["loss"] * np.exp(1e-3 * rng.standard_normal(60))) for s in (0, 1)]
+    return pd.concat(seeds).rename(columns=names)
+
+
+@pytest.mark.parametrize("command", ["fit", "frontier", "noise", "contrast --by lr", "forecast --at N=1e10,D=1e11"])
+def test_columns_called_by_a_letter_are_known_to_every_verb(command, lettered, tmp_path):
+    lettered.to_csv(tmp_path / "lettered.csv", index=False)
+    lettered.rename(columns={"N": "n", "D": "d", "C": "c", "L": "l"}).to_csv(tmp_path / "named.csv", index=False)
+    name, *options = command.split()
+    out = [
+        CliRunner().invoke(verb(name), [str(tmp_path / table), *options, "--json", *columns], catch_exceptions=False)
+        for table, columns in (("lettered.csv", []), ("named.csv", ["--columns", "N=n,D=d,C=c,L=l"]))
+    ]
+    assert out[0].exit_code == 0
+    values = [re.findall(r": (-?[0-9.e+-]+)", each.output) for each in out]
+    assert values[0] == values[1]
+    assert len(values[0]) > 5
+
+
+def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_path):
+    """Pairs and cells agree in N where no size is named, and in rates and words; not in the names of runs."""
+    named = lettered.drop(columns="C").assign(
+        run=lambda df: [f"{n:g}-{s}" for n, s in zip(df["N"], df["seed"], strict=True)]
+    )
+    both = pd.concat([named.assign(data="a"), named.assign(data="b", L=1.02 * named["L"])])
+    both["tags"] = both["data"].map(lambda data: [data])
+    both.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
+
+    def said(name: str, *options: str) -> str:
+        return CliRunner().invoke(verb(name), [str(tmp_path / "both.jsonl"), *options], catch_exceptions=False).output
+
+    words = said("contrast", "--by", "data", "--each")
+    assert "with everything else equal (N, seed, D, lr)" in words
+    assert "ratio 1.0200 [1.0200, 1.0200], over 30 pairs of runs (120 of rows)" in words
+    assert "3.162e+07" in words
+    words = said("noise")
+    assert "(120 cells; 30 degrees of freedom of runs, 90 of rows within them)" in words
+    words = said("contrast", "--by", "N")
+    assert "over 12 pairs of runs" in words
+    one = both[both["seed"] == both["data"].map({"a": 0, "b": 1})]
+    one.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
+    with pytest.raises(
+        AnalysisError, match=r"never agree in seed \(0 against 1\); run both with the same, or --ignore"
+    ):
+        said("contrast", "--by", "data")
+    with pytest.raises(AnalysisError, match=r"No two rows differ in the seed alone \(lr, data must agree, too\)"):
+        said("noise")
+
+
+def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_path):
+    layers = lettered.rename(columns={"L": "loss", "N": "all"}).assign(L=12, N=lettered["N"] / 2, C="cluster-a")
+    layers.to_csv(tmp_path / "layers.csv", index=False)
+    df = read_table(tmp_path / "layers.csv", {"L": "loss", "N": "all"})
+    assert df["val_loss"].max() < 10
+    assert set(df["their L"]) == {12}
+    assert set(df["C"]) == {"cluster-a"}
+    assert fit("chinchilla", df, resamples=0).ranges["N"][1] == pytest.approx(1e9)
+
+
+def test_a_text_among_numbers_is_named_by_their_column(lettered, tmp_path):
+    lettered.astype({"N": object}).replace({"N": {1e7: "10M"}}).to_csv(tmp_path / "text.csv", index=False)
+    with pytest.raises(TableError, match="column 'N' holds '10M' in row 1; make it a number"):
+        read_table(tmp_path / "text.csv")
+    counts = lettered.assign(N=[f"{n / 1e6:.0f}M" for n in lettered["N"]], index=range(120)).set_index("index")
+    with pytest.raises(AnalysisError, match="left out: 120 rows whose N is no number, such as '10M'"):
+        fit("chinchilla", counts, y="L")
+
+
+def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    df = read_tables([tmp_path / "theirs.csv"], NAMES, best=["lr"])
+    assert len(df) == 20
+    assert set(df.loc[df["params_total"] < 9e8, "lr"]) == {3e-4}
+    ((reason, number),) = df.attrs[NOT_CHOSEN]
+    assert (number, reason) == (
+        40, "not the best lr of their cell (in 4 of 20 cells the best one lies at an end of what was tried)",
+    )  # fmt: skip
+    args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS, "--best-of", "lr", "--resamples", "20"]
+    out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False).output
+    assert "Fitted to 20 of 60 points" in out
+    assert "40 rows not the best lr" in out
+    twice = pd.concat([theirs.assign(batch=64), theirs.assign(batch=128, loss=1.01 * theirs["loss"])])
+    twice.to_csv(tmp_path / "twice.csv", index=False)
+    assert len(read_tables([tmp_path / "twice.csv"], NAMES, best=["lr"])) == 40  # a batch of one's own is a cell's
+    assert len(read_tables([tmp_path / "twice.csv"], NAMES, best=["lr", "batch"])) == 20
+    with pytest.raises(TableError, match="no two rows differ in nothing else"):
+        read_tables([tmp_path / "theirs.csv"], NAMES, best=["note"])
+    with pytest.raises(TableError, match="no column 'rate'"):
+        read_tables([tmp_path / "theirs.csv"], NAMES, best=["rate"])
+
+
+def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    df = select(read_table(tmp_path / "theirs.csv", NAMES), ["num_params<9e8", "lr=3e-4"])
+    result = fit("chinchilla", df, resamples=0)
+    words = result.sentence()
+    assert "where L = loss, N = num_params, D = tokens." in words
+    assert not any(ours in words for ours in ("head included", "images", "params_total", "val_loss"))
+    (ax,) = plot_fit(result).axes
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_legend().get_title().get_text()) == (
+        "N: num_params", "loss", "tokens",
+    )  # fmt: skip
+
+
+def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
+    some = theirs.drop(columns="flops")
+    some.loc[0, "num_params"], some.loc[1, "loss"] = np.nan, np.inf
+    some.assign(pool=np.where(some["lr"] > 5e-4, some["tokens"], some["tokens"] / 2)).to_csv(tmp_path / "theirs.csv")
+    args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS + ",U=pool"]
+
+    def said(name: str, *options: str) -> str:
+        return CliRunner().invoke(verb(name), [*args, *options], catch_exceptions=False).output
+
+    words = said("fit", "--y", "loss", "--hold-out", "tokens", "--resamples", "20", "--leave-out", "lr", "--profile")
+    assert "1 row with a missing or non-positive num_params; 1 row with a missing or infinite loss" in words
+    assert "The rows differ in pool (" in words
+    assert "No group of lr moves a parameter by more than 3" in words
+    assert "No parameter's profile likelihood is flat." in words
+    words = said("forecast", "--at", "N=1e10,D=1e11", "--law", "chinchilla", "--resamples", "20")
+    assert "Left out: 1 row with a missing or non-positive num_params; 1 row with a missing or infinite loss." in words
+    words = said("correlate", "--x", "loss", "--y", "num_params", "--partial", "tokens")
+    assert "Pearson correlation of loss and num_params, within 4 groups of equal tokens" in words
+    assert "2 rows with a missing loss or num_params or tokens" in words
+    rising = read_table(tmp_path / "theirs.csv", NAMES).assign(val_loss=lambda df: df["params_total"] ** 0.1)
+    assert any("loss rises with N" in flag for flag in fit("chinchilla", rising, resamples=0).flags)
+    with pytest.raises(AnalysisError, match="loss takes the single value 2 in all 59 points, so no law can be fitted"):
+        fit("chinchilla", rising.assign(val_loss=2.0), resamples=0)
+    for options, why in (
+        (["fit", "--hold-out", "N:0"], "--hold-out takes N or N:2"),
+        (["fit", "--law", "power_offset"], "name yours with --law power_offset:N, or with --columns x=THEIRS"),
+        (
+            ["fit", "--law", "power_offset:C", "--envelope"],
+            "no column 'flops_train'; name yours with --columns C=THEIRS",
+        ),
+        (["correlate", "--x", "loss", "--y", "L"], "x and y name one column, val_loss"),
+        (["correlate"], "name a column by --y"),
+    ):
+        with pytest.raises(AnalysisError, match=why):
+            said(*options)
+
+
+def test_missing_columns_name_the_option(theirs):
+    with pytest.raises(AnalysisError, match="name yours with --columns N=THEIRS"):
+        fit("chinchilla", theirs, y="loss")
+    with pytest.raises(AnalysisError, match="--columns L=THEIRS or --y"):
+        fit("chinchilla", theirs.rename(columns={"num_params": "N", "tokens": "D"}))
+    named = {"num_params": "N", "tokens": "D", "loss": "val_loss"}
+    with pytest.raises(
+        AnalysisError, match="'flops_train'; name yours with --columns C=THEIRS, or compute it as C=6ND"
+    ):
+        all_approaches(theirs.drop(columns="flops").rename(columns=named))
+
+
+def test_rows_that_differ_in_any_column_are_no_repeats():
+    df = pd.DataFrame(
+        {"N": [1e6, 1e6, 2e6, 4e6, 8e6, 1e6], "y": [3.0, 3.0, 2.0, 1.5, 1.2, 3.0], "data": list("abaaaa")}
+    )
+    result = fit("power:N", df, y="y", resamples=0)
+    assert [str(e) for e in result.exclusions] == ["1 row that repeat another row exactly"]
+    assert result.num_points == 5
+
+
+def test_a_column_that_is_called_by_its_letter_is_not_explained_by_it(theirs, tmp_path):
+    theirs[theirs["lr"] == 3e-4].rename(columns={"num_params": "N"}).to_csv(tmp_path / "lettered.csv", index=False)
+    result = fit(
+        "chinchilla", read_table(tmp_path / "lettered.csv", {"N": "N", "D": "tokens", "L": "loss"}), resamples=0
+    )
+    assert ", where L = loss, D = tokens. Fitted to" in result.sentence()
+    assert axis_label("params_total", "", result.names | {"params_total": "N"}) == "N"

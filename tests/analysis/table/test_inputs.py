@@ -1,0 +1,107 @@
+"""Several tables as one, rows by condition, and which rows make one experiment."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis.table.design import design_columns, fresh_part, lower_envelope, main_part, mixture_flags
+from aimscale.analysis.table.inputs import FOLDER, read_tables, with_setup
+from aimscale.analysis.table.schema import TableError
+from aimscale.analysis.table.selection import select
+
+
+def write(folder, frame):
+    folder.mkdir()
+    frame.to_parquet(folder / "results.parquet")
+    return folder
+
+
+def test_tables_are_joined_and_a_shared_run_counts_once(known_study, tmp_path):
+    main = known_study({"sizes": ["s1", "s2"]})
+    other = known_study({"sizes": ["s2"]}, {"sizes": ["s2"], "prefix": "none"})
+    half = main.assign(status=np.where(main["size"] == "s2", "unfinished", "complete"))
+    half.loc[half["size"] == "s2", "val_loss"] = np.nan
+    df = read_tables([write(tmp_path / "main", half), write(tmp_path / "other", other)])
+    assert len(df) == len(main) + len(other) // 2
+    assert df["val_loss"].notna().all()
+    assert set(df[FOLDER]) == {str(tmp_path / "main"), str(tmp_path / "other")}
+    assert (df.groupby(["run_id", "images_seen"]).size() == 1).all()
+    with pytest.raises(TableError, match="name at least one table"):
+        read_tables([])
+
+
+def test_rows_are_chosen_by_words_numbers_and_letters(known_study):
+    df = known_study({"sizes": ["s1", "s2", "s3"]}, {"sizes": ["s1"], "prefix": "none"})
+    assert set(select(df, ["prefix=none"])["size"]) == {"s1"}
+    assert set(select(df, ["size!=s1"])["size"]) == {"s2", "s3"}
+    assert set(select(df, ["size=s1|s2", "D>=16000"])["images_seen"]) == {16000, 32000, 64000}
+    assert set(select(df, ["seed = 1.0"])["seed"]) == {1}
+    assert len(select(df, ["images_seen<8000"])) == len(df) // 5
+    for condition, words in (
+        ("prefix", "needs a condition"),
+        ("prefx=none", "no column 'prefx'"),
+        ("prefix=uniform", "no row is left; prefix takes paired, none"),
+        ("prefix>=2", "holds no numbers"),
+        ("seed<=one", "'one' is no number"),
+    ):
+        with pytest.raises(TableError, match=words):
+            select(df, [condition])
+
+
+def test_fields_of_the_set_up_that_vary_become_columns():
+    setups = [
+        {"optimiser.clip_norm": 2.0, "objective.prefix": "none", "model.image_size": 28},
+        {"model.image_size": 28},
+    ]
+    frame = pd.DataFrame({"prefix": ["none", "paired", None], "setup": [*map(json.dumps, setups), None]})
+    wide = with_setup(frame)
+    assert list(wide.columns) == ["prefix", "setup", "optimiser.clip_norm"]
+    assert list(wide["optimiser.clip_norm"]) == [2.0, "default", None]
+    with pytest.raises(TableError, match="'setup' of row 1 is no JSON object"):
+        with_setup(pd.DataFrame({"setup": ["[1]"]}))
+
+
+def test_the_main_experiment_is_the_one_with_most_cells(known_study):
+    grid, direction = {"sizes": ["s1", "s2", "s3"], "seeds": [0]}, {"sizes": ["s1"], "seeds": list(range(20))}
+    df = known_study(grid, direction | {"prefix": "none"}, {"sizes": ["s1"], "uniques": [1000]})
+    assert design_columns(df) == ["prefix"]
+    part = main_part(df)
+    assert set(part.rows["prefix"]) == {"paired"}
+    assert part.words == "prefix paired"
+    assert part.num_others == 100
+    fresh = fresh_part(part.rows)
+    assert (set(fresh.rows["unique_images"]), fresh.words) == ({64000}, "64,000 unique images")
+    flags = mixture_flags(df, ["N", "D"])
+    assert "mix experiments (prefix: paired, none)" in flags[0]
+    assert "unique images (1,000, 64,000)" in flags[1]
+    assert mixture_flags(known_study(grid), ["N", "D"]) == ()
+    assert mixture_flags(part.rows, ["N", "D", "U"]) == ()
+
+
+def test_a_pool_seen_many_times_gives_way_to_rows_that_see_theirs_few_times(known_study):
+    worn = {"seeds": [0], "uniques": [1000]}
+    fresh = [{"seeds": [0], "budgets": [seen], "uniques": [seen]} for seen in (4000, 8000, 16000, 32000)]
+    part = fresh_part(known_study(worn, *fresh))
+    assert (part.words, part.num_others) == ("at most 4 passes over their pool", 24)
+    assert part.rows["epochs"].max() == 4
+    assert set(fresh_part(known_study(worn, *fresh[:1])).rows["unique_images"]) == {1000}
+
+
+def test_other_validation_images_are_another_experiment(known_study):
+    df = known_study({"sizes": ["s1", "s2"]}, {"sizes": ["s1"], "val_num_images": 100, "effect": 0.4})
+    assert set(main_part(df).rows["val_num_images"]) == {500}
+
+
+def test_what_a_law_does_not_know_is_flagged(known_study):
+    df = known_study({"sizes": ["s1", "s2"]})
+    assert "differ in images seen (5 values)" in mixture_flags(df, ["N"])[0]
+    assert "differ in parameters (2 values)" in mixture_flags(df, ["D"])[0]
+    assert mixture_flags(df, ["C"]) == ()
+    assert mixture_flags(df[df["images_seen"] == 8000], ["N"]) == ()
+
+
+def test_the_envelope_keeps_what_no_cheaper_row_undercuts():
+    df = pd.DataFrame({"flops_train": [1.0, 2, 3, 4, 5], "val_loss": [5.0, np.nan, 6, 4, 4]}).sample(frac=1)
+    assert sorted(lower_envelope(df)["flops_train"]) == [1, 4]

@@ -1,0 +1,38 @@
+"""Which rows are points of a fit, and what is said of those that are not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import correlate, fit, noise, read_table
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.frontier.optimum import points_of
+from aimscale.analysis.table.observations import is_complete
+from aimscale.analysis.table.results import usable_rows
+
+
+@pytest.mark.parametrize("status", [None, np.nan])
+def test_a_missing_status_counts_as_complete_everywhere(grid, status):
+    grid["status"] = grid["status"].astype(object).where(grid.index % 2 == 0, status)
+    grid["seed"] = grid.index % 2
+    grid.loc[3, "status"] = "diverged"
+    assert is_complete(grid).sum() == len(grid) - 1
+    assert fit("chinchilla", grid, resamples=0).num_points == len(grid) - 1
+    assert len(points_of(grid, y="val_loss", columns=None)) == len(grid) - 1
+    assert len(usable_rows(grid)[0]) == len(grid) - 1
+    assert noise(grid.assign(val_loss_se=0.001)).component("spread over").basis == f"{len(grid) - 1} rows"
+    assert "1 row not complete (status)" in map(str, fit("chinchilla", grid, resamples=0).exclusions)
+    assert correlate(pd.DataFrame({"x": [1, 2, 3, 4.0], "y": [1, 2, 3, 5.0]}), x="x", y="y")[0].num_points == 4
+
+
+def test_labels_of_rows_may_stand_twice_in_a_file_and_are_refused_in_a_frame(grid, tmp_path):
+    """Frames that were joined keep their labels; rows looked up by them came back more than once."""
+    joined = pd.concat([grid.iloc[:10], grid.iloc[10:].set_axis(range(len(grid) - 10))])
+    joined.to_parquet(tmp_path / "joined.parquet")
+    again = read_table(tmp_path / "joined.parquet")
+    assert fit("chinchilla", again, resamples=20).params == fit("chinchilla", grid, resamples=20).params
+    with pytest.raises(AnalysisError, match=r"df\.reset_index"):
+        fit("chinchilla", joined)
+    named = grid.assign(run_id=[f"run-{i}" for i in range(len(grid))]).set_index("run_id")
+    named.to_parquet(tmp_path / "named.parquet")
+    assert list(read_table(tmp_path / "named.parquet")["run_id"]) == list(named.index)

@@ -1,0 +1,113 @@
+"""The results table: a round trip keeps every value, foreign tables map, and bad ones are refused in one sentence."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.results import parse_columns, probe_frame, read_table, usable_rows
+from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, TableError, arrow_schema, results_table, write_table
+
+PROBE = {"task": "digits", "kind": "linear", "blocks": [1, 2], "num_classes": 10, "n": 100, "top1": 0.5, "margin": 3}
+ROWS = [
+    {"run_id": "a", "status": "complete", "images_seen": 100, "params_total": 10, "val_loss": 0.5, "probes": [PROBE]},
+    {"run_id": "b", "status": "failed", "images_seen": 100, "params_total": None, "val_loss": None, "novel": [1]},
+]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_round_trip_keeps_types_probes_and_unknown_keys(tmp_path, suffix):
+    path = tmp_path / f"results{suffix}"
+    write_table(results_table(ROWS), path)
+    assert list(tmp_path.iterdir()) == [path]
+    frame = read_table(path)
+    assert list(frame.columns) == [column.name for column in COLUMNS]
+    assert frame["images_seen"].dtype == np.int64
+    assert frame["params_total"].dtype == np.float64
+    assert np.isnan(frame["params_total"][1])
+    assert json.loads(frame["extra"][1]) == {"novel": [1]}
+    probes = probe_frame(frame)
+    assert len(probes) == 1
+    assert (probes["run_id"][0], probes["top1"][0], list(probes["blocks"][0])) == ("a", 0.5, [1, 2])
+    assert json.loads(probes["extra"][0]) == {"margin": 3}
+
+
+def test_every_column_states_its_meaning_in_the_file(tmp_path):
+    write_table(results_table(ROWS), tmp_path / "results.parquet")
+    schema = pq.read_schema(tmp_path / "results.parquet")
+    assert schema.equals(arrow_schema(), check_metadata=False)
+    assert all(schema.field(column.name).metadata[b"meaning"] for column in COLUMNS)
+
+
+def test_a_value_that_does_not_fit_is_refused_by_name():
+    with pytest.raises(TableError, match=r"row 0: 'images_seen' is 1\.5, which is no int64"):
+        results_table([{"images_seen": 1.5}])
+    with pytest.raises(TableError, match="row 0, probe 0: 'top1'"):
+        results_table([{"probes": [{"top1": "high"}]}])
+
+
+def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
+    path = tmp_path / "theirs.csv"
+    pd.DataFrame({"Model Size": [1e6, 2e6], "loss": [3.0, 2.5], "val_loss": [9, 9]}).to_csv(path, index=False)
+    frame = read_table(path, parse_columns(["N=Model Size, val_loss=loss"]), require=["params_total", "val_loss"])
+    assert frame["params_total"].tolist() == [1_000_000, 2_000_000]
+    assert frame["val_loss"].tolist() == [3.0, 2.5]
+    with pytest.raises(TableError, match="no column Size that --columns names; it has Model Size"):
+        read_table(path, {"N": "Size"})
+    with pytest.raises(TableError, match=r"no values for images_seen .*--columns images_seen=THEIRS"):
+        read_table(path, require=["images_seen"])
+    with pytest.raises(TableError, match="needs 'ours=theirs'"):
+        parse_columns(["N"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("absent.csv", None, "there is no table"),
+        ("empty.csv", "", "is empty"),
+        ("headed.csv", "N,val_loss\n", "has no rows"),
+        ("cut.csv", "N,D,val_loss\n1,2,3\n1,2", "half-written"),
+        ("words.csv", "val_loss,N\n0.5,1\nhigh,2\n", r"column 'val_loss' holds 'high' in row 2"),
+        ("quote.csv", 'N,val_loss\n1,"2\n', "half-written"),
+        ("cut.parquet", "PAR1 and then nothing", "half-written"),
+        ("results.xlsx", "x", "give a .parquet, .csv, .tsv, .jsonl or .ndjson"),
+        ("probes.csv", "val_loss,probes\n0.5,[1]\n", "'probes' of row 1"),
+    ],
+)
+def test_bad_tables_are_refused_in_one_sentence(tmp_path, name, content, sentence):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(AnalysisError, match=sentence) as caught:
+        read_table(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_half_copied_parquet_and_a_newer_schema_are_refused(tmp_path):
+    path = tmp_path / "results.parquet"
+    write_table(results_table(ROWS), path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(TableError, match="half-written"):
+        read_table(path)
+    newer = results_table(ROWS).replace_schema_metadata({"aimscale_schema_version": "99"})
+    write_table(newer, path)
+    with pytest.raises(TableError, match="schema 99, newer than"):
+        read_table(path)
+
+
+def test_unusable_rows_are_named_not_dropped_silently():
+    frame = pd.DataFrame({"status": ["complete", "failed", "complete", None], "val_loss": [0.5, 0.4, np.nan, 0.3]})
+    kept, exclusions = usable_rows(frame)
+    assert kept["val_loss"].tolist() == [0.5, 0.3]
+    assert exclusions == ["1 row left out: failed.", "1 row left out: no positive, finite val_loss."]
+
+
+def test_the_documented_schema_is_the_schema():
+    documented = (Path(__file__).parents[3] / "docs" / "results-table.md").read_text()
+    for columns in (COLUMNS, PROBE_FIELDS):
+        lines = [f"| {c.name} | {c.dtype} | {c.unit} | {c.meaning} |" for c in columns]
+        assert "\n".join(["| name | type | unit | meaning |", "|---|---|---|---|", *lines, ""]) in documented

@@ -1,0 +1,137 @@
+"""One run that is damaged, or whose end cannot be written down, touches no other."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aimscale.sweeps.engine.stop import cancel, retry
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.table.status import sweep_status
+
+LEASE = {"host": "elsewhere", "pid": 1, "process_started": "1", "job_id": None, "job_restarts": 0, "heartbeat": 1.0}
+DAMAGE = [
+    ("config.yaml", ""),
+    ("config.yaml", "- 1"),
+    ("results.json", ""),
+    ("results.json", "[]"),
+    ("results.json", '{"rows": 3}'),
+    ("status.json", "null"),
+    ("status.json", '{"version": 1, "state": 7}'),
+    ("status.json", '{"version": 99}'),
+    ("attempts.jsonl", "7\n7\n"),
+    ("attempts.jsonl", '{"attempt": 1}\n{"forgiven": true}\n'),
+    ("lease.json", "[1]"),
+    ("lease.json", json.dumps(LEASE | {"pid": "one"})),
+    ("launch.json", "[]"),
+    ("launch.json", '{"backend": "cloud"}'),
+    ("launch.json", "[" * 100_000),
+    ("status.json", "\udcff"),
+]
+
+
+def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
+    write_sweep: Any, launch: Any, stand_in: Any
+) -> None:
+    """Every damage in a run of its own, and two runs that are well."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=list(range(len(DAMAGE) + 2)))
+    runs = plan(sweep)
+    for (name, text), run in zip(DAMAGE, runs, strict=False):
+        record = RunRecord(sweep.run_dir(run.run_id))
+        RunRecord.create(record.path, run.config)
+        record.write_status(state="preempted")
+        (record.path / name).write_bytes(text.encode(errors="surrogateescape"))
+    result = launch(sweep, slots=2, command=stand_in())
+    assert len(result.finished) == 2
+    whys = {decision.run.run_id: decision.why for decision in result.left if decision.verdict == "damaged"}
+    assert len(whys) == len(DAMAGE)
+    status = sweep_status(sweep, runs, cost_cards(sweep, runs))
+    stopped = [sentence for did in (cancel, retry) for sentence in did(sweep, [run.run_id for run in runs])[1]]
+    for (name, _), run, line in zip(DAMAGE, runs, status.runs, strict=False):
+        assert name in whys[run.run_id] or "version 99" in whys[run.run_id]
+        assert "\n" not in whys[run.run_id]
+        if name in ("status.json", "lease.json", "launch.json"):
+            assert line.state == "damaged"
+            assert any(run.run_id in sentence for sentence in stopped)
+    assert [line.state for line in status.runs][-2:] == ["finished", "finished"]
+
+
+def test_a_run_that_damages_itself_is_left_while_the_others_train_on(
+    write_sweep: Any, launch: Any, stand_in: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2])
+    bad = sweep.run_dir(plan(sweep)[0].run_id)
+    spoil = "import pathlib, sys; pathlib.Path(sys.argv[1], 'results.json').write_text(''); sys.exit(1)"
+
+    def command(run_dir: Path, devices: int) -> list[str]:
+        return [sys.executable, "-c", spoil, str(run_dir)] if run_dir == bad else stand_in()(run_dir, devices)
+
+    result = launch(sweep, slots=3, command=command)
+    assert result.failed == (bad.name,)
+    assert len(result.finished) == 2
+
+
+def test_a_full_disk_at_the_end_of_one_run_leaves_the_others_alone(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2])
+    bad = plan(sweep)[1].run_id
+    append = RunRecord.append_attempt
+
+    def full(self: RunRecord, **values: Any) -> None:
+        if self.path.name == bad:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.attempts))
+        append(self, **values)
+
+    monkeypatch.setattr(RunRecord, "append_attempt", full)
+    result = launch(sweep, slots=3, command=stand_in())
+    assert (result.failed, len(result.finished)) == ((bad,), 2)
+    assert f"left {bad}: how it ended cannot be written down" in capsys.readouterr().out
+
+
+def test_more_slots_than_cards_share_them(
+    write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch, stand_in: Any
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2, 3])
+    note = (
+        "import os, pathlib, subprocess, sys\n"
+        "names = ('CUDA_VISIBLE_DEVICES', 'AIMSCALE_DEVICE_SHARE')\n"
+        "pathlib.Path(sys.argv[1], 'seen').write_text(' '.join(os.environ[name] for name in names))\n"
+        "sys.exit(subprocess.call(sys.argv[2:]))"
+    )
+
+    def command(run_dir: Path, devices: int) -> list[str]:
+        return [sys.executable, "-c", note, str(run_dir), *stand_in()(run_dir, devices)]
+
+    assert len(launch(sweep, slots=4, command=command).finished) == 4
+    seen = sorted(path.read_text() for path in sweep.runs_dir.glob("*/seen"))
+    assert seen == ["3 0.500000", "3 0.500000", "5 0.500000", "5 0.500000"]
+
+
+def test_cancel_kills_no_process_that_a_file_names(write_sweep: Any, launch: Any, stand_in: Any) -> None:
+    """A pid in status.json is only what a run said last; one in a lease counts with its start time."""
+    sweep = write_sweep(sizes=["rung-32"])
+    run = plan(sweep)[0]
+    record = RunRecord(sweep.run_dir(run.run_id))
+    RunRecord.create(record.path, run.config)
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        for pid, started in ((stranger.pid, "1"), (stranger.pid, None), (-1, None), (0, "1")):
+            record.write_status(state="running", pid=stranger.pid, host=os.uname().nodename)
+            lease = LEASE | {"host": os.uname().nodename, "pid": pid, "process_started": started}
+            record.lease.write_text(json.dumps(lease))
+            cancel(sweep, [run.run_id])
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()

@@ -1,0 +1,279 @@
+"""What a run is, through `launch` with the real trainer: one test for each rule of docs/run-directory.md."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.directory import RunDir
+from aimscale.sweeps.cli.main import verb
+from aimscale.sweeps.engine.start import launch, left_alone
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps.table.status import sweep_status
+
+FILE: dict[str, Any] = {
+    "name": "tiny",
+    "sizes": ["w16-d2"],
+    "budgets": [64, 128],
+    "base": {
+        "model": {"image_size": 16, "patch_size": 4},
+        "data": {"sources": [{"path": "data/train"}]},
+        "optimiser": {"batch_size": 16, "precision": "fp32"},
+        "schedule": {"warmup_images": 16},
+        "validation": {"path": "data/validation"},
+        "probes": [{"task": "colour", "train": "data/fit", "test": "data/test", "kinds": ["knn"]}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
+    """A folder with the sweep file, its data, and `runs`, where it was launched."""
+    home = tmp_path_factory.mktemp("home")
+    for seed, (name, number) in enumerate({"train": 64, "validation": 16, "fit": 24, "test": 12}.items()):
+        write_images(home / "data" / name, number, seed=seed, classes=("red", "blue"))
+    (home / "sweep.yaml").write_text(yaml.safe_dump(FILE))
+    assert len(launch(home / "sweep.yaml", home / "runs", slots=1).finished) == 1
+    return home
+
+
+@pytest.fixture
+def moved(home: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of all of it elsewhere, without file times; keywords replace fields of the sweep file."""
+
+    def copy(base: dict[str, Any] | None = None, **fields: Any) -> Path:
+        there = tmp_path / "elsewhere"
+        if not there.exists():
+            shutil.copytree(home, there, copy_function=shutil.copyfile)
+        (there / "sweep.yaml").write_text(yaml.safe_dump({**FILE, **fields, "base": {**FILE["base"], **(base or {})}}))
+        return there
+
+    return copy
+
+
+def state(run: Path) -> dict[str, Any]:
+    """What training and evaluation have written."""
+    directory = RunDir(run)
+    files = [*run.glob("budgets/*/*"), *run.glob("probes/*/*.json"), *run.glob("validation/**/*.npz")]
+    return {
+        "rows": directory.read_rows(),
+        "metrics": directory.metrics.read_bytes(),
+        "files": {path.relative_to(run): path.read_bytes() for path in files},
+        "starts": directory.read_status().attempt,
+    }
+
+
+def only_run(root: Path) -> Path:
+    (run,) = (root / "tiny" / "runs").iterdir()
+    return run
+
+
+def test_the_same_file_elsewhere_names_the_same_runs_and_finds_their_results_and_probes(
+    home: Path, moved: Callable[..., Path]
+) -> None:
+    there = moved()
+    before = state(only_run(there / "runs"))
+    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    assert left_alone(result.left) == ["left alone: 1 finished"]
+    assert state(only_run(there / "runs")) == before
+    assert only_run(there / "runs").name == only_run(home / "runs").name
+    # and from a third place, into the folder where it was launched first
+    result = launch(there / "sweep.yaml", home / "runs", slots=1)
+    assert left_alone(result.left) == ["left alone: 1 finished"]
+
+
+def test_a_sweep_is_known_where_its_data_are_not(home: Path, moved: Callable[..., Path]) -> None:
+    there = moved()
+    shutil.rmtree(there / "data")
+    for name in (there / "sweep.yaml", "tiny"):
+        (run,) = plan(load_sweep(name, there / "runs"))
+        assert run.run_id == only_run(home / "runs").name
+
+
+def test_other_images_in_the_same_folder_are_another_run(
+    home: Path, moved: Callable[..., Path], write_images: Any
+) -> None:
+    there = moved()
+    shutil.rmtree(there / "data" / "train")
+    write_images(there / "data" / "train", 64, seed=99, classes=("red", "blue"))
+    (run,) = plan(load_sweep(there / "sweep.yaml", there / "runs"))
+    assert run.run_id != only_run(home / "runs").name
+
+
+@pytest.mark.slow
+def test_another_budget_goes_on_from_the_trunk_under_wsd(home: Path, moved: Callable[..., Path]) -> None:
+    there = moved(budgets=[64, 128, 256])
+    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
+    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    assert result.finished == (run.name,)
+    after = state(run)
+    assert after["metrics"].startswith(before["metrics"]), "nothing was trained twice"
+    assert [row["images_seen"] for row in after["rows"]] == [64, 128, 256]
+    assert after["rows"][:2] == before["rows"]
+    assert all(row["val_loss"] and row["probes"] for row in after["rows"])
+
+
+def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: Any, launch: Any, stand_in: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    smaller = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280])
+    with pytest.raises(UserError, match=r"1 runs .* would be trained again .* `recipe_budget: 640`"):
+        launch(smaller, slots=1, command=stand_in())
+    assert [path.name for path in sweep.runs_dir.iterdir()] == [run.run_id for run in plan(sweep)]
+    kept = smaller.with_fields(recipe_budget=640)
+    assert [run.run_id for run in plan(kept)] == [run.run_id for run in plan(sweep)]
+    launch(kept, slots=1, command=stand_in())
+
+
+@pytest.mark.slow
+def test_another_budget_is_a_new_run_under_cosine(home: Path, moved: Callable[..., Path]) -> None:
+    schedule = {"schedule": {"kind": "cosine", "warmup_images": 16}}
+    sweep = load_sweep(moved(budgets=[64, 128], base=schedule) / "sweep.yaml", home / "runs")
+    assert len({run.run_id for run in plan(sweep)}) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "changed"),
+    [
+        ({"probes": [{**FILE["base"]["probes"][0], "task": "hue"}, *FILE["base"]["probes"]]}, {"probes"}),
+        ({"probes": [{**FILE["base"]["probes"][0], "holdout_fraction": 0.4}]}, {"probes"}),
+        ({"validation": {"path": "data/test"}}, {"val_loss", "val_loss_se", "val_num_images", "validation"}),
+        ({"validation": {"path": "data/validation", "num_prefixes": 2}}, {"val_loss", "val_loss_se", "validation"}),
+    ],
+    ids=["another task", "another setting of a task", "another validation set", "another validation setting"],
+)
+def test_another_evaluation_never_trains_and_does_only_what_is_missing(
+    base: dict[str, Any], changed: set[str], moved: Callable[..., Path]
+) -> None:
+    there = moved(base=base)
+    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
+    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    assert (result.finished, result.evaluated) == ((), (run.name,))
+    after = state(run)
+    assert (after["metrics"], after["starts"]) == (before["metrics"], before["starts"])
+    for old, new in zip(before["rows"], after["rows"], strict=True):
+        assert {key for key in new if new[key] != old.get(key)} - {"finished_at"} == changed
+    current = {Path("validation") / f"{budget}.npz" for budget in (64, 128)} if "val_loss" in changed else set()
+    assert {path for path in before["files"] if after["files"][path] != before["files"][path]} <= current
+    assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated, "it is all there now"
+
+
+@pytest.mark.slow
+def test_another_kind_is_added_to_the_evaluation_that_is_there(moved: Callable[..., Path]) -> None:
+    there = moved(base={"probes": [{**FILE["base"]["probes"][0], "kinds": ["knn", "efficient"]}]})
+    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
+    sweep = load_sweep(there / "sweep.yaml", there / "runs")
+
+    def evaluated() -> int:
+        return sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep))).runs[0].evaluated
+
+    assert evaluated() == 0
+    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    assert (result.finished, result.evaluated, evaluated()) == ((), (run.name,), 2)
+    after = state(run)
+    assert (after["metrics"], after["starts"]) == (before["metrics"], before["starts"])
+    assert before["files"].keys() <= after["files"].keys()
+    for old, new in zip(before["rows"], after["rows"], strict=True):
+        assert [probe["kind"] for probe in new["probes"]] == ["knn", "efficient"]
+        assert new["probes"][0] == old["probes"][0], "nothing was measured again"
+    assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated
+
+
+@pytest.mark.slow
+def test_an_earlier_validation_is_taken_from_its_file(moved: Callable[..., Path], monkeypatch: Any) -> None:
+    there = moved(base={"validation": {"path": "data/test"}})
+    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
+    assert launch(there / "sweep.yaml", there / "runs", slots=1).evaluated == (run.name,)
+    moved()
+    assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated
+    rows = [row | {"finished_at": None} for row in state(run)["rows"]]
+    assert rows == [row | {"finished_at": None} for row in before["rows"]]
+
+
+@pytest.mark.slow
+def test_jobs_beside_training_measure_what_a_run_measures_itself(home: Path, moved: Callable[..., Path]) -> None:
+    there = moved()
+    run = only_run(there / "runs")
+    expected = state(run)
+    shutil.rmtree(there / "runs")
+    result = launch(there / "sweep.yaml", there / "runs", slots=1, evaluate="jobs")
+    assert result.finished == result.evaluated == (run.name,)
+    timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at"}
+    found = state(run)
+    for mine, its in zip(found["rows"], expected["rows"], strict=True):
+        assert {key for key in its if mine[key] != its[key]} <= timing
+    assert RunDir(run / "evaluating").read_status().state == "finished"
+
+
+def as_version_1(run: Path) -> Path:
+    """Make a run directory what an earlier version would have left; returns it under its earlier name."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for source in config["training"]["data"]["sources"]:
+        del source["fingerprint"]
+        source["path"] = str(run.parents[3] / "data" / "train")
+    for section in (config["evaluation"]["validation"], *config["evaluation"]["probes"]):
+        section.pop("centre_crop")
+        section.pop("precision", None)
+    old = {"version": 1, "result": config["training"] | config["evaluation"], "runtime": config["runtime"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
+    earlier = run.with_name("w16-d2_uall_s0_0bd5c8dd")
+    results = json.loads((run / "results.json").read_text())
+    for row in results["rows"]:
+        row |= {"run_id": earlier.name, "config_hash": "0bd5c8dd"}
+        del row["validation"]
+    (run / "results.json").write_text(json.dumps(results))
+    for path in run.glob("validation/*-*.npz"):
+        path.unlink()
+    for path in run.glob("budgets/*/model.json"):
+        model = json.loads(path.read_text())
+        del model["row"]
+        path.write_text(json.dumps(model | {"run_id": earlier.name}))
+    for path in run.glob("probes/*/*.json"):
+        document = json.loads(path.read_text())
+        weights = (run / "budgets" / path.parent.name / "model.safetensors").stat()
+        name = f"{earlier.name}@{path.parent.name} ({weights.st_size} bytes of {weights.st_mtime_ns})"
+        _, train, test, seed = document["key"].rsplit("/", 3)
+        del document["task"]["centre_crop"], document["task"]["precision"], document["task"]["iterations"]
+        key = f"{name}/fedcba98/{train}/{test}/{seed}"
+        path.write_text(json.dumps(document | {"backbone": name, "key": key}))
+    return run.rename(earlier)
+
+
+def test_runs_of_an_earlier_version_are_brought_along_by_one_command(moved: Callable[..., Path]) -> None:
+    task = FILE["base"]["probes"][0] | {"centre_crop": 1.0, "precision": "fp32"}
+    there = moved(base={"validation": {"path": "data/validation", "centre_crop": 1.0}, "probes": [task]})
+    launch(there / "sweep.yaml", there / "runs", slots=1)
+    run = only_run(there / "runs")
+    before = state(run)["rows"]
+    old = as_version_1(run)
+    with pytest.raises(UserError, match=r"holds 1 runs of an earlier version.* `aimscale migrate tiny"):
+        launch(there / "sweep.yaml", there / "runs", slots=1)
+    command = [str(there / "sweep.yaml"), "--root", str(there / "runs")]
+    nothing = CliRunner().invoke(verb("migrate"), [*command[:2], str(there / "other")], catch_exceptions=False)
+    assert "is of an earlier version" in nothing.output
+    assert not (there / "other").exists()
+    dry = CliRunner().invoke(verb("migrate"), [*command, "--dry-run"], catch_exceptions=False)
+    assert dry.output == f"{old.name} would become {run.name}\n"
+    (there / "data" / "train").rename(there / "data" / "away")
+    stays = CliRunner().invoke(verb("migrate"), command, catch_exceptions=False)
+    assert stays.exit_code == 1
+    assert "which cannot be read now" in stays.output
+    (there / "data" / "away").rename(there / "data" / "train")
+    assert (
+        CliRunner().invoke(verb("migrate"), command, catch_exceptions=False).output == f"{old.name} is now {run.name}\n"
+    )
+    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    assert (left_alone(result.left), result.evaluated) == (["left alone: 1 finished"], ())
+    after = state(run)["rows"]
+    assert [row | {"validation": old_row["validation"]} for row, old_row in zip(after, before, strict=True)] == before

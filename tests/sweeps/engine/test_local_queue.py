@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aimscale.sweeps.engine.start
+from aimscale.aim.errors import UserError
+from aimscale.sweeps.engine.start import left_alone
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.stopping import stop_seconds
+from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.retries import forgive
+from aimscale.sweeps.state.sweep_dir import prepare
+
+STAND_IN = Path(__file__).parents[1] / "stand_in.py"
+
+QUEUE_PROGRAM = """
+    import sys
+    from pathlib import Path
+    from aimscale.sweeps.engine.start import launch
+    command = lambda run_dir, devices: [sys.executable, {stand_in!r}, str(run_dir), {behaviour!r}]
+    result = launch({path!r}, Path({root!r}), slots=2, command=command, check=lambda runs: None)
+    print("interrupted" if result.interrupted else "done")
+"""
+
+
+def starts(record: RunRecord) -> int:
+    return len((record.path / "starts").read_text().split()) if (record.path / "starts").exists() else 0
+
+
+def queue_process(tmp_path: Path, behaviour: str) -> subprocess.Popen[str]:
+    program = textwrap.dedent(QUEUE_PROGRAM).format(
+        stand_in=str(STAND_IN), behaviour=behaviour, path=str(tmp_path / "sweep.yaml"), root=str(tmp_path / "root")
+    )
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Any, what: str) -> None:
+    for _ in range(4000):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{what} never happened")
+
+
+def test_longest_runs_first_and_a_second_launch_starts_nothing(
+    write_sweep: Any, capsys: Any, stand_in: Any, launch: Any
+) -> None:
+    sweep = write_sweep(seeds=[0, 1])
+    result = launch(sweep, slots=1, command=stand_in())
+    assert len(result.finished) == 4
+    begun = [line for line in capsys.readouterr().out.splitlines() if line.startswith("started")]
+    assert ["rung-48" in line for line in begun] == [True, True, False, False]
+    again = launch(sweep, slots=1, command=stand_in())
+    assert not again.finished
+    assert left_alone(again.left) == ["left alone: 4 finished"]
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    assert [starts(record) for record in records] == [1, 1, 1, 1]
+    assert not any(record.claim.exists() for record in records)
+
+
+def test_two_launches_at_once_start_each_run_once(write_sweep: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(seeds=[0, 1, 2])
+    queues = [queue_process(tmp_path, "finish") for _ in range(2)]
+    assert [queue.communicate(timeout=200)[0].splitlines()[-1] for queue in queues] == ["done", "done"]
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    assert [starts(record) for record in records] == [1] * 6
+    assert all(len(record.read_rows()) == 2 for record in records)
+
+
+def test_interrupting_saves_and_launching_again_goes_on(
+    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
+) -> None:
+    sweep = write_sweep()
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    queue = queue_process(tmp_path, "wait")
+    wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
+    queue.send_signal(signal.SIGINT)
+    assert queue.communicate(timeout=200)[0].splitlines()[-1] == "interrupted"
+    assert {record.read_status().state for record in records} == {"preempted"}
+    assert not any(record.is_held() or record.claim.exists() for record in records)
+    result = launch(sweep, slots=2, command=stand_in())
+    assert len(result.finished) == 2
+    assert [starts(record) for record in records] == [2, 2]
+
+
+def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
+    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
+) -> None:
+    sweep = write_sweep()
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    queue = queue_process(tmp_path, "wait")
+    wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
+    queue.kill()
+    queue.wait()
+    live, dead = records
+    os.kill(int((dead.path / "starts").read_text()), signal.SIGKILL)
+    result = launch(sweep, slots=2, command=stand_in())
+    assert result.finished == (dead.path.name,)
+    assert [decision.verdict for decision in result.left] == ["running"]
+    assert [starts(live), starts(dead)] == [1, 2]
+    os.kill(int((live.path / "starts").read_text()), signal.SIGTERM)
+    wait_for(lambda: not live.is_held(), "end of the live run")
+
+
+@pytest.mark.parametrize(("behaviour", "kind", "tries"), [("crash", "code", 2), ("die", "oom", 2)])
+def test_failures_are_classified_retried_within_bounds_and_forgiven(
+    write_sweep: Any, behaviour: str, kind: str, tries: int, stand_in: Any, launch: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
+    result = launch(sweep, slots=1, command=stand_in(behaviour))
+    assert result.failed == (record.path.name,)
+    assert starts(record) == tries
+    assert (record.read_status().state, record.read_status().reason_class) == ("failed", kind)
+    if behaviour == "crash":
+        assert record.read_status().reason == "RuntimeError: the user's code is wrong"
+    again = launch(sweep, slots=1, command=stand_in())
+    assert starts(record) == tries
+    assert "aimscale retry" in left_alone(again.left)[0]
+    forgive(record)
+    assert launch(sweep, slots=1, command=stand_in()).finished == (record.path.name,)
+
+
+def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
+    write_sweep: Any, stand_in: Any, launch: Any
+) -> None:
+    launch(write_sweep(sizes=["rung-32"]), slots=1, command=stand_in())
+    longer = write_sweep(sizes=["rung-32"], budgets=[640, 1920])
+    assert len(launch(longer, slots=1, command=stand_in()).finished) == 1
+    (path,) = longer.runs_dir.iterdir()
+    assert [row["images_seen"] for row in RunRecord(path).read_rows()] == [640, 1280, 1920]
+    assert left_alone(launch(longer, slots=1, command=stand_in()).left) == ["left alone: 1 finished"]
+    other = write_sweep(sizes=["rung-32"], seeds=[1])
+    result = launch(other, slots=1, command=stand_in())
+    assert (len(result.finished), result.unplanned) == (1, (path.name,))
+
+
+def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
+    write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else torchrun kills its ranks after 30 s, and a run would wait for the other tasks of a step as its ranks."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    sweep = write_sweep(sizes=["rung-32"], cost={"devices": 2})
+    note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(str(dict(os.environ))); sys.exit(2)"
+    launch(sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
+    (run,) = plan(sweep)
+    told = ast.literal_eval((sweep.run_dir(run.run_id) / "told").read_text())
+    assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(stop_seconds(sweep, run))
+    assert "SLURM_STEP_NUM_TASKS" not in told
+
+
+def test_bad_directories_are_refused_in_one_sentence(
+    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    launch(sweep, slots=1, command=stand_in())
+    with pytest.raises(UserError, match="--slots must be 1"):
+        launch(sweep, slots=0, command=stand_in())
+    sweep.root.rename(tmp_path / "moved")
+    (tmp_path / "root").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="cannot write into"):
+        launch(sweep, slots=1, command=stand_in())
+
+
+def test_missing_data_stop_a_launch_before_anything_is_made(write_sweep: Any) -> None:
+    sweep = write_sweep()
+    with pytest.raises(UserError, match=r"data/train does not exist"):
+        aimscale.sweeps.engine.start.launch(sweep, slots=1)
+    assert not sweep.root.exists()
+
+
+def test_a_clock_that_is_off_is_refused(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    monkeypatch.setattr("aimscale.sweeps.state.sweep_dir.time.time", lambda: now() + 120)
+    with pytest.raises(UserError, match=r"is \+120 s off .* synchronise the clocks"):
+        prepare(write_sweep())

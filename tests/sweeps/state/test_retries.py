@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from aimscale.sweeps.state import retries
+from aimscale.sweeps.state.claims import RunRecord, own_claim
+from aimscale.sweeps.state.retries import conclude, diagnose, forgive, may_try_again, note_lost
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> RunRecord:
+    return RunRecord(tmp_path / "sweep" / "runs" / "run")
+
+
+def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any) -> str:
+    """One attempt that saves a checkpoint at `saves` images and ends with `exit_code`."""
+    record.write_status(state="running", reason=None, reason_class=None)
+    if saves:
+        record.checkpoint_dir(saves).mkdir(parents=True)
+    if status:
+        record.write_status(**status)
+    return conclude(record, 1, exit_code, "test")
+
+
+def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
+    for images in range(100, 1100, 100):
+        assert attempt(record, EXIT_PREEMPTED, saves=images) == "preempted"
+    assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "stop"]
+    assert record.checked_status().reason_class == "timeout"
+    assert "slurm.time_min" in str(record.checked_status().reason)
+
+
+def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
+    for _ in range(5):
+        assert conclude(record, 1, -signal.SIGTERM, "test", asked=True) == "preempted"
+        assert conclude(record, 1, -signal.SIGKILL, "test", asked=True) == "preempted"
+
+
+def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = iter([True, True, False])
+    monkeypatch.setattr(RunRecord, "is_held", lambda _: next(held))
+    assert attempt(record, -signal.SIGKILL) == "again"
+    monkeypatch.setattr(RunRecord, "is_held", lambda _: True)
+    monkeypatch.setattr(retries, "RANKS_DIE_WITHIN_S", 0.2)
+    assert [attempt(record, code) for code in (-signal.SIGKILL, EXIT_CRASHED)] == ["held", "held"]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "status", "kind", "outcomes"),
+    [
+        (EXIT_CRASHED, {}, "code", ["again", "stop"]),
+        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "node"}, "node", ["again", "again", "stop"]),
+        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "oom"}, "oom", ["again", "stop"]),
+        (EXIT_CRASHED, {"state": "preempted"}, "timeout", ["preempted", "preempted", "stop"]),  # by torchrun
+        (EXIT_USER_ERROR, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),
+        (EXIT_USER_ERROR, {}, "config", ["stop"]),
+        (EXIT_DIVERGED, {"state": "diverged", "reason": "r", "reason_class": "nan"}, "nan", ["stop"]),
+        (-signal.SIGKILL, {}, "oom", ["again", "stop"]),
+        (-signal.SIGSEGV, {}, "code", ["again", "stop"]),
+    ],
+)
+def test_each_end_has_its_class_and_its_bound(
+    record: RunRecord, exit_code: int, status: dict[str, Any], kind: str, outcomes: list[str]
+) -> None:
+    assert [attempt(record, exit_code, **status) for _ in outcomes] == outcomes
+    assert record.checked_status().reason_class == kind
+    assert not may_try_again(record)
+    forgive(record)
+    assert may_try_again(record)
+    assert attempt(record, EXIT_FINISHED) == "finished"
+
+
+def test_progress_restores_the_tries(record: RunRecord) -> None:
+    outcomes = [attempt(record, EXIT_CRASHED, saves=images) for images in (0, 100, 200, 0)]
+    assert outcomes == ["again", "again", "again", "stop"]
+
+
+def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None:
+    node = {"state": "failed", "reason": "r", "reason_class": "node"}
+    oom = {"state": "failed", "reason": "r", "reason_class": "oom"}
+    assert [attempt(record, EXIT_CRASHED, **kind) for kind in (node, oom)] == ["again", "stop"]
+    forgive(record)
+    outcomes = [attempt(record, EXIT_PREEMPTED), attempt(record, EXIT_CRASHED, **node), attempt(record, EXIT_PREEMPTED)]
+    assert outcomes == ["preempted", "again", "stop"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "budgets/640/model.safetensors",
+        "validation/640.npz",
+        "completions/640.npz",
+        "probes/640/pets.json",
+        "probes/640/pets.linear-0.partial.pt",
+    ],
+)
+def test_evaluation_and_its_parts_are_progress(record: RunRecord, name: str) -> None:
+    """A run interrupted again and again while it evaluates goes on as long as it evaluates further."""
+    assert attempt(record, EXIT_CRASHED) == "again"
+    (record.path / name).parent.mkdir(parents=True)
+    (record.path / name).write_text("")
+    assert [attempt(record, EXIT_CRASHED) for _ in range(2)] == ["again", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("job_state", "output", "state", "kind"),
+    [
+        ("NODE_FAIL", "", "failed", "node"),
+        ("TIMEOUT", "", "failed", "timeout"),
+        ("OUT_OF_MEMORY", "", "failed", "oom"),
+        ("FAILED", "Starting with x\nslurmstepd: error: Detected 1 oom_kill event in StepId=1.0", "failed", "oom"),
+        ("FAILED", "exceeded memory limit\nStarting with x\nTraceback", "failed", "code"),
+        ("CANCELLED by 0", "", "preempted", None),
+        (None, "", "failed", "node"),
+    ],
+)
+def test_jobs_that_left_no_word_are_diagnosed(
+    record: RunRecord, job_state: str | None, output: str, state: str, kind: str | None
+) -> None:
+    record.write_status(state="running")
+    record.job_log("7").parent.mkdir(parents=True)
+    record.job_log("7").write_text(output)
+    claim = replace(own_claim("slurm", 1, "7"), nodes="node3")
+    diagnose(record, job_state, claim)
+    status = record.checked_status()
+    assert (status.state, status.reason_class) == (state, kind)
+    assert record.failed_nodes() == (["node3"] if kind == "node" else [])
+    diagnose(record, "NODE_FAIL", claim)
+    assert record.checked_status() == status  # what was said first stays
+    forgive(record)
+    assert record.failed_nodes() == []
+
+
+def test_a_job_that_vanished_before_it_started_is_no_failure(record: RunRecord) -> None:
+    record.write_status(state="queued")
+    diagnose(record, None, own_claim("slurm", 1, "7"))
+    status = record.checked_status()
+    assert (status.state, status.reason) == ("preempted", "Slurm's job 7 is gone and never started")
+    assert record.read_attempts() == []
+
+
+def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: RunRecord) -> None:
+    record.write_status(state="failed", reason="", reason_class="code")
+    for _ in range(2):
+        with record.attempts.open("a") as file:
+            file.write('{"attempt": 1, "en')
+        forgive(record)
+    assert [ended["forgiven"] for ended in record.read_attempts()] == [True, True]
+
+
+def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: RunRecord) -> None:
+    """What a container that runs out of memory kills."""
+    for num in (1, 2, 3):
+        record.write_claim(replace(own_claim("local", 2), process_started="0", time=0.0))
+        with record.hold():
+            record.write_start()
+            record.write_status(started=1e6 * num, heartbeat=1e6 * num + 1800)
+            note_lost(record)
+            assert record.checked_status().state == "running", "it lives"
+        note_lost(record)
+        note_lost(record)
+        assert (record.checked_status().state, len(record.read_attempts())) == ("failed", num)
+        assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
+        assert may_try_again(record) == (num < 3)
