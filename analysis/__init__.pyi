@@ -13,12 +13,10 @@ from .fitting.heldout import held_out as held_out
 from .fitting.influences import influence as influence
 from .fitting.profiles import profile as profile
 from .forecasts.ahead import ahead as ahead
-from .forecasts.collapse import collapse as collapse
 from .frontier.approaches import all_approaches as all_approaches
 from .frontier.definitions import by_definition as by_definition
 from .next.backtest import choose as choose
 from .next.proposal import propose as propose
-from .plots.curves import plot_collapse as plot_collapse
 from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.intervals import plot_definitions as plot_definitions
 from .plots.intervals import plot_noise as plot_noise

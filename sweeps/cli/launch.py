@@ -28,9 +28,6 @@ def command(
         str | None,
         typer.Option(help="Runs that share a card, a number or auto (by the memory estimate); instead of the file's."),
     ] = None,
-    notify: Annotated[
-        str | None, typer.Option(help="Webhook to post to, in JSON, on failures and at the end.", show_default=False)
-    ] = None,
     evaluate: Annotated[
         Place | None,
         typer.Option(
@@ -51,12 +48,12 @@ def command(
         fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
         fields |= {"runs_per_device": runs_per_device}
         asked = {**fields, "time_min": time_min}
-        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", again, asked, notify)
+        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", again, asked)
         return
     if dry_run:
         _print_local(sweep, root)
         return
-    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate, notify=notify)
+    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate)
     print_left(result.left)
     _print_unplanned(result.unplanned)
     if result.interrupted:
@@ -123,7 +120,6 @@ def _launch_slurm(
     evaluate: Place,
     again: str,
     fields: dict[str, str | int | None],
-    notify: str | None,
 ) -> None:
     from aimscale.sweeps.engine.packed_job import PackedJob
     from aimscale.sweeps.engine.preflight import check_data
@@ -136,10 +132,10 @@ def _launch_slurm(
     if not dry_run:
         check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
-    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob, notify=notify)
+    result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob)
     print_submitted(result.submitted, "", dry_run)
     print_left(result.left)
-    for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run, notify=notify):
+    for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
         print_submitted(part.submitted, "evaluations of ", dry_run)
         print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
     _print_unplanned(unplanned(loaded, runs))

@@ -22,10 +22,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("aimscale.sweeps.cli.status", "One line per run: state, step, loss, images/s, MFU, ETA, why it failed."),
     "logs": ("aimscale.sweeps.cli.logs", "Print or follow the log of one run."),
     "cancel": ("aimscale.sweeps.cli.cancel", "Stop the runs of a sweep; each saves first."),
-    "migrate": ("aimscale.sweeps.cli.migrate", "Bring run directories of earlier versions along, under today's names."),
     "retry": ("aimscale.sweeps.cli.retry", "Clear the failure of runs, so that the next launch resumes them."),
     "collect": ("aimscale.sweeps.cli.collect", "Gather every run's rows into one typed table."),
-    "train": ("aimscale.harness.cli.train", "Train or resume one run from its directory."),
     "probe": (
         "aimscale.sweeps.cli.probe",
         "Probe frozen features of a run, or of a whole sweep by local or Slurm jobs.",
@@ -40,25 +38,25 @@ VERBS: dict[str, tuple[str, str]] = {
         "aimscale.analysis.cli.forecast",
         "Forecast loss and accuracies at a scale, and register the forecast before the run.",
     ),
-    "collapse": ("aimscale.sweeps.cli.collapse", "Compare the shapes of training curves; name sizes that deviate."),
     "frontier": ("aimscale.analysis.cli.frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("aimscale.analysis.cli.correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
     "contrast": ("aimscale.analysis.cli.contrast", "Compare the levels of one column with everything else equal."),
-    "noise": ("aimscale.analysis.cli.noise", "Tell the noise of seeds, validation images and prefixes apart."),
-    "repeats": ("aimscale.analysis.cli.repeats", "Tell what a repeated image is worth beside a new one."),
     "compare": ("aimscale.analysis.cli.compare", "Put runs beside the published baselines."),
     "report": ("aimscale.analysis.cli.report", "Write one self-contained HTML page from a table."),
 }
-"""Verb -> (module with the function `command`, or with a typer app `app` of several; line of `aimscale --help`)."""
+"""Verb -> (module, of which it is the app `app`, or the function `command` or one named after a colon; its line)."""
+HIDDEN = {"train": "aimscale.harness.cli.train"}
+"""What launches call, and a person hardly ever."""
 
 
 def verb(name: str) -> typer.Typer:
     """Import a verb's module and make its typer app."""
-    module = importlib.import_module(VERBS[name][0])
-    if hasattr(module, "app"):
+    place, _, function = (HIDDEN.get(name) or VERBS[name][0]).partition(":")
+    module = importlib.import_module(place)
+    if not function and hasattr(module, "app"):
         return module.app
     app = typer.Typer(add_completion=False)  # completion belongs to the top alone
-    app.command()(module.command)
+    app.command()(getattr(module, function or "command"))
     return app
 
 
@@ -71,7 +69,7 @@ class LazyGroup(typer.core.TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import the verb's module and turn its typer app into a command."""
-        if cmd_name not in VERBS:
+        if cmd_name not in VERBS and cmd_name not in HIDDEN:
             if ctx.resilient_parsing:  # the shell asks for completions: nothing to say, and no place to say it
                 return None
             raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")

@@ -80,8 +80,6 @@ class Queue:
     """How much of a device a run of one device takes."""
     job_id: str | None = None
     """Of the Slurm job that this queue is; its runs stay claimed by the job until they end."""
-    failed: Callable[[RunRecord], object] = lambda record: None
-    """Called with each run that failed for good."""
     active: list[Job] = field(default_factory=list)
     ended: list[tuple[Run, Outcome]] = field(default_factory=list)
     """Attempts that ended, in order."""
@@ -126,7 +124,6 @@ def run_queue(
     is_queued: Callable[[Claim], bool] = lambda claim: True,
     job_id: str | None = None,
     until: float = float("inf"),
-    failed: Callable[[RunRecord], object] = lambda record: None,
 ) -> LaunchResult:
     """Do to runs (longest first as given) what `kind` says until none is left to start.
 
@@ -153,7 +150,6 @@ def run_queue(
         devices=devices,
         share=share or (lambda run: devices.share),
         job_id=job_id,
-        failed=failed,
     )
     with _stop_requests(queue):
         try:
@@ -257,8 +253,6 @@ def _gather(queue: Queue) -> None:
         try:
             outcome = _conclude(queue, job)
             queue.events.append(_sentence(job, outcome))
-            if outcome == "stop":
-                queue.failed(job.record)
         except (OSError, UserError) as error:
             outcome = "stop"
             queue.events.append(f"left {job.record.title}: how it ended cannot be written down ({_words(error)})")

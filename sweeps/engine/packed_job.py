@@ -26,7 +26,6 @@ from aimscale.sweeps.slurm.job import REQUEUE_WAIT_S, JobError
 from aimscale.sweeps.state.claims import Claim, RunRecord
 from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.job_kind import JobKind
-from aimscale.sweeps.state.notify import VARIABLE, leave, post_failure
 
 
 class PackedJob:
@@ -58,7 +57,6 @@ class PackedJob:
             command=lambda path, devices: worker_command(path, devices, self.worker),
             report=print_events,
             job_id=job_id,
-            failed=lambda record: post_failure(os.environ.get(VARIABLE), record),
         )
         for decision in result.left:
             print(f"left {decision.record.title}: {decision.why or decision.verdict}", flush=True)
@@ -112,8 +110,6 @@ class PackedJob:
                 raise JobError(f"could not requeue ({error}); `aimscale launch` resumes the runs") from error
             time.sleep(REQUEUE_WAIT_S)
             return "requeued"
-        if result.finished or result.failed:
-            leave(records[0], job_id, has_failed=False)
         if result.failed:
             raise JobError(f"failed: {', '.join(result.failed)}; `aimscale status` says why")
         return f"{len(result.finished)} runs finished"

@@ -13,20 +13,14 @@ from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
 
 
 def evaluation_arrays(
-    sweep: Sweep,
-    runs: Sequence[Run],
-    trained: SlurmLaunch,
-    *,
-    allow_dirty: bool,
-    dry_run: bool,
-    notify: str | None = None,
+    sweep: Sweep, runs: Sequence[Run], trained: SlurmLaunch, *, allow_dirty: bool, dry_run: bool
 ) -> Iterator[SlurmLaunch]:
     """Submit what evaluates the runs of a launch; runs that evaluate themselves only where training is over.
 
     Args:
         trained: what was submitted to train.
     """
-    submit = functools.partial(launch_slurm, sweep, allow_dirty=allow_dirty, dry_run=dry_run, notify=notify)
+    submit = functools.partial(launch_slurm, sweep, allow_dirty=allow_dirty, dry_run=dry_run)
     by_id = {run.run_id: run for run in runs}
     started = {run_id for part in trained.submitted for run_id in part.run_ids}
     if lacking := unevaluated(sweep, [run for run in runs if run.run_id not in started]):

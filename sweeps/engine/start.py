@@ -22,8 +22,6 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.claims import Claim, RunRecord
 from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.job_kind import training_jobs
-from aimscale.sweeps.state.migrate import misnamed
-from aimscale.sweeps.state.notify import check_url, post, post_failure
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.status import sweep_status
 
@@ -34,7 +32,6 @@ def launch(
     *,
     slots: int | None = None,
     runs_per_device: str | int | None = None,
-    notify: str | None = None,
     evaluate: Place | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
@@ -47,7 +44,6 @@ def launch(
         sweep: a sweep or its name.
         slots: processes at a time; by default one per card, or as many as the cores can feed.
         runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
-        notify: webhook that is told of failures and of the end.
         evaluate: where validation and probes run: `inline`, in the process that has trained the run, or as `jobs` after
             training; None leaves it to each run's `runtime.evaluate`. What finished runs lack is jobs in any case.
         command: the program that executes a run.
@@ -57,8 +53,6 @@ def launch(
         SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
             written; nothing was made.
     """
-    if notify is not None:
-        check_url(notify)
     loaded, runs, cards = planned(sweep, root)
     if runs_per_device is not None:
         loaded = loaded.with_fields(
@@ -75,16 +69,12 @@ def launch(
         gpus=gpus,
         share=sharing(loaded) if gpus and slots is None else None,
         is_queued=ask,
-        failed=lambda record: post_failure(notify, record),
     )
     with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
         result = queue(runs, command=command, report=report, kind=training_jobs(loaded))
         if not result.interrupted and (lacking := unevaluated(loaded, runs)):
             evaluated = queue(lacking, command=evaluation_command, report=report, kind=evaluation_jobs(loaded))
             result = _with_evaluations(result, evaluated)
-    summary = f"{loaded.name}: {len(result.finished)} runs finished now, {len(result.failed)} failed"
-    facts = {"finished": len(result.finished), "failed": len(result.failed), "interrupted": result.interrupted}
-    post(notify, "ended", loaded.name, summary, **facts)
     return replace(result, unplanned=unplanned(loaded, runs))
 
 
@@ -123,12 +113,6 @@ def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], li
     runs = plan(loaded)
     for run in runs:
         schedule_of(run.config)
-    if old := misnamed(loaded):
-        raise SweepError(
-            f"{loaded.runs_dir} holds {len(old)} runs of an earlier version, such as {old[0]}, which would be trained "
-            f"again under other names; bring them along with `aimscale migrate {loaded.name} --root {loaded.root}`, or "
-            f"choose another --root"
-        )
     _refuse_renaming(loaded, runs)
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end

@@ -26,7 +26,6 @@ from aimscale.harness.run.watch import node_name
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.claims import Claim, RunRecord
-from aimscale.sweeps.state.notify import leave
 from aimscale.sweeps.state.retries import Outcome, Words, conclude, explain
 from aimscale.sweeps.state.sweep_dir import lock_file
 
@@ -106,7 +105,7 @@ class _Watcher:
         node = failed_peer["node"] if failed_peer else ""
         outcome = conclude(self.record, attempt, exit_code, where, asked=asked, peer=said, node=node)
         if outcome in ("finished", "stop"):
-            leave(self.record, self.job_id, has_failed=outcome == "stop")
+            self._give_back()
         return self._follow(outcome)
 
     def _take_over(self) -> bool:
@@ -123,6 +122,12 @@ class _Watcher:
     def _claim(self) -> Claim | None:
         claim = self.record.read_claim()
         return claim if claim and claim.job_id == self.job_id else None
+
+    def _give_back(self) -> None:
+        """The work of this job is over."""
+        with lock_file(self.record.home / "launch.lock"):
+            if (claim := self.record.find_claim()) and claim.job_id == self.job_id:
+                self.record.drop_claim()
 
     def _is_claimed(self) -> bool:
         """Whether the run has not been cancelled meanwhile."""

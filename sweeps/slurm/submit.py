@@ -24,7 +24,6 @@ from aimscale.sweeps.slurm.lanes import Turn, afterany, queued_jobs, turns
 from aimscale.sweeps.state.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.state.decision import Decision, note_finished
 from aimscale.sweeps.state.job_kind import JobKind, training_jobs
-from aimscale.sweeps.state.notify import VARIABLE, check_url
 from aimscale.sweeps.state.retries import diagnose
 from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.state.sweep_dir import lock_file
@@ -93,7 +92,6 @@ def launch_slurm(
     worker: tuple[str, ...] | None = None,
     kind: JobKind | None = None,
     packed: Packed | None = None,
-    notify: str | None = None,
     after: Sequence[str] = (),
     most: int | None = None,
 ) -> SlurmLaunch:
@@ -111,7 +109,7 @@ def launch_slurm(
     kind = replace(kind, worker=worker) if worker else kind
     slurm.check_partition(sweep.file.slurm.partition)
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    batch = _Batch(sweep, kind, snapshot, slurm.max_array_size(), packed, notify, dry_run=dry_run)
+    batch = _Batch(sweep, kind, snapshot, slurm.max_array_size(), packed, dry_run=dry_run)
     if dry_run:
         decisions = _decide(kind, runs, settle_ended=False)
         return _result(batch.submit(decisions, after, most), decisions, snapshot)
@@ -157,18 +155,10 @@ class _Batch:
     """All arrays of one launch."""
 
     def __init__(
-        self,
-        sweep: Sweep,
-        kind: JobKind,
-        snapshot: Snapshot,
-        chunk: int,
-        packed: Packed | None,
-        notify: str | None,
-        *,
-        dry_run: bool,
+        self, sweep: Sweep, kind: JobKind, snapshot: Snapshot, chunk: int, packed: Packed | None, *, dry_run: bool
     ) -> None:
         self.sweep, self.kind, self.snapshot, self.chunk = sweep, kind, snapshot, chunk
-        self.packed, self.notify, self.dry_run = packed, notify, dry_run
+        self.packed, self.dry_run = packed, dry_run
         self.section = sweep.file.slurm
 
     def submit(self, decisions: Sequence[Decision], after: Sequence[str], most: int | None) -> list[Submission]:
@@ -225,7 +215,6 @@ class _Batch:
             max_parallel=turn.limit,
             devices=devices,
             exclude=excluded,
-            notify=self.notify,
             after=after,
         )
         job_id = None if self.dry_run else _submit(executor, [self._job(job, devices) for job in jobs])
@@ -281,12 +270,10 @@ def executor_for(
     max_parallel: int,
     devices: int,
     exclude: Sequence[str] = (),
-    notify: str | None = None,
     after: Sequence[str] = (),
 ) -> submitit.SlurmExecutor:
     """A submitit executor with everything that a job of this shape asks for; `devices` are those of a node."""
     section = sweep.file.slurm
-    told = [f"export {VARIABLE}={shlex.quote(check_url(notify))}"] if notify else []
     # A time limit is not a failure here: progress bounds the attempts (sweeps.state.retries), not submitit's count.
     executor = submitit.SlurmExecutor(
         folder=sweep.directory / "slurm", max_num_timeout=1_000_000, python=section.python
@@ -307,7 +294,7 @@ def executor_for(
         "array_parallelism": max_parallel,
         "srun_args": ["--kill-on-bad-exit=1", *section.srun],
         "stderr_to_stdout": True,
-        "setup": [*_environment(snapshot), *told, *section.setup],
+        "setup": [*_environment(snapshot), *section.setup],
         "additional_parameters": {"requeue": True, **section.extra},
     }
     if after:

@@ -112,8 +112,7 @@ def _unplanned(sweep: Sweep, runs: Sequence[Run], known: set[str]) -> tuple[str,
     if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(
             f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
-            f"sweep file was edited, or an earlier version of aimscale launched them (`aimscale migrate` brings those "
-            f"along; the commit is in provenance.json)"
+            f"sweep file was edited since they were launched"
         )
     return unplanned
 

@@ -15,7 +15,7 @@ import typer
 import typer.main
 import yaml
 
-from aimscale.sweeps.cli.main import VERBS, app
+from aimscale.sweeps.cli.main import HIDDEN, VERBS, app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,7 +60,7 @@ def mistakes_in_commands(text: str) -> list[str]:
     for span in spans:
         for command in re.findall(r"(?:^|[&;(|] ?|until )aimscale ([a-z][^#&|;)]*)", " ".join(span.split())):
             words = command.split()
-            if words[0] not in VERBS:
+            if words[0] not in VERBS | HIDDEN:
                 mistakes.append(f"there is no verb '{words[0]}' ({command})")
                 continue
             try:

@@ -1,17 +1,14 @@
 """Noise components: known spreads are recovered, paired images beat single ones, the prefix bound is a bound."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 from aimscale.analysis.effects.noise_sources import _ends, _prefix_noise, noise
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.inputs import read_tables
-from aimscale.sweeps.cli.main import verb
 
 NUM_TOKENS = 49
 
@@ -151,14 +148,6 @@ def test_order_and_unit_do_not_matter(known_study):
         assert theirs.source == ours.source
         if "shared by all runs" not in ours.source:
             assert theirs.value == pytest.approx(ours.value, rel=1e-3)
-
-
-def test_the_verb_prints_draws_and_gives_json(sweep, tmp_path):
-    out = CliRunner().invoke(verb("noise"), [str(sweep), "--figure", str(tmp_path / "n")], catch_exceptions=False)
-    assert "between seeds" in out.output
-    assert (tmp_path / "n.svg").exists()
-    found = json.loads(CliRunner().invoke(verb("noise"), [str(sweep), "--json"]).output)
-    assert {"components", "seed_share", "cells", "sentences"} <= set(found)
 
 
 def test_scatter_about_a_law_that_does_not_fit_is_less_than_the_whole_spread():

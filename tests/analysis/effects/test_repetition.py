@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.effects.repetition import _th, repeats
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.cli.main import verb
 
 GRID = {"sizes": ["s3", "s5"], "uniques": [1000, 4000, 16000, 64000], "seeds": [0, 1], "seed_sd": 0.001}
 
@@ -71,14 +69,6 @@ def test_tables_without_repeats_are_refused(known_study):
         repeats(known_study({"seeds": [0], "uniques": [64000, 128000]}))
     with pytest.raises(AnalysisError, match="no column 'U'"):
         repeats(known_study({"seeds": [0]}).drop(columns="unique_images"))
-
-
-def test_the_verb_prints_and_draws(known_study, tmp_path):
-    known_study(GRID).to_csv(tmp_path / "t.csv", index=False)
-    arguments = [str(tmp_path / "t.csv"), "--resamples", "30", "--figure", str(tmp_path / "r")]
-    out = CliRunner().invoke(verb("repeats"), arguments, catch_exceptions=False)
-    assert "sight of an image is worth" in out.output
-    assert (tmp_path / "r.png").exists()
 
 
 def test_ordinals():

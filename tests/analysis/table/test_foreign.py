@@ -79,7 +79,7 @@ def lettered(theirs) -> pd.DataFrame:
     return pd.concat(seeds).rename(columns=names)
 
 
-@pytest.mark.parametrize("command", ["fit", "frontier", "noise", "contrast --by lr", "forecast --at N=1e10,D=1e11"])
+@pytest.mark.parametrize("command", ["fit", "frontier", "contrast --by lr", "forecast --at N=1e10,D=1e11"])
 def test_columns_called_by_a_letter_are_known_to_every_verb(command, lettered, tmp_path):
     lettered.to_csv(tmp_path / "lettered.csv", index=False)
     lettered.rename(columns={"N": "n", "D": "d", "C": "c", "L": "l"}).to_csv(tmp_path / "named.csv", index=False)
@@ -110,8 +110,6 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
     assert "with everything else equal (N, seed, D, lr)" in words
     assert "ratio 1.0200 [1.0200, 1.0200], over 30 pairs of runs (120 of rows)" in words
     assert "3.162e+07" in words
-    words = said("noise")
-    assert "(120 cells; 30 degrees of freedom of runs, 90 of rows within them)" in words
     words = said("contrast", "--by", "N")
     assert "over 12 pairs of runs" in words
     one = both[both["seed"] == both["data"].map({"a": 0, "b": 1})]
@@ -120,8 +118,6 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
         AnalysisError, match=r"never agree in seed \(0 against 1\); run both with the same, or --ignore"
     ):
         said("contrast", "--by", "data")
-    with pytest.raises(AnalysisError, match=r"No two rows differ in the seed alone \(lr, data must agree, too\)"):
-        said("noise")
 
 
 def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.engine.start import launch, left_alone
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
@@ -214,66 +211,3 @@ def test_jobs_beside_training_measure_what_a_run_measures_itself(home: Path, mov
     for mine, its in zip(found["rows"], expected["rows"], strict=True):
         assert {key for key in its if mine[key] != its[key]} <= timing
     assert RunDir(run / "evaluating").read_status().state == "finished"
-
-
-def as_version_1(run: Path) -> Path:
-    """Make a run directory what an earlier version would have left; returns it under its earlier name."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    for source in config["training"]["data"]["sources"]:
-        del source["fingerprint"]
-        source["path"] = str(run.parents[3] / "data" / "train")
-    for section in (config["evaluation"]["validation"], *config["evaluation"]["probes"]):
-        section.pop("centre_crop")
-        section.pop("precision", None)
-    old = {"version": 1, "result": config["training"] | config["evaluation"], "runtime": config["runtime"]}
-    (run / "config.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
-    earlier = run.with_name("w16-d2_uall_s0_0bd5c8dd")
-    results = json.loads((run / "results.json").read_text())
-    for row in results["rows"]:
-        row |= {"run_id": earlier.name, "config_hash": "0bd5c8dd"}
-        del row["validation"]
-    (run / "results.json").write_text(json.dumps(results))
-    for path in run.glob("validation/*-*.npz"):
-        path.unlink()
-    for path in run.glob("budgets/*/model.json"):
-        model = json.loads(path.read_text())
-        del model["row"]
-        path.write_text(json.dumps(model | {"run_id": earlier.name}))
-    for path in run.glob("probes/*/*.json"):
-        document = json.loads(path.read_text())
-        weights = (run / "budgets" / path.parent.name / "model.safetensors").stat()
-        name = f"{earlier.name}@{path.parent.name} ({weights.st_size} bytes of {weights.st_mtime_ns})"
-        _, train, test, seed = document["key"].rsplit("/", 3)
-        del document["task"]["centre_crop"], document["task"]["precision"], document["task"]["iterations"]
-        key = f"{name}/fedcba98/{train}/{test}/{seed}"
-        path.write_text(json.dumps(document | {"backbone": name, "key": key}))
-    return run.rename(earlier)
-
-
-def test_runs_of_an_earlier_version_are_brought_along_by_one_command(moved: Callable[..., Path]) -> None:
-    task = FILE["base"]["probes"][0] | {"centre_crop": 1.0, "precision": "fp32"}
-    there = moved(base={"validation": {"path": "data/validation", "centre_crop": 1.0}, "probes": [task]})
-    launch(there / "sweep.yaml", there / "runs", slots=1)
-    run = only_run(there / "runs")
-    before = state(run)["rows"]
-    old = as_version_1(run)
-    with pytest.raises(UserError, match=r"holds 1 runs of an earlier version.* `aimscale migrate tiny"):
-        launch(there / "sweep.yaml", there / "runs", slots=1)
-    command = [str(there / "sweep.yaml"), "--root", str(there / "runs")]
-    nothing = CliRunner().invoke(verb("migrate"), [*command[:2], str(there / "other")], catch_exceptions=False)
-    assert "is of an earlier version" in nothing.output
-    assert not (there / "other").exists()
-    dry = CliRunner().invoke(verb("migrate"), [*command, "--dry-run"], catch_exceptions=False)
-    assert dry.output == f"{old.name} would become {run.name}\n"
-    (there / "data" / "train").rename(there / "data" / "away")
-    stays = CliRunner().invoke(verb("migrate"), command, catch_exceptions=False)
-    assert stays.exit_code == 1
-    assert "which cannot be read now" in stays.output
-    (there / "data" / "away").rename(there / "data" / "train")
-    assert (
-        CliRunner().invoke(verb("migrate"), command, catch_exceptions=False).output == f"{old.name} is now {run.name}\n"
-    )
-    result = launch(there / "sweep.yaml", there / "runs", slots=1)
-    assert (left_alone(result.left), result.evaluated) == (["left alone: 1 finished"], ())
-    after = state(run)["rows"]
-    assert [row | {"validation": old_row["validation"]} for row, old_row in zip(after, before, strict=True)] == before
