@@ -7,20 +7,19 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.doctor.checks import Check, checks
+from aimscale.sweeps.doctor import Check, checks
 
 COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
-NAME_WIDTH = 13
+NAME_WIDTH = 11
 TEXT_WIDTH = 95
 
 
 def command(
     root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs"),
-    on: Annotated[Literal["local", "slurm"], typer.Option(help="With slurm, a missing Slurm is a failure.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at this machine, its disk and its Slurm: what works, and what to do about the rest.
@@ -28,7 +27,7 @@ def command(
     Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.
     """
     found = []
-    for check in checks(root, on):
+    for check in checks(root):
         found.append(check if check.level != "ok" else dataclasses.replace(check, advice=""))
         if not as_json:
             _print(found[-1])

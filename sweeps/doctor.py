@@ -1,0 +1,224 @@
+"""Whether this machine works: python, packages, cards, the disk where runs are kept, its locks, and Slurm.
+
+A check looks at one thing and never raises. Whatever may take its process down with it (a broken torch, a driver that
+does not fit) is imported by a child process, `python -m aimscale.sweeps.doctor`, which prints the name of each module
+before importing it and what torch knows as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from packaging.requirements import Requirement
+
+from aimscale.harness.run.files import locked
+from aimscale.harness.run.provenance import package_versions
+from aimscale.sweeps.engine.devices import listed_cards
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.table.views import data_size
+
+IMPORT_TIMEOUT_S = 180
+MIN_FREE_BYTES = 1_000_000_000
+LOW_FREE_BYTES = 20_000_000_000
+SLURM_COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
+SLURM_TIMEOUT_S = 15
+PARTITION = "%P %a: %D nodes, %G, time limit %l"
+"""Name (of the default with a star), state, nodes, cards and time limit, for `sinfo`."""
+LOCAL_LOCKS = ("nolock", "localflock", "local_lock=flock", "local_lock=all")
+"""Mount options with which this machine's kernel alone knows of a lock."""
+FACTS_LINE, IMPORTING_LINE = "torch: ", "importing: "
+MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "submitit", "timm", "pyarrow", "pandas")
+"""Packages with compiled parts, or that import such."""
+Level = Literal["ok", "warn", "fail"]
+"""`warn`: works, but something may go wrong or be slow; `fail`: something needed does not work."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found about one thing."""
+
+    name: str
+    level: Level
+    found: str
+    advice: str = ""
+    """One sentence on what to do where it is not ok."""
+
+
+def checks(root: Path) -> Iterator[Check]:
+    """Look at everything; runs are to be kept under `root`."""
+    yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}, {sys.executable}")
+    facts = imported()
+    yield check_packages(facts)
+    yield check_accelerator(facts)
+    absolute = Path(os.path.abspath(root))
+    folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch makes the rest
+    yield (disk := check_disk(root, folder))
+    if disk.level != "fail":
+        yield check_locks(folder)
+    yield check_slurm()
+
+
+def imported() -> dict[str, Any]:
+    """What a child process that imports everything heavy printed: `torch`, and `module` and `error` where it failed."""
+    words = [sys.executable, "-m", "aimscale.sweeps.doctor"]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    try:
+        out, said = child.communicate(timeout=IMPORT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        out, said = child.communicate()[0], f"no end within {IMPORT_TIMEOUT_S} s"
+    facts: dict[str, Any] = {}
+    module = "nothing yet"
+    for line in out.splitlines():
+        if line.startswith(FACTS_LINE):
+            facts["torch"] = json.loads(line.removeprefix(FACTS_LINE))
+        elif line.startswith(IMPORTING_LINE):
+            module = line.removeprefix(IMPORTING_LINE)
+    if code := child.returncode:
+        how = f"signal {-code}" if code < 0 else f"code {code}"
+        why = (said.strip().splitlines() or ["it gave no reason"])[-1]
+        facts |= {"module": module, "error": f"the process that imported {module} ended with {how}: {why}"}
+    return facts
+
+
+def check_packages(facts: Mapping[str, Any]) -> Check:
+    """Versions against `pyproject.toml`'s, and whether they import."""
+    broken = [facts["error"]] if "error" in facts else []
+    for needed in map(Requirement, importlib.metadata.requires("aimscale") or []):
+        if needed.marker is not None:  # an extra
+            continue
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "missing"
+        if version == "missing" or not needed.specifier.contains(version, prereleases=True):
+            broken.append(f"{needed.name} is {version}, wanted {needed.specifier}")
+    advice = "Run `pip install -e .` in aimscale's folder again"
+    if "module" in facts:
+        advice += f"; if that changes nothing, `pip install --force-reinstall --no-cache-dir {facts['module']}`"
+    found = "; ".join(broken) or ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return Check("packages", "fail" if broken else "ok", found, f"{advice}.")
+
+
+def check_accelerator(facts: Mapping[str, Any]) -> Check:
+    """Cards that torch can compute on, beside those that the driver lists."""
+    if "torch" not in facts:
+        return Check("accelerator", "fail", "torch does not import", "Mend the packages first.")
+    torch, there = facts["torch"], listed_cards()
+    build = f"torch {torch['version']}, " + (f"CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build")
+    cards = [f"{card['name']}, {data_size(card['bytes'])} each" for card in torch["cards"]]
+    if there and not cards:
+        advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            advice = "CUDA_VISIBLE_DEVICES is empty and hides the cards; unset it."
+        return Check("accelerator", "fail", f"{len(there)} x {there[0]}, which torch does not see ({build})", advice)
+    if not cards:
+        return Check("accelerator", "ok", f"no card; training runs on the CPU ({build})")
+    found = f"{len(cards)} x {cards[0]} ({build})"
+    if torch["card_error"]:
+        advice = "Install a torch whose build covers this card (pytorch.org names the index)."
+        return Check("accelerator", "fail", f"{found}: {torch['card_error']}", advice)
+    if not torch["bf16"]:
+        advice = "Set `optimiser.precision: fp32`: this card computes bf16 slowly or not at all."
+        return Check("accelerator", "warn", f"{found}, without bf16", advice)
+    return Check("accelerator", "ok", f"{found}, bf16")
+
+
+def check_disk(root: Path, folder: Path) -> Check:
+    """Whether a file can be made where the runs are to be kept, and how much room there is."""
+    advice = "Choose another --root, or ask for write access."
+    if root.exists() and not root.is_dir():
+        return Check("disk", "fail", f"{root} is no folder", advice)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return Check("disk", "fail", f"{folder} cannot be written ({error.strerror})", advice)
+    usage = shutil.disk_usage(folder)
+    level: Level = "fail" if usage.free < MIN_FREE_BYTES else "warn" if usage.free < LOW_FREE_BYTES else "ok"
+    found = f"{data_size(usage.free)} of {data_size(usage.total)} free in {folder}"
+    return Check("disk", level, found, "Free some space or choose another --root; `aimscale plan` says what is needed.")
+
+
+def check_locks(folder: Path) -> Check:
+    """Whether flock works and excludes: without it two launches could start a run twice."""
+    around = [each for each in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(each.mountpoint)]
+    mount = max(reversed(around), key=lambda each: len(each.mountpoint), default=None)
+    kind = mount.fstype if mount else "unknown file system"
+    advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."
+    try:
+        with (
+            tempfile.NamedTemporaryFile(dir=folder) as file,
+            locked(Path(file.name)),
+            locked(Path(file.name), wait=False) as again,
+        ):
+            if again:
+                return Check("locks", "fail", f"flock on {kind} excludes no other process", advice)
+    except OSError as error:
+        return Check("locks", "fail", f"no flock on {kind} ({error.strerror})", advice)
+    if local := [option for option in (mount.opts.split(",") if mount else ()) if option in LOCAL_LOCKS]:
+        found = f"flock works on this machine only ({kind} mounted with {local[0]})"
+        return Check("locks", "warn", found, advice)
+    return Check("locks", "ok", f"flock works ({kind})")
+
+
+def check_slurm() -> Check:
+    """Whether Slurm is here and answers, and its partitions."""
+    missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
+    if len(missing) == len(SLURM_COMMANDS):
+        return Check("slurm", "ok", "not installed; sweeps run on this machine")
+    if missing:
+        advice = "Log in to a node that submits jobs, load the cluster's slurm module, or install `slurm-client`."
+        return Check("slurm", "warn", f"{', '.join(missing)} not on the PATH", advice)
+    try:
+        version = slurm.command("sinfo", "--version", timeout_s=SLURM_TIMEOUT_S).split()[-1]
+        listed = slurm.command("sinfo", "--noheader", "-o", PARTITION, timeout_s=SLURM_TIMEOUT_S)
+        slurm.command("squeue", "--noheader", "--me", timeout_s=SLURM_TIMEOUT_S)
+    except slurm.SlurmError as error:
+        advice = "Is slurmctld up (`scontrol ping`), and does SLURM_CONF name the right cluster?"
+        return Check("slurm", "warn", str(error), advice)
+    partitions = listed.replace(", (null)", "").splitlines()
+    level: Level = "ok" if any(" up:" in words for words in partitions) else "warn"
+    found = f"{version}, partitions {'; '.join(partitions) or 'none'}"
+    return Check("slurm", level, found, "Ask who runs the cluster: no partition takes jobs (`sinfo` says why).")
+
+
+def torch_facts() -> dict[str, Any]:
+    """Build and cards of torch; `card_error` when a kernel does not run on the first card."""
+    import torch
+
+    cards: list[dict[str, Any]] = []
+    card_error, bf16 = None, False
+    if torch.cuda.is_available():
+        try:
+            found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+            cards = [{"name": card.name, "bytes": card.total_memory} for card in found]
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+        except RuntimeError as error:
+            card_error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    version, cuda = str(torch.__version__), torch.version.cuda
+    return {"version": version, "cuda": cuda, "cards": cards, "card_error": card_error, "bf16": bf16}
+
+
+if __name__ == "__main__":
+    for name in MODULES:
+        print(f"{IMPORTING_LINE}{name}", flush=True)
+        importlib.import_module(name)
+        if name == "torch":
+            print(FACTS_LINE + json.dumps(torch_facts()), flush=True)

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.sweeps import doctor
+from aimscale.sweeps.cli import doctor as cli_doctor
+from aimscale.sweeps.cli.main import verb
+from aimscale.sweeps.doctor import Check
+
+GCC = shutil.which("gcc")
+CARD = {"name": "NVIDIA H100", "bytes": 85_000_000_000}
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    """An executable shell script."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def with_torch(**changes: Any) -> dict[str, Any]:
+    facts = {"version": "2.13.0", "cuda": "13.0", "cards": [], "card_error": None, "bf16": False}
+    return {"torch": facts | changes}
+
+
+@pytest.mark.slow
+def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "aimscale", "doctor", "--json", "--root", str(tmp_path / "runs")]
+    out = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stdout + out.stderr
+    found = json.loads(out.stdout)
+    assert found["ok"]
+    assert [check["name"] for check in found["checks"]] == [
+        "python",
+        "packages",
+        "accelerator",
+        "disk",
+        "locks",
+        "slurm",
+    ]
+    assert all(check["advice"] for check in found["checks"] if check["level"] != "ok")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("level", "code"), [("fail", 1), ("warn", 0)])
+def test_a_failure_alone_gives_code_1_and_each_comes_with_what_to_do(
+    level: Any, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_doctor, "checks", lambda root: iter([Check("disk", level, "1 MB free", "Free some.")]))
+    result = CliRunner().invoke(verb("doctor"), [])
+    assert result.exit_code == code
+    assert f"{level}  disk        1 MB free\n                  -> Free some." in result.stdout
+    assert json.loads(CliRunner().invoke(verb("doctor"), ["--json"]).stdout)["checks"][0]["advice"] == "Free some."
+
+
+@pytest.mark.parametrize(
+    ("torch", "end"),
+    [
+        ("import os, sys; sys.stderr.write('libfoo is broken\\n'); os.abort()", "signal 6: libfoo is broken"),
+        ("raise OSError('libcudart.so.13: cannot open')", "code 1: OSError: libcudart.so.13: cannot open"),
+    ],
+)
+def test_a_package_that_takes_its_process_down_is_named(
+    torch: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text(torch)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    check = doctor.check_packages(doctor.imported())
+    assert (check.level, check.found.endswith(f"imported torch ended with {end}")) == ("fail", True)
+    assert "--no-cache-dir torch" in check.advice
+
+
+def test_old_and_missing_packages_are_named_with_what_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "submitit-1.2.0.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: submitit\nVersion: 1.2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = doctor.check_packages(with_torch())
+    assert (check.level, check.found) == ("fail", "submitit is 1.2.0, wanted >=1.5.2")
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["no-such-thing>=1", 'other; extra == "dev"'])
+    assert doctor.check_packages(with_torch()).found == "no-such-thing is missing, wanted >=1"
+
+
+def test_cards_that_torch_does_not_see_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path, "nvidia-smi", "printf 'NVIDIA H100 80GB HBM3\\nNVIDIA H100 80GB HBM3\\n'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check = doctor.check_accelerator(with_torch(cuda=None))
+    assert (check.level, check.found.startswith("2 x NVIDIA H100 80GB HBM3")) == ("fail", True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES" in doctor.check_accelerator(with_torch()).advice
+    program(tmp_path, "nvidia-smi", "echo 'could not communicate with the NVIDIA driver'; exit 9")
+    assert doctor.check_accelerator(with_torch(cuda=None)).level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "level"),
+    [({"bf16": True}, "ok"), ({}, "warn"), ({"bf16": True, "card_error": "no kernel image is available"}, "fail")],
+)
+def test_cards_are_counted_and_compute(changes: dict[str, Any], level: str) -> None:
+    check = doctor.check_accelerator(with_torch(cards=[CARD, CARD], **changes))
+    assert check.level == level
+    assert check.found.startswith("2 x NVIDIA H100, 85 GB each (torch 2.13.0, CUDA 13.0)")
+    assert changes.get("card_error", "") in check.found
+
+
+def checks_of_storage(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
+    monkeypatch.setattr(doctor, "imported", dict)
+    return {check.name: check for check in doctor.checks(root)}
+
+
+def test_a_root_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checks_of_storage(Path("/proc/runs"), monkeypatch)
+    assert (found["disk"].level, "/proc" in found["disk"].found, "locks" in found) == ("fail", True, False)
+    (tmp_path / "runs").write_text("")
+    assert doctor.check_disk(tmp_path / "runs", tmp_path).level == "fail"
+
+
+def test_a_root_to_be_made_is_looked_at_where_it_would_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checks_of_storage(tmp_path / "a" / "b", monkeypatch)
+    assert found["disk"].found.endswith(f"free in {tmp_path}")
+    assert found["locks"].level == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("free", "level"), [(5e8, "fail"), (5e9, "warn"), (5e10, "ok")])
+def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, level: str) -> None:
+    usage = type(shutil.disk_usage(tmp_path))(10**12, 0, int(free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert doctor.check_disk(tmp_path, tmp_path).level == level
+
+
+@pytest.mark.skipif(GCC is None, reason="needs gcc")
+@pytest.mark.parametrize("body", ["errno = ENOLCK; return -1;", "return 0;"])
+def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str) -> None:
+    """As NFS without a lock daemon answers, and as a mount does that pretends to lock."""
+    (tmp_path / "flock.c").write_text(f"#include <errno.h>\nint flock(int fd, int op) {{ {body} }}\n")
+    library = tmp_path / "flock.so"
+    subprocess.run([str(GCC), "-shared", "-fPIC", str(tmp_path / "flock.c"), "-o", str(library)], check=True)
+    code = (
+        "import pathlib, sys; from aimscale.sweeps.doctor import *; print(check_locks(pathlib.Path(sys.argv[1])).level)"
+    )
+    env = os.environ | {"LD_PRELOAD": str(library)}
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout == "fail\n"
+
+
+def test_locks_that_hold_on_one_machine_only_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nfs = SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4", opts="rw,relatime,vers=4.2,local_lock=all")
+    other = SimpleNamespace(mountpoint="/", fstype="ext4", opts="rw")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [nfs, other])
+    check = doctor.check_locks(tmp_path)
+    assert (check.level, "nfs4 mounted with local_lock=all" in check.found) == ("warn", True)
+
+
+def slurm_at(folder: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str) -> None:
+    for name in doctor.SLURM_COMMANDS:
+        program(folder, name, sinfo if name == "sinfo" else "exit 0")
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_no_slurm_is_fine_and_half_a_slurm_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.check_slurm().level == "ok"
+    program(tmp_path, "sinfo", "exit 0")
+    check = doctor.check_slurm()
+    assert (check.level, check.found) == ("warn", "sbatch, squeue, scontrol, scancel, srun not on the PATH")
+
+
+def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    slurm_at(tmp_path, monkeypatch, f'[ "$1" = --version ] && {{ echo slurm 24.11.5; exit 0; }}; {refusal}')
+    check = doctor.check_slurm()
+    assert (check.level, "Unable to contact slurm controller" in check.found) == ("warn", True)
+    monkeypatch.setattr(doctor, "SLURM_TIMEOUT_S", 0.2)
+    program(tmp_path, "sinfo", "exec sleep 20")
+    assert doctor.check_slurm().level == "warn"
+
+
+def test_partitions_are_listed_and_one_must_be_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = '[ "$1" = --version ] && { echo slurm 24.11.5; exit 0; }'
+    lines = "gpu* up: 16 nodes, gpu:h100:8, time limit 1-00:00:00\\ncpu down: 4 nodes, (null), time limit infinite"
+    slurm_at(tmp_path, monkeypatch, f"{version}; printf '{lines}\\n'")
+    check = doctor.check_slurm()
+    assert check.level == "ok"
+    assert check.found == (
+        "24.11.5, partitions gpu* up: 16 nodes, gpu:h100:8, time limit 1-00:00:00; "
+        "cpu down: 4 nodes, time limit infinite"
+    )
+    program(tmp_path, "sinfo", f"{version}; echo 'gpu* down: 16 nodes, gpu:h100:8, time limit 1-00:00:00'")
+    assert doctor.check_slurm().level == "warn"
