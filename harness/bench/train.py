@@ -1,34 +1,31 @@
 """Throughput of one training step against PyTorch's own engines and the measured matrix-multiplication peak.
 
-FSDP2 and the bare loop (`harness.bench.reference`) step our own model: their ratios are what DeepSpeed costs. The peer
-(`harness.bench.peer`) is the loop that others write: its ratio is what scoring only what counts, paired prefixes and
-faster kernels gain.
+FSDP2 and the bare loop (`harness.bench.reference`) step our own model: their ratios are what DeepSpeed costs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import gc
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
-from aimscale.harness.bench.peer import peer_step
 from aimscale.harness.bench.reference import ReferenceEngine
+from aimscale.harness.data.stream.ahead import rank_batches
 from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
-from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
+from aimscale.harness.run.row import model_of
 from aimscale.harness.step.deepspeed_setup import CompileMode, EngineOptions
 from aimscale.harness.step.engine import Engine, compile_mode
 from aimscale.harness.step.feed import count_targets
@@ -79,8 +76,7 @@ class TrainBench:
     nominal_flops_per_s: float | None
     """The data sheet's."""
     others: dict[str, OtherLoop]
-    """`fsdp2`: the same model under PyTorch's own sharding; `bare`: in a plain loop on one rank, bf16 by autocast;
-    `zero1`, `zero2`: ours at these stages; `peer`: a plain loop that trains as the paper describes."""
+    """`fsdp2`: the same model under PyTorch's own sharding; `bare`: in a plain loop on one rank, bf16 by autocast."""
     memory_bytes: int
     """Peak of the device, or of the process on a CPU, before the bare loop exists."""
     memory_estimate_bytes: int
@@ -91,37 +87,20 @@ class TrainBench:
     """Share of the time spent waiting for images; null when no data set was given."""
 
 
-Step = Callable[[], Tensor]
-"""One optimiser step over the same images; its loss, on the device."""
-Loop = tuple[Step, Callable[[], object]]
-"""A step, and what gives back its model's memory."""
-
-
-def run(
-    model_config: ModelConfig,
-    optimiser: OptimiserSection,
-    runtime: RuntimeConfig,
-    *,
-    num_steps: int = 20,
-    batches: Callable[..., Generator[list[Batch]]] | None = None,
-    with_peer: bool = False,
-    with_stages: bool = False,
-    with_references: bool = True,
-) -> TrainBench:
+def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True, with_data: bool = False) -> TrainBench:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
     On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
 
     Args:
-        optimiser: batch size, precision and the rest; the batch is that of all ranks.
-        runtime: device, ZeRO stage, micro-batch and compiling.
-        batches: `rank_batches` of some steps, to measure the wait for data, which is told group and micro-batch; None
-            takes random images.
+        config: what is trained, and how; its budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
+        with_data: load the run's images to measure the wait for them; else they are random.
     """
+    model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime
     group = start_group(find_placement(), runtime.device)
     plan = execution_plan(
-        model_config,
+        model,
         optimiser,
         runtime,
         world_size=group.world_size,
@@ -133,34 +112,23 @@ def run(
         activation_checkpointing=plan.activation_checkpointing,
         compile=compile_mode(runtime.compile, group.device, plan.zero_stage),
     )
-    batches_on_host = random_batches(model_config, optimiser.batch_size // group.world_size, plan.micro_batch)
-    step = [batch.on(group.device) for batch in batches_on_host]  # as a run has them: moved a step ahead
-    num_targets = group.world_size * count_targets(step, model_config.num_tokens)
-    makers = _loops(model_config, optimiser, options, group, step, num_targets, with_references, with_peer, with_stages)
+    on_host = random_batches(model, optimiser.batch_size // group.world_size, plan.micro_batch)
+    step = [batch.on(group.device) for batch in on_host]  # as a run has them: moved a step ahead
+    num_targets = group.world_size * count_targets(step, model.num_tokens)
     try:
-        times, memory_bytes, startup_s = _time_loops(makers, num_steps, group)
-        data_wait = None
-        if batches is not None:
-            engine = Engine(model_config, optimiser, options, group)
-            loaded = batches(group=group, micro_batch=plan.micro_batch)
-            data_wait = _data_wait(engine, loaded, num_steps, model_config.num_tokens)
-            loaded.close()
-            engine.close()
+        makers = _engines(config, options, group, with_references=with_references)
+        times, memory_bytes, startup_s = _time(makers, step, num_targets, num_steps, group)
+        data_wait = _data_wait(config, options, group, plan.micro_batch, num_steps) if with_data else None
         peak = measure_peak(group.device, optimiser.precision)
     finally:
         stop_group()
     ours_s = statistics.median(times["ours"])
     images_per_s = optimiser.batch_size / ours_s
-    shares = utilisation(
-        model_config,
-        peak,
-        images_per_s=images_per_s,
-        scored_tokens=num_targets / optimiser.batch_size,
-        world_size=group.world_size,
-    )
+    scored = num_targets / optimiser.batch_size
+    shares = utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size)
     return TrainBench(
-        size=model_config.name,
-        params=param_count(model_config).total,
+        size=model.name,
+        params=param_count(model).total,
         batch_size=optimiser.batch_size,
         micro_batch=plan.micro_batch,
         world_size=group.world_size,
@@ -188,63 +156,54 @@ def _beside(ours: list[float], its: list[float]) -> OtherLoop:
     return OtherLoop(ms_per_step=1000 * statistics.median(its), ours_over_it=statistics.median(ratios))
 
 
-def _loops(
-    model_config: ModelConfig,
-    optimiser: OptimiserSection,
-    options: EngineOptions,
-    group: Group,
-    step: list[Batch],
-    num_targets: int,
-    with_references: bool,
-    with_peer: bool,
-    with_stages: bool,
-) -> dict[str, Callable[[], Loop]]:
-    """What makes each loop, by its name in `TrainBench.others`; ours comes first."""
+def _engines(
+    config: RunConfig, options: EngineOptions, group: Group, *, with_references: bool
+) -> dict[str, Callable[[], Engine | ReferenceEngine]]:
+    """What makes each engine, by its name in `TrainBench.others`; ours comes first."""
+    model, optimiser = model_of(config.training), config.training.optimiser
 
-    def zero(stage: int) -> Engine:
-        return Engine(model_config, optimiser, dataclasses.replace(options, zero_stage=stage), group)
+    def reference(*, sharded: bool) -> ReferenceEngine:
+        return ReferenceEngine(AIM(model), optimiser, options, group, sharded=sharded)
 
-    def reference(sharded: bool) -> ReferenceEngine:
-        return ReferenceEngine(AIM(model_config), optimiser, options, group, sharded=sharded)
-
-    def loop_of(engine: Engine | ReferenceEngine) -> Loop:
-        def one() -> Tensor:
-            return engine.step(step, num_targets=num_targets, lr=optimiser.lr_peak).loss_sum
-
-        return one, engine.close
-
-    makers: dict[str, Callable[[], Loop]] = {"ours": lambda: loop_of(zero(options.zero_stage))}
+    makers: dict[str, Callable[[], Engine | ReferenceEngine]] = {
+        "ours": lambda: Engine(model, optimiser, options, group)
+    }
     if with_references:
-        makers["fsdp2"] = lambda: loop_of(reference(sharded=True))
+        makers["fsdp2"] = lambda: reference(sharded=True)
     if with_references and group.world_size == 1:
-        makers["bare"] = lambda: loop_of(reference(sharded=False))
-    for stage in (1, 2) if with_stages else ():
-        makers[f"zero{stage}"] = functools.partial(lambda stage: loop_of(zero(stage)), stage)
-    if with_peer:
-        makers["peer"] = lambda: (peer_step(model_config, optimiser, step, group.device), gc.collect)
+        makers["bare"] = lambda: reference(sharded=False)
     return makers
 
 
-def _time_loops(
-    makers: dict[str, Callable[[], Loop]], num_steps: int, group: Group
+def _time(
+    makers: dict[str, Callable[[], Engine | ReferenceEngine]],
+    step: list[Batch],
+    num_targets: int,
+    num_steps: int,
+    group: Group,
 ) -> tuple[dict[str, list[float]], int, float]:
-    """Seconds of every loop's steps; memory before the second loop is made; seconds to the end of the first step."""
+    """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step."""
+
+    def step_s(engine: Engine | ReferenceEngine) -> float:
+        started = time.perf_counter()
+        engine.step(step, num_targets=num_targets, lr=1e-3).loss_sum.item()
+        return time.perf_counter() - started
+
     is_on_cpu = group.device.type == "cpu"
     times: dict[str, list[float]] = {}
     memory_bytes, startup_s = 0, 0.0
     for together in [list(makers)] if is_on_cpu else [[name] for name in makers]:
-        loops: dict[str, Loop] = {}
+        engines = {}
         for name in together:
-            loops[name] = makers[name]()
+            engines[name] = makers[name]()
             for _ in range(3):
-                _timed(loops[name][0])
+                step_s(engines[name])
                 startup_s = startup_s or process_age_s()
             memory_bytes = memory_bytes or device_memory_bytes(group)
-        rounds = [{name: _timed(step) for name, (step, _) in loops.items()} for _ in range(num_steps)]
-        times |= {name: [each[name] for each in rounds] for name in loops}
-        for _, close in loops.values():
-            close()
-        del loops
+        rounds = [{name: step_s(engine) for name, engine in engines.items()} for _ in range(num_steps)]
+        times |= {name: [each[name] for each in rounds] for name in engines}
+        while engines:
+            engines.popitem()[1].close()
         if not is_on_cpu:
             torch.cuda.empty_cache()
     return times, memory_bytes, startup_s
@@ -262,20 +221,27 @@ def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> li
     return [Batch(images=i, prefix_len=s, positions=p) for i, s, p in zip(*parts, strict=True)]
 
 
-def _timed(step: Step) -> float:
-    """Seconds of one step, to the moment its loss is on the host."""
-    started = time.perf_counter()
-    step().item()
-    return time.perf_counter() - started
-
-
-def _data_wait(engine: Engine, batches: Iterator[list[Batch]], num_steps: int, num_tokens: int) -> float:
-    """Share of the time that a loop over real batches waits for the loader."""
+def _data_wait(config: RunConfig, options: EngineOptions, group: Group, micro_batch: int, num_steps: int) -> float:
+    """Share of the time that a loop over the run's own images waits for its loader."""
+    model, optimiser = model_of(config.training), config.training.optimiser
+    engine = Engine(model, optimiser, options, group)
+    batches = rank_batches(
+        open_stream(config),
+        group=group,
+        start=0,
+        stop=(num_steps + 2) * optimiser.batch_size,
+        batch_size=optimiser.batch_size,
+        micro_batch=micro_batch,
+        num_workers=config.runtime.num_workers,
+    )
     next(batches)
     waited, started = 0.0, time.perf_counter()
     for _ in range(num_steps):
         before = time.perf_counter()
         step = next(batches)
         waited += time.perf_counter() - before
-        engine.step(step, num_targets=count_targets(step, num_tokens), lr=0.0).loss_sum.item()
-    return waited / (time.perf_counter() - started)
+        engine.step(step, num_targets=count_targets(step, model.num_tokens), lr=0.0).loss_sum.item()
+    share = waited / (time.perf_counter() - started)
+    batches.close()
+    engine.close()
+    return share

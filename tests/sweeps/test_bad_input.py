@@ -270,16 +270,10 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("train {folder}/nowhere", "cannot read"),
         ("baseline raw-pixels --like {folder}", "is no run directory"),
         ("demo --root {table}", "cannot write to"),
-        ("bench train --device tpu", "--device"),
+        ("bench train --set runtime.device=tpu", "device"),
         ("bench train --steps 0", "--steps"),
-        ("bench train --threads -1", "--threads"),
         ("bench data --seconds 0", "--seconds"),
         ("bench data --workers -1", "--workers"),
-        ("bench data --images 4x", "--images"),
-        ("bench index --images 0", "--images"),
-        ("bench gemm --device tpu", "--device"),
-        ("bench fit --starts 0", "--starts"),
-        ("bench faults --folder {table}", "Not a directory"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(line: str, words: str, tmp_path: Path, capsys: Any) -> None:

@@ -80,7 +80,7 @@ def invoke_in_little_memory(rank: int, arguments: list[str], out: Path, sizes: P
 def test_bench_train_loads_images_as_the_run_does(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
     """In micro-batches that the memory holds, not a batch at once."""
     (tmp_path / "config.yaml").write_text(tiny_config().to_yaml())
-    arguments = ["train", "--config", str(tmp_path / "config.yaml"), "--steps", "2", "--alone", "--json"]
+    arguments = ["train", str(tmp_path / "config.yaml"), "--steps", "2", "--alone", "--json"]
     out, sizes = tmp_path / "bench.json", tmp_path / "sizes.json"
     assert in_processes(invoke_in_little_memory, arguments, out, sizes) == [0]
     assert 0 <= json.loads(out.read_text())["data_wait"] < 1
@@ -90,17 +90,26 @@ def test_bench_train_loads_images_as_the_run_does(tmp_path: Path, tiny_config: C
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_processes: Run) -> None:
     out = tmp_path / "bench.json"
-    model = "train --size w16-d2 --image-size 16 --batch 8 --micro-batch 4 --steps 3 --head-width 16 --head-depth 3"
-    arguments = [*model.split(), "--peer"]
-    stages = ["--stages"] if precision == "bf16" else []
-    assert in_processes(invoke, cli_bench.app, [*arguments, "--precision", precision, *stages, "--json"], out) == [0]
+    settings = ["model.image_size=16", "model.head_width=16", "model.head_depth=3", "runtime.micro_batch=4"]
+    arguments = ["train", "--size", "w16-d2", "--batch", "8", "--precision", precision, "--steps", "3", "--json"]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    assert in_processes(invoke, cli_bench.app, arguments, out) == [0]
     measured = json.loads(out.read_text())
     assert (measured["micro_batch"], measured["zero_stage"]) == (4, 0 if precision == "fp32" else 1)
     assert measured["images_per_s"] == pytest.approx(8000 / measured["ms_per_step"])
     assert measured["mfu"] > 0
-    assert measured["others"].keys() == {"fsdp2", "bare", "peer", *(("zero1", "zero2") if stages else ())}
+    assert measured["others"].keys() == {"fsdp2", "bare"}
     assert all(other["ours_over_it"] > 0 for other in measured["others"].values())
     assert measured["mfu_executed"] is None, "a CPU has no nominal peak"
     assert measured["params"] == param_count(model_config("w16-d2", image_size=16, patch_size=4, head_width=16,
                                                           head_depth=3)).total  # fmt: skip
     assert measured["memory_bytes"] > 1e8
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.depth_of_head=3", "runtime.zero_stage", "data.sources.path=1", "runtime.device=tpu"]
+)
+def test_bench_train_refuses_fields_that_a_run_has_not(setting: str) -> None:
+    refused = CliRunner().invoke(cli_bench.app, ["train", "--set", setting])
+    assert isinstance(refused.exception, ConfigError)
+    assert setting.partition("=")[0].split(".")[-1] in str(refused.exception)

@@ -60,7 +60,7 @@ def test_bash_offers_every_verb(command: Path, tmp_path: Path) -> None:
 
 def test_bash_offers_the_options_of_a_verb_and_of_a_verb_inside_one(command: Path, tmp_path: Path) -> None:
     assert {"--on", "--dry-run", "--slots", "--root"} <= set(complete(command, "aimscale launch demo --", tmp_path))
-    assert {"--size", "--threads"} <= set(complete(command, "aimscale bench train --", tmp_path))
+    assert {"--size", "--steps"} <= set(complete(command, "aimscale bench train --", tmp_path))
 
 
 def test_bash_offers_the_values_of_an_option(command: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from aimscale.sweeps.bench import card
-from aimscale.sweeps.cli.bench import app
+from aimscale.harness.bench import card
+from aimscale.harness.cli.bench import app
 
 
 @pytest.mark.slow
@@ -20,14 +20,14 @@ def test_a_rehearsal_ends_in_a_file_and_a_page(tmp_path: Path) -> None:
     done = card.run(tmp_path, rehearse=True)
     assert done == json.loads((tmp_path / "card.json").read_text())
     assert {name: part["problem"] for name, part in done["parts"].items()} == dict.fromkeys(done["parts"], "")
-    names = {"doctor", "gemm", "tests", "train w16-d2 auto", "checkpoint", "sweep", "status", "loader"}
+    names = {"doctor", "tests", "train w16-d2 auto", "sweep", "status", "loader"}
     assert done["parts"].keys() == names
     assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no card
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
     page = (tmp_path / "card.md").read_text()
     assert "| w16-d2, 8, none |" in page
-    assert "A checkpoint of w16-d2" in page
     assert re.search(r"finished, loss \d\.\d{4}, [\d,]+ images/s", page)
+    assert "Loader: 1 worker" in page
 
 
 def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_the_parts_of_a_card_are_commands_that_exist(tmp_path: Path, monkeypatch
     """Only their options: what they do needs a card."""
     monkeypatch.setattr(card, "write_bundled", lambda out: None)
     parts = list(card.parts(tmp_path, rehearse=False))
-    trained = [(size, how) for size, _, how in card.CARD_TRAINING]
+    trained = [(size, how) for size, _, how in card.TRAINING]
     assert [part.name for part in parts if part.name.startswith("train")] == [f"train {s} {how}" for s, how in trained]
     assert {size for size, _ in trained} == {"rung-128", "rung-384", "aim-600M", "aim-1B"}
     assert card.TESTS.is_dir()

@@ -28,23 +28,20 @@ TOTAL_S = 520
 GRACE_S = 20
 """What a part has to end its own processes when it is late."""
 TESTS = Path(aimscale.__file__).resolve().parents[2] / "tests" / "cuda"
-ON_CARD = ["--image-size", "224", "--patch-size", "14", "--head-rule", "released", "--precision", "bf16"]
 MAX_LINES = 40
 """Of what a part printed that is no JSON."""
-CARD_TRAINING = [
+SHAPE = {"image_size": 224, "patch_size": 14, "head_rule": "released"}
+"""Of the models trained on a card."""
+TRAINING = (
     ("aim-600M", 128, "auto"),
     ("rung-384", 256, "auto"),
     ("rung-128", 512, "auto"),
     ("aim-1B", 128, "auto"),
-    ("rung-384", 256, "graphs"),
-    ("rung-128", 512, "graphs"),
-    *(
-        (size, batch, "false")
-        for size, batch in (("aim-600M", 128), ("rung-384", 256), ("rung-128", 512), ("aim-1B", 128))
-    ),
-]
+    ("aim-600M", 128, "false"),
+    ("rung-384", 256, "false"),
+    ("rung-128", 512, "false"),
+)
 """Size, batch, `runtime.compile`; FSDP2 and the bare loop are timed beside the first two."""
-REHEARSED_TRAINING = [("w16-d2", 8, "auto")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,38 +58,41 @@ class Part:
 def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     """What is to be run, the most important first; `rehearse` takes small sizes and the CPU."""
     aimscale_command = [sys.executable, "-m", "aimscale"]
-    device = "cpu" if rehearse else "cuda"
     yield Part(name="doctor", words=[*aimscale_command, "doctor", "--root", str(folder), "--json"], limit_s=60)
-    yield Part(name="gemm", words=[*aimscale_command, "bench", "gemm", "--device", device, "--json"], limit_s=60)
     # No options of pyproject: xdist and the like may be missing there.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
     yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
-    shape = ["--image-size", "16", "--steps", "2"] if rehearse else [*ON_CARD, "--steps", "10"]
-    training = []
-    for index, (size, batch, how) in enumerate(REHEARSED_TRAINING if rehearse else CARD_TRAINING):
-        words = [*aimscale_command, "bench", "train", "--size", size, "--batch", str(batch), "--compile", how, *shape]
-        alone = [] if index < 2 else ["--alone"]
-        words += [*alone, "--device", device, "--json"]
-        training.append(Part(name=f"train {size} {how}", words=words, limit_s=120 if alone else 200))
+    training = [
+        Part(name=f"train {size} {how}", words=[*aimscale_command, *words], limit_s=200 if index < 2 else 120)
+        for index, (size, how, words) in enumerate(_training(rehearse=rehearse))
+    ]
     yield from training[:4]
-    model = ["--size", "w16-d2", "--image-size", "16"] if rehearse else ["--size", "aim-600M", *ON_CARD]
-    words = [*aimscale_command, "bench", "checkpoint", *model, "--device", device, "--folder", str(folder), "--json"]
-    yield Part(name="checkpoint", words=words, limit_s=90)
     sweep = _write_sweep(folder, rehearse=rehearse)
     yield Part(name="sweep", words=[*aimscale_command, "launch", str(sweep), "--root", str(folder)], limit_s=120)
     words = [*aimscale_command, "status", str(sweep), "--root", str(folder), "--json"]
     yield Part(name="status", words=words, limit_s=30)
     words = [*aimscale_command, "bench", "data", "--seconds", "0.5" if rehearse else "4", "--workers", "1", "--json"]
-    yield Part(name="loader", words=[*words, *(["--images", "16"] if rehearse else [])], limit_s=60)
+    yield Part(name="loader", words=words, limit_s=60)
     yield from training[4:]
 
 
-def run(out: Path, *, rehearse: bool = False, only: str = "", report: Callable[[str], None] = print) -> dict[str, Any]:
+def _training(*, rehearse: bool) -> Iterator[tuple[str, str, list[str]]]:
+    """Size, `runtime.compile` and the words of `aimscale` of every training step to be timed."""
+    settings = {"runtime.device": "cpu", "model.image_size": 16} if rehearse else {"runtime.device": "cuda"}
+    settings |= {} if rehearse else {f"model.{key}": value for key, value in SHAPE.items()}
+    rest = ["--precision", "fp32", "--steps", "2"] if rehearse else ["--precision", "bf16", "--steps", "10"]
+    for index, (size, batch, how) in enumerate([("w16-d2", 8, "auto")] if rehearse else TRAINING):
+        words = ["bench", "train", "--size", size, "--batch", str(batch), *rest, "--json"]
+        for key, value in (settings | {"runtime.compile": how}).items():
+            words += ["--set", f"{key}={value}"]
+        yield size, how, [*words, *([] if index < 2 else ["--alone"])]
+
+
+def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = print) -> dict[str, Any]:
     """Run all parts and write `card.json` and `card.md` into `out`.
 
     Args:
         out: folder, made if need be.
-        only: parts whose names hold this; empty for all.
         report: called with a line after each part.
 
     Returns:
@@ -106,8 +106,6 @@ def run(out: Path, *, rehearse: bool = False, only: str = "", report: Callable[[
     patience = 10 if rehearse else 1  # a rehearsal may meet a busy machine
     with tempfile.TemporaryDirectory() as folder:
         for part in parts(Path(folder), rehearse=rehearse):
-            if only not in part.name:
-                continue
             left_s = patience * TOTAL_S - (time.monotonic() - started)
             found = _execute(part, min(patience * part.limit_s, left_s), rehearse)
             done["parts"][part.name] = found
@@ -164,7 +162,7 @@ def _write_sweep(folder: Path, *, rehearse: bool) -> Path:
             "optimiser": {"batch_size": batch, "precision": "fp32" if rehearse else "bf16"},
             "schedule": {"warmup_images": budgets[0] // 4},
             "validation": {"path": "data/validation", "num_images": 64, "num_prefixes": 1, "centre_crop": 1.0},
-            "runtime": {"augment_on": "device", "device": "cpu" if rehearse else "cuda", "log_every_steps": 4},
+            "runtime": {"device": "cpu" if rehearse else "cuda", "log_every_steps": 4},
         },
     }
     path.write_text(yaml.safe_dump(values))
@@ -189,30 +187,18 @@ def page(done: dict[str, Any]) -> str:
     for check in (_result(found, "doctor") or {}).get("checks", ()):
         if check["level"] != "ok" or check["name"] == "accelerator":
             lines += [f"Doctor: {check['level']}, {check['name']}: {check['found']}", ""]
-    if gemm := _result(found, "gemm"):
-        peaks = [f"{peak['precision']} {peak['flops_per_s'] / 1e12:.1f} TFLOP/s" for peak in gemm]
-        lines += [f"Matrix products on {gemm[0]['device']}: {', '.join(peaks)}.", ""]
     head = "size, batch, compiled | ms/step | images/s | MFU published/nominal | executed/nominal | executed/measured"
     lines += [f"| {head} | ours / FSDP2 | ours / bare | GB (estimate) |", "|---" * 9 + "|"]
     for name in found:
         if name.startswith("train") and (row := _result(found, name)):
             lines.append(_training_line(row))
     lines.append("")
-    if saved := _result(found, "checkpoint"):
-        lines += [
-            f"A checkpoint of {saved['size']}, {saved['bytes'] / 1e9:.2f} GB: training stands still for "
-            f"{saved['stall_s']:.2f} s, {100 * saved['stall']:.1f} % of what it would without a copy; it is written in "
-            f"{saved['write_s']:.1f} s and read in {saved['load_s']:.1f} s.",
-            "",
-        ]
     for run in (_result(found, "status") or {}).get("runs", ()):
         numbers = f"loss {_short(run['val_loss'], '.4f')}, {_short(run['images_per_s'], ',.0f')} images/s"
         lines += [f"Sweep: {run['run_id']} {run['state']}, {numbers}.", ""]
-    if loader := _result(found, "loader"):
-        rates = [f"{row['workers']} worker, augmented on {row['augment_on']}: {row['images_per_s']:.0f} images/s"
-                 for row in loader["loader"]]  # fmt: skip
-        device = loader["device"]
-        lines += [f"Loader: {'; '.join(rates)}; resized on {device['name']}: {device['images_per_s']:.0f}/s.", ""]
+    for row in (_result(found, "loader") or {}).get("loader", ()):
+        rate, share = f"{row['images_per_s']:.0f} images/s", f"{100 * row['share']:.0f} %"
+        lines += [f"Loader: {row['workers']} worker, {rate}, {share} of the limit.", ""]
     for name in ("tests", "sweep"):
         if name in found and found[name]["result"]:
             lines += [f"{name.capitalize()}:", "", "```", *map(str, found[name]["result"]), "```", ""]

@@ -1,12 +1,17 @@
-"""The loop that others write: AIM in plain PyTorch, trained as the paper describes it, for `aimscale bench train`.
+"""Our step against the loop that others write: AIM in plain PyTorch, trained as the paper describes it, on one thread.
+
+    python tests/experiments/peer.py w128-d6 64 bf16    # size, batch, precision; a head of 12 blocks of its width
 
 Every token passes through the pixel head and is scored or not afterwards; prefixes are drawn independently; bf16 is
 autocast over float32 weights. Nothing of `aim`'s layers is used, so none of its savings leak in. The parameters have
-the same names, which lets a test load one model's weights into the other and prove the losses equal.
+the same names, which lets `main` load our weights into the peer and find equal losses first.
 """
 
 from __future__ import annotations
 
+import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimscale.aim.config import ModelConfig
+from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.layers import sincos_positions
+from aimscale.aim.model import AIM
 from aimscale.aim.objective import normalise_patches, patchify, prefix_causal_mask
+from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.run.config import OptimiserSection, parse
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
+from aimscale.harness.step.feed import count_targets
 
 
 class PeerModel(nn.Module):
@@ -141,3 +152,36 @@ def peer_step(
         return total
 
     return one
+
+
+def main(size: str, batch: str, precision: str) -> None:
+    torch.set_num_threads(1)
+    config = model_config(size, image_size=32, patch_size=4, head_depth=12)
+    config = model_config(size, image_size=32, patch_size=4, head_width=config.width, head_depth=12)
+    optimiser = parse(OptimiserSection, {"batch_size": int(batch), "precision": precision}, "the command line")
+    group = start_group(find_placement(), "cpu")
+    step = random_batches(config, int(batch), int(batch))
+    num_targets = count_targets(step, config.num_tokens)
+    model, peer = AIM(config), PeerModel(config)
+    peer.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        loss = model(step[0].images_on(group.device), step[0].prefix_len)[0] / num_targets
+        torch.testing.assert_close(peer(step[0].images_on(group.device), step[0].prefix_len), loss)
+    engine = Engine(config, optimiser, EngineOptions(zero_stage=0 if precision == "fp32" else 1), group)
+    turns = (
+        lambda: engine.step(step, num_targets=num_targets, lr=optimiser.lr_peak).loss_sum.item(),
+        peer_step(config, optimiser, step, group.device),
+    )
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(13):
+        for turn, its in zip(turns, times, strict=True):
+            started = time.process_time()
+            turn()
+            its.extend([time.process_time() - started] if number else [])  # the first warms up
+    ours_s, peer_s = map(statistics.median, times)
+    print(f"{size}, batch {batch}, {precision}: {ours_s:.3f} s against {peer_s:.3f} s, {ours_s / peer_s:.3f}")
+    stop_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

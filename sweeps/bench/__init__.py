@@ -1,1 +1,0 @@
-"""Benchmarks of what surrounds runs: probing at scale, and what faults do."""
