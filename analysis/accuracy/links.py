@@ -81,6 +81,12 @@ def link(
     return replace(result, limits=(chance or 0.0, 1.0))
 
 
+def chance_level(probed: pd.DataFrame) -> float | None:
+    """Accuracy of guessing on one task, by the column `chance` of its rows; None where they do not agree on one."""
+    levels = set(probed["chance"].dropna()) if "chance" in probed.columns else set()
+    return float(levels.pop()) if len(levels) == 1 else None
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Forecast(Result):
     """Accuracy at unseen scales, by way of the loss."""

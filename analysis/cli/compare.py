@@ -1,4 +1,4 @@
-"""`aimscale compare TABLE`: runs beside the published baselines; `--published`: the paper's own four sizes."""
+"""`aimscale compare TABLE`: runs beside the published baselines."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from aimscale.analysis.cli import options
 
 
 def command(
-    table: Annotated[
-        Path | None, typer.Argument(help="CSV or Parquet table, or a sweep's folder; none with --published.")
-    ] = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Fit the paper's 0.6B, 1B, 3B and forecast its 7B instead.")
-    ] = False,
+    table: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a sweep's folder.")],
     run: Annotated[
-        str | None, typer.Option(help="Part of a run's id: that run beside the nearest published model, in five lines.")
+        str | None, typer.Option(help="Part of a run's id: that run beside the nearest published model.")
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -30,10 +25,10 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Task by task, exponents, and what would close the gap; what is not comparable is named and left out."""
+    from aimscale.analysis.display import plain_types
     from aimscale.analysis.errors import AnalysisError
+    from aimscale.analysis.published.beside import nearest_published
     from aimscale.analysis.published.comparison import compare as compare_frame
-    from aimscale.analysis.published.nearest import nearest_published
-    from aimscale.analysis.published.worked_example import worked_example
     from aimscale.analysis.table.inputs import read_tables
     from aimscale.analysis.table.observations import is_complete
     from aimscale.analysis.table.results import parse_columns, probe_frame
@@ -41,21 +36,15 @@ def command(
     called = dict(_pair(text) for text in task or [])
     if called and run is None:
         raise AnalysisError("--task goes with --run")
-    if published == (table is not None):
-        raise AnalysisError("give either a table to compare, or --published for the paper's own four sizes")
-    if table is None:
-        example = worked_example()
-        typer.echo(json_module.dumps(example, indent=2) if json else "\n".join(example["sentences"]))
-        return
     frame = read_tables([table], parse_columns(columns or []))
     if run is not None:
         nearest = nearest_published(probe_frame(frame[is_complete(frame)]), run, called)
-        plain = [vars(each) | {"published": vars(each.published)} for each in nearest]
+        plain = [plain_types(vars(each)) for each in nearest]
         blocks = ["\n".join(each.lines) for each in nearest]
         typer.echo(json_module.dumps(plain, indent=2) if json else "\n\n".join(blocks))
         return
     comparison = compare_frame(frame, resamples=resamples)
-    typer.echo(json_module.dumps(comparison.to_dict(), indent=2) if json else comparison.summary())
+    typer.echo(comparison.to_json() if json else comparison.summary())
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -168,7 +168,6 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
 
 def link_of(rows: pd.DataFrame, kind: str, x: str, y: str, cluster: str | None) -> Fit:
     """Accuracy as a function of loss, with the probe's chance level as its floor where the table knows it."""
-    from aimscale.analysis.accuracy.links import link
+    from aimscale.analysis.accuracy.links import chance_level, link
 
-    chance = float(rows["chance"].iloc[0]) if "chance" in rows.columns and len(rows["chance"].unique()) == 1 else None
-    return link(rows, kind=kind, loss=x, accuracy=y, chance=chance, cluster=cluster)
+    return link(rows, kind=kind, loss=x, accuracy=y, chance=chance_level(rows), cluster=cluster)

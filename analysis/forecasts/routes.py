@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.accuracy.links import forecast, link
+from aimscale.analysis.accuracy.links import chance_level, forecast, link
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
@@ -36,7 +36,7 @@ def chosen_route(
     Raises:
         AnalysisError: no route can be fitted.
     """
-    chance = _chance(probed)
+    chance = chance_level(probed)
     two_step = _by_loss(loss_fit, probed, place, y, kind, chance, resamples)
     test = _largest(probed, loss_fit)
     if test is None:
@@ -72,13 +72,6 @@ def signal_to_noise(probed: pd.DataFrame) -> float:
         return float("nan")
     noise = float(np.sqrt((cells.var(ddof=1).fillna(0.0) * spare).sum() / spare.sum()))
     return float(cells.mean().std(ddof=1)) / noise if noise > 0 else float("inf")
-
-
-def _chance(probed: pd.DataFrame) -> float | None:
-    if "chance" not in probed.columns:
-        return None
-    levels = probed["chance"].dropna().unique()
-    return float(levels[0]) if len(levels) == 1 else None
 
 
 def _columns(law: Fit) -> dict[str, str]:

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import linregress
+from scipy.stats import t as student
 
-from aimscale.analysis.accuracy.links import forecast, link
-from aimscale.analysis.display import Result
+from aimscale.analysis.accuracy.links import chance_level, forecast, link
+from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.published.own import beside_runs, read_baselines
-from aimscale.analysis.published.published import BY_KEY, PAPER_EXPONENTS, TASKS, best_frozen
-from aimscale.analysis.published.worked_example import paper_exponent
+from aimscale.analysis.published.beside import beside_runs, read_baselines
+from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.table.design import widest_slice
 from aimscale.analysis.table.observations import is_complete
 from aimscale.analysis.table.results import probe_frame, usable_rows
@@ -108,49 +109,37 @@ class Comparison(Result):
 
     def summary(self) -> str:
         """For a terminal."""
-        parts = ["Task by task, attentive probe on frozen features, top-1 in per cent", _percent_table(self.tasks)]
-        if len(self.means):
-            parts += ["", "Mean over the paper's fifteen tasks", _percent_table(self.means)]
-        if len(self.baselines):
-            shown = self.baselines
-            if shown["params_total"].notna().any():
-                shown = shown[shown["params_total"] == shown["params_total"].max()]
-            parts += [
-                "",
-                "The largest run beside baselines on the same probes, top-1 in per cent",
-                _percent_table(shown),
-            ]
-        parts += ["", "Scaling exponents, L ~ N^-a", self.exponents.to_string(index=False, float_format="%.4g")]
-        if self.closing:
-            parts += [
-                "",
-                "What would close the gap to AIM-7B",
-                *[f"- {closing.sentence()}" for closing in self.closing],
-            ]
-        parts += ["", "Not comparable, and left out", *[f"- {line}" for line in self.left_out]]
-        return "\n".join(parts)
+        largest = self.baselines
+        if largest["params_total"].notna().any():
+            largest = largest[largest["params_total"] == largest["params_total"].max()]
+        parts = {
+            "Task by task, attentive probe on frozen features, top-1 in per cent": _percent_table(self.tasks),
+            "Mean over the paper's fifteen tasks": _percent_table(self.means),
+            "The largest run beside baselines on the same probes, top-1 in per cent": _percent_table(largest),
+            "Scaling exponents, L ~ N^-a": self.exponents.to_string(index=False, float_format="%.4g"),
+            "What would close the gap to AIM-7B": "\n".join(f"- {each.sentence()}" for each in self.closing),
+            "Not comparable, and left out": "\n".join(f"- {line}" for line in self.left_out),
+        }
+        return "\n\n".join(f"{title}\n{text}" for title, text in parts.items() if text)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON: NaN becomes null."""
-        frames = {
-            "tasks": self.tasks, "means": self.means, "baselines": self.baselines, "exponents": self.exponents
-        }  # fmt: skip
-        plain = {name: frame.astype(object).where(frame.notna(), None) for name, frame in frames.items()}
-        return {
-            **{name: frame.to_dict("records") for name, frame in plain.items()},
-            "closing": [vars(closing) | {"sentence": closing.sentence()} for closing in self.closing],
-            "left_out": list(self.left_out),
-        }
+        frames = ("tasks", "means", "baselines", "exponents")
+        return plain_types(
+            {
+                **{name: getattr(self, name).to_dict("records") for name in frames},
+                "closing": [vars(closing) | {"sentence": closing.sentence()} for closing in self.closing],
+                "left_out": self.left_out,
+            }
+        )
 
 
 def _percent_table(frame: pd.DataFrame) -> str:
-    if frame.empty:
-        return "(no task of this table is one of the paper's)"
-    shown = frame.copy()
-    for name in shown.columns:
-        if name.startswith(("top1", "aim", "gap", "mean")) or name in ("best_frozen_top1", "baseline_top1"):
-            shown[name] = 100 * shown[name]
-    return shown.to_string(index=False, float_format="%.1f")
+    """Fractions in per cent; empty without rows."""
+    parts = ("top1", "aim", "gap", "mean")
+    names = [name for name in map(str, frame.columns) if name.startswith(parts) or name.endswith("_top1")]
+    shown = frame.assign(**{name: 100 * frame[name] for name in names})
+    return "" if frame.empty else shown.to_string(index=False, float_format="%.1f")
 
 
 def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
@@ -184,14 +173,10 @@ def _shared(probes: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
     if others:
         left_out.append(f"Probes of another kind than Table 6's attentive one: {', '.join(others)}.")
     kept = known[known["kind"] == PROTOCOL].dropna(subset=["top1"])
-    small = (
-        sorted({int(side) for side in kept["image_size"].dropna() if side != PAPER_SIDE})
-        if "image_size" in kept
-        else []
-    )
-    if small:
+    sides = kept["image_size"].dropna().astype(int) if "image_size" in kept else pd.Series(dtype=int)
+    if other := sorted(set(sides) - {PAPER_SIDE}):
         left_out.append(
-            f"Resolution: these runs see {', '.join(map(str, small))} px, AIM {PAPER_SIDE} px: a part of every gap."
+            f"Resolution: these runs see {', '.join(map(str, other))} px, AIM {PAPER_SIDE} px: a part of every gap."
         )
     return kept
 
@@ -233,12 +218,13 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     keep = [name for name in ("size", "params_total", "images_seen") if name in rows]
     seen = [name for name in ("test_in_train", "test_in_pool") if name in rows and (rows[name] > 0).any()]
     out = rows[[*keep, "task", "blocks", "top1", "top1_lo95", "top1_hi95", *seen]].reset_index(drop=True)
-    out["aim_7b"] = [
-        BY_KEY[REFERENCE[blocks]].accuracy(task) for blocks, task in zip(out["blocks"], out["task"], strict=True)
-    ]
+    references = out["blocks"].map(REFERENCE)
+    out["aim_7b"] = [table6().loc[key, task] for key, task in zip(references, out["task"], strict=True)]
     out["gap_to_aim_7b"] = out["top1"] - out["aim_7b"]
-    out["best_frozen"] = [best_frozen(task).key for task in out["task"]]
-    out["best_frozen_top1"] = [best_frozen(task).accuracy(task) for task in out["task"]]
+    out["best_frozen"] = out["task"].map(best_frozen)
+    out["best_frozen_top1"] = [
+        table6().loc[key, task] for key, task in zip(out["best_frozen"], out["task"], strict=True)
+    ]
     out["gap_to_best_frozen"] = out["top1"] - out["best_frozen_top1"]
     return out
 
@@ -261,10 +247,8 @@ def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     groups = full.groupby(["run_id", "blocks"], sort=False)
     means = groups.agg(size=("size", "first"), mean=("top1", "mean"), tasks=("task", "nunique")).reset_index()
-    means = means[
-        means["tasks"] == len(TASKS)
-    ]  # a mean over tasks that say their blocks and others that do not is none
-    means["aim_7b"] = [BY_KEY[REFERENCE[blocks]].mean for blocks in means["blocks"]]
+    means = means[means["tasks"] == len(TASKS)]  # not over tasks that say their blocks and others that do not
+    means["aim_7b"] = means["blocks"].map(REFERENCE).map(table6()["mean"])
     means["gap"] = means["mean"] - means["aim_7b"]
     return means[columns].reset_index(drop=True)
 
@@ -272,7 +256,7 @@ def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
 def _exponents(usable: pd.DataFrame, left_out: list[str], resamples: int) -> pd.DataFrame:
     """The paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
     rows: list[dict[str, Any]] = [
-        {"whose": "AIM, four published points", "N": count} | paper_exponent(count) for count in PAPER_EXPONENTS
+        {"whose": "AIM, four published points", "N": count} | _paper_exponent(count) for count in PAPER_EXPONENTS
     ]
     for count in PAPER_EXPONENTS:
         if count not in usable or usable[count].isna().all() or usable.empty:
@@ -292,7 +276,18 @@ def _exponents(usable: pd.DataFrame, left_out: list[str], resamples: int) -> pd.
     return pd.DataFrame(rows)
 
 
+def _paper_exponent(count: str) -> dict[str, float]:
+    """a of L ~ N^-a through the paper's four points, with Student's 95 % interval."""
+    frame = published_frame()
+    n = frame[count].to_numpy(float)
+    line = linregress(np.log(n), np.log(frame["val_loss"].to_numpy()))
+    half = float(student.ppf(0.975, len(n) - 2) * line.stderr)
+    a = -float(line.slope)
+    return {"exponent": a, "low": a - half, "high": a + half, "n_low": float(n.min()), "n_high": float(n.max())}
+
+
 def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], resamples: int) -> list[Closing]:
+    """What would close each task's gap; what cannot be fitted goes to `left_out`."""
     closings: list[Closing] = []
     if shared.empty:
         return closings
@@ -302,15 +297,11 @@ def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], r
         left_out.append(f"What would close the gaps: {error}")
         return closings
     for task, rows in shared.groupby("task", sort=False):
-        target = BY_KEY[TARGET].accuracy(str(task))
-        chance = rows["chance"].dropna()
+        target = float(table6()[str(task)][TARGET])
         # on the blocks of AIM-7B's row, where the table has them
-        rows = rows.assign(top1=rows["last_top1"].fillna(rows["top1"]))
+        rows = rows.assign(top1=rows["last_top1"].fillna(rows["top1"])).reset_index(drop=True)
         try:
-            second = link(
-                rows.reset_index(drop=True), chance=float(chance.iloc[0]) if len(chance) else None,
-                resamples=resamples,
-            )  # fmt: skip
+            second = link(rows, chance=chance_level(rows), resamples=resamples)
             closings += [closing(str(task), joint, second, scale, target) for scale in ("N", "D")]
         except AnalysisError as error:
             left_out.append(f"What would close the gap on {task}: {error}")
@@ -324,25 +315,16 @@ def closing(task: str, joint: Fit, second: Fit, scale: str, target: float) -> Cl
     grid = {name: np.full(len(factors), value) for name, value in largest.items()}
     grid[scale] = factors * largest[scale]
     found = forecast(joint, second, grid)
-    crossings = _first_reaching(found.curve_draws, target, grid[scale])
-    point = _first_reaching(found.table["accuracy"].to_numpy()[None], target, grid[scale])[0]
-    low, high = np.percentile(crossings, [2.5, 97.5], method="inverted_cdf")
+
+    def reaching(curves: np.ndarray) -> np.ndarray:
+        """Per curve (num, n), the first grid value at which it reaches the target; infinity if none."""
+        return np.where((curves >= target).any(axis=1), grid[scale][np.argmax(curves >= target, axis=1)], np.inf)
+
+    draws = reaching(found.curve_draws)
+    [point] = reaching(found.table["accuracy"].to_numpy()[None])
+    low, high = np.percentile(draws, [2.5, 97.5], method="inverted_cdf")
+    value, low, high, times = (float(v) if np.isfinite(v) else None for v in (point, low, high, point / largest[scale]))
+    share = float(np.mean(np.isfinite(draws)))
     return Closing(
-        task=task,
-        scale=scale,
-        value=_finite(point),
-        low=_finite(low),
-        high=_finite(high),
-        extrapolation=_finite(point / largest[scale]),
-        share_reached=float(np.mean(np.isfinite(crossings))),
-    )
-
-
-def _first_reaching(curves: np.ndarray, target: float, grid: np.ndarray) -> np.ndarray:
-    """Per curve (num, n), the first grid value at which it reaches the target; infinity if none."""
-    reached = curves >= target
-    return np.where(reached.any(axis=1), grid[np.argmax(reached, axis=1)], np.inf)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+        task=task, scale=scale, value=value, low=low, high=high, extrapolation=times, share_reached=share
+    )  # fmt: skip

@@ -150,7 +150,7 @@ def render(study: Study) -> str:
         frontiers=law_tables.frontier_table(study),
         comparison=published_tables.task_comparison_table(comparison) if comparison else None,
         baselines=published_tables.baseline_table(comparison) if comparison else None,
-        published=[published_tables.worked_example_table(), *published_tables.published_tables()],
+        published=published_tables.published_tables(),
         comparability=[*words.comparability(study), *gaps],
         left_out=comparison.left_out if comparison else (),
         missing=list(dict.fromkeys(study.missing)),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from aimscale.analysis.fitting.sentences import kind_name
 from aimscale.analysis.published.comparison import Comparison
-from aimscale.analysis.published.published import BASELINES, LOSS_SOURCE, PUBLISHED_SIZES, TASK_TITLES, TASKS
-from aimscale.analysis.published.worked_example import forecast_7b, four_points
+from aimscale.analysis.published.published import LOSS_SOURCE, PAPER, TASK_TITLES, TASKS, published_frame, table6
 from aimscale.analysis.report.cells import Formatter, PageTable, number, page_table, percent, spans, text, whole
 
 
@@ -67,66 +64,30 @@ def baseline_table(comparison: Comparison) -> PageTable | None:
     )
 
 
-def worked_example_table() -> PageTable:
-    """The paper's 7B forecast from its three smaller models."""
-    frame = pd.DataFrame([vars(forecast) for forecast in forecast_7b("params_trunk")])
-    frame["interval"] = spans(frame["low"], frame["high"], number(4))
-    return page_table(
-        "published-forecast",
-        "AIM-7B, forecast from the three smaller published models",
-        f"{four_points().sentence()} N: trunk parameters; Student's t with one degree of freedom.",
-        frame,
-        [
-            ("what", "quantity", text),
-            ("by", "forecast by", text),
-            ("predicted", "forecast", number(4)),
-            ("interval", "95 % prediction interval", text),
-            ("actual", "published", number(4)),
-            ("extrapolation", "beyond fitted N (×)", number(1)),
-        ],
-    )
-
-
 def published_tables() -> list[PageTable]:
     """AIM's sizes and Table 6, as published."""
-    sizes = pd.DataFrame(
-        {
-            "key": s.key,
-            "trunk": s.params_trunk,
-            "total": s.params_total,
-            "val_loss": s.val_loss,
-            "last": s.in1k_last6,
-            "best": s.in1k_best6,
-            "lora": s.in1k_lora,
-        }
-        for s in PUBLISHED_SIZES
-    )
-    tasks = pd.DataFrame(
-        {"model": f"{row.method} {row.arch}", "data": row.data, "layers": row.layers, "mean": row.mean}
-        | dict(zip(TASKS, row.top1, strict=True))
-        for row in BASELINES
-    )
+    tasks = table6().assign(model=table6()["method"] + " " + table6()["arch"])
     heads: list[tuple[str, str, Formatter]] = [(task, TASK_TITLES[task], percent) for task in TASKS]
     return [
         page_table(
             "published-sizes",
             "AIM's four sizes, as published",
             f"Loss: {LOSS_SOURCE}. Accuracies: IN-1k top-1 (%), attentive probe, frozen; LoRA adapts weights.",
-            sizes,
+            published_frame(),
             [
-                ("key", "size", text),
-                ("trunk", "trunk", whole),
-                ("total", "with head", whole),
+                ("size", "size", text),
+                ("params_trunk", "trunk", whole),
+                ("params_total", "with head", whole),
                 ("val_loss", "IN-1k loss", number(4)),
-                ("last", "last 6 blocks", percent),
-                ("best", "best 6 blocks", percent),
-                ("lora", "LoRA", percent),
+                ("in1k_last6", "last 6 blocks", percent),
+                ("in1k_best6", "best 6 blocks", percent),
+                ("in1k_lora", "LoRA", percent),
             ],
         ),
         page_table(
             "published-tasks",
             "Published baselines, fifteen tasks",
-            f"{BASELINES[0].source}; {BASELINES[0].protocol}; accuracy in per cent.",
+            f"{PAPER}, Table 6; frozen trunk, attentive probe, test split of each benchmark; accuracy in per cent.",
             tasks,
             [
                 ("model", "model", text),

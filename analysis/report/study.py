@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation, correlate
-from aimscale.analysis.accuracy.links import link
+from aimscale.analysis.accuracy.links import chance_level, link
 from aimscale.analysis.effects.compared import Contrasts
 from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
@@ -296,9 +296,7 @@ def _correlate(study: Study, resamples: int) -> None:
 def _link(rows: pd.DataFrame, resamples: int) -> Fit:
     """Sigmoid from loss to accuracy above chance; whole runs are resampled where there are enough."""
     rows = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-    chance = rows["chance"].dropna()
-    floor = float(chance.iloc[0]) if len(chance) else None
-    return link(rows, chance=floor, resamples=affordable(min(resamples, 500), len(rows)))
+    return link(rows, chance=chance_level(rows), resamples=affordable(min(resamples, 500), len(rows)))
 
 
 def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:

@@ -6,10 +6,8 @@ import pytest
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.next import replay as choice_replay
 from aimscale.analysis.next.buying import buy
 from aimscale.analysis.next.proposal import grid_offer, propose
-from aimscale.analysis.next.replay import ALL_RUNS, STRATEGIES, replay
 
 TARGET = {"N": [1e8], "D": [3e7]}
 
@@ -30,7 +28,7 @@ def test_a_basket_keeps_to_its_budget_and_more_money_leaves_less_error(known):
         errors.append(basket.sd_after)
         assert basket.sd_after < basket.sd_before
     assert errors == sorted(errors, reverse=True)
-    with pytest.raises(AnalysisError, match="more than the budget"):
+    with pytest.raises(AnalysisError, match=r"cheapest candidate"):
         buy(known, offer, price, TARGET, budget=0.5 * price.min())
 
 
@@ -53,7 +51,7 @@ def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
     found = propose(line, {"N": 1e11, "D": 1e11}, ray, budget=3, law="overtrained")
     assert "exponents of N and D can hardly be separated" in found.warnings[0]
     assert "times the largest" in found.warnings[1]
-    with pytest.raises(AnalysisError, match="needs D of the target"):
+    with pytest.raises(AnalysisError, match="D"):
         propose(grid, {"N": 1e8}, ray, budget=3, law="chinchilla")
 
 
@@ -75,40 +73,3 @@ def test_sizes_of_their_own_in_every_row_are_offered_as_a_grid(grid):
     offer = grid_offer(points, {"N": 1e8, "D": 1e9})
     assert offer["N"].nunique() == offer["D"].nunique() == 19
     assert (offer["N"].min(), offer["D"].min()) == pytest.approx((points["N"].min(), points["D"].min()))
-
-
-def test_bought_runs_forecast_farseers_top_of_compute_better_than_others(measurements):
-    df = measurements("scalebench/farseer.parquet")
-    found = replay(df.assign(C=6 * df["N"] * df["D"]), "coupled", draws=2).set_index("strategy")
-    assert found["r2"].idxmax() == "next"
-    assert found.loc["next", "r2"] > 0.95
-
-
-@pytest.fixture
-def repeated(measurements):
-    names = {"unique_tokens": "U", "params": "N", "tokens": "D"}
-    df = measurements("scalebench/data_constrained.parquet").rename(columns=names)
-    return df.assign(C=6 * df["N"] * df["D"])
-
-
-def odd(df):
-    """Two runs that lie 8 and 9 % above every law."""
-    return (df["N"] > 3.5e9) & df["D"].between(2e10, 3e10)
-
-
-def test_two_runs_that_no_law_explains_bound_what_any_purchase_can_reach(repeated, monkeypatch):
-    monkeypatch.setattr(choice_replay, "STRATEGIES", {ALL_RUNS: STRATEGIES[ALL_RUNS]})
-    assert odd(repeated).sum() == 2
-    reached, without = (replay(df, "overfitting", draws=1)["r2"].item() for df in (repeated, repeated[~odd(repeated)]))
-    assert reached < 0.7
-    assert without > 0.86
-
-
-@pytest.mark.slow
-def test_bought_runs_forecast_repeated_data_with_less_error_than_others(repeated):
-    found, without = (
-        replay(df, "overfitting", draws=6).set_index("strategy").drop(ALL_RUNS)
-        for df in (repeated, repeated[~odd(repeated)])
-    )
-    assert found["log_error"].idxmin() == "next"
-    assert without["r2"].idxmax() == "next"

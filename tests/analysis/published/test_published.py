@@ -4,29 +4,32 @@ import numpy as np
 import pytest
 
 from aimscale.analysis.published.published import (
-    BASELINES,
-    BY_KEY,
     PAPER_EXPONENTS,
-    PUBLISHED_SIZES,
     TASKS,
     best_frozen,
     published_frame,
+    published_results,
+    table6,
 )
 
 
 def test_every_printed_mean_is_the_mean_of_its_row():
-    assert len(BASELINES) == 11
-    for row in BASELINES:
-        assert len(row.top1) == len(TASKS) == 15
-        assert row.mean == pytest.approx(row.printed_mean, abs=0.0006), row.key
+    assert len(table6()) == 11
+    assert len(TASKS) == 15
+    assert table6()["mean"].to_numpy() == pytest.approx(table6()["printed_mean"].to_numpy(), abs=0.0006)
 
 
 def test_sizes_have_the_parameters_of_the_released_files_and_the_flops_of_the_published_runs():
-    assert [s.params_trunk for s in PUBLISHED_SIZES] == [679_627_776, 1_208_160_256, 2_718_210_048, 6_442_983_424]
-    assert 500_000 * 4096 * PUBLISHED_SIZES[0].flops_per_image == pytest.approx(3.5e21, rel=0.01)
-    assert 1_250_000 * 4096 * PUBLISHED_SIZES[3].flops_per_image == pytest.approx(5.4e22, rel=0.01)
-    assert all(s.in1k_last6 == BY_KEY[s.key].accuracy("imagenet-1k") for s in PUBLISHED_SIZES)
-    assert BY_KEY["aim-7B-best"].accuracy("imagenet-1k") == PUBLISHED_SIZES[3].in1k_best6
+    sizes, last6 = published_frame(), table6()["imagenet-1k"]
+    width, depth = sizes["width"], sizes["depth"]
+    assert sizes["params_trunk"].to_list() == (depth * (12 * width**2 + 4 * width) + 2 * width).to_list()
+    assert sizes["params_total"].to_list() == (width * 591 + sizes["params_trunk"] + sizes["params_head"]).to_list()
+    head = width * 2048 + 2048 + 12 * (8 * 2048**2 + 2 * 2048) + 2 * 2048 + 2048 * 588 + 588
+    assert sizes["params_head"].to_list() == head.to_list()
+    assert 500_000 * 4096 * sizes["flops_per_image"][0] == pytest.approx(3.5e21, rel=0.01)
+    assert 1_250_000 * 4096 * sizes["flops_per_image"][3] == pytest.approx(5.4e22, rel=0.01)
+    assert sizes["in1k_last6"].to_list() == last6[sizes["size"]].to_list()
+    assert last6["aim-7B-best"] == sizes["in1k_best6"][3]
 
 
 @pytest.mark.parametrize("count", ["params_trunk", "params_total"])
@@ -37,5 +40,19 @@ def test_the_papers_exponent_is_the_slope_of_its_four_points(count):
 
 
 def test_best_frozen_model_of_a_task():
-    assert best_frozen("imagenet-1k").key == "dinov2-g14"
-    assert best_frozen("rxrx1").key == "aim-7B"
+    assert best_frozen("imagenet-1k") == "dinov2-g14"
+    assert best_frozen("rxrx1") == "aim-7B"
+
+
+def test_the_board_is_whole_and_dated():
+    entries = published_results()
+    board = entries[entries["source"].str.contains("2026")]
+    assert board.groupby("kind").size().to_dict() == {"efficient": 37, "knn": 37, "linear": 37}
+    wide = board.set_index(["model", "image_size", "kind"])["top1"]
+    for model, values in {
+        "DINOv3 ViT-7B/16": (0.842, 0.880, 0.884), "AIMv2 ViT-L/14": (0.760, 0.847, 0.859),
+        "CAPI ViT-L/14": (0.729, 0.819, 0.830), "MAE ViT-L/16": (0.481, 0.760, 0.795),
+    }.items():  # fmt: skip
+        assert tuple(wide[model, 224, kind] for kind in ("knn", "linear", "efficient")) == values
+    assert entries["top1"].between(0, 1).all()
+    assert (entries[entries["task"] == "imagenet-1k"]["kind"] == "attentive").sum() == 11 + 12
