@@ -19,10 +19,6 @@ gradient, so at most 1 % is counted that is not executed.)"""
 NUM_QUERIES = 32
 """Of the efficient probe, as its authors' board uses it."""
 
-DENSE_ATTENTION_TOKENS = {"fp32": 0, "bf16": 256}
-"""Longest sequence for which a CPU computes, and keeps, whole score matrices: there `aim.cpu_kernels.attend` is faster
-than the fused kernel. Here because memory estimates need it, too."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ParamCount:

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimscale.aim.cpu_kernels import Linear, attend, linear
-
 
 def sincos_positions(grid: int, width: int) -> Tensor:
     """Fixed 2-D sin-cos positions, float32 (grid * grid, width), in raster order.
@@ -35,7 +33,7 @@ class PatchProjection(nn.Conv2d):
     def forward(self, patches: Tensor) -> Tensor:
         """Map patches (..., o), cut by `patchify`, to (..., d)."""
         by_row_column_channel = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return linear(patches.to(self.weight.dtype), by_row_column_channel, self.bias)
+        return F.linear(patches.to(self.weight.dtype), by_row_column_channel, self.bias)
 
 
 class Patchifier(nn.Module):
@@ -59,8 +57,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = scale
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.proj = Linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Mix tokens (B, N, d); `mask` is added to the scores, broadcastable to (B, heads, N, N); None sees all."""
@@ -69,7 +67,7 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         # A dense mask: these products are N / (6 d + N) of a block's FLOPs (2.7 % in aim-600M), of which a kernel that
         # skips masked parts could save a third.
-        mixed = attend(query, key, value, mask, self.scale)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, width))
         return out
 
@@ -79,8 +77,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, 4 * width, bias=False)
-        self.fc2 = Linear(4 * width, width, bias=False)
+        self.fc1 = nn.Linear(width, 4 * width, bias=False)
+        self.fc2 = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., d)."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aimscale.aim.config import ModelConfig, ModelConfigError
-from aimscale.aim.cpu_kernels import Linear
 from aimscale.aim.layers import Block, HeadBlock, Patchifier, sincos_positions
 from aimscale.aim.mup import MatrixScale, attention_scale, matrix_scale
 from aimscale.aim.objective import (
@@ -28,9 +27,6 @@ from aimscale.aim.objective import (
     unpatchify,
 )
 from aimscale.aim.orders import patch_order
-
-_ENDS = ("preprocessor.patchifier.proj", "pixel_head.proj_out")
-"""The matrices that read or write pixels."""
 
 
 class Preprocessor(nn.Module):
@@ -100,10 +96,10 @@ class PixelHead(nn.Module):
         super().__init__()
         self.config = config
         head = config.head
-        self.proj_in = None if head.is_linear else Linear(config.width, head.width)
+        self.proj_in = None if head.is_linear else nn.Linear(config.width, head.width)
         self.blocks = nn.ModuleList(HeadBlock(head.width, head.ln_residual, config.norm_eps) for _ in range(head.depth))
         self.norm = None if head.is_linear else nn.LayerNorm(head.width, eps=config.norm_eps)
-        self.proj_out = Linear(head.width, config.patch_dim)
+        self.proj_out = nn.Linear(head.width, config.patch_dim)
         self.register_buffer("positions", torch.empty(config.num_tokens, head.width), persistent=False)
         self.recompute = False
 
@@ -163,26 +159,23 @@ class AIM(nn.Module):
         bound = self._scale_of(module, shape).init_bound
         return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, module))
 
-    def param_groups(self, weight_decay: float, *, hidden_apart: bool = False) -> list[dict[str, Any]]:
-        """Groups for an optimiser: `params`, their `weight_decay`, `lr_scale`, which multiplies every step's rate, and
-        `hidden`: with `hidden_apart`, matrices from width to width, neither patch embedding nor last layer, are by
-        themselves.
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for an optimiser: `params`, their `weight_decay`, and `lr_scale`, which multiplies every step's rate.
 
         Matrices decay; biases and norms do not. In the standard parametrisation every `lr_scale` is 1; see `aim.mup`.
         """
-        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             shape = self.shapes[name]
             if len(shape) < 2:
-                key = (0.0, 1.0, False)
+                key = (0.0, 1.0)
             else:
-                module = name.removesuffix(".weight")
-                lr_scale = self._scale_of(module, shape).lr_scale
-                key = (weight_decay / lr_scale, lr_scale, hidden_apart and module not in _ENDS)
+                lr_scale = self._scale_of(name.removesuffix(".weight"), shape).lr_scale
+                key = (weight_decay / lr_scale, lr_scale)
             groups.setdefault(key, []).append(parameter)
         return [
-            {"params": params, "weight_decay": decay, "lr_scale": lr_scale, "hidden": hidden}
-            for (decay, lr_scale, hidden), params in groups.items()
+            {"params": params, "weight_decay": decay, "lr_scale": lr_scale}
+            for (decay, lr_scale), params in groups.items()
         ]
 
     @torch.no_grad()
@@ -200,13 +193,6 @@ class AIM(nn.Module):
         """Run torch.compile on each block, in place; blocks of a kind share their graphs."""
         for block in (*self.trunk.blocks, *self.pixel_head.blocks):
             block.compile()
-
-    def compile_whole(self) -> None:
-        """Run torch.compile on all that a step does on the device, in place, and replay it as CUDA graphs there.
-
-        Shapes must not change from step to step: whole pairs of paired prefixes in every micro-batch.
-        """
-        self._losses = torch.compile(self._losses, mode="reduce-overhead", dynamic=False)  # type: ignore[method-assign]
 
     def forward(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch as a sum and a count, so that any split of a batch adds up exactly.
@@ -293,19 +279,14 @@ class AIM(nn.Module):
         if not prefix_len.is_cuda:  # there, looking would wait for the device
             assert ((prefix_len >= 1) & (prefix_len < num_tokens)).all(), "prefix lengths run from 1 to N - 1"
         scored = copy_to(scored_positions(prefix_len, num_tokens), images.device)
-        return self._losses(images, copy_to(prefix_len, images.device), scored), scored
-
-    def _losses(self, images: Tensor, prefix_len: Tensor, scored: Tensor) -> Tensor:
-        """The part of `_scored_losses` that the device does: float32 (M,)."""
-        num_tokens = self.config.num_tokens
         patches = self.preprocessor.patches(images)
-        mask = prefix_causal_mask(prefix_len, num_tokens)
+        mask = prefix_causal_mask(copy_to(prefix_len, images.device), num_tokens)
         tokens = self.trunk(self.preprocessor.embed(patches), mask, scored)
         predicted = self.pixel_head(tokens, scored % num_tokens).float()
         targets = patches.flatten(0, 1).index_select(0, scored + 1)
         if self.config.target == "normalised":
             targets = normalise_patches(targets)
-        return (predicted - targets).square().mean(dim=1)
+        return (predicted - targets).square().mean(dim=1), scored
 
 
 def _positions(config: ModelConfig, width: int) -> Tensor:

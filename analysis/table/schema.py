@@ -168,7 +168,6 @@ COLUMNS = _columns(
             "fraction",
             "FLOPs by flops_per_image over the device's nominal bf16 or TF32 peak",
         ),
-        ("mfu_executed", "float64", "fraction", "FLOPs executed over that nominal peak"),
         ("mfu", "float64", "fraction", "FLOPs executed over the matrix-multiplication peak measured on the device"),
         ("num_skipped_steps", "int64", "steps", "Optimiser steps skipped because of non-finite gradients"),
         ("num_bad_samples", "int64", "images", "Samples that could not be decoded"),
@@ -185,7 +184,7 @@ COLUMNS = _columns(
 """The schema, in the order in which columns are written."""
 
 KNOWN = {column.name: column for column in COLUMNS}
-MFU = {"mfu_published": "published/nominal", "mfu_executed": "executed/nominal", "mfu": "executed/measured"}
+MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
 STATUSES = ("complete", "unfinished", "diverged", "failed")
 

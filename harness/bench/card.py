@@ -187,8 +187,8 @@ def page(done: dict[str, Any]) -> str:
     for check in (_result(found, "doctor") or {}).get("checks", ()):
         if check["level"] != "ok" or check["name"] == "accelerator":
             lines += [f"Doctor: {check['level']}, {check['name']}: {check['found']}", ""]
-    head = "size, batch, compiled | ms/step | images/s | MFU published/nominal | executed/nominal | executed/measured"
-    lines += [f"| {head} | ours / FSDP2 | ours / bare | GB (estimate) |", "|---" * 9 + "|"]
+    head = "size, batch, compiled | ms/step | images/s | MFU published/nominal | executed/measured"
+    lines += [f"| {head} | ours / FSDP2 | ours / bare | GB (estimate) |", "|---" * 8 + "|"]
     for name in found:
         if name.startswith("train") and (row := _result(found, name)):
             lines.append(_training_line(row))
@@ -215,7 +215,7 @@ def _training_line(row: dict[str, Any]) -> str:
     def ratio(name: str) -> str:
         return f"{row['others'][name]['ours_over_it']:.3f}" if name in row["others"] else ""
 
-    shares = [row[name] for name in ("mfu_published", "mfu_executed", "mfu")]
+    shares = [row[name] for name in ("mfu_published", "mfu")]
     cells = [
         f"{row['size']}, {row['batch_size']}, {row['compiled']}",
         f"{row['ms_per_step']:.1f}",

@@ -18,7 +18,7 @@ from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import StepOutcome, compile_model
+from aimscale.harness.step.engine import StepOutcome
 
 
 class ReferenceEngine:
@@ -34,7 +34,8 @@ class ReferenceEngine:
         self._autocasts = is_bf16 and not sharded
         self._model = model.to(group.device)
         model.set_activation_checkpointing(options.activation_checkpointing)
-        compile_model(model, options.compile)
+        if options.compile:
+            model.compile_blocks()
         if sharded:
             _shard(model, is_bf16)
         self._adamw = torch.optim.AdamW(

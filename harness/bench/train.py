@@ -26,8 +26,8 @@ from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
 from aimscale.harness.run.row import model_of
-from aimscale.harness.step.deepspeed_setup import CompileMode, EngineOptions
-from aimscale.harness.step.engine import Engine, compile_mode
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import count_targets
 
 
@@ -57,8 +57,8 @@ class TrainBench:
     """fp32 or bf16."""
     zero_stage: int
     activation_checkpointing: bool
-    compiled: CompileMode
-    """What torch.compile works on."""
+    compiled: bool
+    """Whether torch.compile works on the blocks."""
     device: str
     num_threads: int
     ms_per_step: float
@@ -67,8 +67,6 @@ class TrainBench:
     """At that rate."""
     mfu_published: float | None
     """FLOPs by the published formula over the device's nominal peak; null where no nominal peak is known."""
-    mfu_executed: float | None
-    """FLOPs executed over the nominal peak."""
     mfu: float
     """FLOPs executed over the measured peak."""
     peak_flops_per_s: float
@@ -105,12 +103,11 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
         runtime,
         world_size=group.world_size,
         device_bytes=group.memory_bytes(),
-        on_cpu=group.device.type == "cpu",
     )
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,
-        compile=compile_mode(runtime.compile, group.device, plan.zero_stage),
+        compile=compiles(runtime.compile, group.device, plan.zero_stage),
     )
     on_host = random_batches(model, optimiser.batch_size // group.world_size, plan.micro_batch)
     step = [batch.on(group.device) for batch in on_host]  # as a run has them: moved a step ahead

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.memory import host_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +140,9 @@ class Group:
 
     def host_memory_bytes(self) -> int:
         """This rank's share of what its host has free."""
-        return host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        import psutil
+
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""

@@ -1,29 +1,26 @@
 """The peaks against which MFU is stated: a data sheet's, and the matrix-multiplication rate measured on this device.
 
 A data sheet's peak is what others state MFU against, and is reached by no program; what the best matrix product reaches
-here is the honest limit. Another
-process can only make a measurement too small, so the largest counts: it is kept for this host, device, precision and
-number of threads under `$AIMSCALE_CACHE` (by default `~/.cache/aimscale`), and every start measures again for a moment.
-Runs side by side then state their MFU against the same peak.
+here is the honest limit. Another process can only make a measurement too small, so the largest that this host has shown
+counts (it is remembered in `cache_folder`), and every start measures again for a moment.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import socket
 import time
-from pathlib import Path
 
 import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
-from aimscale.aim.cpu_kernels import float32_matmul
-from aimscale.aim.machine import cache_folder, cpu_name
-from aimscale.harness.run.files import write_json
+from aimscale.harness.run.files import cache_folder, write_text
+from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}
 """n on a CPU: as fast as 2048, and short enough to finish between two interruptions by other processes (measured on a
@@ -33,33 +30,13 @@ MAX_TRIES = 100
 MAX_SECONDS = 1.0
 """Tries go on until the best has not grown in `MIN_TRIES` tries, but no longer than this."""
 NOMINAL_TFLOPS = {
-    # "NVIDIA A100 Tensor Core GPU" (data sheet, 2021), SXM and PCIe alike
-    "A100": 312,
-    # "NVIDIA A30 Tensor Core GPU", "NVIDIA A40", "NVIDIA A10" (data sheets); the A10G of clouds is clocked lower
-    "A30": 165,
-    "A40": 149.7,
-    "A10": 125,
-    # "NVIDIA H100 Tensor Core GPU" (data sheet, 2023; printed with sparsity, which doubles it): PCIe 1513, NVL 1671,
-    # SXM 1979, which torch calls "NVIDIA H100 80GB HBM3"
-    "H100 PCIe": 756.5,
-    "H100 NVL": 835.5,
-    "H100": 989.5,
-    "GH200": 989.5,
-    # "NVIDIA H200 Tensor Core GPU" (data sheet, 2024): NVL 1671, SXM 1979 with sparsity
-    "H200 NVL": 835.5,
-    "H200": 989.5,
-    # "NVIDIA L40S", "NVIDIA L40", "NVIDIA L4" (data sheets, 2022 and 2023): 733, 362 and 242 with sparsity
-    "L40S": 362.05,
-    "L40": 181.05,
-    "L4": 121,
-    # "NVIDIA DGX B200" and "GB200 NVL72" (data sheets, 2024): 36 PFLOP/s of 8 and 360 of 72 cards, with sparsity
-    "GB200": 2500,
-    "B200": 2250,
+    **{"A100": 312, "A30": 165, "A40": 149.7, "A10": 125},
+    **{"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.5, "GH200": 989.5, "H200 NVL": 835.5, "H200": 989.5},
+    **{"L40S": 362.05, "L40": 181.05, "L4": 121, "GB200": 2500, "B200": 2250},
 }
-"""Dense bf16 TFLOP/s of cards whose name holds the key, the longest key first. TF32, which float32 products take on a
-card (`start_group`), is half of it on all of them."""
-EXPIRY_S = 30 * 24 * 3600
-"""A remembered peak is forgotten after this: drivers and libraries change."""
+"""Dense bf16 TFLOP/s of cards whose name holds the key, the longest key first, from NVIDIA's data sheets of 2021 to
+2024, which print twice as much, with sparsity, from the H100 on. SXM cards bear the plain name. TF32, which float32
+products take on a card (`start_group`), is half of it on all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,22 +58,19 @@ class Peak:
 def utilisation(
     config: ModelConfig, peak: Peak, *, images_per_s: float, scored_tokens: float, world_size: int
 ) -> dict[str, float | None]:
-    """Model FLOPs utilisation (MFU) three ways, each a fraction; null without a nominal peak.
+    """Model FLOPs utilisation (MFU) two ways, each a fraction.
 
     `mfu_published`: FLOPs of the published formula, as others count them, over the nominal peak; it also rewards work
-    that is saved. `mfu_executed`: FLOPs executed over the nominal peak. `mfu`: FLOPs executed over the measured peak.
+    that is saved, and is null where no nominal peak is known. `mfu`: FLOPs executed over the measured peak.
 
     Args:
         images_per_s: training throughput of all devices.
         scored_tokens: mean per image.
     """
-    rate = images_per_s / world_size
-    executed = rate * executed_flops_per_image(config, scored_tokens).train
-    nominal = peak.nominal_flops_per_s
+    rate, nominal = images_per_s / world_size, peak.nominal_flops_per_s
     return {
         "mfu_published": nominal and rate * flops_per_image(config).train / nominal,
-        "mfu_executed": nominal and executed / nominal,
-        "mfu": executed / peak.flops_per_s,
+        "mfu": rate * executed_flops_per_image(config, scored_tokens).train / peak.flops_per_s,
     }
 
 
@@ -116,17 +90,16 @@ def device_name(device: torch.device) -> str:
 
 
 def measure_peak(device: torch.device, precision: str, side: int | None = None) -> Peak:
-    """Time square matrix products on a device, by the fastest library that training uses there."""
+    """Time square matrix products on a device."""
     side = side or GEMM_SIDE[device.type]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    multiply = float32_matmul if (device.type, precision) == ("cpu", "fp32") else torch.mm
     left = torch.randn(side, side, device=device).to(dtype)
     right = torch.randn(side, side, device=device).to(dtype)
     best, tries_since, began = float("inf"), 0, time.perf_counter()
     for _ in range(MAX_TRIES):
         _wait(device)
         started = time.perf_counter()
-        multiply(left, right)
+        torch.mm(left, right)
         _wait(device)
         took = time.perf_counter() - started
         best, tries_since = (took, 0) if took < 0.99 * best else (min(best, took), tries_since + 1)
@@ -145,28 +118,14 @@ def measure_peak(device: torch.device, precision: str, side: int | None = None) 
 def known_peak(device: torch.device, precision: str) -> Peak:
     """The largest peak that this host has shown for a device, precision and number of threads; measures once more."""
     now = measure_peak(device, precision)
-    path = cache_folder() / "peaks.json"
-    key = json.dumps([socket.gethostname(), now.device, precision, now.num_threads, now.gemm_side, torch.__version__])
-    entries = _read(path)
-    seen = entries.get(key)
-    if seen is not None and seen["flops_per_s"] >= now.flops_per_s:
-        return dataclasses.replace(now, flops_per_s=seen["flops_per_s"])
-    entries[key] = {"flops_per_s": now.flops_per_s, "time": time.time()}
+    what = [socket.gethostname(), now.device, precision, now.num_threads, now.gemm_side, torch.__version__]
+    path = cache_folder() / f"peak-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+    with contextlib.suppress(OSError, ValueError):
+        if (seen := float(path.read_text())) >= now.flops_per_s:
+            return dataclasses.replace(now, flops_per_s=seen)
     with contextlib.suppress(OSError):  # a home that cannot be written only costs the agreement
-        write_json(path, entries, durable=False)
+        write_text(path, f"{now.flops_per_s}\n", durable=False)
     return now
-
-
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    """Entries that have not expired; none where the file is missing or damaged."""
-    try:
-        return {
-            key: {"flops_per_s": float(entry["flops_per_s"]), "time": float(entry["time"])}
-            for key, entry in json.loads(path.read_text()).items()
-            if 0 <= time.time() - entry["time"] < EXPIRY_S
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
 
 
 def _wait(device: torch.device) -> None:

@@ -21,8 +21,6 @@ class Tally:
     """Undecodable samples, replaced."""
     num_loss_spikes: int = 0
     """Losses far above those before them."""
-    num_roll_backs: int = 0
-    """Returns to an earlier point's weights."""
 
     def __add__(self, other: Tally) -> Tally:
         ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
@@ -39,8 +37,6 @@ class Counters:
         """Undecodable samples among them."""
         self.consecutive_skipped = 0
         """Non-finite steps since the last finite one."""
-        self.point: str | None = None
-        """Name of the checkpoint to roll back to."""
         self.trunk, self.branch = Tally(), Tally()
         self._is_on_branch = False
 
@@ -80,7 +76,6 @@ class Counters:
             "trunk": dataclasses.asdict(self.trunk),
             "branch": dataclasses.asdict(self.branch),
             "consecutive_skipped": self.consecutive_skipped,
-            "point": self.point,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -89,4 +84,3 @@ class Counters:
         self.num_bad = state.get("num_bad_done", 0)
         self.trunk, self.branch = Tally(**state["trunk"]), Tally(**state["branch"])
         self.consecutive_skipped = state.get("consecutive_skipped", 0)
-        self.point = state.get("point")

@@ -79,7 +79,7 @@ class LineWriter:
             heartbeat=speed["time"],
             **{key: line[key] for key in ("images_seen", "step", "loss", "num_skipped_steps")},
             images_per_s=self._smoothed(speed["images_per_s"], wall_s),
-            **{key: speed[key] for key in ("mfu_published", "mfu_executed", "mfu")},
+            **{key: speed[key] for key in ("mfu_published", "mfu")},
         )
         for logger in self._loggers:
             logger.log(line | speed)
@@ -91,8 +91,6 @@ class LineWriter:
             images_seen=line["images_seen"],
             images_done=images_done,
         )
-        if "blocks" in line:
-            self._terminal.say(extremes(line["blocks"]))
 
     def _smoothed(self, images_per_s: float, wall_s: float) -> float:
         """The rate of this line and those before it, which count less the longer ago they are."""
@@ -109,12 +107,3 @@ class LineWriter:
         """Write what the loggers have buffered."""
         for logger in self._loggers:
             logger.close()
-
-
-def extremes(blocks: dict[str, dict[str, float | None]]) -> str:
-    """The blocks with the smallest and the largest of each number, in one line."""
-    told = []
-    for key, name in (("grad_norm", "gradient norm"), ("update_ratio", "update to weight")):
-        known = sorted((value, block) for block, its in blocks.items() if (value := its[key]) is not None)
-        told.append(f"{name} " + " to ".join(f"{value:.1e} ({block})" for value, block in (known[0], known[-1])))
-    return f"{'':>10}  blocks  {'; '.join(told)}"

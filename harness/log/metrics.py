@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.step.blocks import BlockSums
 from aimscale.harness.step.engine import StepOutcome
 
 SPIKE_WINDOW = 100
@@ -53,26 +52,15 @@ class StepLog:
         self._group = group
         self._settled: list[_Step] = []
         self._pending: list[tuple[_Step, StepOutcome]] = []
-        self._blocks: BlockSums | None = None
         self._tail_sum, self._tail_count = 0.0, 0
         self._recent: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
 
-    def add(
-        self,
-        outcome: StepOutcome,
-        *,
-        images_seen: int,
-        lr: float,
-        num_targets: int,
-        in_tail: bool,
-        blocks: BlockSums | None = None,
-    ) -> None:
-        """Note a step; `in_tail` counts it into the budget's `train_loss`, `blocks` go into its line."""
+    def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int, in_tail: bool) -> None:
+        """Note a step; `in_tail` counts it into the budget's `train_loss`."""
         step = _Step(
             images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied, in_tail=in_tail
         )
         self._pending.append((step, outcome))
-        self._blocks = blocks if outcome.was_applied else None
 
     def _settle(self) -> None:
         """Bring pending values to the host: one sum over ranks for all of them."""
@@ -112,8 +100,6 @@ class StepLog:
             "num_skipped_steps": num_skipped_steps,
             "loss_spikes": [step.images_seen for step in self._settled if step.is_spike],
         }
-        if self._blocks is not None and last.grad_norm is not None:
-            line["blocks"] = self._blocks.line(self._group, last.grad_norm)
         self._settled.clear()
         return line
 

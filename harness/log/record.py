@@ -22,9 +22,11 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.schedule import Segment
-from aimscale.harness.step.blocks import BlockSums
 from aimscale.harness.step.engine import StepOutcome
 from aimscale.harness.step.feed import Feed, Step
+
+MAX_SKIPPED_STEPS = 20
+"""More consecutive steps than this that are not finite, and the run has diverged."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,10 +84,8 @@ class Recorder:
             self.counters.add_bad_samples(step.num_bad_samples)
         return step
 
-    def step(
-        self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int, blocks: BlockSums | None
-    ) -> None:
-        """One step is done, up to `images_seen`; a line is written when it is due, with `blocks` where there are some.
+    def step(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
+        """One step is done, up to `images_seen`; a line is written when it is due.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
@@ -95,12 +95,10 @@ class Recorder:
         self._interval.num_images += self._batch_size
         self._interval.num_targets += num_targets
         in_tail = segment.branch is not None and images_seen > (1 - TAIL_FRACTION) * segment.branch
-        self._log.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets, in_tail=in_tail, blocks=blocks)
+        self._log.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets, in_tail=in_tail)
         if images_seen // self._batch_size % runtime.log_every_steps == 0 or images_seen == segment.stop:
             self._write_line()
-        section = self._config.training.roll_back
-        limit = section.after_skipped_steps if section and self._may_roll_back else None
-        if counters.consecutive_skipped > (runtime.max_skipped_steps if limit is None else limit):
+        if counters.consecutive_skipped > MAX_SKIPPED_STEPS:
             raise DivergedError(
                 f"{counters.consecutive_skipped} steps in a row were not finite, up to image {images_seen}; "
                 "lower optimiser.lr_peak or lengthen the warm-up"
@@ -167,7 +165,7 @@ class Recorder:
         took = Tally(**progress["trunk"]) + Tally(**progress["branch"])
         images_per_s = took.num_images / took.wall_s
         scored = mean_scored_tokens(self._model_config.num_tokens, self._config.training.objective.prefix)
-        counts = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes", "num_roll_backs")
+        counts = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
         return {
             "train_loss": progress["train_loss"],
             "wall_s": took.wall_s,
@@ -177,24 +175,6 @@ class Recorder:
             **{name: getattr(took, name) for name in counts},
             "world_size": self._group.world_size,
         }
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the last step was."""
-        return self.counters.consecutive_skipped == 0
-
-    @property
-    def _may_roll_back(self) -> bool:
-        section, done = self._config.training.roll_back, (self.counters.trunk + self.counters.branch).num_roll_backs
-        return section is not None and self.counters.point is not None and done < section.max_times
-
-    def roll_back(self) -> str | None:
-        """The checkpoint to take the weights of, where too many bad steps end in that; counts it."""
-        if not self._may_roll_back:
-            return None
-        self.counters.current.num_roll_backs += 1
-        self.counters.consecutive_skipped = 0
-        return self.counters.point
 
     def close(self) -> None:
         """Leave the terminal and the loggers."""

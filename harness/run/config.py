@@ -16,9 +16,6 @@ from pydantic import AfterValidator, Field, model_validator
 from aimscale.harness.run.identity import SCHEMA, filled_evaluation, filled_training, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
 
-RENAMED_ORDERS = {"spiral": "inward_spiral", "random": "hashed"}
-"""Patch orders of earlier versions -> what they are called now; runs keep their names."""
-
 
 class ModelSection(Section):
     """Which AIM is trained; `aim.config.model_config` turns this into the model's own configuration."""
@@ -45,8 +42,7 @@ class ModelSection(Section):
         "raster"
     )
     """Order in which patches are predicted (`aim.orders`); `outward_spiral`, `checkerboard` and `fixed_random` (a
-    list in their trainer, which must be installed) are the authors'. What
-    earlier versions called `spiral` and `random` is read as `inward_spiral` and `hashed`."""
+    list in their trainer, which must be installed) are the authors'."""
     parametrisation: Literal["standard", "mup"] = "standard"
     """`standard`: the paper's constant learning rate and xavier init; `mup`: width-aware rates and scales."""
     norm_eps: float = Field(1e-6, gt=0)
@@ -54,13 +50,6 @@ class ModelSection(Section):
     qkv_init: Literal["fused", "separate"] = "fused"
     """Initial query, key and value: drawn as one (3 d, d) matrix, or, as in the authors' trainer, as three of (d, d),
     whose values are sqrt(2) times as wide."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _orders_of_earlier_versions(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("patch_order") in RENAMED_ORDERS:
-            return {**values, "patch_order": RENAMED_ORDERS[values["patch_order"]]}
-        return values
 
 
 UNINDEXED = "wds://"
@@ -133,11 +122,8 @@ class ObjectiveSection(Section):
 
 
 class OptimiserSection(Section):
-    """AdamW, or Muon with AdamW, and the batch (paper, Table 9)."""
+    """AdamW and the batch (paper, Table 9)."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: torch's Muon for the matrices from width to width, its update scaled to AdamW's usual size so that rate
-    and decay carry over, and AdamW for all else; needs `zero_stage` 0, fp32 and the standard parametrisation."""
     batch_size: int = Field(4096, gt=0)
     """Images per optimiser step, over all ranks and micro-batches."""
     lr_peak: float = Field(1e-3, gt=0)
@@ -227,17 +213,6 @@ class ProbeSection(Section):
     """Share of the training split held out to choose by. What is chosen has learned from all of it."""
 
 
-class RollBackSection(Section):
-    """What a run does about a stretch of images on which it does not stay finite, instead of stopping as diverged."""
-
-    every_images: int = Field(gt=0)
-    """Distance of the points to go back to: the weights and moments of the last one are kept."""
-    after_skipped_steps: int = Field(20, ge=0)
-    """Consecutive non-finite steps after which a run takes that point's weights and goes on behind the stretch."""
-    max_times: int = Field(1, gt=0)
-    """How often; the row counts roll-backs and skipped steps."""
-
-
 class TrainingConfig(Section):
     """What is trained: whatever differs here is another run."""
 
@@ -253,8 +228,6 @@ class TrainingConfig(Section):
     """The learning-rate schedule."""
     seed: int = Field(0, ge=0, lt=2**53)
     """Seeds the initial weights and the stream."""
-    roll_back: RollBackSection | None = None
-    """Go back when steps stop being finite; null stops the run."""
 
 
 class EvaluationConfig(Section):
@@ -293,14 +266,8 @@ class RuntimeConfig(Section):
     """Images per forward pass and rank."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute block activations in the backward pass."""
-    offload_optimiser: Literal["auto"] | bool = "auto"
-    """Keep master weights and moments in host memory (ZeRO 1 to 3); `auto` where nothing else fits."""
-    offload_weights: Literal["auto"] | bool = "auto"
-    """Keep the weights there, too, between their uses (ZeRO 3 with `offload_optimiser`)."""
-    compile: Literal["auto", "graphs"] | bool = "auto"
-    """torch.compile the blocks; `auto` does on a card; on a CPU, where it is slower, it is refused.
-    `graphs` compiles the model as a whole into CUDA graphs, for small models on a card, whose kernels end faster than
-    they are launched; not with `objective.prefix: uniform` or ZeRO 3."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the blocks; `auto` does on a card, but not at ZeRO 3. It is refused on a CPU, being slower."""
     num_workers: int = Field(0, ge=0)
     """Loader processes per rank; 0 loads in a thread of the trainer."""
     augment_on: Literal["loader", "device"] = "loader"
@@ -316,10 +283,8 @@ class RuntimeConfig(Section):
     checkpoint_every_images: int | None = Field(None, gt=0)
     """Checkpoints at this distance, beside those at branch points; null leaves them to the time."""
     checkpoint_every_min: float | None = Field(30, gt=0)
-    """Checkpoints this many minutes after the last, too. They are written while training goes on."""
-    checkpoint_copy: Literal["auto"] | bool = "auto"
-    """Copy the state into host memory, 12 bytes per parameter over all ranks, and write it while training goes on;
-    false writes it from where it is, and training waits. `auto` copies where the host has room."""
+    """Checkpoints this many minutes after the last, too. They are written while training goes on, from a copy in host
+    memory (12 bytes per parameter over all ranks); where the host has no room for it, training waits."""
     keep_trunk: bool = True
     """Keep the last saved point of a finished run's trunk, 12 bytes per parameter, from which a longer budget goes on
     (wsd)."""
@@ -328,33 +293,10 @@ class RuntimeConfig(Section):
     freed, or as jobs of their own, which `aimscale launch` starts."""
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
-    per_block_every_steps: int | None = Field(None, gt=0)
-    """Write the gradient norm and the update-to-weight ratio of every block into the metric line at each such step, a
-    multiple of `log_every_steps`; null never looks. [What to look for](run-directory.md#block-by-block)."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Besides `metrics.jsonl`, which is always written; W&B groups by sweep and tags with size and budgets."""
     profile: ProfileSection | None = None
     """Write a torch profiler trace of some steps and a memory snapshot into the run's `profile/`, for each rank."""
-    max_skipped_steps: int = Field(20, ge=0)
-    """Consecutive non-finite steps after which a run stops as diverged, where it cannot roll back."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _roll_backs_moved(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "max_roll_backs" in values:
-            values = dict(values)
-            if values.pop("max_roll_backs"):
-                raise ValueError("max_roll_backs changes results; set roll_back among the training fields instead")
-        return values
-
-    @model_validator(mode="after")
-    def _blocks_go_into_lines(self) -> RuntimeConfig:
-        if self.per_block_every_steps is not None and self.per_block_every_steps % self.log_every_steps:
-            raise ValueError(
-                f"per_block_every_steps {self.per_block_every_steps} is not a multiple of log_every_steps "
-                f"{self.log_every_steps}, at which lines are written"
-            )
-        return self
 
 
 class RunConfig(Section):
@@ -393,7 +335,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
         check_budgets(self.training, self.evaluation)
-        check_graphs(self.training, self.runtime)
         return self
 
     @property
@@ -433,18 +374,11 @@ def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None
     runtime = runtime or RuntimeConfig()
     try:
         check_budgets(training, evaluation)
-        check_graphs(training, runtime)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     return RunConfig.model_construct(  # its parts are validated
         version=2, identity_schema=SCHEMA, training=training, evaluation=evaluation, runtime=runtime
     )
-
-
-def check_graphs(training: TrainingConfig, runtime: RuntimeConfig) -> None:
-    """Raise ValueError where a step's shapes change, for each of which CUDA graphs would be made anew."""
-    if runtime.compile == "graphs" and training.objective.prefix == "uniform":
-        raise ValueError("runtime.compile graphs needs the same shapes in every step; take objective.prefix paired")
 
 
 def check_budgets(training: TrainingConfig, evaluation: EvaluationConfig) -> None:

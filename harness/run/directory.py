@@ -63,8 +63,6 @@ class Status:
     """Over the last logging interval, all ranks."""
     mfu_published: float | None = None
     """Model FLOPs utilisation over the last logging interval, 0..1: published FLOPs over the device's nominal peak."""
-    mfu_executed: float | None = None
-    """FLOPs executed over the nominal peak."""
     mfu: float | None = None
     """FLOPs executed over the peak measured on the device; null before the first line."""
     num_skipped_steps: int = 0

@@ -25,6 +25,12 @@ from aimscale.harness.run.fence import aside_dir, aside_file, keeping_fence, mak
 T = TypeVar("T")
 
 
+def cache_folder() -> Path:
+    """Where what was found once on this machine is remembered: `$AIMSCALE_CACHE`, by default `~/.cache/aimscale`."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("AIMSCALE_CACHE") or os.path.join(base, "aimscale"))
+
+
 @contextlib.contextmanager
 def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to in place of `path`, which it replaces at the block's end; after an error nothing is left.

@@ -39,7 +39,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "data.shuffle_buffer": 1000,
     "objective.target": "normalised",
     "objective.prefix": "paired",
-    "optimiser.name": "adamw",
     "optimiser.batch_size": 4096,
     "optimiser.lr_peak": 1e-3,
     "optimiser.betas": [0.9, 0.95],
@@ -53,9 +52,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "schedule.lr_end": 0.0,
     "schedule.decay_fraction": 0.2,
     "seed": 0,
-    "roll_back": None,
-    "roll_back.after_skipped_steps": 20,
-    "roll_back.max_times": 1,
 }
 """Of `TrainingConfig`, but for the model's size and the data sets, which always count."""
 
@@ -79,8 +75,6 @@ EVALUATION_DEFAULTS: dict[str, dict[str, Any]] = {
 GONE = {"refit": True}
 """Fields of a probe that are no more, with the value of what is done now: evaluations that had it keep their names."""
 
-FIRST_NAMES = {"inward_spiral": "spiral", "hashed": "random"}
-"""Patch orders that were called otherwise when the first runs were named by them."""
 PATHS = ("path", "train", "test")
 """Fields of an evaluation that say where its data lie."""
 
@@ -93,8 +87,6 @@ def training_digest(training: Values, horizon: int | None) -> str:
         horizon: images after which a cosine schedule ends; None under `wsd`, where budgets branch off one trunk.
     """
     fields = _differing(_flat(training), TRAINING_DEFAULTS)
-    if fields.get("model.patch_order") in FIRST_NAMES:
-        fields["model.patch_order"] = FIRST_NAMES[fields["model.patch_order"]]
     fields["data.sources"] = [
         {
             "content": source["fingerprint"] or f"unknown: {source['path']}",
@@ -132,7 +124,7 @@ def filled_training(training: Any) -> Any:
         section, _, name = dotted.partition(".")
         if not name:
             filled.setdefault(section, value)
-        elif section != "roll_back" or filled.get("roll_back"):
+        else:
             place = filled.setdefault(section, {})
             if isinstance(place, dict):
                 place.setdefault(name, value)

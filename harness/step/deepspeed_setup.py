@@ -5,7 +5,7 @@ this version of it has the private attributes that `harness.step.engine` reads.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import MAX_BUCKET_VALUES
 from aimscale.harness.run.config import OptimiserSection
 
-CompileMode = Literal["none", "blocks", "graphs"]
 TESTED_DEEPSPEED = "0.19.8"
 """The version that the tests passed with."""
 
@@ -33,12 +32,8 @@ class EngineOptions:
     """0: everything on every rank; 1: optimiser state is split over ranks; 2: gradients too; 3: weights too."""
     activation_checkpointing: bool = False
     """Recompute block activations in the backward pass."""
-    compile: CompileMode = "none"
-    """torch.compile: nothing, every block, or the whole model into CUDA graphs."""
-    offload_optimiser: bool = False
-    """Keep master weights and moments in host memory and update them there; ZeRO 1 to 3."""
-    offload_weights: bool = False
-    """Keep the weights themselves in host memory between their uses, too; ZeRO 3."""
+    compile: bool = False
+    """torch.compile every block."""
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -65,48 +60,13 @@ class GuardedAdamW(torch.optim.AdamW):
             return
         # The same formula as DeepSpeed's at stages 1 to 3.
         torch._foreach_mul_(gradients, 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0))
-        self._update()
-
-    def _update(self) -> None:
         super().step()
 
 
-class GuardedMuon(GuardedAdamW):
-    """Torch's Muon for the `hidden` groups, AdamW for the others, clipped and guarded alike.
-
-    Checkpoints know AdamW's state alone, so `exp_avg` holds Muon's momentum; its `exp_avg_sq` stays zero.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, **settings: Any) -> None:
-        super().__init__(groups, clip_norm=clip_norm, **settings)
-        hidden = [group for group in self.param_groups if group["hidden"]]  # shared: rates set in one are set in both
-        self._muon = torch.optim.Muon(hidden, lr=settings["lr"], adjust_lr_fn="match_rms_adamw")
-
-    def _update(self) -> None:
-        matrices = [p for group in self._muon.param_groups for p in group["params"]]
-        for matrix in matrices:
-            state = self.state[matrix]
-            if not state:
-                state.update(
-                    step=torch.zeros(()), exp_avg=torch.zeros_like(matrix), exp_avg_sq=torch.zeros_like(matrix)
-                )
-            state["step"] += 1
-            self._muon.state[matrix] = {"momentum_buffer": state["exp_avg"]}
-        self._muon.step()
-        gradients = [matrix.grad for matrix in matrices]
-        for matrix in matrices:
-            matrix.grad = None  # which AdamW passes over
-        super()._update()
-        for matrix, gradient in zip(matrices, gradients, strict=True):
-            matrix.grad = gradient
-
-
 def make_optimiser(model: AIM, section: OptimiserSection, options: EngineOptions) -> torch.optim.Optimizer:
-    """torch's AdamW over the model's parameter groups, or Muon for some of them."""
+    """torch's AdamW over the model's parameter groups."""
     settings: dict[str, Any] = {"lr": section.lr_peak, "betas": section.betas, "eps": section.eps, "fused": True}
-    groups = model.param_groups(section.weight_decay, hidden_apart=section.name == "muon")
-    if section.name == "muon":
-        return GuardedMuon(groups, clip_norm=section.clip_norm, **settings)
+    groups = model.param_groups(section.weight_decay)
     if options.zero_stage == 0:
         return GuardedAdamW(groups, clip_norm=section.clip_norm, **settings)
     return torch.optim.AdamW(groups, **settings)
@@ -134,11 +94,6 @@ def deepspeed_config(
             "overlap_comm": group.device.type == "cuda" and group.world_size > 1,
         },
     }
-    to_host = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
-    if options.offload_optimiser:
-        config["zero_optimization"]["offload_optimizer"] = to_host
-    if options.offload_weights:
-        config["zero_optimization"]["offload_param"] = to_host
     if section.precision == "bf16":
         config["bf16"] = {"enabled": True, "immediate_grad_update": options.zero_stage == 1}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -149,7 +104,6 @@ def place_partitioned(deepspeed: Any, model: AIM, settings: dict[str, Any], devi
     """Give a meta model its memory for ZeRO 3, layer by layer, so that no rank ever holds it whole."""
     model.preprocessor.to_empty(device=device, recurse=False)
     model.pixel_head.to_empty(device=device, recurse=False)
-    to_host = settings["zero_optimization"].get("offload_param")
     placed: Any = None
     for layer in model.modules():
         own = list(layer.parameters(recurse=False))
@@ -157,13 +111,7 @@ def place_partitioned(deepspeed: Any, model: AIM, settings: dict[str, Any], devi
             continue
         layer.to_empty(device=device, recurse=False)
         if placed is None:
-            deepspeed.zero.Init(
-                module=layer,
-                config_dict_or_path=settings,
-                dtype=own[0].dtype,
-                remote_device=to_host["device"] if to_host else None,
-                pin_memory=bool(to_host and to_host["pin_memory"]),
-            )
+            deepspeed.zero.Init(module=layer, config_dict_or_path=settings, dtype=own[0].dtype)
             placed = next(layer.parameters())
         else:
             placed.convert_to_zero_parameters(param_list=list(layer.parameters(recurse=False)))

@@ -24,7 +24,6 @@ from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import (
-    CompileMode,
     EngineOptions,
     check_deepspeed,
     deepspeed_config,
@@ -82,20 +81,11 @@ class Engine:
         The model is never whole in host memory: a rank draws, tensor by tensor, what it holds master weights of.
 
         Raises:
-            ConfigError: bf16 at stage 0, which DeepSpeed gets wrong, or an offloading that its stage does not have.
+            ConfigError: bf16 at stage 0, which DeepSpeed gets wrong.
             DeepSpeedError: a version of DeepSpeed that lacks what is read here.
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
-        if options.offload_optimiser and options.zero_stage == 0:
-            raise ConfigError("zero_stage 0 keeps its optimiser on the device; use zero_stage 1, 2 or 3 to offload it")
-        if options.offload_weights and not (options.zero_stage == 3 and options.offload_optimiser):
-            raise ConfigError("offload_weights needs zero_stage 3 and offload_optimiser")
-        if optimiser.name == "muon" and (options.zero_stage > 0 or config.parametrisation != "standard"):
-            raise ConfigError(
-                "muon needs whole matrices, so zero_stage 0 (and fp32), and parametrisation standard, "
-                "as the size of its updates follows the width by itself"
-            )
         deepspeed = import_deepspeed(log_file)
         self.group = group
         self.options = options
@@ -104,7 +94,8 @@ class Engine:
         if optimiser.precision == "bf16":
             model.to(torch.bfloat16)  # buffers too, which DeepSpeed would leave as they are
         model.set_activation_checkpointing(options.activation_checkpointing)
-        compile_model(model, options.compile)
+        if options.compile:
+            model.compile_blocks()
         settings = deepspeed_config(optimiser, options, sum(shape.numel() for shape in model.shapes.values()), group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics
             if options.zero_stage == 3:
@@ -119,11 +110,6 @@ class Engine:
         check_deepspeed(self._engine, self._optimizer, list(self.module.parameters()), options.zero_stage)
         if group.world_size == 1 and options.zero_stage <= 1 and not hasattr(self._optimizer, "reduce_gradients"):
             self._engine.enable_backward_allreduce = False  # it would copy all gradients to and fro
-        # A CUDA graph writes gradients into its own memory, which the next replay takes again. At other stages
-        # DeepSpeed moves them elsewhere at once.
-        self._adds_up_in_place = (
-            options.compile == "graphs" and optimiser.precision == "fp32" and options.zero_stage <= 1
-        )
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         for fragment in self.fragments():
             if fragment.numel:
@@ -143,9 +129,6 @@ class Engine:
         # DeepSpeed divides the sum of the ranks' gradients by their number.
         scale = self.group.world_size / num_targets
         loss_sum = torch.zeros((), device=self.group.device)
-        if self._adds_up_in_place and len(micro_batches) > 1:
-            for parameter in self.module.parameters():
-                parameter.grad = torch.zeros_like(parameter)
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             images = batch.images_on(self.group.device)
@@ -165,8 +148,6 @@ class Engine:
         parameters = list(self.module.parameters())
         held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
-        if self.options.compile == "graphs":
-            torch.compiler.reset()  # graphs own the memory of their activations
         # DeepSpeed's hooks keep some of these alive, so their memory is given back and not only their names.
         give_back(held)
         del self._engine, self._optimizer, self.module
@@ -254,41 +235,25 @@ class Engine:
             self._optimizer.update_lp_params()
 
 
-def compile_mode(wanted: Literal["auto", "graphs"] | bool, device: torch.device, zero_stage: int) -> CompileMode:
+def compiles(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
     """What `runtime.compile` means: `auto` compiles the blocks on a card, but not at ZeRO 3, whose hooks break graphs.
 
     Raises:
-        ConfigError: it was asked for where it makes steps slower, or graphs at ZeRO 3.
+        ConfigError: it was asked for on a CPU, where it makes steps slower.
     """
-    if wanted == "graphs" and zero_stage == 3:
-        raise ConfigError("runtime.compile graphs needs zero_stage 0, 1 or 2: a graph cannot gather weights")
     if device.type == "cuda":
-        if wanted == "auto" and zero_stage == 3:
-            return "none"
-        return "graphs" if wanted == "graphs" else "blocks" if wanted else "none"
-    if wanted in ("auto", False):
-        return "none"
-    raise ConfigError(
-        f"runtime.compile {wanted} makes steps slower on a CPU (measured: 1.3 to 1.5 times as long); leave it on auto"
-    )
-
-
-def compile_model(model: Any, mode: CompileMode) -> None:
-    """Compile a model in place, before it is wrapped."""
-    if mode == "blocks":
-        model.compile_blocks()
-    elif mode == "graphs":
-        model.compile_whole()
+        return zero_stage < 3 if wanted == "auto" else wanted
+    if wanted is True:
+        raise ConfigError(
+            "runtime.compile makes steps slower on a CPU (measured: 1.3 to 1.5 times as long); leave it on auto"
+        )
+    return False
 
 
 def give_back(held: Any) -> None:
     """Free the memory of tensors inside nested lists and dictionaries, gradients included."""
     for tensor in _tensors_in(held):
-        storage = tensor.untyped_storage()
-        if storage.resizable():
-            storage.resize_(0)
-        else:  # page-locked, where DeepSpeed offloads from a card
-            tensor.data = tensor.new_empty(0)
+        tensor.untyped_storage().resize_(0)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -30,10 +30,9 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
-from aimscale.harness.step.blocks import BlockWatch
 from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, compile_mode
+from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.budget import save_budget, training_columns
@@ -62,8 +61,7 @@ class Trainer:
             runtime,
             world_size=group.world_size,
             device_bytes=group.from_first(group.memory_bytes()),
-            host_bytes=group.from_first(group.host_memory_bytes()),
-            on_cpu=group.device.type == "cpu",
+            host_bytes=group.from_first(group.host_memory_bytes()) if group.device.type == "cuda" else None,
         )
         self.engine = Engine(
             self.model_config,
@@ -71,18 +69,15 @@ class Trainer:
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
-                compile=compile_mode(runtime.compile, group.device, self.plan.zero_stage),
-                offload_optimiser=self.plan.offload_optimiser,
-                offload_weights=self.plan.offload_weights,
+                compile=compiles(runtime.compile, group.device, self.plan.zero_stage),
             ),
             group,
             seed=training.seed,
             log_file=run.logs / f"deepspeed-rank{group.rank}.log",
         )
-        self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.estimate.checkpoint_copy > 0)
+        self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.copies_checkpoints)
         self.saved_at = time.monotonic()
         self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
-        self.blocks = BlockWatch(self.engine, runtime.per_block_every_steps)
         steps = runtime.profile.steps if runtime.profile else None
         self.profiler = StepProfiler(run.path / "profile", steps, group)
         self.recorder = Recorder(
@@ -114,8 +109,6 @@ class Trainer:
             is_start = position == segment.start
             if is_start and segment.branch is not None and (segment.start > 0 or number + 1 < len(segments)):
                 self._save(segment.start, None)
-            if is_start and self._is_saved(segment.start):
-                self.recorder.counters.point = self.run.checkpoint_dir(segment.start).name
             self.recorder.enter(segment, from_its_start=is_start)
             self._train_segment(segment, position)
             if segment.branch is not None:
@@ -140,7 +133,7 @@ class Trainer:
         self.recorder.close()
         self.writer.close()
         self.engine.close()
-        del self.engine, self.writer, self.blocks
+        del self.engine, self.writer
         gc.collect()
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -190,8 +183,7 @@ class Trainer:
         for budget in left:
             check_branch(self.run, self.schedule, budget, point)
         if branch is None:
-            # A segment of the trunk begins where the last budget left it, not where the run was interrupted: a
-            # roll-back goes to that beginning.
+            # A segment of the trunk begins where the last budget left it, not where the run was interrupted.
             start = max((at for budget in saved if (at := self.schedule.branch_point(budget)) <= point), default=0)
             return [each for each in self.schedule.segments(start, left) if each.stop > point], point
         following = self.schedule.segments(point, left)
@@ -212,7 +204,7 @@ class Trainer:
             micro_batch=self.plan.micro_batch,
             num_workers=self.config.runtime.num_workers,
         )
-        every, roll_back = self.config.runtime.checkpoint_every_images, self.config.training.roll_back
+        every = self.config.runtime.checkpoint_every_images
 
         def is_crossed(distance: int | None) -> bool:
             return distance is not None and position < segment.stop and position % distance < self.batch_size
@@ -227,38 +219,14 @@ class Trainer:
                     raise PreemptedError
                 self.profiler.before_step()
                 lr = self.schedule.lr(position, segment.branch)
-                try:
-                    with self.watch.step():
-                        with self.blocks.step(position // self.batch_size + 1):
-                            outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
-                        position += self.batch_size
-                        self.recorder.step(
-                            outcome, images_seen=position, lr=lr, num_targets=step.num_targets, blocks=self.blocks.sums
-                        )
-                except DivergedError:
-                    if not self._roll_back(position, segment.branch):
-                        raise
+                with self.watch.step():
+                    outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+                    position += self.batch_size
+                    self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()  # what came since the start; the step waits for its line anyway
-                if roll_back and is_crossed(roll_back.every_images) and self.recorder.is_finite:
-                    self.recorder.counters.point = self.run.checkpoint_dir(position, segment.branch).name
+                if is_crossed(every) or (step.must_save and position < segment.stop):
                     self._save(position, segment.branch)
-                elif is_crossed(every) or (step.must_save and position < segment.stop):
-                    self._save(position, segment.branch)
-
-    def _roll_back(self, position: int, branch: int | None) -> bool:
-        """Take the weights of the last point and go on behind the bad stretch, if the configuration says so.
-
-        Points follow from the configuration alone, not from where the run was interrupted.
-        """
-        point = self.recorder.roll_back()
-        if point is None:
-            return False
-        self.writer.finish()
-        manifest = load_checkpoint(self.run.checkpoints / point, self.engine, self.group)
-        self.recorder.terminal.say(f"too many bad steps: weights of image {manifest.images_seen}, on at {position}")
-        self._save(position, branch)  # where a restart goes on
-        return True
 
     def _is_save_due(self) -> bool:
         """By the clock; of the first rank, so that ranks whose clocks differ do not save twice."""
@@ -267,11 +235,7 @@ class Trainer:
 
     def _save(self, position: int, branch: int | None) -> None:
         """Begin a checkpoint. What is needed neither to resume nor to return to the trunk goes when it is there."""
-        keep = set()
-        if self.recorder.counters.point is not None and self.config.training.roll_back is not None:
-            keep.add(self.run.checkpoints / self.recorder.counters.point)
-        if branch is not None:
-            keep.add(self.run.checkpoint_dir(self.schedule.branch_point(branch)))
+        keep = set() if branch is None else {self.run.checkpoint_dir(self.schedule.branch_point(branch))}
         self.writer.save(
             self.run.checkpoint_dir(position, branch),
             run_id=self.config.run_id,

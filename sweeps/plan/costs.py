@@ -75,9 +75,8 @@ class CostCard:
     """Peak of one rank at that stage and micro-batch, activations included."""
     memory_by_stage: dict[int, int]
     """The same at every ZeRO stage."""
-    host_bytes: int | None
-    """Host memory of all ranks for offloaded states and for the copy from which a checkpoint is written."""
     checkpoint_bytes: int
+    """Of one, on disk; and in host memory, all ranks together, of the copy from which it is written."""
     save_s: float
     """Time of one save at the stated rate."""
     stop_s: int
@@ -228,7 +227,6 @@ def _card(sweep: Sweep, run: Run, pool: int | None, heads: Mapping[str, str]) ->
         activation_checkpointing=fit.chosen.activation_checkpointing if fit.chosen else None,
         memory_bytes=fit.chosen.estimate.total if fit.chosen else None,
         memory_by_stage=fit.by_stage,
-        host_bytes=run.devices * fit.chosen.estimate.on_host if fit.chosen else None,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + len(budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
         trunk_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total if keeps_trunk else 0,

@@ -55,7 +55,7 @@ def device_fit(
 def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) -> int:
     """How many runs like this one fit a device of this memory (`cost.memory_gb` otherwise), by the memory estimate.
 
-    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH`, offload or recomputation.
+    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH` or recomputation.
     """
     if run.devices > 1:
         return 1
@@ -69,11 +69,6 @@ def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) ->
         shared = fit(round(total / num)).chosen
         if shared is None or shared.micro_batch < min(alone.micro_batch, MIN_SHARED_MICRO_BATCH):
             continue
-        if _way(shared) == _way(alone):
+        if shared.activation_checkpointing == alone.activation_checkpointing:
             return num
     return 1
-
-
-def _way(plan: ExecutionPlan) -> tuple[bool, int]:
-    """What sharing must not change: recomputation, and bytes offloaded."""
-    return plan.activation_checkpointing, plan.estimate.host

@@ -47,8 +47,6 @@ class RunStatus:
     images_per_s: float | None
     mfu_published: float | None
     """Published FLOPs over the nominal peak, 0..1; null where no nominal peak is known."""
-    mfu_executed: float | None
-    """FLOPs executed over the nominal peak."""
     mfu: float | None
     """FLOPs executed over the measured peak."""
     eta_s: float | None
@@ -195,7 +193,6 @@ def _line(
         val_loss=_validation_loss(record) if state not in ("not started", "damaged") else None,
         images_per_s=status.images_per_s,
         mfu_published=status.mfu_published,
-        mfu_executed=status.mfu_executed,
         mfu=status.mfu,
         eta_s=left / speed if speed else None,
         attempts=status.attempt,

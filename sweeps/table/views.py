@@ -200,7 +200,7 @@ def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], 
         f"({data_size(total.trunk_bytes)} of them the trunks kept for longer budgets), "
         f"image cache {data_size(total.cache_bytes)}; told to stop, a run gets up to "
         f"{duration(max(card.stop_s for card in cards))} to save; in host memory, all ranks of a run keep up to "
-        f"{data_size(max(card.host_bytes or 0 for card in cards))} of offloaded states and checkpoint copies",
+        f"{data_size(max(card.checkpoint_bytes for card in cards))} for the copy of a checkpoint",
         highlight=False,
         soft_wrap=True,
     )

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from aimscale.aim.machine import cache_folder
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.run.files import write_text
+from aimscale.harness.run.files import cache_folder, write_text
 
 _TABLE_BITS = 24  # of the checksums; almost all images are told from the held-out ones by one look at the table
 

@@ -16,15 +16,10 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("old", [{"max_roll_backs": 0}, {"max_roll_backs": 0, "offload_optimiser": False}])
-def test_the_runtime_of_earlier_runs_is_read(old: dict) -> None:
-    assert parse(RuntimeConfig, old, "an old file").max_skipped_steps == 20
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"roll_back": {"every_image": 3}}, r"unknown key 'roll_back\.every_image'; did you mean 'every_images'"),
+        ({"data": FIELDS["data"] | {"unique_image": 3}}, r"unknown key 'data\.unique_image'.*'unique_images'"),
         ({"optimizer": {}}, r"the test: unknown key 'optimizer'; did you mean 'optimiser'"),
         ({"model": FIELDS["model"] | {"size": 3}}, r"model\.size: Input should be a valid string$"),
         ({"budgets": [8192, 4096]}, r"the test: budgets \[8192, 4096\] must increase"),
@@ -37,22 +32,10 @@ def test_a_mistake_is_one_sentence(changes: dict, words: str) -> None:
         run_config({**FIELDS, **changes}, "the test")
 
 
-def test_a_moved_field_says_where_it_went() -> None:
-    with pytest.raises(ConfigError, match="max_roll_backs changes results; set roll_back among the training fields"):
-        parse(RuntimeConfig, {"max_roll_backs": 2}, "config.yaml")
-
-
 def test_budgets_are_checked_in_a_file_too() -> None:
     values = {"training": {"model": FIELDS["model"], "data": FIELDS["data"]}}
     with pytest.raises(ConfigError, match=r"config.yaml: .* is not a multiple of the batch size"):
         parse(RunConfig, {**values, "evaluation": {"budgets": [7], "validation": {"path": "v"}}}, "config.yaml")
-
-
-def test_graphs_are_refused_where_shapes_change_from_step_to_step() -> None:
-    runtime, uniform = RuntimeConfig(compile="graphs"), {"objective": {"prefix": "uniform"}}
-    assert run_config(FIELDS, "the test", runtime).runtime == runtime
-    with pytest.raises(ConfigError, match=r"the test: runtime\.compile graphs needs the same shapes in every step"):
-        run_config({**FIELDS, **uniform}, "the test", runtime)
 
 
 def test_a_key_that_stands_twice_is_refused_and_a_merged_one_may_be_replaced(tmp_path: Path) -> None:

@@ -105,8 +105,6 @@ def test_what_is_measured_where_data_lie_and_spelt_out_defaults_name_no_other_ru
         {"data": {"sources": [{"path": "train", "fingerprint": "another"}]}},
         {"data": {"sources": [{"path": "train"}]}},
         {"schedule": {"warmup_images": 16, "decay_fraction": 0.1}},
-        {"roll_back": {"every_images": 64}},
-        {"roll_back": {"every_images": 64, "max_times": 2}},
         {"schedule": {"kind": "cosine", "warmup_images": 16}},
         {"schedule": {"kind": "cosine", "warmup_images": 16}, "budgets": [8192]},
     ],
@@ -144,17 +142,6 @@ Config = Callable[..., RunConfig]
 
 def test_nothing_of_the_runtime_names_a_run(tiny_config: Config) -> None:
     assert tiny_config({"num_workers": 3, "zero_stage": 2}).run_id == tiny_config().run_id
-
-
-@pytest.mark.parametrize(("before", "now"), [("spiral", "inward_spiral"), ("random", "hashed")])
-def test_patch_orders_that_got_other_names_are_read_and_rename_no_run(before: str, now: str) -> None:
-    model = FIELDS["model"]
-    one, other = run(model={**model, "patch_order": before}), run(model={**model, "patch_order": now})
-    assert one == other
-    assert one.training.model.patch_order == now
-    assert one.run_id != run().run_id
-    fields = one.training.model_dump(mode="json")
-    assert training_digest({**fields, "model": {**fields["model"], "patch_order": before}}, None) == one.training_hash
 
 
 def test_runs_of_version_1_keep_the_crops_and_the_precision_that_they_were_measured_with() -> None:

@@ -27,9 +27,9 @@ CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 Run = Callable[..., list[int]]
 
 
-def make_engine(group: Group, stage: int, precision: str = "fp32", name: str = "adamw", **options: bool) -> Engine:
-    optimiser = OptimiserSection(name=name, batch_size=8, precision=precision)  # type: ignore[arg-type]
-    return Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage, **options), group)
+def make_engine(group: Group, stage: int, precision: str = "fp32") -> Engine:
+    optimiser = OptimiserSection(batch_size=8, precision=precision)  # type: ignore[arg-type]
+    return Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage), group)
 
 
 def train(engine: Engine, group: Group, start: int, stop: int) -> list[float]:
@@ -124,27 +124,6 @@ def test_any_ranks_and_stage_go_on_from_any_checkpoint(tmp_path: Path, in_proces
         assert codes == [0] * world_size
 
 
-def offload_and_back(rank: int, folder: Path, cases: list[tuple[int, str, bool]]) -> None:
-    """What an offloading engine saved goes on exactly, in an offloading engine and in one that does not offload."""
-    torch.set_num_threads(1)
-    group = start_group(find_placement(), "cpu")
-    for stage, precision, weights in cases:
-        offloading = {"offload_optimiser": True, "offload_weights": weights}
-        engine = make_engine(group, stage, precision, **offloading)
-        train(engine, group, 0, 3)
-        path = folder / f"{stage}-{precision}-{weights}"
-        save(path, engine, group)
-        expected = train(engine, group, 3, 6)
-        for options in (offloading, {}):
-            other = make_engine(group, stage, precision, **options)
-            train(other, group, 20, 21)
-            load_checkpoint(path, other, group)
-            losses = train(other, group, 3, 6)
-            assert losses == (expected if options else pytest.approx(expected, rel=1e-5)), (stage, precision, options)
-    stop_group()
-
-
-@pytest.mark.slow
 def test_the_copy_lies_in_pieces_that_page_locking_does_not_round_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (4 * saving._CHUNK_VALUES).bit_count() == 1, "bytes of a piece, a power of two"
     monkeypatch.setattr(saving, "_CHUNK_VALUES", 8)
@@ -155,14 +134,9 @@ def test_the_copy_lies_in_pieces_that_page_locking_does_not_round_up(monkeypatch
     assert torch.equal(torch.cat(pieces), torch.cat([values.flatten() for values in share]))
 
 
-def test_an_offloaded_run_is_saved_and_goes_on_with_or_without_offloading(tmp_path: Path, in_processes: Run) -> None:
-    cases = [(1, "fp32", False), (2, "bf16", False), (3, "fp32", True)]
-    assert in_processes(offload_and_back, tmp_path, cases, world_size=2) == [0, 0]
-
-
-def round_trip(rank: int, folder: Path, name: str) -> None:
+def round_trip(rank: int, folder: Path) -> None:
     group = start_group(find_placement(), "cpu")
-    engine = make_engine(group, 0, name=name)
+    engine = make_engine(group, 0)
     train(engine, group, 0, 3)
     save(folder / "1", engine, group, images_seen=24)
     losses = train(engine, group, 3, 6)
@@ -182,11 +156,8 @@ def round_trip(rank: int, folder: Path, name: str) -> None:
     stop_group()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_checkpoint_restores_weights_moments_and_count_and_notices_damage(
-    name: str, tmp_path: Path, in_processes: Run
-) -> None:
-    assert in_processes(round_trip, tmp_path, name) == [0]
+def test_a_checkpoint_restores_weights_moments_and_count_and_notices_damage(tmp_path: Path, in_processes: Run) -> None:
+    assert in_processes(round_trip, tmp_path) == [0]
 
 
 def save_and_train_on(rank: int, folder: Path) -> None:

@@ -12,9 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,9 +22,8 @@ from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.step import engine as engines
-from aimscale.harness.step.deepspeed_setup import CompileMode, DeepSpeedError, EngineOptions
-from aimscale.harness.step.engine import Engine, give_back
+from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
@@ -41,31 +38,17 @@ def step_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(1, CONFIG.num_tokens, (BATCH,), generator=generator)
 
 
-def is_hidden(name: str) -> bool:
-    """Whether Muon has a parameter."""
-    return name.endswith((".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight", ".proj_in.weight")) and (
-        "patchifier" not in name
-    )
-
-
 def plain_losses(optimiser: OptimiserSection) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of a loop without DeepSpeed, ranks or micro-batches."""
     model = AIM(CONFIG)
-    matrices = [p for name, p in model.named_parameters() if optimiser.name == "muon" and is_hidden(name)]
     groups = model.param_groups(optimiser.weight_decay)
-    for group in groups:
-        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=LR, betas=optimiser.betas, eps=optimiser.eps)]
-    if matrices:
-        decay = optimiser.weight_decay
-        parts += [torch.optim.Muon(matrices, lr=LR, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=optimiser.betas, eps=optimiser.eps)
     losses, norms = [], []
     for step in range(NUM_STEPS):
         loss_sum, num_targets = model(*step_batch(step))
         (loss_sum / num_targets).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.clip_norm).item())
-        for part in parts:
-            part.step()
+        adamw.step()
         model.zero_grad()
         losses.append((loss_sum / num_targets).item())
     return losses, norms
@@ -81,15 +64,14 @@ def split(images: torch.Tensor, prefix_len: torch.Tensor, rank: int, world_size:
     ]
 
 
-def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, str]], name: str = "adamw") -> None:
-    """Run every (precision, stage, micro-batches, offload) in this process group and write losses and norms."""
+def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int]]) -> None:
+    """Run every (precision, stage, micro-batches) in this process group and write losses and norms."""
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     results = []
-    for precision, stage, num_micro, offload in cases:
-        optimiser = OptimiserSection(name=name, batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
-        options = EngineOptions(zero_stage=stage, offload_optimiser=offload != "none", offload_weights=offload == "all")
-        engine = Engine(CONFIG, optimiser, options, group)
+    for precision, stage, num_micro in cases:
+        optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
+        engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage), group)
         losses, norms = [], []
         for step in range(NUM_STEPS):
             images, prefix_len = step_batch(step)
@@ -112,13 +94,8 @@ def largest_difference(ours: list[float], plain: list[float]) -> float:
 def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in_processes: Run) -> None:
     stages = (0, 1, 2, 3) if world_size == 2 else (0, 1, 2)
     micro = (1, 2, 3)  # 8 images in 3 or 6 parts: unequal sizes
-    cases = [("fp32", stage, num_micro, "none") for stage, num_micro in product(stages, micro)]
-    cases += [("bf16", stage, 2, "none") for stage in stages if stage]
-    if world_size == 2:
-        cases += [(precision, stage, 2, "optimiser") for precision, stage in product(("fp32", "bf16"), (1, 2, 3))]
-        cases += [("fp32", 3, 3, "all"), ("bf16", 3, 2, "all")]
-    else:
-        cases += [("fp32", 2, 2, "optimiser"), ("bf16", 1, 2, "optimiser")]
+    cases = [("fp32", stage, num_micro) for stage, num_micro in product(stages, micro)]
+    cases += [("bf16", stage, 2) for stage in stages if stage]
     out = tmp_path / "losses.json"
     assert in_processes(engine_losses, out, cases, world_size=world_size) == [0] * world_size
     losses, norms = plain_losses(OptimiserSection(batch_size=BATCH, clip_norm=0.5))
@@ -127,69 +104,6 @@ def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in
         tolerance = 1e-5 if case[0] == "fp32" else 1e-2
         assert largest_difference(our_losses, losses) < tolerance, case
         assert largest_difference(our_norms, norms) < 10 * tolerance, case
-
-
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_muon_takes_the_steps_of_pytorch_s(world_size: int, tmp_path: Path, in_processes: Run) -> None:
-    cases = [("fp32", 0, 1, "none"), ("fp32", 0, 3, "none")]
-    out = tmp_path / "losses.json"
-    assert in_processes(engine_losses, out, cases, "muon", world_size=world_size) == [0] * world_size
-    losses, norms = plain_losses(OptimiserSection(name="muon", batch_size=BATCH, clip_norm=0.5))
-    of_adamw, _ = plain_losses(OptimiserSection(batch_size=BATCH, clip_norm=0.5))
-    assert largest_difference(of_adamw, losses) > 0.01
-    for our_losses, our_norms in json.loads(out.read_text()):
-        assert largest_difference(our_losses, losses) < 2e-3  # it orthogonalises in bf16
-        assert largest_difference(our_norms, norms) < 2e-2
-
-
-def steps_on_graphs(rank: int, cases: list[tuple[str, int]]) -> None:
-    """Where a backward pass writes its gradients, and what `close` does; nothing is compiled."""
-    engines.compile_model = lambda *_: None
-    group = start_group(find_placement(), "cpu")
-    for precision, stage in cases:
-        optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
-        losses = {}
-        for compiled in get_args(CompileMode):
-            engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage, compile=compiled), group)
-            backward = engine._engine.backward
-            moved: list[bool] = []
-
-            def watched(loss, backward=backward, engine=engine, moved=moved, **words) -> None:
-                before = [None if p.grad is None else p.grad.data_ptr() for p in engine.module.parameters()]
-                backward(loss, **words)
-                after = [None if p.grad is None else p.grad.data_ptr() for p in engine.module.parameters()]
-                moved.append(any(new is not None and new != old for old, new in zip(before, after, strict=True)))
-
-            engine._engine.backward = watched
-            images, prefix_len = step_batch(0)
-            num_targets = int((CONFIG.num_tokens - prefix_len).sum())
-            micro_batches = split(images, prefix_len, 0, 1, 3)
-            losses[compiled] = [
-                float(engine.step(micro_batches, num_targets=num_targets, lr=LR).loss_sum) for _ in range(3)
-            ]
-            assert len(moved) == 9
-            assert compiled != "graphs" or not any(moved), "a gradient stays in memory that a graph owns"
-            resets: list[bool] = []
-            torch.compiler.reset = lambda resets=resets: resets.append(True)
-            engine.close()
-            assert resets == [True] * (compiled == "graphs")
-        assert losses["graphs"] == losses["none"]
-    stop_group()
-
-
-def test_gradients_of_several_graphs_add_up_in_memory_of_their_own(in_processes: Run) -> None:
-    """Replaying a graph overwrites what it gave; PyTorch refuses to read it then."""
-    assert in_processes(steps_on_graphs, [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]) == [0]
-
-
-def test_memory_that_cannot_be_resized_is_given_back_too() -> None:
-    """Page-locked memory, to which DeepSpeed offloads from a card, cannot; nor can numpy's."""
-    locked, parameter = torch.from_numpy(np.ones(4)), torch.nn.Parameter(torch.ones(4))
-    parameter.grad = torch.ones(4)
-    gradient = parameter.grad
-    give_back([{"masters": [locked]}, (parameter,)])
-    assert locked.numel() == 0
-    assert [each.untyped_storage().nbytes() for each in (parameter, gradient)] == [0, 0]
 
 
 def bad_steps(rank: int, out: Path, stages: list[tuple[str, int]]) -> None:
@@ -239,16 +153,15 @@ def test_a_process_may_train_one_run_after_another(in_processes: Run) -> None:
     assert in_processes(two_runs) == [0]
 
 
-def start_all(rank: int, folder: Path, cases: list[tuple[int, str, bool]]) -> None:
-    """Write the first masters of every (stage, precision, everything offloaded), and compare the weights in use."""
+def start_all(rank: int, folder: Path, cases: list[tuple[int, str]]) -> None:
+    """Write the first masters of every (stage, precision), and compare the weights in use."""
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     exact = dict(drawn_as_ever(seed=3))
-    for stage, precision, offload in cases:
+    for stage, precision in cases:
         optimiser = OptimiserSection(precision=precision)  # type: ignore[arg-type]
-        options = EngineOptions(zero_stage=stage, offload_optimiser=offload, offload_weights=offload)
-        engine = Engine(CONFIG, optimiser, options, group, seed=3)
-        save_weights(folder / f"{stage}-{precision}-{offload}", engine, group)
+        engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage), group, seed=3)
+        save_weights(folder / f"{stage}-{precision}.safetensors", engine, group)
         for name, parameter in engine.module.named_parameters() if stage < 3 else ():
             assert torch.equal(parameter, exact[name].to(parameter.dtype)), (stage, precision, name)
     stop_group()
@@ -275,8 +188,7 @@ def drawn_as_ever(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_weights_start_with_the_same_bits_at_every_stage(world_size: int, tmp_path: Path, in_processes: Run) -> None:
-    cases = [(0, "fp32", False), (2, "fp32", False), (3, "fp32", False), (1, "bf16", False), (3, "bf16", False)]
-    cases += [(2, "bf16", False), (3, "bf16", True)] if world_size == 2 else []
+    cases = [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
     assert in_processes(start_all, tmp_path, cases, world_size=world_size) == [0] * world_size
     exact = dict(drawn_as_ever(seed=3))
     for path in tmp_path.iterdir():
@@ -290,10 +202,7 @@ def lack(rank: int) -> None:
     import deepspeed.runtime.zero.stage_1_and_2 as theirs
 
     del theirs.DeepSpeedZeroOptimizer.update_lp_params
-    words = (
-        r"DeepSpeed 0\.\d+\.\d+ has no DeepSpeedZeroOptimizer.update_lp_params, which ZeRO stage 2 needs here; install"
-    )
-    with pytest.raises(DeepSpeedError, match=words):
+    with pytest.raises(DeepSpeedError, match=r"DeepSpeedZeroOptimizer.update_lp_params.* stage 2"):
         Engine(CONFIG, OptimiserSection(precision="fp32"), EngineOptions(zero_stage=2), group)
 
 
@@ -303,18 +212,11 @@ def test_a_deepspeed_that_lacks_what_is_read_of_it_is_refused(in_processes: Run)
 
 def refuse(rank: int) -> None:
     group = start_group(find_placement(), "cpu")
-    with pytest.raises(ConfigError, match="zero_stage 0 cannot keep float32 master weights"):
+    with pytest.raises(ConfigError, match="zero_stage 0"):
         Engine(CONFIG, OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
-    fp32 = OptimiserSection(precision="fp32")
-    with pytest.raises(ConfigError, match="use zero_stage 1, 2 or 3 to offload it"):
-        Engine(CONFIG, fp32, EngineOptions(zero_stage=0, offload_optimiser=True), group)
-    with pytest.raises(ConfigError, match="offload_weights needs zero_stage 3"):
-        Engine(CONFIG, fp32, EngineOptions(zero_stage=2, offload_optimiser=True, offload_weights=True), group)
-    with pytest.raises(ConfigError, match="muon needs whole matrices"):
-        Engine(CONFIG, fp32.model_copy(update={"name": "muon"}), EngineOptions(zero_stage=1), group)
 
 
-def test_what_deepspeed_gets_wrong_or_cannot_do_is_refused(in_processes: Run) -> None:
+def test_what_deepspeed_gets_wrong_is_refused(in_processes: Run) -> None:
     assert in_processes(refuse) == [0]
 
 
