@@ -97,13 +97,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
     """
     model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime
     group = start_group(find_placement(), runtime.device)
-    plan = execution_plan(
-        model,
-        optimiser,
-        runtime,
-        world_size=group.world_size,
-        device_bytes=group.memory_bytes(),
-    )
+    plan = execution_plan(model, optimiser, runtime, world_size=group.world_size, device_bytes=group.memory_bytes())
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,
