@@ -119,18 +119,6 @@ def test_the_citation_is_valid() -> None:
     assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_changelog_has_the_present_version_and_known_headings() -> None:
-    text = (ROOT / "CHANGELOG.md").read_text()
-    versions = re.findall(r"^## (.+)$", text, flags=re.M)
-    present = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)
-    assert versions[0] == "Unreleased"
-    assert present is not None
-    assert any(version.startswith(present[1]) for version in versions)
-    assert set(re.findall(r"^### (.+)$", text, flags=re.M)) <= {
-        "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security",
-    }  # fmt: skip
-
-
 @needs_sphinx
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
