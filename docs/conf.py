@@ -1,7 +1,6 @@
 """How the pages are built: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
 
-Two pages are written from the code by the modules in `generate`; their committed copies
-are for readers of the repository, the site always shows what the code says now.
+Two pages, every command and every field of a configuration, are written from the code by the modules in `generate`.
 """
 
 from __future__ import annotations
@@ -37,14 +36,19 @@ pygments_dark_style = "native"
 GENERATED = {"configuration": config_reference.markdown, "commands": command_reference.markdown}
 
 
-def generate(app: Any, page: str, source: list[str]) -> None:
-    """Put what the code says now in the place of the committed page."""
-    if page in GENERATED:
-        source[0] = GENERATED[page]()
+def write_generated(app: Any) -> None:
+    """Put the pages that the code tells beside the others."""
+    for page, markdown in GENERATED.items():
+        Path(app.srcdir, f"{page}.md").write_text(markdown())
+
+
+def without_study(app: Any, page: str, source: list[str]) -> None:
+    """Leave the pages of studies out of the index where there are none: a pattern that matches nothing is a warning."""
     if page == "index" and not any(Path(app.srcdir, "study").glob("*.md")):
-        source[0] = source[0].replace("study/*\n", "")  # a pattern that matches nothing is a warning
+        source[0] = source[0].replace("study/*\n", "")
 
 
 def setup(app: Any) -> None:
-    """Register the generated pages."""
-    app.connect("source-read", generate)
+    """Register what changes pages."""
+    app.connect("builder-inited", write_generated)
+    app.connect("source-read", without_study)

@@ -1,8 +1,6 @@
 """Every verb and option of `aimscale`, as Markdown, by typer's own writer.
 
-    python docs/generate/command_reference.py > docs/commands.md
-
-The site's build calls `markdown()`; a test compares the committed page with it.
+The site's build writes what `markdown()` returns to `docs/commands.md`.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from aimscale.sweeps.cli.main import app
 INTRODUCTION = """\
 # Commands
 
-Every verb and option, written by `python docs/generate/command_reference.py`; `aimscale VERB --help` prints
-the same. SWEEP is a sweep file, a preset (`demo`, `aim-paper`, `data-scaling`, `isoflop`) or the name of a launched
+Every verb and option; `aimscale VERB --help` prints the same.
+SWEEP is a sweep file, a preset (`demo`, `aim-paper`, `data-scaling`, `isoflop`) or the name of a launched
 sweep. [Completion](installation.md#shell-completion) offers verbs, options and sweeps as you type.
 
 A user's mistake is one sentence on stderr and exit code 2. `train` exits with 0 when finished, 3 when training
@@ -43,12 +41,3 @@ def markdown() -> str:
         page = re.sub(needless, "", page)
     page = page.replace("```console\n$ ", "```text\n")
     return f"{INTRODUCTION}{page.rstrip()}\n"
-
-
-def main() -> None:
-    """Print the page."""
-    print(markdown(), end="")
-
-
-if __name__ == "__main__":
-    main()

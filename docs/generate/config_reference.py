@@ -1,8 +1,6 @@
 """Every field of a run's `config.yaml` and of a sweep file, as Markdown, from the classes that parse them.
 
-    python docs/generate/config_reference.py > docs/configuration.md
-
-The site's build calls `markdown()`; a test compares the committed page with it.
+The site's build writes what `markdown()` returns to `docs/configuration.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ Schema = dict[str, Any]
 INTRODUCTION = """\
 # Configuration
 
-Every field, written by `python docs/generate/config_reference.py`. Keys are strict: one that is not listed
+Every field of a sweep file and of a run. Keys are strict: one that is not listed
 here is an error that names the nearest known one. A *count* is above 0 and may be written `4096`, `4k`, `500M`,
 `2B` or `1e6`.
 
@@ -158,12 +156,3 @@ def _sizes() -> Iterator[str]:
         totals = " | ".join(f"{count.total:,}" for count in counts)
         yield f"| `{name}` | {shape.width} | {shape.depth} | {shape.num_heads} | {counts[0].trunk:,} | {totals} |"
     yield ""
-
-
-def main() -> None:
-    """Print the page."""
-    print(markdown(), end="")
-
-
-if __name__ == "__main__":
-    main()

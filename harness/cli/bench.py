@@ -25,9 +25,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 @app.command()
 def train(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run's configuration, whose images are loaded.")
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(help="A run's configuration, whose images are loaded.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Model size: a name, or w<width>-d<depth>; default: rung-128.")
     ] = None,
@@ -155,7 +153,7 @@ def data(
 
 @app.command()
 def card(
-    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder of card.json and card.md.")] = Path("card"),
+    out: Annotated[Path, typer.Argument(help="Folder of card.json and card.md.")] = Path("card"),
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Small sizes on the CPU.")] = False,
 ) -> None:
     """What only a card can show, in less than nine minutes: tests, peaks, training, a sweep, loading.
