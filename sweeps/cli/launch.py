@@ -37,18 +37,13 @@ def command(
     ] = None,
     allow_dirty: options.AllowDirty = False,
     partition: options.Partition = None,
-    account: options.Account = None,
-    qos: options.Qos = None,
-    constraint: options.Constraint = None,
     time_min: options.TimeMin = None,
 ) -> None:
     """Start what is missing, resume what died, skip what is done."""
     again = f"{sweep} --root {root}"
     if on == "slurm":
-        fields = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
-        fields |= {"runs_per_device": runs_per_device}
-        asked = {**fields, "time_min": time_min}
-        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", again, asked)
+        asked = {"partition": partition, "time_min": time_min}
+        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", again, runs_per_device, asked)
         return
     if dry_run:
         _print_local(sweep, root)
@@ -119,6 +114,7 @@ def _launch_slurm(
     allow_dirty: bool,
     evaluate: Place,
     again: str,
+    runs_per_device: str | None,
     fields: dict[str, str | int | None],
 ) -> None:
     from aimscale.sweeps.engine.packed_job import PackedJob
@@ -129,6 +125,7 @@ def _launch_slurm(
 
     loaded, runs, _ = planned(sweep, root)
     loaded, runs = with_slurm(loaded, **fields), with_place(runs, evaluate)
+    loaded = loaded if runs_per_device is None else loaded.with_fields(runs_per_device=runs_per_device)
     if not dry_run:
         check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -15,21 +14,12 @@ from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.table import views
 
 
-def command(
-    sweep: SweepName,
-    root: Root = Path("aimscale-runs"),
-    as_json: AsJson = False,
-    bench: Annotated[
-        Path | None, typer.Option(help="JSON of `aimscale bench train`: its MFU replaces the assumed.")
-    ] = None,
-) -> None:
+def command(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson = False) -> None:
     """List the runs of a sweep with a cost card each; no side effect."""
     loaded = load_sweep(sweep, root)
-    if bench:
-        loaded = costs.with_bench(loaded, bench)
     runs = plan(loaded)
     cards = costs.cost_cards(loaded, runs)
     if as_json:
-        typer.echo(json.dumps(costs.to_json(loaded, runs, cards), indent=1))
+        typer.echo(json.dumps(costs.to_json(loaded, cards), indent=1))
     else:
-        views.print_plan(loaded, runs, cards)
+        views.print_plan(loaded, cards)

@@ -57,9 +57,8 @@ class Devices:
 
 
 def sharing(sweep: Sweep) -> Callable[[Run], Fraction]:
-    """How much of a card each run takes by `slurm.runs_per_device`; `auto` asks the memory estimate."""
-    given = sweep.file.slurm.runs_per_device
-    return lambda run: Fraction(1, runs_on_a_device(sweep, run) if given == "auto" else given)
+    """How much of a card each run takes by `runs_per_device`."""
+    return lambda run: Fraction(1, runs_on_a_device(sweep, run))
 
 
 def visible_gpus() -> list[str]:

@@ -55,11 +55,10 @@ def _live(status: SweepStatus, queue: Queue) -> Group:
     for line in status.runs:
         if line.run_id in active:
             bar = ProgressBar(total=1.0, completed=line.progress, width=24)
-            loss = f"loss {line.loss:.4f}" if line.loss is not None else ""
-            speed = f"{number(line.images_per_s)} images/s" if line.images_per_s else ""
-            table.add_row(
-                line.run_id, bar, f"{100 * line.progress:3.0f} %", line.phase, loss, speed, duration(line.eta_s)
-            )
+            said, share = line.status, f"{100 * line.progress:3.0f} %"
+            loss = f"loss {said.loss:.4f}" if said.loss is not None else ""
+            speed = f"{number(said.images_per_s)} images/s" if said.images_per_s else ""
+            table.add_row(line.run_id, bar, share, said.phase, loss, speed, duration(line.eta_s))
     bar = ProgressBar(total=1.0, completed=status.progress, width=24, complete_style="green")
     table.add_row(
         Text("sweep", style="bold"), bar, f"{100 * status.progress:3.0f} %", "", "", "", duration(status.eta_s)

@@ -55,9 +55,7 @@ def launch(
     """
     loaded, runs, cards = planned(sweep, root)
     if runs_per_device is not None:
-        loaded = loaded.with_fields(
-            slurm={**loaded.file.slurm.model_dump(mode="json"), "runs_per_device": runs_per_device}
-        )
+        loaded = loaded.with_fields(runs_per_device=runs_per_device)
     runs = with_place(runs, evaluate)
     ask = slurm.Queued()
     check(startable(loaded, runs, ask))

@@ -1,21 +1,34 @@
-"""How runs fit their devices, one or several to a device, by the memory estimate."""
+"""How runs fit their devices, one or several to a device, by the memory estimate, and how long they take to stop."""
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
-from aimscale.harness.device.memory import DoesNotFitError, ExecutionPlan, execution_plan, memory_estimate
+from aimscale.harness.device.memory import (
+    CHECKPOINT_BYTES_PER_PARAM,
+    DoesNotFitError,
+    ExecutionPlan,
+    execution_plan,
+    memory_estimate,
+)
 from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import Sweep
 
 MAX_RUNS_ON_A_DEVICE = 8
 SHARED_MEMORY = 0.9
 """What runs that share a device may plan for; each has a context and an allocator of its own."""
 MIN_SHARED_MICRO_BATCH = 32
+MIN_STOP_S = 120
+"""Even a small run ends a step, a validation batch or a probe's epoch first."""
+STEP_S = 30
+"""For the step that is under way, beside a save."""
+SAVE_BYTES_PER_S = 0.5e9
+"""Assumption: the rate at which a checkpoint reaches a shared disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +65,16 @@ def device_fit(
     return DeviceFit(chosen=chosen, by_stage=by_stage)
 
 
-def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) -> int:
-    """How many runs like this one fit a device of this memory (`cost.memory_gb` otherwise), by the memory estimate.
+def runs_on_a_device(sweep: Sweep, run: Run) -> int:
+    """How many runs like this one share a device: `runs_per_device`, or as many as the memory estimate allows.
 
-    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH` or recomputation.
+    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH`, or recomputation.
     """
+    if sweep.file.runs_per_device != "auto":
+        return sweep.file.runs_per_device
     if run.devices > 1:
         return 1
-    total = SHARED_MEMORY * (device_bytes or 1e9 * sweep.file.cost.memory_gb)
+    total = SHARED_MEMORY * 1e9 * sweep.file.cost.memory_gb
     training = run.config.training
     fit = functools.partial(device_fit, model_of(training), training.optimiser, run.config.runtime, 1)
     alone = fit(round(total)).chosen
@@ -72,3 +87,16 @@ def runs_on_a_device(sweep: Sweep, run: Run, device_bytes: int | None = None) ->
         if shared.activation_checkpointing == alone.activation_checkpointing:
             return num
     return 1
+
+
+def stop_seconds(sweep: Sweep, run: Run) -> int:
+    """Time from being told to stop to being killed, for Slurm's signal and for torchrun.
+
+    `slurm.signal_delay_s`, or twice a save and a step.
+    """
+    given = sweep.file.slurm.signal_delay_s
+    if given != "auto":
+        return given
+    num_params = counts_of(model_of(run.config.training))[0].total
+    save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
+    return max(MIN_STOP_S, math.ceil(2 * save_s) + STEP_S)

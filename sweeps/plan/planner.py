@@ -205,8 +205,7 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
         optimiser["lr_peak"] = float(f"{lr_peak * _factor(factors[0], sweep) * _factor(factors[1], sweep):.6g}")
     fields["budgets"] = _whole_batches(requested, optimiser["batch_size"], sweep)
     runtime = _runtime(json.dumps(fields.pop("runtime", {}), default=str), f"{sweep.source}: runtime")
-    devices = sweep.file.cost.devices or fields.pop("devices", chosen.devices(scale))
-    fields.pop("devices", None)
+    devices = fields.pop("devices", chosen.devices(scale))
     if not isinstance(devices, int) or devices < 1:
         raise SweepError(f"{sweep.source}: devices must be a whole number above 0, not {devices!r}")
     config = run_config(fields, str(sweep.source), runtime)

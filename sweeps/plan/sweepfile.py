@@ -79,25 +79,15 @@ class CostSection(Section):
     peak_tflops: float = Field(989.0, gt=0)
     """Dense peak of one device at the run's precision, TFLOP/s."""
     mfu: float = Field(0.40, gt=0, le=1)
-    """Share of that peak that training executes (a bench result given to `plan --bench` replaces it)."""
+    """Share of that peak that training executes; `aimscale bench train` measures it."""
     step_ms: float = Field(0.0, ge=0)
     """Time of a step beyond its FLOPs, ms: calls and the loader; most of a step below a million parameters."""
-    evaluation_s: float = Field(0.0, ge=0)
-    """Time of one budget's validation and probes beyond their FLOPs, s: decoding, and heads on small tasks."""
     memory_gb: float = Field(80.0, gt=0)
     """Memory of one device, GB."""
     price_per_device_hour: float = Field(0.0, ge=0)
-    """Price of a device for an hour, in `currency`."""
-    save_gb_per_s: float = Field(0.5, gt=0)
-    """Rate at which a checkpoint reaches the disk, GB/s: decides how long a run is given to save."""
-    currency: str = "USD"
-    """Unit of the price."""
+    """Price of a device for an hour, in any currency."""
     pool_images: Count | None = None
     """Size of the image pool, where the data sets are not available to be counted."""
-    image_bytes: int = Field(110_000, gt=0)
-    """Mean size of one stored image, bytes, for the cache's disk."""
-    devices: int | None = Field(None, gt=0)
-    """Replaces the recipe's device count of every run."""
 
 
 def _one_line(text: str) -> str:
@@ -129,27 +119,19 @@ class SlurmSection(Section):
     """Partition."""
     account: Line | None = None
     """Account."""
-    qos: Line | None = None
-    """Quality of service."""
-    constraint: Line | None = None
-    """Node features."""
     time_min: int = Field(1440, gt=0)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
     signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Seconds between the signal to save and the end, before a time limit and after Ctrl-C; auto: two saves at
-    `cost.save_gb_per_s` and a step, at least 120."""
+    """Seconds between the signal to save and the end, before a time limit and after Ctrl-C; auto: two saves at 0.5 GB/s
+    and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and cards) of one node."""
-    min_nodes: int | None = Field(None, gt=0)
-    """Start with as few nodes as this when no more are free; results do not depend on it."""
     gpus: bool = True
     """Ask for one card per task; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
     mem_gb: float | None = Field(None, gt=0)
     """Memory of one node, GB; null takes the partition's default."""
-    runs_per_device: Literal["auto"] | Annotated[int, Field(gt=0)] = 1
-    """Runs of one device that share a card, in one job; auto: as many as the memory estimate allows."""
     devices_per_job: int = Field(1, gt=0)
     """Cards of a job that executes runs of one device as a queue of its own."""
     max_parallel: int = Field(256, gt=0)
@@ -157,7 +139,7 @@ class SlurmSection(Section):
     srun: tuple[Line, ...] = ()
     """Further arguments of srun, e.g. a container: [--container-image=/images/aimscale.sqsh]."""
     extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)
-    """Further sbatch options by long name, e.g. {reservation: vision}."""
+    """Further sbatch options by long name, e.g. {qos: high, constraint: h100, reservation: vision}."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the workers, e.g. module loads."""
     python: Command | None = None
@@ -167,8 +149,6 @@ class SlurmSection(Section):
 class SweepFile(Section):
     """One experiment."""
 
-    version: Literal[1] = 1
-    """Version of this file format."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the sweep's directory."""
     description: str = ""
@@ -199,6 +179,8 @@ class SweepFile(Section):
     """Cells left out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
     """Cells changed."""
+    runs_per_device: Literal["auto"] | Annotated[int, Field(gt=0)] = 1
+    """Runs of one device that share a card, here or in one Slurm job; auto: as many as the memory estimate allows."""
     cost: CostSection = CostSection()
     """Assumptions of the cost card."""
     slurm: SlurmSection = SlurmSection()

@@ -14,9 +14,8 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from aimscale.sweeps.plan.device_fit import runs_on_a_device
+from aimscale.sweeps.plan.device_fit import runs_on_a_device, stop_seconds
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.stopping import stop_seconds
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
@@ -98,7 +97,7 @@ def launch_slurm(
     """Submit what is missing and return at once; the sweep's directory exists, but in a dry run, which writes nothing.
 
     `kind` is what is done with the runs, training by default; `worker` replaces the program that does it. `packed`
-    makes the job that executes several runs of one device, where `slurm.runs_per_device` or `devices_per_job` ask so.
+    makes the job that executes several runs of one device, where `runs_per_device` or `slurm.devices_per_job` ask so.
     `after` are dependencies in Slurm's words, such as `afterany:123`, and `most` says how many jobs may then run at a
     time; by default those of `slurm.max_parallel` that other jobs of the sweep leave free.
 
@@ -189,17 +188,13 @@ class _Batch:
         jobs: list[list[Decision]] = []
         room = Fraction(0)
         for each in members:
-            share = Fraction(1, self._runs_per_device(each))
+            share = Fraction(1, runs_on_a_device(self.sweep, each.run))
             if share > room:
                 jobs.append([])
                 room = Fraction(self.section.devices_per_job)
             jobs[-1].append(each)
             room -= share
         return jobs
-
-    def _runs_per_device(self, decision: Decision) -> int:
-        given = self.section.runs_per_device
-        return runs_on_a_device(self.sweep, decision.run) if given == "auto" else given
 
     def _array(self, shape: Shape, jobs: Sequence[Sequence[Decision]], turn: Turn, after: Sequence[str]) -> Submission:
         """Submit one array and claim its runs; a job that starts before its claim waits for the launch's lock."""
@@ -237,8 +232,8 @@ class _Batch:
         if len(members) == 1 or self.packed is None:
             (only,) = members
             return SlurmJob(only.record.path, self.kind.worker, type(only.record))
-        paths = [each.record.path for each in members]
-        return self.packed(paths, [self._runs_per_device(each) for each in members], devices, self.kind.worker)
+        shared_by = [runs_on_a_device(self.sweep, each.run) for each in members]
+        return self.packed([each.record.path for each in members], shared_by, devices, self.kind.worker)
 
     def _excluded(self, members: Sequence[Decision], num_needed: int) -> tuple[str, ...]:
         """Nodes on which these runs failed; none where too few would be left to run on."""
@@ -282,8 +277,6 @@ def executor_for(
         "job_name": job_name,
         "partition": section.partition,
         "account": section.account,
-        "qos": section.qos,
-        "constraint": section.constraint,
         "time": section.time_min,
         "nodes": shape.nodes,
         "ntasks_per_node": shape.tasks_per_node,
@@ -302,8 +295,6 @@ def executor_for(
         parameters["additional_parameters"] |= {"dependency": ",".join(after), "kill-on-invalid-dep": "yes"}
     if section.mem_gb is not None:
         parameters["mem"] = f"{math.ceil(1024 * section.mem_gb)}M"
-    if section.min_nodes is not None and section.min_nodes < shape.nodes:
-        parameters["additional_parameters"]["nodes"] = f"{section.min_nodes}-{shape.nodes}"
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aimscale.sweeps.plan.device_fit import MIN_STOP_S, stop_seconds
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.stopping import MIN_STOP_S, stop_seconds
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.state.claims import Claim, RunRecord, claim_run
 from aimscale.sweeps.state.decision import Decision, decide

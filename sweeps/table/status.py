@@ -33,32 +33,17 @@ class RunStatus:
     """Axis -> value."""
     state: Shown
     """`dead`: it says running, and no process does; the next launch resumes it."""
-    phase: str
-    """What a running run does."""
+    status: Status
+    """What the run says of itself, with why it waits where Slurm says that."""
     progress: float
     """Share of the planned images trained on, 0..1."""
-    images_seen: int
-    """Position in the stream."""
-    step: int
-    loss: float | None
-    """Training loss of the last step logged."""
     val_loss: float | None
     """Validation loss of the last budget recorded."""
-    images_per_s: float | None
-    mfu_published: float | None
-    """Published FLOPs over the nominal peak, 0..1; null where no nominal peak is known."""
-    mfu: float | None
-    """FLOPs executed over the measured peak."""
     eta_s: float | None
     """To the end, at the present speed, without validation and probes."""
-    attempts: int
-    reason: str | None
-    """Why it failed, was preempted or waits."""
-    reason_class: str | None
     heartbeat_age_s: float | None
     """Since its last sign of life."""
     job_id: str | None
-    host: str | None
     log: str | None
     """Output of its last attempt."""
     evaluated: int
@@ -66,7 +51,7 @@ class RunStatus:
     to_evaluate: int
     """Such pairs in all."""
     evaluation: str
-    """What its evaluation or probe jobs do, where it has some: queued, running, failed and why, else empty."""
+    """What its evaluation job does, where it has one: queued, running, failed and why, else empty."""
     device_hours: float
     """Spent so far, all attempts."""
 
@@ -185,22 +170,12 @@ def _line(
         run_id=run.run_id,
         cell=run.cell,
         state=state,
-        phase=status.phase if state == "running" else "",
+        status=status,
         progress=1.0 if state == "finished" else 1.0 - left / card.images_executed,
-        images_seen=status.images_seen,
-        step=status.step,
-        loss=status.loss,
         val_loss=_validation_loss(record) if state not in ("not started", "damaged") else None,
-        images_per_s=status.images_per_s,
-        mfu_published=status.mfu_published,
-        mfu=status.mfu,
         eta_s=left / speed if speed else None,
-        attempts=status.attempt,
-        reason=status.reason,
-        reason_class=status.reason_class,
         heartbeat_age_s=max(0.0, now - status.heartbeat) if status.heartbeat else None,
         job_id=claim.job_id if claim else status.job_id,
-        host=status.host,
         log=str(log) if log else None,
         evaluated=evaluated,
         to_evaluate=len(run.budgets) * len(run.config.evaluation.probes),
@@ -287,6 +262,6 @@ def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
 
 def _pace(line: RunStatus, card: CostCard, done_s: float) -> float:
     """Planned seconds that a run does in one: now, where it trains, or so far; 0 where nothing is known."""
-    if line.state == "running" and line.images_per_s:
-        return card.training_s / card.images_executed * line.images_per_s
+    if line.state == "running" and line.status.images_per_s:
+        return card.training_s / card.images_executed * line.status.images_per_s
     return done_s * card.devices / 3600 / line.device_hours if line.device_hours else 0.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.cells import cell_len
@@ -15,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from aimscale.analysis.table.schema import MFU
-from aimscale.sweeps.plan.costs import CostCard, totals
-from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.cautions import Caution, CautionKind
+from aimscale.sweeps.plan.costs import BudgetCost, CostCard, totals
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 
@@ -69,52 +71,49 @@ def duration(seconds: float | None) -> str:
     return f"{seconds}s"
 
 
-def varying(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """Axes that take more than one value, besides the size."""
-    keys = [key for key in (cells[0] if cells else {}) if key != "size"]
-    return [key for key in keys if len({str(cell[key]) for cell in cells}) > 1]
-
-
-def axis_value(value: Any) -> str:
-    """One axis value in a table."""
-    if value is None:
-        return "all"
-    return number(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """One column of a table that drops its least important columns on a narrow terminal."""
 
     header: str
-    cells: list[Any]
-    """Strings or rich texts."""
+    cell: Callable[[Any], Any]
+    """Text, plain or rich, of one row."""
     rank: int = 0
     """0 is always shown; of the others the highest go first."""
     right: bool = True
 
 
-def fitted_table(columns: list[Column], width: int) -> tuple[Table, list[str]]:
+def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> tuple[Table, list[str]]:
     """A table no wider than `width`, and the titles of the columns that did not fit."""
-
-    def size(column: Column) -> int:
-        return 2 + max(cell_len(str(cell)) for cell in [column.header, *column.cells])
-
+    cells = {column.header: [column.cell(row) for row in rows] for column in columns}
+    sizes = {header: 2 + max(cell_len(str(cell)) for cell in [header, *texts]) for header, texts in cells.items()}
     shown, hidden = list(columns), []
-    while sum(map(size, shown)) > width and any(column.rank for column in shown):
-        last = max(shown, key=lambda column: column.rank)
-        shown.remove(last)
+    while sum(sizes[column.header] for column in shown) > width and any(column.rank for column in shown):
+        shown.remove(last := max(shown, key=lambda column: column.rank))
         hidden.append(last.header)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in shown:
         table.add_column(column.header, justify="right" if column.right else "left", no_wrap=True)
-    for row in zip(*(column.cells for column in shown), strict=True):
-        table.add_row(*row)
+    for i in range(len(rows)):
+        table.add_row(*(cells[column.header][i] for column in shown))
     return table, hidden
 
 
-def _axis_column(axis: str, rows: Sequence[CostCard] | Sequence[RunStatus]) -> Column:
-    return Column(header=axis.split(".")[-1], cells=[axis_value(row.cell[axis]) for row in rows])
+def _axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]:
+    """A column for every axis that takes more than one value, besides the size."""
+    cells = [row.cell for row in rows]
+    axes = [key for key in cells[0] if key != "size" and len({str(cell[key]) for cell in cells}) > 1]
+
+    def column(axis: str) -> Column:
+        return Column(header=axis.split(".")[-1], cell=lambda row: _axis_value(row.cell[axis]))
+
+    return [column(axis) for axis in axes]
+
+
+def _axis_value(value: Any) -> str:
+    if value is None:
+        return "all"
+    return number(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
 
 
 def new_console() -> Console:
@@ -123,57 +122,87 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
-def print_plan(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], console: Console | None = None) -> None:
-    """The cost cards as a table, with totals, assumptions and warnings."""
+def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None = None) -> None:
+    """The cost cards as a table, with totals, assumptions and what should be looked at."""
     console = console or new_console()
-    console.print(f"[bold]{sweep.name}[/]: {sweep.file.description}", highlight=False, soft_wrap=True)
-    notes: list[str] = []
-    columns = _plan_columns(cards[:MAX_PLAN_ROWS], sweep.file.cost.currency, notes)
-    table, hidden = fitted_table(columns, console.width)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    say(f"[bold]{sweep.name}[/]: {sweep.file.description}")
+    notes = list(dict.fromkeys(caution_words(each) for card in cards[:MAX_PLAN_ROWS] for each in card.cautions))
+    table, hidden = fitted_table(_plan_columns(cards, notes), cards[:MAX_PLAN_ROWS], console.width)
     console.print(table, highlight=False)
     if hidden:
         console.print(f"not shown on {console.width} columns: {', '.join(hidden)}", style="dim", highlight=False)
     if len(cards) > MAX_PLAN_ROWS:
-        console.print(f"... and {len(cards) - MAX_PLAN_ROWS} more runs (all of them with --json)")
-    _print_totals(sweep, runs, cards, console)
-    for i, note in enumerate(notes):
-        console.print(f"[yellow]! {i + 1}[/] {note}", highlight=False, soft_wrap=True)
+        say(f"... and {len(cards) - MAX_PLAN_ROWS} more runs (all of them with --json)")
+    total, cost = totals(cards), sweep.file.cost
+    price = f" = {total.price:,.0f}" if total.price else ""
+    say(
+        f"{total.num_runs} runs, {total.num_rows} rows; {total.images_executed:,} images and "
+        f"{total.flops_executed:.3g} FLOPs executed (decay branches included), {total.flops_evaluation:.3g} more in "
+        f"validation and probes; {total.device_hours:,.4g} device-hours{price}; longest run "
+        f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}; told to stop, a run gets up "
+        f"to {duration(max(card.stop_s for card in cards))} to save"
+    )
+    each_hour = f", {cost.price_per_device_hour:g} per device-hour" if cost.price_per_device_hour else ""
+    each_step = f", {cost.step_ms:g} ms per step beside its FLOPs" if cost.step_ms else ""
+    say(
+        f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %{each_hour}{each_step}; "
+        f"start-up and loading are not counted; recipe {sweep.file.recipe}",
+        style="dim",
+    )
+    for i, note in enumerate(notes, 1):
+        say(f"[yellow]! {i}[/] {note}")
 
 
-def _plan_columns(cards: Sequence[CostCard], currency: str, notes: list[str]) -> list[Column]:
-    def column(header: str, cell: Callable[[CostCard], Any], rank: int = 0, right: bool = True) -> Column:
-        return Column(header=header, cells=[cell(card) for card in cards], rank=rank, right=right)
+CAUTIONS: dict[CautionKind, str] = {
+    "memory": "{subject} does not fit {limit:g} GB: a rank takes {found:.0f} GB even with one image at a time",
+    "batch": "{subject} {found:g} is more than a tenth off the recipe's {limit:g}",
+    "epochs": "{found:.1f} epochs of {subject} images (more than {limit:g})",
+    "pool": "{found:.0f} unique images asked for, and the pool has {limit:.0f}",
+    "warm-up": "warm-up of {found:.0f} images reaches past image {limit:.0f} of budget {subject}: it will not start",
+    "stream": (
+        "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
+        "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
+    ),
+    "small batch": "{subject} {found:g} is smaller than {limit:g} devices",
+    "rounds": "'{subject}' trains its heads in {found:g} rounds, each with passes of its own; more devices save them",
+    "heads": (
+        "{subject} has {found:g} attention heads where a narrower size has {limit:g}: loss and attentive probes follow "
+        "heads, too; end the sizes' names in -h<heads> to choose"
+    ),
+}
+"""What each caution says, of its subject, what was found and the limit."""
 
-    axes = varying([card.cell for card in cards])
+
+def caution_words(caution: Caution) -> str:
+    """One sentence about it."""
+    return CAUTIONS[caution.kind].format(**asdict(caution))
+
+
+def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
+    def span(header: str, text: Callable[[BudgetCost], str], rank: int) -> Column:
+        return Column(header=header, cell=lambda card: _span([text(each) for each in card.budgets]), rank=rank)
+
+    def hours(card: CostCard) -> str:
+        return f"{card.device_hours:,.3g}" if card.device_hours < 1000 else f"{card.device_hours:,.0f}"
+
     return [
-        column("size", lambda card: card.cell["size"], right=False),
-        *(_axis_column(axis, cards) for axis in axes),
-        column("params", lambda card: number(card.params_total)),
-        column("trunk", lambda card: number(card.params_trunk), 7),
-        column("head", lambda card: number(card.params_head), 8),
-        column("images", lambda card: _span([number(budget.images_seen) for budget in card.budgets])),
-        column("epochs", lambda card: _span([number(budget.epochs) for budget in card.budgets]), 5),
-        column("FLOPs", lambda card: _span([f"{budget.flops:.2e}" for budget in card.budgets]), 1),
-        column("batch", lambda card: str(card.batch_size), 6),
-        column("lr", lambda card: f"{card.lr_peak:.2g}", 9),
-        column("devices", lambda card: str(card.devices), 3),
-        column("memory", _memory, 4),
-        column("disk", lambda card: data_size(card.disk_bytes), 10),
-        column("time", lambda card: duration(card.wall_s)),
-        column(
-            "device-h",
-            lambda card: f"{card.device_hours:,.3g}" if card.device_hours < 1000 else f"{card.device_hours:,.0f}",
-        ),
-        column(currency, lambda card: f"{card.price:,.0f}", 2),
-        column("!", lambda card: ",".join(str(1 + _note(warning, notes)) for warning in card.warnings)),
+        Column(header="size", cell=lambda card: card.cell["size"], right=False),
+        *_axis_columns(cards),
+        Column(header="params", cell=lambda card: number(card.params_total)),
+        span("images", lambda budget: number(budget.images_seen), 0),
+        span("epochs", lambda budget: number(budget.epochs), 5),
+        span("FLOPs", lambda budget: f"{budget.flops:.2e}", 1),
+        Column(header="batch", cell=lambda card: str(card.batch_size), rank=6),
+        Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", rank=7),
+        Column(header="devices", cell=lambda card: str(card.devices), rank=3),
+        Column(header="memory", cell=_memory, rank=4),
+        Column(header="disk", cell=lambda card: data_size(card.disk_bytes), rank=8),
+        Column(header="time", cell=lambda card: duration(card.wall_s)),
+        Column(header="device-h", cell=hours),
+        Column(header="price", cell=lambda card: f"{card.price:,.0f}" if card.price else "", rank=2),
+        Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(caution_words(c))) for c in card.cautions)),
     ]
-
-
-def _note(warning: str, notes: list[str]) -> int:
-    """Index of a warning in the notes under the table."""
-    if warning not in notes:
-        notes.append(warning)
-    return notes.index(warning)
 
 
 def _span(values: Sequence[str]) -> str:
@@ -183,98 +212,66 @@ def _span(values: Sequence[str]) -> str:
 
 def _memory(card: CostCard) -> str:
     """Bytes of a rank, with the ZeRO stage and the micro-batch that they belong to (r: activations recomputed)."""
-    if card.memory_bytes is None:
+    if (chosen := card.fit.chosen) is None:
         return "too large"
-    recompute = "r" if card.activation_checkpointing else ""
-    return f"{data_size(card.memory_bytes)} (z{card.zero_stage} m{card.micro_batch}{recompute})"
-
-
-def _print_totals(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], console: Console) -> None:
-    total, cost = totals(sweep, runs, cards), sweep.file.cost
-    console.print(
-        f"{total.num_runs} runs, {total.num_rows} rows; {total.images_executed:,} images and "
-        f"{total.flops_executed:.3g} FLOPs executed (decay branches included), {total.flops_evaluation:.3g} more in "
-        f"validation and probes; {total.device_hours:,.4g} device-hours"
-        f"{f' = {total.price:,.0f} {cost.currency}' if total.price else ''}; longest run "
-        f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)} "
-        f"({data_size(total.trunk_bytes)} of them the trunks kept for longer budgets), "
-        f"image cache {data_size(total.cache_bytes)}; told to stop, a run gets up to "
-        f"{duration(max(card.stop_s for card in cards))} to save; in host memory, all ranks of a run keep up to "
-        f"{data_size(max(card.checkpoint_bytes for card in cards))} for the copy of a checkpoint",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %"
-        f"{f', {cost.price_per_device_hour:g} {cost.currency} per device-hour' if cost.price_per_device_hour else ''}"
-        f"{f', {cost.step_ms:g} ms per step beside its FLOPs' if cost.step_ms else ''}"
-        f"{f', {cost.evaluation_s:g} s per budget for its evaluation' if cost.evaluation_s else ''}; "
-        f"start-up is not counted{'' if cost.evaluation_s else ', nor the fitting of probe heads'}; "
-        f"recipe {sweep.file.recipe}",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
-    )
+    recompute = "r" if chosen.activation_checkpointing else ""
+    return f"{data_size(chosen.estimate.total)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
 
 
 def status_table(status: SweepStatus, width: int) -> Group:
     """`aimscale status` on a terminal of this width."""
 
-    def column(header: str, cell: Callable[[RunStatus], Any], rank: int = 0, right: bool = True) -> Column:
-        return Column(header=header, cells=[cell(line) for line in status.runs], rank=rank, right=right)
+    def column(header: str, value: Callable[[RunStatus], Any], text: Callable[[Any], str], rank: int = 0) -> Column:
+        """Blank where there is no value yet."""
+        return Column(header=header, cell=lambda line: text(found) if (found := value(line)) else "", rank=rank)
 
-    axes = varying([line.cell for line in status.runs])
-    mfu = [
-        Column(header=f"MFU {name}", cells=[_percent(share) for share in shares], rank=4)
-        for field, name in MFU.items()
-        if any(shares := [getattr(line, field) for line in status.runs])
+    columns = [
+        Column(header="run", cell=lambda line: line.run_id, right=False),
+        *_axis_columns(status.runs),
+        Column(header="state", cell=_state, right=False),
+        Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
+        column("images", lambda line: line.status.images_seen, number, 5),
+        column("step", lambda line: line.status.step, str, 8),
+        column("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
+        column("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
+        column("images/s", lambda line: line.status.images_per_s, number, 3),
+        *(
+            column(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4)
+            for field, name in MFU.items()
+            if any(getattr(line.status, field) for line in status.runs)
+        ),
+        Column(header="evaluated", cell=_evaluated, rank=2),
+        column("ETA", lambda line: line.eta_s, duration, 2),
+        column("tries", lambda line: line.status.attempt, str, 6),
+        column("beat", lambda line: line.heartbeat_age_s if line.state == "running" else None, duration, 7),
     ]
-    table, _ = fitted_table(
-        [
-            column("run", lambda line: line.run_id, right=False),
-            *(_axis_column(axis, status.runs) for axis in axes),
-            column("state", _state, right=False),
-            column("done", lambda line: f"{100 * line.progress:.0f} %" if line.state != "not started" else ""),
-            column("images", lambda line: number(line.images_seen) if line.images_seen else "", 5),
-            column("step", lambda line: str(line.step) if line.step else "", 8),
-            column("train loss", lambda line: f"{line.loss:.4f}" if line.loss is not None else "", 4),
-            column("val loss", lambda line: f"{line.val_loss:.4f}" if line.val_loss is not None else "", 1),
-            column("images/s", lambda line: number(line.images_per_s) if line.images_per_s else "", 3),
-            *mfu,
-            column("evaluated", _evaluated, 2),
-            column("ETA", lambda line: duration(line.eta_s) if line.eta_s is not None else "", 2),
-            column("tries", lambda line: str(line.attempts) if line.attempts else "", 6),
-            column("beat", _beat, 7),
-        ],
-        width,
-    )
     notes = [Text(f"{line.run_id}: {why}", style=STYLE[line.state]) for line in status.runs if (why := _why(line))]
+    table, _ = fitted_table(columns, status.runs, width)
     return Group(table, *notes, Text(status_summary(status), style="bold"))
 
 
+def _phase(line: RunStatus) -> str:
+    return line.status.phase if line.state == "running" else ""
+
+
 def _state(line: RunStatus) -> Text:
-    return Text(f"{line.state} ({line.phase})" if line.phase else line.state, style=STYLE[line.state])
+    return Text(f"{line.state} ({phase})" if (phase := _phase(line)) else line.state, style=STYLE[line.state])
 
 
-def _percent(share: float | None) -> str:
+def _percent(share: float) -> str:
     """A utilisation; one that cannot be is marked."""
-    return f"{100 * share:.0f} %{' (!)' if share > 1 else ''}" if share else ""
+    return f"{100 * share:.0f} %{' (!)' if share > 1 else ''}"
 
 
 def _evaluated(line: RunStatus) -> str:
     return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state != "not started" else ""
 
 
-def _beat(line: RunStatus) -> str:
-    age = line.heartbeat_age_s if line.state == "running" else None
-    return "" if age is None else duration(age)
-
-
 def _why(line: RunStatus) -> str:
     """What a reader must know of a run besides its numbers: where it waits, or why it stands and where its log is."""
     if line.state in ("finished", "not started"):
         return f"evaluation {line.evaluation}" if line.evaluation else ""
-    reason = ": ".join(part for part in (line.reason_class, line.reason) if part)
+    reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
     if line.state in ("queued", "running"):
         return f"job {line.job_id} {f'({reason})' if reason else ''}".strip() if line.job_id else ""
     return "; ".join(part for part in (reason, line.log) if part)

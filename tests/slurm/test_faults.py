@@ -19,6 +19,9 @@ from aimscale.sweeps.slurm import commands as slurm
 Losses = dict[str, list[tuple[int, float]]]
 
 
+TWO_RANKS = [{"when": {"seed": 0}, "set": {"devices": 2}}]
+
+
 def assert_as_undisturbed(fault: Any, undisturbed: Losses, rel: float = 1e-6) -> None:
     """All runs finished with the losses of runs without a fault, and nothing is left in the queue."""
     fault.wait_state("finished")
@@ -105,7 +108,7 @@ def test_one_element_of_an_array_is_requeued_and_never_the_others(fault: Any, un
 
 
 def test_one_job_executes_two_runs_saves_both_and_goes_on_with_both(fault: Any, undisturbed: Losses) -> None:
-    case = fault(seeds=[0, 1], slurm={"runs_per_device": 2})
+    case = fault(seeds=[0, 1], runs_per_device=2)
     (part,) = case.launch().submitted
     assert (len(part.run_ids), part.num_jobs) == (2, 1)
     case.wait_trained(0)
@@ -181,7 +184,7 @@ def test_a_crash_in_user_code_is_tried_once_more_and_then_left(fault: Any, undis
 
 
 def test_two_nodes_are_preempted_and_come_back_on_one(fault: Any, undisturbed: Losses) -> None:
-    case = fault(slurm={"min_nodes": 1, "partition": "main"}, cost={"devices": 2})
+    case = fault(slurm={"extra": {"nodes": "1-2"}, "partition": "main"}, override=TWO_RANKS)
     case.launch()
     case.wait_trained()
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "-o/dev/null", "--wrap=sleep 60"]
@@ -201,7 +204,7 @@ def test_a_rank_that_hangs_on_another_node_ends_the_others_and_its_node_is_named
     fault: Any, undisturbed: Losses
 ) -> None:
     """Its watcher lives, its process stands still: nothing but the other rank's watch can notice."""
-    case = fault(fault="stop", step_s=0.2, cost={"devices": 2})
+    case = fault(fault="stop", step_s=0.2, override=TWO_RANKS)
     case.launch()
     assert_as_undisturbed(case, undisturbed, rel=1e-4)
     record = case.records[0]

@@ -130,7 +130,7 @@ def test_a_job_whose_claim_is_gone_starts_nothing(fault: Any) -> None:
     ("fields", "words"),
     [
         ({"partition": "mian"}, "no partition 'mian'; did you mean 'main'"),
-        ({"constraint": "gold"}, "Slurm refused the job: .*feature"),
+        ({"extra": {"constraint": "gold"}}, "Slurm refused the job: .*feature"),
         ({"mem_gb": 10**6}, "Slurm refused the job: .*[Mm]emory"),
     ],
 )

@@ -6,7 +6,6 @@ from typing import Any
 from aimscale.sweeps.engine.devices import Devices, sharing
 from aimscale.sweeps.plan.device_fit import runs_on_a_device
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.slurm.submit import with_slurm
 
 HALF, THIRD, WHOLE = Fraction(1, 2), Fraction(1, 3), Fraction(1)
 
@@ -35,12 +34,12 @@ def test_more_slots_than_cards_share_them_and_fewer_leave_some() -> None:
 
 def test_the_memory_estimate_says_how_many_runs_share_a_card(write_sweep: Any) -> None:
     """More of a small run than of a larger one, one of what fills a card or has several."""
-    sweep = write_sweep(sizes=["rung-32", "rung-384", "aim-7B"])
-    numbers = [runs_on_a_device(sweep, run, 80_000_000_000) for run in plan(sweep)]
+    sweep = write_sweep(sizes=["rung-32", "rung-384", "aim-7B"], runs_per_device="auto")
+    numbers = [runs_on_a_device(sweep, run) for run in plan(sweep)]
     assert numbers[0] == 8
     assert numbers == sorted(numbers, reverse=True)
     assert numbers[-1] == 1
     small = plan(sweep)[0]
-    assert runs_on_a_device(sweep, small, 1_000_000_000) < 8
-    assert sharing(with_slurm(sweep, runs_per_device="auto"))(small) == Fraction(1, 8)
-    assert sharing(with_slurm(sweep, runs_per_device=4))(small) == Fraction(1, 4)
+    assert runs_on_a_device(sweep.with_fields(cost={"memory_gb": 1}), small) < 8
+    assert sharing(sweep)(small) == Fraction(1, 8)
+    assert sharing(sweep.with_fields(runs_per_device=4))(small) == Fraction(1, 4)

@@ -94,7 +94,7 @@ def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected
 ) -> None:
     launch(write_sweep(sizes=["rung-32"]), slots=1, command=stand_in())
     longer = look(write_sweep(sizes=["rung-32"], budgets=[640, 1280, 6400]))
-    assert (longer.runs[0].state, longer.runs[0].reason) == ("preempted", "extended to 6400 images")
+    assert (longer.runs[0].state, longer.runs[0].status.reason) == ("preempted", "extended to 6400 images")
     assert 0 < longer.progress < 1
     assert longer.next_step == ""
 
