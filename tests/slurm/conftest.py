@@ -101,7 +101,7 @@ class Fault:
         logs = "\n".join(
             f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(self.sweep.directory.rglob("*.log"))
         )
-        states = [(line.state, line.reason, line.job_id) for line in self.status()]
+        states = [(line.state, line.status.reason, line.job_id) for line in self.status()]
         pytest.fail(f"{what} did not happen within {PATIENCE_S} s: {states} {slurm.jobs()}\n{logs}")
 
     def wait_trained(self, index: int = 0) -> None:

@@ -156,7 +156,7 @@ def test_out_of_memory_is_named_bounded_and_curable(fault: Any, undisturbed: Los
     case = fault(fault="hog", slurm={"mem_gb": 1.5})
     case.launch()
     case.wait_state("dead", "failed")
-    assert case.status()[0].reason_class == "oom"
+    assert case.status()[0].status.reason_class == "oom"
     case.launch()
     case.wait_state("dead", "failed")
     case.wait_empty_queue()

@@ -122,7 +122,7 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     with running.hold():
         status = sweep_status(sweep, runs, cards)
     assert [line.state for line in status.runs] == ["not started", "dead", "damaged", "running"]
-    assert "version 99" in str(status.runs[2].reason)
+    assert "version 99" in str(status.runs[2].status.reason)
     assert status.runs[3].eta_s == (cards[3].images_executed - 250) / 10
     assert status.unplanned == ("old-run",)
     assert status.eta_s is not None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,14 @@ PROBED: dict[str, Any] = {
     "validation": {"path": "data/validation"},
     "probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")],
 }
+
+
+@pytest.fixture(autouse=True)
+def counted(tmp_path: Path) -> None:
+    """Folders that say how many images they hold, so that evaluation has a price."""
+    for name in ("validation", "pets", "cars"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "dataset.json").write_text('{"num_samples": 1000}')
 
 
 def look(sweep: Any) -> SweepStatus:
@@ -120,13 +129,16 @@ def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_
     assert forecasts[1] < forecasts[0]
 
 
-def test_the_forecast_counts_what_steps_and_evaluations_take_beside_their_flops(write_sweep: Any) -> None:
-    """Two runs of 10 ms per step and 5 s per evaluation, without FLOPs; one is half done at twice the speed."""
-    cost = {"peak_tflops": 1e9, "step_ms": 10, "evaluation_s": 5}
+def test_the_forecast_counts_what_steps_and_evaluations_take_beside_training_flops(write_sweep: Any) -> None:
+    """Two runs of 10 ms per step beside their FLOPs; one is half done at twice the speed."""
+    cost = {"peak_tflops": 1e-3, "step_ms": 10}
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], base=PROBED, budgets=[64_000], cost=cost)
     first, _ = plan(sweep)
-    with training(sweep, first, images_done=32_000, images_per_s=2 * 6_400):
-        assert look(sweep).eta_s == pytest.approx((1_500 * 0.010 + 2 * 5) / 2, rel=1e-6)
+    card = cost_cards(sweep, [first])[0]
+    assert card.training_s > 0.010 * card.steps
+    half = card.images_executed // 2
+    with training(sweep, first, images_done=half, images_per_s=2 * card.images_executed / card.training_s):
+        assert look(sweep).eta_s == pytest.approx((1.5 * card.training_s + 2 * card.evaluation_s) / 2, rel=1e-6)
 
 
 def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep: Any) -> None:
@@ -176,8 +188,7 @@ def test_the_forecast_counts_a_run_that_a_local_worker_starts_but_no_job_that_wa
 def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
     kind: type[ProbeRecord], write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
 ) -> None:
-    cost = {"peak_tflops": 1e9, "step_ms": 10, "evaluation_s": 5}
-    sweep = write_sweep(sizes=["rung-32"], base=PROBED, cost=cost)
+    sweep = write_sweep(sizes=["rung-32"], base=PROBED, cost={"peak_tflops": 1e-3})
     launch(sweep, slots=1, command=stand_in())
     run = plan(sweep)[0]
     card = cost_cards(sweep, [run])[0]
