@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import Root, SweepName
+from aimscale.sweeps.cli.options import Root, SweepName, some_runs
 from aimscale.sweeps.engine.stop import cancel
 from aimscale.sweeps.plan.sweepfile import load_sweep
-from aimscale.sweeps.table.select import some_runs
 
 Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,14 +17,14 @@ from aimscale.aim.errors import UserError, did_you_mean
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
     "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
-    "plan": ("aimscale.sweeps.cli.plan", "List the runs of a sweep with a cost card each; no side effect."),
+    "plan": ("aimscale.sweeps.cli.sweep:plan", "List the runs of a sweep with a cost card each; no side effect."),
     "launch": ("aimscale.sweeps.cli.launch", "Start what is missing, resume what died, skip what is done."),
     "work": ("aimscale.sweeps.cli.work", "Take free runs and evaluations of a sweep until none is left."),
-    "status": ("aimscale.sweeps.cli.status", "One line per run: state, step, loss, images/s, MFU, ETA, why it failed."),
-    "logs": ("aimscale.sweeps.cli.logs", "Print or follow the log of one run."),
+    "status": ("aimscale.sweeps.cli.sweep:status", "One line per run: state, step, loss, speed, ETA, why it failed."),
+    "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
     "cancel": ("aimscale.sweeps.cli.cancel", "Stop the runs of a sweep; each saves first."),
     "retry": ("aimscale.sweeps.cli.retry", "Clear the failure of runs, so that the next launch resumes them."),
-    "collect": ("aimscale.sweeps.cli.collect", "Gather every run's rows into one typed table."),
+    "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
     "probe": (
         "aimscale.sweeps.cli.probe",
         "Probe frozen features of a run, or of a whole sweep by local or Slurm jobs.",
@@ -60,6 +61,24 @@ def verb(name: str) -> typer.Typer:
     return app
 
 
+def _collected(ctx: Any, param: Any, given: Any) -> Any:
+    """Where the tables of sweeps lie that an analysis verb is given by name or by file; anything else as it is."""
+    if isinstance(given, list | tuple):
+        return [_collected(ctx, param, each) for each in given]
+    path = Path(given)
+    if path.exists() and path.suffix not in (".yaml", ".yml"):
+        return path
+    from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+
+    try:
+        table = load_sweep(path, Path("aimscale-runs")).directory / "results.parquet"
+    except SweepError:
+        return path
+    if not table.is_file():
+        raise SweepError(f"{table} does not exist; `aimscale collect {path}` makes it once runs are complete")
+    return table
+
+
 class LazyGroup(typer.core.TyperGroup):
     """Lists verbs from `VERBS` and imports a verb's module only to run it or to print its own help."""
 
@@ -75,6 +94,9 @@ class LazyGroup(typer.core.TyperGroup):
             raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")
         command = typer.main.get_command(verb(cmd_name))
         command.name = cmd_name
+        for param in command.params:
+            if param.name in ("table", "tables"):
+                param.callback = _collected
         return command
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:

@@ -7,10 +7,9 @@ from pathlib import Path
 import typer
 
 from aimscale.sweeps.cli.cancel import Runs
-from aimscale.sweeps.cli.options import Root, SweepName
+from aimscale.sweeps.cli.options import Root, SweepName, some_runs
 from aimscale.sweeps.engine.stop import retry
 from aimscale.sweeps.plan.sweepfile import load_sweep
-from aimscale.sweeps.table.select import some_runs
 
 
 def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:

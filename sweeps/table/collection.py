@@ -8,6 +8,7 @@ twice writes the same bytes.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,19 +17,21 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.table.schema import TableError, results_table, write_table
+from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import entries_of
-from aimscale.harness.run.config import Section, TrainingConfig
+from aimscale.harness.run.config import ProbeSection, Section, TrainingConfig
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.identity import evaluation_digest
+from aimscale.harness.run.identity import evaluation_digest, probe_evaluation
 from aimscale.harness.run.provenance import is_imported
 from aimscale.harness.run.row import configured_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.claims import RunRecord
-from aimscale.sweeps.table.task_names import with_task_names
 
 COLLECT_VERSION = 1
+Values = dict[str, Any]
+"""A row, or an entry of its probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +69,12 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     known = {run.run_id for run in runs}
     imported = _imported(sweep, known)
     unplanned = _unplanned(sweep, runs, known | {record.path.name for record in imported})
-    rows = with_task_names([*planned, *_imported_rows(sweep, imported, damaged)], runs)
+    rows = _with_task_names([*planned, *_imported_rows(sweep, imported, damaged)], runs)
     num_complete = sum(row["status"] == "complete" for row in rows)
     table = results_table(rows)
     write_table(table, sweep.directory / "results.csv")
     write_table(table, sweep.directory / "results.parquet")
-    baselines = with_task_names(_baselines(sweep, damaged), runs)
+    baselines = _with_task_names(_baselines(sweep, damaged), runs)
     _write_baselines(sweep, baselines)
     summary = {
         "version": COLLECT_VERSION,
@@ -220,6 +223,42 @@ def _imported(sweep: Sweep, planned: set[str]) -> list[RunRecord]:
     """
     others = (RunRecord(path) for path in sorted(sweep.runs_dir.iterdir()) if path.name not in planned)
     return [record for record in others if is_imported(record)]
+
+
+def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> list[Values]:
+    """The rows with every probe's task named.
+
+    The bare name is for the evaluation that the plan asks for (the first of that task), or for the only one that there
+    is of a task that it does not name; others are `task@evaluation`. So a table keeps apart what was measured with
+    other settings or on other images, whoever reads it.
+    """
+    bare = _planned_evaluations(runs)
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for entry in row.get("probes") or ():
+            found.setdefault(entry["task"], set()).add(entry.get("evaluation", "*"))
+    bare |= {task: names for task, names in found.items() if task not in bare and len(names) == 1}
+
+    def named(entry: Values) -> Values:
+        task, evaluation = entry["task"], entry.get("evaluation")
+        if evaluation is None or any(fnmatch.fnmatch(evaluation, own) for own in bare.get(task, ())):
+            return entry
+        return {**entry, "task": f"{task}@{evaluation}"}
+
+    return [{**row, "probes": [named(entry) for entry in row["probes"]]} if row.get("probes") else row for row in rows]
+
+
+def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
+    """Task -> evaluations that runs of the plan ask for."""
+    names: dict[ProbeSection, str] = {}
+    planned: dict[str, set[str]] = {}
+    for run in runs:
+        for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():
+            if section not in names:
+                train, test = fingerprint(section.train), fingerprint(section.test)
+                names[section] = probe_evaluation(section.model_dump(mode="json"), train, test)
+            planned.setdefault(section.task, set()).add(names[section])
+    return planned
 
 
 SCALE_FIELDS = {

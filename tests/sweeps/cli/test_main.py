@@ -1,5 +1,6 @@
 """What `aimscale --help` promises."""
 
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.sweeps.cli.main import VERBS
+from aimscale.sweeps.cli.main import VERBS, main
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,7 +30,7 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
 
 
 def test_every_verb_has_its_module() -> None:
-    missing = [module for module, _ in VERBS.values() if find_spec(module) is None]
+    missing = [place for place, _ in VERBS.values() if find_spec(place.partition(":")[0]) is None]
     assert not missing
 
 
@@ -43,3 +44,22 @@ def test_an_unknown_verb_is_one_sentence_with_the_nearest() -> None:
     out = subprocess.run([sys.executable, "-m", "aimscale", "lanch"], capture_output=True, text=True, check=False)
     assert out.returncode == 2
     assert out.stderr == "aimscale: there is no verb 'lanch'; did you mean 'launch'?\n"
+
+
+def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", str(ROOT / "sweeps/plan/presets/demo.yaml")):
+        with pytest.raises(SystemExit):
+            main(["compare", name])
+        assert f"aimscale collect {name}" in capsys.readouterr().err
+    (tmp_path / "aimscale-runs" / "demo").mkdir(parents=True)
+    shutil.copy(ROOT / "docs/study/results/cifar.parquet", tmp_path / "aimscale-runs" / "demo" / "results.parquet")
+    said = []
+    for name in ("demo", str(ROOT / "sweeps/plan/presets/demo.yaml"), "aimscale-runs/demo"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["compare", name])
+        said.append(capsys.readouterr().out)
+    assert len(said[0]) > 100
+    assert set(said) == {said[0]}

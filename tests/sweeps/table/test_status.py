@@ -206,7 +206,7 @@ def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
     job.log_file(1).write_text("of the job\n")
     job.write_status(state="failed", reason="no such class", reason_class="data")
     assert look(sweep).runs[0].evaluation == "failed (data: no such class)"
-    logs = CliRunner().invoke(verb("logs"), [str(sweep.source), "rung-32", "--probes", "--root", str(sweep.root)])
+    logs = CliRunner().invoke(verb("logs"), [str(sweep.source), "rung-32", "--root", str(sweep.root)])
     assert logs.output == "of the job\n"
     console = new_console()
     console.print(status_table(look(sweep), console.width))

@@ -1,0 +1,125 @@
+"""The verbs that look at a sweep and change none of its runs: plan, status, logs, collect."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimscale.sweeps.cli.options import AsJson, Root, SweepName, some_runs
+from aimscale.sweeps.plan import costs
+from aimscale.sweeps.plan.planner import plan as plan_runs
+from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.probe_record import jobs_beside
+from aimscale.sweeps.table import views
+from aimscale.sweeps.table.status import SweepStatus, sweep_status
+
+ENDED = ("finished", "failed", "diverged")
+REGISTER, SCORES = "forecasts.jsonl", "forecast-scores.csv"
+
+
+def plan(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson = False) -> None:
+    """List the runs of a sweep with a cost card each; no side effect."""
+    loaded = load_sweep(sweep, root)
+    cards = costs.cost_cards(loaded, plan_runs(loaded))
+    if as_json:
+        typer.echo(json.dumps(costs.to_json(loaded, cards), indent=1))
+    else:
+        views.print_plan(loaded, cards)
+
+
+def status(
+    sweep: SweepName,
+    root: Root = Path("aimscale-runs"),
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between refreshes.", min=0.2)] = 2.0,
+) -> None:
+    """One line per run: state, step, loss, images/s, MFU, ETA, why it failed."""
+    loaded = load_sweep(sweep, root)
+    runs = plan_runs(loaded)
+    cards = costs.cost_cards(loaded, runs)
+
+    def look() -> SweepStatus:
+        return sweep_status(loaded, runs, cards, slurm.known_jobs())
+
+    if as_json:
+        typer.echo(json.dumps(asdict(look()), indent=1))
+    elif watch:
+        views.watch(look, every)
+    else:
+        console = views.new_console()
+        console.print(views.status_table(look(), console.width), highlight=False, soft_wrap=True)
+
+
+def logs(
+    sweep: SweepName,
+    run: Annotated[str, typer.Argument(help="A run's id, or any part that no other id has.")],
+    root: Root = Path("aimscale-runs"),
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends or Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines to print; 0 for all.", min=0)] = 0,
+) -> None:
+    """Print or follow the newest log of one run: of its last attempt, or of its evaluation job."""
+    loaded = load_sweep(sweep, root)
+    (name,) = some_runs(loaded, [run], most=1)
+    run_dir = loaded.run_dir(name)
+    records = [RunRecord(run_dir), *jobs_beside(run_dir).values()]
+    found = [(path.stat().st_mtime, path, record) for record in records if (path := record.last_log())]
+    if not found:
+        raise SweepError(f"{name} has no log yet; it was never started")
+    _, path, record = max(found, key=lambda each: each[0])
+    with path.open(errors="replace") as file:
+        text = file.read().splitlines(keepends=True)
+        typer.echo("".join(text[-lines:] if lines else text), nl=False)
+        try:
+            while follow and record.last_log() == path:
+                piece = file.read()
+                if piece:
+                    typer.echo(piece, nl=False)
+                elif record.checked_status().state in ENDED:
+                    return
+                else:
+                    time.sleep(0.5)
+        except KeyboardInterrupt:
+            return
+
+
+def collect(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
+    """Gather every run's rows into one typed table (Parquet and CSV)."""
+    from aimscale.sweeps.table import collection
+
+    loaded = load_sweep(sweep, root)
+    runs = plan_runs(loaded)
+    found = collection.collect(loaded, runs, costs.cost_cards(loaded, runs))
+    for why in found.damaged.values():
+        typer.echo(f"skipped: {why}", err=True)
+    if found.unplanned:
+        what = f"{len(found.unplanned)} run directories of another sweep file or version"
+        typer.echo(f"left out: {what}, such as {found.unplanned[0]}", err=True)
+    if found.num_baselines:
+        typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
+    for line in _scored_forecasts(found.table):
+        typer.echo(line)
+    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {found.num_runs} runs: {found.table}")
+
+
+def _scored_forecasts(table: Path) -> list[str]:
+    """Score the sweep's registered forecasts, keep the score table beside the results, and say what came true."""
+    register = table.with_name(REGISTER)
+    if not register.is_file():
+        return []
+    from aimscale.analysis.forecasts.registry import score_words, scores
+    from aimscale.analysis.table.results import read_table
+
+    found = scores(register, read_table(table))
+    found.to_csv(table.with_name(SCORES), index=False)
+    waiting = int((found["num_rows"] == 0).sum())
+    return [f"forecast: {line}" for line in score_words(found)] + [
+        f"{len(found)} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
+    ]
