@@ -1,21 +1,24 @@
 """Weights in and out, under the names of the released AIM models.
 
 A released model is `preprocessor.*` and `trunk.*` (the backbone file) and `head.*` (the attentive-probe file); our own
-files add `pixel_head.*`, which was never released. Reading maps the file and copies tensor by tensor, so that memory
-stays near one copy of the weights; no pickled code is ever executed.
+files add `pixel_head.*`, which was never released. Checkpoints of the authors' trainer (ml-l3m) hold query, key and
+value apart (`attn.q_proj`, ...), the pixel head as `head.decoder_*`, and fixed positions, which are computed here.
+Files are mapped and copied tensor by tensor; no pickled code is ever executed.
 """
 
 from __future__ import annotations
 
-import ctypes
+import itertools
+import json
 import math
 import os
-import sys
-from collections.abc import Mapping
+import re
+import zlib
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -24,14 +27,25 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.aim.mup import attention_scale
 from aimscale.aim.probes import AttentiveProbe
-from aimscale.aim.trainer_names import is_of_trainer, to_released
 
 BACKBONE = ("preprocessor.", "trunk.")
 """Prefixes of a released backbone's names."""
-NUM_HEADS = "num_heads"
-"""Key, in the header of an exported safetensors file, of the number of attention heads, which shapes do not tell."""
 PROBE = "head."
 """Prefix of a released attentive probe's names."""
+NUM_HEADS = "num_heads"
+"""Key, in the header of an exported safetensors file, of the number of attention heads, which shapes do not tell."""
+TRAINER_NORM_EPS = 1e-5
+"""Of every LayerNorm that the authors' trainer trains."""
+
+_TRAINER_HEAD = {
+    "decoder_projection.": "proj_in.",
+    "decoder_blocks.": "blocks.",
+    "decoder_norm.": "norm.",
+    "decoder_pred.": "proj_out.",
+}
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_POSITIONS = ("pos_embed", "decoder_pos_embed")
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -40,41 +54,10 @@ class WeightsError(UserError):
     """A weight file that cannot be read or does not hold what the model needs."""
 
 
-def released_shapes(config: ModelConfig) -> Shapes:
-    """Names and shapes of a released backbone file, from the description alone (not from our modules)."""
-    d = config.width
-    shapes: Shapes = {
-        "preprocessor.patchifier.proj.weight": (d, config.channels, config.patch_size, config.patch_size),
-        "preprocessor.patchifier.proj.bias": (d,),
-        "preprocessor.patchifier.norm.weight": (d,),
-        "preprocessor.patchifier.norm.bias": (d,),
-    }
-    for block in range(config.depth):
-        shapes |= {
-            f"trunk.blocks.{block}.attn.qkv.weight": (3 * d, d),
-            f"trunk.blocks.{block}.attn.proj.weight": (d, d),
-            f"trunk.blocks.{block}.norm_1.weight": (d,),
-            f"trunk.blocks.{block}.norm_1.bias": (d,),
-            f"trunk.blocks.{block}.mlp.fc1.weight": (4 * d, d),
-            f"trunk.blocks.{block}.mlp.fc2.weight": (d, 4 * d),
-            f"trunk.blocks.{block}.norm_2.weight": (d,),
-            f"trunk.blocks.{block}.norm_2.bias": (d,),
-        }
-    return shapes | {"trunk.post_trunk_norm.weight": (d,), "trunk.post_trunk_norm.bias": (d,)}
-
-
-def released_probe_shapes(config: ModelConfig, num_classes: int) -> Shapes:
-    """Names and shapes of a released attentive-probe file."""
-    d = config.width
-    return {
-        "head.cls_token": (1, 1, d),
-        "head.k.weight": (d, d),
-        "head.v.weight": (d, d),
-        "head.linear.weight": (num_classes, d),
-        "head.bn.running_mean": (d,),
-        "head.bn.running_var": (d,),
-        "head.bn.num_batches_tracked": (),
-    }
+def model_shapes(config: ModelConfig) -> Shapes:
+    """Names and shapes of a model's state; those of a released backbone are the ones that begin with `BACKBONE`."""
+    with torch.device("meta"):
+        return _shapes_of(AIM(config))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -114,20 +97,62 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a `.pth` or `.safetensors` file (the latter with text `metadata`), aside first, then renamed."""
+    """Write a `.pth` or `.safetensors` file (the latter with text `metadata`), aside first, then renamed.
+
+    Raises:
+        WeightsError: another suffix.
+    """
     if path.suffix not in (".pth", ".safetensors"):
         raise WeightsError(f"{path} is neither .pth nor .safetensors; name the output file so")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    plain = {name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in state.items()}
     try:
         if path.suffix == ".safetensors":
-            safetensors.torch.save_file(plain, aside, metadata=dict(metadata or {}))
+            ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that each stays aligned
+            layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+            write_safetensors(aside, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
         else:
-            torch.save(plain, aside)
+            # torch.save writes whole storages, such as a mapped file's
+            torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    values: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write a safetensors file (https://huggingface.co/docs/safetensors) as its values come, and make it durable.
+
+    The package's own writer needs all of them in memory at once, twice.
+
+    Args:
+        layout: name -> dtype and shape, in the order of the values.
+        values: of all tensors, one after the other, on the CPU, cut anywhere.
+        metadata: text kept in the header.
+
+    Returns:
+        CRC-32 of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    crc = 0
+    with path.open("wb") as file:
+        pieces: Iterable[Any] = (value.contiguous().view(-1).view(torch.uint8).numpy().data for value in values)
+        for piece in itertools.chain([len(text).to_bytes(8, "little") + text], pieces):
+            file.write(piece)
+            crc = zlib.crc32(piece, crc)
+        file.flush()
+        os.fsync(file.fileno())
+    return crc
 
 
 def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None) -> ModelConfig:
@@ -183,22 +208,21 @@ def known_heads(path: Path, width: int, depth: int) -> int | None:
     return int(recorded) if recorded.isdigit() else None
 
 
-def load_model(
-    path: Path, config: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> AIM:
-    """Build an AIM from a file of our own, which holds every weight, pixel head included.
+def load_model(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
+    """Build a float32 AIM from a file of our own, which holds every weight, pixel head included.
 
     Raises:
         WeightsError: an unreadable file; a missing, unknown or mis-shaped tensor.
     """
-    model = _on_meta(config)
-    _fill(model, read_weights(path), str(path), device, dtype)
+    with torch.device("meta"):
+        model = AIM(config)
+    _fill(model, read_weights(path), path, device)
     model.fill_constants()
     return model
 
 
 def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
-    """Build an AIM from a released backbone file; the pixel head, which it lacks, keeps `init_weights(0)`.
+    """Build a float32 AIM from a released backbone file; the pixel head, which it lacks, keeps `init_weights(0)`.
 
     Probe tensors `head.*` in the same file are left alone, see `load_probe`.
 
@@ -206,34 +230,49 @@ def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device
         WeightsError: an unreadable file; a missing, unknown or mis-shaped tensor.
     """
     state = {name: tensor for name, tensor in read_weights(path).items() if not name.startswith(PROBE)}
-    model = _on_meta(config)
+    if others := [name for name in state if not name.startswith(BACKBONE)]:
+        raise WeightsError(f"{path} holds {_some(others)}, which an AIM backbone does not have")
+    with torch.device("meta"):
+        model = AIM(config)
     model.pixel_head.to_empty(device=device)
     model.init_weights(0)
-    for part in ("preprocessor", "trunk"):
-        own = {name.removeprefix(f"{part}."): state.pop(name) for name in list(state) if name.startswith(f"{part}.")}
-        _fill(getattr(model, part), own, str(path), device, torch.float32, prefix=f"{part}.")
-    if state:
-        raise WeightsError(f"{path} holds {_some(state)}, which an AIM backbone does not have")
+    for prefix in BACKBONE:
+        _fill(model.get_submodule(prefix[:-1]), state, path, device, prefix)
     model.fill_constants()
     return model
 
 
 def load_probe(path: Path, config: ModelConfig) -> AttentiveProbe:
-    """Build the attentive probe of a released probe file; backbone tensors in the same file are left alone.
+    """Build the attentive probe of a released probe file; other tensors in the same file are left alone.
 
     Raises:
         WeightsError: an unreadable file; a missing, unknown or mis-shaped tensor.
     """
     state = read_weights(path)
-    own = {name.removeprefix(PROBE): tensor for name, tensor in state.items() if not name.startswith(BACKBONE)}
-    if "linear.weight" not in own:
-        raise WeightsError(f"{path} holds no {PROBE}linear.weight; give the file of the attentive probe")
-    with torch.device("meta"):
-        probe = AttentiveProbe(
-            config.width, config.num_heads, num_classes=own["linear.weight"].shape[0], bias="linear.bias" in own
-        )
-    _fill(probe, own, str(path), "cpu", torch.float32, prefix=PROBE)
+    probe = _probe_on_meta(state, config, path)
+    _fill(probe, state, path, "cpu", PROBE)
     return probe
+
+
+def probe_state(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -> dict[str, Tensor]:
+    """The attentive probe among some tensors, checked.
+
+    Raises:
+        WeightsError: there is none, or one that does not fit the model.
+    """
+    own = {name: tensor for name, tensor in state.items() if name.startswith(PROBE)}
+    check_shapes(own, _shapes_of(_probe_on_meta(own, config, where), PROBE), where)
+    return own
+
+
+def _probe_on_meta(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -> AttentiveProbe:
+    classifier = state.get(f"{PROBE}linear.weight")
+    if classifier is None:
+        raise WeightsError(f"{where} holds no {PROBE}linear.weight; give the file of the attentive probe")
+    with torch.device("meta"):
+        return AttentiveProbe(
+            config.width, config.num_heads, num_classes=len(classifier), bias=f"{PROBE}linear.bias" in state
+        )
 
 
 def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -252,69 +291,73 @@ def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
     return backbone
 
 
-def _on_meta(config: ModelConfig) -> AIM:
-    with torch.device("meta"):
-        return AIM(config)
+def check_shapes(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> None:
+    """Raise WeightsError unless names and shapes are exactly those wanted."""
+    if missing := wanted.keys() - state.keys():
+        raise WeightsError(f"{where} lacks {_some(missing)}; is it a whole file of this model?")
+    if extra := state.keys() - wanted.keys():
+        raise WeightsError(f"{where} holds {_some(extra)}, which this model does not have")
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise WeightsError(
+                f"{where}: {name} has the shape {tuple(tensor.shape)} and this model needs {wanted[name]}; choose the "
+                "size that the file was saved from"
+            )
+
+
+def _shapes_of(module: nn.Module, prefix: str = "") -> Shapes:
+    return {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _fill(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    where: str,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    prefix: str = "",
+    module: nn.Module, state: Mapping[str, Tensor], where: Path, device: str | torch.device, prefix: str = ""
 ) -> None:
-    """Give a meta `module` the values of `state`, one tensor at a time; names and shapes must agree exactly."""
-    wanted = module.state_dict()
-    if missing := wanted.keys() - state.keys():
-        raise WeightsError(f"{where} lacks {_some(missing, prefix)}; is it a file of this model?")
-    if extra := state.keys() - wanted.keys():
-        raise WeightsError(f"{where} holds {_some(extra, prefix)}, which this model does not have")
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise WeightsError(
-                f"{where}: {prefix}{name} has the shape {tuple(tensor.shape)} and this model needs "
-                f"{tuple(wanted[name].shape)}; choose the size that the file was saved from"
-            )
-    for name, tensor in state.items():
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        value = torch.empty(tensor.shape, device=device, dtype=kind).copy_(tensor)
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        if leaf in owner._parameters:
-            setattr(owner, leaf, nn.Parameter(value))
-        else:
-            setattr(owner, leaf, value)
-        forget_pages(tensor)
-    for submodule in module.modules():  # constants, which no file holds; `fill_constants` computes them
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                kind = dtype if buffer.is_floating_point() else buffer.dtype
-                submodule._buffers[name] = torch.empty(buffer.shape, device=device, dtype=kind)
+    """Give a meta `module` the values of `state` under `prefix`; constants, which no file holds, stay undefined."""
+    own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    check_shapes(own, _shapes_of(module, prefix), where)
+    module.to_empty(device=device)
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in own.items()})
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor in a storage of its own; torch.save writes whole storages, such as a mapped file's."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _some(names: Mapping[str, Tensor] | set[str], prefix: str = "") -> str:
+def _some(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
     first, *more = sorted(names)
-    return f"{prefix}{first}" + (f" and {len(more)} more" if more else "")
+    return first + (f" and {len(more)} more" if more else "")
 
 
-def forget_pages(tensor: Tensor) -> None:
-    """Tell the kernel that a mapped tensor is not needed again, so that its pages stop counting as our memory.
+def is_of_trainer(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are names of the authors' trainer."""
+    return any(name.endswith("attn.q_proj.weight") for name in state)
 
-    They would be read from the file again if it were; but never call this on memory that is not a mapped file.
+
+def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under released names; q, k and v of a block are joined when a block is complete.
+
+    Names that are neither a backbone's nor a pixel head's are kept as they are, for the caller to refuse.
     """
-    if sys.platform != "linux":
-        return
-    page = os.sysconf("SC_PAGE_SIZE")
-    start = -(-tensor.data_ptr() // page) * page
-    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if stop > start:
-        dont_need = 4
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), dont_need)
+    plain = {_without_wrappers(name): tensor for name, tensor in state.items()}
+    out: dict[str, Tensor] = {}
+    for name, tensor in plain.items():
+        if name.rpartition(".")[2] in _POSITIONS:
+            continue
+        if found := re.fullmatch(r"(trunk\.blocks\.\d+\.attn\.)([qkv])_proj\.weight", name):
+            parts = [plain.get(f"{found[1]}{part}_proj.weight") for part in "qkv"]
+            if found[2] == "q" and all(part is not None for part in parts):
+                out[f"{found[1]}qkv.weight"] = torch.cat([part for part in parts if part is not None])
+            continue
+        name = re.sub(r"^preprocessor\.(?:[\w.]+\.)?patchifier\.", "preprocessor.patchifier.", name)
+        for theirs, ours in _TRAINER_HEAD.items():
+            if name.startswith(f"head.{theirs}"):
+                name = f"pixel_head.{ours}{name.removeprefix(f'head.{theirs}')}"
+        out[name] = tensor
+    return out
+
+
+def _without_wrappers(name: str) -> str:
+    """The name without what compilation and data parallelism put before it or between its parts."""
+    name = (
+        name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+    )
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name

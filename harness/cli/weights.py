@@ -87,7 +87,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe a weight file from its names and shapes."""
-    from aimscale.harness.weights.contents import describe_weights
+    from aimscale.harness.weights.importing import describe_weights
 
     facts: dict[str, Any] = describe_weights(file)
     if as_json:

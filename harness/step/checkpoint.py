@@ -1,30 +1,27 @@
 """Checkpoints that know nothing of ranks or ZeRO stages: float32 master weights, Adam moments, and counters.
 
-A checkpoint is a folder: safetensors files with `param/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>`, and
-`manifest.json` with their sizes and checksums and everything else a run needs to go on. What a rank held only a part of
-is stored as `<key>@<start>`, a flat stretch of the tensor, so that no rank ever sends or reads more than its share.
-`harness.step.saving` writes them.
+A checkpoint is a folder: safetensors files with `param/<name>@<start>`, `exp_avg/..` and `exp_avg_sq/..`, which are
+stretches of flattened tensors as ranks held them, so that none sends or reads more than its share; and `manifest.json`
+with the files' sizes and checksums and everything else a run needs to go on. `harness.step.saving` writes them.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
-import math
 import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import safetensors
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of
 
-CHECKPOINT_VERSION = 2
-"""1 held whole tensors only."""
 MASTER = "param"
 _CHUNK = 1 << 24
 
@@ -37,7 +34,6 @@ class CheckpointError(UserError):
 class Manifest:
     """`manifest.json`: what a checkpoint is, apart from its tensors."""
 
-    version: int
     run_id: str
     images_seen: int
     """Position in the stream."""
@@ -91,6 +87,27 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
     Raises:
         CheckpointError: a file is damaged (on all ranks).
     """
+    manifest = _checked_manifest(path, group)
+    for owner in engine.optimiser_tensors():
+        engine.adam_state(owner)["step"].fill_(manifest.adam_step)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safetensors.safe_open(path / name, framework="pt")) for name in manifest.files]
+        stretches = _stretches(files)
+        for fragment in engine.fragments():
+            for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
+                flat = fragment.flat if kind == MASTER else engine.adam_state(fragment.flat)[kind]
+                target, first = fragment_of(flat, fragment), fragment.param_start
+                for start, values in stretches[f"{kind}/{fragment.name}"]:
+                    low, high = max(first, start), min(first + fragment.numel, start + values.get_shape()[0])
+                    if low < high:
+                        target[low - first : high - first].copy_(values[low - start : high - start])
+    engine.publish_masters()
+    group.wait()
+    return manifest
+
+
+def _checked_manifest(path: Path, group: Group) -> Manifest:
+    """The manifest of a checkpoint whose files have their checksums; ranks share the reading."""
     manifest = read_manifest(path)
     names = sorted(manifest.files) if manifest else []
     own = [
@@ -104,54 +121,16 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
             f"checkpoint {path} is damaged ({', '.join(damaged) or 'incomplete'}); restore it, or delete checkpoints/ "
             "and budgets/ of this run to train it again"
         )
-    for owner in engine.optimiser_tensors():
-        engine.adam_state(owner)["step"].fill_(manifest.adam_step)
-    stretches = _stretches([path / name for name in names])
-    for fragment in engine.fragments():
-        if not fragment.numel:
-            continue
-        state = engine.adam_state(fragment.flat)
-        for kind in (MASTER, *ADAM_MOMENTS):
-            target = fragment_of(fragment.flat if kind == MASTER else state[kind], fragment)
-            first = fragment.param_start
-            for stretch in stretches[f"{kind}/{fragment.name}"]:
-                start, stop = max(first, stretch.start), min(first + fragment.numel, stretch.stop)
-                if start < stop:
-                    target[start - first : stop - first].copy_(torch.from_numpy(stretch.read(start, stop)))
-    engine.publish_masters()
-    group.wait()
     return manifest
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Stretch:
-    """Values start..stop-1 of a flattened tensor, in a file."""
-
-    path: Path
-    offset: int
-    """Where they start in it, bytes."""
-    start: int
-    """Of the first value."""
-    stop: int
-    """Behind the last."""
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Some of them, float32; reads no other byte."""
-        return np.fromfile(self.path, "<f4", stop - start, offset=self.offset + 4 * (start - self.start))
-
-
-def _stretches(files: list[Path]) -> dict[str, list[_Stretch]]:
-    """Key of a tensor -> where its values are (https://huggingface.co/docs/safetensors: a length, JSON, values)."""
-    found: dict[str, list[_Stretch]] = {}
-    for path in files:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        for key, entry in header.items():
-            name, _, start = key.partition("@")
-            first, numel = int(start or 0), math.prod(entry["shape"])
-            offset = 8 + size + entry["data_offsets"][0]
-            found.setdefault(name, []).append(_Stretch(path=path, offset=offset, start=first, stop=first + numel))
+def _stretches(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
+    """Kind and name of a tensor -> its stretches: index of the first value, and what reads a slice of them."""
+    found = collections.defaultdict(list)
+    for file in files:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            name, _, start = key.rpartition("@")
+            found[name].append((int(start), file.get_slice(key)))
     return found
 
 

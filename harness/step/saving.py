@@ -11,30 +11,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import shutil
 import threading
-import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from aimscale.aim.weights import write_safetensors, write_weights
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.fence import aside_dir
 from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, remove_dir, write_json
-from aimscale.harness.step.checkpoint import (
-    CHECKPOINT_VERSION,
-    MASTER,
-    CheckpointError,
-    Manifest,
-    file_crc32,
-    is_complete,
-)
+from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, is_complete
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 
 _CHUNK_VALUES = 1 << 24  # 64 MiB, a power of two
@@ -101,7 +92,6 @@ class CheckpointWriter:
         share = self._own_share()
         pieces = self._copied(share) if self._copies else _pieces(share.values())
         manifest = Manifest(
-            version=CHECKPOINT_VERSION,
             run_id=run_id,
             images_seen=images_seen,
             branch=branch,
@@ -110,8 +100,8 @@ class CheckpointWriter:
             files={},
         )
         name = f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
-        shapes = {key: list(values.shape) for key, values in share.items()}
-        part = self._background.submit(_write_part, aside_dir(final) / name, shapes, pieces, self._stop)
+        lengths = {key: len(values) for key, values in share.items()}
+        part = self._background.submit(_write_part, aside_dir(final) / name, lengths, self._until_stop(pieces))
         if not self._copies:
             concurrent.futures.wait([part])
         self._under_way = _UnderWay(final=final, manifest=manifest, keep=frozenset({final, *keep}), part=part)
@@ -174,27 +164,28 @@ class CheckpointWriter:
         self._background.shutdown()
         self._copy = None
 
+    def _until_stop(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        for piece in pieces:
+            if self._stop.is_set():
+                raise OSError("the run ended before it was written")
+            yield piece
+
     def _drop_all_but(self, keep: Collection[Path]) -> None:
         """Remove the other checkpoints, in the background: that of gigabytes takes long."""
         if self._group.is_first:
             self._dropping = self._background.submit(_remove_others, keep)
 
     def _own_share(self) -> dict[str, Tensor]:
-        """What this rank writes, by its key, where it is: what it holds, or its share where all hold everything."""
+        """What this rank writes, flat, by its key: what it holds, or its share where all hold everything."""
         fragments = self._engine.fragments()
         if self._engine.options.zero_stage == 0:
             owners = share_out(fragments, self._group.world_size)
             fragments = [each for each, owner in zip(fragments, owners, strict=True) if owner == self._group.rank]
         share = {}
         for fragment in fragments:
-            is_whole = fragment.numel == fragment.shape.numel()
             for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
                 flat = fragment.flat if kind == MASTER else self._engine.adam_state(fragment.flat)[kind]
-                values = fragment_of(flat, fragment)
-                if is_whole:
-                    share[f"{kind}/{fragment.name}"] = values.view(fragment.shape)
-                else:
-                    share[f"{kind}/{fragment.name}@{fragment.param_start}"] = values
+                share[f"{kind}/{fragment.name}@{fragment.param_start}"] = fragment_of(flat, fragment)
         return share
 
     def _allocated(self) -> concurrent.futures.Future[list[Tensor]]:
@@ -215,7 +206,7 @@ class CheckpointWriter:
 
 def _pieces(share: Iterable[Tensor]) -> Iterable[Tensor]:
     """These values one after the other, in copies on the host: a tensor that numpy saw cannot give its memory back."""
-    return (piece.to("cpu", copy=True) for values in share for piece in values.flatten().split(_CHUNK_VALUES))
+    return (piece.to("cpu", copy=True) for values in share for piece in values.split(_CHUNK_VALUES))
 
 
 def _allocate(num_values: int, device: torch.device) -> list[Tensor]:
@@ -231,7 +222,7 @@ def _fill(pieces: Sequence[Tensor], share: Iterable[Tensor]) -> None:
     """Copy values, one after the other, into the pieces of `_allocate`."""
     start = 0
     for values in share:
-        left = values.flatten()
+        left = values
         while len(left):
             number, offset = divmod(start, _CHUNK_VALUES)
             fitting = left[: _CHUNK_VALUES - offset]
@@ -265,49 +256,24 @@ def share_out(fragments: Sequence[Fragment], world_size: int) -> list[int]:
     return owners
 
 
-def _write_part(
-    path: Path, shapes: dict[str, list[int]], pieces: Iterable[Tensor], stop: threading.Event
-) -> tuple[str, int, int, str]:
-    """Write one safetensors file, make it durable, and read it again; returns name, size, checksum and the problem.
+def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor]) -> tuple[str, int, int, str]:
+    """Write one file of float32 values and read it again; returns name, size, checksum and the problem.
 
     Nothing to write: size 0.
     """
-    if not shapes:
+    if not lengths:
         return path.name, 0, 0, ""
     try:
-        crc = _write_safetensors(path, shapes, pieces, stop)
+        layout = {key: (torch.float32, (length,)) for key, length in lengths.items()}
+        crc = write_safetensors(path, layout, pieces)
+        fsync_dir(path.parent)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
         if file_crc32(path) != crc:
             return path.name, 0, 0, f"{path.name} reads otherwise than it was written"
         return path.name, path.stat().st_size, crc, ""
     except OSError as error:
         return path.name, 0, 0, str(error)
-
-
-def _write_safetensors(
-    path: Path, shapes: dict[str, list[int]], pieces: Iterable[Tensor], stop: threading.Event
-) -> int:
-    """Write float32 tensors whose values come one after the other in `pieces`; returns the file's checksum."""
-    entries, end = {}, 0
-    for key, shape in shapes.items():
-        start, end = end, end + 4 * torch.Size(shape).numel()
-        entries[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        start_of_file = len(header).to_bytes(8, "little") + header
-        file.write(start_of_file)
-        crc = zlib.crc32(start_of_file)
-        for piece in pieces:
-            if stop.is_set():
-                raise OSError("the run ended before it was written")
-            data: Any = piece.numpy()
-            file.write(data)
-            crc = zlib.crc32(data, crc)
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
-    fsync_dir(path.parent)
-    return crc
 
 
 def save_weights(path: Path, engine: Engine, group: Group) -> None:
@@ -328,6 +294,4 @@ def save_weights(path: Path, engine: Engine, group: Group) -> None:
         if group.is_first:
             weights[fragment.name] = whole.view(fragment.shape).cpu()
     if group.is_first:
-        save_file(weights, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        write_weights(weights, path)

@@ -10,18 +10,10 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import param_count
-from aimscale.aim.weights import (
-    NUM_HEADS,
-    WeightsError,
-    backbone_state,
-    read_weights,
-    released_probe_shapes,
-    write_weights,
-)
+from aimscale.aim.weights import NUM_HEADS, WeightsError, backbone_state, probe_state, read_weights, write_weights
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_text, written_dir_aside
-from aimscale.harness.weights.contents import check_shapes, stream_safetensors
 
 
 def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path | None) -> list[Path]:
@@ -31,23 +23,19 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
         probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`.
 
     Raises:
-        WeightsError: `out` exists, or the budget's file does not hold the model.
+        WeightsError: `out` exists, or a file cannot be read.
     """
     if out.exists():
         raise WeightsError(f"{out} exists already; choose another folder for the export")
     config = run.load_config()
     model = model_config(**dict(config.training.model), target=config.training.objective.target)
-    source = run.model_file(images_seen)
-    state = backbone_state(read_weights(source), model)
-    check_shapes(state, model, source)
+    state = backbone_state(read_weights(run.model_file(images_seen)), model)
     if probe_file is not None:
-        head = read_weights(probe_file)
-        check_shapes(head, model, probe_file, released_probe_shapes(model, len(head["head.linear.weight"])))
-        state |= head
+        state |= probe_state(read_weights(probe_file), model, probe_file)
     rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
     with written_dir_aside(out) as folder:
         metadata = {"format": "pt", "run_id": config.run_id, NUM_HEADS: str(model.num_heads)}
-        stream_safetensors(state, folder / "model.safetensors", metadata)
+        write_weights(state, folder / "model.safetensors", metadata)
         write_weights(state, folder / "model.pth")
         write_text(folder / "config.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
         write_text(folder / "README.md", model_card(config, model, images_seen, rows[0] if rows else {}))

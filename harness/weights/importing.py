@@ -1,4 +1,4 @@
-"""A released backbone, or a checkpoint of the authors' trainer, becomes a finished run directory."""
+"""A released backbone, or a checkpoint of the authors' trainer, is described and becomes a finished run directory."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
-from aimscale.aim.model import AIM
-from aimscale.aim.trainer_names import NORM_EPS, is_of_trainer, to_released
 from aimscale.aim.weights import (
+    BACKBONE,
     NUM_HEADS,
     PROBE,
+    TRAINER_NORM_EPS,
     WeightsError,
+    check_shapes,
     identify,
+    is_of_trainer,
+    known_heads,
+    model_shapes,
+    probe_state,
     read_weights,
-    released_probe_shapes,
+    to_released,
     write_weights,
 )
 from aimscale.harness.probe.released import RELEASED_HEAD, HeadBlocks, released_blocks
@@ -30,7 +34,6 @@ from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_text, written_dir_aside
 from aimscale.harness.run.provenance import record_start
 from aimscale.harness.train.budget import describe
-from aimscale.harness.weights.contents import check_shapes, stream_safetensors
 
 PUBLISHED_IMAGES_SEEN = {
     "aim-600M": 500_000 * 4096,
@@ -72,27 +75,20 @@ def import_weights(
     """
     if run_path.exists():
         raise RunDirError(f"{run_path} exists already; choose another directory for the imported weights")
-    found = identify(source, image_size=image_size, num_heads=num_heads)
-    state = read_weights(source)
-    of_trainer = is_of_trainer(state)
-    state = to_released(state) if of_trainer else state
-    pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
-    section = ModelSection(
-        size=size or found.name,
-        image_size=image_size,
-        patch_size=found.patch_size,
-        channels=found.channels,
-        **(_trainer_fields(pixel_head, source) if of_trainer else {"head_rule": "released"}),
-    )
-    config = model_config(**dict(section))
-    if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
-        raise WeightsError(f"{source} holds {found.name}, not {section.size}; leave out --size, or give the other file")
+    state = to_released(read_weights(source))
+    section, config = _model_of(source, state, size=size, image_size=image_size, num_heads=num_heads)
     images_seen = PUBLISHED_IMAGES_SEEN.get(section.size) if images_seen is None else images_seen
     if images_seen is None:
         raise WeightsError(f"{source} is no published size ({section.size}); say --images-seen, its training images")
-    kept_head = _released_head(read_weights(head) if head else state, config, head or source, insist=head is not None)
+    if head is None:
+        kept_head = probe_state(state, config, source) if f"{PROBE}linear.weight" in state else {}
+    else:
+        kept_head = probe_state(read_weights(head), config, head)
     body = {name: tensor for name, tensor in state.items() if not name.startswith(PROBE)}
-    check_shapes(body, config, source, _whole_shapes(config) if pixel_head else None)
+    is_whole = any(name.startswith("pixel_head.") for name in body)
+    shapes = model_shapes(config)
+    wanted = {name: shape for name, shape in shapes.items() if is_whole or name.startswith(BACKBONE)}
+    check_shapes(body, wanted, source)
     run_config = _published_recipe(section, images_seen)
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": _sha256(source)}
     with written_dir_aside(run_path) as folder:
@@ -101,8 +97,7 @@ def import_weights(
             blocks = released_blocks(config, head_blocks)
             write_weights(kept_head, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
         metadata = {"format": "pt", "imported_from": source.name, NUM_HEADS: str(config.num_heads)}
-        # joined q, k, v are no mapped file, whose pages could be given back
-        stream_safetensors(body, run.model_file(images_seen), metadata, forget=not of_trainer)
+        write_weights(body, run.model_file(images_seen), metadata)
         write_text(run.config, run_config.to_yaml())
         run.record_row(_row(run_config, images_seen))
         run.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
@@ -110,8 +105,66 @@ def import_weights(
     return RunDir(run_path)
 
 
-def _trainer_fields(pixel_head: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+def describe_weights(path: Path) -> dict[str, Any]:
+    """What a weight file holds, from names and shapes alone.
+
+    Raises:
+        WeightsError: an unreadable file, or one that is no AIM.
+    """
+    state = read_weights(path)
+    parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0}
+    for name, tensor in state.items():
+        part = name.split(".", 1)[0]
+        parts[part] = parts.get(part, 0) + tensor.numel()
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "num_tensors": len(state),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
+        "params": {part: count for part, count in parts.items() if count},
+    }
+    if "head.linear.weight" in state:
+        facts["num_classes"] = len(state["head.linear.weight"])
+    if parts["trunk"]:
+        depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
+        width = next((len(tensor) for name, tensor in state.items() if name.endswith("patchifier.proj.bias")), 0)
+        heads = known_heads(path, width, depth)
+        config = identify(path, num_heads=heads or 1)
+        wanted = {name: shape for name, shape in model_shapes(config).items() if name.startswith(BACKBONE)}
+        backbone = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(BACKBONE)}
+        facts |= {
+            "size": config.name if heads else f"w{width}-d{depth}",
+            "width": config.width,
+            "depth": config.depth,
+            "num_heads": heads or "not told by the file",
+            "patch_size": config.patch_size,
+            "is_complete_backbone": backbone == wanted,
+        }
+    return facts
+
+
+def _model_of(
+    source: Path, state: Mapping[str, Tensor], *, size: str | None, image_size: int, num_heads: int | None
+) -> tuple[ModelSection, ModelConfig]:
+    """The model that a file holds, insisting on `size`."""
+    found = identify(source, image_size=image_size, num_heads=num_heads)
+    of_trainer = is_of_trainer(read_weights(source))
+    section = ModelSection(
+        size=size or found.name,
+        image_size=image_size,
+        patch_size=found.patch_size,
+        channels=found.channels,
+        **(_trainer_fields(state, source) if of_trainer else {"head_rule": "released"}),
+    )
+    config = model_config(**dict(section))
+    if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
+        raise WeightsError(f"{source} holds {found.name}, not {section.size}; leave out --size, or give the other file")
+    return section, config
+
+
+def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     """Fields of `model` that a checkpoint of the authors' trainer implies."""
+    pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
     if "pixel_head.proj_in.weight" not in pixel_head:
         raise WeightsError(
             f"{source} lacks head.decoder_projection.weight, so its pixel head is not whole; give it all"
@@ -122,32 +175,9 @@ def _trainer_fields(pixel_head: Mapping[str, Tensor], source: Path) -> dict[str,
         "head_width": len(pixel_head["pixel_head.proj_in.weight"]),
         "head_depth": len(blocks),
         "ln_residual": any(name.endswith(".norm_1.weight") for name in pixel_head),
-        "norm_eps": NORM_EPS,
+        "norm_eps": TRAINER_NORM_EPS,
         "qkv_init": "separate",
     }
-
-
-def _whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model with its pixel head."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in AIM(config).state_dict().items()}
-
-
-def _released_head(
-    state: Mapping[str, Tensor], config: ModelConfig, source: Path, *, insist: bool
-) -> dict[str, Tensor] | None:
-    """The attentive probe in a file's tensors; None where there is none and none was asked for."""
-    head = {name: tensor for name, tensor in state.items() if name.startswith(PROBE)}
-    if "head.linear.weight" not in head:
-        if insist:
-            raise WeightsError(f"{source} holds no {PROBE}linear.weight; give the file of the attentive probe")
-        return None
-    num_classes = len(head["head.linear.weight"])
-    wanted = released_probe_shapes(config, num_classes)
-    if "head.linear.bias" in head:
-        wanted["head.linear.bias"] = (num_classes,)
-    check_shapes(head, config, source, wanted)
-    return head
 
 
 def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:

@@ -1,6 +1,5 @@
 import re
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aimscale.aim.config import model_config
+from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import (
@@ -20,13 +19,48 @@ from aimscale.aim.weights import (
     load_model,
     load_probe,
     read_weights,
-    released_probe_shapes,
-    released_shapes,
     write_weights,
 )
 
 NUM_CLASSES = 5
 CONFIG = model_config("w16-d2", image_size=12, patch_size=4)
+
+
+def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released backbone file, from the description alone (not from our modules)."""
+    d = config.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "preprocessor.patchifier.proj.weight": (d, config.channels, config.patch_size, config.patch_size),
+        "preprocessor.patchifier.proj.bias": (d,),
+        "preprocessor.patchifier.norm.weight": (d,),
+        "preprocessor.patchifier.norm.bias": (d,),
+    }
+    for block in range(config.depth):
+        shapes |= {
+            f"trunk.blocks.{block}.attn.qkv.weight": (3 * d, d),
+            f"trunk.blocks.{block}.attn.proj.weight": (d, d),
+            f"trunk.blocks.{block}.norm_1.weight": (d,),
+            f"trunk.blocks.{block}.norm_1.bias": (d,),
+            f"trunk.blocks.{block}.mlp.fc1.weight": (4 * d, d),
+            f"trunk.blocks.{block}.mlp.fc2.weight": (d, 4 * d),
+            f"trunk.blocks.{block}.norm_2.weight": (d,),
+            f"trunk.blocks.{block}.norm_2.bias": (d,),
+        }
+    return shapes | {"trunk.post_trunk_norm.weight": (d,), "trunk.post_trunk_norm.bias": (d,)}
+
+
+def released_probe_shapes(config: ModelConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released attentive-probe file."""
+    d = config.width
+    return {
+        "head.cls_token": (1, 1, d),
+        "head.k.weight": (d, d),
+        "head.v.weight": (d, d),
+        "head.linear.weight": (num_classes, d),
+        "head.bn.running_mean": (d,),
+        "head.bn.running_var": (d,),
+        "head.bn.num_batches_tracked": (),
+    }
 
 
 def released_state(model: AIM, probe: AttentiveProbe | None = None) -> dict[str, torch.Tensor]:
@@ -95,28 +129,6 @@ def test_a_file_tells_its_size(tmp_path: Path, size: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_import_needs_little_more_memory_than_the_weights(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"rung{suffix}"
-    with torch.device("meta"):
-        shapes = released_state(AIM(model_config("rung-768", head_rule="none")))
-    write_weights({name: torch.rand(meta.shape) for name, meta in shapes.items()}, path)
-    program = f"""
-from pathlib import Path
-from aimscale.aim.weights import identify, load_backbone
-def memory(field): return [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if field in line][0]
-path = Path({str(path)!r})
-config = identify(path, num_heads=12)
-before = memory("VmRSS")
-model = load_backbone(path, config)
-print(memory("VmHWM") - before)
-"""
-    peak = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-    assert 1.0 < peak / path.stat().st_size < 1.25
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory by address space")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_larger_than_memory_is_one_sentence(tmp_path: Path, suffix: str) -> None:
@@ -159,9 +171,6 @@ def test_own_file_holds_the_whole_model(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "model.safetensors", config)
     images, prefix_len = torch.randn(2, 3, 12, 12), torch.tensor([3, 6])
     assert torch.equal(loaded(images, prefix_len)[0], model(images, prefix_len)[0])
-    rounded = load_model(tmp_path / "model.safetensors", config, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(rounded(images, prefix_len)[0], model(images, prefix_len)[0], rtol=0.02, atol=0)
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
-from aimscale.aim.weights import WeightsError, known_heads, load_backbone, released_probe_shapes, released_shapes
+from aimscale.aim.weights import BACKBONE, WeightsError, known_heads, load_backbone
 from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.probe.features.images import open_task
@@ -33,7 +33,8 @@ CONFIG = model_config("w48-d2", image_size=28)
 
 @pytest.fixture
 def released(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    state = {name: torch.randn(shape) for name, shape in released_shapes(CONFIG).items()}
+    state = {name: torch.randn(tensor.shape) for name, tensor in AIM(CONFIG).state_dict().items()
+             if name.startswith(BACKBONE)}  # fmt: skip
     path = tmp_path / "aim_48.pth"
     torch.save(state, path)
     return path, state
@@ -205,8 +206,8 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
             pixels = np.random.default_rng([number, index]).integers(0, 256, (20, 24, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(pictures / name / f"{index}.png")
     pack_folder(pictures, tmp_path / "test")
-    head = {name: torch.randn(shape) for name, shape in released_probe_shapes(CONFIG, 3).items()}
-    head["head.bn.running_var"] = head["head.bn.running_var"].abs() + 0.5
+    probe = AttentiveProbe(CONFIG.width, CONFIG.num_heads, 3)
+    head = {f"head.{name}": torch.rand(tensor.shape) for name, tensor in probe.state_dict().items()}
     head["head.bn.num_batches_tracked"] = torch.tensor(3)
     save_file(head, tmp_path / "head.safetensors")
     options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", str(CONFIG.num_heads)]
@@ -243,10 +244,10 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
     assert "has 2 classes and the released head 3" in error
     weights(capsys, "import", str(path), str(tmp_path / "bare"), *options)
     assert "has no released head" in refused("probe", str(tmp_path / "bare"), "--released", *task)
-    wide = {name: torch.randn(shape) for name, shape in released_probe_shapes(model_config("w64-d2"), 3).items()}
+    wide = {f"head.{name}": tensor for name, tensor in AttentiveProbe(64, 4, 3).state_dict().items()}
     save_file(wide, tmp_path / "wide.safetensors")
     _, _, error = weights(
         capsys, "import", str(path), str(tmp_path / "r"), *options, "--head", str(tmp_path / "wide.safetensors")
     )
-    assert "head.bn.running_mean has the shape (64,), w48-d2 needs (48,)" in error
+    assert "head.bn.running_mean has the shape (64,)" in error
     assert not (tmp_path / "r").exists()

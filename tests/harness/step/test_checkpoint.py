@@ -17,7 +17,7 @@ from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step import checkpoint, saving
+from aimscale.harness.step import saving
 from aimscale.harness.step.checkpoint import CheckpointError, complete_checkpoints, load_checkpoint
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
@@ -78,7 +78,7 @@ def write_all(rank: int, folder: Path, cases: list[tuple[int, str]]) -> None:
         name = f"{group.world_size}-{stage}-{precision}"
         save(folder / name, engine, group)
         losses = train(engine, group, 5, 10)
-        save_weights(folder / f"{name}.weights", engine, group)
+        save_weights(folder / f"{name}.safetensors", engine, group)
         if rank == 0:
             (folder / f"{name}.json").write_text(json.dumps(losses))
     stop_group()
@@ -101,9 +101,11 @@ def read_all(rank: int, folder: Path, cases: list[tuple[int, str]], sources: lis
             expected = json.loads((folder / f"{source}.json").read_text())
             if is_own:
                 assert losses == expected, (source, stage)
-                save_weights(folder / "again.weights", engine, group)
+                save_weights(folder / "again.safetensors", engine, group)
                 if rank == 0:
-                    same = (folder / "again.weights").read_bytes() == (folder / f"{source}.weights").read_bytes()
+                    same = (folder / "again.safetensors").read_bytes() == (
+                        folder / f"{source}.safetensors"
+                    ).read_bytes()
                     assert same, (source, stage)
             else:
                 tolerance = 1e-5 if precision == "fp32" else 2e-2
@@ -127,11 +129,11 @@ def test_any_ranks_and_stage_go_on_from_any_checkpoint(tmp_path: Path, in_proces
 def test_the_copy_lies_in_pieces_that_page_locking_does_not_round_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (4 * saving._CHUNK_VALUES).bit_count() == 1, "bytes of a piece, a power of two"
     monkeypatch.setattr(saving, "_CHUNK_VALUES", 8)
-    share = [torch.arange(5.0), torch.arange(12.0).view(3, 4), torch.ones(2), torch.arange(3.0)]
+    share = [torch.arange(5.0), torch.arange(12.0), torch.ones(2), torch.arange(3.0)]
     pieces = saving._allocate(22, torch.device("cpu"))
     saving._fill(pieces, share)
     assert [len(piece) for piece in pieces] == [8, 8, 6]
-    assert torch.equal(torch.cat(pieces), torch.cat([values.flatten() for values in share]))
+    assert torch.equal(torch.cat(pieces), torch.cat(share))
 
 
 def round_trip(rank: int, folder: Path) -> None:
@@ -169,7 +171,7 @@ def save_and_train_on(rank: int, folder: Path) -> None:
     group = start_group(find_placement(), "cpu")
     engine = make_engine(group, 3, "bf16")
     train(engine, group, 0, 2)
-    real, may_write, was_read = saving._write_part, threading.Event(), []
+    real, may_write = saving._write_part, threading.Event()
 
     def write_later(*args: Any) -> Any:
         if rank == 1:
@@ -185,13 +187,7 @@ def save_and_train_on(rank: int, folder: Path) -> None:
     may_write.set()
     writer.finish()
 
-    def read(self: checkpoint._Stretch, start: int, stop: int) -> Any:
-        was_read.append(stop - start)
-        return real_read(self, start, stop)
-
-    real_read, checkpoint._Stretch.read = checkpoint._Stretch.read, read  # type: ignore[method-assign]
     load_checkpoint(folder / "1", engine, group)
-    assert sum(was_read) == 3 * sum(fragment.numel for fragment in engine.fragments())
     saving._write_part = real
     waiting = CheckpointWriter(engine, group, lambda: None, copies=False)
     begin(waiting, folder / "same")
