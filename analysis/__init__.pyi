@@ -33,6 +33,6 @@ from .plots.scaling import plot_residuals as plot_residuals
 from .plots.style import save as save
 from .published.comparison import compare as compare
 from .report.page import write_report as write_report
-from .table.inputs import read_tables as read_tables
-from .table.results import probe_frame as probe_frame
-from .table.results import read_table as read_table
+from .table.read import probe_frame as probe_frame
+from .table.read import read_table as read_table
+from .table.read import read_tables as read_tables

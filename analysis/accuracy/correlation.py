@@ -16,8 +16,8 @@ from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.groups import SIZE_COLUMNS
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.observations import Exclusion
-from aimscale.analysis.table.schema import no_column
+from aimscale.analysis.table.names import Exclusion, no_column
+from aimscale.analysis.table.points import Usable, usable_rows
 
 METHODS = ("pearson", "spearman", "kendall")
 
@@ -110,8 +110,8 @@ def correlate(
     if unknown:
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     cluster = _auto(df) if cluster == "auto" else cluster
-    a, b, z, groups, exclusions = _columns(df, x, y, partial, cluster)
-    kept = df.loc[df.index.difference([row for e in exclusions for row in e.rows], sort=False)]
+    a, b, z, groups, used = _columns(df, x, y, partial, cluster)
+    kept = used.rows
     if within is not None:
         a, b = _without_group_means(kept, within, a, b)
     labels, member = np.unique(groups, return_inverse=True)
@@ -143,7 +143,7 @@ def correlate(
                 partial_on=partial,
                 adjusted="" if equal is None else equal.words,
                 within=within,
-                exclusions=exclusions,
+                exclusions=used.exclusions,
             )
         )
     return tuple(out)
@@ -224,24 +224,18 @@ def _without_group_means(rows: pd.DataFrame, within: str, a: Array, b: Array) ->
 
 def _columns(
     df: pd.DataFrame, x: str, y: str, partial: str | None, cluster: str | None
-) -> tuple[Array, Array, Array | None, Array, tuple[Exclusion, ...]]:
-    for name in (x, y, *([partial] if partial else []), *([cluster] if cluster else [])):
+) -> tuple[Array, Array, Array | None, Array, Usable]:
+    numeric = [x, y, *([partial] if partial else [])]
+    for name in (*numeric, *([cluster] if cluster else [])):
         if name not in df.columns:
             raise no_column(df, name)
-    numeric = [x, y] + ([partial] if partial else [])
-    used = df[numeric].apply(pd.to_numeric, errors="coerce").astype(float)
-    good = np.isfinite(used).all(axis=1)
-    if partial:
-        good &= used[partial] > 0
-    used_good = used[good]
+    found = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
+    used_good = found.numbers
     if len(used_good) < 4:
         raise AnalysisError(f"Only {len(used_good)} rows have both {x} and {y}; a correlation needs at least 4.")
     for name in (x, y):
         if used_good[name].nunique() < 2:
             raise AnalysisError(f"{name} is the same in all {len(used_good)} rows, so it correlates with nothing.")
-    exclusions: tuple[Exclusion, ...] = ()
-    if not good.all():
-        exclusions = (Exclusion(reason=f"with a missing {' or '.join(numeric)}", rows=tuple(df.index[~good])),)
-    groups = df.loc[good, cluster].astype(str).to_numpy() if cluster else np.arange(len(used_good))
+    groups = found.rows[cluster].astype(str).to_numpy() if cluster else np.arange(len(used_good))
     z = used_good[partial].to_numpy() if partial else None
-    return used_good[x].to_numpy(), used_good[y].to_numpy(), z, groups, exclusions
+    return used_good[x].to_numpy(), used_good[y].to_numpy(), z, groups, found

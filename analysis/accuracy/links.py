@@ -16,7 +16,7 @@ from aimscale.analysis.fitting.objectives import LSQ, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
-from aimscale.analysis.table.schema import no_column
+from aimscale.analysis.table.names import no_column
 
 LINKS: dict[str, Law] = {"sigmoid": LINK_SIGMOID, "exponential": LINK_EXPONENTIAL, "linear": LINK_LINEAR}
 

@@ -29,16 +29,15 @@ def command(
     from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.published.beside import nearest_published
     from aimscale.analysis.published.comparison import compare as compare_frame
-    from aimscale.analysis.table.inputs import read_tables
-    from aimscale.analysis.table.observations import is_complete
-    from aimscale.analysis.table.results import parse_columns, probe_frame
+    from aimscale.analysis.table.points import complete
+    from aimscale.analysis.table.read import parse_columns, probe_frame, read_tables
 
     called = dict(_pair(text) for text in task or [])
     if called and run is None:
         raise AnalysisError("--task goes with --run")
     frame = read_tables([table], parse_columns(columns or []))
     if run is not None:
-        nearest = nearest_published(probe_frame(frame[is_complete(frame)]), run, called)
+        nearest = nearest_published(probe_frame(complete(frame)), run, called)
         plain = [plain_types(vars(each)) for each in nearest]
         blocks = ["\n".join(each.lines) for each in nearest]
         typer.echo(json_module.dumps(plain, indent=2) if json else "\n\n".join(blocks))

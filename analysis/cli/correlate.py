@@ -53,7 +53,7 @@ def command(
     from aimscale.analysis.accuracy.correlation import correlate
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.table.schema import our_name
+    from aimscale.analysis.table.names import our_name
 
     df = table_of(tables, columns, where, main, best=best_of, y=x)
     x, y = our_name(df, x), our_name(df, y)
@@ -92,7 +92,7 @@ def command(
 
 def in_their_words(df: pd.DataFrame, found: Sequence[Correlation]) -> tuple[Correlation, ...]:
     """Correlations of columns by the names that the table's file gives them."""
-    from aimscale.analysis.table.schema import their_name
+    from aimscale.analysis.table.names import their_name
 
     def translated(c: Correlation) -> Correlation:
         fields = {
@@ -105,8 +105,7 @@ def in_their_words(df: pd.DataFrame, found: Sequence[Correlation]) -> tuple[Corr
             return text
 
         called: dict[str, Any] = {field: their_name(df, name) for field, name in fields.items()}
-        exclusions = tuple(replace(e, reason=in_theirs(e.reason)) for e in c.exclusions)
-        return replace(c, **called, adjusted=in_theirs(c.adjusted), exclusions=exclusions)
+        return replace(c, **called, adjusted=in_theirs(c.adjusted))
 
     return tuple(map(translated, found))
 
@@ -147,11 +146,11 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
         AnalysisError: no such column, or nothing probed.
     """
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.table.observations import is_complete
-    from aimscale.analysis.table.results import probe_frame
-    from aimscale.analysis.table.schema import column_names
+    from aimscale.analysis.table.names import column_names
+    from aimscale.analysis.table.points import complete
+    from aimscale.analysis.table.read import probe_frame
 
-    done = df[is_complete(df)]
+    done = complete(df)
     if y in df.columns:
         return {("", ""): done}
     if y != "top1" or "probes" not in df.columns:

@@ -75,8 +75,8 @@ def command(
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.frontier.definitions import by_definition
     from aimscale.analysis.next.backtest import AUTO, choose, with_compute
-    from aimscale.analysis.table.design import lower_envelope
-    from aimscale.analysis.table.schema import our_name
+    from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.table.select import lower_envelope
 
     fresh = not law.startswith(("repeated", "overfitting"))
     df = table_of(tables, columns, where, main, fresh=fresh, best=best_of, y=y)
@@ -122,8 +122,8 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | 
     from aimscale.analysis.fitting.heldout import held_out
     from aimscale.analysis.fitting.influences import with_influence_flags
     from aimscale.analysis.fitting.profiles import with_profile_flags
-    from aimscale.analysis.table.design import mixture_flags
-    from aimscale.analysis.table.schema import our_name
+    from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.table.select import mixture_flags
 
     tests = []
     for wish in hold_out:

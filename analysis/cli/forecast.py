@@ -49,8 +49,8 @@ def command(
     from aimscale.analysis.forecasts.ahead import ahead, parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
-    from aimscale.analysis.table.design import mixture_flags
-    from aimscale.analysis.table.schema import our_name
+    from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.table.select import mixture_flags
 
     is_fresh = not law.startswith(("repeated", "overfitting", "curve"))
     df = table_of(tables, columns, where, main, fresh=is_fresh, best=best_of, y=y)
@@ -75,7 +75,7 @@ def _curve(df: pd.DataFrame, at: str, y: str, resamples: int) -> Extrapolation:
     """One curve over one column, forecast at a value of it."""
     from aimscale.analysis.fitting.curves import extrapolate
     from aimscale.analysis.forecasts.ahead import parse_scale
-    from aimscale.analysis.table.schema import our_name
+    from aimscale.analysis.table.names import our_name
 
     [(x, value)] = parse_scale(at, "--at", is_curve=True).items()
     return extrapolate(df, x=our_name(df, x), y=y, resamples=resamples).at(value)

@@ -36,8 +36,8 @@ def command(
 
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.frontier.approaches import all_approaches
-    from aimscale.analysis.table.design import mixture_flags
-    from aimscale.analysis.table.schema import our_name
+    from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.table.select import mixture_flags
 
     for flops in at or []:
         if not 0 < flops < math.inf:

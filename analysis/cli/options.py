@@ -21,7 +21,7 @@ Tables = Annotated[
 ]
 Columns = Annotated[
     list[str] | None,
-    typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params; C=6ND and D=C/6N are computed."),
+    typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params, or a formula: C=6*N*D, L=1-acc."),
 ]
 Where = Annotated[
     list[str] | None,
@@ -85,9 +85,8 @@ def table_of(
     y: str = "val_loss",
 ) -> pd.DataFrame:
     """The tables of a verb as one frame; with `main` the largest experiment alone, with `fresh` its largest pool."""
-    from aimscale.analysis.table.design import fresh_part, main_part
-    from aimscale.analysis.table.inputs import read_tables
-    from aimscale.analysis.table.results import parse_columns
+    from aimscale.analysis.table.read import parse_columns, read_tables
+    from aimscale.analysis.table.select import fresh_part, main_part
 
     frame = read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
     frame = main_part(frame).rows if main else frame

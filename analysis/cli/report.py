@@ -23,7 +23,7 @@ def command(
     Several tables make one page: laws are fitted to the experiment with most sizes and budgets, the rest are contrasts.
     """
     from aimscale.analysis.report.page import write_report
-    from aimscale.analysis.table.results import parse_columns
+    from aimscale.analysis.table.read import parse_columns
 
     page = write_report(
         tables, out, columns=parse_columns(columns or []), where=where or [], best=best_of or [], resamples=resamples

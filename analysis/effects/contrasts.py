@@ -17,13 +17,20 @@ from scipy.stats import t as student
 from aimscale.analysis.effects.compared import Contrast, Contrasts
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.mixed import mixed_model
-from aimscale.analysis.table.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
-from aimscale.analysis.table.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
-from aimscale.analysis.table.observations import is_complete
-from aimscale.analysis.table.schema import column_names, our_name, their_name
 
-SCALE = ("size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak")
-"""Columns of scale and chance that a pair must share."""
+    DESIGN,
+    MEASURED_ON,
+    SCALE,
+    foreign_settings,
+    held_equal,
+    setup_columns,
+    varies,
+    with_size,
+)
+from aimscale.analysis.table.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
+from aimscale.analysis.table.names import column_names, our_name, their_name
+from aimscale.analysis.table.points import complete
+
 HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
 FOLLOWS = {
     **dict.fromkeys(HEAD, HEAD),
@@ -75,7 +82,7 @@ def contrast(
     by = by if by in (KIND, BLOCKS) else our_name(frame, by)
     frame = frame if by == "params_total" else with_size(frame)
     ignore = [our_name(frame, name) for name in ignore]
-    rows = frame[is_complete(frame)]
+    rows = complete(frame)
     if by in rows and not varies(rows[by]):
         values = [level_name(value) for value in rows[by].dropna().unique()]
         taken = f"the single value {values[0]}" if values else "no value"
@@ -141,13 +148,10 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: set[str]
     if unknown:
         raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {column_names(rows)}.")
     if by in (KIND, BLOCKS):
-        return [name for name in ("run_id", *SCALE) if name in rows]
-    names = [*SCALE, *DESIGN, "head_depth", "head_width", *MEASURED_ON, *setup_columns(rows)]
+        return [name for name in ("run_id", *SCALE[:6]) if name in rows]
+    names = held_equal(rows, free={by, *FOLLOWS.get(by, ()), *ignore, *measured})
     foreign = foreign_settings(rows, measured)
-    names += foreign
-    same = [name for name in ("size", *foreign) if name in rows and by in rows and _is_one(rows, by, name)]
-    free = {by, *FOLLOWS.get(by, ()), *same, *ignore}
-    return [name for name in dict.fromkeys(names) if name in rows and name not in free]
+    return [name for name in names if name not in ("size", *foreign) or not _is_one(rows, by, name)]
 
 
 def _is_one(rows: pd.DataFrame, one: str, other: str) -> bool:

@@ -27,7 +27,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.design import with_size
-from aimscale.analysis.table.observations import is_complete
+from aimscale.analysis.table.points import complete, usable_rows
 
 MIN_VALID = 0.9
 """A law of which more draws than the rest of this put E above a measured loss says nothing about gains."""
@@ -99,7 +99,7 @@ def with_gains(found: Contrasts, frame: pd.DataFrame, *, resamples: int = 300) -
         why = f"Compute-equivalent gains are left out: losses at other {found.by} differ in what is asked."
         return replace(found, left_out=(*found.left_out, why))
     frame = with_size(frame)
-    rows = frame[is_complete(frame)]
+    rows = complete(frame)
     rows = rows[rows[found.by].map(level_name, na_action="ignore") == found.baseline]
     left_out = list(found.left_out)
     sizes = {str(k): float(v) for k, v in frame.groupby("size")["params_total"].median().items()}
@@ -146,7 +146,7 @@ def gain_at_one_size(contrast: Contrast, frame: pd.DataFrame, by: str, sizes: Ma
     keys = [name for name in pairs.columns if name not in ("run_pair", "baseline_value", "level_value", "difference")]
     if "images_seen" not in keys:
         return ""
-    rows = frame[is_complete(frame) & frame["val_loss"].notna()]
+    rows = usable_rows(frame).rows
     has_flops = "flops_train" in rows and bool(rows["flops_train"].notna().all())
     rows = rows.assign(cost=rows["flops_train" if has_flops else "images_seen"])
     names = rows[by].map(level_name, na_action="ignore")

@@ -17,13 +17,12 @@ import pandas as pd
 from scipy.stats import chi2
 
 from aimscale.analysis.display import Result, plain_types
-from aimscale.analysis.effects.contrasts import SCALE
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.table.design import DESIGN, MEASURED_ON, foreign_settings, setup_columns, varies, with_size
-from aimscale.analysis.table.observations import is_complete
-from aimscale.analysis.table.schema import FOLDER, no_column
+from aimscale.analysis.table.design import foreign_settings, held_equal, varies, with_size
+from aimscale.analysis.table.names import FOLDER, no_column
+from aimscale.analysis.table.points import complete
 
 MAX_FILES = 200
 """Runs whose per-image losses are read; enough for the noise of a mean."""
@@ -121,7 +120,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
     """
     df = with_size(df)
-    rows = df[is_complete(df)]
+    rows = complete(df)
     if y not in rows:
         raise no_column(rows, y)
     rows = rows[pd.to_numeric(rows[y], errors="coerce") > 0]
@@ -192,9 +191,7 @@ def _seeds(rows: pd.DataFrame, y: str, log_y: np.ndarray, confidence: float) -> 
 
 def _keys(rows: pd.DataFrame, y: str) -> list[str]:
     """Columns in which two rows of a cell agree: all of the design but the seed."""
-    names = ["params_total", *SCALE, *DESIGN, "head_depth", "head_width", *MEASURED_ON, *setup_columns(rows)]
-    names += foreign_settings(rows, {y})
-    return [name for name in dict.fromkeys(names) if name in rows and name != "seed"]
+    return held_equal(rows, free=("seed", y))
 
 
 def _cells(rows: pd.DataFrame, y: str) -> pd.Series:

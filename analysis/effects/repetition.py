@@ -17,8 +17,8 @@ from aimscale.analysis.fitting.result import Fit, about
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
 from aimscale.analysis.table.design import varies
-from aimscale.analysis.table.observations import is_complete, resolve_columns
-from aimscale.analysis.table.schema import their_name
+from aimscale.analysis.table.names import their_name
+from aimscale.analysis.table.points import complete, resolve_columns
 
 PUBLISHED = 15.387
 """R_D of Muennighoff et al. 2023, language, up to 44 epochs."""
@@ -156,7 +156,7 @@ def repeats(
         AnalysisError: no repeats in the table, a single pool size, or too few points.
     """
     names = resolve_columns(REPEATED_DATA, df, columns)
-    rows = df[is_complete(df)]
+    rows = complete(df)
     uniques = rows[names["U"]].dropna().unique()
     ratio = (rows[names["D"]] / rows[names["U"]]).dropna()
     if len(uniques) < 2:

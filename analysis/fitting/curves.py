@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.objectives import LOG_LSQ
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import power, sigmoidal
-from aimscale.analysis.table.schema import no_column, their_name
+from aimscale.analysis.table.names import no_column, their_name
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -19,9 +19,9 @@ from aimscale.analysis.fitting.projection import MAX_STARTS
 from aimscale.analysis.fitting.result import Fit, about, intervals_of
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.table.observations import Observations, observe
-from aimscale.analysis.table.results import loss_unit
-from aimscale.analysis.table.schema import THEIR_NAMES
+from aimscale.analysis.table.names import names_of
+from aimscale.analysis.table.points import Observations, observe
+from aimscale.analysis.table.read import loss_unit
 
 DENSE_GRID = 2
 """Up to this many non-linear parameters the grid leaves no valley unseen."""
@@ -96,7 +96,7 @@ def fit(
         bounds=bounds,
         cluster=cluster,
         loss_unit=loss_unit(df),
-        names=df.attrs.get(THEIR_NAMES, {}),
+        names=names_of(df),
     )
     return _bounded_above(result, problem)
 

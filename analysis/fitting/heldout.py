@@ -13,7 +13,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.schema import our_name
+from aimscale.analysis.table.names import our_name
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

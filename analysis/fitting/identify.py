@@ -10,7 +10,7 @@ import numpy as np
 from aimscale.analysis.fitting.optimise import Minimum, Problem
 from aimscale.analysis.fitting.result import Flag, Interval, Rival, about
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.observations import Observations
+from aimscale.analysis.table.points import Observations
 
 WIDE_FACTOR, WIDE_EXPONENT_FACTOR = 100.0, 10.0
 """An interval of a positive parameter (an exponent) whose ends differ by more than this factor does not identify it."""

@@ -16,7 +16,7 @@ from aimscale.analysis.fitting.projection import resample_starts, starts
 from aimscale.analysis.inference.groups import Groups, by_scale, groups_of, with_spread
 from aimscale.analysis.inference.mixed import Mixed, mixed_model, simulated_errors
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.observations import Observations
+from aimscale.analysis.table.points import Observations
 
 WEIGHTS_AT_ONCE = 1_000_000
 """Weights of resamples held in floating point at once, for each start."""

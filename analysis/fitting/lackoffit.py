@@ -18,7 +18,7 @@ from aimscale.analysis.inference.groups import Groups, groups_of, with_spread
 from aimscale.analysis.inference.lackoffit import pattern_test, replicate_test
 from aimscale.analysis.inference.mixed import mixed_model, simulated_errors
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.observations import Observations
+from aimscale.analysis.table.points import Observations
 
 ALARM = 0.01
 """A test is told of at this probability or less."""

@@ -15,8 +15,7 @@ from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.inference.groups import Groups
 from aimscale.analysis.inference.mixed import Mixed
 from aimscale.analysis.laws.base import Array, Columns, Law
-from aimscale.analysis.table.observations import Exclusion
-from aimscale.analysis.table.schema import CANONICAL
+from aimscale.analysis.table.names import CANONICAL, Exclusion
 
 if TYPE_CHECKING:
     from aimscale.analysis.fitting.heldout import HeldOut
@@ -282,7 +281,7 @@ class Fit(Result):
             ],
             "num_points": self.num_points,
             "num_rows": self.num_rows,
-            "exclusions": [{"reason": e.reason, "rows": [str(r) for r in e.rows]} for e in self.exclusions],
+            "exclusions": [vars(each) for each in self.exclusions],
             "fixed": self.fixed,
             "bounds": {k: list(v) for k, v in self.bounds.items()},
             "ranges": {k: list(v) for k, v in self.ranges.items()},

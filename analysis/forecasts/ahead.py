@@ -18,8 +18,8 @@ from aimscale.analysis.forecasts.routes import ENDS, chosen_route, signal_to_noi
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.next.backtest import AUTO, choose, with_compute
 from aimscale.analysis.next.proposal import place_of
-from aimscale.analysis.table.observations import is_complete
-from aimscale.analysis.table.results import probe_frame
+from aimscale.analysis.table.points import complete
+from aimscale.analysis.table.read import probe_frame
 
 MIN_PROBED = 6
 """Probed rows below which no link from loss to accuracy is fitted."""
@@ -122,7 +122,7 @@ def ahead(
     Raises:
         AnalysisError: a variable is missing or unknown, or the law cannot be fitted.
     """
-    if y in df.columns and is_complete(df).sum() == 0:
+    if y in df.columns and complete(df).empty:
         raise AnalysisError("No row of the table is complete, so there is nothing to forecast from.")
     df = with_compute(df, columns)
     options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": resamples}
@@ -132,7 +132,7 @@ def ahead(
     ends = {name: float(loss[name].iloc[0]) for name in ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")}
     rows: list[dict[str, Any]] = [{"quantity": y, **ends}]
     left_out, routes = [], []
-    probes = probe_frame(df[is_complete(df)]) if "probes" in df.columns else pd.DataFrame()
+    probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, group in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
         name = ":".join(map(str, key))
         try:

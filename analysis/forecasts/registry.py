@@ -19,9 +19,9 @@ import pandas as pd
 from aimscale.analysis.display import plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.ahead import Ahead
-from aimscale.analysis.table.observations import is_complete
-from aimscale.analysis.table.results import probe_frame
-from aimscale.analysis.table.schema import CANONICAL
+from aimscale.analysis.table.names import CANONICAL
+from aimscale.analysis.table.points import complete
+from aimscale.analysis.table.read import probe_frame
 
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"
@@ -142,13 +142,14 @@ def _measured(df: pd.DataFrame, entry: Mapping[str, Any]) -> np.ndarray:
 
 def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, str]) -> pd.DataFrame:
     """Complete rows within the tolerance of a scale; variables without a column do not tell rows apart."""
-    keep = is_complete(df).to_numpy(bool).copy()
+    rows = complete(df)
+    keep = np.ones(len(rows), bool)
     for variable, value in at.items():
         name = columns.get(variable, CANONICAL.get(variable, variable))
-        if name in df.columns:
-            there = pd.to_numeric(df[name], errors="coerce").to_numpy(float)
+        if name in rows.columns:
+            there = pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
             keep &= np.abs(there / value - 1) <= TOLERANCE
-    return df[keep]
+    return rows[keep]
 
 
 def _words(at: Mapping[str, float]) -> str:

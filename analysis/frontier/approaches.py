@@ -17,7 +17,7 @@ from aimscale.analysis.frontier.envelope import envelope_frontier
 from aimscale.analysis.frontier.isoflop import isoflop_frontier
 from aimscale.analysis.frontier.optimum import Frontier, parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.table.schema import no_column
+from aimscale.analysis.table.names import no_column
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

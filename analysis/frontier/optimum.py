@@ -20,8 +20,8 @@ from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.table.observations import is_complete, resolve_columns
-from aimscale.analysis.table.schema import no_column
+from aimscale.analysis.table.names import no_column
+from aimscale.analysis.table.points import complete, resolve_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ def points_of(df: pd.DataFrame, *, y: str, columns: Mapping[str, str] | None) ->
     for name in (c, y):
         if name not in df.columns:
             raise no_column(df, name)
-    used = df[is_complete(df)]
+    used = complete(df)
     out = used[[found["N"], found["D"], c, y]].apply(pd.to_numeric, errors="coerce").astype(float)
     out.columns = pd.Index(["N", "D", "C", "loss"])
     for extra in ("size", "run_id", "seed"):

@@ -19,7 +19,7 @@ from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.table.schema import CANONICAL, column_names, no_column
+from aimscale.analysis.table.names import CANONICAL, column_names, no_column
 
 AUTO = "auto"
 """Name that stands for a choice: of the joint laws, or with `auto:C` of the laws in one variable."""

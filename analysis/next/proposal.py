@@ -18,8 +18,8 @@ from aimscale.analysis.frontier.optimum import cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.next.backtest import AUTO, choose, with_compute
 from aimscale.analysis.next.buying import Basket, buy
-from aimscale.analysis.table.design import mixture_flags
-from aimscale.analysis.table.schema import CANONICAL, column_names
+from aimscale.analysis.table.names import CANONICAL, column_names
+from aimscale.analysis.table.select import mixture_flags
 
 COLLINEAR = 3.0
 """A design whose D/N varies by less than this factor hardly tells the exponents of N and D apart."""

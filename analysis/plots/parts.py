@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from aimscale.analysis.plots.style import MAX_SERIES, PAPER, RASTERISE_ABOVE, human, power_of_ten
-from aimscale.analysis.table.schema import KNOWN, LETTERS
+from aimscale.analysis.table.names import LETTERS
+from aimscale.analysis.table.schema import KNOWN
 
 AXIS_LABELS = {
     "params_total": "N: parameters (trunk, patch embedding, pixel head)",

@@ -37,8 +37,8 @@ from aimscale.analysis.plots.style import (
     ordered_colours,
     styled,
 )
-from aimscale.analysis.table.results import loss_unit
-from aimscale.analysis.table.schema import THEIR_NAMES
+from aimscale.analysis.table.names import names_of
+from aimscale.analysis.table.read import loss_unit
 
 if TYPE_CHECKING:
     from aimscale.analysis.accuracy.correlation import Correlation
@@ -126,10 +126,10 @@ def plot_points(
             scatter(ax, group[x], group[y], color=colours[i], marker=MARKERS[i], label=label)
         log_axis(ax, "x", frame[x], few_values(frame[x]), tick_label(x))
         log_axis(ax, "y", frame[y])
-        ax.set_xlabel(axis_label(x, loss_unit(frame), frame.attrs.get(THEIR_NAMES)))
-        ax.set_ylabel(axis_label(y, loss_unit(frame), frame.attrs.get(THEIR_NAMES)))
+        ax.set_xlabel(axis_label(x, loss_unit(frame), names_of(frame)))
+        ax.set_ylabel(axis_label(y, loss_unit(frame), names_of(frame)))
         if by:
-            ax.legend(title=short(by, frame.attrs.get(THEIR_NAMES)))
+            ax.legend(title=short(by, names_of(frame)))
     return figure_of(ax)
 
 

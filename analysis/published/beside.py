@@ -19,8 +19,8 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.published import published_results
-from aimscale.analysis.table.results import probe_frame, read_table
-from aimscale.analysis.table.schema import FOLDER
+from aimscale.analysis.table.names import FOLDER
+from aimscale.analysis.table.read import probe_frame, read_table
 
 BASELINES_FILE = "baselines.parquet"
 

@@ -21,9 +21,9 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.beside import beside_runs, read_baselines
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
-from aimscale.analysis.table.design import widest_slice
-from aimscale.analysis.table.observations import is_complete
-from aimscale.analysis.table.results import probe_frame, usable_rows
+from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.select import widest_slice
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -146,9 +146,9 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     """Put the runs of a results table beside the published models, and beside the project's own baselines where the
     table's folder has some; what the table lacks is named in `left_out`.
     """
-    usable, exclusions = usable_rows(frame)
-    probes = probe_frame(frame[is_complete(frame)])
-    left_out = [*exclusions, *_leaks(probes)]
+    found = usable_rows(frame)
+    probes = probe_frame(complete(frame))
+    left_out = [*(f"{each}." for each in found.exclusions), *_leaks(probes)]
     shared = _shared(probes, left_out)
     left_out.append(
         "Loss levels: the paper's are on IN-1k at 224 px with unstated prefixes, ours on this table's own images."
@@ -157,8 +157,8 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
         tasks=_task_rows(shared),
         means=_means(shared, left_out),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
-        exponents=_exponents(usable, left_out, resamples),
-        closing=tuple(_closings(usable, shared, left_out, resamples)),
+        exponents=_exponents(found.rows, left_out, resamples),
+        closing=tuple(_closings(found.rows, shared, left_out, resamples)),
         left_out=tuple(left_out),
     )
 

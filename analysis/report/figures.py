@@ -27,9 +27,9 @@ from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
 from aimscale.analysis.published.published import published_frame
 from aimscale.analysis.report.cells import csv_uri
 from aimscale.analysis.report.study import Study, probe_kinds
-from aimscale.analysis.table.design import widest_slice
-from aimscale.analysis.table.results import loss_unit
-from aimscale.analysis.table.schema import THEIR_NAMES
+from aimscale.analysis.table.names import names_of
+from aimscale.analysis.table.read import loss_unit
+from aimscale.analysis.table.select import widest_slice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +224,7 @@ def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigu
         points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None)
         caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
         data = pd.concat([frame.assign(C=flops) for flops, frame in points])
-        figure = plot_isoflop(
-            points, isoflop.pairs, loss_unit=loss_unit(study.usable), names=study.usable.attrs.get(THEIR_NAMES)
-        )
+        figure = plot_isoflop(points, isoflop.pairs, loss_unit=loss_unit(study.usable), names=names_of(study.usable))
         yield page_figure("isoflop", "checks", "Loss at equal compute", caption, figure, data)
 
 

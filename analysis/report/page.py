@@ -27,8 +27,8 @@ from aimscale.analysis.report.figures import page_figures
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
-from aimscale.analysis.table.inputs import read_tables
-from aimscale.analysis.table.results import require_columns
+from aimscale.analysis.table.names import no_column
+from aimscale.analysis.table.read import read_tables
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -59,14 +59,14 @@ def write_report(
         Path of the page.
 
     Raises:
-        TableError: the table cannot be read, or holds neither losses nor probes.
+        AnalysisError: the table cannot be read, or holds neither losses nor probes.
         ReportError: the page cannot be written.
     """
     given = [tables] if isinstance(tables, Path) else list(tables)
     paths = [path / "results.parquet" if path.is_dir() else path for path in given]
     frame = read_tables(paths, columns, where=where, best=best)
-    if "probes" not in frame:
-        require_columns(frame, ["val_loss"], paths[0])
+    if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
+        raise no_column(frame, "val_loss")
     page = render(study_tables(paths, frame, _read_collects(paths), resamples=resamples))
     out = out or paths[0].with_name("report.html")
     out = out / "report.html" if out.is_dir() else out

@@ -8,8 +8,10 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.cells import Formatter, PageTable, number, page_table, percent, text, whole
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import DESIGN, design_columns
-from aimscale.analysis.table.results import loss_unit, usable_rows
-from aimscale.analysis.table.schema import MFU, their_name
+from aimscale.analysis.table.names import their_name
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.read import loss_unit
+from aimscale.analysis.table.schema import MFU
 
 MFU_COLUMNS: list[tuple[str, str, Formatter]] = [(name, f"MFU {how} (%)", percent) for name, how in MFU.items()]
 
@@ -37,7 +39,7 @@ def ladder_table(study: Study) -> PageTable:
     if "device_hours" in frame:
         ladder["device_hours"] = last_of_runs(frame, "device_hours").groupby(frame["size"]).sum(min_count=1)
     if "val_loss" in frame:
-        main, _ = usable_rows(study.main)
+        main = usable_rows(study.main).rows
         ladder["best_loss"] = main.groupby(_size_of(main))["val_loss"].min()
     ladder = ladder.reset_index()
     if "params_total" in ladder:

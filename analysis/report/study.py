@@ -32,11 +32,13 @@ from aimscale.analysis.frontier.definitions import Definitions, by_definition
 from aimscale.analysis.frontier.optimum import parametric_frontier
 from aimscale.analysis.next.backtest import AUTO, Choice, choose
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
-from aimscale.analysis.table.design import fresh_part, lower_envelope, main_part, varies, widest_slice
+from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import BLOCKS, KIND
-from aimscale.analysis.table.observations import is_complete
-from aimscale.analysis.table.results import probe_frame, usable_rows
-from aimscale.analysis.table.schema import CANONICAL, MFU
+from aimscale.analysis.table.names import CANONICAL
+from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.schema import MFU
+from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, widest_slice
 
 MANY_ROWS = 20_000
 """Rows above which noise, repeats and definitions are left to their own verbs."""
@@ -125,10 +127,10 @@ def study_tables(
 ) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
     frame, impossible = without_impossible(frame)
-    everything, exclusions = usable_rows(frame)
-    exclusions = [*impossible, *exclusions]
+    everything = usable_rows(frame)
+    exclusions = [*impossible, *(f"{each}." for each in everything.exclusions)]
     part = main_part(frame)
-    fresh = fresh_part(usable_rows(part.rows)[0])
+    fresh = fresh_part(usable_rows(part.rows).rows)
     whose = ["of the main experiment"] * bool(part.num_others) + [f"with {fresh.words}"] * bool(fresh.num_others)
     study = Study(
         paths=tuple(paths),
@@ -136,8 +138,8 @@ def study_tables(
         main=part.rows,
         usable=fresh.rows,
         whose=" ".join(whose),
-        num_usable=len(everything),
-        probes=probe_frame(part.rows[is_complete(part.rows)]),
+        num_usable=len(everything.rows),
+        probes=probe_frame(complete(part.rows)),
         collect=collect,
         exclusions=exclusions,
         resamples=resamples,
@@ -182,7 +184,7 @@ def without_impossible(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 def _contrast(study: Study) -> None:
     """Every column that the tables vary, and kinds of probes and blocks over all their runs."""
-    rows = study.frame[is_complete(study.frame)]
+    rows = complete(study.frame)
     for name in factors(rows):
         if name in (KIND, BLOCKS):
             with contextlib.suppress(AnalysisError):  # fewer than two kinds were run, or none was probed
@@ -200,7 +202,7 @@ def _explain(study: Study, resamples: int) -> None:
         return
     with contextlib.suppress(AnalysisError):  # neither seeds nor standard errors
         study.noise = noise(usable)
-    main, _ = usable_rows(study.main)
+    main = usable_rows(study.main).rows
     if "unique_images" in main and varies(main["unique_images"]):
         study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=min(resamples, 500)))
     if len({"params_total", "params_trunk", "params_head"} & set(usable.columns)) > 1 and "ND" in study.fits:

@@ -14,8 +14,8 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS
 from aimscale.analysis.report.run_tables import last_of_runs
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.table.design import widest_slice
-from aimscale.analysis.table.results import usable_rows
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.select import widest_slice
 
 
 def runs_in_words(study: Study) -> list[str]:
@@ -64,7 +64,7 @@ def _what_came_out(study: Study) -> Iterator[str]:
     usable = study.usable
     if usable.empty:
         return
-    main, _ = usable_rows(study.main)
+    main = usable_rows(study.main).rows
     best = main.iloc[int(main["val_loss"].argmin())]
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
     name = f" by {best['size']}" if _has(main, "size") else ""

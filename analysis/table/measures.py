@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.results import probe_frame
-from aimscale.analysis.table.schema import KNOWN, MFU, column_names, no_column, our_name
+from aimscale.analysis.table.names import column_names, no_column, our_name
+from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.schema import KNOWN, MFU
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -84,56 +85,49 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
     """
     within_row = by in (KIND, BLOCKS)
     probes = _probes(rows, by)
-    entries = list(dict.fromkeys(zip(probes["task"], probes["kind"], strict=True)))
-    if by == KIND:
-        entries = list(dict.fromkeys((task, "") for task, _ in entries))
-    of_probes = [Measure(column="top1", task=str(task), kind=str(kind)) for task, kind in entries]
+    entries = {(str(task), "" if by == KIND else str(kind)): None for task, kind in probes[["task", "kind"]].to_numpy()}
+    of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in entries]
     if within_row and not of_probes:
         raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
-    if not names:
-        has_loss = "val_loss" in rows and rows["val_loss"].notna().any() and not within_row
-        found = ([Measure(column="val_loss")] if has_loss else []) + of_probes
-        if not found:
-            raise AnalysisError("The table has neither val_loss nor probes; name a column with --measure.")
-        return found
-    found = []
-    for name in (our_name(rows, name) for name in names):
-        column, _, rest = name.partition(":")
-        task, _, kind = rest.partition(":")
-        if column in ACCURACIES and column not in rows:
-            matching = [m for m in of_probes if task in ("", m.task) and kind in ("", m.kind)]
-            if not matching:
-                there = ", ".join(m.name for m in of_probes) or "none"
-                raise AnalysisError(f"The table has no probe for the measure {name!r}; its probes: {there}.")
-            found += [Measure(column=column, task=m.task, kind=m.kind) for m in matching]
-        elif within_row:
-            raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
-        elif name in rows and pd.api.types.is_numeric_dtype(rows[name]):
-            found.append(Measure(column=name))
-        else:
-            raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows)}.")
-    return list(dict.fromkeys(found))
+    if names:
+        return list(
+            dict.fromkeys(m for name in names for m in _named(rows, our_name(rows, name), of_probes, within_row))
+        )
+    has_loss = not within_row and "val_loss" in rows and bool(rows["val_loss"].notna().any())
+    found = [Measure(column="val_loss")] * has_loss + of_probes
+    if not found:
+        raise AnalysisError("The table has neither val_loss nor probes; name a column with --measure.")
+    return found
+
+
+def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_row: bool) -> list[Measure]:
+    """What a name means: a column, or the probes that `top1`, `top1:TASK` or `top1:TASK:KIND` fits."""
+    column, task, kind = [*name.split(":"), "", ""][:3]
+    if column in ACCURACIES and column not in rows:
+        matching = [m for m in of_probes if task in ("", m.task) and kind in ("", m.kind)]
+        if not matching:
+            there = ", ".join(m.name for m in of_probes) or "none"
+            raise AnalysisError(f"The table has no probe for the measure {name!r}; its probes: {there}.")
+        return [replace(m, column=column) for m in matching]
+    if within_row:
+        raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
+    if name not in rows or not pd.api.types.is_numeric_dtype(rows[name]):
+        raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows)}.")
+    return [Measure(column=name)]
 
 
 def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.DataFrame:
     """One row per run, budget and measure: the table's columns, `measure`, `value`, and `by` where it is in the row."""
+    probes = _probes(rows, by)
+    plain = rows.drop(columns="probes", errors="ignore")
     parts = []
-    plain = [m for m in measures if not m.is_accuracy or m.column in rows]
-    for m in plain:
-        parts.append(rows.drop(columns="probes", errors="ignore").assign(measure=m.name, value=rows[m.column]))
-    if len(plain) < len(measures):
-        probes = _probes(rows, by)
-        for m in measures:
-            if m in plain:
-                continue
-            mine = probes[(probes["task"] == m.task) & ((probes["kind"] == m.kind) | (m.kind == ""))]
-            if by == BLOCKS:
-                mine = pd.concat(
-                    [mine.assign(blocks=CHOSEN, value=mine["top1"]), mine.assign(blocks=LAST, value=mine["last_top1"])]
-                )
-            else:
-                mine = mine.assign(value=mine[m.column])
-            parts.append(mine.assign(measure=m.name))
+    for m in measures:
+        of_probe = m.is_accuracy and m.column not in rows
+        mine = probes[(probes["task"] == m.task) & (probes["kind"].eq(m.kind) | (m.kind == ""))] if of_probe else plain
+        levels = [(CHOSEN, "top1"), (LAST, "last_top1")] if by == BLOCKS else [(None, m.column)]
+        for level, column in levels:
+            part = mine.assign(measure=m.name, value=mine[column])
+            parts.append(part if level is None else part.assign(blocks=level))
     long = pd.concat(parts, ignore_index=True)
     if by not in long:
         raise no_column(rows, by, " to compare by")

@@ -6,70 +6,25 @@ Parquet and JSON text in CSV. Keys that the schema does not know are kept as JSO
 
 from __future__ import annotations
 
-import csv
-import datetime
 import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.csv import write_csv
 
 from aimscale.analysis.errors import AnalysisError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
 
 Dtype = Literal["string", "int64", "float64", "list<int64>", "probes", "json"]
-
-
-FOLDER = "table_folder"
-"""Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
-
-
-CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
-"""Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
-LETTERS = {name: letter for letter, name in CANONICAL.items()}
-"""The other way round."""
-THEIR_NAMES = "their_names"
-"""Key of a frame's `attrs`: our column -> what the file calls it, where that differs."""
-
-
-class TableError(AnalysisError):
-    """A results table that cannot be read or written as asked."""
-
-
-def our_name(frame: pd.DataFrame, typed: str) -> str:
-    """Column that a user means: by its name here, by a law's letter, or by the name that it has in their file."""
-    ours = {theirs: ours for ours, theirs in frame.attrs.get(THEIR_NAMES, {}).items()}
-    choices = (typed, CANONICAL.get(typed, typed), ours.get(typed, typed))
-    return next((name for name in choices if name in frame), typed)
-
-
-def their_name(frame: pd.DataFrame, name: str, words: str = "") -> str:
-    """What a table's file calls one of its columns, where that is not our name; else `words` for it, or our name."""
-    return str(frame.attrs.get(THEIR_NAMES, {}).get(name, words or name))
-
-
-def column_names(frame: pd.DataFrame) -> str:
-    """A table's own columns, as its file calls them, for a sentence about one that it lacks."""
-    return ", ".join(their_name(frame, name) for name in frame.columns if name != FOLDER)
-
-
-def no_column(frame: pd.DataFrame, name: str, why: str = "") -> TableError:
-    """The sentence about a column that a table lacks: what for, the option that names it, what there is."""
-    letter = LETTERS.get(CANONICAL.get(name, name))
-    computed = ", or compute it as C=6ND" if letter == "C" else ""
-    option = f"; name yours with --columns {letter}=THEIRS{computed}" if letter else ""
-    return TableError(f"The table has no column {name!r}{why}{option}; its columns are {column_names(frame)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +141,6 @@ COLUMNS = _columns(
 KNOWN = {column.name: column for column in COLUMNS}
 MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
-STATUSES = ("complete", "unfinished", "diverged", "failed")
 
 
 def _arrow_type(dtype: Dtype) -> pa.DataType:
@@ -214,7 +168,7 @@ def results_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     A missing key becomes null; an unknown one goes to `extra`.
 
     Raises:
-        TableError: a value does not fit its column; the sentence names row and column.
+        AnalysisError: a value does not fit its column; the sentence names row and column.
     """
     typed = [_typed_row(row, COLUMNS, f"row {number}") for number, row in enumerate(rows)]
     return pa.Table.from_pylist(typed, schema=arrow_schema())
@@ -236,54 +190,59 @@ def _typed(value: Any, column: Column, where: str) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value) and column.dtype != "float64"):
         return None
     try:
-        match column.dtype:
-            case "int64":
-                if float(value) != int(value):
-                    raise ValueError
-                return int(value)
-            case "float64":
-                return float(value)
-            case "string":
-                if column.name == "finished_at" and isinstance(value, (int, float)):
-                    return datetime.datetime.fromtimestamp(value, datetime.UTC).isoformat(timespec="seconds")
-                return str(value)
-            case "json":
-                return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-            case "list<int64>":
-                return [int(item) for item in value]
-            case "probes":
-                return [_typed_row(p, PROBE_FIELDS, f"{where}, probe {i}") for i, p in enumerate(value)]
+        if column.dtype == "probes":
+            return [_typed_row(p, PROBE_FIELDS, f"{where}, probe {i}") for i, p in enumerate(value)]
+        return _TYPE[column.dtype](value)
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise TableError(f"{where}: '{column.name}' is {value!r}, which is no {column.dtype}; correct it") from error
-    raise AssertionError(column.dtype)
+        raise AnalysisError(f"{where}: '{column.name}' is {value!r}, which is no {column.dtype}; correct it") from error
+
+
+def _whole(value: Any) -> int:
+    if float(value) != int(value):
+        raise ValueError
+    return int(value)
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+_TYPE: dict[Dtype, Callable[[Any], Any]] = {
+    "int64": _whole,
+    "float64": float,
+    "string": str,
+    "json": _json,
+    "list<int64>": lambda value: [int(item) for item in value],
+}
+"""How a value becomes one of a type; ValueError or TypeError where it is none."""
 
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write Parquet or CSV by the suffix of `path`, aside and then renamed, so that a reader never sees half of it.
 
     Raises:
-        TableError: another suffix, or a folder that cannot be written.
+        AnalysisError: another suffix, or a folder that cannot be written.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.suffix == ".parquet":
             pq.write_table(table, aside)
         elif path.suffix == ".csv":
-            _write_csv(table, aside)
+            write_csv(_flat(table), aside)
         else:
-            raise TableError(f"cannot write {path}: end its name in .parquet or .csv")
+            raise AnalysisError(f"cannot write {path}: end its name in .parquet or .csv")
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise TableError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is yours") from error
+        raise AnalysisError(
+            f"cannot write {path}: {error.strerror}; choose a folder that exists and is yours"
+        ) from error
 
 
-def _write_csv(table: pa.Table, path: Path) -> None:
-    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, table.column_names)
-        writer.writeheader()
-        for row in table.to_pylist():
-            for name in nested:
-                row[name] = None if row[name] is None else json.dumps(row[name])
-            writer.writerow(row)
+def _flat(table: pa.Table) -> pa.Table:
+    """The table with nested columns as JSON text."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            texts = [None if value is None else json.dumps(value) for value in table[field.name].to_pylist()]
+            table = table.set_column(i, field.name, pa.array(texts, pa.string()))
+    return table

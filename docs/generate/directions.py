@@ -14,7 +14,7 @@ import pandas as pd
 from aimscale.analysis.effects.compared import Contrast
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.effects.gains import ASKS_OTHERWISE, Gain, gain_at_one_size
-from aimscale.analysis.table.inputs import read_tables
+from aimscale.analysis.table.read import read_tables
 
 PAGE = Path(__file__).parents[1] / "study/cifar.md"
 RESULTS = PAGE.parent / "results"

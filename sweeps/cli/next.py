@@ -47,7 +47,7 @@ def command(
     """
     from aimscale.analysis.forecasts.ahead import parse_scale
     from aimscale.analysis.next.proposal import propose
-    from aimscale.analysis.table.results import SUFFIXES
+    from aimscale.analysis.table.read import SUFFIXES
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     place = parse_scale(target, "--target")

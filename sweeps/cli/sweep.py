@@ -115,7 +115,7 @@ def _scored_forecasts(table: Path) -> list[str]:
     if not register.is_file():
         return []
     from aimscale.analysis.forecasts.registry import score_words, scores
-    from aimscale.analysis.table.results import read_table
+    from aimscale.analysis.table.read import read_table
 
     found = scores(register, read_table(table))
     found.to_csv(table.with_name(SCORES), index=False)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.analysis.table.schema import TableError, results_table, write_table
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.config import ProbeSection, Section, TrainingConfig
@@ -128,7 +129,7 @@ def _planned_rows(
         try:
             found = _rows(sweep, run, card, RunRecord(sweep.run_dir(run.run_id)))
             results_table(found)
-        except (UserError, TableError) as error:
+        except (UserError, AnalysisError) as error:
             damaged[run.run_id] = str(error)
             continue
         yield from found
@@ -140,7 +141,7 @@ def _imported_rows(sweep: Sweep, imported: Sequence[RunRecord], damaged: dict[st
         try:
             found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
             results_table(found)
-        except (UserError, OSError, ValueError, TypeError, KeyError, TableError) as error:
+        except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
             damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
             continue
         yield from found
@@ -161,7 +162,7 @@ def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[dict[str, Any]]:
                 for name, entries in by_name.items()
             ]
             results_table(found)
-        except (UserError, OSError, ValueError, TypeError, KeyError, TableError) as error:
+        except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
             damaged[f"{run.path.name}/baselines/{folder.name}"] = f"{folder} is damaged ({error}); probe it again"
             continue
         rows += found

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from aimscale.analysis.effects.contrasts import contrast, factors, t_interval
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.inputs import with_setup
 from aimscale.analysis.table.measures import wanted_measures
+from aimscale.analysis.table.read import with_setup
 from aimscale.sweeps.cli.main import verb
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}

@@ -8,7 +8,7 @@ import pytest
 
 from aimscale.analysis.effects.noise_sources import _ends, _prefix_noise, noise
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.inputs import read_tables
+from aimscale.analysis.table.read import read_tables
 
 NUM_TOKENS = 49
 

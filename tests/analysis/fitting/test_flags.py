@@ -11,7 +11,7 @@ from aimscale.analysis.fitting.identify import diagnose
 from aimscale.analysis.fitting.optimise import Minimum
 from aimscale.analysis.fitting.profiles import problem_of
 from aimscale.analysis.fitting.result import Flag, Interval
-from aimscale.analysis.table.observations import observe
+from aimscale.analysis.table.points import observe
 
 
 def test_a_held_parameter_has_no_interval(grid):

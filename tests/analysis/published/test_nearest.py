@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.published.beside import nearest_published
-from aimscale.analysis.table.results import probe_frame
+from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import verb
 

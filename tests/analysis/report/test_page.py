@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.page import maths, write_report
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.table.results import read_table
-from aimscale.analysis.table.schema import TableError, results_table, write_table
+from aimscale.analysis.table.read import read_table
+from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5
@@ -258,9 +259,9 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     assert not {"published", "beside-aim", "published-tasks"} & page.ids()
     assert not any(ours in page.text for ours in ("AIM", "image", "MFU", "pixel head", "next-patch", "val_loss"))
     assert "N = size_m, D = tokens" in page.text
-    with pytest.raises(TableError, match="there is no table"):
+    with pytest.raises(AnalysisError, match="there is no table"):
         write_report(tmp_path / "absent.csv")
-    with pytest.raises(TableError, match=r"no values for val_loss .*--columns val_loss=THEIRS"):
+    with pytest.raises(AnalysisError, match=r"no values for val_loss .*--columns val_loss=THEIRS"):
         write_report(tmp_path / "theirs.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "theirs.csv"]
 
@@ -273,7 +274,7 @@ def test_a_lettered_table_with_repeats_and_a_law_of_its_own(tmp_path):
     fresh = pd.DataFrame({"N": n, "D": d, "U": d, "L": clean})
     worn = fresh.assign(U=1e8, L=1.1 * fresh["L"])
     pd.concat([fresh, worn, fresh.iloc[:1]]).to_csv(tmp_path / "theirs.csv", index=False)
-    write_report(tmp_path / "theirs.csv", columns={"C": "6ND"}, out=tmp_path / "page.html", resamples=40)
+    write_report(tmp_path / "theirs.csv", columns={"C": "6*N*D"}, out=tmp_path / "page.html", resamples=40)
     text = Page((tmp_path / "page.html").read_text()).text
     assert "8 model sizes (10M to 3B parameters), 6 data budgets" in text
     assert "on 48 of 49 rows with at most 4 passes over their pool" in text

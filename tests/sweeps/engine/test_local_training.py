@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import aimscale.sweeps.engine.start
-from aimscale.analysis.table.results import read_table
+from aimscale.analysis.table.read import read_table
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.claims import RunRecord

@@ -20,8 +20,7 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
 from aimscale.analysis.published.comparison import compare
-from aimscale.analysis.table.inputs import read_tables
-from aimscale.analysis.table.results import probe_frame, read_table
+from aimscale.analysis.table.read import probe_frame, read_table, read_tables
 from aimscale.harness.probe.files import is_probed
 from aimscale.harness.probe.job import ProbeRequest, probe_job
 from aimscale.harness.probe.run import probe_baseline, probe_run

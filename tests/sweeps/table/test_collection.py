@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
-from aimscale.analysis.table.results import read_table
+from aimscale.analysis.table.read import read_table
 from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards

@@ -7,8 +7,7 @@ import pytest
 from aimscale.analysis import correlate, fit, noise, read_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.optimum import points_of
-from aimscale.analysis.table.observations import is_complete
-from aimscale.analysis.table.results import usable_rows
+from aimscale.analysis.table.points import complete, usable_rows
 
 
 @pytest.mark.parametrize("status", [None, np.nan])
@@ -16,10 +15,10 @@ def test_a_missing_status_counts_as_complete_everywhere(grid, status):
     grid["status"] = grid["status"].astype(object).where(grid.index % 2 == 0, status)
     grid["seed"] = grid.index % 2
     grid.loc[3, "status"] = "diverged"
-    assert is_complete(grid).sum() == len(grid) - 1
+    assert len(complete(grid)) == len(grid) - 1
     assert fit("chinchilla", grid, resamples=0).num_points == len(grid) - 1
     assert len(points_of(grid, y="val_loss", columns=None)) == len(grid) - 1
-    assert len(usable_rows(grid)[0]) == len(grid) - 1
+    assert len(usable_rows(grid).rows) == len(grid) - 1
     assert noise(grid.assign(val_loss_se=0.001)).component("spread over").basis == f"{len(grid) - 1} rows"
     assert "1 row not complete (status)" in map(str, fit("chinchilla", grid, resamples=0).exclusions)
     assert correlate(pd.DataFrame({"x": [1, 2, 3, 4.0], "y": [1, 2, 3, 5.0]}), x="x", y="y")[0].num_points == 4

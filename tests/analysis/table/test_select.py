@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis.table.design import design_columns, fresh_part, lower_envelope, main_part, mixture_flags
-from aimscale.analysis.table.inputs import FOLDER, read_tables, with_setup
-from aimscale.analysis.table.schema import TableError
-from aimscale.analysis.table.selection import select
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.design import design_columns
+from aimscale.analysis.table.names import FOLDER
+from aimscale.analysis.table.read import read_tables, with_setup
+from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, select
 
 
 def write(folder, frame):
@@ -28,7 +29,7 @@ def test_tables_are_joined_and_a_shared_run_counts_once(known_study, tmp_path):
     assert df["val_loss"].notna().all()
     assert set(df[FOLDER]) == {str(tmp_path / "main"), str(tmp_path / "other")}
     assert (df.groupby(["run_id", "images_seen"]).size() == 1).all()
-    with pytest.raises(TableError, match="name at least one table"):
+    with pytest.raises(AnalysisError):
         read_tables([])
 
 
@@ -39,14 +40,8 @@ def test_rows_are_chosen_by_words_numbers_and_letters(known_study):
     assert set(select(df, ["size=s1|s2", "D>=16000"])["images_seen"]) == {16000, 32000, 64000}
     assert set(select(df, ["seed = 1.0"])["seed"]) == {1}
     assert len(select(df, ["images_seen<8000"])) == len(df) // 5
-    for condition, words in (
-        ("prefix", "needs a condition"),
-        ("prefx=none", "no column 'prefx'"),
-        ("prefix=uniform", "no row is left; prefix takes paired, none"),
-        ("prefix>=2", "holds no numbers"),
-        ("seed<=one", "'one' is no number"),
-    ):
-        with pytest.raises(TableError, match=words):
+    for condition in ("prefix", "prefx=none", "prefix=uniform", "prefix>=2", "seed<=one"):
+        with pytest.raises(AnalysisError, match=condition):
             select(df, [condition])
 
 
@@ -59,7 +54,7 @@ def test_fields_of_the_set_up_that_vary_become_columns():
     wide = with_setup(frame)
     assert list(wide.columns) == ["prefix", "setup", "optimiser.clip_norm"]
     assert list(wide["optimiser.clip_norm"]) == [2.0, "default", None]
-    with pytest.raises(TableError, match="'setup' of row 1 is no JSON object"):
+    with pytest.raises(AnalysisError, match="row 1"):
         with_setup(pd.DataFrame({"setup": ["[1]"]}))
 
 
@@ -75,7 +70,7 @@ def test_the_main_experiment_is_the_one_with_most_cells(known_study):
     assert (set(fresh.rows["unique_images"]), fresh.words) == ({64000}, "64,000 unique images")
     flags = mixture_flags(df, ["N", "D"])
     assert "mix experiments (prefix: paired, none)" in flags[0]
-    assert "unique images (1,000, 64,000)" in flags[1]
+    assert "unique images (2 values)" in flags[1]
     assert mixture_flags(known_study(grid), ["N", "D"]) == ()
     assert mixture_flags(part.rows, ["N", "D", "U"]) == ()
 

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.results import parse_columns, probe_frame, read_table, usable_rows
-from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, TableError, arrow_schema, results_table, write_table
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
+from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, arrow_schema, results_table, write_table
 
 PROBE = {"task": "digits", "kind": "linear", "blocks": [1, 2], "num_classes": 10, "n": 100, "top1": 0.5, "margin": 3}
 ROWS = [
@@ -44,9 +45,9 @@ def test_every_column_states_its_meaning_in_the_file(tmp_path):
 
 
 def test_a_value_that_does_not_fit_is_refused_by_name():
-    with pytest.raises(TableError, match=r"row 0: 'images_seen' is 1\.5, which is no int64"):
+    with pytest.raises(AnalysisError, match=r"row 0: 'images_seen' is 1\.5"):
         results_table([{"images_seen": 1.5}])
-    with pytest.raises(TableError, match="row 0, probe 0: 'top1'"):
+    with pytest.raises(AnalysisError, match="row 0, probe 0: 'top1'"):
         results_table([{"probes": [{"top1": "high"}]}])
 
 
@@ -56,34 +57,35 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
     frame = read_table(path, parse_columns(["N=Model Size, val_loss=loss"]), require=["params_total", "val_loss"])
     assert frame["params_total"].tolist() == [1_000_000, 2_000_000]
     assert frame["val_loss"].tolist() == [3.0, 2.5]
-    with pytest.raises(TableError, match="no column Size that --columns names; it has Model Size"):
+    with pytest.raises(AnalysisError, match=r"no column Size .*Model Size"):
         read_table(path, {"N": "Size"})
-    with pytest.raises(TableError, match=r"no values for images_seen .*--columns images_seen=THEIRS"):
+    with pytest.raises(AnalysisError, match="--columns images_seen=THEIRS"):
         read_table(path, require=["images_seen"])
-    with pytest.raises(TableError, match="needs 'ours=theirs'"):
+    with pytest.raises(AnalysisError, match="N"):
         parse_columns(["N"])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "sentence"),
+    ("name", "content", "subject"),
     [
-        ("absent.csv", None, "there is no table"),
-        ("empty.csv", "", "is empty"),
-        ("headed.csv", "N,val_loss\n", "has no rows"),
-        ("cut.csv", "N,D,val_loss\n1,2,3\n1,2", "half-written"),
-        ("words.csv", "val_loss,N\n0.5,1\nhigh,2\n", r"column 'val_loss' holds 'high' in row 2"),
-        ("quote.csv", 'N,val_loss\n1,"2\n', "half-written"),
-        ("cut.parquet", "PAR1 and then nothing", "half-written"),
-        ("results.xlsx", "x", "give a .parquet, .csv, .tsv, .jsonl or .ndjson"),
+        ("absent.csv", None, "absent.csv"),
+        ("empty.csv", "", "empty.csv"),
+        ("headed.csv", "N,val_loss\n", "headed.csv"),
+        ("words.csv", "val_loss,N\n0.5,1\nhigh,2\n", "'high' in row 2"),
+        ("quote.csv", 'N,val_loss\n1,"2\n', "quote.csv"),
+        ("cut.parquet", "PAR1 and then nothing", "cut.parquet"),
+        ("cut.jsonl", '{"a": 1}\n{"a": ', "cut.jsonl"),
+        ("results.xlsx", "x", ".parquet, .csv, .tsv or .jsonl"),
         ("probes.csv", "val_loss,probes\n0.5,[1]\n", "'probes' of row 1"),
     ],
 )
-def test_bad_tables_are_refused_in_one_sentence(tmp_path, name, content, sentence):
+def test_bad_tables_are_refused_in_one_sentence(tmp_path, name, content, subject):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
-    with pytest.raises(AnalysisError, match=sentence) as caught:
+    with pytest.raises(AnalysisError) as caught:
         read_table(path)
+    assert subject in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -91,19 +93,22 @@ def test_a_half_copied_parquet_and_a_newer_schema_are_refused(tmp_path):
     path = tmp_path / "results.parquet"
     write_table(results_table(ROWS), path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(TableError, match="half-written"):
+    with pytest.raises(AnalysisError):
         read_table(path)
     newer = results_table(ROWS).replace_schema_metadata({"aimscale_schema_version": "99"})
     write_table(newer, path)
-    with pytest.raises(TableError, match="schema 99, newer than"):
+    with pytest.raises(AnalysisError, match="99"):
         read_table(path)
 
 
 def test_unusable_rows_are_named_not_dropped_silently():
     frame = pd.DataFrame({"status": ["complete", "failed", "complete", None], "val_loss": [0.5, 0.4, np.nan, 0.3]})
-    kept, exclusions = usable_rows(frame)
-    assert kept["val_loss"].tolist() == [0.5, 0.3]
-    assert exclusions == ["1 row left out: failed.", "1 row left out: no positive, finite val_loss."]
+    found = usable_rows(frame)
+    assert found.rows["val_loss"].tolist() == [0.5, 0.3]
+    assert [(each.kind, each.subject, each.number) for each in found.exclusions] == [
+        ("status", "", 1),
+        ("not positive", "val_loss", 1),
+    ]
 
 
 def test_the_documented_schema_is_the_schema():

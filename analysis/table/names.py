@@ -1,0 +1,100 @@
+"""What a table's columns are called: our names, a law's letters, and the names in the file a frame was read from.
+
+A frame remembers its file's names and the rows that were left out on the way in one attribute, as plain data, which
+pandas carries from frame to frame and into Parquet. Only this module reads and writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+
+CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
+"""Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
+LETTERS = {name: letter for letter, name in CANONICAL.items()}
+"""The other way round."""
+FOLDER = "table_folder"
+"""Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
+_ORIGIN = "aimscale"
+
+EXCLUSIONS = {
+    "status": "not complete (status)",
+    "text": "whose {} is no number",
+    "not positive": "with a missing or non-positive {}",
+    "not finite": "with a missing or infinite {}",
+    "repeat": "that repeat another row exactly",
+    "where": "not chosen by --where {}",
+    "best of": "not the best {} of their cell",
+}
+"""Kind of an exclusion -> what is said of its rows; {} is the subject."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exclusion:
+    """Rows that were left out, and why."""
+
+    kind: str
+    """One of `EXCLUSIONS`."""
+    subject: str = ""
+    """Column, as its file calls it, or the condition that was not met."""
+    number: int
+    """Rows."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return EXCLUSIONS[self.kind].format(self.subject)
+
+    def __str__(self) -> str:
+        return f"{self.number} row{'s' if self.number != 1 else ''} {self.reason}"
+
+
+def names_of(frame: pd.DataFrame) -> dict[str, str]:
+    """Our column -> what the file calls it, where that differs."""
+    return dict(frame.attrs.get(_ORIGIN, {}).get("names", {}))
+
+
+def left_out_of(frame: pd.DataFrame) -> tuple[Exclusion, ...]:
+    """What reading and choosing left out before the frame was made."""
+    return tuple(Exclusion(**each) for each in frame.attrs.get(_ORIGIN, {}).get("left_out", ()))
+
+
+def remember(
+    frame: pd.DataFrame, names: Mapping[str, str] | None = None, left_out: tuple[Exclusion, ...] = ()
+) -> pd.DataFrame:
+    """The frame with further names and exclusions beside those that it remembers."""
+    origin = {
+        "names": {**names_of(frame), **(names or {})},
+        "left_out": [vars(each) for each in (*left_out_of(frame), *left_out)],
+    }
+    frame = frame.copy(deep=False)
+    frame.attrs = {**frame.attrs, _ORIGIN: origin}
+    return frame
+
+
+def our_name(frame: pd.DataFrame, typed: str) -> str:
+    """Column that a user means: by its name here, by a law's letter, or by the name that it has in their file."""
+    ours = {theirs: ours for ours, theirs in names_of(frame).items()}
+    choices = (typed, CANONICAL.get(typed, typed), ours.get(typed, typed))
+    return next((name for name in choices if name in frame), typed)
+
+
+def their_name(frame: pd.DataFrame, name: str, words: str = "") -> str:
+    """What a table's file calls one of its columns, where that is not our name; else `words` for it, or our name."""
+    return names_of(frame).get(name, words or name)
+
+
+def column_names(frame: pd.DataFrame) -> str:
+    """A table's own columns, as its file calls them, for a sentence about one that it lacks."""
+    return ", ".join(their_name(frame, str(name)) for name in frame.columns if name != FOLDER)
+
+
+def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
+    """The error about a column that a table lacks: what for, the option that names it, what there is."""
+    letter = LETTERS.get(CANONICAL.get(name, name))
+    option = f"; name yours with --columns {letter}=THEIRS" if letter else ""
+    return AnalysisError(f"The table has no column {name!r}{why}{option}; its columns are {column_names(frame)}.")

@@ -1,0 +1,216 @@
+"""From a table to the points of a fit: THE filter of rows, with a reason for every row left out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.table.names import Exclusion, column_names, left_out_of, our_name, their_name
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usable:
+    """Rows of a table that can be used."""
+
+    rows: pd.DataFrame
+    """All columns of these rows."""
+    numbers: pd.DataFrame
+    """The columns that were asked for, as numbers, under the names that were asked."""
+    exclusions: tuple[Exclusion, ...]
+    """What was left out, here and when the table was read."""
+
+
+def complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that count: those whose `status` is complete, or that do not say (a foreign table)."""
+    if "status" not in frame.columns:
+        return frame
+    return frame[frame["status"].isna() | (frame["status"] == "complete")]
+
+
+def usable_rows(
+    frame: pd.DataFrame,
+    columns: Mapping[str, str] | str = "val_loss",
+    *,
+    signed: Collection[str] = (),
+    may_be_zero: Collection[str] = (),
+) -> Usable:
+    """The complete rows with finite, positive numbers in some columns, each once.
+
+    Args:
+        columns: name -> column of the table, or one column.
+        signed: names of those whose numbers may be negative.
+        may_be_zero: names of those whose numbers may be zero.
+
+    Raises:
+        AnalysisError: the index holds a label twice.
+    """
+    if not frame.index.is_unique:
+        raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
+    columns = {columns: columns} if isinstance(columns, str) else columns
+    if absent := [name for name in columns.values() if name not in frame.columns]:
+        raise AnalysisError(f"The table has no column {absent[0]!r} (its columns: {column_names(frame)}).")
+    values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
+    values.columns = pd.Index(list(columns))
+    bad: list[tuple[str, str, pd.Series]] = [("status", "", ~frame.index.to_series().isin(complete(frame).index))]
+    for name, column in columns.items():
+        called, number = their_name(frame, column), values[name]
+        text = frame[column].notna() & number.isna()
+        sample = f" (such as {frame.loc[text, column].iloc[0]!r})" if text.any() else ""
+        bad.append(("text", called + sample, text))
+        if name in signed:
+            bad.append(("not finite", called, ~np.isfinite(number)))
+        else:
+            good = np.isfinite(number) & ((number > 0) | ((number == 0) & (name in may_be_zero)))
+            bad.append(("not positive", called, ~good))
+    bad.append(("repeat", "", _repeats(frame, values)))
+    keep, exclusions = pd.Series(True, index=frame.index), list(left_out_of(frame))
+    for kind, subject, out in bad:
+        if number := int((keep & out).sum()):
+            exclusions.append(Exclusion(kind=kind, subject=subject, number=number))
+        keep &= ~out
+    return Usable(rows=frame[keep], numbers=values[keep], exclusions=tuple(exclusions))
+
+
+def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
+    """Rows equal to an earlier one in every column of the table, not in the used ones alone."""
+    alike = values.duplicated(keep=False) & values.notna().all(axis=1)
+    repeats = frame[alike].astype(str).duplicated()  # as text: cells may be lists
+    return repeats.reindex(frame.index, fill_value=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observations:
+    """The points of a fit."""
+
+    x: dict[str, Array]
+    """Variable -> values (n,)."""
+    y: Array
+    """Measurements (n,)."""
+    weights: Array
+    """Weights (n,)."""
+    index: pd.Index
+    """Labels of the table's rows (n,)."""
+    columns: dict[str, str]
+    """Variable (and 'y') -> column of the table."""
+    called: dict[str, str]
+    """Variable (and 'y') -> what the table's file calls that column."""
+    exclusions: tuple[Exclusion, ...]
+    num_rows: int
+    """Rows of the table, with those that were left out when it was read."""
+
+
+def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Column of each variable: named by the caller, of the variable's own name, or the results table's.
+
+    Raises:
+        AnalysisError: a column is missing.
+    """
+    found = {}
+    for variable in law.variables:
+        name = (columns or {}).get(variable) or our_name(df, variable)
+        if name not in df.columns:
+            of_one = f" with --law {law.name}:N, or" if variable == "x" else ""
+            raise AnalysisError(
+                f"The table has no column {name!r} for {variable} of {law.formula}; name yours{of_one} with --columns "
+                f"{variable}=THEIRS (its columns: {column_names(df)})."
+            )
+        found[variable] = name
+    return found
+
+
+def observe(
+    law: Law,
+    df: pd.DataFrame,
+    *,
+    y: str,
+    columns: Mapping[str, str] | None = None,
+    weights: str | Array | None = None,
+    positive_y: bool = True,
+    num_free: int | None = None,
+    zero_allowed: bool = False,
+) -> Observations:
+    """Collect the points of a fit: the usable rows, with the reasons for leaving the others out.
+
+    Raises:
+        AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
+    """
+    names = resolve_columns(law, df, columns)
+    if y not in df.columns:
+        raise AnalysisError(
+            f"The table has no column {y!r} to fit; name yours with --columns L=THEIRS or --y (its columns: "
+            f"{column_names(df)})."
+        )
+    columns_of = {**names, "y": y}
+    called = {v: their_name(df, name) for v, name in columns_of.items()}
+    wanted = dict(columns_of)
+    if weights is not None:
+        df, wanted[WEIGHT] = _weighted(df, weights)
+    found = usable_rows(df, wanted, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
+    points = found.numbers
+    free = len(law.parameters) if num_free is None else num_free
+    if len(points) <= free:
+        why = f" (left out: {'; '.join(map(str, found.exclusions))})" if found.exclusions else ""
+        raise AnalysisError(
+            f"{law.formula} has {free} free parameters but the table has {len(points)} usable of {len(df)} points"
+            f"{why}; give at least {free + 1} or fix a parameter."
+        )
+    _refuse_constants(law, points, called)
+    _refuse_mixed_units(found.rows, points, called)
+    return Observations(
+        x={v: points[v].to_numpy() for v in law.variables},
+        y=points["y"].to_numpy(),
+        weights=points[WEIGHT].to_numpy() if weights is not None else np.ones(len(points)),
+        index=points.index,
+        called=called,
+        columns={**columns_of, **({WEIGHT: weights} if isinstance(weights, str) else {})},
+        exclusions=found.exclusions,
+        num_rows=len(df) + sum(each.number for each in left_out_of(df)),
+    )
+
+
+def _weighted(df: pd.DataFrame, weights: str | Array) -> tuple[pd.DataFrame, str]:
+    """The table and its column of weights, which are given as a column or one per row."""
+    if isinstance(weights, str):
+        return df, weights
+    if len(weights) != len(df):
+        raise AnalysisError(f"There are {len(weights)} weights for {len(df)} rows; give one weight per row.")
+    return df.assign(**{WEIGHT: weights}), WEIGHT
+
+
+def _refuse_constants(law: Law, points: pd.DataFrame, names: Mapping[str, str]) -> None:
+    for v in (*law.variables, "y"):
+        if points[v].nunique() < 2:
+            raise AnalysisError(
+                f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so "
+                f"{law.formula} cannot be fitted; vary {names[v]} or choose another law."
+            )
+
+
+SPREAD_OF_FLOPS = 300.0
+"""C / (N D) that varies by more than this factor over a table is taken for mixed units."""
+
+
+def _refuse_mixed_units(rows: pd.DataFrame, points: pd.DataFrame, names: Mapping[str, str]) -> None:
+    """Refuse a table that holds counts and millions at once.
+
+    Raises:
+        AnalysisError: C / (N D) varies by more than SPREAD_OF_FLOPS.
+    """
+    flops = our_name(rows, "C")
+    if flops not in rows.columns or not {"N", "D"} <= set(points.columns):
+        return
+    ratio = pd.to_numeric(rows[flops], errors="coerce") / (points["N"] * points["D"])
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    if len(ratio) > 1 and ratio.max() / ratio.min() > SPREAD_OF_FLOPS:
+        raise AnalysisError(
+            f"{their_name(rows, flops)} / ({names['N']} x {names['D']}) varies from {ratio.min():.3g} (row "
+            f"{ratio.idxmin()}) to {ratio.max():.3g} (row {ratio.idxmax()}), so rows seem to mix units; put all into "
+            "one unit."
+        )

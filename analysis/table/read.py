@@ -1,0 +1,307 @@
+"""Reading results tables, ours or foreign ones, as one data frame with our names: how every verb reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.design import varies
+from aimscale.analysis.table.names import (
+    CANONICAL,
+    FOLDER,
+    LETTERS,
+    column_names,
+    left_out_of,
+    names_of,
+    remember,
+    their_name,
+)
+from aimscale.analysis.table.points import complete
+from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, Column
+from aimscale.analysis.table.select import best_of, select
+
+OWN_COLUMN = {
+    "objective.prefix": "prefix",
+    "objective.target": "target",
+    "model.patch_order": "patch_order",
+    "model.head_rule": "head_rule",
+    "model.image_size": "image_size",
+    "model.patch_size": "patch_size",
+    "schedule.kind": "schedule",
+    "optimiser.precision": "precision",
+}
+"""Fields of the set-up that the table has as columns."""
+DEFAULT = "default"
+"""What a column of the set-up holds where a run left the field at its default."""
+
+
+def read_tables(
+    paths: Sequence[str | Path],
+    columns: Mapping[str, str] | None = None,
+    *,
+    where: Sequence[str] = (),
+    best: Sequence[str] = (),
+    y: str = "val_loss",
+    require: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Read tables into one frame, with a column for every field of the set-up that varies over them.
+
+    A run and budget that two tables hold (a cell that two sweeps share) counts once, the first time it stands complete.
+
+    Args:
+        columns: our name -> the name in the files; see `read_table`.
+        where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
+        best: tuned columns, of which only the best value in each cell is kept; see `best_of`.
+        y: loss column that says what is best.
+        require: our names that every table must have.
+
+    Raises:
+        AnalysisError: no table, one that cannot be read, or conditions that no row meets.
+    """
+    if not paths:
+        raise AnalysisError("name at least one table")
+    frames = []
+    for path in map(Path, paths):
+        frame = read_table(path, columns, require)
+        frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
+    frame = frames[0] if len(frames) == 1 else _joined(frames)
+    chosen = select(with_setup(frame), where)
+    return best_of(chosen, best, y) if best else chosen
+
+
+def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    frame = pd.concat(frames, ignore_index=True)
+    frame.attrs = {}
+    for each in frames:
+        frame = remember(frame, names=names_of(each), left_out=left_out_of(each))
+    keys = ["run_id", "images_seen"]
+    if not set(keys) <= set(frame.columns):
+        return frame
+    done = complete(frame).index
+    ordered = frame.loc[[*done, *frame.index.difference(done)]]
+    repeats = ordered.duplicated(keys) & ordered[keys].notna().all(axis=1)
+    return frame.loc[ordered.index[~repeats].sort_values()].reset_index(drop=True)
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping.
+
+    Our side is a name of the schema or a letter of `CANONICAL`; theirs is a name or a formula.
+
+    Raises:
+        AnalysisError: a part without `=`.
+    """
+    mapping: dict[str, str] = {}
+    for pair in (part.strip() for text in pairs for part in text.split(",") if part.strip()):
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not (ours and equals and theirs):
+            raise AnalysisError(f"--columns needs 'ours=theirs', such as N=num_params, not '{pair}'")
+        mapping[CANONICAL.get(ours, ours)] = theirs
+    return mapping
+
+
+def read_table(path: str | Path, columns: Mapping[str, str] | None = None, require: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a results table, or anybody's table of results, as a data frame with our names.
+
+    Args:
+        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, or a sweep's folder that holds
+            `results.parquet`.
+        columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
+            `1 - accuracy`; a file's own N, D, U, C and L are taken for the laws' letters, other columns that are not
+            named keep their names.
+        require: our names that must be there.
+
+    Returns:
+        Known columns typed as the schema says (an integer column with gaps becomes float64, `probes` a list of
+        dictionaries per row); other columns as they are. The frame remembers their names of renamed columns.
+
+    Raises:
+        AnalysisError: no such file, an unreadable or empty table, a missing column, or a text where a number should be.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "results.parquet"
+    frame = _read_file(path)
+    if frame.empty:
+        raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
+    frame = _rename(frame, {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
+    for name in require:
+        if name not in frame or frame[name].isna().all():
+            raise AnalysisError(
+                f"{path} has no values for {name} (columns: {column_names(frame)}); name yours with --columns "
+                f"{name}=THEIRS"
+            )
+    for name in [name for name in frame.columns if name in KNOWN]:
+        frame[name] = _coerce(frame[name], KNOWN[name], path, their_name(frame, name))
+    return frame
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise AnalysisError(f"there is no table at {path}; `aimscale collect` writes one, or give another path")
+    if path.suffix not in _READERS:
+        raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    try:
+        return _READERS[path.suffix](path)
+    except (pa.ArrowException, ValueError, OSError) as error:  # pandas' parsers raise kinds of ValueError
+        reason = " ".join(str(error).split())[:160]
+        raise AnalysisError(
+            f"cannot read {path} as a table ({reason}): it may be half-written; write it again"
+        ) from error
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    table = pq.read_table(path)
+    version = int((table.schema.metadata or {}).get(b"aimscale_schema_version", b"0"))
+    if version > SCHEMA_VERSION:
+        raise AnalysisError(
+            f"{path} was written with schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale"
+        )
+    frame = table.to_pandas()
+    return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
+
+
+_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".parquet": _read_parquet,
+    ".csv": pd.read_csv,
+    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+}
+SUFFIXES = tuple(_READERS)
+"""Of files that are tables."""
+
+
+def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
+    """Our names for theirs; the frame remembers theirs, formulas included."""
+    columns = _with_letters(frame, columns)
+    named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
+    taken = {ours: frame[theirs] for ours, theirs in named.items()}
+    gone = [name for name in frame.columns if name in columns or name in named.values()]
+    renamed = frame.drop(columns=gone).assign(**taken)
+    for ours in [ours for ours in columns if ours not in named]:
+        renamed[ours] = _computed(columns[ours], frame, renamed, path)
+    return remember(renamed, names={ours: theirs for ours, theirs in columns.items() if ours != theirs})
+
+
+def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
+    """`columns` and the letters among the file's own: N is the law's N where it holds numbers and no other was named.
+
+    Such a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
+    """
+    letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
+    theirs = [letter for letter in letters if pd.to_numeric(frame[letter], errors="coerce").notna().any()]
+    free = {CANONICAL[letter]: letter for letter in theirs if CANONICAL[letter] not in {*columns, *frame.columns}}
+    other = {f"their {letter}": letter for letter in theirs if CANONICAL[letter] in columns}
+    return {**free, **other, **columns}
+
+
+def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
+    """A column made of others, by their names or a law's letters."""
+    known = {**theirs, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}}
+    try:
+        return pd.Series(pd.eval(formula, local_dict={}, global_dict={}, resolvers=[known], engine="python"))
+    except Exception as error:  # whatever the formula makes Python raise
+        there = ", ".join(map(str, theirs.columns[:12]))
+        raise AnalysisError(
+            f"{path} has no column {formula} that --columns names, and it is no formula of columns ({error}); it has "
+            f"{there}"
+        ) from error
+
+
+def _coerce(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:
+    """Type one column; the only text that may stand for a missing number is an empty one."""
+    if column.dtype in ("int64", "float64"):
+        numbers = pd.to_numeric(values, errors="coerce")
+        bad = numbers.isna() & values.notna()
+        if bad.any():
+            row = int(np.flatnonzero(bad.to_numpy())[0])
+            raise AnalysisError(
+                f"{path}: column '{called}' holds {values.iloc[row]!r} in row {row + 1}; make it a number"
+            )
+        whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
+        return numbers.astype("int64") if whole else numbers.astype("float64")
+    if column.dtype == "probes":
+        parsed = [_parse_probes(value, row, path) for row, value in enumerate(values)]
+        return pd.Series(parsed, index=values.index, dtype=object)
+    return values.astype("string").astype(object).where(values.notna(), None)
+
+
+def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return []
+    try:
+        return [dict(entry) for entry in (json.loads(value) if isinstance(value, str) else value)]
+    except (TypeError, ValueError) as error:
+        raise AnalysisError(f"{path}: 'probes' of row {row + 1} is no list of probes ({error}); correct it") from error
+
+
+def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per run, budget and probe: the row's columns but `probes`, then those of `PROBE_FIELDS`.
+
+    Returns:
+        An empty frame with these columns where nothing was probed.
+
+    Raises:
+        AnalysisError: a number of a probe is none.
+    """
+    names = [field.name for field in PROBE_FIELDS]
+    entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
+    base = frame.drop(columns=["probes", *names], errors="ignore").loc[frame.index.repeat([*map(len, entries)])]
+    probes = pd.DataFrame([entry for row in entries for entry in row], columns=names)
+    for field in PROBE_FIELDS:
+        if field.dtype in ("int64", "float64"):
+            try:
+                probes[field.name] = pd.to_numeric(probes[field.name]).astype("float64")
+            except (TypeError, ValueError) as error:
+                raise AnalysisError(f"'{field.name}' of a probe is no number ({error}); correct it") from error
+    return pd.concat([base.reset_index(drop=True), probes], axis=1)
+
+
+def loss_unit(frame: pd.DataFrame) -> str:
+    """Unit of a table's losses: ours by their target; a foreign table, which has none, does not say."""
+    targets = set(frame["target"].dropna()) if "target" in frame else set()
+    return {"normalised": "normalised MSE", "raw": "MSE"}.get(targets.pop(), "") if len(targets) == 1 else ""
+
+
+def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the fields of `setup` that vary as columns of their own, e.g. `optimiser.weight_decay`.
+
+    Raises:
+        AnalysisError: a set-up is no JSON object.
+    """
+    if "setup" not in frame:
+        return frame
+    setups = pd.Series([_parsed(text, row) for row, text in enumerate(frame["setup"])], frame.index, dtype=object)
+    new = {}
+    for name in sorted({key for setup in setups.dropna() for key in setup}):
+        values = setups.map(lambda setup, name=name: _plain(setup.get(name, DEFAULT)), na_action="ignore")
+        if name not in frame and OWN_COLUMN.get(name) not in frame and varies(values):
+            new[name] = values.astype(object)
+    return frame.assign(**new)
+
+
+def _parsed(text: Any, row: int) -> dict[str, Any] | None:
+    if pd.isna(text):
+        return None
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise AnalysisError(f"'setup' of row {row + 1} is no JSON object; collect the sweep again")
+    return value
+
+
+def _plain(value: Any) -> str | float | None:
+    """A value that can be compared and shown."""
+    if isinstance(value, bool | str):
+        return str(value)
+    return float(value) if isinstance(value, int | float) else json.dumps(value)

@@ -1,0 +1,199 @@
+"""Which rows of a table are used: conditions (`--where`), the best of what was tuned, one experiment, fresh data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.design import design_columns, held_equal, varies
+from aimscale.analysis.table.names import CANONICAL, Exclusion, column_names, no_column, our_name, remember, their_name
+from aimscale.analysis.table.points import usable_rows
+
+_CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
+
+
+def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    """Rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = or != is a choice.
+
+    Letters of laws stand for their columns (`N>=1e6`).
+
+    Raises:
+        AnalysisError: a malformed condition, an unknown column, a comparison with words, or no row left.
+    """
+    for text in conditions:
+        found = _CONDITION.fullmatch(text.strip())
+        if found is None:
+            raise AnalysisError(f"--where needs a condition such as prefix=paired or D>=8000, not '{text}'")
+        name = our_name(frame, found["name"].strip())
+        if name not in frame:
+            raise AnalysisError(f"--where {text}: the table has no column '{name}' (columns: {column_names(frame)})")
+        meets = _meets(frame[name], found["sign"], found["value"].strip(), text)
+        if not meets.any():
+            values = ", ".join(map(str, pd.unique(frame[name].dropna())[:8]))
+            raise AnalysisError(f"--where {text}: no row is left; {name} takes {values}")
+        if number := int((~meets).sum()):
+            left_out = Exclusion(kind="where", subject=text.strip(), number=number)
+            frame = remember(frame[meets], left_out=(left_out,))
+    return frame.reset_index(drop=True) if conditions else frame
+
+
+def _meets(values: pd.Series, sign: str, value: str, text: str) -> np.ndarray:
+    if sign in ("=", "!="):
+        equal = np.logical_or.reduce([_equals(values, part.strip()) for part in value.split("|")])
+        return ~equal if sign == "!=" else equal
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
+    limit = pd.to_numeric(value, errors="coerce")
+    if np.isnan(limit) or np.isnan(numbers).all():
+        raise AnalysisError(f"--where {text}: only numbers can be compared by {sign}")
+    with np.errstate(invalid="ignore"):
+        return {"<=": numbers <= limit, ">=": numbers >= limit, "<": numbers < limit, ">": numbers > limit}[sign]
+
+
+def _equals(values: pd.Series, wanted: str) -> np.ndarray:
+    same = values.astype(str).to_numpy() == wanted
+    return same | (pd.to_numeric(values, errors="coerce") == pd.to_numeric(wanted, errors="coerce")).to_numpy(bool)
+
+
+def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
+    """Of rows that differ in some tuned columns, the one with the lowest loss.
+
+    A cell is what agrees in everything else (`held_equal`).
+
+    Returns:
+        The best rows, in order. The frame remembers how many were left out, and in how many cells the best value is the
+        smallest or the largest that was tried: a better one may lie beyond.
+
+    Raises:
+        AnalysisError: no such column, or no two rows of a cell differ in them.
+    """
+    tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
+    for name in (*tuned, y):
+        if name not in frame:
+            raise AnalysisError(f"--best-of: the table has no column '{name}' (columns: {column_names(frame)})")
+    rows = usable_rows(frame, y).rows
+    columns = held_equal(rows, free={"L", "val_loss", y, *tuned})
+    if not columns:
+        raise AnalysisError("--best-of: the table has no N, D or other column that would tell its cells apart")
+    cells = rows.groupby(columns, dropna=False, sort=False).ngroup()
+    kept = rows.loc[np.sort(rows.groupby(cells)[y].idxmin().to_numpy())]
+    if len(kept) == len(rows):
+        raise AnalysisError(f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice")
+    subject = ", ".join(names) + _at_ends(rows, kept, cells, tuned[0])
+    left_out = Exclusion(kind="best of", subject=subject, number=len(frame) - len(kept))
+    return remember(kept.reset_index(drop=True), left_out=(left_out,))
+
+
+def _at_ends(rows: pd.DataFrame, kept: pd.DataFrame, cells: pd.Series, name: str) -> str:
+    """How many cells are best at an end of the range that was tried, in words."""
+    if not pd.api.types.is_numeric_dtype(rows[name]):
+        return ""
+    tried = rows.groupby(cells)[name].agg(["min", "max"])
+    best = kept[name].set_axis(cells[kept.index]).reindex(tried.index)
+    choice = tried["min"] < tried["max"]
+    ends = choice & ((best == tried["min"]) | (best == tried["max"]))
+    return f" (at an end of what was tried in {int(ends.sum())} of {int(choice.sum())} cells)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The rows of one experiment out of a table that holds several."""
+
+    rows: pd.DataFrame
+    words: str
+    """What they have in common that others do not, or an empty string when there are no others."""
+    num_others: int
+    """Rows of other experiments."""
+
+
+def main_part(frame: pd.DataFrame) -> Part:
+    """The experiment with most (size, images seen) cells; with most rows among equals.
+
+    A table that mixes, say, attention kinds and head depths holds several; a law fitted to all of them would take their
+    differences for scatter.
+    """
+    names = design_columns(frame)
+    if not names or frame.empty:
+        return Part(rows=frame, words="", num_others=0)
+    groups = [rows for _, rows in frame.groupby(names, dropna=False, sort=True)]
+    best = max(groups, key=lambda rows: (_num_cells(rows), len(rows)))
+    words = ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
+    return Part(rows=best, words=words, num_others=len(frame) - len(best))
+
+
+FEW_PASSES = 4.0
+"""Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
+
+
+def fresh_part(frame: pd.DataFrame) -> Part:
+    """The rows at the number of unique images that has most cells, the largest among equals: data hardly repeated.
+
+    Where half of these see their pool more than `FEW_PASSES` times, the rows of any pool that do not, if they make as
+    many as a third of the cells.
+    """
+    name = "unique_images"
+    if name not in frame or not varies(frame[name]):
+        return Part(rows=frame, words="", num_others=0)
+    groups = [rows for _, rows in frame.groupby(name, sort=True)]
+    best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
+    words = f"{best[name].iloc[0]:,.0f} {their_name(frame, name, 'unique images')}"
+    if "images_seen" in frame:
+        few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
+        if (best["images_seen"] / best[name]).median() > FEW_PASSES and 3 * _num_cells(few) >= _num_cells(best):
+            best, words = few, f"at most {FEW_PASSES:g} passes over their pool"
+    return Part(rows=best, words=words, num_others=len(frame) - len(best))
+
+
+def _num_cells(rows: pd.DataFrame) -> int:
+    names = [name for name in ("size", "params_total", "images_seen") if name in rows]
+    return len(rows[names].drop_duplicates()) if names else len(rows)
+
+
+def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_loss") -> pd.DataFrame:
+    """Rows whose loss no row of equal or lower compute undercuts.
+
+    Raises:
+        AnalysisError: a column is missing.
+    """
+    for name in (x, y):
+        if name not in frame:
+            raise no_column(frame, name)
+    ordered = frame[(frame[x] > 0) & (frame[y] > 0)].sort_values([x, y], kind="stable")
+    best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
+    return ordered[ordered[y].to_numpy() < best_before]
+
+
+def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
+    """The rows at the value of `fixed` that has most values of `varies` (the largest such value), and that value."""
+    spread = frame.groupby(fixed)[varies].nunique()
+    if spread.empty:
+        return frame.iloc[:0], "no"
+    value = spread[spread == spread.max()].index.max()
+    return frame[frame[fixed] == value], f"{value:,.0f}"
+
+
+def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, ...]:
+    """Sentences of warning about rows that differ in more than a law's variables."""
+    flags = []
+    names = design_columns(frame)
+    if names:
+        several = "; ".join(f"{name}: {', '.join(map(str, frame[name].dropna().unique()[:4]))}" for name in names)
+        flags.append(
+            f"The rows mix experiments ({several}), whose differences count as scatter here; choose with --where."
+        )
+    known = {CANONICAL.get(v, v) for v in variables} | set(variables)
+    for name, words, others in (
+        ("unique_images", "unique images", set(known)),
+        ("images_seen", "images seen", {"params_total"}),
+        ("params_total", "parameters", {"images_seen"}),
+    ):
+        if name in frame and varies(frame[name]) and known & others and name not in known:
+            flags.append(
+                f"The rows differ in {their_name(frame, name, words)} ({frame[name].nunique()} values), which this law "
+                "does not know; choose one with --where, or fit a law of both."
+            )
+    return tuple(flags)
