@@ -151,7 +151,7 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: set[str]
         return [name for name in ("run_id", *SCALE[:6]) if name in rows]
     names = held_equal(rows, free={by, *FOLLOWS.get(by, ()), *ignore, *measured})
     foreign = foreign_settings(rows, measured)
-    return [name for name in names if name not in ("size", *foreign) or not _is_one(rows, by, name)]
+    return [name for name in names if name not in ("size", *foreign) or by not in rows or not _is_one(rows, by, name)]
 
 
 def _is_one(rows: pd.DataFrame, one: str, other: str) -> bool:

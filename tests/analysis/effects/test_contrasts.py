@@ -26,7 +26,7 @@ def with_probes(frame: pd.DataFrame, attentive: float = 0.02, best: float = 0.01
         probes.append(
             [
                 {"task": "pets", "kind": kind, "top1": base + gain + wobble, "n": 1000, "chance": 0.1}
-                | {"extra": json.dumps({"last_top1": base + gain - best})}
+                | {"last_top1": base + gain - best}
                 for kind, gain in (("linear", 0.0), ("attentive", attentive))
             ]
         )
