@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from aimscale.analysis.effects.compared import Contrast, Contrasts
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.inference.mixed import mixed_model
-
+from aimscale.analysis.table.design import (
     DESIGN,
     MEASURED_ON,
     SCALE,
