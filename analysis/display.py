@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import importlib
 import json
@@ -48,8 +49,9 @@ class Result:
         return draw(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        raise NotImplementedError
+        """Its fields in plain types, tables as lists of rows, and its words; fields of `repr=False` are left out."""
+        words = {name: getattr(self, name)() for name in ("sentence", "sentences") if hasattr(self, name)}
+        return plain_fields(self) | words
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """`to_dict` as JSON; numbers that JSON cannot hold become null."""
@@ -72,14 +74,29 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def plain_fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass in plain types, but for those of `repr=False`."""
+    return {f.name: plain_types(getattr(record, f.name)) for f in dataclasses.fields(record) if f.repr}
+
+
 def plain_types(value: Any) -> Any:
     """JSON types only; numbers that JSON cannot hold become null."""
     import numpy as np
+    import pandas as pd
 
-    if isinstance(value, dict):
-        return {str(k): plain_types(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_types(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+    match value:
+        case Result():
+            return value.to_dict()
+        case pd.DataFrame():
+            return plain_types(value.to_dict("records"))
+        case dict():
+            return {":".join(map(str, k)) if isinstance(k, tuple) else str(k): plain_types(v) for k, v in value.items()}
+        case list() | tuple() | np.ndarray():
+            return [plain_types(v) for v in value]
+        case set() | frozenset():
+            return sorted(value)
+        case float() | np.floating():
+            return float(value) if np.isfinite(value) else None
+        case np.generic():
+            return value.item()
+    return plain_fields(value) if dataclasses.is_dataclass(value) else value
