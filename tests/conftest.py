@@ -82,7 +82,6 @@ def evaluations(write_images: Callable[..., str], tmp_path: Path) -> Callable[..
     from aimscale.aim.model import AIM
     from aimscale.aim.weights import write_weights
     from aimscale.harness.data.store.index import open_dataset
-    from aimscale.harness.probe.protocol import Bounds
     from aimscale.harness.probe.run import load_budget, probe_run
     from aimscale.harness.run.config import run_config
     from aimscale.harness.run.directory import RunDir
@@ -113,7 +112,7 @@ def evaluations(write_images: Callable[..., str], tmp_path: Path) -> Callable[..
             section, shape = config.evaluation.validation, config.training.model
             loss = validate(model, images, section, shape, group).loss
             completions(model, images, section, shape, group.device)
-            ((_, entries),) = probe_run(run.path, group=group, bounds=Bounds(cache_gb=cache_gb, disk_gb=1))
+            ((_, entries),) = probe_run(run.path, group=group, cache_gb=cache_gb)
             assert [entry["kind"] for entry in entries] == kinds
             found.append([loss, *(entry["top1"] for entry in entries)])
         return found

@@ -166,27 +166,6 @@ class Group:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def exchange(self, values: torch.Tensor, send: list[int], receive: list[int]) -> list[torch.Tensor]:
-        """Give each rank its stretch of `values` (flat, `send` values long, in order of ranks) and take its stretch.
-
-        Returns:
-            What every rank sent here, in order of ranks, `receive` values long.
-        """
-        if self.world_size == 1:
-            return [values]
-        import torch
-
-        # as bytes: not every backend moves bfloat16
-        size = values.element_size()
-        taken = values.new_empty(sum(receive))
-        torch.distributed.all_to_all_single(
-            taken.view(torch.uint8),
-            values.contiguous().view(torch.uint8),
-            [size * count for count in receive],
-            [size * count for count in send],
-        )
-        return list(taken.split(receive))
-
     def concatenate(self, values: torch.Tensor) -> torch.Tensor:
         """Tensors on the device, of one shape on every rank: all of them along a new first axis, in order of ranks."""
         if self.world_size == 1:

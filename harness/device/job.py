@@ -21,6 +21,8 @@ from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PR
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
 from aimscale.harness.run.watch import RankWatch, execute
 
+HEARTBEAT_S = 5.0
+"""`status.json` is told this often that work goes on."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
@@ -42,16 +44,20 @@ class Job:
             self.folder.write_status(**changes)
 
     def pausing(self, group: Group) -> Callable[[], None]:
-        """What all ranks call together wherever work is saved: obeys a signal and a lost lease, and beats.
+        """What all ranks call together, often: obeys a signal and a lost lease, and beats now and then.
 
         The call raises PreemptedError where a signal asked to stop, and LeaseLost.
         """
+        told = 0.0
 
         def pause() -> None:
+            nonlocal told
             self.watch.check()
             if group.any(self.flag.is_raised):
                 raise PreemptedError
-            self.tell(durable=False, heartbeat=time.time())
+            if time.monotonic() - told > HEARTBEAT_S:
+                self.tell(durable=False, heartbeat=time.time())
+                told = time.monotonic()
 
         return pause
 

@@ -1,44 +1,33 @@
-"""The files of probes in a run directory: when a task counts as done, who works on it, how it gets into the rows.
+"""The files of probes in a run directory: when a task counts as done, and how it gets into the rows.
 
-`probes/<images_seen>/<task>-<settings>-<data>.json` is the truth, one for every evaluation; a row's `probes` follow
-from it. A probe job, the trainer and a person may come to one task at the same time: the first holds its lock, the
-others wait and then find it done.
+`probes/<images_seen>/<task>-<settings>-<data>.json` is the truth, one for every evaluation, written again with every
+kind of probe that is done; a row's `probes` follow from it. Two processes that come to one task at the same time both
+do it, to the same numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import glob
 import hashlib
 import json
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from aimscale.harness.data.store.card import fingerprint
-from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.files import locked
-from aimscale.harness.run.identity import EVALUATION_DEFAULTS, evaluation_digest, probe_evaluation
+from aimscale.harness.run.files import write_json
+from aimscale.harness.run.identity import evaluation_digest, probe_evaluation
 
-SCHEMA_VERSION = 1
-"""Of a task's file."""
 PROTOCOL = 3
-"""How probes are trained and scored. 2: the query starts with a deviation of 0.02, statistics and pooled features come
-from one pass, LoRA adapts query, value and output projection. 3: heads that the hold-out judges and heads that are kept
-train together. What an earlier one left is not taken for this one's."""
-LOCK_POLL_S = 1.0
-"""How often a process that waits for another's task looks again."""
-
+"""How probes are trained and scored; what another version left is not taken for this one's."""
 _PIECE = 1 << 16
 
-Pause = Callable[[], None]
-"""Called by all ranks together wherever a probe's work is saved; raises to stop there."""
+Key = dict[str, str | int]
+"""All that a task's numbers depend on: `backbone`, `protocol`, `evaluation` and `seed`, as a task's file has them."""
 
 
 def weights_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
@@ -64,25 +53,6 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
     return digest.hexdigest()
 
 
-def evaluation_of(section: ProbeSection, train: str | None, test: str | None) -> str:
-    """The name of a task's evaluation on data of these fingerprints."""
-    return probe_evaluation(section.model_dump(mode="json"), train, test)
-
-
-def task_key(
-    backbone: str, section: ProbeSection, train: str, test: str, seed: int, *, protocol: int = PROTOCOL
-) -> str:
-    """All that a task's numbers depend on: weights, protocol, settings, both data fingerprints and the seed."""
-    settings = evaluation_digest("probe", section.model_dump(mode="json"))
-    return "/".join([backbone, f"protocol {protocol}", settings, train, test, str(seed)])
-
-
-def _key_of(document: dict[str, Any]) -> tuple[str, ...]:
-    """The parts of a file's key, with the settings as they are called today."""
-    backbone, _, *rest = document["key"].rsplit("/", 4)
-    return backbone, evaluation_digest("probe", EVALUATION_DEFAULTS["probe"] | document["task"]), *rest
-
-
 def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
     """Settings, images (`*` where they cannot be looked at) and weights of a budget's validation, with dots between."""
     section = config.evaluation.validation
@@ -90,34 +60,54 @@ def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
     return f"{settings}.{fingerprint(section.path) or '*'}.{weights_content(run, images_seen)}"
 
 
+def task_key(backbone: str, section: ProbeSection, train: str | None, test: str | None, seed: int) -> Key:
+    """A task's key on data of these fingerprints; where they cannot be looked at, its evaluation ends with `*`."""
+    evaluation = probe_evaluation(section.model_dump(mode="json"), train, test)
+    return {"backbone": backbone, "protocol": PROTOCOL, "evaluation": evaluation, "seed": seed}
+
+
+def finished_entries(
+    run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection
+) -> list[dict[str, Any]] | None:
+    """Entries of a task whose probes are all there, of a budget's present weights; data out of sight are unchanged."""
+    name, prints = weights_name(run, config, images_seen), (fingerprint(section.train), fingerprint(section.test))
+    key = task_key(name, section, *prints, config.training.seed)
+    found = finished_probes(run.probes_dir(images_seen), section.task, key)
+    return [as_entry(found[kind]) for kind in section.kinds] if set(section.kinds) <= found.keys() else None
+
+
 def is_probed(run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection) -> bool:
-    """Whether a task was probed with these settings; data that cannot be looked at now count as unchanged."""
-    train, test = fingerprint(section.train) or "*", fingerprint(section.test) or "*"
-    key = task_key(weights_name(run, config, images_seen), section, train, test, config.training.seed)
-    return set(section.kinds) <= finished_probes(run.probes_dir(images_seen), section, key).keys()
+    """Whether a budget has all probes of a task."""
+    return finished_entries(run, config, images_seen, section) is not None
 
 
-def finished_probes(folder: Path, section: ProbeSection, key: str, *, since: float = 0.0) -> dict[str, dict[str, Any]]:
-    """Kind -> probe, of those of a task's kinds that files of this key hold; a fingerprint of `*` stands for any.
-
-    Args:
-        since: files older than this Unix time do not count.
-    """
-    wanted = key.rsplit("/", 4)
+def finished_probes(folder: Path, task: str, key: Key) -> dict[str, dict[str, Any]]:
+    """Kind -> probe, of those that a task's files of this key hold."""
     found: dict[str, dict[str, Any]] = {}
-    earlier = folder / f"{section.task}.json"  # as files were called while a task had one evaluation
-    for path in [earlier, *folder.glob(f"{glob.escape(section.task)}-{wanted[1]}-*.json")]:
+    evaluation, rest = key["evaluation"], {name: value for name, value in key.items() if name != "evaluation"}
+    for path in folder.glob(f"{glob.escape(task)}-{evaluation}.json"):  # its `*` stands for any data
         try:
-            if path.stat().st_mtime < since:
-                continue
             document = json.loads(path.read_text())
-            if all(want in ("*", part) for part, want in zip(_key_of(document), wanted, strict=True)):
+            if all(document.get(name) == value for name, value in rest.items()):
                 found |= {detail["kind"]: detail for detail in document["probes"]}
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"{path} is damaged ({error}) and not used", file=sys.stderr, flush=True)
-    return {kind: found[kind] for kind in section.kinds if kind in found}
+    return found
+
+
+def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, dict[str, Any]], **about: Any) -> None:
+    """Write probes, by their kind, into a task's file, beside those of other kinds that it has under the same key.
+
+    Args:
+        about: what else the file says.
+    """
+    whole = finished_probes(folder, section.task, key) | found  # another process may have done another kind meanwhile
+    whole = {kind: whole[kind] for kind in [*section.kinds, *whole] if kind in whole}  # in the order asked for
+    task = section.model_dump(mode="json") | {"kinds": list(whole)}
+    path = folder / f"{section.task}-{key['evaluation']}.json"
+    write_json(path, {**key, "task": task, **about, "probes": list(whole.values())})
 
 
 def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
@@ -142,29 +132,13 @@ def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
 
 
 def entries_of(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Entries for a results row of a task's file, each with the name of its evaluation."""
-    evaluation = {}
-    if "key" in document:
-        _, _, train, test, _ = _key_of(document)
-        evaluation = {"evaluation": probe_evaluation(EVALUATION_DEFAULTS["probe"] | document["task"], train, test)}
-    return [evaluation | as_entry(detail) for detail in document["probes"]]
+    """Entries for a results row of a task's file."""
+    return [as_entry(detail) for detail in document["probes"]]
 
 
-@contextlib.contextmanager
-def task_lock(folder: Path | None, name: str, group: Group, pause: Pause = lambda: None) -> Iterator[None]:
-    """Hold an evaluation in a folder for this group of ranks, after any other that has it; its death drops it."""
-    if folder is None:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        path, told = folder / f".{name}.lock", False
-        while not group.from_first(stack.enter_context(locked(path, wait=False)) if group.is_first else None):
-            if group.is_first and not told:
-                print(f"waiting: another process probes {name} in {folder}", file=sys.stderr, flush=True)
-            told = True
-            pause()
-            time.sleep(LOCK_POLL_S)
-        yield
+def merge_into_rows(run: RunDir, config: RunConfig, images_seen: int) -> None:
+    """Bring a budget's row up to its task files; a budget without a row has its files until the trainer writes one."""
+    run.update_row(images_seen, lambda row: None if row is None else with_probes_of_files(run, config, row))
 
 
 def with_probes_of_files(run: RunDir, config: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
@@ -179,17 +153,9 @@ def with_probes_of_files(run: RunDir, config: RunConfig, row: dict[str, Any]) ->
     name = weights_name(run, config, images_seen)
     documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     entries = [entry for each in documents if each.get("backbone") == name for entry in entries_of(each)]
-    measured = {(entry["task"], entry["kind"]) for entry in entries}
     known = {_place(entry): entry for entry in row.get("probes") or []}
-    # earlier rows did not say which evaluation an entry is of: the files do
-    kept = {place: entry for place, entry in known.items() if "evaluation" in entry or place[:2] not in measured}
-    return {**row, "probes": list((kept | {_place(entry): entry for entry in entries}).values())}
+    return {**row, "probes": list((known | {_place(entry): entry for entry in entries}).values())}
 
 
 def _place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
     return entry["task"], entry["kind"], entry.get("evaluation")
-
-
-def merge_into_rows(run: RunDir, config: RunConfig, images_seen: int) -> None:
-    """Bring a budget's row up to its task files; a budget without a row has its files until the trainer writes one."""
-    run.update_row(images_seen, lambda row: None if row is None else with_probes_of_files(run, config, row))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,24 +13,20 @@ from safetensors import safe_open
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.entries import TEST_BATCH
-from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, ProbeError, matmul_precision
+from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
+from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
 from aimscale.harness.probe.features.images import open_labelled
-from aimscale.harness.probe.files import (
-    PROTOCOL,
-    SCHEMA_VERSION,
-    as_entry,
-    evaluation_of,
-    merge_into_rows,
-    weights_name,
-)
+from aimscale.harness.probe.files import as_entry, merge_into_rows, task_key
+from aimscale.harness.probe.heads.fit import TEST_BATCH
 from aimscale.harness.probe.heads.scores import answers, score, together
-from aimscale.harness.probe.run import load_budget, saved_budgets
+from aimscale.harness.probe.run import backbone_of, saved_budgets
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
 
+RELEASED = "released"
+"""The kind of such a probe."""
 RELEASED_HEAD = "released_head.safetensors"
 """In the directory of an imported run."""
 BEST_BLOCKS = {
@@ -77,8 +72,7 @@ def score_released(
             f"{run_dir} has no released head; import one with `aimscale weights import FILE RUN_DIR --head HEAD_FILE`"
         )
     (budget,) = saved_budgets(run)
-    load = functools.partial(load_budget, run, config, budget, group.device)
-    backbone = AimBackbone(load, weights_name(run, config, budget))
+    backbone = backbone_of(run, config, budget, group)
     head = load_probe(path, backbone.config).to(group.device).eval()
     with safe_open(path, framework="pt") as file:
         blocks: list[int] = json.loads(file.metadata()["blocks"])
@@ -90,25 +84,27 @@ def score_released(
                 f"{head.linear.out_features}; score it on the data set that it was trained for"
             )
         backbone.use(DTYPES[section.precision])
-        own = list(batched(share(range(len(test)), group), TEST_BATCH))
+        own = share(range(len(test)), group)
+        chunks = list(batched(own, TEST_BATCH))
         with matmul_precision(section.precision):
             parts = [
                 answers(head(outputs[blocks].float().mean(0)), test.labels[chunk])
-                for chunk, outputs in zip(own, StreamedTokens(backbone, test, group).parts(own), strict=True)
+                for chunk, outputs in zip(chunks, StreamedTokens(backbone, test, group).parts(chunks), strict=True)
             ]
-        evaluation = evaluation_of(section, test.dataset.fingerprint, test.dataset.fingerprint)
+        prints = test.dataset.fingerprint, test.dataset.fingerprint
+        key = task_key(backbone.name, section, *prints, config.training.seed)
         detail = {
             "task": section.task,
-            "evaluation": evaluation,
-            "kind": "released",
+            "evaluation": key["evaluation"],
+            "kind": RELEASED,
             "blocks": blocks,
             "num_classes": len(test.classes),
-            **score(together(parts, len(test), group), test.labels, test.classes),
+            **score(together(own, parts, len(test), group), test.labels, test.classes),
             "precision": section.precision,
-            "protocol": PROTOCOL,
+            "protocol": key["protocol"],
         }
         if group.is_first:
-            document = {"schema_version": SCHEMA_VERSION, "backbone": backbone.name, "probes": [detail]}
-            write_json(run.probes_dir(budget) / f"{section.task}-{evaluation}.released.json", document)
+            path = run.probes_dir(budget) / f"{section.task}-{key['evaluation']}.{RELEASED}.json"
+            write_json(path, {"backbone": backbone.name, "probes": [detail]})
             merge_into_rows(run, config, budget)
         yield budget, [as_entry(detail)]

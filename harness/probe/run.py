@@ -15,14 +15,14 @@ from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.threads import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
-from aimscale.harness.probe.features.backbones import AimBackbone, ProbeError
+from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.baseline_models import baseline
-from aimscale.harness.probe.features.extraction import ALONE
-from aimscale.harness.probe.features.images import open_task
-from aimscale.harness.probe.files import Pause, as_entry, finished_probes, merge_into_rows, task_key, weights_name
+from aimscale.harness.probe.features.benchmarks import ProbeError
+from aimscale.harness.probe.features.extraction import ALONE, Pause
+from aimscale.harness.probe.files import finished_entries, merge_into_rows, weights_name
 from aimscale.harness.probe.heads.stacks import ON_TOKENS
-from aimscale.harness.probe.protocol import Bounds, probe_backbone
-from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
+from aimscale.harness.probe.protocol import probe_backbone
+from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 
 
@@ -57,22 +57,19 @@ def saved_budgets(run: RunDir) -> list[int]:
     return sorted(budget for budget in found if run.model_file(budget).exists())
 
 
-def wanted_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[ProbeSection]:
-    """The run's own probe sections, all or those named.
+def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:
+    """The sections, all or those named.
 
     Raises:
-        ProbeError: the run has no tasks, or none of that name.
+        ProbeError: there are none, or none of that name.
     """
-    sections = config.evaluation.probes
     if not sections:
         raise ProbeError("the run's configuration names no probes; give a task with --task NAME --train DIR --test DIR")
-    if tasks is None:
-        return list(sections)
     known = {section.task: section for section in sections}
-    for task in tasks:
+    for task in tasks or ():
         if task not in known:
             raise ProbeError(f"the run has no task '{task}'; its tasks: {', '.join(known)}")
-    return [known[task] for task in tasks]
+    return [section for section in sections if tasks is None or section.task in tasks]
 
 
 @contextlib.contextmanager
@@ -99,75 +96,45 @@ def join_ranks(device: str, num_threads: int) -> Iterator[Group]:
         yield Group(placement, choose_device(placement, device), None)
 
 
-@functools.cache
-def _fingerprints(section: ProbeSection, model_section: ModelSection) -> tuple[str, str]:
-    """Of a task's training and test data."""
-    train, test = open_task(section, model_section)
-    return train.dataset.fingerprint, test.dataset.fingerprint
-
-
-def finished_task(
-    run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection, since: float = 0.0
-) -> list[dict[str, Any]] | None:
-    """Probes of a task at a budget, if they are there from its present weights, data and seed and not older than that.
-
-    Raises:
-        ProbeError, TaskError, DataError: the task's data cannot be used.
-    """
-    training = config.training
-    key = task_key(
-        weights_name(run, config, images_seen), section, *_fingerprints(section, training.model), seed=training.seed
-    )
-    found = finished_probes(run.probes_dir(images_seen), section, key, since=since)
-    return [found[kind] for kind in section.kinds] if len(found) == len(section.kinds) else None
-
-
 def probe_run(
     run_dir: Path,
     images_seen: int | None = None,
     sections: Sequence[ProbeSection] | None = None,
     *,
     group: Group = ALONE,
-    bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
-    since: float | None = 0.0,
+    cache_gb: float | None = None,
     pause: Pause = lambda: None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
+
+    What files of the same weights, settings, data and seed say is not measured again.
 
     Args:
         run_dir: a run directory with `config.yaml` and `budgets/`.
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
         group: the ranks that share the work; all of them call this.
-        since: take what files of the same weights, data and seed say that are not older than this Unix time; None
-            probes in any case.
-        pause: called by all ranks together wherever work is saved; raises to stop there.
+        cache_gb: memory of a rank, as for `probe_backbone`.
+        pause: called by all ranks together, often; raises to stop there.
 
     Raises:
         ProbeError: no saved budget, or a task that cannot be probed.
     """
     run = RunDir(run_dir)
     config = run.load_config()
-    sections = wanted_tasks(config, None) if sections is None else sections
-    budgets = saved_budgets(run) if images_seen is None else [images_seen]
-    budgets = group.from_first(budgets)
+    sections = wanted_tasks(config.evaluation.probes, None) if sections is None else sections
+    budgets = group.from_first(saved_budgets(run) if images_seen is None else [images_seen])
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
     for budget in budgets:
+        _saved_file(run, budget)
         backbone: AimBackbone | None = None
         for section in sections:
             pause()
-            entries = None
-            if since is not None and run.model_file(budget).exists():
-                # on every rank, so that a mistake in the task ends them all
-                done = finished_task(run, config, budget, section, since)
-                entries = group.from_first(done and [as_entry(detail) for detail in done])
+            entries = group.from_first(finished_entries(run, config, budget, section) if group.is_first else None)
             if entries is None:
                 # read only where there is something to do: a 7B budget is 26 GB
-                if backbone is None:
-                    _saved_file(run, budget)
-                    load = functools.partial(load_budget, run, config, budget, group.device)
-                    backbone = AimBackbone(load, weights_name(run, config, budget))
+                backbone = backbone or backbone_of(run, config, budget, group)
                 entries = probe_backbone(
                     backbone,
                     section,
@@ -175,8 +142,7 @@ def probe_run(
                     seed=config.training.seed,
                     out=run.probes_dir(budget),
                     group=group,
-                    bounds=bounds,
-                    since=since,
+                    cache_gb=cache_gb,
                     pause=pause,
                     pools=[source.path for source in config.training.data.sources],
                 )
@@ -185,45 +151,35 @@ def probe_run(
             yield budget, entries
 
 
+def backbone_of(run: RunDir, config: RunConfig, images_seen: int, group: Group) -> AimBackbone:
+    """A budget's trunk."""
+    load = functools.partial(load_budget, run, config, images_seen, group.device)
+    return AimBackbone(load, weights_name(run, config, images_seen))
+
+
 def probe_baseline(
     target: str,
     like: RunDir,
     sections: Sequence[ProbeSection],
     *,
-    weights: Path | None = None,
-    random_weights: bool = False,
-    hub: bool = False,
+    weights: str | None = None,
     image_size: int | None = None,
-    out: Path | None = None,
     group: Group = ALONE,
-    bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
-    since: float | None = 0.0,
 ) -> Iterator[tuple[None, list[dict[str, Any]]]]:
-    """Probe a baseline on tasks; yields entries after each task.
+    """Probe a baseline on tasks; yields entries after each task and writes files into `baselines/<target>` of the run.
 
     Args:
         target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.baseline_models`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
-        hub: fetch the weights of a timm model.
+        weights: of a timm model: a file, `hub` or `random`.
         image_size: of a timm model; None takes its own.
-        out: folder of the result files; None takes `baselines/<target>` of the run.
-        since: as for `probe_run`.
 
     Raises:
         ProbeError: an unknown baseline, or a task that cannot be probed.
     """
     config = like.load_config()
-    backbone, model_section = baseline(
-        target,
-        config,
-        weights=weights,
-        random_weights=random_weights,
-        hub=hub,
-        image_size=image_size,
-        device=group.device,
-    )
-    folder = out or like.path / "baselines" / target.replace(":", "-").replace("/", "-")
+    backbone, model_section = baseline(target, config, weights=weights, image_size=image_size, device=group.device)
     impossible = {"lora"} if target != "random" else set()
     impossible |= set(ON_TOKENS) if target == "raw-pixels" else set()
     for section in sections:
@@ -237,9 +193,7 @@ def probe_baseline(
                 section.model_copy(update={"kinds": kinds}),
                 model_section=model_section,
                 seed=config.training.seed,
-                out=folder,
+                out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
                 group=group,
-                bounds=bounds,
-                since=since,
             ),
         )

@@ -207,8 +207,6 @@ class ProbeSection(Section):
     """Images per step of the probe's optimiser."""
     lrs: Annotated[tuple[float, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates tried; chosen on the hold-out."""
-    weight_decays: Annotated[tuple[float, ...], Field(min_length=1)] = (0.05,)
-    """Weight decays tried; chosen on the hold-out."""
     holdout_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the training split held out to choose by. What is chosen has learned from all of it."""
 

@@ -214,7 +214,7 @@ class RunDir:
     def update_row(
         self, images_seen: int, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]
     ) -> dict[str, Any] | None:
-        """Replace a budget's row by `change(row)`, one process at a time: a trainer and probe jobs write rows.
+        """Replace a budget's row by `change(row)`, one process at a time: trainers and evaluations write rows.
 
         Args:
             change: gets the row, None where there is none, and returns the new one, None to leave things as they are.

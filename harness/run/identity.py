@@ -66,7 +66,6 @@ EVALUATION_DEFAULTS: dict[str, dict[str, Any]] = {
         "iterations": None,
         "batch_size": 256,
         "lrs": [3e-4, 1e-3, 3e-3, 1e-2],
-        "weight_decays": [0.05],
         "holdout_fraction": 0.2,
     },
 }

@@ -25,11 +25,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "cancel": ("aimscale.sweeps.cli.cancel", "Stop the runs of a sweep; each saves first."),
     "retry": ("aimscale.sweeps.cli.retry", "Clear the failure of runs, so that the next launch resumes them."),
     "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
-    "probe": (
-        "aimscale.sweeps.cli.probe",
-        "Probe frozen features of a run, or of a whole sweep by local or Slurm jobs.",
+    "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run."),
+    "baseline": (
+        "aimscale.harness.cli.probe:baseline",
+        "Probe a timm model, random weights or raw pixels on a run's tasks.",
     ),
-    "baseline": ("aimscale.harness.cli.baseline", "Probe a timm model, random weights or raw pixels on a run's tasks."),
     "weights": ("aimscale.harness.cli.weights", "Import, export and describe official AIM weights."),
     "bench": ("aimscale.harness.cli.bench", "Measure training and loading against named limits, or a whole card."),
     "doctor": ("aimscale.sweeps.cli.doctor", "Look at this machine: what works, and what to do about the rest."),

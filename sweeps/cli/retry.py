@@ -18,7 +18,7 @@ def command(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-run
     cleared, damaged = retry(loaded, some_runs(loaded, runs or []))
     for line in [*(f"{name}: cleared" for name in cleared), *damaged]:
         typer.echo(line)
-    again = "; `aimscale launch` (of probes: `aimscale probe`) resumes them" if cleared else ""
+    again = "; `aimscale launch` resumes them" if cleared else ""
     typer.echo(f"{len(cleared)} failures cleared{again}")
     if damaged:
         raise typer.Exit(1)

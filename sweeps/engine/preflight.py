@@ -17,8 +17,8 @@ def check_data(runs: Sequence[Run]) -> None:
 
     Raises:
         DataError: a folder or an index is missing, or a shard is missing or truncated.
-        ProbeError: the data of a probe have no labels, or its two sides do not fit together.
-        TaskError: a probe's data bear a benchmark's name and are not that benchmark.
+        ProbeError: the data of a probe have no labels, or its two sides do not fit together, or
+            they bear a benchmark's name and are not that benchmark.
     """
     unlabelled: dict[str, None] = {}
     tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection]] = {}

@@ -73,7 +73,7 @@ def _cancel_one(
 
 
 def _records(sweep: Sweep, run_ids: Sequence[str]) -> Iterator[tuple[str, RunRecord]]:
-    """Training, probe job and evaluation job of each run, with what to call them."""
+    """Training and evaluation job of each run, with what to call them."""
     for run_id in run_ids:
         yield run_id, RunRecord(sweep.run_dir(run_id))
         for what, job in jobs_beside(sweep.run_dir(run_id)).items():

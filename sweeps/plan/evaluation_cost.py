@@ -11,14 +11,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
 from aimscale.harness.data.store.card import num_images
 from aimscale.harness.probe.features.benchmarks import CARDS
-from aimscale.harness.probe.features.sizes import (
-    COPIES,
-    block_sets,
-    head_params,
-    num_settings,
-    number_of_steps,
-    sets_per_round,
-)
+from aimscale.harness.probe.features.sizes import COPIES, block_sets, head_params, number_of_steps, sets_per_round
 from aimscale.harness.run.config import EvaluationConfig, ProbeSection
 
 HEADS = ("linear", "attentive", "efficient")
@@ -77,9 +70,9 @@ def _probe_cost(
     if with_tokens:
         images += rounds * (trained + held) + test * any(kind != "linear" for kind in with_tokens)
     if "lora" in section.kinds:
-        points = num_settings(section)
+        points = len(section.lrs)
         images += TRAIN_OVER_FORWARD * (points * _images_trained(section, fit) + trained) + points * held + test
-    heads = COPIES * sets * num_settings(section) * trained
+    heads = COPIES * sets * len(section.lrs) * trained
     products = heads * sum(_head_flops(kind, model, num_classes) for kind in HEADS if kind in frozen)
     if "knn" in frozen:  # the held-out images against the others, for every set; the test split against all, twice
         products += 2.0 * model.width * (sets * fit * held + 2 * train * test)

@@ -254,13 +254,13 @@ def local_claim_is_live(claim: Claim) -> bool:
 
 
 def evaluation_progress(run: Path) -> list[int]:
-    """Files that evaluation has finished in a run, and when the last part of an unfinished one was saved.
+    """Files that evaluation has finished in a run, and when a task's file was last written.
 
-    A finished file that is written again counts no second time; a part is written again only after more work.
+    That is written again only when more kinds of its probes are done.
     """
     kinds = ("budgets/*/model.safetensors", "validation/*.npz", "completions/*.npz", "probes/*/*.json")
     times = [0]
-    for path in run.glob("probes/*/*.partial.pt"):
-        with contextlib.suppress(OSError):  # its task was finished, and it removed, meanwhile
+    for path in run.glob("probes/*/*.json"):
+        with contextlib.suppress(OSError):  # removed meanwhile
             times.append(path.stat().st_mtime_ns)
     return [sum(1 for kind in kinds for _ in run.glob(kind)), max(times)]

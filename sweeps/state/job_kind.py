@@ -1,4 +1,4 @@
-"""What a launcher does with a run: train it, or (`sweeps.engine.probes`) probe it. Both queues execute either."""
+"""What a launcher does with a run: train it, or (`sweeps.engine.evaluations`) evaluate it."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
     run = RunDir(tmp_path / "run")
     task = ["--task", "animals", "--test", str(tmp_path / "test")]
     with pytest.raises(SystemExit) as ended:
-        main(["probe", str(run.path), "--released", *task, "--device", "cpu", "--json"])
+        main(["probe", str(run.path), "--kind", "released", *task, "--device", "cpu", "--json"])
     assert ended.value.code == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert (entry["kind"], entry["blocks"], entry["n"]) == ("released", [0, 1], 21)
@@ -240,10 +240,10 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
 
     shutil.rmtree(pictures / "dog")
     pack_folder(pictures, tmp_path / "two")
-    error = refused("probe", str(run.path), "--released", "--task", "pairs", "--test", str(tmp_path / "two"))
+    error = refused("probe", str(run.path), "--kind", "released", "--task", "pairs", "--test", str(tmp_path / "two"))
     assert "has 2 classes and the released head 3" in error
     weights(capsys, "import", str(path), str(tmp_path / "bare"), *options)
-    assert "has no released head" in refused("probe", str(tmp_path / "bare"), "--released", *task)
+    assert "has no released head" in refused("probe", str(tmp_path / "bare"), "--kind", "released", *task)
     wide = {f"head.{name}": tensor for name, tensor in AttentiveProbe(64, 4, 3).state_dict().items()}
     save_file(wide, tmp_path / "wide.safetensors")
     _, _, error = weights(

@@ -1,4 +1,4 @@
-"""On the PYTHONPATH, it makes probe and evaluation jobs save each step of their heads, and takes them long at first.
+"""On the PYTHONPATH, it makes evaluation jobs long at first: LoRA rests before each step.
 
 So a test that stops such a job meets it in its work on any machine. What Slurm starts again is as fast as ever.
 """
@@ -7,15 +7,8 @@ import os
 import sys
 import time
 
-if {"aimscale.harness.probe.job", "aimscale.harness.train.evaluation_job"} & set(sys.orig_argv):
-    from aimscale.harness.probe.heads import progress
+if "aimscale.harness.train.evaluation_job" in sys.orig_argv and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    from aimscale.harness.probe.heads import lora
 
-    progress.SAVE_EVERY_S, progress.SAVE_RATIO = 0.0, 0
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-        is_due = progress.StepSaver.is_due
-
-        def slowly(self: progress.StepSaver) -> bool:
-            time.sleep(0.3)
-            return is_due(self)
-
-        progress.StepSaver.is_due = slowly  # type: ignore[method-assign]
+    lora.learning_rate = lambda *of: time.sleep(0.3) or learning_rate(*of)  # type: ignore[assignment, func-returns-value]
+    from aimscale.harness.probe.heads.stacks import learning_rate

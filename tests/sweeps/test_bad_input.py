@@ -31,8 +31,6 @@ FILES = (
     "launch.json",
     "attempts.jsonl",
     "provenance.json",
-    "probing/status.json",
-    "probing/request.json",
     "evaluating/launch.json",
     "metrics.jsonl",
     "speed.jsonl",

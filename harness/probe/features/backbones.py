@@ -9,15 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
+from aimscale.harness.probe.features.benchmarks import ProbeError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """A task's `precision` -> the type that the backbone computes in and features are kept in."""
-
-
-class ProbeError(UserError):
-    """A task or a model that cannot be probed as asked."""
 
 
 @contextlib.contextmanager
@@ -115,17 +111,22 @@ class PixelBackbone:
 
 
 def precision_difference(backbone: Backbone, images: Tensor, dtype: torch.dtype) -> float:
-    """How far features in `dtype` are from those in fp32 on some images, and leave the backbone in `dtype`.
+    """How far features in `dtype` are from those in fp32 on some images; the backbone is left in either.
 
     Returns:
         Root mean square of the difference over that of the features' deviation from their mean over images and tokens,
         channel by channel: 0.01 is 1 % of what distinguishes one token from another.
+
+    Raises:
+        ProbeError: the features are not finite.
     """
     backbone.use(torch.float32)
     exact = backbone.features(images, range(backbone.num_blocks)).float()
-    backbone.use(dtype)
+    if not exact.isfinite().all():
+        raise ProbeError(f"the features of {backbone.name} are not finite: its weights diverged, or are damaged")
     if dtype == torch.float32:
         return 0.0
+    backbone.use(dtype)
     difference = backbone.features(images, range(backbone.num_blocks)).float() - exact
     spread = exact - exact.mean((1, 2), keepdim=True)
     return float(difference.square().mean().sqrt() / spread.square().mean().sqrt().clamp_min(1e-30))

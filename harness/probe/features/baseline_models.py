@@ -21,16 +21,12 @@ from torch import Tensor, nn
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
-from aimscale.harness.probe.features.backbones import AimBackbone, Backbone, PixelBackbone, ProbeError
+from aimscale.harness.probe.features.backbones import AimBackbone, Backbone, PixelBackbone
+from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.harness.run.config import ModelSection, RunConfig
 
 TIMM = "timm:"
 """Prefix of a timm model's name."""
-
-
-def is_baseline(target: str) -> bool:
-    """Whether a name is a baseline's rather than a run directory's or a sweep's."""
-    return target in ("random", "raw-pixels") or target.startswith(TIMM)
 
 
 class TimmBackbone:
@@ -74,29 +70,22 @@ class TimmBackbone:
 
 
 def baseline(
-    target: str,
-    like: RunConfig,
-    *,
-    weights: Path | None,
-    random_weights: bool,
-    hub: bool,
-    image_size: int | None,
-    device: torch.device,
+    target: str, like: RunConfig, *, weights: str | None, image_size: int | None, device: torch.device
 ) -> tuple[Backbone, ModelSection]:
     """The baseline a user named, and the geometry of the images it gets.
 
     Args:
         target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
-        hub: download the weights of a timm model, or take them from the hub's local cache.
+        weights: of a timm model: a file, `hub` (downloaded, or from the hub's local cache) or `random`.
         image_size: side of a timm model's images; None takes the size it was trained at.
 
     Raises:
         ProbeError: an unknown target or timm model, or weights that cannot be had.
     """
     section = like.training.model
-    if not target.startswith(TIMM) and (weights or random_weights or hub or image_size):
-        raise ProbeError(f"--weights, --hub, --random and --image-size go with {TIMM}NAME, not with '{target}'")
+    if not target.startswith(TIMM) and (weights or image_size):
+        raise ProbeError(f"--weights and --image-size go with {TIMM}NAME, not with '{target}'")
     if target == "raw-pixels":
         return PixelBackbone(), section
     if target == "random":
@@ -106,47 +95,49 @@ def baseline(
         raise ProbeError(f"'{target}' is no baseline; use {TIMM}NAME, random or raw-pixels")
     if section.channels != 3:
         raise ProbeError(f"timm models take 3 channels, the tasks of this run have {section.channels}")
-    if sum((weights is not None, random_weights, hub)) != 1:
-        raise ProbeError(f"say which weights {target} gets: --weights FILE, --hub, or --random for an untrained model")
-    timm_model = _create(target.removeprefix(TIMM), weights, hub, image_size)
+    if weights is None:
+        raise ProbeError(f"say which weights {target} gets: --weights FILE, --weights hub or --weights random")
+    timm_model = _create(target.removeprefix(TIMM), weights, image_size)
     size = image_size or int(timm_model.pretrained_cfg["input_size"][1])
-    origin = "random weights" if random_weights else "hub weights" if hub else str(weights)
+    origin = f"{weights} weights" if weights in ("hub", "random") else weights
     geometry = ModelSection(size=target, image_size=size, patch_size=section.patch_size)
     return TimmBackbone(timm_model, f"{target} ({origin})", device), geometry
 
 
-def _create(name: str, weights: Path | None, hub: bool, image_size: int | None) -> Any:
+def _create(name: str, weights: str, image_size: int | None) -> Any:
     import timm
+
+    is_file = weights not in ("hub", "random")
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "timm.list_models() lists them"
         raise ProbeError(f"timm has no model '{name}'; {hint}")
-    if weights is not None and not weights.is_file():
+    if is_file and not Path(weights).is_file():
         raise ProbeError(f"there is no weight file {weights}")
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
-        model = timm.create_model(name, pretrained=hub, num_classes=0, **options)
+        model = timm.create_model(name, pretrained=weights == "hub", num_classes=0, **options)
     except TypeError as error:
         raise ProbeError(f"{name} cannot be built for --image-size {image_size}; leave it out") from error
     except Exception as error:  # the hub fails in many ways, all of which mean that there are no weights
-        if not hub:
+        if weights != "hub":
             raise
         raise ProbeError(
             f"the hub does not give the weights of {name} ({type(error).__name__}); download them elsewhere and give "
             "--weights FILE"
         ) from error
-    if weights is not None:
+    if is_file:
         _load(model, weights)
     return model
 
 
-def _load(model: nn.Module, weights: Path) -> None:
+def _load(model: nn.Module, weights: str) -> None:
     from timm.models import load_state_dict
 
     try:
         # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
-        state = load_state_dict(str(weights), weights_only=True)
+        state = load_state_dict(weights, weights_only=True)
         missing, _ = model.load_state_dict(state, strict=False)
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

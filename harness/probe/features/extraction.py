@@ -1,12 +1,14 @@
 """Frozen features of a task's images: one backbone pass gives pooled vectors, statistics and, if they fit, all tokens.
 
 Linear and k-NN probes then never run the backbone again. Attentive heads need tokens: kept in memory where they fit
-(small tasks), computed batch by batch otherwise.
+(small tasks), computed batch by batch otherwise. Pooled vectors that memory does not hold lie in a mapped file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,17 +18,13 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group, Placement
-from aimscale.harness.probe.features.backbones import DTYPES, Backbone, ProbeError
+from aimscale.harness.probe.features.backbones import DTYPES, Backbone
+from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.harness.probe.features.images import LabelledImages
 from aimscale.harness.probe.features.moments import Moments
-from aimscale.harness.probe.features.pooled import STRETCH_ROWS, PooledFeatures
-from aimscale.harness.probe.files import Pause
 
-CACHE_GB = 2.0
-"""Memory of a rank for tokens, and the same for pooled features; beyond it tokens are computed batch by batch, and
-pooled features go to disk."""
-DISK_GB = 500.0
-"""Disk of a rank for pooled features (0.6B on ImageNet-1k, one rank: 98 GB in bf16)."""
+CACHE_SHARE = 0.1
+"""Of the memory that a rank may plan for, on its device for tokens, and of its host for pooled features."""
 EXTRACT_BATCH = 64
 """Images per backbone pass."""
 CENTRE_IMAGES = 16
@@ -34,6 +32,9 @@ CENTRE_IMAGES = 16
 
 ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
 """The group of a process that probes by itself."""
+
+Pause = Callable[[], None]
+"""Called by all ranks together, often; raises to stop there."""
 
 
 class Features(Protocol):
@@ -61,13 +62,10 @@ class StreamedTokens:
     def _compute(self, images: Tensor) -> Tensor:
         return self._backbone.features(images, range(self.num_blocks))
 
-    @property
-    def bytes_per_image(self) -> int:
-        """Of the tokens of all blocks."""
-        return self._first.numel() * self._first.element_size()
-
-    def room(self, num_images: int) -> Tensor:
-        """An empty (L, num_images, N, d) of the tokens' type on their device."""
+    def room(self, num_images: int, max_bytes: float) -> Tensor | None:
+        """An empty (L, num_images, N, d) of the tokens' type on their device; None where it is larger than that."""
+        if num_images * self._first.nbytes > max_bytes:
+            return None
         return self._first.new_empty((self.num_blocks, num_images, self.num_tokens, self.width))
 
     def centre(self) -> Tensor:
@@ -98,6 +96,69 @@ class CachedTokens:
             yield self._outputs.index_select(1, rows.to(self._outputs.device))
 
 
+class PooledFeatures:
+    """Means over tokens of all blocks for this rank's images: image i is row i // world_size of rank i mod world_size.
+
+    Kept as deviations from a centre, so that bf16 rounds what distinguishes images and not a common offset; in memory,
+    or in a mapped file without a name, whose disk comes back with the end of the process, whatever ends it.
+    """
+
+    num_tokens = 1
+
+    def __init__(self, num_rows: int, centre: Tensor, dtype: torch.dtype, group: Group, folder: Path | None):
+        """Rows of (L, d) values about `centre` (L, d), in memory or, with `folder`, on its disk.
+
+        Raises:
+            ProbeError: the disk has no room.
+        """
+        self.group = group
+        self.num_blocks, self.width = centre.shape
+        self._centre = centre
+        if folder is None or not num_rows:
+            self._values = torch.empty(num_rows, *centre.shape, dtype=dtype)
+        else:
+            self._values = (
+                _mapped(folder, num_rows * centre.numel() * dtype.itemsize).view(dtype).view(-1, *centre.shape)
+            )
+
+    def put(self, first_row: int, vectors: Tensor) -> None:
+        """Write rows from `first_row` on: float32 (L, n, d)."""
+        rows = (vectors - self._centre[:, None]).transpose(0, 1)
+        self._values[first_row : first_row + len(rows)] = rows.to("cpu", self._values.dtype)
+
+    def rows(self, numbers: Tensor | slice) -> Tensor:
+        """Vectors float32 (L, n, d) of these rows, on the device."""
+        stored = self._values[numbers].to(self._centre.device)
+        return stored.float().transpose(0, 1) + self._centre[:, None]
+
+    def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
+        """The vectors of this rank's images as one token each: (L, b, 1, d) for every chunk."""
+        for chunk in chunks:
+            numbers = torch.as_tensor(chunk, dtype=torch.int64) // self.group.world_size
+            yield self.rows(numbers)[:, :, None]
+
+
+def _mapped(folder: Path, num_bytes: int) -> Tensor:
+    """uint8 values of a file that is gone when they are; all of its space is claimed now, so that no write can fail."""
+    path: str | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, path = tempfile.mkstemp(suffix=".features", dir=folder)
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        finally:
+            os.close(descriptor)
+        return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+    except OSError as error:
+        raise ProbeError(
+            f"{folder} needs {num_bytes / 1e9:.3g} GB for pooled features and cannot have them ({error.strerror}); "
+            "free space there, or use more ranks or memory"
+        ) from error
+    finally:
+        if path is not None:
+            os.unlink(path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitFeatures:
     """What one pass over a split gave."""
@@ -124,58 +185,48 @@ class FeaturePass:
     """`fp32` or `bf16`: in which pooled features are kept."""
     for_tokens: bool = True
     """Whether anything will read single tokens: else they are not kept, and have no statistics."""
-    cache_gb: float = CACHE_GB
-    """Memory of a rank, 10^9 bytes, for tokens and again for pooled features."""
-    disk_gb: float = DISK_GB
-    """Disk of a rank for pooled features that memory does not hold."""
+    cache_gb: float | None = None
+    """Memory of a rank, 10^9 bytes, for tokens and again for pooled features; None takes `CACHE_SHARE` of what it has.
+    """
     folder: Path | None = None
-    """Where they go then; None keeps to memory."""
+    """On whose disk pooled features go that memory does not hold; None keeps to memory."""
     pause: Pause = lambda: None
-    """Called between stretches of images by all ranks together; raises to stop there."""
 
     @torch.no_grad()
-    def split(self, images: LabelledImages, name: str, key: str, fit: np.ndarray | None = None) -> SplitFeatures:
+    def split(self, images: LabelledImages, fit: np.ndarray | None = None) -> SplitFeatures:
         """One pass over the images of a split.
 
         Args:
-            key: what the features depend on.
             fit: images whose statistics are summed, apart from those of all others; None sums none.
 
         Raises:
-            ProbeError: neither memory nor disk holds the pooled features within their bounds.
+            ProbeError: neither memory nor disk holds the pooled features.
         """
         stream = StreamedTokens(self.backbone, images, self.group)
         centre = stream.centre()
         own = share(range(len(images)), self.group)
-        pooled = self._store(len(own), centre, name, key)
+        most = -(-len(images) // self.group.world_size)  # of any rank: all take as many turns
+        pooled = self._store(len(own), most, centre)
+        kept = None
+        if self.for_tokens and images.views is None:  # views change by epoch
+            room = stream.room(most, self._bytes(self.group.memory_bytes))
+            kept = None if room is None else room[:, : len(own)]
         sums = [Moments.about(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
-        for moments, state in zip(sums, pooled.state or (), strict=False):
-            moments.load_state_dict(state)
-        is_fit = np.zeros(len(images), dtype=bool)
-        is_fit[fit] = fit is not None
-        kept = self._room_for_tokens(stream, images, len(own))
-        for number in range(-(-len(images) // (STRETCH_ROWS * self.group.world_size))):
-            first = number * STRETCH_ROWS
-            rows = own[first : first + STRETCH_ROWS] if number >= pooled.num_sealed else []
-            chunks = list(batched(rows, EXTRACT_BATCH))
-            for chunk, outputs in zip(chunks, stream.parts(chunks), strict=True):
-                means = outputs.float().mean(2)
-                pooled.put(first, means)
-                if kept is not None:
-                    kept[:, first : first + len(chunk)] = outputs
-                if fit is not None:
-                    for part, rows_of in enumerate((is_fit[chunk], ~is_fit[chunk])):
-                        chosen = torch.from_numpy(rows_of).to(outputs.device)
-                        if self.for_tokens:
-                            sums[part].add(outputs[:, chosen].flatten(1, 2))
-                        sums[2 + part].add(means[:, chosen])
-                first += len(chunk)
-            if rows:
-                pooled.seal([moments.state_dict() for moments in sums])
+        is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
+        chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
+        for number, (chunk, outputs) in enumerate(zip(chunks, stream.parts(chunks), strict=True)):
+            first, means = number * EXTRACT_BATCH, outputs.float().mean(2)
+            pooled.put(first, means)
+            if kept is not None:
+                kept[:, first : first + len(chunk)] = outputs
+            for part, chosen in enumerate((is_fit[chunk], ~is_fit[chunk]) if fit is not None else ()):
+                rows = torch.from_numpy(np.flatnonzero(chosen)).to(outputs.device)
+                if self.for_tokens:
+                    sums[part].add(outputs.index_select(1, rows).flatten(1, 2))
+                sums[2 + part].add(means.index_select(1, rows))
             self.pause()
-        if fit is not None:
-            for moments in sums:
-                moments.over_ranks(self.group)
+        for moments in sums if fit is not None else ():
+            moments.over_ranks(self.group)
         return SplitFeatures(
             pooled=pooled,
             tokens=stream if kept is None else CachedTokens(kept, self.group),
@@ -183,28 +234,18 @@ class FeaturePass:
             of_pooled=(sums[2], sums[3]),
         )
 
-    def _room_for_tokens(self, stream: StreamedTokens, images: LabelledImages, num_own: int) -> Tensor | None:
-        """Room for all tokens of this rank's images, where they are read, fit, and do not change by epoch."""
-        num_bytes = stream.bytes_per_image * -(-len(images) // self.group.world_size)
-        if not self.for_tokens or images.views is not None or num_bytes > self.cache_gb * 1e9:
-            return None
-        return stream.room(num_own)
-
-    def _store(self, num_rows: int, centre: Tensor, name: str, key: str) -> PooledFeatures:
+    def _store(self, num_rows: int, most_rows: int, centre: Tensor) -> PooledFeatures:
         """Where the pooled features of a split go."""
         dtype = DTYPES[self.precision]
-        size_gb = (num_rows + 1) * centre.numel() * dtype.itemsize / 1e9
-        if size_gb <= self.cache_gb:
-            return PooledFeatures(num_rows, centre, dtype, self.group)
-        if self.folder is None or size_gb > self.disk_gb:
-            raise ProbeError(
-                f"the pooled features of the {name} split take {size_gb:.3g} GB on a rank, more than --cache-gb "
-                f"{self.cache_gb:g} of memory and --disk-gb {self.disk_gb:g} of disk; raise one, or use more ranks"
-            )
-        rank = f"{self.group.rank}-of-{self.group.world_size}"
-        return PooledFeatures(
-            num_rows, centre, dtype, self.group, file=self.folder / f"{name}-{rank}.features", key=key
-        )
+        size = most_rows * centre.numel() * dtype.itemsize
+        fits = size <= self._bytes(self.group.host_memory_bytes)
+        if not fits and self.folder is None:
+            raise ProbeError(f"pooled features take {size / 1e9:.3g} GB on a rank, which has no room; use more ranks")
+        return PooledFeatures(num_rows, centre, dtype, self.group, None if fits else self.folder)
+
+    def _bytes(self, available: Callable[[], int]) -> float:
+        """What a rank may take of that."""
+        return CACHE_SHARE * available() if self.cache_gb is None else 1e9 * self.cache_gb
 
 
 def share(indices: Sequence[int], group: Group) -> list[int]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.evalset import eval_images
-from aimscale.harness.probe.features.backbones import ProbeError
-from aimscale.harness.probe.features.benchmarks import check_against_card
+from aimscale.harness.probe.features.benchmarks import ProbeError, check_against_card
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
@@ -111,8 +110,8 @@ def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[Label
     """Training and test split of a task.
 
     Raises:
-        ProbeError: no labels, test classes that the training split lacks, or too few images to hold some out.
-        TaskError: the task bears a benchmark's name and is not that benchmark.
+        ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, or the task
+            bears a benchmark's name and is not that benchmark.
     """
     train = open_labelled(section.train, section, model_section)
     test = open_labelled(section.test, section, model_section)

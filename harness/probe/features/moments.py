@@ -1,4 +1,4 @@
-"""Means and variances of every average of blocks, from one pass over the images.
+"""Averages of block outputs, and means and variances of every such average from one pass over the images.
 
 The batch norm of a probe standardises the average of some blocks. Its variance needs the products between blocks, so
 these are summed once for all pairs; any average of blocks then has exact statistics without seeing the images again.
@@ -8,17 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.blocks import averaging
 from aimscale.harness.probe.features.sizes import BlockSet
 
 CHUNK_VALUES = 25_000_000
 """Values that are held in float64 at a time while their products are summed."""
+
+
+def averages(outputs: Tensor, sets: Sequence[BlockSet]) -> Tensor:
+    """Mean over the blocks of each set, summed in fp32 and kept in the type of `outputs`: (L, ...) -> (S, ...).
+
+    One matrix product reads every block once, whatever the number of sets.
+    """
+    is_member = (_averaging(sets, len(outputs)) > 0).to(outputs)
+    out = (is_member @ outputs.flatten(1)).view(len(sets), *outputs.shape[1:])
+    for row, members in enumerate(sets):
+        if len(members) > 1:
+            out[row] /= len(members)
+    return out
+
+
+def _averaging(sets: Sequence[BlockSet], num_blocks: int) -> Tensor:
+    """float32 (S, L) on the host: row s times the outputs of all blocks is their mean over set s."""
+    weights = torch.zeros(len(sets), num_blocks)
+    for row, members in enumerate(sets):
+        weights[row, list(members)] = 1 / len(members)
+    return weights
 
 
 @dataclass(kw_only=True)
@@ -59,16 +78,6 @@ class Moments:
             self.products += deviation @ deviation.mT
             self.count += part.shape[1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes up."""
-        return {"count": self.count, "sums": self.sums.cpu(), "products": self.products.cpu()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.count = state["count"]
-        self.sums.copy_(state["sums"])
-        self.products.copy_(state["products"])
-
     def over_ranks(self, group: Group) -> Moments:
         """The sums of all ranks."""
         group.sum_tensor(self.sums)
@@ -86,7 +95,7 @@ class Moments:
 
     def of_sets(self, sets: Sequence[BlockSet]) -> tuple[Tensor, Tensor]:
         """Mean and biased variance, float32 (S, d) each, of the average over each set's blocks."""
-        weights = averaging(sets, len(self.centre), self.centre.device).double()
+        weights = _averaging(sets, len(self.centre)).to(self.centre.device, torch.float64)
         mean = weights @ (self.sums / self.count)
         square = torch.einsum("sl,dlm,sm->sd", weights, self.products / self.count, weights)
         variance = (square - mean.square()).clamp_min(0)

@@ -45,11 +45,6 @@ def head_params(kind: str, width: int, num_classes: int) -> int:
     return 2 * width**2 + width + num_classes * width
 
 
-def num_settings(section: ProbeSection) -> int:
-    """Points of the optimiser grid."""
-    return len(section.lrs) * len(section.weight_decays)
-
-
 def number_of_steps(section: ProbeSection, num_images: int) -> int:
     """Optimiser steps of one training: the section's iterations, or its epochs over so many images."""
     if section.iterations is not None:
@@ -60,7 +55,7 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
 
 def bytes_per_set(section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int) -> int:
     """Memory of all heads on one block set, with gradients and moments."""
-    num_heads = COPIES * num_settings(section)
+    num_heads = COPIES * len(section.lrs)
     return BYTES_PER_HEAD_PARAM * num_heads * sum(head_params(kind, width, num_classes) for kind in kinds)
 
 

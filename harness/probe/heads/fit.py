@@ -3,15 +3,16 @@
 One training over the whole split does both. Every head is there twice: one copy learns from the images that are
 not held out, and the hold-out judges it; the other learns from all images, as if alone, and is kept if its setting
 wins. So nothing is trained again after the choice.
+
+Heads are divided among ranks by block set. Every rank computes the tokens of its images and gets those of the others,
+so that no head, gradient or moment stands on two ranks and no gradient travels.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -20,18 +21,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.extraction import Features, SplitFeatures, batched, share
+from aimscale.harness.probe.features.extraction import Features, Pause, SplitFeatures, batched, share
+from aimscale.harness.probe.features.images import LabelledImages
+from aimscale.harness.probe.features.moments import averages
 from aimscale.harness.probe.features.sizes import COPIES, BlockSet, number_of_steps, sets_per_round
-from aimscale.harness.probe.files import Pause
-from aimscale.harness.probe.heads.owners import Ownership
-from aimscale.harness.probe.heads.progress import ProbeProgress, StepSaver
-from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, Setting, StackedAdamW
+from aimscale.harness.probe.heads.scores import Answers, answers, together
+from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, StackedAdamW
 from aimscale.harness.run.config import ProbeSection
 
 WORKING_GB = 1.0
-"""Averaged tokens of a rank's heads at a time."""
+"""Of a rank, for the tokens that heads train on at a time, where these are more than `MICRO_BATCH` images."""
 MICRO_BATCH = 64
-"""Images of all ranks whose tokens are computed at a time, at least, on up to four ranks; in proportion on more."""
+"""Images of all ranks whose tokens are computed at a time, at least."""
+TEST_BATCH = 64
+"""Test images at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,11 @@ class Candidate:
     """One trained probe."""
 
     kind: str
-    """`linear`, `attentive` or `knn`."""
+    """A key of `STACKS`, or `knn`."""
     blocks: BlockSet
     """Blocks whose outputs it averages."""
-    setting: Setting | None
-    """Its optimiser setting; None for k-NN."""
+    lr: float | None
+    """Its peak learning rate; None for k-NN."""
     num_neighbours: int | None = None
     """k of k-NN."""
     holdout_top1: float
@@ -89,11 +92,6 @@ class Micro(NamedTuple):
     """Whether the optimiser steps after them."""
 
 
-def grid(section: ProbeSection) -> tuple[Setting, ...]:
-    """Every learning rate with every weight decay."""
-    return tuple(Setting(lr=lr, weight_decay=wd) for lr, wd in product(section.lrs, section.weight_decays))
-
-
 def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
     """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set."""
     pool = [c for c in candidates if c.kind == kind and blocks in (None, c.blocks)]
@@ -107,93 +105,95 @@ class GridFit:
     split: Split
     """Which training images are fitted and which held out."""
     section: ProbeSection
-    """Kinds, grid, epochs or iterations, batch size."""
+    """Kinds, learning rates, epochs or iterations, batch size."""
     num_heads: int
     """Heads of the attentive probe."""
     seed: int
     """Draws the heads' start and the order of images."""
     features: SplitFeatures
     """Of the training split."""
-    device: torch.device
     group: Group
     """The ranks that share the work; the result does not depend on them but for rounding."""
-    progress: ProbeProgress | None = None
-    """Where training saves its state, to go on from there."""
     pause: Pause = lambda: None
-    """Called after every save."""
 
     def candidates(
         self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
     ) -> list[Candidate]:
-        """Every kind x block set x setting, judged by the hold-out, all from one stream of batches.
+        """Every kind x block set x learning rate, judged by the hold-out, all from one stream of batches.
 
-        The best of each kind, and the best on the block set `last`, come with their heads.
+        The best of each kind, and the best on the block set `last`, come with their heads. Where the heads of all sets
+        do not fit the ranks together, they train in rounds.
         """
         memory_bytes = self.group.from_first(self.group.memory_bytes())
         at_once = sets_per_round(
             self.section, kinds, source.width, self.split.num_classes, self.group.world_size, memory_bytes
         )
-        rounds = list(batched(range(len(sets)), at_once))
         found: list[Candidate] = []
-        for number, some in enumerate(rounds, start=1):
-            trained = self._train(
-                source, kinds, [sets[i] for i in some], f"{'-'.join(kinds)}-{number}-of-{len(rounds)}"
-            )
-            found += self._measure(source, trained)
+        for some in batched(range(len(sets)), at_once):
+            own = [sets[i] for i in np.array_split(some, self.group.world_size)[self.group.rank]]
+            stacks = self.heads(source, kinds, own)
+            self._train(source, stacks, own)
+            found += self._measure(source, stacks, own)
             wanted = _best_numbers(found, kinds, last)
+            mine = {number: head for number in wanted if (head := _head_of(found[number], stacks, own)) is not None}
+            heads = {number: head.to(self._device) for each in self.group.gather(mine) for number, head in each.items()}
             found = [
-                each if number in wanted else replace(each, head=None)
-                for number, each in enumerate(self._with_heads(found, trained, wanted))
+                replace(each, head=heads.get(number, each.head) if number in wanted else None)
+                for number, each in enumerate(found)
             ]
         return found
 
-    def _train(self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], part: str) -> _Trained:
-        """Train every kind x set x setting on the training split, saving now and then as `part`."""
-        trained = self._heads(source, kinds, sets)
-        num_steps = number_of_steps(self.section, len(self.split.labels))
-        optimisers = [[StackedAdamW(stack, num_steps=num_steps) for stack in turn.values()] for turn in trained.turns]
-        stacks = [stack for turn in trained.turns for stack in turn.values()]
-        flat = [optimiser for turn in optimisers for optimiser in turn]
-        saver = StepSaver(self.progress, part, self.group)
-        saved = saver.load()
-        step = saved[0] if saved else 0
-        if saved:
-            for stack, values in zip(stacks, saved[1]["stacks"], strict=True):
-                stack.load_state_dict(values)
-            for optimiser, values in zip(flat, saved[1]["optimisers"], strict=True):
-                optimiser.load_state_dict(values)
-        for micro, outputs in self._batches(source, step, num_steps):
-            trained.backward(outputs, micro, self._labels(micro), self._weights(micro))
-            if not micro.ends_batch:
-                continue
-            for optimiser in flat:
-                optimiser.step()
-            step += 1
-            if step == num_steps or saver.is_due():
-                state = {
-                    "stacks": [stack.state_dict() for stack in stacks],
-                    "optimisers": [optimiser.state_dict() for optimiser in flat],
-                }
-                saver.save(step, state)
-                self.pause()
-        return trained
+    @property
+    def _device(self) -> torch.device:
+        return self.features.of_pooled[0].centre.device
 
-    def _batches(self, source: Features, step: int, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
-        """The rest of the training after `step` steps: this rank's outputs of each micro-batch."""
-        images = self.split.everything
-        per_epoch = math.ceil(len(images) / self.section.batch_size)
-        size = self._micro_size(source)
-        for epoch in range(step // per_epoch, math.ceil(num_steps / per_epoch)):
-            order = np.random.default_rng([self.seed, 1, epoch]).permutation(images)
-            batches = list(batched(order, self.section.batch_size))
-            first = step - epoch * per_epoch if epoch == step // per_epoch else 0
+    def heads(self, source: Features, kinds: Sequence[str], own: Sequence[BlockSet]) -> dict[str, HeadStack]:
+        """Kind -> untrained heads on some block sets, standardised by the statistics of what they will learn from."""
+        stacks: dict[str, HeadStack] = {}
+        for kind in kinds if own else ():
+            stacks[kind] = STACKS[kind](
+                num_sets=len(own),
+                lrs=self.section.lrs,
+                num_copies=COPIES,
+                width=source.width,
+                num_classes=self.split.num_classes,
+                num_heads=self.num_heads,
+                generator=torch.Generator().manual_seed(self.seed),
+                device=self._device,
+            )
+            fit, held = self.features.of_pooled if kind == "linear" else self.features.of_tokens
+            judged, kept = fit.of_sets(own), (fit + held).of_sets(own)
+            stacks[kind].standardise_by(*(torch.stack(pair, dim=1) for pair in zip(judged, kept, strict=True)))
+        return stacks
+
+    def _train(self, source: Features, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> None:
+        """All steps on the training split."""
+        num_steps = number_of_steps(self.section, len(self.split.labels))
+        optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in stacks.values()]
+        for micro, outputs in self._batches(source, num_steps):
+            tokens = self._tokens(outputs, micro.images, own)
+            labels, weights = self._labels(micro), self._weights(micro)
+            for stack in stacks.values():
+                stack.loss(tokens, labels, weights).backward()
+            if micro.ends_batch:
+                for optimiser in optimisers:
+                    optimiser.step()
+                self.pause()
+
+    def _batches(self, source: Features, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
+        """This rank's outputs of each micro-batch of that many batches."""
+        size, left, epoch = self._micro_size(source), num_steps, 0
+        while left:
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(self.split.everything)
+            batches = list(batched(order, self.section.batch_size))[:left]
             plan = [
                 Micro(micro, len(batch), int(self.split.is_fit[batch].sum()), number == len(parts))
-                for batch in batches[first : num_steps - epoch * per_epoch]
+                for batch in batches
                 for parts in [list(batched(batch, size))]
                 for number, micro in enumerate(parts, start=1)
             ]
             yield from self._outputs(source, plan, epoch)
+            left, epoch = left - len(batches), epoch + 1
 
     def _outputs(
         self, source: Features, plan: Sequence[Micro], epoch: int | None = None
@@ -204,119 +204,61 @@ class GridFit:
     def _micro_size(self, source: Features) -> int:
         """Images of all ranks at a time: what the working memory takes, or `MICRO_BATCH` where that is less."""
         one = 4 * source.num_blocks * source.num_tokens * source.width
-        return max(MICRO_BATCH * max(1, self.group.world_size // 4), int(WORKING_GB * 1e9 / 4 / one))
+        return max(MICRO_BATCH, int(WORKING_GB * 1e9 / 4 / one))
+
+    def _tokens(self, outputs: Tensor, images: Sequence[int], own: Sequence[BlockSet]) -> Tensor:
+        """Averages (S, B, N, d) over this rank's block sets for images of all ranks, in their order.
+
+        Args:
+            outputs: (L, b, N, d) of those images i with i mod world_size == rank, in the same order.
+        """
+        if self.group.world_size > 1:
+            rank_of = np.asarray(images) % self.group.world_size
+            per_rank = np.bincount(rank_of, minlength=self.group.world_size)
+            padded = outputs.new_zeros(len(outputs), per_rank.max(), *outputs.shape[2:])
+            padded[:, : outputs.shape[1]] = outputs
+            # as bytes: not every backend moves bfloat16
+            parts = self.group.concatenate(padded.view(torch.uint8)).view(outputs.dtype)
+            by_rank = torch.cat([part[:, :count] for part, count in zip(parts, per_rank, strict=True)], dim=1)
+            order = torch.from_numpy(np.argsort(np.argsort(rank_of, kind="stable"), kind="stable"))
+            outputs = by_rank.index_select(1, order.to(outputs.device))
+        return averages(outputs, own)
 
     def _labels(self, micro: Micro) -> Tensor:
-        return self.split.labels[torch.as_tensor(micro.images)].to(self.device)
+        return self.split.labels[torch.as_tensor(micro.images)].to(self._device)
 
     def _weights(self, micro: Micro) -> Tensor:
         """(2, B): of images in the loss of heads that the hold-out judges, and of those that are kept."""
         is_fit = torch.from_numpy(self.split.is_fit[micro.images]).float()
         # no image but held-out ones: such a step moves the judged heads by their momentum alone
         judged = is_fit / max(1, micro.num_fit)
-        return torch.stack([judged, torch.full_like(judged, 1 / micro.batch_size)]).to(self.device)
-
-    def _heads(self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet]) -> _Trained:
-        """This rank's untrained heads, standardised by the statistics of what they will be trained on."""
-        one = 4 * self._micro_size(source) * source.num_tokens * source.width
-        ownership = Ownership.divide(sets, max(1, int(WORKING_GB * 1e9 / one)), self.group)
-        turns: list[dict[str, HeadStack]] = []
-        for turn in range(len(ownership.turns)):
-            own = ownership.own(turn)
-            stacks: dict[str, HeadStack] = {}
-            for kind in kinds if own else ():
-                stacks[kind] = STACKS[kind](
-                    num_sets=len(own),
-                    settings=grid(self.section),
-                    num_copies=COPIES,
-                    width=source.width,
-                    num_classes=self.split.num_classes,
-                    num_heads=self.num_heads,
-                    generator=torch.Generator().manual_seed(self.seed),
-                    device=self.device,
-                )
-                fit, held = self.features.of_pooled if kind == "linear" else self.features.of_tokens
-                judged, kept = fit.of_sets(own), (fit + held).of_sets(own)
-                stacks[kind].standardise_by(*(torch.stack(pair, dim=1) for pair in zip(judged, kept, strict=True)))
-            turns.append(stacks)
-        return _Trained(ownership=ownership, turns=turns)
+        return torch.stack([judged, torch.full_like(judged, 1 / micro.batch_size)]).to(self._device)
 
     @torch.no_grad()
-    def _measure(self, source: Features, trained: _Trained) -> list[Candidate]:
-        """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and settings."""
-        held = self.split.held
-        totals = [
-            {
-                kind: stack.mean.new_zeros(2, len(stack.mean), len(stack.settings), dtype=torch.float64)
-                for kind, stack in turn.items()
-            }
-            for turn in trained.turns
-        ]
+    def _measure(self, source: Features, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> list[Candidate]:
+        """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and learning rates."""
+        held, lrs = self.split.held, self.section.lrs
+        totals = {
+            kind: stack.mean.new_zeros(2, len(own), len(lrs), dtype=torch.float64) for kind, stack in stacks.items()
+        }
         plan = [Micro(images, len(held), 0, False) for images in batched(held, self._micro_size(source))]
         for micro, outputs in self._outputs(source, plan):
-            labels = self._labels(micro)
-            for turn, tokens in trained.deliveries(outputs, micro):
-                for kind, stack in trained.turns[turn].items():
-                    logits = stack(tokens)[:, :, : len(stack.settings)]  # of the first copy
-                    targets = labels[None, :, None].expand(logits.shape[:3])
-                    losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
-                    totals[turn][kind][0] += (logits.argmax(3) == targets).sum(1)
-                    totals[turn][kind][1] += losses.double().sum(1)
-        own = [
-            (kind, blocks, setting, *(float(value) / len(held) for value in total[:, s, g]))
-            for turn, kinds in enumerate(totals)
-            for kind, total in kinds.items()
-            for s, blocks in enumerate(trained.ownership.own(turn))
-            for g, setting in enumerate(trained.turns[turn][kind].settings)
+            labels, tokens = self._labels(micro), self._tokens(outputs, micro.images, own)
+            for kind, stack in stacks.items():
+                logits = stack(tokens)[:, :, : len(lrs)]  # of the first copy
+                targets = labels[None, :, None].expand(logits.shape[:3])
+                losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
+                totals[kind][0] += (logits.argmax(3) == targets).sum(1)
+                totals[kind][1] += losses.double().sum(1)
+            self.pause()
+        mine = [
+            Candidate(kind=kind, blocks=blocks, lr=lr, holdout_top1=top1 / len(held), holdout_loss=loss / len(held))
+            for kind, (right, losses) in ((kind, total.tolist()) for kind, total in totals.items())
+            for blocks, *of_set in zip(own, right, losses, strict=True)
+            for lr, top1, loss in zip(lrs, *of_set, strict=True)
         ]
-        everyone = [each for part in self.group.gather(own) for each in part]
-        everyone.sort(key=lambda each: list(STACKS).index(each[0]))  # stable: ranks hold neighbouring sets
-        return [
-            Candidate(kind=kind, blocks=blocks, setting=setting, holdout_top1=top1, holdout_loss=loss)
-            for kind, blocks, setting, top1, loss in everyone
-        ]
-
-    def _with_heads(self, candidates: Sequence[Candidate], trained: _Trained, wanted: set[int]) -> list[Candidate]:
-        """The candidates, of which those with a wanted number and a head in `trained` get it from its owner."""
-        own = {
-            number: head.to("cpu")
-            for number, candidate in enumerate(candidates)
-            if number in wanted and (head := trained.head_of(candidate)) is not None
-        }
-        heads = {number: head for part in self.group.gather(own) for number, head in part.items()}
-        return [
-            replace(candidate, head=heads[number].to(self.device)) if number in heads else candidate
-            for number, candidate in enumerate(candidates)
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Trained:
-    """This rank's heads, turn by turn."""
-
-    ownership: Ownership
-    """Which sets they read."""
-    turns: list[dict[str, HeadStack]]
-    """Kind -> stack, of each turn; empty where the rank owns nothing in it."""
-
-    def deliveries(self, outputs: Tensor, micro: Micro) -> Iterator[tuple[int, Tensor]]:
-        """Each turn with the tokens (S, B, N, d) of its heads; all ranks take all turns."""
-        for turn in range(len(self.turns)):
-            yield turn, self.ownership.deliver(outputs, micro.images, turn)
-
-    def backward(self, outputs: Tensor, micro: Micro, labels: Tensor, weights: Tensor) -> None:
-        """Add the gradients of a micro-batch."""
-        for turn, tokens in self.deliveries(outputs, micro):
-            for stack in self.turns[turn].values():
-                stack.loss(tokens, labels, weights).backward()
-
-    def head_of(self, candidate: Candidate) -> HeadStack | None:
-        """A candidate's head, if this rank has it."""
-        for turn, stacks in enumerate(self.turns):
-            own, stack = self.ownership.own(turn), stacks.get(candidate.kind)
-            if candidate.blocks in own and stack is not None and candidate.setting in stack.settings:
-                return stack.select(own.index(candidate.blocks), stack.settings.index(candidate.setting))
-        return None
+        everyone = [each for part in self.group.gather(mine) for each in part]
+        return sorted(everyone, key=lambda each: list(STACKS).index(each.kind))  # stable: ranks hold neighbouring sets
 
 
 def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: BlockSet) -> set[int]:
@@ -324,3 +266,27 @@ def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: B
     has_last = any(candidate.blocks == last for candidate in candidates)
     wanted = [best(candidates, kind, blocks) for kind in kinds for blocks in ((None, last) if has_last else (None,))]
     return {number for number, candidate in enumerate(candidates) if any(candidate is each for each in wanted)}
+
+
+def _head_of(candidate: Candidate, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> HeadStack | None:
+    """A candidate's head on the host, if it is in these stacks."""
+    stack = stacks.get(candidate.kind)
+    if stack is None or candidate.blocks not in own or candidate.lr is None:
+        return None
+    return stack.select(own.index(candidate.blocks), stack.lrs.index(candidate.lr)).to("cpu")
+
+
+@torch.no_grad()
+def answers_of_heads(
+    features: Features, test: LabelledImages, candidates: Sequence[Candidate], group: Group
+) -> list[Answers]:
+    """What each candidate's head says about the test split; the ranks share its images."""
+    own = share(range(len(test)), group)
+    chunks = list(batched(own, TEST_BATCH))
+    parts: list[list[Answers]] = [[] for _ in candidates]
+    for chunk, outputs in zip(chunks, features.parts(chunks), strict=True):
+        for candidate, part in zip(candidates, parts, strict=True):
+            assert candidate.head is not None
+            scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
+            part.append(answers(scores, test.labels[chunk]))
+    return [together(own, part, len(test), group) for part in parts]

@@ -2,21 +2,25 @@
 
 Votes are weighted by exp(cosine / 0.07), as in DINO's evaluation (Caron et al., arXiv 2104.14294, appendix). The search
 is exact and goes block by block: each rank compares all queries with its own images, and only the nearest of each rank
-are put together, so that no rank ever holds the features of another.
-
-Data sets hold images twice, under different labels even. So all products have one shape, which gives equal vectors
-equal cosines wherever they stand, and of equally near images the first comes first: ranks do not change the answer.
+are put together, so that no rank ever holds the features of another. Which of equally near images counts is chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.features.extraction import Pause, PooledFeatures, SplitFeatures, share
+from aimscale.harness.probe.features.images import LabelledImages
+from aimscale.harness.probe.features.moments import averages
+from aimscale.harness.probe.features.sizes import BlockSet
+from aimscale.harness.probe.heads.fit import Candidate, Split
+from aimscale.harness.probe.heads.scores import Answers, answers, together
 
 TEMPERATURE = 0.07
 """Of the votes' weights."""
@@ -25,40 +29,25 @@ NUM_NEIGHBOURS = (1, 5, 10, 20, 50)
 QUERIES = 1024
 """Queries of all ranks at a time."""
 BANK_BLOCK = 8192
-"""Images of a rank compared at a time, at most; a power of two, as are smaller blocks."""
+"""Images of a rank compared at a time; also images whose blocks are averaged at a time."""
 
 
 class NeighbourBank:
     """Labelled vectors, standardised by the mean and deviation of all ranks' vectors, compared by cosine."""
 
     def __init__(
-        self,
-        vectors: Tensor,
-        labels: Tensor,
-        images: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        num_classes: int,
-        group: Group,
+        self, vectors: Tensor, labels: Tensor, mean: Tensor, variance: Tensor, num_classes: int, group: Group
     ) -> None:
-        """Take vectors (n, d), labels and numbers (n,) of this rank's images; mean and variance (d,) are of all."""
-        (self.size,) = group.sum_counts(len(labels))
-        """Images of all ranks."""
-        # of all ranks' images: however many ranks share them, products keep their shape
-        self._block = min(BANK_BLOCK, 1 << (self.size - 1).bit_length())
+        """Take vectors (n, d) and labels (n,) of this rank's images; mean and variance (d,) are of all."""
         self._mean, self._rstd = mean, (variance + 1e-6).rsqrt()
-        self._bank = functional.pad(self._unit(vectors), (0, 0, 0, -len(vectors) % self._block))
-        # one number says which image it is and what it shows; the first image has the least
-        self._tags = (images * num_classes + labels).to(vectors.device)
-        self._num_classes = num_classes
-        self._group = group
+        self._bank, self._labels = self._unit(vectors), labels.to(vectors.device)
+        self._num_classes, self._group = num_classes, group
+        (size,) = group.sum_counts(len(labels))
+        self.candidates = tuple(k for k in NUM_NEIGHBOURS if k <= size)
+        """The k that this bank can serve."""
 
     def _unit(self, vectors: Tensor) -> Tensor:
         return functional.normalize((vectors - self._mean) * self._rstd, dim=1)
-
-    def candidates(self) -> tuple[int, ...]:
-        """The k that this bank can serve."""
-        return tuple(k for k in NUM_NEIGHBOURS if k <= self.size)
 
     def votes(self, vectors: Tensor, ks: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
         """Weighted votes for this rank's queries (m, d), a stretch at a time; all ranks call this together.
@@ -66,11 +55,11 @@ class NeighbourBank:
         Yields:
             The stretch of the queries, and votes (len(ks), stretch, K).
         """
-        most = max(self._group.gather(len(vectors)))
         step = max(1, QUERIES // self._group.world_size)
-        for start in range(0, most, step):
-            own = vectors[start : start + step]
-            cosine, labels = self._nearest(self._unit(own), min(step, most), max(ks))
+        for start in range(0, max(self._group.gather(len(vectors))), step):
+            own = self._unit(vectors[start : start + step])
+            padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange as many
+            cosine, labels = (near[: len(own)] for near in self._nearest(padded, max(ks)))
             if not len(own):
                 continue
             # relative to the nearest one: the same ranking, no overflow
@@ -80,39 +69,78 @@ class NeighbourBank:
                 row.scatter_add_(1, labels[:, :k], weights[:, :k])
             yield slice(start, start + len(own)), votes
 
-    def _nearest(self, queries: Tensor, room: int, k: int) -> tuple[Tensor, Tensor]:
-        """Cosines and labels (m, k) of the k nearest of all ranks' images, nearest first."""
-        padded = queries.new_zeros(room, queries.shape[1])
-        padded[:] = queries[-1:] if len(queries) else 0
-        padded[: len(queries)] = queries
-        everyone = self._group.concatenate(padded).flatten(0, 1)
-        in_one_shape = functional.pad(everyone, (0, 0, 0, QUERIES - len(everyone)))
+    def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
+        everyone = self._group.concatenate(queries).flatten(0, 1)
         cosine = everyone.new_full((len(everyone), k), -torch.inf)
-        tags = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
-        for start in range(0, len(self._bank), self._block):
-            named = self._tags[start : start + self._block]
-            found = (in_one_shape @ self._bank[start : start + self._block].mT)[: len(everyone), : len(named)]
-            near, of_near = _first(found, named.expand(len(everyone), -1), k)
-            cosine, tags = _first(torch.cat([cosine, near], dim=1), torch.cat([tags, of_near], dim=1), k)
-        first = self._group.rank * room
+        labels = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
+        for bank, named in zip(self._bank.split(BANK_BLOCK), self._labels.split(BANK_BLOCK), strict=True):
+            found = everyone @ bank.mT
+            cosine, labels = _first([cosine, found], [labels, named.expand(len(everyone), -1)], k)
+        if self._group.world_size == 1:
+            return cosine, labels
+        first = self._group.rank * len(queries)
         mine = slice(first, first + len(queries))
-        cosine, tags = (self._group.concatenate(each)[:, mine].transpose(0, 1).flatten(1) for each in (cosine, tags))
-        cosine, tags = _first(cosine, tags, k)
-        return cosine, tags % self._num_classes
+        cosines, named = (list(self._group.concatenate(each)[:, mine]) for each in (cosine, labels))
+        return _first(cosines, named, k)
 
 
-def _first(cosine: Tensor, tags: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest cosines of each row of (m, n) with their tags, by falling cosine; of equal ones by tag."""
-    found, places = cosine.topk(min(k + 1, cosine.shape[1]), dim=1)
-    kept = _in_order(found[:, :k], tags.gather(1, places[:, :k]))
-    if found.shape[1] > k and (is_tied := found[:, k - 1] == found[:, k]).any():  # which of them topk took is chance
-        for part, exact in zip(kept, _in_order(cosine[is_tied], tags[is_tied]), strict=True):
-            part[is_tied] = exact[:, :k]
-    return kept
+def _first(cosines: Sequence[Tensor], labels: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest cosines of each row of some (m, n), nearest first, with their labels."""
+    found, places = torch.cat(list(cosines), dim=1).topk(k, dim=1)
+    return found, torch.cat(list(labels), dim=1).gather(1, places)
 
 
-def _in_order(cosine: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (m, n), each row by falling cosine, then by tag."""
-    tags, by_tag = tags.sort(dim=1)
-    cosine, by_cosine = cosine.gather(1, by_tag).sort(dim=1, descending=True, stable=True)
-    return cosine, tags.gather(1, by_cosine)
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """k-NN on the pooled features of one training split; all ranks call its methods together."""
+
+    features: SplitFeatures
+    """Of the training split."""
+    split: Split
+    group: Group
+    pause: Pause = lambda: None
+
+    @torch.no_grad()
+    def candidates(self, sets: Sequence[BlockSet]) -> list[Candidate]:
+        """Hold-out accuracy of every block set and k, with the fit part as the bank."""
+        held = share(self.split.held.tolist(), self.group)
+        labels = self.split.labels[held]
+        found = []
+        for blocks in sets:
+            bank = self._bank(blocks, everything=False)
+            right = [0] * len(bank.candidates)
+            for rows, votes in bank.votes(self._vectors(self.features.pooled, held, blocks), bank.candidates):
+                named = votes.argmax(2).cpu() == labels[rows]
+                right = [total + int(count) for total, count in zip(right, named.sum(1), strict=True)]
+            for k, total in zip(bank.candidates, self.group.sum_counts(*right), strict=True):
+                top1 = total / len(self.split.held)
+                found.append(
+                    Candidate(kind="knn", blocks=blocks, lr=None, num_neighbours=k, holdout_top1=top1, holdout_loss=0.0)
+                )
+            self.pause()
+        return found
+
+    @torch.no_grad()
+    def answers(self, chosen: Candidate, pooled: PooledFeatures, images: LabelledImages) -> Answers:
+        """What a candidate says about another split, with the whole training split as the bank."""
+        assert chosen.num_neighbours is not None
+        own = share(range(len(images)), self.group)
+        bank = self._bank(chosen.blocks, everything=True)
+        parts = [
+            answers(votes[0], images.labels[own][rows])
+            for rows, votes in bank.votes(self._vectors(pooled, own, chosen.blocks), (chosen.num_neighbours,))
+        ]
+        return together(own, parts, len(images), self.group)
+
+    def _bank(self, blocks: BlockSet, *, everything: bool) -> NeighbourBank:
+        own = share((self.split.everything if everything else self.split.fit).tolist(), self.group)
+        fit, held = self.features.of_pooled
+        (mean,), (variance,) = (fit + held if everything else fit).of_sets([blocks])
+        vectors = self._vectors(self.features.pooled, own, blocks)
+        return NeighbourBank(vectors, self.split.labels[own], mean, variance, self.split.num_classes, self.group)
+
+    def _vectors(self, pooled: PooledFeatures, images: Sequence[int], blocks: BlockSet) -> Tensor:
+        """Averages float32 (n, d) of some of this rank's images."""
+        rows = torch.as_tensor(images, dtype=torch.int64) // self.group.world_size
+        return torch.cat([averages(pooled.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])

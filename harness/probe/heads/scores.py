@@ -47,17 +47,19 @@ def answers(scores: Tensor, labels: Tensor) -> Answers:
     return Answers(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
 
 
-def together(parts: Sequence[Answers], num_images: int, group: Group) -> Answers:
-    """Answers about all images from every rank's: image i is answered by rank i mod world_size, in order."""
-    own = None
-    if parts:
-        own = torch.cat([part.predicted for part in parts]), torch.cat([part.in_top5 for part in parts])
-    predicted = torch.empty(num_images, dtype=torch.int64)
-    in_top5 = torch.empty(num_images, dtype=torch.bool)
-    for rank, theirs in enumerate(group.gather(own)):
-        if theirs is not None:
-            predicted[rank :: group.world_size], in_top5[rank :: group.world_size] = theirs
-    return Answers(predicted, in_top5)
+def together(own: Sequence[int], parts: Sequence[Answers], num_images: int, group: Group) -> Answers:
+    """Answers on every rank about all images that some rank has looked at; of the others nothing is said.
+
+    Args:
+        own: images that `parts` of this rank are about, in order.
+        num_images: of the whole split.
+    """
+    mine = [(part.predicted, part.in_top5) for part in parts]
+    whole = Answers(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
+    for images, found in group.gather((own, mine)):
+        if images:
+            whole.predicted[images], whole.in_top5[images] = (torch.cat(each) for each in zip(*found, strict=True))
+    return whole
 
 
 def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Many probe heads at once: S feature sets x G settings of (learning rate, weight decay), stacked in every tensor.
+"""Many probe heads at once: S feature sets x G learning rates, stacked in every tensor.
 
-One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping,
-learning rate and decay are its own. Every setting may have C copies, which learn from images and standardise
-by statistics of their own: one that the hold-out judges, and one that has seen the hold-out, too. Two exact
-rearrangements keep that cheap.
+One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping and
+learning rate are its own. Every one may have C copies, which learn from images and standardise by statistics of their
+own: one that the hold-out judges, and one that has seen the hold-out, too. Two exact rearrangements keep that cheap.
 
 - The batch norm of the heads has no affine part, so with the statistics of the training split it is a fixed
   standardisation. It is folded into the query and into the pooled vector: tokens are never copied.
@@ -15,8 +14,6 @@ rearrangements keep that cheap.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +28,8 @@ WARMUP_FRACTION = 0.05
 """Share of the steps that warm up (AIMv2, Table A2: 5 of 100 epochs)."""
 CLIP_NORM = 3.0
 """Every head's own gradient norm is clipped to this (AIMv2, Table A2)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One point of the optimiser grid."""
-
-    lr: float
-    """Peak learning rate of AdamW."""
-    weight_decay: float
-    """Decoupled decay of the matrices."""
+WEIGHT_DECAY = 0.05
+"""Decoupled decay of the matrices."""
 
 
 class HeadStack(nn.Module):
@@ -57,7 +46,7 @@ class HeadStack(nn.Module):
         self,
         *,
         num_sets: int,
-        settings: tuple[Setting, ...],
+        lrs: tuple[float, ...],
         num_copies: int = 1,
         width: int,
         num_classes: int,
@@ -66,14 +55,14 @@ class HeadStack(nn.Module):
         device: torch.device,
     ):
         super().__init__()
-        self.settings = settings
+        self.lrs = lrs
         self.num_copies = num_copies
         self.num_classes = num_classes
         self.register_buffer("mean", torch.zeros(num_sets, num_copies, width, device=device))
         self.register_buffer("var", torch.ones(num_sets, num_copies, width, device=device))
         # every head of the grid starts from the same draw: they differ by what is compared, not by luck
         for name, draw in self._start(num_heads, generator).items():
-            parameter = draw.expand(num_sets, num_copies * len(settings), *draw.shape).to(device).contiguous()
+            parameter = draw.expand(num_sets, num_copies * len(lrs), *draw.shape).to(device).contiguous()
             self.register_parameter(name, nn.Parameter(parameter))
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -101,16 +90,16 @@ class HeadStack(nn.Module):
         """Parameters and statistics of the only head under the names of `aim.probes`."""
         raise NotImplementedError
 
-    def select(self, set_index: int, setting_index: int) -> HeadStack:
+    def select(self, set_index: int, lr_index: int) -> HeadStack:
         """A stack that holds one head of this one, of its last copy, for scoring."""
         alone = object.__new__(type(self))
         nn.Module.__init__(alone)
-        alone.settings = (self.settings[setting_index],)
+        alone.lrs = (self.lrs[lr_index],)
         alone.num_copies = 1
         alone.num_classes = self.num_classes
         for name, buffer in self.named_buffers():
             alone.register_buffer(name, buffer[set_index : set_index + 1, -1:].clone())
-        head = (self.num_copies - 1) * len(self.settings) + setting_index
+        head = (self.num_copies - 1) * len(self.lrs) + lr_index
         for name, parameter in self.named_parameters():
             part = parameter[set_index : set_index + 1, head : head + 1].detach().clone()
             alone.register_parameter(name, nn.Parameter(part))
@@ -176,7 +165,7 @@ class AttentiveStack(HeadStack):
         """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
         num_sets, batch, _, width = tokens.shape
         per_head, per_query = self.query.shape[2:]
-        mean, rstd = (each.repeat_interleave(len(self.settings), dim=1) for each in (self.mean, self.rstd))
+        mean, rstd = (each.repeat_interleave(len(self.lrs), dim=1) for each in (self.mean, self.rstd))
         # the mean shifts all scores of a query alike and drops out of the softmax
         direction = (self.scoring() * per_query**-0.5 * rstd[:, :, None]).flatten(1, 2)
         # one small product an image: in the backward pass it is several times faster than one tall one
@@ -256,56 +245,32 @@ def learning_rate(peak: float, step: int, num_steps: int) -> float:
 
 
 class StackedAdamW:
-    """AdamW (0.9, 0.999) over a stack: each head has its own rate, decay, clipping and nothing shared."""
+    """AdamW (0.9, 0.999) over a stack: each head has its own rate and clipping, and nothing shared."""
 
     def __init__(self, stack: HeadStack, *, num_steps: int):
-        device = stack.mean.device
-        self._decayed = [parameter for parameter in stack.parameters() if parameter.dim() > 3]
         self._parameters = list(stack.parameters())
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
-        settings = stack.settings * stack.num_copies
-        self._lr_peaks = [setting.lr for setting in settings]
-        self._decays = torch.tensor([setting.weight_decay for setting in settings], device=device)
-        self.num_steps = num_steps
-        self.step_index = 0
-
-    def learning_rates(self) -> Tensor:
-        """Rates (H,) of the coming step."""
-        rates = [learning_rate(peak, self.step_index, self.num_steps) for peak in self._lr_peaks]
-        return torch.tensor(rates, device=self._decays.device)
+        self._peaks = stack.lrs * stack.num_copies
+        self._num_steps, self._step = num_steps, 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Clip, update, and drop the gradients."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        assert all(gradient is not None for gradient in gradients)
-        squares = sum(g.square().flatten(2).sum(2) for g in gradients if g is not None)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        squares = sum(gradient.square().flatten(2).sum(2) for gradient in gradients)
         assert isinstance(squares, Tensor)
         scale = (CLIP_NORM / squares.sqrt().clamp_min(1e-12)).clamp_max(1.0)
-        rates = self.learning_rates()
-        self.step_index += 1
-        correction1, correction2 = 1 - 0.9**self.step_index, 1 - 0.999**self.step_index
-        decayed = {id(parameter) for parameter in self._decayed}
+        rates = [learning_rate(peak, self._step, self._num_steps) for peak in self._peaks]
+        self._step += 1
+        correction1, correction2 = 1 - 0.9**self._step, 1 - 0.999**self._step
         for parameter, gradient, (first, second) in zip(self._parameters, gradients, self._moments, strict=True):
-            assert gradient is not None
             trailing = (1,) * (parameter.dim() - 2)
             gradient = gradient * scale.view(*scale.shape, *trailing)
             first.lerp_(gradient, 0.1)
             second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            rate = rates.view(1, -1, *trailing)
-            if id(parameter) in decayed:
-                parameter.mul_(1 - rate * self._decays.view(1, -1, *trailing))
+            rate = torch.tensor(rates, device=parameter.device).view(1, -1, *trailing)
+            if parameter.dim() > 3:  # a matrix
+                parameter.mul_(1 - rate * WEIGHT_DECAY)
             denominator = (second / correction2).sqrt_().add_(1e-8)
             parameter.sub_(rate / correction1 * first / denominator)
             parameter.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and position of the schedule."""
-        return {"step_index": self.step_index, "moments": [list(pair) for pair in self._moments]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.step_index = state["step_index"]
-        for pair, saved in zip(self._moments, state["moments"], strict=True):
-            for moment, value in zip(pair, saved, strict=True):
-                moment.copy_(value)

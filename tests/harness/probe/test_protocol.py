@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_probe
-from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.sizes import block_sets
-from aimscale.harness.probe.protocol import Bounds
 
 
 def test_probes_read_digits_repeatably_and_say_how(task: Any, model: AIM, tmp_path: Path) -> None:
@@ -41,14 +39,14 @@ def test_probes_read_digits_repeatably_and_say_how(task: Any, model: AIM, tmp_pa
 def test_another_kind_of_probe_leaves_those_that_are_there_alone(
     task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"seed": 0, "out": tmp_path, "since": 0.0}
+    options: dict[str, Any] = {"seed": 0, "out": tmp_path}
     (neighbours,) = task.probe(task.section(kinds=("knn",)), **options)
     monkeypatch.setattr("aimscale.harness.probe.protocol.Neighbours", None)
     both = task.probe(task.section(kinds=("linear", "knn")), **options)
     assert [entry["kind"] for entry in both] == ["linear", "knn"]
     assert both[1] == neighbours
     (file,) = tmp_path.glob("*.json")
-    assert [detail["kind"] for detail in json.loads(file.read_text())["probes"]] == ["knn", "linear"]
+    assert [detail["kind"] for detail in json.loads(file.read_text())["probes"]] == ["linear", "knn"]
 
 
 def test_saved_heads_are_released_probe_files_that_score_the_same(task: Any, model: AIM, tmp_path: Path) -> None:
@@ -66,12 +64,11 @@ def test_streamed_and_cached_features_give_the_same_probes(
     wanted = task.section(epochs=2, batch_size=100)
     cached = task.probe(wanted, seed=0, out=None)
     monkeypatch.setattr("aimscale.harness.probe.features.sizes.HEADS_SHARE", 1e-12)  # one block set in each round
-    monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)  # and fewer at a time
-    streamed = task.probe(wanted, seed=0, out=tmp_path, bounds=Bounds(cache_gb=0.0))
+    monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)  # and few images at a time
+    streamed = task.probe(wanted, seed=0, out=tmp_path, cache_gb=0.0)
     for one, other in zip(cached, streamed, strict=True):
         assert one["blocks"] == other["blocks"]
         assert one["top1"] == pytest.approx(other["top1"], abs=0.005)
-    assert not list(tmp_path.glob("*.features"))  # the disk is given back
 
 
 def test_shuffled_labels_are_not_learnt(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,59 +108,63 @@ class Interrupted(Exception):
     pass
 
 
-class InterruptedBackbone(AimBackbone):
-    """Dies at its n-th pass."""
-
-    passes_left = 10**9  # beyond those before the first batch
-
-    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-        self.passes_left -= 1
-        if self.passes_left < 0:
-            raise Interrupted
-        return super().features(images, blocks)
-
-
-def test_a_killed_streamed_probe_goes_on_to_the_same_numbers(
-    task: Any, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_probe_repeats_the_kinds_under_way_and_no_others(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = task.section(epochs=4, kinds=("linear", "knn", "attentive"))
-    monkeypatch.setattr("aimscale.harness.probe.heads.progress.SAVE_EVERY_S", -1.0)  # after every step
-    monkeypatch.setattr("aimscale.harness.probe.heads.progress.SAVE_RATIO", -1.0)
+    wanted = task.section(epochs=2, kinds=("attentive", "linear", "lora", "knn"), lrs=(1e-2,))
+    whole = task.probe(wanted, seed=0, out=tmp_path / "whole")
 
-    def run(out: Path, passes: int) -> tuple[Any, int]:
-        backbone = InterruptedBackbone(lambda: copy.deepcopy(model))
-        backbone.passes_left = passes
-        entries = task.probe(wanted, backbone, seed=0, out=out, bounds=Bounds(cache_gb=0.0))
-        return entries, passes - backbone.passes_left
+    def killed(*_: Any, **__: Any) -> None:
+        raise Interrupted
 
-    whole, num_passes = run(tmp_path / "whole", 10**9)
-    for _ in range(2):
+    def kinds() -> list[str]:
+        (file,) = (tmp_path / "cut").glob("*.json")
+        return [detail["kind"] for detail in json.loads(file.read_text())["probes"]]
+
+    for broken, done in (("answers_of_heads", None), ("adapt", ["attentive", "linear", "knn"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"aimscale.harness.probe.protocol.{broken}", killed)
+            with pytest.raises(Interrupted):
+                task.probe(wanted, seed=0, out=tmp_path / "cut")
+        assert done is None or kinds() == done
+    monkeypatch.setattr("aimscale.harness.probe.protocol.FeaturePass", None)
+    assert task.probe(wanted, seed=0, out=tmp_path / "cut") == whole
+    assert sorted(kinds()) == sorted(wanted.kinds)
+
+
+def test_a_probe_stops_within_a_step_of_being_asked_to(task: Any, tmp_path: Path) -> None:
+    pauses = []
+
+    def pause() -> None:
+        pauses.append(None)
+        if len(pauses) == stop:
+            raise Interrupted
+
+    wanted = task.section(kinds=("attentive",), iterations=6)
+    stop = 0
+    task.probe(wanted, seed=0, out=tmp_path, pause=pause)
+    assert len(pauses) > 2 * 6  # of the two splits' features, the steps, the hold-out and the end
+    for stop in (1, len(pauses) // 2):
+        pauses.clear()
         with pytest.raises(Interrupted):
-            run(tmp_path / "cut", num_passes * 2 // 5)
-        assert not list((tmp_path / "cut").glob("*.json"))
-    resumed, num_left = run(tmp_path / "cut", 10**9)
-    assert resumed == whole
-    assert num_left < num_passes * 2 // 5
-    assert not list((tmp_path / "cut").glob("*.partial*"))
+            task.probe(wanted, seed=0, out=tmp_path / f"{stop}", pause=pause)
 
 
-def test_two_processes_on_one_task_probe_it_once(task: Any, model: AIM, tmp_path: Path) -> None:
-    wanted = task.section(kinds=("linear",), epochs=2)
-    passes = []
+def test_processes_on_one_task_do_not_wait_for_each_other_and_lose_nothing(task: Any, tmp_path: Path) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    found: dict[str, Any] = {}
 
-    class Counted(AimBackbone):
-        def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-            passes.append(threading.current_thread().name)
-            return super().features(images, blocks)
+    def probe(*kinds: str) -> None:
+        found["-".join(kinds)] = task.probe(task.section(kinds=kinds, epochs=1), seed=0, out=tmp_path)
 
-    def probe() -> None:
-        found.append(task.probe(wanted, Counted(lambda: copy.deepcopy(model)), seed=0, out=tmp_path, since=0.0))
-
-    found: list[Any] = []
-    threads = [threading.Thread(target=probe, name=f"prober-{i}") for i in range(3)]
+    threads = [threading.Thread(target=probe, args=kinds) for kinds in (("linear",), ("knn",), ("linear", "knn"))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] == found[1] == found[2]
-    assert len(set(passes)) == 1
+    assert found["linear-knn"] == [*found["linear"], *found["knn"]]
+    assert task.probe(task.section(kinds=("knn", "linear"), epochs=1), seed=0, out=tmp_path) == [
+        *found["knn"],
+        *found["linear"],
+    ]
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 4  # the shards' own files

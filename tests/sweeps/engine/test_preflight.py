@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.probe.features.backbones import ProbeError
-from aimscale.harness.probe.features.benchmarks import TaskError
+from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.sweeps.engine.preflight import check_data
 from aimscale.sweeps.plan.planner import plan
 
@@ -39,7 +38,7 @@ def test_a_task_that_is_not_the_benchmark_it_is_called_stops_a_launch(
 ) -> None:
     """It used to end every run after its training."""
     train, test = (write_images(tmp_path / name, num, classes=("a", "b")) for name, num in (("t", 8), ("s", 6)))
-    with pytest.raises(TaskError, match="task 'pets' is Pets with 37 classes, but this data set has 2"):
+    with pytest.raises(ProbeError, match="task 'pets' is Pets with 37 classes, but this data set has 2"):
         check_data(runs_with({"task": "pets", "train": train, "test": test}))
 
 

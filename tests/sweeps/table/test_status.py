@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.harness.probe.files import evaluation_of, task_key, weights_name
+from aimscale.harness.probe.files import task_key, weights_name
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.state.claims import RunRecord, own_claim
-from aimscale.sweeps.state.probe_record import EvaluationRecord, ProbeRecord
+from aimscale.sweeps.state.probe_record import EvaluationRecord
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.views import new_console, status_summary, status_table
@@ -58,9 +58,8 @@ def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequ
     weights.write_bytes(b"weights")
     section = next(each for each in run.config.evaluation.probes if each.task == task)
     key = task_key(weights_name(record, run.config, budget), section, "train", "test", run.config.training.seed)
-    document = {"key": key, "task": section.model_dump(mode="json"), "probes": [{"kind": kind} for kind in kinds]}
-    name = evaluation_of(section, "train", "test")
-    write_json(record.probes_dir(budget) / f"{task}-{name}.json", document)
+    document = {**key, "probes": [{"kind": kind} for kind in kinds]}
+    write_json(record.probes_dir(budget) / f"{task}-{key['evaluation']}.json", document)
 
 
 def test_evaluation_is_shown_and_the_next_step_is_said(
@@ -184,15 +183,14 @@ def test_the_forecast_counts_a_run_that_a_local_worker_starts_but_no_job_that_wa
         assert status.eta_s == pytest.approx(takes * card.training_s, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [ProbeRecord, EvaluationRecord])
 def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
-    kind: type[ProbeRecord], write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
+    write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"], base=PROBED, cost={"peak_tflops": 1e-3})
     launch(sweep, slots=1, command=stand_in())
     run = plan(sweep)[0]
     card = cost_cards(sweep, [run])[0]
-    trained, job = RunRecord(sweep.run_dir(run.run_id)), kind.of(sweep.run_dir(run.run_id))
+    trained, job = RunRecord(sweep.run_dir(run.run_id)), EvaluationRecord.of(sweep.run_dir(run.run_id))
     slow = {"exit_code": 0, "where": "here", "saved": [1], "reason_class": None, "reason": None}
     trained.append_attempt(attempt=2, ended=1.0, device_hours=3 * card.training_s / 3600, **slow)
     job.append_attempt(attempt=1, ended=1.0, device_hours=0.0, **slow)

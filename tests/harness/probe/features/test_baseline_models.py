@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-from aimscale.aim.errors import UserError
 from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.probe.features.baseline_models import TimmBackbone, baseline
+from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.harness.run.config import RunConfig
 
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ LIKE = RunConfig.model_validate(
 )
 
 
-def make(target: str, *, weights: Path | None = None, random: bool = False, image_size: int | None = None):  # type: ignore[no-untyped-def]
-    return baseline(target, LIKE, weights=weights, random_weights=random, hub=False, image_size=image_size, device=CPU)
+def make(target: str, *, weights: str | None = None, image_size: int | None = None):  # type: ignore[no-untyped-def]
+    return baseline(target, LIKE, weights=weights, image_size=image_size, device=CPU)
 
 
 def test_timm_blocks_are_raw_patch_tokens_of_images_in_the_models_own_normalisation() -> None:
@@ -50,27 +50,27 @@ def test_timm_weights_come_from_a_file_or_are_random_on_request(tmp_path: Path) 
     torch.manual_seed(1)
     saved = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     torch.save({"state_dict": saved.state_dict()}, tmp_path / "vit.pth")
-    loaded, geometry = make("timm:vit_tiny_patch16_224", weights=tmp_path / "vit.pth", image_size=32)
+    loaded, geometry = make("timm:vit_tiny_patch16_224", weights=str(tmp_path / "vit.pth"), image_size=32)
     assert geometry.image_size == 32
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(loaded.features(images, [11]), TimmBackbone(saved, "", CPU).features(images, [11]))
-    untrained, _ = make("timm:vit_tiny_patch16_224", random=True, image_size=32)
+    untrained, _ = make("timm:vit_tiny_patch16_224", weights="random", image_size=32)
     assert not torch.allclose(untrained.features(images, [11]), loaded.features(images, [11]))
-    convolutional, geometry = make("timm:resnet10t", random=True)
+    convolutional, geometry = make("timm:resnet10t", weights="random")
     assert convolutional.features(torch.randn(1, 3, 64, 64), [0]).shape == (1, 1, 4, 512)
 
 
 @pytest.mark.parametrize(
-    ("target", "options", "message"),
+    ("target", "options", "subject"),
     [
-        ("timm:vit_tiny_patch16_22", {"random": True}, "did you mean 'vit_tiny_patch16_224'"),
-        ("timm:vit_tiny_patch16_224", {}, "say which weights"),
-        ("timm:vit_tiny_patch16_224", {"weights": Path("gone.pth")}, "no weight file gone.pth"),
-        ("timm:resnet10t", {"random": True, "image_size": 32}, "cannot be built for --image-size 32"),
-        ("random", {"random": True}, "go with timm:NAME"),
-        ("sift", {}, "is no baseline"),
+        ("timm:vit_tiny_patch16_22", {"weights": "random"}, "did you mean 'vit_tiny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224", {}, "--weights"),
+        ("timm:vit_tiny_patch16_224", {"weights": "gone.pth"}, "gone.pth"),
+        ("timm:resnet10t", {"weights": "random", "image_size": 32}, "--image-size 32"),
+        ("random", {"weights": "random"}, "--weights"),
+        ("sift", {}, "sift"),
     ],
 )
-def test_impossible_baselines_are_refused(target: str, options: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_impossible_baselines_are_refused(target: str, options: dict[str, object], subject: str) -> None:
+    with pytest.raises(ProbeError, match=subject):
         make(target, **options)  # type: ignore[arg-type]

@@ -23,17 +23,17 @@ from aimscale.harness.probe.features.images import LabelledImages, holdout_split
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "subject"),
     [
-        ({"train": "unlabelled"}, "has no labels"),
-        ({"test": "renamed"}, "classes of .* differ"),
+        ({"train": "unlabelled"}, "unlabelled"),
+        ({"test": "renamed"}, "the first has no a, b, c"),
         ({"train": "few"}, "12 training images for 10 classes"),
         ({"train": "nowhere"}, "nowhere"),
     ],
 )
-def test_bad_tasks_are_refused_in_one_sentence(task: Any, changes: Any, message: str) -> None:
+def test_bad_tasks_are_refused_in_one_sentence(task: Any, changes: Any, subject: str) -> None:
     wanted = task.section(**{side: str(task.root / name) for side, name in changes.items()})
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=subject) as caught:
         task.probe(wanted, seed=0, out=None)
     assert "\n" not in str(caught.value)
 

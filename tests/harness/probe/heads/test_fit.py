@@ -21,7 +21,6 @@ from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.features.images import holdout_split, open_task
 from aimscale.harness.probe.heads.fit import GridFit, Split, best
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS, learning_rate
-from aimscale.harness.probe.protocol import Bounds
 
 
 def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
@@ -38,7 +37,7 @@ def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
         images.clear()
         wanted = task.section(**changes)
         backbone = Counted(lambda: copy.deepcopy(model))
-        task.probe(wanted, backbone, seed=0, out=tmp_path / out, bounds=Bounds(cache_gb=0.0))
+        task.probe(wanted, backbone, seed=0, out=tmp_path / out, cache_gb=0.0)
         return sum(images)
 
     few = 100  # images that set shapes and centres, and on which precisions are compared
@@ -59,27 +58,21 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     train, _ = open_task(wanted, task.geometry)
     fit, held = holdout_split(train.labels, 0.2, seed=5)
     split = Split(train.labels, fit, held, 10)
-    features = task.feature_pass().split(train, "train", "", fit)
+    features = task.feature_pass().split(train, fit)
     source = features.pooled if kind == "linear" else features.tokens
     fitting = GridFit(
-        split=split,
-        section=wanted,
-        num_heads=model.config.num_heads,
-        seed=5,
-        features=features,
-        device=torch.device("cpu"),
-        group=ALONE,
+        split=split, section=wanted, num_heads=model.config.num_heads, seed=5, features=features, group=ALONE
     )
     found = fitting.candidates(source, [kind], [(0,), (1,), (0, 1)], (1,))
     chosen = best(found, kind)
     assert chosen.head is not None
-    assert chosen.setting is not None
+    assert chosen.lr is not None
     (outputs,) = source.parts([list(range(len(train)))])
     tokens = outputs[list(chosen.blocks)].mean(0)
 
     def alone(images: np.ndarray) -> nn.Module:
         """An ordinary module, trained by torch's optimiser on those images of every batch."""
-        start = fitting._heads(source, [kind], [chosen.blocks]).turns[0][kind].select(0, 0).state_of_one()
+        start = fitting.heads(source, [kind], [chosen.blocks])[kind].select(0, 0).state_of_one()
         probe = {
             "attentive": lambda: AttentiveProbe(model.config.width, model.config.num_heads, 10),
             "efficient": lambda: EfficientProbe(model.config.width, 10),
@@ -98,7 +91,7 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
             for start_at in range(0, len(train), 30):
                 batch = [index for index in order[start_at : start_at + 30] if index in images]
                 for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(chosen.setting.lr, step, num_steps)
+                    group["lr"] = learning_rate(chosen.lr, step, num_steps)
                 optimiser.zero_grad()
                 functional.cross_entropy(probe.eval()(tokens[batch]), train.labels[batch]).backward()
                 nn.utils.clip_grad_norm_(probe.parameters(), CLIP_NORM)

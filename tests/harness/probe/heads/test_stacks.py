@@ -12,16 +12,16 @@ from torch.nn import functional
 
 from aimscale.aim.probes import AttentiveProbe, EfficientProbe, LinearProbe
 from aimscale.harness.probe.features.sizes import head_params
-from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, HeadStack, Setting, StackedAdamW
+from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, WEIGHT_DECAY, HeadStack, StackedAdamW
 
 NUM_SETS, BATCH, NUM_TOKENS, WIDTH, NUM_CLASSES, NUM_HEADS = 2, 12, 9, 16, 5, 4
-SETTINGS = (Setting(lr=1e-2, weight_decay=0.05), Setting(lr=3e-3, weight_decay=0.0), Setting(lr=0.1, weight_decay=0.5))
+LRS = (1e-2, 3e-3, 0.03)
 
 
-def make(kind: str, num_sets: int = NUM_SETS, settings: tuple[Setting, ...] = SETTINGS) -> HeadStack:
+def make(kind: str, num_sets: int = NUM_SETS, lrs: tuple[float, ...] = LRS) -> HeadStack:
     return STACKS[kind](
         num_sets=num_sets,
-        settings=settings,
+        lrs=lrs,
         width=WIDTH,
         num_classes=NUM_CLASSES,
         num_heads=NUM_HEADS,
@@ -70,7 +70,7 @@ def test_stacked_heads_are_the_written_out_probes(kind: str, tokens: Tensor, lab
     stack = fitted(kind, tokens, labels, num_steps=5)
     logits = stack(tokens)
     for s in range(NUM_SETS):
-        for g in range(len(SETTINGS)):
+        for g in range(len(LRS)):
             torch.testing.assert_close(logits[s, :, g], written_out(stack, s, g)(tokens[s]), rtol=1e-4, atol=1e-4)
             assert sum(p.numel() for p in stack.select(s, g).parameters()) == head_params(kind, WIDTH, NUM_CLASSES)
             torch.testing.assert_close(stack.select(s, g)(tokens[s : s + 1])[0, :, 0], logits[s, :, g])
@@ -83,17 +83,16 @@ def test_training_follows_torch_adamw_with_clipping_and_schedule(kind: str, toke
     probe = written_out(stack, s, g)
     decayed = [p for p in probe.parameters() if p.dim() > 1]
     plain = [p for p in probe.parameters() if p.dim() == 1]
-    setting = SETTINGS[g]
     reference = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": setting.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
         betas=(0.9, 0.999),
         eps=1e-8,
     )
     for step in range(num_steps):
         progress = (step - 2 + 1) / (num_steps - 2)  # 5 % of 40 steps warm up
-        cosine = LR_END + (setting.lr - LR_END) * 0.5 * (1 + math.cos(math.pi * progress))
+        cosine = LR_END + (LRS[g] - LR_END) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in reference.param_groups:
-            group["lr"] = setting.lr * (step + 1) / 2 if step < 2 else cosine
+            group["lr"] = LRS[g] * (step + 1) / 2 if step < 2 else cosine
         functional.cross_entropy(probe(tokens[s]), labels).backward()
         torch.nn.utils.clip_grad_norm_(probe.parameters(), CLIP_NORM)
         reference.step()
@@ -105,5 +104,5 @@ def test_training_follows_torch_adamw_with_clipping_and_schedule(kind: str, toke
 @pytest.mark.parametrize("kind", list(STACKS))
 def test_a_head_of_the_grid_equals_one_trained_alone(kind: str, tokens: Tensor, labels: Tensor) -> None:
     grid = fitted(kind, tokens, labels, num_steps=20)
-    alone = fitted(kind, tokens[1:], labels, num_steps=20, num_sets=1, settings=SETTINGS[:1])
+    alone = fitted(kind, tokens[1:], labels, num_steps=20, num_sets=1, lrs=LRS[:1])
     torch.testing.assert_close(grid(tokens)[1, :, 0], alone(tokens[1:])[0, :, 0], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,187 @@
+"""`aimscale probe` and `aimscale baseline`: frozen-feature accuracies of a run, and of a model to compare it with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from aimscale.harness.run.config import ConfigError, ProbeSection, RunConfig, parse, read_yaml
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the backbone runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")]
+TaskNames = Annotated[
+    list[str] | None, typer.Option("--task", help="Task of the run's configuration (repeatable); default: all.")
+]
+TaskFile = Annotated[
+    Path | None,
+    typer.Option("--tasks", help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's."),
+]
+
+
+def probe(
+    run: Annotated[Path, typer.Argument(help="Run directory with saved budgets.", show_default=False)],
+    images_seen: Annotated[
+        int | None, typer.Option(help="Probe this budget only; default: all saved ones.", show_default=False)
+    ] = None,
+    task: TaskNames = None,
+    tasks: TaskFile = None,
+    train: Annotated[
+        str | None, typer.Option(help="Training split of a task of your own: a labelled data set.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Test split of that task.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="linear, attentive, efficient, knn or lora (repeatable) instead of the task's own; `released` scores "
+            "the head that came with imported weights and trains nothing."
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train the task's probe heads on frozen features and score the chosen ones on the test split.
+
+    In this process, under torchrun, or in a Slurm job step with several tasks. What is done already is not done again.
+    A whole sweep is probed by its evaluations: edit `probes` in the sweep file and launch it again.
+    """
+    from aimscale.harness.probe.released import RELEASED, score_released
+    from aimscale.harness.probe.run import join_ranks, probe_run
+    from aimscale.harness.run.directory import RunDir
+
+    config = RunDir(run).load_config()
+    is_released = kind == [RELEASED]
+    choice = _Choice(
+        names=task,
+        file=tasks,
+        train=train or test if is_released else train,  # nothing is trained: a test split is enough
+        test=test,
+        kinds=None if is_released else kind,
+    )
+    sections = choice.sections(config)
+    with join_ranks(device, config.runtime.num_threads) as group:
+        if is_released:
+            results = score_released(run, sections, group=group)
+        else:
+            results = probe_run(run, images_seen, sections, group=group)
+        _print_entries(results, is_first=group.is_first, as_json=as_json)
+
+
+def baseline(
+    name: Annotated[str, typer.Argument(help="timm:NAME, random or raw-pixels.", show_default=False)],
+    like: Annotated[
+        Path, typer.Option(help="Run directory whose tasks, images and seed are used.", show_default=False)
+    ],
+    task: TaskNames = None,
+    tasks: TaskFile = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kind of probe (repeatable) instead of the task's own.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of a timm model: a file, `hub` (fetched, or from its cache), or `random`.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Image side of a timm model, pixels; default: its own.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train the tasks' probe heads on a baseline's features and score them as a run's are scored.
+
+    Results go to LIKE/baselines/NAME; `aimscale collect` gathers them into `baselines.parquet`, and `aimscale compare`
+    and the report show them.
+    """
+    from aimscale.harness.probe.run import join_ranks, probe_baseline
+    from aimscale.harness.run.directory import RunDir
+
+    run = RunDir(like)
+    config = run.load_config()
+    sections = _Choice(names=task, file=tasks, kinds=kind).sections(config)
+    with join_ranks(device, config.runtime.num_threads) as group:
+        results = probe_baseline(name, run, sections, weights=weights, image_size=image_size, group=group)
+        _print_entries(results, is_first=group.is_first, as_json=as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """Which tasks the command line asks for; relative paths start here."""
+
+    names: list[str] | None = None
+    """Tasks of the configuration; None takes all."""
+    file: Path | None = None
+    """A list of tasks instead of the configuration's."""
+    train: str | None = None
+    """Training split of a task spelled out on the command line."""
+    test: str | None = None
+    """Its test split."""
+    kinds: list[str] | None = None
+    """Kinds of probes instead of each task's own."""
+
+    def sections(self, config: RunConfig) -> list[ProbeSection]:
+        """The tasks as sections of a configuration.
+
+        Raises:
+            ConfigError, ProbeError: no such task, or one that is only half given.
+        """
+        from aimscale.harness.probe.features.benchmarks import ProbeError
+        from aimscale.harness.probe.run import wanted_tasks
+
+        kinds = {"kinds": self.kinds} if self.kinds else {}
+        if (self.train is None) != (self.test is None):
+            raise ProbeError("--train and --test belong together; give both")
+        if self.train is not None and self.test is not None:
+            if self.names is None or len(self.names) != 1:
+                raise ProbeError("name the task of --train and --test with one --task NAME")
+            values = {"task": self.names[0], "train": _absolute(self.train), "test": _absolute(self.test)}
+            return [parse(ProbeSection, values | kinds, "the command line")]
+        own = wanted_tasks(config.evaluation.probes if self.file is None else _tasks_of(self.file), self.names)
+        return [parse(ProbeSection, section.model_dump() | kinds, "the command line") for section in own]
+
+
+def _tasks_of(path: Path) -> list[ProbeSection]:
+    """The tasks of a file."""
+    values = read_yaml(path)
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{path} must be a list of tasks, each with task, train and test")
+    sections = (parse(ProbeSection, value, f"{path}, task {number}") for number, value in enumerate(values, 1))
+    return [
+        section.model_copy(update={"train": _absolute(section.train), "test": _absolute(section.test)})
+        for section in sections
+    ]
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _print_entries(
+    results: Iterable[tuple[int | None, list[dict[str, Any]]]], *, is_first: bool, as_json: bool
+) -> None:
+    """Print each entry when it is there, or all as JSON at the end; only rank 0 prints.
+
+    Args:
+        results: (images seen, or None for a baseline; entries) after each task; reading them does the probing.
+    """
+    found: list[dict[str, Any]] = []
+    for budget, entries in results:
+        found += [{"images_seen": budget, **entry} for entry in entries]
+        for entry in entries if is_first and not as_json else ():
+            typer.echo(_line(budget, entry))
+    if is_first and as_json:
+        typer.echo(json.dumps(found, indent=1))
+
+
+def _line(budget: int | None, entry: dict[str, Any]) -> str:
+    low, high = 100 * entry["top1_lo95"], 100 * entry["top1_hi95"]
+    blocks = entry["blocks"]
+    span = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
+    who = "baseline" if budget is None else f"{budget:,} images"
+    return (
+        f"{who:>18}  {entry['task']:<16} {entry['kind']:<10} top-1 {100 * entry['top1']:.1f} % "
+        f"(95 %: {low:.1f} to {high:.1f}, n {entry['n']}, chance {100 * entry['chance']:.1f}), {span}"
+    )
