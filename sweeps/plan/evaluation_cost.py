@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +69,11 @@ def _probe_cost(
     trained = _images_trained(section, train)
     images = float(train + test) if frozen else 0.0
     if with_tokens:
-        images += rounds * (trained + held) + test * any(kind != "linear" for kind in with_tokens)
+        images += rounds * (trained + held) + test * (with_tokens != ["linear"])
     if "lora" in section.kinds:
         points = len(section.lrs)
         images += TRAIN_OVER_FORWARD * (points * _images_trained(section, fit) + trained) + points * held + test
-    heads = COPIES * sets * len(section.lrs) * trained
-    products = heads * sum(_head_flops(kind, model, num_classes) for kind in HEADS if kind in frozen)
+    products = COPIES * sets * len(section.lrs) * trained * _head_flops(frozen, model, num_classes)
     if "knn" in frozen:  # the held-out images against the others, for every set; the test split against all, twice
         products += 2.0 * model.width * (sets * fit * held + 2 * train * test)
     value_bytes = 2 if section.precision == "bf16" else 4
@@ -86,11 +86,15 @@ def _probe_cost(
     )
 
 
-def _head_flops(kind: str, model: ModelConfig, num_classes: int) -> float:
-    """Of one head on one image, forwards and backwards: its values, and scores and pooling of the tokens."""
-    queries = {"linear": 0, "attentive": model.num_heads, "efficient": num_queries(model.width)}[kind]
-    pooling = 4.0 * model.num_tokens * model.width * queries
-    return TRAIN_OVER_FORWARD * (2.0 * head_params(kind, model.width, num_classes) + pooling)
+def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:
+    """Of one head of each kind on one image, forwards and backwards: its values, and scores and pooling of tokens."""
+    queries = {"linear": 0, "attentive": model.num_heads, "efficient": num_queries(model.width)}
+    products = [
+        2.0 * head_params(kind, model.width, num_classes) + 4.0 * model.num_tokens * model.width * queries[kind]
+        for kind in kinds
+        if kind in HEADS
+    ]
+    return TRAIN_OVER_FORWARD * sum(products)
 
 
 def _task_size(section: ProbeSection) -> tuple[int, int, int]:

@@ -5,13 +5,11 @@ A warm-up-stable-decay run serves all budgets of its cell; with cosine each budg
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,23 +70,6 @@ def plan(sweep: Sweep) -> list[Run]:
         SweepError: nothing is left to run, or two cells are the same run.
         ConfigError, ModelConfigError: a field, a size or a combination that does not exist.
     """
-    with _without_collection():
-        return _plan(sweep)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Pause the garbage collector: thousands of objects that all stay would make it half of the planner's time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _plan(sweep: Sweep) -> list[Run]:
     chosen = recipe(sweep.file.recipe)
     fixed = _Fixed(sweep)
     seen: dict[str, Fields] = {}
@@ -146,19 +127,26 @@ def _cells(sweep: Sweep, fixed: _Fixed, chosen: Recipe) -> Iterator[tuple[Fields
         axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), base)
         extra = {key: value for key, _, value in values}
         budgets_of = _isoflop_budgets(sweep, axis_fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
+        one_a_budget = merge({"schedule": {"kind": chosen.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
         for size, unique, seed in itertools.product(file.sizes, file.unique_images, file.seeds):
             cell = {"size": size, "unique_images": unique, "seed": seed, **extra}
-            one_a_budget = merge({"schedule": {"kind": chosen.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
-            groups: dict[Any, list[int]] = {}
-            for budget in budgets_of.get(size, ()):
-                whole = {**cell, "budget": budget}
-                if any(_matches(whole, conditions) for conditions in fixed.excludes):
-                    continue
-                matched = tuple(i for i, (when, _) in enumerate(fixed.overrides) if _matches(whole, when))
-                groups.setdefault((matched, budget if one_a_budget else None), []).append(budget)
-            for (matched, _), budgets in groups.items():
-                changes = functools.reduce(merge, (fixed.overrides[i][1] for i in matched), axis_fields)
-                yield cell, tuple(budgets), changes
+            for budgets, changes in _runs_of_cell(cell, budgets_of.get(size, ()), fixed, one_a_budget):
+                yield cell, budgets, functools.reduce(merge, changes, axis_fields)
+
+
+def _runs_of_cell(
+    cell: Fields, budgets: Iterable[int], fixed: _Fixed, one_a_budget: bool
+) -> Iterator[tuple[tuple[int, ...], list[Fields]]]:
+    """Budgets of a cell that share a run, because the same overrides match them, with what those change."""
+    groups: dict[Any, list[int]] = {}
+    for budget in budgets:
+        whole = {**cell, "budget": budget}
+        if any(_matches(whole, conditions) for conditions in fixed.excludes):
+            continue
+        matched = tuple(i for i, (when, _) in enumerate(fixed.overrides) if _matches(whole, when))
+        groups.setdefault((matched, budget if one_a_budget else None), []).append(budget)
+    for (matched, _), together in groups.items():
+        yield tuple(together), [fixed.overrides[i][1] for i in matched]
 
 
 def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]]:
