@@ -117,9 +117,9 @@ def _launch_slurm(
     runs_per_device: str | None,
     fields: dict[str, str | int | None],
 ) -> None:
+    from aimscale.sweeps.engine.evaluations import evaluation_arrays
     from aimscale.sweeps.engine.packed_job import PackedJob
-    from aimscale.sweeps.engine.preflight import check_data
-    from aimscale.sweeps.engine.slurm_evaluations import evaluation_arrays
+    from aimscale.sweeps.engine.start import check_data
     from aimscale.sweeps.slurm import commands as slurm
     from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 

@@ -25,7 +25,7 @@ def command(
     Start it on any machine that sees the sweep's folder, as often as you like: workers and launches share the work, and
     each run is executed once. It leaves when nothing is left to take or its time is up, saving first.
     """
-    from aimscale.sweeps.engine.worker import work  # imports torch
+    from aimscale.sweeps.engine.start import work  # imports torch
 
     did = work(sweep, root, hours=hours, devices=devices)
     typer.echo(

@@ -6,9 +6,10 @@ attempts and logs lie in `RUN/evaluating/`, beside those of training. Nothing of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, load_run_config
@@ -17,12 +18,16 @@ from aimscale.harness.run.files import write_text
 from aimscale.harness.run.trunk import saved_budgets
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.slurm.lanes import afterany
 from aimscale.sweeps.state.claims import Claim, RunRecord
 from aimscale.sweeps.state.decision import Decision, Verdict, decide, decision, standing
 from aimscale.sweeps.state.job_kind import JobKind
 from aimscale.sweeps.state.probe_record import EvaluationRecord
 from aimscale.sweeps.state.retries import forgive
 from aimscale.sweeps.state.sweep_dir import launch_lock_path
+
+if TYPE_CHECKING:
+    from aimscale.sweeps.slurm.submit import SlurmLaunch, Submission
 
 WORKER = ("-m", "aimscale.harness.train.evaluation_job")
 
@@ -103,3 +108,36 @@ def _claim(record: RunRecord, run: Run, claim: Claim) -> None:
     write_text(record.config, run.config.to_yaml())
     record.write_status(state="queued", reason=None, reason_class=None)
     record.write_claim(claim)
+
+
+def evaluation_arrays(
+    sweep: Sweep, runs: Sequence[Run], trained: SlurmLaunch, *, allow_dirty: bool, dry_run: bool
+) -> Iterator[SlurmLaunch]:
+    """Submit what evaluates the runs of a launch on Slurm; runs that evaluate themselves only where training is over.
+
+    At once for budgets that are there, and behind the training of runs just submitted.
+
+    Args:
+        trained: what was submitted to train.
+    """
+    from aimscale.sweeps.slurm.submit import launch_slurm  # submitit is slow to import
+
+    submit = functools.partial(launch_slurm, sweep, allow_dirty=allow_dirty, dry_run=dry_run)
+    if lacking := unevaluated(sweep, [run for run in runs if run.run_id not in trained.started]):
+        yield submit(lacking, kind=evaluation_jobs(sweep))
+    last = {part.turn.lane: [part.job_id or "TRAINING_JOB"] for part in trained.submitted}  # at the end of each lane
+    for part in trained.submitted:
+        members = [run for run in runs if run.run_id in part.run_ids and run.config.runtime.evaluate == "jobs"]
+        if members:
+            after = _behind(part, trained.submitted) or afterany(last[part.turn.lane])
+            kind = evaluation_jobs(sweep, expected=part.run_ids)
+            submitted = submit(members, kind=kind, after=after, most=part.turn.limit)
+            last[part.turn.lane] = [each.job_id or "EVALUATION_JOB" for each in submitted.submitted]
+            yield submitted
+
+
+def _behind(part: Submission, arrays: Sequence[Submission]) -> list[str]:
+    """Slurm's words for waiting element by element, where there is one per run and all of them may run at once."""
+    is_alone = sum(other.turn.lane == part.turn.lane for other in arrays) == 1
+    by_element = is_alone and part.turn.limit >= part.num_jobs == len(part.run_ids) > 1
+    return [f"aftercorr:{part.job_id or 'TRAINING_JOB'}"] if by_element else []

@@ -1,20 +1,21 @@
-"""Launch a sweep: make its directory, then start what is missing on the chosen back end."""
+"""Execute a sweep on this machine: launch it and wait for its end, or take free runs of it as one worker of many."""
 
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aimscale.harness.run.config import parse, read_yaml
+from aimscale.harness.data.store.card import num_images
+from aimscale.harness.run.config import ModelSection, ProbeSection, parse, read_yaml
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.engine.devices import default_slots, sharing, visible_gpus
 from aimscale.sweeps.engine.display import queue_display
 from aimscale.sweeps.engine.evaluations import WORKER, Place, evaluation_jobs, unevaluated, with_place
-from aimscale.sweeps.engine.local_queue import Command, LaunchResult, run_queue, worker_command
-from aimscale.sweeps.engine.preflight import check_data
+from aimscale.sweeps.engine.local_queue import Command, LaunchResult, print_events, run_queue, worker_command
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
@@ -24,6 +25,40 @@ from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.job_kind import training_jobs
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.status import sweep_status
+
+MAX_OPENED = 50_000_000
+"""The index of a larger data set is left to the trainers: opening it takes 25 bytes per image."""
+
+
+def check_data(runs: Sequence[Run]) -> None:
+    """Open every data set that the runs read, once.
+
+    Raises:
+        DataError: a folder or an index is missing, or a shard is missing or truncated.
+        ProbeError: the data of a probe have no labels, its two sides do not fit together, or they bear a benchmark's
+            name and are not that benchmark.
+    """
+    unlabelled: dict[str, None] = {}
+    tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection]] = {}
+    for run in runs:
+        training, evaluation = run.config.training, run.config.evaluation
+        sources = () if training.data.is_unindexed else (source.path for source in training.data.sources)
+        unlabelled |= dict.fromkeys([*sources, evaluation.validation.path])
+        tasks |= {(probe.task, probe.train, probe.test): (probe, training.model) for probe in evaluation.probes}
+    if not unlabelled:
+        return
+    from aimscale.harness.data.store.index import open_dataset  # imports torch
+
+    for path in unlabelled:
+        if (num_images(path) or 0) <= MAX_OPENED:
+            open_dataset(path)
+    if not tasks:
+        return
+    from aimscale.harness.probe.features.images import open_task
+
+    for probe, model in tasks.values():
+        if max(num_images(probe.train) or 0, num_images(probe.test) or 0) <= MAX_OPENED:
+            open_task(probe, model)
 
 
 def launch(
@@ -74,6 +109,86 @@ def launch(
             evaluated = queue(lacking, command=evaluation_command, report=report, kind=evaluation_jobs(loaded))
             result = _with_evaluations(result, evaluated)
     return replace(result, unplanned=unplanned(loaded, runs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worked:
+    """What a worker did."""
+
+    trained: tuple[str, ...]
+    """Runs whose training it brought to its end."""
+    evaluated: tuple[str, ...]
+    """Runs whose evaluation it brought to its end."""
+    failed: tuple[str, ...]
+    """Runs that failed under it for good."""
+    why: str
+    """Why it left: `nothing is left`, `time is up` or `stopped`."""
+
+
+def work(
+    sweep: Sweep | str | Path,
+    root: Path = Path("aimscale-runs"),
+    *,
+    hours: float | None = None,
+    devices: int | None = None,
+    command: Command = worker_command,
+    check: Callable[[Sequence[Run]], None] = check_data,
+) -> Worked:
+    """Train and evaluate what is free until nothing is left, or until everything must be saved to end in time.
+
+    It starts what a launch would start, by the same locks and decisions, so that any number of workers and launches,
+    here and on Slurm, execute each run once between them.
+
+    Args:
+        sweep: a sweep or its name.
+        hours: time until the machine is gone.
+        devices: cards (or, without cards, processes) to use; by default all.
+        command: the program that executes a run.
+        check: looks at the data of the runs that would start.
+
+    Raises:
+        SweepError, ConfigError, DataError: as `launch`.
+    """
+    started = time.time()
+    loaded, runs, _ = planned(sweep, root)
+    if devices is not None and devices < 1:
+        raise SweepError(f"--devices must be 1 or more, not {devices}")
+    check(startable(loaded, runs, slurm.Queued()))
+    prepare(loaded, runs)
+    gpus = visible_gpus()[:devices]
+    training = training_jobs(loaded)
+    until = float("inf")
+    if hours is not None:
+        # What runs must have saved when the time is up; of a short time, half is for that.
+        until = started + 3600 * hours - min(max(map(training.stop_s, runs)), 1800 * hours)
+    queue = functools.partial(
+        run_queue,
+        slots=devices or default_slots(runs, gpus),
+        gpus=gpus,
+        share=sharing(loaded) if gpus else None,
+        report=print_events,
+        until=until,
+    )
+    trained: list[str] = []
+    evaluated: list[str] = []
+    failed: list[str] = []
+    while True:
+        result = queue(runs, kind=training, command=command, is_queued=slurm.Queued())
+        did_something = bool(result.finished or result.failed)
+        trained += result.finished
+        failed += result.failed
+        if not result.interrupted:
+            lacking, kind = unevaluated(loaded, runs), evaluation_jobs(loaded)
+            result = queue(lacking, kind=kind, command=evaluation_command, is_queued=slurm.Queued())
+            did_something |= bool(result.finished or result.failed)
+            evaluated += result.finished
+            failed += result.failed
+        if result.interrupted or not did_something:
+            why = "nothing is left"
+            if result.interrupted:
+                why = "stopped" if result.stopped_by else "time is up"
+            done, measured, lost = (tuple(dict.fromkeys(names)) for names in (trained, evaluated, failed))
+            return Worked(trained=done, evaluated=measured, failed=lost, why=why)
 
 
 def unplanned(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:

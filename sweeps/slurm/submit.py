@@ -66,6 +66,11 @@ class SlurmLaunch:
     """Runs left alone, and why."""
     snapshot: Snapshot
 
+    @property
+    def started(self) -> set[str]:
+        """Ids of the runs that were submitted."""
+        return {run_id for part in self.submitted for run_id in part.run_ids}
+
 
 def shape_of(run: Run, section: SlurmSection) -> Shape:
     """Nodes and tasks for a run's devices.

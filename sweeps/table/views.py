@@ -218,8 +218,8 @@ def _memory(card: CostCard) -> str:
     return f"{data_size(chosen.estimate.total)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
 
 
-def status_table(status: SweepStatus, width: int) -> Group:
-    """`aimscale status` on a terminal of this width."""
+def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
+    """`aimscale status` on a terminal of this width; the summary is that of these runs by default."""
 
     def column(header: str, value: Callable[[RunStatus], Any], text: Callable[[Any], str], rank: int = 0) -> Column:
         """Blank where there is no value yet."""
@@ -247,7 +247,7 @@ def status_table(status: SweepStatus, width: int) -> Group:
     ]
     notes = [Text(f"{line.run_id}: {why}", style=STYLE[line.state]) for line in status.runs if (why := _why(line))]
     table, _ = fitted_table(columns, status.runs, width)
-    return Group(table, *notes, Text(status_summary(status), style="bold"))
+    return Group(table, *notes, Text(summary or status_summary(status), style="bold"))
 
 
 def _phase(line: RunStatus) -> str:

@@ -30,9 +30,11 @@ TINY: dict[str, Any] = {
 def write_sweep(tmp_path: Path) -> Any:
     """Write `TINY` with changes as a sweep file, and load it."""
 
-    def write(**changes: Any) -> Sweep:
+    def write(*, devices: int | None = None, **changes: Any) -> Sweep:
         path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump({**TINY, **changes}))
+        values = {**TINY, **changes}
+        values["base"] = values["base"] | ({"devices": devices} if devices else {})
+        path.write_text(yaml.safe_dump(values))
         return load_sweep(path, tmp_path / "root")
 
     return write

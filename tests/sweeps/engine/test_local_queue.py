@@ -16,7 +16,7 @@ import aimscale.sweeps.engine.start
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine.start import left_alone
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.stopping import stop_seconds
+from aimscale.sweeps.plan.device_fit import stop_seconds
 from aimscale.sweeps.state.claims import RunRecord
 from aimscale.sweeps.state.retries import forgive
 from aimscale.sweeps.state.sweep_dir import prepare
@@ -150,7 +150,7 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
 ) -> None:
     """Else torchrun kills its ranks after 30 s, and a run would wait for the other tasks of a step as its ranks."""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    sweep = write_sweep(sizes=["rung-32"], cost={"devices": 2})
+    sweep = write_sweep(sizes=["rung-32"], devices=2)
     note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(str(dict(os.environ))); sys.exit(2)"
     launch(sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
     (run,) = plan(sweep)

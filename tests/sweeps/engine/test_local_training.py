@@ -21,7 +21,7 @@ def test_one_process_and_two_give_the_same_rows(write_sweep: Any, write_images: 
     write_images(tmp_path / "data" / "validation", 8, seed=1, side=20)
     losses = []
     for devices in (1, 2):
-        sweep = write_sweep(name=f"on-{devices}", sizes=["rung-32"], budgets=[128, 256], cost={"devices": devices})
+        sweep = write_sweep(name=f"on-{devices}", sizes=["rung-32"], budgets=[128, 256], devices=devices)
         result = aimscale.sweeps.engine.start.launch(sweep, slots=2)
         assert len(result.finished) == 1
         runs = plan(sweep)

@@ -7,7 +7,7 @@ import pytest
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.probe.features.benchmarks import ProbeError
-from aimscale.sweeps.engine.preflight import check_data
+from aimscale.sweeps.engine.start import check_data
 from aimscale.sweeps.plan.planner import plan
 
 

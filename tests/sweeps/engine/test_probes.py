@@ -19,7 +19,7 @@ from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.engine.worker import work
+from aimscale.sweeps.engine.start import work
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep

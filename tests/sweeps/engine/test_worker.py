@@ -12,7 +12,7 @@ import pytest
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine import local_queue
-from aimscale.sweeps.engine.worker import work
+from aimscale.sweeps.engine.start import work
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.claims import RunRecord
 
@@ -20,8 +20,7 @@ STAND_IN = Path(__file__).parents[1] / "stand_in.py"
 PROGRAM = """
     import sys
     from pathlib import Path
-    from aimscale.sweeps.engine.start import launch
-    from aimscale.sweeps.engine.worker import work
+    from aimscale.sweeps.engine.start import launch, work
     command = lambda run_dir, devices: [sys.executable, {stand_in!r}, str(run_dir), {behaviour!r}]
     if {verb!r} == "work":
         did = work({path!r}, Path({root!r}), devices=1, command=command, check=lambda runs: None)

@@ -101,7 +101,7 @@ def test_slurms_own_complaint_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
-    sweep = with_slurm(write_sweep(base=write_sweep().file.base | {"devices": 16}), devices_per_node=8)
+    sweep = with_slurm(write_sweep(devices=16), devices_per_node=8)
     run = plan(sweep)[0]
     assert shape_of(run, sweep.file.slurm) == Shape(nodes=2, tasks_per_node=8)
     with pytest.raises(UserError, match="do not fill nodes of 6"):
@@ -166,7 +166,7 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     small = write_sweep(sizes=["rung-32"], budgets=[640])
     (run,) = plan(small)
     assert stop_seconds(small, run) == training_jobs(small).stop_s(run) == cost_cards(small, [run])[0].stop_s == 120
-    large = write_sweep(sizes=["aim-7B"], budgets=[640], base=small.file.base | {"devices": 8})
+    large = write_sweep(sizes=["aim-7B"], budgets=[640], devices=8)
     (run,) = plan(large)
     (card,) = cost_cards(large, [run])
     assert card.stop_s == stop_seconds(large, run) == math.ceil(2 * card.checkpoint_bytes / SAVE_BYTES_PER_S) + 30
