@@ -6,13 +6,12 @@ Models" (arXiv 2401.08541), section 3 and Table 1. Torch is not imported here.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from aimscale.aim.errors import UserError
+from aimscale.aim.errors import UserError, did_you_mean
 
 HeadRule = Literal["released", "proportional", "none"]
 PatchOrder = Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "fixed_random", "hashed"]
@@ -199,8 +198,7 @@ def _shape(size: str) -> tuple[int, int, int]:
     if free:
         width, depth = int(free[1]), int(free[2])
         return width, depth, int(free[3]) if free[3] else width // _head_dim(width)
-    near = _nearest_size(size)
-    hint = f"did you mean '{near}'?" if near else f"known sizes: {', '.join(known_sizes())}"
+    hint = did_you_mean(size, known_sizes(), "known sizes:")
     raise ModelConfigError(
         f"unknown size '{size}'; {hint} (any other shape is w<width>-d<depth> or w<width>-d<depth>-h<heads>)"
     )
@@ -215,16 +213,6 @@ def _head_dim(width: int) -> int:
     """Largest power of two up to 64 that divides the width and leaves at least two heads (one if the width is odd)."""
     fits = [dim for dim in (64, 32, 16, 8, 4, 2) if width % dim == 0 and width // dim >= 2]
     return fits[0] if fits else width
-
-
-def _nearest_size(size: str) -> str | None:
-    """The known size closest to a mistyped one: by width for `rung-<width>`, else by spelling."""
-    rung = re.fullmatch(r"rung-?(\d+)", size)
-    if rung:
-        return f"rung-{min(RUNG_WIDTHS, key=lambda width: abs(width - int(rung[1])))}"
-    by_lower = {name.lower(): name for name in known_sizes()}
-    near = difflib.get_close_matches(size.lower(), by_lower, n=1)
-    return by_lower[near[0]] if near else None
 
 
 def _pixel_head(

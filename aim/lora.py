@@ -1,7 +1,7 @@
 """LoRA: adapt a frozen trunk by low-rank updates of its matrices (Hu et al., arXiv 2106.09685; AIM paper, Table 8).
 
-An adapted projection computes W x + (alpha / rank) B A x with W frozen, A (rank, in) drawn at random and B (out, rank)
-zero, so that adaptation starts from the model itself. As in the authors' code, the query, the value and the output
+An adapted projection computes W x + B A x with W frozen, A (rank, in) drawn at random and B (out, rank) zero, so that
+adaptation starts from the model itself. As in the authors' code, the query, the value and the output
 projection of every attention are adapted, the key and the MLP are not: 6.3M parameters at 7B and rank 8, the paper's
 0.1 %. Released names stay as they are; an adapted layer only adds its `lora_a` and `lora_b`.
 """
@@ -28,25 +28,16 @@ class LoRALinear(nn.Linear):
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
-    scale: float
     _parts: tuple[int, ...]
     _of: int
 
     def __init__(
-        self,
-        frozen: nn.Linear,
-        rank: int,
-        alpha: float,
-        generator: torch.Generator,
-        *,
-        parts: tuple[int, ...] = (0,),
-        of: int = 1,
+        self, frozen: nn.Linear, rank: int, generator: torch.Generator, *, parts: tuple[int, ...] = (0,), of: int = 1
     ) -> None:
         assert frozen.bias is None, "the trunk's linears have no bias"
         super().__init__(frozen.in_features, frozen.out_features, bias=False, device="meta")
         self.weight = frozen.weight
         self.weight.requires_grad_(False)
-        self.scale = alpha / rank
         self._parts, self._of = parts, of
         bound = 1 / math.sqrt(frozen.in_features)
         start = torch.empty(len(parts), rank, frozen.in_features).uniform_(-bound, bound, generator=generator)
@@ -56,20 +47,19 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         updates = {
-            part: self.scale * F.linear(F.linear(input, a), b)
+            part: F.linear(F.linear(input, a), b)
             for part, a, b in zip(self._parts, self.lora_a, self.lora_b, strict=True)
         }
         outputs = F.linear(input, self.weight).chunk(self._of, dim=-1)
         return torch.cat([out + updates[part] if part in updates else out for part, out in enumerate(outputs)], dim=-1)
 
 
-def add_lora(model: AIM, *, rank: int = 8, alpha: float | None = None, seed: int = 0) -> list[nn.Parameter]:
+def add_lora(model: AIM, *, rank: int = 8, seed: int = 0) -> list[nn.Parameter]:
     """Freeze a model in place and adapt query, value and output projection of every block of its trunk.
 
     Args:
         model: any AIM; preprocessor, norms and pixel head are frozen as they are.
         rank: of the updates (paper: 8).
-        alpha: strength; the update is multiplied by alpha / rank. None takes `rank`, a factor of 1.
         seed: draws A.
 
     Returns:
@@ -82,11 +72,8 @@ def add_lora(model: AIM, *, rank: int = 8, alpha: float | None = None, seed: int
             name = f"trunk.blocks.{index}.{target}"
             linear = block.get_submodule(target)
             assert isinstance(linear, nn.Linear)
-            strength, generator = rank if alpha is None else alpha, generator_for(seed, name)
-            is_qkv = target == "attn.qkv"
-            adapted = LoRALinear(
-                linear, rank, strength, generator, parts=(0, 2) if is_qkv else (0,), of=3 if is_qkv else 1
-            )
+            parts, of = ((0, 2), 3) if target == "attn.qkv" else ((0,), 1)
+            adapted = LoRALinear(linear, rank, generator_for(seed, name), parts=parts, of=of)
             block.set_submodule(target, adapted)
             added += [adapted.lora_a, adapted.lora_b]
     return added

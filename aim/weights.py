@@ -37,14 +37,11 @@ NUM_HEADS = "num_heads"
 TRAINER_NORM_EPS = 1e-5
 """Of every LayerNorm that the authors' trainer trains."""
 
-_TRAINER_HEAD = {
-    "decoder_projection.": "proj_in.",
-    "decoder_blocks.": "blocks.",
-    "decoder_norm.": "norm.",
-    "decoder_pred.": "proj_out.",
-}
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
-_POSITIONS = ("pos_embed", "decoder_pos_embed")
+_TRAINER_HEAD = {"projection": "proj_in", "blocks": "blocks", "norm": "norm", "pred": "proj_out"}
+_TRAINER_HEAD_NAME = re.compile(rf"^head\.decoder_({'|'.join(_TRAINER_HEAD)})\.")
+_WRAPPER = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+_WRAPPERS_AHEAD = re.compile(r"^(module\.|_orig_mod\.|model\.)+")
+"""What compilation and data parallelism put between the parts of a name, and before it."""
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -82,9 +79,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is not a whole safetensors file ({error}); restore it or download it again"
         ) from error
     except Exception as error:  # torch raises many kinds, among them pickle's own, for files it will not read
-        if "Cannot allocate memory" in str(error):
-            size_gb = path.stat().st_size / 1e9
-            raise WeightsError(f"{path} ({size_gb:.1f} GB) does not fit; use a machine with more memory") from error
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{path} is not a plain PyTorch state dict ({reason}); save one with torch.save(model.state_dict(), path)"
@@ -335,10 +329,10 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Names that are neither a backbone's nor a pixel head's are kept as they are, for the caller to refuse.
     """
-    plain = {_without_wrappers(name): tensor for name, tensor in state.items()}
+    plain = {_WRAPPER.sub("", _WRAPPERS_AHEAD.sub("", name)): tensor for name, tensor in state.items()}
     out: dict[str, Tensor] = {}
     for name, tensor in plain.items():
-        if name.rpartition(".")[2] in _POSITIONS:
+        if name.endswith("pos_embed"):
             continue
         if found := re.fullmatch(r"(trunk\.blocks\.\d+\.attn\.)([qkv])_proj\.weight", name):
             parts = [plain.get(f"{found[1]}{part}_proj.weight") for part in "qkv"]
@@ -346,18 +340,6 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 out[f"{found[1]}qkv.weight"] = torch.cat([part for part in parts if part is not None])
             continue
         name = re.sub(r"^preprocessor\.(?:[\w.]+\.)?patchifier\.", "preprocessor.patchifier.", name)
-        for theirs, ours in _TRAINER_HEAD.items():
-            if name.startswith(f"head.{theirs}"):
-                name = f"pixel_head.{ours}{name.removeprefix(f'head.{theirs}')}"
+        name = _TRAINER_HEAD_NAME.sub(lambda found: f"pixel_head.{_TRAINER_HEAD[found[1]]}.", name)
         out[name] = tensor
     return out
-
-
-def _without_wrappers(name: str) -> str:
-    """The name without what compilation and data parallelism put before it or between its parts."""
-    name = (
-        name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
-    )
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name

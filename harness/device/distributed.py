@@ -14,12 +14,12 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
+import torch
 
 from aimscale.aim.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 COLLECTIVE_TIMEOUT_S = 1800
 """A collective that takes longer than this means that a rank is gone."""
@@ -131,8 +131,6 @@ class Group:
     def memory_bytes(self) -> int:
         """Memory that this rank may plan for: its card's, or its share of what the host has free."""
         if self.device.type == "cuda":
-            import torch
-
             # A launcher that starts several runs on a card says which share of it each may plan for.
             share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
             return int(share * torch.cuda.get_device_properties(self.device).total_memory)
@@ -140,8 +138,6 @@ class Group:
 
     def host_memory_bytes(self) -> int:
         """This rank's share of what its host has free."""
-        import psutil
-
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def any(self, flag: bool) -> bool:
@@ -152,8 +148,6 @@ class Group:
         """Each count's sum over ranks; one exchange on the host, not on the device."""
         if self.world_size == 1:
             return list(counts)
-        import torch
-
         values = torch.tensor(counts, dtype=torch.int64)
         torch.distributed.all_reduce(values, group=self._host_group)
         return [int(value) for value in values]
@@ -161,8 +155,6 @@ class Group:
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor on the device over ranks, in place."""
         if self.world_size > 1:
-            import torch
-
             torch.distributed.all_reduce(tensor)
         return tensor
 
@@ -170,8 +162,6 @@ class Group:
         """Tensors on the device, of one shape on every rank: all of them along a new first axis, in order of ranks."""
         if self.world_size == 1:
             return values[None]
-        import torch
-
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.stack(parts)
@@ -180,8 +170,6 @@ class Group:
         """Every rank's picklable value, on every rank."""
         if self.world_size == 1:
             return [value]
-        import torch
-
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self._host_group)
         return values
@@ -193,8 +181,6 @@ class Group:
     def wait(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
-            import torch
-
             torch.distributed.barrier(group=self._host_group)
 
 
@@ -204,8 +190,6 @@ def choose_device(placement: Placement, name: str) -> torch.device:
     Raises:
         LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
     """
-    import torch
-
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise LaunchError("the device cuda was asked for but torch sees no CUDA device; use cpu or auto")
@@ -223,8 +207,6 @@ def start_group(placement: Placement, device_name: str) -> Group:
     Raises:
         LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
     """
-    import torch
-
     device = choose_device(placement, device_name)
     os.environ.update(
         RANK=str(placement.rank),
@@ -274,8 +256,6 @@ def stop_group() -> None:
     A process that ends without this is aborted by gloo's threads now and then (measured: 16 of 80 exits),
     its work done.
     """
-    import torch
-
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if "deepspeed" in sys.modules:

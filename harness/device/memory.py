@@ -8,6 +8,7 @@ what the backward pass of a block keeps.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 from aimscale.aim.config import ModelConfig
@@ -197,34 +198,34 @@ def execution_plan(
     ]
     if not settings:
         raise DoesNotFitError(f"zero_stage {runtime.zero_stage} cannot train in {precision}; use 1, 2 or 3")
+    copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
     per_rank = -(-optimiser.batch_size // world_size)
+    most = min(per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
     for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
         for stage, recompute in settings:
-            empty = memory_estimate(
+            estimate = functools.partial(
+                memory_estimate,
                 config,
                 zero_stage=stage,
                 world_size=world_size,
-                micro_batch=0,
                 precision=precision,
                 activation_checkpointing=recompute,
             )
             per_image = activation_bytes_per_image(config, precision, recompute)
-            room = int((USABLE_FRACTION * device_bytes - empty.total) // per_image)
+            room = int((USABLE_FRACTION * device_bytes - estimate(micro_batch=0).total) // per_image)
             if runtime.micro_batch == "auto":
-                most = min(room, per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
-                chosen, fits = even_share(per_rank, most), most >= enough
+                chosen, fits = even_share(per_rank, min(room, most)), min(room, most) >= enough
             else:
                 chosen, fits = runtime.micro_batch, runtime.micro_batch <= room
             if fits:
-                estimate = dataclasses.replace(empty, activations=chosen * per_image)
-                copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
-                left = USABLE_FRACTION * (device_bytes if host_bytes is None else host_bytes)
+                found = estimate(micro_batch=chosen)
+                beside = device_bytes - found.total / USABLE_FRACTION if host_bytes is None else host_bytes
                 return ExecutionPlan(
                     zero_stage=stage,
                     micro_batch=chosen,
                     activation_checkpointing=recompute,
-                    copies_checkpoints=copy <= left - (estimate.total if host_bytes is None else 0),
-                    estimate=estimate,
+                    copies_checkpoints=copy <= USABLE_FRACTION * beside,
+                    estimate=found,
                 )
     raise DoesNotFitError(
         f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "

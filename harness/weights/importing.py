@@ -116,31 +116,31 @@ def describe_weights(path: Path) -> dict[str, Any]:
     for name, tensor in state.items():
         part = name.split(".", 1)[0]
         parts[part] = parts.get(part, 0) + tensor.numel()
-    facts: dict[str, Any] = {
+    facts = {
         "file": str(path),
         "bytes": path.stat().st_size,
         "num_tensors": len(state),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
         "params": {part: count for part, count in parts.items() if count},
     }
-    if "head.linear.weight" in state:
-        facts["num_classes"] = len(state["head.linear.weight"])
-    if parts["trunk"]:
-        depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
-        width = next((len(tensor) for name, tensor in state.items() if name.endswith("patchifier.proj.bias")), 0)
-        heads = known_heads(path, width, depth)
-        config = identify(path, num_heads=heads or 1)
-        wanted = {name: shape for name, shape in model_shapes(config).items() if name.startswith(BACKBONE)}
-        backbone = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(BACKBONE)}
-        facts |= {
-            "size": config.name if heads else f"w{width}-d{depth}",
-            "width": config.width,
-            "depth": config.depth,
-            "num_heads": heads or "not told by the file",
-            "patch_size": config.patch_size,
-            "is_complete_backbone": backbone == wanted,
-        }
-    return facts
+    if f"{PROBE}linear.weight" in state:
+        facts["num_classes"] = len(state[f"{PROBE}linear.weight"])
+    return facts | (_backbone_facts(path, state) if parts["trunk"] else {})
+
+
+def _backbone_facts(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    any_heads = identify(path, num_heads=1)
+    heads = known_heads(path, any_heads.width, any_heads.depth)
+    wanted = {name: shape for name, shape in model_shapes(any_heads).items() if name.startswith(BACKBONE)}
+    backbone = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(BACKBONE)}
+    return {
+        "size": identify(path).name if heads else f"w{any_heads.width}-d{any_heads.depth}",
+        "width": any_heads.width,
+        "depth": any_heads.depth,
+        "num_heads": heads or "not told by the file",
+        "patch_size": any_heads.patch_size,
+        "is_complete_backbone": backbone == wanted,
+    }
 
 
 def _model_of(

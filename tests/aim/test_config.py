@@ -45,7 +45,7 @@ def test_head_rules() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"size": "rung-100"}, "did you mean 'rung-96'"),
+        ({"size": "rung96"}, "rung-96"),
         ({"size": "AIM-600m"}, "did you mean 'aim-600M'"),
         ({"size": "resnet50"}, "known sizes: rung-24"),
         ({"size": "w0-d2"}, "unknown size 'w0-d2'"),

@@ -29,14 +29,14 @@ def test_order_is_a_permutation(order: str, grid: int) -> None:
 
 
 def test_the_published_random_order_is_read_from_the_authors_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelConfigError, match="pip install git"):
+    with pytest.raises(ModelConfigError, match="fixed_random of 4 patches"):
         patch_order("fixed_random", 2)
     trainer = types.ModuleType("l3m.helpers.vision.ar_patterns")  # a stand-in: it cannot be installed from a registry
     trainer.FIXED_RANDOM_PATTERNS = {4: torch.tensor([2, 0, 3, 1])}  # type: ignore[attr-defined]
     for name in ("l3m", "l3m.helpers", "l3m.helpers.vision", trainer.__name__):
         monkeypatch.setitem(sys.modules, name, trainer)
     assert patch_order("fixed_random", 2) == (2, 0, 3, 1)
-    with pytest.raises(ModelConfigError, match="published for 4 patches, not 9; use hashed"):
+    with pytest.raises(ModelConfigError, match="fixed_random of 9 patches"):
         patch_order("fixed_random", 3)
 
 
