@@ -1,29 +1,37 @@
-"""`aimscale launch`: start what is missing, resume what died, skip what is done."""
+"""The verbs that start and stop the runs of a sweep: launch, work, cancel, retry."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from aimscale.sweeps.cli import options
-from aimscale.sweeps.engine.evaluations import Place, with_place
-from aimscale.sweeps.engine.start import launch, left_alone, planned, startable, unplanned
-from aimscale.sweeps.state.decision import Decision
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, Root, SweepName, some_runs
+from aimscale.sweeps.engine import start, stop
+from aimscale.sweeps.engine.evaluations import Place, evaluation_arrays, with_place
+from aimscale.sweeps.engine.local_queue import worker_command
+from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.sweep_dir import prepare
 
 if TYPE_CHECKING:
     from aimscale.sweeps.slurm.submit import Submission
 
+Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
 
-def command(
-    sweep: options.SweepName,
-    root: options.Root = Path("aimscale-runs"),
-    on: Annotated[options.BackEnd, typer.Option(help="A queue on this machine, or the cluster's.")] = "local",
-    dry_run: options.DryRun = False,
-    slots: options.Slots = None,
+
+def launch(
+    sweep: SweepName,
+    root: Root = Path("aimscale-runs"),
+    on: Annotated[Literal["local", "slurm"], typer.Option(help="A queue on this machine, or the cluster's.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    slots: Annotated[
+        int | None, typer.Option(help="Local processes at a time; by default one per card, or what the cores can feed.")
+    ] = None,
     runs_per_device: Annotated[
         str | None,
         typer.Option(help="Runs that share a card, a number or auto (by the memory estimate); instead of the file's."),
@@ -35,25 +43,29 @@ def command(
             "on Slurm, else as runtime.evaluate says."
         ),
     ] = None,
-    allow_dirty: options.AllowDirty = False,
-    partition: options.Partition = None,
-    time_min: options.TimeMin = None,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
+    ] = False,
+    partition: Annotated[str | None, typer.Option(help="Instead of slurm.partition.")] = None,
+    time_min: Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")] = None,
 ) -> None:
     """Start what is missing, resume what died, skip what is done."""
     again = f"{sweep} --root {root}"
     if on == "slurm":
         asked = {"partition": partition, "time_min": time_min}
-        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", again, runs_per_device, asked)
+        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", runs_per_device, asked)
+        if not dry_run:
+            typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")
         return
     if dry_run:
         _print_local(sweep, root)
         return
-    result = launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate)
-    print_left(result.left)
+    result = start.launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate)
+    _print_left(result.left)
     _print_unplanned(result.unplanned)
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
-        raise typer.Exit(options.EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED)
     typer.echo(
         f"{len(result.finished)} runs finished now, {len(result.evaluated)} evaluated, {len(result.failed)} failed"
     )
@@ -62,28 +74,69 @@ def command(
         raise typer.Exit(1)
 
 
-def print_left(left: Sequence[Decision]) -> None:
+def work(
+    sweep: SweepName,
+    root: Root = Path("aimscale-runs"),
+    hours: Annotated[
+        float | None, typer.Option("--for", min=0.001, help="Hours until this machine is gone; runs save before that.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Cards to use, or processes where there are none; by default all.")
+    ] = None,
+) -> None:
+    """Take free runs and evaluations of a sweep, one after another, until none is left.
+
+    Start it on any machine that sees the sweep's folder, as often as you like: workers and launches share the work, and
+    each run is executed once. It leaves when nothing is left to take or its time is up, saving first.
+    """
+    did = start.work(sweep, root, hours=hours, devices=devices)
+    typer.echo(
+        f"{did.why}: trained {len(did.trained)} runs, evaluated {len(did.evaluated)}, {len(did.failed)} failed; see "
+        f"`aimscale status {sweep} --root {root}`"
+    )
+    if did.why == "stopped":
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if did.failed:
+        raise typer.Exit(1)
+
+
+def cancel(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
+    """Stop the runs of a sweep (or those named); each saves first, and `aimscale launch` goes on later."""
+    loaded = load_sweep(sweep, root)
+    done, failed = stop.cancel(loaded, some_runs(loaded, runs or []))
+    for line in [*done, *failed]:
+        typer.echo(line)
+    typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
+    if failed:
+        raise typer.Exit(1)
+
+
+def retry(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
+    """Clear the failure of failed and diverged runs (or of those named), so that the next launch resumes them."""
+    loaded = load_sweep(sweep, root)
+    cleared, damaged = stop.retry(loaded, some_runs(loaded, runs or []))
+    for line in [*(f"{name}: cleared" for name in cleared), *damaged]:
+        typer.echo(line)
+    typer.echo(f"{len(cleared)} failures cleared{'; `aimscale launch` resumes them' if cleared else ''}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _print_left(left: Sequence[Decision]) -> None:
     """What a launch did not touch."""
-    for line in left_alone(left):
+    for line in start.left_alone(left):
         typer.echo(line)
 
 
 def _print_unplanned(names: Sequence[str]) -> None:
     if names:
-        typer.echo(
-            f"not in this plan and left as they are: {len(names)} run directories, such as {names[0]}; what they "
-            f"trained differs"
-        )
+        what = f"{len(names)} run directories, such as {names[0]}; what they trained differs"
+        typer.echo(f"not in this plan and left as they are: {what}")
 
 
 def _print_local(sweep: str, root: Path) -> None:
     """The commands that a local launch would run."""
-    from aimscale.sweeps.engine.local_queue import worker_command
-    from aimscale.sweeps.slurm import commands as slurm
-    from aimscale.sweeps.state.claims import RunRecord
-    from aimscale.sweeps.state.decision import decide
-
-    loaded, runs, _ = planned(sweep, root)
+    loaded, runs, _ = start.planned(sweep, root)
     is_queued = slurm.Queued()
     for run in runs:
         record = RunRecord(loaded.run_dir(run.run_id))
@@ -92,49 +145,41 @@ def _print_local(sweep: str, root: Path) -> None:
         typer.echo(f"{decision.verdict}: {what or run.run_id}")
 
 
-def print_submitted(parts: Sequence[Submission], what: str, dry_run: bool) -> None:
-    """The jobs of a launch on Slurm, or their scripts."""
-    for part in parts:
-        if dry_run:
-            typer.echo(f"# {what}{len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
-        else:
-            shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
-            inside = f", {part.num_jobs} of them" if part.num_jobs < len(part.run_ids) else ""
-            typer.echo(
-                f"submitted {what}{len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}{inside}"
-            )
-            if part.excluded:
-                typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
-
-
 def _launch_slurm(
     sweep: str,
     root: Path,
     dry_run: bool,
     allow_dirty: bool,
     evaluate: Place,
-    again: str,
     runs_per_device: str | None,
     fields: dict[str, str | int | None],
 ) -> None:
-    from aimscale.sweeps.engine.evaluations import evaluation_arrays
     from aimscale.sweeps.engine.packed_job import PackedJob
-    from aimscale.sweeps.engine.start import check_data
-    from aimscale.sweeps.slurm import commands as slurm
     from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
 
-    loaded, runs, _ = planned(sweep, root)
+    loaded, runs, _ = start.planned(sweep, root)
     loaded, runs = with_slurm(loaded, **fields), with_place(runs, evaluate)
     loaded = loaded if runs_per_device is None else loaded.with_fields(runs_per_device=runs_per_device)
     if not dry_run:
-        check_data(startable(loaded, runs, slurm.is_queued(slurm.jobs())))
+        start.check_data(start.startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob)
-    print_submitted(result.submitted, "", dry_run)
-    print_left(result.left)
+    _print_submitted(result.submitted, "", dry_run)
+    _print_left(result.left)
     for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
-        print_submitted(part.submitted, "evaluations of ", dry_run)
-        print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
-    _print_unplanned(unplanned(loaded, runs))
-    if not dry_run:
-        typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")
+        _print_submitted(part.submitted, "evaluations of ", dry_run)
+        _print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
+    _print_unplanned(start.unplanned(loaded, runs))
+
+
+def _print_submitted(parts: Sequence[Submission], what: str, dry_run: bool) -> None:
+    """The jobs of a launch on Slurm, or their scripts."""
+    for part in parts:
+        if dry_run:
+            typer.echo(f"# {what}{len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
+            continue
+        shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
+        inside = f", {part.num_jobs} of them" if part.num_jobs < len(part.run_ids) else ""
+        typer.echo(f"submitted {what}{len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}{inside}")
+        if part.excluded:
+            typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -53,14 +53,3 @@ SweepName = Annotated[
 ]
 Root = Annotated[Path, typer.Option(help="Folder that holds the sweep directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-BackEnd = Literal["local", "slurm"]
-Slots = Annotated[
-    int | None, typer.Option(help="Local processes at a time; by default one per card, or what the cores can feed.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-AllowDirty = Annotated[bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")]
-Partition = Annotated[str | None, typer.Option(help="Instead of slurm.partition.")]
-Account = Annotated[str | None, typer.Option(help="Instead of slurm.account.")]
-Qos = Annotated[str | None, typer.Option(help="Instead of slurm.qos.")]
-Constraint = Annotated[str | None, typer.Option(help="Instead of slurm.constraint.")]
-TimeMin = Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")]

@@ -15,8 +15,7 @@ from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.claims import RunRecord
-from aimscale.sweeps.state.probe_record import jobs_beside
+from aimscale.sweeps.state.claims import records_of
 from aimscale.sweeps.table import views
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 
@@ -68,8 +67,7 @@ def logs(
     """Print or follow the newest log of one run: of its last attempt, or of its evaluation job."""
     loaded = load_sweep(sweep, root)
     (name,) = some_runs(loaded, [run], most=1)
-    run_dir = loaded.run_dir(name)
-    records = [RunRecord(run_dir), *jobs_beside(run_dir).values()]
+    records = records_of(loaded.run_dir(name))
     found = [(path.stat().st_mtime, path, record) for record in records if (path := record.last_log())]
     if not found:
         raise SweepError(f"{name} has no log yet; it was never started")

@@ -19,10 +19,8 @@ from aimscale.harness.run.trunk import saved_budgets
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.lanes import afterany
-from aimscale.sweeps.state.claims import Claim, RunRecord
-from aimscale.sweeps.state.decision import Decision, Verdict, decide, decision, standing
-from aimscale.sweeps.state.job_kind import JobKind
-from aimscale.sweeps.state.probe_record import EvaluationRecord
+from aimscale.sweeps.state.claims import EVALUATING, Claim, RunRecord
+from aimscale.sweeps.state.decision import Decision, JobKind, Verdict, decide, decision, standing
 from aimscale.sweeps.state.retries import forgive
 from aimscale.sweeps.state.sweep_dir import launch_lock_path
 
@@ -87,7 +85,7 @@ def evaluation_jobs(sweep: Sweep, expected: Collection[str] = ()) -> JobKind:
     return JobKind(
         name=f"aimscale-{sweep.name}-evaluation",
         lock=launch_lock_path(sweep),
-        record=lambda run: EvaluationRecord.of(sweep.run_dir(run.run_id)),
+        record=lambda run: RunRecord(sweep.run_dir(run.run_id) / EVALUATING),
         decide=decide_on,
         claim=_claim,
         worker=WORKER,

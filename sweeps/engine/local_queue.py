@@ -27,8 +27,7 @@ from aimscale.sweeps.engine.devices import Devices
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 from aimscale.sweeps.state.claims import Claim, RunRecord, own_claim
-from aimscale.sweeps.state.decision import Decision, note_finished
-from aimscale.sweeps.state.job_kind import JobKind
+from aimscale.sweeps.state.decision import Decision, JobKind, note_finished
 from aimscale.sweeps.state.retries import Outcome, conclude, note_lost
 from aimscale.sweeps.state.sweep_dir import lock_file
 

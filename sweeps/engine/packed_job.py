@@ -24,8 +24,7 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import REQUEUE_WAIT_S, JobError
 from aimscale.sweeps.state.claims import Claim, RunRecord
-from aimscale.sweeps.state.decision import Decision, decide
-from aimscale.sweeps.state.job_kind import JobKind
+from aimscale.sweeps.state.decision import Decision, JobKind, decide
 
 
 class PackedJob:

@@ -21,8 +21,7 @@ from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.claims import Claim, RunRecord
-from aimscale.sweeps.state.decision import Decision, decide
-from aimscale.sweeps.state.job_kind import training_jobs
+from aimscale.sweeps.state.decision import Decision, decide, training_jobs
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.status import sweep_status
 

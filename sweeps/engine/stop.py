@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from aimscale.harness.run.files import process_started
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.claims import RunRecord, local_claim_is_live
-from aimscale.sweeps.state.probe_record import jobs_beside
+from aimscale.sweeps.state.claims import RunRecord, local_claim_is_live, records_of
 from aimscale.sweeps.state.retries import forgive
 from aimscale.sweeps.state.sweep_dir import launch_lock
 
@@ -75,9 +74,8 @@ def _cancel_one(
 def _records(sweep: Sweep, run_ids: Sequence[str]) -> Iterator[tuple[str, RunRecord]]:
     """Training and evaluation job of each run, with what to call them."""
     for run_id in run_ids:
-        yield run_id, RunRecord(sweep.run_dir(run_id))
-        for what, job in jobs_beside(sweep.run_dir(run_id)).items():
-            yield f"{what} of {run_id}", job
+        for record in records_of(sweep.run_dir(run_id)):
+            yield record.title, record
 
 
 def _stop_local(record: RunRecord) -> bool:

@@ -43,15 +43,9 @@ class JobError(RuntimeError):
 class SlurmJob:
     """The callable that submitit pickles; it carries the work's directory and nothing else."""
 
-    def __init__(
-        self,
-        path: Path,
-        worker: tuple[str, ...] = ("-m", "aimscale.harness.train"),
-        record: type[RunRecord] = RunRecord,
-    ) -> None:
+    def __init__(self, path: Path, worker: tuple[str, ...] = ("-m", "aimscale.harness.train")) -> None:
         self.path = path
         self.worker = worker
-        self.record = record
 
     def __call__(self) -> str:
         """Execute one attempt of the run.
@@ -59,7 +53,7 @@ class SlurmJob:
         Raises:
             JobError: the run failed for good.
         """
-        return _Watcher(self.record(self.path), self.worker).watch()
+        return _Watcher(RunRecord(self.path), self.worker).watch()
 
     def checkpoint(self) -> Any:
         """Asked for by submitit when it is told to stop before the watcher took over: the same call again."""

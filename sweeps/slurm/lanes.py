@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.claims import RunRecord
-from aimscale.sweeps.state.probe_record import jobs_beside
+from aimscale.sweeps.state.claims import records_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,7 @@ def queued_jobs(sweep: Sweep) -> set[str]:
     """Jobs of the sweep that wait in Slurm or run, of whatever kind."""
     is_queued = slurm.is_queued(slurm.jobs())
     paths = list(sweep.runs_dir.iterdir()) if sweep.runs_dir.is_dir() else []
-    records = [record for path in paths for record in (RunRecord(path), *jobs_beside(path).values())]
-    claims = [claim for record in records if (claim := record.find_claim())]
+    claims = [claim for path in paths for record in records_of(path) if (claim := record.find_claim())]
     return {claim.job_id for claim in claims if claim.job_id and is_queued(claim)}
 
 

@@ -21,8 +21,7 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import SlurmJob
 from aimscale.sweeps.slurm.lanes import Turn, afterany, queued_jobs, turns
 from aimscale.sweeps.state.claims import Claim, RunRecord, own_claim
-from aimscale.sweeps.state.decision import Decision, note_finished
-from aimscale.sweeps.state.job_kind import JobKind, training_jobs
+from aimscale.sweeps.state.decision import Decision, JobKind, note_finished, training_jobs
 from aimscale.sweeps.state.retries import diagnose
 from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.state.sweep_dir import lock_file
@@ -236,7 +235,7 @@ class _Batch:
     def _job(self, members: Sequence[Decision], devices: int) -> Any:
         if len(members) == 1 or self.packed is None:
             (only,) = members
-            return SlurmJob(only.record.path, self.kind.worker, type(only.record))
+            return SlurmJob(only.record.path, self.kind.worker)
         shared_by = [runs_on_a_device(self.sweep, each.run) for each in members]
         return self.packed([each.record.path for each in members], shared_by, devices, self.kind.worker)
 

@@ -24,6 +24,8 @@ from aimscale.harness.run.lease import Holder
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 
+EVALUATING = "evaluating"
+"""Folder of the evaluation job within a run directory."""
 CLAIM_GRACE_S = 300.0
 """A local claim from another machine holds this long, in which its worker takes the run's lease."""
 
@@ -68,27 +70,24 @@ _STATUS, _CLAIM, _HOLDER = TypeAdapter(Status), TypeAdapter(Claim), TypeAdapter(
 
 
 class RunRecord(RunDir):
-    """A run directory as launchers see it."""
+    """A run directory as launchers see it, or `RUN/evaluating/`, where the evaluation job of a run keeps the same."""
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
         self.claim = self.path / "launch.json"
         self.attempts = self.path / "attempts.jsonl"
-
-    @property
-    def run(self) -> RunDir:
-        """The run that the work is on."""
-        return self
+        self.evaluates = self.path.parent if self.path.name == EVALUATING else None
+        """The run directory that an evaluation job works on; null of training."""
 
     @property
     def title(self) -> str:
         """What a person calls the work."""
-        return self.path.name
+        return f"the evaluation of {self.evaluates.name}" if self.evaluates else self.path.name
 
     @property
     def home(self) -> Path:
         """Folder of the launch lock and of Slurm's logs: the sweep's."""
-        return self.path.parent.parent
+        return (self.evaluates or self.path).parent.parent
 
     def saved_progress(self) -> list[int]:
         """What an attempt that resumes now would start from: rows, images of the furthest checkpoint, and evaluation.
@@ -99,6 +98,8 @@ class RunRecord(RunDir):
         Raises:
             SweepError: `results.json` is damaged.
         """
+        if self.evaluates:
+            return evaluation_progress(self.evaluates)
         images = [0]
         for path in self.checkpoints.glob("[0-9]*"):
             with contextlib.suppress(ValueError):
@@ -244,6 +245,12 @@ def claim_run(record: RunRecord, run: Run, claim: Claim) -> None:
     RunDir.create(record.path, run.config)
     record.write_status(state="queued", reason=None, reason_class=None)
     record.write_claim(claim)
+
+
+def records_of(run_dir: Path) -> list[RunRecord]:
+    """Training of a run and, where it had one, its evaluation job."""
+    job = RunRecord(run_dir / EVALUATING)
+    return [RunRecord(run_dir), *([job] if job.path.is_dir() else [])]
 
 
 def local_claim_is_live(claim: Claim) -> bool:

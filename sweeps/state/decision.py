@@ -1,18 +1,22 @@
-"""What a launch does with each run of a sweep: start it, or leave it and say why."""
+"""What a launch does with each run of a sweep: start it, or leave it and say why; and the kinds of jobs on a run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import Status
 from aimscale.harness.run.trunk import missing_budgets
+from aimscale.sweeps.plan.device_fit import MIN_STOP_S, stop_seconds
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.state.claims import Claim, RunRecord, claim_run, local_claim_is_live
 from aimscale.sweeps.state.retries import may_try_again
+from aimscale.sweeps.state.sweep_dir import launch_lock_path
 
 Verdict = Literal["start", "resume", "finished", "running", "queued", "failed", "damaged"]
 
@@ -99,3 +103,36 @@ def standing(
         return "failed", f"{status.reason_class}: {status.reason}"
     record.read_attempts()  # where they are damaged, it is said now, not after a job was submitted
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobKind:
+    """One kind of job on runs."""
+
+    name: str
+    """Goes into the names of Slurm's jobs."""
+    lock: Path
+    """Held while it is decided what is started."""
+    record: Callable[[Run], RunRecord]
+    """Where the job on a run keeps its status, claim, attempts and logs."""
+    decide: Callable[[Run, RunRecord, Callable[[Claim], bool]], Decision]
+    """Whether a run is to be started; the last argument says whether Slurm still knows a claim's job."""
+    claim: Callable[[RunRecord, Run, Claim], None]
+    """Claims a run that was decided upon, under the launch lock."""
+    worker: tuple[str, ...]
+    """Arguments of Python; the record's directory follows."""
+    stop_s: Callable[[Run], int] = lambda run: MIN_STOP_S
+    """Time that a run is given to save and end."""
+
+
+def training_jobs(sweep: Sweep) -> JobKind:
+    """Train the runs of a sweep."""
+    return JobKind(
+        name=f"aimscale-{sweep.name}",
+        lock=launch_lock_path(sweep),
+        record=lambda run: RunRecord(sweep.run_dir(run.run_id)),
+        decide=decide,
+        claim=claim_run,
+        worker=("-m", "aimscale.harness.train"),
+        stop_s=lambda run: stop_seconds(sweep, run),
+    )

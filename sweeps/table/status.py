@@ -16,9 +16,8 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
-from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live, records_of
 from aimscale.sweeps.state.decision import budgets_left
-from aimscale.sweeps.state.probe_record import jobs_beside
 from aimscale.sweeps.state.retries import explain_job
 
 Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]
@@ -202,7 +201,7 @@ def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[
         done = sum(is_probed(record, run.config, budget, task) for budget, task in wanted)
     try:
         hours = _hours(record, now, is_running=state == "running")
-        for job in jobs_beside(record.path).values():
+        for job in records_of(record.path)[1:]:
             status, is_running = job.checked_status(), job.is_held()
             hours += _hours(job, now, is_running=is_running)
             if is_running or status.state == "queued":

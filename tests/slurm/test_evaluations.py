@@ -10,7 +10,7 @@ from typing import Any
 from aimscale.harness.probe.run import probe_run
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.engine.evaluations import unevaluated
-from aimscale.sweeps.state.probe_record import EvaluationRecord
+from aimscale.sweeps.state.claims import EVALUATING, RunRecord
 
 
 def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
@@ -30,7 +30,7 @@ def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
     command += ["--on", "slurm", "--allow-dirty"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert told.count("submitted") == 2, told
-    jobs = [EvaluationRecord.of(record.path) for record in case.records]
+    jobs = [RunRecord(record.path / EVALUATING) for record in case.records]
     case.wait(lambda: jobs[0].is_held() and jobs[0].saved_progress()[1] > 0, "a part of the first evaluation")
     claim = jobs[0].read_claim()
     assert claim is not None

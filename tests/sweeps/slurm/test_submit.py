@@ -20,8 +20,7 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.job import tasks_on_node
 from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of, with_slurm
 from aimscale.sweeps.state.claims import RunRecord, claim_run, own_claim
-from aimscale.sweeps.state.decision import decide
-from aimscale.sweeps.state.job_kind import training_jobs
+from aimscale.sweeps.state.decision import decide, training_jobs
 from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.views import duration, print_plan

@@ -14,8 +14,7 @@ from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.state.claims import RunRecord, own_claim
-from aimscale.sweeps.state.probe_record import EvaluationRecord
+from aimscale.sweeps.state.claims import EVALUATING, RunRecord, own_claim
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.views import new_console, status_summary, status_table
@@ -190,7 +189,7 @@ def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
     launch(sweep, slots=1, command=stand_in())
     run = plan(sweep)[0]
     card = cost_cards(sweep, [run])[0]
-    trained, job = RunRecord(sweep.run_dir(run.run_id)), EvaluationRecord.of(sweep.run_dir(run.run_id))
+    trained, job = RunRecord(sweep.run_dir(run.run_id)), RunRecord(sweep.run_dir(run.run_id) / EVALUATING)
     slow = {"exit_code": 0, "where": "here", "saved": [1], "reason_class": None, "reason": None}
     trained.append_attempt(attempt=2, ended=1.0, device_hours=3 * card.training_s / 3600, **slow)
     job.append_attempt(attempt=1, ended=1.0, device_hours=0.0, **slow)
