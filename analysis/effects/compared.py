@@ -58,9 +58,14 @@ class Contrast(Result):
         return self.sentence()
 
     @property
+    def is_shown(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    @property
     def verdict(self) -> str:
         """`better`, `worse`, or `not shown to differ`."""
-        if not (self.low > 0 or self.high < 0):
+        if not self.is_shown:
             return "not shown to differ"
         return "better" if (self.difference < 0) == self.measure.lower_is_better else "worse"
 

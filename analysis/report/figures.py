@@ -25,8 +25,9 @@ from aimscale.analysis.plots.scaling import (
 )
 from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
 from aimscale.analysis.published.published import published_frame
-from aimscale.analysis.report.cells import csv_uri
 from aimscale.analysis.report.study import Study, probe_kinds
+from aimscale.analysis.report.tables import csv_uri
+from aimscale.analysis.table.design import MEASURED_ON
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.select import widest_slice
@@ -71,48 +72,51 @@ def data_uri(mime: str, content: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
-def page_figures(study: Study) -> list[PageFigure]:
+def page_figures(study: Study) -> Iterator[PageFigure]:
     """Every figure that the table allows, in reading order."""
-    return [*_scaling(study), *_accuracy(study), *_checks(study), *_published(study)]
+    yield from _scaling(study)
+    yield from _accuracy(study)
+    joint = study.fits.get("ND")
+    if joint is not None:
+        yield from _checks(study, joint)
+    if study.approaches is not None and study.approaches.frontiers:
+        yield from _frontiers(study, study.approaches)
+    yield from _published(study)
 
 
-def law_caption(study: Study, key: str) -> str:
+def _law_caption(study: Study, key: str) -> str:
     """Formula, parameters with intervals, points and rows of a fit."""
     fit = study.fits[key]
-    names = [p.name for p in fit.law.parameters]
-    values = "; ".join(f"{name} = {fit.shown(name)}" for name in names)
+    values = "; ".join(f"{p.name} = {fit.shown(p.name)}" for p in fit.law.parameters)
     return (
-        f"{fit.law.formula}: {values}. Brackets: {100 * fit.confidence:.0f} % intervals, "
-        "shaded for the curve. "
+        f"{fit.law.formula}: {values}. Brackets: {100 * fit.confidence:.0f} % intervals, shaded for the curve. "
         f"{fit.num_points} points ({study.selections.get(key, 'all rows')})."
     )
 
 
 def _scaling(study: Study) -> Iterator[PageFigure]:
     usable, fits = study.usable, study.fits
-    if usable.empty:
-        return
     se, bars = _error_bars(usable)
-    for key, x, other, title in (
+    for key, x, by, title in (
         ("N", "params_total", "images_seen", "Loss against parameters"),
         ("D", "images_seen", "params_total", f"Loss against {study.samples} seen"),
+        ("C", "flops_train", None, "Loss against compute"),
     ):
-        if x not in usable or usable[x].isna().all():
+        if usable.empty or x not in usable or usable[x].isna().all():
             continue
-        if "ND" in fits:
-            figure, caption = plot_fit(fits["ND"], x=key, se=se), law_caption(study, "ND") + bars
-            if key == "D":
-                caption = f"The same law, a line for each of up to eight sizes.{bars}"
-            data = fits["ND"].data
+        rows = usable[[x, "val_loss"]].dropna()
+        if key == "C" and key in fits:
+            figure = plot_fit(fits["C"], se=se, background=rows.set_axis(["x", "y"], axis=1))
+            caption = f"Grey: all measurements; blue: the envelope. {_law_caption(study, 'C')}{bars}"
+        elif key != "C" and "ND" in fits:
+            figure, rows = plot_fit(fits["ND"], x=key, se=se), fits["ND"].data
+            caption = (_law_caption(study, "ND") if key == "N" else "The same law, a line for each size.") + bars
         elif key in fits:
-            figure, caption, data = plot_fit(fits[key], se=se), law_caption(study, key) + bars, fits[key].data
+            figure, caption, rows = plot_fit(fits[key], se=se), _law_caption(study, key) + bars, fits[key].data
         else:
-            by = other if other in usable and usable[other].notna().all() else None
-            figure = plot_points(usable, x, by=by)
-            caption, data = "No law could be fitted; see what is missing.", usable[[x, "val_loss"]]
-        yield page_figure(f"loss-{key}", "scaling", title, caption, figure, data)
-    if "flops_train" in usable and usable["flops_train"].notna().any():
-        yield _compute_figure(study, se, bars)
+            figure = plot_points(usable, x, by=by if by in usable and usable[by].notna().all() else None)
+            caption = "No law could be fitted; see what is missing."
+        yield page_figure(f"loss-{key}", "scaling", title, caption, figure, rows)
 
 
 def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
@@ -123,7 +127,7 @@ def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
     se = usable.get("val_loss_se")
     if se is None or se.isna().all():
         return None, ""
-    names = [name for name in ("data_fingerprint", "val_num_images") if name in usable]
+    names = [name for name in MEASURED_ON if name in usable]
     if names and len(usable[names].drop_duplicates()) == 1:
         return None, (
             f" No error bars: all runs are scored on the same images, so their standard error, {se.median():.4f}, "
@@ -132,71 +136,37 @@ def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
     return se, " Bars: ± 1.96 standard errors over validation images."
 
 
-def _compute_figure(study: Study, se: pd.Series | None, bars: str) -> PageFigure:
-    usable = study.usable[["flops_train", "val_loss"]].dropna()
-    title = "Loss against compute"
-    if "C" not in study.fits:
-        figure = plot_points(usable, "flops_train")
-        return page_figure("loss-C", "scaling", title, "No law could be fitted.", figure, usable)
-    background = usable.set_axis(["x", "y"], axis=1)
-    figure = plot_fit(study.fits["C"], se=se, background=background)
-    caption = f"Grey: all measurements; blue: the envelope. {law_caption(study, 'C')}{bars}"
-    return page_figure("loss-C", "scaling", title, caption, figure, usable)
-
-
 def _accuracy(study: Study) -> Iterator[PageFigure]:
     probes = study.probes
     if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
         return
+    names = ("size", "params_total", "images_seen", "val_loss", "task", "top1", "top1_lo95", "top1_hi95")
     for kind in probe_kinds(probes):
         rows = probes[probes["kind"] == kind]
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
+        links = {task: link for (each, task), link in study.links.items() if each == kind}
         caption = (
             f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of "
             f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
         )
-        links = {task: link for (each, task), link in study.links.items() if each == kind}
-        figure = plot_loss_accuracy(rows, found, links)
-        keep = [
-            c
-            for c in ("size", "params_total", "images_seen", "val_loss", "task", "top1", "top1_lo95", "top1_hi95")
-            if c in rows
-        ]
-        yield page_figure(
-            f"accuracy-{kind}", "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, rows[keep]
-        )
+        figure, data = plot_loss_accuracy(rows, found, links), rows[[name for name in names if name in rows]]
+        yield page_figure(f"accuracy-{kind}", "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, data)
 
 
-def _checks(study: Study) -> Iterator[PageFigure]:
-    joint = study.fits.get("ND") or study.fits.get("N")
-    if joint is not None:
-        caption = (
-            f"{joint.law.formula}. Points should scatter around zero; a pattern along an axis means that the form does "
-            "not describe that variable."
-        )
-        yield page_figure(
-            "residuals", "checks", "Residuals of the fitted law", caption, plot_residuals(joint), joint.data
-        )
-    if "ND" in study.fits:
-        yield from _joint_figures(study, study.fits["ND"])
-    if study.approaches is not None and study.approaches.frontiers:
-        yield from _frontier_figures(study, study.approaches)
-
-
-def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
-    """Extrapolation tests, bootstrap cloud and the surface."""
+def _checks(study: Study, joint: Fit) -> Iterator[PageFigure]:
+    """Residuals, extrapolation tests, the cloud of exponents and the surface."""
+    caption = (
+        f"{joint.law.formula}. Points should scatter around zero; a pattern along an axis means that the form does not "
+        "describe that variable."
+    )
+    title = "Residuals of the fitted law"
+    yield page_figure("residuals", "checks", title, caption, plot_residuals(joint), joint.data)
     if joint.heldout:
         tests = {f"largest {'model' if t.variable == 'N' else 'budget'}": t.predictions for t in joint.heldout}
         caption = "Fitted without the largest scale, then asked for it. Bars: 95 % prediction intervals."
         data = pd.concat([rows.assign(left_out=label) for label, rows in tests.items()])
-        yield page_figure(
-            "held-out",
-            "checks",
-            "Forecast against actual",
-            caption,
-            plot_forecasts(tests, axis_label("val_loss", joint.loss_unit, joint.names)),
-            data,
-        )
+        figure = plot_forecasts(tests, axis_label("val_loss", joint.loss_unit, joint.names))
+        yield page_figure("held-out", "checks", "Forecast against actual", caption, figure, data)
     if joint.draws:
         caption = f"Each point is one draw of both exponents ({joint.interval_method}); dashed: 95 % intervals."
         draws = pd.DataFrame({name: joint.reported_draws()[name] for name in ("alpha", "beta")})
@@ -204,13 +174,11 @@ def _joint_figures(study: Study, joint: Fit) -> Iterator[PageFigure]:
     frontiers = study.approaches.frontiers if study.approaches else ()
     path = next((frontier for frontier in frontiers if frontier.approach == 3), None)
     best = ", and the path of least loss at each compute" if path else "; approach 3 has no path of least loss to draw"
-    caption = f"Contours of equal fitted loss, the measured points{best}."
-    yield page_figure(
-        "surface", "checks", "The fitted loss over N and D", caption, plot_surface(joint, path), joint.data
-    )
+    caption, title = f"Contours of equal fitted loss, the measured points{best}.", "The fitted loss over N and D"
+    yield page_figure("surface", "checks", title, caption, plot_surface(joint, path), joint.data)
 
 
-def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
+def _frontiers(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
     """N*(C) by every approach that the table allows, and the parabolas where approach 2 is one of them."""
     failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
     caption = (
@@ -230,20 +198,19 @@ def _frontier_figures(study: Study, approaches: Approaches) -> Iterator[PageFigu
 
 def _published(study: Study) -> Iterator[PageFigure]:
     usable = study.usable
-    if not study.is_ours or usable.empty or "params_total" not in usable or usable["params_total"].isna().all():
+    if not study.is_ours or not {"params_total", "images_seen"} <= set(usable) or usable["params_total"].isna().all():
         return
-    rows, seen = widest_slice(usable, "params_total", "images_seen") if "images_seen" in usable else (usable, "unknown")
+    rows, seen = widest_slice(usable, "params_total", "images_seen")
     if rows.empty:
         return
     ours = rows.loc[rows.groupby("params_total")["val_loss"].idxmin()].sort_values("params_total")
     sizes = f"{human(ours['params_total'].min())} to {human(ours['params_total'].max())}"
-    published = published_frame()
+    published, keep = published_frame(), ["params_total", "val_loss"]
     caption = (
         f"Ours: lowest loss of each size after {seen} images, {sizes} parameters. AIM: IN-1k validation "
         "loss of the four published sizes. The levels are not comparable (other images, resolution, patches, prefixes "
         "and budgets); the slopes are, with the cautions below."
     )
-    keep = ["params_total", "val_loss"]
     data = pd.concat([ours[keep].assign(family="this table"), published[keep].assign(family="AIM, published")])
     figure = plot_beside_published(ours, published)
     yield page_figure("beside-aim", "published", "Beside the published AIM models", caption, figure, data)

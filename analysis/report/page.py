@@ -20,10 +20,9 @@ import markupsafe
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import css_variables
 from aimscale.analysis.published.comparison import compare
-from aimscale.analysis.report import accuracy_tables, law_tables, published_tables, run_tables
-from aimscale.analysis.report import text as words
-from aimscale.analysis.report.changes import findings
+from aimscale.analysis.report import tables, words
 from aimscale.analysis.report.figures import page_figures
+from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
@@ -31,10 +30,6 @@ from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.read import read_tables
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-class ReportError(AnalysisError):
-    """A report that cannot be written."""
 
 
 def write_report(
@@ -52,15 +47,14 @@ def write_report(
         tables: CSV or Parquet tables, or sweeps' folders; `collect.json` beside them gives pictures and machine.
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
-        where: conditions that rows must meet, see `selection.select`.
-        best: tuned columns of which only the best value counts, see `selection.best_of`.
+        where: conditions that rows must meet, see `table.select.select`.
+        best: tuned columns of which only the best value counts, see `table.select.best_of`.
 
     Returns:
         Path of the page.
 
     Raises:
-        AnalysisError: the table cannot be read, or holds neither losses nor probes.
-        ReportError: the page cannot be written.
+        AnalysisError: the table cannot be read, or holds neither losses nor probes; or the page cannot be written.
     """
     given = [tables] if isinstance(tables, Path) else list(tables)
     paths = [path / "results.parquet" if path.is_dir() else path for path in given]
@@ -76,37 +70,25 @@ def write_report(
         os.replace(aside, out)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise ReportError(f"cannot write {out}: {error.strerror}; give another path with --out") from error
+        raise AnalysisError(f"cannot write {out}: {error.strerror}; give another path with --out") from error
     return out
 
 
 def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
-    """The collect.json of all tables: descriptions, completions with their whole paths, machines."""
-    found = [(path, _read_collect(path)) for path in paths]
-    completions = [
-        {**entry, "path": str((path.parent / str(entry.get("path", ""))).absolute())}
-        for path, collect in found
-        for entry in collect.get("completions", [])
-        if isinstance(entry, dict)
-    ]
-    machines: dict[str, Any] = {}
-    for _, collect in found:
-        for machine in collect.get("machines", []):
-            machines.setdefault(json.dumps(machine, sort_keys=True), machine)
-    words = [str(collect["description"]) for _, collect in found if collect.get("description")]
-    return {"completions": completions, "machines": list(machines.values()), "description": "; ".join(words)}
-
-
-def _read_collect(table: Path) -> dict[str, Any]:
-    """The sweep's collect.json beside the table, or nothing."""
-    path = table.with_name("collect.json")
-    if not path.exists():
-        return {}
-    try:
-        collect = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ReportError(f"cannot read {path} ({error}); collect the sweep again") from error
-    return collect if isinstance(collect, dict) else {}
+    """The collect.json beside every table, joined: descriptions, completions with their whole paths, machines."""
+    completions, machines, descriptions = [], [], []
+    for path in (path.with_name("collect.json") for path in paths):
+        if not path.exists():
+            continue
+        try:
+            collect = json.loads(path.read_text())
+            descriptions += [str(collect["description"])] if collect.get("description") else []
+            machines += [machine for machine in collect.get("machines", []) if machine not in machines]
+            for entry in collect.get("completions", []):
+                completions.append({**entry, "path": str((path.parent / str(entry.get("path", ""))).absolute())})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise AnalysisError(f"cannot read {path} ({error}); collect the sweep again") from error
+    return {"completions": completions, "machines": machines, "description": "; ".join(descriptions)}
 
 
 def render(study: Study) -> str:
@@ -119,9 +101,7 @@ def render(study: Study) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["maths"] = maths
-    figures = page_figures(study)
-    pictures = picture_rows(study)
-    found = findings(study)
+    figures, found, pictures = list(page_figures(study)), list(findings(study)), picture_rows(study)
     comparison = compare(study.main, resamples=study.resamples) if study.is_ours else None
     gaps = [gap.sentence() for gap in comparison.closing] if comparison else []
     return environment.get_template("report.html").render(
@@ -139,23 +119,23 @@ def render(study: Study) -> str:
         figures={s: [f for f in figures if f.section == s] for s in ("scaling", "accuracy", "checks", "published")},
         pictures=pictures,
         findings={s: [f for f in found if f.section == s] for s in ("laws", "changes", "noise")},
-        ladder=run_tables.ladder_table(study),
-        results=run_tables.results_page_table(study),
-        laws=law_tables.law_tables(study),
-        forecast=law_tables.forecast_table(study),
-        accuracy_forecast=accuracy_tables.accuracy_forecast_table(study),
-        heldout=law_tables.heldout_table(study),
-        probes=accuracy_tables.probe_table(study),
-        correlations=accuracy_tables.correlation_table(study),
-        frontiers=law_tables.frontier_table(study),
-        comparison=published_tables.task_comparison_table(comparison) if comparison else None,
-        baselines=published_tables.baseline_table(comparison) if comparison else None,
-        published=published_tables.published_tables(),
+        ladder=tables.ladder_table(study),
+        results=tables.results_page_table(study),
+        laws=tables.law_tables(study),
+        forecast=tables.forecast_table(study),
+        accuracy_forecast=tables.accuracy_forecast_table(study),
+        heldout=tables.heldout_table(study),
+        probes=tables.probe_table(study),
+        correlations=tables.correlation_table(study),
+        frontiers=tables.frontier_table(study),
+        comparison=tables.task_comparison_table(comparison) if comparison else None,
+        baselines=tables.baseline_table(comparison) if comparison else None,
+        published=tables.published_tables(),
         comparability=[*words.comparability(study), *gaps],
         left_out=comparison.left_out if comparison else (),
         missing=list(dict.fromkeys(study.missing)),
-        methods=words.methods(study),
-        provenance=words.provenance(study),
+        methods=list(words.methods(study)),
+        provenance=list(words.provenance(study)),
     )
 
 
@@ -183,11 +163,8 @@ def _asset(name: str) -> str:
 
 
 def page_title(study: Study) -> str:
-    """Names of the sweeps, or of the file."""
-    sweeps: list[Any] = list(study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else []
-    if not sweeps:
-        return study.paths[0].stem
-    more = f" and {len(sweeps) - 3} more" if len(sweeps) > 3 else ""
-    names = [str(sweep) for sweep in sweeps[:3]]
-    joined = ", ".join(names) if more or len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return joined + more
+    """Names of the first three sweeps, or of the file."""
+    sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
+    if len(sweeps) > 3:
+        return f"{', '.join(sweeps[:3])} and {len(sweeps) - 3} more"
+    return " and ".join(filter(None, [", ".join(sweeps[:-1]), *sweeps[-1:]])) or study.paths[0].stem

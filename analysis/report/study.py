@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation, correlate
-from aimscale.analysis.accuracy.links import chance_level, link
+from aimscale.analysis.accuracy.links import chance_level, forecast, link
 from aimscale.analysis.effects.compared import Contrasts
 from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
@@ -30,8 +30,8 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
 from aimscale.analysis.frontier.definitions import Definitions, by_definition
 from aimscale.analysis.frontier.optimum import parametric_frontier
-from aimscale.analysis.next.backtest import AUTO, Choice, choose
-from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
+from aimscale.analysis.next.backtest import AUTO, Choice, choose, with_compute
+from aimscale.analysis.next.proposal import Proposal, grid_offer, propose, with_variables
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import BLOCKS, KIND
 from aimscale.analysis.table.names import CANONICAL
@@ -315,6 +315,46 @@ def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
         with contextlib.suppress(AnalysisError):
             found += correlate(rows, x="val_loss", y="top1", methods=("pearson",), **options)
     return found
+
+
+FORECAST_SCALES = ((2.0, 2.0), (10.0, 1.0), (1.0, 10.0), (10.0, 10.0))
+"""Multiples of the largest N and D that the page forecasts at."""
+
+
+def forecasts(study: Study) -> pd.DataFrame:
+    """What the law that predicts best expects beyond the table: N and D multiplied from the largest run, data new.
+
+    Returns:
+        Columns: scale (in words), times_n, times_d, N, D and the law's other variables, value, ci_lo, ci_hi, pi_lo,
+        pi_hi, beyond_range; empty without a law.
+    """
+    law = study.forecaster
+    if law is None:
+        return pd.DataFrame()
+    joint = study.fits["ND"]
+    scales = pd.DataFrame(FORECAST_SCALES, columns=["times_n", "times_d"])
+    scales["scale"] = [f"{n:g} × N, {d:g} × D" for n, d in FORECAST_SCALES]
+    grid = scales.assign(N=scales["times_n"] * joint.ranges["N"][1], D=scales["times_d"] * joint.ranges["D"][1])
+    places = with_variables(grid, law, with_compute(study.usable, None))
+    beyond = scales[["times_n", "times_d"]].max(axis=1)  # in N and D; laws may know C, too
+    return pd.concat([places, law.predict(places).assign(beyond_range=beyond)], axis=1)
+
+
+def accuracy_forecasts(study: Study) -> pd.DataFrame:
+    """What the two-step forecast, scale -> loss -> accuracy, expects beyond the table for the first probe kind.
+
+    Returns:
+        Columns: task, kind, scale, loss, accuracy, pi_lo, pi_hi, beyond_range; empty without both steps.
+    """
+    law, kind = study.forecaster, next((kind for kind, _ in study.links), None)
+    if law is None or not law.draws or kind is None:
+        return pd.DataFrame()
+    places, tables = forecasts(study), []
+    for (each, task), second in study.links.items():
+        if each == kind and second.draws:
+            found = forecast(law, second, places[list(law.law.variables)]).table.reset_index(drop=True)
+            tables.append(found.assign(scale=places["scale"], task=task, kind=kind))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def affordable(resamples: int, num_rows: int) -> int:

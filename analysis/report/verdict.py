@@ -9,17 +9,17 @@ from typing import Literal
 
 import numpy as np
 
-from aimscale.analysis.fitting.result import about
+from aimscale.analysis.fitting.result import Fit, about
 from aimscale.analysis.next.proposal import COLLINEAR, Proposal
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.report.expected import forecasts
-from aimscale.analysis.report.study import Study
+from aimscale.analysis.report.study import Study, forecasts
 from aimscale.analysis.table.design import varies
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 MAX_REASONS = 4
 """Reasons told on the first line; the others are flags of the fits below."""
+HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,13 @@ class Line:
 def verdict(study: Study) -> tuple[Line, ...]:
     """The five lines, whatever the table allows; each says so where it has no answer."""
     colour, reasons = trust(study)
+    more = [f"and {len(reasons) - MAX_REASONS} more below"] if len(reasons) > MAX_REASONS else []
     return (
-        Line(question="Can it be trusted?", answer=_trust_words(colour, reasons), colour=colour),
+        Line(
+            question="Can it be trusted?",
+            answer=f"{HEADS[colour]}: {'; '.join([*reasons[:MAX_REASONS], *more])}.",
+            colour=colour,
+        ),
         Line(question="The law", answer=" ".join(_law(study))),
         Line(question="Best split", answer=_split(study)),
         Line(question="Forecast", answer=_forecast(study)),
@@ -50,40 +55,33 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
     if joint is None:
         return "red", ["no joint law of parameters and data could be fitted"]
     fatal = [f"{symbol(p)} is not identified" for p in ("alpha", "beta") if p in joint.not_identified]
-    worse = [t for t in joint.heldout if t.log_rmse > t.naive_log_rmse]
+    worse = [t.variable for t in joint.heldout if t.log_rmse > t.naive_log_rmse]
     if joint.heldout and len(worse) == len(joint.heldout):
         fatal.append("left out, the largest scales are predicted no better than by a straight line in log-log")
-    cautions = [f"no better than a straight line for the largest {t.variable} left out" for t in worse if not fatal]
-    cautions += [
-        f"{t.num_inside} of {t.num_test} points of the largest {t.variable} inside their prediction intervals"
-        for t in joint.heldout
-        if t.num_inside < 0.8 * t.num_test
-    ]
-    if not joint.heldout:
-        cautions.append("no scale could be left out to test it")
-    if study.approaches is not None and study.approaches.apart():
-        pairs = ", ".join(f"{a} and {b}" for a, b in study.approaches.apart())
-        cautions.append(f"the exponents of approaches {pairs} do not overlap")
+    cautions = [*_of_tests(joint, [] if fatal else worse), *_of_approaches(study)]
     told = ("alpha", "beta") if fatal else ()
-    cautions += [_within_a_sentence(flag) for flag in joint.flags if about(flag) not in told]
+    cautions += [str(flag).rstrip(".") for flag in joint.flags if about(flag) not in told]
     if fatal:
         return "red", [*fatal, *cautions]
-    return ("amber", cautions) if cautions else ("green", [])
+    return ("amber", cautions) if cautions else ("green", ["identified, tested on the largest scales, not flagged"])
 
 
-def _trust_words(colour: Colour, reasons: list[str]) -> str:
-    if colour == "green":
-        return "Yes: exponents are identified, the largest scales were predicted when left out, nothing is flagged."
-    shown = "; ".join(reasons[:MAX_REASONS])
-    more = len(reasons) - MAX_REASONS
-    rest = f"; and {more} more below" if more > 0 else ""
-    return f"{'No' if colour == 'red' else 'With care'}: {shown}{rest}."
+def _of_tests(joint: Fit, worse: list[str]) -> Iterator[str]:
+    """What held-out scales say against the law."""
+    for variable in worse:
+        yield f"no better than a straight line for the largest {variable} left out"
+    for test in joint.heldout:
+        if test.num_inside < 0.8 * test.num_test:
+            inside = f"{test.num_inside} of {test.num_test} points of the largest {test.variable}"
+            yield f"{inside} inside their prediction intervals"
+    if not joint.heldout:
+        yield "no scale could be left out to test it"
 
 
-def _within_a_sentence(flag: str) -> str:
-    """A flag without its full stop; its first letter is small where it is that of a word, not of a parameter."""
-    is_word = flag[1:2].islower() or (flag[1:2] == " " and flag[2:].startswith("rival"))
-    return (flag[0].lower() + flag[1:] if is_word else flag).rstrip(".")
+def _of_approaches(study: Study) -> Iterator[str]:
+    if study.approaches is not None and study.approaches.apart():
+        pairs = ", ".join(f"{a} and {b}" for a, b in study.approaches.apart())
+        yield f"the exponents of approaches {pairs} do not overlap"
 
 
 def symbol(name: str) -> str:
@@ -103,12 +101,11 @@ def _law(study: Study) -> Iterator[str]:
     if choice is not None and choice.best.law.name != joint.law.name:
         errors = 100 * choice.table.set_index("law")["mean_error"]
         ours, theirs = errors[joint.law.name], errors[choice.best.law.name]
-        chosen = f"The {choice.best.law.name} law, {choice.best.law.formula}, predicts the largest {choice.by}"
-        if math.isnan(ours):
-            yield f"{chosen} within {theirs:.2g} % when it is left out, where too few points remain for the law above."
-            return
-        verdict = "better" if theirs < ours else "as well as can be told, with fewer parameters,"
-        yield f"{chosen} {verdict} when it is left out ({theirs:.2g} % off against {ours:.2g} %)."
+        against = "the law above has too few points" if math.isnan(ours) else f"the law above {ours:.2g} %"
+        yield (
+            f"The {choice.best.law.name} law, {choice.best.law.formula}, predicts the largest {choice.by} best when it "
+            f"is left out: {theirs:.2g} % off, {against}."
+        )
 
 
 def _split(study: Study) -> str:
@@ -116,60 +113,50 @@ def _split(study: Study) -> str:
     if found is None or not found.frontiers:
         why = "the table has no training FLOPs" if "flops_train" not in study.usable else "no approach is possible"
         return f"Not known: {why}."
-    top = found.largest_budget
-    best = found.frontiers[-1]
+    top, best = found.largest_budget, found.frontiers[-1]
     at = best.at(top).iloc[0]
     exponents = ", ".join(f"{f.exponent_words()} by approach {f.approach}" for f in found.frontiers)
-    apart = (
-        f" Their N* differ by a factor of {found.disagreement(top):.2g} there and of "
-        f"{found.disagreement(100 * top):.2g} at a hundred times that budget."
-        if len(found.frontiers) > 1
-        else ""
-    )
+    apart = f" Their N* differ by a factor of {found.disagreement(top):.2g} there."
     return (
         f"At {human(top)} FLOP, N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}] and "
-        f"D = {human(at['D'])} by approach {best.approach}; N grows as C to the {exponents}.{apart}"
+        f"D = {human(at['D'])} by approach {best.approach}; N grows as C to the {exponents}."
+        f"{apart if len(found.frontiers) > 1 else ''}"
     )
 
 
 def _forecast(study: Study) -> str:
-    frame = forecasts(study)
-    if frame.empty:
+    frame, law = forecasts(study), study.forecaster
+    if frame.empty or law is None:
         return "None without a law."
-    joint, law = study.fits["ND"], study.forecaster
-    assert law is not None
     parts = []
     for _, row in frame[frame["times_n"] == frame["times_d"]].iterrows():
-        interval = _ends(row["pi_lo"], row["pi_hi"], ".4g")
+        ends = [row["pi_lo"], row["pi_hi"]]
+        interval = f"[{ends[0]:.4g}, {ends[1]:.4g}]" if np.isfinite(ends).all() else "(no interval)"
         parts.append(
-            f"{row['value']:.4g}{interval} at N = {human(row['N'])}, D = {human(row['D'])} "
+            f"{row['value']:.4g} {interval} at N = {human(row['N'])}, D = {human(row['D'])} "
             f"({row['beyond_range']:.3g} times beyond the table)"
         )
+    joint = study.fits["ND"]
     unknown = law.law.name == joint.law.name and {"alpha", "beta"} & joint.not_identified
     warning = " Its exponents are not identified: do not use it." if unknown else ""
-    by = "" if law.law.name == joint.law.name else f" by the {law.law.name} law"
-    return f"A loss of {' and '.join(parts)}{by}; {law.confidence:.0%} intervals of one measurement.{warning}"
-
-
-def _ends(low: float, high: float, form: str) -> str:
-    """An interval, or that there is none."""
-    return f" [{low:{form}}, {high:{form}}]" if np.isfinite([low, high]).all() else " (no interval)"
+    return (
+        f"A loss of {' and '.join(parts)} by the {law.law.name} law; {law.confidence:.0%} intervals of one "
+        f"measurement.{warning}"
+    )
 
 
 def _next(study: Study) -> str:
     """The first thing that the table lacks."""
-    joint = study.fits.get("ND")
-    usable = study.usable
+    joint, usable = study.fits.get("ND"), study.usable
     if joint is None:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     ratio = joint.data["D"] / joint.data["N"]
     if joint.not_identified & {"alpha", "beta"} and ratio.max() < COLLINEAR * ratio.min():
         line = f"D/N stays between {human(ratio.min())} and {human(ratio.max())}"
         return f"Every size at several budgets: {line}, and along one line of N and D no exponent can be told."
-    for v, name, noun in (("N", "alpha", "sizes"), ("D", "beta", "budgets")):
+    for v, other, name, noun in (("N", "D", "alpha", "sizes"), ("D", "N", "beta", "budgets")):
         if name in joint.not_identified:
             low, high = joint.ranges[v]
-            other = "D" if v == "N" else "N"
             return (
                 f"More {noun}: {symbol(name)} is not identified by {joint.data[v].nunique()} of them over a factor of "
                 f"{high / low:.3g}. At the largest {other}, go on below {human(low)} or beyond {human(high)}."

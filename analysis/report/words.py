@@ -12,15 +12,15 @@ from aimscale.analysis.accuracy.correlation import Correlation
 from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS
-from aimscale.analysis.report.run_tables import last_of_runs
 from aimscale.analysis.report.study import Study
+from aimscale.analysis.report.tables import last_of_runs
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.select import widest_slice
 
 
 def runs_in_words(study: Study) -> list[str]:
     """What was run, what it cost and what came out."""
-    return [*_what_was_run(study), *_what_came_out(study)]
+    return [_what_was_run(study), *_what_came_out(study)]
 
 
 def _range(values: pd.Series) -> str:
@@ -36,7 +36,13 @@ def _has(frame: pd.DataFrame, *names: str) -> bool:
     return all(name in frame and frame[name].notna().any() for name in names)
 
 
-def _what_was_run(study: Study) -> Iterator[str]:
+def _values(frame: pd.DataFrame, name: str) -> str:
+    """The first few different values of a column."""
+    values = list(dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in frame[name].dropna()))
+    return ", ".join(values[:8]) + (" and more" if len(values) > 8 else "")
+
+
+def _what_was_run(study: Study) -> str:
     frame = study.frame
     parts = [_count(len(frame), "row")]
     if _has(frame, "params_total"):
@@ -48,16 +54,14 @@ def _what_was_run(study: Study) -> Iterator[str]:
         parts.append(f"{_count(num_budgets, 'data budget')} ({_range(frame['images_seen'])} {study.samples} seen)")
     cost = ""
     if _has(frame, "device_hours"):
-        devices = (
-            ", ".join(dict.fromkeys(frame["device"].dropna())) if _has(frame, "device") else "the devices named below"
-        )
+        devices = _values(frame, "device") if _has(frame, "device") else "the devices named below"
         hours = last_of_runs(frame, "device_hours").sum()
         cost = f" Training to the largest budget of each run took {human(hours)} device-hours on {devices}."
     if _has(frame, "flops_train"):
         flops = last_of_runs(frame, "flops_train").sum()
         cost += f" The runs used {human(flops)} FLOP up to their largest budgets."
     one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
-    yield f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
+    return f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
 
 
 def _what_came_out(study: Study) -> Iterator[str]:
@@ -69,10 +73,10 @@ def _what_came_out(study: Study) -> Iterator[str]:
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
     name = f" by {best['size']}" if _has(main, "size") else ""
     seen = f" after {human(best['images_seen'])} {study.samples}" if _has(main, "images_seen") else ""
-    reached = f", reached{name}{seen}" if name or seen else ""
-    yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}."
+    reached = ", reached" if name or seen else ""
+    yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}{name}{seen}."
     for varied, fixed, words in (
-        ("params_total", "images_seen", "from the smallest to the largest model at {} samples seen"),
+        ("params_total", "images_seen", f"from the smallest to the largest model at {{}} {study.samples} seen"),
         ("images_seen", "params_total", "from the smallest to the largest budget of the model of {} parameters"),
     ):
         if _has(usable, varied, fixed):
@@ -82,7 +86,7 @@ def _what_came_out(study: Study) -> Iterator[str]:
                 change = 100 * (rows.iloc[-1] / rows.iloc[0] - 1)
                 factor = human(rows.index[-1] / rows.index[0])
                 verb = "lowers" if change < 0 else "raises"
-                at = words.format(human(widest[fixed].iloc[0])).replace("samples", study.samples)
+                at = words.format(human(widest[fixed].iloc[0]))
                 yield f"Going {at} ({factor}×) {verb} the loss by {abs(change):.1f} %."
 
 
@@ -92,128 +96,116 @@ def accuracy_in_words(study: Study) -> Iterator[str]:
     others = {of: found[0] for of, found in study.correlations.items() if of[0] != first}
     for (kind, task), found in study.correlations.items():
         if kind == first:
-            yield correlation_words(task, kind, found)
+            yield correlation_words(f"{accuracy_of(kind)} on {task}", found)
     if others:
         method = next(iter(others.values())).method.capitalize()
-        listed = (
-            f"{accuracy_of(kind)} on {task} {each.value:.2f} [{each.low:.2f}, {each.high:.2f}]"
-            for (kind, task), each in others.items()
-        )
+        listed = (f"{accuracy_of(kind)} on {task} {_coefficient(each)}" for (kind, task), each in others.items())
         yield f"{method} of the other probes: {', '.join(listed)}."
 
 
-def correlation_words(task: str, kind: str, found: tuple[Correlation, ...]) -> str:
-    """One task's rank and linear correlation."""
-    by = {c.method: c for c in found if c.partial_on is None and c.within is None}
-    partial = next((c for c in found if c.partial_on is not None), None)
-    inside = next((c for c in found if c.within is not None), None)
-    parts = [
-        f"{words} {by[method].value:.2f} [{by[method].low:.2f}, {by[method].high:.2f}]"
-        for method, words in (("pearson", "Pearson"), ("spearman", "Spearman"))
-        if method in by
-    ]
-    first = found[0]
+def _coefficient(found: Correlation) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def correlation_words(what: str, found: tuple[Correlation, ...]) -> str:
+    """One task's rank and linear correlation, at equal compute and within a size, too."""
+    first, inside = found[0], next((c for c in found if c.within is not None), None)
     if first.low * first.high <= 0:
-        verdict = f"Validation loss is not shown to go with {accuracy_of(kind)} on {task}"
+        verdict = f"Validation loss is not shown to go with {what}"
         if inside is not None and inside.high < 0:
             verdict += " over all sizes; within a size lower loss goes with higher accuracy"
-    elif first.value < 0:
-        verdict = f"Lower validation loss goes with higher {accuracy_of(kind)} on {task}"
     else:
-        verdict = f"Lower validation loss goes with LOWER {accuracy_of(kind)} on {task}"
-    if partial is not None:
-        parts.append(f"at equal compute {partial.value:.2f} [{partial.low:.2f}, {partial.high:.2f}]")
-    if inside is not None:
-        parts.append(f"within a size {inside.value:.2f} [{inside.low:.2f}, {inside.high:.2f}]")
+        verdict = f"Lower validation loss goes with {'higher' if first.value < 0 else 'LOWER'} {what}"
+    names = {"pearson": "Pearson", "spearman": "Spearman"}
+    parts = []
+    for c in found:
+        if c.partial_on is not None:
+            parts.append(f"at equal compute {_coefficient(c)}")
+        elif c.within is not None:
+            parts.append(f"within a size {_coefficient(c)}")
+        elif c.method in names:
+            parts.append(f"{names[c.method]} {_coefficient(c)}")
     return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
 
 
-def comparability(study: Study) -> list[str]:
+def comparability(study: Study) -> Iterator[str]:
     """What may and may not be read from ours beside the paper's numbers."""
-    lines = [
+    yield (
         "The levels of the losses may not be compared: other validation images, resolution, patch size and budgets, "
         "and the paper does not say which prefixes its validation loss scores."
-    ]
+    )
     tasks = set(study.probes["task"]) if not study.probes.empty else set()
     shared = [task for task in TASKS if task in tasks]
     if shared:
-        lines.append(
-            f"Accuracy may be compared task by task on {', '.join(shared)} (same task name): see aimscale compare."
-        )
+        yield f"Accuracy may be compared task by task on {', '.join(shared)} (same task name): see aimscale compare."
     elif tasks:
-        lines.append(
+        yield (
             "None of the tasks probed here is one of the paper's fifteen, so no accuracy is put beside AIM's, and no "
             "mean either."
         )
-    slope = study.fits.get("N")
-    if slope is not None:
-        lines.append(
+    if "N" in study.fits:
+        yield (
             "Slopes may be compared with care: the paper's four points give "
             f"L ~ N^-{PAPER_EXPONENTS['params_trunk']:.4f} on trunk parameters and "
             f"N^-{PAPER_EXPONENTS['params_total']:.4f} with the head counted, a straight line without offset over one "
             "decade at equal numbers of updates. A power law with offset, or models much smaller than theirs, has "
             "another slope for that reason alone."
         )
-    return lines
 
 
-def methods(study: Study) -> list[str]:
+SETTINGS = {
+    "schedule": "Schedule",
+    "precision": "Precision",
+    "target": "Target",
+    "prefix": "Prefix lengths",
+    "patch_order": "Patch order",
+    "head_rule": "Pixel head",
+    "lr_peak": "Peak learning rate",
+    "batch_size": "Batch size",
+    "image_size": "Image side (pixels)",
+    "patch_size": "Patch side (pixels)",
+    "val_num_images": "Validation images",
+}
+SOURCES = {
+    "sweep": "Sweep",
+    "git_commit": "Code (git commit)",
+    "data_fingerprint": "Training data (fingerprint)",
+    "device": "Device",
+    "world_size": "Ranks",
+    "zero_stage": "ZeRO stage",
+    "seed": "Seeds",
+    "schema_version": "Table schema",
+}
+COUNTED = {"num_skipped_steps": "skipped optimiser steps", "num_bad_samples": "undecodable samples"}
+
+
+def methods(study: Study) -> Iterator[str]:
     """How the numbers were made; the (mis)fitting checklist, filled in by the fits themselves."""
-    lines = [fit.sentence() for fit in study.fits.values()]
-    if study.approaches is not None:
-        lines.append(study.approaches.sentence())
     frame = study.frame
-    for name, words in (
-        ("schedule", "Schedule"),
-        ("precision", "Precision"),
-        ("target", "Target"),
-        ("prefix", "Prefix lengths"),
-        ("patch_order", "Patch order"),
-        ("head_rule", "Pixel head"),
-        ("lr_peak", "Peak learning rate"),
-        ("batch_size", "Batch size"),
-        ("image_size", "Image side (pixels)"),
-        ("patch_size", "Patch side (pixels)"),
-        ("val_num_images", "Validation images"),
-    ):
-        if _has(frame, name):
-            values = dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in frame[name].dropna())
-            lines.append(f"{words}: {', '.join(list(values)[:8])}{' and more' if len(values) > 8 else ''}.")
+    yield from (fit.sentence() for fit in study.fits.values())
+    if study.approaches is not None:
+        yield study.approaches.sentence()
+    yield from (f"{words}: {_values(frame, name)}." for name, words in SETTINGS.items() if _has(frame, name))
     if not study.exclusions and not any(fit.exclusions for fit in study.fits.values()):
-        lines.append("Nothing was left out of the fits.")
-    lines += study.exclusions
-    for name, words in (("num_skipped_steps", "skipped optimiser steps"), ("num_bad_samples", "undecodable samples")):
-        if _has(frame, name):
-            lines.append(f"{int(frame[name].sum())} {words} over all rows.")
-    return lines
+        yield "Nothing was left out of the fits."
+    yield from study.exclusions
+    for name, words in COUNTED.items():
+        if _has(frame, name) and frame[name].sum():
+            yield f"{int(frame[name].sum())} {words} over all rows."
 
 
-def provenance(study: Study) -> list[tuple[str, str]]:
+def provenance(study: Study) -> Iterator[tuple[str, str]]:
     """Where the numbers come from: label and value."""
     frame = study.frame
-    items = []
     for path in study.paths:
-        name = path.name if len(study.paths) == 1 else f"{path.resolve().parent.name}/{path.name}"
-        items += [("Table", name), ("SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest())]
-    for name, words in (
-        ("sweep", "Sweep"),
-        ("git_commit", "Code (git commit)"),
-        ("data_fingerprint", "Training data (fingerprint)"),
-        ("device", "Device"),
-        ("world_size", "Ranks"),
-        ("zero_stage", "ZeRO stage"),
-        ("seed", "Seeds"),
-        ("schema_version", "Table schema"),
-    ):
-        if _has(frame, name):
-            values = list(dict.fromkeys(str(v) for v in frame[name].dropna()))
-            items.append((words, ", ".join(values[:8]) + (" and more" if len(values) > 8 else "")))
+        yield "Table", path.name if len(study.paths) == 1 else f"{path.resolve().parent.name}/{path.name}"
+        yield "SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest()
+    yield from ((words, _values(frame, name)) for name, words in SOURCES.items() if _has(frame, name))
     if _has(frame, "finished_at"):
         stamps = frame["finished_at"].dropna().astype(str)
-        items.append(("Measured", f"{stamps.min()} to {stamps.max()}"))
+        yield "Measured", f"{stamps.min()} to {stamps.max()}"
     for machine in study.collect.get("machines", []):
         if isinstance(machine, dict):
-            items += [(f"Machine: {k}", str(v)) for k, v in machine.items() if isinstance(v, (str, int, float))]
+            yield from ((f"Machine: {k}", str(v)) for k, v in machine.items() if isinstance(v, (str, int, float)))
     for name in ("numpy", "scipy", "pandas", "seaborn", "matplotlib"):
-        items.append((f"Analysed with {name}", importlib.metadata.version(name)))
-    return items
+        yield f"Analysed with {name}", importlib.metadata.version(name)

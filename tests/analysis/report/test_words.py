@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import correlate
-from aimscale.analysis.report.text import accuracy_in_words
+from aimscale.analysis.report.words import accuracy_in_words
 
 
 def rows(slope_within: float, slope_between: float, noise: float, seed: int = 0) -> pd.DataFrame:

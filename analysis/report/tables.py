@@ -1,0 +1,456 @@
+"""Tables of the page: cells with a text to read, a value to sort by, and the same numbers as CSV."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.accuracy.correlation import Correlation
+from aimscale.analysis.fitting.sentences import kind_name
+from aimscale.analysis.plots.style import human
+from aimscale.analysis.published.comparison import Comparison
+from aimscale.analysis.published.published import LOSS_SOURCE, PAPER, TASK_TITLES, TASKS, published_frame, table6
+from aimscale.analysis.report.study import Study, accuracy_forecasts, forecasts
+from aimscale.analysis.table.design import DESIGN, design_columns
+from aimscale.analysis.table.names import their_name
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.read import loss_unit
+from aimscale.analysis.table.schema import MFU
+
+MAX_ROWS = 400
+"""Rows shown on the page; the CSV beside the table has all."""
+MAX_CSV_BYTES = 3_000_000
+"""Larger CSV is not put into the page."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes text that begins so for a formula."""
+PROSE = ("method", "note")
+"""Columns of our own words, whose formulas are set as such; names of others stay as they are."""
+
+
+def percent(value: float) -> str:
+    """A fraction as per cent."""
+    return f"{100 * value:.1f}"
+
+
+def whole(value: float) -> str:
+    """An exact count."""
+    return f"{value:,.0f}"
+
+
+Form = str | Callable[[Any], str]
+_LOSS, _THREE = ".4f", ".3f"
+COLUMNS: dict[str, tuple[str, Form]] = {
+    "kind": ("probe", ""),
+    "params_trunk": ("trunk", whole),
+    "params_head": ("pixel head", whole),
+    "params_total": ("N", whole),
+    "images_seen": ("D (images)", whole),
+    "unique_images": ("U (images)", whole),
+    "N": ("N", human),
+    "D": ("D", human),
+    "flops_per_image": ("FLOP/image", human),
+    "flops_train": ("C (FLOP)", human),
+    "val_loss": ("loss", _LOSS),
+    "val_loss_se": ("SE", _LOSS),
+    "train_loss": ("train loss", _LOSS),
+    "best_loss": ("lowest loss", _LOSS),
+    "num_runs": ("runs", whole),
+    "images_per_s": ("images/s", human),
+    **{name: (f"MFU {how} (%)", percent) for name, how in MFU.items()},
+    "device_hours": ("device-hours", human),
+    "wall_s": ("wall (s)", ".1f"),
+    "num_skipped_steps": ("skipped steps", whole),
+    "run_id": ("run", ""),
+    "top1": ("top-1 (%)", percent),
+    "interval": ("95 % interval", ""),
+    "last_top1": ("on the last blocks (%)", percent),
+    "chance": ("chance (%)", percent),
+    "n": ("n", whole),
+    "num_points": ("points", whole),
+    "lr": ("rate", human),
+    "loss": ("expected loss", _LOSS),
+    "value": ("value", _THREE),
+    "low": ("low", _THREE),
+    "high": ("high", _THREE),
+    "interval_method": ("95 % interval by", ""),
+    "accuracy": ("expected top-1 (%)", percent),
+    "beyond_range": ("beyond range (×)", ".1f"),
+    "num_train": ("fitted", whole),
+    "num_test": ("predicted", whole),
+    "error": ("mean error of the law (%)", lambda v: f"{100 * v:.2f}"),
+    "naive": ("of the baseline (%)", lambda v: f"{100 * v:.2f}"),
+    "inside": ("inside their 95 % interval", ""),
+    "exponent": ("exponent", _THREE),
+    "bias": ("its own bias", _THREE),
+    "refused": ("budgets refused", whole),
+    "num_run_pairs": ("pairs of runs", whole),
+    "num_pairs": ("pairs of rows", whole),
+    "baseline_mean": ("at the baseline", _LOSS),
+    "level_mean": ("at the level", _LOSS),
+    "difference": ("difference", _LOSS),
+    "detectable": ("would be seen", _LOSS),
+    "num_seeds": ("seeds", whole),
+    "mean": ("mean", percent),
+    "sd": ("spread (fraction)", ".5f"),
+    "epochs": ("passes", whole),
+    "effective": ("worth of all passes", ".2f"),
+    "aim_7b": ("AIM-7B", percent),
+    "gap_to_aim_7b": ("gap", percent),
+    "best_frozen": ("best frozen", ""),
+    "best_frozen_top1": ("its top-1", percent),
+    "gap_to_best_frozen": ("gap to it", percent),
+    "baseline_top1": ("its top-1 (%)", percent),
+    "gap": ("gap", percent),
+    "verdict": ("verdict", ""),
+    "in1k_last6": ("last 6 blocks", percent),
+    "in1k_best6": ("best 6 blocks", percent),
+    "in1k_lora": ("LoRA", percent),
+    **{task: (title, percent) for task, title in TASK_TITLES.items()},
+}
+"""Column -> heading and how its numbers are written; another column is headed by its name, its numbers to 4 digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell."""
+
+    text: str
+    sort: float | str
+    """What is sorted by; missing numbers sort last."""
+    numeric: bool
+    """Aligned right."""
+    is_prose: bool = False
+    """Our own words, whose formulas are set as such."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageTable:
+    """One table of the page."""
+
+    key: str
+    """HTML id and file name of the download."""
+    title: str
+    note: str
+    """A line below the heading: units, source, protocol."""
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    """Cells, at most `MAX_ROWS` rows."""
+    num_rows: int
+    """Rows of the whole table."""
+    csv_uri: str | None
+    """The whole table as a data URI, or None when it is too large."""
+
+
+def page_table(
+    key: str, title: str, note: str, frame: pd.DataFrame, columns: Iterable[str], heads: Mapping[str, str] | None = None
+) -> PageTable:
+    """Lay out a data frame.
+
+    Args:
+        columns: columns of the frame; those that it lacks or that are all missing are left out.
+        heads: headings other than those of `COLUMNS`.
+    """
+    shown = [name for name in columns if name in frame and frame[name].notna().any()]
+    known = {name: COLUMNS.get(name, (name.replace("_", " "), ".4g")) for name in shown}
+    rows = [
+        tuple(_cell(value, known[name][1], name in PROSE) for name, value in zip(shown, values, strict=True))
+        for values in frame[shown].head(MAX_ROWS).itertuples(index=False, name=None)
+    ]
+    return PageTable(
+        key=key,
+        title=title,
+        note=note,
+        headers=tuple((heads or {}).get(name, known[name][0]) for name in shown),
+        rows=tuple(rows),
+        num_rows=len(frame),
+        csv_uri=csv_uri(frame[shown]),
+    )
+
+
+def _cell(value: Any, form: Form, is_prose: bool) -> Cell:
+    if value is None or (isinstance(value, (float, np.floating)) and not np.isfinite(value)):
+        return Cell(text="–", sort="", numeric=bool(form))
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+        return Cell(text=form(value) if callable(form) else f"{value:{form}}", sort=float(value), numeric=True)
+    return Cell(text=str(value), sort=str(value), numeric=False, is_prose=is_prose)
+
+
+def csv_uri(frame: pd.DataFrame) -> str | None:
+    """A data frame as a `data:` URI of CSV; cells that a spreadsheet would run as a formula are quoted with '."""
+    safe = frame.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
+    encoded = base64.b64encode(safe.to_csv(index=False).encode()).decode()
+    return f"data:text/csv;base64,{encoded}" if len(encoded) <= MAX_CSV_BYTES else None
+
+
+def _spans(lows: Iterable[float], highs: Iterable[float], form: Callable[[float], str]) -> list[str]:
+    """Intervals in words, `low to high`."""
+    ends = zip(lows, highs, strict=True)
+    return [f"{form(low)} to {form(high)}" if np.isfinite([low, high]).all() else "–" for low, high in ends]
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def last_of_runs(frame: pd.DataFrame, column: str) -> pd.Series:
+    """A cost at the largest budget of each run: the row of a budget counts what the smaller ones trained, too."""
+    if "run_id" not in frame:
+        return frame[column]
+    known = frame.dropna(subset=column)
+    return known.loc[known.groupby("run_id")[column].idxmax(), column]
+
+
+def ladder_table(study: Study) -> PageTable:
+    """One row per size: what it is and what it cost."""
+    frame = study.frame.assign(size=_size_of(study.frame))
+    groups = frame.groupby("size", sort=False)
+    keep = [c for c in ("params_trunk", "params_head", "params_total", "flops_per_image") if c in frame]
+    ladder = groups[keep].first()
+    if "run_id" in frame:
+        ladder["num_runs"] = groups["run_id"].nunique()
+    for name in ("images_per_s", *MFU):
+        if name in frame:
+            ladder[name] = groups[name].median()
+    if "device_hours" in frame:
+        ladder["device_hours"] = last_of_runs(frame, "device_hours").groupby(frame["size"]).sum(min_count=1)
+    if "val_loss" in frame:
+        main = usable_rows(study.main).rows
+        ladder["best_loss"] = main.groupby(_size_of(main))["val_loss"].min()
+    ladder = ladder.reset_index()
+    columns = ("size", *keep, "num_runs", "images_per_s", *MFU, "device_hours", "best_loss")
+    n = "all parameters" if study.is_ours else their_name(frame, "params_total")
+    note = (
+        "Parameters; training FLOPs per image (3 × forward, head and attention counted); median throughput and MFU; "
+        "device time of training to the largest budget of each run."
+    )
+    return page_table(
+        "ladder",
+        "The sizes",
+        note if study.is_ours else "",
+        ladder.sort_values("params_total") if "params_total" in ladder else ladder,
+        columns,
+        {"params_total": n},
+    )
+
+
+def _size_of(frame: pd.DataFrame) -> pd.Series:
+    """Name of each row's size, or its parameters."""
+    if "size" in frame:
+        return frame["size"]
+    named = frame["params_total"].map(human) if "params_total" in frame else pd.Series("all", index=frame.index)
+    return named.rename("size")
+
+
+def results_page_table(study: Study) -> PageTable:
+    """Every row of the table."""
+    unit = loss_unit(study.usable)
+    words = f" Loss: {unit} per scored target on held-out images." if unit else ""
+    return page_table(
+        "results",
+        "Every measurement",
+        f"One row per run and data budget.{words}",
+        study.frame,
+        (
+            *("size", "params_total", "images_seen", "unique_images", "flops_train", "val_loss", "val_loss_se"),
+            *("train_loss", "status", "seed", *[name for name in design_columns(study.frame) if name in DESIGN]),
+            *("images_per_s", *MFU, "wall_s", "num_skipped_steps", "run_id"),
+        ),
+        {"images_seen": f"D ({study.samples})", "unique_images": f"U ({study.samples})"},
+    )
+
+
+def law_tables(study: Study) -> list[PageTable]:
+    """The parameters of every fit."""
+    return [
+        page_table(
+            f"law-{key}",
+            f"{fit.law.formula}, fitted to {fit.num_points} points",
+            f"Rows: {study.selections.get(key, 'all')}. Intervals: {fit.interval_method}.",
+            fit.table.assign(shown=[fit.shown(name) for name in fit.params]),
+            ("parameter", "shown", "note"),
+            {"shown": f"value [{100 * fit.confidence:.0f} % interval]"},
+        )
+        for key, fit in study.fits.items()
+    ]
+
+
+def forecast_table(study: Study) -> PageTable | None:
+    """What the law that predicts best expects beyond the table."""
+    frame, law = forecasts(study), study.forecaster
+    if frame.empty or law is None:
+        return None
+    frame["loss"], frame["interval"] = frame["value"], _spans(frame["pi_lo"], frame["pi_hi"], _loss)
+    return page_table(
+        "forecast",
+        "What the joint law expects beyond this table",
+        f"By {law.law.formula}, from the largest size and budget. The interval is for one new measurement; it assumes "
+        "that the law holds there, unverified as far as the last column says.",
+        frame,
+        ("scale", "N", "D", "loss", "interval", "beyond_range"),
+        {"interval": "95 % prediction interval", "D": f"D ({study.samples})"},
+    )
+
+
+def accuracy_forecast_table(study: Study) -> PageTable | None:
+    """Accuracy beyond the table, by way of the loss."""
+    frame = accuracy_forecasts(study)
+    if frame.empty:
+        return None
+    frame["kind"] = frame["kind"].map(kind_name)
+    frame["interval"] = _spans(frame["pi_lo"], frame["pi_hi"], percent)
+    return page_table(
+        "accuracy-forecast",
+        "Accuracy expected beyond this table",
+        "Two steps: scale to loss by the law that forecasts, loss to accuracy by a sigmoid above chance; the interval "
+        "has errors of both and the scatter of one measurement. Loss alone may not decide accuracy: see the figure.",
+        frame,
+        ("task", "kind", "scale", "loss", "accuracy", "interval", "beyond_range"),
+        {"interval": "95 % prediction interval (%)"},
+    )
+
+
+def heldout_table(study: Study) -> PageTable | None:
+    """Extrapolation tests of the joint law."""
+    joint = study.fits.get("ND")
+    if joint is None or not joint.heldout:
+        return None
+    frame = pd.DataFrame(
+        {
+            "left out": f"largest {test.variable} ({', '.join(map(human, test.values))})",
+            "num_train": test.num_train,
+            "num_test": test.num_test,
+            "error": test.mean_abs_relative_error,
+            "naive": test.naive_mean_abs_relative_error,
+            "inside": f"{test.num_inside} of {test.num_test}",
+        }
+        for test in joint.heldout
+    )
+    note = f"Fitted without the largest scale, then compared with it. The baseline is {joint.heldout[0].naive}."
+    return page_table("heldout", "Does the law extrapolate?", note, frame, frame.columns)
+
+
+def frontier_table(study: Study) -> PageTable | None:
+    """Exponents of N*(C) by each approach."""
+    if study.approaches is None or not study.approaches.frontiers:
+        return None
+    return page_table(
+        "frontiers",
+        "Compute-optimal size, by approach",
+        "N* grows as a power of C; 1: envelope of training curves, 2: a parabola at each compute, 3: the joint law. "
+        "Low and high: 95 % interval, of the exponent less the bias that the approach has by itself on this design.",
+        study.approaches.table,
+        ("approach", "exponent", "low", "high", "bias", "method", "refused"),
+    )
+
+
+def probe_table(study: Study) -> PageTable | None:
+    """Every frozen-feature result."""
+    if study.probes.empty:
+        return None
+    frame = study.probes.copy()
+    frame["kind"] = frame["kind"].map(kind_name)
+    frame["interval"] = _spans(frame["top1_lo95"], frame["top1_hi95"], percent)
+    frame["blocks"] = ["–" if b is None else ", ".join(str(int(i)) for i in b) for b in frame["blocks"]]
+    return page_table(
+        "probes",
+        "Frozen-feature accuracy",
+        "Top-1 on the test split, scored once; blocks and rates were chosen on a hold-out of the training split. LoRA "
+        "adapts the trunk and uses the last blocks; all other kinds read frozen features.",
+        frame,
+        (
+            *("task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "interval", "last_top1"),
+            *("chance", "n", "blocks", "lr"),
+        ),
+    )
+
+
+def correlation_table(study: Study) -> PageTable | None:
+    """Loss against accuracy, every coefficient."""
+    if not study.correlations:
+        return None
+    frame = pd.DataFrame(
+        vars(c) | {"kind": kind_name(kind), "task": task, "coefficient": _coefficient(c)}
+        for (kind, task), found in study.correlations.items()
+        for c in found
+    )
+    return page_table(
+        "correlations",
+        "Validation loss against accuracy",
+        "−1: whoever has the lower loss always has the higher accuracy. At equal compute: within groups of rows "
+        "that share it, else about a smooth function of it; within a size: less the mean of each size.",
+        frame,
+        ("task", "kind", "coefficient", "value", "low", "high", "num_points", "interval_method"),
+    )
+
+
+def _coefficient(found: Correlation) -> str:
+    """The method, and what was held equal."""
+    if found.partial_on:
+        return f"{found.method} at equal compute"
+    return f"{found.method} within a {found.within}" if found.within else found.method
+
+
+def task_comparison_table(comparison: Comparison) -> PageTable | None:
+    """Ours beside AIM-7B and the best frozen model, where the task is the same."""
+    if comparison.tasks.empty:
+        return None
+    return page_table(
+        "compare",
+        "The same tasks, ours and theirs",
+        "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks stand "
+        "beside AIM-7B's last six, chosen ones beside its best six.",
+        comparison.tasks,
+        (
+            *("task", "size", "params_total", "images_seen", "blocks", "top1", "aim_7b", "gap_to_aim_7b"),
+            *("best_frozen", "best_frozen_top1", "gap_to_best_frozen"),
+        ),
+        {"top1": "ours"},
+    )
+
+
+def baseline_table(comparison: Comparison) -> PageTable | None:
+    """Ours beside raw pixels, random weights and other models that were probed on the same tasks."""
+    if comparison.baselines.empty:
+        return None
+    frame = comparison.baselines.copy()
+    frame["kind"] = frame["kind"].map(kind_name)
+    frame["interval"] = _spans(frame["gap_lo95"], frame["gap_hi95"], percent)
+    return page_table(
+        "baselines",
+        "Beside baselines on the same probes",
+        "The largest budget of each run; same tasks, probes, images and seed for the baseline. Gap: ours minus the "
+        "baseline's, with Newcombe's 95 % interval, which takes the two as independent.",
+        frame,
+        (
+            *("task", "kind", "size", "params_total", "images_seen", "top1", "baseline", "baseline_top1", "gap"),
+            *("interval", "verdict", "n"),
+        ),
+        {"top1": "ours (%)", "verdict": "ours is"},
+    )
+
+
+def published_tables() -> list[PageTable]:
+    """AIM's sizes and Table 6, as published."""
+    tasks = table6().assign(model=table6()["method"] + " " + table6()["arch"])
+    return [
+        page_table(
+            "published-sizes",
+            "AIM's four sizes, as published",
+            f"Loss: {LOSS_SOURCE}. Accuracies: IN-1k top-1 (%), attentive probe, frozen; LoRA adapts weights.",
+            published_frame(),
+            ("size", "params_trunk", "params_total", "val_loss", "in1k_last6", "in1k_best6", "in1k_lora"),
+            {"params_total": "with head", "val_loss": "IN-1k loss"},
+        ),
+        page_table(
+            "published-tasks",
+            "Published baselines, fifteen tasks",
+            f"{PAPER}, Table 6; frozen trunk, attentive probe, test split of each benchmark; accuracy in per cent.",
+            tasks,
+            ("model", "data", "layers", "mean", *TASKS),
+        ),
+    ]
