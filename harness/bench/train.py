@@ -136,7 +136,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
         nominal_flops_per_s=peak.nominal_flops_per_s,
         others={name: _beside(times["ours"], its) for name, its in times.items() if name != "ours"},
         memory_bytes=memory_bytes,
-        memory_estimate_bytes=plan.estimate.total,
+        memory_estimate_bytes=plan.memory_bytes,
         startup_s=startup_s,
         data_wait=data_wait,
     )

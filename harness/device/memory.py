@@ -8,7 +8,6 @@ what the backward pass of a block keeps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Literal, NamedTuple
 
 from aimscale.aim.config import ModelConfig
@@ -27,12 +26,10 @@ MAX_BUFFER_VALUES = 500_000_000
 class _Held(NamedTuple):
     """Bytes per parameter during a step."""
 
-    weights: tuple[int, int]
-    """(on every rank, shared)."""
-    gradients: tuple[int, int]
-    """(on every rank, shared)."""
-    optimiser: tuple[int, int]
-    """(on every rank, shared): master weights and moments."""
+    on_every_rank: int
+    """Weights, gradients and optimiser states that are not shared out."""
+    shared: int
+    """Those of which each rank holds its part."""
     buffers: tuple[int, int]
     """(of a rank alone, of one among several), of at most MAX_BUFFER_VALUES parameters."""
     bucket: int
@@ -40,13 +37,13 @@ class _Held(NamedTuple):
 
 
 HELD = {
-    ("fp32", 0): _Held((4, 0), (4, 0), (8, 0), (0, 4), 0),
-    ("fp32", 1): _Held((4, 0), (8, 4), (0, 12), (0, 0), 2),
-    ("fp32", 2): _Held((4, 0), (0, 12), (0, 12), (0, 0), 5),
-    ("fp32", 3): _Held((0, 4), (0, 4), (0, 8), (14, 14), 8),
-    ("bf16", 1): _Held((2, 0), (6, 0), (0, 12), (1, 6), 0),
-    ("bf16", 2): _Held((2, 0), (2, 8), (0, 12), (0, 0), 8),
-    ("bf16", 3): _Held((0, 2), (0, 4), (0, 12), (10, 10), 8),
+    ("fp32", 0): _Held(16, 0, (0, 4), 0),
+    ("fp32", 1): _Held(12, 16, (0, 0), 2),
+    ("fp32", 2): _Held(4, 24, (0, 0), 5),
+    ("fp32", 3): _Held(0, 16, (14, 14), 8),
+    ("bf16", 1): _Held(8, 12, (1, 6), 0),
+    ("bf16", 2): _Held(4, 20, (0, 0), 8),
+    ("bf16", 3): _Held(0, 18, (10, 10), 8),
 }
 """By precision and ZeRO stage. bf16 gradients of one backward pass are held beside their float32 accumulation."""
 CHECKPOINT_BYTES_PER_PARAM = 12
@@ -65,28 +62,7 @@ class DoesNotFitError(UserError):
     """A model that fits no device of this size."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryEstimate:
-    """Peak bytes on one rank during a step."""
-
-    weights: int
-    """What the forward pass reads."""
-    gradients: int
-    optimiser: int
-    """Master weights and moments."""
-    buffers: int
-    """Flattened gradients and gathered weights."""
-    activations: int
-    """Kept for the backward pass, or the working set of one recomputed block if larger."""
-    workspace: int = WORKSPACE_BYTES
-
-    @property
-    def total(self) -> int:
-        """Everything."""
-        return self.weights + self.gradients + self.optimiser + self.buffers + self.activations + self.workspace
-
-
-def memory_estimate(
+def memory_bytes(
     config: ModelConfig,
     *,
     zero_stage: int,
@@ -94,23 +70,15 @@ def memory_estimate(
     micro_batch: int,
     precision: Precision,
     activation_checkpointing: bool,
-) -> MemoryEstimate:
-    """Estimate the peak bytes of one rank."""
+) -> int:
+    """Peak bytes on one rank during a step."""
     num_params = param_count(config).total
     held = HELD[precision, zero_stage]
-
-    def on_one_rank(part: tuple[int, int]) -> int:
-        return num_params * part[0] + num_params * part[1] // world_size
-
+    states = num_params * held.on_every_rank + num_params * held.shared // world_size
     buffers = held.buffers[world_size > 1] * min(num_params, MAX_BUFFER_VALUES)
     buffers += held.bucket * min(num_params, MAX_BUCKET_VALUES)
-    return MemoryEstimate(
-        weights=on_one_rank(held.weights),
-        gradients=on_one_rank(held.gradients),
-        optimiser=on_one_rank(held.optimiser),
-        buffers=buffers,
-        activations=micro_batch * activation_bytes_per_image(config, precision, activation_checkpointing),
-    )
+    per_image = activation_bytes_per_image(config, precision, activation_checkpointing)
+    return states + buffers + micro_batch * per_image + WORKSPACE_BYTES
 
 
 def activation_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
@@ -160,8 +128,8 @@ class ExecutionPlan:
     activation_checkpointing: bool
     copies_checkpoints: bool
     """Write checkpoints from a copy in host memory, beside training; else training waits."""
-    estimate: MemoryEstimate
-    """Of one rank."""
+    memory_bytes: int
+    """Peak of one rank, by `memory_bytes`."""
 
 
 def execution_plan(
@@ -188,49 +156,54 @@ def execution_plan(
         DoesNotFitError: nothing fits.
     """
     precision = optimiser.precision
+    copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
+    per_rank = -(-optimiser.batch_size // world_size)
+    most = min(per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
+    for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
+        for stage, recompute in _settings(precision, runtime):
+            fixed = memory_bytes(
+                config,
+                zero_stage=stage,
+                world_size=world_size,
+                micro_batch=0,
+                precision=precision,
+                activation_checkpointing=recompute,
+            )
+            per_image = activation_bytes_per_image(config, precision, recompute)
+            room = int((USABLE_FRACTION * device_bytes - fixed) // per_image)
+            if runtime.micro_batch == "auto":
+                chosen, fits = even_share(per_rank, min(room, most)), min(room, most) >= enough
+            else:
+                chosen, fits = runtime.micro_batch, runtime.micro_batch <= room
+            if fits:
+                total = fixed + chosen * per_image
+                left = USABLE_FRACTION * device_bytes - total if host_bytes is None else USABLE_FRACTION * host_bytes
+                return ExecutionPlan(
+                    zero_stage=stage,
+                    micro_batch=chosen,
+                    activation_checkpointing=recompute,
+                    copies_checkpoints=copy <= left,
+                    memory_bytes=total,
+                )
+    raise DoesNotFitError(
+        f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "
+        "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
+    )
+
+
+def _settings(precision: Precision, runtime: RuntimeConfig) -> list[tuple[int, bool]]:
+    """ZeRO stage and whether to recompute activations, the best first."""
     first = 0 if precision == "fp32" else 1
-    settings = [
+    found = [
         (stage, recompute)
         for stages in (range(first, 3), (3,))
         for recompute in (False, True)
         for stage in stages
         if runtime.zero_stage in ("auto", stage) and runtime.activation_checkpointing in ("auto", recompute)
     ]
-    if not settings:
+    if not found:
         raise DoesNotFitError(f"zero_stage {runtime.zero_stage} cannot train in {precision}; use 1, 2 or 3")
-    copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
-    per_rank = -(-optimiser.batch_size // world_size)
-    most = min(per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
-    for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
-        for stage, recompute in settings:
-            estimate = functools.partial(
-                memory_estimate,
-                config,
-                zero_stage=stage,
-                world_size=world_size,
-                precision=precision,
-                activation_checkpointing=recompute,
-            )
-            per_image = activation_bytes_per_image(config, precision, recompute)
-            room = int((USABLE_FRACTION * device_bytes - estimate(micro_batch=0).total) // per_image)
-            if runtime.micro_batch == "auto":
-                chosen, fits = even_share(per_rank, min(room, most)), min(room, most) >= enough
-            else:
-                chosen, fits = runtime.micro_batch, runtime.micro_batch <= room
-            if fits:
-                found = estimate(micro_batch=chosen)
-                beside = device_bytes - found.total / USABLE_FRACTION if host_bytes is None else host_bytes
-                return ExecutionPlan(
-                    zero_stage=stage,
-                    micro_batch=chosen,
-                    activation_checkpointing=recompute,
-                    copies_checkpoints=copy <= USABLE_FRACTION * beside,
-                    estimate=found,
-                )
-    raise DoesNotFitError(
-        f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "
-        "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
-    )
+    return found
 
 
 def even_share(per_rank: int, most: int) -> int:

@@ -12,7 +12,7 @@ from aimscale.harness.device.memory import (
     DoesNotFitError,
     ExecutionPlan,
     execution_plan,
-    memory_estimate,
+    memory_bytes,
 )
 from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
 from aimscale.harness.run.row import model_of
@@ -52,14 +52,14 @@ def device_fit(
         chosen = None
     precision = optimiser.precision
     by_stage = {
-        stage: memory_estimate(
+        stage: memory_bytes(
             model,
             zero_stage=stage,
             world_size=devices,
             micro_batch=chosen.micro_batch if chosen else 1,
             precision=precision,
             activation_checkpointing=chosen.activation_checkpointing if chosen else True,
-        ).total
+        )
         for stage in ((0, 1, 2, 3) if precision == "fp32" else (1, 2, 3))  # bf16 needs the master weights of 1 and up
     }
     return DeviceFit(chosen=chosen, by_stage=by_stage)

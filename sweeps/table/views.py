@@ -215,7 +215,7 @@ def _memory(card: CostCard) -> str:
     if (chosen := card.fit.chosen) is None:
         return "too large"
     recompute = "r" if chosen.activation_checkpointing else ""
-    return f"{data_size(chosen.estimate.total)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
+    return f"{data_size(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
 
 
 def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
