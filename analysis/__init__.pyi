@@ -9,9 +9,8 @@ from .effects.repetition import repeats as repeats
 from .errors import AnalysisError as AnalysisError
 from .fitting.curves import extrapolate as extrapolate
 from .fitting.estimate import fit as fit
-from .fitting.heldout import held_out as held_out
+from .fitting.holdout import held_out as held_out
 from .fitting.influences import influence as influence
-from .fitting.profiles import profile as profile
 from .forecasts.ahead import ahead as ahead
 from .frontier.approaches import all_approaches as all_approaches
 from .frontier.definitions import by_definition as by_definition
@@ -25,7 +24,6 @@ from .plots.laws import plot_approaches as plot_approaches
 from .plots.laws import plot_cloud as plot_cloud
 from .plots.laws import plot_forecasts as plot_forecasts
 from .plots.laws import plot_frontier as plot_frontier
-from .plots.laws import plot_profile as plot_profile
 from .plots.laws import plot_surface as plot_surface
 from .plots.scaling import plot_fit as plot_fit
 from .plots.scaling import plot_points as plot_points

@@ -14,7 +14,7 @@ from aimscale.analysis.accuracy.coefficients import coefficient_of, fishers_vari
 from aimscale.analysis.accuracy.compute import EqualCompute, equal_compute
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.inference.groups import SIZE_COLUMNS
+from aimscale.analysis.fitting.groups import SIZE_COLUMNS
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import Exclusion, no_column
 from aimscale.analysis.table.points import Usable, usable_rows

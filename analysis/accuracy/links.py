@@ -30,7 +30,6 @@ def link(
     chance: float | None = None,
     anchor: tuple[float, float] | None = None,
     objective: Objective | str = LSQ,
-    cluster: str | None = "auto",
     resamples: int = 1000,
     seed: int = 0,
 ) -> Fit:
@@ -41,9 +40,7 @@ def link(
         accuracy: column of the accuracy, 0 to 1.
         chance: accuracy of guessing; holds the floor of the sigmoid and the exponential there. None fits the floor.
         anchor: an ideal point (loss, accuracy) added as one more measurement, such as (0, 1) in the OLMo ladder.
-        cluster: column whose groups (runs) are resampled whole: the evaluations of one run are not independent; as for
-            `fit`.
-        seed: seed of the bootstrap; equal seeds and clusters pair the draws of several tasks.
+        seed: seed of the draws.
 
     Raises:
         AnalysisError: unknown kind, accuracies that are no fractions or mix percent and fractions, or too few points.
@@ -60,8 +57,7 @@ def link(
         )
     rows = df
     if anchor is not None:
-        by = "run_id" if cluster == "auto" and "run_id" in df.columns else cluster
-        ideal = {loss: anchor[0], accuracy: anchor[1]} | ({by: "ideal point"} if by not in (None, "auto") else {})
+        ideal = {loss: anchor[0], accuracy: anchor[1]} | ({"run_id": "ideal point"} if "run_id" in df.columns else {})
         rows = pd.concat([df, pd.DataFrame([ideal], index=["ideal point"])])
     fixed = {"floor": chance} if chance is not None and kind != "linear" else None
     bounds = None if fixed or kind == "linear" else {"floor": (0.0, 1.0)}
@@ -73,7 +69,6 @@ def link(
         objective=objective,
         fixed=fixed,
         bounds=bounds,
-        cluster=cluster,
         resamples=resamples,
         seed=seed,
         zero_allowed=True,

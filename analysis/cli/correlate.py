@@ -64,7 +64,7 @@ def command(
         k: in_their_words(df, correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]))
         for k, group in groups.items()
     }
-    links = {k: link_of(group, link, x, y, by[k]) for k, group in groups.items()} if link else {}
+    links = {k: link_of(group, link, x, y) for k, group in groups.items()} if link else {}
     if figure is not None:
         if x != "val_loss" or ("", "") in groups:
             raise AnalysisError("--figure draws probe accuracies against val_loss; leave out --x and --y.")
@@ -165,8 +165,8 @@ def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
     return {(str(task), str(kind)): group for (task, kind), group in probes.groupby(["task", "kind"], sort=True)}
 
 
-def link_of(rows: pd.DataFrame, kind: str, x: str, y: str, cluster: str | None) -> Fit:
+def link_of(rows: pd.DataFrame, kind: str, x: str, y: str) -> Fit:
     """Accuracy as a function of loss, with the probe's chance level as its floor where the table knows it."""
     from aimscale.analysis.accuracy.links import chance_level, link
 
-    return link(rows, kind=kind, loss=x, accuracy=y, chance=chance_level(rows), cluster=cluster)
+    return link(rows, kind=kind, loss=x, accuracy=y, chance=chance_level(rows))

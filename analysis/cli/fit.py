@@ -28,7 +28,7 @@ def command(
     ] = "chinchilla",
     y: Annotated[str, typer.Option(help="Column to fit.")] = "val_loss",
     objective: Annotated[
-        str, typer.Option(help="What to minimise: robust, huber_log, lsq, log_lsq, lad, ...")
+        str, typer.Option(help="What to minimise: robust, huber_log (:0.01 sets delta), lsq or log_lsq.")
     ] = "robust",
     columns: options.Columns = None,
     where: options.Where = None,
@@ -44,23 +44,13 @@ def command(
     bound: Annotated[
         list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
     ] = None,
-    intervals: Annotated[
-        str,
-        typer.Option(
-            help="mixed: separate errors of sizes, runs and points; bootstrap: resamples; auto: mixed where it applies."
-        ),
-    ] = "auto",
-    cluster: options.Cluster = "auto",
-    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples; 0 for none.")] = 1000,
+    resamples: Annotated[int, typer.Option(min=0, help="Draws that intervals are read from; 0 for none.")] = 1000,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,
     leave_out: Annotated[
         str | None, typer.Option(help="Name groups of this column (size, run_id) whose removal moves a parameter most.")
     ] = None,
-    profiles: Annotated[
-        bool, typer.Option("--profile", help="Flag parameters whose profile likelihood is flat.")
-    ] = False,
     against: Annotated[
         list[str] | None, typer.Option(help="Rival law, compared by predicting the largest scales; may be repeated.")
     ] = None,
@@ -104,11 +94,9 @@ def command(
         fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0", 1).items()},
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},
         resamples=resamples,
-        intervals=intervals,
-        cluster=None if cluster == "none" else our_name(df, cluster),
     )
-    result = tested(result, df, hold_out or [], leave_out, profiles)
-    after = [*nothing_found(result, leave_out, profiles), *(["", choice.sentence()] if choice else [])]
+    result = tested(result, df, hold_out or [], leave_out)
+    after = [*nothing_found(result, leave_out), *(["", choice.sentence()] if choice else [])]
     if choice and json:
         if figure is not None:
             draw(result.plot(), figure)
@@ -117,13 +105,13 @@ def command(
         show(result, json, figure, after=after)
 
 
-def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | None, profiles: bool) -> Fit:
-    """The fit with held-out tests, and flags of the table, of influential groups and of flat profiles."""
-    from aimscale.analysis.fitting.heldout import held_out
+def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | None) -> Fit:
+    """The fit with held-out tests, and flags of the table and of influential groups."""
+    from aimscale.analysis.fitting.holdout import held_out
     from aimscale.analysis.fitting.influences import with_influence_flags
-    from aimscale.analysis.fitting.profiles import with_profile_flags
     from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
+    from aimscale.analysis.words import Flag
 
     tests = []
     for wish in hold_out:
@@ -131,27 +119,21 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | 
         if count and not (count.isdecimal() and int(count)):
             raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
         tests.append(held_out(result, df, by=by, num_values=int(count or 1)))
-    flags = (*result.flags, *mixture_flags(df, result.law.variables))
-    result = replace(result, flags=flags, heldout=tuple(tests))
-    if leave_out is not None:
-        result = with_influence_flags(result, df, by=our_name(df, leave_out))
-    return with_profile_flags(result) if profiles else result
+    mixed = [Flag(kind="mixed", subject=words) for words in mixture_flags(df, result.law.variables)]
+    result = replace(result, flags=(*result.flags, *mixed), heldout=tuple(tests))
+    return result if leave_out is None else with_influence_flags(result, df, by=our_name(df, leave_out))
 
 
-def nothing_found(result: Fit, leave_out: str | None, profiles: bool) -> list[str]:
+def nothing_found(result: Fit, leave_out: str | None) -> list[str]:
     """What was looked for and not there, so that a flag that is absent is not taken for a check that was not made."""
-    from aimscale.analysis.fitting.influences import INFLUENTIAL_SHIFT, LEAVING_OUT
-    from aimscale.analysis.fitting.profiles import FLAT
+    from aimscale.analysis.fitting.influences import INFLUENTIAL_SHIFT
 
-    lines = []
-    if leave_out is not None and not any(flag.startswith(LEAVING_OUT) for flag in result.flags):
-        lines.append(
-            f"No group of {leave_out} moves a parameter by more than {INFLUENTIAL_SHIFT:g} standard deviations when "
-            "it is left out."
-        )
-    if profiles and not any(FLAT in flag for flag in result.flags):
-        lines.append("No parameter's profile likelihood is flat.")
-    return lines
+    if leave_out is None or any(flag.kind == "influential" for flag in result.flags):
+        return []
+    return [
+        f"No group of {leave_out} moves a parameter by more than {INFLUENTIAL_SHIFT:g} standard deviations when it is "
+        "left out."
+    ]
 
 
 def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:

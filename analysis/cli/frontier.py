@@ -27,7 +27,6 @@ def command(
     ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
     objective: Annotated[str, typer.Option(help="What approach 3 minimises.")] = "robust",
-    cluster: options.Cluster = "auto",
     figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
@@ -44,14 +43,7 @@ def command(
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
     df = table_of(tables, columns, where, main, fresh=True, best=best_of, y=y)
     names = variable_columns(df.columns, n, c)
-    found = all_approaches(
-        df,
-        y=our_name(df, y),
-        columns=names,
-        budgets=budgets,
-        objective=objective,
-        cluster=None if cluster == "none" else our_name(df, cluster),
-    )
+    found = all_approaches(df, y=our_name(df, y), columns=names, budgets=budgets, objective=objective)
     flags = mixture_flags(df, ["N", "D", "C"])
     if figure is not None:
         draw(found.plot(), figure)

@@ -40,10 +40,7 @@ FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Objective = Annotated[str, typer.Option(help="What to minimise.")]
 LossColumn = Annotated[str, typer.Option(help="Loss column.")]
-Cluster = Annotated[
-    str, typer.Option(help="Resample whole groups of this column; auto: runs that have several rows; none: rows.")
-]
-Resamples = Annotated[int, typer.Option(min=20, help="Bootstrap resamples of every interval.")]
+Resamples = Annotated[int, typer.Option(min=20, help="Draws that every interval is read from.")]
 
 
 class WhatN(StrEnum):

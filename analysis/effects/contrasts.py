@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from aimscale.analysis.effects.compared import Contrast, Contrasts
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.inference.mixed import mixed_model
+from aimscale.analysis.fitting.errors import sandwich
 from aimscale.analysis.table.design import (
     DESIGN,
     MEASURED_ON,
@@ -244,11 +244,10 @@ def grouped_interval(
     if codes is None or not 3 <= codes.max() + 1 < len(values) or np.ptp(values) == 0:
         return t_interval(values, confidence)
     n, centre = len(values), float(np.mean(values))
-    found = mixed_model(
-        np.ones((n, 1)), values - centre, np.ones(n), codes, None, num_draws=4000, rng=np.random.default_rng(0)
-    )
-    half = float(np.quantile(np.abs(found.shift[:, 0]), confidence))
-    return centre, centre - half, centre + half, half / float(student.ppf(0.5 + confidence / 2, n - 1))
+    found = sandwich(np.ones((n, 1)), values - centre, np.ones(n), codes)
+    (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
+    half = float(student.ppf(0.5 + confidence / 2, degrees) * se)
+    return centre, centre - half, centre + half, float(se)
 
 
 def t_interval(values: np.ndarray, confidence: float) -> tuple[float, float, float, float]:

@@ -18,7 +18,6 @@ from scipy.stats import chi2
 
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.table.design import foreign_settings, held_equal, varies, with_size
 from aimscale.analysis.table.names import FOLDER, no_column
@@ -204,15 +203,14 @@ def _law(rows: pd.DataFrame, y: str, confidence: float) -> list[Component]:
     """Scatter about the joint law, where one can be fitted: what is more than seeds is the form or the tuning."""
     repeated = "unique_images" in rows and varies(rows["unique_images"])
     try:
-        law = fit("repeated" if repeated else "chinchilla", rows, y=y, intervals="mixed", resamples=1000)
+        law = fit("repeated" if repeated else "chinchilla", rows, y=y)
     except AnalysisError:
         return []
     if law.errors is None:
         return []
-    low, high = interval(law.errors.drawn.total, confidence)
+    low, high = law.errors.interval(confidence)
     basis = f"residuals of {law.num_points} points; more than seeds and images explain is the law's form or the tuning"
-    value = float(law.errors.estimated.total)
-    return [Component(source="scatter about the joint law", value=value, low=low, high=high, basis=basis)]
+    return [Component(source="scatter about the joint law", value=law.errors.total, low=low, high=high, basis=basis)]
 
 
 def _ends(parts: list[tuple[float, int]], confidence: float) -> tuple[float, float]:

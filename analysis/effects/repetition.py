@@ -10,10 +10,9 @@ import pandas as pd
 
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.bootstrap import interval
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
-from aimscale.analysis.fitting.result import Fit, about
+from aimscale.analysis.fitting.result import Fit, interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
 from aimscale.analysis.table.design import varies
@@ -86,7 +85,7 @@ class Repeats(Result):
             f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
             f"passes; {self.fit.interval_method}."
         )
-        return [*lines, *(flag for flag in self.fit.flags if about(flag) != "R_D")]
+        return [*lines, *(str(flag) for flag in self.fit.flags if flag.subject != "R_D")]
 
     def headline(self) -> str:
         """R_D in words."""
@@ -188,10 +187,10 @@ def _record(k: int, r: float, draws: Array, most: float, confidence: float) -> d
     return {
         "epochs": k,
         "worth": float(np.exp(-(k - 1) / r)),
-        "worth_low": worth_ends[0],
-        "worth_high": worth_ends[1],
+        "worth_low": worth_ends.low,
+        "worth_high": worth_ends.high,
         "effective": float(effective(np.ones(1), np.array([float(k)]), np.array([r]))[0]),
-        "effective_low": total_ends[0],
-        "effective_high": total_ends[1],
+        "effective_low": total_ends.low,
+        "effective_high": total_ends.high,
         "measured": k <= most,
     }

@@ -52,12 +52,9 @@ class Extrapolation(Result):
         return f"{' and '.join(f.law.name for f in self.fits)} fitted to {len(self.table)} points of a curve"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        out = {"variable": self.variable, "num_points": len(self.table), "fits": [f.to_dict() for f in self.fits]}
-        if self.asked is None:
-            return out
-        ahead = plain_types(self.predict(np.array([self.asked])).iloc[0].to_dict())
-        return {**out, "forecast": {"at": self.asked, **ahead}}
+        """Plain types, with the forecast that was asked for."""
+        out = super().to_dict()
+        return out if self.asked is None else {**out, "forecast": plain_types(self.predict(np.array([self.asked])))[0]}
 
     def predict(self, x: Array) -> pd.DataFrame:
         """value, ci_lo, ci_hi, pi_lo, pi_hi, disagreement (ratio of the two laws), beyond_range at x.
@@ -91,7 +88,7 @@ def extrapolate(
         x: column of the scale.
         y: column of the loss or error, positive.
         tail_weight: power of x in the weights.
-        resamples: bootstrap resamples for the intervals; 0 for none.
+        resamples: draws for the intervals; 0 for none.
         confidence: coverage of the intervals.
 
     Raises:

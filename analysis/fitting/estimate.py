@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,22 +10,28 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.identify import diagnose, known_from_above, rivals_of
-from aimscale.analysis.fitting.intervals import Draws, draw_params, residual_of, robust_sd
-from aimscale.analysis.fitting.lackoffit import lack_of_fit_flags
+from aimscale.analysis.fitting.checks import diagnose, rivals_of
+from aimscale.analysis.fitting.errors import Components, components_of, sandwich
+from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
+from aimscale.analysis.fitting.lackoffit import lack_of_fit
 from aimscale.analysis.fitting.objectives import HUBER_LOG, ROBUST, Objective, find_objective
-from aimscale.analysis.fitting.optimise import Minimum, Problem, global_minimum, make_problem, minimise
-from aimscale.analysis.fitting.profiles import profile
-from aimscale.analysis.fitting.projection import MAX_STARTS
-from aimscale.analysis.fitting.result import Fit, about, intervals_of
+from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise
+from aimscale.analysis.fitting.problem import Problem, make_problem
+from aimscale.analysis.fitting.projection import MAX_STARTS, starts
+from aimscale.analysis.fitting.result import Fit, interval
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.points import Observations, observe
 from aimscale.analysis.table.read import loss_unit
+from aimscale.analysis.words import Flag
 
-DENSE_GRID = 2
-"""Up to this many non-linear parameters the grid leaves no valley unseen."""
+LEAST_SLOPE = 1e-6
+"""Of a point outside the quadratic zone."""
+BENT_SHARE = 0.01
+"""Share of draws of an exponent beyond its bounds from which on the law is refitted to simulated tables instead."""
+REFIT_STARTS = 2
+"""Points of the grid that a refit to a simulated table starts from, beside the optimum."""
 
 
 def fit(
@@ -38,9 +45,6 @@ def fit(
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     resamples: int = 1000,
-    intervals: str = "auto",
-    cluster: str | None = "auto",
-    counts: Array | None = None,
     confidence: float = 0.95,
     seed: int = 0,
     zero_allowed: bool = False,
@@ -56,14 +60,9 @@ def fit(
         weights: column, or one weight a row.
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
-        resamples: draws of the parameters, or bootstrap resamples; 0 for no intervals.
-        intervals: `mixed` takes errors of sizes, runs and points apart; `bootstrap` resamples; `auto` is `mixed` for
-            objectives of squares (robust, lsq, log_lsq, a wide Huber) unless `cluster` asks for resamples.
-        cluster: what a bootstrap resamples whole: `runs`, `sizes`, `rows` (None), or groups of a column; "auto" takes
-            runs (`run_id`) where at least `MIN_RUNS` of them have several rows. For `mixed`: the column of the runs.
-        counts: resamples given as counts (num_resamples, num_points), instead of drawn here.
+        resamples: draws of the parameters that intervals are read from; 0 for no intervals.
         confidence: coverage of the intervals.
-        seed: seed of the bootstrap.
+        seed: seed of the draws.
         zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
 
     Raises:
@@ -83,22 +82,10 @@ def fit(
     problem = make_problem(law, points.x, points.y, objective, weights=points.weights, fixed=fixed, bounds=bounds)
     problem, minima = best_minima(problem)
     if not minima:
-        raise AnalysisError(
-            f"{law.formula} has no finite {objective.label} on these {len(points.y)} points; check {y}."
-        )
-    drawn = draw_params(
-        problem, minima, df, points, intervals=intervals, cluster=cluster, counts=counts, resamples=resamples, seed=seed
-    )
-    against = lack_of_fit_flags(problem, minima[0].vector, drawn, points, df.loc[points.index], seed)
-    result = replace(
-        _result(problem, minima, points, replace(drawn, flags=(*drawn.flags, *against)), confidence),
-        fixed=fixed,
-        bounds=bounds,
-        cluster=cluster,
-        loss_unit=loss_unit(df),
-        names=names_of(df),
-    )
-    return _bounded_above(result, problem)
+        raise AnalysisError(f"{law.formula} has no finite value of {objective.name} on these {len(points.y)} points.")
+    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, seed)
+    result = _result(problem, minima, points, drawn, confidence)
+    return replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df), names=names_of(df))
 
 
 def best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
@@ -113,33 +100,98 @@ def best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
     pilot = global_minimum(replace(problem, objective=HUBER_LOG))
     if not pilot:
         return problem, []
-    residual = np.sort(np.abs(residual_of(problem, pilot[0].vector)))
+    residual = np.sort(np.abs(problem.residual(pilot[0].vector)))
     sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
     vectors = np.array([m.vector for m in pilot])
     for _ in range(2):
         problem = replace(problem, objective=problem.objective.with_scale(sd))
         refined, totals = minimise(problem, vectors)
-        sd = robust_sd(residual_of(problem, refined[np.argmin(totals)]), free)
+        sd = _robust_sd(problem.residual(refined[np.argmin(totals)]), free)
     return problem, global_minimum(problem, extra=vectors, count=MAX_STARTS)  # every valley is among the vectors
 
 
-def _bounded_above(result: Fit, problem: Problem) -> Fit:
-    """Upper ends by profile likelihood for coefficients that are zero in nearly every resample.
+def _robust_sd(residual: Array, free: int) -> float:
+    """Standard deviation (robust) of the errors behind residuals of a fit with `free` parameters."""
+    return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
 
-    A percentile interval at a bound has no width (and no coverage); the profile still says how large the coefficient
-    may be.
+
+def _pull_and_slope(objective: Objective, residual: Array, free: int) -> tuple[Array, Array]:
+    """The objective's pull on every point and how fast it changes with the residual (n,), for the sandwich.
+
+    The slope is a difference over a bandwidth, since the pull has kinks: 1 within the quadratic zone, 0 outside.
     """
-    intervals, flags = dict(result.intervals), list(result.flags)
-    for p in problem.law.linear:
-        i = intervals.get(p.name)
-        if i is None or not (result.law_params[p.name] == 0 and i.low == 0) or p.name in result.fixed:
+
+    def pull(r: Array) -> Array:
+        return np.clip(r, -objective.delta, objective.delta)
+
+    width = max(_robust_sd(residual, free) * len(residual) ** -0.2, 1e-12)
+    slope = (pull(residual + width) - pull(residual - width)) / (2 * width)
+    return pull(residual), np.maximum(slope, LEAST_SLOPE)
+
+
+def _drawn(
+    problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame, num: int, seed: int
+) -> tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]]:
+    """Draws of the law's own parameters (num,), points that share errors, their components, flags about both."""
+    jacobian = problem.linearised(vector)
+    groups, unseen = with_spread(groups_of(rows, points.x), jacobian)
+    if not num:
+        return {}, groups, None, ()
+    weights = problem.weights
+    pull, slope = _pull_and_slope(problem.objective, problem.residual(vector), jacobian.shape[1])
+    found = sandwich(jacobian, pull / slope, weights * slope, groups.clusters(len(pull)))
+    residual = pull / np.average(slope, weights=weights)  # outliers are drawn in, the others stretched for it
+    errors = components_of(jacobian, residual, weights, groups)
+    rng = np.random.default_rng([seed, zlib.crc32(f"{problem.law.name} {points.columns['y']}".encode())])
+    shift = np.zeros((num, len(vector)))
+    shift[:, problem.movable] = found.draws(num, rng)
+    vectors = _within_bounds(problem, vector, shift, found.of_params)
+    if _is_bent(problem, vector + shift):
+        simulated = errors.simulate(weights, groups, num, rng)
+        vectors = _refitted(
+            problem, vector, simulated * np.sqrt(errors.degrees / rng.chisquare(errors.degrees, (num, 1)))
+        )
+    params = problem.params_of(vectors)
+    flags = [Flag(kind="unseen", subject=name) for name in unseen]
+    against = lack_of_fit(problem, vector, residual, groups, errors, points, rows)
+    return params, groups, errors, (*flags, *against)
+
+
+def _is_bent(problem: Problem, vectors: Array) -> bool:
+    """Whether a straight line through the optimum misleads: the draws (num, k) of an exponent reach its bounds."""
+    inner = vectors[:, problem.num_linear :]
+    lower, upper = problem.lower[problem.num_linear :], problem.upper[problem.num_linear :]
+    beyond = np.mean((inner < lower) | (inner > upper), axis=0)
+    return bool(np.any(beyond[problem.movable[problem.num_linear :]] > BENT_SHARE))
+
+
+def _refitted(problem: Problem, vector: Array, errors: Array) -> Array:
+    """Optima (num, k) of tables simulated from the fitted law with errors (num, n)."""
+    objective = problem.objective
+    tables = objective.inverse(objective.transform(problem.predict(vector[None])) + errors)
+    again = replace(problem, y=tables)
+    best, total = minimise(again, np.repeat(vector[None], len(tables), axis=0))
+    for start in starts(problem)[:REFIT_STARTS]:
+        other, other_total = minimise(again, np.repeat(start[None], len(tables), axis=0))
+        better = other_total < total
+        best[better], total[better] = other[better], other_total[better]
+    return best
+
+
+def _within_bounds(problem: Problem, vector: Array, shift: Array, covariance: Array) -> Array:
+    """Vectors (num, k) of draws (num, k) about an optimum, each moved to its nearest point within the bounds.
+
+    A coefficient that falls below its bound is set there and takes the parameters that go with it along.
+    """
+    out = vector + shift
+    free = np.flatnonzero(problem.movable)
+    for place, j in enumerate(free):
+        if j >= problem.num_linear or not np.isfinite(problem.lower[j]) or covariance[place, place] <= 0:
             continue
-        found = profile(result, p.name, num=15, confidence=result.confidence)
-        if found.high > i.high:
-            intervals[p.name] = replace(i, high=found.high, method="profile likelihood, on its bound 0")
-            flags = [f for f in flags if about(f) != p.name]
-            flags.append(known_from_above(p.name, found.high))
-    return replace(result, intervals=intervals, flags=tuple(flags))
+        below = out[:, j] < problem.lower[j]
+        lift = problem.lower[j] - out[below, j]
+        out[np.ix_(below, free)] += np.outer(lift, covariance[:, place] / covariance[place, place])
+    return np.clip(out, problem.lower, problem.upper)
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
@@ -157,25 +209,31 @@ def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[floa
             raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")
 
 
-def _result(problem: Problem, minima: list[Minimum], points: Observations, drawn: Draws, confidence: float) -> Fit:
-    best, law, objective = minima[0], problem.law, problem.objective
+def _result(
+    problem: Problem,
+    minima: list[Minimum],
+    points: Observations,
+    drawn: tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]],
+    confidence: float,
+) -> Fit:
+    draws, groups, errors, against = drawn
+    best, law = minima[0], problem.law
     law_params = {name: float(v[0]) for name, v in problem.params_of(best.vector[None]).items()}
     params = {name: float(v) for name, v in law.reported(law_params).items()}
     held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
-    free = {k: v for k, v in law.reported(drawn.params).items() if k not in held} if drawn.params else {}
-    intervals = intervals_of(free, confidence, drawn.method)
+    free = {k: v for k, v in law.reported(draws).items() if k not in held} if draws else {}
+    intervals = {name: interval(values, confidence) for name, values in free.items()}
     rivals = rivals_of(problem, minima)
-    found = diagnose(problem, best, law_params, params, drawn.params, intervals, rivals, points)
+    flags, not_identified = diagnose(problem, best, params, draws, intervals, rivals, points)
     fitted = problem.predict(best.vector[None])[0]
     data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
-    data["residual"] = objective.transform(points.y) - objective.transform(fitted)
     return Fit(
         law=law,
-        objective=objective,
+        objective=problem.objective,
         params=params,
         intervals=intervals,
-        flags=(*found.flags, *drawn.flags),
-        not_identified=found.not_identified,
+        flags=(*flags, *against),
+        not_identified=not_identified,
         objective_value=best.total,
         rivals=rivals,
         num_points=len(points.y),
@@ -183,23 +241,10 @@ def _result(problem: Problem, minima: list[Minimum], points: Observations, drawn
         exclusions=points.exclusions,
         ranges={v: (float(values.min()), float(values.max())) for v, values in points.x.items()},
         columns=points.columns,
-        data=data,
+        data=data.assign(residual=problem.residual(best.vector)),
         law_params=law_params,
-        draws=drawn.params,
-        interval_method=drawn.method,
-        interval_kind=drawn.kind,
-        groups=drawn.groups,
-        errors=drawn.mixed,
-        optimiser=optimiser_words(law),
+        draws=draws,
+        groups=groups,
+        errors=errors,
         confidence=confidence,
-    )
-
-
-def optimiser_words(law: Law) -> str:
-    """How the optimum was found; the grid proves it the lowest only where it is dense in the non-linear parameters."""
-    refined = "with projected linear parameters, then bounded Newton refinement of every distinct start"
-    if len(law.nonlinear) <= DENSE_GRID:
-        return f"fixed grid {refined}"
-    return (
-        f"sparse lattice of {len(law.nonlinear)} non-linear parameters {refined} (the best minimum found, not proved)"
     )

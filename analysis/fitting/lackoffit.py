@@ -6,19 +6,22 @@ off the law fitted without it.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import f as fisher
 from scipy.stats import t as student
 
-from aimscale.analysis.fitting.intervals import Draws, linearised, pseudo_residual, residual_of
-from aimscale.analysis.fitting.optimise import Problem, minimise
-from aimscale.analysis.inference.groups import Groups, groups_of, with_spread
-from aimscale.analysis.inference.lackoffit import pattern_test, replicate_test
-from aimscale.analysis.inference.mixed import mixed_model, simulated_errors
+from aimscale.analysis.fitting.errors import Components, components_of
+from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
+from aimscale.analysis.fitting.optimise import minimise
+from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.points import Observations
+from aimscale.analysis.words import Flag
 
 ALARM = 0.01
 """A test is told of at this probability or less."""
@@ -28,68 +31,126 @@ BLIND_THRESHOLD = 6.0
 """Where too few sizes are left to know their spread, one must lie this many standard deviations of points off."""
 MAX_SIZES = 30
 """More sizes than this are not left out one by one: each alone hardly matters."""
+LEAST_MOVE = 0.02
+"""A movement of less than 2 % of an exponent is not told, however sure."""
+SIMULATED = 999
+"""Tables simulated for a probability, whatever the number of draws of the intervals."""
 
 
-def lack_of_fit_flags(
-    problem: Problem, vector: Array, drawn: Draws, points: Observations, rows: pd.DataFrame, seed: int
-) -> tuple[str, ...]:
-    """Sentences against a fit with a mixed model of its errors; none where nothing speaks against it."""
-    if drawn.mixed is None:
-        return ()
-    weights = problem.weights
-    residual = pseudo_residual(problem.objective, residual_of(problem, vector), weights)
-    jacobian = linearised(problem, vector)
-    rng = np.random.default_rng([seed, 5])
-    groups = drawn.groups
-    errors = simulated_errors(drawn.mixed.drawn, weights, groups.sizes, groups.runs, rng)
+def lack_of_fit(
+    problem: Problem,
+    vector: Array,
+    residual: Array,
+    groups: Groups,
+    errors: Components,
+    points: Observations,
+    rows: pd.DataFrame,
+) -> tuple[Flag, ...]:
+    """Flags against a fit; none where nothing speaks against it.
+
+    Args:
+        vector: the optimum (k,).
+        residual: residuals (n,) whose least squares it is.
+        groups: points that share errors the law leaves visible.
+    """
+    simulated = errors.simulate(problem.weights, groups, SIMULATED, np.random.default_rng(5))
     return (
-        *_form(residual, jacobian, weights, points, drawn, errors, rng),
-        *_smallest(problem, vector, points, errors),
-        *size_flags(problem, vector, points, rows),
+        *_form(problem, problem.linearised(vector), residual, points, groups, errors, simulated),
+        *_smallest(problem, vector, points, simulated),
+        *_odd_size(left_out_sizes(problem, vector, points, rows)),
     )
 
 
 def _form(
-    residual: Array,
+    problem: Problem,
     jacobian: Array,
-    weights: Array,
+    residual: Array,
     points: Observations,
-    drawn: Draws,
-    errors: Array,
-    rng: np.random.Generator,
-) -> list[str]:
+    groups: Groups,
+    errors: Components,
+    simulated: Array,
+) -> Iterator[Flag]:
     """Lack of fit against replicates, else patterns."""
-    assert drawn.mixed is not None
-    cells = np.unique(
-        np.round(np.log(np.array([v + 1e-300 for v in points.x.values()])), 9), axis=1, return_inverse=True
-    )
+    logs = np.round(np.log(np.array([v + 1e-300 for v in points.x.values()])), 9)
+    cells = np.unique(logs, axis=1, return_inverse=True)[1].ravel()
     own = None
-    if drawn.groups.runs is not None and not drawn.groups.departs:
-        # what all points of a size or a scale share is no noise of replicates but lack of fit: the null is without it
-        components = replace(drawn.mixed.drawn, size=np.zeros_like(drawn.mixed.drawn.size))
-        own = simulated_errors(components, weights, None, drawn.groups.runs, rng)
-    found = replicate_test(residual, jacobian, weights, np.ravel(cells[1]), own)
-    if found is not None:
-        if found.p_value > ALARM:
-            return []
-        return [
-            f"The law does not fit: its residuals scatter more than replicate seeds do (F = {found.statistic:.3g} with "
-            f"{found.degrees[0]} and {found.degrees[1]} degrees of freedom, p {_shown(found.p_value)})."
-        ]
-    found = pattern_test(residual, jacobian, weights, points.x, errors)
-    if found is None or found.p_value > ALARM:
-        return []
-    return [
-        f"The law does not fit: its residuals follow {found.pattern} (F = {found.statistic:.3g} with "
-        f"{found.degrees[0]} and {found.degrees[1]} degrees of freedom, p {_shown(found.p_value)})."
-    ]
+    if groups.runs is not None:
+        # what all points of a size share is no noise of replicates but lack of fit: the null is without it
+        seeds = Groups(runs=groups.runs)
+        own = replace(errors, size=0.0).simulate(problem.weights, seeds, SIMULATED, np.random.default_rng(6))
+    scaled, size = residual * np.sqrt(problem.weights), 100 * float(np.sqrt(np.mean(residual**2)))
+    if cells.max() + 1 < len(cells) and cells.max() + 1 > jacobian.shape[1]:
+        f, degrees, p = replicate_test(scaled, jacobian, problem.weights, cells, own)
+        if p <= ALARM:
+            yield Flag(kind="scatter", number=p, more=(f, *degrees, size))
+        return
+    names, columns = _patterns(jacobian, problem.weights, points)
+    spare = len(residual) - jacobian.shape[1] - len(names)
+    if not names or spare < 1:
+        return
+    basis, _ = np.linalg.qr(columns.T)
+
+    def statistic(rows: Array) -> Array:
+        explained = np.sum((rows @ basis) ** 2, axis=1)
+        return explained / len(names) / np.maximum((np.sum(rows**2, axis=1) - explained) / spare, 1e-300)
+
+    f = float(statistic(scaled[None])[0])
+    p = _probability(statistic(left_over(jacobian, problem.weights, simulated)), f)
+    if p <= ALARM:
+        strongest = names[int(np.argmax(np.abs(columns @ scaled)))]
+        yield Flag(kind="pattern", subject=strongest, number=p, more=(f, len(names), spare, size))
 
 
-def _shown(p: float) -> str:
-    return f"= {p:.1g}" if p > 2e-3 or p < 9e-4 else "< 0.002"
+def _probability(simulated: Array, value: float) -> float:
+    return float((1 + np.sum(simulated >= value)) / (1 + len(simulated)))
 
 
-def _smallest(problem: Problem, vector: Array, points: Observations, errors: Array) -> list[str]:
+def left_over(jacobian: Array, weights: Array, errors: Array) -> Array:
+    """Residuals (num, n), times the root of their weights, that the linearised law leaves of errors (num, n)."""
+    root = np.sqrt(weights)
+    basis, _ = np.linalg.qr(jacobian * root[:, None])
+    scaled = errors * root
+    return scaled - (scaled @ basis) @ basis.T
+
+
+def replicate_test(
+    scaled: Array, jacobian: Array, weights: Array, cells: Array, errors: Array | None = None
+) -> tuple[float, tuple[int, int], float]:
+    """F-test of the scatter of cells about the law against that of replicates within them: F, degrees of freedom, p.
+
+    Args:
+        scaled: residuals (n,) times the root of their weights.
+        cells: number of each point's cell (n,); points of a cell differ by noise alone.
+        errors: simulated errors (num, n) where replicates share those of runs; None takes the F-distribution.
+    """
+    num = int(cells.max()) + 1
+    spare, root = (num - jacobian.shape[1], len(cells) - num), np.sqrt(weights)
+
+    def statistic(rows: Array) -> Array:
+        raw = rows / root
+        means = np.array([np.bincount(cells, weights * row, num) for row in raw]) / np.bincount(cells, weights, num)
+        pure = np.sum(weights * (raw - means[:, cells]) ** 2, axis=1)
+        return (np.sum(rows**2, axis=1) - pure) / spare[0] / np.maximum(pure / spare[1], 1e-300)
+
+    f = float(statistic(scaled[None])[0])
+    if errors is None:
+        return f, spare, float(fisher.sf(f, *spare))
+    return f, spare, _probability(statistic(left_over(jacobian, weights, errors)), f)
+
+
+def _patterns(jacobian: Array, weights: Array, points: Observations) -> tuple[list[str], Array]:
+    """Squares and products of the variables' logarithms that the law leaves: names, and unit columns (q, n)."""
+    plain = {f"ln {name}": np.log(v) for name, v in points.x.items() if np.all(v > 0) and np.ptp(v) > 0}
+    logs = {name: (v - v.mean()) / v.std() for name, v in plain.items()}
+    pairs = itertools.combinations_with_replacement(logs, 2)
+    named = {f"{a} x {b}" if a != b else f"{a} squared": logs[a] * logs[b] for a, b in pairs}
+    columns = left_over(jacobian, weights, np.array(list(named.values())).reshape(len(named), len(weights)))
+    size = np.sqrt(np.sum(columns**2, axis=1))
+    kept = size > 1e-3 * np.sqrt(np.sum(weights))
+    return [name for name, keep in zip(named, kept, strict=True) if keep], columns[kept] / size[kept, None]
+
+
+def _smallest(problem: Problem, vector: Array, points: Observations, simulated: Array) -> Iterator[Flag]:
     """Exponents that move more than they should when the smallest value of a variable is left out."""
     kept = {}
     for v, values in points.x.items():
@@ -97,85 +158,59 @@ def _smallest(problem: Problem, vector: Array, points: Observations, errors: Arr
         if len(np.unique(values[keep])) > 2 and keep.sum() > problem.movable.sum() + 2:
             kept[v] = keep
     if not kept:
-        return []
+        return
     masks = np.array(list(kept.values()))
     vectors, _ = minimise(problem, np.repeat(vector[None], len(masks), axis=0), masks * problem.weights)
-    influence = _influence(problem, vector, problem.weights)
-    free = np.flatnonzero(problem.movable)
-    out = []
+    jacobian, free = problem.linearised(vector), np.flatnonzero(problem.movable)
+
+    def influence(weights: Array) -> Array:
+        """Movement (k, n) of the weighted least-squares estimate per unit of error of each point."""
+        root = np.sqrt(weights)
+        return np.linalg.pinv(jacobian * root[:, None], rcond=1e-9) * root
+
     for (v, keep), moved in zip(kept.items(), vectors, strict=True):
-        usual = errors @ (_influence(problem, vector, problem.weights * keep) - influence).T
+        usual = np.abs(simulated @ (influence(problem.weights * keep) - influence(problem.weights)).T)
         for place, j in enumerate(free):
-            if j < problem.num_linear:
-                continue
-            shift = moved[j] - vector[j]
-            p = (1 + np.sum(np.abs(usual[:, place]) >= abs(shift))) / (1 + len(usual))
-            if p <= ALARM and abs(shift) > LEAST_MOVE:
+            p = _probability(usual[:, place], abs(moved[j] - vector[j]))
+            if j >= problem.num_linear and p <= ALARM and abs(moved[j] - vector[j]) > LEAST_MOVE:
                 parameter = problem.law.nonlinear[j - problem.num_linear]
-                before, after = (np.exp(e[j]) if parameter.log else e[j] for e in (vector, moved))
-                out.append(
-                    f"{parameter.name} hangs on the smallest {v}: it is {after:.3g} without it and {before:.3g} with "
-                    f"it (p {_shown(float(p))})."
-                )
-    return out
+                before, after = (float(np.exp(e[j]) if parameter.log else e[j]) for e in (vector, moved))
+                yield Flag(kind="hangs", subject=parameter.name, number=p, more=(v, after, before))
 
 
-LEAST_MOVE = 0.02
-"""A movement of less than 2 % of an exponent is not told, however sure."""
-
-
-def _influence(problem: Problem, vector: Array, weights: Array) -> Array:
-    """Movement (k, n) of the weighted least-squares estimate per unit of error of each point."""
-    jacobian = linearised(problem, vector)
-    scaled = jacobian * np.sqrt(weights)[:, None]
-    return np.linalg.pinv(scaled, rcond=1e-9) * np.sqrt(weights)
-
-
-def size_flags(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> list[str]:
-    """Sizes that lie off the law fitted without them."""
-    table = left_out_sizes(problem, vector, points, rows)
-    if table.empty:
-        return []
+def _odd_size(table: pd.DataFrame) -> Iterator[Flag]:
+    """The size that lies farthest off the law fitted without it, if any does: its neighbours may suffer from it."""
     odd = table[table["deviations"].abs() > table["threshold"]]
-    # only the worst: its neighbours may suffer from it
-    worst = odd.loc[[odd["deviations"].abs().idxmax()]] if len(odd) else odd
-    return [
-        f"Size {row['size']} lies {100 * abs(row['off']):.2g} % {'above' if row['off'] > 0 else 'below'} the law "
-        f"fitted without it ({abs(row['deviations']):.2g} standard deviations): look at how it was tuned."
-        for row in worst.to_dict("records")
-    ]
+    if len(odd):
+        worst = odd.iloc[int(np.argmax(odd["deviations"].abs()))]
+        more = (float(abs(worst["deviations"])),)
+        yield Flag(kind="size_off", subject=str(worst["size"]), number=100 * float(worst["off"]), more=more)
 
 
 def left_out_sizes(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> pd.DataFrame:
-    """Each size against the law without it: size, off (mean residual of T(y)), deviations (studentised), threshold."""
-    groups = groups_of(rows, points.x)
-    codes = groups.sizes if groups.sizes is not None else groups.runs
+    """Each size against the law without it: size, off (mean residual of T(y)), deviations (studentised), threshold;
+    empty where there are too few or too many."""
     columns = ["size", "off", "deviations", "threshold"]
-    if "N" not in points.x or codes is None or not 4 <= codes.max() < MAX_SIZES:
-        return pd.DataFrame(columns=columns)
+    shared = groups_of(rows, points.x)
+    codes, free = shared.clusters(problem.num_points), int(problem.movable.sum())
     num = int(codes.max()) + 1
     masks = codes != np.arange(num)[:, None]
-    if masks.sum(axis=1).min() <= problem.movable.sum() + 1:
+    is_few = "N" not in points.x or not shared.named or not 4 < num <= MAX_SIZES
+    if is_few or masks.sum(axis=1).min() <= free + 1:
         return pd.DataFrame(columns=columns)
     vectors, _ = minimise(problem, np.repeat(vector[None], num, axis=0), masks * problem.weights)
     out = []
-    for k in range(num):
-        residual, jacobian, keep = residual_of(problem, vectors[k]), linearised(problem, vectors[k]), masks[k]
-        left, unseen = with_spread(
-            Groups(sizes=np.unique(codes[keep], return_inverse=True)[1], runs=None), jacobian[keep]
-        )
-        weights = problem.weights[keep]
-        pseudo = pseudo_residual(problem.objective, residual[keep], weights)
-        model = mixed_model(
-            jacobian[keep], pseudo, weights, left.sizes, None, num_draws=200, rng=np.random.default_rng(k)
-        )
+    for keep, moved in zip(masks, vectors, strict=True):
+        residual, jacobian, root = problem.residual(moved), problem.linearised(moved), np.sqrt(problem.weights * keep)
         share = problem.weights * ~keep / np.sum(problem.weights[~keep])
-        curve = model.shift @ (share @ jacobian)
-        new = model.drawn.size**2 + model.drawn.point**2 * np.sum(share[~keep] ** 2 / problem.weights[~keep])
-        sd = np.sqrt((np.median(np.abs(curve)) / 0.6745) ** 2 + np.median(new))
-        spare = max(1, num - 1 - 2) if not unseen else int(keep.sum()) - jacobian.shape[1]
-        threshold = float(student.ppf(1 - FAMILY_ALARM / 2 / num, spare)) if not unseen else BLIND_THRESHOLD
+        # the size's mean less the law without it, as a sum over all points' errors
+        gap = share - (share @ jacobian) @ np.linalg.pinv(jacobian * root[:, None], rcond=1e-9) * root
+        left, unseen = with_spread(shared.rows(keep), jacobian[keep])
+        near = np.clip(residual[keep], -problem.objective.delta, problem.objective.delta)
+        spread = components_of(jacobian[keep], near, problem.weights[keep], left)
+        sd = max(float(np.sqrt(spread.variance_of(gap, problem.weights, shared))), 1e-300)
         name = rows["size"].iloc[np.flatnonzero(~keep)[0]] if "size" in rows else f"N = {points.x['N'][~keep][0]:.3g}"
         off = float(share @ residual)
-        out.append({"size": name, "off": off, "deviations": off / max(sd, 1e-300), "threshold": threshold})
+        threshold = BLIND_THRESHOLD if unseen else float(student.ppf(1 - FAMILY_ALARM / 2 / num, max(1, num - 3)))
+        out.append({"size": name, "off": off, "deviations": off / sd, "threshold": threshold})
     return pd.DataFrame(out, columns=columns)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aimscale.analysis.fitting.objectives import LAD_DELTA
 from aimscale.analysis.fitting.problem import Problem, make_problem, objective_of
 from aimscale.analysis.fitting.projection import num_starts, starts
 from aimscale.analysis.laws.base import Array
@@ -40,7 +39,7 @@ def minimise(problem: Problem, vector: Array, weights: Array | None = None) -> t
         with np.errstate(over="ignore", invalid="ignore"):  # a trial step may overflow; it is rejected
             refined = _continue(part, vector[i : i + rows], chunk)
         out.append(refined)
-        total.append(objective_of(part, part.predict(refined), chunk, None))
+        total.append(objective_of(part, part.predict(refined), chunk))
     return np.concatenate(out), np.concatenate(total)
 
 
@@ -52,24 +51,19 @@ def _continue(problem: Problem, vector: Array, weights: Array) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):
         r = objective.transform(problem.y) - objective.transform(problem.predict(vector))
     r = np.where(np.isfinite(r), r, 1.0)
-    middle = np.median(np.abs(r), axis=1, keepdims=True) + 1e-300
-    target = np.maximum(objective.zone(r, weights), LAD_DELTA * middle)
-    delta = np.maximum(2 * middle, target)
-    vertex = objective.delta == 0
-    while np.any(delta > target):
-        vector = _newton(problem, vector, weights, delta, 12 if vertex else 4)
-        smaller = np.maximum(delta / 6, target)
+    delta = np.maximum(2 * np.median(np.abs(r), axis=1, keepdims=True), objective.delta)
+    while np.any(delta > objective.delta):
+        vector = _newton(problem, vector, weights, delta, 4)
+        smaller = np.maximum(delta / 6, objective.delta)
         vector = _follow_path(problem, vector, weights, delta, smaller)
         delta = smaller
-    vector = _newton(problem, vector, weights, target, MAX_ITERATIONS)
-    return _follow_path(problem, vector, weights, target, 1e-6 * target) if vertex else vector
+    return _newton(problem, vector, weights, delta, MAX_ITERATIONS)
 
 
 def _follow_path(problem: Problem, vector: Array, weights: Array, delta: Array, smaller: Array) -> Array:
     """One step along the path of minima as the quadratic zone shrinks: the points inside stay inside, scaled down.
 
-    (Madsen and Nielsen 1993.) For absolute values this ends in a vertex, where as many residuals vanish as there are
-    parameters. Rows where the step does not lower the objective keep their place.
+    (Madsen and Nielsen 1993.) Rows where the step does not lower the objective keep their place.
     """
     total, gradient, hessian, diagonal = _derivatives(
         problem, vector, weights, smaller, np.full(len(vector), 1e-9), delta
@@ -121,22 +115,16 @@ def _derivatives(
     else:
         r = problem.y - value
     size = np.abs(r)
-    side = objective.side(r) * weights
-    total = np.sum(side * _huber(size, delta), axis=1)
+    total = np.sum(weights * objective.loss(r, delta), axis=1)
     inside = size <= (delta if zone is None else zone)
-    pull = side * (np.where(inside, r, delta * np.sign(r)) if np.all(np.isfinite(delta)) else r)
+    pull = weights * (np.where(inside, r, delta * np.sign(r)) if np.all(np.isfinite(delta)) else r)
     ratio = np.minimum(1.0, delta / np.maximum(size, 1e-300))
     blend = np.minimum(damping, 1.0)[:, None]
-    curvature = side * (inside + blend * (ratio - inside))
+    curvature = weights * (inside + blend * (ratio - inside))
     gradient = -np.einsum("bkn,bn->bk", jacobian, pull)
     hessian = (jacobian * curvature[:, None, :]) @ jacobian.transpose(0, 2, 1)
     diagonal = np.einsum("bkk->bk", hessian)
     return total, gradient, hessian, diagonal + 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
-
-
-def _huber(size: Array, delta: Array) -> Array:
-    inner = np.minimum(size, delta)
-    return inner * (size - 0.5 * inner)
 
 
 def _bounded_step(problem: Problem, vector: Array, gradient: Array, hessian: Array, damping: Array) -> Array:

@@ -120,7 +120,18 @@ class Problem:
 
     def total(self, vector: Array, weights: Array | None = None) -> Array:
         """Objective (batch,), summed over points; infinite where the law leaves the domain of T."""
-        return objective_of(self, self.predict(vector), self.weights if weights is None else weights, None)
+        return objective_of(self, self.predict(vector), self.weights if weights is None else weights)
+
+    def residual(self, vector: Array) -> Array:
+        """Residuals (n,) of T(y) at a vector (k,)."""
+        transform = self.objective.transform
+        return transform(self.y) - transform(self.predict(vector[None])[0])
+
+    def linearised(self, vector: Array) -> Array:
+        """Derivatives (n, free) of T(law) by the movable parameters at a vector (k,)."""
+        value, jacobian = self.predict_and_jacobian(vector[None])
+        slope = jacobian[0] / value[0] if self.objective.log else jacobian[0]
+        return slope.T[:, self.movable]
 
 
 def make_problem(
@@ -159,12 +170,9 @@ def make_problem(
     )
 
 
-def objective_of(problem: Problem, value: Array, weights: Array, delta: Array | None) -> Array:
-    """Objective (batch,) of the law's values (batch, n); with `delta`, the Huber sum that continuation minimises."""
+def objective_of(problem: Problem, value: Array, weights: Array, delta: Array | None = None) -> Array:
+    """Objective (batch,) of the law's values (batch, n), infinite outside T's domain; `delta`: see `Objective.loss`."""
     with np.errstate(invalid="ignore", divide="ignore"):
         r = problem.objective.transform(problem.y) - problem.objective.transform(value)
-        if delta is None:
-            total = problem.objective.total(r, weights)
-        else:
-            total = np.sum(weights * problem.objective.loss(r, delta), axis=-1)
+        total = np.sum(weights * problem.objective.loss(r, delta), axis=-1)
     return np.where(np.isfinite(total), total, np.inf)

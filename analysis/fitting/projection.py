@@ -21,8 +21,6 @@ GRID_VALUES = 1_000_000
 """Residuals per chunk of the grid."""
 MAX_GRID_POINTS = 2000
 """Points that the grid looks at."""
-VALLEYS, RESAMPLES_AT_ONCE = 4, 100
-"""Starts of each resample by non-linear parameter beyond two, and resamples whose grids are held at once."""
 
 
 def grid_points(lower: Array, upper: Array) -> Array:
@@ -55,54 +53,31 @@ def design(problem: Problem, theta: Array) -> Array:
 
 
 def project(problem: Problem, g: Array, weights: Array) -> Array:
-    """Best bounded linear coefficients (m, p) of weighted least squares on designs (m, p, n)."""
-    gw = g * (weights[:, None, :] if weights.ndim == 2 else weights)
-    return _bounded(problem, gw @ g.transpose(0, 2, 1), gw @ problem.y)[0]
-
-
-def _bounded(problem: Problem, gram: Array, moment: Array) -> tuple[Array, Array]:
-    """Minima (m, p) of c' gram c / 2 - moment' c within the linear parameters' bounds, and their values (m,).
+    """Best bounded linear coefficients (m, p) of weighted least squares on designs (m, p, n).
 
     All 2^p choices of coefficients held at their nearest finite bound are tried; p is at most a few.
     """
-    p = problem.num_linear
+    p, gw = problem.num_linear, g * (weights[:, None, :] if weights.ndim == 2 else weights)
+    gram, moment = gw @ g.transpose(0, 2, 1), gw @ problem.y
     scale = np.sqrt(np.einsum("mjj->mj", gram)) + 1e-300
     gram = gram / (scale[:, :, None] * scale[:, None, :]) + 1e-11 * np.eye(p)
     moment = moment / scale
     lower, upper = problem.lower[:p] * scale, problem.upper[:p] * scale
     held_at = np.where(np.isfinite(lower), lower, np.where(np.isfinite(upper), upper, 0.0))
-    best, best_value = np.zeros((len(gram), p)), np.full(len(gram), np.inf)
     can_hold = np.isfinite(problem.lower[:p]) | np.isfinite(problem.upper[:p])
-    must_hold = ~problem.movable[:p]
-    for held in itertools.product((False, True), repeat=p):
-        mask = np.array(held)
-        if np.any(mask & ~can_hold) or np.any(must_hold & ~mask):
+    best, best_value = held_at.copy(), np.full(len(gram), np.inf)
+    for choice in itertools.product((False, True), repeat=p):
+        held = np.array(choice)
+        if np.any(held & ~can_hold) or np.any(~held & ~problem.movable[:p]):
             continue
-        todo = (
-            np.isinf(best_value) if not np.any(mask & ~must_hold) else ~_settled(best, best_value, lower, upper, mask)
-        )
-        if not np.any(todo):
-            continue
-        c = np.where(mask, held_at[todo], 0.0)
-        free = ~mask
-        if np.any(free):
-            sub = gram[todo][:, free][:, :, free]
-            rhs = moment[todo][:, free] - np.einsum("mij,mj->mi", gram[todo][:, free][:, :, mask], c[:, mask])
-            c[:, free] = np.linalg.solve(sub, rhs[..., None])[..., 0]
-        inside = np.all((c >= lower[todo] - 1e-12) & (c <= upper[todo] + 1e-12), axis=1)
-        value = 0.5 * np.einsum("mi,mij,mj->m", c, gram[todo], c) - np.einsum("mi,mi->m", c, moment[todo])
-        value = np.where(inside, value, np.inf)
-        rows = np.flatnonzero(todo)
-        better = value < best_value[rows]
-        best[rows[better]], best_value[rows[better]] = c[better], value[better]
-    fallback = np.clip(held_at / scale, problem.lower[:p], problem.upper[:p])
-    return np.where(np.isfinite(best_value)[:, None], best / scale, fallback), best_value
-
-
-def _settled(best: Array, value: Array, lower: Array, upper: Array, mask: Array) -> Array:
-    """Grid points whose unconstrained solution was inside the bounds: nothing can beat it."""
-    inside = np.all((best > lower) & (best < upper), axis=1)
-    return inside & np.isfinite(value)
+        c, free = np.where(held, held_at, 0.0), ~held
+        rhs = moment[:, free] - np.einsum("mij,mj->mi", gram[:, free][:, :, held], c[:, held])
+        c[:, free] = np.linalg.solve(gram[:, free][:, :, free], rhs[..., None])[..., 0]
+        inside = np.all((c >= lower - 1e-12) & (c <= upper + 1e-12), axis=1)
+        value = 0.5 * np.einsum("mi,mij,mj->m", c, gram, c) - np.einsum("mi,mi->m", c, moment)
+        better = inside & (value < best_value)
+        best[better], best_value[better] = c[better], value[better]
+    return best / scale
 
 
 def num_starts(problem: Problem) -> int:
@@ -132,62 +107,12 @@ def starts(problem: Problem, *, count: int = MAX_STARTS) -> Array:
     return vector[chosen]
 
 
-def resample_starts(problem: Problem, weights: Array, near: Array) -> Array:
-    """The floors of the lowest valleys of the grid under each row of weights (num, n): (valleys, num, k).
-
-    The squares of all resamples at a grid point are one product of matrices. Where the objective is robust, points far
-    from the table's own optimum `near` (k,) count less, as they will in the objective.
-    """
-    kept, num = _evenly(problem.num_points), len(weights)
-    weights = weights[:, kept]
-    if problem.objective.robust:
-        transform = problem.objective.transform
-        size = np.abs(transform(problem.y) - transform(problem.predict(near[None])[0]))[kept]
-        weights = weights / np.maximum(size / (np.median(size) + 1e-300), 1.0)
-    problem = _thinned(problem)
-    theta = grid_points(problem.lower[problem.num_linear :], problem.upper[problem.num_linear :])
-    span = np.where(problem.movable, problem.upper - problem.lower, 1.0)[problem.num_linear :]
-    _, neighbours = cKDTree(theta / span).query(theta / span, NEIGHBOURS + 1)
-    relative = (weights / problem.y**2 if problem.objective.log else weights).T
-    p, rows = problem.num_linear, max(1, GRID_VALUES // (len(problem.y) * (1 + problem.num_linear) ** 2))
-    valleys = VALLEYS * max(1, theta.shape[1] - 2)
-    out = np.empty((valleys, num, len(problem.lower)))
-    for i in range(0, num, RESAMPLES_AT_ONCE):
-        some = relative[:, i : i + RESAMPLES_AT_ONCE]
-        found = [_squares(problem, theta[j : j + rows], some) for j in range(0, len(theta), rows)]
-        linear, total = (np.concatenate(part) for part in zip(*found, strict=True))  # (m, block, p), (m, block)
-        is_floor = total <= total[neighbours].min(axis=1)
-        lowest = np.lexsort((total, ~is_floor), axis=0)[:valleys]
-        out[:, i : i + some.shape[1], :p] = np.take_along_axis(linear, lowest[..., None], axis=0)
-        out[:, i : i + some.shape[1], p:] = theta[lowest]
-    return out
-
-
-def _squares(problem: Problem, theta: Array, weights: Array) -> tuple[Array, Array]:
-    """Projected coefficients (m, num, p) at points (m, q) of the grid under weights (n, num), and their squares."""
-    p, num = problem.num_linear, weights.shape[1]
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # far corners of the grid may overflow
-        g = design(problem, theta)
-        overflows = ~np.isfinite(g).all(axis=(1, 2))
-        g[overflows] = 0.0
-        gram = (g[:, :, None, :] * g[:, None, :, :]) @ weights
-        moment = (g * problem.y) @ weights
-        flat = gram.transpose(0, 3, 1, 2).reshape(-1, p, p), moment.transpose(0, 2, 1).reshape(-1, p)
-        linear, total = (each.reshape(len(theta), num, *each.shape[1:]) for each in _bounded(problem, *flat))
-    return linear, np.where(overflows[:, None], np.inf, total)
-
-
-def _evenly(num_points: int) -> Array:
-    """Numbers of evenly spaced points, at most `MAX_GRID_POINTS`."""
-    return np.linspace(0, num_points - 1, min(num_points, MAX_GRID_POINTS)).astype(int)
-
-
 def _thinned(problem: Problem) -> Problem:
     """The problem on evenly spaced points where there are many: enough to find starts, which are refined on all."""
     n = len(problem.y)
     if n <= MAX_GRID_POINTS:
         return problem
-    keep = _evenly(n)
+    keep = np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int)
     x = Columns({v: problem.x[v][np.append(keep, n)] for v in problem.law.variables})
     return replace(problem, x=x, y=problem.y[keep], weights=problem.weights[keep])
 
@@ -199,13 +124,13 @@ def _project_chunk(problem: Problem, theta: Array) -> tuple[Array, Array]:
     g = design(problem, theta)
     c = project(problem, g, relative)
     value = np.einsum("mp,mpn->mn", c, g)
-    total = objective_of(problem, value, problem.weights, None)
+    total = objective_of(problem, value, problem.weights)
     if objective.robust:
         best = np.argsort(total)[: max(8, len(theta) // 4)]
         size = np.abs(problem.y - value[best]) * (1 / problem.y if objective.log else 1.0)
         middle = np.median(size, axis=1, keepdims=True) + 1e-300
         again = project(problem, g[best], relative / np.maximum(size, middle))
-        total_again = objective_of(problem, np.einsum("mp,mpn->mn", again, g[best]), problem.weights, None)
+        total_again = objective_of(problem, np.einsum("mp,mpn->mn", again, g[best]), problem.weights)
         better = total_again < total[best]
         c[best[better]], total[best[better]] = again[better], total_again[better]
     return np.concatenate([c, theta], axis=1), total

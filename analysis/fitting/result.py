@@ -1,44 +1,24 @@
-"""What a fit hands back: numbers with intervals, ranges and flags, and ways to show them."""
+"""What a fit and a held-out test hand back: numbers with intervals, ranges and flags."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result
-from aimscale.analysis.fitting.bootstrap import interval
+from aimscale.analysis.display import Result, plain_fields, plain_types
+from aimscale.analysis.fitting.errors import Components
+from aimscale.analysis.fitting.groups import Groups
 from aimscale.analysis.fitting.objectives import Objective
-from aimscale.analysis.inference.groups import Groups
-from aimscale.analysis.inference.mixed import Mixed
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
+from aimscale.analysis.words import NOT_IDENTIFIED, Flag, fit_sentence, held_out_sentence, interval_words
 
-if TYPE_CHECKING:
-    from aimscale.analysis.fitting.heldout import HeldOut
-
-NOT_IDENTIFIED = "not identified"
-
-
-class Flag(str):
-    """A sentence of warning about a fit, or about one of its parameters."""
-
-    about: str
-    """The parameter, or empty."""
-
-    def __new__(cls, sentence: str, about: str = "") -> Flag:
-        """A flag of these words."""
-        flag = super().__new__(cls, sentence)
-        flag.about = about
-        return flag
-
-
-def about(flag: str) -> str:
-    """The parameter that a flag is about, or empty."""
-    return flag.about if isinstance(flag, Flag) else ""
+DENSE_GRID = 2
+"""Up to this many non-linear parameters the grid leaves no valley unseen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +27,9 @@ class Interval:
 
     low: float
     high: float
-    confidence: float
-    """E.g. 0.95."""
-    method: str
-    """E.g. "bootstrap over 240 points"."""
+    confidence: float = 0.95
+    method: str = ""
+    """How it was found, where that is not how the fit's other intervals were."""
 
     @property
     def is_known(self) -> bool:
@@ -58,8 +37,17 @@ class Interval:
         return bool(np.isfinite([self.low, self.high]).all())
 
     def words(self, form: str = ".3f") -> str:
-        """Both ends in brackets, or that there is no interval."""
+        """E.g. "[0.31, 0.38]", or that there is no interval."""
         return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else "(no interval)"
+
+
+def interval(draws: Array, confidence: float) -> Interval:
+    """Percentile interval of the finite draws; NaN without any."""
+    finite = draws[np.isfinite(draws)]
+    low, high = (
+        (np.nan, np.nan) if finite.size == 0 else np.quantile(finite, [(1 - confidence) / 2, (1 + confidence) / 2])
+    )
+    return Interval(low=float(low), high=float(high), confidence=confidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +57,53 @@ class Rival:
     params: dict[str, float]
     objective_value: float
     """Its objective, summed over points."""
-    within_noise: bool
-    """The data hardly prefer the best minimum to this one (log-likelihood ratio below 2)."""
+    lost: float
+    """Log-likelihood lost against the best minimum; below 2 the data hardly prefer that."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HeldOut(Result):
+    """What a fit to the smaller scales predicts for the largest, and what happened."""
+
+    variable: str
+    """Scale that was held out: N, D, C or another column."""
+    values: tuple[float, ...]
+    """The held-out values of it."""
+    num_train: int
+    num_test: int
+    mean_abs_relative_error: float
+    """Mean of |prediction / measurement - 1|."""
+    log_rmse: float
+    """Root mean square of ln prediction - ln measurement."""
+    naive_mean_abs_relative_error: float
+    """The same error of the naive baseline, a straight line in log-log."""
+    naive_log_rmse: float
+    """The same of the naive baseline."""
+    others: str
+    """The law's other variables, which the line keeps where it can."""
+    num_own: int
+    """Points whose line was drawn at their own values of these."""
+    predictions: pd.DataFrame = field(repr=False)
+    """Rows: index of the table, variables, measured, measured_se (standard error of the measurement, NaN if unknown),
+    predicted, pi_lo, pi_hi, inside, naive."""
+
+    @property
+    def num_inside(self) -> int:
+        """Held-out points inside their prediction interval."""
+        return int(self.predictions["inside"].sum())
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """`predictions`."""
+        return self.predictions
+
+    def headline(self) -> str:
+        """Errors of the law and of the naive baseline."""
+        return self.sentence()
+
+    def sentence(self) -> str:
+        """Error on the held-out scale beside the naive baseline."""
+        return held_out_sentence(self)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -82,9 +115,9 @@ class Fit(Result):
     params: dict[str, float]
     """Reported parameters and derived quantities; see `not_identified` before printing digits."""
     intervals: dict[str, Interval]
-    """Confidence intervals of `params`; empty if no bootstrap was asked for."""
-    flags: tuple[str, ...]
-    """What to be careful about, in sentences."""
+    """Confidence intervals of `params`; empty if no draws were asked for."""
+    flags: tuple[Flag, ...]
+    """What to be careful about."""
     not_identified: frozenset[str]
     """Parameters that the data do not pin down: `.table()` prints words instead of digits."""
     objective_value: float
@@ -105,19 +138,12 @@ class Fit(Result):
     """The law's own parameters."""
     draws: dict[str, Array] = field(repr=False)
     """Draws of the law's own parameters (num_draws,)."""
-    interval_method: str
-    interval_kind: str = "none"
-    """mixed, bootstrap or none."""
-    cluster: str | None = "auto"
-    """What a refit resamples by, or the column of its runs, as it was asked for."""
-    groups: Groups = field(default_factory=lambda: Groups(sizes=None, runs=None), repr=False)
-    """Which points share errors."""
-    errors: Mixed | None = field(default=None, repr=False)
-    """Variance components of sizes, runs and points, of the mixed model."""
+    groups: Groups = field(repr=False)
+    """Which points share errors that the law leaves visible."""
+    errors: Components | None
+    """Variance components of sizes, runs and points; None without draws."""
     limits: tuple[float, float] | None = None
     """Values that y cannot leave, such as chance and 1 of an accuracy."""
-    optimiser: str
-    """How the optimum was found."""
     confidence: float = 0.95
     names: dict[str, str] = field(default_factory=dict)
     """Column -> its name in the file, where `--columns` renamed it."""
@@ -130,11 +156,19 @@ class Fit(Result):
     """Parameters that were kept between two values."""
 
     @property
-    def noise(self) -> Array:
-        """Residuals of T(y) as those of a point of weight 1, inflated for the parameters spent."""
-        free = len(self.law.parameters) - len(self.fixed)
-        standard = self.data["residual"].to_numpy() * np.sqrt(self.data["weight"].to_numpy())
-        return standard * np.sqrt(self.num_points / max(1, self.num_points - free))
+    def is_proved(self) -> bool:
+        """Whether the grid is dense enough in the non-linear parameters to prove the optimum the lowest."""
+        return len(self.law.nonlinear) <= DENSE_GRID
+
+    @property
+    def interval_method(self) -> str:
+        """How the intervals were found, in words."""
+        return interval_words(self)
+
+    @property
+    def num_draws(self) -> int:
+        """Draws kept."""
+        return len(next(iter(self.draws.values()))) if self.draws else 0
 
     def scatter(self, num_points: int, weights: Array | None = None, seed: int = 0) -> Array:
         """Errors of T(y) of new measurements (num_draws, num_points), each of a new run and size.
@@ -142,13 +176,9 @@ class Fit(Result):
         Args:
             weights: their weights (num_points,), relative to the fit's; None takes the fit's median.
         """
-        rng, shape = np.random.default_rng([seed, 2]), (self.num_draws, num_points)
+        assert self.errors is not None
         weight = np.full(num_points, self.data["weight"].median()) if weights is None else np.asarray(weights, float)
-        if self.errors is None:
-            return rng.choice(self.noise, shape) / np.sqrt(weight)
-        drawn = self.errors.drawn
-        spread = np.sqrt((drawn.size**2 + drawn.run**2)[:, None] + drawn.point[:, None] ** 2 / weight)
-        return spread * rng.standard_normal(shape)
+        return self.errors.scatter(weight, self.num_draws, np.random.default_rng([seed, 2]))
 
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
         """The law's variables, taken from a table by the variable's name or by the fit's column names."""
@@ -170,23 +200,21 @@ class Fit(Result):
         """
         x = self.variables(df)
         value = np.broadcast_to(self.law.value(x, self.law_params), (len(x[self.law.variables[0]]),))
-        out = {"value": value}
         nan = np.full(len(value), np.nan)
-        out |= dict.fromkeys(("ci_lo", "ci_hi", "pi_lo", "pi_hi"), nan)
+        out = {"value": value} | dict.fromkeys(("ci_lo", "ci_hi", "pi_lo", "pi_hi"), nan)
         if self.draws:
             curves = np.broadcast_to(self.law.value(x, self.draws), (self.num_draws, len(value)))
             tails = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
             out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, tails, axis=0)
             name = self.columns.get("weight")
             noise = self.scatter(len(value), None if name is None or name not in df else np.asarray(df[name], float))
-            with np.errstate(invalid="ignore", divide="ignore"):
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                 measured = self.objective.inverse(self.objective.transform(curves) + noise)
             out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
         if self.limits is not None:
             # a curve stays above chance; one measured accuracy may fall below it, though not below 0
             low, high = self.limits
-            floor = {name: 0.0 if name.startswith("pi") else low for name in out}
-            out = {name: np.clip(each, floor[name], high) for name, each in out.items()}
+            out = {name: np.clip(each, 0.0 if name.startswith("pi") else low, high) for name, each in out.items()}
         factor = np.ones(len(value))
         for v, (low, high) in self.ranges.items():
             factor = np.maximum(factor, np.maximum(low / x[v], x[v] / high))
@@ -203,11 +231,6 @@ class Fit(Result):
             columns.append((moved - base) / 1e-5)
         return np.stack(columns, axis=1)
 
-    @property
-    def num_draws(self) -> int:
-        """Draws kept."""
-        return len(next(iter(self.draws.values()))) if self.draws else 0
-
     def reported_draws(self) -> dict[str, Array]:
         """Draws of `params`, derived quantities included."""
         return self.law.reported(self.draws) if self.draws else {}
@@ -219,28 +242,17 @@ class Fit(Result):
         text = f"{self.params[name]:.{digits}g}"
         if name in self.fixed:
             return f"{text} (held)"
-        if name in self.intervals:
-            i = self.intervals[name]
-            text += f" [{i.low:.{digits}g}, {i.high:.{digits}g}]"
-        return text
+        return f"{text} {self.intervals[name].words(f'.{digits}g')}" if name in self.intervals else text
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a parameter: parameter, value, low, high, confidence, method, note."""
+        """One row a parameter: parameter, value, low, high, confidence, note."""
         rows = []
         for name, value in self.params.items():
-            i = self.intervals.get(name)
-            rows.append(
-                {
-                    "parameter": name,
-                    "value": NOT_IDENTIFIED if name in self.not_identified else value,
-                    "low": i.low if i else np.nan,
-                    "high": i.high if i else np.nan,
-                    "confidence": i.confidence if i else np.nan,
-                    "method": i.method if i else "",
-                    "note": " ".join(["held"] * (name in self.fixed) + [f for f in self.flags if about(f) == name]),
-                }
-            )
+            i = self.intervals.get(name, Interval(low=np.nan, high=np.nan, confidence=np.nan))
+            notes = ["held"] * (name in self.fixed) + [str(flag) for flag in self.flags if flag.subject == name]
+            shown = NOT_IDENTIFIED if name in self.not_identified else value
+            rows.append({"parameter": name, "value": shown, **vars(i), "note": " ".join(notes)})
         return pd.DataFrame(rows)
 
     def headline(self) -> str:
@@ -255,46 +267,12 @@ class Fit(Result):
         return "\n".join([self.law.formula, "", *lines, "", self.sentence()])
 
     def sentence(self) -> str:
-        """The fit as prose: law, variables, objective, optimiser, n, exclusions, range, intervals, held-out error."""
-        from aimscale.analysis.fitting.sentences import fit_sentence
-
+        """The fit as prose: law, variables, objective, n, exclusions, range, intervals, held-out error, flags."""
         return fit_sentence(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the data and the draws, in plain types."""
-        return {
-            "law": self.law.name,
-            "formula": self.law.formula,
-            "source": self.law.source,
-            "objective": {"name": self.objective.name, "label": self.objective.label, "value": self.objective_value},
-            "params": {k: None if k in self.not_identified else v for k, v in self.params.items()},
-            "not_identified": sorted(self.not_identified),
-            "intervals": {
-                k: {"low": i.low, "high": i.high, "confidence": i.confidence} for k, i in self.intervals.items()
-            },
-            "interval_method": self.interval_method,
-            "optimiser": self.optimiser,
-            "flags": list(self.flags),
-            "rivals": [
-                {"params": r.params, "objective": r.objective_value, "within_noise": r.within_noise}
-                for r in self.rivals
-            ],
-            "num_points": self.num_points,
-            "num_rows": self.num_rows,
-            "exclusions": [vars(each) for each in self.exclusions],
-            "fixed": self.fixed,
-            "bounds": {k: list(v) for k, v in self.bounds.items()},
-            "ranges": {k: list(v) for k, v in self.ranges.items()},
-            "columns": self.columns,
-            "heldout": [h.to_dict() for h in self.heldout],
-            "sentence": self.sentence(),
-        }
-
-
-def intervals_of(draws: dict[str, Array], confidence: float, method: str) -> dict[str, Interval]:
-    """Percentile intervals of named draws."""
-    out = {}
-    for name, values in draws.items():
-        low, high = interval(values, confidence)
-        out[name] = Interval(low=low, high=high, confidence=confidence, method=method)
-    return out
+        known = {k: None if k in self.not_identified else v for k, v in self.params.items()}
+        law = {"law": self.law.name, "formula": self.law.formula, "source": self.law.source}
+        flags = [{**plain_fields(flag), "words": str(flag)} for flag in self.flags]
+        return {**super().to_dict(), **law, "params": plain_types(known), "flags": flags}

@@ -59,7 +59,9 @@ class Ahead(Result):
         ]
         note = f"Intervals of {self.law.confidence:.0%}: {self.law.interval_method}."
         gone = [f"Left out: {'; '.join(map(str, self.law.exclusions))}."] if self.law.exclusions else []
-        return "\n".join([f"{self.headline()}:", *lines, note, *gone, *self.routes, *self.law.flags, *self.left_out])
+        return "\n".join(
+            [f"{self.headline()}:", *lines, note, *gone, *self.routes, *map(str, self.law.flags), *self.left_out]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""

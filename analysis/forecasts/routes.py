@@ -42,7 +42,7 @@ def chosen_route(
     if test is None:
         return two_step, "by way of the loss; too few scales to compare it with the direct route"
     try:
-        below = fit(law, probed[~test], y=y, columns=_columns(loss_fit), resamples=2, cluster=None)
+        below = fit(law, probed[~test], y=y, columns=_columns(loss_fit), resamples=2)
         truth = probed.loc[test, "top1"].to_numpy(float)
         steps = _by_loss(below, probed[~test], probed[test], y, kind, chance, 2)["value"].to_numpy()
         straight = _direct(probed[~test], probed[test], loss_fit, chance, 0)["value"].to_numpy()

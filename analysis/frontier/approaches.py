@@ -17,7 +17,6 @@ from aimscale.analysis.frontier.envelope import envelope_frontier
 from aimscale.analysis.frontier.isoflop import isoflop_frontier
 from aimscale.analysis.frontier.optimum import Frontier, parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.table.names import no_column
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -109,26 +108,22 @@ def all_approaches(
     budgets: int | None = None,
     objective: Objective | str = ROBUST,
     resamples: int = 500,
-    cluster: str | None = "auto",
 ) -> Approaches:
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
 
     Args:
         columns: N, D or C -> column.
         budgets: common budgets that approach 2 interpolates to; None takes the table's own.
-        cluster: column whose groups approach 3 resamples whole, as for `fit`.
 
     Raises:
         AnalysisError: no approach is possible.
     """
     objective = find_objective(objective)
-    if cluster is not None and cluster not in ("auto", *df.columns):
-        raise no_column(df, cluster, " to resample by")
     frontiers, failures = [], {}
 
     def parametric() -> Frontier:
         nd = {k: v for k, v in (columns or {}).items() if k in ("N", "D")}
-        law = fit(CHINCHILLA, df, y=y, columns=nd, objective=objective, resamples=resamples, cluster=cluster)
+        law = fit(CHINCHILLA, df, y=y, columns=nd, objective=objective, resamples=resamples)
         return parametric_frontier(law, df, columns=columns)
 
     attempts = (

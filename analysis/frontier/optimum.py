@@ -8,7 +8,7 @@ meanings of N.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ import pandas as pd
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.bootstrap import interval
-from aimscale.analysis.fitting.result import Fit, Interval
+from aimscale.analysis.fitting.result import Fit, Interval, interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.names import no_column
@@ -235,12 +234,11 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
     log_k, a = (float(v[0]) for v in optimum_of({k: np.array([v]) for k, v in fit.law_params.items()}, cost))
     draws = np.stack(optimum_of(fit.draws, cost), axis=1) if fit.draws else np.array([[log_k, a]])
-    low, high = interval(draws[:, 1], fit.confidence)
     return Frontier(
         approach=3,
         method=f"minimum of {fit.law.formula} on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
         exponent=a,
-        exponent_interval=Interval(low=low, high=high, confidence=fit.confidence, method=fit.interval_method),
+        exponent_interval=replace(interval(draws[:, 1], fit.confidence), method=fit.interval_method),
         log_k=log_k,
         draws=draws,
         cost=cost,

@@ -13,13 +13,11 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     OVERFITTING,
     OVERTRAINED,
     REPEATED,
-    REPEATED_BOTH,
     REPEATED_DATA,
     broken,
     effective,
     find_law,
     power,
     saturating,
-    shifted,
     sigmoidal,
 )

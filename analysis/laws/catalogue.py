@@ -5,7 +5,6 @@ Each is an `analysis.laws.base.Law`; `LAWS` lists them by the name that `aimscal
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -56,22 +55,6 @@ def saturating(x: str = "x") -> Law:
         nonlinear=(exponent("a"), scale_of(f"{x}0", x, below=1e-3, above=1.0)),
         basis=lambda v, t: (1.0, np.exp(-t["a"] * np.log(v[x] + t[f"{x}0"]))),
         source="Zhai et al. 2022",
-    )
-
-
-def shifted(x: str = "x") -> Law:
-    """Power law of 1/x + g: levels off at large scale by another route than an offset."""
-    return Law(
-        name="shifted",
-        formula=f"L = b (1/{x} + g)^c",
-        variables=(x,),
-        linear=(coefficient("b"),),
-        nonlinear=(
-            exponent("c"),
-            Parameter(name="g", bounds=lambda v: (1e-4 / float(v[x].max()), 10 / float(v[x].min())), log=True),
-        ),
-        basis=lambda v, t: (np.exp(t["c"] * np.log(1 / v[x] + t["g"])),),
-        source="M3 of Alabdulmohsin et al. 2022",
     )
 
 
@@ -134,29 +117,24 @@ def sigmoidal(x: str = "x") -> Law:
     )
 
 
-def broken(x: str = "x", *, breaks: int = 1) -> Law:
-    """Smoothly broken power law."""
+def broken(x: str = "x") -> Law:
+    """Smoothly broken power law with one break."""
 
     def basis(v: Columns, t: Params) -> Parts:
-        log_value = -t["c0"] * v.log(x)
-        for i in range(1, breaks + 1):
-            bend = (v.log(x) - np.log(t[f"d{i}"])) / t[f"f{i}"]
-            log_value = log_value - t[f"c{i}"] * t[f"f{i}"] * _softplus(bend)
-        return 1.0, np.exp(log_value)
+        bend = (v.log(x) - np.log(t["d1"])) / t["f1"]
+        return 1.0, np.exp(-t["c0"] * v.log(x) - t["c1"] * t["f1"] * _softplus(bend))
 
-    parameters = [exponent("c0")]
-    for i in range(1, breaks + 1):
-        parameters += [
-            Parameter(name=f"c{i}", bounds=(-3.0, 5.0)),
-            scale_of(f"d{i}", x, below=1.0, above=1.0),
-            Parameter(name=f"f{i}", bounds=(0.05, 4.0), log=True),
-        ]
     return Law(
-        name=f"broken{breaks}",
-        formula=f"L = a + b {x}^-c0 prod_i (1 + ({x}/d_i)^(1/f_i))^(-c_i f_i), {breaks} break{'s' * (breaks > 1)}",
+        name="broken1",
+        formula=f"L = a + b {x}^-c0 (1 + ({x}/d1)^(1/f1))^(-c1 f1)",
         variables=(x,),
         linear=(coefficient("a"), coefficient("b")),
-        nonlinear=tuple(parameters),
+        nonlinear=(
+            exponent("c0"),
+            Parameter(name="c1", bounds=(-3.0, 5.0)),
+            scale_of("d1", x, below=1.0, above=1.0),
+            Parameter(name="f1", bounds=(0.05, 4.0), log=True),
+        ),
         basis=basis,
         source="Caballero et al. 2023",
     )
@@ -244,20 +222,6 @@ REPEATED_DATA = Law(
     source="Muennighoff et al. 2023, the data half, at one size",
 )
 
-REPEATED_BOTH = Law(
-    name="repeated_both",
-    formula="L = E + A N'^-alpha + B D'^-beta, N' = V + V R_N (1 - exp(-(N/V - 1)/R_N)), D' likewise of U with R_D",
-    variables=("N", "D", "U", "V"),
-    linear=(coefficient("E"), coefficient("A"), coefficient("B")),
-    nonlinear=(exponent("alpha"), exponent("beta"), exponent("R_D", 0.1, 1e3), exponent("R_N", 0.1, 1e3)),
-    basis=lambda x, t: (
-        1.0,
-        effective(np.minimum(x["V"], x["N"]), x["N"], t["R_N"]) ** -t["alpha"],
-        effective(np.minimum(x["U"], x["D"]), x["D"], t["R_D"]) ** -t["beta"],
-    ),
-    source="Muennighoff et al. 2023; V is the compute-optimal size for U samples (aimscale.analysis.frontier.optimum)",
-)
-
 OVERTRAINED = Law(
     name="overtrained",
     formula="L = E + (a M^h + b M^-h) C^-h, M = D/N",
@@ -331,10 +295,8 @@ _ONE_VARIABLE = {
     "power": lambda x: power(x, offset=False),
     "power_offset": power,
     "saturating": saturating,
-    "shifted": shifted,
     "sigmoidal": sigmoidal,
     "broken1": broken,
-    "broken2": lambda x: broken(x, breaks=2),
 }
 """Laws in one variable, as functions of its name."""
 
@@ -348,7 +310,6 @@ LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()}
         OVERTRAINED,
         REPEATED,
         REPEATED_DATA,
-        REPEATED_BOTH,
         OVERFITTING,
         LINK_LINEAR,
         LINK_SIGMOID,
@@ -367,9 +328,6 @@ def find_law(name: str) -> Law:
     base, _, variable = name.partition(":")
     if base in _ONE_VARIABLE and variable:
         return _ONE_VARIABLE[base](variable)
-    more = re.fullmatch(r"broken(\d)", base)
-    if more and int(more[1]) > 0:
-        return broken(variable or "x", breaks=int(more[1]))
     if name not in LAWS:
         raise AnalysisError(f"There is no law named {name!r}; the laws are {', '.join(LAWS)}.")
     return LAWS[name]

@@ -26,7 +26,7 @@ AUTO = "auto"
 JOINT = ("overtrained", "chinchilla", "kaplan", "coupled", "farseer")
 WITH_REPEATS = ("repeated", "overfitting")
 """Further candidates where rows see their pool more than once."""
-ONE_VARIABLE = ("power", "power_offset", "saturating", "shifted", "broken1")
+ONE_VARIABLE = ("power", "power_offset", "saturating", "broken1")
 SHARE = 0.15
 """Share of the points, those of largest scale, that are held out."""
 MIN_HELD_OUT = 5
@@ -136,7 +136,7 @@ def choose(
         by: scale to hold out: C (default; 6 N D where the table has no such column), or a column or variable.
         columns: variable of the laws -> column.
         share: share of the points held out, those of largest scale.
-        options: further arguments of `fit` for the law that is chosen (`resamples`, `cluster`, `weights`...).
+        options: further arguments of `fit` for the law that is chosen (`resamples`, `weights`...).
 
     Raises:
         AnalysisError: no law could be scored, or too few points are held out.

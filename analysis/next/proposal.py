@@ -89,7 +89,7 @@ class Proposal(Result):
         return plain_types(
             {
                 **plain,
-                "warnings": [*self.warnings, *self.law.flags],
+                "warnings": [*self.warnings, *map(str, self.law.flags)],
                 "price": self.price,
                 "law": self.law.law.name,
                 "runs": self.table.to_dict("records"),

@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from scipy.stats import chi2
 
 from aimscale.analysis.plots.parts import axis_label, below, plain, scatter
 from aimscale.analysis.plots.style import (
@@ -31,7 +30,6 @@ from aimscale.analysis.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from aimscale.analysis.fitting.profiles import Profile
     from aimscale.analysis.fitting.result import Fit
     from aimscale.analysis.frontier.approaches import Approaches
     from aimscale.analysis.frontier.optimum import Frontier
@@ -177,24 +175,6 @@ def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
         ax.set_ylabel(f"{names.get(y, y)} (exponent of D)" if y == "beta" else names.get(y, y))
         ax.legend(**below(2))
     return figure
-
-
-def plot_profile(profile: Profile, ax: Axes | None = None) -> Figure:
-    """Log-likelihood lost against a parameter's value, with the threshold of its interval."""
-    with styled():
-        if ax is None:
-            ax = new_figure()[1][0]
-        threshold = chi2.ppf(profile.confidence, 1) / 2
-        ax.plot(profile.values, profile.lost, color=ACCENT, marker="o", markersize=3)
-        ax.axhline(threshold, color=SECOND, linestyle="--", label=f"{profile.confidence:.0%} interval ends here")
-        for end, closed in zip((profile.low, profile.high), profile.closed, strict=True):
-            if closed:
-                ax.axvline(end, color=MUTED, linestyle=":")
-        ax.set_ylim(0, max(2 * threshold, min(5 * threshold, float(np.nanmax(profile.lost)))))
-        ax.set_xlabel(profile.parameter)
-        ax.set_ylabel("log-likelihood lost")
-        ax.legend(**below(1))
-    return figure_of(ax)
 
 
 def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation loss") -> Figure:

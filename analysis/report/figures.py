@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.frontier.isoflop import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
@@ -31,6 +30,7 @@ from aimscale.analysis.table.design import MEASURED_ON
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.select import widest_slice
+from aimscale.analysis.words import accuracy_of
 
 
 @dataclass(frozen=True, kw_only=True)

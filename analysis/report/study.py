@@ -25,7 +25,7 @@ from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.repetition import Repeats, repeats
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.heldout import held_out
+from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
 from aimscale.analysis.frontier.definitions import Definitions, by_definition

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation
-from aimscale.analysis.fitting.sentences import kind_name
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.published.published import LOSS_SOURCE, PAPER, TASK_TITLES, TASKS, published_frame, table6
@@ -21,6 +20,7 @@ from aimscale.analysis.table.names import their_name
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
+from aimscale.analysis.words import kind_name
 
 MAX_ROWS = 400
 """Rows shown on the page; the CSV beside the table has all."""
@@ -330,7 +330,7 @@ def heldout_table(study: Study) -> PageTable | None:
         }
         for test in joint.heldout
     )
-    note = f"Fitted without the largest scale, then compared with it. The baseline is {joint.heldout[0].naive}."
+    note = "Fitted without the largest scale, then compared with it. The baseline is a straight line in log-log."
     return page_table("heldout", "Does the law extrapolate?", note, frame, frame.columns)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from aimscale.analysis.fitting.result import Fit, about
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.next.proposal import COLLINEAR, Proposal
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study, forecasts
@@ -60,7 +60,7 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
         fatal.append("left out, the largest scales are predicted no better than by a straight line in log-log")
     cautions = [*_of_tests(joint, [] if fatal else worse), *_of_approaches(study)]
     told = ("alpha", "beta") if fatal else ()
-    cautions += [str(flag).rstrip(".") for flag in joint.flags if about(flag) not in told]
+    cautions += [str(flag).rstrip(".") for flag in joint.flags if flag.subject not in told]
     if fatal:
         return "red", [*fatal, *cautions]
     return ("amber", cautions) if cautions else ("green", ["identified, tested on the largest scales, not flagged"])

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation
-from aimscale.analysis.fitting.sentences import accuracy_of
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.tables import last_of_runs
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.select import widest_slice
+from aimscale.analysis.words import accuracy_of
 
 
 def runs_in_words(study: Study) -> list[str]:

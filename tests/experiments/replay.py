@@ -75,7 +75,7 @@ def _first_runs(pool: pd.DataFrame, law: Law, budget: float, rng: np.random.Gene
 
 def _next(pool: pd.DataFrame, first: Array, test: pd.DataFrame, budget: float, law: Law) -> Array:
     """What `aimscale next` buys beside the first runs."""
-    known = fit(law, pool.loc[first], y="loss", objective=OBJECTIVE, resamples=20, cluster=None)
+    known = fit(law, pool.loc[first], y="loss", objective=OBJECTIVE, resamples=20)
     rest = np.setdiff1d(np.arange(len(pool)), first)
     left = budget - float(pool["C"].iloc[first].sum())
     basket = buy(known, pool.loc[rest], pool["C"].to_numpy()[rest], test, budget=left)

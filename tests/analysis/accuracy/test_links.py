@@ -20,7 +20,7 @@ def scores() -> pd.DataFrame:
 
 
 def test_a_known_sigmoid_is_recovered_with_chance_as_its_floor(scores):
-    result = link(scores, chance=0.1, cluster="run_id", resamples=300)
+    result = link(scores, chance=0.1, resamples=300)
     assert result.params["floor"] == pytest.approx(0.1)
     for name, value in {"ceiling": 0.9, "k": 25, "L0": 0.35}.items():
         i = result.intervals[name]
@@ -110,9 +110,9 @@ def test_olmo_ladder_forecasts_have_intervals_of_both_steps(measurements):
     forecasts = []
     for task in ("hellaswag", "piqa", "arc_challenge"):
         ends, evaluations = ladder(df, task)
-        law = fit(laws.CHINCHILLA, ends, y="loss", objective="huber_log", resamples=200, cluster="run")
+        law = fit(laws.CHINCHILLA, ends, y="loss", objective="huber_log", resamples=200)
         to_accuracy = link(
-            evaluations, loss="loss", accuracy="acc", anchor=(0.0, 1.0), cluster="run", resamples=200,
+            evaluations, loss="loss", accuracy="acc", anchor=(0.0, 1.0), resamples=200,
         )  # fmt: skip
         forecasts.append(forecast(law, to_accuracy, targets))
         table = forecasts[-1].table

@@ -147,7 +147,7 @@ def test_order_and_unit_do_not_matter(known_study):
     for ours, theirs in zip(plain.components, other.components, strict=True):
         assert theirs.source == ours.source
         if "shared by all runs" not in ours.source:
-            assert theirs.value == pytest.approx(ours.value, rel=1e-3)
+            assert theirs.value == pytest.approx(ours.value, rel=3e-3)
 
 
 def test_scatter_about_a_law_that_does_not_fit_is_less_than_the_whole_spread():

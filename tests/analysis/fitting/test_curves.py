@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.curves import extrapolate
-from aimscale.analysis.fitting.heldout import errors
+from aimscale.analysis.fitting.holdout import errors
 
 INET_10 = {
     "BiT/101/3": (0.1273, 0.1273, 0.0736, 0.0306),

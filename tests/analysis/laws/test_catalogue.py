@@ -16,7 +16,6 @@ TRUTHS = [
     ("power_offset", X, {"E": 0.1, "A": 3, "a": 0.3}),
     ("power", X, {"A": 3, "a": 0.3}),
     ("saturating", X, {"E": 0.1, "A": 30, "a": 0.4, "x0": 5e3}),
-    ("shifted", X, {"b": 3, "c": 0.3, "g": 1e-7}),
     ("sigmoidal", X, {"e_inf": 0.1, "span": 0.9, "a": 1.5, "c": 0.4, "x0": 1e5}),
     ("broken1", X, {"a": 0.05, "b": 3, "c0": 0.1, "c1": 0.3, "d1": 1e5, "f1": 0.4}),
     ("chinchilla", {"N": N, "D": D}, CHINCHILLA),
@@ -43,7 +42,6 @@ TRUTHS = [
     ),
     ("overtrained", {"N": N, "D": D, "C": 6 * N * D}, {"E": 1.8, "a": 100.0, "b": 200.0, "h": 0.15}),
     ("repeated", {"N": N, "D": D, "U": U}, CHINCHILLA | {"R_D": 15.0}),
-    ("repeated_both", {"N": N, "D": D, "U": U, "V": U / 20}, CHINCHILLA | {"R_D": 15.0, "R_N": 5.0}),
     ("link_linear", {"L": np.linspace(2, 4, 30)}, {"c": 1.2, "s": 0.2}),
     ("link_sigmoid", {"L": np.linspace(2, 4, 30)}, {"floor": 0.25, "height": 0.6, "k": 4.0, "L0": 2.8}),
     ("link_exponential", {"L": np.linspace(2, 4, 30)}, {"floor": 0.1, "k": 2.0, "gamma": 0.8}),
@@ -98,5 +96,5 @@ def test_kaplans_published_constants_come_back():
 def test_a_law_in_x_goes_on_any_column():
     df = pd.DataFrame({"flops": X["x"], "y": 2 * X["x"] ** -0.2})
     assert fit("power:flops", df, y="y", resamples=0).params["a"] == pytest.approx(0.2)
-    with pytest.raises(AnalysisError, match="no law named 'powr'"):
+    with pytest.raises(AnalysisError, match="powr"):
         laws.find_law("powr")

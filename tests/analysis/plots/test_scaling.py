@@ -9,18 +9,10 @@ import pytest
 from PIL import ImageColor
 
 from aimscale.analysis import correlate, fit, held_out
-from aimscale.analysis.fitting.profiles import profile
 from aimscale.analysis.frontier.approaches import all_approaches
 from aimscale.analysis.frontier.isoflop import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
-from aimscale.analysis.plots.laws import (
-    plot_approaches,
-    plot_cloud,
-    plot_forecasts,
-    plot_isoflop,
-    plot_profile,
-    plot_surface,
-)
+from aimscale.analysis.plots.laws import plot_approaches, plot_cloud, plot_forecasts, plot_isoflop, plot_surface
 from aimscale.analysis.plots.scaling import (
     plot_beside_published,
     plot_fit,
@@ -96,7 +88,6 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
         "surface": plot_surface(joint, approaches.frontiers[-1]),
         "cloud": plot_cloud(joint),
         "forecast": plot_forecasts({"largest N": by_n}),
-        "profile": plot_profile(profile(joint, "alpha", num=9)),
     }
     for name, figure in figures.items():
         svg, png = save(figure, tmp_path / name)

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from aimscale.analysis.fitting.sentences import accuracy_of, kind_name
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.words import accuracy_of, kind_name
 
 
 def entry(kind: str, top1: float, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""Flags of a fit: bounds, identification, rival minima, outliers, variables that move together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+
+from aimscale.analysis.fitting.optimise import Minimum
+from aimscale.analysis.fitting.problem import Problem
+from aimscale.analysis.fitting.result import Interval, Rival, interval
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.table.points import Observations
+from aimscale.analysis.words import Flag
+
+WIDE_FACTOR, WIDE_EXPONENT_FACTOR = 100.0, 10.0
+"""An interval of a positive parameter (an exponent) whose ends differ by more than this factor does not identify it."""
+SAME_VARIABLE = 0.999
+"""Two variables whose logarithms correlate by more than this are one: 6 % of scatter about a proportion over 100x."""
+OUTLIER_SCALES = 6.0
+"""A residual beyond this many robust standard deviations is named."""
+WITHIN_NOISE = 2.0
+"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best."""
+
+
+def rivals_of(problem: Problem, minima: list[Minimum]) -> tuple[Rival, ...]:
+    """The local minima after the best, with the log-likelihood that they lose.
+
+    The noise's scale is fitted too: n/2 ln(S/S0) of squares, n ln(S/S0) of absolute values.
+    """
+    out, best = [], minima[0].total
+    n = np.sum(problem.weights > 0) / problem.objective.power_of_residual
+    for m in minima[1:]:
+        params = {name: float(v[0]) for name, v in problem.params_of(m.vector[None]).items()}
+        lost = float(n * np.log(m.total / best)) if best > 0 else np.inf if m.total > 1e-12 else 0.0
+        out.append(Rival(params=params, objective_value=m.total, lost=lost))
+    return tuple(out)
+
+
+def diagnose(
+    problem: Problem,
+    best: Minimum,
+    params: Collection[str],
+    draws: Mapping[str, Array],
+    intervals: Mapping[str, Interval],
+    rivals: tuple[Rival, ...],
+    points: Observations,
+) -> tuple[tuple[Flag, ...], frozenset[str]]:
+    """All flags of a fit, and the reported parameters (of `params`) that it does not identify."""
+    flags, lost = _of_parameters(problem, best, draws, intervals)
+    close = [r for r in rivals if r.lost < WITHIN_NOISE]
+    if close:
+        flags.append(Flag(kind="rival", number=close[0].lost))
+    for flag, unknown in _of_variables(problem, points):
+        flags.append(flag)
+        lost |= unknown
+    flags += [*_outliers(problem, best, points), *_rising(problem, best, points)]
+    derived = [name for name in params if name not in problem.law.names]
+    if lost & {p.name for p in problem.law.nonlinear} or any(_is_wide(intervals.get(name)) for name in derived):
+        lost |= set(derived)  # they are functions of the same exponents: none is known when one is not
+    inner = set(problem.law.names) - set(params)  # the law's own coordinates, unknown to the reader
+    return tuple(f for f in flags if f.subject not in inner), frozenset(lost & set(params))
+
+
+def _is_wide(i: Interval | None) -> bool:
+    return i is not None and i.low > 0 and i.high / i.low > WIDE_EXPONENT_FACTOR
+
+
+def _of_parameters(
+    problem: Problem, best: Minimum, draws: Mapping[str, Array], intervals: Mapping[str, Interval]
+) -> tuple[list[Flag], set[str]]:
+    """At most one flag for each parameter: its interval reaches a bound, or spans orders of magnitude; it lies on a
+    bound. And the names of those that are not identified."""
+    flags, lost = [], set[str]()
+    for j, p in enumerate(problem.law.parameters):
+        if not problem.movable[j]:
+            continue
+        is_linear = j < problem.num_linear
+        low, high = (float(np.exp(e[j]) if p.log else e[j]) for e in (problem.lower, problem.upper))
+        on = _bound_of(problem, best.vector[j], j)
+        if on and not (is_linear and (low if on == "lower" else high) != 0.0):
+            lost |= _exponents_of(problem, j) if is_linear else {p.name}
+        i = intervals.get(p.name) or (interval(draws[p.name], 0.95) if p.name in draws else None)
+        flag = None if i is None else _of_interval(p.name, i, low, high, is_linear)
+        if flag is not None:
+            # the term may be absent, and what has no coefficient has no exponent
+            lost |= _exponents_of(problem, j) if flag.kind == "from_above" else {p.name}
+        elif on:
+            flag = Flag(kind=f"{on}_bound", subject=p.name, number=low if on == "lower" else high)
+        flags += [flag] if flag else []
+    return flags, lost
+
+
+def _bound_of(problem: Problem, value: float, j: int) -> str:
+    """Which bound a parameter lies on: "lower", "upper" or neither."""
+    span = problem.upper[j] - problem.lower[j]
+    near = 1e-6 * (span if np.isfinite(span) else 1.0)
+    return "lower" if value - problem.lower[j] <= near else "upper" if problem.upper[j] - value <= near else ""
+
+
+def _of_interval(name: str, i: Interval, low: float, high: float, is_linear: bool) -> Flag | None:
+    """What an interval says against a parameter of these bounds."""
+    at_low = i.low <= low + 1e-6 * abs(low) if np.isfinite(low) else False
+    at_high = np.isfinite(high) and i.high >= high * (1 - 1e-6)
+    if not is_linear and (at_low or at_high):
+        return Flag(kind="reaches_bound", subject=name, number=low if at_low else high)
+    if is_linear and at_low and low == 0.0 and i.high > 0:
+        return Flag(kind="from_above", subject=name, number=i.high)
+    if i.low > 0 and i.high / i.low > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
+        return Flag(kind="factor", subject=name, number=i.high / i.low)
+    return None
+
+
+def _exponents_of(problem: Problem, j: int) -> set[str]:
+    """Non-linear parameters that enter basis function j alone."""
+    middle = (problem.lower + problem.upper)[problem.num_linear :] / 2
+    t = {p.name: np.full((1, 1), np.exp(v) if p.log else v) for p, v in zip(problem.law.nonlinear, middle, strict=True)}
+    _, gradients = problem.law.basis_and_gradient(problem.x, t)
+    moving = [{i for i, d in enumerate(each) if np.any(np.asarray(d) != 0)} for each in gradients]
+    return {p.name for p, those in zip(problem.law.nonlinear, moving, strict=True) if those == {j}}
+
+
+def _of_variables(problem: Problem, points: Observations) -> Iterator[tuple[Flag, set[str]]]:
+    """Variables that hardly vary, or move together; with the parameters that are unknown for it."""
+    for v, values in points.x.items():
+        factor = float(values.max() / max(values.min(), 1e-300))
+        if factor < 2:
+            yield Flag(kind="narrow", subject=v, number=factor), set()
+    for a, b in itertools.combinations(points.x, 2):
+        r = float(np.corrcoef(np.log(points.x[a]), np.log(points.x[b]))[0, 1])
+        if abs(r) > SAME_VARIABLE and len(points.x) == 2:
+            # What is left to tell them apart is the law's own curvature, which noise imitates.
+            unknown = set().union(*(_exponents_of(problem, j) for j in range(problem.num_linear)))
+            yield Flag(kind="one_variable", subject=f"{a} and {b}", number=r), unknown
+        elif abs(r) > 0.98:
+            yield Flag(kind="collinear", subject=f"{a} and {b}", number=r), set()
+
+
+def _outliers(problem: Problem, best: Minimum, points: Observations) -> Iterator[Flag]:
+    r = problem.residual(best.vector)
+    scale = 1.4826 * np.median(np.abs(r - np.median(r)))
+    far = np.abs(r) > OUTLIER_SCALES * scale
+    if scale > 0 and far.any():
+        row = str(points.index[int(np.argmax(np.abs(r)))])
+        yield Flag(kind="outliers", subject=row, number=float(far.sum()), more=(OUTLIER_SCALES,))
+
+
+def _rising(problem: Problem, best: Minimum, points: Observations) -> Iterator[Flag]:
+    """A measurement that rises where the law can only fall is fitted as noise; a straight line in log-log shows it."""
+    if any(np.any(values <= 0) for values in points.x.values()):
+        return
+    z = problem.objective.transform(points.y)
+    design = np.column_stack([np.ones(len(z)), *(np.log(values) for values in points.x.values())])
+    line = np.linalg.lstsq(design, z, rcond=None)[0]
+    of_line, of_law = np.sum((z - design @ line) ** 2), np.sum(problem.residual(best.vector) ** 2)
+    rising = [v for v, slope in zip(points.x, line[1:], strict=True) if slope > 0]
+    if rising and of_line < 0.5 * of_law:
+        yield Flag(
+            kind="rising", subject=points.called["y"], number=float(of_line / of_law), more=(" and ".join(rising),)
+        )

@@ -1,0 +1,160 @@
+"""Flags of a fit, and how fits, flags and held-out tests read: the one place where what was found becomes sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aimscale.analysis.fitting.objectives import Objective
+    from aimscale.analysis.fitting.result import Fit, HeldOut
+
+NOT_IDENTIFIED = "not identified"
+UNITS = {
+    "params_total": "all parameters, head included",
+    "params_trunk": "parameters of the trunk",
+    "params_head": "parameters of the pixel head",
+    "images_seen": "images seen, repeats counted",
+    "unique_images": "different images in the training pool",
+    "flops_train": "training FLOPs as counted (attention and head included)",
+    "flops_6nd": "training FLOPs as 6 N D",
+}
+"""What a column of the results table counts."""
+TEST = "(F = {more[0]:.3g} with {more[1]:.0f} and {more[2]:.0f} degrees of freedom, p = {number:.1g}; {more[3]:.2g} %)"
+FLAGS = {
+    "lower_bound": "{subject} lies on its lower bound {number:g}.",
+    "upper_bound": "{subject} lies on its upper bound {number:g}.",
+    "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
+    "from_above": "{subject} is known from above only: the data allow any value from 0 to {number:.4g}.",
+    "factor": "{subject} is known only within a factor of {number:.2g}.",
+    "rival": "A rival minimum lies within the noise: its log-likelihood is {number:.2g} lower.",
+    "narrow": "{subject} varies by a factor of {number:.3g} only, so its part of the law is hardly seen.",
+    "one_variable": "{subject} move together, in one proportion, so no exponent of theirs is identified.",
+    "collinear": "{subject} move together (correlation of logarithms {number:.3f}), so their exponents trade off.",
+    "outliers": "{number:.0f} points lie beyond {more[0]:g} robust standard deviations (farthest: row {subject}).",
+    "rising": "{subject} rises with {more[0]}, which the law cannot follow, so it is fitted as noise; is it an "
+    "accuracy, or something else?",
+    "unseen": "There are too few {subject} to see the errors that all points of one share; the intervals assume none.",
+    "scatter": f"The law does not fit: its residuals scatter more than replicate seeds do {TEST}.",
+    "pattern": f"The law does not fit: its residuals follow {{subject}} {TEST}.",
+    "hangs": "{subject} hangs on the smallest {more[0]}: it is {more[1]:.3g} without it and {more[2]:.3g} with it "
+    "(p = {number:.1g}).",
+    "size_off": "Size {subject} lies {number:+.2g} % off the law fitted without it ({more[0]:.2g} standard "
+    "deviations): look at how it was tuned.",
+    "influential": "Leaving out {more[0]} {subject} moves a parameter by {number:.1f} standard deviations: the fit "
+    "hinges on it.",
+    "mixed": "{subject}",
+}
+"""Kind of a flag -> its sentence. `mixed` is of the table: its rows differ in more than the law's variables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """Something to be careful about in a fit; its text is its sentence."""
+
+    kind: str
+    """Which of `FLAGS`."""
+    subject: str = ""
+    """The parameter, variable, group or row that it is about."""
+    number: float = 0.0
+    """How much: a bound, a factor, a probability, per cent, standard deviations."""
+    more: tuple[float | str, ...] = ()
+    """What else the sentence tells."""
+
+    def __str__(self) -> str:
+        return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more)
+
+
+def kind_name(kind: str) -> str:
+    """A kind of probe in a table: LoRA is none, because it adapts the trunk."""
+    return "LoRA (not frozen)" if kind == "lora" else kind
+
+
+def accuracy_of(kind: str) -> str:
+    """What a kind of probe measures, in prose."""
+    return "accuracy after LoRA adaptation (not frozen)" if kind == "lora" else f"{kind}-probe accuracy"
+
+
+def objective_words(objective: Objective) -> str:
+    """What is minimised."""
+    residuals = f"{'log ' if objective.log else ''}residuals"
+    if objective.multiple:
+        squares = f"squares up to {objective.multiple:g} robust standard deviations"
+        return f"sum of Huber losses of {residuals}, {squares} (delta {objective.delta:.3g})"
+    if objective.robust:
+        return f"sum of Huber losses (delta {objective.delta:g}) of {residuals}"
+    return f"sum of squares of {residuals} (halved)"
+
+
+def interval_words(fit: Fit) -> str:
+    """How a fit's intervals were found."""
+    if not fit.draws:
+        return "no intervals"
+    counts = [f"{num} {name}" for name, num in fit.groups.counts.items()]
+    return f"cluster-robust (CR2, Bell-McCaffrey) over {counts[0] if counts else f'{fit.num_points} points'}"
+
+
+def fit_sentence(fit: Fit) -> str:
+    """Law, what its variables count, objective, n, exclusions, range, intervals, held-out error, flags.
+
+    The checklist is that of (Mis)fitting (Li et al. 2025), from what the fit itself recorded.
+    """
+    names = {"L": variable_words(fit, "y"), **{v: variable_words(fit, v) for v in fit.law.variables}}
+    where = ", ".join(f"{letter} = {name}" for letter, name in names.items() if letter != name)
+    shown = {name: fit.shown(name) for name in fit.params}
+    numbers = ", ".join(f"{k} {v}" if v == NOT_IDENTIFIED else f"{k} = {v}" for k, v in shown.items())
+    ranges = ", ".join(f"{v} from {low:.3g} to {high:.3g}" for v, (low, high) in fit.ranges.items())
+    weight = fit.data["weight"]
+    weights = f"points weighted from {weight.min():.3g} to {weight.max():.3g}"
+    proved = "" if fit.is_proved else " (the best minimum found, not proved)"
+    parts = [
+        f"{fit.law.formula} with {numbers}{f', where {where}' if where else ''}.",
+        f"Fitted to {fit.num_points} of {fit.num_rows} points over {ranges} by minimising the "
+        f"{objective_words(fit.objective)} (value {fit.objective_value:.6g}), "
+        f"{'every point with weight 1' if weight.min() == weight.max() else weights}, from a fixed grid of the "
+        f"non-linear parameters with the linear ones projected out{proved}; no starting values are needed.",
+        f"Left out: {'; '.join(map(str, fit.exclusions)) if fit.exclusions else 'nothing'}.",
+        f"Intervals: {fit.confidence:.0%}, {interval_words(fit)}." if fit.intervals else "No intervals were computed.",
+    ]
+    parts += [h.sentence() for h in fit.heldout] or ["Not tested on a held-out scale."]
+    return " ".join([*parts, *map(str, fit.flags)])
+
+
+def variable_words(fit: Fit, variable: str) -> str:
+    """What a variable (or "y") is: their name in a foreign table, ours with what it counts in a results table."""
+    column = fit.columns[variable]
+    name = fit.names.get(column, column)
+    return f"{name} ({UNITS[column]})" if fit.loss_unit and name == column and column in UNITS else name
+
+
+def held_out_sentence(test: HeldOut) -> str:
+    """Error on the held-out scale beside the naive baseline, and the point at the largest scale."""
+    at_own = f" ({test.num_own} of {test.num_test} points; else through the best loss at each value)"
+    naive = "a straight line in log-log " + (
+        "through the best loss at each value"
+        if test.num_own == 0
+        else f"at the same {test.others}{'' if test.num_own == test.num_test else at_own}"
+    )
+    verdict = "better" if test.log_rmse < test.naive_log_rmse else "no better"
+    return (
+        f"Held out {test.variable} >= {min(test.values):.3g}: fitted on {test.num_train} points, the law predicts "
+        f"the other {test.num_test} with mean error {test.mean_abs_relative_error:.2%} (log-RMSE "
+        f"{test.log_rmse:.4f}), {verdict} than {naive} ({test.naive_mean_abs_relative_error:.2%}, "
+        f"{test.naive_log_rmse:.4f}); {test.num_inside} of {test.num_test} lie inside their prediction interval."
+        f"{_farthest(test)}"
+    )
+
+
+def _farthest(test: HeldOut) -> str:
+    """The point at the largest scale: forecast, interval, measurement with its own error."""
+    rows = test.predictions
+    if rows["pi_lo"].isna().all():
+        return ""
+    at = list(rows.columns[: list(rows.columns).index("measured")])
+    last = rows.sort_values([test.variable, *at] if test.variable in rows else at).iloc[-1]
+    scale = ", ".join(f"{v} = {last[v]:.4g}" for v in at)
+    error = f" ± {1.96 * last['measured_se']:.4g} (its images)" if last["measured_se"] > 0 else ""
+    return (
+        f" At {scale}: forecast {last['predicted']:.4g} [{last['pi_lo']:.4g}, {last['pi_hi']:.4g}], measured "
+        f"{last['measured']:.4g}{error}: {'inside' if last['inside'] else 'outside'}."
+    )

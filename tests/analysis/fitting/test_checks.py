@@ -1,0 +1,161 @@
+"""What a fit says about itself: parameters that are not known, lack of fit, the scale or the size that bends a law."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, influence, laws
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.checks import diagnose
+from aimscale.analysis.fitting.influences import with_influence_flags
+from aimscale.analysis.fitting.lackoffit import replicate_test
+from aimscale.analysis.fitting.optimise import Minimum
+from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.fitting.result import Interval
+from aimscale.analysis.words import FLAGS, Flag
+
+
+def flags_of(df: pd.DataFrame, y: str = "val_loss") -> set[tuple[str, str]]:
+    """(kind, subject) of every flag."""
+    return {(flag.kind, flag.subject) for flag in fit("chinchilla", df, y=y, resamples=300).flags}
+
+
+def noisy_grid(rng: np.random.Generator, sizes: int = 6, budgets: int = 5) -> pd.DataFrame:
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, sizes), np.geomspace(1e5, 3e6, budgets)))
+    loss = (0.2 + 30 * n**-0.4 + 40 * d**-0.5) * np.exp(0.003 * rng.standard_normal(n.size))
+    return pd.DataFrame({"size": [f"s{v:.0f}" for v in n], "N": n, "D": d, "val_loss": loss})
+
+
+def test_every_kind_of_flag_has_words():
+    for kind in FLAGS:
+        assert str(Flag(kind=kind, subject="alpha", number=0.5, more=(1.0, 2.0, 3.0, 4.0))).endswith(
+            (".", "?", "alpha")
+        )
+
+
+def test_what_the_data_do_not_pin_down_is_not_printed_as_digits(grid):
+    grid["val_loss"] = 1 + 0.01 * np.random.default_rng(0).standard_normal(len(grid))
+    result = fit(laws.CHINCHILLA, grid, resamples=200)
+    assert {"alpha", "beta", "a"} <= result.not_identified
+    assert result.shown("alpha") == "not identified"
+    assert json.loads(result.to_json())["params"]["alpha"] is None
+
+
+def test_one_flag_a_parameter_and_it_lies_beside_it(grid):
+    rng = np.random.default_rng(0)
+    flat = grid.assign(val_loss=0.3 * (1 + 1e-3 * rng.standard_normal(len(grid))))
+    rising = grid.assign(val_loss=grid["params_total"] ** 0.2 + grid["images_seen"] ** 0.1)  # A and B are 0 throughout
+    kinds = []
+    for each in (flat, rising):
+        result = fit("chinchilla", each, resamples=200)
+        about = [flag.subject for flag in result.flags if flag.subject in result.params and flag.kind != "hangs"]
+        assert len(about) == len(set(about))
+        kinds += [flag.kind for flag in result.flags]
+    assert kinds.count("from_above") > 1
+    flag = Flag(kind="factor", subject="A", number=200.0)
+    result = dataclasses.replace(result, flags=(Flag(kind="rival", number=1.0), flag))
+    notes = result.table.set_index("parameter")["note"]
+    assert notes["A"] == str(flag)
+    assert set(notes.drop("A")) == {""}
+    assert [each["kind"] for each in json.loads(result.to_json())["flags"]] == ["rival", "factor"]
+
+
+def test_exponents_that_sum_to_one_are_known_together(grid):
+    """a may be known within a factor of 50 while b = 1 - a is narrow: neither is told then."""
+    result = fit("chinchilla", grid, resamples=0)
+    x = {v: result.data[v].to_numpy() for v in ("N", "D")}
+    problem = make_problem(result.law, x, result.data["y"].to_numpy(), result.objective)
+    best = Minimum(vector=problem.vector_of(result.law_params)[0], total=result.objective_value)
+    intervals = {"a": Interval(low=0.01, high=0.5), "b": Interval(low=0.5, high=0.99)}
+    points = dataclasses.make_dataclass("Points", ["x", "y", "index", "called"])(
+        x, problem.y, result.data.index, {"y": "val_loss"}
+    )
+    _, not_identified = diagnose(problem, best, result.params, {}, intervals, (), points)
+    assert {"a", "b"} <= not_identified
+
+
+def test_variables_that_move_together_are_flagged(grid):
+    rng = np.random.default_rng(0)
+    grid["images_seen"] = 20 * grid["params_total"] * np.exp(0.01 * rng.standard_normal(len(grid)))
+    result = fit(laws.CHINCHILLA, grid.drop(columns="flops_train"), resamples=100)
+    assert ("one_variable", "N and D") in [(flag.kind, flag.subject) for flag in result.flags]
+    assert {"alpha", "beta"} & result.not_identified
+
+
+def test_a_loss_that_rises_is_said_to(grid):
+    accuracy = grid.assign(val_loss=1 - grid["val_loss"])
+    (flag,) = [f for f in fit("chinchilla", accuracy, resamples=0).flags if f.kind == "rising"]
+    assert (flag.subject, flag.more) == ("val_loss", ("N and D",))
+    assert not any(f.kind == "rising" for f in fit("chinchilla", grid, resamples=0).flags)
+
+
+@pytest.mark.parametrize(("sizes", "budgets"), [(5, 4), (6, 5)])
+def test_a_size_ten_percent_off_is_named_and_none_of_a_sound_table(sizes, budgets):
+    rng, named, falsely = np.random.default_rng(0), 0, 0
+    for k in range(25):
+        df = noisy_grid(rng, sizes, budgets)
+        falsely += any(kind == "size_off" for kind, _ in flags_of(df))
+        bad = df["size"].unique()[k % sizes]
+        df.loc[df["size"] == bad, "val_loss"] *= 1.1
+        named += ("size_off", bad) in flags_of(df)
+    assert named >= 23
+    assert falsely <= 2
+
+
+def test_a_badly_tuned_rung_moves_the_law(grid):
+    bad = grid["size"].unique()[3]
+    grid.loc[grid["size"] == bad, "val_loss"] *= 1.1
+    result = fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=300)
+    table = influence(result, grid).set_index("size")
+    assert table.loc[bad, "alpha"] == pytest.approx(0.4, abs=0.05)
+    assert table["num_points"].sum() == 30
+    clean = fit(laws.CHINCHILLA, grid[grid["size"] != bad], objective="log_lsq", resamples=300)
+    noise = dataclasses.replace(result, draws=clean.draws)  # measured in the spread of a clean fit, the rung stands out
+    flags = with_influence_flags(noise, grid).flags
+    assert ("influential", bad) in [(flag.kind, flag.subject) for flag in flags]
+    with pytest.raises(AnalysisError, match="rung"):
+        influence(result, grid, by="rung")
+
+
+def test_the_f_test_is_exact_for_a_straight_line():
+    rng = np.random.default_rng(1)
+    x, cells = np.repeat(np.arange(8.0), 3), np.repeat(np.arange(8), 3)
+    design = np.column_stack([np.ones(24), x])
+    p_values = []
+    for _ in range(400):
+        y = rng.standard_normal(24)
+        residual = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+        p_values.append(replicate_test(residual, design, np.ones(24), cells)[2])
+    assert np.mean(np.array(p_values) < 0.1) == pytest.approx(0.1, abs=0.05)
+
+
+def test_replicate_seeds_tell_lack_of_fit_from_noise_of_runs():
+    rng, said = np.random.default_rng(2), {"run": 0, "size": 0}
+    for errors in said:
+        for _ in range(8):
+            df = pd.concat([noisy_grid(rng, 7).assign(seed=seed) for seed in range(3)], ignore_index=True)
+            df["run_id"] = df["size"] + "s" + df["seed"].astype(str)
+            labels, codes = np.unique(df["run_id" if errors == "run" else "size"], return_inverse=True)
+            df["val_loss"] *= np.exp(0.005 * rng.standard_normal(len(labels)))[codes]
+            said[errors] += any(kind == "scatter" for kind, _ in flags_of(df))
+    assert said["run"] <= 1  # seeds of a run share their error over budgets: the test knows
+    assert said["size"] >= 6
+
+
+def test_without_replicates_a_wrong_form_shows_in_its_residuals():
+    rng = np.random.default_rng(3)
+    df = noisy_grid(rng)
+    df["val_loss"] = 1.0 * (df["N"] / 1e5) ** -0.2 * (df["D"] / 1e5) ** -0.3 * np.exp(0.003 * rng.standard_normal(30))
+    assert ("pattern", "ln N x ln D") in flags_of(df)
+    df["val_loss"] = noisy_grid(rng)["val_loss"]
+    assert not any(kind == "pattern" for kind, _ in flags_of(df))
+
+
+def test_an_exponent_that_hangs_on_the_smallest_scale_is_told():
+    df = noisy_grid(np.random.default_rng(4))
+    df.loc[df["D"] == df["D"].min(), "val_loss"] *= 1.06
+    assert ("hangs", "beta") in flags_of(df)
+    assert fit(laws.CHINCHILLA, df, resamples=0).params["beta"] > 0.55

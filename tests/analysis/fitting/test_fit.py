@@ -1,0 +1,176 @@
+"""Fits of known laws and of the published Chinchilla measurements; what is fitted, refused and left out."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.optimize import minimize
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.objectives import HUBER_LOG, OBJECTIVES, huber_log
+from aimscale.analysis.fitting.optimise import global_minimum, minimise
+from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.laws.base import Columns
+from aimscale.analysis.laws.catalogue import Law, coefficient, exponent
+
+PAPER = {"A": 482.01, "B": 2085.43, "E": 1.8169, "alpha": 0.3478, "beta": 0.3659}
+"""Besiroglu et al. 2024, table 1: a Huber likelihood whose scale is fitted too; its limit is least absolute values."""
+
+
+def test_known_law_is_recovered_exactly_without_noise(grid):
+    grid["val_loss"] = 0.2 + 30 * grid["params_total"] ** -0.4 + 40 * grid["images_seen"] ** -0.5
+    result = fit("chinchilla", grid, resamples=0)
+    expected = {"E": 0.2, "A": 30, "B": 40, "alpha": 0.4, "beta": 0.5, "a": 0.5 / 0.9, "b": 0.4 / 0.9}
+    assert result.params == pytest.approx(expected, rel=1e-5)
+
+
+def test_intervals_hold_the_truth_and_json_is_plain(grid):
+    result = fit(laws.CHINCHILLA, grid, resamples=300)
+    assert result.intervals["alpha"].low < 0.4 < result.intervals["alpha"].high
+    data = json.loads(result.to_json())
+    assert data["params"]["alpha"] == pytest.approx(result.params["alpha"])
+    assert data["intervals"]["alpha"]["low"] == pytest.approx(result.intervals["alpha"].low)
+    assert "D = images_seen." in data["sentence"]  # nothing says that this table is one of ours
+    ours = fit(laws.CHINCHILLA, grid.assign(target="normalised"), resamples=0).sentence()
+    assert "D = images_seen (images seen, repeats counted)" in ours
+    inside = result.predict(grid)
+    assert (inside["pi_hi"] - inside["pi_lo"]).mean() > (inside["ci_hi"] - inside["ci_lo"]).mean()
+    assert (inside["beyond_range"] == 1).all()
+    assert result.predict({"N": [1e8], "D": [3e6]})["beyond_range"].iloc[0] == pytest.approx(10, rel=1e-6)
+
+
+def test_epoch_huber_optimum_is_at_or_below_the_published_one(epoch):
+    result = fit(laws.CHINCHILLA, epoch, y="loss", objective="huber_log")
+    assert result.objective_value <= 1.0182740346e-3
+    published = {"A": 477.842, "B": 2143.864, "E": 1.817236, "alpha": 0.347313, "beta": 0.367183}
+    for name, value in published.items():
+        assert result.params[name] == pytest.approx(value, rel=3e-4)
+    # their bootstrap resamples rows; ours knows that points of a size share what the law misses
+    assert 0.8 < np.std(result.draws["alpha"]) / 0.0154 < 1.8
+    assert 0.8 < np.std(result.draws["beta"]) / 0.0206 < 1.8
+
+
+def test_epochs_printed_set_is_the_limit_of_narrow_zones(epoch):
+    result = fit(laws.CHINCHILLA, epoch, y="loss", objective="huber_log:1e-8", resamples=0)
+    for name, value in PAPER.items():
+        assert result.params[name] == pytest.approx(value, rel=2e-4)
+    assert huber_log().loss(result.data["residual"].to_numpy()).sum() == pytest.approx(1.0186447e-3, rel=1e-6)
+
+
+def test_variable_projection_least_squares_on_217_points(epoch):
+    df = epoch[epoch["C"] < 1e21].assign(N=lambda d: d["N"] / 1e6, D=lambda d: d["D"] / 1e9)
+    result = fit(laws.CHINCHILLA, df, y="loss", objective="lsq", resamples=0)
+    assert result.num_points == 217
+    published = {"E": 1.9051, "A": 4.0005, "B": 1.0509, "alpha": 0.3511, "beta": 0.4587}
+    assert {k: round(result.params[k], 4) for k in published} == published
+
+
+def test_no_random_start_finds_a_lower_minimum(epoch):
+    x, y = {"N": epoch["N"].to_numpy(), "D": epoch["D"].to_numpy()}, epoch["loss"].to_numpy()
+    problem = make_problem(laws.CHINCHILLA, x, y, HUBER_LOG)
+    rng = np.random.default_rng(0)
+    low, high = [0, 0, 0, np.log(0.05), np.log(0.05)], [2, 1, 1, np.log(2), np.log(2)]
+    _, totals = minimise(problem, rng.uniform(low, high, (300, 5)))
+    assert totals.min() >= global_minimum(problem)[0].total * (1 - 1e-9)
+    problem = make_problem(laws.COUPLED.centred(Columns(x)), x, y, HUBER_LOG)
+    low, high = np.maximum(problem.lower, -3), np.minimum(problem.upper, 3)
+    _, totals = minimise(problem, rng.uniform(low, high, (100, len(low))))
+    assert totals.min() >= global_minimum(problem)[0].total * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_is_lowered_by_a_general_optimiser(grid, name):
+    result = fit(laws.CHINCHILLA, grid, objective=name, resamples=0)
+    objective = result.objective  # one that takes its scale from the residuals has found it
+    x = {"N": grid["params_total"].to_numpy(), "D": grid["images_seen"].to_numpy()}
+    y = grid["val_loss"].to_numpy()
+
+    def value(logs):
+        prediction = laws.CHINCHILLA.value(x, dict(zip(laws.CHINCHILLA.names, np.exp(logs), strict=True)))
+        return float(np.sum(objective.loss(objective.transform(y) - objective.transform(prediction))))
+
+    best = np.log([result.law_params[k] for k in laws.CHINCHILLA.names])
+    assert value(best) == pytest.approx(result.objective_value, rel=1e-9)
+    for seed in range(3):
+        start = best + 0.02 * np.random.default_rng(seed).standard_normal(5)
+        found = minimize(value, start, method="Nelder-Mead", options={"maxiter": 4000, "fatol": 1e-12, "xatol": 1e-9})
+        assert found.fun >= result.objective_value - 1e-6 * abs(result.objective_value)
+
+
+def test_an_outlier_neither_ruins_the_default_nor_makes_it_forget_the_mean(grid):
+    truth = fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=0)
+    assert fit(laws.CHINCHILLA, grid, resamples=0).params["alpha"] == pytest.approx(truth.params["alpha"], abs=0.01)
+    grid.loc[17, "val_loss"] *= 1.3
+    robust = fit(laws.CHINCHILLA, grid, resamples=300)
+    squares = fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=0)
+    assert abs(robust.params["alpha"] - 0.4) < 0.03 < abs(squares.params["alpha"] - 0.4)
+    assert robust.intervals["alpha"].low < 0.4 < robust.intervals["alpha"].high
+
+
+def test_a_users_law_of_ten_lines_needs_no_gradient():
+    law = Law(
+        name="exponential",
+        formula="y = E + A exp(-k x)",
+        variables=("x",),
+        linear=(coefficient("E"), coefficient("A")),
+        nonlinear=(exponent("k"),),
+        basis=lambda x, t: (1.0, np.exp(-t["k"] * x["x"])),
+    )
+    x = np.linspace(1, 5, 12)
+    result = fit(law, pd.DataFrame({"x": x, "y": 1 + 3 * np.exp(-0.7 * x)}), y="y", objective="lsq", resamples=0)
+    assert result.params == pytest.approx({"E": 1, "A": 3, "k": 0.7}, rel=1e-6)
+
+
+def test_fixed_and_bounded_parameters(grid):
+    held = {"E": 0.1, "beta": 0.45}
+    result = fit(laws.CHINCHILLA, grid, fixed=held, bounds={"alpha": (0.1, 0.2)}, resamples=60)
+    assert [result.params[k] for k in ("E", "beta", "alpha")] == pytest.approx([0.1, 0.45, 0.2])
+    assert result.shown("alpha") == "not identified"
+    assert result.shown("E") == "0.1 (held)"
+    assert set(result.intervals) == {"A", "B", "alpha", "a", "b"}
+    row = result.table.set_index("parameter").loc["E"]
+    assert np.isnan(row["low"])
+    assert row["note"] == "held"
+
+
+def test_rows_are_left_out_by_name_never_silently(grid):
+    grid.loc[0, "val_loss"] = np.nan
+    grid.loc[1, "val_loss"] = -1.0
+    grid.loc[2, "status"] = "diverged"
+    doubled = pd.concat([grid, grid.iloc[[5]]], ignore_index=True)
+    result = fit(laws.CHINCHILLA, doubled, resamples=0)
+    assert (result.num_points, result.num_rows) == (27, 31)
+    left_out = {(each.kind, each.subject): each.number for each in result.exclusions}
+    assert left_out == {("status", ""): 1, ("not positive", "val_loss"): 2, ("repeat", ""): 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "subject"),
+    [
+        (lambda df: df.assign(images_seen=1e6), "images_seen"),
+        (lambda df: df.head(5), "5 free parameters"),
+        (lambda df: df.drop(columns="params_total"), "N=THEIRS"),
+        (lambda df: df.assign(flops_train=df["flops_train"] / np.where(df.index < 6, 1e3, 1)), "flops_train"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(grid, change, subject):
+    with pytest.raises(AnalysisError, match=subject):
+        fit(laws.CHINCHILLA, change(grid))
+
+
+@pytest.mark.parametrize(
+    ("options", "subject"),
+    [
+        ({"fixed": {"alpha": -1.0}}, "alpha"),
+        ({"fixed": {"gamma": 1.0}}, "gamma"),
+        ({"bounds": {"alpha": (0.5, 0.1)}}, "alpha"),
+        ({"weights": np.ones(3)}, "30"),
+        ({"objective": "mse"}, "mse"),
+        ({"objective": "huber_log:wide"}, "wide"),
+    ],
+)
+def test_wrong_options_are_refused(grid, options, subject):
+    with pytest.raises(AnalysisError, match=subject):
+        fit(laws.CHINCHILLA, grid, **options)
