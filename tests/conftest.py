@@ -55,27 +55,6 @@ def write_images() -> Callable[..., str]:
     return write
 
 
-@pytest.fixture(scope="session")
-def random_crops() -> Callable[[int], Any]:
-    """So many crops, cut out, to be resized, flipped and jittered."""
-    import numpy as np
-    import torch
-
-    from aimscale.harness.data.stream.crops import Crops, Jitter, pack
-
-    def crops(number: int) -> Crops:
-        rng = np.random.default_rng(number)
-        views = [
-            (torch.from_numpy(rng.integers(0, 256, (3, *rng.integers(20, 300, 2)), dtype=np.uint8)), bool(index % 2))
-            for index in range(number)
-        ]
-        pixels, layout = pack(views, torch.empty(sum(view.numel() for view, _ in views), dtype=torch.uint8))
-        jitter = Jitter(7, rng.integers(0, 2**40, number))
-        return Crops(pixels=pixels, layout=layout, size=32, channels=3, jitter=jitter)
-
-    return crops
-
-
 @pytest.fixture
 def evaluations(write_images: Callable[..., str], tmp_path: Path) -> Callable[..., list[list[float]]]:
     """Validation loss and the accuracy of every kind of probe of one model, for each group of ranks and cache in GB."""

@@ -26,12 +26,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from aimscale.harness.data.processes import heed_signals, start_process
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_draws, draw_boxes
-from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.loader import start_server, train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.threads import one_thread
 from aimscale.harness.run.config import RunConfig, run_config
@@ -202,7 +201,8 @@ def _bare_rate(work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: f
     pipes, processes = [], []
     for _ in range(num_processes):
         ours, theirs = Pipe()
-        processes.append(start_process(_read_bare, work, seconds, theirs))
+        processes.append(start_server().Process(target=_read_bare, args=(work, seconds, theirs), daemon=True))
+        processes[-1].start()
         theirs.close()
         pipes.append(ours)
     for pipe in pipes:
@@ -217,7 +217,6 @@ def _bare_rate(work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: f
 
 def _read_bare(work: Sequence[tuple[bytes, Box]], seconds: float, pipe: Connection) -> None:
     """One process of `_bare_rate`."""
-    heed_signals()
     torch.set_num_threads(1)
     number = 0
     _bare_turn(work, number)  # warm-up

@@ -16,8 +16,8 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
-from aimscale.harness.data.stream.ahead import rank_batches
 from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan

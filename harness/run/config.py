@@ -267,11 +267,7 @@ class RuntimeConfig(Section):
     compile: Literal["auto"] | bool = "auto"
     """torch.compile the blocks; `auto` does on a card, but not at ZeRO 3. It is refused on a CPU, being slower."""
     num_workers: int = Field(0, ge=0)
-    """Loader processes per rank; 0 loads in a thread of the trainer."""
-    augment_on: Literal["loader", "device"] = "loader"
-    """Who resizes, flips and jitters: the loader, image by image, or the device, in the batch. Both give the same
-    bytes. The device spares a loader that cannot keep up the jitter, two fifths of its work; without jitter
-    measure first (`aimscale bench data`): crops of photographs have two to three times the bytes of resized ones."""
+    """Loader processes per rank; 0 loads in the trainer itself, between its steps."""
     num_threads: int = Field(1, ge=1)
     """Torch threads per rank (CPU)."""
     cache_dir: str | None = None

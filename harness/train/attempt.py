@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from aimscale.harness.data.processes import start_server
+from aimscale.harness.data.stream.loader import start_server
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.run.config import RunConfig

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.stream.ahead import rank_batches
+from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import execution_plan
@@ -50,10 +50,7 @@ class Trainer:
         self.schedule = schedule_of(config)
         self.model_config = model_of(training)
         self.stream = run_on_all_ranks(
-            group,
-            lambda: open_stream(
-                config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, augment_on=runtime.augment_on
-            ),
+            group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         self.plan = execution_plan(
             self.model_config,

@@ -8,7 +8,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,13 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.loader import on_device_ahead, rank_batches
+from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import WORKSPACE_BYTES, memory_bytes
 from aimscale.harness.probe.features.extraction import ALONE
-from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.run.config import OptimiserSection, run_config
 from aimscale.harness.step.checkpoint import load_checkpoint
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, fragment_of
@@ -125,24 +125,43 @@ def test_a_resumed_run_holds_the_same_bits(
     assert losses(second, 2) == pytest.approx(losses(first, 2), rel=1e-4)
 
 
-def step_of_crops(number: int, random_crops: Callable[[int], Any]) -> list[Batch]:
+def step_of_images(number: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (number, 3, 32, 32), generator=generator, dtype=torch.uint8).pin_memory()
     prefix_len = torch.tensor([5, CONFIG.num_tokens - 5] * (number // 2))
-    return [Batch(images=random_crops(number), prefix_len=prefix_len, positions=torch.arange(number))]
-
-
-def test_augmentation_has_the_cpus_bytes(random_crops: Callable[[int], Any]) -> None:
-    expected = random_crops(40).resized("cpu")
-    assert torch.equal(random_crops(40).resized(DEVICE).cpu(), expected)
+    return [Batch(images=images, prefix_len=prefix_len, positions=torch.arange(number))]
 
 
 @needs_card
-def test_images_made_a_step_ahead_are_those_of_the_step(random_crops: Callable[[int], Any]) -> None:
-    steps = [step_of_crops(number, random_crops) for number in (8, 16, 4)]
+def test_images_made_a_step_ahead_are_those_of_the_step() -> None:
+    steps = [step_of_images(number) for number in (8, 16, 4)]
     expected = [batch.images_on("cuda").cpu() for step in steps for batch in step]
-    pinned = ([batch.pin_memory() for batch in step] for step in steps)
-    found = [batch.images_on("cuda").cpu() for step in on_device_ahead(pinned, torch.device("cuda")) for batch in step]
+    found = [
+        batch.images_on("cuda").cpu()
+        for step in on_device_ahead((step for step in steps), torch.device("cuda"))
+        for batch in step
+    ]
     assert len(found) == 3
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@needs_card
+def test_a_card_takes_the_loaders_images(group: Group, write_images: Callable[..., str], tmp_path: Path) -> None:
+    """The ring is page-locked, and a slot is filled anew only when it was copied."""
+    train, validation = (write_images(tmp_path / name, 64, seed=seed) for seed, name in enumerate(("train", "held")))
+    fields = {
+        "model": {"size": "w64-d2", "image_size": 16, "patch_size": 4},
+        "data": {"sources": [{"path": train}]},
+        "optimiser": {"batch_size": 16},
+        "budgets": [64],
+        "validation": {"path": validation},
+    }
+    stream = TrainStream(run_config(fields, "the test"))
+    for workers in (0, 2):
+        steps = rank_batches(stream, group=group, start=0, stop=640, batch_size=16, micro_batch=8, num_workers=workers)
+        for number, step in enumerate(steps):
+            expected = stream.batch(range(16 * number, 16 * number + 16)).images
+            assert torch.equal(torch.cat([batch.images.cpu() for batch in step]), expected)
 
 
 @needs_card
@@ -169,10 +188,10 @@ def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(precision: str
 
 @needs_card
 def test_nothing_of_ours_waits_for_the_card_in_a_step(
-    engine: Callable, random_crops: Callable[[int], Any], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    engine: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = engine()
-    source = ([batch.pin_memory() for batch in step_of_crops(16, random_crops)] for _ in range(5))
+    source = (step_of_images(16) for _ in range(5))
     waits: Counter[str] = Counter()
 
     def note(*_: object, **__: object) -> None:

@@ -22,8 +22,8 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream import augment
-from aimscale.harness.data.stream.ahead import on_device_ahead
 from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.loader import on_device_ahead
 from aimscale.harness.device.distributed import Group, find_placement
 from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.run.config import OptimiserSection
@@ -154,7 +154,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
         copy._pinned = True  # type: ignore[attr-defined]
         return copy
 
-    stream = types.SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
+    copied = types.SimpleNamespace(synchronize=lambda: None)  # long before, while the card computed
+    stream = types.SimpleNamespace(record_event=lambda: copied, wait_event=lambda event: None)
     for name, value in {
         "_lazy_init": lambda: None,
         "Stream": lambda device: stream,
@@ -217,12 +218,11 @@ def test_a_step_waits_for_its_norm_alone(card: Group) -> None:
     assert dict(WAITS) == {"aten::_local_scalar_dense": 1}
 
 
-def test_augmentation_waits_for_nothing_and_has_the_cpus_bytes(card: Group, random_crops: Callable[[int], Any]) -> None:
-    numbers = (8, 40, 4)
-    expected = [random_crops(number).resized("cpu") for number in numbers]
+def test_moving_a_step_ahead_makes_nothing_of_ours_wait(card: Group) -> None:
+    expected = [random_batches(CONFIG, number, number)[0].images for number in (8, 40, 4)]
     steps = [
-        [Batch(images=random_crops(number), prefix_len=torch.ones(number), positions=torch.arange(number)).pin_memory()]
-        for number in numbers
+        [Batch(images=images.pin_memory(), prefix_len=torch.ones(len(images)), positions=torch.arange(len(images)))]
+        for images in expected
     ]
     found = [step[0].images for step in on_device_ahead((step for step in steps), CARD)]
     assert not WAITS

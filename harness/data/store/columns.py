@@ -1,4 +1,4 @@
-"""Columns of an index: mapped from files that all processes of a machine share, or held in memory.
+"""Columns of an index: mapped from files that all processes of a machine share.
 
 A mapped column costs nothing to open, and a row costs the page that it lies on. Rows of a long column are read by their
 place in the file, and blocks of it copied, because pages that are touched through the mapping count as the process's
@@ -8,16 +8,14 @@ memory, up to 2 MB of them for a row: as it is, they stay in the system's page c
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from aimscale.harness.data.processes import SharedArray
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.info import NO_LABEL, DatasetInfo
 
@@ -31,26 +29,15 @@ _MAX_MAPPED_BYTES = 1 << 24  # of a column that is read through its mapping
 
 
 class Column:
-    """Rows of one dtype; safe to fork, and pickled by its file's name or by its shared memory."""
+    """Rows of one dtype, of an .npy file; safe to fork, and pickled by the file's name."""
 
-    def __init__(self, values: npt.NDArray[Any], source: Path | SharedArray) -> None:
-        self._values, self._source = values, source
-        self._file = None
-        if isinstance(source, Path) and values.nbytes > _MAX_MAPPED_BYTES:
-            self._file = source.open("rb", buffering=0)
-
-    @classmethod
-    def of_file(cls, path: Path) -> Column:
-        """Map an .npy file."""
-        return cls(np.lib.format.open_memmap(path, mode="r"), path)
-
-    @classmethod
-    def of_array(cls, array: SharedArray) -> Column:
-        """Hold values in memory."""
-        return cls(array.values, array)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._values: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        self._file = path.open("rb", buffering=0) if self._values.nbytes > _MAX_MAPPED_BYTES else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Column.of_file if isinstance(self._source, Path) else Column.of_array), (self._source,)
+        return Column, (self._path,)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -85,7 +72,7 @@ class Column:
 
 
 class Index:
-    """The columns of one data set, in a folder of .npy files; without a folder `read` gives the files' bytes."""
+    """The columns of one data set, in a folder of .npy files."""
 
     samples: Column
     """Of SAMPLE."""
@@ -94,19 +81,12 @@ class Index:
     label: Column | None
     """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
 
-    def __init__(self, folder: Path | None, read: Callable[[str], bytes] | None = None) -> None:
-        def load(name: str) -> Column:
-            if folder is not None:
-                return Column.of_file(folder / name)
-            assert read is not None, "Index: neither a folder nor a way to read"
-            return Column.of_array(SharedArray(np.load(io.BytesIO(read(name)))))
-
-        self.samples, self.checksum = load("samples.npy"), load("checksum.npy")
-        try:
-            self.label = load("label.npy")
-        except FileNotFoundError:  # no sample has one
-            self.label = None
-        self._shards, self._bad, self._bad_before = load("shards.npy"), load("bad.npy"), load("bad_before.npy")
+    def __init__(self, folder: Path) -> None:
+        self.samples, self.checksum = Column(folder / "samples.npy"), Column(folder / "checksum.npy")
+        self.label = Column(folder / "label.npy") if (folder / "label.npy").exists() else None
+        self._shards, self._bad, self._bad_before = (
+            Column(folder / f"{name}.npy") for name in ("shards", "bad", "bad_before")
+        )
 
     @property
     def shards(self) -> npt.NDArray[Any]:
@@ -197,7 +177,7 @@ class IndexWriter:
         """Close the files; what `dataset.json` says of them."""
         for column in (self._samples, self._checksum, self._label):
             column.close()
-        for _, labels in Column.of_file(self._folder / "label.npy").blocks():
+        for _, labels in Column(self._folder / "label.npy").blocks():
             self._digest.update(labels.astype("<i8").tobytes())
         if not self._num_labelled:
             (self._folder / "label.npy").unlink()

@@ -6,9 +6,6 @@ OpenCV (all three wrap libjpeg-turbo and give the same pixels) and decodes 40 % 
 
 from __future__ import annotations
 
-import contextlib
-import importlib.machinery
-import importlib.util
 import io
 import struct
 import warnings
@@ -19,6 +16,7 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")
 MAX_IMAGE_PIXELS = 89_478_485
@@ -31,34 +29,16 @@ MAX_IMAGE_SIDE = 65_535
 class _Mode(NamedTuple):
     """What libraries call a number of channels."""
 
-    torchvision: int
-    """A value of its `ImageReadMode`."""
+    torchvision: ImageReadMode
     pillow: str
     simplejpeg: str
 
 
-_MODES = {1: _Mode(1, "L", "GRAY"), 3: _Mode(3, "RGB", "RGB")}
+_MODES = {1: _Mode(ImageReadMode.GRAY, "L", "GRAY"), 3: _Mode(ImageReadMode.RGB, "RGB", "RGB")}
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 _RANGE_OF_16_BITS = ("PNG", "PPM")  # formats whose 32-bit integers in Pillow are 16 bits in the file
-
-
-def _load_torchvisions_operators() -> None:
-    """Give torch torchvision's image operators without the rest of that package, or with it where they lie elsewhere.
-
-    The rest takes 1.2 s and 80 MB in whatever decodes an image, a run's server of loader processes first of all.
-    """
-    package = importlib.util.find_spec("torchvision")
-    library = package and importlib.machinery.PathFinder.find_spec("image", package.submodule_search_locations)
-    if library and library.origin:
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(library.origin)
-    if not hasattr(torch.ops.image, "decode_image"):
-        importlib.import_module("torchvision.io")
-
-
-_load_torchvisions_operators()
 
 
 class UndecodableImageError(Exception):
@@ -121,7 +101,7 @@ def _decode_other(data: bytes, channels: int) -> torch.Tensor:
     mode = _MODES[channels]
     try:
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image: torch.Tensor = torch.ops.image.decode_image(file, mode.torchvision)
+        image: torch.Tensor = decode_image(file, mode.torchvision)
         if image.dim() == 3 and len(image) == channels and image.dtype == torch.uint8:
             return image
     except (RuntimeError, ValueError):

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,7 +23,6 @@ import pyarrow.parquet as pq
 import torch
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.processes import server_context
 from aimscale.harness.data.resize import resize_shorter_side
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.indexing import write_scans
@@ -217,7 +217,7 @@ def _prepared(images: _ImageFolder, numbers: range, num_workers: int) -> Generat
     if num_workers == 1:
         yield from map(images.prepare, numbers)
         return
-    context = server_context(__name__)
+    context = multiprocessing.get_context("forkserver")
     chunks = [numbers[first : first + _CHUNK] for first in range(0, len(numbers), _CHUNK)]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(

@@ -10,14 +10,13 @@ the image file) and ok (false: did not decode).
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import json
-import pickle
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ import torch
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.columns import Index
-from aimscale.harness.data.store.decoding import decode
+from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.info import (
     DATASET_FILE,
     FORMAT_VERSION,
@@ -37,8 +36,10 @@ from aimscale.harness.data.store.info import (
 )
 from aimscale.harness.data.store.shard_cache import CachedReader, open_cache
 from aimscale.harness.data.store.shards import LocalReader, Place, RemoteReader, ShardReader, is_url, join, read_bytes
-from aimscale.harness.run.files import locked, written_aside
+from aimscale.harness.run.files import cache_folder, locked, written_aside
 
+MAX_KEPT_BYTES = 256 * 2**20
+"""Bound of the decoded pixels of small images that a process keeps, over all data sets."""
 _CHECKED_SHARE = 64  # of so many reads one is compared with the index: 0.2 % of the time of reading photographs
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
 _MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
@@ -54,12 +55,6 @@ class ShardDataset:
         self._reader = reader
         self._first = np.ascontiguousarray(index.shards["first"])
         self._seen, self._num_reads = np.zeros(info.num_shards, dtype=bool), 0
-
-    def with_own_files(self) -> ShardDataset:
-        """The same data set for another thread: it shares the columns and opens its own files."""
-        other = copy.copy(self)
-        other._reader = pickle.loads(pickle.dumps(self._reader))
-        return other
 
     def __len__(self) -> int:
         return self.info.num_samples
@@ -227,10 +222,62 @@ class ShardDataset:
             UndecodableImageError: the bytes are no image.
             DataError: the shard is missing or shorter than the index says, or holds another image.
         """
+        kept = self._kept(channels)
+        if kept is not None and kept.known[i]:
+            return kept.pixels[i]
         data = self.read(i) if data is None else data
         image = decode(data, channels)
         self.check(np.array([i]), [data])
+        if kept is not None:
+            kept.pixels[i] = image
+            kept.known[i] = True  # after the pixels: another thread may look at any moment
         return image
+
+    def read_unless_kept(self, samples: I64, channels: int) -> list[bytes]:
+        """`read_many` of those whose decoded pixels are not in memory, nothing of the others."""
+        kept, data = self._kept(channels), [b""] * len(samples)
+        fresh = np.flatnonzero(~kept.known[samples]) if kept is not None else np.arange(len(samples))
+        for i, read in zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True):
+            data[i] = read
+        return data
+
+    def decode_many(
+        self, samples: I64, data: Sequence[bytes], channels: int
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """Images of one size, from what `read_unless_kept` gave.
+
+        Returns:
+            uint8 (number that decoded, channels, height, width), and bool (len(samples),) saying which did.
+        """
+        kept, good = self._kept(channels), np.ones(len(samples), dtype=bool)
+        decoded: dict[int, torch.Tensor] = {}
+        for i in range(len(samples)) if kept is None else np.flatnonzero(~kept.known[samples]).tolist():
+            try:
+                decoded[i] = decode(data[i], channels)
+            except UndecodableImageError:
+                good[i] = False
+        self.check(samples[list(decoded)], [data[i] for i in decoded])
+        if kept is None:
+            empty = torch.empty(0, channels, 1, 1, dtype=torch.uint8)
+            return torch.stack([*decoded.values()]) if decoded else empty, good
+        for i, image in decoded.items():
+            kept.pixels[samples[i]] = image
+            kept.known[samples[i]] = True
+        return kept.pixels[torch.from_numpy(samples[good])], good
+
+    def _kept(self, channels: int) -> _Kept | None:
+        """Where this process keeps decoded pixels of the data set; None where images differ in size or take too much.
+
+        A run goes over small images many times, and measures each budget on the same ones.
+        """
+        shape = (len(self), channels, self.info.max_height, self.info.max_width)
+        key = (self.path, self.fingerprint, channels)
+        if key not in _KEPT:
+            room = MAX_KEPT_BYTES - sum(kept.pixels.nbytes for kept in _KEPT.values())
+            if not self.info.one_size or math.prod(shape) > room:
+                return None
+            _KEPT.setdefault(key, _Kept(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool)))
+        return _KEPT[key]
 
     def check(self, samples: I64, data: Sequence[bytes]) -> None:
         """Compare some of these image files with the index: see `decode`.
@@ -253,6 +300,19 @@ class ShardDataset:
 
     def _shard_path(self, number: int) -> str:
         return join(self.location, self.shards[number].name)
+
+
+class _Kept(NamedTuple):
+    """Decoded images of a data set; memory is taken as they come."""
+
+    pixels: torch.Tensor
+    """uint8 (number of samples, channels, height, width)."""
+    known: npt.NDArray[np.bool_]
+    """(number of samples,): which are there."""
+
+
+_KEPT: dict[tuple[str, str, int], _Kept] = {}
+"""By path, fingerprint and channels."""
 
 
 class ShardList(Sequence[ShardInfo]):
@@ -329,12 +389,10 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
 
 
 def _open_mapped(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
-    """The mapped columns; those of a URL are fetched once per machine into the cache, or into memory without one."""
+    """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own."""
     if not is_url(where):
         return Index(Path(where) / info.index_folder)
-    if cache_dir is None:
-        return Index(None, lambda name: read_bytes(join(join(where, info.index_folder), name)))
-    root = open_cache(Path(cache_dir))
+    root = cache_folder() / "indexes" if cache_dir is None else open_cache(Path(cache_dir))
     folder = root / hashlib.blake2b(where.encode(), digest_size=8).hexdigest() / info.index_folder
     with locked(root / ".index-lock"):
         for name in _MAPPED_FILES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import multiprocessing
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.processes import server_context
 from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS
 from aimscale.harness.data.store.info import DATASET_FILE, INDEX_FILE, NO_LABEL, DatasetInfo
@@ -201,7 +201,7 @@ def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> 
     if num_workers == 1 or len(names) <= 1:
         yield from (_scan_to_part(location, name, parts) for name in names)
         return
-    context = server_context(__name__)
+    context = multiprocessing.get_context("forkserver")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(
             concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names)), mp_context=context)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,6 @@ from aimscale.harness.data.stream.augment import normalise
 if TYPE_CHECKING:
     from aimscale.harness.run.config import ModelSection
 
-MAX_KEPT_BYTES = 128 * 2**20
-"""Bound of the prepared images of small data sets that a process keeps: a run measures each budget on the same ones."""
-_keeping = threading.Lock()
-
 
 def eval_images(
     dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
@@ -38,17 +33,10 @@ def eval_images(
         DataError: an image cannot be read or decoded; an evaluation never replaces one.
     """
     require_channels(model.channels)
-    wanted, shape = np.asarray(indices, dtype=np.int64), (model.channels, model.image_size, model.image_size)
-    kept = _kept_pixels(dataset, shape, centre_crop)
-    if kept is None:
-        pixels = torch.empty(len(wanted), *shape, dtype=torch.uint8)
-        for row, index in enumerate(wanted.tolist()):
-            pixels[row] = _prepared(dataset, index, model, centre_crop)
-        return normalise(pixels)
-    for index in wanted[~kept.known[wanted]].tolist():
-        kept.pixels[index] = _prepared(dataset, index, model, centre_crop)
-        kept.known[index] = True  # after the pixels: another thread may look at any moment
-    return normalise(kept.pixels[torch.from_numpy(wanted)])
+    pixels = torch.empty(len(indices), model.channels, model.image_size, model.image_size, dtype=torch.uint8)
+    for row, index in enumerate(np.asarray(indices, dtype=np.int64).tolist()):
+        pixels[row] = _prepared(dataset, index, model, centre_crop)
+    return normalise(pixels)
 
 
 def _prepared(dataset: ShardDataset, index: int, model: ModelSection, centre_crop: float) -> torch.Tensor:
@@ -57,30 +45,6 @@ def _prepared(dataset: ShardDataset, index: int, model: ModelSection, centre_cro
     except UndecodableImageError as error:
         raise DataError(f"{dataset.describe(index)} cannot be decoded ({error}); remove it and index again") from error
     return crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
-
-
-class _Kept(NamedTuple):
-    """Images of a data set that this process has prepared."""
-
-    pixels: torch.Tensor
-    """uint8 (number of samples, C, image_size, image_size): memory is taken as they come."""
-    known: npt.NDArray[np.bool_]
-
-
-_kept: dict[tuple[str, str, tuple[int, ...], float], _Kept] = {}
-
-
-def _kept_pixels(dataset: ShardDataset, shape: tuple[int, ...], centre_crop: float) -> _Kept | None:
-    """Where its images are kept; None where they do not fit beside those of other data sets."""
-    key = (dataset.path, dataset.fingerprint, shape, centre_crop)
-    with _keeping:
-        if key not in _kept:
-            held = sum(each.pixels.nbytes for each in _kept.values())
-            if held + len(dataset) * math.prod(shape) > MAX_KEPT_BYTES:
-                return None
-            pixels = torch.empty(len(dataset), *shape, dtype=torch.uint8)
-            _kept[key] = _Kept(pixels, np.zeros(len(dataset), dtype=bool))
-        return _kept[key]
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:

@@ -1,24 +1,48 @@
-"""Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream."""
+"""Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream.
+
+torch's DataLoader runs the workers and keeps the order. What it hands out are numbers: the pixels are written into the
+slots of one ring of memory, allocated once and shared with the workers, since new memory for every batch costs its page
+faults every time (150 us per image of 224 px, a fifth of what decoding it takes). A batch is a view of its slot, which
+is used again when the last reference to the view is gone.
+"""
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
-import itertools
-from collections.abc import Generator, Iterator
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.stream.background import Background
+from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.data.stream.buffers import Buffers
-from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.data.stream.worker_pool import WorkerPool
+from aimscale.harness.data.stream.draws import Stream
+from aimscale.harness.data.threads import one_thread
+from aimscale.harness.run.failures import STOP_SIGNALS
 
-PIXELS_AT_A_TIME = 2**18
-"""The loader's thread reads as many micro-batches at once as have this many pixels, 256 images of 32 px: most of the
-time of a small one goes to calls."""
+if TYPE_CHECKING:
+    from aimscale.harness.device.distributed import Group
+
+_MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or in memory of its own
+_SHARED_MEMORY = "/dev/shm"
+_PRELOAD = ("aimscale.harness.data.stream.loader", "aimscale.harness.data.stream.unindexed")
+
+
+class WorkerDiedError(RuntimeError):
+    """A loader process ended without being asked to."""
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[range]:
@@ -45,7 +69,7 @@ def _share(number: int, parts: int, which: int) -> tuple[int, int]:
 
 
 def train_batches(
-    stream: TrainStream,
+    stream: Stream,
     *,
     start: int,
     stop: int,
@@ -58,35 +82,36 @@ def train_batches(
 ) -> Generator[list[Batch]]:
     """One item per optimiser step: this rank's micro-batches, from position `start` (images seen) up to `stop`.
 
-    At least one whole step is loaded ahead. Close the iterator when it is left before its end.
+    With workers, at least one whole step is loaded ahead. Close the iterator when it is left before its end.
 
     Args:
         start: first position, anything; costs nothing however large.
         stop: end; the last step is shorter when `batch_size` does not divide the distance.
         batch_size: images per step, over all ranks.
         micro_batch: most images per item of the list.
-        num_workers: loader processes; 0 loads in a thread of this one.
-        pin_memory: hand out page-locked batches (needs CUDA).
+        num_workers: loader processes; 0 loads in this one.
+        pin_memory: page-lock the ring (needs CUDA), so that a card copies from it while it computes.
 
     Raises:
         DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
         WorkerDiedError: a loader process was killed.
     """
-    steps = (
-        split_step(first, min(first + batch_size, stop), micro_batch=micro_batch, rank=rank, world_size=world_size)
-        for first in range(start, stop, batch_size)
-    )
+
+    def split(first: int, rank: int) -> list[range]:
+        last = min(first + batch_size, stop)
+        return split_step(first, last, micro_batch=micro_batch, rank=rank, world_size=world_size)
+
+    num_micro = len(split(start, 0))
     sizes: collections.deque[int] = collections.deque()  # micro-batches of the steps under way
 
-    def flat() -> Iterator[range]:
-        for parts in steps:
-            sizes.append(len(parts))
-            yield from parts
+    def parts() -> Iterator[range]:
+        for first in range(start, stop, batch_size):
+            step = split(first, rank)
+            sizes.append(len(step))
+            yield from step
 
-    first_step = split_step(
-        start, min(start + batch_size, stop), micro_batch=micro_batch, rank=0, world_size=world_size
-    )
-    with _loading(stream, flat(), num_workers, pin_memory, micro_batch, len(first_step)) as batches:
+    ring = _Ring(stream, micro_batch, num_micro, num_workers)
+    with contextlib.closing(ring.load(parts())) as batches, _page_locked(ring.slots, pin_memory):
         step: list[Batch] = []
         for batch in batches:
             step.append(batch)
@@ -96,45 +121,216 @@ def train_batches(
                 step = []
 
 
+class _Filled(NamedTuple):
+    """What is told of a micro-batch that was loaded."""
+
+    bad_samples: tuple[str, ...] = ()
+    """As in `Batch`."""
+    pixels: torch.Tensor | None = None
+    """Where no slot was free."""
+    error: Exception | None = None
+    """Why there are no pixels."""
+
+
+class _Slots(Dataset[_Filled]):
+    """Fills a slot with a micro-batch, in a worker or in the trainer."""
+
+    def __init__(self, stream: Stream, slots: torch.Tensor) -> None:
+        self._stream, self._slots = stream, slots
+
+    def __getitem__(self, task: tuple[int, range]) -> _Filled:
+        slot, where = task
+        own = None if slot >= 0 else torch.empty(self._slots.shape[1], dtype=torch.uint8)
+        try:
+            with one_thread():
+                return _Filled(self._stream.fill(self._slots[slot] if own is None else own, where), own)
+        except Exception as error:
+            if torch.utils.data.get_worker_info() is not None:
+                error.add_note(f"in a loader process:\n{traceback.format_exc()}")
+            return _Filled(error=error)
+
+
+class _Ring:
+    """The memory of the micro-batches under way, and of those in use: the step in the trainer's hands and the next."""
+
+    def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
+        self._stream, self._num_workers = stream, num_workers
+        slot_bytes = max(1, stream.num_bytes(micro_batch))
+        most = _MAX_BYTES // slot_bytes
+        self._per_worker = max(1, min(2 + -(-num_micro // max(1, num_workers)), most // max(1, num_workers)))
+        window = max(1, num_workers * self._per_worker)
+        num_slots = max(window, min(window + 2 * num_micro, most))
+        self.slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8)
+        if num_workers:
+            room = os.statvfs(_SHARED_MEMORY)
+            if self.slots.nbytes > room.f_bavail * room.f_frsize:
+                raise DataError(
+                    f"loader processes need {self.slots.nbytes / 1e6:,.0f} MB in {_SHARED_MEMORY}, which has "
+                    f"{room.f_bavail * room.f_frsize / 1e6:,.0f}; give the container more (docker run --shm-size), or "
+                    "lower runtime.num_workers or runtime.micro_batch"
+                )
+            self.slots.share_memory_()
+
+    def load(self, parts: Iterable[range]) -> Generator[Batch]:
+        """The batch of each of `parts`, in order."""
+        free = collections.deque(range(len(self.slots)))
+        under_way: collections.deque[tuple[int, range]] = collections.deque()
+
+        def tasks() -> Iterator[tuple[int, range]]:
+            for part in parts:
+                under_way.append((free.pop() if free else -1, part))
+                yield under_way[-1]
+
+        others = multiprocessing.active_children()
+        loaded = _start(_Slots(self._stream, self.slots), tasks(), self._num_workers, self._per_worker)
+        kill = functools.partial(_kill, [each for each in multiprocessing.active_children() if each not in others])
+        atexit.register(kill)  # a program that ends meanwhile would wait for processes that hold its SIGTERM back
+        try:
+            while (filled := _next(loaded)) is not None:
+                slot, part = under_way.popleft()
+                if filled.error is not None:
+                    raise filled.error
+                pixels = _lent(self.slots[slot], slot, free) if filled.pixels is None else filled.pixels
+                yield self._stream.batch_in(pixels, part, filled.bad_samples)
+        finally:
+            del loaded  # ends the workers
+            atexit.unregister(kill)
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _start(slots: _Slots, tasks: Iterator[tuple[int, range]], num_workers: int, per_worker: int) -> Iterator[_Filled]:
+    """The workers' answers, in the order of the tasks."""
+    loader = DataLoader(
+        slots,
+        batch_size=None,
+        sampler=tasks,
+        num_workers=num_workers,
+        prefetch_factor=per_worker if num_workers else None,
+        multiprocessing_context=start_server() if num_workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=_begin,
+        generator=torch.Generator(),  # by itself it draws from torch's own
+    )
+    with _held_back():
+        return iter(loader)
+
+
+def _next(loaded: Iterator[_Filled]) -> _Filled | None:
+    """None at the end; what goes wrong with a task is told in `_Filled`."""
+    try:
+        return next(loaded, None)
+    except RuntimeError as error:
+        raise WorkerDiedError(
+            f"{error}; most likely for want of memory: lower runtime.num_workers or give the job more memory"
+        ) from error
+
+
+def _as_it_is(filled: Any) -> Any:
+    return filled
+
+
+def _begin(number: int) -> None:
+    """In a worker: torch ends it with the server that it was forked from, and that waits for its workers."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "a worker has a parent"
+
+    def end() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def start_server() -> ForkServerContext:
+    """The server that workers are forked from; asked for early, it imports PyTorch meanwhile.
+
+    A fork of the trainer would copy every lock that one of its many threads holds at that moment, and wait for it for
+    ever, one in some thousands; the server has one thread.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    resource_tracker.ensure_running()  # the server starts it anyway, and it lets two of the signals through
+    with _held_back():
+        forkserver.ensure_running()
+    return context
+
+
 @contextlib.contextmanager
-def _loading(
-    stream: TrainStream, parts: Iterator[range], num_workers: int, pin_memory: bool, micro_batch: int, num_micro: int
-) -> Iterator[Iterator[Batch]]:
-    """Batches in the order of `parts`, loaded ahead; what loads them ends with the block."""
-    batches: Iterator[Batch]
-    with contextlib.ExitStack() as stack:
-        if num_workers == 0:
-            at_a_time = PIXELS_AT_A_TIME // (micro_batch * stream.image_size**2) if stream.can_be_split else 1
-            batches = _several_at_a_time(stream, parts, max(1, at_a_time), micro_batch)
-        else:
-            pool = WorkerPool(stream, num_workers=num_workers, micro_batch=micro_batch, num_micro=num_micro)
-            stack.callback(pool.close)
-            batches = pool.load(parts)
-        if pin_memory:
-            batches = map(Batch.pin_memory, batches)
-        if num_workers == 0 or pin_memory:
-            ahead = Background(batches, depth=num_micro + 1)
-            stack.callback(ahead.close)
-            batches = ahead
-        yield batches
+def _held_back() -> Iterator[None]:
+    """Signals for the trainer wait meanwhile, and never reach the processes that it starts, which inherit that.
+
+    Slurm sends a step's signals to every process of it: the trainer saves, and ends its processes itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _several_at_a_time(stream: TrainStream, parts: Iterator[range], num: int, micro_batch: int) -> Iterator[Batch]:
-    """`map(stream.batch, parts)`, so many of them in one call."""
-    buffers = Buffers(stream.num_bytes(num * micro_batch))
-    while several := list(itertools.islice(parts, num)):
-        whole = stream.batch(_joined(several), into=buffers.take())
-        if len(several) == 1:
-            yield whole
-        elif whole.bad_samples:
-            yield from map(stream.batch, several)  # each says which of its own were replaced
-        else:
-            yield from whole.split([len(part) for part in several])
-        del whole  # its memory is free when the next one is made
+def _lent(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torch.Tensor:
+    """A view of a slot; its number is free again when the last view of it is gone."""
+    shown = slot.numpy()
+    weakref.finalize(shown, free.append, number).atexit = False
+    return torch.from_numpy(shown)
 
 
-def _joined(parts: list[range]) -> range | I64:
-    """All positions of some micro-batches: those of a single rank follow each other."""
-    if all(before.stop == after.start for before, after in itertools.pairwise(parts)):
-        return range(parts[0].start, parts[-1].stop)
-    return np.concatenate(parts)
+@contextlib.contextmanager
+def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
+    """Register memory with CUDA for the block; where that fails, copies are slower and nothing else."""
+    is_locked = is_wanted and int(torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.nbytes, 0)) == 0
+    try:
+        yield
+    finally:
+        if is_locked:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
+
+
+def rank_batches(
+    stream: Stream, *, group: Group, start: int, stop: int, batch_size: int, micro_batch: int, num_workers: int
+) -> Generator[list[Batch]]:
+    """`train_batches` of a rank, moved a step ahead where it has a card."""
+    has_card = group.device.type == "cuda"
+    batches = train_batches(
+        stream,
+        start=start,
+        stop=stop,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        rank=group.rank,
+        world_size=group.world_size,
+        num_workers=num_workers,
+        pin_memory=has_card,
+    )
+    return on_device_ahead(batches, group.device) if has_card else batches
+
+
+def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Generator[list[Batch]]:
+    """The same steps with their images on the CUDA device, copied one step ahead on a stream of their own."""
+    side = torch.cuda.Stream(device)
+    ahead: tuple[list[Batch], list[Batch], torch.cuda.Event] | None = None
+    with contextlib.closing(batches):
+        for step in batches:
+            with torch.cuda.stream(side):
+                moved = [batch.on(device) for batch in step]
+                done = side.record_event()
+            if ahead is not None:
+                yield _taken(*ahead, device)
+            ahead = step, moved, done
+        if ahead is not None:
+            yield _taken(*ahead, device)
+
+
+def _taken(source: list[Batch], moved: list[Batch], done: torch.cuda.Event, device: torch.device) -> list[Batch]:
+    """Let the training stream wait for the images, and the allocator know that it reads them."""
+    done.synchronize()  # copied while the step before was computed; only now may the source's memory be filled anew
+    source.clear()
+    training = torch.cuda.current_stream(device)
+    for batch in moved:
+        batch.images.record_stream(training)
+    return moved

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,25 +24,20 @@ from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.store.shards import is_url, open_remote, with_retries
-from aimscale.harness.data.stream.augment import box_draws
-from aimscale.harness.data.stream.positions import MAX_REPLACEMENTS, Canvas, TrainStream
+from aimscale.harness.data.stream.augment import box_draws, crop_resize_into
+from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream
+from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 MAX_FAILURES = 6
 """Shards or images in a row that cannot be read, after which the stream gives up; before, it says so and goes on."""
 
 
-def open_stream(
-    config: RunConfig,
-    *,
-    cache_dir: str | None = None,
-    cache_gb: float = 100.0,
-    augment_on: Literal["loader", "device"] = "loader",
-) -> TrainStream:
+def open_stream(config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> Stream:
     """The stream of a run, by its sources; raises as `TrainStream` and `UnindexedStream` do."""
     if any(source.path.startswith(UNINDEXED) for source in config.training.data.sources):
-        return UnindexedStream(config, augment_on=augment_on)
-    return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb, augment_on=augment_on)
+        return UnindexedStream(config)
+    return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb)
 
 
 def shard_urls(path: str) -> list[str]:
@@ -58,61 +53,44 @@ def shard_urls(path: str) -> list[str]:
     return urls
 
 
-class UnindexedStream(TrainStream):
+class UnindexedStream(Stream):
     """Images of shards without an index, as they come; every process that loads draws shards of its own.
 
     Raises:
         DataError: a path that names no shards.
     """
 
-    def __init__(self, config: RunConfig, *, augment_on: Literal["loader", "device"] = "loader") -> None:
-        self._set_up(config, augment_on)
+    unique_images = 0
+    datasets: tuple[ShardDataset, ...] = ()
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
         (source,) = config.training.data.sources
         self._urls = shard_urls(source.path)
-        self._images: Iterator[tuple[str, bytes]] | None = None
+        self._reading: Iterator[tuple[str, bytes]] | None = None
         self._num_failures = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_images": None}  # a worker draws its own
-
-    @property
-    def can_be_split(self) -> bool:
-        """Not: which of them an undecodable image came with could not be read again."""
-        return False
-
-    @property
-    def unique_images(self) -> int:
-        """0: they are not counted."""
-        return 0
-
-    @property
-    def datasets(self) -> tuple[ShardDataset, ...]:
-        """None: there is no index."""
-        return ()
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits of the shards' names."""
         return hashlib.blake2b(" ".join(self._urls).encode(), digest_size=8).hexdigest()
 
-    def _decode_all(
-        self, where: range | I64, resized: Canvas, raw: dict[int, tuple[torch.Tensor, bool]] | None
-    ) -> tuple[str, ...]:
+    def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
         bad: list[str] = []
         uniforms = box_draws(make_key("crop", self._seed), np.asarray(where))
         for row, position in enumerate(where):
             pixels = self._next(int(position), bad)
             height, width = np.array(pixels.shape[:2], dtype=np.int32)[:, None]
             box = self._boxes(uniforms[row : row + 1], height, width)
-            self._place(pixels, tuple(values[0].item() for values in box), row, resized.slots, raw)
+            crop_resize_into(images[row : row + 1], pixels, tuple(values[0].item() for values in box))
         return tuple(bad)
 
     def _next(self, position: int, bad: list[str]) -> npt.NDArray[np.uint8]:
         """The next image that decodes, (H, W, C); names of those before it go to `bad`."""
-        if self._images is None:  # made where it is used: by the trainer's thread, or in each worker
-            self._images = self._pipeline(position)
+        if self._reading is None:  # made where it is used: by the trainer, or in each worker
+            self._reading = self._pipeline(position)
         for _ in range(MAX_REPLACEMENTS):
-            name, data = next(self._images)
+            name, data = next(self._reading)
             try:
                 return decode_interleaved(data, self._channels)
             except UndecodableImageError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,19 +61,10 @@ class LabelledImages:
         """
         pending: deque[tuple[Sequence[int], Future[Tensor]]] = deque()
         num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
-        local = threading.local()
-
-        def open_files() -> None:
-            local.images = replace(self, dataset=self.dataset.with_own_files())
-
-        def decode(chunk: Sequence[int]) -> Tensor:
-            images: LabelledImages = local.images
-            return images.images(chunk, epoch)
-
-        pool = ThreadPoolExecutor(num_threads, "decode", initializer=open_files)
+        pool = ThreadPoolExecutor(num_threads, "decode")
         try:
             for chunk in chunks:
-                pending.append((chunk, pool.submit(decode, chunk)))
+                pending.append((chunk, pool.submit(self.images, chunk, epoch)))
                 if len(pending) > num_threads:
                     first, images = pending.popleft()
                     yield first, images.result()

@@ -248,16 +248,15 @@ def test_a_signal_to_every_process_of_a_step_leaves_the_workers_alone(
     assert [row["images_seen"] for row in run.read_rows()] == [64, 128]
 
 
-def test_who_augments_changes_no_bit_of_a_run(
+def test_workers_change_no_bit_of_a_run(
     tmp_path: Path, tiny_config: Config, in_processes: Run, two_sizes: dict[str, Path]
 ) -> None:
-    """Neither do workers: small images come from memory, large ones are resized here or there."""
     data = {"sources": [{"path": str(two_sizes["train"])}], "color_jitter": True}
     runs = []
-    for place, num_workers in (("loader", 0), ("device", 1)):
-        runtime = {"augment_on": place, "num_workers": num_workers, "micro_batch": 4}
+    for num_workers in (0, 2):
+        runtime = {"num_workers": num_workers, "micro_batch": 4}
         config = tiny_config(runtime, data=data, validation={"path": str(two_sizes["validation"])}, budgets=[64])
-        runs.append(RunDir.create(tmp_path / place, config))
+        runs.append(RunDir.create(tmp_path / f"run-{num_workers}", config))
         assert in_processes(train_in, runs[-1].path) == [0]
     assert runs[0].load_config().run_id == runs[1].load_config().run_id
     first, second = runs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aimscale.sweeps.plan.stopping import stop_seconds
 
 import aimscale.sweeps.engine.start
 from aimscale.aim.errors import UserError

@@ -60,7 +60,7 @@ def test_usable_samples_are_counted_in_index_order(tmp_path: Path) -> None:
 def test_a_long_column_does_not_count_as_memory(tmp_path: Path) -> None:
     values = np.arange(1 << 23)  # 64 MiB
     np.save(tmp_path / "x.npy", values)
-    column = Column.of_file(tmp_path / "x.npy")
+    column = Column(tmp_path / "x.npy")
 
     def mapped_kb() -> int:
         text = Path("/proc/self/smaps").read_text()

@@ -130,30 +130,6 @@ def test_public_layouts_are_read_as_they_are(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("is_elsewhere", [False, True])
-def test_a_loaders_server_takes_torchvisions_operators_and_not_the_package(is_elsewhere: bool) -> None:
-    program = f"""
-import importlib, importlib.machinery, sys
-from aimscale.harness.data.processes import _PRELOAD
-find_spec = importlib.machinery.PathFinder.find_spec
-if {is_elsewhere}:
-    importlib.machinery.PathFinder.find_spec = lambda name, *where: None if name == "image" else find_spec(name, *where)
-for module in _PRELOAD:
-    importlib.import_module(module)
-print("torchvision" in sys.modules)
-from PIL import Image
-import io
-from aimscale.harness.data.store.decoding import decode
-file = io.BytesIO()
-Image.new("RGB", (3, 2), (10, 200, 30)).save(file, "png")
-print(decode(file.getvalue())[:, 0, 0].tolist(), decode(file.getvalue(), 1)[:, 0, 0].tolist())
-"""
-    lines = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert lines == [str(is_elsewhere), "[10, 200, 30] [123]"]
-
-
 def test_readers_of_many_data_sets_leave_descriptors_to_the_rest_of_the_process(tmp_path: Path) -> None:
     for number in range(6 * 30):
         folder = tmp_path / f"set-{number % 6}"

@@ -19,8 +19,8 @@ from torchvision.transforms.v2 import functional as colour
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.resize import resize_shorter_side
+from aimscale.harness.data.store import index
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.stream import evalset
 from aimscale.harness.data.stream.augment import (
     box_draws,
     crop_resize,
@@ -31,12 +31,11 @@ from aimscale.harness.data.stream.augment import (
     normalise,
 )
 from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.draws import Stretch
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
-from aimscale.harness.data.stream.jitter import _draw, jitter_colours
+from aimscale.harness.data.stream.jitter import _draw, _jittered, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.mixture import Mixture
-from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.data.stream.stretch import Stretch
+from aimscale.harness.data.stream.positions import Mixture, TrainStream
 from aimscale.harness.run.config import RunConfig
 
 Configure = Callable[..., RunConfig]
@@ -332,6 +331,16 @@ def test_colour_jitter_is_that_of_torchvision_rounded_once() -> None:
         assert (got - 255 * expected).abs().max() < 0.51, side
 
 
+def test_jitter_of_a_batch_is_that_of_each_image() -> None:
+    rng = np.random.default_rng(4)
+    images = torch.from_numpy(rng.integers(0, 256, (60, 3, 24, 20), dtype=np.uint8))
+    images[:20] = images[:20, :1]  # grey: every factor meets values that it should leave whole
+    _, order, strength = _draw(9, rng.integers(0, 2**40, 60))
+    for some in (images, images[:, :1]):
+        one_by_one = [_jittered(some[i : i + 1], order[i : i + 1], strength[i : i + 1]) for i in range(60)]
+        assert torch.equal(_jittered(some, order, strength), torch.cat(one_by_one))
+
+
 def test_other_than_grey_or_colour_is_refused(configure: Configure) -> None:
     config = configure()
 
@@ -352,26 +361,29 @@ def test_normalise_round_trip() -> None:
 
 
 @pytest.mark.parametrize("bound", [2**20, 0])
-def test_small_evaluation_images_are_prepared_once_and_others_each_time(
-    large_set: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, bound: int
+def test_small_images_are_decoded_once_and_others_each_time(
+    small_set: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, bound: int
 ) -> None:
-    monkeypatch.setattr(evalset, "_kept", {})
-    monkeypatch.setattr(evalset, "MAX_KEPT_BYTES", bound)
-    dataset, model = open_dataset(large_set), configure().training.model
+    monkeypatch.setattr(index, "_KEPT", {})
+    monkeypatch.setattr(index, "MAX_KEPT_BYTES", bound)
     decoded: list[int] = []
-    decode = type(dataset).decode
+    read_many = ShardDataset.read_many
 
-    def watched(self: ShardDataset, i: int, *args: Any) -> torch.Tensor:
-        decoded.append(i)
-        return decode(self, i, *args)
+    def watched(self: ShardDataset, samples: Any) -> list[bytes]:
+        decoded.extend(samples)
+        return read_many(self, samples)
 
-    monkeypatch.setattr(ShardDataset, "decode", watched)
-    first = eval_images(dataset, [3, 0], model, 1.0)
-    assert decoded == [3, 0]
-    again = eval_images(dataset, [0, 1, 3], model, 1.0)
-    assert decoded == ([3, 0, 1] if bound else [3, 0, 0, 1, 3])
-    assert torch.equal(again[[2, 0]], first)
-    assert not torch.equal(eval_images(dataset, [3], model, 0.5), first[:1])
+    monkeypatch.setattr(ShardDataset, "read_many", watched)
+    model, stream = configure().training.model, TrainStream(configure(sources=[{"path": str(small_set)}]))
+    first = eval_images(stream.datasets[0], [3, 0], model, 1.0)
+    assert torch.equal(eval_images(open_dataset(small_set), [0, 3], model, 1.0), first[[1, 0]])
+    assert decoded == ([3, 0] if bound else [3, 0, 0, 3])
+    epochs = [stream.batch(range(start, start + 60)).images for start in (0, 60)]
+    assert len(decoded) == (60 if bound else 124)
+    monkeypatch.setattr(index, "_KEPT", {})
+    assert torch.equal(
+        TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(60, 120)).images, epochs[1]
+    )
 
 
 def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> None:
