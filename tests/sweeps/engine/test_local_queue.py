@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aimscale.sweeps.plan.stopping import stop_seconds
 
 import aimscale.sweeps.engine.start
 from aimscale.aim.errors import UserError
