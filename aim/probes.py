@@ -1,7 +1,7 @@
-"""Probe heads on frozen features: the released attentive probe, the efficient one and a linear one.
+"""The released attentive probe, a head on frozen features.
 
-Both read the mean of raw block outputs (`AIM.features(...).mean(0)`), bidirectional and without the trunk's last norm,
-and standardise channels by a batch norm without weights.
+It reads the mean of raw block outputs (`AIM.features(...).mean(0)`), bidirectional and without the trunk's last norm,
+and standardises channels by a batch norm without weights.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from aimscale.aim.cost import num_queries
 
 BATCH_NORM_EPS = 1e-6
 QUERY_STD = 0.02
@@ -46,44 +44,4 @@ class AttentiveProbe(nn.Module):
         query = heads(self.cls_token).expand(batch, -1, -1, -1)
         pooled = F.scaled_dot_product_attention(query, heads(self.k(tokens)), heads(self.v(tokens)))
         logits: Tensor = self.linear(pooled.transpose(1, 2).reshape(batch, width))
-        return logits
-
-
-class EfficientProbe(nn.Module):
-    """Multi-query attention pooling without query or key projections, then a linear classifier.
-
-    Psomas et al. 2025, arXiv 2506.10178: query q attends to tokens in all d channels and pools its own d / Q channels
-    of one value projection. d^2 + Q d + K d + K parameters. Published, a batch norm without weights stands behind the
-    pooling; here it stands before it, as in the other probes. That is the same family of functions (scores take no
-    shift, and value and classifier take any scale and shift), and it needs no statistics of what is being trained.
-    """
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS)
-        self.queries = nn.Parameter(QUERY_STD * torch.randn(num_queries(width), width))
-        self.v = nn.Linear(width, width, bias=False)
-        self.linear = nn.Linear(width, num_classes)
-        nn.init.xavier_uniform_(self.v.weight)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, N, d) -> logits (B, K)."""
-        tokens = self.bn(features.transpose(1, 2)).transpose(1, 2)
-        attention = (tokens @ self.queries.T * tokens.shape[2] ** -0.5).softmax(dim=1)
-        values = self.v(tokens).unflatten(2, (len(self.queries), -1))
-        logits: Tensor = self.linear(torch.einsum("bnq,bnqc->bqc", attention, values).flatten(1))
-        return logits
-
-
-class LinearProbe(nn.Module):
-    """Mean over tokens, then batch norm, then a linear classifier."""
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS)
-        self.linear = nn.Linear(width, num_classes)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, N, d) -> logits (B, K)."""
-        logits: Tensor = self.linear(self.bn(features.mean(dim=1)))
         return logits

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
-
-Z95 = 1.959963984540054
-"""Two-sided 95 % point of the normal distribution."""
-
-
-def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927): inside [0, 1] and honest near both ends."""
-    if n <= 0:
-        raise ValueError("an interval needs at least one image")
-    share = num_correct / n
-    centre = share + Z95**2 / (2 * n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
-    scale = 1 + Z95**2 / n
-    # at 0 and n correct the bound is the end itself, but for rounding
-    low = 0.0 if num_correct == 0 else (centre - half) / scale
-    high = 1.0 if num_correct == n else (centre + half) / scale
-    return low, high
 
 
 @dataclass(frozen=True)
@@ -73,15 +56,15 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
     """
     correct = given.predicted == labels
     n, num_correct = len(labels), int(correct.sum())
-    low, high = wilson_interval(num_correct, n)
+    interval = binomtest(num_correct, n).proportion_ci(method="wilson")  # inside [0, 1] and honest near both ends
     totals = np.bincount(labels.numpy(), minlength=len(classes))
     rights = np.bincount(labels[correct].numpy(), minlength=len(classes))
     present = totals > 0
     return {
         "n": n,
         "top1": num_correct / n,
-        "top1_lo95": low,
-        "top1_hi95": high,
+        "top1_lo95": interval.low,
+        "top1_hi95": interval.high,
         "top5": float(given.in_top5.float().mean()) if len(classes) > 5 else None,
         "mean_class": float((rights[present] / totals[present]).mean()),
         "chance": float(totals.max() / n),

@@ -86,10 +86,6 @@ class HeadStack(nn.Module):
         losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
         return (losses.unflatten(2, (self.num_copies, -1)) * weights.mT[..., None]).sum()
 
-    def state_of_one(self) -> dict[str, Tensor]:
-        """Parameters and statistics of the only head under the names of `aim.probes`."""
-        raise NotImplementedError
-
     def select(self, set_index: int, lr_index: int) -> HeadStack:
         """A stack that holds one head of this one, of its last copy, for scoring."""
         alone = object.__new__(type(self))
@@ -123,15 +119,6 @@ class LinearStack(HeadStack):
         vectors = (tokens.float().mean(2)[:, :, None] - self.mean[:, None]) * self.rstd[:, None]
         by_copy = self.weight.unflatten(1, (self.num_copies, -1))
         return torch.einsum("sbcd,scgkd->sbcgk", vectors, by_copy).flatten(2, 3) + self.bias[:, None]
-
-    def state_of_one(self) -> dict[str, Tensor]:
-        """Names of `aim.probes.LinearProbe`."""
-        return {
-            "bn.running_mean": self.mean[0, 0],
-            "bn.running_var": self.var[0, 0],
-            "linear.weight": self.weight.detach()[0, 0],
-            "linear.bias": self.bias.detach()[0, 0],
-        }
 
 
 class AttentiveStack(HeadStack):
@@ -192,7 +179,13 @@ class AttentiveStack(HeadStack):
 
 
 class EfficientStack(AttentiveStack):
-    """`aim.probes.EfficientProbe`: many queries score whole tokens, in the place of heads behind a key; with a bias."""
+    """Multi-query attention pooling without query or key projections, then a linear classifier with bias.
+
+    Psomas et al. 2025, arXiv 2506.10178: query q attends to tokens in all d channels and pools its own d / Q channels
+    of one value projection. d^2 + Q d + K d + K parameters. Published, a batch norm without weights stands behind the
+    pooling; here it stands before it, as in the other probes. That is the same family of functions (scores take no
+    shift, and value and classifier take any scale and shift), and it needs no statistics of what is being trained.
+    """
 
     kind = "efficient"
     bias: nn.Parameter
@@ -212,18 +205,6 @@ class EfficientStack(AttentiveStack):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
         return super().forward(tokens) + self.bias[:, None]
-
-    def state_of_one(self) -> dict[str, Tensor]:
-        """Names of `aim.probes.EfficientProbe`."""
-        at = (0, 0)
-        return {
-            "queries": self.query.detach()[at],
-            "v.weight": self.value.detach()[at].flatten(0, 1),
-            "linear.weight": self.weight.detach()[at],
-            "linear.bias": self.bias.detach()[at],
-            "bn.running_mean": self.mean[at],
-            "bn.running_var": self.var[at],
-        }
 
 
 STACKS: dict[str, type[LinearStack] | type[AttentiveStack]] = {

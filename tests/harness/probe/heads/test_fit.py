@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aimscale.aim.model import AIM
-from aimscale.aim.probes import AttentiveProbe, EfficientProbe, LinearProbe
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.features.images import holdout_split, open_task
@@ -50,7 +49,7 @@ def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
 
 @pytest.mark.parametrize("kind", list(STACKS))
 def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_everything(
-    task: Any, model: AIM, kind: str, monkeypatch: pytest.MonkeyPatch
+    task: Any, model: AIM, kind: str, written_out: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.MICRO_BATCH", 7)
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)
@@ -72,13 +71,7 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
 
     def alone(images: np.ndarray) -> nn.Module:
         """An ordinary module, trained by torch's optimiser on those images of every batch."""
-        start = fitting.heads(source, [kind], [chosen.blocks])[kind].select(0, 0).state_of_one()
-        probe = {
-            "attentive": lambda: AttentiveProbe(model.config.width, model.config.num_heads, 10),
-            "efficient": lambda: EfficientProbe(model.config.width, 10),
-            "linear": lambda: LinearProbe(model.config.width, 10),
-        }[kind]()
-        probe.load_state_dict(start | {"bn.num_batches_tracked": torch.tensor(0)})
+        probe = written_out(fitting.heads(source, [kind], [chosen.blocks])[kind].select(0, 0))
         probe.bn.running_mean.copy_(tokens[images].mean((0, 1)))
         probe.bn.running_var.copy_(tokens[images].var((0, 1), correction=0))
         groups = [

@@ -1,16 +1,15 @@
-"""The stacked heads against the written-out probes of `aim.probes`, torch.optim and heads trained alone."""
+"""The stacked heads against written-out ones, torch.optim and heads trained alone."""
 
 from __future__ import annotations
 
-import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from aimscale.aim.probes import AttentiveProbe, EfficientProbe, LinearProbe
 from aimscale.harness.probe.features.sizes import head_params
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, WEIGHT_DECAY, HeadStack, StackedAdamW
 
@@ -53,34 +52,26 @@ def fitted(kind: str, tokens: Tensor, labels: Tensor, num_steps: int, **kwargs: 
     return stack
 
 
-def written_out(stack: HeadStack, set_index: int, setting_index: int) -> nn.Module:
-    """The same head as an ordinary module."""
-    probe = {
-        "attentive": lambda: AttentiveProbe(WIDTH, NUM_HEADS, NUM_CLASSES),
-        "efficient": lambda: EfficientProbe(WIDTH, NUM_CLASSES),
-        "linear": lambda: LinearProbe(WIDTH, NUM_CLASSES),
-    }[stack.kind]()
-    state = copy.deepcopy(stack.select(set_index, setting_index).state_of_one())
-    probe.load_state_dict(state | {"bn.num_batches_tracked": torch.tensor(0)})
-    return probe.eval()
-
-
 @pytest.mark.parametrize("kind", list(STACKS))
-def test_stacked_heads_are_the_written_out_probes(kind: str, tokens: Tensor, labels: Tensor) -> None:
+def test_stacked_heads_are_the_written_out_probes(kind: str, tokens: Tensor, labels: Tensor, written_out: Any) -> None:
     stack = fitted(kind, tokens, labels, num_steps=5)
     logits = stack(tokens)
     for s in range(NUM_SETS):
         for g in range(len(LRS)):
-            torch.testing.assert_close(logits[s, :, g], written_out(stack, s, g)(tokens[s]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                logits[s, :, g], written_out(stack.select(s, g))(tokens[s]), rtol=1e-4, atol=1e-4
+            )
             assert sum(p.numel() for p in stack.select(s, g).parameters()) == head_params(kind, WIDTH, NUM_CLASSES)
             torch.testing.assert_close(stack.select(s, g)(tokens[s : s + 1])[0, :, 0], logits[s, :, g])
 
 
 @pytest.mark.parametrize("kind", list(STACKS))
-def test_training_follows_torch_adamw_with_clipping_and_schedule(kind: str, tokens: Tensor, labels: Tensor) -> None:
+def test_training_follows_torch_adamw_with_clipping_and_schedule(
+    kind: str, tokens: Tensor, labels: Tensor, written_out: Any
+) -> None:
     num_steps, s, g = 40, 1, 2
     stack = fitted(kind, tokens, labels, num_steps=0)
-    probe = written_out(stack, s, g)
+    probe = written_out(stack.select(s, g))
     decayed = [p for p in probe.parameters() if p.dim() > 1]
     plain = [p for p in probe.parameters() if p.dim() == 1]
     reference = torch.optim.AdamW(
@@ -106,3 +97,19 @@ def test_a_head_of_the_grid_equals_one_trained_alone(kind: str, tokens: Tensor, 
     grid = fitted(kind, tokens, labels, num_steps=20)
     alone = fitted(kind, tokens[1:], labels, num_steps=20, num_sets=1, lrs=LRS[:1])
     torch.testing.assert_close(grid(tokens)[1, :, 0], alone(tokens[1:])[0, :, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_behind_the_efficient_pooling_changes_no_function(written_out: Any) -> None:
+    """Published: tokens as they are, a batch norm behind the pooling. Ours in front of it can compute the same."""
+    width, features = WIDTH, torch.randn(50, 7, WIDTH, generator=torch.Generator().manual_seed(0)) + 3
+    ours = written_out(make("efficient", num_sets=1, lrs=LRS[:1]).select(0, 0)).train()
+    torch.nn.init.normal_(ours.queries)
+    expected = ours(features)  # in training mode: the statistics of these tokens
+    mean, std = features.mean((0, 1)), (features.var((0, 1), correction=0) + 1e-6).sqrt()
+    attention = (features @ (ours.queries / std).T / width**0.5).softmax(dim=1)
+    values = (features @ (ours.v.weight / std).T).unflatten(2, (len(ours.queries), -1))
+    pooled = torch.einsum("bnq,bnqc->bqc", attention, values).flatten(1)
+    centre, spread = pooled.mean(0), (pooled.var(0, correction=0) + 1e-6).sqrt()
+    bias = ours.linear.bias + ours.linear.weight @ (centre - (ours.v.weight / std) @ mean)
+    normed = (pooled - centre) / spread
+    torch.testing.assert_close(normed @ (ours.linear.weight * spread).T + bias, expected, rtol=1e-4, atol=1e-4)
