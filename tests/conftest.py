@@ -56,8 +56,10 @@ def write_images() -> Callable[..., str]:
 
 
 @pytest.fixture
-def evaluations(write_images: Callable[..., str], tmp_path: Path) -> Callable[..., list[list[float]]]:
-    """Validation loss and the accuracy of every kind of probe of one model, for each group of ranks and cache in GB."""
+def evaluations(
+    write_images: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[list[float]]]:
+    """Validation loss and the accuracy of every kind of probe of one model, for each group and share of memory."""
     from aimscale.aim.model import AIM
     from aimscale.aim.weights import write_weights
     from aimscale.harness.data.store.index import open_dataset
@@ -84,14 +86,15 @@ def evaluations(write_images: Callable[..., str], tmp_path: Path) -> Callable[..
         }
         config = run_config(fields, "the test")
         found = []
-        for number, (group, cache_gb) in enumerate(places):
+        for number, (group, share) in enumerate(places):
+            monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", share)
             run = RunDir.create(tmp_path / f"run-{number}", config)
             write_weights(AIM(model_of(config.training)).state_dict(), run.model_file(64))
             model, images = load_budget(run, config, 64, group.device), open_dataset(test)
             section, shape = config.evaluation.validation, config.training.model
             loss = validate(model, images, section, shape, group).loss
             completions(model, images, section, shape, group.device)
-            ((_, entries),) = probe_run(run.path, group=group, cache_gb=cache_gb)
+            ((_, entries),) = probe_run(run.path, group=group)
             assert [entry["kind"] for entry in entries] == kinds
             found.append([loss, *(entry["top1"] for entry in entries)])
         return found

@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from aimscale.harness.probe.heads.fit import Candidate, GridFit, Split, answers_
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Answers, score
-from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS
+from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
 COMPARED_IMAGES = 16
@@ -67,7 +67,6 @@ def probe_backbone(
     seed: int,
     out: Path | None,
     group: Group = ALONE,
-    cache_gb: float | None = None,
     pause: Pause = lambda: None,
     pools: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
@@ -79,8 +78,6 @@ def probe_backbone(
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
-        cache_gb: memory of a rank for tokens and again for pooled features, 10^9 bytes; None takes a share of what it
-            has.
         pause: called by all ranks together, often; raises to stop there, and the next call repeats the kinds under way.
         pools: data sets that the backbone was pre-trained on, among which test images are looked for; None where they
             are not known.
@@ -105,8 +102,8 @@ def probe_backbone(
     started = time.monotonic()
     shared = group.from_first(_shared_images(section, train, test, pools) if group.is_first else None)
     with matmul_precision(section.precision):
-        probing = _Probing.of(backbone, section, train, test, key, group, pause)
-        for details in probing.details(kinds, out, cache_gb):
+        probing = _Probing(backbone, section, train, test, key, group, pause)
+        for details in probing.details(kinds, out):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed, **shared}
             done = {detail["kind"]: detail | about for detail in details}
             found |= done
@@ -117,27 +114,11 @@ def probe_backbone(
     return [as_entry(found[kind]) for kind in section.kinds]
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Probing:
-    """One task on a backbone in the task's precision; all ranks call its methods together."""
+    """One task on a backbone in the task's precision; all ranks make it and call its methods together."""
 
-    backbone: Backbone
-    section: ProbeSection
-    train: LabelledImages
-    test: LabelledImages
-    split: Split
-    """Of the training images."""
-    difference: float
-    """Of the features from those in fp32, as `precision_difference` gives it."""
-    seed: int
-    evaluation: str
-    """Its name in files and tables."""
-    group: Group
-    pause: Pause
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         backbone: Backbone,
         section: ProbeSection,
         train: LabelledImages,
@@ -145,29 +126,20 @@ class _Probing:
         key: Key,
         group: Group,
         pause: Pause,
-    ) -> _Probing:
+    ) -> None:
         """Hold some images out, and bring the backbone into the task's precision, saying what that changes."""
-        seed = int(key["seed"])
-        fit, held = holdout_split(train.labels, section.holdout_fraction, seed)
-        images = train.images(range(min(COMPARED_IMAGES, len(train))))
-        difference = precision_difference(backbone, images, DTYPES[section.precision])
-        backbone.use(DTYPES[section.precision])
-        if difference and group.is_first:
-            _say(f"{section.task}: features in bf16 differ from fp32 by {100 * difference:.2f} % of their spread")
-        return cls(
-            backbone=backbone,
-            section=section,
-            train=train,
-            test=test,
-            split=Split(train.labels, fit, held, len(train.classes)),
-            difference=difference,
-            seed=seed,
-            evaluation=str(key["evaluation"]),
-            group=group,
-            pause=pause,
+        self.backbone, self.section, self.train, self.test = backbone, section, train, test
+        self.seed, self.evaluation, self.group, self.pause = int(key["seed"]), key["evaluation"], group, pause
+        self.split = Split(
+            train.labels, *holdout_split(train.labels, section.holdout_fraction, self.seed), len(train.classes)
         )
+        images = train.images(range(min(COMPARED_IMAGES, len(train))))
+        self.difference = precision_difference(backbone, images, DTYPES[section.precision])
+        backbone.use(DTYPES[section.precision])
+        if self.difference and group.is_first:
+            _say(f"{section.task}: features in bf16 differ from fp32 by {100 * self.difference:.2f} % of their spread")
 
-    def details(self, kinds: Sequence[str], out: Path | None, cache_gb: float | None) -> Iterator[list[Detail]]:
+    def details(self, kinds: Sequence[str], out: Path | None) -> Iterator[list[Detail]]:
         """What is found about some kinds of probe, those together that are done together; heads go to `out`."""
         frozen = [kind for kind in kinds if kind != "lora"]
         has_views = self.train.views is not None
@@ -177,7 +149,6 @@ class _Probing:
                 group=self.group,
                 precision=self.section.precision,
                 for_tokens=has_views or not set(ON_TOKENS).isdisjoint(kinds),
-                cache_gb=cache_gb,
                 folder=out,
                 pause=self.pause,
             )
@@ -291,7 +262,7 @@ def _together(kinds: Sequence[str], has_views: bool) -> list[list[str]]:
 
 def _save_head(candidate: Candidate, path: Path) -> None:
     """Write a trained head under the released names `head.*`; the blocks it averages are in the file's metadata."""
-    assert candidate.head is not None
+    assert isinstance(candidate.head, AttentiveStack)
     state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of_one().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
     write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})

@@ -102,7 +102,6 @@ def probe_run(
     sections: Sequence[ProbeSection] | None = None,
     *,
     group: Group = ALONE,
-    cache_gb: float | None = None,
     pause: Pause = lambda: None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
@@ -114,7 +113,6 @@ def probe_run(
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
         group: the ranks that share the work; all of them call this.
-        cache_gb: memory of a rank, as for `probe_backbone`.
         pause: called by all ranks together, often; raises to stop there.
 
     Raises:
@@ -142,7 +140,6 @@ def probe_run(
                     seed=config.training.seed,
                     out=run.probes_dir(budget),
                     group=group,
-                    cache_gb=cache_gb,
                     pause=pause,
                     pools=[source.path for source in config.training.data.sources],
                 )

@@ -55,38 +55,24 @@ class AimBackbone:
     def __init__(self, load: Callable[[], AIM], name: str = "aim"):
         """`load` gives the float32 model on its device, a fresh one at each call."""
         self.name = name
-        self.images_seen = 0
-        """Images whose features were computed."""
         self._load = load
-        self._model: AIM | None = load().eval()
-        self.config = self._model.config
+        self.model = load().eval()
+        self.config = self.model.config
         self.num_blocks = self.config.depth
         self.num_heads = self.config.num_heads
-
-    @property
-    def model(self) -> AIM:
-        """The model as it is used now."""
-        assert self._model is not None
-        return self._model
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights as they are used now."""
-        return next(self.model.trunk.parameters()).dtype
+        self._dtype = torch.float32
 
     def use(self, dtype: torch.dtype) -> None:
         """Round the weights to bf16, or load them again in fp32."""
-        if dtype == self.dtype:
-            return
-        if self.dtype != torch.float32:
-            self._model = None  # never two copies
-            self._model = self._load().eval()
+        if dtype != self._dtype and dtype == torch.float32:
+            del self.model  # never two copies
+            self.model = self._load().eval()
         self.model.to(dtype)
+        self._dtype = dtype
 
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Outputs (len(blocks), B, N, d); moves the images to the model's device and type."""
-        self.images_seen += len(images)
         weight = next(self.model.trunk.parameters())
         return self.model.features(images.to(weight.device, weight.dtype), blocks)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,41 +105,23 @@ def baseline(
 
 def _create(name: str, weights: str, image_size: int | None) -> Any:
     import timm
-
-    is_file = weights not in ("hub", "random")
+    from timm.models import load_state_dict
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "timm.list_models() lists them"
         raise ProbeError(f"timm has no model '{name}'; {hint}")
-    if is_file and not Path(weights).is_file():
-        raise ProbeError(f"there is no weight file {weights}")
-    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    missing: list[str] = []
     try:
-        model = timm.create_model(name, pretrained=weights == "hub", num_classes=0, **options)
-    except TypeError as error:
-        raise ProbeError(f"{name} cannot be built for --image-size {image_size}; leave it out") from error
-    except Exception as error:  # the hub fails in many ways, all of which mean that there are no weights
-        if weights != "hub":
-            raise
-        raise ProbeError(
-            f"the hub does not give the weights of {name} ({type(error).__name__}); download them elsewhere and give "
-            "--weights FILE"
-        ) from error
-    if is_file:
-        _load(model, weights)
-    return model
-
-
-def _load(model: nn.Module, weights: str) -> None:
-    from timm.models import load_state_dict
-
-    try:
-        # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
-        state = load_state_dict(weights, weights_only=True)
-        missing, _ = model.load_state_dict(state, strict=False)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ProbeError(f"{weights} cannot be loaded into {type(model).__name__} ({reason})") from error
+        model = timm.create_model(name, pretrained=weights == "hub", num_classes=0, **size)
+        if weights not in ("hub", "random"):
+            # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
+            missing, _ = model.load_state_dict(load_state_dict(weights, weights_only=True), strict=False)
+    except Exception as error:  # of many kinds: a class without that option, a hub out of reach, no file of weights
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        asked = f"weights {weights}" + (f" and --image-size {image_size}" if size else "")
+        raise ProbeError(f"timm cannot make {name} with {asked} ({reason})") from error
     if missing:
-        raise ProbeError(f"{weights} lacks {missing[0]} and {len(missing) - 1} more of this model; give its own file")
+        raise ProbeError(f"{weights} lacks {missing[0]} and {len(missing) - 1} more of {name}; give its own file")
+    return model

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,19 +34,6 @@ ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0),
 
 Pause = Callable[[], None]
 """Called by all ranks together, often; raises to stop there."""
-
-
-class Features(Protocol):
-    """Block outputs of this rank's images."""
-
-    num_blocks: int
-    num_tokens: int
-    width: int
-    group: Group
-
-    def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
-        """Outputs (L, b, N, d) for each chunk of this rank's images; b may be 0."""
-        ...
 
 
 class StreamedTokens:
@@ -138,6 +124,10 @@ class PooledFeatures:
             yield self.rows(numbers)[:, :, None]
 
 
+Features = StreamedTokens | CachedTokens | PooledFeatures
+"""Block outputs of this rank's images: `num_blocks`, `num_tokens`, `width`, and `parts` of those asked for."""
+
+
 def _mapped(folder: Path, num_bytes: int) -> Tensor:
     """uint8 values of a file that is gone when they are; all of its space is claimed now, so that no write can fail."""
     path: str | None = None
@@ -185,9 +175,6 @@ class FeaturePass:
     """`fp32` or `bf16`: in which pooled features are kept."""
     for_tokens: bool = True
     """Whether anything will read single tokens: else they are not kept, and have no statistics."""
-    cache_gb: float | None = None
-    """Memory of a rank, 10^9 bytes, for tokens and again for pooled features; None takes `CACHE_SHARE` of what it has.
-    """
     folder: Path | None = None
     """On whose disk pooled features go that memory does not hold; None keeps to memory."""
     pause: Pause = lambda: None
@@ -209,7 +196,7 @@ class FeaturePass:
         pooled = self._store(len(own), most, centre)
         kept = None
         if self.for_tokens and images.views is None:  # views change by epoch
-            room = stream.room(most, self._bytes(self.group.memory_bytes))
+            room = stream.room(most, CACHE_SHARE * self.group.memory_bytes())
             kept = None if room is None else room[:, : len(own)]
         sums = [Moments.about(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
         is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
@@ -238,14 +225,10 @@ class FeaturePass:
         """Where the pooled features of a split go."""
         dtype = DTYPES[self.precision]
         size = most_rows * centre.numel() * dtype.itemsize
-        fits = size <= self._bytes(self.group.host_memory_bytes)
+        fits = size <= CACHE_SHARE * self.group.host_memory_bytes()
         if not fits and self.folder is None:
             raise ProbeError(f"pooled features take {size / 1e9:.3g} GB on a rank, which has no room; use more ranks")
         return PooledFeatures(num_rows, centre, dtype, self.group, None if fits else self.folder)
-
-    def _bytes(self, available: Callable[[], int]) -> float:
-        """What a rank may take of that."""
-        return CACHE_SHARE * available() if self.cache_gb is None else 1e9 * self.cache_gb
 
 
 def share(indices: Sequence[int], group: Group) -> list[int]:

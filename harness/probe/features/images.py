@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,17 +60,15 @@ class LabelledImages:
 
         Memory: one chunk a thread and one more. An error comes out where its chunk would have.
         """
-        pending: deque[tuple[Sequence[int], Future[Tensor]]] = deque()
         num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
         pool = ThreadPoolExecutor(num_threads, "decode")
         try:
-            for chunk in chunks:
-                pending.append((chunk, pool.submit(self.images, chunk, epoch)))
-                if len(pending) > num_threads:
-                    first, images = pending.popleft()
-                    yield first, images.result()
-            for first, images in pending:
-                yield first, images.result()
+            under_way = ((chunk, pool.submit(self.images, chunk, epoch)) for chunk in chunks)
+            pending = deque(itertools.islice(under_way, num_threads))
+            while pending:
+                pending.extend(itertools.islice(under_way, 1))
+                chunk, images = pending.popleft()
+                yield chunk, images.result()
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,57 +33,49 @@ BANK_BLOCK = 8192
 """Images of a rank compared at a time; also images whose blocks are averaged at a time."""
 
 
-class NeighbourBank:
-    """Labelled vectors, standardised by the mean and deviation of all ranks' vectors, compared by cosine."""
+def neighbour_votes(
+    bank: Tensor, labels: Tensor, queries: Tensor, ks: tuple[int, ...], num_classes: int, group: Group
+) -> Iterator[tuple[slice, Tensor]]:
+    """Weighted votes of the nearest of all ranks' images for this rank's queries, a stretch at a time.
 
-    def __init__(
-        self, vectors: Tensor, labels: Tensor, mean: Tensor, variance: Tensor, num_classes: int, group: Group
-    ) -> None:
-        """Take vectors (n, d) and labels (n,) of this rank's images; mean and variance (d,) are of all."""
-        self._mean, self._rstd = mean, (variance + 1e-6).rsqrt()
-        self._bank, self._labels = self._unit(vectors), labels.to(vectors.device)
-        self._num_classes, self._group = num_classes, group
-        (size,) = group.sum_counts(len(labels))
-        self.candidates = tuple(k for k in NUM_NEIGHBOURS if k <= size)
-        """The k that this bank can serve."""
+    All ranks call this together.
 
-    def _unit(self, vectors: Tensor) -> Tensor:
-        return functional.normalize((vectors - self._mean) * self._rstd, dim=1)
+    Args:
+        bank: unit vectors (n, d) of this rank's images.
+        labels: of those (n,).
+        queries: unit vectors (m, d).
 
-    def votes(self, vectors: Tensor, ks: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
-        """Weighted votes for this rank's queries (m, d), a stretch at a time; all ranks call this together.
+    Yields:
+        The stretch of the queries, and votes (len(ks), stretch, K).
+    """
+    step = max(1, QUERIES // group.world_size)
+    for start in range(0, max(group.gather(len(queries))), step):
+        own = queries[start : start + step]
+        padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange as many
+        cosine, named = (near[: len(own)] for near in _nearest(bank, labels, padded, max(ks), group))
+        if not len(own):
+            continue
+        # relative to the nearest one: the same ranking, no overflow
+        weights = ((cosine - cosine[:, :1]) / TEMPERATURE).exp()
+        votes = torch.zeros(len(ks), len(own), num_classes, device=queries.device)
+        for row, k in zip(votes, ks, strict=True):
+            row.scatter_add_(1, named[:, :k], weights[:, :k])
+        yield slice(start, start + len(own)), votes
 
-        Yields:
-            The stretch of the queries, and votes (len(ks), stretch, K).
-        """
-        step = max(1, QUERIES // self._group.world_size)
-        for start in range(0, max(self._group.gather(len(vectors))), step):
-            own = self._unit(vectors[start : start + step])
-            padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange as many
-            cosine, labels = (near[: len(own)] for near in self._nearest(padded, max(ks)))
-            if not len(own):
-                continue
-            # relative to the nearest one: the same ranking, no overflow
-            weights = ((cosine - cosine[:, :1]) / TEMPERATURE).exp()
-            votes = torch.zeros(len(ks), len(own), self._num_classes, device=vectors.device)
-            for row, k in zip(votes, ks, strict=True):
-                row.scatter_add_(1, labels[:, :k], weights[:, :k])
-            yield slice(start, start + len(own)), votes
 
-    def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
-        everyone = self._group.concatenate(queries).flatten(0, 1)
-        cosine = everyone.new_full((len(everyone), k), -torch.inf)
-        labels = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
-        for bank, named in zip(self._bank.split(BANK_BLOCK), self._labels.split(BANK_BLOCK), strict=True):
-            found = everyone @ bank.mT
-            cosine, labels = _first([cosine, found], [labels, named.expand(len(everyone), -1)], k)
-        if self._group.world_size == 1:
-            return cosine, labels
-        first = self._group.rank * len(queries)
-        mine = slice(first, first + len(queries))
-        cosines, named = (list(self._group.concatenate(each)[:, mine]) for each in (cosine, labels))
-        return _first(cosines, named, k)
+def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
+    everyone = group.concatenate(queries).flatten(0, 1)
+    cosine = everyone.new_full((len(everyone), k), -torch.inf)
+    named = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
+    for part, of_part in zip(bank.split(BANK_BLOCK), labels.split(BANK_BLOCK), strict=True):
+        found = everyone @ part.mT
+        cosine, named = _first([cosine, found], [named, of_part.expand(len(everyone), -1)], k)
+    if group.world_size == 1:
+        return cosine, named
+    first = group.rank * len(queries)
+    cosines, of_all = (list(group.concatenate(each)[:, first : first + len(queries)]) for each in (cosine, named))
+    return _first(cosines, of_all, k)
 
 
 def _first(cosines: Sequence[Tensor], labels: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -105,19 +98,24 @@ class Neighbours:
     def candidates(self, sets: Sequence[BlockSet]) -> list[Candidate]:
         """Hold-out accuracy of every block set and k, with the fit part as the bank."""
         held = share(self.split.held.tolist(), self.group)
-        labels = self.split.labels[held]
+        ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.split.fit))
         found = []
         for blocks in sets:
-            bank = self._bank(blocks, everything=False)
-            right = [0] * len(bank.candidates)
-            for rows, votes in bank.votes(self._vectors(self.features.pooled, held, blocks), bank.candidates):
-                named = votes.argmax(2).cpu() == labels[rows]
+            right = [0] * len(ks)
+            for rows, votes in self._votes(blocks, self.split.fit, self.features.pooled, held, ks):
+                named = votes.argmax(2).cpu() == self.split.labels[held][rows]
                 right = [total + int(count) for total, count in zip(right, named.sum(1), strict=True)]
-            for k, total in zip(bank.candidates, self.group.sum_counts(*right), strict=True):
-                top1 = total / len(self.split.held)
-                found.append(
-                    Candidate(kind="knn", blocks=blocks, lr=None, num_neighbours=k, holdout_top1=top1, holdout_loss=0.0)
+            found += [
+                Candidate(
+                    kind="knn",
+                    blocks=blocks,
+                    lr=None,
+                    num_neighbours=k,
+                    holdout_top1=total / len(self.split.held),
+                    holdout_loss=0.0,
                 )
+                for k, total in zip(ks, self.group.sum_counts(*right), strict=True)
+            ]
             self.pause()
         return found
 
@@ -125,22 +123,26 @@ class Neighbours:
     def answers(self, chosen: Candidate, pooled: PooledFeatures, images: LabelledImages) -> Answers:
         """What a candidate says about another split, with the whole training split as the bank."""
         assert chosen.num_neighbours is not None
-        own = share(range(len(images)), self.group)
-        bank = self._bank(chosen.blocks, everything=True)
+        own, ks = share(range(len(images)), self.group), (chosen.num_neighbours,)
         parts = [
             answers(votes[0], images.labels[own][rows])
-            for rows, votes in bank.votes(self._vectors(pooled, own, chosen.blocks), (chosen.num_neighbours,))
+            for rows, votes in self._votes(chosen.blocks, self.split.everything, pooled, own, ks)
         ]
         return together(own, parts, len(images), self.group)
 
-    def _bank(self, blocks: BlockSet, *, everything: bool) -> NeighbourBank:
-        own = share((self.split.everything if everything else self.split.fit).tolist(), self.group)
+    def _votes(
+        self, blocks: BlockSet, bank: np.ndarray, pooled: PooledFeatures, queries: Sequence[int], ks: tuple[int, ...]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Of training images for this rank's queries, both standardised by the mean and deviation of the former."""
         fit, held = self.features.of_pooled
-        (mean,), (variance,) = (fit + held if everything else fit).of_sets([blocks])
-        vectors = self._vectors(self.features.pooled, own, blocks)
-        return NeighbourBank(vectors, self.split.labels[own], mean, variance, self.split.num_classes, self.group)
+        (mean,), (variance,) = (fit if bank is self.split.fit else fit + held).of_sets([blocks])
 
-    def _vectors(self, pooled: PooledFeatures, images: Sequence[int], blocks: BlockSet) -> Tensor:
-        """Averages float32 (n, d) of some of this rank's images."""
-        rows = torch.as_tensor(images, dtype=torch.int64) // self.group.world_size
-        return torch.cat([averages(pooled.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])
+        def units(of: PooledFeatures, images: Sequence[int]) -> Tensor:
+            rows = torch.as_tensor(images, dtype=torch.int64) // self.group.world_size
+            vectors = torch.cat([averages(of.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])
+            return functional.normalize((vectors - mean) * (variance + 1e-6).rsqrt(), dim=1)
+
+        own = share(bank.tolist(), self.group)
+        labels = self.split.labels[own].to(mean.device)
+        vectors = units(self.features.pooled, own)
+        return neighbour_votes(vectors, labels, units(pooled, queries), ks, self.split.num_classes, self.group)

@@ -63,9 +63,10 @@ def test_streamed_and_cached_features_give_the_same_probes(
 ) -> None:
     wanted = task.section(epochs=2, batch_size=100)
     cached = task.probe(wanted, seed=0, out=None)
+    monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", 0.0)
     monkeypatch.setattr("aimscale.harness.probe.features.sizes.HEADS_SHARE", 1e-12)  # one block set in each round
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)  # and few images at a time
-    streamed = task.probe(wanted, seed=0, out=tmp_path, cache_gb=0.0)
+    streamed = task.probe(wanted, seed=0, out=tmp_path)
     for one, other in zip(cached, streamed, strict=True):
         assert one["blocks"] == other["blocks"]
         assert one["top1"] == pytest.approx(other["top1"], abs=0.005)

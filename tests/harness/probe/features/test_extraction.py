@@ -11,20 +11,24 @@ import pytest
 import torch
 
 from aimscale.aim.model import AIM
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.harness.probe.features.extraction import CachedTokens, FeaturePass, StreamedTokens
 
 
-def test_features_are_kept_only_within_the_stated_memory_and_lie_in_a_file_without_a_name(
-    task: Any, model: AIM, tmp_path: Path
+def test_features_that_memory_does_not_hold_are_computed_again_or_lie_in_a_file_without_a_name(
+    task: Any, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, _ = task.open()
     num_bytes = 600 * model.config.depth * model.config.num_tokens * model.config.width * 4
-    cached = task.feature_pass(cache_gb=1.01 * num_bytes / 1e9).split(train)
+    monkeypatch.setattr(Group, "memory_bytes", lambda self: round(10.1 * num_bytes))
+    cached = task.feature_pass().split(train)
     assert isinstance(cached.tokens, CachedTokens)
-    streamed = task.feature_pass(cache_gb=0.99 * num_bytes / 1e9).split(train)
+    monkeypatch.setattr(Group, "memory_bytes", lambda self: round(9.9 * num_bytes))
+    streamed = task.feature_pass().split(train)
     assert isinstance(streamed.tokens, StreamedTokens)
-    on_disk = task.feature_pass(cache_gb=0.0, folder=tmp_path).split(train)
+    monkeypatch.setattr(Group, "host_memory_bytes", lambda self: 0)
+    on_disk = task.feature_pass(folder=tmp_path).split(train)
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert [line[-1] for line in mapped] == ["(deleted)"]
     assert not list(tmp_path.iterdir())
@@ -32,7 +36,7 @@ def test_features_are_kept_only_within_the_stated_memory_and_lie_in_a_file_witho
     for split in (streamed, on_disk):
         torch.testing.assert_close(split.pooled.rows(everything), cached.pooled.rows(everything))
     with pytest.raises(ProbeError):
-        task.feature_pass(cache_gb=0.0).split(train)
+        task.feature_pass().split(train)
 
 
 def test_tokens_that_nobody_reads_are_neither_kept_nor_summed(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +69,9 @@ def test_a_full_disk_is_one_sentence(task: Any, tmp_path: Path, monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", 0.0)
     monkeypatch.setattr("os.posix_fallocate", full)
     train, _ = task.open()
     with pytest.raises(ProbeError, match="No space left on device"):
-        task.feature_pass(cache_gb=0.0, folder=tmp_path).split(train)
+        task.feature_pass(folder=tmp_path).split(train)
     assert not list(tmp_path.iterdir())

@@ -36,9 +36,10 @@ def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
         images.clear()
         wanted = task.section(**changes)
         backbone = Counted(lambda: copy.deepcopy(model))
-        task.probe(wanted, backbone, seed=0, out=tmp_path / out, cache_gb=0.0)
+        task.probe(wanted, backbone, seed=0, out=tmp_path / out)
         return sum(images)
 
+    monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", 0.0)
     few = 100  # images that set shapes and centres, and on which precisions are compared
     # linear and k-NN: once over both splits, whatever the epochs and the grid
     assert 0 <= passes("pooled", kinds=("linear", "knn"), epochs=30) - (600 + 400) < few

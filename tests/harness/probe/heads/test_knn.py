@@ -8,14 +8,13 @@ import torch
 from torch.nn import functional
 
 from aimscale.harness.probe.features.extraction import ALONE
-from aimscale.harness.probe.heads.knn import NeighbourBank
+from aimscale.harness.probe.heads.knn import neighbour_votes
 
 
 def test_neighbours_vote_with_their_cosine() -> None:
-    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, 0.1]])
-    labels, mean, variance = torch.tensor([0, 0, 1, 1]), bank.mean(0), bank.var(0, unbiased=False)
-    neighbours = NeighbourBank(bank, labels, mean, variance, 2, ALONE)
-    ((rows, votes),) = neighbours.votes(torch.tensor([[0.8, 0.02]]), (1, 4))
+    bank = functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, 0.1]]))
+    query = functional.normalize(torch.tensor([[0.8, 0.02]]))
+    ((rows, votes),) = neighbour_votes(bank, torch.tensor([0, 0, 1, 1]), query, (1, 4), 2, ALONE)
     assert rows == slice(0, 1)
     assert votes.argmax(2).tolist() == [[0], [0]]
     assert votes[0, 0].tolist() == [1.0, 0.0]  # the nearest has weight one
@@ -27,15 +26,12 @@ def test_votes_are_those_of_the_definition_whatever_the_blocks(
     monkeypatch: pytest.MonkeyPatch, ks: tuple[int, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(301, 8, generator=generator), torch.randn(37, 8, generator=generator)
+    bank, queries = (functional.normalize(torch.randn(n, 8, generator=generator)) for n in (301, 37))
     labels = torch.randint(0, 5, (301,), generator=generator)
-    mean, variance = bank.mean(0), bank.var(0, unbiased=False)
-    unit = functional.normalize((torch.cat([bank, queries]) - mean) * (variance + 1e-6).rsqrt(), dim=1)
-    cosine = (unit[301:] @ unit[:301].mT).numpy()
+    cosine = (queries @ bank.mT).numpy()
     for block in (8192, 64):
         monkeypatch.setattr("aimscale.harness.probe.heads.knn.BANK_BLOCK", block)
-        neighbours = NeighbourBank(bank, labels, mean, variance, 5, ALONE)
-        votes = torch.cat([votes for _, votes in neighbours.votes(queries, ks)], dim=1)
+        votes = torch.cat([votes for _, votes in neighbour_votes(bank, labels, queries, ks, 5, ALONE)], dim=1)
         for row, values in enumerate(cosine):
             for number, k in enumerate(ks):
                 nearest = np.argsort(-values)[:k]
