@@ -39,10 +39,8 @@ FLAGS = {
     "pattern": f"The law does not fit: its residuals follow {{subject}} {TEST}.",
     "hangs": "{subject} hangs on the smallest {more[0]}: it is {more[1]:.3g} without it and {more[2]:.3g} with it "
     "(p = {number:.1g}).",
-    "size_off": "Size {subject} lies {number:+.2g} % off the law fitted without it ({more[0]:.2g} standard "
+    "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations): look at how it was tuned.",
-    "influential": "Leaving out {more[0]} {subject} moves a parameter by {number:.1f} standard deviations: the fit "
-    "hinges on it.",
     "mixed": "{subject}",
 }
 """Kind of a flag -> its sentence. `mixed` is of the table: its rows differ in more than the law's variables."""

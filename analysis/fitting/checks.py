@@ -20,6 +20,8 @@ SAME_VARIABLE = 0.999
 """Two variables whose logarithms correlate by more than this are one: 6 % of scatter about a proportion over 100x."""
 OUTLIER_SCALES = 6.0
 """A residual beyond this many robust standard deviations is named."""
+UNKNOWN = ("reaches_bound", "factor")
+"""Kinds of flags of a parameter that is not identified."""
 WITHIN_NOISE = 2.0
 """Log-likelihood that a rival minimum may lose and still be hardly less likely than the best."""
 
@@ -73,30 +75,33 @@ def _of_parameters(
     """At most one flag for each parameter: its interval reaches a bound, or spans orders of magnitude; it lies on a
     bound. And the names of those that are not identified."""
     flags, lost = [], set[str]()
-    for j, p in enumerate(problem.law.parameters):
-        if not problem.movable[j]:
-            continue
-        is_linear = j < problem.num_linear
+    for j in np.flatnonzero(problem.movable):
+        p, is_linear = problem.law.parameters[j], j < problem.num_linear
         low, high = (float(np.exp(e[j]) if p.log else e[j]) for e in (problem.lower, problem.upper))
-        on = _bound_of(problem, best.vector[j], j)
-        if on and not (is_linear and (low if on == "lower" else high) != 0.0):
-            lost |= _exponents_of(problem, j) if is_linear else {p.name}
         i = intervals.get(p.name) or (interval(draws[p.name], 0.95) if p.name in draws else None)
-        flag = None if i is None else _of_interval(p.name, i, low, high, is_linear)
-        if flag is not None:
-            # the term may be absent, and what has no coefficient has no exponent
-            lost |= _exponents_of(problem, j) if flag.kind == "from_above" else {p.name}
-        elif on:
-            flag = Flag(kind=f"{on}_bound", subject=p.name, number=low if on == "lower" else high)
-        flags += [flag] if flag else []
+        said = [None if i is None else _of_interval(p.name, i, low, high, is_linear)]
+        said.append(_on_bound(problem, best, j, low, high))
+        found = [flag for flag in said if flag is not None]
+        flags += found[:1]
+        if any(_is_absent(flag) for flag in found) and is_linear:
+            lost |= _exponents_of(problem, j)  # what has no coefficient has no exponent
+        if any(flag.kind in UNKNOWN or not is_linear for flag in found):
+            lost.add(p.name)
     return flags, lost
 
 
-def _bound_of(problem: Problem, value: float, j: int) -> str:
-    """Which bound a parameter lies on: "lower", "upper" or neither."""
-    span = problem.upper[j] - problem.lower[j]
+def _is_absent(flag: Flag) -> bool:
+    """Whether a flag says that a term may not be there at all."""
+    return flag.kind == "from_above" or (flag.kind == "lower_bound" and flag.number == 0.0)
+
+
+def _on_bound(problem: Problem, best: Minimum, j: int, low: float, high: float) -> Flag | None:
+    """Which bound a parameter lies on."""
+    name, span = problem.law.names[j], problem.upper[j] - problem.lower[j]
     near = 1e-6 * (span if np.isfinite(span) else 1.0)
-    return "lower" if value - problem.lower[j] <= near else "upper" if problem.upper[j] - value <= near else ""
+    if best.vector[j] - problem.lower[j] <= near:
+        return Flag(kind="lower_bound", subject=name, number=low)
+    return Flag(kind="upper_bound", subject=name, number=high) if problem.upper[j] - best.vector[j] <= near else None
 
 
 def _of_interval(name: str, i: Interval, low: float, high: float, is_linear: bool) -> Flag | None:

@@ -1,71 +1,100 @@
-"""One badly tuned rung can distort a law: refit without each size (or run, or budget) and see what moves."""
+"""One badly tuned rung can distort a law: refit without each size (or run, or budget); what moves, and what is off?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.optimise import global_minimum
-from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.fitting.errors import components_of
+from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
+from aimscale.analysis.fitting.optimise import global_minimum, minimise
+from aimscale.analysis.fitting.problem import Problem, make_problem
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.laws.base import Array
 from aimscale.analysis.words import Flag
 
-INFLUENTIAL_SHIFT = 3.0
-"""A group whose removal moves a parameter by more than this many standard deviations is influential."""
+FAMILY_ALARM = 0.05
+"""Probability that any group of a sound table is named."""
+BLIND_THRESHOLD = 6.0
+"""Where too few sizes are left to know their spread, a group must lie this many standard deviations of points off."""
 
 
 def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFrame:
-    """Leave each group out: one row per group with its points, every parameter without it, and `shift`.
+    """Leave each group out: one row per group with `num_points`, every parameter without it, and how far it lies off.
 
-    `shift` is the largest movement of a parameter in standard deviations of its draws (NaN without draws).
+    `off` is its mean residual of T(y) from the law without it, `deviations` the same in standard deviations, and
+    `threshold` how many of these only one sound table in twenty has anywhere.
 
     Args:
         by: column of the groups, or a variable of the law.
 
     Raises:
-        AnalysisError: no such column, or a single group.
+        AnalysisError: no such column, a single group, or too few points without one.
     """
     rows = df.loc[result.data.index]
-    groups = result.data[by] if by in result.data.columns else rows[by] if by in rows.columns else None
-    if groups is None:
+    labels = result.data[by] if by in result.data.columns else rows[by] if by in rows.columns else None
+    if labels is None:
         raise AnalysisError(f"There is no column {by!r} whose groups could be left out.")
-    labels = pd.unique(groups)
-    if len(labels) < 2:
+    names, codes = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
         raise AnalysisError(f"{by} has a single value, so nothing can be left out.")
-    spread = {name: float(np.std(draws)) for name, draws in result.draws.items() if np.std(draws) > 0}
-    out = []
-    for label in labels:
-        left = result.data[(groups != label).to_numpy()]
-        params = _refitted(result, left)
-        shifts = [abs(params[k] - result.law_params[k]) / sd for k, sd in spread.items()]
-        num = len(result.data) - len(left)
-        out.append({by: label, "num_points": num, **params, "shift": max(shifts, default=np.nan)})
-    return pd.DataFrame(out)
+    x = {v: result.data[v].to_numpy() for v in result.law.variables}
+    y, weights = result.data["y"].to_numpy(), result.data["weight"].to_numpy()
+    options = {"weights": weights, "fixed": result.fixed, "bounds": result.bounds}
+    problem = make_problem(result.law, x, y, result.objective, **options)
+    if len(y) - np.bincount(codes).max() <= problem.movable.sum() + 1:
+        raise AnalysisError(f"The law needs more than {problem.movable.sum() + 1} points without each {by}.")
+    best = global_minimum(problem, count=4)[0].vector
+    return left_out(problem, best, groups_of(rows, x), codes, names.tolist(), by)
 
 
-def _refitted(result: Fit, left: pd.DataFrame) -> dict[str, float]:
-    """The law's own parameters refitted to some of the fitted points."""
-    problem = make_problem(
-        result.law,
-        {v: left[v].to_numpy() for v in result.law.variables},
-        left["y"].to_numpy(),
-        result.objective,
-        weights=left["weight"].to_numpy(),
-        fixed=result.fixed,
-        bounds=result.bounds,
-    )
-    best = global_minimum(problem, count=4)[0]
-    return {name: float(v[0]) for name, v in problem.params_of(best.vector[None]).items()}
+def left_out(
+    problem: Problem, vector: Array, shared: Groups, codes: Array, names: Sequence[object], by: str
+) -> pd.DataFrame:
+    """The table of `influence`, refitted from an optimum.
+
+    Args:
+        vector: the optimum (k,).
+        shared: points that share errors.
+        codes: number of each point's group (n,).
+        names: of the groups.
+    """
+    masks = codes != np.arange(len(names))[:, None]
+    vectors, _ = minimise(problem, np.repeat(vector[None], len(names), axis=0), masks * problem.weights)
+    rows = []
+    for keep, moved in zip(masks, vectors, strict=True):
+        residual, jacobian, root = problem.residual(moved), problem.linearised(moved), np.sqrt(problem.weights * keep)
+        share = problem.weights * ~keep / np.sum(problem.weights[~keep])
+        # the group's mean less the law without it, as a sum over all points' errors
+        gap = share - (share @ jacobian) @ np.linalg.pinv(jacobian * root[:, None], rcond=1e-9) * root
+        left, unseen = with_spread(shared.rows(keep), jacobian[keep])
+        near = np.clip(residual[keep], -problem.objective.delta, problem.objective.delta)
+        spread = components_of(jacobian[keep], near, problem.weights[keep], left)
+        sd = max(float(np.sqrt(spread.variance_of(gap, problem.weights, shared))), 1e-300)
+        spare, off = max(1, len(names) - 3), float(share @ residual)
+        threshold = BLIND_THRESHOLD if unseen else float(student.ppf(1 - FAMILY_ALARM / 2 / len(names), spare))
+        rows.append({"num_points": int((~keep).sum()), "off": off, "deviations": off / sd, "threshold": threshold})
+    table = pd.DataFrame(rows)
+    table.insert(0, by, list(names))
+    return table.assign(**problem.params_of(vectors))
+
+
+def odd_group(table: pd.DataFrame) -> tuple[Flag, ...]:
+    """A flag for the group that lies farthest off, if any does: its neighbours may suffer from it."""
+    far = table["deviations"].abs()
+    if not (far > table["threshold"]).any():
+        return ()
+    worst = table.iloc[int(np.argmax(far.where(far > table["threshold"], 0.0)))]
+    by = str(table.columns[0])
+    more = (by, float(abs(worst["deviations"])))
+    return (Flag(kind="off", subject=str(worst[by]), number=100 * float(worst["off"]), more=more),)
 
 
 def with_influence_flags(result: Fit, df: pd.DataFrame, *, by: str = "size") -> Fit:
-    """The fit with a flag for every influential group."""
-    table = influence(result, df, by=by)
-    flags = [
-        Flag(kind="influential", subject=str(row[by]), number=row["shift"], more=(by,))
-        for row in table[table["shift"] > INFLUENTIAL_SHIFT].to_dict("records")
-    ]
-    return replace(result, flags=(*result.flags, *flags))
+    """The fit with a flag for the group that lies off."""
+    return replace(result, flags=tuple(dict.fromkeys((*result.flags, *odd_group(influence(result, df, by=by))))))

@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from scipy.stats import f as fisher
-from scipy.stats import t as student
 
-from aimscale.analysis.fitting.errors import Components, components_of
-from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
+from aimscale.analysis.fitting.errors import Components
+from aimscale.analysis.fitting.groups import Groups, groups_of
+from aimscale.analysis.fitting.influences import left_out, odd_group
 from aimscale.analysis.fitting.optimise import minimise
 from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.laws.base import Array
@@ -25,10 +25,6 @@ from aimscale.analysis.words import Flag
 
 ALARM = 0.01
 """A test is told of at this probability or less."""
-FAMILY_ALARM = 0.05
-"""Probability that any size of a sound table is named."""
-BLIND_THRESHOLD = 6.0
-"""Where too few sizes are left to know their spread, one must lie this many standard deviations of points off."""
 MAX_SIZES = 30
 """More sizes than this are not left out one by one: each alone hardly matters."""
 LEAST_MOVE = 0.02
@@ -57,7 +53,7 @@ def lack_of_fit(
     return (
         *_form(problem, problem.linearised(vector), residual, points, groups, errors, simulated),
         *_smallest(problem, vector, points, simulated),
-        *_odd_size(left_out_sizes(problem, vector, points, rows)),
+        *_odd_size(problem, vector, points, rows),
     )
 
 
@@ -178,39 +174,15 @@ def _smallest(problem: Problem, vector: Array, points: Observations, simulated: 
                 yield Flag(kind="hangs", subject=parameter.name, number=p, more=(v, after, before))
 
 
-def _odd_size(table: pd.DataFrame) -> Iterator[Flag]:
-    """The size that lies farthest off the law fitted without it, if any does: its neighbours may suffer from it."""
-    odd = table[table["deviations"].abs() > table["threshold"]]
-    if len(odd):
-        worst = odd.iloc[int(np.argmax(odd["deviations"].abs()))]
-        more = (float(abs(worst["deviations"])),)
-        yield Flag(kind="size_off", subject=str(worst["size"]), number=100 * float(worst["off"]), more=more)
-
-
-def left_out_sizes(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> pd.DataFrame:
-    """Each size against the law without it: size, off (mean residual of T(y)), deviations (studentised), threshold;
-    empty where there are too few or too many."""
-    columns = ["size", "off", "deviations", "threshold"]
+def _odd_size(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:
+    """The size that lies off the law fitted without it."""
     shared = groups_of(rows, points.x)
-    codes, free = shared.clusters(problem.num_points), int(problem.movable.sum())
-    num = int(codes.max()) + 1
-    masks = codes != np.arange(num)[:, None]
-    is_few = "N" not in points.x or not shared.named or not 4 < num <= MAX_SIZES
-    if is_few or masks.sum(axis=1).min() <= free + 1:
-        return pd.DataFrame(columns=columns)
-    vectors, _ = minimise(problem, np.repeat(vector[None], num, axis=0), masks * problem.weights)
-    out = []
-    for keep, moved in zip(masks, vectors, strict=True):
-        residual, jacobian, root = problem.residual(moved), problem.linearised(moved), np.sqrt(problem.weights * keep)
-        share = problem.weights * ~keep / np.sum(problem.weights[~keep])
-        # the size's mean less the law without it, as a sum over all points' errors
-        gap = share - (share @ jacobian) @ np.linalg.pinv(jacobian * root[:, None], rcond=1e-9) * root
-        left, unseen = with_spread(shared.rows(keep), jacobian[keep])
-        near = np.clip(residual[keep], -problem.objective.delta, problem.objective.delta)
-        spread = components_of(jacobian[keep], near, problem.weights[keep], left)
-        sd = max(float(np.sqrt(spread.variance_of(gap, problem.weights, shared))), 1e-300)
-        name = rows["size"].iloc[np.flatnonzero(~keep)[0]] if "size" in rows else f"N = {points.x['N'][~keep][0]:.3g}"
-        off = float(share @ residual)
-        threshold = BLIND_THRESHOLD if unseen else float(student.ppf(1 - FAMILY_ALARM / 2 / num, max(1, num - 3)))
-        out.append({"size": name, "off": off, "deviations": off / sd, "threshold": threshold})
-    return pd.DataFrame(out, columns=columns)
+    if "N" not in points.x or not shared.named:
+        return ()
+    codes = shared.clusters(problem.num_points)
+    first = np.unique(codes, return_index=True)[1]
+    is_left = problem.num_points - np.bincount(codes).max() > problem.movable.sum() + 1
+    if not 4 < len(first) <= MAX_SIZES or not is_left:
+        return ()
+    names = rows["size"].iloc[first].tolist() if "size" in rows else [f"N = {n:.3g}" for n in points.x["N"][first]]
+    return odd_group(left_out(problem, vector, shared, codes, names, "size"))

@@ -97,10 +97,10 @@ def test_a_size_ten_percent_off_is_named_and_none_of_a_sound_table(sizes, budget
     rng, named, falsely = np.random.default_rng(0), 0, 0
     for k in range(25):
         df = noisy_grid(rng, sizes, budgets)
-        falsely += any(kind == "size_off" for kind, _ in flags_of(df))
+        falsely += any(kind == "off" for kind, _ in flags_of(df))
         bad = df["size"].unique()[k % sizes]
         df.loc[df["size"] == bad, "val_loss"] *= 1.1
-        named += ("size_off", bad) in flags_of(df)
+        named += ("off", bad) in flags_of(df)
     assert named >= 23
     assert falsely <= 2
 
@@ -108,14 +108,12 @@ def test_a_size_ten_percent_off_is_named_and_none_of_a_sound_table(sizes, budget
 def test_a_badly_tuned_rung_moves_the_law(grid):
     bad = grid["size"].unique()[3]
     grid.loc[grid["size"] == bad, "val_loss"] *= 1.1
-    result = fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=300)
+    result = fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=0)
     table = influence(result, grid).set_index("size")
     assert table.loc[bad, "alpha"] == pytest.approx(0.4, abs=0.05)
+    assert table.loc[bad, "off"] == pytest.approx(np.log(1.1), abs=0.01)
     assert table["num_points"].sum() == 30
-    clean = fit(laws.CHINCHILLA, grid[grid["size"] != bad], objective="log_lsq", resamples=300)
-    noise = dataclasses.replace(result, draws=clean.draws)  # measured in the spread of a clean fit, the rung stands out
-    flags = with_influence_flags(noise, grid).flags
-    assert ("influential", bad) in [(flag.kind, flag.subject) for flag in flags]
+    assert ("off", bad) in [(flag.kind, flag.subject) for flag in with_influence_flags(result, grid).flags]
     with pytest.raises(AnalysisError, match="rung"):
         influence(result, grid, by="rung")
 
