@@ -75,7 +75,7 @@ def _of_parameters(
     """At most one flag for each parameter: its interval reaches a bound, or spans orders of magnitude; it lies on a
     bound. And the names of those that are not identified."""
     flags, lost = [], set[str]()
-    for j in np.flatnonzero(problem.movable):
+    for j in np.flatnonzero(problem.movable).tolist():
         p, is_linear = problem.law.parameters[j], j < problem.num_linear
         low, high = (float(np.exp(e[j]) if p.log else e[j]) for e in (problem.lower, problem.upper))
         i = intervals.get(p.name) or (interval(draws[p.name], 0.95) if p.name in draws else None)

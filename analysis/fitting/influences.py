@@ -45,8 +45,9 @@ def influence(result: Fit, df: pd.DataFrame, *, by: str = "size") -> pd.DataFram
         raise AnalysisError(f"{by} has a single value, so nothing can be left out.")
     x = {v: result.data[v].to_numpy() for v in result.law.variables}
     y, weights = result.data["y"].to_numpy(), result.data["weight"].to_numpy()
-    options = {"weights": weights, "fixed": result.fixed, "bounds": result.bounds}
-    problem = make_problem(result.law, x, y, result.objective, **options)
+    problem = make_problem(
+        result.law, x, y, result.objective, weights=weights, fixed=result.fixed, bounds=result.bounds
+    )
     if len(y) - np.bincount(codes).max() <= problem.movable.sum() + 1:
         raise AnalysisError(f"The law needs more than {problem.movable.sum() + 1} points without each {by}.")
     best = global_minimum(problem, count=4)[0].vector
