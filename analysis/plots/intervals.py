@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.parts import axis_label, below, plain, scatter
+from aimscale.analysis.plots.parts import axis_label, curve, legend, plain, scatter, series_of
 from aimscale.analysis.plots.style import (
     ACCENT,
     INK,
     MARKERS,
     MUTED,
     PAPER,
-    human,
     log_axis,
     new_figure,
     ordered_colours,
@@ -42,7 +42,7 @@ def dots(ax: Axes, rows: Sequence[tuple[str, float, float, float]], *, colours: 
         colour = ACCENT if colours is None else colours[i]
         if np.isfinite(low) and np.isfinite(high):
             ax.plot([low, high], [i, i], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
-        scatter(ax, [value], [i], color=colour, marker="o", size=44)
+        scatter(ax, [value], [i], color=colour, size=44)
     row_labels(ax, [label for label, *_ in rows])
 
 
@@ -140,17 +140,16 @@ def plot_repeats(found: Repeats) -> Figure:
     curves, points = found.curves()
     with styled():
         figure, (ax,) = new_figure(5.8, 4.0)
-        uniques = sorted(points["U"].unique())
-        colours = ordered_colours(len(uniques))
         fresh = curves.groupby("D")["fresh"].first()
-        ax.plot(fresh.index, fresh, color=MUTED, linestyle=":", label=f"all {found.sample}s new", zorder=4)
-        for i, (unique, colour) in enumerate(zip(uniques, colours, strict=True)):
-            line, dot = curves[curves["U"] == unique], points[points["U"] == unique]
-            ax.plot(line["D"], line["loss"], color=colour)
-            scatter(ax, dot["D"], dot["loss"], color=colour, marker=MARKERS[i % len(MARKERS)], label=human(unique))
+        ax.plot(fresh.index, fresh, color=MUTED, linestyle=":", zorder=4)
+        ax.annotate(f"all {found.sample}s new", (fresh.index[-1], fresh.iloc[-1]), ha="right", va="top", color=MUTED)
+        labels, values = series_of(points, "U")
+        series = pd.Categorical(curves["U"].map({value: name for name, value in values.items()}), list(values))
+        curve(ax, curves.assign(series=series), "D", "loss", ("loss", "loss"))
+        scatter(ax, points["D"], points["loss"], labels)
+        legend(ax, f"U, different {found.sample}s")
         log_axis(ax, "x", points["D"])
         log_axis(ax, "y", [*points["loss"], *curves["loss"]])
         ax.set_xlabel(axis_label("images_seen", found.fit.loss_unit, found.fit.names))
         ax.set_ylabel(axis_label("val_loss", found.fit.loss_unit, found.fit.names))
-        ax.legend(title=f"U, different {found.sample}s", **below(len(uniques) + 1))
         return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from aimscale.analysis.plots.parts import axis_label, below, plain, scatter
+from aimscale.analysis.plots.parts import axis_label, below, curve, error_bars, legend, plain, scatter
 from aimscale.analysis.plots.style import (
     ACCENT,
     INK,
-    LINES,
     MARKERS,
     MAX_SERIES,
     MUTED,
@@ -24,7 +23,6 @@ from aimscale.analysis.plots.style import (
     figure_of,
     log_axis,
     new_figure,
-    ordered_colours,
     power_of_ten,
     styled,
 )
@@ -36,28 +34,24 @@ if TYPE_CHECKING:
 
 
 def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = ACCENT, number: int = 0) -> Figure:
-    """N*(C) of one approach: its optima and its line with the interval, dashed beyond the budgets used.
+    """N*(C) of one approach: its optima and its line with the interval, dotted beyond the budgets used.
 
     Args:
         ax: where to draw; None makes a figure. Several approaches can share one.
         number: 0-based place among several, which picks marker and line style.
     """
     with styled():
-        if ax is None:
-            ax = new_figure()[1][0]
+        ax = ax or new_figure()[1][0]
         low, high = frontier.range
-        label = f"approach {frontier.approach}: exponent {frontier.exponent_words()}"
-        for start, end, style, alpha in ((low, high, LINES[number], 0.18), (high, 10 * high, (0, (1, 2)), 0.08)):
-            line = frontier.at(np.geomspace(start, end, 60))
-            ax.plot(line["C"], line["N"], color=colour, linestyle=style, label=label if end == high else None)
-            ax.fill_between(line["C"], line["N_lo"], line["N_hi"], color=colour, alpha=alpha, linewidth=0)
+        for start, end, style in ((low, high, ("-", "--", "-.")[number % 3]), (high, 10 * high, ":")):
+            label = f"approach {frontier.approach}: exponent {frontier.exponent_words()}" if end == high else None
+            drawn = frontier.at(np.geomspace(start, end, 30))
+            curve(ax, drawn, "C", "N", ("N_lo", "N_hi"), color=colour, linestyle=style, label=label)
         if len(frontier.pairs) <= 40:
             scatter(ax, frontier.pairs["C"], frontier.pairs["N"], color=colour, marker=MARKERS[number], size=26)
-        lines = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
-        log_axis(
-            ax, "x", np.concatenate([np.asarray(line.get_xdata(), float) for line in ax.lines]), None, power_of_ten
-        )
-        log_axis(ax, "y", lines)
+        xy = np.concatenate([np.asarray(line.get_xydata(), float) for line in ax.lines])
+        log_axis(ax, "x", xy[:, 0], None, power_of_ten)
+        log_axis(ax, "y", xy[:, 1])
         ax.set_xlabel(axis_label("flops_train"))
         ax.set_ylabel("N*: compute-optimal parameters")
         ax.legend(loc="upper left", handlelength=2.2)
@@ -91,34 +85,38 @@ def plot_isoflop(
     """
     with styled():
         figure, (ax,) = new_figure()
-        picks = _drawn_budgets(points, minima)
-        colours = ordered_colours(len(picks))
-        shown: list[pd.DataFrame] = []
-        for i, pick in enumerate(picks):
-            flops, frame = points[pick]
-            shown.append(frame)
-            scatter(
-                ax, frame["N"], frame["loss"], color=colours[i], marker=MARKERS[i], label=power_of_ten(flops), size=24
-            )
-            curve = np.polyfit(np.log(frame["N"]), frame["loss"], 2)
-            grid = np.geomspace(frame["N"].min(), frame["N"].max(), 60)
-            ax.plot(grid, np.polyval(curve, np.log(grid)), color=colours[i], linestyle=LINES[i], linewidth=1.3)
-        every = pd.concat(shown)
-        if minima is not None and len(minima):
-            drawn = [points[pick][0] for pick in picks]
-            minima = minima[[bool(np.isclose(c, drawn, rtol=1e-6).any()) for c in minima["C"]]]
-            ax.plot(minima["N"], minima["loss"], color=INK, linewidth=0, marker="x", markersize=7, label="minimum")
+        accepted = pd.DataFrame(columns=["C", "N", "loss"]) if minima is None else minima
+        drawn = [points[i] for i in _drawn_budgets(points, accepted["C"].to_numpy(float))]
+        budgets = [power_of_ten(flops) for flops, _ in drawn]
+        every = pd.concat([frame.assign(budget=flops) for flops, frame in drawn], ignore_index=True)
+        labels = pd.Series(pd.Categorical(every["budget"].map(power_of_ten), budgets), name="series")
+        curves = []
+        for budget, (_, frame) in zip(budgets, drawn, strict=True):
+            grid = np.geomspace(frame["N"].min(), frame["N"].max(), 40)
+            parabola = np.polyval(np.polyfit(np.log(frame["N"]), frame["loss"], 2), np.log(grid))
+            curves.append(pd.DataFrame({"N": grid, "value": parabola, "series": budget}))
+        lines = pd.concat(curves, ignore_index=True)
+        curve(
+            ax,
+            lines.assign(series=pd.Categorical(lines["series"], budgets)),
+            "N",
+            ends=("value", "value"),
+            linewidth=1.3,
+        )
+        scatter(ax, every["N"], every["loss"], labels, size=24)
+        legend(ax, "C, FLOP")
+        crosses = accepted[[bool(np.isclose(c, every["budget"], rtol=1e-6).any()) for c in accepted["C"]]]
+        if len(crosses):
+            ax.plot(crosses["N"], crosses["loss"], color=INK, linewidth=0, marker="x", markersize=7)
         log_axis(ax, "x", every["N"])
         log_axis(ax, "y", every["loss"])
         ax.set_xlabel(axis_label("params_total", loss_unit, names))
         ax.set_ylabel(axis_label("val_loss", loss_unit, names))
-        ax.legend(title="C, FLOP", **below(len(picks) + (minima is not None)))
     return figure
 
 
-def _drawn_budgets(points: Sequence[tuple[float, pd.DataFrame]], minima: pd.DataFrame | None) -> list[int]:
+def _drawn_budgets(points: Sequence[tuple[float, pd.DataFrame]], accepted: np.ndarray) -> list[int]:
     """Which budgets a figure has room for: accepted ones spread evenly, then those of most sizes, in order of C."""
-    accepted = np.array([]) if minima is None else minima["C"].to_numpy(float)
     sizes = [frame["N"].nunique() for _, frame in points]
     first = [i for i, (flops, _) in enumerate(points) if np.isclose(flops, accepted, rtol=1e-6).any()]
     if len(first) > MAX_SERIES:
@@ -139,7 +137,7 @@ def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
         contours = ax.contour(grid_n, grid_d, loss, levels=levels, colors=MUTED, linewidths=1)
         for text in ax.clabel(contours, fmt="%.3g", fontsize=8, colors=INK):
             text.set_path_effects([withStroke(linewidth=2, foreground=PAPER)])
-        scatter(ax, fit.data["N"], fit.data["D"], color=ACCENT, marker="o", label="measured", size=22)
+        scatter(ax, fit.data["N"], fit.data["D"], color=ACCENT, label="measured", size=22)
         if frontier is not None:
             path = frontier.at(np.geomspace(frontier.range[0], 3 * frontier.range[1], 80))
             inside = path[path["N"].between(*spans["N"]) & path["D"].between(*spans["D"])]
@@ -153,7 +151,7 @@ def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
 
 
 def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
-    """Bootstrap draws of two parameters, the fit, and the box of their intervals.
+    """Draws of two parameters, the fit, and the box of their intervals.
 
     Raises:
         KeyError: a parameter that the law does not report.
@@ -161,18 +159,16 @@ def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
     with styled():
         figure, (ax,) = new_figure(4.6, 4.0)
         draws = fit.reported_draws()
-        scatter(ax, draws[x], draws[y], color=ACCENT, marker="o", size=10, alpha=0.3, label="draw")
+        scatter(ax, draws[x], draws[y], color=ACCENT, size=10, alpha=0.3, label="draw")
         ax.plot(fit.params[x], fit.params[y], color=SECOND, marker="D", linewidth=0, markersize=8, label="fit")
         for name, line, limit in ((x, ax.axvline, ax.set_xlim), (y, ax.axhline, ax.set_ylim)):
-            i = fit.intervals[name]
-            for end in (i.low, i.high):
+            for end in (fit.intervals[name].low, fit.intervals[name].high):
                 line(end, color=MUTED, linestyle="--", linewidth=1)
             inside = np.nanpercentile(draws[name], [0.5, 99.5])
-            margin = 0.1 * float(np.ptp(inside)) + 1e-12
-            limit(max(inside[0] - margin, float(np.nanmin(draws[name])) - 0.1 * margin), inside[1] + margin)
-        names = {"alpha": "α", "beta": "β"}
-        ax.set_xlabel(f"{names.get(x, x)} (exponent of N)" if x == "alpha" else names.get(x, x))
-        ax.set_ylabel(f"{names.get(y, y)} (exponent of D)" if y == "beta" else names.get(y, y))
+            limit(*(inside + 0.1 * float(np.ptp(inside)) * np.array([-1, 1]) + [-1e-12, 1e-12]))
+        names = {"alpha": "α (exponent of N)", "beta": "β (exponent of D)"}
+        ax.set_xlabel(names.get(x, x))
+        ax.set_ylabel(names.get(y, y))
         ax.legend(**below(2))
     return figure
 
@@ -186,20 +182,15 @@ def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation lo
     """
     with styled():
         figure, (ax,) = new_figure(4.6, 4.3)
-        colours: list[Any] = ordered_colours(len(tests)) if len(tests) > 2 else [ACCENT, SECOND]
-        ends: list[float] = []
-        for i, (label, rows) in enumerate(tests.items()):
-            bars = np.abs(rows[["pi_lo", "pi_hi"]].to_numpy(float).T - rows["predicted"].to_numpy(float))
-            if np.isfinite(bars).all():
-                ax.errorbar(rows["measured"], rows["predicted"], yerr=bars, fmt="none", ecolor=colours[i], elinewidth=1)
-            scatter(ax, rows["measured"], rows["predicted"], color=colours[i], marker=MARKERS[i], label=plain(label))
-            ends += [*rows["measured"], *rows["predicted"]]
-        low, high = min(ends), max(ends)
-        pad = 0.08 * (high - low) + 1e-12
-        ax.plot([low - pad, high + pad], [low - pad, high + pad], color=MUTED, linewidth=1)
-        ax.set_xlim(low - pad, high + pad)
-        ax.set_ylim(low - pad, high + pad)
-        ax.set_xlabel(f"measured: {unit}")
-        ax.set_ylabel(f"forecast: {unit}")
-        ax.legend(title="left out of the fit", **below(min(2, len(tests))))
+        rows = pd.concat([rows.assign(test=plain(label)) for label, rows in tests.items()], ignore_index=True)
+        bars = [rows["predicted"] - rows["pi_lo"], rows["pi_hi"] - rows["predicted"]]
+        error_bars(ax, rows["measured"], rows["predicted"], np.array(bars).clip(min=0))
+        labels = pd.Series(pd.Categorical(rows["test"], [plain(label) for label in tests]), name="series")
+        scatter(ax, rows["measured"], rows["predicted"], labels)
+        legend(ax, "left out of the fit")
+        both = rows[["measured", "predicted"]].to_numpy(float)
+        pad = 0.08 * float(np.ptp(both)) + 1e-12
+        ends = (both.min() - pad, both.max() + pad)
+        ax.plot(ends, ends, color=MUTED, linewidth=1)
+        ax.set(xlim=ends, ylim=ends, xlabel=f"measured: {unit}", ylabel=f"forecast: {unit}")
     return figure

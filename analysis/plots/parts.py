@@ -7,9 +7,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 
-from aimscale.analysis.plots.style import MAX_SERIES, PAPER, RASTERISE_ABOVE, human, power_of_ten
+from aimscale.analysis.plots.style import (
+    MARKERS,
+    MAX_SERIES,
+    MUTED,
+    PAPER,
+    RASTERISE_ABOVE,
+    human,
+    ordered_colours,
+    power_of_ten,
+)
 from aimscale.analysis.table.names import LETTERS
 from aimscale.analysis.table.schema import KNOWN
 
@@ -33,12 +43,6 @@ FOREIGN_LABELS = {
     "unique_images": "U: unique samples",
 }
 """The same for tables of others, which may count other things under our names."""
-
-
-def below(num: int) -> dict[str, Any]:
-    """Options of a legend of `num` entries below the axes, where it hides no point."""
-    columns = num if num <= 5 else -(-num // 2)
-    return {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": columns, "columnspacing": 1.2}
 
 
 def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
@@ -67,20 +71,6 @@ def short(column: str, names: Mapping[str, str] | None = None) -> str:
     return plain(names[column]) if names and column in names else known.get(column, column)
 
 
-def groups(data: pd.DataFrame, by: str) -> list[tuple[float | None, pd.DataFrame]]:
-    """Rows by value of a column; more than eight values are put into eight classes by their logarithm."""
-    values = np.sort(data[by].unique())
-    if len(values) <= MAX_SERIES:
-        return [(float(value), data[data[by] == value]) for value in values]
-    edges = np.geomspace(values[0], values[-1], MAX_SERIES + 1)
-    classes = np.clip(np.digitize(data[by], edges[1:-1]), 0, MAX_SERIES - 1)
-    return [
-        (float(np.exp(np.log(data[by][classes == k]).mean())), data[classes == k])
-        for k in range(MAX_SERIES)
-        if (classes == k).any()
-    ]
-
-
 def few_values(values: pd.Series, gap: float = 0.09) -> list[float] | None:
     """The values themselves as ticks, if they are few and at least `gap` of the axis apart."""
     distinct = np.sort(values.unique())
@@ -94,25 +84,80 @@ def tick_label(column: str) -> Callable[[float], str]:
     return power_of_ten if column.startswith("flops") or column == "C" else human
 
 
-def scatter(
-    ax: Axes, x: Any, y: Any, *, color: str, marker: str, label: str | None = None, size: float = 34, **options: Any
-) -> None:
-    """Markers with a thin edge; above `RASTERISE_ABOVE` points small, faint and stored as an image."""
+def below(num: int) -> dict[str, Any]:
+    """Options of a legend of `num` entries below the axes, where it hides no point."""
+    columns = num if num <= 5 else -(-num // 2)
+    return {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": columns, "columnspacing": 1.2}
+
+
+def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]:
+    """Name of each row's series, by value of a column, and the value that each name stands for, in order.
+
+    More than eight values are put into eight classes by their logarithm, called by their geometric mean.
+    """
+    distinct = np.sort(data[by].unique())
+    place = np.searchsorted(distinct, data[by])
+    if len(distinct) > MAX_SERIES:
+        edges = np.geomspace(distinct[0], distinct[-1], MAX_SERIES + 1)
+        member = np.digitize(data[by], edges[1:-1])
+        kept, place = np.unique(member, return_inverse=True)
+        distinct = np.array([np.exp(np.log(data.loc[member == k, by]).mean()) for k in kept])
+    digits = next((n for n in (3, 4, 5, 6) if len({human(v, n) for v in distinct}) == len(distinct)), 9)
+    names = [human(value, digits) for value in distinct]
+    labels = pd.Series(pd.Categorical.from_codes(place.tolist(), names), index=data.index, name="series")
+    return labels, dict(zip(names, map(float, distinct), strict=True))
+
+
+def _look(labels: pd.Series | None) -> dict[str, Any]:
+    """Seaborn's options of ordered series: one colour and one style each."""
+    if labels is None:
+        return {}
+    names = list(labels.cat.categories)
+    return {"hue": labels, "style": labels, "palette": ordered_colours(len(names))} | dict.fromkeys(
+        ("hue_order", "style_order"), names
+    )
+
+
+def scatter(ax: Axes, x: Any, y: Any, labels: pd.Series | None = None, *, size: float = 34, **options: Any) -> None:
+    """Markers with a thin edge; above `RASTERISE_ABOVE` points small, faint and stored as an image.
+
+    Args:
+        labels: series of each point (categorical), drawn in a colour and a marker each.
+    """
     many = len(x) > RASTERISE_ABOVE
-    options = {"zorder": 3, "alpha": 0.25 if many else 1.0} | options
-    ax.scatter(
-        x, y, s=6 if many else size, color=color, marker=marker, label=label,
-        edgecolors="none" if many else PAPER, linewidths=0.6, rasterized=many, **options,
-    )  # fmt: skip
+    look: dict[str, Any] = {
+        "s": 6 if many else size,
+        "alpha": 0.25 if many else 1.0,
+        "linewidth": 0 if many else 0.6,
+        "zorder": 3,
+    }
+    look |= {"edgecolor": PAPER, "rasterized": many, "legend": labels is not None} | _look(labels)
+    markers = {} if labels is None else {"markers": list(MARKERS[: len(labels.cat.categories)])}
+    sns.scatterplot(x=np.asarray(x), y=np.asarray(y), ax=ax, **{**look, **markers, **options})
 
 
-def error_bars(ax: Axes, x: pd.Series, y: pd.Series, se: pd.Series | None, colour: str) -> None:
-    """95 % bars from standard errors by index, where there are any and not too many points."""
-    if se is None or len(x) > RASTERISE_ABOVE:
-        return
-    half = 1.96 * se.reindex(x.index)
-    if half.notna().any():
-        ax.errorbar(x, y, yerr=half.fillna(0), fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
+def curve(
+    ax: Axes, frame: pd.DataFrame, x: str, y: str = "value", ends: tuple[str, str] = ("ci_lo", "ci_hi"), **options: Any
+) -> None:
+    """Lines with bands: `x`, `y` and the ends of the band in columns; a column `series` (categorical) makes several."""
+    parts = [frame[y], frame[[y, ends[0]]].min(axis=1), frame[[y, ends[1]]].max(axis=1)]
+    long = pd.concat([frame.assign(**{y: part}) for part in parts], ignore_index=True)  # the median of three is `y`
+    look: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"alpha": 0.16, "linewidth": 0}}
+    look |= _look(long["series"]) if "series" in long else {}
+    sns.lineplot(x=long[x], y=long[y], ax=ax, legend=False, zorder=2, **{**look, **options})
+
+
+def legend(ax: Axes, title: str) -> None:
+    """The legend of a scatter of series, below the axes."""
+    made = ax.get_legend()
+    if made is not None:
+        sns.move_legend(ax, title=title, **below(len(made.get_texts())))
+
+
+def error_bars(ax: Axes, x: pd.Series, y: pd.Series, half: Any) -> None:
+    """Grey bars of half widths (n,) or (2, n), unless there are too many points."""
+    if len(x) <= RASTERISE_ABOVE and np.isfinite(half).any():
+        ax.errorbar(x, y, yerr=np.nan_to_num(half), fmt="none", ecolor=MUTED, elinewidth=0.9, alpha=0.7, zorder=2)
 
 
 def plain(text: object, longest: int = 32) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from numpy.typing import ArrayLike
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#d9dde3", "#ffffff"
@@ -29,7 +29,6 @@ ACCENT, SECOND = "#0b62a8", "#c8590a"
 _ORDERED_LIGHT = ["#31135f", "#433e85", "#2f6a8e", "#21908c", "#3fa860", "#86a81c", "#b58d00", "#a4631a"]
 _ORDERED_DARK = ["#b79cf0", "#8fa0f5", "#6fb4e6", "#48cfc6", "#6bdc86", "#b9e04a", "#f0d04a", "#f2b170"]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)))
 MAX_SERIES = len(MARKERS)
 RASTERISE_ABOVE = 3000
 """Points above which a scatter is stored as an image inside the vector figure."""
@@ -125,21 +124,18 @@ def human(value: float, digits: int = 3) -> str:
         return "–"
     size = abs(value)
     if size >= 1e12 or 0 < size < 1e-3:
-        exponent = int(np.floor(np.log10(size)))
-        mantissa = f"{value / 10.0**exponent:.{digits - 1}f}".rstrip("0").rstrip(".")
-        power = "10" + str(exponent).translate(_SUPERSCRIPT)
-        return power if mantissa == "1" else f"{mantissa}×{power}"
+        return power_of_ten(value, digits)
     for scale, letter in _SI:
         if size >= scale * 0.9995:
             return f"{float(f'{value / scale:.{digits}g}'):g}{letter}"
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
-def power_of_ten(value: float) -> str:
+def power_of_ten(value: float, digits: int = 2) -> str:
     """A number of FLOPs: 3×10¹³."""
-    exponent = int(np.floor(np.log10(value) + 1e-9))
-    mantissa = f"{value / 10.0**exponent:.2g}"
-    power = "10" + str(exponent).translate(_SUPERSCRIPT)
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
@@ -158,30 +154,11 @@ def log_axis(
         pad = (finite.max() / finite.min()) ** 0.06 if finite.max() > finite.min() else 1.5
         low, high = finite.min() / pad, finite.max() * pad
         (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-        axis.set_major_locator(FixedLocator(list(ticks) if ticks is not None else round_ticks(low, high)))
+        decades = np.log10(high / low)
+        subs = (1,) if decades > 3.3 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.8 else tuple(range(1, 10))
+        axis.set_major_locator(FixedLocator(ticks) if ticks else LogLocator(subs=subs, numticks=8))
     axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
-
-
-def round_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """At most `most` round numbers between two positive ones, evenly spread on a logarithmic axis."""
-    decades = np.log10(high / low)
-    if decades < 0.5:
-        steps = mpl.ticker.MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-        return [float(step) for step in steps if low <= step <= high]
-    exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-
-    def of(mantissas: Sequence[int]) -> list[float]:
-        return [m * 10.0**e for e in exponents for m in mantissas if low <= m * 10.0**e <= high]
-
-    for mantissas in ((1, 2, 5), (1, 3), (1,)):
-        ticks = of(mantissas)
-        if len(ticks) < 3:  # half a decade may hold a single one of 1, 2 and 5
-            return of(range(1, 10))
-        if len(ticks) <= most:
-            return ticks
-    return ticks[:: int(np.ceil(len(ticks) / most))]
 
 
 def svg_text(figure: Figure) -> str:

@@ -40,6 +40,11 @@ def joint(grid):
     return fit("chinchilla", grid, resamples=60)
 
 
+def drawn_lines(ax):
+    """Lines that have points: those of a legend have none."""
+    return [line for line in ax.lines if len(line.get_xdata())]
+
+
 def lightness(colour: str) -> float:
     red, green, blue = (channel / 255 for channel in ImageColor.getrgb(colour))
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
@@ -58,15 +63,16 @@ def test_units_are_named_for_our_tables_only(grid):
 def test_the_law_is_drawn_where_it_predicts(joint):
     (ax,) = plot_fit(joint, x="N").axes
     budgets = np.sort(joint.data["D"].unique())
-    assert len(ax.lines) == len(budgets)
-    for line, budget in zip(ax.lines, budgets, strict=True):
+    lines = drawn_lines(ax)
+    assert len(lines) == len(budgets)
+    for line, budget in zip(lines, budgets, strict=True):
         n, loss = line.get_data()
         expected = joint.predict({"N": n, "D": np.full(len(n), budget)})["value"]
         np.testing.assert_allclose(loss, expected)
     drawn = np.concatenate([points.get_offsets() for points in ax.collections if len(points.get_offsets()) > 0])
     measured = joint.data[["N", "y"]].to_numpy()
     assert {tuple(point) for point in measured} <= {tuple(point) for point in drawn}
-    assert len({line.get_linestyle() for line in ax.lines}) >= 4
+    assert len({str(line._dash_pattern) for line in lines}) >= 4
     assert "parameters" in ax.get_xlabel()
     assert "loss" in ax.get_ylabel()
 
@@ -157,7 +163,7 @@ def test_isoflop_draws_what_approach_2_accepts():
     alone = [(1.1 * c, pd.DataFrame({"N": [1e6], "loss": [1.0]})) for c, _ in curves]
     minima = pd.DataFrame({"C": [curves[i][0] for i in (1, 5, 9)], "N": [1e5, 1e6, 5e6], "loss": [1.0, 1.0, 1.0]})
     (ax,) = plot_isoflop(sorted(curves + alone, key=lambda pair: pair[0]), minima).axes
-    *parabolas, crosses = ax.lines
+    *parabolas, crosses = drawn_lines(ax)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(parabolas) == 8
     assert len(crosses.get_xdata()) == 3
@@ -173,4 +179,4 @@ def test_accuracy_axes_start_where_the_data_are(grid):
 
 def test_unidentified_laws_still_draw(joint):
     bare = dataclasses.replace(joint, draws={}, intervals={})
-    assert len(plot_fit(bare).axes[0].lines) == joint.data["D"].nunique()
+    assert len(drawn_lines(plot_fit(bare).axes[0])) == joint.data["D"].nunique()
