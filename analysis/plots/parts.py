@@ -104,7 +104,7 @@ def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]
         distinct = np.array([np.exp(np.log(data.loc[member == k, by]).mean()) for k in kept])
     digits = next((n for n in (3, 4, 5, 6) if len({human(v, n) for v in distinct}) == len(distinct)), 9)
     names = [human(value, digits) for value in distinct]
-    labels = pd.Series(pd.Categorical.from_codes(place.tolist(), names), index=data.index, name="series")
+    labels = pd.Series(pd.Categorical([names[i] for i in place], names), index=data.index, name="series")
     return labels, dict(zip(names, map(float, distinct), strict=True))
 
 

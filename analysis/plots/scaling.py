@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from aimscale.analysis.plots.parts import (
     axis_label,
@@ -187,7 +187,7 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
     ax.set_title(plain(task))
     ax.set_xlabel(axis_label("val_loss", loss_unit(rows)))
     ax.set_ylabel("top-1 accuracy (%)")
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=""))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     chance = rows["chance"].dropna()
     low, high = ax.get_ylim()
     if len(chance) and chance.iloc[0] > low - 0.5 * (high - low):  # the axis starts where the data are

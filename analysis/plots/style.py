@@ -19,7 +19,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#d9dde3", "#ffffff"
@@ -156,7 +156,8 @@ def log_axis(
         (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
         decades = np.log10(high / low)
         subs = (1,) if decades > 3.3 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.8 else tuple(range(1, 10))
-        axis.set_major_locator(FixedLocator(ticks) if ticks else LogLocator(subs=subs, numticks=8))
+        round_numbers = MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]) if decades < 0.5 else LogLocator(subs=subs, numticks=8)
+        axis.set_major_locator(FixedLocator(ticks) if ticks else round_numbers)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
 
