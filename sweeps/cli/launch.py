@@ -16,7 +16,7 @@ from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.claims import RunRecord
 from aimscale.sweeps.state.decision import Decision, decide
-from aimscale.sweeps.state.sweep_dir import prepare
+from aimscale.sweeps.state.sweep_dir import prepare, unplanned
 
 if TYPE_CHECKING:
     from aimscale.sweeps.slurm.submit import Submission
@@ -90,11 +90,12 @@ def work(
     each run is executed once. It leaves when nothing is left to take or its time is up, saving first.
     """
     did = start.work(sweep, root, hours=hours, devices=devices)
+    why = "nothing is left" if not did.interrupted else "stopped" if did.stopped_by else "time is up"
     typer.echo(
-        f"{did.why}: trained {len(did.trained)} runs, evaluated {len(did.evaluated)}, {len(did.failed)} failed; see "
+        f"{why}: trained {len(did.finished)} runs, evaluated {len(did.evaluated)}, {len(did.failed)} failed; see "
         f"`aimscale status {sweep} --root {root}`"
     )
-    if did.why == "stopped":
+    if did.stopped_by:
         raise typer.Exit(EXIT_INTERRUPTED)
     if did.failed:
         raise typer.Exit(1)
@@ -169,7 +170,7 @@ def _launch_slurm(
     for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
         _print_submitted(part.submitted, "evaluations of ", dry_run)
         _print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
-    _print_unplanned(start.unplanned(loaded, runs))
+    _print_unplanned(unplanned(loaded, runs))
 
 
 def _print_submitted(parts: Sequence[Submission], what: str, dry_run: bool) -> None:

@@ -93,22 +93,22 @@ class Queue:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchResult:
-    """What a launch did."""
+    """What a launch, or a worker, did."""
 
-    finished: tuple[str, ...]
+    finished: tuple[str, ...] = ()
     """Runs it brought to their end."""
-    failed: tuple[str, ...]
-    """Runs it tried in vain."""
-    left: tuple[Decision, ...]
-    """Runs it left alone."""
-    interrupted: bool
-    """Whether it was asked to stop before it was through."""
-    stopped_by: int | None = None
-    """The signal that asked first, where one did."""
-    unplanned: tuple[str, ...] = ()
-    """Run directories that the plan does not name: what they trained differs from it."""
     evaluated: tuple[str, ...] = ()
     """Runs on which it measured what was missing, in jobs of their own."""
+    failed: tuple[str, ...] = ()
+    """Runs it tried in vain."""
+    left: tuple[Decision, ...] = ()
+    """Runs it left alone."""
+    unplanned: tuple[str, ...] = ()
+    """Run directories that the plan does not name: what they trained differs from it."""
+    interrupted: bool = False
+    """Whether it was asked to stop, or its time was up, before it was through."""
+    stopped_by: int | None = None
+    """The signal that asked first, where one did."""
 
 
 def run_queue(

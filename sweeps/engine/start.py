@@ -6,7 +6,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from aimscale.harness.data.store.card import num_images
@@ -22,7 +22,7 @@ from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepF
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.claims import Claim, RunRecord
 from aimscale.sweeps.state.decision import Decision, decide, training_jobs
-from aimscale.sweeps.state.sweep_dir import prepare
+from aimscale.sweeps.state.sweep_dir import prepare, unplanned
 from aimscale.sweeps.table.status import sweep_status
 
 MAX_OPENED = 50_000_000
@@ -110,20 +110,6 @@ def launch(
     return replace(result, unplanned=unplanned(loaded, runs))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Worked:
-    """What a worker did."""
-
-    trained: tuple[str, ...]
-    """Runs whose training it brought to its end."""
-    evaluated: tuple[str, ...]
-    """Runs whose evaluation it brought to its end."""
-    failed: tuple[str, ...]
-    """Runs that failed under it for good."""
-    why: str
-    """Why it left: `nothing is left`, `time is up` or `stopped`."""
-
-
 def work(
     sweep: Sweep | str | Path,
     root: Path = Path("aimscale-runs"),
@@ -132,7 +118,7 @@ def work(
     devices: int | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
-) -> Worked:
+) -> LaunchResult:
     """Train and evaluate what is free until nothing is left, or until everything must be saved to end in time.
 
     It starts what a launch would start, by the same locks and decisions, so that any number of workers and launches,
@@ -168,34 +154,21 @@ def work(
         report=print_events,
         until=until,
     )
-    trained: list[str] = []
-    evaluated: list[str] = []
-    failed: list[str] = []
+    did = LaunchResult()
     while True:
         result = queue(runs, kind=training, command=command, is_queued=slurm.Queued())
-        did_something = bool(result.finished or result.failed)
-        trained += result.finished
-        failed += result.failed
         if not result.interrupted:
             lacking, kind = unevaluated(loaded, runs), evaluation_jobs(loaded)
-            result = queue(lacking, kind=kind, command=evaluation_command, is_queued=slurm.Queued())
-            did_something |= bool(result.finished or result.failed)
-            evaluated += result.finished
-            failed += result.failed
-        if result.interrupted or not did_something:
-            why = "nothing is left"
-            if result.interrupted:
-                why = "stopped" if result.stopped_by else "time is up"
-            done, measured, lost = (tuple(dict.fromkeys(names)) for names in (trained, evaluated, failed))
-            return Worked(trained=done, evaluated=measured, failed=lost, why=why)
-
-
-def unplanned(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
-    """Run directories that the plan does not name: what they trained differs from it."""
-    names = {run.run_id for run in runs}
-    return tuple(
-        sorted(path.parent.name for path in sweep.runs_dir.glob("*/config.yaml") if path.parent.name not in names)
-    )
+            evaluated = queue(lacking, kind=kind, command=evaluation_command, is_queued=slurm.Queued())
+            result = _with_evaluations(result, evaluated)
+        did = replace(
+            result,
+            finished=tuple(dict.fromkeys(did.finished + result.finished)),
+            evaluated=tuple(dict.fromkeys(did.evaluated + result.evaluated)),
+            failed=tuple(dict.fromkeys(did.failed + result.failed)),
+        )
+        if result.interrupted or not (result.finished or result.evaluated or result.failed):
+            return did
 
 
 def _with_evaluations(trained: LaunchResult, evaluated: LaunchResult) -> LaunchResult:

@@ -1,4 +1,4 @@
-"""The sweep's directory: its record, and the lock under which launches decide."""
+"""The sweep's directory: its record, the runs in it, and the lock under which launches decide."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 from aimscale.harness.run.failures import disk_sentence
 from aimscale.harness.run.files import locked, write_json, write_text
+from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
+from aimscale.sweeps.state.claims import RunRecord
 
 MAX_CLOCK_SKEW_S = 30.0
 """Leases and heartbeats compare clocks; beyond this a launch is refused."""
@@ -45,6 +47,22 @@ def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
             f"the clock of {socket.gethostname()} is {-skew:+.0f} s off that of the file system of {directory}, so "
             f"heartbeats could not be trusted; synchronise the clocks"
         )
+
+
+def imported_runs(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
+    """Finished runs beside the planned ones whose weights came from elsewhere (`aimscale weights import`)."""
+    return [record for record in _beside(sweep, runs) if is_imported(record)]
+
+
+def unplanned(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
+    """Run directories that the plan does not name, but for imported ones: what they trained differs from it."""
+    return tuple(record.path.name for record in _beside(sweep, runs) if not is_imported(record))
+
+
+def _beside(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
+    planned = {run.run_id for run in runs}
+    there = sorted(sweep.runs_dir.iterdir()) if sweep.runs_dir.is_dir() else []
+    return [RunRecord(path) for path in there if path.is_dir() and path.name not in planned]
 
 
 def launch_lock_path(sweep: Sweep) -> Path:

@@ -9,8 +9,9 @@ twice writes the same bytes.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.config import ProbeSection, Section, TrainingConfig
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.identity import evaluation_digest, probe_evaluation
-from aimscale.harness.run.provenance import is_imported
 from aimscale.harness.run.row import configured_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned
 
 COLLECT_VERSION = 1
 Values = dict[str, Any]
@@ -52,7 +53,7 @@ class Collected:
     num_baselines: int
     """Baselines found in the runs' folders."""
     unplanned: tuple[str, ...]
-    """Run directories left out: another sweep file, or another version's fields, gave them their names."""
+    """Run directories left out: another sweep file gave them their names."""
 
 
 def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Collected:
@@ -64,25 +65,25 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     """
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
+    left_out = _left_out(sweep, runs)
     damaged: dict[str, str] = {}
-    planned = list(_planned_rows(sweep, runs, cards, damaged))
-    whole = [run for run in runs if run.run_id not in damaged]
-    known = {run.run_id for run in runs}
-    imported = _imported(sweep, known)
-    unplanned = _unplanned(sweep, runs, known | {record.path.name for record in imported})
-    rows = _with_task_names([*planned, *_imported_rows(sweep, imported, damaged)], runs)
+    rows: list[Values] = []
+    for run, card in zip(runs, cards, strict=True):
+        rows += _readable(run.run_id, functools.partial(_rows, sweep, run, card), damaged)
+    created = max((str(row["finished_at"]) for row in rows if row.get("finished_at")), default=None)
+    for record in imported_runs(sweep, runs):
+        rows += _readable(record.path.name, functools.partial(_imported_rows, sweep, record), damaged)
+    baselines = _baselines(sweep, damaged)
+    _write(sweep, "results", _with_task_names(rows, runs))
+    _write(sweep, "baselines", _with_task_names(baselines, runs))
     num_complete = sum(row["status"] == "complete" for row in rows)
-    table = results_table(rows)
-    write_table(table, sweep.directory / "results.csv")
-    write_table(table, sweep.directory / "results.parquet")
-    baselines = _with_task_names(_baselines(sweep, damaged), runs)
-    _write_baselines(sweep, baselines)
+    whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "version": COLLECT_VERSION,
         "sweep": sweep.name,
         "description": sweep.file.description,
         "recipe": sweep.file.recipe,
-        "created": max((str(row["finished_at"]) for row in planned if row.get("finished_at")), default=None),
+        "created": created,
         "num_runs": len(runs),
         "num_rows": len(rows),
         "num_complete": num_complete,
@@ -101,94 +102,77 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         num_complete=num_complete,
         damaged=damaged,
         num_baselines=len(baselines),
-        unplanned=unplanned,
+        unplanned=left_out,
     )
 
 
-def _unplanned(sweep: Sweep, runs: Sequence[Run], known: set[str]) -> tuple[str, ...]:
-    """Directories of no known run.
+def _left_out(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
+    """Run directories of another plan.
 
     Raises:
-        SweepError: there are some, and none of a planned run.
+        SweepError: there are no others.
     """
-    found = (path.name for path in sweep.runs_dir.iterdir() if path.is_dir() and path.name not in known)
-    unplanned = tuple(sorted(found))
-    if unplanned and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
+    found = unplanned(sweep, runs)
+    if found and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(
-            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(unplanned)} others: the "
+            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(found)} others: the "
             f"sweep file was edited since they were launched"
         )
-    return unplanned
+    return found
 
 
-def _planned_rows(
-    sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], damaged: dict[str, str]
-) -> Iterator[dict[str, Any]]:
-    """Rows of the planned runs; runs whose rows cannot be read go to `damaged`."""
-    for run, card in zip(runs, cards, strict=True):
-        try:
-            found = _rows(sweep, run, card, RunRecord(sweep.run_dir(run.run_id)))
-            results_table(found)
-        except (UserError, AnalysisError) as error:
-            damaged[run.run_id] = str(error)
-            continue
-        yield from found
-
-
-def _imported_rows(sweep: Sweep, imported: Sequence[RunRecord], damaged: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of imported weights; runs whose rows cannot be read go to `damaged`."""
-    for record in imported:
-        try:
-            found = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
-            results_table(found)
-        except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
-            damaged[record.path.name] = f"{record.results} is damaged ({error}); import the weights again"
-            continue
-        yield from found
-
-
-def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[dict[str, Any]]:
-    """A row per baseline that was probed like one of the sweep's runs."""
-    rows = []
-    for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
-        run = RunRecord(folder.parent.parent)
-        try:
-            documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-            by_name: dict[str, list[dict[str, Any]]] = {}
-            for document in documents:
-                by_name.setdefault(document["backbone"], []).extend(entries_of(document))
-            found = [
-                {"sweep": sweep.name, "run_id": run.path.name, "size": name, "probes": entries}
-                for name, entries in by_name.items()
-            ]
-            results_table(found)
-        except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
-            damaged[f"{run.path.name}/baselines/{folder.name}"] = f"{folder} is damaged ({error}); probe it again"
-            continue
-        rows += found
-    return rows
-
-
-def _write_baselines(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
-    for suffix in ("csv", "parquet"):
-        path = sweep.directory / f"baselines.{suffix}"
-        if rows:
+def _write(sweep: Sweep, name: str, rows: list[Values]) -> None:
+    """The table in both formats; none of no baselines."""
+    for path in (sweep.directory / f"{name}.csv", sweep.directory / f"{name}.parquet"):
+        if rows or name == "results":
             write_table(results_table(rows), path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dict[str, Any]]:
+def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
+    """Rows that fit into a table; where they cannot be read, none, and the sentence why in `damaged`."""
+    try:
+        found = rows()
+        results_table(found)
+    except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
+        damaged[name] = f"the files of {name} are damaged ({error}); move them away or make them again"
+        return []
+    return found
+
+
+def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
+    return [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
+
+
+def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[Values]:
+    """Rows of all baselines in the runs' folders."""
+    rows: list[Values] = []
+    for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
+        name = str(folder.relative_to(sweep.runs_dir))
+        rows += _readable(name, functools.partial(_baseline_rows, sweep, folder), damaged)
+    return rows
+
+
+def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
+    """A row per baseline that was probed like one of the sweep's runs."""
+    by_name: dict[str, list[Values]] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        by_name.setdefault(document["backbone"], []).extend(entries_of(document))
+    shared = {"sweep": sweep.name, "run_id": folder.parent.parent.name}
+    return [{**shared, "size": name, "probes": entries} for name, entries in by_name.items()]
+
+
+def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     """A run's rows, one per planned budget.
 
     Raises:
-        SweepError: the directory is damaged, or holds another run.
+        SweepError: the directory holds another run, or its status is damaged.
     """
+    record = RunRecord(sweep.run_dir(run.run_id))
     status = record.checked_status()
-    try:
-        found = {row["images_seen"]: row for row in record.read_rows()}
-    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
-        raise record.damaged(record.results, error) from error
+    found = {row["images_seen"]: row for row in record.read_rows()}
     strangers = {row.get("run_id") for row in found.values()} - {run.run_id}
     if strangers:
         raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
@@ -209,21 +193,12 @@ def _rows(sweep: Sweep, run: Run, card: CostCard, record: RunRecord) -> list[dic
     return rows
 
 
-def _as_planned(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+def _as_planned(run: Run, row: Values) -> Values:
     """The row without a loss that was measured by other settings than the plan's."""
     settings = evaluation_digest("validation", run.config.evaluation.validation.model_dump(mode="json"))
     if str(row.get("validation", settings)).split(".")[0] == settings:
         return row
     return {key: value for key, value in row.items() if key not in ("val_loss", "val_loss_se", "val_num_images")}
-
-
-def _imported(sweep: Sweep, planned: set[str]) -> list[RunRecord]:
-    """Finished runs beside the planned ones whose weights came from elsewhere (`aimscale weights import`).
-
-    Other directories that the plan does not name are of an earlier version of the sweep file and stay out.
-    """
-    others = (RunRecord(path) for path in sorted(sweep.runs_dir.iterdir()) if path.name not in planned)
-    return [record for record in others if is_imported(record)]
 
 
 def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> list[Values]:
@@ -274,12 +249,12 @@ SCALE_FIELDS = {
 """What a recipe makes follow from scale, or what has a column of its own: not part of a row's `setup`."""
 
 
-def setup_of(training: TrainingConfig) -> dict[str, Any]:
+def setup_of(training: TrainingConfig) -> Values:
     """Dotted training fields that differ from their defaults, but for `SCALE_FIELDS`: equal where only scale differs.
 
     Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
     """
-    setup: dict[str, Any] = {}
+    setup: Values = {}
     for name in TrainingConfig.model_fields:
         value = getattr(training, name)
         if name in SCALE_FIELDS or not isinstance(value, Section):
@@ -291,7 +266,7 @@ def setup_of(training: TrainingConfig) -> dict[str, Any]:
     return setup
 
 
-def _completions(sweep: Sweep, run: Run) -> list[dict[str, Any]]:
+def _completions(sweep: Sweep, run: Run) -> list[Values]:
     """Pictures for the report, by paths relative to the sweep's directory."""
     record = RunRecord(sweep.run_dir(run.run_id))
     return [
@@ -306,9 +281,9 @@ def _completions(sweep: Sweep, run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _machines(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def _machines(records: Sequence[RunRecord]) -> list[Values]:
     """The machines of the runs' last starts, equal ones once."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Values] = {}
     for record in records:
         try:
             start = json.loads(record.provenance.read_text())["starts"][-1]

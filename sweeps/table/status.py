@@ -19,6 +19,7 @@ from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live, records_of
 from aimscale.sweeps.state.decision import budgets_left
 from aimscale.sweeps.state.retries import explain_job
+from aimscale.sweeps.state.sweep_dir import unplanned
 
 Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]
 
@@ -90,8 +91,6 @@ def sweep_status(
     counts: dict[str, int] = {}
     for line in lines:
         counts[line.state] = counts.get(line.state, 0) + 1
-    planned = {run.run_id for run in runs}
-    there = {path.name for path in sweep.runs_dir.iterdir()} if sweep.runs_dir.is_dir() else set()
     flops = [card.flops_executed for card in cards]
     done = sum(f * (1.0 if line.state == "finished" else line.progress) for f, line in zip(flops, lines, strict=True))
     return SweepStatus(
@@ -103,7 +102,7 @@ def sweep_status(
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
         next_step=_next_step(sweep, lines),
-        unplanned=tuple(sorted(there - planned)),
+        unplanned=unplanned(sweep, runs),
     )
 
 

@@ -24,7 +24,7 @@ PROGRAM = """
     command = lambda run_dir, devices: [sys.executable, {stand_in!r}, str(run_dir), {behaviour!r}]
     if {verb!r} == "work":
         did = work({path!r}, Path({root!r}), devices=1, command=command, check=lambda runs: None)
-        print(did.why, len(did.trained))
+        print("worked", len(did.finished))
     else:
         did = launch({path!r}, Path({root!r}), slots=1, command=command, check=lambda runs: None)
         print("launched", len(did.finished))
@@ -48,7 +48,7 @@ def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, tmp_
     all_of_them = [start(tmp_path, verb) for verb in ("work", "work", "work", "launch")]
     lines = [each.communicate(timeout=240)[0].splitlines()[-1] for each in all_of_them]
     assert sum(int(line.split()[-1]) for line in lines) == 8, lines
-    assert [line.rsplit(" ", 1)[0] for line in lines] == ["nothing is left"] * 3 + ["launched"]
+    assert [line.rsplit(" ", 1)[0] for line in lines] == ["worked"] * 3 + ["launched"]
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     assert [len((record.path / "starts").read_text().split()) for record in records] == [1] * 8
     assert [len(record.read_rows()) for record in records] == [2] * 8
@@ -68,12 +68,12 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
 
     monkeypatch.setattr(local_queue, "time", SimpleNamespace(time=later, sleep=time.sleep))
     did = work(sweep, hours=1, devices=2, command=stand_in("wait"), check=lambda runs: None)
-    assert did.why == "time is up"
+    assert (did.interrupted, did.stopped_by) == (True, None)
     assert next(jumps, None) is None, "not before that"
     assert [record.checked_status().state for record in records] == ["preempted", "preempted"]
     monkeypatch.undo()
     did = work(sweep, devices=1, command=stand_in(), check=lambda runs: None)
-    assert (did.why, sorted(did.trained)) == ("nothing is left", sorted(record.path.name for record in records))
+    assert (did.interrupted, sorted(did.finished)) == (False, sorted(record.path.name for record in records))
 
 
 def test_a_failed_run_is_named_and_devices_are_counted(write_sweep: Any, stand_in: Any) -> None:
@@ -81,4 +81,4 @@ def test_a_failed_run_is_named_and_devices_are_counted(write_sweep: Any, stand_i
     with pytest.raises(UserError, match="--devices must be 1"):
         work(sweep, devices=0, command=stand_in(), check=lambda runs: None)
     did = work(sweep, devices=1, command=stand_in("crash"), check=lambda runs: None)
-    assert (did.why, did.failed) == ("nothing is left", (plan(sweep)[0].run_id,))
+    assert (did.interrupted, did.failed) == (False, (plan(sweep)[0].run_id,))

@@ -1,1 +1,0 @@
-"""Sweep files that ship with aimscale; `aimscale plan NAME` takes their names."""
