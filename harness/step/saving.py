@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimscale.aim.weights import write_safetensors, write_weights
+from aimscale.aim.weights import write_safetensors
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.fence import aside_dir
 from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, remove_dir, write_json
@@ -279,19 +279,24 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor]) -
 def save_weights(path: Path, engine: Engine, group: Group) -> None:
     """Write the float32 weights alone, under the model's own names, into one file; all ranks call this together.
 
-    Rank 0 gathers them one by one.
+    Rank 0 gathers and writes them one by one.
     """
     fragments = engine.fragments()
-    weights: dict[str, Tensor] = {}
-    for fragment in fragments:
-        if group.world_size == 1 or engine.options.zero_stage == 0:
-            whole = fragment_of(fragment.flat, fragment).clone()
-        else:
-            whole = torch.zeros(fragment.shape.numel(), device=group.device)
-            if fragment.numel:
-                part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
-            torch.distributed.reduce(whole.view(torch.int32), dst=0)
-        if group.is_first:
-            weights[fragment.name] = whole.view(fragment.shape).cpu()
+    layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in fragments}
+
+    def gathered() -> Iterator[Tensor]:
+        for fragment in fragments:
+            if group.world_size == 1 or engine.options.zero_stage == 0:
+                whole = fragment_of(fragment.flat, fragment)
+            else:
+                whole = torch.zeros(fragment.shape.numel(), device=group.device)
+                if fragment.numel:
+                    part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
+                torch.distributed.reduce(whole.view(torch.int32), dst=0)
+            yield whole.cpu()
+
     if group.is_first:
-        write_weights(weights, path)
+        write_safetensors(path, layout, gathered())
+    else:
+        for _ in gathered():
+            pass

@@ -294,24 +294,6 @@ def test_bfloat16_weights_keep_norm_and_loss_in_float32() -> None:
         model(images.bfloat16(), prefix_len)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_cpus_losses_and_gradients_without_waiting_for_the_device() -> None:
-    config = small(patch_order="inward_spiral")
-    images, prefix_len = batch(config)
-    outcomes = []
-    for device in ("cpu", "cuda"):
-        model, on_device = make(config).to(device), images.to(device)
-        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-        try:
-            loss, _ = model(on_device, prefix_len)
-            loss.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        outcomes.append([loss.detach().cpu(), *(parameter.grad.cpu() for parameter in model.parameters())])
-    for cpu, cuda in zip(*outcomes, strict=True):
-        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-3)  # convolutions may use TF32
-
-
 def test_init_depends_on_the_seed_alone() -> None:
     config = small()
     torch.manual_seed(5)
