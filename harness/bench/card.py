@@ -194,7 +194,7 @@ def page(done: dict[str, Any]) -> str:
             lines.append(_training_line(row))
     lines.append("")
     for run in (_result(found, "status") or {}).get("runs", ()):
-        numbers = f"loss {_short(run['val_loss'], '.4f')}, {_short(run['images_per_s'], ',.0f')} images/s"
+        numbers = f"loss {_short(run['val_loss'], '.4f')}, {_short(run['status']['images_per_s'], ',.0f')} images/s"
         lines += [f"Sweep: {run['run_id']} {run['state']}, {numbers}.", ""]
     for row in (_result(found, "loader") or {}).get("loader", ()):
         rate, share = f"{row['images_per_s']:.0f} images/s", f"{100 * row['share']:.0f} %"
