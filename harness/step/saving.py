@@ -293,7 +293,7 @@ def save_weights(path: Path, engine: Engine, group: Group) -> None:
                 if fragment.numel:
                     part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
                 torch.distributed.reduce(whole.view(torch.int32), dst=0)
-            yield whole.cpu()
+            yield whole.to("cpu", copy=True)  # a tensor that numpy saw cannot give its memory back
 
     if group.is_first:
         write_safetensors(path, layout, gathered())
