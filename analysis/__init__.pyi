@@ -1,7 +1,6 @@
 from . import laws as laws
 from .accuracy.correlation import correlate as correlate
 from .accuracy.links import forecast as forecast
-from .accuracy.links import leaves_chance as leaves_chance
 from .accuracy.links import link as link
 from .effects.contrasts import contrast as contrast
 from .effects.noise_sources import noise as noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,72 @@ FLAGS = {
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations): look at how it was tuned.",
     "mixed": "{subject}",
+    "few_sizes": "C = {number:.3g}: too few sizes near the lowest loss for a parabola",
+    "edge": "C = {number:.3g}: the {subject} size has the lowest loss, so the minimum is not interior",
+    "not_convex": "C = {number:.3g}: the parabola is not convex",
+    "outside": "C = {number:.3g}: the vertex of the parabola lies outside the measured sizes",
+    "other_unit": "Losses at different {subject} are of other targets or pictures, so they are not compared.",
+    "absent": "{more[0]}: no value at {subject}.",
+    "unpaired": "{more[0]}: nothing is paired between {more[1]} and {more[2]}; their rows differ in {subject}; run "
+    "both "
+    "with the same, or --ignore that column.",
+    "unseen_prefix": "The validation loss gives every model a bidirectional prefix, which one trained without has "
+    "never "
+    "seen.",
+    "other_patches": "Orders score other patches after the same prefix length, so their losses differ in what is "
+    "asked.",
+    "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",
+    "many_intervals": "{number:.0f} intervals at 95 %: about {more[0]:.1g} of them miss zero by chance alone.",
+    "no_gain_asks": "What a level is worth in compute is left out: losses at other {subject} differ in what is asked.",
+    "no_gain_outside": "What {subject} is worth in compute is left out: {number:.0f} of {more[1]} losses lie outside "
+    "those of the budgets of {more[0]}, or these do not fall from budget to budget.",
+    "rows_left_out": "{subject}.",
+    "other_tasks": "Tasks that the paper does not have: {subject}.",
+    "other_probes": "Probes of another kind than Table 6's attentive one: {subject}.",
+    "other_sides": "Resolution: these runs see {subject} px, AIM {number} px: a part of every gap.",
+    "leak": "{subject}: {number:.0f} of {more[0]:.0f} test images are in {more[1]}, too, byte for byte; its "
+    "accuracies are "
+    "shown, marked, and not to be trusted by more than that share.",
+    "loss_levels": "Loss levels: the paper's are on IN-1k at 224 px with unstated prefixes, ours on this table's "
+    "images.",
+    "no_mean": "The mean over tasks of {number} runs: at most {more[0]} of the paper's {more[1]} tasks were probed, "
+    "and a "
+    "mean over other tasks is another quantity.",
+    "no_result": "{subject}: {more[0]}",
+    "route": "{more[0]} is forecast {subject} (the largest {more[1]} scales, left out: by the loss {more[2]:.3f} off, "
+    "direct {more[3]:.3f}; difference {number:.3f} ± {more[4]:.3f}).",
+    "one_route": "{more[0]} is forecast by way of the loss; the direct route could not be tried: {subject}",
+    "not_forecast": "{subject} is not forecast: {more[0]}",
+    "signal": "{subject}: signal to noise of seeds {number:.3g}.",
+    "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
+    "one_ratio": "{subject} stays between {number:.3g} and {more[0]:.3g} over the table and these runs, so the "
+    "exponents "
+    "of N and D can hardly be separated; offer sizes and budgets off that line.",
+    "far_target": "The target's {subject} is {number:.3g} times the largest that will be measured.",
+    "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
+    "no_image_losses": "No per-image losses of two runs were found in runs/<run_id>/validation/ beside the table, so "
+    "the "
+    "noise of paired differences is not known.",
 }
 """Kind of a flag -> its sentence. `mixed` is of the table: its rows differ in more than the law's variables."""
+
+IMAGES = "median and range over {number} pairs of rows scored on the same images"
+NOISE = {
+    "table": ("spread over the whole table", "{number} rows"),
+    "seeds": ("between seeds", "{number} degrees of freedom of runs"),
+    "shared": ("of it, shared by all budgets of a run", "{number:.0f} % of the seeds' variance"),
+    "images": (
+        "validation images, shared by all runs scored on them",
+        "median and range over {number} rows' standard errors; it moves all runs together",
+    ),
+    "pairs": ("validation images, difference of any two runs", IMAGES),
+    "seed_pairs": ("validation images, difference of two seeds", IMAGES),
+    "law": (
+        "scatter about the joint law",
+        "residuals of {number} points; more than seeds and images explain is the law's form or the tuning",
+    ),
+}
+"""Kind of a component of noise -> what it is, and what it was estimated from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +126,15 @@ class Flag:
 
     def __str__(self) -> str:
         return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more)
+
+
+def flag_words(flags: Sequence[Flag]) -> list[str]:
+    """Flags in words; of more than three that differ in their number alone, the first and how many follow."""
+    words = []
+    for kind, subject in dict.fromkeys((flag.kind, flag.subject) for flag in flags):
+        alike = [str(flag) for flag in flags if (flag.kind, flag.subject) == (kind, subject)]
+        words += alike if len(alike) <= 3 else [f"{alike[0]} (and {len(alike) - 1} more)"]
+    return words
 
 
 def kind_name(kind: str) -> str:

@@ -22,8 +22,8 @@ class EqualCompute:
 
     basis: Array
     """Orthonormal columns (n, q) that are projected out."""
-    words: str
-    """E.g. "within 5 groups of equal flops_train"."""
+    num_groups: int | None
+    """Groups of rows that share it, within which rows are compared; None: about a smooth function of it."""
 
     def left(self, values: Array, rows: Array | None = None) -> Array:
         """What is left of values (n,), or of some of their rows; zeros where nothing is."""
@@ -33,7 +33,7 @@ class EqualCompute:
         return rest if np.std(rest) > NOTHING_LEFT * np.std(values) else np.zeros_like(a)
 
 
-def equal_compute(values: Array, sizes: Array, name: str) -> EqualCompute:
+def equal_compute(values: Array, sizes: Array) -> EqualCompute:
     """Take a positive column out.
 
     A straight line in its logarithm does not do: two power laws of compute bend about it and then correlate, whatever
@@ -45,7 +45,9 @@ def equal_compute(values: Array, sizes: Array, name: str) -> EqualCompute:
         sizes: sizes (n,), so that seeds of one size make no group.
     """
     log_c = np.log(values)
-    group = _groups(log_c)
+    order = np.argsort(log_c, kind="stable")
+    group = np.empty(len(log_c), int)
+    group[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > TOLERANCE)])  # close neighbours chain
     several = np.array([len(np.unique(sizes[group == g])) > 1 for g in range(group.max() + 1)])
     if several.sum() > 2 and several[group].mean() > 0.6:
         member = (group[:, None] == np.arange(group.max() + 1)).astype(float)
@@ -54,7 +56,7 @@ def equal_compute(values: Array, sizes: Array, name: str) -> EqualCompute:
         # rows of a group differ a little: a slope in that, which may itself change with compute, goes too
         tilts = np.column_stack([inside, inside * middle, inside * middle**2])
         spanned = np.column_stack([member, tilts[:, np.std(tilts, axis=0) > 1e-9]])
-        return EqualCompute(basis=np.linalg.qr(spanned)[0], words=f"within {several.sum()} groups of equal {name}")
+        return EqualCompute(basis=np.linalg.qr(spanned)[0], num_groups=int(several.sum()))
     z = log_c - log_c.mean()
     exponents = np.linspace(-0.8, 0.1, 60)
     shapes = np.exp(np.clip(np.outer(z, exponents), -30, 30))
@@ -62,13 +64,4 @@ def equal_compute(values: Array, sizes: Array, name: str) -> EqualCompute:
     num = max(2, min(MOST_SHAPES, (group.max() + 1) // 2))
     left = np.linalg.svd(shapes - shapes.mean(axis=0), full_matrices=False)[0][:, : num - 1]
     ones = np.ones((len(z), 1)) / np.sqrt(len(z))
-    return EqualCompute(basis=np.column_stack([ones, left]), words=f"about a smooth function of {name}")
-
-
-def _groups(log_c: Array) -> Array:
-    """Number of each row's group: neighbours closer than TOLERANCE chain."""
-    order = np.argsort(log_c, kind="stable")
-    number = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > TOLERANCE)])
-    out = np.empty(len(log_c), int)
-    out[order] = number
-    return out
+    return EqualCompute(basis=np.column_stack([ones, left]), num_groups=None)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import kendalltau, pearsonr, rankdata, spearmanr
 from scipy.stats import t as student
 
-from aimscale.analysis.accuracy.coefficients import coefficient_of, fishers_variance, repetition
 from aimscale.analysis.accuracy.compute import EqualCompute, equal_compute
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.names import Exclusion, no_column
-from aimscale.analysis.table.points import Usable, usable_rows
+from aimscale.analysis.table.names import Exclusion, no_column, their_name
+from aimscale.analysis.table.points import usable_rows
 
-METHODS = ("pearson", "spearman", "kendall")
+METHODS = {"pearson": pearsonr, "spearman": spearmanr, "kendall": kendalltau}
+MIN_ROWS = 4
+"""Rows, and clusters of rows, that a correlation with an interval needs."""
+FISHERS_WEIGHT = 4
+"""Fisher's variance counts as much as so many degrees of freedom between clusters (how chosen: docs/analysis.md)."""
+MOST_CLUSTERS = 1000
+"""More clusters than this are not left out in turn: Fisher's standard error is enough."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -36,11 +41,13 @@ class Correlation(Result):
     high: float
     confidence: float
     num_points: int
-    interval_method: str
+    cluster: str | None
+    """Column whose rows were left out together; None for single rows."""
+    num_clusters: int
     partial_on: str | None = None
     """Column that was held equal, if any."""
-    adjusted: str = ""
-    """How it was held equal, e.g. "within 5 groups of equal flops_train"."""
+    num_groups: int | None = None
+    """Groups of rows that share it, within which rows were compared; None: about a smooth function of it."""
     within: str | None = None
     """Column whose groups' means were taken out of both, if any."""
     exclusions: tuple[Exclusion, ...] = ()
@@ -50,6 +57,12 @@ class Correlation(Result):
         """One row: method, x, y, value, low, high, num_points."""
         names = ("method", "x", "y", "value", "low", "high", "num_points")
         return pd.DataFrame([{name: getattr(self, name) for name in names}])
+
+    @property
+    def interval_method(self) -> str:
+        """How the interval was found, in words."""
+        unit = f"{self.num_points} rows" if self.cluster is None else f"{self.num_clusters} clusters by {self.cluster}"
+        return f"Fisher's z, standard error over {unit}"
 
     def headline(self) -> str:
         """Coefficient and interval."""
@@ -61,20 +74,16 @@ class Correlation(Result):
 
     def sentence(self) -> str:
         """Coefficient, interval, n and what was held equal."""
-        partial = f", {self.adjusted}" if self.partial_on else ""
-        partial += f", within {self.within}" if self.within else ""
+        groups = f"within {self.num_groups} groups of equal" if self.num_groups else "about a smooth function of"
+        held = f", {groups} {self.partial_on}" if self.partial_on else ""
+        held += f", within {self.within}" if self.within else ""
         left = f" Left out: {'; '.join(map(str, self.exclusions))}." if self.exclusions else ""
         nothing = "" if self.low > 0 or self.high < 0 else ", nothing shown"
         return (
-            f"{self.method.capitalize()} correlation of {self.x} and {self.y}{partial}: {self.value:.3f}{nothing} "
+            f"{self.method.capitalize()} correlation of {self.x} and {self.y}{held}: {self.value:.3f}{nothing} "
             f"({self.confidence:.0%} interval {self.low:.3f} to {self.high:.3f}; n = {self.num_points}; "
             f"{self.interval_method}).{left}"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        own = vars(self) | {"exclusions": [str(e) for e in self.exclusions], "sentence": self.sentence()}
-        return plain_types(own)
 
 
 def correlate(
@@ -82,7 +91,7 @@ def correlate(
     *,
     x: str,
     y: str,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = tuple(METHODS),
     partial: str | None = None,
     within: str | None = None,
     cluster: str | None = "auto",
@@ -106,53 +115,36 @@ def correlate(
     """
     if x == y:
         raise AnalysisError(f"x and y name one column, {x}, which correlates with itself.")
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown:
+    if unknown := [m for m in methods if m not in METHODS]:
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    cluster = _auto(df) if cluster == "auto" else cluster
-    a, b, z, groups, used = _columns(df, x, y, partial, cluster)
-    kept = used.rows
-    if within is not None:
-        a, b = _without_group_means(kept, within, a, b)
-    labels, member = np.unique(groups, return_inverse=True)
-    if len(labels) < 4:
-        raise AnalysisError(
-            f"A correlation over {len(labels)} groups has no interval; give at least 4 rows (or clusters)."
-        )
-    name = next((c for c in SIZE_COLUMNS if c in kept), None)
-    sizes = kept[name].astype(str).to_numpy() if name else np.arange(len(a)).astype(str)
-    equal = None if z is None else equal_compute(z, sizes, str(partial))
-    spent = (0 if equal is None else equal.basis.shape[1] - 1) + (0 if within is None else kept[within].nunique() - 1)
-    lost = 0 if within is None else _lost(kept[within].astype(str).to_numpy(), member)
-    pair = _Pair(a=a, b=b, equal=equal, member=member, lost=lost, spent=spent - lost)
-    unit = f"{len(a)} rows" if cluster is None else f"{len(labels)} clusters by {cluster}"
-    out = []
-    for method in methods:
-        value, low, high = pair.interval(method, confidence)
-        out.append(
-            Correlation(
-                method=method,
-                x=x,
-                y=y,
-                value=value,
-                low=low,
-                high=high,
-                confidence=confidence,
-                num_points=len(a),
-                interval_method=f"Fisher's z, standard error over {unit}",
-                partial_on=partial,
-                adjusted="" if equal is None else equal.words,
-                within=within,
-                exclusions=used.exclusions,
-            )
-        )
-    return tuple(out)
-
-
-def _auto(df: pd.DataFrame) -> str | None:
-    """Runs, where at least four have several rows."""
-    runs = df["run_id"].nunique() if "run_id" in df.columns else 0
-    return "run_id" if 4 <= runs < len(df) else None
+    if cluster == "auto":
+        runs = df["run_id"].nunique() if "run_id" in df.columns else 0
+        cluster = "run_id" if MIN_ROWS <= runs < len(df) else None
+    if absent := [name for name in (x, y, partial, within, cluster) if name and name not in df.columns]:
+        raise no_column(df, absent[0])
+    numeric = [name for name in (x, y, partial) if name]
+    used = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
+    pair = _pair(used.rows, used.numbers, x, y, partial, within, cluster)
+    same = Correlation(
+        method="",
+        x=their_name(df, x),
+        y=their_name(df, y),
+        value=np.nan,
+        low=np.nan,
+        high=np.nan,
+        confidence=confidence,
+        num_points=len(pair.a),
+        cluster=cluster,
+        num_clusters=pair.num_clusters,
+        partial_on=partial and their_name(df, partial),
+        num_groups=pair.equal.num_groups if pair.equal else None,
+        within=within and their_name(df, within),
+        exclusions=used.exclusions,
+    )
+    found = {method: pair.interval(method, confidence) for method in methods}
+    return tuple(
+        replace(same, method=method, value=value, low=low, high=high) for method, (value, low, high) in found.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +161,11 @@ class _Pair:
     spent: int
     """Other degrees of freedom that were taken out."""
 
+    @property
+    def num_clusters(self) -> int:
+        """Clusters of rows."""
+        return int(self.member.max()) + 1
+
     def sides(self, rows: Array | None = None) -> tuple[Array, Array]:
         """Both columns or some of their rows, compute taken out where it is held equal."""
         if self.equal is not None:
@@ -176,66 +173,109 @@ class _Pair:
         return (self.a, self.b) if rows is None else (self.a[rows], self.b[rows])
 
     def interval(self, method: str, confidence: float) -> tuple[float, float, float]:
-        """Coefficient and interval; from -1 to 1 where nothing varies."""
-        value, num = coefficient_of(method, *self.sides()), int(self.member.max()) + 1
+        """Coefficient and interval; from -1 to 1 where nothing varies.
+
+        The variance of leaving clusters out is that of the coefficient itself, brought to Fisher's scale by the delta
+        method: without one row ranks may agree perfectly, which lies at infinity there.
+        """
+        n, value = len(self.a), coefficient(method, *self.sides())
         if not np.isfinite(value):
             return value, -1.0, 1.0
-        limit = 1 - 1e-12
-        rows = len(self.a) / repetition(method, *self.sides(), self.member, self.lost)
-        fisher = fishers_variance(method, value, rows * (1 - self.spent / len(self.a)) - self.lost)
-        kept = [np.flatnonzero(self.member != k) for k in range(num)] if num <= MOST_CLUSTERS else []
-        without = np.array([coefficient_of(method, *self.sides(each)) for each in kept])
-        without = np.arctanh(np.clip(without[np.isfinite(without)], -limit, limit))
-        left_out = (len(without) - 1) * np.var(without) if len(without) else fisher
-        left_out *= rows / max(1.0, rows - self.lost)  # clusters of a group mirror each other about its mean
-        # A variance from a few clusters varies much: it is averaged with Fisher's, which is known. Satterthwaite's
-        # degrees of freedom are those of such an average.
-        degrees = num - 1 - self.lost
-        variance = (FISHERS_WEIGHT * fisher + degrees * left_out) / (FISHERS_WEIGHT + degrees)
-        t = student.ppf(0.5 + confidence / 2, (FISHERS_WEIGHT + degrees) ** 2 / degrees)
-        z, half = float(np.arctanh(np.clip(value, -limit, limit))), t * np.sqrt(variance)
-        return value, float(np.tanh(z - half)), float(np.tanh(z + half))
+        # a perfect order of ranks tells no more than that no two neighbours are swapped
+        step = {"pearson": 0.0, "spearman": 6 / (n * (n**2 - 1)), "kendall": 2 / (n * (n - 1))}[method]
+        inner = float(np.clip(value, step + 1e-12 - 1, 1 - step - 1e-12))
+        rows = n / repetition(method, *self.sides(), self.member, self.lost)
+        variance = fisher = fishers_variance(method, value, rows * (1 - self.spent / n) - self.lost)
+        degrees = self.num_clusters - 1 - self.lost
+        if self.num_clusters <= MOST_CLUSTERS:
+            kept = (np.flatnonzero(self.member != k) for k in range(self.num_clusters))
+            without = np.array([coefficient(method, *self.sides(each)) for each in kept])
+            without = without[np.isfinite(without)]
+            left_out = (len(without) - 1) * np.var(without) / (1 - inner**2) ** 2 if len(without) else fisher
+            left_out *= rows / max(1.0, rows - self.lost)  # clusters of a group mirror each other about its mean
+            # A variance from a few clusters varies much: it is averaged with Fisher's, which is known. Satterthwaite's
+            # degrees of freedom are those of such an average.
+            variance = (FISHERS_WEIGHT * fisher + degrees * left_out) / (FISHERS_WEIGHT + degrees)
+        half = student.ppf(0.5 + confidence / 2, (FISHERS_WEIGHT + degrees) ** 2 / degrees) * np.sqrt(variance)
+        z = np.arctanh(inner)
+        return value, float(min(value, np.tanh(z - half))), float(max(value, np.tanh(z + half)))
 
 
-FISHERS_WEIGHT = 4
-"""Fisher's variance counts as much as so many degrees of freedom between clusters (how chosen: docs/analysis.md)."""
-MOST_CLUSTERS = 1000
-"""More clusters than this are not left out in turn: Fisher's standard error is enough."""
-
-
-def _lost(groups: Array, member: Array) -> int:
-    """Degrees of freedom between clusters that the means of groups (n,) take: none where groups do not hold several
-    clusters each, whole."""
-    labels, code = np.unique(groups, return_inverse=True)
-    nested = len(np.unique(np.stack([code, member]), axis=1).T) == member.max() + 1
-    return len(labels) - 1 if nested and len(labels) <= member.max() else 0
-
-
-def _without_group_means(rows: pd.DataFrame, within: str, a: Array, b: Array) -> tuple[Array, Array]:
-    """Both columns less the mean of their group."""
-    if within not in rows.columns:
-        raise AnalysisError(f"The table has no column {within!r} to correlate within.")
-    _, member = np.unique(rows[within].astype(str).to_numpy(), return_inverse=True)
-    sizes = np.bincount(member)
-    if sizes.max() < 2:
-        raise AnalysisError(f"Every {within} has a single row, so nothing varies within it.")
-    return a - (np.bincount(member, a) / sizes)[member], b - (np.bincount(member, b) / sizes)[member]
-
-
-def _columns(
-    df: pd.DataFrame, x: str, y: str, partial: str | None, cluster: str | None
-) -> tuple[Array, Array, Array | None, Array, Usable]:
-    numeric = [x, y, *([partial] if partial else [])]
-    for name in (*numeric, *([cluster] if cluster else [])):
-        if name not in df.columns:
-            raise no_column(df, name)
-    found = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
-    used_good = found.numbers
-    if len(used_good) < 4:
-        raise AnalysisError(f"Only {len(used_good)} rows have both {x} and {y}; a correlation needs at least 4.")
+def _pair(
+    rows: pd.DataFrame,
+    numbers: pd.DataFrame,
+    x: str,
+    y: str,
+    partial: str | None,
+    within: str | None,
+    cluster: str | None,
+) -> _Pair:
+    """Both columns with what is taken out of them."""
+    if len(rows) < MIN_ROWS:
+        raise AnalysisError(f"Only {len(rows)} rows have both {x} and {y}; a correlation needs at least {MIN_ROWS}.")
     for name in (x, y):
-        if used_good[name].nunique() < 2:
-            raise AnalysisError(f"{name} is the same in all {len(used_good)} rows, so it correlates with nothing.")
-    groups = found.rows[cluster].astype(str).to_numpy() if cluster else np.arange(len(used_good))
-    z = used_good[partial].to_numpy() if partial else None
-    return used_good[x].to_numpy(), used_good[y].to_numpy(), z, groups, found
+        if numbers[name].nunique() < 2:
+            raise AnalysisError(f"{name} is the same in all {len(rows)} rows, so it correlates with nothing.")
+    columns, lost, spent = numbers[[x, y]], 0, 0
+    member = np.unique(rows[cluster].astype(str), return_inverse=True)[1] if cluster else np.arange(len(rows))
+    if member.max() + 1 < MIN_ROWS:
+        raise AnalysisError(f"A correlation over {member.max() + 1} groups has no interval; give at least {MIN_ROWS}.")
+    if within is not None:
+        groups = rows[within].astype(str)
+        if groups.is_unique:
+            raise AnalysisError(f"Every {within} has a single row, so nothing varies within it.")
+        columns = columns - columns.groupby(groups).transform("mean")
+        # group means cost degrees of freedom between clusters where groups hold several clusters each, whole
+        is_nested = pd.Series(groups.to_numpy()).groupby(member).nunique().max() == 1
+        lost = groups.nunique() - 1 if is_nested and groups.nunique() <= member.max() else 0
+        spent = groups.nunique() - 1 - lost
+    equal = None
+    if partial is not None:
+        named = next((rows[name] for name in SIZE_COLUMNS if name in rows), pd.Series(np.arange(len(rows))))
+        sizes = named.astype(str).to_numpy()
+        equal = equal_compute(numbers[partial].to_numpy(), sizes)
+        spent += equal.basis.shape[1] - 1
+    a, b = columns.to_numpy().T
+    return _Pair(a=a, b=b, equal=equal, member=member, lost=lost, spent=spent)
+
+
+def coefficient(method: str, a: Array, b: Array) -> float:
+    """One correlation coefficient of two arrays (n,); NaN if either is constant."""
+    scales = np.abs(a).max(), np.abs(b).max()
+    if any(np.std(each) <= 1e-14 * scale for each, scale in zip((a, b), scales, strict=True)):
+        return float("nan")
+    return float(METHODS[method](a, b).statistic)
+
+
+def fishers_variance(method: str, value: float, rows: float) -> float:
+    """Variance of a coefficient of so many independent normal rows (Bonett and Wright's for ranks)."""
+    spare = max(1.0, rows - 3)
+    factor = {"pearson": 1.0, "spearman": 1 + value**2 / 2, "kendall": 0.437 * spare / max(1.0, spare - 1)}[method]
+    return factor / spare
+
+
+def repetition(method: str, a: Array, b: Array, member: Array, lost: int) -> float:
+    """By how much the rows of a cluster repeat each other: as many of them tell as much as one independent row.
+
+    The error of a correlation is a sum of u^2 - v^2 over the rows, with u = a + b and v = a - b of standardised
+    columns. Two normal rows share as much of it as the mean square of their correlations in u and in v, which analysis
+    of variance tells.
+
+    Args:
+        a: one column (n,).
+        b: the other.
+        member: number of each row's cluster (n,).
+        lost: degrees of freedom that means taken out of groups of clusters have cost.
+    """
+    sizes = np.bincount(member)
+    n, degrees = len(a), len(sizes) - 1 - lost
+    if len(sizes) == n:
+        return 1.0
+    a, b = (a, b) if method == "pearson" else (rankdata(a), rankdata(b))
+    a, b = (a - a.mean()) / a.std(), (b - b.mean()) / b.std()
+    size, shares = (n - np.sum(sizes**2) / n) / (len(sizes) - 1), []
+    for each in (a + b, a - b):
+        means = np.bincount(member, each) / sizes
+        between, inside = np.sum(sizes * means**2) / degrees, np.sum((each - means[member]) ** 2) / (n - len(sizes))
+        shares.append(max(0.0, between - inside) / max(between + (size - 1) * inside, 1e-300))
+    return float(1 + (np.sum(sizes**2) / n - 1) * np.mean(np.square(shares)))

@@ -1,8 +1,8 @@
-"""From loss to accuracy: links with a chance floor, two-step forecasts, and the loss at which a task leaves chance."""
+"""From loss to accuracy: links with a chance floor, and two-step forecasts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,10 +97,6 @@ class Forecast(Result):
     confidence: float
 
     def headline(self) -> str:
-        """How many scales, which intervals."""
-        return f"Accuracy at {len(self.table)} scales by way of the loss, {self.confidence:.0%} intervals"
-
-    def summary(self) -> str:
         """One clause a scale."""
         return self.sentence()
 
@@ -112,10 +108,6 @@ class Forecast(Result):
             for row in self.table.itertuples()
         ]
         return f"Expected, with {100 * self.confidence:.0f} % prediction intervals of both steps: {'; '.join(parts)}."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, without the draws."""
-        return {"confidence": self.confidence, "scales": self.table.to_dict("records"), "sentence": self.sentence()}
 
 
 def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], *, seed: int = 0) -> Forecast:
@@ -155,71 +147,3 @@ def _link_values(link: Fit, draws: Mapping[str, Array], loss: Array) -> Array:
     parts = link.law.basis(Columns({"L": loss}), {k: v[:, None] for k, v in draws.items()})
     values = sum(draws[p.name][:, None] * part for p, part in zip(link.law.linear, parts, strict=True))
     return np.clip(values, *(link.limits or (0.0, 1.0)))
-
-
-def average(forecasts: Sequence[Forecast]) -> pd.DataFrame:
-    """Mean accuracy over tasks: accuracy, ci_lo, ci_hi, pi_lo, pi_hi (errors as correlated as the draws)."""
-    num = min(len(f.curve_draws) for f in forecasts)
-    tails = [50 * (1 - forecasts[0].confidence), 50 * (1 + forecasts[0].confidence)]
-    curve = np.mean([f.curve_draws[:num] for f in forecasts], axis=0)
-    measured = np.mean([f.measured_draws[:num] for f in forecasts], axis=0)
-    out = pd.DataFrame({"accuracy": np.mean([f.table["accuracy"] for f in forecasts], axis=0)})
-    out["ci_lo"], out["ci_hi"] = np.nanpercentile(curve, tails, axis=0)
-    out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
-    return out
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class LeavesChance(Result):
-    """The loss at which a task rises above guessing."""
-
-    loss: float
-    """Highest loss at which the link exceeds chance by the margin; NaN if it never does in the fitted range."""
-    low: float
-    """Lower end of its interval."""
-    high: float
-    chance: float
-    margin: float
-    """What counts as above: two standard errors of an accuracy measured on n examples."""
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row: loss, low, high, chance, margin."""
-        return pd.DataFrame([vars(self)])
-
-    def headline(self) -> str:
-        """In words."""
-        return self.sentence()
-
-    def sentence(self) -> str:
-        """In words."""
-        if not np.isfinite(self.loss):
-            return f"The task stays within {self.margin:.3f} of chance ({self.chance:.3f}) over the measured losses."
-        return (
-            f"The task rises {self.margin:.3f} above chance ({self.chance:.3f}) at a loss of {self.loss:.4g} "
-            f"({self.low:.4g} to {self.high:.4g})."
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return vars(self) | {"sentence": self.sentence()}
-
-
-def leaves_chance(second: Fit, *, chance: float, num_examples: int) -> LeavesChance:
-    """At what loss a task leaves chance, by the link and the sampling error of its accuracy."""
-    margin = 2 * float(np.sqrt(chance * (1 - chance) / num_examples))
-    low, high = second.ranges["L"]
-    grid = np.linspace(low, high, 1000)
-
-    def highest(values: Array) -> Array:
-        above = np.atleast_2d(values) > chance + margin
-        return np.where(above.any(axis=1), grid[above.shape[1] - 1 - np.argmax(above[:, ::-1], axis=1)], np.nan)
-
-    point = float(highest(second.law.value({"L": grid}, second.law_params))[0])
-    ends = (np.nan, np.nan)
-    if second.draws:
-        crossings = highest(np.broadcast_to(second.law.value({"L": grid}, second.draws), (second.num_draws, len(grid))))
-        if np.isfinite(crossings).any():
-            tails = [50 * (1 - second.confidence), 50 * (1 + second.confidence)]
-            ends = (float(np.nanpercentile(crossings, tails[0])), float(np.nanpercentile(crossings, tails[1])))
-    return LeavesChance(loss=point, low=ends[0], high=ends[1], chance=chance, margin=margin)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_of
+from aimscale.analysis.cli.options import draw, show, table_of
 
 
 def command(
@@ -27,16 +27,22 @@ def command(
     ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
     columns: options.Columns = None,
     where: options.Where = None,
-    each: Annotated[
-        bool, typer.Option("--each", help="Also print the differences by size and by images seen.")
-    ] = False,
     figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
-    """Pair rows over size, data, seed and all other settings; differences and ratios with Student's intervals."""
+    """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
+    import json as json_module
+
+    from aimscale.analysis.display import plain_types
     from aimscale.analysis.effects.contrasts import contrast
-    from aimscale.analysis.effects.gains import with_gains
+    from aimscale.analysis.effects.gains import gains
 
     df = table_of(tables, columns, where)
-    found = with_gains(contrast(df, by=by, baseline=baseline, measures=measure or [], ignore=ignore or []), df)
-    show(found, json, figure, after=found.lines_by_scale() if each else ())
+    found = contrast(df, by=by, baseline=baseline, measures=measure or [], ignore=ignore or [])
+    worth = gains(found, df)
+    if not json:
+        show(found, json, figure, after=[f"- {line}" for line in worth.sentences()])
+        return
+    if figure is not None:
+        draw(found.plot(), figure)
+    typer.echo(json_module.dumps(plain_types(found.to_dict() | {"gains": worth.gains}), indent=2, allow_nan=False))

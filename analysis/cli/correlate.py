@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,11 +58,8 @@ def command(
     x, y = our_name(df, x), our_name(df, y)
     partial, within = (our_name(df, name) if name else None for name in (partial, within))
     groups = groups_by_probe(df, y)
-    by = {k: clusters_of(group, cluster) for k, group in groups.items()}
-    found = {
-        k: in_their_words(df, correlate(group, x=x, y=y, partial=partial, within=within, cluster=by[k]))
-        for k, group in groups.items()
-    }
+    held: dict[str, Any] = {"partial": partial, "within": within, "cluster": None if cluster == "none" else cluster}
+    found = {k: correlate(group, x=x, y=y, **held) for k, group in groups.items()}
     links = {k: link_of(group, link, x, y) for k, group in groups.items()} if link else {}
     if figure is not None:
         if x != "val_loss" or ("", "") in groups:
@@ -90,26 +86,6 @@ def command(
                 typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
 
 
-def in_their_words(df: pd.DataFrame, found: Sequence[Correlation]) -> tuple[Correlation, ...]:
-    """Correlations of columns by the names that the table's file gives them."""
-    from aimscale.analysis.table.names import their_name
-
-    def translated(c: Correlation) -> Correlation:
-        fields = {
-            field: name for field in ("x", "y", "partial_on", "within") if (name := getattr(c, field)) is not None
-        }
-
-        def in_theirs(text: str) -> str:
-            for name in fields.values():
-                text = text.replace(name, their_name(df, name))
-            return text
-
-        called: dict[str, Any] = {field: their_name(df, name) for field, name in fields.items()}
-        return replace(c, **called, adjusted=in_theirs(c.adjusted))
-
-    return tuple(map(translated, found))
-
-
 def draw_probes(
     groups: Mapping[Probe, pd.DataFrame],
     found: Mapping[Probe, Sequence[Correlation]],
@@ -129,14 +105,6 @@ def draw_probes(
             {task: links[key] for task, key in of_kind.items() if key in links},
         )
         draw(drawn, path.with_name(f"{path.stem}-{kind}"))
-
-
-def clusters_of(rows: pd.DataFrame, wish: str) -> str | None:
-    """The column to resample by; `auto` takes runs where at least four have several rows."""
-    if wish != "auto":
-        return None if wish == "none" else wish
-    runs = rows["run_id"].nunique() if "run_id" in rows.columns else 0
-    return "run_id" if 4 <= runs < len(rows) else None
 
 
 def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:

@@ -2,19 +2,20 @@
 
 Two rows are a pair when they agree in every other column of the design and stand at two levels of the one in question.
 Budgets of the same two runs share a trunk, so their differences are averaged first: a pair of runs counts once, and the
-interval is Student's over pairs of runs (sizes x seeds). With three pairs it is wide, and says so.
+interval is over pairs of runs (sizes x seeds), whose errors a size may share. With three pairs it is wide, and says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from aimscale.analysis.effects.compared import Contrast, Contrasts
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.errors import sandwich
 from aimscale.analysis.table.design import (
@@ -30,6 +31,7 @@ from aimscale.analysis.table.design import (
 from aimscale.analysis.table.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_names, our_name, their_name
 from aimscale.analysis.table.points import complete
+from aimscale.analysis.words import Flag, flag_words
 
 HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
 FOLLOWS = {
@@ -43,18 +45,122 @@ FOLLOWS = {
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive", BLOCKS: "last"}  # fmt: skip
 """Column -> the level that the paper uses, the baseline unless another is named."""
-OTHER_UNIT = {"target": "are errors of other targets", "patch_size": "are means over other patches",
-              "image_size": "are measured on other pictures"}  # fmt: skip
-"""Column whose levels have losses that cannot be subtracted, and why."""
-CAUTION = {
-    "prefix": "The validation loss gives every model a bidirectional prefix, which one trained without has never seen.",
-    "patch_order": "Orders score other patches after the same prefix length, so their losses differ in what is asked.",
-    "head_depth": "Equal images, not equal compute: a deeper head costs more per image.",
-    "head_rule": "Equal images, not equal compute: a larger head costs more per image.",
-}
-"""Column -> what a reader should know about its losses."""
-POWER_Z = 0.8
+OTHER_UNIT = ("target", "patch_size", "image_size")
+"""Columns whose levels have losses that cannot be subtracted."""
+CAUTION = {"prefix": "unseen_prefix", "patch_order": "other_patches", **dict.fromkeys(HEAD[:2], "equal_images")}
+"""Column -> kind of the flag about its losses."""
+POWER = 0.8
 """Power at which the smallest effect that could have been seen is stated."""
+BETTER, WORSE, ALIKE = "better", "worse", "not shown to differ"
+"""Verdicts."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrast(Result):
+    """One level against the baseline, in one measure."""
+
+    measure: Measure
+    baseline: str
+    """Level that is subtracted."""
+    level: str
+    num_pairs: int
+    num_run_pairs: int
+    """Pairs of runs, over which the interval is: budgets of the same two runs are averaged first."""
+    baseline_mean: float
+    """Mean of the measure at the baseline, over pairs of runs."""
+    level_mean: float
+    difference: float
+    """Mean of level minus baseline."""
+    low: float
+    """Lower end of its interval; NaN with a single pair of runs."""
+    high: float
+    ratio: float
+    """Geometric mean of level over baseline; NaN where a value is not positive."""
+    ratio_low: float
+    ratio_high: float
+    detectable: float
+    """Size of a true difference that would have been seen with probability 0.8; NaN with a single pair."""
+    verdict: str
+    """`better`, `worse`, or `not shown to differ`."""
+    confidence: float
+    pairs: pd.DataFrame = field(repr=False)
+    """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
+    by_scale: pd.DataFrame
+    """The difference per size and per budget: column, value, num_run_pairs, difference, low, high."""
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.verdict != ALIKE
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
+        skip = {"measure", "pairs", "by_scale", "confidence"}
+        return pd.DataFrame([{"measure": self.measure.name, **{k: v for k, v in vars(self).items() if k not in skip}}])
+
+    def headline(self) -> str:
+        """The difference in words."""
+        return self.sentence()
+
+    def sentence(self) -> str:
+        """Difference, interval, pairs, what could have been seen, and where the sign is the other one."""
+        m = self.measure
+        values = f"{m.shown(self.level_mean)} against {m.shown(self.baseline_mean)}"
+        head = f"{m.title}: {self.level} {values}, difference {m.shown_difference(self.difference)}"
+        if self.num_run_pairs < 2:
+            return f"{head}, from one pair of runs: no interval, so nothing is shown."
+        text = f"{head} [{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]"
+        if np.isfinite(self.ratio):
+            text += f", ratio {self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
+        rows = f" ({self.num_pairs} of rows)" if self.num_pairs > self.num_run_pairs else ""
+        turned = ", ".join(self.turned())
+        text += f", over {self.num_run_pairs} pairs of runs{rows}: {self.level} is {self.verdict}"
+        text += f"; the sign is the other one at {turned}." if turned else "."
+        if not self.is_shown:
+            text += f" A true difference of {m.shown_size(self.detectable)} would have been seen four times in five."
+        return text
+
+    def turned(self) -> list[str]:
+        """Sizes and budgets whose mean difference has the other sign."""
+        found = []
+        for name, rows in self.by_scale.groupby("column", sort=False):
+            other = rows.loc[np.sign(rows["difference"]) == -np.sign(self.difference), "value"] if len(rows) > 1 else ()
+            found += [f"size {v}" if name == "size" else f"D = {float(v):,.0f}" for v in other]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrasts(Result):
+    """All levels of a column against the baseline."""
+
+    by: str
+    baseline: str
+    equal: tuple[str, ...]
+    """Columns that take several values and are equal within every pair."""
+    contrasts: tuple[Contrast, ...]
+    """One per measure and level."""
+    flags: tuple[Flag, ...]
+    """What was not compared and why, and what to know about this column's losses."""
+
+    def sentences(self) -> list[str]:
+        """In words."""
+        equal = ", ".join(self.equal) or "no other column varies"
+        lines = [f"{self.by}, against {self.baseline}, with everything else equal ({equal}):"]
+        return [*lines, *(f"- {each.sentence()}" for each in self.contrasts), *flag_words(self.flags)]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per measure and level."""
+        return pd.concat([each.table for each in self.contrasts], ignore_index=True)
+
+    def headline(self) -> str:
+        """Column and baseline."""
+        return f"{self.by} against {self.baseline}, everything else equal"
+
+    def summary(self) -> str:
+        """The sentences, one a line."""
+        return "\n".join(self.sentences())
 
 
 def contrast(
@@ -80,21 +186,12 @@ def contrast(
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
     """
     by = by if by in (KIND, BLOCKS) else our_name(frame, by)
-    frame = frame if by == "params_total" else with_size(frame)
-    ignore = [our_name(frame, name) for name in ignore]
-    rows = complete(frame)
+    rows = complete(frame if by == "params_total" else with_size(frame))
     if by in rows and not varies(rows[by]):
-        values = [level_name(value) for value in rows[by].dropna().unique()]
-        taken = f"the single value {values[0]}" if values else "no value"
-        raise AnalysisError(f"{by} takes {taken} among the complete rows, so there is nothing to compare; vary it.")
-    asked = wanted_measures(rows, measures, by)
-    left_out: list[str] = []
-    if by in OTHER_UNIT and any(m.column == "val_loss" for m in asked):
-        asked = [m for m in asked if m.column != "val_loss"]
-        left_out.append(f"Losses at different {by} {OTHER_UNIT[by]}, so they are not compared.")
-    if not asked:
-        raise AnalysisError(f"Nothing can be compared over {by}. {' '.join(left_out)}".rstrip())
-    keys = _keys(rows, by, ignore, {m.column for m in asked})
+        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
+        raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")
+    asked, flags = _comparable(wanted_measures(rows, measures, by), by)
+    keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
     long = long_format(rows, asked, by)
     levels = _levels(long[by])
     if len(levels) < 2:
@@ -102,56 +199,52 @@ def contrast(
         raise AnalysisError(f"Nothing can be compared: {alone} values of {', '.join(m.title for m in asked)}.")
     baseline = _baseline(long, by, levels, baseline)
     found: list[Contrast] = []
-    why: dict[str, list[str]] = {}  # reason -> the measures that have it
+    why: dict[Flag, list[str]] = {}  # reason -> the measures that have it
     for m in asked:
-        for level in levels:
-            if level == baseline:
-                continue
+        for level in (each for each in levels if each != baseline):
             one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level, confidence)
-            if isinstance(one, str):
+            if isinstance(one, Flag):
                 why.setdefault(one, []).append(m.title)
             else:
                 found.append(one)
-    left_out += [f"{', '.join(titles)}: {reason}" for reason, titles in why.items()]
+    flags += [Flag(kind=r.kind, subject=r.subject, more=(", ".join(titles), *r.more)) for r, titles in why.items()]
     if not found:
-        raise AnalysisError(" ".join(_some_lines(left_out)))
+        raise AnalysisError(" ".join(flag_words(flags)))
+    flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
+    num = sum(each.num_run_pairs > 1 for each in found)
+    flags += [Flag(kind="many_intervals", number=num, more=(num / 20,))] if num >= 5 else []
     equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
-    return Contrasts(
-        by=by,
-        baseline=baseline,
-        equal=equal,
-        contrasts=tuple(found),
-        left_out=_some_lines(left_out),
-        caution=CAUTION.get(by, ""),
-    )
+    return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
     """Columns that `contrast` may compare in a table: those of the design that vary, probe kinds and blocks."""
-    varied = [name for name in (*DESIGN, *setup_columns(frame)) if name in frame and varies(frame[name])]
+    names = [*(name for name in DESIGN if name not in MEASURED_ON), *setup_columns(frame)]
+    varied = [name for name in names if name in frame and varies(frame[name])]
     if set(HEAD) & set(varied):  # the actual depth tells the heads apart; it varies with size alone otherwise
         head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
         varied = [head, *[name for name in varied if name not in HEAD]]
     return [*varied, KIND, BLOCKS]
 
 
-def _some_lines(lines: list[str], limit: int = 5) -> tuple[str, ...]:
-    """The first few different ones."""
-    different = list(dict.fromkeys(lines))
-    more = (f"And {len(different) - limit} more like these.",) if len(different) > limit else ()
-    return (*different[:limit], *more)
+def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
+    """The measures whose levels can be subtracted, and a flag about the loss where it is left out."""
+    kept = [m for m in asked if not (by in OTHER_UNIT and m.column == "val_loss")]
+    flags = [Flag(kind="other_unit", subject=by)] if len(kept) < len(asked) else []
+    if not kept:
+        raise AnalysisError(f"Nothing can be compared over {by}. {' '.join(map(str, flags))}".rstrip())
+    return kept, flags
 
 
-def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: set[str]) -> list[str]:
+def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collection[str]) -> list[str]:
     """Columns that a pair must share."""
-    unknown = [name for name in ignore if name not in rows]
-    if unknown:
+    if unknown := [name for name in ignore if name not in rows]:
         raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {column_names(rows)}.")
     if by in (KIND, BLOCKS):
-        return [name for name in ("run_id", *SCALE[:6]) if name in rows]
-    names = held_equal(rows, free={by, *FOLLOWS.get(by, ()), *ignore, *measured})
+        return [name for name in ("run_id", *SCALE) if name in rows]
     foreign = foreign_settings(rows, measured)
-    return [name for name in names if name not in ("size", *foreign) or by not in rows or not _is_one(rows, by, name)]
+    same = [name for name in ("size", *foreign) if name in rows and by in rows and _is_one(rows, by, name)]
+    return held_equal(rows, {by, *FOLLOWS.get(by, ()), *same, *ignore, *measured})
 
 
 def _is_one(rows: pd.DataFrame, one: str, other: str) -> bool:
@@ -187,114 +280,99 @@ def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) 
 
 def _one(
     long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baseline: str, level: str, confidence: float
-) -> Contrast | str:
-    """One contrast, or a sentence why there is none."""
+) -> Contrast | Flag:
+    """One contrast, or a flag why there is none."""
     names = long[by].map(level_name, na_action="ignore")
     sides = [long[names == each] for each in (baseline, level)]
     if min(map(len, sides)) == 0:
-        absent = baseline if sides[0].empty else level
-        return f"no value at {by} = {absent}."
+        return Flag(kind="absent", subject=f"{by} = {baseline if sides[0].empty else level}")
     means = [side.groupby(keys, dropna=False)["value"].mean().reset_index() for side in sides]
     pairs = means[0].merge(means[1], on=keys, suffixes=("_baseline", "_level"))
     pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
     if pairs.empty:
-        return f"nothing is paired between {by} = {baseline} and {level}; {_why(sides, keys)}"
+        return Flag(kind="unpaired", subject=_differs(sides, keys), more=(f"{by} = {baseline}", level))
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
     runs = [name for name in keys if name != "images_seen"]
     pairs["run_pair"] = pairs.groupby(runs, dropna=False).ngroup() if runs else 0
-    by_run = pairs.groupby("run_pair")[["baseline_value", "level_value", "difference"]].mean()
-    size_of = pairs.groupby("run_pair")["size"].first() if "size" in pairs else None
-    centre, low, high, se = grouped_interval(by_run["difference"].to_numpy(), size_of, confidence)
+    groups = pairs.groupby("run_pair")
+    means_of = groups[["baseline_value", "level_value", "difference"]].mean()
+    size_of = groups["size"].first() if "size" in pairs else None
+    centre, half, se, spare = mean_of(means_of["difference"], size_of, confidence)
     ratio: tuple[float, ...] = (np.nan, np.nan, np.nan)
-    positive = (pairs[["baseline_value", "level_value"]] > 0).all(axis=None)
-    if positive and measure.has_ratio:
+    if measure.has_ratio and (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
         logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log).groupby(pairs["run_pair"]).mean()
-        ratio = tuple(float(np.exp(v)) for v in grouped_interval(logs.to_numpy(), size_of, confidence)[:3])
-    spare = len(by_run) - 1
-    needed = student.ppf(0.5 + confidence / 2, spare) + student.ppf(POWER_Z, spare) if spare else np.nan
+        middle, width, *_ = mean_of(logs, size_of, confidence)
+        ratio = tuple(float(np.exp(v)) for v in (middle, middle - width, middle + width))
+    needed = student.ppf(0.5 + confidence / 2, spare) + student.ppf(POWER, spare)
+    is_better = (centre < 0) == measure.lower_is_better
     return Contrast(
         measure=measure,
         baseline=baseline,
         level=level,
         num_pairs=len(pairs),
-        num_run_pairs=len(by_run),
-        baseline_mean=float(by_run["baseline_value"].mean()),
-        level_mean=float(by_run["level_value"].mean()),
+        num_run_pairs=len(means_of),
+        baseline_mean=float(means_of["baseline_value"].mean()),
+        level_mean=float(means_of["level_value"].mean()),
         difference=centre,
-        low=low,
-        high=high,
+        low=centre - half,
+        high=centre + half,
         ratio=ratio[0],
         ratio_low=ratio[1],
         ratio_high=ratio[2],
         detectable=float(needed * se),
+        verdict=ALIKE if not abs(centre) > half else BETTER if is_better else WORSE,
         confidence=confidence,
         pairs=pairs,
         by_scale=_by_scale(pairs, confidence),
     )
 
 
-def grouped_interval(
-    values: np.ndarray, groups: pd.Series | None, confidence: float
+def mean_of(
+    values: pd.Series, groups: pd.Series | None = None, confidence: float = 0.95
 ) -> tuple[float, float, float, float]:
-    """`t_interval` that allows for what pairs of a group (a size) share, such as a rate that suits one level better.
+    """Mean, half of its interval, standard error and degrees of freedom; NaN but for the mean of a single value.
 
-    Groups of one pair each, or fewer than three groups, tell nothing of that.
+    The interval is cluster-robust (`fitting.errors.sandwich`) over groups (sizes), which may share what suits one level
+    better; with fewer than three groups, or groups of one value each, it is Student's over the values.
     """
-    codes = None if groups is None else np.unique(groups.astype(str), return_inverse=True)[1]
-    if codes is None or not 3 <= codes.max() + 1 < len(values) or np.ptp(values) == 0:
-        return t_interval(values, confidence)
-    n, centre = len(values), float(np.mean(values))
-    found = sandwich(np.ones((n, 1)), values - centre, np.ones(n), codes)
-    (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
-    half = float(student.ppf(0.5 + confidence / 2, degrees) * se)
-    return centre, centre - half, centre + half, float(se)
-
-
-def t_interval(values: np.ndarray, confidence: float) -> tuple[float, float, float, float]:
-    """Mean, Student's interval and standard error of independent values; NaN ends for a single one."""
-    centre, n = float(np.mean(values)), len(values)
+    y, n = values.to_numpy(float), len(values)
+    centre = float(y.mean())
     if n < 2:
         return centre, np.nan, np.nan, np.nan
-    se = float(np.std(values, ddof=1) / np.sqrt(n))
-    half = float(student.ppf(0.5 + confidence / 2, n - 1)) * se
-    return centre, centre - half, centre + half, se
+    codes = np.arange(n) if groups is None else np.unique(groups.astype(str), return_inverse=True)[1]
+    codes = codes if codes.max() + 1 >= 3 else np.arange(n)
+    found = sandwich(np.ones((n, 1)), y - centre, np.ones(n), codes)
+    (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
+    return centre, float(student.ppf(0.5 + confidence / 2, degrees) * se), float(se), float(degrees)
 
 
 def _by_scale(pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
     for column in ("size", "images_seen"):
-        if column not in pairs or not varies(pairs[column]):
-            continue
-        for value, group in pairs.groupby(column, sort=column != "size"):
-            means = group.groupby("run_pair")["difference"].mean()
-            centre, low, high, _ = t_interval(means.to_numpy(), confidence)
-            row = {"column": column, "value": value, "num_run_pairs": len(means), "difference": centre}
-            rows.append({**row, "low": low, "high": high})
+        if column in pairs and varies(pairs[column]):
+            for value, group in pairs.groupby(column, sort=column != "size"):
+                means = group.groupby("run_pair")["difference"].mean()
+                centre, half, *_ = mean_of(means, confidence=confidence)
+                rows.append((column, value, len(means), centre, centre - half, centre + half))
     return pd.DataFrame(rows, columns=["column", "value", "num_run_pairs", "difference", "low", "high"])
 
 
-def _why(sides: list[pd.DataFrame], keys: list[str]) -> str:
-    """Columns in which the two levels never agree, each or with the others equal."""
-    apart = []
-    for name in keys:
-        ours, theirs = (set(side[name].dropna().unique()) for side in sides)
-        if (ours or theirs) and not ours & theirs:
-            apart.append(f"{name} ({_some(ours)} against {_some(theirs)})")
-    if apart:
-        return f"their rows never agree in {', '.join(apart)}; run both with the same, or --ignore that column."
+def _differs(sides: list[pd.DataFrame], keys: list[str]) -> str:
+    """Columns in which the two levels never agree; else the one in which rows differ that agree in the others."""
+
+    def values(rows: Sequence[pd.DataFrame], names: Sequence[str]) -> tuple[set[Any], ...]:
+        return tuple(set(each[name].dropna().unique()) for each, name in zip(rows, names, strict=True))
+
+    def words(name: str, both: tuple[set[Any], ...]) -> str:
+        shown = [sorted(map(level_name, each)) for each in both]
+        return f"{name} ({' against '.join(', '.join(s[:4]) + ', ...' * (len(s) > 4) for s in shown)})"
+
+    apart = {name: both for name in keys if not set.intersection(*(both := values(sides, [name, name])))}
+    if found := [words(name, both) for name, both in apart.items() if any(both)]:
+        return ", ".join(found)
     for name in keys:
         rest = [key for key in keys if key != name]
         near = sides[0].merge(sides[1], on=rest) if rest else sides[0].merge(sides[1], how="cross")
         if len(near):
-            ours, theirs = (set(near[f"{name}_{side}"].dropna().unique()) for side in "xy")
-            return (
-                f"rows that agree in all else differ in {name} ({_some(ours)} against {_some(theirs)}); run both with "
-                "the same, or --ignore that column."
-            )
-    varied = [name for name in keys if len(pd.concat([side[name] for side in sides]).unique()) > 1]
-    return f"no row of one agrees with a row of the other in all of {', '.join(varied)}."
-
-
-def _some(values: set[Any]) -> str:
-    names = sorted(level_name(value) for value in values)
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none"
+            return words(name, values([near, near], [f"{name}_x", f"{name}_y"]))
+    return ", ".join(name for name in keys if len(pd.concat([side[name] for side in sides]).unique()) > 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
@@ -33,7 +33,7 @@ class Repeats(Result):
     fit: Fit
     max_epochs: float
     """Most passes over the same images in the table."""
-    table: pd.DataFrame = field(repr=False)
+    table: pd.DataFrame
     """One row a number of passes k: epochs; worth, worth_low, worth_high (of the k-th sight, a share of a new image's);
     effective, effective_low, effective_high (all k passes in passes of new images); measured (within the table)."""
     num_uniques: int
@@ -49,38 +49,25 @@ class Repeats(Result):
         """What a pool is of, in words; a foreign table, whose losses have no unit of ours, does not say."""
         return "image" if self.fit.loss_unit else "sample"
 
-    @property
-    def a_sample(self) -> str:
-        """The same with its article."""
-        return "an image" if self.fit.loss_unit else "a sample"
-
     def sentences(self) -> list[str]:
-        """R_D, what the second, fourth and last measured sights are worth, and what cannot be said."""
-        r, i = self.fit.params["R_D"], self.fit.intervals.get("R_D")
-        what, an = self.sample, self.a_sample
-        lines = []
-        if not self.is_unbounded:
-            ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
-            half = f" [{i.low * np.log(2) + 1:.2g}, {i.high * np.log(2) + 1:.2g}]" if i else ""
-            k = round(r * np.log(2) + 1)
-            lines.append(
-                f"R_D = {r:.3g}{ends} ({PUBLISHED:.1f} for language, Muennighoff et al. 2023): a repeat is worth half "
-                f"of a new {what} at its {k}{_th(k)} sight{half}."
-            )
-        else:
-            least = i.low if i else r
-            lines.append(
-                f"R_D has no upper end in these data; it is at least {least:.3g}. Up to {self.max_epochs:.3g} passes, "
-                f"repeats cannot be told from new {what}s."
-            )
+        """R_D, what passes are worth, and what cannot be said."""
+        r, i, what = self.fit.params["R_D"], self.fit.intervals.get("R_D"), self.sample
+        ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
+        lines = [
+            f"R_D = {r:.3g}{ends} ({PUBLISHED:.1f} for language, Muennighoff et al. 2023): a repeat is worth half of a "
+            f"new {what} after {r * np.log(2):.3g} repeats."
+            if not self.is_unbounded
+            else f"R_D has no upper end in these data; it is at least {i.low if i else r:.3g}. Up to "
+            f"{self.max_epochs:.3g} passes, repeats cannot be told from new {what}s."
+        ]
         measured = self.table[self.table["measured"]]
         told = measured[measured["epochs"].isin((2, 4, 8, 16, 32)) | (measured["epochs"] == measured["epochs"].max())]
-        for row in told.itertuples():
-            lines.append(
-                f"The {row.epochs}{_th(row.epochs)} sight of {an} is worth {100 * row.worth:.0f} % "
-                f"[{100 * row.worth_low:.0f}, {100 * row.worth_high:.0f}] of a new one; {row.epochs} passes are worth "
-                f"{row.effective:.2f} [{row.effective_low:.2f}, {row.effective_high:.2f}] of new {what}s."
-            )
+        lines += [
+            f"Pass {row.epochs} over the same {what}s is worth {100 * row.worth:.0f} % [{100 * row.worth_low:.0f}, "
+            f"{100 * row.worth_high:.0f}] of a pass over new ones; all {row.epochs} are worth {row.effective:.2f} "
+            f"[{row.effective_low:.2f}, {row.effective_high:.2f}]."
+            for row in told.itertuples()
+        ]
         lines.append(
             f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
             f"passes; {self.fit.interval_method}."
@@ -93,11 +80,8 @@ class Repeats(Result):
 
     def summary(self) -> str:
         """Sentences and the table."""
-        shown = self.table.copy()
-        for name in ("worth", "worth_low", "worth_high"):
-            shown[name] = 100 * shown[name]
-        shown = shown.rename(columns={"worth": "worth (%)"})
-        return "\n".join([*self.sentences(), "", shown.to_string(index=False, float_format=lambda v: f"{v:.3g}")])
+        shown = self.table.to_string(index=False, float_format=lambda v: f"{v:.3g}")
+        return "\n".join([*self.sentences(), "", shown])
 
     def curves(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(curves D, U, loss, fresh; points D, U, loss) at the size with most pool sizes, for `plot_repeats`."""
@@ -116,25 +100,6 @@ class Repeats(Result):
             fresh = self.fit.law.value(x | {"U": seen}, self.fit.law_params)
             parts.append(pd.DataFrame({"D": seen, "U": unique, "loss": loss, "fresh": fresh}))
         return pd.concat(parts, ignore_index=True), data[["D", "U"]].assign(loss=data["y"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return plain_types(
-            {
-                "R_D": None if self.is_unbounded else self.fit.params["R_D"],
-                "unbounded": self.is_unbounded,
-                "max_epochs": self.max_epochs,
-                "epochs": self.table.to_dict("records"),
-                "fit": self.fit.to_dict(),
-                "sentences": self.sentences(),
-            }
-        )
-
-
-def _th(number: int) -> str:
-    if number % 100 in (11, 12, 13):
-        return "th"
-    return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
 
 
 def repeats(
@@ -172,25 +137,20 @@ def repeats(
     found = fit(law, rows, y=y, columns=columns, objective=objective, resamples=resamples)
     most = float(ratio.max())
     draws = found.draws.get("R_D", np.array([found.law_params["R_D"]]))
-    records = [_record(k, found.law_params["R_D"], draws, most, found.confidence) for k in _passes(most)]
+    passes = sorted({k for k in EPOCHS if k <= 4 * most} | {max(2, int(most))})
+    records = [_record(k, found.law_params["R_D"], draws, most, found.confidence) for k in passes]
     return Repeats(fit=found, max_epochs=most, table=pd.DataFrame(records), num_uniques=len(uniques))
 
 
-def _passes(most: float) -> list[int]:
-    """Numbers of passes to tell of: up to four times the measured ones, the largest measured one included."""
-    return sorted({k for k in EPOCHS if k <= 4 * most} | {max(2, int(most))})
-
-
 def _record(k: int, r: float, draws: Array, most: float, confidence: float) -> dict[str, Any]:
-    worth, total = np.exp(-(k - 1) / draws), effective(np.ones(len(draws)), np.full(len(draws), float(k)), draws)
-    worth_ends, total_ends = interval(worth, confidence), interval(total, confidence)
-    return {
-        "epochs": k,
-        "worth": float(np.exp(-(k - 1) / r)),
-        "worth_low": worth_ends.low,
-        "worth_high": worth_ends.high,
-        "effective": float(effective(np.ones(1), np.array([float(k)]), np.array([r]))[0]),
-        "effective_low": total_ends.low,
-        "effective_high": total_ends.high,
-        "measured": k <= most,
-    }
+    """A row of `Repeats.table`."""
+
+    def worth(r_d: Array) -> dict[str, Array]:
+        return {"worth": np.exp(-(k - 1) / r_d), "effective": effective(np.ones(len(r_d)), np.full(len(r_d), k), r_d)}
+
+    row: dict[str, Any] = {"epochs": k}
+    value = worth(np.array([r]))
+    for name, each in worth(draws).items():
+        ends = interval(each, confidence)
+        row |= {name: float(value[name][0]), f"{name}_low": ends.low, f"{name}_high": ends.high}
+    return row | {"measured": k <= most}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
@@ -20,6 +20,7 @@ from aimscale.analysis.next.backtest import AUTO, choose, with_compute
 from aimscale.analysis.next.proposal import place_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.words import Flag
 
 MIN_PROBED = 6
 """Probed rows below which no link from loss to accuracy is fitted."""
@@ -34,14 +35,12 @@ class Ahead(Result):
     pi_lo, pi_hi (of one measurement)."""
     at: dict[str, float]
     """Variable -> value."""
-    law: Fit = field(repr=False)
+    law: Fit
     """The law of the loss."""
     beyond_range: float
     """Largest factor by which a variable lies outside the fitted range; 1 inside."""
-    routes: tuple[str, ...] = ()
-    """How each accuracy was forecast, and what the backtest said of the other route."""
-    left_out: tuple[str, ...] = ()
-    """What was not forecast, and why."""
+    flags: tuple[Flag, ...] = ()
+    """How each accuracy was forecast, what was not and why, and what to be careful about in the law."""
 
     def headline(self) -> str:
         """Scale, law, distance."""
@@ -59,18 +58,7 @@ class Ahead(Result):
         ]
         note = f"Intervals of {self.law.confidence:.0%}: {self.law.interval_method}."
         gone = [f"Left out: {'; '.join(map(str, self.law.exclusions))}."] if self.law.exclusions else []
-        return "\n".join(
-            [f"{self.headline()}:", *lines, note, *gone, *self.routes, *map(str, self.law.flags), *self.left_out]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        quantities = self.table.to_dict("records")
-        law = {"law": self.law.law.name, "params": self.law.params, "num_points": self.law.num_points}
-        rest = {"at": self.at, "beyond_range": self.beyond_range, "confidence": self.law.confidence}
-        return plain_types(
-            {**rest, **law, "quantities": quantities, "routes": list(self.routes), "left_out": list(self.left_out)}
-        )
+        return "\n".join([f"{self.headline()}:", *lines, note, *gone, *map(str, self.flags)])
 
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -131,33 +119,28 @@ def ahead(
     found = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
     place = place_of(at, found, df)
     loss = found.predict(place)
-    ends = {name: float(loss[name].iloc[0]) for name in ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")}
-    rows: list[dict[str, Any]] = [{"quantity": y, **ends}]
-    left_out, routes = [], []
+    rows: list[dict[str, Any]] = [{"quantity": y, **{name: float(loss[name].iloc[0]) for name in ENDS}}]
+    flags = []
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, group in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
-        name = ":".join(map(str, key))
+        name, probed = ":".join(map(str, key)), group.dropna(subset=["top1", y])
         try:
-            ends, why = _accuracy(found, group, place, y, link_kind, resamples)
-            rows.append({"quantity": name, **ends})
-            routes.append(f"{name}: {why}.")
+            if len(probed) < MIN_PROBED:
+                raise AnalysisError(f"it has {len(probed)} probed rows, and a link needs {MIN_PROBED}.")
+            accuracy, route = chosen_route(
+                found.law, probed, place, y=y, kind=link_kind, resamples=resamples, loss_fit=found
+            )
         except AnalysisError as error:
-            left_out.append(f"{name} is not forecast: {error}")
-    beyond = float(loss["beyond_range"].iloc[0])
-    at = {k: float(v) for k, v in at.items()}
+            flags.append(Flag(kind="not_forecast", subject=name, more=(str(error),)))
+            continue
+        rows.append({"quantity": name, **{each: float(accuracy[each].iloc[0]) for each in ENDS}})
+        flags.append(replace(route, more=(name, *route.more)))
+        if np.isfinite(ratio := signal_to_noise(probed)):
+            flags.append(Flag(kind="signal", subject=name, number=ratio))
     return Ahead(
-        table=pd.DataFrame(rows), at=at, law=found, beyond_range=beyond, routes=tuple(routes), left_out=tuple(left_out)
+        table=pd.DataFrame(rows),
+        at={k: float(v) for k, v in at.items()},
+        law=found,
+        beyond_range=float(loss["beyond_range"].iloc[0]),
+        flags=(*flags, *found.flags),
     )
-
-
-def _accuracy(
-    law: Fit, probed: pd.DataFrame, place: pd.DataFrame, y: str, kind: str, resamples: int
-) -> tuple[dict[str, float], str]:
-    """value and intervals of a probe's accuracy at a place, and a sentence on the route and the task's noise."""
-    probed = probed.dropna(subset=["top1", y])
-    if len(probed) < MIN_PROBED:
-        raise AnalysisError(f"it has {len(probed)} probed rows, and a link needs {MIN_PROBED}.")
-    found, why = chosen_route(law.law, probed, place, y=y, kind=kind, resamples=resamples, loss_fit=law)
-    ratio = signal_to_noise(probed) if {"params_total", "images_seen"} <= set(probed.columns) else np.nan
-    noise = f"; signal to noise of seeds {ratio:.3g}" if np.isfinite(ratio) else ""
-    return {name: float(found[name].iloc[0]) for name in ENDS}, f"{why}{noise}"

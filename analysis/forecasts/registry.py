@@ -32,12 +32,6 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def data_hash(law_points: pd.DataFrame) -> str:
-    """SHA-256 of the fitted points, in an order of their own: the same for the same measurements."""
-    lines = sorted(",".join(f"{v:.12g}" for v in row) for row in law_points.to_numpy(float))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
     """Append forecasts to a register, before the run.
 
@@ -49,6 +43,8 @@ def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
             f"The table already holds {len(rows)} measurements at {_words(found.at)}, so this would be no forecast; "
             "register before the run."
         )
+    points = found.law.data[[*found.law.law.variables, "y"]].to_numpy(float)
+    lines = sorted(",".join(f"{v:.12g}" for v in row) for row in points)  # the same for the same measurements
     shared = {
         "registered": datetime.now(UTC).isoformat(timespec="seconds"),
         "at": found.at,
@@ -56,7 +52,7 @@ def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
         "law": found.law.law.name,
         "params": found.law.params,
         "objective": found.law.objective.name,
-        "data_sha256": data_hash(found.law.data[[*found.law.law.variables, "y"]]),
+        "data_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         "num_points": found.law.num_points,
         "confidence": found.law.confidence,
     }

@@ -8,10 +8,11 @@ import pandas as pd
 from aimscale.analysis.accuracy.links import chance_level, forecast, link
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.holdout import largest
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.laws.base import Law
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.next.backtest import MIN_HELD_OUT, SHARE
+from aimscale.analysis.words import Flag
 
 ERROR = "error_rate"
 """Column that the direct route fits: 1 - accuracy."""
@@ -20,9 +21,13 @@ CEILING = 0.999
 """An accuracy of one has no log error; the direct route takes it for this."""
 
 
+MIN_TRAIN = 2 * len(CHINCHILLA.parameters)
+"""Rows that must be left to fit the direct route to, for the two to be compared."""
+
+
 def chosen_route(
     law: Law, probed: pd.DataFrame, place: pd.DataFrame, *, y: str, kind: str, resamples: int, loss_fit: Fit
-) -> tuple[pd.DataFrame, str]:
+) -> tuple[pd.DataFrame, Flag]:
     """The route that predicts the largest probed scales better, the loss's where none is shown to.
 
     Args:
@@ -31,31 +36,35 @@ def chosen_route(
         loss_fit: the law fitted to all rows.
 
     Returns:
-        Its forecast (value, ci_lo, ci_hi, pi_lo, pi_hi, a row per scale) and a sentence on the choice.
+        Its forecast (value, ci_lo, ci_hi, pi_lo, pi_hi, a row per scale) and why it was chosen.
 
     Raises:
         AnalysisError: no route can be fitted.
     """
     chance = chance_level(probed)
     two_step = _by_loss(loss_fit, probed, place, y, kind, chance, resamples)
-    test = _largest(probed, loss_fit)
-    if test is None:
-        return two_step, "by way of the loss; too few scales to compare it with the direct route"
+    columns = {v: name for v, name in loss_fit.columns.items() if v in law.variables}
     try:
-        below = fit(law, probed[~test], y=y, columns=_columns(loss_fit), resamples=2)
-        truth = probed.loc[test, "top1"].to_numpy(float)
+        test = largest(probed[loss_fit.columns["N"]].to_numpy(float) * probed[loss_fit.columns["D"]].to_numpy(float))
+        if (~test).sum() < MIN_TRAIN:
+            raise AnalysisError(f"{(~test).sum()} smaller scales are too few.")
+        below = fit(law, probed[~test], y=y, columns=columns, resamples=2)
         steps = _by_loss(below, probed[~test], probed[test], y, kind, chance, 2)["value"].to_numpy()
         straight = _direct(probed[~test], probed[test], loss_fit, chance, 0)["value"].to_numpy()
         whole = _direct(probed, place, loss_fit, chance, resamples)
     except AnalysisError as error:
-        return two_step, f"by way of the loss; the direct route could not be tried ({error})"
-    misses = [np.abs(truth - each) for each in (steps, straight)]
+        return two_step, Flag(kind="one_route", subject=str(error))
+    misses = [np.abs(probed.loc[test, "top1"].to_numpy(float) - each) for each in (steps, straight)]
     gap = misses[0] - misses[1]
     se = float(np.std(gap, ddof=1) / np.sqrt(len(gap)))
-    told = f"largest {len(gap)} scales: by the loss {misses[0].mean():.3f} off, direct {misses[1].mean():.3f}"
-    if gap.mean() > se:
-        return whole, f"straight from the scale ({told}, difference {gap.mean():.3f} ± {se:.3f})"
-    return two_step, f"by way of the loss ({told}, difference {gap.mean():.3f} ± {se:.3f})"
+    told = (len(gap), float(misses[0].mean()), float(misses[1].mean()), se)
+    is_direct = gap.mean() > se
+    return (whole if is_direct else two_step), Flag(
+        kind="route",
+        subject="straight from the scale" if is_direct else "by way of the loss",
+        number=gap.mean(),
+        more=told,
+    )
 
 
 def signal_to_noise(probed: pd.DataFrame) -> float:
@@ -66,26 +75,14 @@ def signal_to_noise(probed: pd.DataFrame) -> float:
     Args:
         probed: rows of one task with params_total, images_seen and `top1`.
     """
+    if not {"params_total", "images_seen"} <= set(probed.columns):
+        return float("nan")
     cells = probed.dropna(subset=["top1"]).groupby(["params_total", "images_seen"])["top1"]
     spare = cells.count() - 1
     if spare.sum() < 1 or len(spare) < 2:
         return float("nan")
     noise = float(np.sqrt((cells.var(ddof=1).fillna(0.0) * spare).sum() / spare.sum()))
     return float(cells.mean().std(ddof=1)) / noise if noise > 0 else float("inf")
-
-
-def _columns(law: Fit) -> dict[str, str]:
-    return {v: name for v, name in law.columns.items() if v != "y"}
-
-
-def _largest(probed: pd.DataFrame, law: Fit) -> Array | None:
-    """Rows of largest N D to hold out (mask); None where the rest would be too few."""
-    scale = probed[law.columns["N"]].to_numpy(float) * probed[law.columns["D"]].to_numpy(float)
-    wanted = max(MIN_HELD_OUT, int(np.ceil(SHARE * len(scale))))
-    if len(scale) < wanted + 2 * len(CHINCHILLA.parameters):
-        return None
-    test = scale >= np.sort(scale)[-wanted]
-    return test if (~test).sum() >= 2 * len(CHINCHILLA.parameters) else None
 
 
 def _by_loss(

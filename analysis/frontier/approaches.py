@@ -13,8 +13,7 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective, find_objective
-from aimscale.analysis.frontier.envelope import envelope_frontier
-from aimscale.analysis.frontier.isoflop import isoflop_frontier
+from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.frontier.optimum import Frontier, parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 
@@ -63,41 +62,24 @@ class Approaches(Result):
     def summary(self, flops: Any = None) -> str:
         """All approaches as prose, and the optimum at budgets: by default the largest, and ten times it."""
         optima = self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops)
-        lines = "\n".join(self.lines())
+        lines = "\n".join(self.sentences())
         return f"{lines}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
 
     def sentence(self) -> str:
         """All approaches, their disagreement at the largest budget and beyond, and what failed."""
-        return " ".join(self.lines(bullet=""))
+        return " ".join(self.sentences())
 
-    def lines(self, bullet: str = "- ") -> list[str]:
-        """The same, with a line for each approach and for each point or budget that looks wrong."""
-        parts = [line for f in self.frontiers for line in f.lines(bullet)]
+    def sentences(self) -> list[str]:
+        """The same, one each."""
+        lines = [f.sentence() for f in self.frontiers]
         if len(self.frontiers) > 1:
-            top = self.largest_budget
-            parts.append(
+            top, pairs = self.largest_budget, " and of ".join(f"{a} and {b}" for a, b in self.apart())
+            apart = f"; the intervals of {pairs} do not overlap" if pairs else ""
+            lines.append(
                 f"Their N* differ by a factor of {self.disagreement(top):.2f} at the largest budget {top:.3g} and of "
-                f"{self.disagreement(100 * top):.2f} at a hundred times it{self._overlap()}."
+                f"{self.disagreement(100 * top):.2f} at a hundred times it{apart}."
             )
-        return parts + [f"Approach {k} was not possible: {why}" for k, why in self.failures.items()]
-
-    def _overlap(self) -> str:
-        """Whether the intervals overlap, of those that have one."""
-        if pairs := " and of ".join(f"{a} and {b}" for a, b in self.apart()):
-            return f"; the intervals of {pairs} do not overlap"
-        known = [str(f.approach) for f in self.frontiers if f.exponent_interval.is_known]
-        if len(known) < 2:
-            return ""
-        whose = "their exponents" if len(known) == len(self.frontiers) else " and ".join(known)
-        return f"; the intervals of {whose} overlap"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return {
-            "frontiers": [f.to_dict() for f in self.frontiers],
-            "failures": {str(k): v for k, v in self.failures.items()},
-            "sentence": self.sentence(),
-        }
+        return lines + [f"Approach {k} was not possible: {why}" for k, why in self.failures.items()]
 
 
 def all_approaches(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.frontier.optimum import parametric_frontier
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 
@@ -23,7 +23,7 @@ SIZES = {
     "head": "params_head",
 }
 """Meaning of N -> column; trunk and patches is what the released files hold."""
-FLOPS = {"counted": "flops_train", "executed": "flops_executed", "6ND": "6nd"}
+FLOPS = {"counted": "flops_train", "executed": "flops_executed", "6ND": "flops_6nd"}
 """Meaning of C -> column; 6ND takes the N of its row."""
 EXPONENTS = ("alpha", "beta", "exponent")
 
@@ -32,9 +32,9 @@ EXPONENTS = ("alpha", "beta", "exponent")
 class Definitions(Result):
     """The exponents by meaning of N and C."""
 
-    table: pd.DataFrame = field(repr=False)
-    """One row a meaning: N, C, alpha, beta and exponent (a of N* ~ C^a), each with _low and _high; objective (the
-    minimum, lower fits better), reason (why an exponent is missing)."""
+    table: pd.DataFrame
+    """One row a meaning: N, C, alpha, beta and exponent (a of N* ~ C^a), each with _low and _high, NaN where
+    not identified; reason (why the exponent is missing)."""
     interval_method: str
 
     def sentence(self) -> str:
@@ -56,29 +56,8 @@ class Definitions(Result):
         return f"By what is counted, {' and '.join(parts)}."
 
     def headline(self) -> str:
-        """What was compared."""
-        return f"Exponents under {len(self.table)} meanings of N and C"
-
-    def summary(self) -> str:
-        """The sentence and the table."""
-        rows = []
-        for row in self.table.to_dict("records"):
-            shown = {"N": row["N"], "C": row["C"]}
-            for name in EXPONENTS:
-                value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
-                shown[name] = f"{value:.3f} [{low:.3f}, {high:.3f}]" if np.isfinite(value) else "not identified"
-            rows.append({**shown, "note": row["reason"]})
-        return f"{self.sentence()}\n\n{pd.DataFrame(rows).to_string(index=False)}\n\nIntervals: {self.interval_method}."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return plain_types(
-            {
-                "definitions": self.table.to_dict("records"),
-                "interval_method": self.interval_method,
-                "sentence": self.sentence(),
-            }
-        )
+        """What was compared, and what came out."""
+        return f"{len(self.table)} meanings of N and C. {self.sentence()} Intervals: {self.interval_method}."
 
 
 def by_definition(
@@ -87,57 +66,52 @@ def by_definition(
     """Refit the joint law for every meaning of N, and draw its frontier for every meaning of C.
 
     Args:
-        resamples: bootstrap resamples of every fit; the same runs are drawn in all of them.
+        resamples: draws of every fit.
 
     Raises:
         AnalysisError: fewer than two meanings in the table, or no fit was possible.
     """
-    df = _with_counts(df)
+    if {"params_trunk", "params_preprocessor"} <= set(df.columns):
+        df = df.assign(trunk_and_patches=df["params_trunk"] + df["params_preprocessor"])
     sizes = {name: column for name, column in SIZES.items() if column in df and df[column].gt(0).any()}
     if len(sizes) < 2:
         raise AnalysisError(
             f"The table has {len(sizes)} of the columns that count parameters ({', '.join(SIZES.values())}); comparing "
             "definitions takes at least two."
         )
+    counted = [name for name, column in FLOPS.items() if column in df and df[column].gt(0).any()]
     rows: list[dict[str, Any]] = []
-    method, errors = "none", []
+    method, errors = "none", ["the table counts no FLOPs"]
     for size, column in sizes.items():
         try:
             law = fit(CHINCHILLA, df, y=y, columns={"N": column}, objective=objective, resamples=resamples)
         except AnalysisError as error:
-            errors.append(str(error))
+            errors.insert(0, str(error))
             continue
         method = law.interval_method
-        rows += [_row(law, df, size, column, flops) for flops in FLOPS if _has_flops(df, flops)]
+        rows += [{"N": size, "C": flops, **_exponents(law, df, column, flops)} for flops in counted]
     if not rows:
-        raise AnalysisError(f"No definition could be fitted: {errors[0] if errors else 'the table counts no FLOPs'}")
+        raise AnalysisError(f"No definition could be fitted: {errors[0]}")
     return Definitions(table=pd.DataFrame(rows), interval_method=method)
 
 
-def _with_counts(df: pd.DataFrame) -> pd.DataFrame:
-    if {"params_trunk", "params_preprocessor"} <= set(df.columns):
-        return df.assign(trunk_and_patches=df["params_trunk"] + df["params_preprocessor"])
-    return df
-
-
-def _has_flops(df: pd.DataFrame, flops: str) -> bool:
-    column = "flops_6nd" if flops == "6ND" else FLOPS[flops]
-    return column in df and bool(df[column].gt(0).any())
-
-
-def _row(law: Fit, df: pd.DataFrame, size: str, column: str, flops: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"N": size, "C": flops, "objective": law.objective_value, "reason": ""}
-    for name in ("alpha", "beta"):
-        known = name not in law.not_identified
-        i = law.intervals.get(name)
-        row[name] = law.params[name] if known else np.nan
-        row |= {f"{name}_low": i.low if i and known else np.nan, f"{name}_high": i.high if i and known else np.nan}
-    if flops == "6ND":
-        ratio = df[column] / df["params_total"] if "params_total" in df else 1.0
-        df = df.assign(**{FLOPS["6ND"]: df["flops_6nd"] * ratio})
+def _exponents(law: Fit, df: pd.DataFrame, column: str, flops: str) -> dict[str, Any]:
+    """alpha, beta and exponent with _low and _high of one meaning, NaN where one is not identified; reason."""
+    found: dict[str, tuple[float, Interval]] = {
+        name: (law.params[name], law.intervals.get(name, Interval(low=np.nan, high=np.nan)))
+        for name in ("alpha", "beta")
+        if name not in law.not_identified
+    }
+    reason = ""
+    if flops == "6ND" and "params_total" in df:
+        df = df.assign(flops_6nd=df["flops_6nd"] * df[column] / df["params_total"])
     try:
         line = parametric_frontier(law, df, columns={"N": column, "C": FLOPS[flops]})
+        found["exponent"] = line.exponent, line.exponent_interval
     except AnalysisError as error:
-        return row | dict.fromkeys(("exponent", "exponent_low", "exponent_high"), np.nan) | {"reason": str(error)}
-    i = line.exponent_interval
-    return row | {"exponent": line.exponent, "exponent_low": i.low, "exponent_high": i.high}
+        reason = str(error)
+    row: dict[str, Any] = {}
+    for name in EXPONENTS:
+        value, i = found.get(name, (np.nan, Interval(low=np.nan, high=np.nan)))
+        row |= {name: value, f"{name}_low": i.low, f"{name}_high": i.high}
+    return row | {"reason": reason}

@@ -7,7 +7,7 @@ meanings of N.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.points import complete, resolve_columns
+from aimscale.analysis.words import Flag, flag_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +48,6 @@ def cost_of(num_params: Array, samples: Array, flops: Array) -> Cost:
     return Cost(kappa=float(np.exp(intercept)), s=s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """A budget that an approach cannot use."""
-
-    flops: float
-    reason: str
-
-    def __str__(self) -> str:
-        return f"C = {self.flops:.3g}: {self.reason}"
-
-
-def refusal_words(refusals: Sequence[Refusal]) -> list[str]:
-    """Refusals in words; more than three for the same reason are counted."""
-    reasons = [r.reason for r in refusals]
-    words = []
-    for reason in dict.fromkeys(reasons):
-        mine = [r for r in refusals if r.reason == reason]
-        ends = [f"{end(r.flops for r in mine):.3g}" for end in (min, max)]
-        counted = f"{len(mine)} budgets from C = {' to '.join(ends)}: {reason}"
-        words += [counted] if len(mine) > 3 else [str(r) for r in mine]
-    return words
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Frontier(Result):
     """N*(C) = k C^a by one approach."""
@@ -81,21 +59,19 @@ class Frontier(Result):
     exponent: float
     """a, of N*(C)."""
     exponent_interval: Interval
-    log_k: float = field(repr=False)
+    log_k: float
     """ln k."""
     draws: Array = field(repr=False)
     """Draws (num_draws, 2) of (ln k, a)."""
     cost: Cost
-    pairs: pd.DataFrame = field(repr=False)
-    """The optima the line goes through: C, N, D, loss, log_N_std (approaches 1 and 2)."""
-    refusals: tuple[Refusal, ...]
-    """Budgets left out and why."""
+    pairs: pd.DataFrame
+    """The optima the line goes through: C, N, D, loss (approaches 1 and 2)."""
+    refusals: tuple[Flag, ...]
+    """Budgets left out and why; their number is C."""
     range: tuple[float, float]
     """Smallest and largest C used."""
     bias: float | None = None
     """Error of the exponent that the approach itself makes on this design, simulated; its interval allows for it."""
-    advice: tuple[str, ...] = ()
-    """Points or budgets that look wrong, each with the exponent without it."""
     law: Fit | None = field(default=None, repr=False)
     """The (N, D) law of approach 3, or the loss-against-C law along the optima of approaches 1 and 2."""
 
@@ -125,15 +101,10 @@ class Frontier(Result):
     def summary(self) -> str:
         """The exponent as prose, and the optimum at the largest budget and at ten times it."""
         optima = self.at([self.range[1], 10 * self.range[1]])
-        lines = "\n".join(self.lines())
-        return f"{lines}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
+        return f"{self.sentence()}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
 
     def sentence(self) -> str:
-        """The exponent with its interval, method, range and refusals, and what looks wrong."""
-        return " ".join(self.lines(bullet=""))
-
-    def lines(self, bullet: str = "- ") -> list[str]:
-        """The same, with a line for each point or budget that looks wrong."""
+        """The exponent with its interval, method, range and refusals."""
         i = self.exponent_interval
         interval = f"{i.words()} ({i.confidence:.0%}, {i.method})" if i.is_known else f"({i.method})"
         text = (
@@ -145,9 +116,7 @@ class Frontier(Result):
                 f" By itself this approach errs by {self.bias:+.3f} on this design; the interval, and that of N*, is "
                 f"about the exponent less that, {self.exponent - self.bias:.3f}."
             )
-        if self.refusals:
-            text += f" Refused: {'; '.join(refusal_words(self.refusals))}."
-        return [text, *(bullet + one for one in self.advice)]
+        return f"{text} Refused: {'; '.join(flag_words(self.refusals))}." if self.refusals else text
 
     @property
     def table(self) -> pd.DataFrame:
@@ -163,34 +132,6 @@ class Frontier(Result):
         if self.bias is None or abs(self.bias) < 0.005:
             return f"{self.exponent:.2f} {interval}"
         return f"{self.exponent:.2f} (less its own bias {self.exponent - self.bias:.2f} {interval})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        i = self.exponent_interval
-        return {
-            "approach": self.approach,
-            "method": self.method,
-            "exponent": self.exponent,
-            "low": i.low,
-            "high": i.high,
-            "bias": self.bias,
-            "advice": list(self.advice),
-            "confidence": i.confidence,
-            "k": float(np.exp(self.log_k)),
-            "kappa": self.cost.kappa,
-            "s": self.cost.s,
-            "range": list(self.range),
-            "refusals": [{"C": r.flops, "reason": r.reason} for r in self.refusals],
-            "pairs": self.pairs.to_dict("records"),
-            "sentence": self.sentence(),
-        }
-
-
-def log_line(flops: Array, optimum: Array, log_std: Array | None = None) -> tuple[float, float]:
-    """(ln k, a) of optimum = k C^a by least squares on logarithms, weighted by 1/log_std^2 where given."""
-    weight = np.ones(len(flops)) if log_std is None else 1 / np.asarray(log_std, float)
-    a, log_k = np.polyfit(np.log(flops), np.log(optimum), 1, w=weight)
-    return float(log_k), float(a)
 
 
 def points_of(df: pd.DataFrame, *, y: str, columns: Mapping[str, str] | None) -> pd.DataFrame:
@@ -242,7 +183,7 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
         log_k=log_k,
         draws=draws,
         cost=cost,
-        pairs=pd.DataFrame(columns=["C", "N", "D", "loss", "log_N_std"]),
+        pairs=pd.DataFrame(columns=["C", "N", "D", "loss"]),
         refusals=(),
         range=(float(points["C"].min()), float(points["C"].max())),
         law=fit,

@@ -6,7 +6,7 @@ Never by R^2 on the points that a law was fitted to: a law with more parameters 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.holdout import SHARE, largest
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.table.names import CANONICAL, column_names, no_column
+from aimscale.analysis.table.names import column_names, no_column, our_name
 
 AUTO = "auto"
 """Name that stands for a choice: of the joint laws, or with `auto:C` of the laws in one variable."""
@@ -27,9 +28,6 @@ JOINT = ("overtrained", "chinchilla", "kaplan", "coupled", "farseer")
 WITH_REPEATS = ("repeated", "overfitting")
 """Further candidates where rows see their pool more than once."""
 ONE_VARIABLE = ("power", "power_offset", "saturating", "broken1")
-SHARE = 0.15
-"""Share of the points, those of largest scale, that are held out."""
-MIN_HELD_OUT = 5
 STANDARD_ERRORS = 1.0
 """A law is as good as the best if its mean error exceeds that by at most so many standard errors."""
 SCALES_PER_PARAMETER = 2.0
@@ -43,8 +41,8 @@ class Choice(Result):
 
     table: pd.DataFrame
     """One row a law, best first: law, num_params, mean_error (mean |log error|), log_rmse, difference (of mean_error
-    from the best law's), difference_se, as_good, reason (why it was not ranked)."""
-    best: Fit = field(repr=False)
+    from the best law's), difference_se, reason (why it was not ranked), as_good."""
+    best: Fit
     """The chosen law, fitted to all points."""
     by: str
     """The scale that was held out."""
@@ -67,35 +65,24 @@ class Choice(Result):
         """The choice, the ranking and its error, in words."""
         ranked = self.table.dropna(subset="log_rmse")
         gaps = [
-            f" (+{d:.2%} ± {se:.2%})" if d else "" for d, se in ranked[["difference", "difference_se"]].to_numpy(float)
+            f" (+{d:.2%} ± {se:.2%})" if d else ""
+            for d, se in zip(ranked["difference"], ranked["difference_se"], strict=True)
         ]
-        errors = ranked["mean_error"].to_numpy(float)
-        told = ", ".join(f"{law} {e:.2%}{gap}" for law, e, gap in zip(ranked["law"], errors, gaps, strict=True))
+        told = ", ".join(
+            f"{law} {e:.2%}{gap}" for law, e, gap in zip(ranked["law"], ranked["mean_error"], gaps, strict=True)
+        )
         equal = [law for law in ranked.loc[ranked["as_good"], "law"] if law != self.best.law.name]
         why = (
             f"the simplest of those within one standard error of the best ({', '.join(equal)} as good)"
             if equal
             else "no other comes within one standard error"
         )
-        reasons = self.table[["law", "reason"]].to_numpy()
+        reasons = zip(self.table["law"], self.table["reason"], strict=True)
         unranked = "".join(f" {law} was not ranked: {reason}" for law, reason in reasons if reason)
         return (
             f"Chosen: {self.best.law.name}, {why}. Each law was fitted to the {self.num_train} points below "
             f"{self.by} = {self.cut:.3g} and predicted the {self.num_test} at or above it; mean error {told}.{unranked}"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return {
-            "chosen": self.best.law.name,
-            "by": self.by,
-            "cut": self.cut,
-            "num_train": self.num_train,
-            "num_test": self.num_test,
-            "laws": self.table.to_dict("records"),
-            "best": self.best.to_dict(),
-            "sentence": self.sentence(),
-        }
 
 
 def candidates(name: str, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> list[Law]:
@@ -141,42 +128,33 @@ def choose(
     Raises:
         AnalysisError: no law could be scored, or too few points are held out.
     """
-    found = candidates(laws, df, columns) if isinstance(laws, str) else [_law(each) for each in laws]
+    named = candidates(laws, df, columns) if isinstance(laws, str) else laws
+    found = [find_law(each) if isinstance(each, str) else each for each in named]
     df = with_compute(df, columns)
-    test, by, cut = _largest(df, found, by, y, columns, share)
+    by = by or (found[0].variables[0] if len(found[0].variables) == 1 else "C")
+    test, cut = _held_out(df, by, y, columns, share)
     misses: dict[str, Array] = {}
-    rows: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
     for law in found:
-        row = {
-            "law": law.name,
-            "num_params": len(law.parameters),
-            "mean_error": np.nan,
-            "log_rmse": np.nan,
-            "reason": "",
-        }
         try:
             misses[law.name] = _misses(law, df, test, y, columns, objective)
-            row |= {"mean_error": misses[law.name].mean(), "log_rmse": np.sqrt(np.mean(misses[law.name] ** 2))}
         except AnalysisError as error:
-            row["reason"] = str(error)
-        rows.append(row)
+            reasons[law.name] = str(error)
     if not misses:
-        raise AnalysisError(f"No law could be scored by holding out {by}: {rows[0]['reason']} Name one with --law.")
-    table = _ranked(pd.DataFrame(rows), misses)
+        raise AnalysisError(
+            f"No law could be scored by holding out {by}: {next(iter(reasons.values()))} Name one with --law."
+        )
+    table = _ranked(found, misses, reasons)
     good = table[table["as_good"]].sort_values(["num_params", "mean_error"])
     chosen = next(law for law in found if law.name == good["law"].iloc[0])
     best = fit(chosen, df, y=y, columns=columns, objective=objective, **options)
     return Choice(table=table, best=best, by=by, cut=cut, num_train=int((~test).sum()), num_test=int(test.sum()))
 
 
-def _law(law: Law | str) -> Law:
-    return find_law(law) if isinstance(law, str) else law
-
-
 def _column(df: pd.DataFrame, columns: Mapping[str, str] | None, variable: str) -> str | None:
     """The table's column of a variable, if it has one."""
-    choices = ((columns or {}).get(variable), variable, CANONICAL.get(variable))
-    return next((c for c in choices if c is not None and c in df.columns), None)
+    name = (columns or {}).get(variable) or our_name(df, variable)
+    return name if name in df.columns else None
 
 
 def with_compute(df: pd.DataFrame, columns: Mapping[str, str] | None) -> pd.DataFrame:
@@ -188,27 +166,20 @@ def with_compute(df: pd.DataFrame, columns: Mapping[str, str] | None) -> pd.Data
     return df.assign(C=6 * size * seen)
 
 
-def _largest(
-    df: pd.DataFrame, laws: Sequence[Law], by: str | None, y: str, columns: Mapping[str, str] | None, share: float
-) -> tuple[Array, str, float]:
-    """Which rows to hold out (mask), by which scale, from which value on; rows of one value stay together."""
-    by = by or (laws[0].variables[0] if len(laws[0].variables) == 1 else "C")
+def _held_out(
+    df: pd.DataFrame, by: str, y: str, columns: Mapping[str, str] | None, share: float
+) -> tuple[Array, float]:
+    """Which rows to hold out (mask), and from which value of the scale on."""
     name = by if by in df.columns else _column(df, columns, by)
     if name is None:
         raise AnalysisError(f"Cannot hold out the largest {by}: it is no column; its columns are {column_names(df)}.")
     if y not in df.columns:
         raise no_column(df, y)
-    scale = pd.to_numeric(df[name], errors="coerce").to_numpy(float)
-    usable = np.isfinite(scale) & np.isfinite(pd.to_numeric(df[y], errors="coerce").to_numpy(float))
-    wanted = max(MIN_HELD_OUT, int(np.ceil(share * usable.sum())))
-    values = np.sort(scale[usable])[::-1]
-    if len(values) <= wanted or values[wanted - 1] == values[-1]:
-        raise AnalysisError(
-            f"{by} has {len(values)} usable values, too few to hold out the largest {wanted} and choose a law by them; "
-            "name one with --law."
-        )
-    cut = float(values[wanted - 1])
-    return usable & (scale >= cut), by, cut
+    scale, measured = (pd.to_numeric(df[each], errors="coerce").to_numpy(float) for each in (name, y))
+    usable = np.isfinite(scale) & np.isfinite(measured)
+    test = np.zeros(len(df), bool)
+    test[usable] = largest(scale[usable], share=share)
+    return test, float(scale[test].min())
 
 
 def _misses(
@@ -231,12 +202,23 @@ def _misses(
     return np.where(np.isfinite(out), out, np.inf)
 
 
-def _ranked(table: pd.DataFrame, misses: Mapping[str, Array]) -> pd.DataFrame:
-    """The table with every law's paired difference from the best and its standard error, best first."""
-    best = misses[min(misses, key=lambda law: float(misses[law].mean()))]
-    gaps = {law: each - best for law, each in misses.items()}
-    table["difference"] = [gaps[law].mean() if law in gaps else np.nan for law in table["law"]]
-    spread = {law: np.std(gap, ddof=1) / np.sqrt(len(best)) for law, gap in gaps.items()}
-    table["difference_se"] = [spread.get(law, np.nan) for law in table["law"]]
+def _ranked(laws: Sequence[Law], misses: Mapping[str, Array], reasons: Mapping[str, str]) -> pd.DataFrame:
+    """Every law's error, its paired difference from the best and the standard error of that, best first."""
+    best = min(misses.values(), key=np.mean)
+    rows = []
+    for law in laws:
+        miss = misses.get(law.name, np.full(len(best), np.nan))
+        rows.append(
+            {
+                "law": law.name,
+                "num_params": len(law.parameters),
+                "mean_error": np.mean(miss),
+                "log_rmse": np.sqrt(np.mean(miss**2)),
+                "difference": np.mean(miss - best),
+                "difference_se": np.std(miss - best, ddof=1) / np.sqrt(len(best)),
+                "reason": reasons.get(law.name, ""),
+            }
+        )
+    table = pd.DataFrame(rows)
     table["as_good"] = table["difference"] <= STANDARD_ERRORS * table["difference_se"]
     return table.sort_values("mean_error", na_position="last", ignore_index=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
@@ -17,15 +17,17 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.optimum import cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.next.backtest import AUTO, choose, with_compute
-from aimscale.analysis.next.buying import Basket, buy
+from aimscale.analysis.next.buying import buy
 from aimscale.analysis.table.names import CANONICAL, column_names
 from aimscale.analysis.table.select import mixture_flags
+from aimscale.analysis.words import Flag
 
 COLLINEAR = 3.0
 """A design whose D/N varies by less than this factor hardly tells the exponents of N and D apart."""
 RESAMPLES = 20
 """Bootstrap draws of the fit, over which the worth of runs is averaged."""
-MARGIN = 1.001
+FAR = 30.0
+"""A target further beyond everything that will be measured than this factor is warned about."""
 SAME = 1.03
 """Sizes or budgets that differ by less than this factor count as one."""
 WORTHWHILE = 0.9
@@ -40,7 +42,7 @@ class Proposal(Result):
 
     table: pd.DataFrame
     """One row per run, in the order of choice: the offer's columns (N, D, price...), the law's other variables, D/N."""
-    law: Fit = field(repr=False)
+    law: Fit
     """The law that the worth of runs is computed with."""
     target: dict[str, float]
     """Variable -> value at the scale to forecast."""
@@ -54,18 +56,13 @@ class Proposal(Result):
     """Standard deviation of the log forecast now: law, departure from it, and noise of the runs."""
     sd_after: float
     """The same once the runs are measured."""
-    warnings: tuple[str, ...] = ()
-    """What to look at before buying, beside the law's own flags."""
+    flags: tuple[Flag, ...] = ()
+    """What to look at before buying, the law's own flags included."""
 
     @property
     def price(self) -> float:
         """Of all runs together."""
         return float(self.table["price"].sum())
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the law knows of repeats and no run makes any."""
-        return "U" in self.law.law.variables and bool((self.table["U"] == self.table["D"]).all())
 
     def headline(self) -> str:
         """How many runs, what they cost and what they are worth."""
@@ -79,22 +76,8 @@ class Proposal(Result):
         """Headline, runs in order of choice, law and warnings."""
         shown = self.table.to_string(index=False, float_format=lambda v: f"{v:.4g}")
         law = f"By {self.law.law.formula} on {self.law.num_points} points, which forecasts {self.forecast:.4g} there."
-        fresh = ["Every run on offer sees new data only (U = D)."] if self.is_fresh else []
-        warnings = [f"Warning: {w}" for w in (*self.warnings, *self.law.flags)]
-        return "\n".join([f"{self.headline()}.", "", shown, "", law, *fresh, *warnings])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("table", "law")}
-        return plain_types(
-            {
-                **plain,
-                "warnings": [*self.warnings, *map(str, self.law.flags)],
-                "price": self.price,
-                "law": self.law.law.name,
-                "runs": self.table.to_dict("records"),
-            }
-        )
+        warnings = [f"Warning: {flag}" for flag in self.flags]
+        return "\n".join([f"{self.headline()}.", "", shown, "", law, *warnings])
 
 
 def propose(
@@ -140,7 +123,12 @@ def propose(
         unit=unit,
         sd_before=basket.sd_before,
         sd_after=basket.sd_after,
-        warnings=(*_too_little(basket), *_warnings(known, table, target), *mixture_flags(df, known.law.variables)),
+        flags=(
+            *([Flag(kind="buys_little")] if basket.sd_after > WORTHWHILE * basket.sd_before else []),
+            *_warnings(known, table, target),
+            *(Flag(kind="mixed", subject=each) for each in mixture_flags(df, known.law.variables)),
+            *known.flags,
+        ),
     )
 
 
@@ -181,28 +169,18 @@ def with_variables(points: pd.DataFrame, law: Fit, df: pd.DataFrame) -> pd.DataF
     return points
 
 
-def _too_little(basket: Basket) -> list[str]:
-    """That the budget buys next to nothing, where it does: many cheap runs may hide that."""
-    if basket.sd_after <= WORTHWHILE * basket.sd_before:
-        return []
-    return ["These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget."]
-
-
-def _warnings(law: Fit, bought: pd.DataFrame, target: Mapping[str, float]) -> list[str]:
+def _warnings(law: Fit, bought: pd.DataFrame, target: Mapping[str, float]) -> list[Flag]:
     """Fixed D/N, and a target far beyond everything that will be measured."""
     out = []
     if {"N", "D"} <= set(law.law.variables):
         ratio = np.concatenate([(law.data["D"] / law.data["N"]).to_numpy(), bought["D/N"].to_numpy()])
         if ratio.max() / ratio.min() < COLLINEAR:
-            out.append(
-                f"D/N stays between {ratio.min():.3g} and {ratio.max():.3g} over the table and these runs, so the "
-                "exponents of N and D can hardly be separated; offer sizes and budgets off that line."
-            )
+            out.append(Flag(kind="one_ratio", subject="D/N", number=ratio.min(), more=(float(ratio.max()),)))
     for v in ("N", "D"):
         if v in target and v in law.data:
             largest = max(float(law.data[v].max()), float(bought[v].max()))
-            if target[v] > 30 * largest:
-                out.append(f"The target's {v} is {target[v] / largest:.3g} times the largest that will be measured.")
+            if target[v] > FAR * largest:
+                out.append(Flag(kind="far_target", subject=v, number=target[v] / largest))
     return out
 
 
@@ -228,7 +206,7 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
         axes.append(values)
     n, d = (a.ravel() for a in np.meshgrid(*axes, indexing="ij"))
     offer = pd.DataFrame({"N": n, "D": d})
-    offer = offer[offer["N"] * offer["D"] < target["N"] * target["D"] / MARGIN]
+    offer = offer[offer["N"] * offer["D"] < 0.999 * target["N"] * target["D"]]
 
     def cells(points: pd.DataFrame) -> list[tuple[int, int]]:
         places = (np.searchsorted(axis, points[v].to_numpy(float), "right") for v, axis in zip("ND", axes, strict=True))

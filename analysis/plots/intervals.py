@@ -25,7 +25,7 @@ from aimscale.analysis.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from aimscale.analysis.effects.compared import Contrast, Contrasts
+    from aimscale.analysis.effects.contrasts import Contrast, Contrasts
     from aimscale.analysis.effects.noise_sources import Noise
     from aimscale.analysis.effects.repetition import Repeats
     from aimscale.analysis.frontier.definitions import Definitions

@@ -77,7 +77,7 @@ def plot_isoflop(
     """Iso-FLOP parabolas: loss against N at equal compute, a parabola in ln N through each.
 
     Args:
-        points: (C, frame with columns N and loss), as `frontier.isoflop.isoflop_points` gives them. Of more than eight
+        points: (C, frame with columns N and loss), as `frontier.measured.isoflop_points` gives them. Of more than eight
             budgets the accepted ones are drawn, then those of most sizes; one of fewer than three sizes never is.
         minima: columns C, N and loss of the accepted minima, drawn as crosses.
         loss_unit: `table.loss_unit`.

@@ -14,7 +14,7 @@ from scipy.stats import linregress
 from scipy.stats import t as student
 
 from aimscale.analysis.accuracy.links import chance_level, forecast, link
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
@@ -24,6 +24,7 @@ from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_f
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.select import widest_slice
+from aimscale.analysis.words import Flag
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -94,8 +95,8 @@ class Comparison(Result):
     """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
     closing: tuple[Closing, ...]
     """What would close each gap."""
-    left_out: tuple[str, ...]
-    """What is not comparable, and why, in sentences."""
+    left_out: tuple[Flag, ...]
+    """What is not comparable, and why."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -122,17 +123,6 @@ class Comparison(Result):
         }
         return "\n\n".join(f"{title}\n{text}" for title, text in parts.items() if text)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON: NaN becomes null."""
-        frames = ("tasks", "means", "baselines", "exponents")
-        return plain_types(
-            {
-                **{name: getattr(self, name).to_dict("records") for name in frames},
-                "closing": [vars(closing) | {"sentence": closing.sentence()} for closing in self.closing],
-                "left_out": self.left_out,
-            }
-        )
-
 
 def _percent_table(frame: pd.DataFrame) -> str:
     """Fractions in per cent; empty without rows."""
@@ -148,11 +138,9 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     """
     found = usable_rows(frame)
     probes = probe_frame(complete(frame))
-    left_out = [*(f"{each}." for each in found.exclusions), *_leaks(probes)]
+    left_out = [*(Flag(kind="rows_left_out", subject=str(each)) for each in found.exclusions), *_leaks(probes)]
     shared = _shared(probes, left_out)
-    left_out.append(
-        "Loss levels: the paper's are on IN-1k at 224 px with unstated prefixes, ours on this table's own images."
-    )
+    left_out.append(Flag(kind="loss_levels"))
     return Comparison(
         tasks=_task_rows(shared),
         means=_means(shared, left_out),
@@ -163,36 +151,34 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     )
 
 
-def _shared(probes: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
+def _shared(probes: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
     """Attentive results on the paper's tasks; what else there is goes to `left_out`."""
-    own = [str(task) for task in dict.fromkeys(probes["task"]) if task not in TASKS]
-    if own:
-        left_out.append(f"Tasks that the paper does not have: {', '.join(own)}.")
     known = probes[probes["task"].isin(TASKS)]
-    others = [str(kind) for kind in dict.fromkeys(known["kind"]) if kind != PROTOCOL]
-    if others:
-        left_out.append(f"Probes of another kind than Table 6's attentive one: {', '.join(others)}.")
     kept = known[known["kind"] == PROTOCOL].dropna(subset=["top1"])
     sides = kept["image_size"].dropna().astype(int) if "image_size" in kept else pd.Series(dtype=int)
-    if other := sorted(set(sides) - {PAPER_SIDE}):
-        left_out.append(
-            f"Resolution: these runs see {', '.join(map(str, other))} px, AIM {PAPER_SIDE} px: a part of every gap."
-        )
+    others = {
+        "other_tasks": probes.loc[~probes["task"].isin(TASKS), "task"],
+        "other_probes": known.loc[known["kind"] != PROTOCOL, "kind"],
+        "other_sides": sides[sides != PAPER_SIDE].sort_values(),
+    }
+    left_out += [
+        Flag(kind=kind, subject=", ".join(map(str, values.unique())), number=PAPER_SIDE)
+        for kind, values in others.items()
+        if len(values)
+    ]
     return kept
 
 
-def _leaks(probes: pd.DataFrame) -> list[str]:
-    """Sentences about test images that were seen in training."""
+def _leaks(probes: pd.DataFrame) -> list[Flag]:
+    """Test images that were seen in training."""
     found = []
     for column, where in (("test_in_train", "its training split"), ("test_in_pool", "the pre-training pool")):
-        if column not in probes:
-            continue
-        seen = probes[probes[column] > 0].drop_duplicates(["task", column])
-        found += [
-            f"{row['task']}: {int(row[column])} of {int(row['n'])} test images are in {where}, too, byte for byte; "
-            "its accuracies are shown, marked, and not to be trusted by more than that share."
-            for _, row in seen.iterrows()
-        ]
+        if column in probes:
+            seen = probes[probes[column] > 0].drop_duplicates(["task", column])
+            found += [
+                Flag(kind="leak", subject=str(task), number=num, more=(n, where))
+                for task, num, n in zip(seen["task"], seen[column], seen["n"], strict=True)
+            ]
     return found
 
 
@@ -229,7 +215,7 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
-def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
+def _means(shared: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
     """Means of the runs that have all fifteen tasks, by choice of blocks."""
     columns = ["size", "run_id", "blocks", "mean", "aim_7b", "gap"]
     rows = _last_budgets(shared)
@@ -238,10 +224,7 @@ def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
     counts = rows.groupby("run_id")["task"].nunique()
     partial = counts[counts < len(TASKS)]
     if len(partial):
-        left_out.append(
-            f"The mean over tasks of {len(partial)} run{'s' if len(partial) > 1 else ''}: at most {partial.max()} of "
-            f"the paper's {len(TASKS)} tasks were probed, and a mean over other tasks is another quantity."
-        )
+        left_out.append(Flag(kind="no_mean", number=len(partial), more=(int(partial.max()), len(TASKS))))
     full = _by_blocks(rows[rows["run_id"].isin(counts[counts == len(TASKS)].index)])
     if full.empty:
         return pd.DataFrame(columns=columns)
@@ -253,7 +236,7 @@ def _means(shared: pd.DataFrame, left_out: list[str]) -> pd.DataFrame:
     return means[columns].reset_index(drop=True)
 
 
-def _exponents(usable: pd.DataFrame, left_out: list[str], resamples: int) -> pd.DataFrame:
+def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd.DataFrame:
     """The paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
     rows: list[dict[str, Any]] = [
         {"whose": "AIM, four published points", "N": count} | _paper_exponent(count) for count in PAPER_EXPONENTS
@@ -265,7 +248,7 @@ def _exponents(usable: pd.DataFrame, left_out: list[str], resamples: int) -> pd.
         try:
             ours = fit("power:N", subset, columns={"N": count}, resamples=resamples)
         except AnalysisError as error:
-            left_out.append(f"Our exponent on {count}: {error}")
+            left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(str(error),)))
             continue
         interval = ours.intervals["a"]
         low, high = ours.ranges["N"]
@@ -286,7 +269,7 @@ def _paper_exponent(count: str) -> dict[str, float]:
     return {"exponent": a, "low": a - half, "high": a + half, "n_low": float(n.min()), "n_high": float(n.max())}
 
 
-def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], resamples: int) -> list[Closing]:
+def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[Flag], resamples: int) -> list[Closing]:
     """What would close each task's gap; what cannot be fitted goes to `left_out`."""
     closings: list[Closing] = []
     if shared.empty:
@@ -294,7 +277,7 @@ def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], r
     try:
         joint = fit("chinchilla", usable, resamples=resamples)
     except AnalysisError as error:
-        left_out.append(f"What would close the gaps: {error}")
+        left_out.append(Flag(kind="no_result", subject="What would close the gaps", more=(str(error),)))
         return closings
     for task, rows in shared.groupby("task", sort=False):
         target = float(table6()[str(task)][TARGET])
@@ -304,7 +287,7 @@ def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[str], r
             second = link(rows, chance=chance_level(rows), resamples=resamples)
             closings += [closing(str(task), joint, second, scale, target) for scale in ("N", "D")]
         except AnalysisError as error:
-            left_out.append(f"What would close the gap on {task}: {error}")
+            left_out.append(Flag(kind="no_result", subject=f"What would close the gap on {task}", more=(str(error),)))
     return closings
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches
-from aimscale.analysis.frontier.isoflop import isoflop_points
+from aimscale.analysis.frontier.measured import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.plots.laws import plot_approaches, plot_cloud, plot_forecasts, plot_isoflop, plot_surface
 from aimscale.analysis.plots.parts import axis_label
@@ -189,7 +189,7 @@ def _frontiers(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
     yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
     isoflop = next((frontier for frontier in approaches.frontiers if frontier.approach == 2), None)
     if isoflop is not None:
-        points = isoflop_points(points_of(study.usable, y="val_loss", columns=None), None)
+        points = isoflop_points(points_of(study.usable, y="val_loss", columns=None))
         caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
         data = pd.concat([frame.assign(C=flops) for flops, frame in points])
         figure = plot_isoflop(points, isoflop.pairs, loss_unit=loss_unit(study.usable), names=names_of(study.usable))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from aimscale.analysis.effects.compared import Contrasts
+from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.effects.noise_sources import Noise
 from aimscale.analysis.effects.repetition import Repeats
 from aimscale.analysis.frontier.definitions import Definitions
@@ -17,6 +17,7 @@ from aimscale.analysis.report.figures import PageFigure, page_figure
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.tables import PageTable, page_table
 from aimscale.analysis.table.measures import BLOCKS, KIND
+from aimscale.analysis.words import flag_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,7 @@ def change_words(found: Contrasts) -> Iterator[str]:
     yield from (each.sentence() for each in told)
     if rest := len(found.contrasts) - len(told):
         yield f"{rest} of {len(found.contrasts)} differences are not shown: see the table."
-    yield from [found.caution] * bool(found.caution)
-    yield from found.left_out
+    yield from flag_words(found.flags)
 
 
 def _noise(found: Noise) -> Finding:
@@ -120,7 +120,7 @@ def _repeats(found: Repeats) -> Finding:
     title, points = f"Loss against {found.sample}s seen, by pool size", found.curves()[1]
     numbers = page_table(
         "repeats-table",
-        f"The worth of the k-th sight of {found.a_sample}",
+        f"The worth of the k-th pass over the same {found.sample}s",
         f"As a share of a new {found.sample}'s; passes beyond {human(found.max_epochs)} were not measured.",
         found.table,
         ("epochs", "worth", "worth_low", "worth_high", "effective", "effective_low", "effective_high"),

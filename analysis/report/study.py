@@ -19,8 +19,7 @@ import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation, correlate
 from aimscale.analysis.accuracy.links import chance_level, forecast, link
-from aimscale.analysis.effects.compared import Contrasts
-from aimscale.analysis.effects.contrasts import contrast, factors
+from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.repetition import Repeats, repeats
 from aimscale.analysis.errors import AnalysisError

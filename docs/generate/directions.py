@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from aimscale.analysis.effects.compared import Contrast
-from aimscale.analysis.effects.contrasts import contrast
-from aimscale.analysis.effects.gains import ASKS_OTHERWISE, Gain, gain_at_one_size
+from aimscale.analysis.effects.contrasts import Contrast, contrast
+from aimscale.analysis.effects.gains import ASKS_OTHERWISE, Gain, gain_of
 from aimscale.analysis.table.read import read_tables
 
 PAGE = Path(__file__).parents[1] / "study/cifar.md"
@@ -45,7 +44,6 @@ def table() -> str:
 def _lines(rows: pd.DataFrame) -> Iterator[str]:
     yield "| change | validation loss, % | worth in compute | linear, points | attentive | k-NN |"
     yield "|---|---|---|---|---|---|"
-    params = {str(size): float(n) for size, n in rows.groupby("size")["params_total"].first().items()}
     for words, by, level in CHANGES:
         ignore = ["unique_images"] if by == "data_fingerprint" else []
         found = {
@@ -55,7 +53,7 @@ def _lines(rows: pd.DataFrame) -> Iterator[str]:
         loss = found.get("val_loss")
         cells = [
             "another question" if by in ASKS_OTHERWISE else _ratio(loss),
-            _worth(loss, rows, by, params),
+            _worth(loss, rows, by),
             *(_points(by_kind[kind]) for kind in KINDS),
         ]
         yield f"| {words} | {' | '.join(cells)} |"
@@ -74,13 +72,13 @@ def _points(accuracy: Contrast) -> str:
 def _bold(found: Contrast, value: float, low: float, high: float) -> str:
     """A difference with its interval, bold where that misses zero."""
     text = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
-    return text if found.verdict.startswith("not") else f"**{text}**"
+    return text if not found.is_shown else f"**{text}**"
 
 
-def _worth(loss: Contrast | None, rows: pd.DataFrame, by: str, params: dict[str, float]) -> str:
+def _worth(loss: Contrast | None, rows: pd.DataFrame, by: str) -> str:
     if loss is None or by in ASKS_OTHERWISE:
         return "–"
-    gain = gain_at_one_size(loss, rows, by, params)
+    gain = gain_of(loss, rows, by)
     if not isinstance(gain, Gain):
         return "outside the budgets"
     text = f"{gain.factor:.2f} [{gain.low:.2f}, {gain.high:.2f}]"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.effects.repetition import _th, repeats
+from aimscale.analysis.effects.repetition import repeats
 from aimscale.analysis.errors import AnalysisError
 
 GRID = {"sizes": ["s3", "s5"], "uniques": [1000, 4000, 16000, 64000], "seeds": [0, 1], "seed_sd": 0.001}
@@ -20,10 +20,6 @@ def test_a_known_worth_of_repeats_is_recovered(known_study):
     assert row["worth"] == pytest.approx(np.exp(-3 / 6), abs=0.08)
     assert row["worth_low"] < np.exp(-3 / 6) < row["worth_high"]
     assert row["effective"] == pytest.approx(1 + 6 * (1 - np.exp(-0.5)), abs=0.15)
-    text = " ".join(found.sentences())
-    assert "worth half of a new image at its" in text
-    assert "The 4th sight of an image is worth" in text
-    assert "The 64th sight" in text
 
 
 def test_repeats_as_good_as_new_have_no_upper_end_but_a_worth(known_study):
@@ -32,8 +28,7 @@ def test_repeats_as_good_as_new_have_no_upper_end_but_a_worth(known_study):
     df["val_loss"] = truth * np.exp(0.001 * np.random.default_rng(0).standard_normal(len(df)))
     found = repeats(df, resamples=200)
     assert found.is_unbounded
-    assert found.to_dict()["R_D"] is None
-    assert "R_D has no upper end in these data; it is at least" in found.sentences()[0]
+    assert "no upper end" in found.sentences()[0]
     second = found.table.set_index("epochs").loc[2]
     assert second["worth_low"] > 0.5  # what a repeat is worth is known though R_D is not
     assert second["worth_high"] > 0.99
@@ -63,15 +58,9 @@ def test_worth_and_effective_data_agree_with_the_law(known_study):
 
 
 def test_tables_without_repeats_are_refused(known_study):
-    with pytest.raises(AnalysisError, match="unique_images takes 1 value, so"):
+    with pytest.raises(AnalysisError, match="unique_images"):
         repeats(known_study({"seeds": [0]}))
-    with pytest.raises(AnalysisError, match="No row repeats its data"):
+    with pytest.raises(AnalysisError, match="most passes: 1"):
         repeats(known_study({"seeds": [0], "uniques": [64000, 128000]}))
-    with pytest.raises(AnalysisError, match="no column 'U'"):
+    with pytest.raises(AnalysisError, match="U"):
         repeats(known_study({"seeds": [0]}).drop(columns="unique_images"))
-
-
-def test_ordinals():
-    assert [f"{k}{_th(k)}" for k in (2, 3, 4, 11, 12, 22, 32, 113)] == [
-        "2nd", "3rd", "4th", "11th", "12th", "22nd", "32nd", "113th",
-    ]  # fmt: skip

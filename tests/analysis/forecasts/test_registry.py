@@ -51,13 +51,12 @@ def table(grid, tmp_path):
 
 def test_loss_and_accuracy_are_forecast_with_intervals_that_hold_the_truth(table):
     out = json.loads(run(table, "--at", "N=3e7,D=10M", "--resamples", 200, "--json"))
-    found = {row["quantity"]: row for row in out["quantities"]}
+    found = {row["quantity"]: row for row in out["table"]}
     assert out["at"] == AT
     assert found["val_loss"]["pi_lo"] < TRUE_LOSS < found["val_loss"]["pi_hi"]
     assert found["digits:linear"]["pi_lo"] < accuracy(TRUE_LOSS) < found["digits:linear"]["pi_hi"]
     assert found["val_loss"]["pi_hi"] / found["val_loss"]["pi_lo"] < 1.2
-    text = run(table, "--at", "N=3e7,D=10M", "--law", "chinchilla", "--resamples", 50)
-    assert "3.33 times beyond the fitted range" in text
+    assert out["beyond_range"] == pytest.approx(10 / 3)
 
 
 def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):

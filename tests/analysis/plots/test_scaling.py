@@ -10,7 +10,7 @@ from PIL import ImageColor
 
 from aimscale.analysis import correlate, fit, held_out
 from aimscale.analysis.frontier.approaches import all_approaches
-from aimscale.analysis.frontier.isoflop import isoflop_points
+from aimscale.analysis.frontier.measured import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.plots.laws import plot_approaches, plot_cloud, plot_forecasts, plot_isoflop, plot_surface
 from aimscale.analysis.plots.scaling import (
@@ -90,7 +90,7 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
         "accuracy": plot_loss_accuracy(probes, links),
         "published": plot_beside_published(grid[grid["images_seen"] == grid["images_seen"].max()], published_frame()),
         "frontier": plot_approaches(approaches),
-        "isoflop": plot_isoflop(isoflop_points(points_of(grid, y="val_loss", columns=None), 5)),
+        "isoflop": plot_isoflop(isoflop_points(points_of(grid.assign(flops_train=1e15), y="val_loss", columns=None))),
         "surface": plot_surface(joint, approaches.frontiers[-1]),
         "cloud": plot_cloud(joint),
         "forecast": plot_forecasts({"largest N": by_n}),

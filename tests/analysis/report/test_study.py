@@ -106,4 +106,4 @@ def test_words_of_a_contrast_count_what_is_shown(known_study):
     found = contrast(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}), by="prefix")
     (line, *rest) = change_words(found)
     assert line == found.contrasts[0].sentence()
-    assert found.caution in rest
+    assert [str(flag) for flag in found.flags] == rest
