@@ -22,7 +22,7 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Image folder (sub-folders are classes), idx file of images, or archive of CIFAR; with --bundled, OUT."
+            help="Image folder (sub-folders are classes), idx file of images, or CIFAR's archive; with --bundled, OUT."
         ),
     ],
     out: Annotated[Path | None, typer.Argument(help="New folder for the shards and their index.")] = None,
@@ -42,15 +42,11 @@ def pack(
     ] = None,
     classes: ClassesOption = None,
     split: Annotated[str | None, typer.Option(metavar="train|test", help="Which part of a CIFAR archive.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read an image folder; default: by its size.")
-    ] = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
     from aimscale.harness.data.errors import DataError
+    from aimscale.harness.data.store.benchmarks import SPLITS, is_cifar, is_idx, pack_cifar, pack_idx
     from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
-    from aimscale.harness.data.store.cifar import SPLITS, is_cifar, pack_cifar
-    from aimscale.harness.data.store.idx import is_idx, pack_idx
     from aimscale.harness.data.store.image_folder import pack_folder
 
     if bundled:
@@ -73,13 +69,7 @@ def pack(
         if classes is not None:
             raise DataError("--classes is for idx files, CIFAR and data index; a folder's classes are its sub-folders")
         info, skipped = pack_folder(
-            source,
-            out,
-            resize=resize,
-            skip_bad=skip_bad,
-            part=part,
-            max_shard_bytes=shard_mb * 1e6,
-            num_workers=workers,
+            source, out, resize=resize, skip_bad=skip_bad, part=part, max_shard_bytes=shard_mb * 1e6
         )
     for path in skipped:
         print(f"left out, cannot be decoded: {os.fsencode(path).decode(errors='backslashreplace')}")
@@ -97,7 +87,6 @@ def index(
         typer.Option(help="Folder for the index when the shards are remote or read-only; default: beside them."),
     ] = None,
     classes: ClassesOption = None,
-    name: Annotated[str | None, typer.Option(help="Name of the data set; default: its folder's.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; each reads one shard at a time.")] = 1,
 ) -> None:
     """Read every shard once and write index.parquet and dataset.json; resumes where it was interrupted."""
@@ -114,7 +103,6 @@ def index(
         location,
         out or Path(location),
         names=names,
-        name=name,
         classes=_read_classes(classes),
         num_workers=workers,
         progress=_show_progress,
@@ -129,8 +117,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show counts, classes and resolutions of an indexed data set, and a contact sheet."""
-    from aimscale.harness.data.store.contact_sheet import write_contact_sheet
-    from aimscale.harness.data.store.describe import describe_dataset, format_description
+    from aimscale.harness.data.store.describe import describe_dataset, format_description, write_contact_sheet
     from aimscale.harness.data.store.index import open_dataset
 
     dataset = open_dataset(folder)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from aimscale.harness.data.random_access import make_key, permute
+from aimscale.harness.data.store.card import DATASET_FILE, NO_LABEL
 from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.info import DATASET_FILE, NO_LABEL
 from aimscale.harness.data.stream.overlap import twins
 
 NUM_RANKS, NUM_READS, MICRO_BATCH, NUM_HELD_OUT, BLOCK = 4, 10_000, 32, 50_000, 1 << 20

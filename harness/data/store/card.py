@@ -2,12 +2,71 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.run.config import UNINDEXED, RunConfig
+
+FORMAT_VERSION = 2
+INDEX_FILE = "index.parquet"
+DATASET_FILE = "dataset.json"
+NO_LABEL = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """`dataset.json`."""
+
+    version: int = FORMAT_VERSION
+    name: str
+    num_samples: int
+    """Rows of the index."""
+    num_bad: int
+    """Rows whose image did not decode."""
+    num_shards: int
+    total_bytes: int
+    max_width: int
+    max_height: int
+    max_pixels: int
+    one_size: bool
+    """Whether all images that decode have the same width and height."""
+    classes: tuple[str, ...] | None
+    """Class names by label; null when labels have no names or there are none."""
+    shards_at: str | None = None
+    """Folder or URL of the shards when the index is kept elsewhere."""
+    fingerprint: str
+    """16 hex digits of the checksums and labels in order, whatever the shards' names and sizes."""
+
+    @property
+    def index_folder(self) -> str:
+        """Name of the folder of the mapped columns, beside this file."""
+        return f"index-{self.fingerprint}"
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> DatasetInfo:
+        """Of the file's parsed text.
+
+        Raises:
+            DataError: keys are missing or unknown.
+        """
+        try:
+            classes = values.pop("classes")
+            return cls(**values, classes=None if classes is None else tuple(classes))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where} is no valid {DATASET_FILE} ({error}); run `aimscale data index` again") from error
+
+
+def image_checksum(data: bytes) -> int:
+    """64-bit BLAKE2b of an image file."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def num_images(path: str) -> int | None:
@@ -42,7 +101,7 @@ def _field(path: str, name: str, kind: Any) -> Any:
 
 def _text(path: str) -> str | bytes:
     if "://" not in path:
-        return (Path(path) / "dataset.json").read_text()
+        return (Path(path) / DATASET_FILE).read_text()
     from aimscale.harness.data.store.shards import join, read_bytes  # fsspec is slow to import
 
-    return read_bytes(join(path, "dataset.json"))
+    return read_bytes(join(path, DATASET_FILE))

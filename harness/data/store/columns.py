@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.info import NO_LABEL, DatasetInfo
+from aimscale.harness.data.store.card import NO_LABEL, DatasetInfo
 
 SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")])
 """What every read needs: where the image file starts in its shard and its length, bytes; its pixels, 0 x 0 if bad."""

@@ -1,38 +1,39 @@
-"""What `aimscale data info` says of a data set, from its index alone."""
+"""What `aimscale data info` says of a data set, from its index alone, and one PNG that shows it at a glance."""
 
 from __future__ import annotations
 
-import collections
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torchvision.utils import make_grid, save_image
 
-from aimscale.harness.data.store.columns import Column
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.random_access import make_key, permute
+from aimscale.harness.data.resize import crop_centre
 from aimscale.harness.data.store.index import ShardDataset
 
 _LISTED_CLASSES = 12
 _LISTED_BAD = 5
 _QUARTILES = ("min", "lower_quartile", "median", "upper_quartile", "max")
-_MAX_COUNTED = 1 << 25  # checksums that are sorted in memory to count the different ones
+_MAX_ROWS = 1 << 25  # of larger indexes every second, third, ... row is looked at
+_TILE_PX = 96
+_SIDE = 8  # tiles
 
 
 def describe_dataset(dataset: ShardDataset) -> dict[str, Any]:
-    """Counts, classes, resolutions (pixels) and sizes (bytes), ready for JSON; walks over the index in blocks."""
+    """Counts, classes, resolutions (pixels) and sizes (bytes), ready for JSON."""
     index, info = dataset.index, dataset.info
-    shorter, longer, sizes = _Histogram(), _Histogram(), _Histogram()
-    for _, rows in index.samples.blocks():
-        good = rows[rows["width"] > 0]
-        shorter.add(np.minimum(good["width"], good["height"]))
-        longer.add(np.maximum(good["width"], good["height"]))
-        sizes.add(rows["size"])
-    labels = _Histogram()
+    step = -(-len(dataset) // _MAX_ROWS)
+    rows = index.samples.values[::step]
+    good = rows[rows["width"] > 0]
+    num_unique = np.unique(dataset.checksum[::step]).size
+    counts = np.zeros(dataset.num_classes, dtype=np.int64)
     for _, block in index.label.blocks() if index.label is not None else ():
-        labels.add(block[block >= 0])
-    class_counts = dict.fromkeys(dataset.classes or (), 0)
-    for label, count in labels.counts().items():
-        class_counts[dataset.classes[label] if dataset.classes else str(label)] = count
-    num_unique, is_exact = _count_different(index.checksum)
+        counts += np.bincount(block[block >= 0], minlength=len(counts))
+    names = dataset.classes or [str(label) for label in range(len(counts))]
     return {
         "name": info.name,
         "path": dataset.path,
@@ -40,95 +41,73 @@ def describe_dataset(dataset: ShardDataset) -> dict[str, Any]:
         "fingerprint": dataset.fingerprint,
         "num_shards": info.num_shards,
         "num_samples": len(dataset),
-        "num_unique": num_unique,
-        "num_unique_is_exact": is_exact,
+        "num_unique": min(num_unique * step, len(dataset)),
+        "is_exact": step == 1,
         "num_bad": info.num_bad,
         "bad": [dataset.describe(int(i)) for i in index.bad[:_LISTED_BAD]],
-        "num_unlabelled": len(dataset) - labels.total,
-        "num_classes": len(dataset.classes or class_counts),
-        "class_counts": class_counts,
-        "shorter_side_px": shorter.quartiles(),
-        "longer_side_px": longer.quartiles(),
-        "image_bytes": sizes.quartiles(),
+        "num_unlabelled": len(dataset) - int(counts.sum()),
+        "num_classes": len(names),
+        "class_counts": dict(zip(names, counts.tolist(), strict=True)),
+        "shorter_side_px": _quartiles(np.minimum(good["width"], good["height"])),
+        "longer_side_px": _quartiles(np.maximum(good["width"], good["height"])),
+        "image_bytes": _quartiles(rows["size"]),
         "total_bytes": info.total_bytes,
     }
 
 
-class _Histogram:
-    """How often whole numbers occur; exact, in memory that grows with the number of different ones."""
-
-    def __init__(self) -> None:
-        self._counts: collections.Counter[int] = collections.Counter()
-
-    def add(self, values: npt.NDArray[np.integer]) -> None:
-        found, counts = np.unique(values, return_counts=True)
-        self._counts.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
-
-    @property
-    def total(self) -> int:
-        return self._counts.total()
-
-    def counts(self) -> dict[int, int]:
-        return dict(sorted(self._counts.items()))
-
-    def quartiles(self) -> dict[str, int]:
-        """Of numpy's linear kind, cut to whole numbers."""
-        if not self._counts:
-            return {}
-        values, ends = np.array(list(self.counts())), np.cumsum(list(self.counts().values()))
-        found = {}
-        for name, share in zip(_QUARTILES, (0, 0.25, 0.5, 0.75, 1), strict=True):
-            low, rest = divmod(share * (self.total - 1), 1)
-            here, following = (
-                values[np.searchsorted(ends, min(low + step, self.total - 1), side="right")] for step in (0, 1)
-            )
-            found[name] = int(here + rest * (following - here))
-        return found
-
-
-def _count_different(checksums: Column) -> tuple[int, bool]:
-    """(number of different checksums, whether it is exact); of very many, a slice by value is counted and scaled."""
-    share = -(-len(checksums) // _MAX_COUNTED)
-    kept = [block[block % np.uint64(share) == 0] for _, block in checksums.blocks()]
-    number = int(np.unique(np.concatenate(kept)).size) if kept else 0
-    return min(number * share, len(checksums)), share == 1
+def _quartiles(values: npt.NDArray[np.integer]) -> dict[str, int]:
+    """Cut to whole numbers."""
+    if not len(values):
+        return {}
+    return dict(zip(_QUARTILES, map(int, np.quantile(values, (0, 0.25, 0.5, 0.75, 1))), strict=True))
 
 
 def format_description(facts: dict[str, Any]) -> str:
     """The same for people."""
-    lines = [f"{facts['name']}  ({facts['path']})"]
-
-    def add(name: str, text: str) -> None:
-        lines.append(f"  {name:<14} {text}")
-
-    about = "" if facts["num_unique_is_exact"] else "about "
+    about = "" if facts["is_exact"] else "about "
     where = f", shards at {facts['shards_at']}" if facts["shards_at"] else ""
-    add(
-        "images",
-        f"{facts['num_samples']:,} ({about}{facts['num_unique']:,} different files), {facts['num_bad']:,} undecodable",
+    images = (
+        f"{facts['num_samples']:,} ({about}{facts['num_unique']:,} different files), {facts['num_bad']:,} undecodable"
     )
-    add("shards", f"{facts['num_shards']:,}, {facts['total_bytes'] / 1e6:,.1f} MB{where}")
-    for name, key in (
-        ("shorter side", "shorter_side_px"),
-        ("longer side", "longer_side_px"),
-        ("file size", "image_bytes"),
+    lines = [("images", images), ("shards", f"{facts['num_shards']:,}, {facts['total_bytes'] / 1e6:,.1f} MB{where}")]
+    for name, key, unit in (
+        ("shorter side", "shorter_side_px", "px"),
+        ("longer side", "longer_side_px", "px"),
+        ("file size", "image_bytes", "bytes"),
     ):
         if facts[key]:
             low, lower, middle, upper, high = facts[key].values()
-            unit = "bytes" if key == "image_bytes" else "px"
-            add(name, f"median {middle:,} {unit}, half within {lower:,}..{upper:,}, all within {low:,}..{high:,}")
-    counts = facts["class_counts"]
-    if not counts:
-        add("classes", "no labels")
-    else:
-        add("classes", f"{len(counts):,}, with {min(counts.values()):,} to {max(counts.values()):,} images each")
-        for name, count in list(counts.items())[:_LISTED_CLASSES]:
-            add("", f"{count:>9,}  {name}")
+            spread = f"half within {lower:,}..{upper:,}, all within {low:,}..{high:,}"
+            lines.append((name, f"median {middle:,} {unit}, {spread}"))
+    if counts := facts["class_counts"]:
+        fewest, most = min(counts.values()), max(counts.values())
+        lines.append(("classes", f"{len(counts):,}, with {fewest:,} to {most:,} images each"))
+        lines += [("", f"{count:>9,}  {name}") for name, count in list(counts.items())[:_LISTED_CLASSES]]
         if len(counts) > _LISTED_CLASSES:
-            add("", f"      ...  and {len(counts) - _LISTED_CLASSES:,} more (--json lists all)")
-        if facts["num_unlabelled"]:
-            add("unlabelled", f"{facts['num_unlabelled']:,}")
-    for text in facts["bad"]:
-        add("undecodable", text)
-    add("fingerprint", facts["fingerprint"])
-    return "\n".join(lines)
+            lines.append(("", f"      ...  and {len(counts) - _LISTED_CLASSES:,} more (--json lists all)"))
+        lines.append(("unlabelled", f"{facts['num_unlabelled']:,}"))
+    else:
+        lines.append(("classes", "no labels"))
+    lines += [("undecodable", text) for text in facts["bad"]]
+    lines.append(("fingerprint", facts["fingerprint"]))
+    return "\n".join([f"{facts['name']}  ({facts['path']})", *(f"  {name:<14} {text}" for name, text in lines)])
+
+
+def write_contact_sheet(dataset: ShardDataset, path: Path) -> int:
+    """Write a grid of random images, centre-cropped; returns how many are shown.
+
+    Raises:
+        DataError: no image decodes, or the file cannot be written.
+    """
+    number = dataset.num_usable
+    if not number:
+        raise DataError(f"{dataset.path} has no image that decodes, so there is nothing to show")
+    chosen = dataset.usable(permute(np.arange(min(number, _SIDE**2)), number, make_key("contact sheet")))
+    tiles = torch.stack([crop_centre(dataset.decode(int(sample)), _TILE_PX) for sample in chosen])
+    try:
+        save_image(make_grid(tiles.float() / 255, nrow=_SIDE, padding=4, pad_value=1.0), path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot write the contact sheet {path} ({error}); name a .png in a folder that exists"
+        ) from error
+    return len(tiles)

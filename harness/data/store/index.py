@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,9 @@ import torch
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.random_access import I64
+from aimscale.harness.data.store.card import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.info import (
-    DATASET_FILE,
-    FORMAT_VERSION,
-    INDEX_FILE,
-    DatasetInfo,
-    ShardInfo,
-    image_checksum,
-)
 from aimscale.harness.data.store.shard_cache import CachedReader, open_cache
 from aimscale.harness.data.store.shards import LocalReader, Place, RemoteReader, ShardReader, is_url, join, read_bytes
 from aimscale.harness.run.files import cache_folder, locked, written_aside
@@ -60,9 +53,9 @@ class ShardDataset:
         return self.info.num_samples
 
     @property
-    def shards(self) -> ShardList:
+    def shards(self) -> list[ShardInfo]:
         """The tar files."""
-        return ShardList(self._index.shards, self.info.num_samples)
+        return _shard_infos(self._index.shards)
 
     @property
     def index(self) -> Index:
@@ -299,7 +292,20 @@ class ShardDataset:
                 )
 
     def _shard_path(self, number: int) -> str:
-        return join(self.location, self.shards[number].name)
+        return join(self.location, self._index.shards["name"][number].decode())
+
+
+class ShardInfo(NamedTuple):
+    """One tar file."""
+
+    name: str
+    """File name, relative to `ShardDataset.location`."""
+    size: int
+    """Bytes."""
+
+
+def _shard_infos(table: npt.NDArray[Any]) -> list[ShardInfo]:
+    return [ShardInfo(name.decode(), size) for name, size in zip(table["name"], table["size"].tolist(), strict=True)]
 
 
 class _Kept(NamedTuple):
@@ -313,28 +319,6 @@ class _Kept(NamedTuple):
 
 _KEPT: dict[tuple[str, str, int], _Kept] = {}
 """By path, fingerprint and channels."""
-
-
-class ShardList(Sequence[ShardInfo]):
-    """The tar files of a data set, made as they are asked for: there may be hundreds of thousands."""
-
-    def __init__(self, table: npt.NDArray[Any], num_samples: int) -> None:
-        self._table, self._num_samples = table, num_samples
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    @overload
-    def __getitem__(self, number: int) -> ShardInfo: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[ShardInfo]: ...
-    def __getitem__(self, number: int | slice) -> ShardInfo | list[ShardInfo]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        row = self._table[number]
-        behind = range(len(self))[number] + 1
-        end = self._num_samples if behind == len(self) else self._table[behind]["first"]
-        return ShardInfo(name=row["name"].decode(), size=int(row["size"]), num_samples=int(end - row["first"]))
 
 
 def require_channels(channels: int) -> None:
@@ -378,13 +362,12 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     location = info.shards_at or where
     reader: ShardReader
     if not is_url(location):
-        _check_shards(Path(location), ShardList(index.shards[:_CHECKED_AT_OPEN], info.num_samples))
+        _check_shards(Path(location), _shard_infos(index.shards[:_CHECKED_AT_OPEN]))
         reader = LocalReader(Path(location))
     elif cache_dir is None:
         reader = RemoteReader(location)
     else:
-        sizes = {shard.name: shard.size for shard in ShardList(index.shards, info.num_samples)}
-        reader = CachedReader(location, sizes, Path(cache_dir), int(cache_gb * 1e9))
+        reader = CachedReader(location, dict(_shard_infos(index.shards)), Path(cache_dir), int(cache_gb * 1e9))
     return ShardDataset(where, info, index, reader)
 
 

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, NO_LABEL, DatasetInfo
 from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS
-from aimscale.harness.data.store.info import DATASET_FILE, INDEX_FILE, NO_LABEL, DatasetInfo
 from aimscale.harness.data.store.scan import SCAN_SCHEMA, SCHEMA, ShardScan, scan_shard, shard_size
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, with_retries
 from aimscale.harness.run.files import publish_dir, write_text, written_aside

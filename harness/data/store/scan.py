@@ -17,8 +17,8 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.card import image_checksum
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
-from aimscale.harness.data.store.info import image_checksum
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_remote
 
 SCHEMA = pa.schema(

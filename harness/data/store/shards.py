@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import collections
+import functools
+import io
+import itertools
 import os
 import random
 import re
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +23,7 @@ from aimscale.harness.data.errors import DataError
 T = TypeVar("T")
 REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
 """What fsspec's file systems raise when the network or the server fails."""
-_MAX_OPEN_FILES = 128  # of one reader
-_SHARE_OF_DESCRIPTORS = 0.5  # of a process, for the readers together: `ulimit -n` is often 1024
+_MAX_OPEN_FILES = 256  # of a process: `ulimit -n` is often 1024
 _NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
 _MAX_REQUESTS = 64  # under way at once, per process
 _STALLED_S = 60.0  # without an answer a read has stalled and is tried again
@@ -115,55 +115,32 @@ def with_retries(action: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-_open_files: set[int] = set()
-"""Descriptors of all readers of this process; threads change it by single calls only."""
-
-
-def _may_open_more() -> bool:
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return most == resource.RLIM_INFINITY or len(_open_files) < _SHARE_OF_DESCRIPTORS * most
+@functools.lru_cache(_MAX_OPEN_FILES)
+def _opened(reader: int, path: Path) -> io.FileIO:
+    """A file of a reader; closed when it was not read for long and nobody reads it."""
+    return open(path, "rb", buffering=0)
 
 
 class LocalReader:
-    """Positioned reads on a bounded number of open files; an unpickled copy opens its own.
+    """Positioned reads, by any number of threads, on a bounded number of files that the process keeps open."""
 
-    A run with many sources, or an evaluation whose threads each have their own, has many readers: beyond their share of
-    the process's descriptors each keeps the one file that it read last.
-    """
+    _numbers = itertools.count()
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._folder, self._number = folder, next(self._numbers)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder, "_files": collections.OrderedDict()}
-
-    def __del__(self) -> None:
-        while self._files:
-            self._close_oldest()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalReader, (self._folder,)
 
     def read_many(self, places: Sequence[Place]) -> list[bytes]:
         """See `ShardReader`."""
         return [self._read(*place) for place in places]
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
-        descriptor = self._files.get(name)
         try:
-            if descriptor is None:
-                while self._files and (len(self._files) >= _MAX_OPEN_FILES or not _may_open_more()):
-                    self._close_oldest()
-                descriptor = self._files[name] = os.open(self._folder / name, os.O_RDONLY)
-                _open_files.add(descriptor)
-            else:
-                self._files.move_to_end(name)
-            return os.pread(descriptor, size, offset)
+            return os.pread(_opened(self._number, self._folder / name).fileno(), size, offset)
         except OSError as error:
             raise _of_shard(error, name) from error
-
-    def _close_oldest(self) -> None:
-        descriptor = self._files.popitem(last=False)[1]
-        _open_files.discard(descriptor)  # before another thread may be given its number
-        os.close(descriptor)
 
 
 class RemoteReader:

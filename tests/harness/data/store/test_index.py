@@ -26,7 +26,6 @@ def test_the_mapped_columns_equal_the_table(small_set: Path) -> None:
     assert dataset.require_labels().tolist() == table["label"].to_pylist()
     assert [dataset.shard_of(i) for i in range(60)] == table["shard"].to_pylist()
     assert [dataset.key(i) for i in (0, 59)] == [table["key"][i].as_py() for i in (0, 59)]
-    assert sum(shard.num_samples for shard in dataset.shards) == 60
     again = pickle.loads(pickle.dumps(dataset))
     assert again.read(17) == dataset.read(17)
     assert len(pickle.dumps(dataset)) < 10_000, "a mapped column was pickled by its content"

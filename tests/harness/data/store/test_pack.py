@@ -21,7 +21,7 @@ from PIL import Image
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.resize import crop_centre
-from aimscale.harness.data.store import bundled, index
+from aimscale.harness.data.store import bundled, image_folder, index, pack, scan
 from aimscale.harness.data.store.decoding import (
     ImageTooLargeError,
     UndecodableImageError,
@@ -51,6 +51,32 @@ def test_pack_keeps_bytes_and_labels(small_set: Path) -> None:
     assert dataset.decode(5).shape == (3, 32, 32)
     repeat = pack_folder(small_set.parent / "images", small_set.parent / "again")[0]
     assert repeat.fingerprint == dataset.fingerprint
+
+
+def test_any_number_of_processes_writes_the_same_bytes(small_set: Path, tmp_path: Path) -> None:
+    source = small_set.parent / "images"
+    (tmp_path / "one").mkdir()
+    for where, workers in ((tmp_path / "one" / "packed", 1), (tmp_path / "packed", 3)):
+        pack_folder(source, where, max_shard_bytes=30_000, num_workers=workers)
+    one, many = (
+        {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one" / "packed", tmp_path / "packed")
+    )
+    assert one == many
+    assert open_dataset(tmp_path / "packed").info.num_shards >= 4
+
+
+def test_every_image_is_decoded_once(small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def counting(data: bytes, channels: int = 3) -> torch.Tensor:
+        decoded.append(len(data))
+        return decode(data, channels)
+
+    for module in (pack, scan, image_folder):
+        monkeypatch.setattr(module, "decode", counting)
+    pack_folder(small_set.parent / "images", tmp_path / "out")
+    assert len(decoded) == 60
 
 
 def test_webdataset_reads_what_is_packed(small_set: Path) -> None:
@@ -348,7 +374,7 @@ def test_a_shard_with_other_images_of_the_same_size_is_refused_by_name(
         swapped[member.offset_data : member.offset_data + member.size] = other.ljust(member.size, b"\0")
     first.write_bytes(swapped)
     dataset = open_dataset(tmp_path / "copy")
-    number = info.shards[0].num_samples
+    number = int(info.index.shards["first"][1])
     assert dataset.decode(number + 1).shape == (3, 32, 32), f"{second} was not touched"
     with pytest.raises(DataError, match=rf"{first.name} was changed after it was indexed: sample '.*restore"):
         dataset.decode(3)

@@ -1,0 +1,143 @@
+"""CIFAR and idx files, made small, and what damaged ones say."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from aimscale.harness.data.errors import DataError
+from aimscale.harness.data.store.benchmarks import pack_cifar, pack_idx
+from aimscale.harness.data.store.image_folder import pack_folder
+from aimscale.harness.data.store.index import open_dataset
+from aimscale.sweeps.cli.main import main
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def made_cifar(kind: type[CIFAR10]) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """(files of the archive by name, (images, labels) by split): 12 images per batch."""
+    rng, key = np.random.default_rng(0), kind.meta["key"]
+    files, expected = {kind.meta["filename"]: pickle.dumps({key: [f"class{n}" for n in range(100)]})}, {}
+    for split, names in (("train", kind.train_list), ("test", kind.test_list)):
+        images = rng.integers(0, 256, (len(names), 12, 3072), dtype=np.uint8)
+        labels = rng.integers(0, 10, (len(names), 12))
+        expected[split] = images.reshape(-1, 3, 32, 32), labels.reshape(-1)
+        for (name, _), pixels, classes in zip(names, images, labels, strict=True):
+            files[name] = pickle.dumps({"data": pixels, "fine_labels" if kind is CIFAR100 else "labels": [*classes]})
+    return files, expected
+
+
+def write_archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
+def test_archives_and_folders_of_cifar_are_packed(
+    kind: type[CIFAR10], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, expected = made_cifar(kind)
+    for name in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, name, [[file, None] for file, _ in getattr(kind, name)])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
+    archive, folder = tmp_path / kind.filename, tmp_path / kind.base_folder
+    write_archive(archive, kind.base_folder, files)
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    for split, (images, labels) in expected.items():
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "pack", str(archive), str(tmp_path / split), "--split", split])
+        assert ended.value.code == 0
+        dataset = open_dataset(tmp_path / split)
+        assert dataset.classes is not None
+        assert dataset.classes[7] == "class7"
+        assert len(dataset) == len(images)
+        for i in range(len(dataset)):
+            number = int(dataset.key(i))
+            assert (dataset.decode(i).numpy() == images[number]).all()
+            assert dataset.require_labels()[i] == labels[number]
+        assert pack_cifar(folder, tmp_path / f"{split}-folder", split=split).fingerprint == dataset.fingerprint
+
+
+def test_what_is_not_cifar_as_published_is_refused_before_it_is_unpickled(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    archive = tmp_path / CIFAR10.filename
+    write_archive(archive, CIFAR10.base_folder, made_cifar(CIFAR10)[0] | {"test_batch": pickle.dumps(Evil())})
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "pack", str(archive), str(tmp_path / "out")])
+    assert ended.value.code == 2, "no split was chosen"
+    for damage in (lambda: None, lambda: archive.write_bytes(archive.read_bytes()[:200]), archive.unlink):
+        damage()
+        with pytest.raises(DataError, match=str(archive)):
+            pack_cifar(archive, tmp_path / "out", split="test")
+    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def write_idx(path: Path, values: np.ndarray, *, cut: int = 0) -> None:
+    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+    data = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data[: len(data) - cut]) if path.suffix == ".gz" else data[: len(data) - cut])
+
+
+def test_idx_files_are_packed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    images, labels = rng.integers(0, 256, (30, 9, 11)), rng.integers(0, 4, 30)
+    for suffix in ("", ".gz"):
+        source = tmp_path / f"train-images-idx3-ubyte{suffix}"
+        write_idx(source, images)
+        write_idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", labels)
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "pack", str(source), str(tmp_path / f"out{suffix}")])
+        assert ended.value.code == 0
+        dataset = open_dataset(tmp_path / f"out{suffix}")
+        for i in range(30):
+            number = int(dataset.key(i))
+            assert (dataset.decode(i, channels=1)[0].numpy() == images[number]).all()
+            assert dataset.require_labels()[i] == labels[number]
+    with pytest.raises(DataError, match="train-images-idx3-ubyte"):
+        pack_folder(tmp_path, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("damage", ["cut", "no gzip", "broken gzip", "255 dimensions", "no pixels", "no labels"])
+def test_a_damaged_idx_file_is_one_sentence(tmp_path: Path, damage: str) -> None:
+    source, labels = tmp_path / "t-images-idx3-ubyte.gz", tmp_path / "t-labels-idx1-ubyte.gz"
+    write_idx(source, np.zeros((5, 0 if damage == "no pixels" else 4, 4)), cut=5 if damage == "cut" else 0)
+    write_idx(labels, np.zeros(5))
+    if damage == "no gzip":
+        source.write_bytes(b"not compressed")
+    elif damage == "broken gzip":
+        source.write_bytes(source.read_bytes()[:12] + b"\xff" * 20)
+    elif damage == "255 dimensions":
+        source.write_bytes(gzip.compress(b"\0\0\x08\xff" + bytes(2000)))
+    elif damage == "no labels":
+        labels.unlink()
+    with pytest.raises(DataError, match=r"ubyte\.gz"):
+        pack_idx(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist_is_packed(tmp_path: Path) -> None:
+    info = pack_idx(FASHION_MNIST / "t10k-images-idx3-ubyte.gz", tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
+    assert (info.num_samples, info.num_bad) == (10_000, 0)
+    assert np.bincount(dataset.require_labels()).tolist() == [1000] * 10
+    assert dataset.decode(0).shape == (3, 28, 28)
