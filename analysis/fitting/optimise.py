@@ -15,11 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aimscale.analysis.fitting.problem import Problem, make_problem, objective_of
+from aimscale.analysis.fitting.problem import Problem, objective_of
 from aimscale.analysis.fitting.projection import num_starts, starts
 from aimscale.analysis.laws.base import Array
-
-__all__ = ["Minimum", "Problem", "global_minimum", "make_problem", "minimise"]
 
 MAX_ITERATIONS = 200
 CHUNK_VALUES = 250_000

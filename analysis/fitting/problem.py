@@ -102,26 +102,6 @@ class Problem:
             out[p.name] = vector[:, j] / np.abs(ref)
         return out | {name: value[:, 0] for name, value in t.items()}
 
-    def vector_of(self, params: dict[str, float]) -> Array:
-        """The optimiser's vector (1, k) of parameters in the formula's units: the inverse of `params_of`."""
-        at_reference = self.reference(params)
-        vector = [
-            float(params[p.name]) * (at_reference[j] if self.referenced[j] else 1.0)
-            for j, p in enumerate(self.law.linear)
-        ]
-        vector += [np.log(params[p.name]) if p.log else params[p.name] for p in self.law.nonlinear]
-        return np.clip(np.array([vector], float), self.lower, self.upper)
-
-    def reference(self, params: dict[str, float]) -> list[float]:
-        """Absolute value of every basis function at the centre of the data."""
-        t = {p.name: np.full((1, 1), float(params[p.name])) for p in self.law.nonlinear}
-        parts = self.law.basis(self.x, t)
-        return [float(np.abs(np.broadcast_to(part, (1, self.num_points + 1))[0, -1])) for part in parts]
-
-    def total(self, vector: Array, weights: Array | None = None) -> Array:
-        """Objective (batch,), summed over points; infinite where the law leaves the domain of T."""
-        return objective_of(self, self.predict(vector), self.weights if weights is None else weights)
-
     def residual(self, vector: Array) -> Array:
         """Residuals (n,) of T(y) at a vector (k,)."""
         transform = self.objective.transform

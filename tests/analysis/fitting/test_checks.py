@@ -12,7 +12,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.checks import diagnose
 from aimscale.analysis.fitting.influences import with_influence_flags
 from aimscale.analysis.fitting.lackoffit import replicate_test
-from aimscale.analysis.fitting.optimise import Minimum
+from aimscale.analysis.fitting.optimise import global_minimum
 from aimscale.analysis.fitting.problem import make_problem
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.words import FLAGS, Flag
@@ -68,7 +68,7 @@ def test_exponents_that_sum_to_one_are_known_together(grid):
     result = fit("chinchilla", grid, resamples=0)
     x = {v: result.data[v].to_numpy() for v in ("N", "D")}
     problem = make_problem(result.law, x, result.data["y"].to_numpy(), result.objective)
-    best = Minimum(vector=problem.vector_of(result.law_params)[0], total=result.objective_value)
+    best = global_minimum(problem)[0]
     intervals = {"a": Interval(low=0.01, high=0.5), "b": Interval(low=0.5, high=0.99)}
     points = dataclasses.make_dataclass("Points", ["x", "y", "index", "called"])(
         x, problem.y, result.data.index, {"y": "val_loss"}
