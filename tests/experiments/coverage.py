@@ -19,8 +19,7 @@ import pandas as pd
 
 from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, link, noise, repeats
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.frontier.envelope import envelope_frontier
-from aimscale.analysis.frontier.isoflop import isoflop_frontier
+from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.frontier.optimum import Cost, Frontier, optimum_of, parametric_frontier
 
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
