@@ -113,15 +113,10 @@ def correlate(
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
     """
-    if x == y:
-        raise AnalysisError(f"x and y name one column, {x}, which correlates with itself.")
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     if cluster == "auto":
         runs = df["run_id"].nunique() if "run_id" in df.columns else 0
         cluster = "run_id" if MIN_ROWS <= runs < len(df) else None
-    if absent := [name for name in (x, y, partial, within, cluster) if name and name not in df.columns]:
-        raise no_column(df, absent[0])
+    _check_names(df, methods, x, y, partial, within, cluster)
     numeric = [name for name in (x, y, partial) if name]
     used = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
     pair = _pair(used.rows, used.numbers, x, y, partial, within, cluster)
@@ -145,6 +140,16 @@ def correlate(
     return tuple(
         replace(same, method=method, value=value, low=low, high=high) for method, (value, low, high) in found.items()
     )
+
+
+def _check_names(df: pd.DataFrame, methods: Sequence[str], x: str, y: str, *others: str | None) -> None:
+    """Refuse unknown methods, missing columns, and one column twice."""
+    if x == y:
+        raise AnalysisError(f"x and y name one column, {x}, which correlates with itself.")
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
+    if absent := [name for name in (x, y, *others) if name and name not in df.columns]:
+        raise no_column(df, absent[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,14 +66,12 @@ def command(
             raise AnalysisError("--figure draws probe accuracies against val_loss; leave out --x and --y.")
         draw_probes(groups, found, links, figure)
     if json:
-        rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
-        fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]
-        typer.echo(
-            json_module.dumps(
-                plain_types({"correlations": rows, "links": fits} if link else rows), indent=2, allow_nan=False
-            )
-        )
+        typer.echo(json_module.dumps(plain_types(_as_json(found, links)), indent=2, allow_nan=False))
         return
+    _print(found, links, at_loss or [])
+
+
+def _print(found: Mapping[Probe, Sequence[Correlation]], links: Mapping[Probe, Fit], at_loss: Sequence[float]) -> None:
     for (task, kind), group in found.items():
         if task:
             typer.echo(f"{task}, {kind} probe:")
@@ -82,8 +80,14 @@ def command(
         if (task, kind) in links:
             typer.echo(f"  {links[task, kind].sentence()}")
             predicted = links[task, kind].predict({"L": at_loss}).itertuples() if at_loss else ()
-            for loss, row in zip(at_loss or (), predicted, strict=True):
+            for loss, row in zip(at_loss, predicted, strict=True):
                 typer.echo(f"  At a loss of {loss:g}: {row.value:.4f} (measured: {row.pi_lo:.4f} to {row.pi_hi:.4f}).")
+
+
+def _as_json(found: Mapping[Probe, Sequence[Correlation]], links: Mapping[Probe, Fit]) -> Any:
+    rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
+    fits = [{"task": task, "kind": kind} | f.to_dict() for (task, kind), f in links.items()]
+    return {"correlations": rows, "links": fits} if fits else rows
 
 
 def draw_probes(

@@ -187,27 +187,14 @@ def contrast(
     """
     by = by if by in (KIND, BLOCKS) else our_name(frame, by)
     rows = complete(frame if by == "params_total" else with_size(frame))
-    if by in rows and not varies(rows[by]):
-        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
-        raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")
+    _refuse_constant(rows, by)
     asked, flags = _comparable(wanted_measures(rows, measures, by), by)
     keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
     long = long_format(rows, asked, by)
-    levels = _levels(long[by])
-    if len(levels) < 2:
-        alone = f"{by} = {levels[0]} alone has" if levels else "no row has"
-        raise AnalysisError(f"Nothing can be compared: {alone} values of {', '.join(m.title for m in asked)}.")
+    levels = _levels(long, by, asked)
     baseline = _baseline(long, by, levels, baseline)
-    found: list[Contrast] = []
-    why: dict[Flag, list[str]] = {}  # reason -> the measures that have it
-    for m in asked:
-        for level in (each for each in levels if each != baseline):
-            one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level, confidence)
-            if isinstance(one, Flag):
-                why.setdefault(one, []).append(m.title)
-            else:
-                found.append(one)
-    flags += [Flag(kind=r.kind, subject=r.subject, more=(", ".join(titles), *r.more)) for r, titles in why.items()]
+    found, reasons = _all(long, asked, by, keys, baseline, [each for each in levels if each != baseline], confidence)
+    flags += reasons
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
@@ -215,6 +202,28 @@ def contrast(
     flags += [Flag(kind="many_intervals", number=num, more=(num / 20,))] if num >= 5 else []
     equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
     return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
+
+
+def _all(
+    long: pd.DataFrame,
+    asked: Sequence[Measure],
+    by: str,
+    keys: list[str],
+    baseline: str,
+    levels: Sequence[str],
+    confidence: float,
+) -> tuple[list[Contrast], list[Flag]]:
+    """The contrasts of all measures and levels, and every reason why there is none with the measures that have it."""
+    found: list[Contrast] = []
+    why: dict[Flag, list[str]] = {}
+    for m in asked:
+        for level in levels:
+            one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level, confidence)
+            if isinstance(one, Flag):
+                why.setdefault(one, []).append(m.title)
+            else:
+                found.append(one)
+    return found, [Flag(kind=f.kind, subject=f.subject, more=(", ".join(t), *f.more)) for f, t in why.items()]
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
@@ -225,6 +234,12 @@ def factors(frame: pd.DataFrame) -> list[str]:
         head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
         varied = [head, *[name for name in varied if name not in HEAD]]
     return [*varied, KIND, BLOCKS]
+
+
+def _refuse_constant(rows: pd.DataFrame, by: str) -> None:
+    if by in rows and not varies(rows[by]):
+        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
+        raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")
 
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
@@ -252,12 +267,16 @@ def _is_one(rows: pd.DataFrame, one: str, other: str) -> bool:
     return len(rows[[one, other]].drop_duplicates()) == rows[one].nunique() == rows[other].nunique()
 
 
-def _levels(values: pd.Series) -> list[str]:
-    """Levels as words, numbers in order."""
-    present = values.dropna().unique()
+def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
+    """Levels as words, numbers in order; two at least."""
+    present = long[by].dropna().unique()
     numbers = pd.to_numeric(pd.Series(present), errors="coerce")
     order = np.argsort(numbers) if numbers.notna().all() else np.argsort([str(v) for v in present])
-    return list(dict.fromkeys(level_name(present[i]) for i in order))
+    levels = list(dict.fromkeys(level_name(present[i]) for i in order))
+    if len(levels) < 2:
+        alone = f"{by} = {levels[0]} alone has" if levels else "no row has"
+        raise AnalysisError(f"Nothing can be compared: {alone} values of {', '.join(m.title for m in asked)}.")
+    return levels
 
 
 def level_name(value: Any) -> str:

@@ -96,14 +96,8 @@ def nearest_published(
     Raises:
         AnalysisError: no run or several are meant, or none of its tasks is published under its kind of probe.
     """
-    ids = [str(name) for name in probes["run_id"].dropna().unique()] if "run_id" in probes else []
-    chosen = [name for name in ids if run is None or run in name]
-    if not ids:
-        raise AnalysisError("--run takes a probed run of a results table, and this table has none.")
-    if len(chosen) != 1:
-        shown = ", ".join(chosen[:5] or ids[:5])
-        raise AnalysisError(f"name one run with --run, part of its id; {len(chosen)} of {len(ids)} fit: {shown}")
-    rows = probes[(probes["run_id"] == chosen[0]) & probes["top1"].notna()]
+    chosen = _run_of(probes, run)
+    rows = probes[(probes["run_id"] == chosen) & probes["top1"].notna()]
     names = dict(called or {})
     published = published_results()
     if unknown := sorted(set(names.values()) - set(published["task"])):
@@ -114,10 +108,22 @@ def nearest_published(
     if not shared:
         theirs = ", ".join(f"{t} ({k})" for t, k, _ in groups) or "no probes"
         raise AnalysisError(
-            f"run {chosen[0]} has {theirs}, and published are {_tasks(published)}; --task OURS=THEIRS puts a task "
+            f"run {chosen} has {theirs}, and published are {_tasks(published)}; --task OURS=THEIRS puts a task "
             "beside a published one of another name"
         )
-    return [_nearest(chosen[0], names.get(t, t), k, own, published) for t, k, own in shared]
+    return [_nearest(chosen, names.get(t, t), k, own, published) for t, k, own in shared]
+
+
+def _run_of(probes: pd.DataFrame, part: str | None) -> str:
+    """Id of the one probed run that is meant."""
+    ids = [str(name) for name in probes["run_id"].dropna().unique()] if "run_id" in probes else []
+    if not ids:
+        raise AnalysisError("--run takes a probed run of a results table, and this table has none.")
+    chosen = [name for name in ids if part is None or part in name]
+    if len(chosen) != 1:
+        shown = ", ".join(chosen[:5] or ids[:5])
+        raise AnalysisError(f"name one run with --run, part of its id; {len(chosen)} of {len(ids)} fit: {shown}")
+    return chosen[0]
 
 
 def _tasks(published: pd.DataFrame) -> str:
