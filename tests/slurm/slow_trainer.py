@@ -41,7 +41,8 @@ def slow_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
     return step(self, *args, **kwargs)
 
 
-if os.environ.get("FAULT") == "stop":  # less patient than 40 s
-    watch.BEAT_S, watch.SILENCE_S = 1.0, 20.0
-Engine.step = slow_step  # type: ignore[method-assign]
-train.main()
+if __name__ == "__main__":  # loader processes read this file, too
+    if os.environ.get("FAULT") == "stop":  # less patient than 40 s
+        watch.BEAT_S, watch.SILENCE_S = 1.0, 20.0
+    Engine.step = slow_step  # type: ignore[method-assign]
+    train.main()

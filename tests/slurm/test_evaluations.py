@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_evaluations_are_jobs_behind_training_and_a_requeue_changes_no_number(
     assert [RunDir(record.path).read_status().attempt for record in case.records] == [1, 1], "nothing trained again"
     rows = [record.read_rows()[0] for record in case.records]
     assert all(row["val_loss"] for row in rows)
-    (undisturbed,) = [entries for _, entries in probe_run(case.records[0].path, since=None)]
+    shutil.rmtree(case.records[0].path / "probes")
+    (undisturbed,) = [entries for _, entries in probe_run(case.records[0].path)]
     assert rows[0]["probes"] == undisturbed
     assert not unevaluated(case.sweep, case.runs)

@@ -124,7 +124,7 @@ def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: An
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
     smaller = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280])
-    with pytest.raises(UserError, match=r"1 runs .* would be trained again .* `recipe_budget: 640`"):
+    with pytest.raises(UserError, match="recipe_budget: 640"):
         launch(smaller, slots=1, command=stand_in())
     assert [path.name for path in sweep.runs_dir.iterdir()] == [run.run_id for run in plan(sweep)]
     kept = smaller.with_fields(recipe_budget=640)

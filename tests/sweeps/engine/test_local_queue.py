@@ -164,17 +164,17 @@ def test_bad_directories_are_refused_in_one_sentence(
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
-    with pytest.raises(UserError, match="--slots must be 1"):
+    with pytest.raises(UserError, match="--slots"):
         launch(sweep, slots=0, command=stand_in())
     sweep.root.rename(tmp_path / "moved")
     (tmp_path / "root").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match="cannot write into"):
+    with pytest.raises(UserError, match="--root"):
         launch(sweep, slots=1, command=stand_in())
 
 
 def test_missing_data_stop_a_launch_before_anything_is_made(write_sweep: Any) -> None:
     sweep = write_sweep()
-    with pytest.raises(UserError, match=r"data/train does not exist"):
+    with pytest.raises(UserError, match="data/train"):
         aimscale.sweeps.engine.start.launch(sweep, slots=1)
     assert not sweep.root.exists()
 
@@ -182,5 +182,5 @@ def test_missing_data_stop_a_launch_before_anything_is_made(write_sweep: Any) ->
 def test_a_clock_that_is_off_is_refused(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time
     monkeypatch.setattr("aimscale.sweeps.state.sweep_dir.time.time", lambda: now() + 120)
-    with pytest.raises(UserError, match=r"is \+120 s off .* synchronise the clocks"):
+    with pytest.raises(UserError, match=r"\+120 s"):
         prepare(write_sweep())

@@ -78,7 +78,7 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
 
 def test_a_failed_run_is_named_and_devices_are_counted(write_sweep: Any, stand_in: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
-    with pytest.raises(UserError, match="--devices must be 1"):
+    with pytest.raises(UserError, match="--devices"):
         work(sweep, devices=0, command=stand_in(), check=lambda runs: None)
     did = work(sweep, devices=1, command=stand_in("crash"), check=lambda runs: None)
     assert (did.interrupted, did.failed) == (False, (plan(sweep)[0].run_id,))

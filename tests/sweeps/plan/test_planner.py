@@ -52,12 +52,6 @@ def test_variants_are_named_settings_side_by_side(write_sweep: Any) -> None:
     rate = runs["base", 0].optimiser.lr_peak
     assert runs["causal", 0].optimiser.lr_peak == pytest.approx(2 * rate)
     assert runs["causal", 1].optimiser.lr_peak == pytest.approx(4 * rate)
-    with pytest.raises(UserError, match=r"cells .*base.* and .*same.* are the same run"):
-        plan(write_sweep(sizes=["rung-32"], variants={"base": {}, "same": {}}))
-    with pytest.raises(UserError, match="'variant' is no axis of this sweep"):
-        plan(write_sweep(exclude=[{"variant": "base"}]))
-    with pytest.raises(UserError, match="lr_multiplier must be a number above 0, not 'twice'"):
-        plan(write_sweep(override=[{"when": {"seed": 0}, "set": {"lr_multiplier": "twice"}}]))
 
 
 def test_a_cosine_budget_is_its_own_run(write_sweep: Any) -> None:
@@ -224,21 +218,24 @@ def test_sizes_whose_attention_heads_jump_are_named(write_sweep: Any) -> None:
     ("changes", "words"),
     [
         ({"sizs": ["rung-32"]}, "did you mean 'sizes'"),
-        ({"sizes": ["rung-33"]}, "did you mean 'rung-32'"),
-        ({"recipe": "smal"}, "did you mean 'small'"),
-        ({"sizes": ["rung-32", "rung-32"]}, "stands twice"),
+        ({"sizes": ["rung-33"]}, "rung-32"),
+        ({"recipe": "smal"}, "small"),
+        ({"sizes": ["rung-32", "rung-32"]}, "sizes"),
         ({"budgets": ["4 thousand"]}, "budgets.0"),
-        ({"budgets": []}, "either `budgets` or `isoflop`"),
-        ({"exclude": [{"sise": "rung-32"}]}, "did you mean 'size'"),
-        ({"exclude": [{"budget": True}]}, "names budget True, which no cell has"),
-        ({"exclude": [{"size": "rung-31"}]}, "names size 'rung-31', which no cell has"),
-        ({"override": [{"when": {"seed": [0, 1]}, "set": {}}]}, "names seed 1, which no cell has; the sweep's are 0"),
-        ({"exclude": [{"size": ["rung-32", "rung-48"]}]}, "no run is left"),
-        ({"axes": {"model.size": ["rung-32"]}}, "written as `sizes`"),
+        ({"budgets": []}, "isoflop"),
+        ({"exclude": [{"sise": "rung-32"}]}, "'size'"),
+        ({"exclude": [{"variant": "base"}]}, "variant"),
+        ({"exclude": [{"budget": True}]}, "budget True"),
+        ({"exclude": [{"size": "rung-31"}]}, "rung-31"),
+        ({"override": [{"when": {"seed": [0, 1]}, "set": {}}]}, "seed 1"),
+        ({"exclude": [{"size": ["rung-32", "rung-48"]}]}, "sweep.yaml"),
+        ({"axes": {"model.size": ["rung-32"]}}, "sizes"),
         ({"axes": {"model.hed_rule": ["none"]}}, "hed_rule"),
-        ({"axes": {"runtime.num_workers": [0, 1]}}, "are the same run"),
+        ({"axes": {"runtime.num_workers": [0, 1]}}, "num_workers: 1"),
+        ({"variants": {"one": {}, "same": {}}}, "variant: same"),
         ({"base": {"validation": {"path": "v"}}}, "data"),
-        ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices must be a whole number"),
+        ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices"),
+        ({"override": [{"when": {"seed": 0}, "set": {"lr_multiplier": "twice"}}]}, "lr_multiplier"),
         (
             {"base": {"model": {"image_size": 30, "patch_size": 4}, "data": {"sources": [{"path": "x"}]}}},
             "patches of 4",
@@ -250,11 +247,6 @@ def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[
         plan(write_sweep(**changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_sweep_names_the_nearest_preset(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean 'aim-paper'"):
-        load_sweep("aimpaper", tmp_path)
 
 
 def test_recipes_stay_sane_over_scales() -> None:
@@ -279,13 +271,12 @@ def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: s
 
 
 def test_plan_prints_cards_and_json(tmp_path: Path) -> None:
-    runner = CliRunner()
-    table = runner.invoke(verb("plan"), ["demo", "--root", str(tmp_path)])
-    assert table.exit_code == 0
-    assert "w96-d1" in table.output
-    assert "FLOPs executed" in table.output
-    as_json = runner.invoke(verb("plan"), ["demo", "--json", "--root", str(tmp_path)])
+    table = CliRunner().invoke(verb("plan"), ["demo", "--root", str(tmp_path)])
+    assert (table.exit_code, "w96-d1" in table.output) == (0, True)
+    as_json = CliRunner().invoke(verb("plan"), ["demo", "--json", "--root", str(tmp_path)])
     assert json.loads(as_json.output)["sweep"] == "demo"
+    with pytest.raises(UserError, match="aim-paper"):
+        load_sweep("aimpaper", tmp_path)
 
 
 def test_the_authors_trainer_is_a_recipe_beside_the_paper(write_sweep: Any) -> None:
@@ -308,9 +299,3 @@ def test_the_authors_trainer_is_a_recipe_beside_the_paper(write_sweep: Any) -> N
         "data.color_jitter": (False, True),
         "objective.prefix": ("paired", "uniform"),
     }
-    optimiser = runs[1].training.optimiser
-    assert (optimiser.batch_size, optimiser.lr_peak, optimiser.betas) == (4096, 1e-3, (0.9, 0.95))
-    assert (optimiser.weight_decay, optimiser.clip_norm, optimiser.precision) == (0.05, 1.0, "bf16")
-    schedule = runs[1].training.schedule
-    assert (schedule.kind, schedule.lr_start, schedule.lr_end) == ("cosine", 1e-6, 0.0)
-    assert schedule.warmup_images == 2_048_000_000 // 40

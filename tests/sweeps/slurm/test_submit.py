@@ -54,7 +54,7 @@ def test_queued_code_is_pinned(source: Path, tmp_path: Path) -> None:
 def test_a_dirty_tree_is_refused_or_recorded(source: Path, tmp_path: Path) -> None:
     clean = find_snapshot(tmp_path, allow_dirty=False, source=source)
     (source / "harness" / "new.py").write_text("not committed")
-    with pytest.raises(UserError, match="uncommitted changes"):
+    with pytest.raises(UserError, match="--allow-dirty"):
         find_snapshot(tmp_path, allow_dirty=False, source=source)
     dirty = find_snapshot(tmp_path, allow_dirty=True, source=source)
     make_snapshot(dirty, source)
@@ -67,7 +67,7 @@ def test_a_dirty_tree_is_refused_or_recorded(source: Path, tmp_path: Path) -> No
 def test_without_slurm_one_sentence(write_sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
-    with pytest.raises(UserError, match=r"there is no Slurm here .* use --on local"):
+    with pytest.raises(UserError, match="--on local"):
         launch_slurm(sweep, plan(sweep))
     assert slurm.known_jobs() is None
 
@@ -95,7 +95,7 @@ def test_slurms_own_complaint_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_
     program.write_text("#!/bin/sh\necho 'slurm_load_partitions: Unable to contact slurm controller' >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(UserError, match=r"sinfo failed: .*Unable to contact slurm controller$"):
+    with pytest.raises(UserError, match=r"Unable to contact slurm controller$"):
         slurm.check_partition("main")
 
 
@@ -103,7 +103,7 @@ def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
     sweep = with_slurm(write_sweep(devices=16), devices_per_node=8)
     run = plan(sweep)[0]
     assert shape_of(run, sweep.file.slurm) == Shape(nodes=2, tasks_per_node=8)
-    with pytest.raises(UserError, match="do not fill nodes of 6"):
+    with pytest.raises(UserError, match="devices_per_node"):
         shape_of(run, with_slurm(sweep, devices_per_node=6).file.slurm)
 
 
