@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from aimscale.harness.run.files import process_started
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
@@ -33,13 +33,13 @@ def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
     told: dict[slurm.Phase, list[str]] = {"pending": [], "running": []}
     with launch_lock(sweep):
         ask = functools.cache(slurm.jobs)
-        for name, record in _records(sweep, run_ids):
+        for record in _records(sweep, run_ids):
             try:
-                _cancel_one(name, record, ask, told, done, failed)
+                _cancel_one(record, ask, told, done, failed)
+            except slurm.SlurmError:
+                raise
             except SweepError as error:
-                if isinstance(error, slurm.SlurmError):
-                    raise
-                failed.append(f"{name}: {error}")
+                failed.append(f"{record.title}: {error}")
         # A job that executes several runs goes on with the others.
         shared = {claim.job_id for path in sweep.runs_dir.iterdir() if (claim := RunRecord(path).find_claim())}
         slurm.cancel([job_id for job_id in told["pending"] if job_id not in shared])
@@ -48,7 +48,6 @@ def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _cancel_one(
-    name: str,
     record: RunRecord,
     ask: Callable[[], dict[str, slurm.JobInfo]],
     told: dict[slurm.Phase, list[str]],
@@ -65,17 +64,15 @@ def _cancel_one(
         told[job.phase].append(claim.job_id)
         if job.phase == "pending":
             record.write_status(state="preempted", reason="cancelled while it waited", reason_class=None)
-        done.append(f"{name}: {'taken out of the queue' if job.phase == 'pending' else 'told to save and end'}")
+        done.append(f"{record.title}: {'taken out of the queue' if job.phase == 'pending' else 'told to save and end'}")
     elif record.is_held() or (claim is not None and local_claim_is_live(claim)):
         was_told = _stop_local(record)
-        (done if was_told else failed).append(f"{name}: {_local_sentence(record, was_told)}")
+        (done if was_told else failed).append(f"{record.title}: {_local_sentence(record, was_told)}")
 
 
-def _records(sweep: Sweep, run_ids: Sequence[str]) -> Iterator[tuple[str, RunRecord]]:
-    """Training and evaluation job of each run, with what to call them."""
-    for run_id in run_ids:
-        for record in records_of(sweep.run_dir(run_id)):
-            yield record.title, record
+def _records(sweep: Sweep, run_ids: Sequence[str]) -> list[RunRecord]:
+    """Training and evaluation job of each run."""
+    return [record for run_id in run_ids for record in records_of(sweep.run_dir(run_id))]
 
 
 def _stop_local(record: RunRecord) -> bool:
@@ -108,11 +105,11 @@ def retry(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
     damaged: list[str] = []
     if sweep.directory.is_dir():
         with launch_lock(sweep):
-            for name, record in _records(sweep, run_ids):
+            for record in _records(sweep, run_ids):
                 try:
                     if record.checked_status().state in ("failed", "diverged") and not record.is_held():
                         forgive(record)
-                        cleared.append(name)
+                        cleared.append(record.title)
                 except SweepError as error:
-                    damaged.append(f"{name}: {error}")
+                    damaged.append(f"{record.title}: {error}")
     return cleared, damaged
