@@ -187,22 +187,7 @@ def page(done: dict[str, Any]) -> str:
     for check in (_result(found, "doctor") or {}).get("checks", ()):
         if check["level"] != "ok" or check["name"] == "accelerator":
             lines += [f"Doctor: {check['level']}, {check['name']}: {check['found']}", ""]
-    head = "size, batch, compiled | ms/step | images/s | MFU published/nominal | executed/measured"
-    lines += [f"| {head} | ours / FSDP2 | ours / bare | GB (estimate) |", "|---" * 8 + "|"]
-    for name in found:
-        if name.startswith("train") and (row := _result(found, name)):
-            lines.append(_training_line(row))
-    lines.append("")
-    for run in (_result(found, "status") or {}).get("runs", ()):
-        numbers = f"loss {_short(run['val_loss'], '.4f')}, {_short(run['status']['images_per_s'], ',.0f')} images/s"
-        lines += [f"Sweep: {run['run_id']} {run['state']}, {numbers}.", ""]
-    for row in (_result(found, "loader") or {}).get("loader", ()):
-        rate, share = f"{row['images_per_s']:.0f} images/s", f"{100 * row['share']:.0f} %"
-        lines += [f"Loader: {row['workers']} worker, {rate}, {share} of the limit.", ""]
-    for name in ("tests", "sweep"):
-        if name in found and found[name]["result"]:
-            lines += [f"{name.capitalize()}:", "", "```", *map(str, found[name]["result"]), "```", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_training_table(found), *_other_results(found)])
 
 
 def _result(found: dict[str, Any], name: str) -> Any:
@@ -211,23 +196,34 @@ def _result(found: dict[str, Any], name: str) -> Any:
     return part["result"] if part and not part["problem"] else None
 
 
-def _training_line(row: dict[str, Any]) -> str:
-    def ratio(name: str) -> str:
-        return f"{row['others'][name]['ours_over_it']:.3f}" if name in row["others"] else ""
+def _training_table(found: dict[str, Any]) -> Iterator[str]:
+    head = "size, batch, compiled | ms/step | images/s | MFU published/nominal | executed/measured"
+    yield f"| {head} | ours / FSDP2 | ours / bare | GB (estimate) |"
+    yield "|---" * 8 + "|"
+    for row in (_result(found, name) for name in found if name.startswith("train")):
+        if row:
+            shares = [row[name] for name in ("mfu_published", "mfu")]
+            others = [row["others"].get(name, {}).get("ours_over_it") for name in ("fsdp2", "bare")]
+            cells = [
+                f"{row['size']}, {row['batch_size']}, {row['compiled']}",
+                f"{row['ms_per_step']:.1f}",
+                f"{row['images_per_s']:.0f}",
+                *("" if share is None else f"{100 * share:.1f} %{' (!)' if share > 1 else ''}" for share in shares),
+                *("" if ratio is None else f"{ratio:.3f}" for ratio in others),
+                f"{row['memory_bytes'] / 1e9:.1f} ({row['memory_estimate_bytes'] / 1e9:.1f})",
+            ]
+            yield f"| {' | '.join(cells)} |"
+    yield ""
 
-    shares = [row[name] for name in ("mfu_published", "mfu")]
-    cells = [
-        f"{row['size']}, {row['batch_size']}, {row['compiled']}",
-        f"{row['ms_per_step']:.1f}",
-        f"{row['images_per_s']:.0f}",
-        *("" if share is None else f"{100 * share:.1f} %{' (!)' if share > 1 else ''}" for share in shares),
-        ratio("fsdp2"),
-        ratio("bare"),
-        f"{row['memory_bytes'] / 1e9:.1f} ({row['memory_estimate_bytes'] / 1e9:.1f})",
-    ]
-    return f"| {' | '.join(cells)} |"
 
-
-def _short(value: float | None, form: str) -> str:
-    """A number for people; a run that ended early has none."""
-    return "-" if value is None else format(value, form)
+def _other_results(found: dict[str, Any]) -> Iterator[str]:
+    for run in (_result(found, "status") or {}).get("runs", ()):
+        numbers = ((run["val_loss"], ".4f"), (run["status"]["images_per_s"], ",.0f"))
+        loss, rate = ("-" if value is None else format(value, form) for value, form in numbers)
+        yield f"Sweep: {run['run_id']} {run['state']}, loss {loss}, {rate} images/s.\n"
+    for row in (_result(found, "loader") or {}).get("loader", ()):
+        rate, share = f"{row['images_per_s']:.0f} images/s", f"{100 * row['share']:.0f} %"
+        yield f"Loader: {row['workers']} worker, {rate}, {share} of the limit.\n"
+    for name in ("tests", "sweep"):
+        if name in found and found[name]["result"]:
+            yield "\n".join([f"{name.capitalize()}:", "", "```", *map(str, found[name]["result"]), "```", ""])

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -230,8 +229,8 @@ def start_group(placement: Placement, device_name: str) -> Group:
     return Group(placement, device, host_group)
 
 
-def import_deepspeed(log_file: Path | None) -> Any:
-    """Import DeepSpeed without its compiler runs, and with its log in a file instead of on the terminal."""
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without its compiler runs, and with its warnings alone."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -240,13 +239,7 @@ def import_deepspeed(log_file: Path | None) -> Any:
     deepspeed.ops.__compatible_ops__ = {}
     # It calls collectives by names that new versions of torch warn about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    logger.handlers.clear()
-    logger.propagate = False
-    if log_file is None:
-        logger.addHandler(logging.NullHandler())
-    else:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        logger.addHandler(logging.FileHandler(log_file))
+    logger.setLevel(logging.WARNING)
     return deepspeed
 
 

@@ -1,7 +1,7 @@
-"""The steps since the last line, and the lines that they become.
+"""What a run has counted and measured so far: told in its lines and in the rows of its budgets, kept in checkpoints.
 
 Losses stay on the device until a line is due: between lines nothing waits for it. What is pending at a checkpoint is
-stored in it, so that an interrupted run writes the same lines as an uninterrupted one.
+stored in it, so that an interrupted run tells what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.engine import StepOutcome
 
 SPIKE_WINDOW = 100
@@ -23,6 +24,27 @@ SPIKE_SIGMAS = 6.0
 """... and called a spike when it is above their mean by so many standard deviations (half of the window suffices)."""
 TAIL_FRACTION = 0.05
 """A budget's `train_loss` is the mean over this last share of it."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+    """What a stretch of training took."""
+
+    wall_s: float = 0.0
+    """Wall time of steps and checkpoints."""
+    device_s: float = 0.0
+    """The same times the number of devices."""
+    num_images: int = 0
+    num_skipped_steps: int = 0
+    """Non-finite steps."""
+    num_bad_samples: int = 0
+    """Undecodable samples, replaced."""
+    num_loss_spikes: int = 0
+    """Losses far above those before them."""
+
+    def __add__(self, other: Tally) -> Tally:
+        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return Tally(**{key: ours[key] + theirs[key] for key in ours})
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,8 +57,6 @@ class _Step:
     num_targets: int
     was_applied: bool
     """Whether it updated the weights."""
-    in_tail: bool
-    """Whether it counts into the budget's `train_loss`."""
     loss: float | None = None
     """Mean over its targets; null when it was not finite."""
     grad_norm: float | None = None
@@ -45,22 +65,69 @@ class _Step:
     """Whether the loss stands out from those before it."""
 
 
-class StepLog:
+class Metrics:
     """Collects steps and turns them into lines, without waiting for the device in between."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group, batch_size: int) -> None:
+        self.images_done = 0
+        """Images trained on, decay branches included."""
+        self.consecutive_skipped = 0
+        """Non-finite steps since the last finite one."""
+        self.trunk, self.branch = Tally(), Tally()
+        """Of the trunk so far, and of the branch that the run is on."""
+        self._group, self._batch_size = group, batch_size
+        self._segment = Segment(start=0, stop=0, branch=None)
         self._settled: list[_Step] = []
         self._pending: list[tuple[_Step, StepOutcome]] = []
         self._tail_sum, self._tail_count = 0.0, 0
         self._recent: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
 
-    def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int, in_tail: bool) -> None:
-        """Note a step; `in_tail` counts it into the budget's `train_loss`."""
-        step = _Step(
-            images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied, in_tail=in_tail
-        )
+    @property
+    def current(self) -> Tally:
+        """Of the trunk or the branch, wherever the run is."""
+        return self.trunk if self._segment.branch is None else self.branch
+
+    @property
+    def total(self) -> Tally:
+        """On the way from the start of the trunk to here."""
+        return self.trunk if self._segment.branch is None else self.trunk + self.branch
+
+    def enter(self, segment: Segment, *, from_its_start: bool) -> None:
+        """A segment begins, or goes on after a restart; a branch's counts begin with it."""
+        self._segment = segment
+        if from_its_start:
+            self._tail_sum, self._tail_count = 0.0, 0
+            self._recent.clear()  # losses at another learning rate
+            if segment.branch is not None:
+                self.branch = Tally()
+
+    def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
+        """Count a step, which ends at `images_seen`."""
+        step = _Step(images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied)
         self._pending.append((step, outcome))
+        self.images_done += self._batch_size
+        self.current.num_images += self._batch_size
+        self.current.num_skipped_steps += not step.was_applied
+        self.consecutive_skipped = 0 if step.was_applied else self.consecutive_skipped + 1
+
+    def line(self) -> dict[str, Any]:
+        """One line for the steps since the last; means are over applied steps, null if there was none."""
+        self._settle()
+        applied = [step for step in self._settled if step.was_applied]
+        last = self._settled[-1]
+        line = {
+            "images_seen": last.images_seen,
+            "step": last.images_seen // self._batch_size,
+            "branch": self._segment.branch,
+            "loss": _mean([step.loss for step in applied]),
+            "loss_max": max((step.loss for step in applied if step.loss is not None), default=None),
+            "grad_norm": _mean([step.grad_norm for step in applied]),
+            "lr": last.lr,
+            "num_skipped_steps": self.total.num_skipped_steps,
+            "loss_spikes": [step.images_seen for step in self._settled if step.is_spike],
+        }
+        self._settled.clear()
+        return line
 
     def _settle(self) -> None:
         """Bring pending values to the host: one sum over ranks for all of them."""
@@ -68,13 +135,15 @@ class StepLog:
             return
         sums = self._group.sum_tensor(torch.stack([outcome.loss_sum for _, outcome in self._pending]).double()).tolist()
         norms = torch.stack([outcome.grad_norm.double().cpu() for _, outcome in self._pending]).tolist()
+        branch = self._segment.branch
         for (step, _), loss_sum, norm in zip(self._pending, sums, norms, strict=True):
             step.loss = loss_sum / step.num_targets if math.isfinite(loss_sum) else None
             step.grad_norm = norm if math.isfinite(norm) else None
             if step.loss is not None:
                 step.is_spike = self._stands_out(step.loss)
+                self.current.num_loss_spikes += step.is_spike
                 self._recent.append(step.loss)
-                if step.in_tail:
+                if branch is not None and step.images_seen > (1 - TAIL_FRACTION) * branch:
                     self._tail_sum, self._tail_count = self._tail_sum + step.loss, self._tail_count + 1
             self._settled.append(step)
         self._pending.clear()
@@ -84,39 +153,19 @@ class StepLog:
             return False
         return loss > statistics.fmean(self._recent) + SPIKE_SIGMAS * statistics.pstdev(self._recent)
 
-    def line(self, batch_size: int, branch: int | None, num_skipped_steps: int) -> dict[str, Any]:
-        """One line for the steps since the last; means are over applied steps, null if there was none."""
-        self._settle()
-        applied = [step for step in self._settled if step.was_applied]
-        last = self._settled[-1]
-        line: dict[str, Any] = {
-            "images_seen": last.images_seen,
-            "step": last.images_seen // batch_size,
-            "branch": branch,
-            "loss": _mean([step.loss for step in applied]),
-            "loss_max": max((step.loss for step in applied if step.loss is not None), default=None),
-            "grad_norm": _mean([step.grad_norm for step in applied]),
-            "lr": last.lr,
-            "num_skipped_steps": num_skipped_steps,
-            "loss_spikes": [step.images_seen for step in self._settled if step.is_spike],
-        }
-        self._settled.clear()
-        return line
-
     def train_loss(self) -> float | None:
         """Mean loss over the budget's tail."""
         self._settle()
         return self._tail_sum / self._tail_count if self._tail_count else None
 
-    def start_segment(self) -> None:
-        """Forget the tail of an earlier budget, and losses at another learning rate."""
-        self._tail_sum, self._tail_count = 0.0, 0
-        self._recent.clear()
-
     def state(self) -> dict[str, Any]:
-        """Everything not yet in a line, for a checkpoint."""
+        """For a checkpoint, everything that is not yet in a line with it."""
         self._settle()
         return {
+            "images_done": self.images_done,
+            "consecutive_skipped": self.consecutive_skipped,
+            "trunk": dataclasses.asdict(self.trunk),
+            "branch": dataclasses.asdict(self.branch),
             "steps": [dataclasses.asdict(step) for step in self._settled],
             "tail_sum": self._tail_sum,
             "tail_count": self._tail_count,
@@ -125,6 +174,8 @@ class StepLog:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
+        self.images_done, self.consecutive_skipped = state["images_done"], state["consecutive_skipped"]
+        self.trunk, self.branch = Tally(**state["trunk"]), Tally(**state["branch"])
         self._pending.clear()
         self._settled = [_Step(**step) for step in state["steps"]]
         self._tail_sum, self._tail_count = state["tail_sum"], state["tail_count"]

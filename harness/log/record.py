@@ -1,10 +1,13 @@
-"""The bookkeeping of a training run: what every step adds to its counters, and when a line is due."""
+"""The bookkeeping of a training run: when a line is due and where it goes, what a checkpoint and a row must know."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +17,21 @@ from aimscale.aim.cost import mean_scored_tokens
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
-from aimscale.harness.log.counters import Counters, Tally
-from aimscale.harness.log.lines import LineWriter
-from aimscale.harness.log.metrics import TAIL_FRACTION, StepLog
+from aimscale.harness.log.loggers import Logger, open_loggers
+from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.log.terminal import Terminal
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
+from aimscale.harness.run.fence import check_fence
 from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.engine import StepOutcome
 from aimscale.harness.step.feed import Feed, Step
 
 MAX_SKIPPED_STEPS = 20
 """More consecutive steps than this that are not finite, and the run has diverged."""
+SMOOTHED_S = 30.0
+"""`status.json` gives the rate of about so many seconds: forecasts hang on it, and that of a few short steps jumps."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,30 +50,29 @@ class Interval:
 
 
 class Recorder:
-    """Counts steps, writes a line whenever one is due, and says what a checkpoint and a row must know."""
+    """Takes every line to where it is read: `metrics.jsonl`, `status.json`, the loggers and the terminal."""
 
     def __init__(
         self, run: RunDir, config: RunConfig, group: Group, model_config: ModelConfig, peak: Peak, images_planned: int
     ) -> None:
-        self.counters = Counters()
-        self.terminal = Terminal(is_first=group.is_first, images_planned=images_planned)
         self._run, self._config, self._group = run, config, group
         self._model_config, self._peak = model_config, peak
         self._batch_size = config.training.optimiser.batch_size
+        self.metrics = Metrics(group, self._batch_size)
+        self.terminal = Terminal(is_first=group.is_first, images_planned=images_planned)
         self._feed = Feed(
             group, num_tokens=model_config.num_tokens, max_bad_fraction=config.training.data.max_bad_fraction
         )
-        self._log = StepLog(group)
-        self._interval = Interval()
         self._segment = Segment(start=0, stop=0, branch=None)
-        self._writer: LineWriter | None = None
+        self._interval = Interval()
+        self._smoothed_s = self._smoothed_images = 0.0
+        self._attempt = run.read_status().attempt
+        self._loggers: list[Logger] = open_loggers(run, config) if group.is_first else []
 
     def enter(self, segment: Segment, *, from_its_start: bool) -> None:
         """A segment begins, or goes on after a restart."""
         self._segment, self._interval = segment, Interval()
-        self.counters.enter(is_branch=segment.branch is not None, from_its_start=from_its_start)
-        if from_its_start:
-            self._log.start_segment()
+        self.metrics.enter(segment, from_its_start=from_its_start)
 
     def next_of(self, batches: Iterator[list[Batch]], *, stop_asked: bool, save_asked: bool) -> Step:
         """The next step's images; the wait for them is counted.
@@ -76,12 +80,17 @@ class Recorder:
         Raises:
             DataError: on every rank, as `Feed.next` says.
         """
-        num_images = self.counters.images_done + self._batch_size
-        asked = {"stop_asked": stop_asked, "save_asked": save_asked}
-        step = self._feed.next(batches, **asked, num_images=num_images, num_bad=self.counters.num_bad)
+        so_far = self.metrics.total
+        step = self._feed.next(
+            batches,
+            stop_asked=stop_asked,
+            save_asked=save_asked,
+            num_images=so_far.num_images + self._batch_size,
+            num_bad=so_far.num_bad_samples,
+        )
         self._interval.data_wait_s += step.wait_s
         if not step.must_stop:  # else the next start loads these images again
-            self.counters.add_bad_samples(step.num_bad_samples)
+            self.metrics.current.num_bad_samples += step.num_bad_samples
         return step
 
     def step(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
@@ -89,18 +98,18 @@ class Recorder:
 
         Raises:
             DivergedError: too many non-finite steps in a row.
+            LeaseLost: another process took the run over.
         """
-        counters, segment, runtime = self.counters, self._segment, self._config.runtime
-        counters.add_step(self._batch_size, was_applied=outcome.was_applied)
+        self.metrics.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets)
         self._interval.num_images += self._batch_size
         self._interval.num_targets += num_targets
-        in_tail = segment.branch is not None and images_seen > (1 - TAIL_FRACTION) * segment.branch
-        self._log.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets, in_tail=in_tail)
-        if images_seen // self._batch_size % runtime.log_every_steps == 0 or images_seen == segment.stop:
-            self._write_line()
-        if counters.consecutive_skipped > MAX_SKIPPED_STEPS:
+        every = self._config.runtime.log_every_steps
+        if images_seen // self._batch_size % every == 0 or images_seen == self._segment.stop:
+            self._tell()
+        skipped = self.metrics.consecutive_skipped
+        if skipped > MAX_SKIPPED_STEPS:
             raise DivergedError(
-                f"{counters.consecutive_skipped} steps in a row were not finite, up to image {images_seen}; "
+                f"{skipped} steps in a row were not finite, up to image {images_seen}; "
                 "lower optimiser.lr_peak or lengthen the warm-up"
             )
 
@@ -110,27 +119,50 @@ class Recorder:
         wall_s = now - self._interval.started
         self._interval.started = now
         self._interval.wall_s += wall_s
-        self.counters.current.wall_s += wall_s
-        self.counters.current.device_s += wall_s * self._group.world_size
+        self.metrics.current.wall_s += wall_s
+        self.metrics.current.device_s += wall_s * self._group.world_size
         return self._interval.wall_s
 
-    def _write_line(self) -> None:
-        """The only place in the loop that waits for the device."""
-        line = self._log.line(self._batch_size, self._segment.branch, self.counters.num_skipped_steps)
-        self.counters.current.num_loss_spikes += len(line["loss_spikes"])
+    def _tell(self) -> None:
+        """Make a line of the steps since the last; the only place in the loop that waits for the device."""
+        line = self.metrics.line()
         wall_s = self.book()
         interval, self._interval = self._interval, Interval()
-        if self._writer is None:
+        if not self._group.is_first:
             return
         images_per_s = interval.num_images / wall_s
-        speed = {
+        line |= {
             "images_per_s": images_per_s,
             "ms_per_step": 1000 * wall_s * self._batch_size / interval.num_images,
             **self._utilisation(images_per_s, interval.num_targets / interval.num_images),
             "data_wait": interval.data_wait_s / wall_s,
             "device_memory_gb": device_memory_bytes(self._group) / 1e9,
+            "time": time.time(),
+            "attempt": self._attempt,
         }
-        self._writer.write(line, speed, images_done=self.counters.images_done, wall_s=wall_s)
+        append_line(self._run.metrics, line)
+        kept = math.exp(-wall_s / SMOOTHED_S)  # what is longer ago counts less
+        self._smoothed_s = kept * self._smoothed_s + wall_s
+        self._smoothed_images = kept * self._smoothed_images + interval.num_images
+        branch = line["branch"]
+        self._run.write_status(
+            durable=False,
+            phase="train" if branch is None else "decay",
+            images_done=self.metrics.images_done,
+            heartbeat=line["time"],
+            images_per_s=self._smoothed_images / self._smoothed_s,
+            **{key: line[key] for key in ("images_seen", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")},
+        )
+        for logger in self._loggers:
+            logger.log(line)
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        self.terminal.step(
+            "trunk" if branch is None else f"decay to {branch}",
+            f"loss {loss}  {images_per_s:.0f} images/s",
+            f"MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}",
+            images_seen=line["images_seen"],
+            images_done=self.metrics.images_done,
+        )
 
     def _utilisation(self, images_per_s: float, scored_tokens: float) -> dict[str, float | None]:
         return utilisation(
@@ -142,45 +174,48 @@ class Recorder:
         )
 
     def progress(self) -> dict[str, Any]:
-        """What makes a checkpoint or a budget a point of the walk; the lines written so far are made durable."""
+        """What makes a checkpoint a point of the walk."""
         self.book()
-        return {
-            **self.counters.state(),
-            "log": self._log.state(),
-            "train_loss": self._log.train_loss(),
-            "metrics_bytes": self._writer.sync() if self._writer else 0,
-        }
+        return self.metrics.state()
 
-    def restore(self, progress: dict[str, Any] | None) -> None:
-        """Take up `progress`, or start anew; lines that it does not know of are cut off."""
-        if progress is not None:
-            self.counters.restore(progress)
-            self._log.restore(progress["log"])
-        if self._group.is_first:
-            known = progress["metrics_bytes"] if progress else 0
-            self._writer = LineWriter(self._run, self._config, self.terminal, known)
-
-    def facts(self, progress: dict[str, Any]) -> dict[str, Any]:
-        """Columns of the results row of a budget that ended at `progress`."""
-        took = Tally(**progress["trunk"]) + Tally(**progress["branch"])
+    def facts(self) -> dict[str, Any]:
+        """Columns of the results row of a budget that ends here."""
+        self.book()
+        took = self.metrics.total
         images_per_s = took.num_images / took.wall_s
         scored = mean_scored_tokens(self._model_config.num_tokens, self._config.training.objective.prefix)
-        counts = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
         return {
-            "train_loss": progress["train_loss"],
+            "train_loss": self.metrics.train_loss(),
             "wall_s": took.wall_s,
             "device_hours": took.device_s / 3600,
             "images_per_s": images_per_s,
             **self._utilisation(images_per_s, scored),
-            **{name: getattr(took, name) for name in counts},
+            "num_skipped_steps": took.num_skipped_steps,
+            "num_bad_samples": took.num_bad_samples,
+            "num_loss_spikes": took.num_loss_spikes,
             "world_size": self._group.world_size,
         }
 
     def close(self) -> None:
         """Leave the terminal and the loggers."""
         self.terminal.close()
-        if self._writer is not None:
-            self._writer.close()
+        for logger in self._loggers:
+            logger.close()
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line; visible to readers at once. What a kill left of a line becomes a line of its own.
+
+    Raises:
+        LeaseLost: another process took the run over.
+        ValueError: there is a NaN or an infinity in it.
+    """
+    check_fence(path)
+    with path.open("a+b") as file:
+        size = file.tell()
+        file.seek(max(0, size - 1))
+        begins_anew = size == 0 or file.read(1) == b"\n"
+        file.write((("" if begins_anew else "\n") + json.dumps(line, allow_nan=False) + "\n").encode())
 
 
 def device_memory_bytes(group: Group) -> int:

@@ -44,11 +44,15 @@ def weights_content(run: RunDir, images_seen: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _content(path: Path, size: int, mtime_ns: int) -> str:
-    """16 hex digits of a file's size, start, end and 64 pieces between: training changes every weight."""
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    """16 hex digits of a safetensors file's size, start, end and 64 pieces between: training changes every weight.
+
+    Its header, in which a budget's row stands, with times, does not count.
+    """
     with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        digest = hashlib.blake2b(str(size - start).encode(), digest_size=8)
         for number in range(65):
-            file.seek(number * max(0, size - _PIECE) // 64)
+            file.seek(start + number * max(0, size - start - _PIECE) // 64)
             digest.update(file.read(_PIECE))
     return digest.hexdigest()
 

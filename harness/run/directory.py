@@ -28,6 +28,9 @@ ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
 STATUS_VERSION = 1
 RESULTS_VERSION = 1
 
+EVALUATION = "evaluating"
+"""Folder of a run for what is measured on it beside its training."""
+
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
 EXIT_USER_ERROR = 2
@@ -96,10 +99,8 @@ class RunDir:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
-        self.provenance = self.path / "provenance.json"
         self.status = self.path / "status.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.speed = self.path / "speed.jsonl"
         self.results = self.path / "results.json"
         self.lease = self.path / "lease.json"
         self.checkpoints = self.path / "checkpoints"
@@ -108,21 +109,13 @@ class RunDir:
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
 
-    def budget_dir(self, images_seen: int) -> Path:
-        """Final weights of a budget: `model.safetensors` and `model.json`."""
-        return self.path / "budgets" / str(images_seen)
-
     def model_file(self, images_seen: int) -> Path:
         """Final weights of a budget."""
-        return self.budget_dir(images_seen) / "model.safetensors"
+        return self.path / "budgets" / str(images_seen) / "model.safetensors"
 
     def validation_file(self, images_seen: int) -> Path:
-        """Per-image validation losses at a budget."""
+        """Per-image validation losses, and next-patch predictions on a few of the images, at a budget."""
         return self.path / "validation" / f"{images_seen}.npz"
-
-    def completions_file(self, images_seen: int) -> Path:
-        """Next-patch predictions on a few validation images at a budget."""
-        return self.path / "completions" / f"{images_seen}.npz"
 
     def probes_dir(self, images_seen: int) -> Path:
         """One JSON file per probed task at a budget."""
@@ -202,10 +195,25 @@ class RunDir:
         Raises:
             UserError: the file is damaged.
         """
-        rows = (read_object(self.results) or {"rows": []}).get("rows")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "images_seen" in row for row in rows):
+        rows = self._read_results()["rows"]
+        if not all("images_seen" in row for row in rows):
             raise UserError(f"{self.results} is damaged (no rows of budgets); move it away to evaluate them again")
         return rows
+
+    def read_starts(self) -> list[dict[str, Any]]:
+        """What each start of the run was executed by (`harness.run.provenance`).
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return self._read_results()["starts"]
+
+    def _read_results(self) -> dict[str, list[dict[str, Any]]]:
+        found = {"starts": [], "rows": []} | (read_object(self.results) or {})
+        for name in ("starts", "rows"):
+            if not isinstance(found[name], list) or not all(isinstance(each, dict) for each in found[name]):
+                raise UserError(f"{self.results} is damaged (no list of {name}); move it away to evaluate again")
+        return found
 
     def record_row(self, row: dict[str, Any]) -> None:
         """Add a budget's row, or replace the one it has (a probe run again)."""
@@ -223,17 +231,22 @@ class RunDir:
             The row as it stands afterwards.
         """
         with locked(self.results.with_suffix(".lock")):
-            rows = self.read_rows()
-            row = next((each for each in rows if each["images_seen"] == images_seen), None)
+            rows = {row["images_seen"]: row for row in self.read_rows()}
+            row = rows.get(images_seen)
             changed = change(row)
             if changed is None or changed == row:
                 return row
-            rows = sorted(
-                [*(each for each in rows if each["images_seen"] != images_seen), changed],
-                key=lambda each: each["images_seen"],
-            )
-            write_json(self.results, {"version": RESULTS_VERSION, "rows": rows})
+            rows[images_seen] = changed
+            self._write_results(rows=[rows[key] for key in sorted(rows)])
             return changed
+
+    def record_start(self, facts: dict[str, Any]) -> None:
+        """Add what a start of the run is executed by."""
+        with locked(self.results.with_suffix(".lock")):
+            self._write_results(starts=[*self.read_starts(), facts])
+
+    def _write_results(self, **changes: list[dict[str, Any]]) -> None:
+        write_json(self.results, {"version": RESULTS_VERSION, **self._read_results(), **changes})
 
     def is_held(self) -> bool:
         """Whether a live process holds the lease."""

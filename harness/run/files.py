@@ -173,7 +173,7 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an flock on a file, made if it does not exist, for the block; the kernel drops it when the process dies.
+    """Hold an flock on a file for the block; the kernel drops it when the process dies, and the file goes at its end.
 
     Yields False where another process has it and `wait` is false. Processes forked meanwhile do not hold it.
 
@@ -181,23 +181,46 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         OSError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _forking:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        _lock_descriptors.add(descriptor)
-    try:
+    while True:
+        with _forking:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            _lock_descriptors.add(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+        except OSError as error:
+            _close_lock(descriptor)
+            if isinstance(error, BlockingIOError):
+                yield False
+                return
+            raise
+        if _is_file(path, descriptor):
+            break
+        _close_lock(descriptor)  # whoever held it before has removed the file
+    try:
         yield True
     finally:
-        with _forking:
-            if descriptor in _lock_descriptors:  # else this is a forked child, which closed it
-                _lock_descriptors.remove(descriptor)
-                with contextlib.suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child may not have come to closing it yet
-                os.close(descriptor)
+        if descriptor in _lock_descriptors:  # else this is a forked child, which closed it
+            with contextlib.suppress(OSError):
+                path.unlink()
+        _close_lock(descriptor)
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one under this name."""
+    try:
+        found = os.fstat(descriptor)
+        return found.st_nlink > 0 and os.path.samestat(found, path.stat())
+    except OSError:
+        return False
+
+
+def _close_lock(descriptor: int) -> None:
+    with _forking:
+        if descriptor in _lock_descriptors:
+            _lock_descriptors.remove(descriptor)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may not have come to closing it yet
+            os.close(descriptor)
 
 
 # An flock belongs to the open file, and a forked child has the same one: it would hold the lock for its own life. So

@@ -155,7 +155,7 @@ class Lease:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), locked(self._path.with_suffix(".lock"), wait=False):
             self._path.rename(self.folder / "released")  # fails where another has taken over
         shutil.rmtree(self.folder, ignore_errors=True)
         self._fence.close()
@@ -212,8 +212,9 @@ def _machine() -> str:
 
 def _is_stale(path: Path) -> bool:
     """Whether a lease was not renewed for long, by the file system's own clock, which all hosts share."""
-    clock = path.with_suffix(".lock")
+    clock = path.with_suffix(".lock")  # goes with the lease
     try:
+        clock.open("ab").close()
         os.utime(clock)
         now = clock.stat().st_mtime
     except OSError:

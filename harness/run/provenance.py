@@ -1,4 +1,4 @@
-"""Where a result came from: code, command, packages, hardware (`provenance.json`, one entry per start of a run)."""
+"""Where a result came from: code, command, packages, hardware, one entry per start of a run in `results.json`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import process_started, read_object, write_json
+from aimscale.harness.run.files import process_started
 
-PROVENANCE_VERSION = 1
 PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "webdataset", "pandas")
 
 
@@ -70,7 +69,7 @@ def process_age_s() -> float:
 
 
 def record_start(run: RunDir, facts: dict[str, Any]) -> None:
-    """Append this start to `provenance.json`.
+    """Add this start to `results.json`.
 
     Args:
         facts: what the caller knows: device, world size, ZeRO stage, measured peaks.
@@ -78,11 +77,8 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
     Raises:
         UserError: the file is damaged.
     """
-    starts = (read_object(run.provenance) or {}).get("starts", [])
-    if not isinstance(starts, list):
-        raise UserError(f"{run.provenance} is damaged (no list of starts); move it away")
     commit, is_dirty = git_commit()
-    starts.append(
+    run.record_start(
         {
             "time": time.time(),
             "argv": sys.argv,
@@ -97,13 +93,11 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
             **facts,
         }
     )
-    write_json(run.provenance, {"version": PROVENANCE_VERSION, "starts": starts})
 
 
 def is_imported(run: RunDir) -> bool:
     """Whether the run's weights came from elsewhere (`aimscale weights import`)."""
     try:
-        starts = (read_object(run.provenance) or {}).get("starts")
+        return any("imported" in start for start in run.read_starts())
     except UserError:
         return False
-    return isinstance(starts, list) and any("imported" in start for start in starts if isinstance(start, dict))

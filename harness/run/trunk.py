@@ -1,4 +1,4 @@
-"""How far the trunk of a run has come, and which budgets can still branch off it; torch is not imported here.
+"""How far a run has come: which budgets are saved, and which can still branch off its trunk; torch is not imported.
 
 A finished run keeps the last saved point of its trunk, from which a longer budget goes on. Points before it are gone.
 """
@@ -7,22 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.schedule import Schedule, unchecked_schedule
 
+ABOUT = "aimscale"
+"""Key of a weight file's metadata under which stands, as JSON, what training knows of the budget."""
+MAX_HEADER_BYTES = 100_000_000
+"""safetensors' own bound."""
+
 
 def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
-    """Budget -> `model.json` beside its weights, for all whose weights are saved, ascending."""
+    """Budget -> what training knew of it, for all whose weights are saved, ascending; empty for imported weights."""
     found = {}
-    for path in (run.path / "budgets").glob("[0-9]*/model.json"):
+    for path in run.path.glob("budgets/[0-9]*/model.safetensors"):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            document = json.loads(path.read_text())
-            if isinstance(document, dict):
-                found[int(path.parent.name)] = document
+            found[int(path.parent.name)] = _about(path)
     return dict(sorted(found.items()))
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """From the header of a safetensors file (https://huggingface.co/docs/safetensors: a length, JSON, values)."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
+    about = json.loads(header.get("__metadata__", {}).get(ABOUT, "{}"))
+    return about if isinstance(about, dict) else {}
 
 
 def trunk_position(run: RunDir, schedule: Schedule) -> int:
@@ -41,11 +54,10 @@ def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
 
     Raises:
         RunDirError: no saved point of the trunk leads to one of them; nothing was touched.
-        ValueError, TypeError, KeyError: `results.json` is damaged.
+        UserError: `results.json` is damaged.
     """
-    recorded = {row["images_seen"] for row in run.read_rows()}
-    saved = saved_budgets(run)
-    missing = [budget for budget in config.evaluation.budgets if budget not in recorded and budget not in saved]
+    done = {row["images_seen"] for row in run.read_rows()} | saved_budgets(run).keys()
+    missing = [budget for budget in config.evaluation.budgets if budget not in done]
     schedule = unchecked_schedule(config)
     position = trunk_position(run, schedule)
     for budget in missing:
@@ -55,7 +67,7 @@ def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
         if not in_branch:
             raise RunDirError(
                 f"{run.path} cannot be extended to {missing[-1]} images: the end of its trunk, checkpoints/{position}, "
-                f"is not there (removed, or finished under an earlier version); train longer budgets in another --root"
+                f"is not there; train longer budgets in another --root"
             )
     return missing
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,14 @@ def _stretches(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
     return found
 
 
-def load_newest(folder: Path, engine: Engine, group: Group, *, beyond: int) -> tuple[Manifest | None, list[str]]:
+def load_newest(
+    folder: Path, engine: Engine, group: Group, *, branches: Collection[int]
+) -> tuple[Manifest | None, list[str]]:
     """Load the checkpoint furthest along the walk, or an earlier one where that is damaged (which is then deleted).
 
     Args:
         group: all ranks call this together.
-        beyond: only checkpoints with more images done than this.
+        branches: budgets still to be trained; a checkpoint on the decay to another one leads nowhere.
 
     Returns:
         Its manifest (None when there is none), and a sentence for every damaged one.
@@ -149,8 +152,8 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, beyond: int) -> t
     """
     damaged: dict[Path, CheckpointError] = {}
     for path, manifest in reversed(group.from_first(complete_checkpoints(folder))):
-        if manifest.progress["images_done"] <= beyond:
-            break
+        if manifest.branch is not None and manifest.branch not in branches:
+            continue
         try:
             load_checkpoint(path, engine, group)
         except CheckpointError as error:

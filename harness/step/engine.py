@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -67,14 +66,7 @@ class Engine:
     """A model, its optimiser, and the one way to step them."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        optimiser: OptimiserSection,
-        options: EngineOptions,
-        group: Group,
-        *,
-        seed: int = 0,
-        log_file: Path | None = None,
+        self, config: ModelConfig, optimiser: OptimiserSection, options: EngineOptions, group: Group, *, seed: int = 0
     ) -> None:
         """Make an AIM on the group's device, whose weights are those of `AIM.initial_value` at this seed.
 
@@ -86,7 +78,7 @@ class Engine:
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
-        deepspeed = import_deepspeed(log_file)
+        deepspeed = import_deepspeed()
         self.group = group
         self.options = options
         with torch.device("meta"):

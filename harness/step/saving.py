@@ -24,7 +24,7 @@ from torch import Tensor
 from aimscale.aim.weights import write_safetensors
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.fence import aside_dir
-from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, remove_dir, write_json
+from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, remove_dir, write_json, written_aside
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, is_complete
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 
@@ -276,10 +276,10 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor]) -
         return path.name, 0, 0, str(error)
 
 
-def save_weights(path: Path, engine: Engine, group: Group) -> None:
+def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
     """Write the float32 weights alone, under the model's own names, into one file; all ranks call this together.
 
-    Rank 0 gathers and writes them one by one.
+    Rank 0 gathers and writes them one by one, aside first.
     """
     fragments = engine.fragments()
     layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in fragments}
@@ -296,7 +296,9 @@ def save_weights(path: Path, engine: Engine, group: Group) -> None:
             yield whole.to("cpu", copy=True)  # a tensor that numpy saw cannot give its memory back
 
     if group.is_first:
-        write_safetensors(path, layout, gathered())
+        with written_aside(path) as aside:
+            write_safetensors(aside, layout, gathered(), metadata)
     else:
         for _ in gathered():
             pass
+    group.wait()

@@ -1,53 +1,33 @@
-"""What training does at a budget: save the weights, and beside them what it knows of the row of results."""
+"""What training does at a budget: save the weights, and with them what it knows of the row of results."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.fence import aside_dir
-from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, write_json
 from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.run.row import configured_columns, model_of
+from aimscale.harness.run.trunk import ABOUT
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import save_weights
 
 ROW_VERSION = 1
 
 
-def save_budget(
-    run: RunDir,
-    engine: Engine,
-    group: Group,
-    *,
-    config: RunConfig,
-    images_seen: int,
-    progress: dict[str, Any],
-    row: dict[str, Any],
-) -> None:
-    """Write `budgets/<images_seen>/` in one step: weights, the run's progress at that point, and its row so far."""
-    final = run.budget_dir(images_seen)
-    aside = new_dir_aside(final) if group.is_first else aside_dir(final)
-    group.wait()
-    save_weights(aside / "model.safetensors", engine, group)
-    if group.is_first:
-        write_json(
-            aside / "model.json",
-            {
-                "version": ROW_VERSION,
-                "run_id": config.run_id,
-                "images_seen": images_seen,
-                "model": config.training.model.model_dump(mode="json"),
-                "target": config.training.objective.target,
-                "progress": progress,
-                "row": row,
-            },
-        )
-        fsync_dir(aside)
-        publish_dir(aside, final)
-    group.wait()
+def save_budget(run: RunDir, engine: Engine, group: Group, *, config: RunConfig, row: dict[str, Any]) -> None:
+    """Write a budget's weights, and in their file's metadata its row so far; all ranks call this together."""
+    about = {
+        "version": ROW_VERSION,
+        "run_id": config.run_id,
+        "model": config.training.model.model_dump(mode="json"),
+        "target": config.training.objective.target,
+        "row": row,
+    }
+    metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
+    save_weights(run.model_file(row["images_seen"]), engine, group, metadata)
 
 
 def training_columns(config: RunConfig, images_seen: int, facts: dict[str, Any]) -> dict[str, Any]:

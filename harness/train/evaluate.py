@@ -1,19 +1,20 @@
 """Evaluate the saved budgets of a run: validation, pictures, probes; knowing only the run's directory.
 
 A budget's weights are all that evaluation needs, so it is work of its own: after training in the same process, when
-the training states are gone, or as a job beside it (`harness.train.evaluation_job`). What is there is not done again.
+the training states are gone, or as a job beside it (`harness.train.attempt`). What is there is not done again.
 """
 
 from __future__ import annotations
 
 import datetime
 import fnmatch
-import os
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
@@ -26,7 +27,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import written_aside
 from aimscale.harness.run.trunk import saved_budgets
-from aimscale.harness.train.validation import ValidationLosses, completions, validate, write_npz
+from aimscale.harness.train.validation import ValidationLosses, completions, validate
 
 
 def evaluate_run(run: RunDir, config: RunConfig, group: Group, job: Job) -> None:
@@ -66,31 +67,44 @@ def missing_evaluations(run: RunDir, config: RunConfig) -> list[str]:
     return missing
 
 
-def record_row(run: RunDir, group: Group, budget: int, columns: dict[str, Any] | None = None) -> None:
-    """Make sure that a saved budget has its row, with what training knows (by default what it saved with the weights).
+def record_row(run: RunDir, group: Group, budget: int) -> None:
+    """Make sure that a saved budget has its row, with what training saved with the weights.
 
     All ranks call this together.
     """
     if group.is_first:
-        known = columns or saved_budgets(run)[budget].get("row") or {}
+        known = saved_budgets(run)[budget].get("row") or {"images_seen": budget}
         run.update_row(budget, lambda row: known | {"finished_at": _now()} if row is None else None)
     group.wait()
 
 
 def is_validated(run: RunDir, config: RunConfig, budget: int) -> bool:
-    """Whether the budget's row has the loss that is asked for; it is taken from its file where that exists.
+    """Whether the losses that are asked for, and their pictures, are there; the budget's row is brought up to them.
 
-    Losses on other images or with other settings stay under names of their own.
+    Losses on other images or with other settings stay, under names of their own.
     """
-    name = validation_name(run, config, budget)
+    current, name = run.validation_file(budget), validation_name(run, config, budget)
     row = next((row for row in run.read_rows() if row["images_seen"] == budget), {})
-    if row.get("val_loss") is not None and fnmatch.fnmatch(row.get("validation", name), name):
+    if current.exists() and row.get("val_loss") is not None and fnmatch.fnmatch(row.get("validation", ""), name):
         return True
-    kept = next(run.validation_file(budget).parent.glob(f"{budget}-{name}.npz"), None)
-    if kept is None:
-        return False
-    _enter(run, budget, kept)
-    return True
+    for path in (current, *current.parent.glob(f"{budget}-*.npz")):
+        measured = measured_by(path)
+        if measured is not None and fnmatch.fnmatch(measured, name):
+            if path != current:
+                _put_aside(current)
+                _copy(path, current)
+            _enter(run, budget)
+            return True
+    return False
+
+
+def measured_by(path: Path) -> str | None:
+    """The name of what a validation file holds (`probe.files.validation_name`); None where there is no such file."""
+    try:
+        with np.load(path) as arrays:
+            return str(arrays["name"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def _validate(run: RunDir, config: RunConfig, group: Group, budget: int) -> None:
@@ -102,12 +116,24 @@ def _validate(run: RunDir, config: RunConfig, group: Group, budget: int) -> None
         model.to(torch.bfloat16)  # as it trained
     losses = validate(model, dataset, section, training.model, group)
     if group.is_first:
-        kept = run.validation_file(budget).with_name(f"{budget}-{validation_name(run, config, budget)}.npz")
-        losses.save(kept)
-        write_npz(run.completions_file(budget), completions(model, dataset, section, training.model, group.device))
-        _enter(run, budget, kept)
+        pictures = completions(model, dataset, section, training.model, group.device)
+        _put_aside(run.validation_file(budget))
+        losses.save(run.validation_file(budget), validation_name(run, config, budget), pictures)
+        _enter(run, budget)
         print(f"budget {budget}: validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
     group.wait()
+
+
+def _put_aside(current: Path) -> None:
+    """Keep losses that others will take the place of."""
+    name = measured_by(current)
+    if name is not None:
+        _copy(current, current.with_name(f"{current.stem}-{name}.npz"))
+
+
+def _copy(source: Path, target: Path) -> None:
+    with written_aside(target) as aside:
+        shutil.copyfile(source, aside)
 
 
 def _refuse_overlap(config: RunConfig, held_out: ShardDataset) -> None:
@@ -120,19 +146,15 @@ def _refuse_overlap(config: RunConfig, held_out: ShardDataset) -> None:
     refuse_overlap(pools, held_out)
 
 
-def _enter(run: RunDir, budget: int, kept: Path) -> None:
-    """Make these the losses of the budget: its `validation/<budget>.npz`, and those of its row."""
-    current, losses = run.validation_file(budget), ValidationLosses.load(kept)
-    with written_aside(current) as aside:
-        try:
-            os.link(kept, aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(kept, aside)
+def _enter(run: RunDir, budget: int) -> None:
+    """Bring a budget's row up to its validation file."""
+    path = run.validation_file(budget)
+    losses = ValidationLosses.load(path)
     columns: dict[str, Any] = {
         "val_loss": losses.loss,
         "val_loss_se": losses.standard_error,
         "val_num_images": len(losses.index),
-        "validation": kept.stem.partition("-")[2],
+        "validation": measured_by(path),
         "finished_at": _now(),
     }
     run.update_row(budget, lambda row: None if row is None else row | columns)

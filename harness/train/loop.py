@@ -30,7 +30,7 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
-from aimscale.harness.step.checkpoint import is_complete, load_checkpoint, load_newest
+from aimscale.harness.step.checkpoint import Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
@@ -70,7 +70,6 @@ class Trainer:
             ),
             group,
             seed=training.seed,
-            log_file=run.logs / f"deepspeed-rank{group.rank}.log",
         )
         self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.copies_checkpoints)
         self.saved_at = time.monotonic()
@@ -96,30 +95,21 @@ class Trainer:
             gc.unfreeze()
 
     def _walk(self) -> None:
-        segments, position = self._resume()
+        segments, position, is_start = self._resume()
         self._announce()
         for number, segment in enumerate(segments):
             if number > 0:
-                position = segment.start
+                position, is_start = segment.start, True
                 if segments[number - 1].branch is not None:
                     load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
-            is_start = position == segment.start
             if is_start and segment.branch is not None and (segment.start > 0 or number + 1 < len(segments)):
                 self._save(segment.start, None)
             self.recorder.enter(segment, from_its_start=is_start)
             self._train_segment(segment, position)
             if segment.branch is not None:
                 self.writer.finish()
-                progress = self.recorder.progress()
-                save_budget(
-                    self.run,
-                    self.engine,
-                    self.group,
-                    config=self.config,
-                    images_seen=segment.stop,
-                    progress=progress,
-                    row=self._columns(segment.stop, progress),
-                )
+                row = self._columns(segment.stop)
+                save_budget(self.run, self.engine, self.group, config=self.config, row=row)
                 record_row(self.run, self.group, segment.stop)
         if self.group.is_first:
             self._keep_end_of_trunk()
@@ -135,60 +125,51 @@ class Trainer:
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _is_saved(self, position: int) -> bool:
-        """Whether there is a checkpoint of the trunk, or will be before anything needs it."""
-        path = self.run.checkpoint_dir(position)
-        there: bool = self.writer.is_under_way(path) or self.group.from_first(is_complete(path))
-        return there
-
     def _keep_end_of_trunk(self) -> None:
         """Drop all checkpoints of a finished run but the one from which a longer budget would go on."""
-        keeps = self.config.runtime.keep_trunk and self.config.training.schedule.kind == "wsd"
-        end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if keeps else None
+        is_wsd = self.config.training.schedule.kind == "wsd"
+        end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if is_wsd else None
         for path in self.run.checkpoints.iterdir() if self.run.checkpoints.is_dir() else ():
             if path != end:
                 remove_dir(path)
         with contextlib.suppress(OSError):
             self.run.checkpoints.rmdir()
 
-    def _resume(self) -> tuple[list[Segment], int]:
-        """Go to the furthest saved point; returns the segments that are left and the position in the first of them.
+    def _resume(self) -> tuple[list[Segment], int, bool]:
+        """Go to the furthest saved point: the segments left, the position in the first, and whether that begins there.
 
-        Saved points are checkpoints and the ends of budgets. After a budget the walk goes on from the trunk, so its
-        end needs no checkpoint of its own.
+        A budget's end is no such point: from there the walk returns to the trunk, whose checkpoint is kept.
         """
-        saved: dict[int, dict[str, Any]] = self.group.from_first(saved_budgets(self.run))
-        last = max(saved, key=lambda budget: saved[budget]["progress"]["images_done"], default=None)
-        done = -1 if last is None else saved[last]["progress"]["images_done"]
-        manifest, notes = load_newest(self.run.checkpoints, self.engine, self.group, beyond=done)
-        for note in notes:
-            self.recorder.terminal.say(note)
-        if manifest is not None:
-            self.recorder.restore(manifest.progress)
-        else:
-            self.recorder.restore(None if last is None else saved[last]["progress"])
-        for budget, model in saved.items():
-            columns = model.get("row") or self._columns(budget, model["progress"])  # earlier versions kept no row there
-            record_row(self.run, self.group, budget, columns)
+        saved = list(self.group.from_first(saved_budgets(self.run)))
         left = [budget for budget in self.schedule.budgets if budget not in saved]
-        branch = last if manifest is None else manifest.branch
-        point = self.schedule.branch_point(branch) if branch is not None else manifest.images_seen if manifest else 0
-        current = []
-        if manifest is not None and branch in left:
-            left.remove(branch)
-            current = [Segment(start=point, stop=branch, branch=branch)]
+        leaves = {budget: self.schedule.branch_point(budget) for budget in (*saved, *left)}
+        for budget in saved:
+            record_row(self.run, self.group, budget)
+        manifest = self._load_newest(left, max((leaves[budget] for budget in saved), default=0))
+        position = point = manifest.images_seen if manifest else 0
+        if manifest is not None and manifest.branch is not None:
+            point = leaves[manifest.branch]
+            left.sort(key=lambda budget: budget != manifest.branch)
+        else:
+            self.recorder.metrics.images_done = point + sum(budget - leaves[budget] for budget in saved)
         for budget in left:
             check_branch(self.run, self.schedule, budget, point)
-        if branch is None:
-            # A segment of the trunk begins where the last budget left it, not where the run was interrupted.
-            start = max((at for budget in saved if (at := self.schedule.branch_point(budget)) <= point), default=0)
-            return [each for each in self.schedule.segments(start, left) if each.stop > point], point
-        following = self.schedule.segments(point, left)
-        if current or not following:
-            return current + following, manifest.images_seen if manifest else 0
-        if point > 0 or self._is_saved(point):  # else the engine is still as it started
-            load_checkpoint(self.run.checkpoint_dir(point), self.engine, self.group)
-        return following, point
+        return self.schedule.segments(point, left), position, position == point and point in leaves.values()
+
+    def _load_newest(self, left: list[int], trunk: int) -> Manifest | None:
+        """Take up the furthest checkpoint that leads to a budget of `left`; the trunk has one at `trunk`, if above 0.
+
+        Raises:
+            CheckpointError: there is none that is whole where there must be one.
+        """
+        manifest, notes = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
+        for note in notes:
+            self.recorder.terminal.say(note)
+        if manifest is None and left and trunk > 0:
+            load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # says what is wrong with it
+        if manifest is not None:
+            self.recorder.metrics.restore(manifest.progress)
+        return manifest
 
     def _train_segment(self, segment: Segment, position: int) -> None:
         """Train from `position` to the end of a segment, saving on the way."""
@@ -243,9 +224,9 @@ class Trainer:
         )
         self.saved_at = time.monotonic()
 
-    def _columns(self, budget: int, progress: dict[str, Any]) -> dict[str, Any]:
-        """What training knows of a budget's row."""
-        facts = self.recorder.facts(progress) | {
+    def _columns(self, budget: int) -> dict[str, Any]:
+        """What training knows of a budget's row, at its end."""
+        facts = self.recorder.facts() | {
             "unique_images": self.stream.unique_images or None,
             "data_fingerprint": self.stream.fingerprint,
             "device": device_name(self.group.device),
@@ -268,7 +249,7 @@ class Trainer:
                 "startup_s": startup_s,
             },
         )
-        done, planned = self.recorder.counters.images_done, self.schedule.images_planned()
+        done, planned = self.recorder.metrics.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
         self.recorder.terminal.say(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {self.plan.zero_stage}, micro-batch "

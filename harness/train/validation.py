@@ -58,9 +58,11 @@ class ValidationLosses:
             return float("inf")
         return float(np.sqrt((residual**2).sum() / (num_images - 1) / num_images) / self.num_targets.mean())
 
-    def save(self, path: Path) -> None:
-        """Write them to an npz file."""
-        write_npz(path, dataclasses.asdict(self))
+    def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
+        """Write them to an npz file in one step, with what they are of and the `completions` of their model."""
+        with written_aside(path) as aside, aside.open("wb") as file:
+            arrays: dict[str, Any] = {"name": np.array(name), **dataclasses.asdict(self), **(pictures or {})}
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> ValidationLosses:
@@ -110,12 +112,12 @@ def validate(
 @torch.no_grad()
 def completions(
     model: AIM, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     """Pictures of a few validation images, spread over the folder, seen to their middle.
 
     Returns:
-        uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and
-        `index` and `prefix_len` (n,).
+        uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and int64
+        `picture_index` (n,), sample numbers; half of the patches are given.
     """
     usable = usable_indices(dataset, section.num_images)
     chosen = usable[np.linspace(0, len(usable) - 1, min(NUM_COMPLETIONS, len(usable))).round().astype(int)]
@@ -128,8 +130,7 @@ def completions(
     is_prefix = unpatchify(raster, config.patch_size, config.channels).bool().cpu()
     truth = denormalise(images.cpu())
     return {
-        "index": chosen,
-        "prefix_len": prefix_len.numpy(),
+        "picture_index": chosen,
         "truth": _channels_last(truth),
         "prefix": _channels_last(torch.where(is_prefix, truth, torch.full_like(truth, 128))),
         "prediction": _channels_last(denormalise(model.complete(images, prefix_len).float().cpu())),
@@ -139,9 +140,3 @@ def completions(
 def _channels_last(images: Tensor) -> np.ndarray:
     array: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
     return array
-
-
-def write_npz(path: Path, arrays: dict[str, Any]) -> None:
-    """Replace an npz file in one step."""
-    with written_aside(path) as aside, aside.open("wb") as file:
-        np.savez_compressed(file, **arrays)

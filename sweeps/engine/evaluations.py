@@ -1,6 +1,6 @@
 """Evaluation jobs: validation and probes that a run's configuration asks for and its saved budgets lack.
 
-A job works on one run and knows its directory alone (`harness.train.evaluation_job`); its configuration, claim, status,
+A job works on one run and knows its directory alone (`harness.train.attempt`); its configuration, claim, status,
 attempts and logs lie in `RUN/evaluating/`, beside those of training. Nothing of it trains.
 """
 
@@ -27,7 +27,7 @@ from aimscale.sweeps.state.sweep_dir import launch_lock_path
 if TYPE_CHECKING:
     from aimscale.sweeps.slurm.submit import SlurmLaunch, Submission
 
-WORKER = ("-m", "aimscale.harness.train.evaluation_job")
+WORKER = ("-m", "aimscale.harness.train")
 
 Place = Literal["inline", "jobs"]
 

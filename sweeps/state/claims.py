@@ -92,7 +92,7 @@ class RunRecord(RunDir):
     def saved_progress(self) -> list[int]:
         """What an attempt that resumes now would start from: rows, images of the furthest checkpoint, and evaluation.
 
-        The last counts what is on disk of budgets whose row is still to come: weights, validation losses, completions,
+        The last counts what is on disk of budgets whose row is still to come: weights, validation losses,
         probed tasks and the parts of unfinished ones.
 
         Raises:
@@ -265,7 +265,7 @@ def evaluation_progress(run: Path) -> list[int]:
 
     That is written again only when more kinds of its probes are done.
     """
-    kinds = ("budgets/*/model.safetensors", "validation/*.npz", "completions/*.npz", "probes/*/*.json")
+    kinds = ("budgets/*/model.safetensors", "validation/*.npz", "probes/*/*.json")
     times = [0]
     for path in run.glob("probes/*/*.json"):
         with contextlib.suppress(OSError):  # removed meanwhile

@@ -274,10 +274,10 @@ def _completions(sweep: Sweep, run: Run) -> list[Values]:
             "run_id": run.run_id,
             "size": run.config.training.model.size,
             "images_seen": budget,
-            "path": str(record.completions_file(budget).relative_to(sweep.directory)),
+            "path": str(record.validation_file(budget).relative_to(sweep.directory)),
         }
         for budget in run.budgets
-        if record.completions_file(budget).exists()
+        if record.validation_file(budget).exists()
     ]
 
 
@@ -286,9 +286,11 @@ def _machines(records: Sequence[RunRecord]) -> list[Values]:
     found: dict[str, Values] = {}
     for record in records:
         try:
-            start = json.loads(record.provenance.read_text())["starts"][-1]
-            machine = {key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start}
-        except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
+            start = record.read_starts()[-1]
+            machine: dict[str, Any] = {
+                key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start
+            }
+        except (UserError, IndexError):
             continue
         found[json.dumps(machine, sort_keys=True)] = machine
     return list(found.values())

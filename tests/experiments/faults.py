@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors.numpy import load_file
 
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.run.directory import RunDir
@@ -111,13 +112,14 @@ class Sweep:
             found[f"{run.path.name}: rows"] = json.dumps(rows, sort_keys=True)
             for path in sorted(run.path.rglob("*.safetensors")):
                 if "checkpoints" not in path.parts:
-                    found[f"{run.path.name}: {path.relative_to(run.path)}"] = path.read_bytes()
+                    tensors = load_file(path)
+                    name = f"{run.path.name}: {path.relative_to(run.path)}"
+                    found[name] = {key: tensors[key].tobytes() for key in sorted(tensors)}
             for path in sorted(run.path.rglob("*.npz")):
                 with np.load(path) as arrays:
                     name = f"{run.path.name}: {path.relative_to(run.path)}"
                     found[name] = {key: arrays[key].tobytes() for key in arrays}
-            left = [path.name for path in run.path.rglob(".*") if not path.name.endswith(".lock")]
-            found[f"{run.path.name}: left behind"] = sorted(left)
+            found[f"{run.path.name}: left behind"] = sorted(path.name for path in run.path.rglob(".*"))
         return found
 
 
@@ -211,7 +213,7 @@ def main(rounds: int) -> int:
             name for name in sorted(expected[num_runs] | found) if expected[num_runs].get(name) != found.get(name)
         ]
         if act is crowd:
-            attempts = Counter(len(json.loads(run.provenance.read_text())["starts"]) for run in sweep.runs)
+            attempts = Counter(len(run.read_starts()) for run in sweep.runs)
             problems += [f"runs by their starts: {dict(attempts)}"] * (set(attempts) != {1})
         said = f"differs: {', '.join(problems)}" if problems else "as undisturbed"
         print(f"{act.__name__} (while {', '.join(sweep.moments)}): {said}, {num_starts} launches more, "

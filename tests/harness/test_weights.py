@@ -66,7 +66,7 @@ def test_import_gives_a_finished_run_with_the_same_values_and_a_row(
     (row,) = run.read_rows()
     table = results_table([row | {"sweep": "s", "status": "complete"}]).to_pylist()
     assert (table[0]["run_id"], table[0]["val_loss"], table[0]["images_seen"]) == (config.run_id, None, 8192)
-    assert json.loads(run.provenance.read_text())["starts"][0]["imported"]["bytes"] == path.stat().st_size
+    assert run.read_starts()[0]["imported"]["bytes"] == path.stat().st_size
 
 
 def test_export_gives_back_what_was_imported_with_a_card(

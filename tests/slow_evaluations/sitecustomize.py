@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-if "aimscale.harness.train.evaluation_job" in sys.orig_argv and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+if sys.orig_argv[-1].endswith("/evaluating") and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     from aimscale.harness.probe.heads import lora
 
     lora.learning_rate = lambda *of: time.sleep(0.3) or learning_rate(*of)  # type: ignore[assignment, func-returns-value]

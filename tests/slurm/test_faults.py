@@ -131,9 +131,9 @@ def test_a_lost_node_hands_the_run_to_another(fault: Any, undisturbed: Losses, c
         assert_as_undisturbed(case, undisturbed)
     finally:
         subprocess.run(["slurmd", "-N", node], check=True)
-    # The trainer on the lost node may live on and finish; its successor waits, and no step is written twice.
+    # The trainer on the lost node may live on and finish; its successor waits, and no attempt writes a step twice.
     lines = map(json.loads, case.records[0].metrics.read_text().splitlines())
-    steps = [(line["branch"], line["step"]) for line in lines]
+    steps = [(line["attempt"], line["branch"], line["step"]) for line in lines]
     assert len(steps) == len(set(steps))
 
 

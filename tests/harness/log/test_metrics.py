@@ -1,4 +1,4 @@
-"""Lines of metrics: cut back exactly, means over applied steps, spikes named, state restored."""
+"""Lines of metrics: appended whole, means over applied steps, spikes named, state restored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from aimscale.harness.device.distributed import Group, Placement
-from aimscale.harness.log.lines import JsonLines
-from aimscale.harness.log.metrics import SPIKE_WINDOW, StepLog
+from aimscale.harness.log.metrics import SPIKE_WINDOW, Metrics
+from aimscale.harness.log.record import append_line
+from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.engine import StepOutcome
 
 ALONE = Group(
@@ -18,59 +19,71 @@ ALONE = Group(
 )
 
 
-def add(log: StepLog, step: int, loss: float, *, in_tail: bool = False) -> None:
+def metrics(branch: int | None = None) -> Metrics:
+    made = Metrics(ALONE, 8)
+    made.enter(Segment(start=0, stop=24, branch=branch), from_its_start=True)
+    return made
+
+
+def add(log: Metrics, step: int, loss: float) -> None:
     is_finite = torch.isfinite(torch.tensor(loss)).item()
     outcome = StepOutcome(
         loss_sum=torch.tensor(10 * loss), grad_norm=torch.tensor(2 * loss), was_applied=bool(is_finite)
     )
-    log.add(outcome, images_seen=8 * step, lr=0.1, num_targets=10, in_tail=in_tail)
+    log.add(outcome, images_seen=8 * step, lr=0.1, num_targets=10)
 
 
-def test_lines_are_cut_back_to_what_a_checkpoint_knew(tmp_path: Path) -> None:
+def test_a_line_is_whole_behind_what_a_kill_left_of_another(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = JsonLines(path)
-    lines.write({"step": 1})
-    size = lines.sync()
-    lines.write({"step": 2})
-    lines.close()
-    again = JsonLines(path, size)
-    again.write({"step": 3})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    append_line(path, {"step": 1})
+    append_line(path, {"step": 2})
+    with path.open("a") as file:
+        file.write('{"step": 3, "bra')
+    append_line(path, {"step": 4})
+    assert [text for text in path.read_text().splitlines() if text.endswith("}")] == [
+        '{"step": 1}', '{"step": 2}', '{"step": 4}',
+    ]  # fmt: skip
+    path.unlink()
+    append_line(path, {"step": 5})
+    assert json.loads(path.read_text()) == {"step": 5}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        again.write({"loss": float("nan")})
+        append_line(path, {"loss": float("nan")})
 
 
-def test_a_line_means_over_applied_steps(tmp_path: Path) -> None:
-    log = StepLog(ALONE)
+def test_a_line_means_over_applied_steps() -> None:
+    log = metrics()
     for step, loss in ((1, 1.0), (2, float("inf")), (3, 3.0)):
         add(log, step, loss)
-    line = log.line(8, None, 1)
-    assert line == {
+    assert log.line() == {
         "images_seen": 24, "step": 3, "branch": None, "loss": 2.0, "loss_max": 3.0, "grad_norm": 4.0, "lr": 0.1,
         "num_skipped_steps": 1, "loss_spikes": [],
     }  # fmt: skip
     add(log, 4, float("nan"))
-    assert log.line(8, None, 2)["loss"] is None
+    assert log.line()["loss"] is None
+    assert (log.images_done, log.consecutive_skipped, log.total.num_skipped_steps) == (32, 1, 2)
 
 
 def test_state_brings_back_what_is_in_no_line_yet() -> None:
-    log, copy = StepLog(ALONE), StepLog(ALONE)
-    add(log, 1, 1.0, in_tail=True)
-    add(log, 2, 2.0, in_tail=True)
+    log, copy = metrics(branch=8), metrics(branch=8)
+    add(log, 1, 1.0)
+    add(log, 2, 2.0)
     copy.restore(json.loads(json.dumps(log.state())))
     for each in (log, copy):
-        add(each, 3, 6.0, in_tail=True)
-    assert copy.line(8, 24, 0) == log.line(8, 24, 0)
+        add(each, 3, 6.0)
+    assert copy.line() == log.line()
     assert copy.train_loss() == log.train_loss() == 3.0
-    log.start_segment()
+    assert copy.state() == log.state()
+    log.enter(Segment(start=8, stop=16, branch=16), from_its_start=True)
     assert log.train_loss() is None
+    assert log.branch.num_images == 0
 
 
 def test_a_spike_is_named_once_there_is_something_to_compare_with() -> None:
-    log = StepLog(ALONE)
+    log = metrics()
     add(log, 0, 50.0)
-    assert log.line(8, None, 0)["loss_spikes"] == []
+    assert log.line()["loss_spikes"] == []
     for step in range(1, SPIKE_WINDOW + 2):
         add(log, step, 1.0 + 0.01 * (step % 2))
     add(log, 500, 1.3)
-    assert log.line(8, None, 0)["loss_spikes"] == [4000]
+    assert log.line()["loss_spikes"] == [4000]
+    assert log.trunk.num_loss_spikes == 1

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings, strategies
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError, Status
-from aimscale.harness.run.provenance import record_start
 
 Config = Callable[..., RunConfig]
 
@@ -83,7 +82,7 @@ CONTENT = strategies.one_of(
 )
 
 
-@pytest.mark.parametrize("name", ["status.json", "results.json", "provenance.json", "lease.json"])
+@pytest.mark.parametrize("name", ["status.json", "results.json", "lease.json"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=CONTENT)
 def test_whatever_a_file_of_a_run_holds_is_read_or_named_in_one_sentence(
@@ -93,7 +92,6 @@ def test_whatever_a_file_of_a_run_holds_is_read_or_named_in_one_sentence(
     read: dict[str, Callable[[], object]] = {
         "status.json": run.read_status,
         "results.json": run.read_rows,
-        "provenance.json": lambda: record_start(run, {}),
         "lease.json": run.is_held,
     }
     (tmp_path / name).write_bytes(content)

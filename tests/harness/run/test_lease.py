@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.log.lines import JsonLines
+from aimscale.harness.log.record import append_line
 from aimscale.harness.run import lease
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import LeaseLost, check_fence
@@ -77,7 +77,7 @@ def test_a_lease_excludes_others_until_its_holder_is_dead(tmp_path: Path) -> Non
         assert run.is_held()
         assert len(list(tmp_path.glob(".writer-*"))) == 1, "the dead holder's folder is gone"
     assert not run.is_held()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lease.lock"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_lease(run: RunDir, *, age_s: float = 0.0, **changes: object) -> None:
@@ -189,8 +189,7 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
 
     def hold() -> None:
         with run.hold() as own, contextlib.ExitStack() as stack:
-            lines = JsonLines(run.metrics)
-            lines.write({"holder": "old"})
+            append_line(run.metrics, {"holder": "old"})
             aside = new_dir_aside(run.checkpoint_dir(8))
             write_json(aside / "manifest.json", {})
             (tmp_path / "ready").touch()
@@ -203,22 +202,19 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
 
             with pytest.raises(LeaseLost):
                 stand_still()
-            lines._file.write(b'{"holder": "old, without looking"}\n')
-            lines._file.flush()
             attempts: list[Callable[[], Any]] = [
                 own.check,
-                lambda: lines.write({"holder": "old, again"}),
+                lambda: append_line(run.metrics, {"holder": "old, again"}),
                 lambda: write_json(aside / "manifest.json", {}),
                 lambda: publish_dir(aside, run.checkpoint_dir(8)),
                 lambda: remove_dir(run.checkpoints),
                 lambda: new_dir_aside(run.checkpoint_dir(16)),
                 lambda: run.record_row({"images_seen": 8}),
                 lambda: run.write_status(state="finished"),
-                lambda: JsonLines(run.speed),
                 lambda: check_fence(run.path / "tensorboard"),
             ]
             for attempt in attempts:
-                with pytest.raises(LeaseLost, match="taken over"):
+                with pytest.raises(LeaseLost):
                     attempt()
             stack.callback(outcome.write_text, "stopped by the fence each time")
 
@@ -226,22 +222,19 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
     until((tmp_path / "ready").exists)
     until(lambda: not run.is_held())
     with run.hold() as own:
-        lines = JsonLines(run.metrics)
-        lines.write({"holder": "new"})
+        append_line(run.metrics, {"holder": "new"})
         publish_dir(new_dir_aside(run.checkpoint_dir(24)), run.checkpoint_dir(24))
         files_before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if ".writer-" not in str(path)}
         os.kill(holder.pid or 0, signal.SIGCONT)
         holder.join()
         assert outcome.read_text() == "stopped by the fence each time"
-        lines.write({"holder": "new"})
+        append_line(run.metrics, {"holder": "new"})
         own.check()
     assert [json.loads(line)["holder"] for line in run.metrics.read_text().splitlines()] == ["old", "new", "new"]
     del files_before[run.metrics], files_before[run.lease]
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in files_before.items() if path.is_file())
     assert not list(run.path.glob(".writer-*"))
-    assert {path.name for path in run.path.iterdir()} <= {
-        "metrics.jsonl", "checkpoints", "lease.lock", "results.lock",
-    }  # fmt: skip
+    assert {path.name for path in run.path.iterdir()} <= {"metrics.jsonl", "checkpoints"}
 
 
 def test_a_forked_child_neither_holds_nor_releases(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import aimscale.harness.device.peak
 from aimscale.aim.errors import UserError
@@ -27,7 +29,8 @@ def test_a_profiled_run_leaves_a_trace_and_a_memory_table(
     for name, runtime in (("plain", {}), ("profiled", {"profile": {"steps": [3, 4]}})):
         runs.append(RunDir.create(tmp_path / name, tiny_config(budgets=[64], runtime=runtime)))
         assert in_processes(lambda rank: train(runs[-1].path)) == [0]
-    assert runs[0].metrics.read_text() == runs[1].metrics.read_text()
+    plain, profiled = (load_file(run.model_file(64)) for run in runs)
+    assert all(torch.equal(tensor, profiled[name]) for name, tensor in plain.items())
     assert not (runs[0].path / "profile").exists()
     files = {path.name: path for path in (runs[1].path / "profile").iterdir()}
     assert files.keys() == {"trace-rank0-steps3-4.json.gz", "memory-rank0-steps3-4.txt"}
@@ -39,5 +42,5 @@ def test_a_profiled_run_leaves_a_trace_and_a_memory_table(
 
 
 def test_steps_out_of_order_are_refused(tiny_config: Callable[..., RunConfig]) -> None:
-    with pytest.raises(UserError, match=r"profile.steps \[14, 10\] ends before it begins"):
+    with pytest.raises(UserError, match="profile"):
         tiny_config(runtime={"profile": {"steps": [14, 10]}})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import aimscale.harness.device.peak
 import aimscale.harness.log.record
@@ -94,9 +95,12 @@ def outcome(path: Path) -> dict[str, Any]:
     run = RunDir(path)
     timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "git_commit"}
     return {
-        "metrics": run.metrics.read_text(),
         "rows": [{k: v for k, v in row.items() if k not in timing} for row in run.read_rows()],
-        "weights": {row["images_seen"]: run.model_file(row["images_seen"]).read_bytes() for row in run.read_rows()},
+        "weights": {
+            (row["images_seen"], name): tensor.numpy().tobytes()
+            for row in run.read_rows()
+            for name, tensor in load_file(run.model_file(row["images_seen"])).items()
+        },
         "files": sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()),
         "state": run.read_status().state,
     }

@@ -17,7 +17,6 @@ from aimscale.harness.probe.files import is_probed
 from aimscale.harness.probe.run import probe_baseline, probe_run
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.engine.start import work
 from aimscale.sweeps.plan.costs import cost_cards
@@ -54,10 +53,6 @@ def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[...
             for budget in run.budgets:
                 torch.manual_seed(budget)
                 write_weights(AIM(model_of(run.config.training)).state_dict(), record.model_file(budget))
-                write_json(
-                    record.budget_dir(budget) / "model.json",
-                    {"images_seen": budget, "progress": {"images_done": budget}},
-                )
                 record.record_row(
                     {"run_id": run.run_id, "images_seen": budget, "val_loss": 0.5, "finished_at": 1.0, "probes": []}
                 )

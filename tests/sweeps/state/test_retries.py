@@ -92,9 +92,7 @@ def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None
     assert outcomes == ["preempted", "again", "stop"]
 
 
-@pytest.mark.parametrize(
-    "name", ["budgets/640/model.safetensors", "validation/640.npz", "completions/640.npz", "probes/640/pets.json"]
-)
+@pytest.mark.parametrize("name", ["budgets/640/model.safetensors", "validation/640.npz", "probes/640/pets.json"])
 def test_evaluation_and_its_parts_are_progress(record: RunRecord, name: str) -> None:
     """A run interrupted again and again while it evaluates goes on as long as it evaluates further."""
     assert attempt(record, EXIT_CRASHED) == "again"

@@ -62,13 +62,10 @@ def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launc
 def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())
-    for name, provenance in (
-        ("imported-aim", {"starts": [{"imported": {"file": "x.pth"}}]}),
-        ("earlier-version", {"starts": []}),
-    ):
+    for name, start in (("imported-aim", {"imported": {"file": "x.pth"}}), ("a-stray", {})):
         record = RunRecord(sweep.runs_dir / name)
         record.record_row({"run_id": name, "size": "aim-600M", "images_seen": 2_048_000_000})
-        write_json(record.provenance, provenance)
+        record.record_start(start)
     found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
     assert found.num_complete == 3
     assert list(read_table(found.table)["run_id"])[2:] == ["imported-aim"]
