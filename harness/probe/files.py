@@ -49,7 +49,7 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
     Its header, in which a budget's row stands, with times, does not count.
     """
     with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
+        start = min(size, 8 + int.from_bytes(file.read(8), "little"))
         digest = hashlib.blake2b(str(size - start).encode(), digest_size=8)
         for number in range(65):
             file.seek(start + number * max(0, size - start - _PIECE) // 64)

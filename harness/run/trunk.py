@@ -24,18 +24,18 @@ def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
     """Budget -> what training knew of it, for all whose weights are saved, ascending; empty for imported weights."""
     found = {}
     for path in run.path.glob("budgets/[0-9]*/model.safetensors"):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            found[int(path.parent.name)] = _about(path)
+        about = {}
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            about = json.loads(_header(path)["__metadata__"][ABOUT])
+        found[int(path.parent.name)] = about if isinstance(about, dict) else {}
     return dict(sorted(found.items()))
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """From the header of a safetensors file (https://huggingface.co/docs/safetensors: a length, JSON, values)."""
+def _header(path: Path) -> Any:
+    """Of a safetensors file (https://huggingface.co/docs/safetensors: a length, JSON, values)."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
-    about = json.loads(header.get("__metadata__", {}).get(ABOUT, "{}"))
-    return about if isinstance(about, dict) else {}
+        return json.loads(file.read(min(size, MAX_HEADER_BYTES)))
 
 
 def trunk_position(run: RunDir, schedule: Schedule) -> int:
