@@ -169,7 +169,7 @@ def components_of(jacobian: Array, residual: Array, weights: Array, groups: Grou
             expected[i, j] = np.sum(left**2)
             if i == j:
                 expected[i, -1] = expected[-1, i] = np.trace(left)
-                own[name] = np.trace(left) ** 2 / np.sum(left**2)
+                own[name] = expected[i, i] ** 2 / np.sum((left @ left) ** 2)
     spare = max(1, n - k)
     squares[-1], expected[-1, -1] = np.sum(error**2), spare
     size = np.sqrt(np.diag(expected))
