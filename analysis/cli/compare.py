@@ -24,7 +24,7 @@ def command(
     resamples: options.Resamples = 1000,
     json: options.AsJson = False,
 ) -> None:
-    """Task by task, exponents, and what would close the gap; what is not comparable is named and left out."""
+    """Task by task and by exponents; what is not comparable is named and left out."""
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.published.beside import nearest_published

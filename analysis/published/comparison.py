@@ -13,12 +13,9 @@ import pandas as pd
 from scipy.stats import linregress
 from scipy.stats import t as student
 
-from aimscale.analysis.accuracy.links import chance_level, forecast, link
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.beside import beside_runs, read_baselines
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.table.points import complete, usable_rows
@@ -31,51 +28,11 @@ PROTOCOL = "attentive"
 ADAPTED = "lora"
 """The kind of probe that is none: it adapts the trunk, and its accuracy is that of no frozen feature."""
 PAPER_SIDE = 224
-TARGET = "aim-7B"
 LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
 """Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or a foreign table
 that does not say which."""
 REFERENCE = {LAST: "aim-7B", CHOSEN: "aim-7B-best", UNSAID: "aim-7B"}
 """AIM-7B's row under the same choice of blocks; the default where the table does not say."""
-REACH = 1e6
-"""How far beyond the largest run a size or budget that closes a gap is looked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Closing:
-    """What would close the gap to AIM-7B on one task, by the fitted laws."""
-
-    task: str
-    scale: str
-    """What is scaled while the rest stays: N or D."""
-    value: float | None
-    """The size or budget at which the point forecast reaches AIM-7B; None within `REACH` times the largest run."""
-    low: float | None
-    """Lower end of its 95 % interval; None if that lies beyond `REACH`."""
-    high: float | None
-    """Upper end; None if that lies beyond `REACH`."""
-    extrapolation: float | None
-    """`value` over the largest run's."""
-    share_reached: float
-    """Share of bootstrap resamples in which the target is reached at all."""
-
-    def sentence(self) -> str:
-        """In words."""
-        what = {"N": "parameters", "D": "images seen"}[self.scale]
-        if self.value is None:
-            return (
-                f"{self.task}: by the fitted laws no number of {what} up to {REACH:.0e} times the largest run closes "
-                f"the gap ({100 * self.share_reached:.0f} % of resamples reach it)."
-            )
-        if self.extrapolation is not None and self.extrapolation <= 1:
-            return f"{self.task}: no gap; by the fitted laws the largest run is already where AIM-7B is."
-        low = "less" if self.low is None else human(self.low)
-        high = "no limit found" if self.high is None else human(self.high)
-        return (
-            f"{self.task}: about {human(self.value)} {what} would close the gap [{low}, {high}], "
-            f"{human(self.extrapolation or 1)} times the largest run, unverified "
-            f"({100 * self.share_reached:.0f} % of resamples reach it)."
-        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -93,8 +50,6 @@ class Comparison(Result):
     """The runs' largest budgets beside the project's own baselines, on all tasks and frozen probes: `beside_runs`."""
     exponents: pd.DataFrame
     """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
-    closing: tuple[Closing, ...]
-    """What would close each gap."""
     left_out: tuple[Flag, ...]
     """What is not comparable, and why."""
 
@@ -118,7 +73,6 @@ class Comparison(Result):
             "Mean over the paper's fifteen tasks": _percent_table(self.means),
             "The largest run beside baselines on the same probes, top-1 in per cent": _percent_table(largest),
             "Scaling exponents, L ~ N^-a": self.exponents.to_string(index=False, float_format="%.4g"),
-            "What would close the gap to AIM-7B": "\n".join(f"- {each.sentence()}" for each in self.closing),
             "Not comparable, and left out": "\n".join(f"- {line}" for line in self.left_out),
         }
         return "\n\n".join(f"{title}\n{text}" for title, text in parts.items() if text)
@@ -146,7 +100,6 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
         means=_means(shared, left_out),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
         exponents=_exponents(found.rows, left_out, resamples),
-        closing=tuple(_closings(found.rows, shared, left_out, resamples)),
         left_out=tuple(left_out),
     )
 
@@ -267,47 +220,3 @@ def _paper_exponent(count: str) -> dict[str, float]:
     half = float(student.ppf(0.975, len(n) - 2) * line.stderr)
     a = -float(line.slope)
     return {"exponent": a, "low": a - half, "high": a + half, "n_low": float(n.min()), "n_high": float(n.max())}
-
-
-def _closings(usable: pd.DataFrame, shared: pd.DataFrame, left_out: list[Flag], resamples: int) -> list[Closing]:
-    """What would close each task's gap; what cannot be fitted goes to `left_out`."""
-    closings: list[Closing] = []
-    if shared.empty:
-        return closings
-    try:
-        joint = fit("chinchilla", usable, resamples=resamples)
-    except AnalysisError as error:
-        left_out.append(Flag(kind="no_result", subject="What would close the gaps", more=(str(error),)))
-        return closings
-    for task, rows in shared.groupby("task", sort=False):
-        target = float(table6()[str(task)][TARGET])
-        # on the blocks of AIM-7B's row, where the table has them
-        rows = rows.assign(top1=rows["last_top1"].fillna(rows["top1"])).reset_index(drop=True)
-        try:
-            second = link(rows, chance=chance_level(rows), resamples=resamples)
-            closings += [closing(str(task), joint, second, scale, target) for scale in ("N", "D")]
-        except AnalysisError as error:
-            left_out.append(Flag(kind="no_result", subject=f"What would close the gap on {task}", more=(str(error),)))
-    return closings
-
-
-def closing(task: str, joint: Fit, second: Fit, scale: str, target: float) -> Closing:
-    """The N (at the largest D) or D (at the largest N) at which the two-step forecast reaches a target accuracy."""
-    largest = {name: joint.ranges[name][1] for name in ("N", "D")}
-    factors = np.geomspace(1.0, REACH, 400)
-    grid = {name: np.full(len(factors), value) for name, value in largest.items()}
-    grid[scale] = factors * largest[scale]
-    found = forecast(joint, second, grid)
-
-    def reaching(curves: np.ndarray) -> np.ndarray:
-        """Per curve (num, n), the first grid value at which it reaches the target; infinity if none."""
-        return np.where((curves >= target).any(axis=1), grid[scale][np.argmax(curves >= target, axis=1)], np.inf)
-
-    draws = reaching(found.curve_draws)
-    [point] = reaching(found.table["accuracy"].to_numpy()[None])
-    low, high = np.percentile(draws, [2.5, 97.5], method="inverted_cdf")
-    value, low, high, times = (float(v) if np.isfinite(v) else None for v in (point, low, high, point / largest[scale]))
-    share = float(np.mean(np.isfinite(draws)))
-    return Closing(
-        task=task, scale=scale, value=value, low=low, high=high, extrapolation=times, share_reached=share
-    )  # fmt: skip

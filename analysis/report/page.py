@@ -103,7 +103,6 @@ def render(study: Study) -> str:
     environment.filters["maths"] = maths
     figures, found, pictures = list(page_figures(study)), list(findings(study)), picture_rows(study)
     comparison = compare(study.main, resamples=study.resamples) if study.is_ours else None
-    gaps = [gap.sentence() for gap in comparison.closing] if comparison else []
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -131,7 +130,7 @@ def render(study: Study) -> str:
         comparison=tables.task_comparison_table(comparison) if comparison else None,
         baselines=tables.baseline_table(comparison) if comparison else None,
         published=tables.published_tables(),
-        comparability=[*words.comparability(study), *gaps],
+        comparability=words.comparability(study),
         left_out=comparison.left_out if comparison else (),
         missing=list(dict.fromkeys(study.missing)),
         methods=list(words.methods(study)),

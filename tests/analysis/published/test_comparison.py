@@ -63,16 +63,11 @@ def test_each_choice_of_blocks_stands_beside_the_papers_row_of_that_choice():
     gap = largest["top1"]["cifar10", "chosen"] - largest["top1"]["cifar10", "last"]
     assert gap == pytest.approx(0.05)
     assert (largest["top1"] - largest["aim_7b"]).to_list() == pytest.approx(largest["gap_to_aim_7b"].to_list())
-    # the gap that is to be closed is that of the last blocks, where nothing was chosen
-    plain = {c.scale: c.value for c in compare(table(["dtd"]), resamples=20).closing}
-    closing = {c.scale: c.value for c in found.closing if c.task == "dtd"}
-    assert closing["N"] is None or closing["N"] > plain["N"]
 
 
 @pytest.fixture
 def no_fits(monkeypatch):
-    """Leave out what takes the time: exponents and what would close the gaps."""
-    monkeypatch.setattr("aimscale.analysis.published.comparison._closings", lambda *_: [])
+    """Leave out what takes the time: exponents."""
     monkeypatch.setattr("aimscale.analysis.published.comparison._exponents", lambda *_: pd.DataFrame())
 
 
@@ -129,22 +124,10 @@ def test_the_mean_needs_all_fifteen_tasks(no_fits):
     assert compare(table(TASKS[:2]), resamples=20).means.empty
 
 
-def test_the_size_that_closes_a_gap_lies_where_the_known_law_puts_it():
-    frame = table(["dtd"])
-    found = {c.scale: c for c in compare(frame, resamples=100).closing}
-    target = table6()["dtd"]["aim-7B"]
-    loss = 0.42 + np.log(0.89 / (target - 0.1) - 1) / 9
-    n_true = ((loss - 0.2 - 30 * 6.4e5**-0.5) / 20) ** (-1 / 0.4)
-    assert n_true > 6.4e6
-    assert found["N"].value == pytest.approx(n_true, rel=0.1)
-    assert found["N"].extrapolation == pytest.approx(n_true / 6.4e6, rel=0.1)
-
-
 def test_imported_models_without_a_loss_are_compared_by_task_alone():
     imported = [row | {"val_loss": None, "size": "timm:some"} for row in rows(["cifar10"])[:1]]
     found = compare(results_table(imported).to_pandas(), resamples=30)
     assert found.tasks["size"].tolist() == ["timm:some"]
-    assert found.closing == ()
     assert len(found.exponents) == 2
     assert "timm:some" in found.summary()
 
