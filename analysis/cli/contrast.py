@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 from typing import Annotated
 
 import typer
@@ -15,11 +16,11 @@ def command(
     by: Annotated[
         str,
         typer.Option(
-            help="Column to compare, e.g. prefix, head_depth, patch_order, target, optimiser.weight_decay; within a "
-            "row, `kind` compares kinds of probes and `blocks` the chosen blocks with the last ones."
+            help="Column to compare, e.g. prefix, head_depth, optimiser.weight_decay, against the paper's level or the "
+            "one named: size=rung-24; within a row, `kind` compares kinds of probes and `blocks` the chosen blocks "
+            "with the last ones."
         ),
     ],
-    baseline: Annotated[str | None, typer.Option(help="Level to compare with; default: the paper's.")] = None,
     measure: Annotated[
         list[str] | None,
         typer.Option(help="val_loss, another column, top1, top1:TASK or top1:TASK:KIND; default: loss and all probes."),
@@ -31,14 +32,13 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
-    import json as json_module
-
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.effects.contrasts import contrast
     from aimscale.analysis.effects.gains import gains
 
     df = table_of(tables, columns, where)
-    found = contrast(df, by=by, baseline=baseline, measures=measure or [], ignore=ignore or [])
+    name, _, baseline = by.partition("=")
+    found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth = gains(found, df)
     if not json:
         show(found, json, figure, after=[f"- {line}" for line in worth.sentences()])

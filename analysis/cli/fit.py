@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import draw, show, table_of, variable_columns
+from aimscale.analysis.cli.options import draw, show, table_of
 from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -22,24 +22,13 @@ def command(
     law: Annotated[
         str,
         typer.Option(
-            help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C. "
-            "auto (auto:C of C alone): the simplest law that predicts the largest scales as well as any."
+            help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C. auto (auto:C of C "
+            "alone), or several with commas: the simplest that predicts the largest scales as well as any."
         ),
     ] = "chinchilla",
-    y: Annotated[str, typer.Option(help="Column to fit.")] = "val_loss",
     objective: Annotated[
         str, typer.Option(help="What to minimise: robust, huber_log (:0.01 sets delta), lsq or log_lsq.")
     ] = "robust",
-    columns: options.Columns = None,
-    where: options.Where = None,
-    best_of: options.BestOf = None,
-    main: options.Main = False,
-    n: options.CountOfN = options.WhatN.total,
-    c: options.CountOfC = options.WhatC.measured,
-    on_envelope: Annotated[
-        bool, typer.Option("--envelope", help="Only rows that no row of equal or less compute beats (laws of C).")
-    ] = False,
-    weights: Annotated[str | None, typer.Option(help="Column of weights.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter, e.g. E=0.")] = None,
     bound: Annotated[
         list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
@@ -51,45 +40,32 @@ def command(
     leave_out: Annotated[
         str | None, typer.Option(help="Name groups of this column (size, run_id) whose removal moves a parameter most.")
     ] = None,
-    against: Annotated[
-        list[str] | None, typer.Option(help="Rival law, compared by predicting the largest scales; may be repeated.")
-    ] = None,
-    definitions: Annotated[
-        bool,
-        typer.Option("--definitions", help="Refit the joint law for every meaning of N and C in the table instead."),
-    ] = False,
+    y: Annotated[str, typer.Option(help="Column to fit.", rich_help_panel=options.PANEL)] = "val_loss",
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    weights: Annotated[str | None, typer.Option(help="Column of weights.", rich_help_panel=options.PANEL)] = None,
     figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.fitting.estimate import fit
-    from aimscale.analysis.frontier.definitions import by_definition
     from aimscale.analysis.next.backtest import AUTO, choose, with_compute
     from aimscale.analysis.table.names import our_name
-    from aimscale.analysis.table.select import lower_envelope
 
-    fresh = not law.startswith(("repeated", "overfitting"))
-    df = table_of(tables, columns, where, main, fresh=fresh, best=best_of, y=y)
-    y, names = our_name(df, y), variable_columns(df.columns, n, c)
-    if definitions:
-        show(by_definition(df, y=y, objective=objective, resamples=resamples), json, figure)
-        return
-    if on_envelope:
-        df = lower_envelope(df, names.get("C", "flops_train"), y)
-    choice = None
-    if law.partition(":")[0] == AUTO or against:
+    df = table_of(tables, columns, where, best_of, y)
+    y, laws, choice = our_name(df, y), law.split(","), None
+    if len(laws) > 1 or law.partition(":")[0] == AUTO:
         if fix or bound:
             raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
-        df = with_compute(df, names)
+        df = with_compute(df, None)
         by = hold_out[0].partition(":")[0] if hold_out else None
-        laws = [law, *against] if against else law
-        choice = choose(laws, df, by=by, y=y, columns=names, objective=objective, resamples=0)
+        choice = choose(laws if len(laws) > 1 else law, df, by=by, y=y, objective=objective, resamples=0)
     result = fit(
-        choice.best.law if choice and not against else law,
+        choice.best.law if choice else law,
         df,
         y=y,
         objective=objective,
-        columns=names,
         weights=our_name(df, weights) if weights else None,
         fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0", 1).items()},
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},

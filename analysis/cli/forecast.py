@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,21 +26,17 @@ def command(
             help="Law of the loss; auto chooses it as `fit --law auto` does, curve extrapolates over one column."
         ),
     ] = "auto",
+    register: Annotated[
+        bool,
+        typer.Option(
+            "--register",
+            help="Append law, data hash, date and intervals to forecasts.jsonl beside the first table, before the run.",
+        ),
+    ] = False,
     y: options.LossColumn = "val_loss",
-    objective: options.Objective = "robust",
-    link: Annotated[str, typer.Option(help="From loss to accuracy: sigmoid, exponential or linear.")] = "sigmoid",
-    resamples: options.Resamples = 1000,
     columns: options.Columns = None,
     where: options.Where = None,
     best_of: options.BestOf = None,
-    main: options.Main = False,
-    register: Annotated[
-        bool, typer.Option("--register", help="Append law, data hash, date and intervals to a file, before the run.")
-    ] = False,
-    to: Annotated[
-        Path | None,
-        typer.Option(help="The file; default: forecasts.jsonl beside the first table, where collect looks."),
-    ] = None,
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss by a law and every probe's accuracy through it, each with two intervals."""
@@ -52,30 +47,27 @@ def command(
     from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
-    is_fresh = not law.startswith(("repeated", "overfitting", "curve"))
-    df = table_of(tables, columns, where, main, fresh=is_fresh, best=best_of, y=y)
+    df = table_of(tables, columns, where, best_of, y)
     y = our_name(df, y)
     if law == "curve":
         if register:
             raise AnalysisError("A curve's forecast cannot be registered; --register takes laws of N and D.")
-        show(_curve(df, at, y, resamples), json)
+        show(_curve(df, at, y), json)
         return
-    place = parse_scale(at, "--at")
-    found = ahead(df, place, law=law, y=y, objective=objective, link_kind=link, resamples=resamples)
+    found = ahead(df, parse_scale(at, "--at"), law=law, y=y)
     after = list(mixture_flags(df, found.law.law.variables))
     if register:
-        folder = tables[0] if tables[0].is_dir() else tables[0].parent
-        path = to or folder / REGISTER
+        path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after += ["", f"registered in {path}"]
     show(found, json, after=after)
 
 
-def _curve(df: pd.DataFrame, at: str, y: str, resamples: int) -> Extrapolation:
+def _curve(df: pd.DataFrame, at: str, y: str) -> Extrapolation:
     """One curve over one column, forecast at a value of it."""
     from aimscale.analysis.fitting.curves import extrapolate
     from aimscale.analysis.forecasts.ahead import parse_scale
     from aimscale.analysis.table.names import our_name
 
     [(x, value)] = parse_scale(at, "--at", is_curve=True).items()
-    return extrapolate(df, x=our_name(df, x), y=y, resamples=resamples).at(value)
+    return extrapolate(df, x=our_name(df, x), y=y, resamples=1000).at(value)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,79 +14,52 @@ if TYPE_CHECKING:
 
     from aimscale.analysis.display import Result
 
+PANEL = "Table"
+"""Help panel of the options that say what a table holds and which of its rows count."""
 Tables = Annotated[
     list[Path],
     typer.Argument(help="CSV, TSV, Parquet or JSON-lines tables, or sweeps' folders; several are read as one."),
 ]
 Columns = Annotated[
     list[str] | None,
-    typer.Option(help="Foreign columns as ours=theirs, e.g. N=num_params, or a formula: C=6*N*D, L=1-acc."),
+    typer.Option(
+        help="Columns as ours=theirs: N=num_params, N=params_trunk; or as a formula: C=6*N*D, L=1-acc.",
+        rich_help_panel=PANEL,
+    ),
 ]
 Where = Annotated[
     list[str] | None,
     typer.Option(
-        help="Only rows that meet a condition, e.g. prefix=paired, 'D>=8000', size!=rung-16; may be repeated."
+        help="Only rows that meet a condition, e.g. prefix=paired, 'D>=8000', size!=rung-16; main: the experiment with "
+        "most sizes and budgets; fresh: of a pool that is hardly repeated; envelope: that no row of less compute "
+        "beats. May be repeated.",
+        rich_help_panel=PANEL,
     ),
 ]
 BestOf = Annotated[
     list[str] | None,
-    typer.Option(help="Where rows differ in these tuned columns only (e.g. lr), keep the best; may be repeated."),
+    typer.Option(
+        help="Where rows differ in these tuned columns only (e.g. lr), keep the best; may be repeated.",
+        rich_help_panel=PANEL,
+    ),
 ]
-Main = Annotated[
-    bool, typer.Option("--main", help="Where a table mixes experiments, keep the one with the most sizes and budgets.")
-]
+LossColumn = Annotated[str, typer.Option(help="Loss column.", rich_help_panel=PANEL)]
 FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and FIGURE.png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Objective = Annotated[str, typer.Option(help="What to minimise.")]
-LossColumn = Annotated[str, typer.Option(help="Loss column.")]
 Resamples = Annotated[int, typer.Option(min=20, help="Draws that every interval is read from.")]
-
-
-class WhatN(StrEnum):
-    """What N counts."""
-
-    total = "total"
-    trunk = "trunk"
-    head = "head"
-
-
-class WhatC(StrEnum):
-    """How C is counted."""
-
-    measured = "measured"
-    sixnd = "6nd"
-    executed = "executed"
-
-
-CountOfN = Annotated[WhatN, typer.Option(help="What N counts.")]
-CountOfC = Annotated[WhatC, typer.Option(help="C as counted FLOPs, as 6ND, or as executed.")]
-
-
-def variable_columns(present: Iterable[str], n: WhatN, c: WhatC) -> dict[str, str]:
-    """Columns of N and C by the user's choice, as far as the table is a results table."""
-    flops = {WhatC.measured: "flops_train", WhatC.sixnd: "flops_6nd", WhatC.executed: "flops_executed"}
-    wanted = {"N": f"params_{n.value}", "C": flops[c]}
-    present = set(present)
-    chosen = {"N": n != WhatN.total, "C": c != WhatC.measured}
-    return {v: name for v, name in wanted.items() if name in present or chosen[v]}
 
 
 def table_of(
     tables: list[Path],
     columns: list[str] | None,
     where: list[str] | None,
-    main: bool = False,
-    fresh: bool = False,
     best: list[str] | None = None,
     y: str = "val_loss",
 ) -> pd.DataFrame:
-    """The tables of a verb as one frame; with `main` the largest experiment alone, with `fresh` its largest pool."""
+    """The tables of a verb as one frame."""
     from aimscale.analysis.table.read import parse_columns, read_tables
-    from aimscale.analysis.table.select import fresh_part, main_part
 
-    frame = read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
-    frame = main_part(frame).rows if main else frame
-    return fresh_part(frame).rows if main and fresh else frame
+    return read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
 
 
 def show(result: Result, json: bool, figure: Path | None = None, *, after: Sequence[str] = ()) -> None:

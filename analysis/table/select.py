@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,17 @@ _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<v
 def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """Rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = or != is a choice.
 
-    Letters of laws stand for their columns (`N>=1e6`).
+    Letters of laws stand for their columns (`N>=1e6`). A word of `PARTS` alone is that part of the table.
 
     Raises:
         AnalysisError: a malformed condition, an unknown column, a comparison with words, or no row left.
     """
     for text in conditions:
+        if text.strip() in PARTS:
+            part = PARTS[text.strip()](frame)
+            left_out = Exclusion(kind="where", subject=text.strip(), number=len(frame) - len(part))
+            frame = remember(part, left_out=(left_out,) if left_out.number else ())
+            continue
         found = _CONDITION.fullmatch(text.strip())
         if found is None:
             raise AnalysisError(f"--where needs a condition such as prefix=paired or D>=8000, not '{text}'")
@@ -165,6 +170,14 @@ def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_lo
     ordered = frame[(frame[x] > 0) & (frame[y] > 0)].sort_values([x, y], kind="stable")
     best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
     return ordered[ordered[y].to_numpy() < best_before]
+
+
+PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "main": lambda frame: main_part(frame).rows,
+    "fresh": lambda frame: fresh_part(frame).rows,
+    "envelope": lower_envelope,
+}
+"""What `--where` knows by name."""
 
 
 def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:

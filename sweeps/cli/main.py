@@ -42,8 +42,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "frontier": ("aimscale.analysis.cli.frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("aimscale.analysis.cli.correlate", "Correlate loss with accuracy and forecast accuracy from loss."),
     "contrast": ("aimscale.analysis.cli.contrast", "Compare the levels of one column with everything else equal."),
-    "compare": ("aimscale.analysis.cli.compare", "Put runs beside the published baselines."),
-    "report": ("aimscale.analysis.cli.report", "Write one self-contained HTML page from a table."),
+    "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
+    "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
 }
 """Verb -> (module, of which it is the app `app`, or the function `command` or one named after a colon; its line)."""
 HIDDEN = {"train": "aimscale.harness.cli.train"}

@@ -204,7 +204,7 @@ def test_the_verb_prints_sentences_json_and_a_figure(known_study, tmp_path):
     table = with_probes(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}))
     table["probes"] = table["probes"].map(json.dumps)
     table.to_csv(tmp_path / "results.csv", index=False)
-    arguments = [str(tmp_path / "results.csv"), "--by", "prefix", "--figure", str(tmp_path / "prefix")]
+    arguments = [str(tmp_path / "results.csv"), "--by", "prefix=paired", "--figure", str(tmp_path / "prefix")]
     out = CliRunner().invoke(verb("contrast"), arguments, catch_exceptions=False)
     assert "none is worse" in out.output
     assert (tmp_path / "prefix.svg").exists()

@@ -50,7 +50,7 @@ def table(grid, tmp_path):
 
 
 def test_loss_and_accuracy_are_forecast_with_intervals_that_hold_the_truth(table):
-    out = json.loads(run(table, "--at", "N=3e7,D=10M", "--resamples", 200, "--json"))
+    out = json.loads(run(table, "--at", "N=3e7,D=10M", "--json"))
     found = {row["quantity"]: row for row in out["table"]}
     assert out["at"] == AT
     assert found["val_loss"]["pi_lo"] < TRUE_LOSS < found["val_loss"]["pi_hi"]
@@ -60,7 +60,7 @@ def test_loss_and_accuracy_are_forecast_with_intervals_that_hold_the_truth(table
 
 
 def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
-    out = run(table, "--at", "N=3e7,D=1e7", "--law", "chinchilla", "--resamples", 200, "--register")
+    out = run(table, "--at", "N=3e7,D=1e7", "--law", "chinchilla", "--register")
     register = table.with_name("forecasts.jsonl")
     assert f"registered in {register}" in out
     loss, top1 = read_register(register)
@@ -86,7 +86,7 @@ def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
 def test_what_is_measured_already_is_no_forecast(table, grid):
     at = f"N={grid['params_total'].iloc[-1]},D={grid['images_seen'].iloc[-1]}"
     with pytest.raises(AnalysisError, match="already holds 1 measurements"):
-        run(table, "--at", at, "--law", "chinchilla", "--resamples", 20, "--register")
+        run(table, "--at", at, "--law", "chinchilla", "--register")
     assert not table.with_name("forecasts.jsonl").exists()
     with pytest.raises(AnalysisError, match="needs both N and D"):
         run(table, "--at", "N=1e9")

@@ -1,15 +1,11 @@
 """How exponents follow from what is counted: a change of units does nothing, another power of N does what it must."""
 
-import json
-
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.frontier.definitions import by_definition
-from aimscale.sweeps.cli.main import verb
 
 
 def test_proportional_counts_share_one_exponent(known_study):
@@ -45,13 +41,10 @@ def test_an_exponent_that_is_not_identified_has_no_digits(known_study):
     assert "not identified" in found.sentence()
 
 
-def test_the_verb_prints_draws_and_refuses(known_study, tmp_path):
+def test_it_draws_and_refuses(known_study):
     df = known_study({"seeds": [0]})
-    df.to_parquet(tmp_path / "results.parquet")
-    arguments = [str(tmp_path / "results.parquet"), "--definitions", "--resamples", "40"]
-    out = CliRunner().invoke(verb("fit"), [*arguments, "--figure", str(tmp_path / "d")], catch_exceptions=False)
-    assert "By what is counted" in out.output
-    assert (tmp_path / "d.svg").exists()
-    assert len(json.loads(CliRunner().invoke(verb("fit"), [*arguments, "--json"]).output)["table"]) == 12
+    found = by_definition(df, resamples=40)
+    assert len(found.table) == 12
+    assert len(found.plot().axes) == 3
     with pytest.raises(AnalysisError, match="params_trunk"):
         by_definition(df.drop(columns=["params_trunk", "params_head"]))
