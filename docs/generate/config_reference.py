@@ -31,7 +31,7 @@ A [sweep file](#the-sweep-file) holds the fields that make the grid. What all ru
 [training](#a-run-what-is-trained) and [evaluation](#a-run-what-is-measured) fields, `runtime` (the
 [runtime fields](#a-run-how-it-is-executed)), `devices` (data-parallel ranks, instead of the recipe's) and
 `lr_multiplier` (a factor of the recipe's learning rate). A run directory's `config.yaml` has `version`,
-`identity_schema`, `training`, `evaluation` and `runtime`. The *training* fields name the run: a changed one is another
+`training`, `evaluation` and `runtime`. The *training* fields name the run: a changed one is another
 run. The *evaluation* fields say what is measured on it: more of them never trains it again. The *runtime* fields do
 not change a result, so a run moved to other hardware stays the same run.
 """

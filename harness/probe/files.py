@@ -20,7 +20,6 @@ from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.identity import evaluation_digest, probe_evaluation
 
 PROTOCOL = 3
 """How probes are trained and scored; what another version left is not taken for this one's."""
@@ -60,14 +59,12 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
 def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
     """Settings, images (`*` where they cannot be looked at) and weights of a budget's validation, with dots between."""
     section = config.evaluation.validation
-    settings = evaluation_digest("validation", section.model_dump(mode="json"))
-    return f"{settings}.{fingerprint(section.path) or '*'}.{weights_content(run, images_seen)}"
+    return f"{section.digest}.{fingerprint(section.path) or '*'}.{weights_content(run, images_seen)}"
 
 
 def task_key(backbone: str, section: ProbeSection, train: str | None, test: str | None, seed: int) -> Key:
     """A task's key on data of these fingerprints; where they cannot be looked at, its evaluation ends with `*`."""
-    evaluation = probe_evaluation(section.model_dump(mode="json"), train, test)
-    return {"backbone": backbone, "protocol": PROTOCOL, "evaluation": evaluation, "seed": seed}
+    return {"backbone": backbone, "protocol": PROTOCOL, "evaluation": section.evaluation(train, test), "seed": seed}
 
 
 def finished_entries(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from aimscale.harness.run.identity import SCHEMA, filled_evaluation, filled_training, training_digest
+from aimscale.harness.run.identity import evaluation_digest, probe_evaluation, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
 
 
@@ -168,6 +168,11 @@ class ValidationSection(Section):
     """Share of the shorter side that the centre crop keeps: images are resized to ceil(image_size / centre_crop) first.
     0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, which suits tiny pictures."""
 
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of how it is measured, wherever the images lie."""
+        return evaluation_digest("validation", self.model_dump(mode="json", exclude_defaults=True, exclude={"path"}))
+
 
 def _file_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
@@ -210,6 +215,14 @@ class ProbeSection(Section):
     holdout_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the training split held out to choose by. What is chosen has learned from all of it."""
 
+    def evaluation(self, train: str | None, test: str | None) -> str:
+        """What names this evaluation in files and tables, on data of these fingerprints; `*` ends it where one is None.
+
+        Another kind of probe does not change those that are there, so kinds do not count.
+        """
+        settings = self.model_dump(mode="json", exclude_defaults=True, exclude={"train", "test", "kinds"})
+        return probe_evaluation(evaluation_digest("probe", settings), train, test)
+
 
 class TrainingConfig(Section):
     """What is trained: whatever differs here is another run."""
@@ -240,19 +253,6 @@ class EvaluationConfig(Section):
     """Where the features are measured."""
 
 
-class ProfileSection(Section):
-    """Steps whose time and memory are recorded."""
-
-    steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-    """First and last of them, counted from 1 at every start of the run; the first few steps only warm up."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> ProfileSection:
-        if self.steps[0] > self.steps[1]:
-            raise ValueError(f"profile.steps {list(self.steps)} ends before it begins")
-        return self
-
-
 class RuntimeConfig(Section):
     """How and where a run is executed; none of this may change its result."""
 
@@ -279,9 +279,6 @@ class RuntimeConfig(Section):
     checkpoint_every_min: float | None = Field(30, gt=0)
     """Checkpoints this many minutes after the last, too. They are written while training goes on, from a copy in host
     memory (12 bytes per parameter over all ranks); where the host has no room for it, training waits."""
-    keep_trunk: bool = True
-    """Keep the last saved point of a finished run's trunk, 12 bytes per parameter, from which a longer budget goes on
-    (wsd)."""
     evaluate: Literal["inline", "jobs"] = "inline"
     """Where validation and probes run: in the training process when all budgets are trained and the training states are
     freed, or as jobs of their own, which `aimscale launch` starts."""
@@ -289,42 +286,19 @@ class RuntimeConfig(Section):
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Besides `metrics.jsonl`, which is always written; W&B groups by sweep and tags with size and budgets."""
-    profile: ProfileSection | None = None
-    """Write a torch profiler trace of some steps and a memory snapshot into the run's `profile/`, for each rank."""
 
 
 class RunConfig(Section):
     """One run, as stored in `config.yaml` of its run directory."""
 
-    version: Literal[2] = 2
+    version: Literal[1] = 1
     """Version of this file format."""
-    identity_schema: Literal[1] = SCHEMA
-    """Version of the defaults that the run's name leaves out (`harness.run.identity`)."""
     training: TrainingConfig
     """What is trained."""
     evaluation: EvaluationConfig
     """What is measured."""
     runtime: RuntimeConfig = RuntimeConfig()
     """How it is executed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_it_was_written(cls, values: Any) -> Any:
-        """What a program wrote lacks only fields that came later: they take the values that do what was done then.
-
-        Version 1 had `result`, in which training and evaluation stood together.
-        """
-        if not isinstance(values, dict) or not ("result" in values or "identity_schema" in values):
-            return values
-        others = {key: value for key, value in values.items() if key not in ("training", "evaluation")}
-        if "result" in values and values.get("version", 1) == 1:
-            training: Any
-            evaluation: Any
-            training, evaluation = split_fields(values["result"])
-            others = {key: value for key, value in others.items() if key not in ("version", "result")}
-        else:
-            training, evaluation = values.get("training"), values.get("evaluation")
-        return {"training": filled_training(training), "evaluation": filled_evaluation(evaluation), **others}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
@@ -342,7 +316,7 @@ class RunConfig(Section):
     def training_hash(self) -> str:
         """Eight hex digits of what is trained."""
         horizon = self.evaluation.budgets[0] if self.training.schedule.kind == "cosine" else None
-        return training_digest(self.training.model_dump(mode="json"), horizon)
+        return training_digest(self.training.model_dump(mode="json", exclude_defaults=True), horizon)
 
     def to_yaml(self) -> str:
         """The file's text; `load_run_config` reads it back to an equal object."""
@@ -371,7 +345,7 @@ def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     return RunConfig.model_construct(  # its parts are validated
-        version=2, identity_schema=SCHEMA, training=training, evaluation=evaluation, runtime=runtime
+        version=1, training=training, evaluation=evaluation, runtime=runtime
     )
 
 
@@ -391,7 +365,7 @@ def check_budgets(training: TrainingConfig, evaluation: EvaluationConfig) -> Non
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """Read `config.yaml`, of version 2 or 1.
+    """Read `config.yaml`.
 
     Raises:
         ConfigError: the file is missing, is no YAML, or does not validate; the sentence names the key.

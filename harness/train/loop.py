@@ -37,7 +37,6 @@ from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.budget import save_budget, training_columns
 from aimscale.harness.train.evaluate import record_row
-from aimscale.harness.train.profile import StepProfiler
 
 
 class Trainer:
@@ -74,8 +73,6 @@ class Trainer:
         self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.copies_checkpoints)
         self.saved_at = time.monotonic()
         self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
-        steps = runtime.profile.steps if runtime.profile else None
-        self.profiler = StepProfiler(run.path / "profile", steps, group)
         self.recorder = Recorder(
             run, config, group, self.model_config, self.peak, images_planned=self.schedule.images_planned()
         )
@@ -116,7 +113,6 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the terminal and the loggers, and give back the memory of weights, gradients and optimiser states."""
-        self.profiler.close()
         self.recorder.close()
         self.writer.close()
         self.engine.close()
@@ -195,7 +191,6 @@ class Trainer:
                 if step.must_stop:
                     self._save(position, segment.branch)
                     raise PreemptedError
-                self.profiler.before_step()
                 lr = self.schedule.lr(position, segment.branch)
                 with self.watch.step():
                     outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)

@@ -23,7 +23,6 @@ from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.config import ProbeSection, Section, TrainingConfig
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.identity import evaluation_digest, probe_evaluation
 from aimscale.harness.run.row import configured_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
@@ -195,7 +194,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
 
 def _as_planned(run: Run, row: Values) -> Values:
     """The row without a loss that was measured by other settings than the plan's."""
-    settings = evaluation_digest("validation", run.config.evaluation.validation.model_dump(mode="json"))
+    settings = run.config.evaluation.validation.digest
     if str(row.get("validation", settings)).split(".")[0] == settings:
         return row
     return {key: value for key, value in row.items() if key not in ("val_loss", "val_loss_se", "val_num_images")}
@@ -232,7 +231,7 @@ def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
         for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():
             if section not in names:
                 train, test = fingerprint(section.train), fingerprint(section.test)
-                names[section] = probe_evaluation(section.model_dump(mode="json"), train, test)
+                names[section] = section.evaluation(train, test)
             planned.setdefault(section.task, set()).add(names[section])
     return planned
 

@@ -1,4 +1,4 @@
-"""Mistakes in a run's configuration are one sentence each, and what earlier versions wrote is read."""
+"""Mistakes in a run's configuration are named."""
 
 from __future__ import annotations
 
