@@ -21,7 +21,7 @@ from aimscale.aim.weights import write_weights
 from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.probe.files import with_probes_of_files
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import run_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.cli.main import main
 
@@ -40,28 +40,26 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(digits: Path, tmp_path: Path) -> RunDir:
     """A run of 8-px digits with one saved budget (random weights) and its row."""
-    config = RunConfig.model_validate(
-        {
-            "result": {
-                "model": {"size": "rung-24", "image_size": 8, "patch_size": 2},
-                "data": {"sources": [{"path": str(digits / "train")}]},
-                "optimiser": {"batch_size": 32},
-                "budgets": [64],
-                "validation": {"path": str(digits / "test")},
-                "probes": [
-                    {
-                        "task": "digits",
-                        "train": str(digits / "train"),
-                        "test": str(digits / "test"),
-                        "kinds": ["linear", "attentive", "knn"],
-                        "epochs": 4,
-                        "batch_size": 50,
-                        "lrs": [1e-2],
-                    }
-                ],
-            }
-        }
-    )
+    task = {
+        "task": "digits",
+        "train": str(digits / "train"),
+        "test": str(digits / "test"),
+        "kinds": ["linear", "attentive", "knn"],
+        "epochs": 4,
+        "batch_size": 50,
+        "lrs": [1e-2],
+        "centre_crop": 1.0,
+        "precision": "fp32",
+    }
+    fields = {
+        "model": {"size": "rung-24", "image_size": 8, "patch_size": 2},
+        "data": {"sources": [{"path": str(digits / "train")}]},
+        "optimiser": {"batch_size": 32},
+        "budgets": [64],
+        "validation": {"path": str(digits / "test"), "centre_crop": 1.0},
+        "probes": [task],
+    }
+    config = run_config(fields, "the test")
     run = RunDir.create(tmp_path / "run", config)
     write_weights(AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict(), run.model_file(64))
     run.record_row({"images_seen": 64, "val_loss": 1.0, "probes": [{"task": "other", "kind": "linear", "top1": 0.5}]})

@@ -11,19 +11,18 @@ import torch
 from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.probe.features.baseline_models import TimmBackbone, baseline
 from aimscale.harness.probe.features.benchmarks import ProbeError
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import run_config
 
 CPU = torch.device("cpu")
-LIKE = RunConfig.model_validate(
+LIKE = run_config(
     {
-        "result": {
-            "model": {"size": "rung-24", "image_size": 32, "patch_size": 4},
-            "data": {"sources": [{"path": "x"}]},
-            "optimiser": {"batch_size": 32},
-            "budgets": [32],
-            "validation": {"path": "x"},
-        }
-    }
+        "model": {"size": "rung-24", "image_size": 32, "patch_size": 4},
+        "data": {"sources": [{"path": "x"}]},
+        "optimiser": {"batch_size": 32},
+        "budgets": [32],
+        "validation": {"path": "x"},
+    },
+    "the test",
 )
 
 
