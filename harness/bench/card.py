@@ -205,7 +205,7 @@ def _training_table(found: dict[str, Any]) -> Iterator[str]:
             shares = [row[name] for name in ("mfu_published", "mfu")]
             others = [row["others"].get(name, {}).get("ours_over_it") for name in ("fsdp2", "bare")]
             cells = [
-                f"{row['size']}, {row['batch_size']}, {row['compiled']}",
+                f"{row['size']}, {row['batch_size']}, {'yes' if row['compiled'] else 'no'}",
                 f"{row['ms_per_step']:.1f}",
                 f"{row['images_per_s']:.0f}",
                 *("" if share is None else f"{100 * share:.1f} %{' (!)' if share > 1 else ''}" for share in shares),

@@ -25,7 +25,7 @@ def test_a_rehearsal_ends_in_a_file_and_a_page(tmp_path: Path) -> None:
     assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no card
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
     page = (tmp_path / "card.md").read_text()
-    assert "| w16-d2, 8, none |" in page
+    assert "| w16-d2, 8, no |" in page
     assert re.search(r"finished, loss \d\.\d{4}, [\d,]+ images/s", page)
     assert "Loader: 1 worker" in page
 
