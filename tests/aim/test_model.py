@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aimscale.aim.config import ModelConfig, ModelConfigError, model_config
-from aimscale.aim.model import AIM, copy_to
+from aimscale.aim.model import AIM
 from aimscale.aim.objective import prefix_causal_mask
 
 ORDERS = ["raster", "inward_spiral", "outward_spiral", "checkerboard", "hashed"]
@@ -343,32 +343,6 @@ def test_unknown_block_is_one_sentence() -> None:
     config = small()
     with pytest.raises(ModelConfigError, match="w16-d2 has no block 2; its blocks are 0 to 1"):
         make(config).features(batch(config)[0], [2])
-
-
-def test_what_goes_to_a_card_is_page_locked_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def note(name: str) -> None:
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: calls.append(name) or self)
-
-    note("to")
-    note("pin_memory")
-    copy_to(torch.arange(3), torch.device("cuda", 0))
-    assert calls == ["pin_memory", "to"]
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    copy_to(torch.arange(3), torch.device("cuda", 0))
-    copy_to(torch.arange(3), torch.device("cpu"))
-    assert calls == ["pin_memory", "to", "to", "to"]
-
-
-def test_a_training_step_asks_no_value_of_the_device() -> None:
-    """On the meta device, where there are none, anything that waits for one would raise."""
-    with torch.device("meta"):
-        model = AIM(model_config("w32-d2", image_size=16, patch_size=4))
-        images = torch.empty(4, 3, 16, 16)
-    loss_sum, num_targets = model(images, torch.tensor([1, 15, 4, 12]))
-    (loss_sum / num_targets).backward()
-    assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in model.parameters())
 
 
 def test_query_key_and_value_may_start_as_three_matrices() -> None:
