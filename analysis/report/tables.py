@@ -355,7 +355,9 @@ def probe_table(study: Study) -> PageTable | None:
     frame = study.probes.copy()
     frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = _spans(frame["top1_lo95"], frame["top1_hi95"], percent)
-    frame["blocks"] = ["–" if b is None else ", ".join(str(int(i)) for i in b) for b in frame["blocks"]]
+    frame["blocks"] = [
+        "–" if isinstance(b, float | None) else ", ".join(str(int(i)) for i in b) for b in frame["blocks"]
+    ]
     return page_table(
         "probes",
         "Frozen-feature accuracy",

@@ -45,9 +45,9 @@ def collected(write_sweep: Any) -> Any:
 def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: Any, tmp_path: Any) -> None:
     args = [collected.source, "--root", collected.root, "--target", "N=1e7,D=100k"]
     offered = json.loads(run(*args, "--budget", 1e9, "--json"))
-    assert {row["D"] for row in offered["runs"]} == {10240.0, 20480.0}  # 5120 is measured at every size
-    assert len(offered["runs"]) == 8
-    budget = offered["price"] / 3
+    assert {row["D"] for row in offered["table"]} == {10240.0, 20480.0}  # 5120 is measured at every size
+    assert len(offered["table"]) == 8
+    budget = sum(row["price"] for row in offered["table"]) / 3
     out = tmp_path / "more.yaml"
     text = run(*args, "--budget", budget, "--write", out)
     assert "runs for" in text
@@ -65,7 +65,7 @@ def test_a_table_is_priced_by_its_own_flops(collected: Any, tmp_path: Any) -> No
     table = tmp_path / "table.csv"
     pd.read_parquet(collected.directory / "results.parquet").to_csv(table, index=False)
     found = json.loads(run(table, "--target", "N=1e7,D=100k", "--budget", 2.5e-5, "--json"))
-    assert found["price"] <= 2.5e-5
+    assert sum(row["price"] for row in found["table"]) <= 2.5e-5
     assert found["sd_after"] < found["sd_before"]
 
 
@@ -80,11 +80,12 @@ def test_rows_are_chosen_as_every_verb_chooses_them(collected: Any, tmp_path: An
     pd.concat([ours, theirs]).to_parquet(collected.directory / "results.parquet")
     args = ["--target", "N=1e7,D=100k", "--budget", 0.01, "--law", "chinchilla"]
     alone = json.loads(run(parts[0], *args, "--json"))
-    assert not any("mix" in text for text in alone["warnings"])
-    assert "mix experiments (prefix: " in run(collected.source, "--root", collected.root, *args)
+    assert "mixed" not in {flag["kind"] for flag in alone["flags"]}
+    mixed = json.loads(run(collected.source, "--root", collected.root, *args, "--json"))
+    assert ["prefix: " in flag["subject"] for flag in mixed["flags"] if flag["kind"] == "mixed"] == [True]
     for tables in (parts, [collected.directory / "results.parquet"]):
         chosen = json.loads(run(*tables, *args, "--where", "prefix=paired", "--json"))
-        assert not any("mix" in text for text in chosen["warnings"])
+        assert "mixed" not in {flag["kind"] for flag in chosen["flags"]}
         assert chosen["forecast"] == pytest.approx(alone["forecast"])
 
 
