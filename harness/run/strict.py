@@ -1,7 +1,11 @@
-"""Strict sections of YAML and JSON files: frozen, typed, and an unknown key is an error that names the nearest one."""
+"""Strict sections of YAML and JSON files: frozen, typed, and an unknown key is an error that names the nearest one.
+
+Counts may be written as people write them: `4k`, `500M`.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from aimscale.aim.errors import UserError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound="Section")
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kKMB]?)")
+_UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 class ConfigError(UserError):
@@ -105,3 +112,12 @@ def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[
         while "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     return list(node.get("properties", {}))
+
+
+def count(value: Any) -> Any:
+    """Turn `4k`, `500M`, `2B`, `1e6` or `4096` into an integer; what is no count is left for the caller to report."""
+    if isinstance(value, bool):
+        raise ValueError("must be a count such as 4096, 4k or 500M")
+    if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip().replace("_", ""))):
+        value = round(float(match[1]) * _UNIT[match[2]], 6)
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -27,8 +27,8 @@ from aimscale.harness.run.config import (
     parse,
     run_config,
 )
-from aimscale.harness.run.counts import count
 from aimscale.harness.run.row import cached_model
+from aimscale.harness.run.strict import count
 from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 

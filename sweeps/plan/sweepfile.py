@@ -33,7 +33,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
-from aimscale.harness.run.counts import count
+from aimscale.harness.run.strict import count
 
 PRESETS = Path(__file__).parent / "presets"
 SWEEP_FILE = "sweep.yaml"
