@@ -9,9 +9,7 @@ the image file) and ok (false: did not decode).
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -27,15 +25,12 @@ from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.card import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.shard_cache import CachedReader, open_cache
-from aimscale.harness.data.store.shards import LocalReader, Place, RemoteReader, ShardReader, is_url, join, read_bytes
-from aimscale.harness.run.files import cache_folder, locked, written_aside
+from aimscale.harness.data.store.shard_cache import open_index, open_reader
+from aimscale.harness.data.store.shards import Place, ShardInfo, ShardReader, is_url, join, read_bytes
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Bound of the decoded pixels of small images that a process keeps, over all data sets."""
 _CHECKED_SHARE = 64  # of so many reads one is compared with the index: 0.2 % of the time of reading photographs
-_CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
-_MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
 
 
 class ShardDataset:
@@ -295,15 +290,6 @@ class ShardDataset:
         return join(self.location, self._index.shards["name"][number].decode())
 
 
-class ShardInfo(NamedTuple):
-    """One tar file."""
-
-    name: str
-    """File name, relative to `ShardDataset.location`."""
-    size: int
-    """Bytes."""
-
-
 def _shard_infos(table: npt.NDArray[Any]) -> list[ShardInfo]:
     return [ShardInfo(name.decode(), size) for name, size in zip(table["name"], table["size"].tolist(), strict=True)]
 
@@ -348,7 +334,7 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
                 f"run `aimscale data index {where}` again"
             )
         info = DatasetInfo.from_json(values, join(where, DATASET_FILE))
-        index = _open_mapped(where, info, cache_dir)
+        index = open_index(where, info.index_folder, cache_dir)
     except FileNotFoundError as error:
         raise DataError(f"{where} has no index; run `aimscale data index {where}` or `aimscale data pack`") from error
     except OSError as error:
@@ -359,41 +345,5 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
         raise DataError(
             f"the index of {where} does not match its {DATASET_FILE}; run `aimscale data index {where}` again"
         )
-    location = info.shards_at or where
-    reader: ShardReader
-    if not is_url(location):
-        _check_shards(Path(location), _shard_infos(index.shards[:_CHECKED_AT_OPEN]))
-        reader = LocalReader(Path(location))
-    elif cache_dir is None:
-        reader = RemoteReader(location)
-    else:
-        reader = CachedReader(location, dict(_shard_infos(index.shards)), Path(cache_dir), int(cache_gb * 1e9))
+    reader = open_reader(info.shards_at or where, _shard_infos(index.shards), cache_dir, cache_gb)
     return ShardDataset(where, info, index, reader)
-
-
-def _open_mapped(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
-    """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own."""
-    if not is_url(where):
-        return Index(Path(where) / info.index_folder)
-    root = cache_folder() / "indexes" if cache_dir is None else open_cache(Path(cache_dir))
-    folder = root / hashlib.blake2b(where.encode(), digest_size=8).hexdigest() / info.index_folder
-    with locked(root / ".index-lock"):
-        for name in _MAPPED_FILES:
-            if not (folder / name).exists():
-                with contextlib.suppress(FileNotFoundError), written_aside(folder / name) as aside:  # label.npy
-                    aside.write_bytes(read_bytes(join(join(where, info.index_folder), name)))
-    return Index(folder)
-
-
-def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
-    for shard in shards:
-        try:
-            size = (folder / shard.name).stat().st_size
-        except FileNotFoundError:
-            raise DataError(f"shard {folder / shard.name} is missing; restore it or index the folder again") from None
-        if size != shard.size:
-            word = "truncated" if size < shard.size else "longer than indexed"
-            raise DataError(
-                f"shard {folder / shard.name} is {word}: {size} bytes, the index says {shard.size}; "
-                "restore it or index the folder again"
-            )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import webdataset
 
 from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, NO_LABEL, DatasetInfo
@@ -105,11 +105,7 @@ def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
     if not pattern.endswith(".tar"):
         return pattern.rstrip("/"), None
     folder, _, name = pattern.rpartition("/")
-    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name)
-    if found is None:
-        return folder or ".", [name]
-    before, first, last, after = found.groups()
-    return folder or ".", [f"{before}{n:0{len(first)}d}{after}" for n in range(int(first), int(last) + 1)]
+    return folder or ".", list(webdataset.shardlists.expand_urls(name))
 
 
 def write_scans(

@@ -1,4 +1,6 @@
-"""A bounded folder of whole shards, shared by the processes of a machine and by data sets.
+"""Where the files of a data set are read: in its folder, at its URL, or in a cache of this machine.
+
+The cache of shards is a bounded folder of whole ones, shared by the processes of a machine and by data sets.
 
 The cache is a folder of its own, `aimscale-shards` within the one that the user names: made and marked by the first
 process, so that nothing is ever deleted but shards that were downloaded here. Shards are downloaded once, aside, and
@@ -18,14 +20,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.store.shards import LocalReader, Place, RemoteReader, join, open_remote, with_retries
-from aimscale.harness.run.files import locked
+from aimscale.harness.data.store.columns import Index
+from aimscale.harness.data.store.shards import (
+    LocalReader,
+    Place,
+    RemoteReader,
+    ShardInfo,
+    is_url,
+    join,
+    open_remote,
+    read_bytes,
+    with_retries,
+)
+from aimscale.harness.run.files import cache_folder, locked, written_aside
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
 
 _MARK = "CACHEDIR.TAG"  # also tells backup tools to leave the folder out (bford.info/cachedir)
 _MARK_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Shards downloaded by aimscale, which deletes them here.\n"
+_CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
+_MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
 _DATASET_FOLDER = re.compile(r"[0-9a-f]{16}")
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 4 * 2**20
@@ -114,6 +129,50 @@ class CachedReader:
                 raise OSError(f"{join(self._location, name)} has {length} bytes, the index says {self._sizes[name]}")
 
         with_retries(fetch)
+
+
+def open_index(where: str, folder_name: str, cache_dir: str | None) -> Index:
+    """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own."""
+    if not is_url(where):
+        return Index(Path(where) / folder_name)
+    root = cache_folder() / "indexes" if cache_dir is None else open_cache(Path(cache_dir))
+    folder = root / hashlib.blake2b(where.encode(), digest_size=8).hexdigest() / folder_name
+    with locked(root / ".index-lock"):
+        for name in _MAPPED_FILES:
+            if not (folder / name).exists():
+                with contextlib.suppress(FileNotFoundError), written_aside(folder / name) as aside:  # label.npy
+                    aside.write_bytes(read_bytes(join(join(where, folder_name), name)))
+    return Index(folder)
+
+
+def open_reader(
+    location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float
+) -> LocalReader | RemoteReader | CachedReader:
+    """What reads the shards at a folder or URL; see `open_dataset`.
+
+    Raises:
+        DataError: a missing or truncated shard in a folder.
+    """
+    if not is_url(location):
+        _check_shards(Path(location), shards)
+        return LocalReader(Path(location))
+    if cache_dir is None:
+        return RemoteReader(location)
+    return CachedReader(location, dict(shards), Path(cache_dir), int(cache_gb * 1e9))
+
+
+def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
+    for shard in shards[:_CHECKED_AT_OPEN]:
+        try:
+            size = (folder / shard.name).stat().st_size
+        except FileNotFoundError:
+            raise DataError(f"shard {folder / shard.name} is missing; restore it or index the folder again") from None
+        if size != shard.size:
+            word = "truncated" if size < shard.size else "longer than indexed"
+            raise DataError(
+                f"shard {folder / shard.name} is {word}: {size} bytes, the index says {shard.size}; "
+                "restore it or index the folder again"
+            )
 
 
 def open_cache(cache_dir: Path) -> Path:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import aiohttp
 import fsspec
@@ -29,6 +29,15 @@ _MAX_REQUESTS = 64  # under way at once, per process
 _STALLED_S = 60.0  # without an answer a read has stalled and is tried again
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by protocol
 _FIRST_PAUSE_S = 0.2  # before the second try; doubles
+
+
+class ShardInfo(NamedTuple):
+    """One tar file."""
+
+    name: str
+    """File name, relative to the folder or URL of the shards."""
+    size: int
+    """Bytes."""
 
 
 Place = tuple[str, int, int]
