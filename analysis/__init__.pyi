@@ -6,7 +6,6 @@ from .effects.contrasts import contrast as contrast
 from .effects.noise_sources import noise as noise
 from .effects.repetition import repeats as repeats
 from .errors import AnalysisError as AnalysisError
-from .fitting.curves import extrapolate as extrapolate
 from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
 from .fitting.influences import influence as influence

@@ -38,8 +38,6 @@ FLAGS = {
     "unseen": "There are too few {subject} to see the errors that all points of one share; the intervals assume none.",
     "scatter": f"The law does not fit: its residuals scatter more than replicate seeds do {TEST}.",
     "pattern": f"The law does not fit: its residuals follow {{subject}} {TEST}.",
-    "hangs": "{subject} hangs on the smallest {more[0]}: it is {more[1]:.3g} without it and {more[2]:.3g} with it "
-    "(p = {number:.1g}).",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations): look at how it was tuned.",
     "mixed": "{subject}",

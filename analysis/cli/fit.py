@@ -37,9 +37,6 @@ def command(
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,
-    leave_out: Annotated[
-        str | None, typer.Option(help="Name groups of this column (size, run_id) whose removal moves a parameter most.")
-    ] = None,
     y: Annotated[str, typer.Option(help="Column to fit.", rich_help_panel=options.PANEL)] = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
@@ -71,8 +68,8 @@ def command(
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},
         resamples=resamples,
     )
-    result = tested(result, df, hold_out or [], leave_out)
-    after = [*nothing_found(result, leave_out), *(["", choice.sentence()] if choice else [])]
+    result = tested(result, df, hold_out or [])
+    after = ["", choice.sentence()] if choice else []
     if choice and json:
         if figure is not None:
             draw(result.plot(), figure)
@@ -81,11 +78,9 @@ def command(
         show(result, json, figure, after=after)
 
 
-def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | None) -> Fit:
-    """The fit with held-out tests, and flags of the table and of influential groups."""
+def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
+    """The fit with held-out tests, and flags of the table."""
     from aimscale.analysis.fitting.holdout import held_out
-    from aimscale.analysis.fitting.influences import with_influence_flags
-    from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
     from aimscale.analysis.words import Flag
 
@@ -96,15 +91,7 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str], leave_out: str | 
             raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
         tests.append(held_out(result, df, by=by, num_values=int(count or 1)))
     mixed = [Flag(kind="mixed", subject=words) for words in mixture_flags(df, result.law.variables)]
-    result = replace(result, flags=(*result.flags, *mixed), heldout=tuple(tests))
-    return result if leave_out is None else with_influence_flags(result, df, by=our_name(df, leave_out))
-
-
-def nothing_found(result: Fit, leave_out: str | None) -> list[str]:
-    """What was looked for and not there, so that a flag that is absent is not taken for a check that was not made."""
-    if leave_out is None or any(flag.kind == "off" for flag in result.flags):
-        return []
-    return [f"No group of {leave_out} lies off the law that is fitted without it."]
+    return replace(result, flags=(*result.flags, *mixed), heldout=tuple(tests))
 
 
 def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:

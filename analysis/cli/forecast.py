@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from aimscale.analysis.fitting.curves import Extrapolation
-
 
 def command(
     tables: options.Tables,
-    at: Annotated[
-        str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat); of a curve x=1e6.")
-    ],
-    law: Annotated[
-        str,
-        typer.Option(
-            help="Law of the loss; auto chooses it as `fit --law auto` does, curve extrapolates over one column."
-        ),
-    ] = "auto",
+    at: Annotated[str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat).")],
+    law: Annotated[str, typer.Option(help="Law of the loss; auto chooses it as `fit --law auto` does.")] = "auto",
     register: Annotated[
         bool,
         typer.Option(
@@ -40,7 +28,6 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss by a law and every probe's accuracy through it, each with two intervals."""
-    from aimscale.analysis.errors import AnalysisError
     from aimscale.analysis.forecasts.ahead import ahead, parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
@@ -49,11 +36,6 @@ def command(
 
     df = table_of(tables, columns, where, best_of, y)
     y = our_name(df, y)
-    if law == "curve":
-        if register:
-            raise AnalysisError("A curve's forecast cannot be registered; --register takes laws of N and D.")
-        show(_curve(df, at, y), json)
-        return
     found = ahead(df, parse_scale(at, "--at"), law=law, y=y)
     after = list(mixture_flags(df, found.law.law.variables))
     if register:
@@ -61,13 +43,3 @@ def command(
         write(found, df, path)
         after += ["", f"registered in {path}"]
     show(found, json, after=after)
-
-
-def _curve(df: pd.DataFrame, at: str, y: str) -> Extrapolation:
-    """One curve over one column, forecast at a value of it."""
-    from aimscale.analysis.fitting.curves import extrapolate
-    from aimscale.analysis.forecasts.ahead import parse_scale
-    from aimscale.analysis.table.names import our_name
-
-    [(x, value)] = parse_scale(at, "--at", is_curve=True).items()
-    return extrapolate(df, x=our_name(df, x), y=y, resamples=1000).at(value)

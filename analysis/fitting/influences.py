@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -94,8 +93,3 @@ def odd_group(table: pd.DataFrame) -> tuple[Flag, ...]:
     by = str(table.columns[0])
     more = (by, float(abs(worst["deviations"])))
     return (Flag(kind="off", subject=str(worst[by]), number=100 * float(worst["off"]), more=more),)
-
-
-def with_influence_flags(result: Fit, df: pd.DataFrame, *, by: str = "size") -> Fit:
-    """The fit with a flag for the group that lies off."""
-    return replace(result, flags=tuple(dict.fromkeys((*result.flags, *odd_group(influence(result, df, by=by))))))

@@ -1,7 +1,6 @@
 """What speaks against a fitted law.
 
-More scatter than replicates have, patterns in residuals, exponents that hang on the smallest scale, a size that lies
-off the law fitted without it.
+More scatter than replicates have, patterns in residuals, a size or a budget that lies off the law fitted without it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from scipy.stats import f as fisher
 from aimscale.analysis.fitting.errors import Components
 from aimscale.analysis.fitting.groups import Groups, groups_of
 from aimscale.analysis.fitting.influences import left_out, odd_group
-from aimscale.analysis.fitting.optimise import minimise
 from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.points import Observations
@@ -25,10 +23,8 @@ from aimscale.analysis.words import Flag
 
 ALARM = 0.01
 """A test is told of at this probability or less."""
-MAX_SIZES = 30
-"""More sizes than this are not left out one by one: each alone hardly matters."""
-LEAST_MOVE = 0.02
-"""A movement of less than 2 % of an exponent is not told, however sure."""
+MIN_GROUPS, MAX_GROUPS = 5, 30
+"""Fewer values of a variable leave too little to tell by, and of more each alone hardly matters."""
 SIMULATED = 999
 """Tables simulated for a probability, whatever the number of draws of the intervals."""
 
@@ -52,8 +48,7 @@ def lack_of_fit(
     simulated = errors.simulate(problem.weights, groups, SIMULATED, np.random.default_rng(5))
     return (
         *_form(problem, problem.linearised(vector), residual, points, groups, errors, simulated),
-        *_smallest(problem, vector, points, simulated),
-        *_odd_size(problem, vector, points, rows),
+        *_odd_groups(problem, vector, points, rows),
     )
 
 
@@ -146,43 +141,16 @@ def _patterns(jacobian: Array, weights: Array, points: Observations) -> tuple[li
     return [name for name, keep in zip(named, kept, strict=True) if keep], columns[kept] / size[kept, None]
 
 
-def _smallest(problem: Problem, vector: Array, points: Observations, simulated: Array) -> Iterator[Flag]:
-    """Exponents that move more than they should when the smallest value of a variable is left out."""
-    kept = {}
-    for v, values in points.x.items():
-        keep = values > values.min() * (1 + 1e-9)
-        if len(np.unique(values[keep])) > 2 and keep.sum() > problem.movable.sum() + 2:
-            kept[v] = keep
-    if not kept:
-        return
-    masks = np.array(list(kept.values()))
-    vectors, _ = minimise(problem, np.repeat(vector[None], len(masks), axis=0), masks * problem.weights)
-    jacobian, free = problem.linearised(vector), np.flatnonzero(problem.movable)
-
-    def influence(weights: Array) -> Array:
-        """Movement (k, n) of the weighted least-squares estimate per unit of error of each point."""
-        root = np.sqrt(weights)
-        return np.linalg.pinv(jacobian * root[:, None], rcond=1e-9) * root
-
-    for (v, keep), moved in zip(kept.items(), vectors, strict=True):
-        usual = np.abs(simulated @ (influence(problem.weights * keep) - influence(problem.weights)).T)
-        for place, j in enumerate(free):
-            p = _probability(usual[:, place], abs(moved[j] - vector[j]))
-            if j >= problem.num_linear and p <= ALARM and abs(moved[j] - vector[j]) > LEAST_MOVE:
-                parameter = problem.law.nonlinear[j - problem.num_linear]
-                before, after = (float(np.exp(e[j]) if parameter.log else e[j]) for e in (vector, moved))
-                yield Flag(kind="hangs", subject=parameter.name, number=p, more=(v, after, before))
-
-
-def _odd_size(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:
-    """The size that lies off the law fitted without it."""
+def _odd_groups(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
+    """The size that lies off the law fitted without it, and likewise the value of any other variable."""
     shared = groups_of(rows, points.x)
-    if "N" not in points.x or not shared.named:
-        return ()
-    codes = shared.clusters(problem.num_points)
-    first = np.unique(codes, return_index=True)[1]
-    is_left = problem.num_points - np.bincount(codes).max() > problem.movable.sum() + 1
-    if not 4 < len(first) <= MAX_SIZES or not is_left:
-        return ()
-    names = rows["size"].iloc[first].tolist() if "size" in rows else [f"N = {n:.3g}" for n in points.x["N"][first]]
-    return odd_group(left_out(problem, vector, shared, codes, names, "size"))
+    for v, values in points.x.items():
+        codes = np.unique(np.round(np.log(np.maximum(values, 1e-300)), 9), return_inverse=True)[1]
+        first = np.unique(codes, return_index=True)[1]
+        left = problem.num_points - np.bincount(codes).max()
+        if not MIN_GROUPS <= len(first) <= MAX_GROUPS or len(first) == len(codes) or left <= problem.movable.sum() + 1:
+            continue
+        by, names = v, [f"= {value:.3g}" for value in values[first]]
+        if v == "N" and "size" in rows:
+            by, names = "size", rows["size"].iloc[first].tolist()
+        yield from odd_group(left_out(problem, vector, shared, codes, names, by))

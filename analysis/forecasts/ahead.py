@@ -64,8 +64,8 @@ class Ahead(Result):
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
-def parse_scale(text: str, option: str, *, is_curve: bool = False) -> dict[str, float]:
-    """`N=1e9,D=2B` as numbers (k, M, B, T), N and D at least; of a single curve one column, `x=1e6`.
+def parse_scale(text: str, option: str) -> dict[str, float]:
+    """`N=1e9,D=2B` as numbers (k, M, B, T), N and D at least.
 
     Raises:
         AnalysisError: not of that form.
@@ -81,10 +81,6 @@ def parse_scale(text: str, option: str, *, is_curve: bool = False) -> dict[str, 
             raise AnalysisError(f"{option} takes numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.") from None
         if not 0 < out[name] < np.inf:
             raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {part!r}.")
-    if is_curve:
-        if len(out) != 1:
-            raise AnalysisError(f"A curve has one scale: {option} takes x=1e6 there, not {text!r}.")
-        return out
     if not {"N", "D"} <= set(out):
         raise AnalysisError(f"{option} needs both N and D, as in N=1e9,D=2B, not {text!r}.")
     return out

@@ -14,7 +14,6 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     OVERTRAINED,
     REPEATED,
     REPEATED_DATA,
-    broken,
     effective,
     find_law,
     power,

@@ -117,29 +117,6 @@ def sigmoidal(x: str = "x") -> Law:
     )
 
 
-def broken(x: str = "x") -> Law:
-    """Smoothly broken power law with one break."""
-
-    def basis(v: Columns, t: Params) -> Parts:
-        bend = (v.log(x) - np.log(t["d1"])) / t["f1"]
-        return 1.0, np.exp(-t["c0"] * v.log(x) - t["c1"] * t["f1"] * _softplus(bend))
-
-    return Law(
-        name="broken1",
-        formula=f"L = a + b {x}^-c0 (1 + ({x}/d1)^(1/f1))^(-c1 f1)",
-        variables=(x,),
-        linear=(coefficient("a"), coefficient("b")),
-        nonlinear=(
-            exponent("c0"),
-            Parameter(name="c1", bounds=(-3.0, 5.0)),
-            scale_of("d1", x, below=1.0, above=1.0),
-            Parameter(name="f1", bounds=(0.05, 4.0), log=True),
-        ),
-        basis=basis,
-        source="Caballero et al. 2023",
-    )
-
-
 def _chinchilla_basis(x: Columns, t: Params) -> Parts:
     return 1.0, np.exp(-t["alpha"] * x.log("N")), np.exp(-t["beta"] * x.log("D"))
 
@@ -296,7 +273,6 @@ _ONE_VARIABLE = {
     "power_offset": power,
     "saturating": saturating,
     "sigmoidal": sigmoidal,
-    "broken1": broken,
 }
 """Laws in one variable, as functions of its name."""
 

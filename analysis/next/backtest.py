@@ -27,7 +27,7 @@ AUTO = "auto"
 JOINT = ("overtrained", "chinchilla", "kaplan", "coupled", "farseer")
 WITH_REPEATS = ("repeated", "overfitting")
 """Further candidates where rows see their pool more than once."""
-ONE_VARIABLE = ("power", "power_offset", "saturating", "broken1")
+ONE_VARIABLE = ("power", "power_offset", "saturating")
 STANDARD_ERRORS = 1.0
 """A law is as good as the best if its mean error exceeds that by at most so many standard errors."""
 SCALES_PER_PARAMETER = 2.0

@@ -32,9 +32,7 @@ def table(grid, tmp_path):
 
 
 def test_fit_prints_parameters_and_the_sentence(table):
-    out = run(
-        verb("fit"), table, "--hold-out", "N", "--leave-out", "size", "--law", "chinchilla,kaplan", "--resamples", 100
-    )
+    out = run(verb("fit"), table, "--hold-out", "N", "--law", "chinchilla,kaplan", "--resamples", 100)
     assert "alpha" in out
     assert "Held out N >=" in out
     assert "Chosen: chinchilla, no other comes within one standard error" in out

@@ -10,7 +10,6 @@ import pytest
 from aimscale.analysis import fit, influence, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.checks import diagnose
-from aimscale.analysis.fitting.influences import with_influence_flags
 from aimscale.analysis.fitting.lackoffit import replicate_test
 from aimscale.analysis.fitting.optimise import global_minimum
 from aimscale.analysis.fitting.problem import make_problem
@@ -31,9 +30,7 @@ def noisy_grid(rng: np.random.Generator, sizes: int = 6, budgets: int = 5) -> pd
 
 def test_every_kind_of_flag_has_words():
     for kind in FLAGS:
-        assert str(Flag(kind=kind, subject="alpha", number=0.5, more=(1.0, 2.0, 3.0, 4.0))).endswith(
-            (".", "?", "alpha")
-        )
+        assert "{" not in str(Flag(kind=kind, subject="alpha", number=0.5, more=(1.0, 2.0, 3.0, 4.0, 5.0)))
 
 
 def test_what_the_data_do_not_pin_down_is_not_printed_as_digits(grid):
@@ -51,7 +48,7 @@ def test_one_flag_a_parameter_and_it_lies_beside_it(grid):
     kinds = []
     for each in (flat, rising):
         result = fit("chinchilla", each, resamples=200)
-        about = [flag.subject for flag in result.flags if flag.subject in result.params and flag.kind != "hangs"]
+        about = [flag.subject for flag in result.flags if flag.subject in result.params]
         assert len(about) == len(set(about))
         kinds += [flag.kind for flag in result.flags]
     assert kinds.count("from_above") > 1
@@ -113,7 +110,7 @@ def test_a_badly_tuned_rung_moves_the_law(grid):
     assert table.loc[bad, "alpha"] == pytest.approx(0.4, abs=0.05)
     assert table.loc[bad, "off"] == pytest.approx(np.log(1.1), abs=0.01)
     assert table["num_points"].sum() == 30
-    assert ("off", bad) in [(flag.kind, flag.subject) for flag in with_influence_flags(result, grid).flags]
+    assert table["deviations"].abs().idxmax() == bad
     with pytest.raises(AnalysisError, match="rung"):
         influence(result, grid, by="rung")
 
@@ -152,8 +149,8 @@ def test_without_replicates_a_wrong_form_shows_in_its_residuals():
     assert not any(kind == "pattern" for kind, _ in flags_of(df))
 
 
-def test_an_exponent_that_hangs_on_the_smallest_scale_is_told():
+def test_a_smallest_scale_that_bends_the_law_is_told():
     df = noisy_grid(np.random.default_rng(4))
     df.loc[df["D"] == df["D"].min(), "val_loss"] *= 1.06
-    assert ("hangs", "beta") in flags_of(df)
+    assert ("off", "= 1e+05") in flags_of(df)
     assert fit(laws.CHINCHILLA, df, resamples=0).params["beta"] > 0.55

@@ -17,7 +17,6 @@ TRUTHS = [
     ("power", X, {"A": 3, "a": 0.3}),
     ("saturating", X, {"E": 0.1, "A": 30, "a": 0.4, "x0": 5e3}),
     ("sigmoidal", X, {"e_inf": 0.1, "span": 0.9, "a": 1.5, "c": 0.4, "x0": 1e5}),
-    ("broken1", X, {"a": 0.05, "b": 3, "c0": 0.1, "c1": 0.3, "d1": 1e5, "f1": 0.4}),
     ("chinchilla", {"N": N, "D": D}, CHINCHILLA),
     ("coupled", {"N": N, "D": D}, {"E": 1.5, "K": 0.9, "alpha": 0.4, "beta": 0.45, "c": 0.6, "w": 1.3}),
     (

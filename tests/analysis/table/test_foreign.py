@@ -178,10 +178,9 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
     def said(name: str, *options: str) -> str:
         return CliRunner().invoke(verb(name), [*args, *options], catch_exceptions=False).output
 
-    words = said("fit", "--y", "loss", "--hold-out", "tokens", "--resamples", "20", "--leave-out", "lr")
+    words = said("fit", "--y", "loss", "--hold-out", "tokens", "--resamples", "20")
     assert "1 row with a missing or non-positive num_params; 1 row with a missing or non-positive loss" in words
     assert "pool (" in words
-    assert "No group of lr lies off" in words
     words = said("forecast", "--at", "N=1e10,D=1e11", "--law", "chinchilla")
     assert "1 row with a missing or non-positive num_params" in words
     words = said("correlate", "--x", "loss", "--y", "num_params", "--partial", "tokens")
