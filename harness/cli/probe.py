@@ -83,10 +83,7 @@ def baseline(
         list[str] | None, typer.Option(help="Kind of probe (repeatable) instead of the task's own.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Of a timm model: a file, `hub` (fetched, or from its cache), or `random`.")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Image side of a timm model, pixels; default: its own.")
+        str | None, typer.Option(help="Of a timm model: a file, or `hub` (fetched, or from its cache).")
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -103,7 +100,7 @@ def baseline(
     config = run.load_config()
     sections = _Choice(names=task, file=tasks, kinds=kind).sections(config)
     with join_ranks(device, config.runtime.num_threads) as group:
-        results = probe_baseline(name, run, sections, weights=weights, image_size=image_size, group=group)
+        results = probe_baseline(name, run, sections, weights=weights, group=group)
         _print_entries(results, is_first=group.is_first, as_json=as_json)
 
 
@@ -128,7 +125,7 @@ class _Choice:
         Raises:
             ConfigError, ProbeError: no such task, or one that is only half given.
         """
-        from aimscale.harness.probe.features.benchmarks import ProbeError
+        from aimscale.harness.probe.features.tasks import ProbeError
         from aimscale.harness.probe.run import wanted_tasks
 
         kinds = {"kinds": self.kinds} if self.kinds else {}

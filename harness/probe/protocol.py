@@ -31,29 +31,17 @@ from aimscale.harness.data.errors import DataError
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.overlap import count_shared
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.backbones import (
-    DTYPES,
-    AimBackbone,
-    Backbone,
-    PixelBackbone,
-    matmul_precision,
-    precision_difference,
-)
-from aimscale.harness.probe.features.benchmarks import ProbeError
-from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, Features, Pause, SplitFeatures
-from aimscale.harness.probe.features.images import LabelledImages, holdout_split, open_task
-from aimscale.harness.probe.features.sizes import BlockSet, block_sets
-from aimscale.harness.probe.features.views import PublishedViews
+from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, PixelBackbone, matmul_precision
+from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, SplitFeatures
+from aimscale.harness.probe.features.images import LabelledImages, Pause, PublishedViews, Task, holdout_split, open_task
+from aimscale.harness.probe.features.tasks import ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import Candidate, GridFit, Split, answers_of_heads, best
+from aimscale.harness.probe.heads.fit import GridFit, answers_of_heads
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
-from aimscale.harness.probe.heads.scores import Answers, score
+from aimscale.harness.probe.heads.scores import Answers, Candidate, best, score
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.run.config import ModelSection, ProbeSection
-
-COMPARED_IMAGES = 16
-"""Training images on which bf16 features are compared with fp32 ones."""
 
 Detail = dict[str, Any]
 """What a task's file says of one kind of probe: a row's entry, per-class counts and the grid."""
@@ -101,9 +89,10 @@ def probe_backbone(
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
     shared = group.from_first(_shared_images(section, train, test, pools) if group.is_first else None)
+    fit, held = holdout_split(train.labels, section.holdout_fraction, seed)
+    task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
     with matmul_precision(section.precision):
-        probing = _Probing(backbone, section, train, test, key, group, pause)
-        for details in probing.details(kinds, out):
+        for details in _details(task, backbone, kinds, out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed, **shared}
             done = {detail["kind"]: detail | about for detail in details}
             found |= done
@@ -114,143 +103,111 @@ def probe_backbone(
     return [as_entry(found[kind]) for kind in section.kinds]
 
 
-class _Probing:
-    """One task on a backbone in the task's precision; all ranks make it and call its methods together."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        section: ProbeSection,
-        train: LabelledImages,
-        test: LabelledImages,
-        key: Key,
-        group: Group,
-        pause: Pause,
-    ) -> None:
-        """Hold some images out, and bring the backbone into the task's precision, saying what that changes."""
-        self.backbone, self.section, self.train, self.test = backbone, section, train, test
-        self.seed, self.evaluation, self.group, self.pause = int(key["seed"]), key["evaluation"], group, pause
-        self.split = Split(
-            train.labels, *holdout_split(train.labels, section.holdout_fraction, self.seed), len(train.classes)
+def _details(
+    task: Task, backbone: Backbone, kinds: Sequence[str], out: Path | None, key: Key
+) -> Iterator[list[Detail]]:
+    """What is found about some kinds of probe, those together that are done together; heads go to `out`."""
+    frozen = [kind for kind in kinds if kind != "lora"]
+    has_views = task.train.views is not None
+    if frozen:
+        backbone.use(DTYPES[task.section.precision])
+        features = FeaturePass(
+            backbone=backbone,
+            group=task.group,
+            precision=task.section.precision,
+            for_tokens=has_views or not set(ON_TOKENS).isdisjoint(kinds),
+            folder=out,
+            pause=task.pause,
         )
-        images = train.images(range(min(COMPARED_IMAGES, len(train))))
-        self.difference = precision_difference(backbone, images, DTYPES[section.precision])
-        backbone.use(DTYPES[section.precision])
-        if self.difference and group.is_first:
-            _say(f"{section.task}: features in bf16 differ from fp32 by {100 * self.difference:.2f} % of their spread")
+        fitted, tested = features.split(task.train, task.fit), features.split(task.test)
+        for some in _together(frozen, has_views):
+            if some == ["knn"]:
+                yield [_neighbours(task, backbone, fitted, tested)]
+            else:
+                yield _heads(task, backbone, some, fitted, tested, out, key)
+    if "lora" in kinds:
+        assert isinstance(backbone, AimBackbone)
+        yield [_adapted(task, backbone)]
 
-    def details(self, kinds: Sequence[str], out: Path | None) -> Iterator[list[Detail]]:
-        """What is found about some kinds of probe, those together that are done together; heads go to `out`."""
-        frozen = [kind for kind in kinds if kind != "lora"]
-        has_views = self.train.views is not None
-        if frozen:
-            features = FeaturePass(
-                backbone=self.backbone,
-                group=self.group,
-                precision=self.section.precision,
-                for_tokens=has_views or not set(ON_TOKENS).isdisjoint(kinds),
-                folder=out,
-                pause=self.pause,
-            )
-            fitted, tested = features.split(self.train, self.split.fit), features.split(self.test)
-            for some in _together(frozen, has_views):
-                found = (
-                    [self._neighbours(fitted, tested)] if some == ["knn"] else self._heads(some, fitted, tested, out)
-                )
-                yield [detail | {"precision_difference": self.difference} for detail in found]
-        if "lora" in kinds:
-            yield [self._lora()]
 
-    def _heads(
-        self, kinds: Sequence[str], fitted: SplitFeatures, tested: SplitFeatures, out: Path | None
-    ) -> list[Detail]:
-        """Train, choose and score the heads of some kinds."""
-        sets, last = block_sets(self.backbone.num_blocks)
-        fitting = GridFit(
-            split=self.split,
-            section=self.section,
-            num_heads=self.backbone.num_heads,
-            seed=self.seed,
-            features=fitted,
-            group=self.group,
-            pause=self.pause,
-        )
-        is_pooled = self.train.views is None and list(kinds) == ["linear"]
-        candidates = fitting.candidates(fitted.pooled if is_pooled else fitted.tokens, kinds, sets, last)
-        details = []
-        for kind in kinds:
-            top, fixed = best(candidates, kind), best(candidates, kind, last)
-            features: Features = tested.pooled if kind == "linear" else tested.tokens
-            given = answers_of_heads(features, self.test, (top, fixed), self.group)
-            details.append(self._detail(top, fixed, given, candidates))
-            if kind == "attentive" and out is not None and self.group.is_first:
-                _save_head(top, out / f"{self.section.task}-{self.evaluation}.{kind}.safetensors")
-        return details
+def _heads(
+    task: Task,
+    backbone: Backbone,
+    kinds: Sequence[str],
+    fitted: SplitFeatures,
+    tested: SplitFeatures,
+    out: Path | None,
+    key: Key,
+) -> list[Detail]:
+    """Train, choose and score the heads of some kinds."""
+    sets, last = block_sets(backbone.num_blocks)
+    is_pooled = task.train.views is None and list(kinds) == ["linear"]
+    fitting = GridFit(task=task, num_heads=backbone.num_heads, features=fitted)
+    candidates = fitting.candidates(fitted.pooled if is_pooled else fitted.tokens, kinds, sets, last)
+    details = []
+    for kind in kinds:
+        chosen = best(candidates, kind), best(candidates, kind, last)
+        given = answers_of_heads(tested.pooled if kind == "linear" else tested.tokens, chosen, task)
+        details.append(_detail(task, chosen, given, candidates))
+        if kind == "attentive" and out is not None and task.group.is_first:
+            _save_head(chosen[0], out / f"{task.section.task}-{key['evaluation']}.{kind}.safetensors")
+    return details
 
-    def _neighbours(self, fitted: SplitFeatures, tested: SplitFeatures) -> Detail:
-        """Fill, choose, fill again with everything and score k-NN."""
-        sets, last = block_sets(self.backbone.num_blocks)
-        search = Neighbours(features=fitted, split=self.split, group=self.group, pause=self.pause)
-        candidates = search.candidates(sets)
-        top, fixed = best(candidates, "knn"), best(candidates, "knn", last)
-        given = [search.answers(each, tested.pooled, self.test) for each in (top, fixed)]
-        return self._detail(top, fixed, given, candidates)
 
-    def _lora(self) -> Detail:
-        """Adapt the trunk on the last blocks, choose the learning rate, and score it."""
-        assert isinstance(self.backbone, AimBackbone)
-        _, last = block_sets(self.backbone.num_blocks)
-        self.backbone.use(torch.float32)
-        adapted = adapt(
-            self.backbone.model,
-            self.section,
-            self.split,
-            self.train,
-            self.test,
-            blocks=last,
-            seed=self.seed,
-            group=self.group,
-            pause=self.pause,
-        )
-        return self._entry("lora", adapted.given, last, adapted.lr) | {
-            "holdout_top1": adapted.holdout_top1,
-            "lora_rank": RANK,
-            "num_trained": adapted.num_trained,
-            "grid": [{"lr": lr, "holdout_top1": top1} for lr, top1 in adapted.grid],
-        }
+def _neighbours(task: Task, backbone: Backbone, fitted: SplitFeatures, tested: SplitFeatures) -> Detail:
+    """Fill, choose, fill again with everything and score k-NN."""
+    sets, last = block_sets(backbone.num_blocks)
+    search = Neighbours(task=task, features=fitted)
+    candidates = search.candidates(sets)
+    chosen = best(candidates, "knn"), best(candidates, "knn", last)
+    return _detail(task, chosen, [search.answers(each, tested.pooled) for each in chosen], candidates)
 
-    def _detail(
-        self, top: Candidate, fixed: Candidate, given: Sequence[Answers], candidates: Sequence[Candidate]
-    ) -> Detail:
-        """A frozen probe's: the chosen one, the best on the last blocks, and the whole grid."""
-        on_top, on_last = given
-        last = score(on_last, self.test.labels, self.test.classes)
-        names = ("blocks", "lr", "num_neighbours", "holdout_top1", "holdout_loss")
-        return self._entry(top.kind, on_top, top.blocks, top.lr) | {
-            "num_neighbours": top.num_neighbours,
-            "holdout_top1": top.holdout_top1,
-            "last_blocks": list(fixed.blocks),
-            **{f"last_{name}": last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
-            "precision": self.section.precision,
-            "grid": [{name: getattr(each, name) for name in names} for each in candidates if each.kind == top.kind],
-        }
 
-    def _entry(self, kind: str, given: Answers, blocks: BlockSet, lr: float | None) -> Detail:
-        """Any probe's: what it read, how it scored, and its learning rate."""
-        lrs = self.section.lrs
-        return {
-            "task": self.section.task,
-            "kind": kind,
-            "blocks": list(blocks),
-            "num_classes": len(self.test.classes),
-            **score(given, self.test.labels, self.test.classes),
-            "lr": lr,
-            # the best rate at the end of the grid says that the grid should go on there
-            "lr_at_edge": lr is not None and len(lrs) > 1 and lr in (min(lrs), max(lrs)),
-            "num_fit": len(self.split.fit),
-            "num_holdout": len(self.split.held),
-            "augmentation": self.section.augmentation,
-        }
+def _adapted(task: Task, backbone: AimBackbone) -> Detail:
+    """Adapt the trunk on the last blocks, choose the learning rate, and score it."""
+    _, last = block_sets(backbone.num_blocks)
+    backbone.use(torch.float32)
+    candidates, given, num_trained = adapt(backbone.model, task, last)
+    return _entry(task, best(candidates, "lora"), given) | {
+        "lora_rank": RANK,
+        "num_trained": num_trained,
+        "grid": [{"lr": each.lr, "holdout_top1": each.holdout_top1} for each in candidates],
+    }
+
+
+def _detail(
+    task: Task, chosen: tuple[Candidate, Candidate], given: Sequence[Answers], candidates: Sequence[Candidate]
+) -> Detail:
+    """A frozen probe's: the chosen one, the best on the last blocks, and the whole grid."""
+    top, fixed = chosen
+    last = score(given[1], task.test.labels, task.test.classes)
+    names = ("blocks", "lr", "num_neighbours", "holdout_top1", "holdout_loss")
+    return _entry(task, top, given[0]) | {
+        "num_neighbours": top.num_neighbours,
+        "last_blocks": list(fixed.blocks),
+        **{f"last_{name}": last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
+        "precision": task.section.precision,
+        "grid": [{name: getattr(each, name) for name in names} for each in candidates if each.kind == top.kind],
+    }
+
+
+def _entry(task: Task, chosen: Candidate, given: Answers) -> Detail:
+    """Any probe's: what it read, how it scored, and its learning rate."""
+    lr, lrs = chosen.lr, task.section.lrs
+    return {
+        "task": task.section.task,
+        "kind": chosen.kind,
+        "blocks": list(chosen.blocks),
+        "num_classes": len(task.test.classes),
+        **score(given, task.test.labels, task.test.classes),
+        "lr": lr,
+        # the best rate at the end of the grid says that the grid should go on there
+        "lr_at_edge": lr is not None and len(lrs) > 1 and lr in (min(lrs), max(lrs)),
+        "holdout_top1": chosen.holdout_top1,
+        "num_fit": len(task.fit),
+        "num_holdout": len(task.held),
+        "augmentation": task.section.augmentation,
+    }
 
 
 def _together(kinds: Sequence[str], has_views: bool) -> list[list[str]]:

@@ -14,9 +14,9 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
-from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
 from aimscale.harness.probe.features.images import open_labelled
+from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import as_entry, merge_into_rows, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH
 from aimscale.harness.probe.heads.scores import answers, score, together

@@ -15,10 +15,10 @@ from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.threads import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
-from aimscale.harness.probe.features.backbones import AimBackbone
-from aimscale.harness.probe.features.baseline_models import baseline
-from aimscale.harness.probe.features.benchmarks import ProbeError
-from aimscale.harness.probe.features.extraction import ALONE, Pause
+from aimscale.harness.probe.features.backbones import AimBackbone, baseline
+from aimscale.harness.probe.features.extraction import ALONE
+from aimscale.harness.probe.features.images import Pause
+from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, merge_into_rows, weights_name
 from aimscale.harness.probe.heads.stacks import ON_TOKENS
 from aimscale.harness.probe.protocol import probe_backbone
@@ -155,28 +155,21 @@ def backbone_of(run: RunDir, config: RunConfig, images_seen: int, group: Group) 
 
 
 def probe_baseline(
-    target: str,
-    like: RunDir,
-    sections: Sequence[ProbeSection],
-    *,
-    weights: str | None = None,
-    image_size: int | None = None,
-    group: Group = ALONE,
+    target: str, like: RunDir, sections: Sequence[ProbeSection], *, weights: str | None = None, group: Group = ALONE
 ) -> Iterator[tuple[None, list[dict[str, Any]]]]:
     """Probe a baseline on tasks; yields entries after each task and writes files into `baselines/<target>` of the run.
 
     Args:
-        target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.baseline_models`.
+        target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.backbones`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
-        weights: of a timm model: a file, `hub` or `random`.
-        image_size: of a timm model; None takes its own.
+        weights: of a timm model: a file, or `hub`.
 
     Raises:
         ProbeError: an unknown baseline, or a task that cannot be probed.
     """
     config = like.load_config()
-    backbone, model_section = baseline(target, config, weights=weights, image_size=image_size, device=group.device)
+    backbone, model_section = baseline(target, config, weights=weights, device=group.device)
     impossible = {"lora"} if target != "random" else set()
     impossible |= set(ON_TOKENS) if target == "raw-pixels" else set()
     for section in sections:

@@ -11,8 +11,14 @@ from pathlib import Path
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
 from aimscale.harness.data.store.card import num_images
-from aimscale.harness.probe.features.benchmarks import CARDS
-from aimscale.harness.probe.features.sizes import COPIES, block_sets, head_params, number_of_steps, sets_per_round
+from aimscale.harness.probe.features.tasks import (
+    CARDS,
+    COPIES,
+    block_sets,
+    head_params,
+    number_of_steps,
+    sets_per_round,
+)
 from aimscale.harness.run.config import EvaluationConfig, ProbeSection
 
 HEADS = ("linear", "attentive", "efficient")

@@ -1,16 +1,27 @@
-"""Frozen models as the probes see them: raw block outputs of images, in fp32 or bf16."""
+"""Frozen models as the probes see them: raw block outputs of images, in fp32 or bf16.
+
+AIM, and what it is compared with through the same probes on the same images:
+
+    timm:NAME     a vision transformer of timm with weights from a file or from the hub
+    random        the run's own architecture with untrained weights
+    raw-pixels    the normalised pixels themselves
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.probe.features.benchmarks import ProbeError
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
+from aimscale.harness.probe.features.tasks import ProbeError
+from aimscale.harness.run.config import ModelSection, RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """A task's `precision` -> the type that the backbone computes in and features are kept in."""
@@ -96,23 +107,88 @@ class PixelBackbone:
         return images.to(self._dtype).flatten(1)[None, :, None].expand(len(blocks), -1, -1, -1)
 
 
-def precision_difference(backbone: Backbone, images: Tensor, dtype: torch.dtype) -> float:
-    """How far features in `dtype` are from those in fp32 on some images; the backbone is left in either.
+TIMM = "timm:"
+"""Prefix of a timm model's name."""
 
-    Returns:
-        Root mean square of the difference over that of the features' deviation from their mean over images and tokens,
-        channel by channel: 0.01 is 1 % of what distinguishes one token from another.
+
+class TimmBackbone:
+    """All blocks of a timm vision transformer: raw block outputs, without the last norm.
+
+    Class and register tokens are left out, as AIM has none.
+    """
+
+    def __init__(self, model: Any, name: str, device: torch.device):
+        self.name = name
+        self._in_fp32 = self._model = model.to(device).eval()
+        self._device, self._dtype = device, torch.float32
+        self.num_blocks, self.num_heads = len(model.blocks), int(model.blocks[0].attn.num_heads)
+        settings = model.pretrained_cfg
+        mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
+        # images arrive with ImageNet's mean and deviation
+        self._scale = (torch.tensor(IMAGE_STD) / std).view(3, 1, 1).to(device)
+        self._shift = ((torch.tensor(IMAGE_MEAN) - mean) / std).view(3, 1, 1).to(device)
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Compute by the model as it was given, or by a rounded copy."""
+        self._model = self._in_fp32 if dtype == torch.float32 else copy.deepcopy(self._in_fp32).to(dtype)
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Outputs (len(blocks), B, N, d) for images (B, 3, H, W)."""
+        images = (images.to(self._device) * self._scale + self._shift).to(self._dtype)
+        outputs = self._model.forward_intermediates(
+            images, indices=list(blocks), norm=False, output_fmt="NLC", intermediates_only=True
+        )
+        return torch.stack(list(outputs))
+
+
+def baseline(
+    target: str, like: RunConfig, *, weights: str | None, device: torch.device
+) -> tuple[Backbone, ModelSection]:
+    """The baseline a user named, and the geometry of the images it gets: a timm model's at the size of its training.
+
+    Args:
+        target: `timm:NAME`, `random` or `raw-pixels`.
+        like: the run whose tasks it is compared on.
+        weights: of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
 
     Raises:
-        ProbeError: the features are not finite.
+        ProbeError: an unknown target or timm model, or weights that cannot be had.
     """
-    backbone.use(torch.float32)
-    exact = backbone.features(images, range(backbone.num_blocks)).float()
-    if not exact.isfinite().all():
-        raise ProbeError(f"the features of {backbone.name} are not finite: its weights diverged, or are damaged")
-    if dtype == torch.float32:
-        return 0.0
-    backbone.use(dtype)
-    difference = backbone.features(images, range(backbone.num_blocks)).float() - exact
-    spread = exact - exact.mean((1, 2), keepdim=True)
-    return float(difference.square().mean().sqrt() / spread.square().mean().sqrt().clamp_min(1e-30))
+    section = like.training.model
+    if target.startswith(TIMM) != (weights is not None):
+        raise ProbeError(f"--weights (a file, or hub) belongs to {TIMM}NAME, and to no other baseline")
+    if target == "raw-pixels":
+        return PixelBackbone(), section
+    if target == "random":
+        config = model_config(**dict(section))
+        return AimBackbone(lambda: AIM(config).to(device), f"random-{section.size}"), section
+    if weights is None:
+        raise ProbeError(f"'{target}' is no baseline; use {TIMM}NAME, random or raw-pixels")
+    if section.channels != 3:
+        raise ProbeError(f"timm models take 3 channels, the tasks of this run have {section.channels}")
+    model = _create(target.removeprefix(TIMM), weights)
+    size = int(model.pretrained_cfg["input_size"][1])
+    name = f"{target} ({'hub weights' if weights == 'hub' else weights})"
+    return TimmBackbone(model, name, device), ModelSection(size=target, image_size=size, patch_size=section.patch_size)
+
+
+def _create(name: str, weights: str) -> Any:
+    import timm
+    from timm.models import load_state_dict
+
+    try:
+        model = timm.create_model(name, pretrained=weights == "hub", num_classes=0)
+        # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
+        loaded = {} if weights == "hub" else load_state_dict(weights, weights_only=True)
+        missing = model.load_state_dict(loaded, strict=False).missing_keys if loaded else []
+    except Exception as error:  # of many kinds: no such model, a hub out of reach, no file of weights
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ProbeError(f"timm cannot make {name} with weights {weights} ({reason})") from error
+    if missing:
+        raise ProbeError(f"{weights} lacks {missing[0]} and {len(missing) - 1} more of {name}; give its own file")
+    blocks: Any = getattr(model, "blocks", None)
+    if blocks is None or not hasattr(blocks[0], "attn"):
+        raise ProbeError(f"{name} of timm is no vision transformer, whose blocks the probes read")
+    return model

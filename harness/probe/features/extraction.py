@@ -2,13 +2,16 @@
 
 Linear and k-NN probes then never run the backbone again. Attentive heads need tokens: kept in memory where they fit
 (small tasks), computed batch by batch otherwise. Pooled vectors that memory does not hold lie in a mapped file.
+
+The batch norm of a probe standardises the average of some blocks. Its variance needs the products between blocks, so
+these are summed once for all pairs; any average of blocks then has exact statistics without seeing the images again.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +21,95 @@ from torch import Tensor
 
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone
-from aimscale.harness.probe.features.benchmarks import ProbeError
-from aimscale.harness.probe.features.images import LabelledImages
-from aimscale.harness.probe.features.moments import Moments
+from aimscale.harness.probe.features.images import LabelledImages, Pause
+from aimscale.harness.probe.features.tasks import BlockSet, ProbeError
+
+CHUNK_VALUES = 25_000_000
+"""Values that are held in float64 at a time while their products are summed."""
+
+
+def averages(outputs: Tensor, sets: Sequence[BlockSet]) -> Tensor:
+    """Mean over the blocks of each set, summed in fp32 and kept in the type of `outputs`: (L, ...) -> (S, ...).
+
+    One matrix product reads every block once, whatever the number of sets.
+    """
+    is_member = (_averaging(sets, len(outputs)) > 0).to(outputs)
+    out = (is_member @ outputs.flatten(1)).view(len(sets), *outputs.shape[1:])
+    for row, members in enumerate(sets):
+        if len(members) > 1:
+            out[row] /= len(members)
+    return out
+
+
+def _averaging(sets: Sequence[BlockSet], num_blocks: int) -> Tensor:
+    """float32 (S, L) on the host: row s times the outputs of all blocks is their mean over set s."""
+    weights = torch.zeros(len(sets), num_blocks)
+    for row, members in enumerate(sets):
+        weights[row, list(members)] = 1 / len(members)
+    return weights
+
+
+@dataclass(kw_only=True)
+class Moments:
+    """Sums over vectors of L blocks, per channel, about a fixed centre.
+
+    All in float64: summed in any order, batches and ranks included, they give the same float32 statistics. Sums of fp32
+    products did not, and nearest neighbours changed places.
+    """
+
+    centre: Tensor
+    """float32 (L, d): any value near the mean, the same on all ranks."""
+    count: int
+    """Vectors seen."""
+    sums: Tensor
+    """float64 (L, d): of the deviations from the centre."""
+    products: Tensor
+    """float64 (d, L, L): of their products between blocks."""
+
+    @classmethod
+    def about(cls, centre: Tensor) -> Moments:
+        """Nothing seen yet."""
+        num_blocks, width = centre.shape
+        return cls(
+            centre=centre,
+            count=0,
+            sums=torch.zeros(num_blocks, width, dtype=torch.float64, device=centre.device),
+            products=torch.zeros(width, num_blocks, num_blocks, dtype=torch.float64, device=centre.device),
+        )
+
+    @torch.no_grad()
+    def add(self, vectors: Tensor) -> None:
+        """See vectors (L, n, d)."""
+        step = max(1, CHUNK_VALUES // (vectors.shape[0] * vectors.shape[2]))
+        for part in vectors.split(step, dim=1):
+            deviation = (part.double() - self.centre[:, None]).permute(2, 0, 1)
+            self.sums += deviation.sum(2).mT
+            self.products += deviation @ deviation.mT
+            self.count += part.shape[1]
+
+    def over_ranks(self, group: Group) -> Moments:
+        """The sums of all ranks."""
+        group.sum_tensor(self.sums)
+        group.sum_tensor(self.products)
+        (self.count,) = group.sum_counts(self.count)
+        return self
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            centre=self.centre,
+            count=self.count + other.count,
+            sums=self.sums + other.sums,
+            products=self.products + other.products,
+        )
+
+    def of_sets(self, sets: Sequence[BlockSet]) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance, float32 (S, d) each, of the average over each set's blocks."""
+        weights = _averaging(sets, len(self.centre)).to(self.centre.device, torch.float64)
+        mean = weights @ (self.sums / self.count)
+        square = torch.einsum("sl,dlm,sm->sd", weights, self.products / self.count, weights)
+        variance = (square - mean.square()).clamp_min(0)
+        return (mean + weights @ self.centre.double()).float(), variance.float()
+
 
 CACHE_SHARE = 0.1
 """Of the memory that a rank may plan for, on its device for tokens, and of its host for pooled features."""
@@ -31,9 +120,6 @@ CENTRE_IMAGES = 16
 
 ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
 """The group of a process that probes by itself."""
-
-Pause = Callable[[], None]
-"""Called by all ranks together, often; raises to stop there."""
 
 
 class StreamedTokens:
@@ -55,9 +141,17 @@ class StreamedTokens:
         return self._first.new_empty((self.num_blocks, num_images, self.num_tokens, self.width))
 
     def centre(self) -> Tensor:
-        """float32 (L, d): mean over the first images, the same on every rank."""
+        """float32 (L, d): mean over the first images, the same on every rank.
+
+        Raises:
+            ProbeError: the features are not finite.
+        """
         images = self._images.images(range(min(CENTRE_IMAGES, len(self._images))))
-        return self._compute(images).float().mean((1, 2))
+        centre = self._compute(images).float().mean((1, 2))
+        if not centre.isfinite().all():
+            name = self._backbone.name
+            raise ProbeError(f"the features of {name} are not finite: its weights diverged, or are damaged")
+        return centre
 
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
         """Outputs (L, b, N, d), computed EXTRACT_BATCH images at a time while the next ones are decoded."""
@@ -129,24 +223,17 @@ Features = StreamedTokens | CachedTokens | PooledFeatures
 
 
 def _mapped(folder: Path, num_bytes: int) -> Tensor:
-    """uint8 values of a file that is gone when they are; all of its space is claimed now, so that no write can fail."""
-    path: str | None = None
+    """uint8 values of a file without a name; all of its space is claimed now, so that no write can fail."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, path = tempfile.mkstemp(suffix=".features", dir=folder)
-        try:
-            os.posix_fallocate(descriptor, 0, num_bytes)
-        finally:
-            os.close(descriptor)
-        return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return torch.from_numpy(np.memmap(file, mode="r+", shape=num_bytes))
     except OSError as error:
         raise ProbeError(
             f"{folder} needs {num_bytes / 1e9:.3g} GB for pooled features and cannot have them ({error.strerror}); "
             "free space there, or use more ranks or memory"
         ) from error
-    finally:
-        if path is not None:
-            os.unlink(path)
 
 
 @dataclass(frozen=True, kw_only=True)

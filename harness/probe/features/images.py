@@ -1,24 +1,128 @@
-"""Labelled images of a task: its two splits, decoded ahead, and the hold-out."""
+"""Labelled images of a task: its two splits, decoded ahead, their training views, and the hold-out.
+
+Views are those of the published recipe (AIMv2, Table A2), repeatable image by image: random resized crops of scale 0.08
+to 1, horizontal flips and RandAugment `rand-m9-mstd0.5-inc1`, by timm's operations. timm draws from the process's own
+generators; here every view draws from one of its own, so that threads make views side by side. The recipe also lists
+colour jitter 0.3; timm leaves it out where RandAugment is on, and so does this.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_draws, crop_resize, draw_boxes, normalise
 from aimscale.harness.data.stream.evalset import eval_images
-from aimscale.harness.probe.features.benchmarks import ProbeError, check_against_card
-from aimscale.harness.probe.features.views import PublishedViews
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.features.tasks import ProbeError, check_against_card
 from aimscale.harness.run.config import ModelSection, ProbeSection
 
+CROP_SCALE = (0.08, 1.0)
+"""Area range of the crops."""
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Their aspect ratios."""
+NUM_CHANGES = 2
+"""Operations drawn for an image."""
+CHANGE_PROBABILITY = 0.5
+"""With which each is carried out."""
+MAGNITUDE, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
+"""m9, mstd0.5: the strength is normal around 9 and kept within 0..10."""
+
+Sign = float
+"""+1 or -1: the direction of a change that has two."""
+
+
+def _either_way(most: float) -> Callable[[float, Sign], tuple[float, ...]]:
+    return lambda strength, sign: (sign * most * strength,)
+
+
+def _enhance(strength: float, sign: Sign) -> tuple[float, ...]:
+    return (max(0.1, 1 + sign * 0.9 * strength),)
+
+
+ARGUMENTS: dict[str, Callable[[float, Sign], tuple[float, ...]]] = {
+    "AutoContrast": lambda strength, sign: (),
+    "Equalize": lambda strength, sign: (),
+    "Invert": lambda strength, sign: (),
+    "Rotate": _either_way(30.0),
+    "PosterizeIncreasing": lambda strength, sign: (max(1, 4 - int(strength * 4)),),  # Pillow keeps one bit at least
+    "SolarizeIncreasing": lambda strength, sign: (256 - min(256, int(strength * 256)),),
+    "SolarizeAdd": lambda strength, sign: (min(128, int(strength * 110)),),
+    "ColorIncreasing": _enhance,
+    "ContrastIncreasing": _enhance,
+    "BrightnessIncreasing": _enhance,
+    "SharpnessIncreasing": _enhance,
+    "ShearX": _either_way(0.3),
+    "ShearY": _either_way(0.3),
+    "TranslateXRel": _either_way(0.45),
+    "TranslateYRel": _either_way(0.45),
+}
+"""timm's name of an operation -> its arguments at a strength of 0..1 (the `inc1` set, in timm's order)."""
+
+
+class PublishedViews:
+    """Views that depend on (seed, epoch, image) alone, not on the batch, the rank, the thread or the order of calls."""
+
+    def __init__(self, model_section: ModelSection, seed: int):
+        self._size, self._channels = model_section.image_size, model_section.channels
+        self._seed = seed
+
+    def images(self, dataset: ShardDataset, rows: np.ndarray, epoch: int) -> Tensor:
+        """Normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        key = make_key("probe view", self._seed, epoch)
+        views = []
+        for row in rows:
+            image = dataset.decode(int(row), self._channels)
+            height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
+            boxes = draw_boxes(
+                box_draws(key, np.array([row], dtype=np.int64)),
+                height,
+                width,
+                scale=CROP_SCALE,
+                ratio=CROP_RATIO,
+                horizontal_flip=True,
+            )
+            crop = crop_resize(image, tuple(part[0].item() for part in boxes), self._size)
+            changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))
+            views.append(pil_to_tensor(changed)[: self._channels])
+        return normalise(torch.stack(views))
+
+
+def _changed(picture: Any, draw: np.random.Generator) -> Any:
+    """The picture after RandAugment."""
+    from PIL import Image
+    from timm.data.auto_augment import NAME_TO_OP  # slow to import
+
+    fill = tuple(round(255 * mean) for mean in IMAGE_MEAN)
+    for name in draw.choice(list(ARGUMENTS), NUM_CHANGES):
+        if draw.random() >= CHANGE_PROBABILITY:
+            continue
+        strength = np.clip(draw.normal(MAGNITUDE, MAGNITUDE_STD), 0, MAGNITUDE_MAX) / MAGNITUDE_MAX
+        arguments = ARGUMENTS[str(name)](float(strength), -1.0 if draw.random() < 0.5 else 1.0)
+        operation: Any = NAME_TO_OP[str(name)]
+        picture = operation(picture, *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC)
+    return picture
+
+
+Pause = Callable[[], None]
+"""Called by all ranks together, often; raises to stop there."""
 MAX_DECODERS = 8
 """Threads that decode the next images while the backbone works on these, where there are as many cores."""
 
@@ -71,6 +175,40 @@ class LabelledImages:
                 yield chunk, images.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all probes of a task share: its images, cut into a part to fit and a hold-out, and the ranks that work."""
+
+    section: ProbeSection
+    """Kinds, learning rates, epochs or iterations, batch size."""
+    train: LabelledImages
+    test: LabelledImages
+    fit: np.ndarray
+    """Indices of the training images that those heads learn from which the hold-out judges, ascending."""
+    held: np.ndarray
+    """Indices of the hold-out, ascending."""
+    seed: int
+    """Draws the heads' start and the order of images."""
+    group: Group
+    """The ranks that share the work; the result does not depend on them but for rounding."""
+    pause: Pause = lambda: None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the training split."""
+        return len(self.train.classes)
+
+    @functools.cached_property
+    def everything(self) -> np.ndarray:
+        """Indices of both parts, ascending."""
+        return np.sort(np.concatenate([self.fit, self.held]))
+
+    @functools.cached_property
+    def is_fit(self) -> np.ndarray:
+        """Of each training image, whether it is not held out."""
+        return np.isin(np.arange(len(self.train)), self.fit)
 
 
 def open_labelled(path: str, section: ProbeSection, model_section: ModelSection) -> LabelledImages:

@@ -10,7 +10,6 @@ so that no head, gradient or moment stands on two ranks and no gradient travels.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,14 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.extraction import Features, Pause, SplitFeatures, batched, share
-from aimscale.harness.probe.features.images import LabelledImages
-from aimscale.harness.probe.features.moments import averages
-from aimscale.harness.probe.features.sizes import COPIES, BlockSet, number_of_steps, sets_per_round
-from aimscale.harness.probe.heads.scores import Answers, answers, together
+from aimscale.harness.probe.features.extraction import Features, SplitFeatures, averages, batched, share
+from aimscale.harness.probe.features.images import Task
+from aimscale.harness.probe.features.tasks import COPIES, BlockSet, number_of_steps, sets_per_round
+from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, together
 from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, StackedAdamW
-from aimscale.harness.run.config import ProbeSection
 
 WORKING_GB = 1.0
 """Of a rank, for the tokens that heads train on at a time, where these are more than `MICRO_BATCH` images."""
@@ -35,48 +31,6 @@ MICRO_BATCH = 64
 """Images of all ranks whose tokens are computed at a time, at least."""
 TEST_BATCH = 64
 """Test images at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One trained probe."""
-
-    kind: str
-    """A key of `STACKS`, or `knn`."""
-    blocks: BlockSet
-    """Blocks whose outputs it averages."""
-    lr: float | None
-    """Its peak learning rate; None for k-NN."""
-    num_neighbours: int | None = None
-    """k of k-NN."""
-    holdout_top1: float
-    holdout_loss: float
-    """Cross-entropy on the hold-out (0 for k-NN, which has none)."""
-    head: HeadStack | None = None
-    """The head that learned from all images, alone in its stack, of those that were chosen."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """The training split cut in two."""
-
-    labels: Tensor
-    """Of all training images (n,)."""
-    fit: np.ndarray
-    """Indices that those heads learn from which the hold-out judges, ascending."""
-    held: np.ndarray
-    """Indices of the hold-out, ascending."""
-    num_classes: int
-
-    @functools.cached_property
-    def everything(self) -> np.ndarray:
-        """Indices of both parts, ascending."""
-        return np.sort(np.concatenate([self.fit, self.held]))
-
-    @functools.cached_property
-    def is_fit(self) -> np.ndarray:
-        """Of each image, whether it is not held out."""
-        return np.isin(np.arange(len(self.labels)), self.fit)
 
 
 class Micro(NamedTuple):
@@ -92,29 +46,15 @@ class Micro(NamedTuple):
     """Whether the optimiser steps after them."""
 
 
-def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
-    """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set."""
-    pool = [c for c in candidates if c.kind == kind and blocks in (None, c.blocks)]
-    return max(pool, key=lambda c: (c.holdout_top1, -c.holdout_loss))
-
-
 @dataclass(frozen=True, kw_only=True)
 class GridFit:
     """How the heads of one task are trained, by all ranks together."""
 
-    split: Split
-    """Which training images are fitted and which held out."""
-    section: ProbeSection
-    """Kinds, learning rates, epochs or iterations, batch size."""
+    task: Task
     num_heads: int
     """Heads of the attentive probe."""
-    seed: int
-    """Draws the heads' start and the order of images."""
     features: SplitFeatures
     """Of the training split."""
-    group: Group
-    """The ranks that share the work; the result does not depend on them but for rounding."""
-    pause: Pause = lambda: None
 
     def candidates(
         self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
@@ -124,19 +64,20 @@ class GridFit:
         The best of each kind, and the best on the block set `last`, come with their heads. Where the heads of all sets
         do not fit the ranks together, they train in rounds.
         """
-        memory_bytes = self.group.from_first(self.group.memory_bytes())
+        group = self.task.group
+        memory_bytes = group.from_first(group.memory_bytes())
         at_once = sets_per_round(
-            self.section, kinds, source.width, self.split.num_classes, self.group.world_size, memory_bytes
+            self.task.section, kinds, source.width, self.task.num_classes, group.world_size, memory_bytes
         )
         found: list[Candidate] = []
         for some in batched(range(len(sets)), at_once):
-            own = [sets[i] for i in np.array_split(some, self.group.world_size)[self.group.rank]]
+            own = [sets[i] for i in np.array_split(some, group.world_size)[group.rank]]
             stacks = self.heads(source, kinds, own)
             self._train(source, stacks, own)
             found += self._measure(source, stacks, own)
             wanted = _best_numbers(found, kinds, last)
             mine = {number: head for number in wanted if (head := _head_of(found[number], stacks, own)) is not None}
-            heads = {number: head.to(self._device) for each in self.group.gather(mine) for number, head in each.items()}
+            heads = {number: head.to(self._device) for each in group.gather(mine) for number, head in each.items()}
             found = [
                 replace(each, head=heads.get(number, each.head) if number in wanted else None)
                 for number, each in enumerate(found)
@@ -153,12 +94,12 @@ class GridFit:
         for kind in kinds if own else ():
             stacks[kind] = STACKS[kind](
                 num_sets=len(own),
-                lrs=self.section.lrs,
+                lrs=self.task.section.lrs,
                 num_copies=COPIES,
                 width=source.width,
-                num_classes=self.split.num_classes,
+                num_classes=self.task.num_classes,
                 num_heads=self.num_heads,
-                generator=torch.Generator().manual_seed(self.seed),
+                generator=torch.Generator().manual_seed(self.task.seed),
                 device=self._device,
             )
             fit, held = self.features.of_pooled if kind == "linear" else self.features.of_tokens
@@ -168,7 +109,7 @@ class GridFit:
 
     def _train(self, source: Features, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> None:
         """All steps on the training split."""
-        num_steps = number_of_steps(self.section, len(self.split.labels))
+        num_steps = number_of_steps(self.task.section, len(self.task.train.labels))
         optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in stacks.values()]
         for micro, outputs in self._batches(source, num_steps):
             tokens = self._tokens(outputs, micro.images, own)
@@ -178,16 +119,16 @@ class GridFit:
             if micro.ends_batch:
                 for optimiser in optimisers:
                     optimiser.step()
-                self.pause()
+                self.task.pause()
 
     def _batches(self, source: Features, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
         """This rank's outputs of each micro-batch of that many batches."""
         size, left, epoch = self._micro_size(source), num_steps, 0
         while left:
-            order = np.random.default_rng([self.seed, 1, epoch]).permutation(self.split.everything)
-            batches = list(batched(order, self.section.batch_size))[:left]
+            order = np.random.default_rng([self.task.seed, 1, epoch]).permutation(self.task.everything)
+            batches = list(batched(order, self.task.section.batch_size))[:left]
             plan = [
-                Micro(micro, len(batch), int(self.split.is_fit[batch].sum()), number == len(parts))
+                Micro(micro, len(batch), int(self.task.is_fit[batch].sum()), number == len(parts))
                 for batch in batches
                 for parts in [list(batched(batch, size))]
                 for number, micro in enumerate(parts, start=1)
@@ -198,7 +139,7 @@ class GridFit:
     def _outputs(
         self, source: Features, plan: Sequence[Micro], epoch: int | None = None
     ) -> Iterator[tuple[Micro, Tensor]]:
-        own = (share(micro.images, self.group) for micro in plan)
+        own = (share(micro.images, self.task.group) for micro in plan)
         return zip(plan, source.parts(own, epoch), strict=True)
 
     def _micro_size(self, source: Features) -> int:
@@ -212,24 +153,24 @@ class GridFit:
         Args:
             outputs: (L, b, N, d) of those images i with i mod world_size == rank, in the same order.
         """
-        if self.group.world_size > 1:
-            rank_of = np.asarray(images) % self.group.world_size
-            per_rank = np.bincount(rank_of, minlength=self.group.world_size)
+        if self.task.group.world_size > 1:
+            rank_of = np.asarray(images) % self.task.group.world_size
+            per_rank = np.bincount(rank_of, minlength=self.task.group.world_size)
             padded = outputs.new_zeros(len(outputs), per_rank.max(), *outputs.shape[2:])
             padded[:, : outputs.shape[1]] = outputs
             # as bytes: not every backend moves bfloat16
-            parts = self.group.concatenate(padded.view(torch.uint8)).view(outputs.dtype)
+            parts = self.task.group.concatenate(padded.view(torch.uint8)).view(outputs.dtype)
             by_rank = torch.cat([part[:, :count] for part, count in zip(parts, per_rank, strict=True)], dim=1)
             order = torch.from_numpy(np.argsort(np.argsort(rank_of, kind="stable"), kind="stable"))
             outputs = by_rank.index_select(1, order.to(outputs.device))
         return averages(outputs, own)
 
     def _labels(self, micro: Micro) -> Tensor:
-        return self.split.labels[torch.as_tensor(micro.images)].to(self._device)
+        return self.task.train.labels[torch.as_tensor(micro.images)].to(self._device)
 
     def _weights(self, micro: Micro) -> Tensor:
         """(2, B): of images in the loss of heads that the hold-out judges, and of those that are kept."""
-        is_fit = torch.from_numpy(self.split.is_fit[micro.images]).float()
+        is_fit = torch.from_numpy(self.task.is_fit[micro.images]).float()
         # no image but held-out ones: such a step moves the judged heads by their momentum alone
         judged = is_fit / max(1, micro.num_fit)
         return torch.stack([judged, torch.full_like(judged, 1 / micro.batch_size)]).to(self._device)
@@ -237,7 +178,7 @@ class GridFit:
     @torch.no_grad()
     def _measure(self, source: Features, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> list[Candidate]:
         """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and learning rates."""
-        held, lrs = self.split.held, self.section.lrs
+        held, lrs = self.task.held, self.task.section.lrs
         totals = {
             kind: stack.mean.new_zeros(2, len(own), len(lrs), dtype=torch.float64) for kind, stack in stacks.items()
         }
@@ -250,14 +191,14 @@ class GridFit:
                 losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
                 totals[kind][0] += (logits.argmax(3) == targets).sum(1)
                 totals[kind][1] += losses.double().sum(1)
-            self.pause()
+            self.task.pause()
         mine = [
             Candidate(kind=kind, blocks=blocks, lr=lr, holdout_top1=top1 / len(held), holdout_loss=loss / len(held))
             for kind, (right, losses) in ((kind, total.tolist()) for kind, total in totals.items())
             for blocks, *of_set in zip(own, right, losses, strict=True)
             for lr, top1, loss in zip(lrs, *of_set, strict=True)
         ]
-        everyone = [each for part in self.group.gather(mine) for each in part]
+        everyone = [each for part in self.task.group.gather(mine) for each in part]
         return sorted(everyone, key=lambda each: list(STACKS).index(each.kind))  # stable: ranks hold neighbouring sets
 
 
@@ -277,16 +218,14 @@ def _head_of(candidate: Candidate, stacks: dict[str, HeadStack], own: Sequence[B
 
 
 @torch.no_grad()
-def answers_of_heads(
-    features: Features, test: LabelledImages, candidates: Sequence[Candidate], group: Group
-) -> list[Answers]:
+def answers_of_heads(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Answers]:
     """What each candidate's head says about the test split; the ranks share its images."""
-    own = share(range(len(test)), group)
+    own = share(range(len(task.test)), task.group)
     chunks = list(batched(own, TEST_BATCH))
     parts: list[list[Answers]] = [[] for _ in candidates]
     for chunk, outputs in zip(chunks, features.parts(chunks), strict=True):
         for candidate, part in zip(candidates, parts, strict=True):
             assert candidate.head is not None
             scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
-            part.append(answers(scores, test.labels[chunk]))
-    return [together(own, part, len(test), group) for part in parts]
+            part.append(answers(scores, task.test.labels[chunk]))
+    return [together(own, part, len(task.test), task.group) for part in parts]

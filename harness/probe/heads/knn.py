@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.extraction import Pause, PooledFeatures, SplitFeatures, share
-from aimscale.harness.probe.features.images import LabelledImages
-from aimscale.harness.probe.features.moments import averages
-from aimscale.harness.probe.features.sizes import BlockSet
-from aimscale.harness.probe.heads.fit import Candidate, Split
-from aimscale.harness.probe.heads.scores import Answers, answers, together
+from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, averages, share
+from aimscale.harness.probe.features.images import Task
+from aimscale.harness.probe.features.tasks import BlockSet
+from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, together
 
 TEMPERATURE = 0.07
 """Of the votes' weights."""
@@ -88,61 +86,59 @@ def _first(cosines: Sequence[Tensor], labels: Sequence[Tensor], k: int) -> tuple
 class Neighbours:
     """k-NN on the pooled features of one training split; all ranks call its methods together."""
 
+    task: Task
     features: SplitFeatures
     """Of the training split."""
-    split: Split
-    group: Group
-    pause: Pause = lambda: None
 
     @torch.no_grad()
     def candidates(self, sets: Sequence[BlockSet]) -> list[Candidate]:
         """Hold-out accuracy of every block set and k, with the fit part as the bank."""
-        held = share(self.split.held.tolist(), self.group)
-        ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.split.fit))
+        held = share(self.task.held.tolist(), self.task.group)
+        ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.task.fit))
         found = []
         for blocks in sets:
             right = [0] * len(ks)
-            for rows, votes in self._votes(blocks, self.split.fit, self.features.pooled, held, ks):
-                named = votes.argmax(2).cpu() == self.split.labels[held][rows]
+            for rows, votes in self._votes(blocks, self.task.fit, self.features.pooled, held, ks):
+                named = votes.argmax(2).cpu() == self.task.train.labels[held][rows]
                 right = [total + int(count) for total, count in zip(right, named.sum(1), strict=True)]
             found += [
                 Candidate(
                     kind="knn",
                     blocks=blocks,
-                    lr=None,
                     num_neighbours=k,
-                    holdout_top1=total / len(self.split.held),
+                    holdout_top1=total / len(self.task.held),
                     holdout_loss=0.0,
                 )
-                for k, total in zip(ks, self.group.sum_counts(*right), strict=True)
+                for k, total in zip(ks, self.task.group.sum_counts(*right), strict=True)
             ]
-            self.pause()
+            self.task.pause()
         return found
 
     @torch.no_grad()
-    def answers(self, chosen: Candidate, pooled: PooledFeatures, images: LabelledImages) -> Answers:
-        """What a candidate says about another split, with the whole training split as the bank."""
+    def answers(self, chosen: Candidate, pooled: PooledFeatures) -> Answers:
+        """What a candidate says about the test split, with the whole training split as the bank."""
         assert chosen.num_neighbours is not None
-        own, ks = share(range(len(images)), self.group), (chosen.num_neighbours,)
+        images, ks = self.task.test, (chosen.num_neighbours,)
+        own = share(range(len(images)), self.task.group)
         parts = [
             answers(votes[0], images.labels[own][rows])
-            for rows, votes in self._votes(chosen.blocks, self.split.everything, pooled, own, ks)
+            for rows, votes in self._votes(chosen.blocks, self.task.everything, pooled, own, ks)
         ]
-        return together(own, parts, len(images), self.group)
+        return together(own, parts, len(images), self.task.group)
 
     def _votes(
         self, blocks: BlockSet, bank: np.ndarray, pooled: PooledFeatures, queries: Sequence[int], ks: tuple[int, ...]
     ) -> Iterator[tuple[slice, Tensor]]:
         """Of training images for this rank's queries, both standardised by the mean and deviation of the former."""
         fit, held = self.features.of_pooled
-        (mean,), (variance,) = (fit if bank is self.split.fit else fit + held).of_sets([blocks])
+        (mean,), (variance,) = (fit if bank is self.task.fit else fit + held).of_sets([blocks])
 
         def units(of: PooledFeatures, images: Sequence[int]) -> Tensor:
-            rows = torch.as_tensor(images, dtype=torch.int64) // self.group.world_size
+            rows = torch.as_tensor(images, dtype=torch.int64) // self.task.group.world_size
             vectors = torch.cat([averages(of.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])
             return functional.normalize((vectors - mean) * (variance + 1e-6).rsqrt(), dim=1)
 
-        own = share(bank.tolist(), self.group)
-        labels = self.split.labels[own].to(mean.device)
+        own = share(bank.tolist(), self.task.group)
+        labels = self.task.train.labels[own].to(mean.device)
         vectors = units(self.features.pooled, own)
-        return neighbour_votes(vectors, labels, units(pooled, queries), ks, self.split.num_classes, self.group)
+        return neighbour_votes(vectors, labels, units(pooled, queries), ks, self.task.num_classes, self.task.group)

@@ -1,4 +1,4 @@
-"""Accuracies with their uncertainty."""
+"""What probes say and how well: candidates on the hold-out, accuracies on the test split with their uncertainty."""
 
 from __future__ import annotations
 
@@ -12,6 +12,33 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.features.tasks import BlockSet
+from aimscale.harness.probe.heads.stacks import HeadStack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One trained probe."""
+
+    kind: str
+    """A key of `STACKS`, `knn` or `lora`."""
+    blocks: BlockSet
+    """Blocks whose outputs it averages."""
+    lr: float | None = None
+    """Its peak learning rate; None for k-NN."""
+    num_neighbours: int | None = None
+    """k of k-NN."""
+    holdout_top1: float
+    holdout_loss: float
+    """Cross-entropy on the hold-out (0 for k-NN and LoRA, which are chosen without)."""
+    head: HeadStack | None = None
+    """The head that learned from all images, alone in its stack, of those that were chosen."""
+
+
+def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
+    """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set."""
+    pool = [c for c in candidates if c.kind == kind and blocks in (None, c.blocks)]
+    return max(pool, key=lambda c: (c.holdout_top1, -c.holdout_loss))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_probe
-from aimscale.harness.probe.features.sizes import block_sets
+from aimscale.harness.probe.features.tasks import block_sets
 
 
 def test_probes_read_digits_repeatably_and_say_how(task: Any, model: AIM, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_streamed_and_cached_features_give_the_same_probes(
     wanted = task.section(epochs=2, batch_size=100)
     cached = task.probe(wanted, seed=0, out=None)
     monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", 0.0)
-    monkeypatch.setattr("aimscale.harness.probe.features.sizes.HEADS_SHARE", 1e-12)  # one block set in each round
+    monkeypatch.setattr("aimscale.harness.probe.features.tasks.HEADS_SHARE", 1e-12)  # one block set in each round
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)  # and few images at a time
     streamed = task.probe(wanted, seed=0, out=tmp_path)
     for one, other in zip(cached, streamed, strict=True):

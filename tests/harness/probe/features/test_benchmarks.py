@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from aimscale.analysis.published.published import TASK_TITLES, TASKS
-from aimscale.harness.probe.features.benchmarks import CARDS, ProbeError, check_against_card
+from aimscale.harness.probe.features.tasks import CARDS, ProbeError, check_against_card
 
 
 def test_cards_are_the_papers_fifteen_in_its_order_and_under_the_names_that_compare_knows() -> None:

@@ -12,8 +12,8 @@ import torch
 
 from aimscale.aim.model import AIM
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.benchmarks import ProbeError
 from aimscale.harness.probe.features.extraction import CachedTokens, FeaturePass, StreamedTokens
+from aimscale.harness.probe.features.tasks import ProbeError
 
 
 def test_features_that_memory_does_not_hold_are_computed_again_or_lie_in_a_file_without_a_name(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aimscale.harness.probe.features.moments import Moments
+from aimscale.harness.probe.features.extraction import Moments
 
 
 def test_statistics_of_any_average_are_those_of_its_vectors_whatever_the_batches() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aimscale.harness.probe.features.sizes import block_sets
+from aimscale.harness.probe.features.tasks import block_sets
 
 
 def test_block_sets_hold_the_fixed_one_singles_and_the_published_best() -> None:

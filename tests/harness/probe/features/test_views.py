@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aimscale.harness.probe.features.views import ARGUMENTS, PublishedViews
+from aimscale.harness.probe.features.images import ARGUMENTS, PublishedViews
 
 
 def test_published_views_depend_on_seed_epoch_and_image_alone(task: Any) -> None:

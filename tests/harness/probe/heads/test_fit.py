@@ -17,8 +17,9 @@ from torch.nn import functional
 from aimscale.aim.model import AIM
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import ALONE
-from aimscale.harness.probe.features.images import holdout_split, open_task
-from aimscale.harness.probe.heads.fit import GridFit, Split, best
+from aimscale.harness.probe.features.images import Task, holdout_split, open_task
+from aimscale.harness.probe.heads.fit import GridFit
+from aimscale.harness.probe.heads.scores import best
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS, learning_rate
 
 
@@ -57,12 +58,10 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     wanted = task.section(train=str(task.root / "some"), epochs=3, batch_size=30, lrs=(3e-3, 1e-2))
     train, _ = open_task(wanted, task.geometry)
     fit, held = holdout_split(train.labels, 0.2, seed=5)
-    split = Split(train.labels, fit, held, 10)
+    whole = Task(section=wanted, train=train, test=train, fit=fit, held=held, seed=5, group=ALONE)
     features = task.feature_pass().split(train, fit)
     source = features.pooled if kind == "linear" else features.tokens
-    fitting = GridFit(
-        split=split, section=wanted, num_heads=model.config.num_heads, seed=5, features=features, group=ALONE
-    )
+    fitting = GridFit(task=whole, num_heads=model.config.num_heads, features=features)
     found = fitting.candidates(source, [kind], [(0,), (1,), (0, 1)], (1,))
     chosen = best(found, kind)
     assert chosen.head is not None
@@ -93,7 +92,7 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
                 step += 1
         return probe
 
-    kept, judged = alone(split.everything), alone(fit)
+    kept, judged = alone(whole.everything), alone(fit)
     with torch.no_grad():
         torch.testing.assert_close(chosen.head(tokens[None])[0, :, 0], kept(tokens), rtol=1e-3, atol=1e-3)
         answers, held_labels = judged(tokens[held]), train.labels[held]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aimscale.harness.probe.features.sizes import head_params
+from aimscale.harness.probe.features.tasks import head_params
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, WEIGHT_DECAY, HeadStack, StackedAdamW
 
 NUM_SETS, BATCH, NUM_TOKENS, WIDTH, NUM_CLASSES, NUM_HEADS = 2, 12, 9, 16, 5, 4
