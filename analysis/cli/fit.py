@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from aimscale.analysis.fitting.result import Fit
+    from aimscale.analysis.next.backtest import Choice
 
 
 def command(
@@ -47,17 +48,14 @@ def command(
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.fitting.estimate import fit
-    from aimscale.analysis.next.backtest import AUTO, choose, with_compute
     from aimscale.analysis.table.names import our_name
 
     df = table_of(tables, columns, where, best_of, y)
-    y, laws, choice = our_name(df, y), law.split(","), None
-    if len(laws) > 1 or law.partition(":")[0] == AUTO:
-        if fix or bound:
-            raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
-        df = with_compute(df, None)
-        by = hold_out[0].partition(":")[0] if hold_out else None
-        choice = choose(laws if len(laws) > 1 else law, df, by=by, y=y, objective=objective, resamples=0)
+    y = our_name(df, y)
+    by = hold_out[0].partition(":")[0] if hold_out else None
+    df, choice = chosen(law, df, by, y, objective)
+    if choice and (fix or bound):
+        raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
     result = fit(
         choice.best.law if choice else law,
         df,
@@ -76,6 +74,17 @@ def command(
         show(replace(choice, best=result), json)
     else:
         show(result, json, figure, after=after)
+
+
+def chosen(law: str, df: pd.DataFrame, by: str | None, y: str, objective: str) -> tuple[pd.DataFrame, Choice | None]:
+    """The table with what a choice needs, and the choice, where `law` names several or leaves it open."""
+    from aimscale.analysis.next.backtest import AUTO, choose, with_compute
+
+    laws = law.split(",")
+    if len(laws) == 1 and law.partition(":")[0] != AUTO:
+        return df, None
+    df = with_compute(df, None)
+    return df, choose(laws if len(laws) > 1 else law, df, by=by, y=y, objective=objective, resamples=0)
 
 
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
