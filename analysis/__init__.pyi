@@ -11,11 +11,9 @@ from .fitting.holdout import held_out as held_out
 from .fitting.influences import influence as influence
 from .forecasts.ahead import ahead as ahead
 from .frontier.approaches import all_approaches as all_approaches
-from .frontier.definitions import by_definition as by_definition
 from .next.backtest import choose as choose
 from .next.proposal import propose as propose
 from .plots.intervals import plot_contrasts as plot_contrasts
-from .plots.intervals import plot_definitions as plot_definitions
 from .plots.intervals import plot_noise as plot_noise
 from .plots.intervals import plot_repeats as plot_repeats
 from .plots.laws import plot_approaches as plot_approaches

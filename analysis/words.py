@@ -73,11 +73,7 @@ FLAGS = {
     "and a "
     "mean over other tasks is another quantity.",
     "no_result": "{subject}: {more[0]}",
-    "route": "{more[0]} is forecast {subject} (the largest {more[1]} scales, left out: by the loss {more[2]:.3f} off, "
-    "direct {more[3]:.3f}; difference {number:.3f} ± {more[4]:.3f}).",
-    "one_route": "{more[0]} is forecast by way of the loss; the direct route could not be tried: {subject}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
-    "signal": "{subject}: signal to noise of seeds {number:.3g}.",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
     "one_ratio": "{subject} stays between {number:.3g} and {more[0]:.3g} over the table and these runs, so the "
     "exponents "

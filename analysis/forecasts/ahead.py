@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.accuracy.links import chance_level, forecast, link
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.routes import ENDS, chosen_route, signal_to_noise
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.next.backtest import AUTO, choose, with_compute
 from aimscale.analysis.next.proposal import place_of
@@ -22,6 +22,7 @@ from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.words import Flag
 
+ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
 MIN_PROBED = 6
 """Probed rows below which no link from loss to accuracy is fitted."""
 
@@ -40,7 +41,7 @@ class Ahead(Result):
     beyond_range: float
     """Largest factor by which a variable lies outside the fitted range; 1 inside."""
     flags: tuple[Flag, ...] = ()
-    """How each accuracy was forecast, what was not and why, and what to be careful about in the law."""
+    """Which accuracies were not forecast and why, and what to be careful about in the law."""
 
     def headline(self) -> str:
         """Scale, law, distance."""
@@ -123,16 +124,12 @@ def ahead(
         try:
             if len(probed) < MIN_PROBED:
                 raise AnalysisError(f"it has {len(probed)} probed rows, and a link needs {MIN_PROBED}.")
-            accuracy, route = chosen_route(
-                found.law, probed, place, y=y, kind=link_kind, resamples=resamples, loss_fit=found
-            )
+            second = link(probed, kind=link_kind, loss=y, chance=chance_level(probed), resamples=resamples)
+            accuracy = forecast(found, second, place).table.rename(columns={"accuracy": "value"})
         except AnalysisError as error:
             flags.append(Flag(kind="not_forecast", subject=name, more=(str(error),)))
             continue
         rows.append({"quantity": name, **{each: float(accuracy[each].iloc[0]) for each in ENDS}})
-        flags.append(replace(route, more=(name, *route.more)))
-        if np.isfinite(ratio := signal_to_noise(probed)):
-            flags.append(Flag(kind="signal", subject=name, number=ratio))
     return Ahead(
         table=pd.DataFrame(rows),
         at={k: float(v) for k, v in at.items()},

@@ -1,4 +1,4 @@
-"""Dots with intervals: what a change does, where noise comes from, how exponents depend on definitions."""
+"""Dots with intervals: what a change does, where noise comes from, what repeats are worth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from aimscale.analysis.effects.contrasts import Contrast, Contrasts
     from aimscale.analysis.effects.noise_sources import Noise
     from aimscale.analysis.effects.repetition import Repeats
-    from aimscale.analysis.frontier.definitions import Definitions
 
 
 def dots(ax: Axes, rows: Sequence[tuple[str, float, float, float]], *, colours: Sequence[Any] | None = None) -> None:
@@ -115,23 +114,6 @@ def plot_noise(found: Noise) -> Figure:
         ends = [end for row in rows for end in row[1:] if np.isfinite(end) and end > 0]
         log_axis(ax, "x", ends)
         ax.set_xlabel("standard deviation, % of the loss")
-        return figure
-
-
-def plot_definitions(found: Definitions) -> Figure:
-    """Exponents with intervals for every meaning of N and C."""
-    with styled():
-        table = found.table
-        names = {"alpha": "α: exponent of N", "beta": "β: exponent of D", "exponent": "exponent of N*(C)"}
-        figure, axes = new_figure(8.4, 0.3 * len(table) + 1.1, num_columns=len(names), sharey=True)
-        colours = dict(zip(dict.fromkeys(table["N"]), ordered_colours(table["N"].nunique()), strict=True))
-        for ax, (name, label) in zip(axes, names.items(), strict=True):
-            rows = [
-                (f"N {row['N']}, C {row['C']}", row[name], row[f"{name}_low"], row[f"{name}_high"])
-                for row in table.to_dict("records")
-            ]
-            dots(ax, rows, colours=[colours[n] for n in table["N"]])
-            ax.set_xlabel(label)
         return figure
 
 

@@ -1,4 +1,4 @@
-"""What single changes, repeats, definitions and noise come to: words first, then a figure and the numbers, folded."""
+"""What single changes, repeats and noise come to: words first, then a figure and the numbers, folded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pandas as pd
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.effects.noise_sources import Noise
 from aimscale.analysis.effects.repetition import Repeats
-from aimscale.analysis.frontier.definitions import Definitions
-from aimscale.analysis.plots.intervals import plot_contrasts, plot_definitions, plot_noise, plot_repeats
+from aimscale.analysis.plots.intervals import plot_contrasts, plot_noise, plot_repeats
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.figures import PageFigure, page_figure
 from aimscale.analysis.report.study import Study
@@ -48,8 +47,6 @@ def findings(study: Study) -> Iterator[Finding]:
     """Every finding that the tables allow, in reading order."""
     if study.repeats is not None:
         yield _repeats(study.repeats)
-    if study.definitions is not None:
-        yield _definitions(study.definitions)
     for name, found in study.contrasts.items():
         yield _change(name, found)
     if study.noise is not None:
@@ -130,26 +127,5 @@ def _repeats(found: Repeats) -> Finding:
         title=f"What repeated {found.sample}s are worth",
         sentences=tuple(found.sentences()),
         figure=page_figure("repeats", "laws", title, caption, plot_repeats(found), points),
-        tables=(numbers,),
-    )
-
-
-def _definitions(found: Definitions) -> Finding:
-    title, caption = "Exponents by definition", f"Joint law refitted for every meaning of N; {found.interval_method}."
-    numbers = page_table(
-        "definitions-table",
-        "Exponents by what N and C count",
-        "alpha, beta: exponents of N and D; exponent: of N*(C). Missing: not identified.",
-        found.table.rename(columns={"N": "meaning of N", "C": "meaning of C"}),
-        (
-            *("meaning of N", "meaning of C"),
-            *(f"{name}{end}" for name in ("alpha", "beta", "exponent") for end in ("", "_low", "_high")),
-        ),
-    )
-    return Finding(
-        section="laws",
-        title="What N and C count",
-        sentences=(found.sentence(),),
-        figure=page_figure("definitions", "laws", title, caption, plot_definitions(found), found.table),
         tables=(numbers,),
     )

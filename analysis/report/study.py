@@ -27,7 +27,6 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
-from aimscale.analysis.frontier.definitions import Definitions, by_definition
 from aimscale.analysis.frontier.optimum import parametric_frontier
 from aimscale.analysis.next.backtest import AUTO, Choice, choose, with_compute
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose, with_variables
@@ -40,7 +39,7 @@ from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, widest_slice
 
 MANY_ROWS = 20_000
-"""Rows above which noise, repeats and definitions are left to their own verbs."""
+"""Rows above which noise and repeats are left to their own verbs."""
 MANY_CHOICES = 1000
 """Rows above which no law is chosen by a backtest: `aimscale fit --law auto` does it."""
 MANY_SIZES = 300
@@ -91,8 +90,6 @@ class Study:
     noise: Noise | None = None
     """Where the spread of the main experiment's loss comes from."""
     repeats: Repeats | None = None
-    definitions: Definitions | None = None
-    """The exponents by meaning of N and C."""
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
 
@@ -195,7 +192,7 @@ def _contrast(study: Study) -> None:
 
 
 def _explain(study: Study, resamples: int) -> None:
-    """Noise, repeats and definitions, where the tables hold what they need."""
+    """Noise and repeats, where the tables hold what they need."""
     usable = study.usable
     if len(usable) > MANY_ROWS:
         return
@@ -204,10 +201,6 @@ def _explain(study: Study, resamples: int) -> None:
     main = usable_rows(study.main).rows
     if "unique_images" in main and varies(main["unique_images"]):
         study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=min(resamples, 500)))
-    if len({"params_total", "params_trunk", "params_head"} & set(usable.columns)) > 1 and "ND" in study.fits:
-        study.definitions = study.attempt(
-            "Exponents by definition", partial(by_definition, usable, resamples=min(resamples, 200))
-        )
 
 
 def _fit_laws(study: Study, resamples: int) -> None:

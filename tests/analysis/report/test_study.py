@@ -1,4 +1,4 @@
-"""One page of a whole study: laws from the main grid, single changes, repeats, definitions, noise, in words first."""
+"""One page of a whole study: laws from the main grid, single changes, repeats, noise, in words first."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_every_answer_has_its_section(page):
     assert "a repeat is worth half of a new image" in text
     assert "between seeds" in text
     assert "within a size" in text
-    for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "contrast-blocks", "repeats", "definitions"):
+    for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "contrast-blocks", "repeats"):
         assert f'id="{key}"' in page, key
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
