@@ -32,7 +32,7 @@ from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_draws, draw_boxes
 from aimscale.harness.data.stream.loader import start_server, train_batches
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.data.threads import one_thread
+from aimscale.harness.data.threads import kernel_threads
 from aimscale.harness.run.config import RunConfig, run_config
 
 CROP_SIZE = 224
@@ -71,7 +71,7 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
         image over all processes, which a busy machine disturbs less; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder, one_thread():
+    with tempfile.TemporaryDirectory() as folder, kernel_threads(1):
         stream = TrainStream(_config(Path(folder) / "images", _photographs(num_images), CROP_SIZE))
         work = _work(stream, num_images)
         ours, limit = _turn_times(stream, work, seconds)

@@ -44,7 +44,7 @@ def pack(
     split: Annotated[str | None, typer.Option(metavar="train|test", help="Which part of a CIFAR archive.")] = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
-    from aimscale.harness.data.errors import DataError
+    from aimscale.harness.data import DataError
     from aimscale.harness.data.store.benchmarks import SPLITS, is_cifar, is_idx, pack_cifar, pack_idx
     from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
     from aimscale.harness.data.store.image_folder import pack_folder
@@ -90,7 +90,7 @@ def index(
     workers: Annotated[int, typer.Option(min=1, help="Processes; each reads one shard at a time.")] = 1,
 ) -> None:
     """Read every shard once and write index.parquet and dataset.json; resumes where it was interrupted."""
-    from aimscale.harness.data.errors import DataError
+    from aimscale.harness.data import DataError
     from aimscale.harness.data.store.indexing import expand_shards, index_shards
     from aimscale.harness.data.store.shards import is_url
 
@@ -130,7 +130,7 @@ def info(
 
 
 def _read_part(text: str | None) -> tuple[int, int] | None:
-    from aimscale.harness.data.errors import DataError
+    from aimscale.harness.data import DataError
 
     if text is None:
         return None
@@ -142,7 +142,7 @@ def _read_part(text: str | None) -> tuple[int, int] | None:
 
 
 def _read_classes(path: Path | None) -> tuple[str, ...] | None:
-    from aimscale.harness.data.errors import DataError
+    from aimscale.harness.data import DataError
 
     if path is None:
         return None

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from aimscale.aim.weights import write_weights
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.overlap import count_shared
 from aimscale.harness.device.distributed import Group

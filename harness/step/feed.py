@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group
 

@@ -14,7 +14,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.data.store.pack import PackedImage, encode, shuffled_order, write_dataset
 

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute, random_uniform
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.pack import PackedImage, encode, new_folder, write_dataset
-from aimscale.harness.data.threads import one_thread
+from aimscale.harness.data.threads import kernel_threads
 
 IMAGE_SIZE = 32
 """Side of every bundled image, pixels."""
@@ -52,7 +52,7 @@ def write_bundled(out: Path) -> None:
         DataError: `out` exists already.
     """
     classes = tuple(sorted(photographs()))
-    with new_folder(out) as folder, one_thread():
+    with new_folder(out) as folder, kernel_threads(1):
         for split in _REGIONS:
             write_dataset(folder / f"photographs-{split}", photograph_crops(split), classes=classes)
             write_dataset(folder / f"digits-{split}", _digits(split), classes=tuple("0123456789"))

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 FORMAT_VERSION = 2

@@ -1,4 +1,4 @@
-"""Bytes of one image file to a uint8 tensor. EXIF orientation is not applied, as in other pre-training loaders.
+"""Bytes of one image file to a uint8 tensor, and its centre. EXIF orientation is not applied, as elsewhere.
 
 Measured side by side, simplejpeg was the fastest by 3-4 % over torchvision and OpenCV (all three wrap libjpeg-turbo and
 give the same pixels) and decodes 40 % more images per second than Pillow.
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
@@ -38,6 +39,7 @@ _MODES = {1: _Mode(ImageReadMode.GRAY, "L", "GRAY"), 3: _Mode(ImageReadMode.RGB,
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _GIF_START = b"GIF8"
+_MAX_ASPECT_RATIO = 64  # of what is resized for a square crop
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 _RANGE_OF_16_BITS = ("PNG", "PPM")  # formats whose 32-bit integers in Pillow are 16 bits in the file
 
@@ -160,3 +162,25 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 def _upper_byte(values: npt.NDArray[np.generic], bits: int) -> npt.NDArray[np.uint8]:
     return (values.astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+
+
+def crop_centre(image: torch.Tensor, size: int, shorter_side: int | None = None) -> torch.Tensor:
+    """uint8 (C, H, W) to (C, size, size): shorter side to `shorter_side` (by default `size`), then the middle."""
+    height, width = image.shape[-2:]
+    longest = _MAX_ASPECT_RATIO * min(height, width)
+    if max(height, width) > longest:  # enlarged as a whole, a strip of 1 x 65,500 px would take 10 GB
+        image = image[:, max(0, height - longest) // 2 :, max(0, width - longest) // 2 :][:, :longest, :longest]
+    image = resize_shorter_side(image, shorter_side or size)
+    height, width = image.shape[-2:]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[:, top : top + size, left : left + size]
+
+
+def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (C, H, W) with its shorter side brought to `size`, aspect ratio kept: bicubic, antialiased."""
+    height, width = image.shape[-2:]
+    if min(height, width) == size:
+        return image
+    scale = size / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    return F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torchvision.utils import make_grid, save_image
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.resize import crop_centre
+from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset
 
 _LISTED_CLASSES = 12

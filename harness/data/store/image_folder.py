@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.resize import resize_shorter_side
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import DatasetInfo
-from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
+from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode, resize_shorter_side
 from aimscale.harness.data.store.pack import MAX_SHARD_BYTES, PackedImage, encode, shuffled_order, write_dataset
 
 _CHUNK = 64  # images that a process prepares at a time

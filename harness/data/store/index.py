@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.card import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import Index

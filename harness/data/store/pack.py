@@ -16,7 +16,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.store.card import DatasetInfo, image_checksum
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.shards import (
     LocalReader,

@@ -18,7 +18,7 @@ import aiohttp
 import fsspec
 import fsspec.asyn
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 
 T = TypeVar("T")
 REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, random_uniform
-from aimscale.harness.data.resize import crop_centre
-from aimscale.harness.data.store.decoding import UndecodableImageError
+from aimscale.harness.data.store.decoding import UndecodableImageError, crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
 

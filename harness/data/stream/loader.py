@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.draws import Stream
-from aimscale.harness.data.threads import one_thread
+from aimscale.harness.data.threads import kernel_threads
 from aimscale.harness.run.failures import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class _Slots(Dataset[_Filled]):
         slot, where = task
         own = None if slot >= 0 else torch.empty(self._slots.shape[1], dtype=torch.uint8)
         try:
-            with one_thread():
+            with kernel_threads(1):
                 return _Filled(self._stream.fill(self._slots[slot] if own is None else own, where), own)
         except Exception as error:
             if torch.utils.data.get_worker_info() is not None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode_into
 from aimscale.harness.data.store.index import ShardDataset, open_dataset

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aimscale.harness.data.store import index
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.run.config import RunConfig, run_config
+
+
+@pytest.fixture(autouse=True)
+def nothing_decoded_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another test decoded is read again."""
+    monkeypatch.setattr(index, "_KEPT", {})
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:

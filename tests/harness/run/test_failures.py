@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from aimscale.aim.config import ModelConfigError
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.device.distributed import find_placement, start_group
 from aimscale.harness.run.failures import STOP_SIGNALS, classify, disk_sentence, run_worker, stop_signals
 from aimscale.harness.run.fence import LeaseLost

@@ -20,7 +20,7 @@ import aimscale.harness.device.peak
 import aimscale.harness.log.record
 import aimscale.harness.step.feed
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.positions import TrainStream

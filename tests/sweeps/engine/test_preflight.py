@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.sweeps.engine.start import check_data
 from aimscale.sweeps.plan.planner import plan

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store import columns
 from aimscale.harness.data.store.columns import SAMPLE, Column, IndexWriter
 from aimscale.harness.data.store.index import open_dataset

@@ -19,12 +19,12 @@ import torch
 import webdataset
 from PIL import Image
 
-from aimscale.harness.data.errors import DataError
-from aimscale.harness.data.resize import crop_centre
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store import bundled, image_folder, index, pack, scan
 from aimscale.harness.data.store.decoding import (
     ImageTooLargeError,
     UndecodableImageError,
+    crop_centre,
     decode,
     decode_interleaved,
     decode_into,

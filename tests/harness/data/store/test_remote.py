@@ -18,19 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
-import psutil
 import pytest
 import torch
 
-from aimscale.harness.bench import data as bench_data
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.store import shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.run.config import RunConfig, SourceSection
+from aimscale.harness.run.config import RunConfig
 
 _PAUSES = {"stall": 3.0, "far": 0.02}
 """Seconds before an answer; `far` is a network's latency."""
@@ -254,44 +251,6 @@ def test_faults_of_s3_that_stay_name_shard_and_url(
     shard = "." if kind == "stall" else "1"  # on a busy machine a good read may seem to have stalled, too
     with pytest.raises(DataError, match=rf"cannot read shard {url}/shard-00000{shard}.tar: .*{says}"):
         stream.batch(range(60))
-
-
-@pytest.mark.slow
-def test_images_per_second_beside_the_disks(
-    tmp_path: Path,
-    faulty_bucket: Callable[..., str],
-    serve: Callable[..., tuple[str, type[FaultyHandler]]],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Photographs behind 20 ms of latency; prints what docs/benchmarks.md shows."""
-    config = bench_data._config(tmp_path / "set", bench_data._photographs(64), 224)
-    folder = tmp_path / "set" / "train"
-    urls = {
-        "disk": str(folder),
-        "HTTP": serve(folder, lambda path, turn: None)[0],
-        "S3": faulty_bucket(lambda path, turn: "far", tries=2, folder=folder),
-    }
-    streams = {}
-    for name, url in urls.items():
-        data = config.training.data.model_copy(update={"sources": [SourceSection(path=url)]})
-        training = config.training.model_copy(update={"data": data})
-        streams[name] = TrainStream(config.model_copy(update={"training": training}))
-    took: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
-    for name, stream in 3 * [*streams.items()]:
-        started, batches, cpu_s = time.perf_counter(), [], 0.0
-        for step in train_batches(stream, start=0, stop=192, batch_size=32, micro_batch=32, num_workers=2):
-            batches += step
-            spent = [psutil.Process(worker.pid).cpu_times() for worker in multiprocessing.active_children()]
-            cpu_s = sum(times.user + times.system for times in spent)
-        first = batches[0]
-        took[name].append((time.perf_counter() - started, cpu_s))
-        assert torch.equal(first.images, streams["disk"].batch(range(32)).images), name
-    median = {name: np.median(values, axis=0) for name, values in took.items()}
-    with capsys.disabled():
-        for name, (wall_s, cpu_s) in median.items():
-            wall, cpu = median["disk"] / (wall_s, cpu_s)
-            print(f"\n{name}: {192 / wall_s:.0f} images/s, {wall:.2f} of the disk's;", end=" ")
-            print(f"{1000 * cpu_s / 192:.2f} ms of a loader's CPU time per image, {1 / cpu:.2f} of the disk's", end="")
 
 
 @pytest.fixture(scope="module")

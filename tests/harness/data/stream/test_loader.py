@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.data.stream.loader import WorkerDiedError, start_server, train_batches
 from aimscale.harness.data.stream.positions import TrainStream

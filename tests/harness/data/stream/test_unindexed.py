@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.errors import DataError
+from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.augment import box_draws, crop_resize, draw_boxes

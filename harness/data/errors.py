@@ -1,9 +1,0 @@
-"""What is wrong with data, in one sentence."""
-
-from __future__ import annotations
-
-from aimscale.aim.errors import UserError
-
-
-class DataError(UserError):
-    """Images, shards or an index that cannot be used as they are."""
