@@ -7,6 +7,7 @@ before importing it and what torch knows as one line of JSON.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -16,12 +17,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
+import typer
 from packaging.requirements import Requirement
 
 from aimscale.harness.run.files import locked
@@ -44,6 +47,11 @@ MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "sub
 """Packages with compiled parts, or that import such."""
 Level = Literal["ok", "warn", "fail"]
 """`warn`: works, but something may go wrong or be slow; `fail`: something needed does not work."""
+
+
+COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
+NAME_WIDTH = 11
+TEXT_WIDTH = 95
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,43 @@ def check_slurm() -> Check:
     level: Level = "ok" if any(" up:" in words for words in partitions) else "warn"
     found = f"{version}, partitions {'; '.join(partitions) or 'none'}"
     return Check("slurm", level, found, "Ask who runs the cluster: no partition takes jobs (`sinfo` says why).")
+
+
+def command(
+    root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at this machine, its disk and its Slurm: what works, and what to do about the rest.
+
+    Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.
+    """
+    found = []
+    for check in checks(root):
+        found.append(check if check.level != "ok" else dataclasses.replace(check, advice=""))
+        if not as_json:
+            _print(found[-1])
+    counts = {level: sum(check.level == level for check in found) for level in COLOURS}
+    if as_json:
+        plain = [dataclasses.asdict(check) for check in found]
+        typer.echo(json.dumps({"version": 1, "ok": not counts["fail"], "checks": plain}, indent=1))
+    else:
+        typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
+    raise typer.Exit(1 if counts["fail"] else 0)
+
+
+def _print(check: Check) -> None:
+    head = f"{check.level:<4}  {check.name:<{NAME_WIDTH}} "
+    lines = [*_wrapped(check.found, ""), *(_wrapped(f"-> {check.advice}", "   ") if check.advice else ())]
+    head_or_space = [typer.style(head[:4], fg=COLOURS[check.level]) + head[4:]] + [" " * len(head)] * (len(lines) - 1)
+    for start, line in zip(head_or_space, lines, strict=True):
+        typer.echo(start + line)
+    sys.stdout.flush()
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, width=TEXT_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def torch_facts() -> dict[str, Any]:

@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "weights": ("aimscale.harness.cli.weights", "Import, export and describe official AIM weights."),
     "bench": ("aimscale.harness.cli.bench", "Measure training and loading against named limits, or a whole card."),
-    "doctor": ("aimscale.sweeps.cli.doctor", "Look at this machine: what works, and what to do about the rest."),
+    "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
     "fit": ("aimscale.analysis.cli.fit", "Fit a scaling law to a table, with intervals and a held-out test."),
     "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
     "forecast": (

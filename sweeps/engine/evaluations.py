@@ -18,7 +18,7 @@ from aimscale.harness.run.files import write_text
 from aimscale.harness.run.trunk import saved_budgets
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
-from aimscale.sweeps.slurm.lanes import afterany
+from aimscale.sweeps.slurm.commands import afterany
 from aimscale.sweeps.state.claims import EVALUATING, Claim, RunRecord
 from aimscale.sweeps.state.decision import Decision, JobKind, Verdict, decide, decision, standing
 from aimscale.sweeps.state.retries import forgive

@@ -5,17 +5,22 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
 
 from aimscale.harness.data.store.card import num_images
 from aimscale.harness.run.config import ModelSection, ProbeSection, parse, read_yaml
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.engine.devices import default_slots, sharing, visible_gpus
-from aimscale.sweeps.engine.display import queue_display
 from aimscale.sweeps.engine.evaluations import WORKER, Place, evaluation_jobs, unevaluated, with_place
-from aimscale.sweeps.engine.local_queue import Command, LaunchResult, print_events, run_queue, worker_command
+from aimscale.sweeps.engine.local_queue import Command, LaunchResult, Queue, print_events, run_queue, worker_command
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
@@ -23,10 +28,13 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.claims import Claim, RunRecord
 from aimscale.sweeps.state.decision import Decision, decide, training_jobs
 from aimscale.sweeps.state.sweep_dir import prepare, unplanned
-from aimscale.sweeps.table.status import sweep_status
+from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table.views import new_console, status_summary, status_table
 
 MAX_OPENED = 50_000_000
 """The index of a larger data set is left to the trainers: opening it takes 25 bytes per image."""
+PLAIN_EVERY_S = 30.0
+LIVE_EVERY_S = 0.5
 
 
 def check_data(runs: Sequence[Run]) -> None:
@@ -102,7 +110,7 @@ def launch(
         share=sharing(loaded) if gpus and slots is None else None,
         is_queued=ask,
     )
-    with queue_display(lambda: sweep_status(loaded, runs, cards)) as report:
+    with _display(lambda: sweep_status(loaded, runs, cards)) as report:
         result = queue(runs, command=command, report=report, kind=training_jobs(loaded))
         if not result.interrupted and (lacking := unevaluated(loaded, runs)):
             evaluated = queue(lacking, command=evaluation_command, report=report, kind=evaluation_jobs(loaded))
@@ -242,3 +250,41 @@ def left_alone(left: Sequence[Decision]) -> list[str]:
         elif decision.verdict == "failed":
             sentences.append(f"not tried again: {decision.record.title} ({decision.why}); `aimscale retry` clears it")
     return sentences
+
+
+@contextmanager
+def _display(look: Callable[[], SweepStatus]) -> Iterator[Callable[[Queue], None]]:
+    """A function for `run_queue(report=...)`: a live table on a terminal, lines otherwise."""
+    console = new_console()
+    shown = {"last": 0.0}
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+
+            def report(queue: Queue) -> None:
+                for event in queue.events:
+                    live.console.print(event, highlight=False, soft_wrap=True)
+                queue.events.clear()
+                if time.time() - shown["last"] >= LIVE_EVERY_S:
+                    shown["last"] = time.time()
+                    live.update(_live(look(), queue, console.width), refresh=True)
+
+            yield report
+        return
+
+    def report_plain(queue: Queue) -> None:
+        print_events(queue)
+        if time.time() - shown["last"] >= PLAIN_EVERY_S:
+            shown["last"] = time.time()
+            print(status_summary(look()), flush=True)
+
+    yield report_plain
+
+
+def _live(status: SweepStatus, queue: Queue, width: int) -> Group:
+    """Active runs as `aimscale status` shows them, and the whole sweep's bar."""
+    active = {job.run.run_id for job in queue.active}
+    shown = replace(status, runs=tuple(line for line in status.runs if line.run_id in active))
+    bar = ProgressBar(total=1.0, completed=status.progress, width=40, complete_style="green")
+    stop = Text("stopping: every run saves first (Ctrl-C again kills)", style="yellow") if queue.stopping else Text("")
+    table = [status_table(shown, width, status_summary(status))] if shown.runs else []
+    return Group(*table, bar, stop)

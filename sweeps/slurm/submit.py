@@ -18,8 +18,8 @@ from aimscale.sweeps.plan.device_fit import runs_on_a_device, stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.commands import Turn, afterany, queued_jobs, turns
 from aimscale.sweeps.slurm.job import SlurmJob
-from aimscale.sweeps.slurm.lanes import Turn, afterany, queued_jobs, turns
 from aimscale.sweeps.state.claims import Claim, RunRecord, own_claim
 from aimscale.sweeps.state.decision import Decision, JobKind, note_finished, training_jobs
 from aimscale.sweeps.state.retries import diagnose

@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aimscale.analysis.table.schema import MFU
-from aimscale.sweeps.plan.cautions import Caution, CautionKind
-from aimscale.sweeps.plan.costs import BudgetCost, CostCard, totals
+from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, totals
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 

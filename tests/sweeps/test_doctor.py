@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.sweeps import doctor
-from aimscale.sweeps.cli import doctor as cli_doctor
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.doctor import Check
 
@@ -58,7 +57,7 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
 def test_a_failure_alone_gives_code_1_and_each_comes_with_what_to_do(
     level: Any, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_doctor, "checks", lambda root: iter([Check("disk", level, "1 MB free", "Free some.")]))
+    monkeypatch.setattr(doctor, "checks", lambda root: iter([Check("disk", level, "1 MB free", "Free some.")]))
     result = CliRunner().invoke(verb("doctor"), [])
     assert result.exit_code == code
     assert f"{level}  disk        1 MB free\n                  -> Free some." in result.stdout

@@ -13,8 +13,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli.main import verb
-from aimscale.sweeps.plan.cautions import of_probes
-from aimscale.sweeps.plan.costs import cost_cards, to_json
+from aimscale.sweeps.plan.costs import cautions_of_probes, cost_cards, to_json
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES, Scale
@@ -153,8 +152,8 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
     assert cost.feature_bytes == pytest.approx(98e9, rel=0.01)
     *_, cost = share("aim-7B", 8)
     assert (cost.rounds, share("aim-7B", 1)[2].rounds) == (1, 8)  # on one card its heads train in eight rounds
-    assert not list(of_probes([cost]))
-    assert [(each.subject, each.found) for each in of_probes([share("aim-7B", 1)[2]])] == [("imagenet-1k", 8)]
+    assert not list(cautions_of_probes([cost]))
+    assert [(each.subject, each.found) for each in cautions_of_probes([share("aim-7B", 1)[2]])] == [("imagenet-1k", 8)]
     longer = share("aim-7B", 8, iterations=12_500, batch_size=1024)[2]
     assert longer.images - cost.images == pytest.approx(12_500 * 1024 - 5 * 1_281_167, rel=0.002)
 

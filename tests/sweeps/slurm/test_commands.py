@@ -55,3 +55,12 @@ def test_a_run_that_waits_in_slurm_is_slurms_until_its_job_is_gone(program: obje
     assert not slurm.Queued()(claim)
     (tmp_path / "squeue").unlink()
     assert slurm.Queued()(claim)
+
+
+def test_a_sweeps_limit_is_shared_out_to_its_arrays(
+    most: int, sizes: list[int], limits: list[int], lanes: list[int]
+) -> None:
+    found = slurm.turns(most, sizes)
+    assert [turn.limit for turn in found] == limits
+    assert [turn.lane for turn in found] == lanes
+    assert sum({turn.lane: turn.limit for turn in found}.values()) <= most
