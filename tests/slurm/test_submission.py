@@ -103,20 +103,6 @@ def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(fault: Any)
     case.wait_empty_queue()
 
 
-def test_watching_needs_nothing_but_squeue(fault: Any) -> None:
-    case = fault()
-    case.launch((STAND_IN,))
-    case.wait_state("finished")
-    where = ["--root", str(case.sweep.root)]
-    status = CliRunner().invoke(verb("status"), [str(case.sweep.source), *where])
-    assert "1 finished" in status.output
-    record: RunRecord = case.records[0]
-    record.last_log().write_text("first\nsecond\n")
-    logs = CliRunner().invoke(verb("logs"), [str(case.sweep.source), "rung-32", "-n", "1", "--follow", *where])
-    assert logs.output == "second\n"
-    case.wait_empty_queue()
-
-
 def test_a_job_whose_claim_is_gone_starts_nothing(fault: Any) -> None:
     case = fault(slurm={"extra": {"begin": "now+3"}})
     case.launch((STAND_IN,))
@@ -129,9 +115,9 @@ def test_a_job_whose_claim_is_gone_starts_nothing(fault: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"partition": "mian"}, "no partition 'mian'; did you mean 'main'"),
-        ({"extra": {"constraint": "gold"}}, "Slurm refused the job: .*feature"),
-        ({"mem_gb": 10**6}, "Slurm refused the job: .*[Mm]emory"),
+        ({"partition": "mian"}, "'main'"),
+        ({"extra": {"constraint": "gold"}}, "feature"),
+        ({"mem_gb": 10**6}, "[Mm]emory"),
     ],
 )
 def test_what_slurm_refuses_is_one_sentence(fault: Any, fields: dict[str, Any], words: str) -> None:

@@ -183,8 +183,7 @@ def test_no_slurm_is_fine_and_half_a_slurm_names_what_is_missing(
 
 
 def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusal = "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1"
-    slurm_at(tmp_path, monkeypatch, f'[ "$1" = --version ] && {{ echo slurm 24.11.5; exit 0; }}; {refusal}')
+    slurm_at(tmp_path, monkeypatch, "echo 'Unable to contact slurm controller' >&2; exit 1")
     check = doctor.check_slurm()
     assert (check.level, "Unable to contact slurm controller" in check.found) == ("warn", True)
     monkeypatch.setattr(doctor, "SLURM_TIMEOUT_S", 0.2)
@@ -194,13 +193,10 @@ def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_partitions_are_listed_and_one_must_be_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = '[ "$1" = --version ] && { echo slurm 24.11.5; exit 0; }'
-    lines = "gpu* up: 16 nodes, gpu:h100:8, time limit 1-00:00:00\\ncpu down: 4 nodes, (null), time limit infinite"
+    lines = "gpu* up: 16 nodes, gpu:h100:8\\ncpu down: 4 nodes, (null)"
     slurm_at(tmp_path, monkeypatch, f"{version}; printf '{lines}\\n'")
     check = doctor.check_slurm()
     assert check.level == "ok"
-    assert check.found == (
-        "24.11.5, partitions gpu* up: 16 nodes, gpu:h100:8, time limit 1-00:00:00; "
-        "cpu down: 4 nodes, time limit infinite"
-    )
-    program(tmp_path, "sinfo", f"{version}; echo 'gpu* down: 16 nodes, gpu:h100:8, time limit 1-00:00:00'")
+    assert check.found == "24.11.5, partitions gpu* up: 16 nodes, gpu:h100:8; cpu down: 4 nodes"
+    program(tmp_path, "sinfo", f"{version}; echo 'gpu* down: 16 nodes'")
     assert doctor.check_slurm().level == "warn"

@@ -98,26 +98,6 @@ def test_a_full_disk_at_the_end_of_one_run_leaves_the_others_alone(
     assert f"left {bad}: how it ended cannot be written down" in capsys.readouterr().out
 
 
-def test_more_slots_than_cards_share_them(
-    write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch, stand_in: Any
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2, 3])
-    note = (
-        "import os, pathlib, subprocess, sys\n"
-        "names = ('CUDA_VISIBLE_DEVICES', 'AIMSCALE_DEVICE_SHARE')\n"
-        "pathlib.Path(sys.argv[1], 'seen').write_text(' '.join(os.environ[name] for name in names))\n"
-        "sys.exit(subprocess.call(sys.argv[2:]))"
-    )
-
-    def command(run_dir: Path, devices: int) -> list[str]:
-        return [sys.executable, "-c", note, str(run_dir), *stand_in()(run_dir, devices)]
-
-    assert len(launch(sweep, slots=4, command=command).finished) == 4
-    seen = sorted(path.read_text() for path in sweep.runs_dir.glob("*/seen"))
-    assert seen == ["3 0.500000", "3 0.500000", "5 0.500000", "5 0.500000"]
-
-
 def test_cancel_kills_no_process_that_a_file_names(write_sweep: Any, launch: Any, stand_in: Any) -> None:
     """A pid in status.json is only what a run said last; one in a lease counts with its start time."""
     sweep = write_sweep(sizes=["rung-32"])

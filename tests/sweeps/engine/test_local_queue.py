@@ -159,24 +159,14 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
     assert "SLURM_STEP_NUM_TASKS" not in told
 
 
-def test_bad_directories_are_refused_in_one_sentence(
-    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
-) -> None:
+def test_what_cannot_start_makes_nothing(write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
-    launch(sweep, slots=1, command=stand_in())
-    with pytest.raises(UserError, match="--slots"):
-        launch(sweep, slots=0, command=stand_in())
-    sweep.root.rename(tmp_path / "moved")
-    (tmp_path / "root").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match="--root"):
-        launch(sweep, slots=1, command=stand_in())
-
-
-def test_missing_data_stop_a_launch_before_anything_is_made(write_sweep: Any) -> None:
-    sweep = write_sweep()
     with pytest.raises(UserError, match="data/train"):
         aimscale.sweeps.engine.start.launch(sweep, slots=1)
     assert not sweep.root.exists()
+    (tmp_path / "root").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="--root"):
+        launch(sweep, slots=1, command=stand_in())
 
 
 def test_a_clock_that_is_off_is_refused(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,47 +139,35 @@ def test_the_forecast_counts_what_steps_and_evaluations_take_beside_training_flo
         assert look(sweep).eta_s == pytest.approx((1.5 * card.training_s + 2 * card.evaluation_s) / 2, rel=1e-6)
 
 
-def test_the_forecast_lets_a_waiting_run_start_where_the_first_ends(write_sweep: Any) -> None:
-    """Three runs of 10 s by the plan, two of them running at its speed: a sum over two slots would say 10 s."""
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], budgets=[64_000], cost={"peak_tflops": 1e9, "step_ms": 10})
-    runs = plan(sweep)
-    card = cost_cards(sweep, runs)[0]
-    pace = card.images_executed / card.training_s
-    with contextlib.ExitStack() as stack:
-        for run in runs[:2]:
-            stack.enter_context(training(sweep, run, images_done=32_000, images_per_s=pace))
-        assert look(sweep).eta_s == pytest.approx(1.5 * card.training_s, rel=1e-6)
-
-
-def test_the_first_steps_of_a_run_say_little_beside_what_others_have_done(write_sweep: Any) -> None:
-    """Of three runs one is nearly done at its planned speed, one has begun at a tenth of it."""
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], budgets=[64_000], cost={"peak_tflops": 1e9, "step_ms": 10})
-    runs = plan(sweep)
-    card = cost_cards(sweep, runs)[0]
-    planned = card.images_executed / card.training_s
-    with contextlib.ExitStack() as stack:
-        for run, done, speed in zip(runs[:2], (57_600, 640), (planned, planned / 10), strict=True):
-            stack.enter_context(training(sweep, run, images_done=done, images_per_s=speed))
-        pace = (0.9 + 0.01 / 10) / 0.91
-        assert look(sweep).eta_s == pytest.approx(1.1 * card.training_s / pace, rel=1e-6)
-
-
-@pytest.mark.parametrize(("job_id", "takes"), [(None, 1.5), ("7", 2.5)])
-def test_the_forecast_counts_a_run_that_a_local_worker_starts_but_no_job_that_waits(
-    write_sweep: Any, job_id: str | None, takes: float
+@pytest.mark.parametrize(
+    ("done", "speeds", "claim", "takes"),
+    [
+        ((32_000, 32_000), (1, 1), None, 1.5),  # a run that waits starts where the first ends
+        (
+            (57_600, 640),
+            (1, 0.1),
+            None,
+            1.1 * 0.91 / (0.9 + 0.01 / 10),
+        ),  # first steps say little beside what others did
+        ((32_000,), (1,), "local", 1.5),  # a run that a local worker starts counts as running
+        ((32_000,), (1,), "slurm", 2.5),  # a job that waits does not
+    ],
+)
+def test_the_forecast_of_three_runs(
+    write_sweep: Any, done: tuple[int, ...], speeds: tuple[float, ...], claim: Any, takes: float
 ) -> None:
-    """Three runs, of which one is half done, and another is claimed: beside it, or behind it."""
+    """In the planned time of one, of which some train at a multiple of the planned speed and one may be claimed."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], budgets=[64_000], cost={"peak_tflops": 1e9, "step_ms": 10})
     runs = plan(sweep)
     card = cost_cards(sweep, runs)[0]
-    going, claimed = (RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path) for run in runs[:2])
-    claimed.write_claim(own_claim("slurm" if job_id else "local", 1, job_id))
-    with going.hold():
-        going.write_start()
-        going.write_status(images_done=32_000, images_per_s=card.images_executed / card.training_s)
-        status = look(sweep)
-        assert status.counts == {"running": 1, "queued": 1, "not started": 1}
-        assert status.eta_s == pytest.approx(takes * card.training_s, rel=1e-6)
+    if claim:
+        claimed = RunRecord(RunRecord.create(sweep.run_dir(runs[1].run_id), runs[1].config).path)
+        claimed.write_claim(own_claim(claim, 1, "7" if claim == "slurm" else None))
+    with contextlib.ExitStack() as stack:
+        for run, images, speed in zip(runs, done, speeds, strict=False):
+            pace = speed * card.images_executed / card.training_s
+            stack.enter_context(training(sweep, run, images_done=images, images_per_s=pace))
+        assert look(sweep).eta_s == pytest.approx(takes * card.training_s, rel=1e-6)
 
 
 def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
