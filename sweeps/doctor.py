@@ -171,9 +171,9 @@ def check_locks(folder: Path) -> Check:
     advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."
     try:
         with (
-            tempfile.NamedTemporaryFile(dir=folder) as file,
-            locked(Path(file.name)),
-            locked(Path(file.name), wait=False) as again,
+            tempfile.TemporaryDirectory(dir=folder) as place,
+            locked(Path(place) / "lock"),
+            locked(Path(place) / "lock", wait=False) as again,
         ):
             if again:
                 return Check("locks", "fail", f"flock on {kind} excludes no other process", advice)

@@ -57,6 +57,16 @@ def test_a_run_that_waits_in_slurm_is_slurms_until_its_job_is_gone(program: obje
     assert slurm.Queued()(claim)
 
 
+@pytest.mark.parametrize(
+    ("most", "sizes", "limits", "lanes"),
+    [
+        (256, [3, 2], [3, 2], [0, 1]),
+        (4, [10, 1], [3, 1], [0, 1]),
+        (5, [10, 10], [3, 2], [0, 1]),
+        (2, [4, 4, 4], [1, 1, 1], [0, 1, 0]),
+        (7, [], [], []),
+    ],
+)
 def test_a_sweeps_limit_is_shared_out_to_its_arrays(
     most: int, sizes: list[int], limits: list[int], lanes: list[int]
 ) -> None:
