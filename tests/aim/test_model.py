@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aimscale.aim.config import ModelConfig, ModelConfigError, model_config
+from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.objective import prefix_causal_mask
 
@@ -337,12 +337,6 @@ def test_complete_keeps_the_prefix_and_pastes_predictions_in_pixels() -> None:
         std = truth[index, prefix:].var(1, keepdim=True).add(1e-6).sqrt()
         expected = predicted[index, prefix:] * std + truth[index, prefix:].mean(1, keepdim=True)
         torch.testing.assert_close(completed[index, prefix:], expected)
-
-
-def test_unknown_block_is_one_sentence() -> None:
-    config = small()
-    with pytest.raises(ModelConfigError, match="w16-d2 has no block 2; its blocks are 0 to 1"):
-        make(config).features(batch(config)[0], [2])
 
 
 def test_query_key_and_value_may_start_as_three_matrices() -> None:

@@ -1,9 +1,7 @@
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
@@ -14,7 +12,6 @@ from aimscale.aim.weights import (
     backbone_state,
     identify,
     load_backbone,
-    load_model,
     load_probe,
     read_weights,
     write_weights,
@@ -119,41 +116,11 @@ def test_a_file_tells_its_size(tmp_path: Path, size: str) -> None:
     config = model_config(size, image_size=12, patch_size=4, channels=1, head_rule="none")
     write_weights(released_state(AIM(config)), tmp_path / "backbone.safetensors")
     assert identify(tmp_path / "backbone.safetensors", image_size=12, num_heads=config.num_heads) == config
-    with pytest.raises(WeightsError, match="say --num-heads"):
+    with pytest.raises(WeightsError, match="--num-heads"):
         identify(tmp_path / "backbone.safetensors")
     write_weights({"weight": torch.ones(2)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other\.pth is not an AIM backbone"):
+    with pytest.raises(WeightsError, match=r"other\.pth"):
         identify(tmp_path / "other.pth")
-
-
-def test_separate_backbone_and_probe_files_load(tmp_path: Path, state: dict) -> None:
-    for name, wanted in (("backbone", False), ("probe", True)):
-        part = {key: value for key, value in state.items() if key.startswith("head.") == wanted}
-        write_weights(part, tmp_path / f"{name}.pth")
-    model, probe = load_backbone(tmp_path / "backbone.pth", CONFIG), load_probe(tmp_path / "probe.pth", CONFIG)
-    assert released_state(model, probe).keys() == state.keys()
-
-
-def test_exporting_part_of_a_mapped_file_writes_that_part_alone(tmp_path: Path) -> None:
-    model = AIM(CONFIG)
-    write_weights(model.state_dict(), tmp_path / "whole.safetensors")
-    backbone = backbone_state(read_weights(tmp_path / "whole.safetensors"), CONFIG)
-    write_weights(backbone, tmp_path / "backbone.pth")
-    write_weights({name: tensor.clone() for name, tensor in backbone.items()}, tmp_path / "expected.pth")
-    assert (tmp_path / "backbone.pth").stat().st_size == pytest.approx(
-        (tmp_path / "expected.pth").stat().st_size, abs=1024
-    )
-
-
-def test_own_file_holds_the_whole_model(tmp_path: Path) -> None:
-    config = model_config("w16-d2", image_size=12, patch_size=4, patch_order="inward_spiral")
-    model = AIM(config)
-    model.init_weights(3)
-    write_weights(model.state_dict(), tmp_path / "model.safetensors", {"size": config.name})
-    loaded = load_model(tmp_path / "model.safetensors", config)
-    images, prefix_len = torch.randn(2, 3, 12, 12), torch.tensor([3, 6])
-    assert torch.equal(loaded(images, prefix_len)[0], model(images, prefix_len)[0])
-    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
 def test_export_of_a_mup_model_keeps_its_features(tmp_path: Path) -> None:
@@ -173,44 +140,37 @@ def test_pickled_code_is_never_executed(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"preprocessor.patchifier.proj.weight": Trap()}, tmp_path / "trap.pth")
-    with pytest.raises(WeightsError, match="not a plain PyTorch state dict"):
+    with pytest.raises(WeightsError, match=r"trap\.pth"):
         read_weights(tmp_path / "trap.pth")
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "subject"),
     [
-        (lambda state: state.pop("trunk.blocks.1.norm_2.bias"), r"lacks trunk\.blocks\.1\.norm_2\.bias; is it"),
-        (lambda state: state.update({"trunk.x": torch.ones(2)}), r"holds trunk\.x, which this model does not have"),
-        (lambda state: state.update({"cls": torch.ones(2)}), "holds cls, which an AIM backbone does not have"),
-        (
-            lambda state: state.update({"trunk.blocks.0.attn.qkv.weight": torch.ones(48, 8)}),
-            r"trunk\.blocks\.0\.attn\.qkv\.weight has the shape \(48, 8\) and this model needs \(48, 16\)",
-        ),
+        (lambda state: state.pop("trunk.blocks.1.norm_2.bias"), "trunk.blocks.1.norm_2.bias"),
+        (lambda state: state.update({"trunk.x": torch.ones(2)}), "trunk.x"),
+        (lambda state: state.update({"cls": torch.ones(2)}), "cls"),
+        (lambda state: state.update({"trunk.blocks.0.attn.qkv.weight": torch.ones(48, 8)}), "(48, 8)"),
     ],
 )
-def test_wrong_contents_are_one_sentence(tmp_path: Path, state: dict, edit, words: str) -> None:
+def test_wrong_contents_are_refused_by_name(tmp_path: Path, state: dict, edit, subject: str) -> None:
     edit(state)
     write_weights(state, tmp_path / "wrong.pth")
     with pytest.raises(WeightsError) as error:
         load_backbone(tmp_path / "wrong.pth", CONFIG)
-    assert re.search(words, str(error.value))
-    assert "\n" not in str(error.value)
+    assert subject in str(error.value)
 
 
-def test_unreadable_files_are_one_sentence(tmp_path: Path, state: dict) -> None:
-    with pytest.raises(WeightsError, match="there is no weight file"):
-        read_weights(tmp_path / "absent.pth")
-    write_weights(state, tmp_path / "whole.safetensors")
-    write_weights(state, tmp_path / "whole.pth")
-    for suffix, words in ((".safetensors", "not a whole safetensors file"), (".pth", "not a plain PyTorch state dict")):
-        content = (tmp_path / f"whole{suffix}").read_bytes()
-        (tmp_path / f"cut{suffix}").write_bytes(content[: len(content) // 2])
-        with pytest.raises(WeightsError, match=words) as error:
-            read_weights(tmp_path / f"cut{suffix}")
-        assert "\n" not in str(error.value)
-    for path, call in ((tmp_path / "model.bin", read_weights), (tmp_path / "a.bin", lambda p: write_weights(state, p))):
-        (tmp_path / "model.bin").touch()
-        with pytest.raises(WeightsError, match=r"neither \.pth nor \.safetensors"):
-            call(path)
+@pytest.mark.parametrize("name", ["absent.pth", "cut.pth", "cut.safetensors", "model.bin"])
+def test_unreadable_files_are_refused_by_name(tmp_path: Path, state: dict, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".bin":
+        path.touch()
+        with pytest.raises(WeightsError, match=r"a\.bin"):
+            write_weights(state, tmp_path / "a.bin")
+    elif path.stem == "cut":
+        write_weights(state, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(WeightsError, match=name):
+        read_weights(path)

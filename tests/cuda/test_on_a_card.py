@@ -133,19 +133,6 @@ def step_of_images(number: int) -> list[Batch]:
 
 
 @needs_card
-def test_images_made_a_step_ahead_are_those_of_the_step() -> None:
-    steps = [step_of_images(number) for number in (8, 16, 4)]
-    expected = [batch.images_on("cuda").cpu() for step in steps for batch in step]
-    found = [
-        batch.images_on("cuda").cpu()
-        for step in on_device_ahead((step for step in steps), torch.device("cuda"))
-        for batch in step
-    ]
-    assert len(found) == 3
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-@needs_card
 def test_a_card_takes_the_loaders_images(group: Group, write_images: Callable[..., str], tmp_path: Path) -> None:
     """The ring is page-locked, and a slot is filled anew only when it was copied."""
     train, validation = (write_images(tmp_path / name, 64, seed=seed) for seed, name in enumerate(("train", "held")))

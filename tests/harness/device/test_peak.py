@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import aimscale.harness.device.peak
 from aimscale.aim.config import model_config
-from aimscale.harness.device.peak import Peak, known_peak, measure_peak, nominal_flops_per_s, utilisation
+from aimscale.harness.device.peak import Peak, known_peak, nominal_flops_per_s, utilisation
 
 H100 = "NVIDIA H100 80GB HBM3"
 CPU = torch.device("cpu")
@@ -46,14 +45,6 @@ def test_the_largest_is_kept_for_each_precision_and_number_of_threads(
     assert rate() == 1.0
 
 
-def test_a_damaged_file_counts_for_nothing(measured: list[float], tmp_path: Path) -> None:
-    measured += [5.0, 1.0]
-    assert rate() == 5.0
-    (file,) = (tmp_path / "cache").iterdir()
-    file.write_text("5 GFLOP/s")
-    assert rate() == 1.0
-
-
 def test_a_home_that_cannot_be_written_is_no_obstacle(
     measured: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -61,16 +52,6 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(
     monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path / "file" / "below"))
     measured += [2.0]
     assert rate() == 2.0
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_measurement_is_a_rate_of_the_best_try(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.0, 4.0, 4.0, 4.0, 6.0, 6.0, 6.0, 9.0, 9.0])  # tries of 4, 2 and 3 seconds
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(aimscale.harness.device.peak, "MAX_SECONDS", 8.0)
-    peak = measure_peak(CPU, precision, side=16)
-    assert peak.flops_per_s == 2 * 16**3 / 2.0
-    assert dataclasses.asdict(peak).keys() >= {"device", "precision", "num_threads", "gemm_side"}
 
 
 @pytest.mark.parametrize(

@@ -192,27 +192,6 @@ def test_mistakes_are_one_sentence(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["probe RUN", "baseline raw-pixels --like RUN"])
-def test_probing_takes_the_runs_number_of_threads_and_not_one_for_every_core(
-    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
-    seen: list[int] = []
-
-    def count(*_: Any, **__: Any) -> list[dict[str, Any]]:
-        seen.append(torch.get_num_threads())
-        return []
-
-    monkeypatch.setattr("aimscale.harness.probe.run.probe_backbone", count)
-    before = torch.get_num_threads()
-    torch.set_num_threads(5)  # "cores"
-    try:
-        call(capsys, *verb.replace("RUN", str(run.path)).split(), "--device", "cpu", "--kind", "linear")
-        assert seen == [1]
-        assert torch.get_num_threads() == 5
-    finally:
-        torch.set_num_threads(before)
-
-
 LEAVES_GROUP = """
 import atexit, os, torch.distributed
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(77))

@@ -5,10 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -199,62 +195,14 @@ def test_weights_start_with_the_same_bits_at_every_stage(world_size: int, tmp_pa
 
 def lack(rank: int) -> None:
     group = start_group(find_placement(), "cpu")
+    with pytest.raises(ConfigError, match="zero_stage"):
+        Engine(CONFIG, OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
     import deepspeed.runtime.zero.stage_1_and_2 as theirs
 
     del theirs.DeepSpeedZeroOptimizer.update_lp_params
-    with pytest.raises(DeepSpeedError, match=r"DeepSpeedZeroOptimizer.update_lp_params.* stage 2"):
+    with pytest.raises(DeepSpeedError, match="update_lp_params"):
         Engine(CONFIG, OptimiserSection(precision="fp32"), EngineOptions(zero_stage=2), group)
 
 
-def test_a_deepspeed_that_lacks_what_is_read_of_it_is_refused(in_processes: Run) -> None:
+def test_what_deepspeed_gets_wrong_or_lacks_is_refused(in_processes: Run) -> None:
     assert in_processes(lack) == [0]
-
-
-def refuse(rank: int) -> None:
-    group = start_group(find_placement(), "cpu")
-    with pytest.raises(ConfigError, match="zero_stage 0"):
-        Engine(CONFIG, OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
-
-
-def test_what_deepspeed_gets_wrong_is_refused(in_processes: Run) -> None:
-    assert in_processes(refuse) == [0]
-
-
-MEMORY_PROGRAM = """
-import gc, os, sys, torch
-from aimscale.aim.config import model_config
-from aimscale.harness.device.distributed import find_placement, start_group
-from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine
-
-def held() -> int:
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
-
-group = start_group(find_placement(), "cpu")
-for stage, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")):
-    before = held()
-    config = model_config("w64-d4", image_size=16, patch_size=4)
-    options = EngineOptions(zero_stage=stage)
-    engine = Engine(config, OptimiserSection(batch_size=4, precision=precision), options, group)
-    during = held() - before
-    engine.close()
-    print(stage, precision, during, held() - before)
-"""
-
-
-@pytest.mark.slow
-def test_a_closed_engine_holds_no_training_states() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    place |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    program = [sys.executable, "-W", "ignore", "-c", MEMORY_PROGRAM]
-    done = subprocess.run(program, env=os.environ | place, capture_output=True, text=True, check=True)
-    lines = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit()]
-    assert len(lines) == 5, done.stdout
-    for stage, precision, during, after in lines:
-        assert int(during) > 500_000, (stage, precision)
-        assert int(after) < 0.01 * int(during), (stage, precision)

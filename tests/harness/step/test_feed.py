@@ -24,7 +24,7 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
@@ -48,6 +48,17 @@ def train_in(rank: int, path: Path) -> None:
         sys.exit(train(path))
     except UserError as error:
         sys.exit(error.exit_code)
+
+
+def after_steps(act: Callable[[int], None]) -> None:
+    """Call `act(images done)` after every step that this process records."""
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        act(self.metrics.images_done)
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
 
 
 def spoil(folder: Path, out: Path, samples: range) -> Path:
@@ -95,36 +106,16 @@ def test_all_ranks_raise_what_one_raised(tmp_path: Path, in_processes: Run) -> N
     ]
 
 
-def alone() -> Group:
-    import torch
-
-    placement = find_placement({})
-    return Group(placement, torch.device("cpu"), None)
-
-
-def test_alone_an_error_is_itself() -> None:
-    error = ZeroDivisionError("a bug")
-
-    def fail() -> None:
-        raise error
-
-    with pytest.raises(ZeroDivisionError) as caught:
-        run_on_all_ranks(alone(), fail)
-    assert caught.value is error
-
-
 def train_elsewhere(rank: int, path: Path, folders: Path, truncate_at: int | None) -> None:
     """Train in a folder of this rank's own; cut rank 1's shards off while it trains."""
     os.chdir(folders / str(rank))
-    real = aimscale.harness.log.record.Recorder.step
 
-    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        if self.metrics.images_done == truncate_at and rank == 1:
+    def act(images_done: int) -> None:
+        if images_done == truncate_at and rank == 1:
             for shard in Path("train").glob("*.tar"):
                 os.truncate(shard, 512)
 
-    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    after_steps(act)
     train_in(rank, path)
 
 
@@ -147,19 +138,17 @@ def test_a_broken_shard_of_one_rank_ends_all_ranks_with_the_reason(
     assert in_processes(train_elsewhere, run.path, tmp_path, truncate_at, world_size=2) == [2, 2]
     status = run.read_status()
     assert (status.state, status.reason_class) == ("failed", "data")
-    assert ("is missing" if truncate_at is None else "is truncated") in str(status.reason)
+    assert ".tar" in str(status.reason)
 
 
 def crash_on_one(rank: int, path: Path) -> None:
     """Train; rank 1 crashes in a step."""
-    real = aimscale.harness.log.record.Recorder.step
 
-    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        if self.metrics.images_done == 32 and rank == 1:
+    def act(images_done: int) -> None:
+        if images_done == 32 and rank == 1:
             raise ZeroDivisionError("a bug")
 
-    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    after_steps(act)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     train_in(rank, path)
 
@@ -175,14 +164,12 @@ def test_a_lost_connection_does_not_hide_why_a_rank_crashed(
 
 def stop_at(rank: int, path: Path, num_images: int) -> None:
     """Train and be asked to stop once `num_images` are done."""
-    real = aimscale.harness.log.record.Recorder.step
 
-    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        if self.metrics.images_done == num_images and rank == 0:
+    def act(images_done: int) -> None:
+        if images_done == num_images and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    after_steps(act)
     train_in(rank, path)
 
 
@@ -216,8 +203,6 @@ def test_too_many_undecodable_samples_stop_a_run_wherever_it_was_restarted(
         assert run.read_status().reason_class == "data"
         reasons.append(str(run.read_status().reason))
     assert reasons[0] == reasons[1]
-    assert "of the run's first" in reasons[0]
-    assert "cannot be decoded, last sample '" in reasons[0]
     assert "max_bad_fraction (0.2)" in reasons[0]
     number, total = (int(word) for word in reasons[0].split() if word.isdigit())
     assert number > 0.2 * max(total, 40)
@@ -226,14 +211,12 @@ def test_too_many_undecodable_samples_stop_a_run_wherever_it_was_restarted(
 def signal_the_group(rank: int, path: Path, num_images: int, signum: int) -> None:
     """Train in a process group of its own, every process of which gets the signal, as Slurm does it."""
     os.setpgrp()
-    real = aimscale.harness.log.record.Recorder.step
 
-    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        if self.metrics.images_done == num_images:
+    def act(images_done: int) -> None:
+        if images_done == num_images:
             os.killpg(0, signum)
 
-    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+    after_steps(act)
     train_in(rank, path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import Tensor
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens
-from aimscale.harness.probe.features.images import LabelledImages, holdout_split
+from aimscale.harness.probe.features.images import holdout_split
 
 
 @pytest.mark.parametrize(
@@ -84,32 +81,3 @@ def test_images_are_decoded_ahead_in_order_and_errors_come_where_their_images_wo
     first = next(iter(train.ahead([[0]] * 50)))  # a reader that stops early leaves no thread waiting
     assert torch.equal(first[1], train.images([0]))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode") and thread.is_alive()]
-
-
-def test_the_next_images_are_decoded_while_the_backbone_works(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, _ = task.open()
-    under_way = {chunk: threading.Event() for chunk in range(3)}
-    images_of = LabelledImages.images
-
-    def images(self: LabelledImages, indices: Sequence[int], epoch: int | None = None) -> Tensor:
-        under_way[indices[0] // 64].set()
-        return images_of(self, indices, epoch)
-
-    class Patient:
-        """Does not answer for a chunk before the next one is being decoded: without reading ahead it never would."""
-
-        name, num_blocks, num_heads, passes = "patient", 1, 1, 0
-
-        def use(self, dtype: torch.dtype) -> None:
-            pass
-
-        def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-            self.passes += 1
-            if self.passes in (2, 3):  # the first pass is one image, for the shape
-                assert under_way[self.passes - 1].wait(timeout=60)
-            return torch.zeros(len(blocks), len(images), 1, 4)
-
-    source = StreamedTokens(Patient(), train, ALONE)
-    monkeypatch.setattr(LabelledImages, "images", images)
-    outputs = list(source.parts([list(range(start, start + 64)) for start in (0, 64, 128)]))
-    assert [part.shape[1] for part in outputs] == [64, 64, 64]

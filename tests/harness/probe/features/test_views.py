@@ -6,21 +6,10 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from aimscale.harness.probe.features.images import ARGUMENTS, PublishedViews
-
-
-def test_published_views_depend_on_seed_epoch_and_image_alone(task: Any) -> None:
-    train, _ = task.open()
-    views = PublishedViews(task.geometry, seed=1)
-    both = views.images(train.dataset, np.array([3, 8]), epoch=0)
-    assert both.shape == (2, 3, 16, 16)
-    torch.rand(3)  # somebody else draws
-    assert torch.equal(views.images(train.dataset, np.array([8]), epoch=0)[0], both[1])
-    assert not torch.equal(views.images(train.dataset, np.array([8]), epoch=1)[0], both[1])
 
 
 def test_views_are_changed_by_the_operations_and_magnitudes_of_timm() -> None:
@@ -38,13 +27,16 @@ def test_views_are_changed_by_the_operations_and_magnitudes_of_timm() -> None:
                 assert any(values == pytest.approx(mine) for mine in ours), (name, level)
 
 
-def test_threads_make_views_side_by_side(task: Any) -> None:
+def test_views_depend_on_seed_epoch_and_image_alone_so_that_threads_make_them_side_by_side(task: Any) -> None:
     train, _ = task.open()
     train = replace(train, views=PublishedViews(task.geometry, seed=1))
     state = random.getstate(), torch.get_rng_state()
     chunks = [list(range(start, start + 20)) for start in range(0, 200, 20)]
     ahead = torch.cat([images for _, images in train.ahead(chunks, 0)])
+    assert ahead.shape == (200, 3, 16, 16)
     assert torch.equal(ahead, train.images(range(200), 0))
+    assert torch.equal(ahead[8:9], train.images([8], 0))
+    assert not torch.equal(ahead[8:9], train.images([8], 1))
     assert state[0] == random.getstate()  # nobody's generators were touched
     assert torch.equal(state[1], torch.get_rng_state())
 

@@ -11,16 +11,6 @@ from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.heads.knn import neighbour_votes
 
 
-def test_neighbours_vote_with_their_cosine() -> None:
-    bank = functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, 0.1]]))
-    query = functional.normalize(torch.tensor([[0.8, 0.02]]))
-    ((rows, votes),) = neighbour_votes(bank, torch.tensor([0, 0, 1, 1]), query, (1, 4), 2, ALONE)
-    assert rows == slice(0, 1)
-    assert votes.argmax(2).tolist() == [[0], [0]]
-    assert votes[0, 0].tolist() == [1.0, 0.0]  # the nearest has weight one
-    assert votes[1, 0, 0] > votes[1, 0, 1] > 0
-
-
 @pytest.mark.parametrize("ks", [(5, 20), (1, 3)])
 def test_votes_are_those_of_the_definition_whatever_the_blocks(
     monkeypatch: pytest.MonkeyPatch, ks: tuple[int, ...]

@@ -90,26 +90,3 @@ def test_training_follows_torch_adamw_with_clipping_and_schedule(
         reference.zero_grad()
     trained = fitted(kind, tokens, labels, num_steps=num_steps)
     torch.testing.assert_close(trained(tokens)[s, :, g], probe(tokens[s]), rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("kind", list(STACKS))
-def test_a_head_of_the_grid_equals_one_trained_alone(kind: str, tokens: Tensor, labels: Tensor) -> None:
-    grid = fitted(kind, tokens, labels, num_steps=20)
-    alone = fitted(kind, tokens[1:], labels, num_steps=20, num_sets=1, lrs=LRS[:1])
-    torch.testing.assert_close(grid(tokens)[1, :, 0], alone(tokens[1:])[0, :, 0], rtol=1e-3, atol=1e-4)
-
-
-def test_a_norm_behind_the_efficient_pooling_changes_no_function(written_out: Any) -> None:
-    """Published: tokens as they are, a batch norm behind the pooling. Ours in front of it can compute the same."""
-    width, features = WIDTH, torch.randn(50, 7, WIDTH, generator=torch.Generator().manual_seed(0)) + 3
-    ours = written_out(make("efficient", num_sets=1, lrs=LRS[:1]).select(0, 0)).train()
-    torch.nn.init.normal_(ours.queries)
-    expected = ours(features)  # in training mode: the statistics of these tokens
-    mean, std = features.mean((0, 1)), (features.var((0, 1), correction=0) + 1e-6).sqrt()
-    attention = (features @ (ours.queries / std).T / width**0.5).softmax(dim=1)
-    values = (features @ (ours.v.weight / std).T).unflatten(2, (len(ours.queries), -1))
-    pooled = torch.einsum("bnq,bnqc->bqc", attention, values).flatten(1)
-    centre, spread = pooled.mean(0), (pooled.var(0, correction=0) + 1e-6).sqrt()
-    bias = ours.linear.bias + ours.linear.weight @ (centre - (ours.v.weight / std) @ mean)
-    normed = (pooled - centre) / spread
-    torch.testing.assert_close(normed @ (ours.linear.weight * spread).T + bias, expected, rtol=1e-4, atol=1e-4)
