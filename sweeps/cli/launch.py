@@ -33,8 +33,7 @@ def launch(
         int | None, typer.Option(help="Local processes at a time; by default one per card, or what the cores can feed.")
     ] = None,
     runs_per_device: Annotated[
-        str | None,
-        typer.Option(help="Runs that share a card, a number or auto (by the memory estimate); instead of the file's."),
+        int | None, typer.Option(min=1, help="Runs that share a card, instead of the sweep file's.")
     ] = None,
     evaluate: Annotated[
         Place | None,
@@ -152,7 +151,7 @@ def _launch_slurm(
     dry_run: bool,
     allow_dirty: bool,
     evaluate: Place,
-    runs_per_device: str | None,
+    runs_per_device: int | None,
     fields: dict[str, str | int | None],
 ) -> None:
     from aimscale.sweeps.engine.packed_job import PackedJob

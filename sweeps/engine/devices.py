@@ -4,61 +4,50 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 
-from aimscale.sweeps.plan.device_fit import runs_on_a_device
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import Sweep
 
-WHOLE = Fraction(1)
 LIST_TIMEOUT_S = 30
 
 
 class Devices:
-    """A run with several devices takes whole ones; one with a single device may take a share of it."""
+    """A run with several devices takes whole ones; one with a single device takes its share of one."""
 
     def __init__(self, cards: Sequence[str], slots: int) -> None:
-        """With more slots than cards, cards are shared; without cards, each slot is a place for a process."""
+        """With more slots than cards, cards are shared evenly; without cards, each slot is a place for a process."""
         self.cards = tuple(cards[:slots])
         self.num = len(self.cards) or slots
-        self._slots = slots
-        self._free = [WHOLE] * self.num
+        self.runs_per_device = -(-slots // self.num)
+        self._free = [self.runs_per_device] * self.num
 
-    @property
-    def share(self) -> Fraction:
-        """What a run of one device takes where nothing else is said."""
-        return Fraction(1, -(-self._slots // self.num))
-
-    def take(self, num: int, share: Fraction) -> tuple[int, ...] | None:
+    def take(self, num: int) -> tuple[int, ...] | None:
         """Devices for a run, the fullest that still have room; None while there is none."""
-        share = share if num == 1 else WHOLE
-        fits = sorted((free, i) for i, free in enumerate(self._free) if free >= share)
+        fits = sorted((free, i) for i, free in enumerate(self._free) if free >= self._places(num))
         if len(fits) < num:
             return None
         taken = tuple(sorted(i for _, i in fits[:num]))
         for i in taken:
-            self._free[i] -= share
+            self._free[i] -= self._places(num)
         return taken
 
-    def give_back(self, taken: Sequence[int], share: Fraction) -> None:
+    def give_back(self, taken: Sequence[int]) -> None:
         """The run on these devices ended."""
         for i in taken:
-            self._free[i] += share if len(taken) == 1 else WHOLE
+            self._free[i] += self._places(len(taken))
 
-    def environment(self, taken: Sequence[int], share: Fraction) -> dict[str, str]:
+    def _places(self, num: int) -> int:
+        """What a run of so many devices takes of each."""
+        return 1 if num == 1 else self.runs_per_device
+
+    def environment(self, taken: Sequence[int]) -> dict[str, str]:
         """What a worker on these devices is told."""
         if not self.cards:
             return {}
         told = {"CUDA_VISIBLE_DEVICES": ",".join(self.cards[i] for i in taken)}
-        if len(taken) == 1 and share < 1:
-            told["AIMSCALE_DEVICE_SHARE"] = f"{float(share):.6f}"
+        if len(taken) == 1 and self.runs_per_device > 1:
+            told["AIMSCALE_DEVICE_SHARE"] = f"{1 / self.runs_per_device:.6f}"
         return told
-
-
-def sharing(sweep: Sweep) -> Callable[[Run], Fraction]:
-    """How much of a card each run takes by `runs_per_device`."""
-    return lambda run: Fraction(1, runs_on_a_device(sweep, run))
 
 
 def visible_gpus() -> list[str]:
@@ -80,7 +69,7 @@ def listed_cards() -> list[str]:
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
-def default_slots(runs: Sequence[Run], gpus: Sequence[str]) -> int:
-    """A slot a card, or as many processes as the cores feed."""
+def default_slots(runs: Sequence[Run], gpus: Sequence[str], runs_per_device: int) -> int:
+    """So many slots a card, or as many processes as the cores feed."""
     threads = max(run.config.runtime.num_threads for run in runs)
-    return len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)
+    return runs_per_device * len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)

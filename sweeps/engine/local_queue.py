@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 
@@ -58,8 +57,6 @@ class Job:
     attempt: int
     """1 for the first start."""
     devices: tuple[int, ...]
-    share: Fraction
-    """How much of each."""
     process: subprocess.Popen[bytes]
     """The worker, leader of its own process group."""
     started: float = field(default_factory=time.time)
@@ -75,8 +72,6 @@ class Queue:
     pending: list[Run]
     """To be started, longest first."""
     devices: Devices
-    share: Callable[[Run], Fraction]
-    """How much of a device a run of one device takes."""
     job_id: str | None = None
     """Of the Slurm job that this queue is; its runs stay claimed by the job until they end."""
     active: list[Job] = field(default_factory=list)
@@ -117,7 +112,6 @@ def run_queue(
     kind: JobKind,
     slots: int,
     gpus: Sequence[str] = (),
-    share: Callable[[Run], Fraction] | None = None,
     command: Command = worker_command,
     report: Report = lambda queue: None,
     is_queued: Callable[[Claim], bool] = lambda claim: True,
@@ -129,7 +123,6 @@ def run_queue(
     Args:
         slots: processes at a time; more than there are cards share the cards.
         gpus: cards, of which each run sees its own alone.
-        share: how much of a card a run of one device takes, instead of an even share.
         command: the program that does it.
         report: called every few moments.
         is_queued: whether Slurm still knows a job that an earlier launch submitted.
@@ -142,14 +135,7 @@ def run_queue(
     if slots < 1:
         raise SweepError(f"--slots must be 1 or more, not {slots}")
     devices = Devices(gpus, slots)
-    queue = Queue(
-        kind=kind,
-        runs=runs,
-        pending=list(runs),
-        devices=devices,
-        share=share or (lambda run: devices.share),
-        job_id=job_id,
-    )
+    queue = Queue(kind=kind, runs=runs, pending=list(runs), devices=devices, job_id=job_id)
     with _stop_requests(queue):
         try:
             _work_through(queue, command, report, is_queued, until)
@@ -189,8 +175,7 @@ def _work_through(
 def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], bool]) -> bool:
     """Start the next run, or leave it; False while no device is free."""
     run = queue.pending[0]
-    share = queue.share(run)
-    taken = queue.devices.take(min(run.devices, queue.devices.num), share)
+    taken = queue.devices.take(min(run.devices, queue.devices.num))
     if taken is None:
         return False
     queue.pending.pop(0)
@@ -203,11 +188,11 @@ def _start_next(queue: Queue, command: Command, is_queued: Callable[[Claim], boo
             if decision.startable:
                 claim = own_claim("slurm" if queue.job_id else "local", len(taken), queue.job_id)
                 queue.kind.claim(record, run, claim)
-        job = _start(queue, run, record, taken, share, command) if decision.startable else None
+        job = _start(queue, run, record, taken, command) if decision.startable else None
     except (OSError, UserError) as error:
         decision, job = Decision(run=run, record=record, verdict="damaged", why=_words(error)), None
     if job is None:
-        queue.devices.give_back(taken, share)
+        queue.devices.give_back(taken)
         queue.left.append(decision)
         return True
     queue.active.append(job)
@@ -224,11 +209,11 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
-def _start(queue: Queue, run: Run, record: RunRecord, taken: tuple[int, ...], share: Fraction, command: Command) -> Job:
+def _start(queue: Queue, run: Run, record: RunRecord, taken: tuple[int, ...], command: Command) -> Job:
     attempt = record.next_attempt()
     threads = str(run.config.runtime.num_threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "AIMSCALE_ATTEMPT": str(attempt)}
-    environment |= queue.devices.environment(taken, share)
+    environment |= queue.devices.environment(taken)
     environment.pop("SLURM_STEP_NUM_TASKS", None)  # srun may have started several queues; no run is a rank of theirs
     if len(taken) > 1:  # torchrun kills its workers so long after it was told to stop; by default after 30 s
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(queue.kind.stop_s(run))
@@ -242,13 +227,13 @@ def _start(queue: Queue, run: Run, record: RunRecord, taken: tuple[int, ...], sh
             env=environment,
             start_new_session=True,  # Ctrl-C on the terminal reaches the queue alone, which then asks politely
         )
-    return Job(run=run, record=record, attempt=attempt, devices=taken, share=share, process=process)
+    return Job(run=run, record=record, attempt=attempt, devices=taken, process=process)
 
 
 def _gather(queue: Queue) -> None:
     for job in [job for job in queue.active if job.process.poll() is not None]:
         queue.active.remove(job)
-        queue.devices.give_back(job.devices, job.share)
+        queue.devices.give_back(job.devices)
         try:
             outcome = _conclude(queue, job)
             queue.events.append(_sentence(job, outcome))

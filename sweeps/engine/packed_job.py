@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,7 @@ from aimscale.sweeps.state.decision import Decision, JobKind, decide
 class PackedJob:
     """The callable that submitit pickles; it carries run directories and nothing else of them."""
 
-    def __init__(self, paths: list[Path], runs_per_device: list[int], devices: int, worker: tuple[str, ...]) -> None:
-        """`runs_per_device` says of each run how many like it share a card."""
+    def __init__(self, paths: list[Path], runs_per_device: int, devices: int, worker: tuple[str, ...]) -> None:
         self.paths, self.runs_per_device = paths, runs_per_device
         self.devices, self.worker = devices, worker
 
@@ -42,7 +40,6 @@ class PackedJob:
             JobError: a run failed for good, or the job could not be requeued.
         """
         job_id, restarts = slurm.own_job_id() or "", int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        shares = {path.name: Fraction(1, num) for path, num in zip(self.paths, self.runs_per_device, strict=True)}
         runs = list(self._runs())
         kind = self._kind(job_id, restarts)
         _wait_for_leases([RunRecord(path) for path in self.paths])
@@ -50,9 +47,8 @@ class PackedJob:
         result = run_queue(
             runs,
             kind=kind,
-            slots=self.devices if gpus else self.devices * max(self.runs_per_device),
+            slots=self.devices * self.runs_per_device,
             gpus=gpus,
-            share=(lambda run: shares[run.run_id]) if gpus else None,
             command=lambda path, devices: worker_command(path, devices, self.worker),
             report=print_events,
             job_id=job_id,

@@ -18,7 +18,7 @@ from rich.text import Text
 from aimscale.harness.data.store.card import num_images
 from aimscale.harness.run.config import ModelSection, ProbeSection, parse, read_yaml
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.engine.devices import default_slots, sharing, visible_gpus
+from aimscale.sweeps.engine.devices import default_slots, visible_gpus
 from aimscale.sweeps.engine.evaluations import WORKER, Place, evaluation_jobs, unevaluated, with_place
 from aimscale.sweeps.engine.local_queue import Command, LaunchResult, Queue, print_events, run_queue, worker_command
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
@@ -73,7 +73,7 @@ def launch(
     root: Path = Path("aimscale-runs"),
     *,
     slots: int | None = None,
-    runs_per_device: str | int | None = None,
+    runs_per_device: int | None = None,
     evaluate: Place | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
@@ -85,7 +85,7 @@ def launch(
     Args:
         sweep: a sweep or its name.
         slots: processes at a time; by default one per card, or as many as the cores can feed.
-        runs_per_device: runs that share a card, a number or `auto`, instead of the sweep file's.
+        runs_per_device: runs that share a card, instead of the sweep file's.
         evaluate: where validation and probes run: `inline`, in the process that has trained the run, or as `jobs` after
             training; None leaves it to each run's `runtime.evaluate`. What finished runs lack is jobs in any case.
         command: the program that executes a run.
@@ -105,9 +105,8 @@ def launch(
     gpus = visible_gpus()
     queue = functools.partial(
         run_queue,
-        slots=default_slots(runs, gpus) if slots is None else slots,
+        slots=default_slots(runs, gpus, loaded.file.runs_per_device) if slots is None else slots,
         gpus=gpus,
-        share=sharing(loaded) if gpus and slots is None else None,
         is_queued=ask,
     )
     with _display(lambda: sweep_status(loaded, runs, cards)) as report:
@@ -156,9 +155,8 @@ def work(
         until = started + 3600 * hours - min(max(map(training.stop_s, runs)), 1800 * hours)
     queue = functools.partial(
         run_queue,
-        slots=devices or default_slots(runs, gpus),
+        slots=default_slots(runs, gpus, loaded.file.runs_per_device) if gpus or not devices else devices,
         gpus=gpus,
-        share=sharing(loaded) if gpus else None,
         report=print_events,
         until=until,
     )

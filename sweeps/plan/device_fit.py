@@ -1,4 +1,4 @@
-"""How runs fit their devices, one or several to a device, by the memory estimate, and how long they take to stop."""
+"""How a run fits its devices by the memory estimate, and how long it takes to stop."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import Sweep
 
-MAX_RUNS_ON_A_DEVICE = 8
-SHARED_MEMORY = 0.9
-"""What runs that share a device may plan for; each has a context and an allocator of its own."""
-MIN_SHARED_MICRO_BATCH = 32
 MIN_STOP_S = 120
 """Even a small run ends a step, a validation batch or a probe's epoch first."""
 STEP_S = 30
@@ -63,30 +59,6 @@ def device_fit(
         for stage in ((0, 1, 2, 3) if precision == "fp32" else (1, 2, 3))  # bf16 needs the master weights of 1 and up
     }
     return DeviceFit(chosen=chosen, by_stage=by_stage)
-
-
-def runs_on_a_device(sweep: Sweep, run: Run) -> int:
-    """How many runs like this one share a device: `runs_per_device`, or as many as the memory estimate allows.
-
-    1 where more would need smaller micro-batches than `MIN_SHARED_MICRO_BATCH`, or recomputation.
-    """
-    if sweep.file.runs_per_device != "auto":
-        return sweep.file.runs_per_device
-    if run.devices > 1:
-        return 1
-    total = SHARED_MEMORY * 1e9 * sweep.file.cost.memory_gb
-    training = run.config.training
-    fit = functools.partial(device_fit, model_of(training), training.optimiser, run.config.runtime, 1)
-    alone = fit(round(total)).chosen
-    if alone is None:
-        return 1
-    for num in range(MAX_RUNS_ON_A_DEVICE, 1, -1):
-        shared = fit(round(total / num)).chosen
-        if shared is None or shared.micro_batch < min(alone.micro_batch, MIN_SHARED_MICRO_BATCH):
-            continue
-        if shared.activation_checkpointing == alone.activation_checkpointing:
-            return num
-    return 1
 
 
 def stop_seconds(sweep: Sweep, run: Run) -> int:

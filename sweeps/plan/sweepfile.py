@@ -179,8 +179,8 @@ class SweepFile(Section):
     """Cells left out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
     """Cells changed."""
-    runs_per_device: Literal["auto"] | Annotated[int, Field(gt=0)] = 1
-    """Runs of one device that share a card, here or in one Slurm job; auto: as many as the memory estimate allows."""
+    runs_per_device: int = Field(1, gt=0)
+    """Runs of one device that share a card, here or in one Slurm job."""
     cost: CostSection = CostSection()
     """Assumptions of the cost card."""
     slurm: SlurmSection = SlurmSection()

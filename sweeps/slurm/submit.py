@@ -7,14 +7,13 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from aimscale.sweeps.plan.device_fit import runs_on_a_device, stop_seconds
+from aimscale.sweeps.plan.device_fit import stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
@@ -26,8 +25,8 @@ from aimscale.sweeps.state.retries import diagnose
 from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.state.sweep_dir import lock_file
 
-Packed = Callable[[list[Path], list[int], int, tuple[str, ...]], Any]
-"""(run directories, how many like each share a card, cards, worker) -> a job that executes them all."""
+Packed = Callable[[list[Path], int, int, tuple[str, ...]], Any]
+"""(run directories, how many share a card, cards, worker) -> a job that executes them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,18 +186,10 @@ class _Batch:
 
     def _jobs(self, shape: Shape, members: Sequence[Decision]) -> list[list[Decision]]:
         """The runs of each job: one, or as many of one device as its cards take at a time."""
+        together = self.sweep.file.runs_per_device * self.section.devices_per_job
         if self.packed is None or shape != Shape(nodes=1, tasks_per_node=1):
-            return [[each] for each in members]
-        jobs: list[list[Decision]] = []
-        room = Fraction(0)
-        for each in members:
-            share = Fraction(1, runs_on_a_device(self.sweep, each.run))
-            if share > room:
-                jobs.append([])
-                room = Fraction(self.section.devices_per_job)
-            jobs[-1].append(each)
-            room -= share
-        return jobs
+            together = 1
+        return [list(members[i : i + together]) for i in range(0, len(members), together)]
 
     def _array(self, shape: Shape, jobs: Sequence[Sequence[Decision]], turn: Turn, after: Sequence[str]) -> Submission:
         """Submit one array and claim its runs; a job that starts before its claim waits for the launch's lock."""
@@ -236,8 +227,8 @@ class _Batch:
         if len(members) == 1 or self.packed is None:
             (only,) = members
             return SlurmJob(only.record.path, self.kind.worker)
-        shared_by = [runs_on_a_device(self.sweep, each.run) for each in members]
-        return self.packed([each.record.path for each in members], shared_by, devices, self.kind.worker)
+        paths = [each.record.path for each in members]
+        return self.packed(paths, self.sweep.file.runs_per_device, devices, self.kind.worker)
 
     def _excluded(self, members: Sequence[Decision], num_needed: int) -> tuple[str, ...]:
         """Nodes on which these runs failed; none where too few would be left to run on."""

@@ -30,7 +30,7 @@ def test_one_slurm_job_executes_several_runs_as_a_queue(queued: list[RunRecord],
     """Each with its own directory, log, attempt and failure; one that was cancelled meanwhile is left alone."""
     queued[1].drop_claim()
     (queued[3].path / "behaviour").write_text("crash")
-    job = PackedJob([record.path for record in queued], [2, 2, 2, 2], 1, (STAND_IN,))
+    job = PackedJob([record.path for record in queued], 2, 1, (STAND_IN,))
     with pytest.raises(JobError, match=queued[3].path.name):
         job()
     assert [record.checked_status().state for record in queued] == ["finished", "queued", "finished", "failed"]
@@ -49,7 +49,7 @@ def test_one_slurm_job_executes_several_runs_as_a_queue(queued: list[RunRecord],
 def test_damaged_runs_of_a_job_are_named_and_the_others_executed(queued: list[RunRecord], capsys: Any) -> None:
     for record, name in zip(queued, ("config.yaml", "lease.json", "launch.json"), strict=False):
         (record.path / name).write_text("[")
-    job = PackedJob([record.path for record in queued], [2, 2, 2, 2], 1, (STAND_IN,))
+    job = PackedJob([record.path for record in queued], 2, 1, (STAND_IN,))
     assert job() == "1 runs finished"
     assert [record.checked_status().state for record in queued] == ["queued", "queued", "queued", "finished"]
     said = capsys.readouterr().out
@@ -61,8 +61,8 @@ def test_a_job_that_slurm_restarted_leaves_runs_of_its_later_self_alone(
     queued: list[RunRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert PackedJob([record.path for record in queued[:2]], [2, 2], 1, (STAND_IN,))() == "2 runs finished"
+    assert PackedJob([record.path for record in queued[:2]], 2, 1, (STAND_IN,))() == "2 runs finished"
     claim_run_again = own_claim("slurm", 1, "9")
     for record in queued[2:]:
         record.write_claim(type(claim_run_again)(**{**vars(claim_run_again), "restarts": 2}))
-    assert PackedJob([record.path for record in queued[2:]], [2, 2], 1, (STAND_IN,))() == "0 runs finished"
+    assert PackedJob([record.path for record in queued[2:]], 2, 1, (STAND_IN,))() == "0 runs finished"
