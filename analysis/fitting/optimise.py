@@ -52,24 +52,8 @@ def _continue(problem: Problem, vector: Array, weights: Array) -> Array:
     delta = np.maximum(2 * np.median(np.abs(r), axis=1, keepdims=True), objective.delta)
     while np.any(delta > objective.delta):
         vector = _newton(problem, vector, weights, delta, 4)
-        smaller = np.maximum(delta / 6, objective.delta)
-        vector = _follow_path(problem, vector, weights, delta, smaller)
-        delta = smaller
+        delta = np.maximum(delta / 6, objective.delta)
     return _newton(problem, vector, weights, delta, MAX_ITERATIONS)
-
-
-def _follow_path(problem: Problem, vector: Array, weights: Array, delta: Array, smaller: Array) -> Array:
-    """One step along the path of minima as the quadratic zone shrinks: the points inside stay inside, scaled down.
-
-    (Madsen and Nielsen 1993.) Rows where the step does not lower the objective keep their place.
-    """
-    total, gradient, hessian, diagonal = _derivatives(
-        problem, vector, weights, smaller, np.full(len(vector), 1e-9), delta
-    )
-    step = _bounded_step(problem, vector, gradient, hessian, diagonal * 1e-12)
-    new = np.clip(vector + step, problem.lower, problem.upper)
-    better = objective_of(problem, problem.predict(new), weights, smaller) < total
-    return np.where(better[:, None], new, vector)
 
 
 def _newton(problem: Problem, vector: Array, weights: Array, delta: Array, max_iterations: int) -> Array:
@@ -97,12 +81,11 @@ def _newton(problem: Problem, vector: Array, weights: Array, delta: Array, max_i
 
 
 def _derivatives(
-    problem: Problem, vector: Array, weights: Array, delta: Array, damping: Array, zone: Array | None = None
+    problem: Problem, vector: Array, weights: Array, delta: Array, damping: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Objective, gradient, a positive Hessian model and its diagonal.
 
-    `zone` counts points up to another width than `delta` as quadratic (see `_follow_path`). The model is Newton's,
-    blended with that of reweighted least squares (which always descends) as the damping grows.
+    The model is Newton's, blended with that of reweighted least squares (which always descends) as the damping grows.
     """
     objective = problem.objective
     value, jacobian = problem.predict_and_jacobian(vector)
@@ -114,7 +97,7 @@ def _derivatives(
         r = problem.y - value
     size = np.abs(r)
     total = np.sum(weights * objective.loss(r, delta), axis=1)
-    inside = size <= (delta if zone is None else zone)
+    inside = size <= delta
     pull = weights * (np.where(inside, r, delta * np.sign(r)) if np.all(np.isfinite(delta)) else r)
     ratio = np.minimum(1.0, delta / np.maximum(size, 1e-300))
     blend = np.minimum(damping, 1.0)[:, None]

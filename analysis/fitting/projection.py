@@ -118,19 +118,10 @@ def _thinned(problem: Problem) -> Problem:
 
 
 def _project_chunk(problem: Problem, theta: Array) -> tuple[Array, Array]:
-    """Projected grid points (m, k) and their objective (m,); the better quarter is reweighted once if it is robust."""
-    objective = problem.objective
-    relative = problem.weights / problem.y**2 if objective.log else problem.weights
+    """Projected grid points (m, k) and their objective (m,)."""
+    relative = problem.weights / problem.y**2 if problem.objective.log else problem.weights
     g = design(problem, theta)
     c = project(problem, g, relative)
     value = np.einsum("mp,mpn->mn", c, g)
     total = objective_of(problem, value, problem.weights)
-    if objective.robust:
-        best = np.argsort(total)[: max(8, len(theta) // 4)]
-        size = np.abs(problem.y - value[best]) * (1 / problem.y if objective.log else 1.0)
-        middle = np.median(size, axis=1, keepdims=True) + 1e-300
-        again = project(problem, g[best], relative / np.maximum(size, middle))
-        total_again = objective_of(problem, np.einsum("mp,mpn->mn", again, g[best]), problem.weights)
-        better = total_again < total[best]
-        c[best[better]], total[best[better]] = again[better], total_again[better]
     return np.concatenate([c, theta], axis=1), total
