@@ -19,6 +19,8 @@ from aimscale.analysis.laws.base import Array
 
 MANY_CLUSTERS = 200
 """More clusters than this are as good as normal, whatever the contrast."""
+LOOSE_CLUSTERS = 2000
+"""Of more clusters than this none has a leverage to correct for."""
 FLAT = 1e-6
 """A direction of the parameters that moves the law less than this share of the strongest one is taken to move it by
 that: its error is huge, not zero."""
@@ -88,6 +90,10 @@ def sandwich(jacobian: Array, residual: Array, weights: Array, clusters: Array) 
     scale = np.where(scale > 0, scale, 1.0)
     q, singular, turn = np.linalg.svd(scaled / scale, full_matrices=False)
     error, order = residual * root, np.argsort(clusters, kind="stable")
+    to_params = (turn.T / np.maximum(singular, FLAT * singular.max())) / scale[:, None]
+    if (num := int(clusters.max()) + 1) > LOOSE_CLUSTERS:
+        scores, none = _sums(clusters, q * error[:, None]), np.empty((num, 0, 0))
+        return Sandwich(to_params=to_params, covariance=scores.T @ scores, squares=none, overlaps=none)
     scores, squares, overlaps = [], [], []
     for rows in np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1):
         p, d, w = np.linalg.svd(q[rows], full_matrices=False)
@@ -97,11 +103,16 @@ def sandwich(jacobian: Array, residual: Array, weights: Array, clusters: Array) 
         squares.append(b.T @ b)
         overlaps.append(q[rows].T @ b)
     return Sandwich(
-        to_params=(turn.T / np.maximum(singular, FLAT * singular.max())) / scale[:, None],
+        to_params=to_params,
         covariance=np.array(scores).T @ np.array(scores),
         squares=np.array(squares),
         overlaps=np.array(overlaps),
     )
+
+
+def _sums(codes: Array, columns: Array) -> Array:
+    """Sums (groups, k) of columns (n, k) over groups."""
+    return np.stack([np.bincount(codes, column) for column in columns.T], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,27 +170,45 @@ def components_of(jacobian: Array, residual: Array, weights: Array, groups: Grou
     root = np.sqrt(weights)
     q, _ = np.linalg.qr(jacobian * root[:, None])
     error, (n, k) = residual * root, jacobian.shape
-    factors = {name: np.eye(int(codes.max()) + 1)[codes] * root[:, None] for name, codes in groups.named.items()}
-    names = [*factors, "points"]
+    named = groups.named
+    sums = {name: _sums(codes, q * root[:, None]) for name, codes in named.items()}  # F_l' Q
+    names = [*named, "points"]
     squares, expected, own = np.empty(len(names)), np.empty((len(names),) * 2), {}
-    for i, name in enumerate(factors):
-        squares[i] = np.sum((factors[name].T @ error) ** 2)
-        for j, other in enumerate(factors):
-            left = factors[name].T @ factors[other] - (factors[name].T @ q) @ (q.T @ factors[other])
-            expected[i, j] = np.sum(left**2)
-            if i == j:
-                expected[i, -1] = expected[-1, i] = np.trace(left)
-                own[name] = expected[i, i] ** 2 / np.sum((left @ left) ** 2)
+    for i, (name, codes) in enumerate(named.items()):
+        squares[i] = np.sum(np.bincount(codes, error * root) ** 2)
+        total = np.bincount(codes, weights)
+        expected[i, -1] = expected[-1, i] = np.sum(total) - np.sum(sums[name] ** 2)
+        own[name] = _degrees(total, sums[name])
+        for j, (other, others) in enumerate(named.items()):
+            cells, place = np.unique(np.stack([codes, others]), axis=1, return_inverse=True)
+            weight = np.bincount(place.ravel(), weights)
+            overlap = np.sum(sums[name][cells[0]] * sums[other][cells[1]], axis=1)
+            inner = np.sum((sums[name].T @ sums[name]) * (sums[other].T @ sums[other]))
+            expected[i, j] = np.sum(weight**2) - 2 * np.sum(weight * overlap) + inner
     spare = max(1, n - k)
     squares[-1], expected[-1, -1] = np.sum(error**2), spare
     size = np.sqrt(np.diag(expected))
     variances = dict(zip(names, nnls(expected / np.outer(size, size), squares / size)[0] / size, strict=True))
     own["points"] = max(1.0, spare - sum(own.values()))
-    total = sum(variances.values())
+    whole = sum(variances.values())
     uncertain = sum(v**2 / own[name] for name, v in variances.items())
     return Components(
         size=float(np.sqrt(variances.get("sizes", 0.0))),
         run=float(np.sqrt(variances.get("runs", 0.0))),
         point=float(np.sqrt(variances["points"])),
-        degrees=float(min(spare, total**2 / uncertain)) if uncertain > 0 else float(spare),
+        degrees=float(min(spare, whole**2 / uncertain)) if uncertain > 0 else float(spare),
     )
+
+
+def _degrees(total: Array, sums: Array) -> float:
+    """Degrees of freedom of a variance of groups that is told from their sums of squares.
+
+    Args:
+        total: weight of each group (groups,).
+        sums: F' Q (groups, k).
+    """
+    if len(total) > MANY_CLUSTERS:
+        return float(len(total) - sums.shape[1])
+    left = np.diag(total) - sums @ sums.T
+    squared = left @ left
+    return float(np.trace(squared) ** 2 / np.sum(squared**2))

@@ -14,7 +14,7 @@ SIZE_COLUMNS = ("params_total", "N", "size")
 """Where a size is told from, where the law itself has no N."""
 MIN_SPARE = 2
 """Degrees of freedom that groups must leave for their own spread to be told at all."""
-MANY = 500
+MANY = 100
 """More groups than this leave plenty."""
 
 

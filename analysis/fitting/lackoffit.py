@@ -25,8 +25,9 @@ ALARM = 0.01
 """A test is told of at this probability or less."""
 MIN_GROUPS, MAX_GROUPS = 5, 30
 """Fewer values of a variable leave too little to tell by, and of more each alone hardly matters."""
-SIMULATED = 999
-"""Tables simulated for a probability, whatever the number of draws of the intervals."""
+SIMULATED, AT_ONCE = 999, 2_000_000
+"""Tables simulated for a probability, whatever the number of draws of the intervals; of large tables fewer, so that so
+many errors are held at once."""
 
 
 def lack_of_fit(
@@ -45,7 +46,8 @@ def lack_of_fit(
         residual: residuals (n,) whose least squares it is.
         groups: points that share errors the law leaves visible.
     """
-    simulated = errors.simulate(problem.weights, groups, SIMULATED, np.random.default_rng(5))
+    num = int(np.clip(AT_ONCE // problem.num_points, 99, SIMULATED))
+    simulated = errors.simulate(problem.weights, groups, num, np.random.default_rng(5))
     return (
         *_form(problem, problem.linearised(vector), residual, points, groups, errors, simulated),
         *_odd_groups(problem, vector, points, rows),
@@ -68,7 +70,7 @@ def _form(
     if groups.runs is not None:
         # what all points of a size share is no noise of replicates but lack of fit: the null is without it
         seeds = Groups(runs=groups.runs)
-        own = replace(errors, size=0.0).simulate(problem.weights, seeds, SIMULATED, np.random.default_rng(6))
+        own = replace(errors, size=0.0).simulate(problem.weights, seeds, len(simulated), np.random.default_rng(6))
     scaled, size = residual * np.sqrt(problem.weights), 100 * float(np.sqrt(np.mean(residual**2)))
     if cells.max() + 1 < len(cells) and cells.max() + 1 > jacobian.shape[1]:
         f, degrees, p = replicate_test(scaled, jacobian, problem.weights, cells, own)
