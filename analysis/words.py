@@ -86,7 +86,6 @@ FLAGS = {
 }
 """Kind of a flag -> its sentence. `mixed` is of the table: its rows differ in more than the law's variables."""
 
-IMAGES = "median and range over {number} pairs of rows scored on the same images"
 NOISE = {
     "table": ("spread over the whole table", "{number} rows"),
     "seeds": ("between seeds", "{number} degrees of freedom of runs"),
@@ -95,8 +94,10 @@ NOISE = {
         "validation images, shared by all runs scored on them",
         "median and range over {number} rows' standard errors; it moves all runs together",
     ),
-    "pairs": ("validation images, difference of any two runs", IMAGES),
-    "seed_pairs": ("validation images, difference of two seeds", IMAGES),
+    "pairs": (
+        "validation images, difference of any two runs",
+        "median and range over {number} pairs of rows scored on the same images",
+    ),
     "law": (
         "scatter about the joint law",
         "residuals of {number} points; more than seeds and images explain is the law's form or the tuning",

@@ -10,7 +10,6 @@ import pandas as pd
 from scipy.stats import kendalltau, pearsonr, rankdata, spearmanr
 from scipy.stats import t as student
 
-from aimscale.analysis.accuracy.compute import EqualCompute, equal_compute
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
@@ -25,6 +24,12 @@ FISHERS_WEIGHT = 4
 """Fisher's variance counts as much as so many degrees of freedom between clusters (how chosen: docs/analysis.md)."""
 MOST_CLUSTERS = 1000
 """More clusters than this are not left out in turn: Fisher's standard error is enough."""
+TOLERANCE = 0.02
+"""Rows whose values differ by less than this fraction share them."""
+MOST_SHAPES = 6
+"""Columns of the smooth function at most, its constant included."""
+NOTHING_LEFT = 3e-4
+"""A column of which less than this share of its spread is left does not vary at equal compute."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -150,6 +155,57 @@ def _check_names(df: pd.DataFrame, methods: Sequence[str], x: str, y: str, *othe
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     if absent := [name for name in (x, y, *others) if name and name not in df.columns]:
         raise no_column(df, absent[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualCompute:
+    """How compute is taken out of a column."""
+
+    basis: Array
+    """Orthonormal columns (n, q) that are projected out."""
+    num_groups: int | None
+    """Groups of rows that share it, within which rows are compared; None: about a smooth function of it."""
+
+    def left(self, values: Array, rows: Array | None = None) -> Array:
+        """What is left of values (n,), or of some of their rows; zeros where nothing is."""
+        a = values if rows is None else values[rows]
+        basis = self.basis if rows is None else np.linalg.qr(self.basis[rows])[0]
+        rest = a - basis @ (basis.T @ a)
+        return rest if np.std(rest) > NOTHING_LEFT * np.std(values) else np.zeros_like(a)
+
+
+def equal_compute(values: Array, sizes: Array) -> EqualCompute:
+    """Take a positive column out.
+
+    A straight line in its logarithm does not do: two power laws of compute bend about it and then correlate, whatever
+    else they have in common. Where most rows share their compute with another size, groups are compared within;
+    elsewhere what is taken out is spanned by all power laws of it.
+
+    Args:
+        values: the column (n,), positive.
+        sizes: sizes (n,), so that seeds of one size make no group.
+    """
+    log_c = np.log(values)
+    order = np.argsort(log_c, kind="stable")
+    group = np.empty(len(log_c), int)
+    group[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > TOLERANCE)])  # close neighbours chain
+    several = np.array([len(np.unique(sizes[group == g])) > 1 for g in range(group.max() + 1)])
+    if several.sum() > 2 and several[group].mean() > 0.6:
+        member = (group[:, None] == np.arange(group.max() + 1)).astype(float)
+        means = member.T @ log_c / member.sum(axis=0)
+        inside, middle = log_c - means[group], means[group] - log_c.mean()
+        # rows of a group differ a little: a slope in that, which may itself change with compute, goes too
+        tilts = np.column_stack([inside, inside * middle, inside * middle**2])
+        spanned = np.column_stack([member, tilts[:, np.std(tilts, axis=0) > 1e-9]])
+        return EqualCompute(basis=np.linalg.qr(spanned)[0], num_groups=int(several.sum()))
+    z = log_c - log_c.mean()
+    exponents = np.linspace(-0.8, 0.1, 60)
+    shapes = np.exp(np.clip(np.outer(z, exponents), -30, 30))
+    shapes = shapes / np.linalg.norm(shapes, axis=0)
+    num = max(2, min(MOST_SHAPES, (group.max() + 1) // 2))
+    left = np.linalg.svd(shapes - shapes.mean(axis=0), full_matrices=False)[0][:, : num - 1]
+    ones = np.ones((len(z), 1)) / np.sqrt(len(z))
+    return EqualCompute(basis=np.column_stack([ones, left]), num_groups=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ def link(
     loss: str = "val_loss",
     accuracy: str = "top1",
     chance: float | None = None,
-    anchor: tuple[float, float] | None = None,
     objective: Objective | str = LSQ,
     resamples: int = 1000,
     seed: int = 0,
@@ -39,7 +38,6 @@ def link(
         kind: sigmoid, exponential or linear.
         accuracy: column of the accuracy, 0 to 1.
         chance: accuracy of guessing; holds the floor of the sigmoid and the exponential there. None fits the floor.
-        anchor: an ideal point (loss, accuracy) added as one more measurement, such as (0, 1) in the OLMo ladder.
         seed: seed of the draws.
 
     Raises:
@@ -55,15 +53,11 @@ def link(
         raise AnalysisError(
             f"{accuracy} holds percents{mixed} (from {values.min():g} to {values.max():g}); give 0 to 1."
         )
-    rows = df
-    if anchor is not None:
-        ideal = {loss: anchor[0], accuracy: anchor[1]} | ({"run_id": "ideal point"} if "run_id" in df.columns else {})
-        rows = pd.concat([df, pd.DataFrame([ideal], index=["ideal point"])])
     fixed = {"floor": chance} if chance is not None and kind != "linear" else None
     bounds = None if fixed or kind == "linear" else {"floor": (0.0, 1.0)}
     result = fit(
         LINKS[kind],
-        rows,
+        df,
         y=accuracy,
         columns={"L": loss},
         objective=objective,

@@ -85,8 +85,6 @@ class Contrast(Result):
     confidence: float
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
-    by_scale: pd.DataFrame
-    """The difference per size and per budget: column, value, num_run_pairs, difference, low, high."""
 
     @property
     def is_shown(self) -> bool:
@@ -96,7 +94,7 @@ class Contrast(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
-        skip = {"measure", "pairs", "by_scale", "confidence"}
+        skip = {"measure", "pairs", "confidence"}
         return pd.DataFrame([{"measure": self.measure.name, **{k: v for k, v in vars(self).items() if k not in skip}}])
 
     def headline(self) -> str:
@@ -124,9 +122,11 @@ class Contrast(Result):
     def turned(self) -> list[str]:
         """Sizes and budgets whose mean difference has the other sign."""
         found = []
-        for name, rows in self.by_scale.groupby("column", sort=False):
-            other = rows.loc[np.sign(rows["difference"]) == -np.sign(self.difference), "value"] if len(rows) > 1 else ()
-            found += [f"size {v}" if name == "size" else f"D = {float(v):,.0f}" for v in other]
+        for column in ("size", "images_seen"):
+            if column in self.pairs and varies(self.pairs[column]):
+                means = self.pairs.groupby(column, sort=column != "size")["difference"].mean()
+                other = means.index[np.sign(means) == -np.sign(self.difference)]
+                found += [f"size {v}" if column == "size" else f"D = {float(v):,.0f}" for v in other]
         return found
 
 
@@ -342,7 +342,6 @@ def _one(
         verdict=ALIKE if not abs(centre) > half else BETTER if is_better else WORSE,
         confidence=confidence,
         pairs=pairs,
-        by_scale=_by_scale(pairs, confidence),
     )
 
 
@@ -365,33 +364,13 @@ def mean_of(
     return centre, float(student.ppf(0.5 + confidence / 2, degrees) * se), float(se), float(degrees)
 
 
-def _by_scale(pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    rows = []
-    for column in ("size", "images_seen"):
-        if column in pairs and varies(pairs[column]):
-            for value, group in pairs.groupby(column, sort=column != "size"):
-                means = group.groupby("run_pair")["difference"].mean()
-                centre, half, *_ = mean_of(means, confidence=confidence)
-                rows.append((column, value, len(means), centre, centre - half, centre + half))
-    return pd.DataFrame(rows, columns=["column", "value", "num_run_pairs", "difference", "low", "high"])
-
-
 def _differs(sides: list[pd.DataFrame], keys: list[str]) -> str:
-    """Columns in which the two levels never agree; else the one in which rows differ that agree in the others."""
-
-    def values(rows: Sequence[pd.DataFrame], names: Sequence[str]) -> tuple[set[Any], ...]:
-        return tuple(set(each[name].dropna().unique()) for each, name in zip(rows, names, strict=True))
-
-    def words(name: str, both: tuple[set[Any], ...]) -> str:
-        shown = [sorted(map(level_name, each)) for each in both]
-        return f"{name} ({' against '.join(', '.join(s[:4]) + ', ...' * (len(s) > 4) for s in shown)})"
-
-    apart = {name: both for name in keys if not set.intersection(*(both := values(sides, [name, name])))}
-    if found := [words(name, both) for name, both in apart.items() if any(both)]:
-        return ", ".join(found)
+    """Columns in which the two levels never agree, with their values; else all in which rows differ."""
+    apart = []
     for name in keys:
-        rest = [key for key in keys if key != name]
-        near = sides[0].merge(sides[1], on=rest) if rest else sides[0].merge(sides[1], how="cross")
-        if len(near):
-            return words(name, values([near, near], [f"{name}_x", f"{name}_y"]))
-    return ", ".join(name for name in keys if len(pd.concat([side[name] for side in sides]).unique()) > 1)
+        values = [set(side[name].dropna().unique()) for side in sides]
+        if any(values) and not set.intersection(*values):
+            shown = [sorted(map(level_name, each)) for each in values]
+            words = (", ".join(each[:4]) + ", ..." * (len(each) > 4) for each in shown)
+            apart.append(f"{name} ({' against '.join(words)})")
+    return ", ".join(apart or [name for name in keys if varies(pd.concat([side[name] for side in sides]))])

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
-from scipy.stats import t as student
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.effects.contrasts import Contrast, Contrasts, level_name, mean_of
-from aimscale.analysis.fitting.errors import sandwich
-from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import with_size
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import Flag, flag_words
@@ -40,25 +37,16 @@ class Gain:
     low: float
     """Lower end of its interval, over pairs of runs."""
     high: float
-    growth: float
-    """Factor by which `factor` changes when N grows tenfold; NaN where sizes do not vary."""
-    growth_low: float
-    growth_high: float
     num_run_pairs: int
 
     def sentence(self) -> str:
-        """Worth with its interval, and whether it grows with size."""
+        """Worth with its interval."""
         if not self.high / self.low < UNKNOWN:
             return f"What {self.level} is worth in compute cannot be told from {self.num_run_pairs} pairs of runs."
-        text = (
+        return (
             f"{self.level} is worth {self.factor:.2f} times the compute of {self.baseline} at the same size "
-            f"[{self.low:.2f}, {self.high:.2f}] over {self.num_run_pairs} pairs of runs"
+            f"[{self.low:.2f}, {self.high:.2f}] over {self.num_run_pairs} pairs of runs."
         )
-        if not np.isfinite(self.growth_low):
-            return f"{text}."
-        trend = "grows" if self.growth_low > 1 else "shrinks" if self.growth_high < 1 else "is not shown to change"
-        ends = f"[{self.growth_low:.2f}, {self.growth_high:.2f}]"
-        return f"{text}; that {trend} with size ({self.growth:.2f} times for ten times the parameters {ends})."
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -131,8 +119,18 @@ def gain_of(contrast: Contrast, frame: pd.DataFrame, by: str) -> Gain | Flag | N
         return Flag(
             kind="no_gain_outside", subject=contrast.level, number=outside, more=(contrast.baseline, len(pairs))
         )
-    sizes = complete(frame).groupby("size")["params_total"].median() if "params_total" in frame else None
-    return _gain(contrast, log_gains, sizes)
+    table = pairs[["run_pair"]].assign(gain=log_gains, size=pairs.get("size", "one"))
+    runs = table.groupby("run_pair").agg(gain=("gain", "mean"), size=("size", "first"))
+    mean, half, *_ = mean_of(runs["gain"], runs["size"], contrast.confidence)
+    factor, low, high = (float(np.exp(each)) for each in (mean, mean - half, mean + half))
+    return Gain(
+        level=contrast.level,
+        baseline=contrast.baseline,
+        factor=factor,
+        low=low,
+        high=high,
+        num_run_pairs=contrast.num_run_pairs,
+    )
 
 
 def _log_cost(losses: pd.Series, loss: float) -> float:
@@ -144,32 +142,3 @@ def _log_cost(losses: pd.Series, loss: float) -> float:
         np.log(losses.to_numpy(float)), np.log(losses.index.to_numpy(float)), extrapolate=False
     )
     return float(log_cost(np.log(loss)))
-
-
-def _gain(contrast: Contrast, log_gains: Array, params: pd.Series | None) -> Gain:
-    """Mean and trend over log10 N of the pairs' log gains."""
-    has_sizes = "size" in contrast.pairs and params is not None
-    table = contrast.pairs[["run_pair"]].assign(gain=log_gains, size=contrast.pairs["size"] if has_sizes else "one")
-    runs = table.groupby("run_pair").agg(gain=("gain", "mean"), size=("size", "first"))
-    confidence = contrast.confidence
-    mean, half, *_ = mean_of(runs["gain"], runs["size"] if has_sizes else None, confidence)
-    slope, slope_half = _trend(runs, params, confidence) if has_sizes and params is not None else (np.nan, np.nan)
-    ends = (mean, mean - half, mean + half, slope, slope - slope_half, slope + slope_half)
-    factor, low, high, growth, growth_low, growth_high = (float(np.exp(each)) for each in ends)
-    return Gain(
-        level=contrast.level, baseline=contrast.baseline, factor=factor, low=low, high=high, growth=growth,
-        growth_low=growth_low, growth_high=growth_high, num_run_pairs=contrast.num_run_pairs,
-    )  # fmt: skip
-
-
-def _trend(runs: pd.DataFrame, params: pd.Series, confidence: float) -> tuple[float, float]:
-    """Slope of the gain over log10 N and half of its interval; NaN where N does not vary or pairs are few."""
-    x = np.log10(runs["size"].map(params).to_numpy(float))
-    if len(x) < 3 or np.ptp(x) < 1e-9:
-        return np.nan, np.nan
-    design, y = np.column_stack([np.ones(len(x)), x - x.mean()]), runs["gain"].to_numpy(float)
-    line, *_ = np.linalg.lstsq(design, y, rcond=None)
-    codes = np.unique(x, return_inverse=True)[1]
-    found = sandwich(design, y - design @ line, np.ones(len(x)), codes if codes.max() > 1 else np.arange(len(x)))
-    (se,), (degrees,) = found.of_contrasts(np.array([[0.0, 1.0]]))
-    return float(line[1]), float(student.ppf(0.5 + confidence / 2, degrees) * se)

@@ -10,7 +10,6 @@ import itertools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +24,7 @@ from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import NOISE, Flag, flag_words
 
-MAX_FILES = 200
+MAX_FILES = 40
 """Runs whose per-image losses are read; enough for the noise of a mean."""
 
 
@@ -34,7 +33,7 @@ class Component:
     """One source of spread in the loss."""
 
     kind: str
-    """Which of `words.NOISE`: table, seeds, shared, images, pairs, seed_pairs, law."""
+    """Which of `words.NOISE`: table, seeds, shared, images, pairs, law."""
     value: float
     """Standard deviation as a fraction of the loss."""
     low: float = np.nan
@@ -119,7 +118,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
     share = min(1.0, components[0].value ** 2 / spread**2) if components and spread > 0 else np.nan
     flags = [] if components else [Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})))]
     if y == "val_loss":
-        found = _validation(rows, y, cells, confidence)
+        found = _validation(rows, y, confidence)
         components += found
         flags += [] if any(each.kind == "pairs" for each in found) else [Flag(kind="no_image_losses")]
     if not components:
@@ -201,13 +200,13 @@ def _squares(table: pd.DataFrame) -> tuple[tuple[float, int], tuple[float, int],
     return (float(between), int(spare[0])), (float(within), int(spare[1])), float(np.mean(budgets or [1]))
 
 
-def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, confidence: float) -> list[Component]:
-    """Components of the images that the loss is measured on."""
+def _validation(rows: pd.DataFrame, y: str, confidence: float) -> list[Component]:
+    """Components of the images that the loss is measured on: of a level, and of a difference of two runs."""
     found = {}
     if "val_loss_se" in rows and rows["val_loss_se"].notna().any():
         found["images"] = (rows["val_loss_se"] / rows[y]).dropna().to_numpy(float)
-    if files := read_losses(rows):
-        found |= _paired(files, cells)
+    pairs = itertools.combinations(image_scores(rows), 2)
+    found["pairs"] = np.array([np.std(a - b, ddof=1) / np.sqrt(len(a)) for a, b in pairs])
     tails = [50 * (1 - confidence), 50, 50 * (1 + confidence)]
     ends = {kind: np.percentile(each, tails) for kind, each in found.items() if len(each)}
     return [
@@ -216,42 +215,26 @@ def _validation(rows: pd.DataFrame, y: str, cells: pd.Series, confidence: float)
     ]
 
 
-def read_losses(rows: pd.DataFrame) -> dict[Any, dict[str, Array]]:
-    """Row label -> arrays of its `validation/<images_seen>.npz`; rows without a readable file are left out."""
-    found: dict[Any, dict[str, Array]] = {}
+def image_scores(rows: pd.DataFrame) -> list[Array]:
+    """Influence of each image on ln loss (delta method of a ratio of sums; its mean is the estimate), run by run.
+
+    Read from `validation/<images_seen>.npz`; without rows that have no readable file, or one of other images.
+    """
+    found: list[Array] = []
+    first = None
     if not {FOLDER, "run_id", "images_seen"} <= set(rows.columns):
         return found
-    for label, row in rows.iterrows():
-        path = Path(str(row[FOLDER])) / "runs" / str(row["run_id"]) / "validation" / f"{int(row['images_seen'])}.npz"
+    for folder, run_id, seen in rows[[FOLDER, "run_id", "images_seen"]].itertuples(index=False):
+        path = Path(str(folder)) / "runs" / str(run_id) / "validation" / f"{int(seen)}.npz"
         if len(found) == MAX_FILES or not path.exists():
             continue
         try:
             with np.load(path, allow_pickle=False) as stored:
-                found[label] = {key: stored[key] for key in ("index", "loss_sum", "num_targets")}
+                index, sums, targets = (stored[key] for key in ("index", "loss_sum", "num_targets"))
         except (OSError, ValueError, zipfile.BadZipFile, KeyError):
             continue
+        first = first or (index, targets)
+        if np.array_equal(index, first[0]) and np.array_equal(targets, first[1]):
+            loss = sums.sum() / targets.sum()
+            found.append((sums - loss * targets) / (loss * targets.mean()))
     return found
-
-
-def _paired(files: dict[Any, dict[str, Array]], cells: pd.Series) -> dict[str, Array]:
-    """Standard errors of ln(loss of one run / loss of another) over images, for runs scored on the same ones."""
-    first = next(iter(files.values()))
-    scores = {
-        label: _scores(each["loss_sum"], each["num_targets"])
-        for label, each in files.items()
-        if np.array_equal(each["index"], first["index"]) and np.array_equal(each["num_targets"], first["num_targets"])
-    }
-    labels, rng = list(scores), np.random.default_rng(0)
-    drawn = {tuple(sorted(rng.choice(len(labels), 2, replace=False))) for _ in range(400)} if len(labels) > 1 else set()
-    alike = [pair for _, group in cells.loc[labels].groupby(cells) for pair in itertools.combinations(group.index, 2)]
-    pairs = {"pairs": [(labels[i], labels[j]) for i, j in sorted(drawn)], "seed_pairs": alike}
-    return {
-        kind: np.array([np.std(scores[a] - scores[b], ddof=1) / np.sqrt(len(scores[a])) for a, b in each])
-        for kind, each in pairs.items()
-    }
-
-
-def _scores(loss_sum: Array, num_targets: Array) -> Array:
-    """Influence of each image on ln loss (delta method of a ratio of sums), scaled so that its mean is the estimate."""
-    loss = loss_sum.sum() / num_targets.sum()
-    return (loss_sum - loss * num_targets) / (loss * num_targets.mean())

@@ -17,7 +17,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import huber_log
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.next.buying import buy
+from aimscale.analysis.next.proposal import buy
 
 OBJECTIVE = huber_log(0.01)
 """Few points are fitted: a wide quadratic zone wastes none."""

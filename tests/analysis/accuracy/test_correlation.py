@@ -74,22 +74,6 @@ def test_rows_of_equal_compute_are_compared_within_their_groups():
     assert found.num_groups == 5
 
 
-def test_clusters_count_once():
-    """Rows that repeat their run's values are no new evidence: 8 runs of 6 rows are 8 points."""
-    rng, held, width = np.random.default_rng(2), 0, {}
-    for trial in range(200):
-        pair = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 12)
-        rows = np.repeat(pair, 6, axis=0) + 0.05 * rng.standard_normal((72, 2))
-        df = pd.DataFrame({"x": rows[:, 0], "y": rows[:, 1], "run_id": np.repeat(np.arange(12), 6).astype(str)})
-        found = correlate(df, x="x", y="y", methods=["pearson"])[0]
-        held += found.low < 0.6 / 1.0025 < found.high
-        if trial == 0:
-            width = {by: (lambda i: i.high - i.low)(correlate(df, x="x", y="y", methods=["pearson"], cluster=by)[0])
-                     for by in ("run_id", None)}  # fmt: skip
-    assert held / 200 > 0.9
-    assert width["run_id"] > 1.7 * width[None]
-
-
 @pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
 def test_few_clusters_neither_hide_what_rows_tell_nor_count_them_twice(alike):
     """Five runs of four rows: the clustered variance alone, which Fisher's only bounds, is 1.3 times as wide."""

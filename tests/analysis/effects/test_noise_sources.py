@@ -83,13 +83,14 @@ def test_the_interval_of_the_seeds_covers():
 
 
 def test_images_are_shared_so_differences_are_surer_than_levels(sweep):
+    damaged = min(sweep.rglob("*.npz"))
+    damaged.write_bytes(b"PK broken")
     found = noise(read_tables([sweep]))
     level = found.component("images")
     two = found.component("pairs")
-    seeds = found.component("seed_pairs")
     assert level.value > 0.01
     assert two.value < level.value / 2
-    assert seeds.value == pytest.approx(0.1 * np.sqrt(2 / 400), rel=0.35)  # images move by 10 % from run to run
+    assert two.value == pytest.approx(0.1 * np.sqrt(2 / 400), rel=0.35)  # images move by 10 % from run to run
     assert found.flags == ()
 
 
@@ -105,13 +106,6 @@ def test_what_the_table_does_not_hold_is_said(sweep, known_study):
         noise(rows, y="loss")
     with pytest.raises(AnalysisError, match="val_loss"):
         noise(rows.assign(status="failed"))
-
-
-def test_damaged_files_of_losses_are_left_out(sweep):
-    paths = sorted(sweep.rglob("*.npz"))
-    paths[0].write_bytes(b"PK broken")
-    found = noise(read_tables([sweep]))
-    assert found.component("pairs") is not None
 
 
 def test_order_and_unit_do_not_matter(known_study):

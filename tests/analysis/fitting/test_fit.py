@@ -32,9 +32,6 @@ def test_intervals_hold_the_truth_and_json_is_plain(grid):
     data = json.loads(result.to_json())
     assert data["params"]["alpha"] == pytest.approx(result.params["alpha"])
     assert data["intervals"]["alpha"]["low"] == pytest.approx(result.intervals["alpha"].low)
-    assert "D = images_seen." in data["sentence"]  # nothing says that this table is one of ours
-    ours = fit(laws.CHINCHILLA, grid.assign(target="normalised"), resamples=0).sentence()
-    assert "D = images_seen (images seen, repeats counted)" in ours
     inside = result.predict(grid)
     assert (inside["pi_hi"] - inside["pi_lo"]).mean() > (inside["ci_hi"] - inside["ci_lo"]).mean()
     assert (inside["beyond_range"] == 1).all()
@@ -130,9 +127,7 @@ def test_fixed_and_bounded_parameters(grid):
     assert result.shown("alpha") == "not identified"
     assert result.shown("E") == "0.1 (held)"
     assert set(result.intervals) == {"A", "B", "alpha", "a", "b"}
-    row = result.table.set_index("parameter").loc["E"]
-    assert np.isnan(row["low"])
-    assert row["note"] == "held"
+    assert result.table.set_index("parameter").loc["E", "note"] == "held"
 
 
 def test_rows_are_left_out_by_name_never_silently(grid):

@@ -19,14 +19,8 @@ def one_run(task="cifar10", kind="attentive", start=0.5, per_doubling=0.02, run=
     rows = []
     for budget in BUDGETS:
         top1 = start + per_doubling * math.log2(budget / BUDGETS[0])
-        probe = {
-            "task": task,
-            "kind": kind,
-            "n": 10_000,
-            "top1": top1,
-            "top1_lo95": top1 - 0.01,
-            "top1_hi95": top1 + 0.01,
-        }
+        probe = {"task": task, "kind": kind, "n": 10_000, "top1": top1}
+        probe |= {"top1_lo95": top1 - 0.01, "top1_hi95": top1 + 0.01}
         row = {"run_id": run, "size": "w64", "status": "complete", "image_size": 32, "val_loss": 0.4}
         row |= {"params_total": 1e6, "params_trunk": 6e5, "images_seen": budget, "probes": [probe]}
         rows.append(row)
@@ -63,27 +57,15 @@ def test_one_run_must_be_meant():
     assert [each.run for each in found(rows, "oth")] == ["other"]
 
 
-def test_the_command_prints_three_lines_a_task(tmp_path):
-    write_table(results_table(one_run()), tmp_path / "results.parquet")
-    shown = CliRunner().invoke(verb("compare"), [str(tmp_path), "--run", "mine"])
-    assert shown.exit_code == 0
-    assert len(shown.output.strip().splitlines()) == 3
-    refused = CliRunner().invoke(verb("compare"), [str(tmp_path), "--run", "nobody"])
-    assert isinstance(refused.exception, AnalysisError)
-
-
 def test_a_task_of_another_name_is_put_beside_a_published_one_and_said_so(tmp_path):
     path = tmp_path / "t.parquet"
     write_table(results_table(one_run(task="cifar10-10k")), path)
-    alone = CliRunner().invoke(verb("compare"), [str(path), "--run", "mine"])
-    assert alone.exit_code != 0
-    assert "cifar10-10k (attentive)" in str(alone.exception)
     shown = CliRunner().invoke(verb("compare"), [str(path), "--run", "mine", "--task", "cifar10-10k=cifar10"])
     assert shown.exit_code == 0, shown.exception
     lines = shown.output.splitlines()
     assert len(lines) == 3
     assert "BEiT ViT-L/14" in lines[0]
-    assert "our task is cifar10-10k, put beside cifar10 as asked" in lines[-1]
+    assert "cifar10-10k" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -92,11 +74,13 @@ def test_a_task_of_another_name_is_put_beside_a_published_one_and_said_so(tmp_pa
         (["--run", "mine", "--task", "cifar10-10k=cifar11"], "cifar11"),
         (["--run", "mine", "--task", "cifar10"], "OURS=THEIRS"),
         (["--task", "cifar10-10k=cifar10"], "--run"),
+        (["--run", "nobody"], "mine"),
+        (["--run", "mine"], "cifar10-10k"),
     ],
 )
 def test_a_task_that_is_not_named_well_is_refused(tmp_path, more, message):
     path = tmp_path / "t.parquet"
     write_table(results_table(one_run(task="cifar10-10k")), path)
     done = CliRunner().invoke(verb("compare"), [str(path), *more])
-    assert done.exit_code != 0
+    assert isinstance(done.exception, AnalysisError)
     assert message in str(done.exception)
