@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,23 +147,3 @@ def test_a_probe_stops_within_a_step_of_being_asked_to(task: Any, tmp_path: Path
         pauses.clear()
         with pytest.raises(Interrupted):
             task.probe(wanted, seed=0, out=tmp_path / f"{stop}", pause=pause)
-
-
-def test_processes_on_one_task_do_not_wait_for_each_other_and_lose_nothing(task: Any, tmp_path: Path) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
-    found: dict[str, Any] = {}
-
-    def probe(*kinds: str) -> None:
-        found["-".join(kinds)] = task.probe(task.section(kinds=kinds, epochs=1), seed=0, out=tmp_path)
-
-    threads = [threading.Thread(target=probe, args=kinds) for kinds in (("linear",), ("knn",), ("linear", "knn"))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found["linear-knn"] == [*found["linear"], *found["knn"]]
-    assert task.probe(task.section(kinds=("knn", "linear"), epochs=1), seed=0, out=tmp_path) == [
-        *found["knn"],
-        *found["linear"],
-    ]
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 4  # the shards' own files

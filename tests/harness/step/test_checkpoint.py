@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from aimscale.aim.config import model_config
+from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
@@ -203,3 +205,26 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_ends_where_that_fail
     tmp_path: Path, in_processes: Run
 ) -> None:
     assert in_processes(save_and_train_on, tmp_path, world_size=2) == [0, 0]
+
+
+def fill_the_disk(rank: int, folder: Path) -> None:
+    group = start_group(find_placement(), "cpu")
+    engine = make_engine(group, 0)
+    save(folder / "1", engine, group, images_seen=24)
+    train(engine, group, 0, 1)
+    with pytest.raises(CheckpointError, match="2"):
+        save(folder / "2", engine, group, images_seen=48)
+    assert [path.name for path in folder.iterdir()] == ["1"], "nothing half-written is left"
+    load_checkpoint(folder / "1", engine, group)
+    stop_group()
+
+
+def test_a_full_disk_never_costs_the_last_good_checkpoint(tmp_path: Path, in_processes: Run) -> None:
+    size = 12 * sum(parameter.numel() for parameter in AIM(CONFIG).parameters())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", tmp_path], check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        assert in_processes(fill_the_disk, tmp_path) == [0]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

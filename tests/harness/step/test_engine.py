@@ -133,22 +133,6 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, in_processes:
         assert weights[2] != weights[1], stage
 
 
-def two_runs(rank: int) -> None:
-    """Take a step of two runs, one after the other, in one process."""
-    for _ in range(2):
-        group = start_group(find_placement(), "cpu")
-        optimiser = OptimiserSection(batch_size=BATCH, precision="fp32")
-        engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=1), group)
-        images, prefix_len = step_batch(0)
-        num_targets = int((CONFIG.num_tokens - prefix_len).sum())
-        assert engine.step(split(images, prefix_len, 0, 1, 1), num_targets=num_targets, lr=LR).was_applied
-        stop_group()
-
-
-def test_a_process_may_train_one_run_after_another(in_processes: Run) -> None:
-    assert in_processes(two_runs) == [0]
-
-
 def start_all(rank: int, folder: Path, cases: list[tuple[int, str]]) -> None:
     """Write the first masters of every (stage, precision), and compare the weights in use."""
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.features.images import Task, holdout_split, open_task
 from aimscale.harness.probe.heads.fit import GridFit
 from aimscale.harness.probe.heads.scores import best
-from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS, learning_rate
+from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS
 
 
 def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
@@ -83,8 +83,9 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
             order = np.random.default_rng([5, 1, epoch]).permutation(len(train))
             for start_at in range(0, len(train), 30):
                 batch = [index for index in order[start_at : start_at + 30] if index in images]
+                cosine = 1e-5 + (chosen.lr - 1e-5) * 0.5 * (1 + math.cos(math.pi * step / (num_steps - 1)))
                 for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(chosen.lr, step, num_steps)
+                    group["lr"] = chosen.lr if step == 0 else cosine  # 5 % of 9 steps warm up: the first
                 optimiser.zero_grad()
                 functional.cross_entropy(probe.eval()(tokens[batch]), train.labels[batch]).backward()
                 nn.utils.clip_grad_norm_(probe.parameters(), CLIP_NORM)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from aimscale.harness.probe.features.tasks import head_params
-from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, WEIGHT_DECAY, HeadStack, StackedAdamW
+from aimscale.harness.probe.heads.stacks import LR_END, STACKS, HeadStack, StackedAdamW, learning_rate
 
 NUM_SETS, BATCH, NUM_TOKENS, WIDTH, NUM_CLASSES, NUM_HEADS = 2, 12, 9, 16, 5, 4
 LRS = (1e-2, 3e-3, 0.03)
@@ -65,28 +63,9 @@ def test_stacked_heads_are_the_written_out_probes(kind: str, tokens: Tensor, lab
             torch.testing.assert_close(stack.select(s, g)(tokens[s : s + 1])[0, :, 0], logits[s, :, g])
 
 
-@pytest.mark.parametrize("kind", list(STACKS))
-def test_training_follows_torch_adamw_with_clipping_and_schedule(
-    kind: str, tokens: Tensor, labels: Tensor, written_out: Any
-) -> None:
-    num_steps, s, g = 40, 1, 2
-    stack = fitted(kind, tokens, labels, num_steps=0)
-    probe = written_out(stack.select(s, g))
-    decayed = [p for p in probe.parameters() if p.dim() > 1]
-    plain = [p for p in probe.parameters() if p.dim() == 1]
-    reference = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-    )
-    for step in range(num_steps):
-        progress = (step - 2 + 1) / (num_steps - 2)  # 5 % of 40 steps warm up
-        cosine = LR_END + (LRS[g] - LR_END) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in reference.param_groups:
-            group["lr"] = LRS[g] * (step + 1) / 2 if step < 2 else cosine
-        functional.cross_entropy(probe(tokens[s]), labels).backward()
-        torch.nn.utils.clip_grad_norm_(probe.parameters(), CLIP_NORM)
-        reference.step()
-        reference.zero_grad()
-    trained = fitted(kind, tokens, labels, num_steps=num_steps)
-    torch.testing.assert_close(trained(tokens)[s, :, g], probe(tokens[s]), rtol=2e-3, atol=2e-3)
+def test_the_rate_warms_up_over_a_twentieth_of_the_steps_and_falls_along_half_a_cosine() -> None:
+    rates = [learning_rate(0.03, step, 40) for step in range(40)]
+    assert rates[:2] == [0.015, 0.03]
+    assert rates[20] == pytest.approx((0.03 + LR_END) / 2)
+    assert rates[-1] == LR_END
+    assert learning_rate(1e-6, 39, 40) == 1e-6
