@@ -1,7 +1,7 @@
-"""The first half hour with a card, in one command: what a card alone can show, as one JSON and one page.
+"""The first half hour with a card, in one command: what a card alone can show, as one JSON file.
 
 Every part is a command of its own in a process of its own, with a limit. One that fails or finds no time left is named
-on the page, and the next goes on.
+in it, and the next goes on.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _training(*, rehearse: bool) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run all parts and write `card.json` and `card.md` into `out`.
+    """Run all parts and write `card.json` into `out`.
 
     Args:
         out: folder, made if need be.
@@ -112,7 +112,6 @@ def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = pr
             report(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
             done["seconds"] = time.monotonic() - started
             (out / "card.json").write_text(json.dumps(done, indent=1))  # after every part: an end without warning
-            (out / "card.md").write_text(page(done))
     return done
 
 
@@ -167,63 +166,3 @@ def _write_sweep(folder: Path, *, rehearse: bool) -> Path:
     }
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def page(done: dict[str, Any]) -> str:
-    """The Markdown page."""
-    setting, found = done["setting"], done["parts"]
-    commit = f"commit {setting['git_commit']}{' with changes' if setting['git_dirty'] else ''}"
-    versions = ", ".join(f"{name} {setting['packages'].get(name)}" for name in ("torch", "deepspeed"))
-    lines = [
-        f"# {'A rehearsal on a CPU' if setting['rehearsal'] else 'One card'}",
-        "",
-        f"`aimscale bench card`, {commit}, {versions}, {done['seconds']:.0f} s.",
-        "",
-        "| part | seconds | |",
-        "|---|---|---|",
-        *(f"| {name} | {part['seconds']:.0f} | {part['problem'] or 'done'} |" for name, part in found.items()),
-        "",
-    ]
-    for check in (_result(found, "doctor") or {}).get("checks", ()):
-        if check["level"] != "ok" or check["name"] == "accelerator":
-            lines += [f"Doctor: {check['level']}, {check['name']}: {check['found']}", ""]
-    return "\n".join([*lines, *_training_table(found), *_other_results(found)])
-
-
-def _result(found: dict[str, Any], name: str) -> Any:
-    """Of a part that ended well."""
-    part = found.get(name)
-    return part["result"] if part and not part["problem"] else None
-
-
-def _training_table(found: dict[str, Any]) -> Iterator[str]:
-    head = "size, batch, compiled | ms/step | images/s | MFU published/nominal | executed/measured"
-    yield f"| {head} | ours / FSDP2 | ours / bare | GB (estimate) |"
-    yield "|---" * 8 + "|"
-    for row in (_result(found, name) for name in found if name.startswith("train")):
-        if row:
-            shares = [row[name] for name in ("mfu_published", "mfu")]
-            others = [row["others"].get(name, {}).get("ours_over_it") for name in ("fsdp2", "bare")]
-            cells = [
-                f"{row['size']}, {row['batch_size']}, {'yes' if row['compiled'] else 'no'}",
-                f"{row['ms_per_step']:.1f}",
-                f"{row['images_per_s']:.0f}",
-                *("" if share is None else f"{100 * share:.1f} %{' (!)' if share > 1 else ''}" for share in shares),
-                *("" if ratio is None else f"{ratio:.3f}" for ratio in others),
-                f"{row['memory_bytes'] / 1e9:.1f} ({row['memory_estimate_bytes'] / 1e9:.1f})",
-            ]
-            yield f"| {' | '.join(cells)} |"
-    yield ""
-
-
-def _other_results(found: dict[str, Any]) -> Iterator[str]:
-    for run in (_result(found, "status") or {}).get("runs", ()):
-        numbers = ((run["val_loss"], ".4f"), (run["status"]["images_per_s"], ",.0f"))
-        loss, rate = ("-" if value is None else format(value, form) for value, form in numbers)
-        yield f"Sweep: {run['run_id']} {run['state']}, loss {loss}, {rate} images/s.\n"
-    for row in (_result(found, "loader") or {}).get("loader", ()):
-        rate, share = f"{row['images_per_s']:.0f} images/s", f"{100 * row['share']:.0f} %"
-        yield f"Loader: {row['workers']} worker, {rate}, {share} of the limit.\n"
-    for name in ("tests", "sweep"):
-        if name in found and found[name]["result"]:
-            yield "\n".join([f"{name.capitalize()}:", "", "```", *map(str, found[name]["result"]), "```", ""])

@@ -3,7 +3,8 @@
 The bare reader is what one writes first, with plain torch and the fastest JPEG library (`data.store.decoding`): its
 images lie in memory, and its pictures are thrown away. Both take turns in one process on one thread, in processor time,
 switching every few dozen images, so that a busy machine slows both alike; then the loader with and without worker
-processes, alternating with as many bare readers. The images are JPEGs of 500 x 375 px cut from the bundled photographs.
+processes, whose processor time per image is compared with the bare reader's. The images are JPEGs of 500 x 375 px cut
+from the bundled photographs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -30,7 +30,7 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_draws, draw_boxes
-from aimscale.harness.data.stream.loader import start_server, train_batches
+from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.threads import kernel_threads
 from aimscale.harness.run.config import RunConfig, run_config
@@ -43,18 +43,9 @@ HEIGHT, WIDTH, QUALITY = 375, 500, 90
 """Of the JPEGs: pixels, and the encoder's quality."""
 NUM_IMAGES = 256
 """JPEGs to cycle over."""
-ROUNDS = 5
-"""In each of which the bare reader and the loader have a turn."""
 
 Box = tuple[int, int, int, int, bool]
 """A crop: top, left, height, width, pixels, and whether it is flipped."""
-
-
-class Rate(NamedTuple):
-    """Images in a second of wall time, and of processor time of all processes that load them."""
-
-    per_s: float
-    per_cpu_s: float
 
 
 def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_images: int = NUM_IMAGES) -> dict[str, Any]:
@@ -66,9 +57,8 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
 
     Returns:
         `stream`, `limit`: images/s of one thread; `share`: their ratio, median of turns; `loader`: rows with workers,
-        images/s, the limit (the bare reader in as many processes at once, at most one per core: cores share caches and
-        clocks), the median of their ratio over rounds in which both have a turn, and the same of processor time per
-        image over all processes, which a busy machine disturbs less; `setting`.
+        images/s, and `cpu_share`, images in a second of all processes' time over `limit`, which a busy machine disturbs
+        little; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, kernel_threads(1):
@@ -76,10 +66,11 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
         work = _work(stream, num_images)
         ours, limit = _turn_times(stream, work, seconds)
         numbers = workers if workers is not None else sorted({0, 1, cores})
-        loader = [_loader_row(stream, work, number, seconds / len(numbers)) for number in numbers]
+        limit_per_s = TURN / statistics.median(limit)
+        loader = [_loader_row(stream, number, seconds / len(numbers), limit_per_s) for number in numbers]
     return {
         "stream": TURN / statistics.median(ours),
-        "limit": TURN / statistics.median(limit),
+        "limit": limit_per_s,
         "share": statistics.median(bare / stream for stream, bare in zip(ours, limit, strict=True)),
         "loader": loader,
         "setting": {
@@ -103,13 +94,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines.append(f"  {'bare reader (the limit)':<38}{result['limit']:>10,.0f}{1:>10.1%}")
     lines.append(f"  {'training stream':<38}{result['stream']:>10,.0f}{result['share']:>10.1%}")
-    lines += [
-        f"loader on {setting['cores']} cores; limit: the bare reader in as many processes at once, interleaved",
-        f"  {'':<38}{'images/s':>10}{'of limit':>10}{'of its CPU time':>17}",
-    ]
+    lines += [f"loader on {setting['cores']} cores", f"  {'':<38}{'images/s':>10}{'of limit, in CPU time':>24}"]
     for row in result["loader"]:
-        label = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
-        lines.append(f"  {label:<38}{row['images_per_s']:>10,.0f}{row['share']:>10.1%}{row['cpu_share']:>17.1%}")
+        lines.append(f"  {row['workers']} {'workers':<36}{row['images_per_s']:>10,.0f}{row['cpu_share']:>24.1%}")
     return "\n".join(lines)
 
 
@@ -161,72 +148,26 @@ def _turn_times(
     return ours[1:], limit[1:]  # the first warms up
 
 
-def _loader_row(stream: TrainStream, work: Sequence[tuple[bytes, Box]], workers: int, seconds: float) -> dict[str, Any]:
-    """Images/s of `train_batches` once its workers run, beside the bare reader in as many processes."""
-    num_processes = min(max(1, workers), len(os.sched_getaffinity(0)))
-    turn_s = seconds / ROUNDS / 2
-    rounds = [(_loader_rate(stream, workers, turn_s), _bare_rate(work, num_processes, turn_s)) for _ in range(ROUNDS)]
-    return {
-        "workers": workers,
-        "images_per_s": statistics.median(ours.per_s for ours, _ in rounds),
-        "limit_images_per_s": statistics.median(limit.per_s for _, limit in rounds),
-        "share": statistics.median(ours.per_s / limit.per_s for ours, limit in rounds),
-        "cpu_share": statistics.median(ours.per_cpu_s / limit.per_cpu_s for ours, limit in rounds),
-    }
-
-
-def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> Rate:
-    """With which a loader hands out images while nothing else runs."""
+def _loader_row(stream: TrainStream, workers: int, seconds: float, limit_per_s: float) -> dict[str, Any]:
+    """With which rate `train_batches` hands out images once its workers run and nothing else does."""
     before = set(multiprocessing.active_children())
     batches = train_batches(stream, start=0, stop=10**9, batch_size=TURN, micro_batch=TURN, num_workers=workers)
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):
             next(batches)  # start the workers, and use up what they loaded ahead meanwhile
         processes = [process.pid for process in set(multiprocessing.active_children()) - before]
-        start, cpu, number = time.perf_counter(), _cpu_s(processes), 0
+        start, cpu_s, number = time.perf_counter(), _cpu_s(processes), 0
         while time.perf_counter() < start + seconds or not number:
             number += sum(map(len, next(batches)))
-        cpu = _cpu_s(processes) - cpu
-        return Rate(number / (time.perf_counter() - start), number / cpu)
+        cpu_s = _cpu_s(processes) - cpu_s
+        per_s = number / (time.perf_counter() - start)
+    return {"workers": workers, "images_per_s": per_s, "cpu_share": number / cpu_s / limit_per_s}
 
 
 def _cpu_s(processes: Sequence[int | None]) -> float:
     """Processor time of this process and of some others so far."""
     clocks = [(~pid << 3) | 2 for pid in processes if pid is not None]  # as clock_getcpuclockid has it on Linux
     return time.process_time() + sum(map(time.clock_gettime, clocks))
-
-
-def _bare_rate(work: Sequence[tuple[bytes, Box]], num_processes: int, seconds: float) -> Rate:
-    """The rate of bare readers in some processes that begin together."""
-    pipes, processes = [], []
-    for _ in range(num_processes):
-        ours, theirs = Pipe()
-        processes.append(start_server().Process(target=_read_bare, args=(work, seconds, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    for pipe in pipes:
-        pipe.recv()  # ready
-    for pipe in pipes:
-        pipe.send(None)
-    told = [Rate(*pipe.recv()) for pipe in pipes]
-    for process in processes:
-        process.join()
-    return Rate(sum(rate.per_s for rate in told), statistics.mean(rate.per_cpu_s for rate in told))
-
-
-def _read_bare(work: Sequence[tuple[bytes, Box]], seconds: float, pipe: Connection) -> None:
-    """One process of `_bare_rate`."""
-    torch.set_num_threads(1)
-    number = 0
-    _bare_turn(work, number)  # warm-up
-    pipe.send(None)
-    pipe.recv()
-    start, cpu = time.perf_counter(), time.process_time()
-    while time.perf_counter() < start + seconds:
-        _bare_turn(work, number)
-        number += TURN
-    pipe.send((number / (time.perf_counter() - start), number / (time.process_time() - cpu)))
 
 
 def _photographs(number: int) -> Iterator[PackedImage]:

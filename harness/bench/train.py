@@ -17,8 +17,6 @@ from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.data.stream.loader import rank_batches
-from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
@@ -81,19 +79,16 @@ class TrainBench:
     """By `harness.device.memory`."""
     startup_s: float
     """From the start of the process to the end of the first step."""
-    data_wait: float | None = None
-    """Share of the time spent waiting for images; null when no data set was given."""
 
 
-def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True, with_data: bool = False) -> TrainBench:
+def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True) -> TrainBench:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
     On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
 
     Args:
-        config: what is trained, and how; its budgets and evaluations do not matter.
+        config: what is trained, and how, on random images; its data, budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
-        with_data: load the run's images to measure the wait for them; else they are random.
     """
     model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime
     group = start_group(find_placement(), runtime.device)
@@ -109,7 +104,6 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
     try:
         makers = _engines(config, options, group, with_references=with_references)
         times, memory_bytes, startup_s = _time(makers, step, num_targets, num_steps, group)
-        data_wait = _data_wait(config, options, group, plan.micro_batch, num_steps) if with_data else None
         peak = measure_peak(group.device, optimiser.precision)
     finally:
         stop_group()
@@ -138,7 +132,6 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
         memory_bytes=memory_bytes,
         memory_estimate_bytes=plan.memory_bytes,
         startup_s=startup_s,
-        data_wait=data_wait,
     )
 
 
@@ -210,29 +203,3 @@ def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> li
     positions = torch.arange(batch_size)
     parts = (torch.split(part, micro_batch) for part in (images, prefix_len, positions))
     return [Batch(images=i, prefix_len=s, positions=p) for i, s, p in zip(*parts, strict=True)]
-
-
-def _data_wait(config: RunConfig, options: EngineOptions, group: Group, micro_batch: int, num_steps: int) -> float:
-    """Share of the time that a loop over the run's own images waits for its loader."""
-    model, optimiser = model_of(config.training), config.training.optimiser
-    engine = Engine(model, optimiser, options, group)
-    batches = rank_batches(
-        open_stream(config),
-        group=group,
-        start=0,
-        stop=(num_steps + 2) * optimiser.batch_size,
-        batch_size=optimiser.batch_size,
-        micro_batch=micro_batch,
-        num_workers=config.runtime.num_workers,
-    )
-    next(batches)
-    waited, started = 0.0, time.perf_counter()
-    for _ in range(num_steps):
-        before = time.perf_counter()
-        step = next(batches)
-        waited += time.perf_counter() - before
-        engine.step(step, num_targets=count_targets(step, model.num_tokens), lr=0.0).loss_sum.item()
-    share = waited / (time.perf_counter() - started)
-    batches.close()
-    engine.close()
-    return share

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from aimscale.harness.bench.train import TrainBench
     from aimscale.harness.run.config import RunConfig
 
 app = typer.Typer(
@@ -25,7 +24,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A run's configuration, whose images are loaded.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="A run's configuration, stepped on random images.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Model size: a name, or w<width>-d<depth>; default: rung-128.")
     ] = None,
@@ -44,7 +43,7 @@ def train(
     alone: Annotated[bool, typer.Option("--alone", help="Leave FSDP2 and the bare loop out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """ms/step, images/s, MFU, data wait, peak memory, and the ratios to PyTorch's FSDP2 and a bare loop, in one run."""
+    """ms/step, images/s, MFU, peak memory, and the ratios to PyTorch's FSDP2 and a bare loop, in one run."""
     import torch
 
     from aimscale.harness.bench.train import run
@@ -52,13 +51,16 @@ def train(
     changes = {"model.size": size, "optimiser.batch_size": batch, "optimiser.precision": precision}
     chosen = _config(config, {key: value for key, value in changes.items() if value is not None}, settings or [])
     torch.set_num_threads(chosen.runtime.num_threads)
-    measured = run(chosen, num_steps=steps, with_references=not alone, with_data=config is not None)
+    measured = run(chosen, num_steps=steps, with_references=not alone)
     if int(os.environ["RANK"]) > 0:
         return
+    facts = dataclasses.asdict(measured)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(measured)))
-    else:
-        _print_train(measured)
+        typer.echo(json.dumps(facts))
+        return
+    facts |= {f"{name}_{key}": value for name, it in facts.pop("others").items() for key, value in it.items()}
+    for name, value in facts.items():
+        typer.echo(f"  {name:<26}{f'{value:,.4g}' if isinstance(value, float) else value}")
 
 
 def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> RunConfig:
@@ -97,45 +99,6 @@ def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> 
     return run_config(values | {"budgets": [values["optimiser"]["batch_size"]]}, where, runtime)
 
 
-def _print_train(measured: TrainBench) -> None:
-    typer.echo(
-        f"{measured.size}, {measured.params:,} parameters, batch {measured.batch_size} (micro-batch "
-        f"{measured.micro_batch}), {measured.precision}, ZeRO {measured.zero_stage}, {measured.device}, "
-        f"{measured.world_size} rank(s) of {measured.num_threads} thread(s), compiled: {measured.compiled}"
-    )
-    names = {"fsdp2": "PyTorch FSDP2", "bare": "bare PyTorch loop"}
-    others = {
-        names[name]: f"{it.ms_per_step:.1f} ms; ours / it = {it.ours_over_it:.3f}"
-        for name, it in measured.others.items()
-    }
-    rows = {
-        "step": f"{measured.ms_per_step:.1f} ms",
-        "images/s": f"{measured.images_per_s:.0f}",
-        **_utilisation(measured),
-        **others,
-        "data wait": "not measured" if measured.data_wait is None else f"{100 * measured.data_wait:.1f} %",
-        "peak memory": f"{measured.memory_bytes / 1e9:.2f} GB (est. {measured.memory_estimate_bytes / 1e9:.2f})",
-        "start-up": f"{measured.startup_s:.1f} s to the end of the first step",
-    }
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        typer.echo(f"  {name:<{width}}  {value}")
-
-
-def _utilisation(measured: TrainBench) -> dict[str, str]:
-    """MFU by each of its names, with its peak."""
-    nominal, gemm = measured.nominal_flops_per_s, measured.peak_flops_per_s
-    peaks = {"mfu_published": nominal, "mfu": gemm}
-    names = ("MFU published/nominal", "MFU executed/measured")
-    rows = {}
-    for name, (field, peak) in zip(names, peaks.items(), strict=True):
-        share = getattr(measured, field)
-        if share is not None and peak is not None:
-            impossible = "; above 100 %: this peak is wrong" if share > 1 else ""
-            rows[name] = f"{100 * share:.1f} % of {peak / 1e9:,.0f} GFLOP/s{impossible}"
-    return rows
-
-
 @app.command()
 def data(
     seconds: Annotated[float, typer.Option(min=0.1, help="Wall time of each of the two comparisons.")] = 10.0,
@@ -153,16 +116,16 @@ def data(
 
 @app.command()
 def card(
-    out: Annotated[Path, typer.Argument(help="Folder of card.json and card.md.")] = Path("card"),
+    out: Annotated[Path, typer.Argument(help="Folder of card.json.")] = Path("card"),
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Small sizes on the CPU.")] = False,
 ) -> None:
     """What only a card can show, in less than nine minutes: tests, peaks, training, a sweep, loading.
 
-    Exits with 1 if a part failed; the others are written.
+    Exits with 1 if a part failed; what the others found is written.
     """
     from aimscale.harness.bench.card import run
 
     done = run(out, rehearse=rehearse, report=typer.echo)
-    typer.echo(f"{out / 'card.json'} and {out / 'card.md'} are written")
+    typer.echo(f"wrote {out / 'card.json'}")
     if any(part["problem"] for part in done["parts"].values()):
         raise typer.Exit(1)

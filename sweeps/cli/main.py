@@ -30,7 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "aimscale.harness.cli.probe:baseline",
         "Probe a timm model, random weights or raw pixels on a run's tasks.",
     ),
-    "weights": ("aimscale.harness.cli.weights", "Import, export and describe official AIM weights."),
+    "weights": ("aimscale.harness.cli.runs", "Import, export and describe official AIM weights."),
     "bench": ("aimscale.harness.cli.bench", "Measure training and loading against named limits, or a whole card."),
     "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
     "fit": ("aimscale.analysis.cli.fit", "Fit a scaling law to a table, with intervals and a held-out test."),
@@ -46,7 +46,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
 }
 """Verb -> (module, of which it is the app `app`, or the function `command` or one named after a colon; its line)."""
-HIDDEN = {"train": "aimscale.harness.cli.train"}
+HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
 """What launches call, and a person hardly ever."""
 
 

@@ -16,7 +16,7 @@ from aimscale.harness.cli.bench import app
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_rehearsal_ends_in_a_file_and_a_page(tmp_path: Path) -> None:
+def test_a_rehearsal_ends_in_a_file(tmp_path: Path) -> None:
     done = card.run(tmp_path, rehearse=True)
     assert done == json.loads((tmp_path / "card.json").read_text())
     assert {name: part["problem"] for name, part in done["parts"].items()} == dict.fromkeys(done["parts"], "")
@@ -24,10 +24,6 @@ def test_a_rehearsal_ends_in_a_file_and_a_page(tmp_path: Path) -> None:
     assert done["parts"].keys() == names
     assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no card
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
-    page = (tmp_path / "card.md").read_text()
-    assert "| w16-d2, 8, no |" in page
-    assert re.search(r"finished, loss \d\.\d{4}, [\d,]+ images/s", page)
-    assert "Loader: 1 worker" in page
 
 
 def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +42,6 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
     assert found["slow"]["result"] == ["in order"], "it could end its own processes"
     monkeypatch.setattr(card, "TOTAL_S", 0)
     assert card.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"
-    assert "no time was left" in (tmp_path / "card.md").read_text()
 
 
 def test_the_parts_of_a_card_are_commands_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

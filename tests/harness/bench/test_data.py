@@ -3,7 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from aimscale.harness.bench import data as bench_data
@@ -17,8 +16,7 @@ def test_the_limit_makes_the_streams_pixels() -> None:
     assert torch.equal(bench_data.bare_reader(data, box), crop_resize(decode(data), box, 224))
 
 
-def test_bench_reports_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_data, "ROUNDS", 1)
+def test_bench_reports_every_number() -> None:
     threads = torch.get_num_threads()
     result = bench_data.run(seconds=0.3, workers=[0, 1], num_images=32)
     assert torch.get_num_threads() == threads
@@ -26,7 +24,7 @@ def test_bench_reports_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < result["share"] < 2
     assert [row["workers"] for row in result["loader"]] == [0, 1]
     assert all(row["images_per_s"] > 0 for row in result["loader"])
-    assert all(0 < row[name] < 3 for row in result["loader"] for name in ("share", "cpu_share"))
+    assert all(0 < row["cpu_share"] < 3 for row in result["loader"])
     assert f"{result['limit']:,.0f}" in bench_data.table(result)
 
 

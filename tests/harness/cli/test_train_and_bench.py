@@ -77,13 +77,12 @@ def invoke_in_little_memory(rank: int, arguments: list[str], out: Path, sizes: P
     sizes.write_text(json.dumps(sorted(seen)))
 
 
-def test_bench_train_loads_images_as_the_run_does(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+def test_bench_train_steps_as_the_run_does(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
     """In micro-batches that the memory holds, not a batch at once."""
     (tmp_path / "config.yaml").write_text(tiny_config().to_yaml())
     arguments = ["train", str(tmp_path / "config.yaml"), "--steps", "2", "--alone", "--json"]
     out, sizes = tmp_path / "bench.json", tmp_path / "sizes.json"
     assert in_processes(invoke_in_little_memory, arguments, out, sizes) == [0]
-    assert 0 <= json.loads(out.read_text())["data_wait"] < 1
     assert json.loads(sizes.read_text()) == [2]
 
 
