@@ -124,7 +124,6 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
         box_draws(make_key("bench"), np.arange(num_images)),
         *dataset.sides(np.arange(num_images)),
         scale=(0.4, 1.0),
-        ratio=(3 / 4, 4 / 3),
         horizontal_flip=True,
     )
     return [(data[i], tuple(values[i].item() for values in boxes)) for i in range(num_images)]

@@ -5,10 +5,10 @@ FSDP2 and the bare loop (`harness.bench.reference`) step our own model: their ra
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,8 +18,8 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.data.stream.batch import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.device.memory import execution_plan
-from aimscale.harness.device.peak import device_name, measure_peak, utilisation
+from aimscale.harness.device.memory import ExecutionPlan, execution_plan
+from aimscale.harness.device.peak import Peak, device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
@@ -29,59 +29,7 @@ from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import count_targets
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherLoop:
-    """Another engine's steps over the same images."""
-
-    ms_per_step: float
-    """Median."""
-    ours_over_it: float
-    """Our time over its: median of the ratio within neighbouring steps, or on a card of steps one after the other."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainBench:
-    """What `aimscale bench train` measured."""
-
-    size: str
-    params: int
-    """Parameters, pixel head included."""
-    batch_size: int
-    """Images per step."""
-    micro_batch: int
-    """Images per forward pass and rank."""
-    world_size: int
-    precision: str
-    """fp32 or bf16."""
-    zero_stage: int
-    activation_checkpointing: bool
-    compiled: bool
-    """Whether torch.compile works on the blocks."""
-    device: str
-    num_threads: int
-    ms_per_step: float
-    """Median over the timed steps, images ready."""
-    images_per_s: float
-    """At that rate."""
-    mfu_published: float | None
-    """FLOPs by the published formula over the device's nominal peak; null where no nominal peak is known."""
-    mfu: float
-    """FLOPs executed over the measured peak."""
-    peak_flops_per_s: float
-    """Matrix-multiplication rate measured in the same process."""
-    nominal_flops_per_s: float | None
-    """The data sheet's."""
-    others: dict[str, OtherLoop]
-    """`fsdp2`: the same model under PyTorch's own sharding; `bare`: in a plain loop on one rank, bf16 by autocast."""
-    memory_bytes: int
-    """Peak of the device, or of the process on a CPU, before the bare loop exists."""
-    memory_estimate_bytes: int
-    """By `harness.device.memory`."""
-    startup_s: float
-    """From the start of the process to the end of the first step."""
-
-
-def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True) -> TrainBench:
+def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True) -> dict[str, Any]:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
     On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
@@ -89,6 +37,14 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True)
     Args:
         config: what is trained, and how, on random images; its data, budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
+
+    Returns:
+        `ms_per_step` is the median with images ready, `images_per_s` the rate at it; `mfu_published` and `mfu` as in
+        `device.peak.utilisation`, with their peaks; `memory_bytes` is the device's, or on a CPU the process's, before
+        the bare loop exists, `memory_estimate_bytes` that of `device.memory`; `startup_s` ends with the first step.
+        `others`: of `fsdp2` (PyTorch's own sharding) and `bare` (a plain loop on one rank, bf16 by autocast) the median
+        `ms_per_step` and `ours_over_it`, the median ratio of neighbouring steps, or on a card of steps one after the
+        other.
     """
     model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime
     group = start_group(find_placement(), runtime.device)
@@ -107,43 +63,58 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True)
         peak = measure_peak(group.device, optimiser.precision)
     finally:
         stop_group()
+    return _facts(config, options, group, plan, peak, times, num_targets) | {
+        "memory_bytes": memory_bytes,
+        "startup_s": startup_s,
+    }
+
+
+def _facts(
+    config: RunConfig,
+    options: EngineOptions,
+    group: Group,
+    plan: ExecutionPlan,
+    peak: Peak,
+    times: dict[str, list[float]],
+    num_targets: int,
+) -> dict[str, Any]:
+    """The setting, and rates from the times of steps."""
+    model, optimiser = model_of(config.training), config.training.optimiser
     ours_s = statistics.median(times["ours"])
     images_per_s = optimiser.batch_size / ours_s
     scored = num_targets / optimiser.batch_size
     shares = utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size)
-    return TrainBench(
-        size=model.name,
-        params=param_count(model).total,
-        batch_size=optimiser.batch_size,
-        micro_batch=plan.micro_batch,
-        world_size=group.world_size,
-        precision=optimiser.precision,
-        zero_stage=plan.zero_stage,
-        activation_checkpointing=plan.activation_checkpointing,
-        compiled=options.compile,
-        device=device_name(group.device),
-        num_threads=torch.get_num_threads(),
-        ms_per_step=1000 * ours_s,
-        images_per_s=images_per_s,
-        **shares,  # type: ignore[arg-type]
-        peak_flops_per_s=peak.flops_per_s,
-        nominal_flops_per_s=peak.nominal_flops_per_s,
-        others={name: _beside(times["ours"], its) for name, its in times.items() if name != "ours"},
-        memory_bytes=memory_bytes,
-        memory_estimate_bytes=plan.memory_bytes,
-        startup_s=startup_s,
-    )
+    return {
+        "size": model.name,
+        "params": param_count(model).total,
+        "batch_size": optimiser.batch_size,
+        "micro_batch": plan.micro_batch,
+        "world_size": group.world_size,
+        "precision": optimiser.precision,
+        "zero_stage": plan.zero_stage,
+        "activation_checkpointing": plan.activation_checkpointing,
+        "compiled": options.compile,
+        "device": device_name(group.device),
+        "num_threads": torch.get_num_threads(),
+        "ms_per_step": 1000 * ours_s,
+        "images_per_s": images_per_s,
+        **shares,
+        "peak_flops_per_s": peak.flops_per_s,
+        "nominal_flops_per_s": peak.nominal_flops_per_s,
+        "others": {name: _beside(times["ours"], its) for name, its in times.items() if name != "ours"},
+        "memory_estimate_bytes": plan.memory_bytes,
+    }
 
 
-def _beside(ours: list[float], its: list[float]) -> OtherLoop:
+def _beside(ours: list[float], its: list[float]) -> dict[str, float]:
     ratios = [our / other for our, other in zip(ours, its, strict=True)]
-    return OtherLoop(ms_per_step=1000 * statistics.median(its), ours_over_it=statistics.median(ratios))
+    return {"ms_per_step": 1000 * statistics.median(its), "ours_over_it": statistics.median(ratios)}
 
 
 def _engines(
     config: RunConfig, options: EngineOptions, group: Group, *, with_references: bool
 ) -> dict[str, Callable[[], Engine | ReferenceEngine]]:
-    """What makes each engine, by its name in `TrainBench.others`; ours comes first."""
+    """What makes each engine, by its name in `others`; ours comes first."""
     model, optimiser = model_of(config.training), config.training.optimiser
 
     def reference(*, sharded: bool) -> ReferenceEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -51,10 +50,9 @@ def train(
     changes = {"model.size": size, "optimiser.batch_size": batch, "optimiser.precision": precision}
     chosen = _config(config, {key: value for key, value in changes.items() if value is not None}, settings or [])
     torch.set_num_threads(chosen.runtime.num_threads)
-    measured = run(chosen, num_steps=steps, with_references=not alone)
+    facts = run(chosen, num_steps=steps, with_references=not alone)
     if int(os.environ["RANK"]) > 0:
         return
-    facts = dataclasses.asdict(measured)
     if as_json:
         typer.echo(json.dumps(facts))
         return

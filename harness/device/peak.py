@@ -1,25 +1,19 @@
 """The peaks against which MFU is stated: a data sheet's, and the matrix-multiplication rate measured on this device.
 
 A data sheet's peak is what others state MFU against, and is reached by no program; what the best matrix product reaches
-here is the honest limit. Another process can only make a measurement too small, so the largest that this host has shown
-counts (it is remembered in `cache_folder`), and every start measures again for a moment.
+here is the honest limit. Another process can make a measurement only too small.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import re
-import socket
 import time
 
 import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
-from aimscale.harness.run.files import cache_folder, write_text
 from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}
@@ -113,19 +107,6 @@ def measure_peak(device: torch.device, precision: str, side: int | None = None) 
         flops_per_s=2 * side**3 / best,
         nominal_flops_per_s=nominal_flops_per_s(device_name(device), precision),
     )
-
-
-def known_peak(device: torch.device, precision: str) -> Peak:
-    """The largest peak that this host has shown for a device, precision and number of threads; measures once more."""
-    now = measure_peak(device, precision)
-    what = [socket.gethostname(), now.device, precision, now.num_threads, now.gemm_side, torch.__version__]
-    path = cache_folder() / f"peak-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
-    with contextlib.suppress(OSError, ValueError):
-        if (seen := float(path.read_text())) >= now.flops_per_s:
-            return dataclasses.replace(now, flops_per_s=seen)
-    with contextlib.suppress(OSError):  # a home that cannot be written only costs the agreement
-        write_text(path, f"{now.flops_per_s}\n", durable=False)
-    return now
 
 
 def _wait(device: torch.device) -> None:

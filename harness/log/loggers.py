@@ -6,23 +6,13 @@ What is trained again after an interruption is logged again: the same values at 
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from typing import Any
 
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import configured_columns
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
-
-
-class Logger(Protocol):
-    """Where numbers go; `images_seen` is the x axis. A branch's numbers go under its own prefix."""
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Record a line of `metrics.jsonl`."""
-
-    def close(self) -> None:
-        """Write what is buffered."""
 
 
 class TensorBoardLogger:
@@ -76,6 +66,10 @@ class WandbLogger:
     def close(self) -> None:
         """Write what is buffered."""
         self._run.finish()
+
+
+Logger = TensorBoardLogger | WandbLogger
+"""Where lines of `metrics.jsonl` go, too, by `images_seen`."""
 
 
 def open_loggers(run: RunDir, config: RunConfig) -> list[Logger]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -19,7 +18,6 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
 from aimscale.harness.log.loggers import Logger, open_loggers
 from aimscale.harness.log.metrics import Metrics
-from aimscale.harness.log.terminal import Terminal
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
@@ -34,45 +32,33 @@ SMOOTHED_S = 30.0
 """`status.json` gives the rate of about so many seconds: forecasts hang on it, and that of a few short steps jumps."""
 
 
-@dataclasses.dataclass(kw_only=True)
-class Interval:
-    """What happened since the last line."""
-
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-    """`perf_counter` at its start."""
-    wall_s: float = 0.0
-    """Time booked so far."""
-    data_wait_s: float = 0.0
-    num_images: int = 0
-    """Images of all ranks."""
-    num_targets: int = 0
-    """Scored targets of all ranks."""
-
-
 class Recorder:
-    """Takes every line to where it is read: `metrics.jsonl`, `status.json`, the loggers and the terminal."""
+    """Takes every line to where it is read: `metrics.jsonl`, `status.json`, the loggers and the log."""
 
-    def __init__(
-        self, run: RunDir, config: RunConfig, group: Group, model_config: ModelConfig, peak: Peak, images_planned: int
-    ) -> None:
+    def __init__(self, run: RunDir, config: RunConfig, group: Group, model_config: ModelConfig, peak: Peak) -> None:
         self._run, self._config, self._group = run, config, group
         self._model_config, self._peak = model_config, peak
         self._batch_size = config.training.optimiser.batch_size
         self.metrics = Metrics(group, self._batch_size)
-        self.terminal = Terminal(is_first=group.is_first, images_planned=images_planned)
         self._feed = Feed(
             group, num_tokens=model_config.num_tokens, max_bad_fraction=config.training.data.max_bad_fraction
         )
         self._segment = Segment(start=0, stop=0, branch=None)
-        self._interval = Interval()
+        self._begin_interval()
         self._smoothed_s = self._smoothed_images = 0.0
         self._attempt = run.read_status().attempt
         self._loggers: list[Logger] = open_loggers(run, config) if group.is_first else []
 
     def enter(self, segment: Segment, *, from_its_start: bool) -> None:
         """A segment begins, or goes on after a restart."""
-        self._segment, self._interval = segment, Interval()
+        self._segment = segment
+        self._begin_interval()
         self.metrics.enter(segment, from_its_start=from_its_start)
+
+    def _begin_interval(self) -> None:
+        """What follows goes into the next line."""
+        self._booked, self._wall_s, self._data_wait_s = time.perf_counter(), 0.0, 0.0
+        self._num_images = self._num_targets = 0  # of all ranks
 
     def next_of(self, batches: Iterator[list[Batch]], *, stop_asked: bool, save_asked: bool) -> Step:
         """The next step's images; the wait for them is counted.
@@ -88,7 +74,7 @@ class Recorder:
             num_images=so_far.num_images + self._batch_size,
             num_bad=so_far.num_bad_samples,
         )
-        self._interval.data_wait_s += step.wait_s
+        self._data_wait_s += step.wait_s
         if not step.must_stop:  # else the next start loads these images again
             self.metrics.current.num_bad_samples += step.num_bad_samples
         return step
@@ -101,8 +87,8 @@ class Recorder:
             LeaseLost: another process took the run over.
         """
         self.metrics.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets)
-        self._interval.num_images += self._batch_size
-        self._interval.num_targets += num_targets
+        self._num_images += self._batch_size
+        self._num_targets += num_targets
         every = self._config.runtime.log_every_steps
         if images_seen // self._batch_size % every == 0 or images_seen == self._segment.stop:
             self._tell()
@@ -116,26 +102,27 @@ class Recorder:
     def book(self) -> float:
         """Add the time since the last call to the counters; returns the interval's time so far."""
         now = time.perf_counter()
-        wall_s = now - self._interval.started
-        self._interval.started = now
-        self._interval.wall_s += wall_s
+        wall_s = now - self._booked
+        self._booked = now
+        self._wall_s += wall_s
         self.metrics.current.wall_s += wall_s
         self.metrics.current.device_s += wall_s * self._group.world_size
-        return self._interval.wall_s
+        return self._wall_s
 
     def _tell(self) -> None:
         """Make a line of the steps since the last; the only place in the loop that waits for the device."""
         line = self.metrics.line()
         wall_s = self.book()
-        interval, self._interval = self._interval, Interval()
+        num_images, num_targets, data_wait_s = self._num_images, self._num_targets, self._data_wait_s
+        self._begin_interval()
         if not self._group.is_first:
             return
-        images_per_s = interval.num_images / wall_s
+        images_per_s = num_images / wall_s
         line |= {
             "images_per_s": images_per_s,
-            "ms_per_step": 1000 * wall_s * self._batch_size / interval.num_images,
-            **self._utilisation(images_per_s, interval.num_targets / interval.num_images),
-            "data_wait": interval.data_wait_s / wall_s,
+            "ms_per_step": 1000 * wall_s * self._batch_size / num_images,
+            **self._utilisation(images_per_s, num_targets / num_images),
+            "data_wait": data_wait_s / wall_s,
             "device_memory_gb": device_memory_bytes(self._group) / 1e9,
             "time": time.time(),
             "attempt": self._attempt,
@@ -143,7 +130,7 @@ class Recorder:
         append_line(self._run.metrics, line)
         kept = math.exp(-wall_s / SMOOTHED_S)  # what is longer ago counts less
         self._smoothed_s = kept * self._smoothed_s + wall_s
-        self._smoothed_images = kept * self._smoothed_images + interval.num_images
+        self._smoothed_images = kept * self._smoothed_images + num_images
         branch = line["branch"]
         self._run.write_status(
             durable=False,
@@ -156,13 +143,15 @@ class Recorder:
         for logger in self._loggers:
             logger.log(line)
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        self.terminal.step(
-            "trunk" if branch is None else f"decay to {branch}",
-            f"loss {loss}  {images_per_s:.0f} images/s",
-            f"MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}",
-            images_seen=line["images_seen"],
-            images_done=self.metrics.images_done,
+        self.say(
+            f"{line['images_seen']:>10} images  {'trunk' if branch is None else f'decay to {branch}':<20} loss {loss}  "
+            f"{images_per_s:.0f} images/s  MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}"
         )
+
+    def say(self, text: str) -> None:
+        """A line of the log, of the first rank."""
+        if self._group.is_first:
+            print(text, flush=True)
 
     def _utilisation(self, images_per_s: float, scored_tokens: float) -> dict[str, float | None]:
         return utilisation(
@@ -197,8 +186,7 @@ class Recorder:
         }
 
     def close(self) -> None:
-        """Leave the terminal and the loggers."""
-        self.terminal.close()
+        """Leave the loggers."""
         for logger in self._loggers:
             logger.close()
 

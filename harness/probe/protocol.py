@@ -34,7 +34,7 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, PixelBackbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import LabelledImages, Pause, PublishedViews, Task, holdout_split, open_task
-from aimscale.harness.probe.features.tasks import ProbeError, block_sets
+from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.probe.heads.fit import GridFit, answers_of_heads
 from aimscale.harness.probe.heads.knn import Neighbours
@@ -89,7 +89,7 @@ def probe_backbone(
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
     shared = group.from_first(_shared_images(section, train, test, pools) if group.is_first else None)
-    fit, held = holdout_split(train.labels, section.holdout_fraction, seed)
+    fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
     task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
     with matmul_precision(section.precision):
         for details in _details(task, backbone, kinds, out, key):

@@ -78,8 +78,6 @@ class DataSection(Section):
     """U: train on the first U images of one fixed permutation of the pool; null takes the whole pool."""
     crop_scale: tuple[float, float] = (0.4, 1.0)
     """Area range of the random resized crop (paper, section 3)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect-ratio range of the random resized crop."""
     horizontal_flip: bool = True
     """Flip half of the images left to right."""
     color_jitter: bool = False
@@ -211,9 +209,7 @@ class ProbeSection(Section):
     batch_size: int = Field(256, gt=0)
     """Images per step of the probe's optimiser."""
     lrs: Annotated[tuple[float, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
-    """Learning rates tried; chosen on the hold-out."""
-    holdout_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the training split held out to choose by. What is chosen has learned from all of it."""
+    """Learning rates tried; chosen on a fifth of the training split, held out. What is chosen has learned from all."""
 
     def evaluation(self, train: str | None, test: str | None) -> str:
         """What names this evaluation in files and tables, on data of these fingerprints; `*` ends it where one is None.

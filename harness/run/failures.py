@@ -22,18 +22,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What gloo and NCCL say when the process at the other end died."""
 
-DISK_ADVICE = {
-    errno.ENOSPC: "free some space, then give the same command again: what was saved before is whole",
-    errno.EDQUOT: "free some of your quota, then give the same command again: what was saved before is whole",
-    errno.EROFS: "choose another folder, or mount it writable",
-    errno.EACCES: "choose another folder, or see to its permissions",
-    errno.EPERM: "choose another folder, or see to its permissions",
-    errno.EXDEV: "files are renamed to their place, so all of one run, or of one data set, must lie on one file system",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EIO: "the disk or its server failed; give the same command again when it is well",
-    errno.ESTALE: "the disk or its server failed; give the same command again when it is well",
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EXDEV, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
 }
-"""What to do about what is no fault of the program."""
+"""What is no fault of the program: a disk that is full, read-only, closed to the user, or failing."""
 
 
 class PreemptedError(Exception):
@@ -81,10 +74,11 @@ def stop_signals() -> Iterator[StopFlag]:
 
 
 def disk_sentence(error: OSError) -> str | None:
-    """What and where a disk failed, and what to do; None for what else may be an `OSError`."""
-    advice = DISK_ADVICE.get(error.errno or 0)
+    """What failed on a disk, and where; None for what else may be an `OSError`."""
+    if error.errno not in DISK_ERRORS:
+        return None
     where = error.filename2 or error.filename  # of a rename, what was to be made
-    return advice and f"{where or 'a file'}: {error.strerror}; {advice}"
+    return f"{where or 'a file'}: {error.strerror}; mend that, then give the same command again: saved work is whole"
 
 
 def classify(error: BaseException) -> tuple[ReasonClass, str]:

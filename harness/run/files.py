@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,7 +73,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         UserError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -103,22 +100,13 @@ def read_as(path: Path, kind: TypeAdapter[T]) -> T | None:
         raise UserError(f"{path} is damaged ({field}: {first['msg']}); restore it, or move it away") from error
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
 @contextlib.contextmanager
 def written_dir_aside(path: Path) -> Iterator[Path]:
     """A new folder to fill, which becomes `path` (not there before) at the block's end; after an error nothing is left.
 
-    What a killed process of this host left of the same folder goes, too.
+    What an earlier attempt left goes.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
-        pid = left.name.removesuffix(".partial").rpartition("-")[2]
-        if process_started(int(pid)) is None:
-            shutil.rmtree(left, ignore_errors=True)
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    aside.mkdir(parents=True)
+    aside = new_dir_aside(path)
     try:
         yield aside
         aside.rename(path)
@@ -175,34 +163,32 @@ def _fsync(path: Path) -> None:
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold an flock on a file for the block; the kernel drops it when the process dies, and the file goes at its end.
 
-    Yields False where another process has it and `wait` is false. Processes forked meanwhile do not hold it.
+    Yields False where another process has it and `wait` is false.
 
     Raises:
         OSError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with _forking:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            _lock_descriptors.add(descriptor)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            _close_lock(descriptor)
+            os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 yield False
                 return
             raise
         if _is_file(path, descriptor):
             break
-        _close_lock(descriptor)  # whoever held it before has removed the file
+        os.close(descriptor)  # whoever held it before has removed the file
     try:
         yield True
     finally:
-        if descriptor in _lock_descriptors:  # else this is a forked child, which closed it
-            with contextlib.suppress(OSError):
-                path.unlink()
-        _close_lock(descriptor)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open, too
+        os.close(descriptor)
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
@@ -212,30 +198,6 @@ def _is_file(path: Path, descriptor: int) -> bool:
         return found.st_nlink > 0 and os.path.samestat(found, path.stat())
     except OSError:
         return False
-
-
-def _close_lock(descriptor: int) -> None:
-    with _forking:
-        if descriptor in _lock_descriptors:
-            _lock_descriptors.remove(descriptor)
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may not have come to closing it yet
-            os.close(descriptor)
-
-
-# An flock belongs to the open file, and a forked child has the same one: it would hold the lock for its own life. So
-# no fork happens between opening a file and noting its descriptor, and a child begins by closing what is noted.
-_forking = threading.RLock()
-_lock_descriptors: set[int] = set()
-
-
-def _after_fork_in_child() -> None:
-    while _lock_descriptors:
-        os.close(_lock_descriptors.pop())
-    _forking.release()
-
-
-os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_after_fork_in_child)
 
 
 def process_started(pid: int) -> str | None:

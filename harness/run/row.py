@@ -12,6 +12,9 @@ from typing import Any
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
 from aimscale.harness.run.config import RunConfig, TrainingConfig
+from aimscale.harness.run.provenance import git_commit
+
+ROW_VERSION = 1
 
 
 def model_of(training: TrainingConfig) -> ModelConfig:
@@ -57,4 +60,14 @@ def configured_columns(config: RunConfig) -> dict[str, Any]:
         "params_total": params.total,
         "flops_per_image": flops_per_image(model).train,
         "config_hash": config.training_hash,
+    }
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """Columns of a row that follow from the configuration and the code alone."""
+    commit, is_dirty = git_commit()
+    return {
+        "schema_version": ROW_VERSION,
+        **configured_columns(config),
+        "git_commit": f"{commit}{'+dirty' if is_dirty else ''}" if commit else None,
     }

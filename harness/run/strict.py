@@ -51,14 +51,12 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no UTF-8, a number of thousands of digits
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start})") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path} is nested too deep") from error
-    except ValueError as error:  # a number of thousands of digits, a date that is none
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
 
 
 def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:

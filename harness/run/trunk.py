@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError
@@ -16,8 +17,6 @@ from aimscale.harness.run.schedule import Schedule, unchecked_schedule
 
 ABOUT = "aimscale"
 """Key of a weight file's metadata under which stands, as JSON, what training knows of the budget."""
-MAX_HEADER_BYTES = 100_000_000
-"""safetensors' own bound."""
 
 
 def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
@@ -25,17 +24,13 @@ def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
     found = {}
     for path in run.path.glob("budgets/[0-9]*/model.safetensors"):
         about = {}
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            about = json.loads(_header(path)["__metadata__"][ABOUT])
+        with (
+            contextlib.suppress(SafetensorError, OSError, ValueError, RecursionError),
+            safe_open(path, "numpy") as file,
+        ):
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
         found[int(path.parent.name)] = about if isinstance(about, dict) else {}
     return dict(sorted(found.items()))
-
-
-def _header(path: Path) -> Any:
-    """Of a safetensors file (https://huggingface.co/docs/safetensors: a length, JSON, values)."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(min(size, MAX_HEADER_BYTES)))
 
 
 def trunk_position(run: RunDir, schedule: Schedule) -> int:

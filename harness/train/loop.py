@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import time
 from typing import Any
 
@@ -19,23 +20,22 @@ from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import execution_plan
-from aimscale.harness.device.peak import device_name, known_peak
+from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
-from aimscale.harness.run.trunk import check_branch, saved_budgets, trunk_position
+from aimscale.harness.run.trunk import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
 from aimscale.harness.step.checkpoint import Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
-from aimscale.harness.step.saving import CheckpointWriter
-from aimscale.harness.train.budget import save_budget, training_columns
+from aimscale.harness.step.saving import CheckpointWriter, save_weights
 from aimscale.harness.train.evaluate import record_row
 
 
@@ -72,10 +72,10 @@ class Trainer:
         )
         self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.copies_checkpoints)
         self.saved_at = time.monotonic()
-        self.peak = group.from_first(known_peak(group.device, training.optimiser.precision) if group.is_first else None)
-        self.recorder = Recorder(
-            run, config, group, self.model_config, self.peak, images_planned=self.schedule.images_planned()
+        self.peak = group.from_first(
+            measure_peak(group.device, training.optimiser.precision) if group.is_first else None
         )
+        self.recorder = Recorder(run, config, group, self.model_config, self.peak)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
@@ -112,7 +112,7 @@ class Trainer:
             self._keep_end_of_trunk()
 
     def close(self) -> None:
-        """Leave the terminal and the loggers, and give back the memory of weights, gradients and optimiser states."""
+        """Leave the loggers, and give back the memory of weights, gradients and optimiser states."""
         self.recorder.close()
         self.writer.close()
         self.engine.close()
@@ -160,7 +160,7 @@ class Trainer:
         """
         manifest, notes = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
         for note in notes:
-            self.recorder.terminal.say(note)
+            self.recorder.say(note)
         if manifest is None and left and trunk > 0:
             load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # says what is wrong with it
         if manifest is not None:
@@ -246,8 +246,38 @@ class Trainer:
         )
         done, planned = self.recorder.metrics.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
-        self.recorder.terminal.say(
+        self.recorder.say(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {self.plan.zero_stage}, micro-batch "
             f"{self.plan.micro_batch}, {self.group.world_size} rank(s), matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
         )
+
+
+def save_budget(run: RunDir, engine: Engine, group: Group, *, config: RunConfig, row: dict[str, Any]) -> None:
+    """Write a budget's weights, and in their file's metadata its row so far; all ranks call this together."""
+    about = {
+        "version": ROW_VERSION,
+        "run_id": config.run_id,
+        "model": config.training.model.model_dump(mode="json"),
+        "target": config.training.objective.target,
+        "row": row,
+    }
+    metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
+    save_weights(run.model_file(row["images_seen"]), engine, group, metadata)
+
+
+def training_columns(config: RunConfig, images_seen: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a budget's row says when its weights are saved; evaluation adds the rest.
+
+    Args:
+        facts: columns that training knows: losses, times, counts, device.
+    """
+    row = describe(config) | facts
+    num_tokens = model_of(config.training).num_tokens
+    return row | {
+        "images_seen": images_seen,
+        "epochs": images_seen / row["unique_images"] if row["unique_images"] else None,
+        "flops_train": row["flops_per_image"] * images_seen,
+        "flops_6nd": 6 * row["params_total"] * num_tokens * images_seen,
+        "probes": [],
+    }

@@ -33,7 +33,7 @@ from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_text, written_dir_aside
 from aimscale.harness.run.provenance import record_start
-from aimscale.harness.train.budget import describe
+from aimscale.harness.run.row import describe
 
 PUBLISHED_IMAGES_SEEN = {
     "aim-600M": 500_000 * 4096,

@@ -14,6 +14,7 @@ from aimscale.harness.data.store.card import num_images
 from aimscale.harness.probe.features.tasks import (
     CARDS,
     COPIES,
+    HOLDOUT_FRACTION,
     block_sets,
     head_params,
     number_of_steps,
@@ -71,7 +72,7 @@ def _probe_cost(
     sets = len(block_sets(model.depth)[0])
     at_once = min(sets, sets_per_round(section, with_tokens, model.width, num_classes, ranks, memory_bytes))
     rounds = -(-sets // at_once) if with_tokens else 0
-    fit, held = train * (1 - section.holdout_fraction), train * section.holdout_fraction
+    fit, held = train * (1 - HOLDOUT_FRACTION), train * HOLDOUT_FRACTION
     trained = _images_trained(section, train)
     images = float(train + test) if frozen else 0.0
     if with_tokens:

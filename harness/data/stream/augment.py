@@ -17,6 +17,8 @@ import torch
 
 from aimscale.harness.data.random_access import random_uniform
 
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Aspect ratios of random resized crops, of training and of probes."""
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 """ImageNet's channel means, for pixels in 0..1."""
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -56,7 +58,7 @@ def draw_boxes(
     image_width: npt.NDArray[np.int32],
     *,
     scale: tuple[float, float],
-    ratio: tuple[float, float],
+    ratio: tuple[float, float] = CROP_RATIO,
     horizontal_flip: bool,
 ) -> Boxes:
     """RandomResizedCrop's boxes (Inception crop): area share uniform in `scale`, aspect ratio log-uniform in `ratio`.

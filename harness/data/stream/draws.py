@@ -144,12 +144,7 @@ class Stream(abc.ABC):
     ) -> Boxes:
         """Crops of images of these sides."""
         return draw_boxes(
-            uniforms,
-            height,
-            width,
-            scale=self._data.crop_scale,
-            ratio=self._data.crop_ratio,
-            horizontal_flip=self._data.horizontal_flip,
+            uniforms, height, width, scale=self._data.crop_scale, horizontal_flip=self._data.horizontal_flip
         )
 
     def _draw_prefixes(self, where: I64) -> Columns:

@@ -32,8 +32,6 @@ from aimscale.harness.run.config import ModelSection, ProbeSection
 
 CROP_SCALE = (0.08, 1.0)
 """Area range of the crops."""
-CROP_RATIO = (3 / 4, 4 / 3)
-"""Their aspect ratios."""
 NUM_CHANGES = 2
 """Operations drawn for an image."""
 CHANGE_PROBABILITY = 0.5
@@ -92,12 +90,7 @@ class PublishedViews:
             image = dataset.decode(int(row), self._channels)
             height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
             boxes = draw_boxes(
-                box_draws(key, np.array([row], dtype=np.int64)),
-                height,
-                width,
-                scale=CROP_SCALE,
-                ratio=CROP_RATIO,
-                horizontal_flip=True,
+                box_draws(key, np.array([row], dtype=np.int64)), height, width, scale=CROP_SCALE, horizontal_flip=True
             )
             crop = crop_resize(image, tuple(part[0].item() for part in boxes), self._size)
             changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))

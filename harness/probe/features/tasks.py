@@ -85,6 +85,8 @@ HEADS_SHARE = 0.5
 rounds."""
 BYTES_PER_HEAD_PARAM = 16
 """A value, its gradient and two moments in fp32."""
+HOLDOUT_FRACTION = 0.2
+"""Share of the training split held out to choose blocks and rates by."""
 COPIES = 2
 """Of every head: one that the hold-out judges, and one that learns from all images."""
 MOST_EPOCHS, MOST_IMAGES = 20, 6_500_000

@@ -1,57 +1,15 @@
-"""Starts side by side state their MFU against one peak: the largest this host has shown lately."""
+"""The peaks, and MFU against them."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
-import torch
 
-import aimscale.harness.device.peak
 from aimscale.aim.config import model_config
-from aimscale.harness.device.peak import Peak, known_peak, nominal_flops_per_s, utilisation
+from aimscale.harness.device.peak import Peak, nominal_flops_per_s, utilisation
 
 H100 = "NVIDIA H100 80GB HBM3"
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
-    """What the next measurements will find, in an empty cache."""
-    monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path / "cache"))
-    rates: list[float] = []
-
-    def measure(device: torch.device, precision: str) -> Peak:
-        threads = torch.get_num_threads()
-        return Peak(device="c", precision=precision, num_threads=threads, gemm_side=8, flops_per_s=rates.pop(0))
-
-    monkeypatch.setattr(aimscale.harness.device.peak, "measure_peak", measure)
-    return rates
-
-
-def rate(precision: str = "fp32") -> float:
-    return known_peak(CPU, precision).flops_per_s
-
-
-def test_the_largest_is_kept_for_each_precision_and_number_of_threads(
-    measured: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured += [3.0, 2.0, 9.0, 5.0, 4.0, 1.0, 1.0]
-    assert [rate(), rate(), rate("bf16"), rate(), rate()] == [3.0, 3.0, 9.0, 5.0, 5.0]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert rate() == 1.0
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    assert rate() == 1.0
-
-
-def test_a_home_that_cannot_be_written_is_no_obstacle(
-    measured: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path / "file" / "below"))
-    measured += [2.0]
-    assert rate() == 2.0
 
 
 @pytest.mark.parametrize(

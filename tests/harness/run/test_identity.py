@@ -79,8 +79,8 @@ def test_an_evaluation_is_named_by_its_settings_and_the_content_of_its_data() ->
         section = parse(ProbeSection, {"task": "two", "train": "a", "test": "b", **changes}, "the test")
         return section.evaluation(data, "2")
 
-    assert name(train="/mnt/a") == name(holdout_fraction=0.2) == name(kinds=["knn"]) == name()
-    assert len({name(), name(epochs=30), name(task="three"), name(holdout_fraction=0.1), name("3")}) == 5
+    assert name(train="/mnt/a") == name(batch_size=256) == name(kinds=["knn"]) == name()
+    assert len({name(), name(epochs=30), name(task="three"), name(batch_size=128), name("3")}) == 5
     assert name(None) == f"{name().partition('-')[0]}-*"
 
 

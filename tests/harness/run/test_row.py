@@ -11,8 +11,7 @@ import pytest
 
 from aimscale.aim.cost import flops_per_image, param_count
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.row import configured_columns, model_of
-from aimscale.harness.train.budget import describe
+from aimscale.harness.run.row import configured_columns, describe, model_of
 
 Config = Callable[..., RunConfig]
 

@@ -22,6 +22,7 @@ import aimscale.harness.run.lease
 import aimscale.harness.run.watch
 import aimscale.harness.step.saving
 import aimscale.harness.train.evaluate
+import aimscale.harness.train.loop
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
 from aimscale.harness.run.lease import LeaseHeld, read_lease
@@ -34,7 +35,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "step": (aimscale.harness.log.record.Recorder, "step"),
     "save": (aimscale.harness.step.saving, "_write_part"),
     "publication of a save": (aimscale.harness.step.saving, "publish_dir"),
-    "budget": (aimscale.harness.train.budget, "save_weights"),
+    "budget": (aimscale.harness.train.loop, "save_weights"),
     "validation": (aimscale.harness.train.evaluate, "validate"),
 }
 

@@ -144,7 +144,7 @@ def test_another_budget_is_a_new_run_under_cosine(home: Path, moved: Callable[..
     ("base", "changed"),
     [
         ({"probes": [{**FILE["base"]["probes"][0], "task": "hue"}, *FILE["base"]["probes"]]}, {"probes"}),
-        ({"probes": [{**FILE["base"]["probes"][0], "holdout_fraction": 0.4}]}, {"probes"}),
+        ({"probes": [{**FILE["base"]["probes"][0], "epochs": 3}]}, {"probes"}),
         ({"validation": {"path": "data/test"}}, {"val_loss", "val_loss_se", "val_num_images", "validation"}),
         ({"validation": {"path": "data/validation", "num_prefixes": 2}}, {"val_loss", "val_loss_se", "validation"}),
     ],

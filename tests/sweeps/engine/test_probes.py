@@ -89,7 +89,7 @@ def test_evaluations_with_other_settings_or_data_both_stay_and_the_table_keeps_t
     own = runs[0].config.evaluation.probes[0]
     (first, second) = [entries for _, entries in probe_run(path)]
     kept = {file: file.read_bytes() for file in path.glob("probes/*/*.json")}
-    more = own.model_copy(update={"holdout_fraction": 0.4})
+    more = own.model_copy(update={"epochs": 3})
     write_images(tmp_path / "data" / "other", 16, seed=5, classes=("red", "blue"))
     others = [more, own.model_copy(update={"test": str(tmp_path / "data" / "other")})]
     names = [entries[0]["evaluation"] for _, entries in probe_run(path, sections=others)]

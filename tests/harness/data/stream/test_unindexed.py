@@ -23,7 +23,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.train.attempt import train
 
-WHOLE: dict[str, Any] = {"crop_scale": (1, 1), "crop_ratio": (1, 1), "horizontal_flip": False}
+WHOLE: dict[str, Any] = {"crop_scale": (1, 1), "horizontal_flip": False}
 """Crops that leave an image of 32 px as it is."""
 
 
