@@ -148,19 +148,16 @@ def kill_in_a_save(sweep: Sweep) -> None:
     launcher.wait(PATIENCE_S)
 
 
-def kill_launcher(sweep: Sweep) -> None:
-    launcher = sweep.start()
-    sweep.wait_for_moment(launcher)
-    launcher.kill()
-    launcher.wait()
-
-
-def kill_both(sweep: Sweep) -> None:
+def kill_launcher(sweep: Sweep) -> int | None:
     launcher = sweep.start()
     pid = sweep.wait_for_moment(launcher)
     launcher.kill()
     launcher.wait()
-    tell(pid, signal.SIGKILL)
+    return pid
+
+
+def kill_both(sweep: Sweep) -> None:
+    tell(kill_launcher(sweep), signal.SIGKILL)
 
 
 def close_terminal(sweep: Sweep) -> None:
@@ -184,15 +181,9 @@ def crowd(sweep: Sweep) -> None:
         launcher.wait(PATIENCE_S)
 
 
-FAULTS: tuple[tuple[Callable[[Sweep], None], int], ...] = (
-    (kill_trainer_twice, 1),
-    (kill_in_a_save, 1),
-    (kill_launcher, 1),
-    (kill_both, 1),
-    (close_terminal, 1),
-    (stop_and_continue, 1),
-    (crowd, 3),
-)
+ALONE = (kill_trainer_twice, kill_in_a_save, kill_launcher, kill_both, close_terminal, stop_and_continue)
+FAULTS: dict[Callable[[Sweep], Any], int] = {**dict.fromkeys(ALONE, 1), crowd: 3}
+"""What is done, and to a sweep of how many runs."""
 
 
 def main(rounds: int) -> int:
@@ -203,15 +194,14 @@ def main(rounds: int) -> int:
         sweep.finish()
     expected = {number: sweep.outcome() for number, sweep in undisturbed.items()}
     status = undisturbed[1].runs[0].read_status()
-    for number, (act, num_runs) in enumerate(FAULTS * rounds):
+    for number, (act, num_runs) in enumerate([*FAULTS.items()] * rounds):
         sweep = Sweep(folder, f"{number}-{act.__name__}", num_runs)
         sweep.work_s = (status.heartbeat or 0.0) - (status.started or 0.0)
         started = time.monotonic()
         act(sweep)
         num_starts, found = sweep.finish(), sweep.outcome()
-        problems = [
-            name for name in sorted(expected[num_runs] | found) if expected[num_runs].get(name) != found.get(name)
-        ]
+        whole = expected[num_runs]
+        problems = [name for name in sorted(whole | found) if whole.get(name) != found.get(name)]
         if act is crowd:
             attempts = Counter(len(run.read_starts()) for run in sweep.runs)
             problems += [f"runs by their starts: {dict(attempts)}"] * (set(attempts) != {1})

@@ -40,8 +40,7 @@ class PeerModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.patch_order == "raster"
-        assert config.parametrisation == "standard"
+        assert (config.patch_order, config.parametrisation, config.target) == ("raster", "standard", "normalised")
         self.config = config
         width, head, eps = config.width, config.head, config.norm_eps
         patchifier = nn.Module()
@@ -52,12 +51,12 @@ class PeerModel(nn.Module):
             blocks=nn.ModuleList(_PeerBlock(width, config.num_heads, eps) for _ in range(config.depth)),
             post_trunk_norm=nn.LayerNorm(width, eps=eps),
         )
-        parts: dict[str, nn.Module] = {"proj_out": nn.Linear(head.width, config.patch_dim)}
-        if not head.is_linear:
-            parts["proj_in"] = nn.Linear(width, head.width)
-            parts["norm"] = nn.LayerNorm(head.width, eps=eps)
-        parts["blocks"] = nn.ModuleList(_PeerBlock(head.width, 0, eps, head.ln_residual) for _ in range(head.depth))
-        self.pixel_head = _group(**parts)
+        self.pixel_head = _group(
+            proj_in=nn.Linear(width, head.width),
+            blocks=nn.ModuleList(_PeerBlock(head.width, 0, eps) for _ in range(head.depth)),
+            norm=nn.LayerNorm(head.width, eps=eps),
+            proj_out=nn.Linear(head.width, config.patch_dim),
+        )
         self.register_buffer("positions", sincos_positions(config.grid, width), persistent=False)
         self.register_buffer("head_positions", sincos_positions(config.grid, head.width), persistent=False)
 
@@ -70,14 +69,11 @@ class PeerModel(nn.Module):
         for block in trunk.blocks:
             x = block(x, mask)
         x = trunk.post_trunk_norm(x)
-        if not self.config.head.is_linear:
-            x = head.proj_in(x) + self.head_positions
-            for block in head.blocks:
-                x = block(x, None)
-            x = head.norm(x)
-        targets = patchify(images, self.config.patch_size)
-        if self.config.target == "normalised":
-            targets = normalise_patches(targets)
+        x = head.proj_in(x) + self.head_positions
+        for block in head.blocks:
+            x = block(x, None)
+        x = head.norm(x)
+        targets = normalise_patches(patchify(images, self.config.patch_size))
         error = (head.proj_out(x)[:, :-1].float() - targets[:, 1:]).square().mean(dim=-1)
         position = torch.arange(num_tokens - 1, device=images.device)
         scored = (position[None, :] >= prefix_len[:, None] - 1).float()
@@ -87,15 +83,13 @@ class PeerModel(nn.Module):
 class _PeerBlock(nn.Module):
     """Pre-norm block: attention (none with 0 heads), then an MLP."""
 
-    def __init__(self, width: int, num_heads: int, eps: float, ln_residual: bool = False) -> None:
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        if num_heads or ln_residual:
-            self.norm_1 = nn.LayerNorm(width, eps=eps)
         if num_heads:
+            self.norm_1 = nn.LayerNorm(width, eps=eps)
             qkv, proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
             self.attn = _group(qkv=qkv, proj=proj)
-        self.ln_residual = ln_residual
         self.norm_2 = nn.LayerNorm(width, eps=eps)
         fc1, fc2 = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
         self.mlp = _group(fc1=fc1, fc2=fc2)
@@ -108,8 +102,6 @@ class _PeerBlock(nn.Module):
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             x = x + self.attn.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, width))
-        elif self.ln_residual:
-            x = x + self.norm_1(x)
         out: Tensor = x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm_2(x))))
         return out
 

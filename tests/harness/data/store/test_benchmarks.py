@@ -21,8 +21,6 @@ from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.sweeps.cli.main import main
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
 
 def made_cifar(kind: type[CIFAR10]) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, np.ndarray]]]:
     """(files of the archive by name, (images, labels) by split): 12 images per batch."""
@@ -132,12 +130,3 @@ def test_a_damaged_idx_file_is_one_sentence(tmp_path: Path, damage: str) -> None
     with pytest.raises(DataError, match=r"ubyte\.gz"):
         pack_idx(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist")
-def test_fashion_mnist_is_packed(tmp_path: Path) -> None:
-    info = pack_idx(FASHION_MNIST / "t10k-images-idx3-ubyte.gz", tmp_path / "out")
-    dataset = open_dataset(tmp_path / "out")
-    assert (info.num_samples, info.num_bad) == (10_000, 0)
-    assert np.bincount(dataset.require_labels()).tolist() == [1000] * 10
-    assert dataset.decode(0).shape == (3, 28, 28)

@@ -31,9 +31,8 @@ from aimscale.harness.data.stream.augment import (
     normalise,
 )
 from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.data.stream.draws import Stretch
 from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
-from aimscale.harness.data.stream.jitter import _draw, _jittered, jitter_colours
+from aimscale.harness.data.stream.jitter import _draw, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import Mixture, TrainStream
 from aimscale.harness.run.config import RunConfig
@@ -120,37 +119,6 @@ def test_every_epoch_is_a_permutation_over_restarts_and_world_sizes(configure: C
         for epoch in range(len(samples) // size):
             assert sorted(samples[epoch * size : (epoch + 1) * size]) == list(range(size))
     assert sum(number == 0 for number, _ in seen) == 240
-
-
-@given(
-    requests=st.lists(
-        st.one_of(
-            st.tuples(st.integers(0, 700), st.integers(0, 300)).map(lambda each: range(each[0], sum(each))),
-            st.lists(st.integers(0, 700), max_size=5).map(lambda each: np.array(each, dtype=np.int64)),
-        ),
-        max_size=8,
-    )
-)
-@settings(max_examples=60, deadline=None)
-def test_a_stretch_gives_what_its_function_gives_in_any_order(requests: list[range | np.ndarray]) -> None:
-    calls: list[int] = []
-
-    def function(where: np.ndarray) -> tuple[np.ndarray, ...]:
-        calls.append(len(where))
-        return where**2, np.stack([where, -where], axis=1)
-
-    stretch = Stretch(function)
-    for where in requests:
-        for got, want in zip(stretch(where), function(np.asarray(where, dtype=np.int64)), strict=True):
-            assert np.array_equal(got, want)
-
-
-def test_batches_that_follow_each_other_are_drawn_together() -> None:
-    calls: list[int] = []
-    stretch = Stretch(lambda where: (calls.append(len(where)) or where,))  # type: ignore[func-returns-value]
-    for first in range(1000, 1000 + 256, 32):
-        stretch(range(first, first + 32))
-    assert calls == [256]
 
 
 def test_seeds_change_order_and_prefixes_but_not_the_subset(configure: Configure) -> None:
@@ -329,16 +297,6 @@ def test_colour_jitter_is_that_of_torchvision_rounded_once() -> None:
                 expected[row] = changes[change](expected[row], float(strength[row, change]))
         got = jitter_colours(images, 5, np.arange(20))
         assert (got - 255 * expected).abs().max() < 0.51, side
-
-
-def test_jitter_of_a_batch_is_that_of_each_image() -> None:
-    rng = np.random.default_rng(4)
-    images = torch.from_numpy(rng.integers(0, 256, (60, 3, 24, 20), dtype=np.uint8))
-    images[:20] = images[:20, :1]  # grey: every factor meets values that it should leave whole
-    _, order, strength = _draw(9, rng.integers(0, 2**40, 60))
-    for some in (images, images[:, :1]):
-        one_by_one = [_jittered(some[i : i + 1], order[i : i + 1], strength[i : i + 1]) for i in range(60)]
-        assert torch.equal(_jittered(some, order, strength), torch.cat(one_by_one))
 
 
 def test_other_than_grey_or_colour_is_refused(configure: Configure) -> None:
