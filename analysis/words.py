@@ -75,10 +75,6 @@ FLAGS = {
     "no_result": "{subject}: {more[0]}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
-    "one_ratio": "{subject} stays between {number:.3g} and {more[0]:.3g} over the table and these runs, so the "
-    "exponents "
-    "of N and D can hardly be separated; offer sizes and budgets off that line.",
-    "far_target": "The target's {subject} is {number:.3g} times the largest that will be measured.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
     "no_image_losses": "No per-image losses of two runs were found in runs/<run_id>/validation/ beside the table, so "
     "the "

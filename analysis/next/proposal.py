@@ -43,12 +43,8 @@ PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 itself fills a basket with the cheapest runs, division by 1 spends all on the first."""
 DRAWS = 8
 """Bootstrap draws of the fit over which gains are averaged: a design for one poor first fit can be worthless."""
-COLLINEAR = 3.0
-"""A design whose D/N varies by less than this factor hardly tells the exponents of N and D apart."""
 RESAMPLES = 20
 """Bootstrap draws of the fit, over which the worth of runs is averaged."""
-FAR = 30.0
-"""A target further beyond everything that will be measured than this factor is warned about."""
 SAME = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
 WORTHWHILE = 0.9
@@ -239,7 +235,6 @@ def propose(
         sd_after=basket.sd_after,
         flags=(
             *([Flag(kind="buys_little")] if basket.sd_after > WORTHWHILE * basket.sd_before else []),
-            *_warnings(known, table, target),
             *(Flag(kind="mixed", subject=each) for each in mixture_flags(df, known.law.variables)),
             *known.flags,
         ),
@@ -281,21 +276,6 @@ def with_variables(points: pd.DataFrame, law: Fit, df: pd.DataFrame) -> pd.DataF
     if missing:
         raise AnalysisError(f"{law.law.formula} needs {', '.join(missing)} of the target and of every run on offer.")
     return points
-
-
-def _warnings(law: Fit, bought: pd.DataFrame, target: Mapping[str, float]) -> list[Flag]:
-    """Fixed D/N, and a target far beyond everything that will be measured."""
-    out = []
-    if {"N", "D"} <= set(law.law.variables):
-        ratio = np.concatenate([(law.data["D"] / law.data["N"]).to_numpy(), bought["D/N"].to_numpy()])
-        if ratio.max() / ratio.min() < COLLINEAR:
-            out.append(Flag(kind="one_ratio", subject="D/N", number=ratio.min(), more=(float(ratio.max()),)))
-    for v in ("N", "D"):
-        if v in target and v in law.data:
-            largest = max(float(law.data[v].max()), float(bought[v].max()))
-            if target[v] > FAR * largest:
-                out.append(Flag(kind="far_target", subject=v, number=target[v] / largest))
-    return out
 
 
 def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4) -> pd.DataFrame:

@@ -10,10 +10,13 @@ from typing import Literal
 import numpy as np
 
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.next.proposal import COLLINEAR, Proposal
+from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study, forecasts
 from aimscale.analysis.table.design import varies
+
+COLLINEAR = 3.0
+"""A design whose D/N varies by less than this factor hardly tells the exponents of N and D apart."""
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
