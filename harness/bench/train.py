@@ -16,7 +16,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
-from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import ExecutionPlan, execution_plan
 from aimscale.harness.device.peak import Peak, device_name, measure_peak, utilisation

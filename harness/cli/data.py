@@ -47,7 +47,7 @@ def pack(
     from aimscale.harness.data import DataError
     from aimscale.harness.data.store.benchmarks import SPLITS, is_cifar, is_idx, pack_cifar, pack_idx
     from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
-    from aimscale.harness.data.store.image_folder import pack_folder
+    from aimscale.harness.data.store.pack import pack_folder
 
     if bundled:
         if out is not None:

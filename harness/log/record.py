@@ -13,7 +13,7 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import mean_scored_tokens
-from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
 from aimscale.harness.log.loggers import Logger, open_loggers

@@ -29,7 +29,7 @@ import torch
 from aimscale.aim.weights import write_weights
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.overlap import count_shared
+from aimscale.harness.data.stream.held_out import count_shared
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, PixelBackbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, SplitFeatures

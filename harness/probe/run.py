@@ -13,7 +13,7 @@ import torch
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
-from aimscale.harness.data.threads import kernel_threads
+from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
 from aimscale.harness.probe.features.extraction import ALONE

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import Group
 
 T = TypeVar("T")

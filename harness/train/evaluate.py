@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
-from aimscale.harness.data.stream.overlap import refuse_overlap
+from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.job import Job
 from aimscale.harness.probe.files import is_probed, validation_name

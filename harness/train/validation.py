@@ -18,7 +18,7 @@ from aimscale.aim.model import AIM
 from aimscale.aim.objective import unpatchify
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise
-from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths, usable_indices
+from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths, usable_indices
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import written_aside

@@ -24,7 +24,7 @@ from aimscale.aim.layers import sincos_positions
 from aimscale.aim.model import AIM
 from aimscale.aim.objective import normalise_patches, patchify, prefix_causal_mask
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection, parse
 from aimscale.harness.step.deepspeed_setup import EngineOptions

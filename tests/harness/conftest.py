@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimscale.harness.data.store.image_folder import pack_folder
+from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
 
 

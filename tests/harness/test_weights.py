@@ -20,7 +20,7 @@ from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import BACKBONE, WeightsError, known_heads, load_backbone
 from aimscale.analysis.table.schema import results_table
-from aimscale.harness.data.store.image_folder import pack_folder
+from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.probe.features.images import open_task
 from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute, random_uniform
-from aimscale.harness.data.store.decoding import decode
+from aimscale.harness.data.store.decoding import decode, kernel_threads
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.pack import PackedImage, encode, new_folder, write_dataset
-from aimscale.harness.data.threads import kernel_threads
 
 IMAGE_SIZE = 32
 """Side of every bundled image, pixels."""

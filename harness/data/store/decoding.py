@@ -6,9 +6,11 @@ give the same pixels) and decodes 40 % more images per second than Pillow.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -184,3 +186,18 @@ def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
     scale = size / min(height, width)
     shape = (max(size, round(height * scale)), max(size, round(width * scale)))
     return F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
+
+
+@contextlib.contextmanager
+def kernel_threads(count: int) -> Iterator[None]:
+    """This many for the block; by itself torch takes one for every core.
+
+    Work on small images is best done by one: others wait at full load for their share of a few microseconds. With two
+    cores, resizing a crop to 32 px takes 0.03 ms of processor time with one thread, 0.6 to 1 ms with two.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -7,6 +7,7 @@ Nothing is stored between positions, so any rank, worker or restarted process co
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,44 @@ import torch
 
 from aimscale.harness.data.random_access import I64, make_key, random_uniform
 from aimscale.harness.data.store.index import ShardDataset, require_channels
-from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, draw_boxes
-from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, draw_boxes, normalise
 from aimscale.harness.data.stream.jitter import jitter_colours
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
+
 
 MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
 _NUM_AHEAD = 256
 
 Columns = tuple[npt.NDArray[Any], ...]
 """Arrays with one row per position."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples at some positions of the stream; may be empty."""
+
+    images: torch.Tensor
+    """(B, C, H, W): uint8, a quarter of the bytes to move to a device, or float32, normalised already."""
+    prefix_len: torch.Tensor
+    """int64 (B,), 1..N-1."""
+    positions: torch.Tensor
+    """int64 (B,)."""
+    bad_samples: tuple[str, ...] = ()
+    """Shard and key of every undecodable sample that was replaced."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def on(self, device: torch.device | str) -> Batch:
+        """The batch with its images on a device, bytes still."""
+        return dataclasses.replace(self, images=self.images.to(device, non_blocking=True).contiguous())
+
+    def images_on(self, device: torch.device | str) -> torch.Tensor:
+        """float32 (B, C, H, W), normalised; bytes are moved first, and normalised on the device."""
+        images = self.on(device).images
+        return normalise(images) if images.dtype == torch.uint8 else images
 
 
 class Stretch:

@@ -22,7 +22,7 @@ from aimscale.harness.data.store.decoding import UndecodableImageError, decode_i
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
 from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch
-from aimscale.harness.data.stream.overlap import refuse_overlap
+from aimscale.harness.data.stream.held_out import refuse_overlap
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig

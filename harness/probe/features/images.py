@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_draws, crop_resize, draw_boxes, normalise
-from aimscale.harness.data.stream.evalset import eval_images
+from aimscale.harness.data.stream.held_out import eval_images
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.tasks import ProbeError, check_against_card
 from aimscale.harness.run.config import ModelSection, ProbeSection

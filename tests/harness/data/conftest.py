@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data.store import index
-from aimscale.harness.data.store.image_folder import pack_folder
+from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.run.config import RunConfig, run_config
 
 

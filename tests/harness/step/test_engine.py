@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions

@@ -21,8 +21,8 @@ import aimscale.harness.log.record
 import aimscale.harness.step.feed
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import RunConfig

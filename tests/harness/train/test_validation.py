@@ -13,7 +13,7 @@ import aimscale.harness.train.validation
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
+from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.train.validation import ValidationLosses, completions, validate

@@ -17,8 +17,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.benchmarks import pack_cifar, pack_idx
-from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.pack import pack_folder
 from aimscale.sweeps.cli.main import main
 
 

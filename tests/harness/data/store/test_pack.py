@@ -26,8 +26,8 @@ from aimscale.harness.data.store.decoding import (
     decode_interleaved,
     decode_into,
 )
-from aimscale.harness.data.store.image_folder import pack_folder
 from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.pack import pack_folder
 from aimscale.sweeps.cli.main import main
 
 

@@ -19,7 +19,7 @@ from aimscale.harness.data.store import indexing
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader, open_cache
-from aimscale.harness.data.stream.overlap import count_shared
+from aimscale.harness.data.stream.held_out import count_shared
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.files import locked
@@ -274,5 +274,5 @@ def test_validation_images_can_never_enter_training(
         TrainStream(configure(validation=tmp_path / "validation", unique_images=5))
     pools, held_out = [open_dataset(small_set)], open_dataset(tmp_path / "validation")
     assert count_shared(pools, held_out) == 1
-    monkeypatch.setattr("aimscale.harness.data.stream.overlap.twins", None)
+    monkeypatch.setattr("aimscale.harness.data.stream.held_out.twins", None)
     assert count_shared(pools, held_out) == 1, "what was found once is not looked for again"

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.batch import Batch
+from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.data.stream.loader import WorkerDiedError, start_server, train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig

@@ -30,8 +30,8 @@ from aimscale.harness.data.stream.augment import (
     draw_boxes,
     normalise,
 )
-from aimscale.harness.data.stream.batch import Batch
-from aimscale.harness.data.stream.evalset import eval_images, prefix_lengths
+from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths
 from aimscale.harness.data.stream.jitter import _draw, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import Mixture, TrainStream
