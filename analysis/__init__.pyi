@@ -17,10 +17,7 @@ from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.intervals import plot_noise as plot_noise
 from .plots.intervals import plot_repeats as plot_repeats
 from .plots.laws import plot_approaches as plot_approaches
-from .plots.laws import plot_cloud as plot_cloud
-from .plots.laws import plot_forecasts as plot_forecasts
 from .plots.laws import plot_frontier as plot_frontier
-from .plots.laws import plot_surface as plot_surface
 from .plots.scaling import plot_fit as plot_fit
 from .plots.scaling import plot_points as plot_points
 from .plots.scaling import plot_residuals as plot_residuals

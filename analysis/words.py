@@ -40,7 +40,8 @@ FLAGS = {
     "pattern": f"The law does not fit: its residuals follow {{subject}} {TEST}.",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations): look at how it was tuned.",
-    "mixed": "{subject}",
+    "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one "
+    "with --where.",
     "few_sizes": "C = {number:.3g}: too few sizes near the lowest loss for a parabola",
     "edge": "C = {number:.3g}: the {subject} size has the lowest loss, so the minimum is not interior",
     "not_convex": "C = {number:.3g}: the parabola is not convex",
@@ -80,7 +81,16 @@ FLAGS = {
     "the "
     "noise of paired differences is not known.",
 }
-"""Kind of a flag -> its sentence. `mixed` is of the table: its rows differ in more than the law's variables."""
+"""Kind of a flag -> its sentence."""
+EXCLUSIONS = {
+    "status": "not complete (status)",
+    "not positive": "with a missing or non-positive {}",
+    "not finite": "with a missing or infinite {}",
+    "repeat": "that repeat another row exactly",
+    "where": "not chosen by --where {}",
+    "best of": "not the best {} of their cell",
+}
+"""Kind of an exclusion -> what is said of its rows; {} is the subject."""
 
 NOISE = {
     "table": ("spread over the whole table", "{number} rows"),

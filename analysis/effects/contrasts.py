@@ -28,7 +28,7 @@ from aimscale.analysis.table.design import (
     varies,
     with_size,
 )
-from aimscale.analysis.table.measures import BLOCKS, KIND, Measure, long_format, wanted_measures
+from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_names, our_name, their_name
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import Flag, flag_words
@@ -43,7 +43,7 @@ FOLLOWS = {
 }
 """Column in question -> columns that change with it and so cannot be held equal."""
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
-         KIND: "attentive", BLOCKS: "last"}  # fmt: skip
+         KIND: "attentive"}  # fmt: skip
 """Column -> the level that the paper uses, the baseline unless another is named."""
 OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted."""
@@ -175,8 +175,7 @@ def contrast(
     """Compare the levels of a column with everything else equal.
 
     Args:
-        by: a column; `kind` for kinds of probes and `blocks` for the chosen blocks against the last ones, both within a
-            row.
+        by: a column; `kind` for kinds of probes within a row.
         baseline: level to compare with; None takes the paper's, else the one with most rows.
         measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
             validation loss and every probe.
@@ -185,7 +184,7 @@ def contrast(
     Raises:
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
     """
-    by = by if by in (KIND, BLOCKS) else our_name(frame, by)
+    by = by if by == KIND else our_name(frame, by)
     rows = complete(frame if by == "params_total" else with_size(frame))
     _refuse_constant(rows, by)
     asked, flags = _comparable(wanted_measures(rows, measures, by), by)
@@ -227,13 +226,13 @@ def _all(
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
-    """Columns that `contrast` may compare in a table: those of the design that vary, probe kinds and blocks."""
+    """Columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
     names = [*(name for name in DESIGN if name not in MEASURED_ON), *setup_columns(frame)]
     varied = [name for name in names if name in frame and varies(frame[name])]
     if set(HEAD) & set(varied):  # the actual depth tells the heads apart; it varies with size alone otherwise
         head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
         varied = [head, *[name for name in varied if name not in HEAD]]
-    return [*varied, KIND, BLOCKS]
+    return [*varied, KIND]
 
 
 def _refuse_constant(rows: pd.DataFrame, by: str) -> None:
@@ -255,7 +254,7 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collecti
     """Columns that a pair must share."""
     if unknown := [name for name in ignore if name not in rows]:
         raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {column_names(rows)}.")
-    if by in (KIND, BLOCKS):
+    if by == KIND:
         return [name for name in ("run_id", *SCALE) if name in rows]
     foreign = foreign_settings(rows, measured)
     same = [name for name in ("size", *foreign) if name in rows and by in rows and _is_one(rows, by, name)]
@@ -318,7 +317,7 @@ def _one(
     size_of = groups["size"].first() if "size" in pairs else None
     centre, half, se, spare = mean_of(means_of["difference"], size_of, confidence)
     ratio: tuple[float, ...] = (np.nan, np.nan, np.nan)
-    if measure.has_ratio and (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
+    if not measure.is_accuracy and (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
         logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log).groupby(pairs["run_pair"]).mean()
         middle, width, *_ = mean_of(logs, size_of, confidence)
         ratio = tuple(float(np.exp(v)) for v in (middle, middle - width, middle + width))

@@ -235,7 +235,7 @@ def propose(
         sd_after=basket.sd_after,
         flags=(
             *([Flag(kind="buys_little")] if basket.sd_after > WORTHWHILE * basket.sd_before else []),
-            *(Flag(kind="mixed", subject=each) for each in mixture_flags(df, known.law.variables)),
+            *mixture_flags(df, known.law.variables),
             *known.flags,
         ),
     )

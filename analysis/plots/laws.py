@@ -9,16 +9,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
-from aimscale.analysis.plots.parts import axis_label, below, curve, error_bars, legend, plain, scatter
+from aimscale.analysis.plots.parts import axis_label, curve, legend, scatter
 from aimscale.analysis.plots.style import (
     ACCENT,
     INK,
     MARKERS,
     MAX_SERIES,
-    MUTED,
-    PAPER,
     SECOND,
     figure_of,
     log_axis,
@@ -28,7 +25,6 @@ from aimscale.analysis.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from aimscale.analysis.fitting.result import Fit
     from aimscale.analysis.frontier.approaches import Approaches
     from aimscale.analysis.frontier.optimum import Frontier
 
@@ -123,74 +119,3 @@ def _drawn_budgets(points: Sequence[tuple[float, pd.DataFrame]], accepted: np.nd
         first = [first[i] for i in np.linspace(0, len(first) - 1, MAX_SERIES).round().astype(int)]
     rest = sorted((i for i in range(len(points)) if i not in first and sizes[i] > 2), key=lambda i: -sizes[i])
     return sorted([*first, *rest[: MAX_SERIES - len(first)]])
-
-
-def plot_surface(fit: Fit, frontier: Frontier | None = None) -> Figure:
-    """Contours of the fitted loss over N and D, the points it was fitted to, and the compute-optimal path."""
-    with styled():
-        figure, (ax,) = new_figure()
-        spans = {v: (fit.ranges[v][0] / 1.5, fit.ranges[v][1] * 1.5) for v in ("N", "D")}
-        n, d = (np.geomspace(*spans[v], 70) for v in ("N", "D"))
-        grid_n, grid_d = np.meshgrid(n, d)
-        loss = fit.law.value({"N": grid_n.ravel(), "D": grid_d.ravel()}, fit.law_params).reshape(grid_n.shape)
-        levels = np.unique(np.quantile(loss, np.linspace(0.02, 0.98, 9)))
-        contours = ax.contour(grid_n, grid_d, loss, levels=levels, colors=MUTED, linewidths=1)
-        for text in ax.clabel(contours, fmt="%.3g", fontsize=8, colors=INK):
-            text.set_path_effects([withStroke(linewidth=2, foreground=PAPER)])
-        scatter(ax, fit.data["N"], fit.data["D"], color=ACCENT, label="measured", size=22)
-        if frontier is not None:
-            path = frontier.at(np.geomspace(frontier.range[0], 3 * frontier.range[1], 80))
-            inside = path[path["N"].between(*spans["N"]) & path["D"].between(*spans["D"])]
-            ax.plot(inside["N"], inside["D"], color=SECOND, linewidth=2.2, label="compute-optimal")
-        log_axis(ax, "x", spans["N"])
-        log_axis(ax, "y", spans["D"])
-        ax.set_xlabel(axis_label(fit.columns["N"], fit.loss_unit, fit.names))
-        ax.set_ylabel(axis_label(fit.columns["D"], fit.loss_unit, fit.names))
-        ax.legend(**below(2))
-    return figure
-
-
-def plot_cloud(fit: Fit, x: str = "alpha", y: str = "beta") -> Figure:
-    """Draws of two parameters, the fit, and the box of their intervals.
-
-    Raises:
-        KeyError: a parameter that the law does not report.
-    """
-    with styled():
-        figure, (ax,) = new_figure(4.6, 4.0)
-        draws = fit.reported_draws()
-        scatter(ax, draws[x], draws[y], color=ACCENT, size=10, alpha=0.3, label="draw")
-        ax.plot(fit.params[x], fit.params[y], color=SECOND, marker="D", linewidth=0, markersize=8, label="fit")
-        for name, line, limit in ((x, ax.axvline, ax.set_xlim), (y, ax.axhline, ax.set_ylim)):
-            for end in (fit.intervals[name].low, fit.intervals[name].high):
-                line(end, color=MUTED, linestyle="--", linewidth=1)
-            inside = np.nanpercentile(draws[name], [0.5, 99.5])
-            limit(*(inside + 0.1 * float(np.ptp(inside)) * np.array([-1, 1]) + [-1e-12, 1e-12]))
-        names = {"alpha": "α (exponent of N)", "beta": "β (exponent of D)"}
-        ax.set_xlabel(names.get(x, x))
-        ax.set_ylabel(names.get(y, y))
-        ax.legend(**below(2))
-    return figure
-
-
-def plot_forecasts(tests: Mapping[str, pd.DataFrame], unit: str = "validation loss") -> Figure:
-    """Forecast against what happened; on the diagonal a forecast was right.
-
-    Args:
-        tests: label -> rows with measured, predicted, pi_lo and pi_hi, e.g. `HeldOut.predictions`.
-        unit: of both axes.
-    """
-    with styled():
-        figure, (ax,) = new_figure(4.6, 4.3)
-        rows = pd.concat([rows.assign(test=plain(label)) for label, rows in tests.items()], ignore_index=True)
-        bars = [rows["predicted"] - rows["pi_lo"], rows["pi_hi"] - rows["predicted"]]
-        error_bars(ax, rows["measured"], rows["predicted"], np.array(bars).clip(min=0))
-        labels = pd.Series(pd.Categorical(rows["test"], [plain(label) for label in tests]), name="series")
-        scatter(ax, rows["measured"], rows["predicted"], labels)
-        legend(ax, "left out of the fit")
-        both = rows[["measured", "predicted"]].to_numpy(float)
-        pad = 0.08 * float(np.ptp(both)) + 1e-12
-        ends = (both.min() - pad, both.max() + pad)
-        ax.plot(ends, ends, color=MUTED, linewidth=1)
-        ax.set(xlim=ends, ylim=ends, xlabel=f"measured: {unit}", ylabel=f"forecast: {unit}")
-    return figure

@@ -36,7 +36,6 @@ TASK_TITLES = {
 """Our name -> the paper's column heading."""
 TASKS = tuple(TASK_TITLES)
 """The fifteen benchmarks by the names that a sweep's `probes` must use to be compared, in the order of Table 6."""
-LOSS_SOURCE = f"{PAPER}, Figure 1 (tick labels; 'same number of updates'; which prefixes were scored is not said)"
 PAPER_EXPONENTS = {"params_trunk": 0.0188, "params_total": 0.0228}
 """a in L ~ N^-a, log-log line through the paper's four points, N without and with the pixel head."""
 

@@ -1,20 +1,22 @@
-"""The figures of a report: which ones a table allows, each with a caption, its data and its files."""
+"""The figures of a report, each with a caption, its data and its files, and what changes, repeats and noise come to."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from aimscale.analysis.effects.contrasts import Contrasts
+from aimscale.analysis.effects.noise_sources import Noise
+from aimscale.analysis.effects.repetition import Repeats
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.frontier.measured import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
-from aimscale.analysis.plots.laws import plot_approaches, plot_cloud, plot_forecasts, plot_isoflop, plot_surface
-from aimscale.analysis.plots.parts import axis_label
+from aimscale.analysis.plots.intervals import plot_contrasts, plot_noise, plot_repeats
+from aimscale.analysis.plots.laws import plot_approaches, plot_isoflop
 from aimscale.analysis.plots.scaling import (
     plot_beside_published,
     plot_fit,
@@ -25,12 +27,12 @@ from aimscale.analysis.plots.scaling import (
 from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
 from aimscale.analysis.published.published import published_frame
 from aimscale.analysis.report.study import Study, probe_kinds
-from aimscale.analysis.report.tables import csv_uri
+from aimscale.analysis.report.tables import PageTable, csv_uri, data_uri, page_table
 from aimscale.analysis.table.design import MEASURED_ON
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.select import widest_slice
-from aimscale.analysis.words import accuracy_of
+from aimscale.analysis.words import accuracy_of, flag_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,8 @@ class PageFigure:
     """Inline SVG whose colours follow the page's theme."""
     svg_uri: str
     png_uri: str
-    csv_uri: str | None
-    """The drawn points as a data URI, or None when they are too many."""
+    csv_uri: str
+    """The drawn points as a data URI."""
 
 
 def page_figure(key: str, section: str, title: str, caption: str, figure: Figure, data: pd.DataFrame) -> PageFigure:
@@ -67,18 +69,12 @@ def page_figure(key: str, section: str, title: str, caption: str, figure: Figure
     )
 
 
-def data_uri(mime: str, content: bytes) -> str:
-    """Content that travels inside the page."""
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
-
-
 def page_figures(study: Study) -> Iterator[PageFigure]:
     """Every figure that the table allows, in reading order."""
     yield from _scaling(study)
     yield from _accuracy(study)
-    joint = study.fits.get("ND")
-    if joint is not None:
-        yield from _checks(study, joint)
+    if "ND" in study.fits:
+        yield _residuals(study.fits["ND"])
     if study.approaches is not None and study.approaches.frontiers:
         yield from _frontiers(study, study.approaches)
     yield from _published(study)
@@ -111,8 +107,6 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
         elif key != "C" and "ND" in fits:
             figure, rows = plot_fit(fits["ND"], x=key, se=se), fits["ND"].data
             caption = (_law_caption(study, "ND") if key == "N" else "The same law, a line for each size.") + bars
-        elif key in fits:
-            figure, caption, rows = plot_fit(fits[key], se=se), _law_caption(study, key) + bars, fits[key].data
         else:
             figure = plot_points(usable, x, by=by if by in usable and usable[by].notna().all() else None)
             caption = "No law could be fitted; see what is missing."
@@ -153,29 +147,12 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
         yield page_figure(f"accuracy-{kind}", "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, data)
 
 
-def _checks(study: Study, joint: Fit) -> Iterator[PageFigure]:
-    """Residuals, extrapolation tests, the cloud of exponents and the surface."""
+def _residuals(joint: Fit) -> PageFigure:
     caption = (
         f"{joint.law.formula}. Points should scatter around zero; a pattern along an axis means that the form does not "
         "describe that variable."
     )
-    title = "Residuals of the fitted law"
-    yield page_figure("residuals", "checks", title, caption, plot_residuals(joint), joint.data)
-    if joint.heldout:
-        tests = {f"largest {'model' if t.variable == 'N' else 'budget'}": t.predictions for t in joint.heldout}
-        caption = "Fitted without the largest scale, then asked for it. Bars: 95 % prediction intervals."
-        data = pd.concat([rows.assign(left_out=label) for label, rows in tests.items()])
-        figure = plot_forecasts(tests, axis_label("val_loss", joint.loss_unit, joint.names))
-        yield page_figure("held-out", "checks", "Forecast against actual", caption, figure, data)
-    if joint.draws:
-        caption = f"Each point is one draw of both exponents ({joint.interval_method}); dashed: 95 % intervals."
-        draws = pd.DataFrame({name: joint.reported_draws()[name] for name in ("alpha", "beta")})
-        yield page_figure("cloud", "checks", "How sure the exponents are", caption, plot_cloud(joint), draws)
-    frontiers = study.approaches.frontiers if study.approaches else ()
-    path = next((frontier for frontier in frontiers if frontier.approach == 3), None)
-    best = ", and the path of least loss at each compute" if path else "; approach 3 has no path of least loss to draw"
-    caption, title = f"Contours of equal fitted loss, the measured points{best}.", "The fitted loss over N and D"
-    yield page_figure("surface", "checks", title, caption, plot_surface(joint, path), joint.data)
+    return page_figure("residuals", "checks", "Residuals of the fitted law", caption, plot_residuals(joint), joint.data)
 
 
 def _frontiers(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
@@ -209,8 +186,92 @@ def _published(study: Study) -> Iterator[PageFigure]:
     caption = (
         f"Ours: lowest loss of each size after {seen} images, {sizes} parameters. AIM: IN-1k validation "
         "loss of the four published sizes. The levels are not comparable (other images, resolution, patches, prefixes "
-        "and budgets); the slopes are, with the cautions below."
+        "and budgets); nor are the slopes of much smaller models, or of a law with an offset."
     )
     data = pd.concat([ours[keep].assign(family="this table"), published[keep].assign(family="AIM, published")])
     figure = plot_beside_published(ours, published)
     yield page_figure("beside-aim", "published", "Beside the published AIM models", caption, figure, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One question with its answer."""
+
+    section: str
+    """`laws`, `changes` or `noise`."""
+    title: str
+    sentences: tuple[str, ...]
+    figure: PageFigure
+    table: PageTable | None = None
+
+
+def findings(study: Study) -> Iterator[Finding]:
+    """Every finding that the tables allow, in reading order."""
+    if study.repeats is not None:
+        yield _repeats(study.repeats)
+    for name, found in study.contrasts.items():
+        yield _change(name, found)
+    if study.noise is not None:
+        yield _noise(study.noise)
+
+
+def _change(name: str, found: Contrasts) -> Finding:
+    key, title = f"contrast-{''.join(c if c.isalnum() else '-' for c in name)}", f"Effect of {name}"
+    caption = (
+        f"{name} against {found.baseline}, with 95 % intervals; small ticks are pairs of runs. Filled marks: the "
+        "interval leaves zero out."
+    )
+    pairs = pd.concat(
+        each.pairs.assign(measure=each.measure.name, level=each.level, baseline=each.baseline)
+        for each in found.contrasts
+    )
+    note = (
+        f"Against {found.baseline}; equal within pairs: {', '.join(found.equal) or 'all else'}. Losses in their unit, "
+        "accuracies as fractions."
+    )
+    columns = ("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low")
+    numbers = page_table(
+        f"{key}-table", f"{name}, every difference", note, found.table, (*columns, "high", "detectable", "verdict")
+    )
+    return Finding(
+        section="changes",
+        title=title,
+        sentences=tuple(change_words(found)),
+        figure=page_figure(key, "changes", f"{title}, differences", caption, plot_contrasts(found), pairs),
+        table=numbers,
+    )
+
+
+def change_words(found: Contrasts) -> Iterator[str]:
+    """A sentence per loss and per accuracy that differs, how many others do not, and what to be careful about."""
+    told = [each for each in found.contrasts if not each.measure.is_accuracy or each.is_shown]
+    yield from (each.sentence() for each in told)
+    if rest := len(found.contrasts) - len(told):
+        yield f"{rest} of {len(found.contrasts)} differences are not shown: see the table."
+    yield from flag_words(found.flags)
+
+
+def _noise(found: Noise) -> Finding:
+    frame = found.table
+    frame[["value", "low", "high"]] *= 100
+    caption = "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges."
+    return Finding(
+        section="noise",
+        title="Standard deviations by source, per cent of the loss",
+        sentences=tuple(found.sentences()),
+        figure=page_figure("noise-parts", "noise", "Sources of spread", caption, plot_noise(found), frame),
+    )
+
+
+def _repeats(found: Repeats) -> Finding:
+    caption = (
+        f"{found.fit.law.formula}. Marks: measurements at the size with most pool sizes; lines: the law; dotted: were "
+        f"every {found.sample} new."
+    )
+    title, points = f"Loss against {found.sample}s seen, by pool size", found.curves()[1]
+    return Finding(
+        section="laws",
+        title=f"What repeated {found.sample}s are worth",
+        sentences=tuple(found.sentences()),
+        figure=page_figure("repeats", "laws", title, caption, plot_repeats(found), points),
+    )

@@ -21,8 +21,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import css_variables
 from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.report import tables, words
-from aimscale.analysis.report.figures import page_figures
-from aimscale.analysis.report.findings import findings
+from aimscale.analysis.report.figures import findings, page_figures
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
@@ -121,16 +120,10 @@ def render(study: Study) -> str:
         ladder=tables.ladder_table(study),
         results=tables.results_page_table(study),
         laws=tables.law_tables(study),
-        forecast=tables.forecast_table(study),
-        accuracy_forecast=tables.accuracy_forecast_table(study),
         heldout=tables.heldout_table(study),
         probes=tables.probe_table(study),
-        correlations=tables.correlation_table(study),
-        frontiers=tables.frontier_table(study),
         comparison=tables.task_comparison_table(comparison) if comparison else None,
         baselines=tables.baseline_table(comparison) if comparison else None,
-        published=tables.published_tables(),
-        comparability=words.comparability(study),
         left_out=comparison.left_out if comparison else (),
         missing=list(dict.fromkeys(study.missing)),
         methods=list(words.methods(study)),
@@ -162,8 +155,6 @@ def _asset(name: str) -> str:
 
 
 def page_title(study: Study) -> str:
-    """Names of the first three sweeps, or of the file."""
+    """Names of the sweeps, or of the file."""
     sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
-    if len(sweeps) > 3:
-        return f"{', '.join(sweeps[:3])} and {len(sweeps) - 3} more"
-    return " and ".join(filter(None, [", ".join(sweeps[:-1]), *sweeps[-1:]])) or study.paths[0].stem
+    return ", ".join(sweeps) or study.paths[0].stem

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from aimscale.analysis.report.figures import data_uri
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.study import Study
+from aimscale.analysis.report.tables import data_uri
 
 MAX_IMAGES = 6
 KEYS = ("truth", "prefix", "prediction")
@@ -29,58 +33,41 @@ class PictureRow:
 def picture_rows(study: Study) -> list[PictureRow]:
     """Truth, prefix, and the predictions of the smallest, the middle and the largest model at their largest budget.
 
-    Rows are empty where the sweep stored no completions; a damaged file is noted in `study.missing`.
+    Raises:
+        AnalysisError: a damaged file.
     """
-    chosen = _chosen(study)
     rows: list[PictureRow] = []
-    shown: tuple[np.ndarray, np.ndarray] | None = None
-    for entry in chosen:
-        arrays = _load(study, study.paths[0].parent / str(entry.get("path", "")))
-        if arrays is None:
-            continue
-        truth, prefix, prediction = arrays
-        label = f"{entry.get('size', 'model')}, {int(entry.get('images_seen', 0)):,} images seen"
-        if shown is None or not (np.array_equal(shown[0], truth) and np.array_equal(shown[1], prefix)):
+    for entry in _chosen(study):
+        truth, prefix, prediction = _load(Path(entry["path"]))
+        if not rows:
             rows.append(_row("truth", "Validation image", truth))
             rows.append(_row("given patches", "Patches the model was given", prefix))
-            shown = (truth, prefix)
+        label = f"{entry['size']}, {entry['images_seen']:,} images seen"
         rows.append(_row(label, f"Next-patch predictions of {label}", prediction))
     return rows
 
 
-def _chosen(study: Study) -> list[dict]:
+def _chosen(study: Study) -> list[dict[Hashable, Any]]:
     """Entries of the smallest, middle and largest size of the main experiment, each at its largest budget."""
-    entries = [entry for entry in study.collect.get("completions", []) if isinstance(entry, dict)]
-    if "run_id" in study.main:  # a raw target or another order has pictures of its own kind
-        ours = set(study.main["run_id"])
-        entries = [entry for entry in entries if entry.get("run_id") in ours] or entries
-    if not entries:
-        if study.is_ours:
-            study.missing.append("The sweep stored no next-patch predictions, so no pictures are shown.")
+    entries = pd.DataFrame(study.collect.get("completions", []))
+    if entries.empty or not {"run_id", "params_total"} <= set(study.main):
         return []
-    largest: dict[str, dict] = {}
-    for entry in entries:
-        size = str(entry.get("size"))
-        if size not in largest or entry.get("images_seen", 0) >= largest[size].get("images_seen", 0):
-            largest[size] = entry
-    params = {}
-    if {"size", "params_total"} <= set(study.frame.columns):
-        params = study.frame.groupby("size")["params_total"].first().to_dict()
-    sizes = sorted(largest, key=lambda size: params.get(size, 0))
-    picks = sorted({0, len(sizes) // 2, len(sizes) - 1})
-    return [largest[sizes[i]] for i in picks]
+    sizes = study.main.groupby("run_id")["params_total"].first()
+    found = entries.assign(N=entries["run_id"].map(sizes)).dropna(subset="N").sort_values(["N", "images_seen"])
+    found = found.drop_duplicates("N", keep="last")
+    picks = sorted({0, len(found) // 2, len(found) - 1}) if len(found) else []
+    return found.iloc[picks].to_dict("records")
 
 
-def _load(study: Study, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _load(path: Path) -> list[np.ndarray]:
+    """Three arrays (n, H, W, C) of uint8."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = [np.asarray(stored[key])[:MAX_IMAGES] for key in KEYS]
-        if any(a.ndim != 4 or a.dtype != np.uint8 or a.shape != arrays[0].shape for a in arrays):
-            raise ValueError("expected three uint8 arrays (n, H, W, C) of one shape")
+            return [np.asarray(stored[key], np.uint8)[:MAX_IMAGES] for key in KEYS]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        study.missing.append(f"Pictures in {path.name} of {path.parent.parent.name} cannot be shown: {error}.")
-        return None
-    return arrays[0], arrays[1], arrays[2]
+        raise AnalysisError(
+            f"cannot read the pictures in {path} ({error}); delete the file or collect again"
+        ) from error
 
 
 def _row(label: str, alt: str, images: np.ndarray) -> PictureRow:

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation, correlate
-from aimscale.analysis.accuracy.links import chance_level, forecast, link
+from aimscale.analysis.accuracy.links import chance_level, link
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.repetition import Repeats, repeats
@@ -27,23 +26,13 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
-from aimscale.analysis.frontier.optimum import parametric_frontier
 from aimscale.analysis.next.backtest import AUTO, Choice, choose, with_compute
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose, with_variables
 from aimscale.analysis.table.design import varies
-from aimscale.analysis.table.measures import BLOCKS, KIND
-from aimscale.analysis.table.names import CANONICAL
+from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, widest_slice
-
-MANY_ROWS = 20_000
-"""Rows above which noise and repeats are left to their own verbs."""
-MANY_CHOICES = 1000
-"""Rows above which no law is chosen by a backtest: `aimscale fit --law auto` does it."""
-MANY_SIZES = 300
-"""Sizes above which a table is not a grid of sizes and budgets."""
+from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part
 
 ResultT = TypeVar("ResultT")
 
@@ -72,7 +61,7 @@ class Study:
     resamples: int = 1000
     """Bootstrap resamples of every interval."""
     fits: dict[str, Fit] = field(default_factory=dict)
-    """`ND` the joint law; `N`, `D`, `C` power laws with offset along one variable."""
+    """`ND` the joint law; `C` a power law with offset along the envelope."""
     selections: dict[str, str] = field(default_factory=dict)
     """Fit key -> which rows it used, in words."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
@@ -100,6 +89,11 @@ class Study:
         return joint if joint is None or self.choice is None else self.choice.best
 
     @property
+    def few(self) -> int:
+        """Resamples of the intervals that cost most."""
+        return min(self.resamples, 500)
+
+    @property
     def samples(self) -> str:
         """What D counts, in words."""
         return "images" if self.is_ours else "samples"
@@ -122,9 +116,7 @@ def study_tables(
     paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], *, resamples: int = 1000
 ) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
-    frame, impossible = without_impossible(frame)
     everything = usable_rows(frame)
-    exclusions = [*impossible, *(f"{each}." for each in everything.exclusions)]
     part = main_part(frame)
     fresh = fresh_part(usable_rows(part.rows).rows)
     whose = ["of the main experiment"] * bool(part.num_others) + [f"with {fresh.words}"] * bool(fresh.num_others)
@@ -137,7 +129,7 @@ def study_tables(
         num_usable=len(everything.rows),
         probes=probe_frame(complete(part.rows)),
         collect=collect,
-        exclusions=exclusions,
+        exclusions=[f"{each}." for each in everything.exclusions],
         resamples=resamples,
     )
     if part.num_others:
@@ -152,37 +144,19 @@ def study_tables(
     if study.usable.empty:
         study.missing.append("No row has a validation loss, so no law is fitted.")
     else:
-        _fit_laws(study, resamples)
-    _correlate(study, resamples)
+        _fit_laws(study)
+    _correlate(study)
     _contrast(study)
     if not study.usable.empty:
-        _explain(study, resamples)
+        _explain(study)
     return study
 
 
-def without_impossible(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The frame with numbers that cannot be as missing, and a sentence about each kind."""
-    sentences = []
-    for name in [str(name) for name in frame if str(name).startswith("flops")]:
-        bad = frame[name].notna() & ~(np.isfinite(frame[name]) & (frame[name] > 0))
-        if bad.any():
-            frame = frame.assign(**{name: frame[name].mask(bad)})
-            sentences.append(f"{int(bad.sum())} values of {name} are not positive, finite numbers and not used.")
-    for name, how in MFU.items():
-        if name in frame and (bad := frame[name] > 1).any():
-            frame = frame.assign(**{name: frame[name].mask(bad)})
-            sentences.append(
-                f"MFU ({how}) of {int(bad.sum())} rows exceeds 100 % and is not shown: the peak that it is a "
-                "share of was measured or stated too low."
-            )
-    return frame, sentences
-
-
 def _contrast(study: Study) -> None:
-    """Every column that the tables vary, and kinds of probes and blocks over all their runs."""
+    """Every column that the tables vary, and kinds of probes over all their runs."""
     rows = complete(study.frame)
     for name in factors(rows):
-        if name in (KIND, BLOCKS):
+        if name == KIND:
             with contextlib.suppress(AnalysisError):  # fewer than two kinds were run, or none was probed
                 study.contrasts[name] = contrast(study.main, by=name)
             continue
@@ -191,47 +165,35 @@ def _contrast(study: Study) -> None:
             study.contrasts[name] = found
 
 
-def _explain(study: Study, resamples: int) -> None:
+def _explain(study: Study) -> None:
     """Noise and repeats, where the tables hold what they need."""
-    usable = study.usable
-    if len(usable) > MANY_ROWS:
-        return
     with contextlib.suppress(AnalysisError):  # neither seeds nor standard errors
-        study.noise = noise(usable)
+        study.noise = noise(study.usable)
     main = usable_rows(study.main).rows
     if "unique_images" in main and varies(main["unique_images"]):
-        study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=min(resamples, 500)))
+        study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=study.few))
 
 
-def _fit_laws(study: Study, resamples: int) -> None:
-    usable = study.usable
+def _fit_laws(study: Study) -> None:
+    usable, resamples = study.usable, study.resamples
     all_rows = "all complete rows" if len(usable) == study.num_usable else f"the {len(usable)} rows of the main grid"
     rows: dict[str, tuple[str, pd.DataFrame, str]] = {"ND": ("chinchilla", usable, all_rows)}
-    if "images_seen" in usable and "params_total" in usable:
-        largest, words = widest_slice(usable, "params_total", "images_seen")
-        rows["N"] = ("power_offset:N", largest, f"rows with {words} {study.samples} seen")
-        largest, words = widest_slice(usable, "images_seen", "params_total")
-        rows["D"] = ("power_offset:D", largest, f"rows of the model with {words} parameters")
     if "flops_train" in usable and usable["flops_train"].notna().any():
         rows["C"] = ("power_offset:C", lower_envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
     for key, (law, subset, words) in rows.items():
         study.selections[key] = words
-        if key in ("N", "D") and not varies(subset[CANONICAL[key]]):
-            continue  # every row has a size and a budget of its own: there is no slice to fit anything to
-        found = study.attempt(
-            f"A law on {words}", partial(fit, law, subset, resamples=affordable(resamples, len(subset)))
-        )
+        found = study.attempt(f"A law on {words}", partial(fit, law, subset, resamples=resamples))
         if found is not None:
             study.fits[key] = found
     if "ND" in study.fits:
         study.fits["ND"] = _with_tests(study, study.fits["ND"])
-        if len(usable) <= MANY_CHOICES:
-            with contextlib.suppress(AnalysisError):  # too few rows to hold any out
-                study.choice = choose(AUTO, usable, resamples=affordable(resamples, len(usable)))
-            with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
-                study.proposal = _proposal(study, study.fits["ND"])
+        with contextlib.suppress(AnalysisError):  # too few rows to hold any out
+            study.choice = choose(AUTO, usable, resamples=resamples)
+        with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
+            study.proposal = _proposal(study, study.fits["ND"])
         if "flops_train" in usable and usable["flops_train"].notna().any():
-            study.approaches = study.attempt("Compute-optimal frontier", partial(_frontiers, study, resamples))
+            work = partial(all_approaches, usable, resamples=study.few)
+            study.approaches = study.attempt("Compute-optimal frontier", work)
 
 
 def _proposal(study: Study, joint: Fit) -> Proposal:
@@ -244,28 +206,18 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
     return propose(study.usable, target, offer, budget=budget, unit="FLOP", law=law)
 
 
-def _frontiers(study: Study, resamples: int) -> Approaches:
-    """All approaches, or the third alone where nearly every row has a size of its own."""
-    usable, joint = study.usable, study.fits["ND"]
-    num_sizes = usable["params_total"].nunique() if "params_total" in usable else 0
-    if num_sizes <= MANY_SIZES:
-        return all_approaches(usable, resamples=affordable(min(resamples, 500), len(usable)))
-    why = f"it joins the budgets of a size, and the table has {num_sizes:,} sizes"
-    return Approaches(frontiers=(parametric_frontier(joint, usable),), failures={1: why, 2: why})
-
-
 def _with_tests(study: Study, joint: Fit) -> Fit:
     tests = []
     for variable in ("N", "D"):
         test = study.attempt(
             f"Held-out test over the largest {variable}",
-            partial(held_out, joint, study.usable, by=variable, resamples=affordable(300, len(study.usable))),
+            partial(held_out, joint, study.usable, by=variable, resamples=study.few),
         )
         tests += [test] if test else []
     return dataclasses.replace(joint, heldout=tuple(tests))
 
 
-def _correlate(study: Study, resamples: int) -> None:
+def _correlate(study: Study) -> None:
     probes = study.probes
     if probes.empty:
         if study.is_ours:
@@ -282,15 +234,11 @@ def _correlate(study: Study, resamples: int) -> None:
         )
         if found:
             study.correlations[kind, task] = found
-        linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", partial(_link, rows, resamples))
+        known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
+        work = partial(link, known, chance=chance_level(known), resamples=study.few)
+        linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", work)
         if linked is not None:
             study.links[kind, task] = linked
-
-
-def _link(rows: pd.DataFrame, resamples: int) -> Fit:
-    """Sigmoid from loss to accuracy above chance; whole runs are resampled where there are enough."""
-    rows = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-    return link(rows, chance=chance_level(rows), resamples=affordable(min(resamples, 500), len(rows)))
 
 
 def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
@@ -309,7 +257,7 @@ def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
     return found
 
 
-FORECAST_SCALES = ((2.0, 2.0), (10.0, 1.0), (1.0, 10.0), (10.0, 10.0))
+FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at."""
 
 
@@ -317,41 +265,15 @@ def forecasts(study: Study) -> pd.DataFrame:
     """What the law that predicts best expects beyond the table: N and D multiplied from the largest run, data new.
 
     Returns:
-        Columns: scale (in words), times_n, times_d, N, D and the law's other variables, value, ci_lo, ci_hi, pi_lo,
-        pi_hi, beyond_range; empty without a law.
+        Columns: times, N, D and the law's other variables, value, ci_lo, ci_hi, pi_lo, pi_hi; empty without a law.
     """
     law = study.forecaster
     if law is None:
         return pd.DataFrame()
-    joint = study.fits["ND"]
-    scales = pd.DataFrame(FORECAST_SCALES, columns=["times_n", "times_d"])
-    scales["scale"] = [f"{n:g} × N, {d:g} × D" for n, d in FORECAST_SCALES]
-    grid = scales.assign(N=scales["times_n"] * joint.ranges["N"][1], D=scales["times_d"] * joint.ranges["D"][1])
+    grid = pd.DataFrame({"times": FORECAST_SCALES})
+    grid = grid.assign(**{v: grid["times"] * study.fits["ND"].ranges[v][1] for v in ("N", "D")})
     places = with_variables(grid, law, with_compute(study.usable, None))
-    beyond = scales[["times_n", "times_d"]].max(axis=1)  # in N and D; laws may know C, too
-    return pd.concat([places, law.predict(places).assign(beyond_range=beyond)], axis=1)
-
-
-def accuracy_forecasts(study: Study) -> pd.DataFrame:
-    """What the two-step forecast, scale -> loss -> accuracy, expects beyond the table for the first probe kind.
-
-    Returns:
-        Columns: task, kind, scale, loss, accuracy, pi_lo, pi_hi, beyond_range; empty without both steps.
-    """
-    law, kind = study.forecaster, next((kind for kind, _ in study.links), None)
-    if law is None or not law.draws or kind is None:
-        return pd.DataFrame()
-    places, tables = forecasts(study), []
-    for (each, task), second in study.links.items():
-        if each == kind and second.draws:
-            found = forecast(law, second, places[list(law.law.variables)]).table.reset_index(drop=True)
-            tables.append(found.assign(scale=places["scale"], task=task, kind=kind))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def affordable(resamples: int, num_rows: int) -> int:
-    """Fewer resamples for very large tables, whose intervals need fewer and whose resamples cost more."""
-    return max(20, min(resamples, 3_000_000 // max(1, num_rows)))
+    return pd.concat([places, law.predict(places)], axis=1)
 
 
 def probe_kinds(probes: pd.DataFrame) -> list[str]:

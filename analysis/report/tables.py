@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.accuracy.correlation import Correlation
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
-from aimscale.analysis.published.published import LOSS_SOURCE, PAPER, TASK_TITLES, TASKS, published_frame, table6
-from aimscale.analysis.report.study import Study, accuracy_forecasts, forecasts
+from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import DESIGN, design_columns
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.table.points import usable_rows
@@ -24,11 +22,9 @@ from aimscale.analysis.words import kind_name
 
 MAX_ROWS = 400
 """Rows shown on the page; the CSV beside the table has all."""
-MAX_CSV_BYTES = 3_000_000
-"""Larger CSV is not put into the page."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins so for a formula."""
-PROSE = ("method", "note")
+PROSE = ("note",)
 """Columns of our own words, whose formulas are set as such; names of others stay as they are."""
 
 
@@ -43,7 +39,7 @@ def whole(value: float) -> str:
 
 
 Form = str | Callable[[Any], str]
-_LOSS, _THREE = ".4f", ".3f"
+_LOSS = ".4f"
 COLUMNS: dict[str, tuple[str, Form]] = {
     "kind": ("probe", ""),
     "params_trunk": ("trunk", whole),
@@ -51,8 +47,6 @@ COLUMNS: dict[str, tuple[str, Form]] = {
     "params_total": ("N", whole),
     "images_seen": ("D (images)", whole),
     "unique_images": ("U (images)", whole),
-    "N": ("N", human),
-    "D": ("D", human),
     "flops_per_image": ("FLOP/image", human),
     "flops_train": ("C (FLOP)", human),
     "val_loss": ("loss", _LOSS),
@@ -71,34 +65,20 @@ COLUMNS: dict[str, tuple[str, Form]] = {
     "last_top1": ("on the last blocks (%)", percent),
     "chance": ("chance (%)", percent),
     "n": ("n", whole),
-    "num_points": ("points", whole),
     "lr": ("rate", human),
-    "loss": ("expected loss", _LOSS),
-    "value": ("value", _THREE),
-    "low": ("low", _THREE),
-    "high": ("high", _THREE),
-    "interval_method": ("95 % interval by", ""),
-    "accuracy": ("expected top-1 (%)", percent),
-    "beyond_range": ("beyond range (×)", ".1f"),
     "num_train": ("fitted", whole),
     "num_test": ("predicted", whole),
     "error": ("mean error of the law (%)", lambda v: f"{100 * v:.2f}"),
     "naive": ("of the baseline (%)", lambda v: f"{100 * v:.2f}"),
     "inside": ("inside their 95 % interval", ""),
-    "exponent": ("exponent", _THREE),
-    "bias": ("its own bias", _THREE),
-    "refused": ("budgets refused", whole),
+    "low": ("low", _LOSS),
+    "high": ("high", _LOSS),
     "num_run_pairs": ("pairs of runs", whole),
     "num_pairs": ("pairs of rows", whole),
     "baseline_mean": ("at the baseline", _LOSS),
     "level_mean": ("at the level", _LOSS),
     "difference": ("difference", _LOSS),
     "detectable": ("would be seen", _LOSS),
-    "num_seeds": ("seeds", whole),
-    "mean": ("mean", percent),
-    "sd": ("spread (fraction)", ".5f"),
-    "epochs": ("passes", whole),
-    "effective": ("worth of all passes", ".2f"),
     "aim_7b": ("AIM-7B", percent),
     "gap_to_aim_7b": ("gap", percent),
     "best_frozen": ("best frozen", ""),
@@ -107,10 +87,6 @@ COLUMNS: dict[str, tuple[str, Form]] = {
     "baseline_top1": ("its top-1 (%)", percent),
     "gap": ("gap", percent),
     "verdict": ("verdict", ""),
-    "in1k_last6": ("last 6 blocks", percent),
-    "in1k_best6": ("best 6 blocks", percent),
-    "in1k_lora": ("LoRA", percent),
-    **{task: (title, percent) for task, title in TASK_TITLES.items()},
 }
 """Column -> heading and how its numbers are written; another column is headed by its name, its numbers to 4 digits."""
 
@@ -142,8 +118,8 @@ class PageTable:
     """Cells, at most `MAX_ROWS` rows."""
     num_rows: int
     """Rows of the whole table."""
-    csv_uri: str | None
-    """The whole table as a data URI, or None when it is too large."""
+    csv_uri: str
+    """The whole table as a data URI."""
 
 
 def page_table(
@@ -180,21 +156,21 @@ def _cell(value: Any, form: Form, is_prose: bool) -> Cell:
     return Cell(text=str(value), sort=str(value), numeric=False, is_prose=is_prose)
 
 
-def csv_uri(frame: pd.DataFrame) -> str | None:
+def csv_uri(frame: pd.DataFrame) -> str:
     """A data frame as a `data:` URI of CSV; cells that a spreadsheet would run as a formula are quoted with '."""
     safe = frame.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
-    encoded = base64.b64encode(safe.to_csv(index=False).encode()).decode()
-    return f"data:text/csv;base64,{encoded}" if len(encoded) <= MAX_CSV_BYTES else None
+    return data_uri("text/csv", safe.to_csv(index=False).encode())
+
+
+def data_uri(mime: str, content: bytes) -> str:
+    """Content that travels inside the page."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def _spans(lows: Iterable[float], highs: Iterable[float], form: Callable[[float], str]) -> list[str]:
     """Intervals in words, `low to high`."""
     ends = zip(lows, highs, strict=True)
     return [f"{form(low)} to {form(high)}" if np.isfinite([low, high]).all() else "–" for low, high in ends]
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4f}"
 
 
 def last_of_runs(frame: pd.DataFrame, column: str) -> pd.Series:
@@ -279,41 +255,6 @@ def law_tables(study: Study) -> list[PageTable]:
     ]
 
 
-def forecast_table(study: Study) -> PageTable | None:
-    """What the law that predicts best expects beyond the table."""
-    frame, law = forecasts(study), study.forecaster
-    if frame.empty or law is None:
-        return None
-    frame["loss"], frame["interval"] = frame["value"], _spans(frame["pi_lo"], frame["pi_hi"], _loss)
-    return page_table(
-        "forecast",
-        "What the joint law expects beyond this table",
-        f"By {law.law.formula}, from the largest size and budget. The interval is for one new measurement; it assumes "
-        "that the law holds there, unverified as far as the last column says.",
-        frame,
-        ("scale", "N", "D", "loss", "interval", "beyond_range"),
-        {"interval": "95 % prediction interval", "D": f"D ({study.samples})"},
-    )
-
-
-def accuracy_forecast_table(study: Study) -> PageTable | None:
-    """Accuracy beyond the table, by way of the loss."""
-    frame = accuracy_forecasts(study)
-    if frame.empty:
-        return None
-    frame["kind"] = frame["kind"].map(kind_name)
-    frame["interval"] = _spans(frame["pi_lo"], frame["pi_hi"], percent)
-    return page_table(
-        "accuracy-forecast",
-        "Accuracy expected beyond this table",
-        "Two steps: scale to loss by the law that forecasts, loss to accuracy by a sigmoid above chance; the interval "
-        "has errors of both and the scatter of one measurement. Loss alone may not decide accuracy: see the figure.",
-        frame,
-        ("task", "kind", "scale", "loss", "accuracy", "interval", "beyond_range"),
-        {"interval": "95 % prediction interval (%)"},
-    )
-
-
 def heldout_table(study: Study) -> PageTable | None:
     """Extrapolation tests of the joint law."""
     joint = study.fits.get("ND")
@@ -332,20 +273,6 @@ def heldout_table(study: Study) -> PageTable | None:
     )
     note = "Fitted without the largest scale, then compared with it. The baseline is a straight line in log-log."
     return page_table("heldout", "Does the law extrapolate?", note, frame, frame.columns)
-
-
-def frontier_table(study: Study) -> PageTable | None:
-    """Exponents of N*(C) by each approach."""
-    if study.approaches is None or not study.approaches.frontiers:
-        return None
-    return page_table(
-        "frontiers",
-        "Compute-optimal size, by approach",
-        "N* grows as a power of C; 1: envelope of training curves, 2: a parabola at each compute, 3: the joint law. "
-        "Low and high: 95 % interval, of the exponent less the bias that the approach has by itself on this design.",
-        study.approaches.table,
-        ("approach", "exponent", "low", "high", "bias", "method", "refused"),
-    )
 
 
 def probe_table(study: Study) -> PageTable | None:
@@ -369,32 +296,6 @@ def probe_table(study: Study) -> PageTable | None:
             *("chance", "n", "blocks", "lr"),
         ),
     )
-
-
-def correlation_table(study: Study) -> PageTable | None:
-    """Loss against accuracy, every coefficient."""
-    if not study.correlations:
-        return None
-    frame = pd.DataFrame(
-        vars(c) | {"kind": kind_name(kind), "task": task, "coefficient": _coefficient(c)}
-        for (kind, task), found in study.correlations.items()
-        for c in found
-    )
-    return page_table(
-        "correlations",
-        "Validation loss against accuracy",
-        "−1: whoever has the lower loss always has the higher accuracy. At equal compute: within groups of rows "
-        "that share it, else about a smooth function of it; within a size: less the mean of each size.",
-        frame,
-        ("task", "kind", "coefficient", "value", "low", "high", "num_points", "interval_method"),
-    )
-
-
-def _coefficient(found: Correlation) -> str:
-    """The method, and what was held equal."""
-    if found.partial_on:
-        return f"{found.method} at equal compute"
-    return f"{found.method} within a {found.within}" if found.within else found.method
 
 
 def task_comparison_table(comparison: Comparison) -> PageTable | None:
@@ -434,25 +335,3 @@ def baseline_table(comparison: Comparison) -> PageTable | None:
         ),
         {"top1": "ours (%)", "verdict": "ours is"},
     )
-
-
-def published_tables() -> list[PageTable]:
-    """AIM's sizes and Table 6, as published."""
-    tasks = table6().assign(model=table6()["method"] + " " + table6()["arch"])
-    return [
-        page_table(
-            "published-sizes",
-            "AIM's four sizes, as published",
-            f"Loss: {LOSS_SOURCE}. Accuracies: IN-1k top-1 (%), attentive probe, frozen; LoRA adapts weights.",
-            published_frame(),
-            ("size", "params_trunk", "params_total", "val_loss", "in1k_last6", "in1k_best6", "in1k_lora"),
-            {"params_total": "with head", "val_loss": "IN-1k loss"},
-        ),
-        page_table(
-            "published-tasks",
-            "Published baselines, fifteen tasks",
-            f"{PAPER}, Table 6; frozen trunk, attentive probe, test split of each benchmark; accuracy in per cent.",
-            tasks,
-            ("model", "data", "layers", "mean", *TASKS),
-        ),
-    ]

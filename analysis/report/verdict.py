@@ -132,12 +132,12 @@ def _forecast(study: Study) -> str:
     if frame.empty or law is None:
         return "None without a law."
     parts = []
-    for _, row in frame[frame["times_n"] == frame["times_d"]].iterrows():
+    for _, row in frame.iterrows():
         ends = [row["pi_lo"], row["pi_hi"]]
         interval = f"[{ends[0]:.4g}, {ends[1]:.4g}]" if np.isfinite(ends).all() else "(no interval)"
         parts.append(
             f"{row['value']:.4g} {interval} at N = {human(row['N'])}, D = {human(row['D'])} "
-            f"({row['beyond_range']:.3g} times beyond the table)"
+            f"({row['times']:.3g} times beyond the table)"
         )
     joint = study.fits["ND"]
     unknown = law.law.name == joint.law.name and {"alpha", "beta"} & joint.not_identified
@@ -153,10 +153,6 @@ def _next(study: Study) -> str:
     joint, usable = study.fits.get("ND"), study.usable
     if joint is None:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
-    ratio = joint.data["D"] / joint.data["N"]
-    if joint.not_identified & {"alpha", "beta"} and ratio.max() < COLLINEAR * ratio.min():
-        line = f"D/N stays between {human(ratio.min())} and {human(ratio.max())}"
-        return f"Every size at several budgets: {line}, and along one line of N and D no exponent can be told."
     for v, other, name, noun in (("N", "D", "alpha", "sizes"), ("D", "N", "beta", "budgets")):
         if name in joint.not_identified:
             low, high = joint.ranges[v]

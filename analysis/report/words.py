@@ -10,11 +10,9 @@ import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.tables import last_of_runs
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.table.select import widest_slice
 from aimscale.analysis.words import accuracy_of
 
 
@@ -75,32 +73,14 @@ def _what_came_out(study: Study) -> Iterator[str]:
     seen = f" after {human(best['images_seen'])} {study.samples}" if _has(main, "images_seen") else ""
     reached = ", reached" if name or seen else ""
     yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}{name}{seen}."
-    for varied, fixed, words in (
-        ("params_total", "images_seen", f"from the smallest to the largest model at {{}} {study.samples} seen"),
-        ("images_seen", "params_total", "from the smallest to the largest budget of the model of {} parameters"),
-    ):
-        if _has(usable, varied, fixed):
-            widest, _ = widest_slice(usable, varied, fixed)
-            rows = widest.groupby(varied)["val_loss"].mean().sort_index()
-            if len(rows) > 1:
-                change = 100 * (rows.iloc[-1] / rows.iloc[0] - 1)
-                factor = human(rows.index[-1] / rows.index[0])
-                verb = "lowers" if change < 0 else "raises"
-                at = words.format(human(widest[fixed].iloc[0]))
-                yield f"Going {at} ({factor}×) {verb} the loss by {abs(change):.1f} %."
 
 
 def accuracy_in_words(study: Study) -> Iterator[str]:
-    """Whether loss goes with accuracy: a sentence per task of the first kind of probe, and one on all others."""
+    """Whether loss goes with accuracy: a sentence per task of the first kind of probe; figures show the others."""
     first = next(iter(study.correlations), (None,))[0]
-    others = {of: found[0] for of, found in study.correlations.items() if of[0] != first}
     for (kind, task), found in study.correlations.items():
         if kind == first:
             yield correlation_words(f"{accuracy_of(kind)} on {task}", found)
-    if others:
-        method = next(iter(others.values())).method.capitalize()
-        listed = (f"{accuracy_of(kind)} on {task} {_coefficient(each)}" for (kind, task), each in others.items())
-        yield f"{method} of the other probes: {', '.join(listed)}."
 
 
 def _coefficient(found: Correlation) -> str:
@@ -126,31 +106,6 @@ def correlation_words(what: str, found: tuple[Correlation, ...]) -> str:
         elif c.method in names:
             parts.append(f"{names[c.method]} {_coefficient(c)}")
     return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
-
-
-def comparability(study: Study) -> Iterator[str]:
-    """What may and may not be read from ours beside the paper's numbers."""
-    yield (
-        "The levels of the losses may not be compared: other validation images, resolution, patch size and budgets, "
-        "and the paper does not say which prefixes its validation loss scores."
-    )
-    tasks = set(study.probes["task"]) if not study.probes.empty else set()
-    shared = [task for task in TASKS if task in tasks]
-    if shared:
-        yield f"Accuracy may be compared task by task on {', '.join(shared)} (same task name): see aimscale compare."
-    elif tasks:
-        yield (
-            "None of the tasks probed here is one of the paper's fifteen, so no accuracy is put beside AIM's, and no "
-            "mean either."
-        )
-    if "N" in study.fits:
-        yield (
-            "Slopes may be compared with care: the paper's four points give "
-            f"L ~ N^-{PAPER_EXPONENTS['params_trunk']:.4f} on trunk parameters and "
-            f"N^-{PAPER_EXPONENTS['params_total']:.4f} with the head counted, a straight line without offset over one "
-            "decade at equal numbers of updates. A power law with offset, or models much smaller than theirs, has "
-            "another slope for that reason alone."
-        )
 
 
 SETTINGS = {

@@ -14,11 +14,7 @@ from aimscale.analysis.table.schema import KNOWN, MFU
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
-BLOCKS = "blocks"
-"""Compares the blocks chosen on the hold-out with the last six (or half), within a row and kind."""
 ACCURACIES = ("top1", "last_top1")
-CHOSEN, LAST = "chosen", "last"
-"""Levels of `BLOCKS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +41,6 @@ class Measure:
     def lower_is_better(self) -> bool:
         """Losses, times and costs."""
         return not self.is_accuracy and self.column not in (*MFU, "images_per_s")
-
-    @property
-    def has_ratio(self) -> bool:
-        """Whether a ratio says anything: not of accuracies, which have a floor at chance."""
-        return not self.is_accuracy
 
     @property
     def unit(self) -> str:
@@ -83,9 +74,9 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
     Raises:
         AnalysisError: a name that is neither a numeric column nor a probe of the table.
     """
-    within_row = by in (KIND, BLOCKS)
-    probes = _probes(rows, by)
-    entries = {(str(task), "" if by == KIND else str(kind)): None for task, kind in probes[["task", "kind"]].to_numpy()}
+    within_row = by == KIND
+    probes = probe_frame(rows)
+    entries = {(str(task), "" if within_row else str(kind)): None for task, kind in probes[["task", "kind"]].to_numpy()}
     of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in entries]
     if within_row and not of_probes:
         raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
@@ -118,25 +109,14 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
 
 def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.DataFrame:
     """One row per run, budget and measure: the table's columns, `measure`, `value`, and `by` where it is in the row."""
-    probes = _probes(rows, by)
+    probes = probe_frame(rows)
     plain = rows.drop(columns="probes", errors="ignore")
     parts = []
     for m in measures:
         of_probe = m.is_accuracy and m.column not in rows
         mine = probes[(probes["task"] == m.task) & (probes["kind"].eq(m.kind) | (m.kind == ""))] if of_probe else plain
-        levels = [(CHOSEN, "top1"), (LAST, "last_top1")] if by == BLOCKS else [(None, m.column)]
-        for level, column in levels:
-            part = mine.assign(measure=m.name, value=mine[column])
-            parts.append(part if level is None else part.assign(blocks=level))
+        parts.append(mine.assign(measure=m.name, value=mine[m.column]))
     long = pd.concat(parts, ignore_index=True)
     if by not in long:
         raise no_column(rows, by, " to compare by")
     return long[long["value"].notna()]
-
-
-def _probes(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """`probe_frame`; to compare by blocks, those that were scored on the last six as well as on the chosen ones."""
-    probes = probe_frame(rows)
-    if by == BLOCKS:
-        probes = probes[probes["last_top1"].notna()]
-    return probes

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.words import EXCLUSIONS
 
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
@@ -21,36 +22,20 @@ FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 _ORIGIN = "aimscale"
 
-EXCLUSIONS = {
-    "status": "not complete (status)",
-    "text": "whose {} is no number",
-    "not positive": "with a missing or non-positive {}",
-    "not finite": "with a missing or infinite {}",
-    "repeat": "that repeat another row exactly",
-    "where": "not chosen by --where {}",
-    "best of": "not the best {} of their cell",
-}
-"""Kind of an exclusion -> what is said of its rows; {} is the subject."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
     """Rows that were left out, and why."""
 
     kind: str
-    """One of `EXCLUSIONS`."""
+    """One of `words.EXCLUSIONS`."""
     subject: str = ""
     """Column, as its file calls it, or the condition that was not met."""
     number: int
     """Rows."""
 
-    @property
-    def reason(self) -> str:
-        """Why, in words."""
-        return EXCLUSIONS[self.kind].format(self.subject)
-
     def __str__(self) -> str:
-        return f"{self.number} row{'s' if self.number != 1 else ''} {self.reason}"
+        return f"{self.number} row{'s' if self.number != 1 else ''} {EXCLUSIONS[self.kind].format(self.subject)}"
 
 
 def names_of(frame: pd.DataFrame) -> dict[str, str]:

@@ -61,9 +61,6 @@ def usable_rows(
     bad: list[tuple[str, str, pd.Series]] = [("status", "", ~frame.index.to_series().isin(complete(frame).index))]
     for name, column in columns.items():
         called, number = their_name(frame, column), values[name]
-        text = frame[column].notna() & number.isna()
-        sample = f" (such as {frame.loc[text, column].iloc[0]!r})" if text.any() else ""
-        bad.append(("text", called + sample, text))
         if name in signed:
             bad.append(("not finite", called, ~np.isfinite(number)))
         else:
@@ -150,8 +147,10 @@ def observe(
     columns_of = {**names, "y": y}
     called = {v: their_name(df, name) for v, name in columns_of.items()}
     wanted = dict(columns_of)
-    if weights is not None:
-        df, wanted[WEIGHT] = _weighted(df, weights)
+    if isinstance(weights, str):
+        wanted[WEIGHT] = weights
+    elif weights is not None:
+        df, wanted[WEIGHT] = df.assign(**{WEIGHT: weights}), WEIGHT
     found = usable_rows(df, wanted, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
     points = found.numbers
     free = len(law.parameters) if num_free is None else num_free
@@ -162,7 +161,6 @@ def observe(
             f"{why}; give at least {free + 1} or fix a parameter."
         )
     _refuse_constants(law, points, called)
-    _refuse_mixed_units(found.rows, points, called)
     return Observations(
         x={v: points[v].to_numpy() for v in law.variables},
         y=points["y"].to_numpy(),
@@ -175,15 +173,6 @@ def observe(
     )
 
 
-def _weighted(df: pd.DataFrame, weights: str | Array) -> tuple[pd.DataFrame, str]:
-    """The table and its column of weights, which are given as a column or one per row."""
-    if isinstance(weights, str):
-        return df, weights
-    if len(weights) != len(df):
-        raise AnalysisError(f"There are {len(weights)} weights for {len(df)} rows; give one weight per row.")
-    return df.assign(**{WEIGHT: weights}), WEIGHT
-
-
 def _refuse_constants(law: Law, points: pd.DataFrame, names: Mapping[str, str]) -> None:
     for v in (*law.variables, "y"):
         if points[v].nunique() < 2:
@@ -191,26 +180,3 @@ def _refuse_constants(law: Law, points: pd.DataFrame, names: Mapping[str, str]) 
                 f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so "
                 f"{law.formula} cannot be fitted; vary {names[v]} or choose another law."
             )
-
-
-SPREAD_OF_FLOPS = 300.0
-"""C / (N D) that varies by more than this factor over a table is taken for mixed units."""
-
-
-def _refuse_mixed_units(rows: pd.DataFrame, points: pd.DataFrame, names: Mapping[str, str]) -> None:
-    """Refuse a table that holds counts and millions at once.
-
-    Raises:
-        AnalysisError: C / (N D) varies by more than SPREAD_OF_FLOPS.
-    """
-    flops = our_name(rows, "C")
-    if flops not in rows.columns or not {"N", "D"} <= set(points.columns):
-        return
-    ratio = pd.to_numeric(rows[flops], errors="coerce") / (points["N"] * points["D"])
-    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
-    if len(ratio) > 1 and ratio.max() / ratio.min() > SPREAD_OF_FLOPS:
-        raise AnalysisError(
-            f"{their_name(rows, flops)} / ({names['N']} x {names['D']}) varies from {ratio.min():.3g} (row "
-            f"{ratio.idxmin()}) to {ratio.max():.3g} (row {ratio.idxmax()}), so rows seem to mix units; put all into "
-            "one unit."
-        )

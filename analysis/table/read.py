@@ -13,32 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.design import varies
-from aimscale.analysis.table.names import (
-    CANONICAL,
-    FOLDER,
-    LETTERS,
-    column_names,
-    left_out_of,
-    names_of,
-    remember,
-    their_name,
-)
+from aimscale.analysis.table.design import DESIGN, SECTIONS, varies
+from aimscale.analysis.table.names import CANONICAL, FOLDER, LETTERS, left_out_of, names_of, remember, their_name
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, Column
 from aimscale.analysis.table.select import best_of, select
 
-OWN_COLUMN = {
-    "objective.prefix": "prefix",
-    "objective.target": "target",
-    "model.patch_order": "patch_order",
-    "model.head_rule": "head_rule",
-    "model.image_size": "image_size",
-    "model.patch_size": "patch_size",
-    "schedule.kind": "schedule",
-    "optimiser.precision": "precision",
-}
-"""Fields of the set-up that the table has as columns."""
 DEFAULT = "default"
 """What a column of the set-up holds where a run left the field at its default."""
 
@@ -50,7 +30,6 @@ def read_tables(
     where: Sequence[str] = (),
     best: Sequence[str] = (),
     y: str = "val_loss",
-    require: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Read tables into one frame, with a column for every field of the set-up that varies over them.
 
@@ -61,7 +40,6 @@ def read_tables(
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
         best: tuned columns, of which only the best value in each cell is kept; see `best_of`.
         y: loss column that says what is best.
-        require: our names that every table must have.
 
     Raises:
         AnalysisError: no table, one that cannot be read, or conditions that no row meets.
@@ -70,7 +48,7 @@ def read_tables(
         raise AnalysisError("name at least one table")
     frames = []
     for path in map(Path, paths):
-        frame = read_table(path, columns, require)
+        frame = read_table(path, columns)
         frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
     frame = frames[0] if len(frames) == 1 else _joined(frames)
     chosen = select(with_setup(frame), where)
@@ -108,7 +86,7 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     return mapping
 
 
-def read_table(path: str | Path, columns: Mapping[str, str] | None = None, require: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Read a results table, or anybody's table of results, as a data frame with our names.
 
     Args:
@@ -117,7 +95,6 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, requi
         columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
             `1 - accuracy`; a file's own N, D, U, C and L are taken for the laws' letters, other columns that are not
             named keep their names.
-        require: our names that must be there.
 
     Returns:
         Known columns typed as the schema says (an integer column with gaps becomes float64, `probes` a list of
@@ -133,12 +110,6 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, requi
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
     frame = _rename(frame, {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
-    for name in require:
-        if name not in frame or frame[name].isna().all():
-            raise AnalysisError(
-                f"{path} has no values for {name} (columns: {column_names(frame)}); name yours with --columns "
-                f"{name}=THEIRS"
-            )
     for name in [name for name in frame.columns if name in KNOWN]:
         frame[name] = _coerce(frame[name], KNOWN[name], path, their_name(frame, name))
     return frame
@@ -248,20 +219,13 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         An empty frame with these columns where nothing was probed.
-
-    Raises:
-        AnalysisError: a number of a probe is none.
     """
     names = [field.name for field in PROBE_FIELDS]
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
     base = frame.drop(columns=["probes", *names], errors="ignore").loc[frame.index.repeat([*map(len, entries)])]
     probes = pd.DataFrame([entry for row in entries for entry in row], columns=names)
-    for field in PROBE_FIELDS:
-        if field.dtype in ("int64", "float64"):
-            try:
-                probes[field.name] = pd.to_numeric(probes[field.name]).astype("float64")
-            except (TypeError, ValueError) as error:
-                raise AnalysisError(f"'{field.name}' of a probe is no number ({error}); correct it") from error
+    numbers = {field.name: "float64" for field in PROBE_FIELDS if field.dtype in ("int64", "float64")}
+    probes = probes.astype(numbers)
     return pd.concat([base.reset_index(drop=True), probes], axis=1)
 
 
@@ -274,30 +238,18 @@ def loss_unit(frame: pd.DataFrame) -> str:
 def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with the fields of `setup` that vary as columns of their own, e.g. `optimiser.weight_decay`.
 
-    Raises:
-        AnalysisError: a set-up is no JSON object.
+    Fields that the table has as columns of its own (`objective.prefix`) are left to these.
     """
     if "setup" not in frame:
         return frame
-    setups = pd.Series([_parsed(text, row) for row, text in enumerate(frame["setup"])], frame.index, dtype=object)
+    setups = frame["setup"].astype(object).map(json.loads, na_action="ignore")
+    own = {"schedule.kind", *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
     new = {}
     for name in sorted({key for setup in setups.dropna() for key in setup}):
         values = setups.map(lambda setup, name=name: _plain(setup.get(name, DEFAULT)), na_action="ignore")
-        if name not in frame and OWN_COLUMN.get(name) not in frame and varies(values):
+        if name not in frame and name not in own and varies(values):
             new[name] = values.astype(object)
     return frame.assign(**new)
-
-
-def _parsed(text: Any, row: int) -> dict[str, Any] | None:
-    if pd.isna(text):
-        return None
-    try:
-        value = json.loads(text)
-    except (TypeError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        raise AnalysisError(f"'setup' of row {row + 1} is no JSON object; collect the sweep again")
-    return value
 
 
 def _plain(value: Any) -> str | float | None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -168,53 +167,37 @@ def results_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     A missing key becomes null; an unknown one goes to `extra`.
 
     Raises:
-        AnalysisError: a value does not fit its column; the sentence names row and column.
+        AnalysisError: a value does not fit its column.
     """
-    typed = [_typed_row(row, COLUMNS, f"row {number}") for number, row in enumerate(rows)]
-    return pa.Table.from_pylist(typed, schema=arrow_schema())
+    typed = [_typed_row(row, COLUMNS) for row in rows]
+    columns = [_column([row[field.name] for row in typed], field) for field in arrow_schema()]
+    return pa.Table.from_arrays(columns, schema=arrow_schema())
 
 
-def _typed_row(row: Mapping[str, Any], columns: Sequence[Column], where: str) -> dict[str, Any]:
-    names = {column.name for column in columns}
-    typed = {column.name: _typed(row.get(column.name), column, where) for column in columns}
-    unknown = {key: value for key, value in row.items() if key not in names}
-    if unknown:
+def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise AnalysisError(f"'{field.name}' holds what is no {field.type} ({error}); correct it") from error
+
+
+def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
+    """A value or null for every column; what else there is as JSON in `extra`."""
+    typed = {column.name: row.get(column.name) for column in columns}
+    for column in columns:
+        value = typed[column.name]
+        if value is not None and column.dtype == "json" and not isinstance(value, str):
+            typed[column.name] = json.dumps(value, sort_keys=True, default=str)
+        if column.dtype == "int64" and isinstance(value, float) and not value.is_integer():
+            raise AnalysisError(f"'{column.name}' is {value!r}, which is no whole number; correct it")
+        if value is not None and column.dtype == "probes":
+            typed[column.name] = [_typed_row(probe, PROBE_FIELDS) for probe in value]
+    if unknown := {key: value for key, value in row.items() if key not in typed}:
         known_extra = json.loads(typed["extra"]) if typed["extra"] else {}
         typed["extra"] = json.dumps(known_extra | unknown, sort_keys=True, default=str)
-    if "schema_version" in names and typed["schema_version"] is None:
+    if "schema_version" in typed and typed["schema_version"] is None:
         typed["schema_version"] = SCHEMA_VERSION
     return typed
-
-
-def _typed(value: Any, column: Column, where: str) -> Any:
-    if value is None or (isinstance(value, float) and math.isnan(value) and column.dtype != "float64"):
-        return None
-    try:
-        if column.dtype == "probes":
-            return [_typed_row(p, PROBE_FIELDS, f"{where}, probe {i}") for i, p in enumerate(value)]
-        return _TYPE[column.dtype](value)
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise AnalysisError(f"{where}: '{column.name}' is {value!r}, which is no {column.dtype}; correct it") from error
-
-
-def _whole(value: Any) -> int:
-    if float(value) != int(value):
-        raise ValueError
-    return int(value)
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-
-
-_TYPE: dict[Dtype, Callable[[Any], Any]] = {
-    "int64": _whole,
-    "float64": float,
-    "string": str,
-    "json": _json,
-    "list<int64>": lambda value: [int(item) for item in value],
-}
-"""How a value becomes one of a type; ValueError or TypeError where it is none."""
 
 
 def write_table(table: pa.Table, path: Path) -> None:

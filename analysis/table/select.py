@@ -13,6 +13,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import design_columns, held_equal, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, column_names, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.words import Flag
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
@@ -70,8 +71,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     A cell is what agrees in everything else (`held_equal`).
 
     Returns:
-        The best rows, in order. The frame remembers how many were left out, and in how many cells the best value is the
-        smallest or the largest that was tried: a better one may lie beyond.
+        The best rows, in order. The frame remembers how many were left out.
 
     Raises:
         AnalysisError: no such column, or no two rows of a cell differ in them.
@@ -81,27 +81,12 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
         if name not in frame:
             raise AnalysisError(f"--best-of: the table has no column '{name}' (columns: {column_names(frame)})")
     rows = usable_rows(frame, y).rows
-    columns = held_equal(rows, free={"L", "val_loss", y, *tuned})
-    if not columns:
-        raise AnalysisError("--best-of: the table has no N, D or other column that would tell its cells apart")
-    cells = rows.groupby(columns, dropna=False, sort=False).ngroup()
-    kept = rows.loc[np.sort(rows.groupby(cells)[y].idxmin().to_numpy())]
+    cells = rows.groupby(held_equal(rows, free={"L", "val_loss", y, *tuned}), dropna=False)
+    kept = rows.loc[np.sort(cells[y].idxmin().to_numpy())]
     if len(kept) == len(rows):
         raise AnalysisError(f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice")
-    subject = ", ".join(names) + _at_ends(rows, kept, cells, tuned[0])
-    left_out = Exclusion(kind="best of", subject=subject, number=len(frame) - len(kept))
+    left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(frame) - len(kept))
     return remember(kept.reset_index(drop=True), left_out=(left_out,))
-
-
-def _at_ends(rows: pd.DataFrame, kept: pd.DataFrame, cells: pd.Series, name: str) -> str:
-    """How many cells are best at an end of the range that was tried, in words."""
-    if not pd.api.types.is_numeric_dtype(rows[name]):
-        return ""
-    tried = rows.groupby(cells)[name].agg(["min", "max"])
-    best = kept[name].set_axis(cells[kept.index]).reindex(tried.index)
-    choice = tried["min"] < tried["max"]
-    ends = choice & ((best == tried["min"]) | (best == tried["max"]))
-    return f" (at an end of what was tried in {int(ends.sum())} of {int(choice.sum())} cells)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,24 +174,10 @@ def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataF
     return frame[frame[fixed] == value], f"{value:,.0f}"
 
 
-def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[str, ...]:
-    """Sentences of warning about rows that differ in more than a law's variables."""
-    flags = []
-    names = design_columns(frame)
-    if names:
-        several = "; ".join(f"{name}: {', '.join(map(str, frame[name].dropna().unique()[:4]))}" for name in names)
-        flags.append(
-            f"The rows mix experiments ({several}), whose differences count as scatter here; choose with --where."
-        )
-    known = {CANONICAL.get(v, v) for v in variables} | set(variables)
-    for name, words, others in (
-        ("unique_images", "unique images", set(known)),
-        ("images_seen", "images seen", {"params_total"}),
-        ("params_total", "parameters", {"images_seen"}),
-    ):
-        if name in frame and varies(frame[name]) and known & others and name not in known:
-            flags.append(
-                f"The rows differ in {their_name(frame, name, words)} ({frame[name].nunique()} values), which this law "
-                "does not know; choose one with --where, or fit a law of both."
-            )
-    return tuple(flags)
+def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[Flag, ...]:
+    """Columns of the design and of scale in which the rows differ and which a law of these variables does not know."""
+    known = {*variables, *(CANONICAL.get(v, v) for v in variables)}
+    names = [*design_columns(frame), "unique_images"]
+    names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
+    mixed = [name for name in names if name in frame and name not in known and varies(frame[name])]
+    return tuple(Flag(kind="mixed", subject=their_name(frame, n), number=frame[n].nunique()) for n in mixed)

@@ -85,7 +85,7 @@ def test_laws_of_compute_are_fitted_to_the_envelope(table):
     )
     assert 5 < out["num_points"] < 30
     law = json.loads(run(verb("fit"), table, "--law", "power_offset:N", "--resamples", 0, "--json"))
-    assert any("differ in images seen (5 values)" in flag["words"] for flag in law["flags"])
+    assert ("mixed", "images_seen", 5) in [(flag["kind"], flag["subject"], flag["number"]) for flag in law["flags"]]
 
 
 def test_mistakes_are_one_sentence(table, tmp_path):

@@ -88,17 +88,13 @@ def test_where_the_sign_turns_is_said(known_study):
     assert found.turned() == ["size s6"]
 
 
-def test_kinds_of_probes_and_blocks_are_compared_within_a_row(known_study):
+def test_kinds_of_probes_are_compared_within_a_row(known_study):
     df = with_probes(known_study({"sizes": ["s1", "s3", "s5"]}))
     (kinds,) = contrast(df, by="kind").contrasts
     assert (kinds.baseline, kinds.level) == ("attentive", "linear")
     assert kinds.difference == pytest.approx(-0.02)
     assert kinds.num_run_pairs == 9
     assert kinds.num_pairs == 45
-    blocks = contrast(df, by="blocks").contrasts
-    assert [each.measure.name for each in blocks] == ["top1:pets:linear", "top1:pets:attentive"]
-    assert blocks[0].difference == pytest.approx(0.01, abs=0.001)
-    assert blocks[0].verdict == "better"
 
 
 def test_losses_on_another_target_are_not_subtracted_but_accuracies_are(known_study):

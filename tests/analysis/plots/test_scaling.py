@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from PIL import ImageColor
 
-from aimscale.analysis import correlate, fit, held_out
+from aimscale.analysis import correlate, fit
 from aimscale.analysis.frontier.approaches import all_approaches
 from aimscale.analysis.frontier.measured import isoflop_points
 from aimscale.analysis.frontier.optimum import points_of
-from aimscale.analysis.plots.laws import plot_approaches, plot_cloud, plot_forecasts, plot_isoflop, plot_surface
+from aimscale.analysis.plots.laws import plot_approaches, plot_isoflop
 from aimscale.analysis.plots.scaling import (
     plot_beside_published,
     plot_fit,
@@ -82,7 +82,6 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
     probes = grid.assign(task="dig$its", kind="linear", top1=0.9 - 0.5 * grid["val_loss"], chance=0.1)
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
     links = {"dig$its": correlate(probes, x="val_loss", y="top1")}
-    by_n = held_out(joint, grid, by="N", resamples=40).predictions
     figures = {
         "fit": plot_fit(joint, x="D", se=pd.Series(0.001, index=grid.index)),
         "points": plot_points(grid, "params_total", by="images_seen"),
@@ -91,9 +90,6 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
         "published": plot_beside_published(grid[grid["images_seen"] == grid["images_seen"].max()], published_frame()),
         "frontier": plot_approaches(approaches),
         "isoflop": plot_isoflop(isoflop_points(points_of(grid.assign(flops_train=1e15), y="val_loss", columns=None))),
-        "surface": plot_surface(joint, approaches.frontiers[-1]),
-        "cloud": plot_cloud(joint),
-        "forecast": plot_forecasts({"largest N": by_n}),
     }
     for name, figure in figures.items():
         svg, png = save(figure, tmp_path / name)

@@ -9,7 +9,6 @@ from typing import Any
 
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.table.schema import results_table, write_table
-from aimscale.analysis.words import accuracy_of, kind_name
 
 
 def entry(kind: str, top1: float, **more: Any) -> dict[str, Any]:
@@ -43,8 +42,3 @@ def test_the_report_has_baselines_and_keeps_lora_apart(tmp_path: Path) -> None:
     assert "LoRA (not frozen)" in text
     (tmp_path / "baselines.parquet").unlink()
     assert "Beside baselines" not in write_report(tmp_path, resamples=20).read_text()
-
-
-def test_lora_is_never_called_a_probe() -> None:
-    assert accuracy_of("lora") == "accuracy after LoRA adaptation (not frozen)"
-    assert (accuracy_of("knn"), kind_name("knn")) == ("knn-probe accuracy", "knn")

@@ -18,9 +18,6 @@ from typer.testing import CliRunner
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.page import maths, write_report
-from aimscale.analysis.report.pictures import picture_rows
-from aimscale.analysis.report.study import Study
-from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
@@ -60,7 +57,9 @@ def write_sweep(folder: Path, rows: list[dict[str, Any]], pictures: bool = True)
         path = folder / "runs" / f"run{len(completions)}" / "completions" / "32000.npz"
         path.parent.mkdir(parents=True)
         np.savez(path, truth=truth, prefix=prefix, prediction=rng.integers(0, 256, truth.shape, dtype=np.uint8))
-        completions.append({"run_id": size, "size": size, "images_seen": 32000, "path": str(path.relative_to(folder))})
+        completions.append(
+            {"run_id": f"{size}_s0", "size": size, "images_seen": 32000, "path": str(path.relative_to(folder))}
+        )
     (folder / "collect.json").write_text(json.dumps({"completions": completions, "description": "A known law."}))
     return folder
 
@@ -110,28 +109,8 @@ def test_the_cost_counts_what_the_budgets_of_a_run_share_once(page):
 
 def test_every_section_figure_and_table_is_there(page):
     sections = {"summary", "runs", "scaling", "laws", "accuracy", "pictures", "published", "methods", "provenance"}
-    figures = {
-        "loss-N",
-        "loss-D",
-        "loss-C",
-        "accuracy-attentive",
-        "accuracy-linear",
-        "residuals",
-        "beside-aim",
-        "surface",
-    }
-    tables = {
-        "ladder",
-        "results",
-        "law-ND",
-        "law-N",
-        "heldout",
-        "forecast",
-        "probes",
-        "correlations",
-        "accuracy-forecast",
-        "published-tasks",
-    }
+    figures = {f"loss-{v}" for v in "NDC"} | {"accuracy-attentive", "accuracy-linear", "residuals", "beside-aim"}
+    tables = {"ladder", "results", "law-ND", "law-C", "heldout", "probes"}
     assert sections | figures | tables <= page.ids()
     assert sum(tag == "svg" for tag, _ in page.tags) >= len(figures)
     assert sum(tag == "img" for tag, _ in page.tags) == 3 * (2 + 3)  # truth, prefix and three models of three images
@@ -148,7 +127,7 @@ def test_the_summary_tells_the_known_law(page):
     assert beta == pytest.approx(BETA, abs=0.15)
     assert "16 rows, 4 model sizes (30k to 4M parameters)" in page.text
     assert "Lower validation loss goes with higher attentive-probe accuracy on digits" in page.text
-    assert "may not be compared" in page.text
+    assert "not comparable" in page.text
 
 
 def test_the_page_asks_nobody_for_anything(page):
@@ -201,7 +180,6 @@ def test_partial_tables_say_what_is_missing(tmp_path):
     text = Page(few.read_text()).text
     assert "What is missing" in text
     assert "no probe results" in text
-    assert "no next-patch predictions" in text
     assert "Can it be trusted? No: no joint law of parameters and data could be fitted." in text
 
     imported = [row | {"val_loss": None} for row in sweep_rows()[:3]]
@@ -225,29 +203,6 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
     assert "α = not identified" in page.text
 
 
-def test_a_damaged_picture_is_named_and_the_rest_stands(tmp_path):
-    folder = write_sweep(tmp_path, sweep_rows())
-    (folder / "runs" / "run0" / "completions" / "32000.npz").write_bytes(b"PK broken")
-    frame = read_table(folder)
-    collect = json.loads((folder / "collect.json").read_text())
-    nothing = frame.iloc[:0]
-    study = Study(
-        paths=(folder / "results.parquet",),
-        frame=frame,
-        main=frame,
-        usable=nothing,
-        num_usable=0,
-        probes=nothing,
-        collect=collect,
-        exclusions=[],
-    )
-    rows = picture_rows(study)
-    assert [row.label.split(",")[0] for row in rows] == ["truth", "given patches", "large", "huge"]
-    assert all(uri.startswith("data:image/png;base64,") for row in rows for uri in row.uris)
-    assert len(study.missing) == 1
-    assert "32000.npz of run0 cannot be shown" in study.missing[0]
-
-
 def test_foreign_csv_with_mapped_columns(tmp_path):
     frame = pd.DataFrame(sweep_rows())[["params_total", "images_seen", "val_loss"]]
     frame.set_axis(["size_m", "tokens", "loss"], axis=1).to_csv(tmp_path / "theirs.csv", index=False)
@@ -256,12 +211,12 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     assert result.exit_code == 0
     page = Page((tmp_path / "page.html").read_text())
     assert {"loss-N", "loss-D", "law-ND"} <= page.ids()
-    assert not {"published", "beside-aim", "published-tasks"} & page.ids()
+    assert not {"published", "beside-aim"} & page.ids()
     assert not any(ours in page.text for ours in ("AIM", "image", "MFU", "pixel head", "next-patch", "val_loss"))
     assert "N = size_m, D = tokens" in page.text
-    with pytest.raises(AnalysisError, match="there is no table"):
+    with pytest.raises(AnalysisError, match=r"absent\.csv"):
         write_report(tmp_path / "absent.csv")
-    with pytest.raises(AnalysisError, match="--columns L=THEIRS"):
+    with pytest.raises(AnalysisError, match="L=THEIRS"):
         write_report(tmp_path / "theirs.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "theirs.csv"]
 
@@ -297,31 +252,13 @@ def test_sizes_and_budgets_on_one_line_are_told_to_leave_it(tmp_path):
     page = write_report(tmp_path / "line.csv", out=tmp_path / "pages", resamples=40)
     assert page == tmp_path / "pages" / "report.html"
     text = Page(page.read_text()).text
-    assert "Every size at several budgets: D/N stays between 20 and 20" in text
-    assert "A law on rows" not in text
+    assert re.search(r"What to run next ?More (sizes|budgets)", text)
 
 
 def test_formulas_become_html_only_after_escaping():
     assert str(maths("L = A N^-alpha <b> -0.5 at 3 %")) == "L = A N<sup>−α</sup> &lt;b&gt; −0.5 at 3\u00a0%"
     assert str(maths("((Nc/N)^(aN/aD) + x)^aD")) == "((Nc/N)<sup>aN/aD</sup> + x)<sup>aD</sup>"
     assert str(maths("B D^-exp(a N^alpha + b)")) == "B D<sup>−exp(a N<sup>α</sup> + b)</sup>"
-
-
-def test_impossible_numbers_are_named_and_not_used(tmp_path):
-    rows = sweep_rows(probes=False)
-    for row, flops in zip(rows, (-1.0, 0.0, np.inf, 1e400), strict=False):
-        row["flops_train"] = flops
-    rows[5]["mfu"] = 1.09
-    text = Page(write_report(write_sweep(tmp_path / "some", rows, pictures=False), resamples=40).read_text()).text
-    assert "4 values of flops_train are not positive, finite numbers and not used." in text
-    assert "MFU (executed/measured) of 1 rows exceeds 100 % and is not shown" in text.replace("\u00a0", " ")
-    assert re.search(r"The runs used \d\S* FLOP", text)
-    assert not re.search(r"\bnan\b", text)
-    assert "109" not in text[text.index("The sizes") : text.index("Loss against parameters")]
-    for row in rows:
-        row["flops_train"] = -1.0
-    text = Page(write_report(write_sweep(tmp_path / "none", rows, pictures=False), resamples=40).read_text()).text
-    assert "Best splitNot known" in text.replace("Best split Not", "Best splitNot")
 
 
 def test_the_slope_beside_aim_is_of_sizes_after_equal_images(tmp_path):
@@ -332,30 +269,6 @@ def test_the_slope_beside_aim_is_of_sizes_after_equal_images(tmp_path):
     losses = {row["size"]: row["val_loss"] for row in rows if row["images_seen"] == 16000}
     drawn = pd.read_csv(io.BytesIO(base64.b64decode(table.partition(",")[2])))
     assert drawn.loc[drawn["family"] == "this table", "val_loss"].tolist() == pytest.approx(list(losses.values()))
-
-
-def test_tables_are_told_apart_by_their_folders(tmp_path, monkeypatch):
-    write_sweep(tmp_path / "one", sweep_rows(probes=False), pictures=False)
-    write_sweep(tmp_path / "two", sweep_rows(name="other", probes=False), pictures=False)
-    monkeypatch.chdir(tmp_path / "one")
-    page = write_report([Path("results.parquet"), Path("../two")], resamples=40)
-    assert "one/results.parquet" in page.read_text()
-    assert ">/results.parquet" not in page.read_text()
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_rows_make_a_page(tmp_path):
-    rng = np.random.default_rng(0)
-    n, d = rng.lognormal(14, 1.5, 100_000), rng.lognormal(13, 1.0, 100_000)
-    loss = (0.3 + 5 * n**-0.35 + 20 * d**-0.5) * np.exp(0.01 * rng.standard_normal(n.size))
-    frame = pd.DataFrame(
-        {"params_total": n.round(), "images_seen": d.round(), "flops_train": 6 * n * d, "val_loss": loss}
-    )
-    frame.to_parquet(tmp_path / "many.parquet")
-    page = write_report(tmp_path / "many.parquet", resamples=100)
-    assert page.stat().st_size < 20_000_000
-    text = Page(page.read_text()).text
-    assert "The first 400 of 100,000 rows" in text
 
 
 SELF_CHECK = """
@@ -412,7 +325,7 @@ def test_a_browser_draws_every_figure_and_sorts_every_table(tmp_path, width):
     assert state["problems"] == []
     assert state["requests"] == 0
     assert state["pictures"]
-    assert state["figures"] >= 9
+    assert state["figures"] >= 8
     assert state["drawn"] == state["figures"]
     losses = sorted(f"{row['val_loss']:.4f}" for row in rows)
     assert state["up"] == losses

@@ -6,8 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from aimscale.analysis.effects.contrasts import contrast
-from aimscale.analysis.report.findings import change_words
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.table.schema import results_table, write_table
 
@@ -55,7 +53,7 @@ def words(page: str) -> str:
 @pytest.mark.slow
 def test_laws_are_of_the_main_grid_alone(page):
     text = words(page)
-    assert "<h1>main, repeats and changes</h1>" in page
+    assert "<h1>main, repeats, changes</h1>" in page
     assert "The 3 tables hold 117 rows" in text
     assert "the 65 rows of the main grid" in text
     found = re.search(r"α = ([\d.]+) \[([\d.]+), ([\d.]+)\], β = ([\d.]+) \[([\d.]+), ([\d.]+)\]", text)
@@ -74,11 +72,10 @@ def test_every_answer_has_its_section(page):
     assert "a repeat is worth half of a new image" in text
     assert "between seeds" in text
     assert "within a size" in text
-    for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "contrast-blocks", "repeats"):
+    for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "repeats"):
         assert f'id="{key}"' in page, key
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert "Losses at different target" in text
 
 
 @pytest.mark.slow
@@ -91,19 +88,3 @@ def test_a_table_without_variants_has_no_such_sections(known_study, tmp_path):
     assert 'id="changes"' not in page
     assert 'id="noise"' not in page
     assert "Contrast by" not in page
-
-
-@pytest.mark.slow
-def test_rows_can_be_chosen_for_the_page(known_study, tmp_path):
-    rows = rows_of(known_study, {"sizes": ["s1", "s2", "s3"], "seeds": [0]})
-    write_table(results_table(rows), tmp_path / "results.parquet")
-    text = words(write_report(tmp_path, where=["D>=16000"], resamples=30).read_text())
-    assert "holds 9 rows, 3 model sizes" in text
-    assert "3 data budgets (16k to 64k images seen)" in text
-
-
-def test_words_of_a_contrast_count_what_is_shown(known_study):
-    found = contrast(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}), by="prefix")
-    (line, *rest) = change_words(found)
-    assert line == found.contrasts[0].sentence()
-    assert [str(flag) for flag in found.flags] == rest

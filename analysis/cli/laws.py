@@ -1,7 +1,9 @@
-"""`aimscale fit TABLE`: a law with intervals, flags and a held-out test."""
+"""`aimscale fit`, `forecast` and `frontier`: a law, what it expects of a run, and how to split compute."""
 
 from __future__ import annotations
 
+import json as json_module
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from aimscale.analysis.next.backtest import Choice
 
 
-def command(
+def fit(
     tables: options.Tables,
     law: Annotated[
         str,
@@ -91,7 +93,6 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     """The fit with held-out tests, and flags of the table."""
     from aimscale.analysis.fitting.holdout import held_out
     from aimscale.analysis.table.select import mixture_flags
-    from aimscale.analysis.words import Flag
 
     tests = []
     for wish in hold_out:
@@ -99,8 +100,7 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
         if count and not (count.isdecimal() and int(count)):
             raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
         tests.append(held_out(result, df, by=by, num_values=int(count or 1)))
-    mixed = [Flag(kind="mixed", subject=words) for words in mixture_flags(df, result.law.variables)]
-    return replace(result, flags=(*result.flags, *mixed), heldout=tuple(tests))
+    return replace(result, flags=(*result.flags, *mixture_flags(df, result.law.variables)), heldout=tuple(tests))
 
 
 def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:
@@ -119,3 +119,74 @@ def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dic
         if len(found[name.strip()]) != num:
             raise AnalysisError(f"{option} takes numbers such as {example}, not {text!r}.")
     return found
+
+
+def forecast(
+    tables: options.Tables,
+    at: Annotated[str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat).")],
+    law: Annotated[str, typer.Option(help="Law of the loss; auto chooses it as `fit --law auto` does.")] = "auto",
+    register: Annotated[
+        bool,
+        typer.Option(
+            "--register",
+            help="Append law, data hash, date and intervals to forecasts.jsonl beside the first table, before the run.",
+        ),
+    ] = False,
+    y: options.LossColumn = "val_loss",
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    json: options.AsJson = False,
+) -> None:
+    """Forecast the loss by a law and every probe's accuracy through it, each with two intervals."""
+    from aimscale.analysis.forecasts.ahead import ahead, parse_scale
+    from aimscale.analysis.forecasts.registry import REGISTER
+    from aimscale.analysis.forecasts.registry import register as write
+    from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.table.select import mixture_flags
+
+    df = table_of(tables, columns, where, best_of, y)
+    y = our_name(df, y)
+    found = ahead(df, parse_scale(at, "--at"), law=law, y=y)
+    after = [str(flag) for flag in mixture_flags(df, found.law.law.variables)]
+    if register:
+        path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
+        write(found, df, path)
+        after += ["", f"registered in {path}"]
+    show(found, json, after=after)
+
+
+def frontier(
+    tables: options.Tables,
+    budgets: Annotated[
+        int | None,
+        typer.Option(min=2, help="Interpolate every size to this many budgets (approach 2); default: the table's own."),
+    ] = None,
+    at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
+    y: options.LossColumn = "val_loss",
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
+) -> None:
+    """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
+    from aimscale.analysis.display import plain_types
+    from aimscale.analysis.frontier.approaches import all_approaches
+    from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.table.select import mixture_flags
+
+    for flops in at or []:
+        if not 0 < flops < math.inf:
+            raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
+    df = table_of(tables, columns, where, best_of, y)
+    found = all_approaches(df, y=our_name(df, y), budgets=budgets)
+    flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]
+    if figure is not None:
+        draw(found.plot(), figure)
+    shown = at or [found.largest_budget, 10 * found.largest_budget]
+    if json:
+        data = found.to_dict() | {"optima": found.at(shown).to_dict("records"), "flags": flags}
+        typer.echo(json_module.dumps(plain_types(data), indent=2, allow_nan=False))
+        return
+    typer.echo("\n".join([*flags, found.summary(shown)]))

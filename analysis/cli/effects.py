@@ -1,4 +1,4 @@
-"""`aimscale correlate TABLE`: loss and probe accuracy, per task and kind of probe."""
+"""`aimscale contrast` and `correlate`: what one change does, and whether loss goes with accuracy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import draw, table_of
+from aimscale.analysis.cli.options import draw, show, table_of
 from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -23,7 +23,43 @@ Probe = tuple[str, str]
 """Task and kind of probe."""
 
 
-def command(
+def contrast(
+    tables: options.Tables,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Column to compare, e.g. prefix, head_depth, optimiser.weight_decay, against the paper's level or the "
+            "one named: size=rung-24; `kind` compares kinds of probes within a row."
+        ),
+    ],
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(help="val_loss, another column, top1, top1:TASK or top1:TASK:KIND; default: loss and all probes."),
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    figure: options.FigurePath = None,
+    json: options.AsJson = False,
+) -> None:
+    """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
+    from aimscale.analysis.display import plain_types
+    from aimscale.analysis.effects.contrasts import contrast
+    from aimscale.analysis.effects.gains import gains
+
+    df = table_of(tables, columns, where)
+    name, _, baseline = by.partition("=")
+    found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
+    worth = gains(found, df)
+    if not json:
+        show(found, json, figure, after=[f"- {line}" for line in worth.sentences()])
+        return
+    if figure is not None:
+        draw(found.plot(), figure)
+    typer.echo(json_module.dumps(plain_types(found.to_dict() | {"gains": worth.gains}), indent=2, allow_nan=False))
+
+
+def correlate(
     tables: options.Tables,
     x: Annotated[str, typer.Option(help="First column.")] = "val_loss",
     y: Annotated[str, typer.Option(help="Second column; top1 means every probe of the table.")] = "top1",
