@@ -71,7 +71,7 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     yield Part(name="sweep", words=[*aimscale_command, "launch", str(sweep), "--root", str(folder)], limit_s=120)
     words = [*aimscale_command, "status", str(sweep), "--root", str(folder), "--json"]
     yield Part(name="status", words=words, limit_s=30)
-    words = [*aimscale_command, "bench", "data", "--seconds", "0.5" if rehearse else "4", "--workers", "1", "--json"]
+    words = [*aimscale_command, "bench", "data", "--seconds", "0.5" if rehearse else "4", "--workers", "1"]
     yield Part(name="loader", words=words, limit_s=60)
     yield from training[4:]
 
@@ -82,7 +82,7 @@ def _training(*, rehearse: bool) -> Iterator[tuple[str, str, list[str]]]:
     settings |= {} if rehearse else {f"model.{key}": value for key, value in SHAPE.items()}
     rest = ["--precision", "fp32", "--steps", "2"] if rehearse else ["--precision", "bf16", "--steps", "10"]
     for index, (size, batch, how) in enumerate([("w16-d2", 8, "auto")] if rehearse else TRAINING):
-        words = ["bench", "train", "--size", size, "--batch", str(batch), *rest, "--json"]
+        words = ["bench", "train", "--size", size, "--batch", str(batch), *rest]
         for key, value in (settings | {"runtime.compile": how}).items():
             words += ["--set", f"{key}={value}"]
         yield size, how, [*words, *([] if index < 2 else ["--alone"])]

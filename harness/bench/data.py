@@ -84,22 +84,6 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The measurements for people."""
-    setting = result["setting"]
-    height, width = setting["image_px"]
-    lines = [
-        f"decode + random resized crop to {setting['crop_px']} px, JPEGs of {width} x {height} px, one thread",
-        f"  {'':<38}{'images/s':>10}{'of limit':>10}",
-    ]
-    lines.append(f"  {'bare reader (the limit)':<38}{result['limit']:>10,.0f}{1:>10.1%}")
-    lines.append(f"  {'training stream':<38}{result['stream']:>10,.0f}{result['share']:>10.1%}")
-    lines += [f"loader on {setting['cores']} cores", f"  {'':<38}{'images/s':>10}{'of limit, in CPU time':>24}"]
-    for row in result["loader"]:
-        lines.append(f"  {row['workers']} {'workers':<36}{row['images_per_s']:>10,.0f}{row['cpu_share']:>24.1%}")
-    return "\n".join(lines)
-
-
 def bare_reader(data: bytes, box: Box) -> torch.Tensor:
     """Decode, crop, resize and flip one image; uint8 (3, CROP_SIZE, CROP_SIZE)."""
     top, left, height, width, flip = box

@@ -18,8 +18,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
 
 @app.command()
 def train(
@@ -40,9 +38,8 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
     alone: Annotated[bool, typer.Option("--alone", help="Leave FSDP2 and the bare loop out.")] = False,
-    as_json: JsonOption = False,
 ) -> None:
-    """ms/step, images/s, MFU, peak memory, and the ratios to PyTorch's FSDP2 and a bare loop, in one run."""
+    """ms/step, images/s, MFU, peak memory, and the ratios to PyTorch's FSDP2 and a bare loop, as JSON."""
     import torch
 
     from aimscale.harness.bench.train import run
@@ -51,14 +48,8 @@ def train(
     chosen = _config(config, {key: value for key, value in changes.items() if value is not None}, settings or [])
     torch.set_num_threads(chosen.runtime.num_threads)
     facts = run(chosen, num_steps=steps, with_references=not alone)
-    if int(os.environ["RANK"]) > 0:
-        return
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    facts |= {f"{name}_{key}": value for name, it in facts.pop("others").items() for key, value in it.items()}
-    for name, value in facts.items():
-        typer.echo(f"  {name:<26}{f'{value:,.4g}' if isinstance(value, float) else value}")
+    if int(os.environ["RANK"]) == 0:
+        typer.echo(json.dumps(facts, indent=1))
 
 
 def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> RunConfig:
@@ -103,13 +94,11 @@ def data(
     workers: Annotated[
         list[int] | None, typer.Option(min=0, help="Numbers of loader processes; default: 0, 1 and every core.")
     ] = None,
-    as_json: JsonOption = False,
 ) -> None:
-    """Images/s of the training stream against the fastest decode-and-crop of this machine."""
-    from aimscale.harness.bench.data import run, table
+    """Images/s of the training stream against the fastest decode-and-crop of this machine, as JSON."""
+    from aimscale.harness.bench.data import run
 
-    result = run(seconds=seconds, workers=workers)
-    typer.echo(json.dumps(result) if as_json else table(result))
+    typer.echo(json.dumps(run(seconds=seconds, workers=workers), indent=1))
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,14 +55,9 @@ def probe(
 
     config = RunDir(run).load_config()
     is_released = kind == [RELEASED]
-    choice = _Choice(
-        names=task,
-        file=tasks,
-        train=train or test if is_released else train,  # nothing is trained: a test split is enough
-        test=test,
-        kinds=None if is_released else kind,
-    )
-    sections = choice.sections(config)
+    if is_released and test is not None:
+        train = train or test  # nothing is trained: a test split is enough
+    sections = _sections(config, task, tasks, None if is_released else kind, splits=(train, test))
     with join_ranks(device, config.runtime.num_threads) as group:
         if is_released:
             results = score_released(run, sections, group=group)
@@ -98,46 +92,44 @@ def baseline(
 
     run = RunDir(like)
     config = run.load_config()
-    sections = _Choice(names=task, file=tasks, kinds=kind).sections(config)
+    sections = _sections(config, task, tasks, kind)
     with join_ranks(device, config.runtime.num_threads) as group:
         results = probe_baseline(name, run, sections, weights=weights, group=group)
         _print_entries(results, is_first=group.is_first, as_json=as_json)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    """Which tasks the command line asks for; relative paths start here."""
+def _sections(
+    config: RunConfig,
+    names: list[str] | None,
+    file: Path | None,
+    kinds: list[str] | None,
+    splits: tuple[str | None, str | None] = (None, None),
+) -> list[ProbeSection]:
+    """The tasks that the command line asks for, as sections of a configuration; relative paths start here.
 
-    names: list[str] | None = None
-    """Tasks of the configuration; None takes all."""
-    file: Path | None = None
-    """A list of tasks instead of the configuration's."""
-    train: str | None = None
-    """Training split of a task spelled out on the command line."""
-    test: str | None = None
-    """Its test split."""
-    kinds: list[str] | None = None
-    """Kinds of probes instead of each task's own."""
+    Args:
+        names: tasks of the configuration; None takes all.
+        file: a list of tasks instead of the configuration's.
+        kinds: kinds of probes instead of each task's own.
+        splits: training and test split of a task spelled out on the command line.
 
-    def sections(self, config: RunConfig) -> list[ProbeSection]:
-        """The tasks as sections of a configuration.
+    Raises:
+        ConfigError, ProbeError: no such task, or one that is only half given.
+    """
+    from aimscale.harness.probe.features.tasks import ProbeError
+    from aimscale.harness.probe.run import wanted_tasks
 
-        Raises:
-            ConfigError, ProbeError: no such task, or one that is only half given.
-        """
-        from aimscale.harness.probe.features.tasks import ProbeError
-        from aimscale.harness.probe.run import wanted_tasks
-
-        kinds = {"kinds": self.kinds} if self.kinds else {}
-        if (self.train is None) != (self.test is None):
-            raise ProbeError("--train and --test belong together; give both")
-        if self.train is not None and self.test is not None:
-            if self.names is None or len(self.names) != 1:
-                raise ProbeError("name the task of --train and --test with one --task NAME")
-            values = {"task": self.names[0], "train": _absolute(self.train), "test": _absolute(self.test)}
-            return [parse(ProbeSection, values | kinds, "the command line")]
-        own = wanted_tasks(config.evaluation.probes if self.file is None else _tasks_of(self.file), self.names)
-        return [parse(ProbeSection, section.model_dump() | kinds, "the command line") for section in own]
+    changes = {"kinds": kinds} if kinds else {}
+    train, test = splits
+    if (train is None) != (test is None):
+        raise ProbeError("--train and --test belong together; give both")
+    if train is not None and test is not None:
+        if names is None or len(names) != 1:
+            raise ProbeError("name the task of --train and --test with one --task NAME")
+        values = {"task": names[0], "train": _absolute(train), "test": _absolute(test)}
+        return [parse(ProbeSection, values | changes, "the command line")]
+    own = wanted_tasks(config.evaluation.probes if file is None else _tasks_of(file), names)
+    return [parse(ProbeSection, section.model_dump() | changes, "the command line") for section in own]
 
 
 def _tasks_of(path: Path) -> list[ProbeSection]:

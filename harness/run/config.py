@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from aimscale.harness.run.identity import evaluation_digest, probe_evaluation, training_digest
+from aimscale.harness.run.identity import digest_of, probe_evaluation, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
 
 
@@ -169,7 +169,7 @@ class ValidationSection(Section):
     @property
     def digest(self) -> str:
         """Eight hex digits of how it is measured, wherever the images lie."""
-        return evaluation_digest("validation", self.model_dump(mode="json", exclude_defaults=True, exclude={"path"}))
+        return digest_of("validation", self.model_dump(mode="json", exclude_defaults=True, exclude={"path"}))
 
 
 def _file_name(name: str) -> str:
@@ -217,7 +217,7 @@ class ProbeSection(Section):
         Another kind of probe does not change those that are there, so kinds do not count.
         """
         settings = self.model_dump(mode="json", exclude_defaults=True, exclude={"train", "test", "kinds"})
-        return probe_evaluation(evaluation_digest("probe", settings), train, test)
+        return probe_evaluation(digest_of("probe", settings), train, test)
 
 
 class TrainingConfig(Section):

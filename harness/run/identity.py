@@ -29,16 +29,7 @@ def training_digest(training: Values, horizon: int | None) -> str:
         }
         for source in training["data"]["sources"]
     ]
-    return _digest("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
-
-
-def evaluation_digest(kind: Literal["validation", "probe"], settings: Values) -> str:
-    """Eight hex digits of how something is measured, whatever the data are.
-
-    Args:
-        settings: as JSON values, without those that are defaults, and without what does not change a number.
-    """
-    return _digest(kind, settings)
+    return digest_of("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
 
 
 def probe_evaluation(digest: str, train: str | None, test: str | None) -> str:
@@ -58,7 +49,11 @@ def _flat(values: Values, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _digest(kind: str, fields: Values) -> str:
-    """Of the canonical JSON: sorted keys, no spaces; what JSON cannot say, NaN included, is an error."""
+def digest_of(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
+    """Eight hex digits of what is trained or how something is measured.
+
+    Args:
+        fields: as JSON values, without those that are defaults, and without what changes no number.
+    """
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

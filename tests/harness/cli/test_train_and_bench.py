@@ -80,7 +80,7 @@ def invoke_in_little_memory(rank: int, arguments: list[str], out: Path, sizes: P
 def test_bench_train_steps_as_the_run_does(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
     """In micro-batches that the memory holds, not a batch at once."""
     (tmp_path / "config.yaml").write_text(tiny_config().to_yaml())
-    arguments = ["train", str(tmp_path / "config.yaml"), "--steps", "2", "--alone", "--json"]
+    arguments = ["train", str(tmp_path / "config.yaml"), "--steps", "2", "--alone"]
     out, sizes = tmp_path / "bench.json", tmp_path / "sizes.json"
     assert in_processes(invoke_in_little_memory, arguments, out, sizes) == [0]
     assert json.loads(sizes.read_text()) == [2]
@@ -90,7 +90,7 @@ def test_bench_train_steps_as_the_run_does(tmp_path: Path, tiny_config: Config, 
 def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_processes: Run) -> None:
     out = tmp_path / "bench.json"
     settings = ["model.image_size=16", "model.head_width=16", "model.head_depth=3", "runtime.micro_batch=4"]
-    arguments = ["train", "--size", "w16-d2", "--batch", "8", "--precision", precision, "--steps", "3", "--json"]
+    arguments = ["train", "--size", "w16-d2", "--batch", "8", "--precision", precision, "--steps", "3"]
     arguments += [word for setting in settings for word in ("--set", setting)]
     assert in_processes(invoke, cli_bench.app, arguments, out) == [0]
     measured = json.loads(out.read_text())
