@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import fnmatch
-import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -25,7 +24,6 @@ from aimscale.harness.probe.files import is_probed, validation_name
 from aimscale.harness.probe.run import load_budget, probe_run
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import written_aside
 from aimscale.harness.run.trunk import saved_budgets
 from aimscale.harness.train.validation import ValidationLosses, completions, validate
 
@@ -81,21 +79,17 @@ def record_row(run: RunDir, group: Group, budget: int) -> None:
 def is_validated(run: RunDir, config: RunConfig, budget: int) -> bool:
     """Whether the losses that are asked for, and their pictures, are there; the budget's row is brought up to them.
 
-    Losses on other images or with other settings stay, under names of their own.
+    Losses on other images or with other settings are measured again, and replaced.
     """
     current, name = run.validation_file(budget), validation_name(run, config, budget)
     row = next((row for row in run.read_rows() if row["images_seen"] == budget), {})
     if current.exists() and row.get("val_loss") is not None and fnmatch.fnmatch(row.get("validation", ""), name):
         return True
-    for path in (current, *current.parent.glob(f"{budget}-*.npz")):
-        measured = measured_by(path)
-        if measured is not None and fnmatch.fnmatch(measured, name):
-            if path != current:
-                _put_aside(current)
-                _copy(path, current)
-            _enter(run, budget)
-            return True
-    return False
+    measured = measured_by(current)
+    if measured is None or not fnmatch.fnmatch(measured, name):
+        return False
+    _enter(run, budget)
+    return True
 
 
 def measured_by(path: Path) -> str | None:
@@ -117,23 +111,10 @@ def _validate(run: RunDir, config: RunConfig, group: Group, budget: int) -> None
     losses = validate(model, dataset, section, training.model, group)
     if group.is_first:
         pictures = completions(model, dataset, section, training.model, group.device)
-        _put_aside(run.validation_file(budget))
         losses.save(run.validation_file(budget), validation_name(run, config, budget), pictures)
         _enter(run, budget)
         print(f"budget {budget}: validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
     group.wait()
-
-
-def _put_aside(current: Path) -> None:
-    """Keep losses that others will take the place of."""
-    name = measured_by(current)
-    if name is not None:
-        _copy(current, current.with_name(f"{current.stem}-{name}.npz"))
-
-
-def _copy(source: Path, target: Path) -> None:
-    with written_aside(target) as aside:
-        shutil.copyfile(source, aside)
 
 
 def _refuse_overlap(config: RunConfig, held_out: ShardDataset) -> None:

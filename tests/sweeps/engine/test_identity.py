@@ -188,17 +188,6 @@ def test_another_kind_is_added_to_the_evaluation_that_is_there(moved: Callable[.
 
 
 @pytest.mark.slow
-def test_an_earlier_validation_is_taken_from_its_file(moved: Callable[..., Path], monkeypatch: Any) -> None:
-    there = moved(base={"validation": {"path": "data/test"}})
-    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
-    assert launch(there / "sweep.yaml", there / "runs", slots=1).evaluated == (run.name,)
-    moved()
-    assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated
-    rows = [row | {"finished_at": None} for row in state(run)["rows"]]
-    assert rows == [row | {"finished_at": None} for row in before["rows"]]
-
-
-@pytest.mark.slow
 def test_jobs_beside_training_measure_what_a_run_measures_itself(home: Path, moved: Callable[..., Path]) -> None:
     there = moved()
     run = only_run(there / "runs")
