@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,10 +84,6 @@ class Forecast(Result):
     """One row a scale: variables, loss, loss_lo, loss_hi, accuracy, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range.
 
     The confidence interval carries the uncertainty of both curves, the prediction interval also the scatter of both."""
-    curve_draws: Array = field(repr=False)
-    """Draws of the accuracy's curve (num_draws, rows)."""
-    measured_draws: Array = field(repr=False)
-    """Draws of one measured accuracy (num_draws, rows)."""
     confidence: float
 
     def headline(self) -> str:
@@ -133,7 +129,7 @@ def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], 
     table["ci_lo"], table["ci_hi"] = np.nanpercentile(curve, tails, axis=0)
     table["pi_lo"], table["pi_hi"] = np.nanpercentile(np.clip(measured, 0, 1), tails, axis=0)
     table["beyond_range"] = first.predict(scales)["beyond_range"].to_numpy()
-    return Forecast(table=table, curve_draws=curve, measured_draws=measured, confidence=first.confidence)
+    return Forecast(table=table, confidence=first.confidence)
 
 
 def _link_values(link: Fit, draws: Mapping[str, Array], loss: Array) -> Array:

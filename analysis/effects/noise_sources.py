@@ -64,8 +64,6 @@ class Noise(Result):
 
     components: tuple[Component, ...]
     """In the order of reading: the grid's own spread, seeds, images, the scatter about a law."""
-    seed_share: float
-    """Share of the variance of ln loss over the table that is between seeds; NaN without several seeds."""
     cells: pd.DataFrame
     """One row per size and budget with several seeds: size, images_seen, num_seeds, mean, sd (fraction of the loss)."""
     flags: tuple[Flag, ...]
@@ -76,11 +74,8 @@ class Noise(Result):
         return next((each for each in self.components if each.kind == kind), None)
 
     def sentences(self) -> list[str]:
-        """One per component, and the share of seeds in the whole."""
-        lines = [each.sentence() for each in self.components]
-        if np.isfinite(self.seed_share):
-            lines.append(f"Seeds make {100 * self.seed_share:.2g} % of the variance of ln loss over this table.")
-        return [*lines, *flag_words(self.flags)]
+        """One per component, and what could not be told."""
+        return [*(each.sentence() for each in self.components), *flag_words(self.flags)]
 
     @property
     def table(self) -> pd.DataFrame:
@@ -115,7 +110,6 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
     cells = rows.groupby(keys, dropna=False).ngroup() if keys else pd.Series(0, index=rows.index)
     spread = float(np.std(log_y, ddof=1))
     components, table = _seeds(rows, keys, log_y, cells, confidence)
-    share = min(1.0, components[0].value ** 2 / spread**2) if components and spread > 0 else np.nan
     flags = [] if components else [Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})))]
     if y == "val_loss":
         found = _validation(rows, y, confidence)
@@ -125,7 +119,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
         raise AnalysisError(f"This table cannot tell noise from anything. {' '.join(map(str, flags))}")
     whole = Component(kind="table", value=spread, number=len(rows))
     components = [whole, *components, *_law(rows, y, confidence)]
-    return Noise(components=tuple(components), seed_share=share, cells=table, flags=tuple(flags))
+    return Noise(components=tuple(components), cells=table, flags=tuple(flags))
 
 
 def _seeds(

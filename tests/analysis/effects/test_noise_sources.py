@@ -61,7 +61,6 @@ def test_the_seeds_spread_is_recovered_and_its_interval_counts_runs(known_study)
     shared = found.component("shared")
     assert shared.value == pytest.approx(0.01, rel=0.2)
     assert len(found.cells) == 30
-    assert 0 < found.seed_share < 0.05
 
 
 def test_independent_rows_share_nothing(known_study):
@@ -109,7 +108,7 @@ def test_what_the_table_does_not_hold_is_said(sweep, known_study):
 
 
 def test_order_and_unit_do_not_matter(known_study):
-    df = known_study({"sizes": ["s1", "s2"]})
+    df = known_study({"sizes": ["s1", "s2", "s4", "s6"]})  # two sizes do not identify a law
     plain, other = noise(df), noise(df.sample(frac=1, random_state=0).assign(val_loss=lambda d: 7 * d["val_loss"]))
     for ours, theirs in zip(plain.components, other.components, strict=True):
         assert theirs.kind == ours.kind
