@@ -117,8 +117,6 @@ class SlurmSection(Section):
 
     partition: Line | None = None
     """Partition."""
-    account: Line | None = None
-    """Account."""
     time_min: int = Field(1440, gt=0)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
     signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
@@ -130,8 +128,6 @@ class SlurmSection(Section):
     """Ask for one card per task; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
-    mem_gb: float | None = Field(None, gt=0)
-    """Memory of one node, GB; null takes the partition's default."""
     devices_per_job: int = Field(1, gt=0)
     """Cards of a job that executes runs of one device as a queue of its own."""
     max_parallel: int = Field(256, gt=0)
@@ -139,7 +135,7 @@ class SlurmSection(Section):
     srun: tuple[Line, ...] = ()
     """Further arguments of srun, e.g. a container: [--container-image=/images/aimscale.sqsh]."""
     extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)
-    """Further sbatch options by long name, e.g. {qos: high, constraint: h100, reservation: vision}."""
+    """Further sbatch options by long name, e.g. {account: vision, mem: 200G, qos: high, constraint: h100}."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the workers, e.g. module loads."""
     python: Command | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -271,7 +270,6 @@ def executor_for(
     parameters: dict[str, Any] = {
         "job_name": job_name,
         "partition": section.partition,
-        "account": section.account,
         "time": section.time_min,
         "nodes": shape.nodes,
         "ntasks_per_node": shape.tasks_per_node,
@@ -288,8 +286,6 @@ def executor_for(
     if after:
         after = [*([section.extra["dependency"]] if "dependency" in section.extra else []), *after]
         parameters["additional_parameters"] |= {"dependency": ",".join(after), "kill-on-invalid-dep": "yes"}
-    if section.mem_gb is not None:
-        parameters["mem"] = f"{math.ceil(1024 * section.mem_gb)}M"
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
 

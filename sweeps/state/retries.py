@@ -158,7 +158,7 @@ def explain_job(
     """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
     state = (job_state or "").split(" ")[0]
     if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(_last_start(log))):
-        return "Slurm killed the job for want of memory; raise slurm.mem_gb", "oom", "failed"
+        return "Slurm killed the job for want of memory; raise mem in slurm.extra", "oom", "failed"
     match state:
         case "NODE_FAIL" | "BOOT_FAIL":
             return f"node {nodes or '(unknown)'} failed", "node", "failed"

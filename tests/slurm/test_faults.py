@@ -54,15 +54,6 @@ def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses)
     assert set(limited) <= {75, -signal.SIGUSR2}, "there is nothing to save before the imports are through"
 
 
-def test_scontrol_requeue_goes_on_where_it_saved(fault: Any, undisturbed: Losses) -> None:
-    case = fault()
-    case.launch()
-    case.wait_trained()
-    subprocess.run(["scontrol", "requeue", job(case)], check=True)
-    assert_as_undisturbed(case, undisturbed)
-    assert [ended["exit_code"] for ended in case.records[0].read_attempts()] == [75, 0]
-
-
 def test_a_step_with_loader_processes_saves_requeues_and_leaves_none(fault: Any, undisturbed: Losses) -> None:
     case = fault(override=[{"when": {"size": "rung-32"}, "set": {"runtime.num_workers": 2}}])
     case.launch()
@@ -153,7 +144,7 @@ def test_scancel_of_one_element_leaves_the_other_and_resumes_later(fault: Any, u
 
 
 def test_out_of_memory_is_named_bounded_and_curable(fault: Any, undisturbed: Losses) -> None:
-    case = fault(fault="hog", slurm={"mem_gb": 1.5})
+    case = fault(fault="hog", slurm={"extra": {"mem": "1536M"}})
     case.launch()
     case.wait_state("dead", "failed")
     assert case.status()[0].status.reason_class == "oom"

@@ -92,7 +92,7 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
 
 
 def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(fault: Any) -> None:
-    case = fault(seeds=[0, 1], slurm={"extra": {"comment": "night shift"}, "mem_gb": 1.0, "partition": "main"})
+    case = fault(seeds=[0, 1], slurm={"extra": {"comment": "night shift", "mem": "1G"}, "partition": "main"})
     dry = launch_slurm(case.sweep, case.runs, allow_dirty=True, dry_run=True, worker=(STAND_IN,))
     assert not case.sweep.root.exists()
     for line in ("--array=0-1%2", "--requeue", "--signal=USR2@10", "--partition=main", "--comment='night shift'"):
@@ -117,7 +117,7 @@ def test_a_job_whose_claim_is_gone_starts_nothing(fault: Any) -> None:
     [
         ({"partition": "mian"}, "'main'"),
         ({"extra": {"constraint": "gold"}}, "feature"),
-        ({"mem_gb": 10**6}, "[Mm]emory"),
+        ({"extra": {"mem": "1000000G"}}, "[Mm]emory"),
     ],
 )
 def test_what_slurm_refuses_is_one_sentence(fault: Any, fields: dict[str, Any], words: str) -> None:

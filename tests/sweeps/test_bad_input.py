@@ -34,6 +34,7 @@ FILES = (
     "metrics.jsonl",
     "budgets/640/model.safetensors",
     "../../sweep.yaml",
+    "../../sweep.json",
     "../../collect.json",
     "../../forecasts.jsonl",
     "../../../../set/dataset.json",
@@ -281,14 +282,6 @@ def test_what_makes_no_sense_is_refused_by_name(line: str, subject: str, tmp_pat
         main([word.format(table=table, folder=tmp_path) for word in line.split()])
     said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
     assert (end.value.code, subject.format(folder=tmp_path) in said.replace("\n", "")) == (2, True), said
-
-
-@pytest.mark.parametrize("content", ["null", "[]", "[1]", '"text"', '{"version": 1}', "\xff", "[" * 5000, "1" * 5000])
-def test_any_record_of_a_sweep(content: str, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    source, run_dir = finished
-    (run_dir.parent.parent / "sweep.json").write_bytes(content.encode("latin-1"))
-    for line in OF_SWEEP:
-        call(line, capsys, sweep=Path("tiny"), root=source.parent / "root")
 
 
 @pytest.fixture

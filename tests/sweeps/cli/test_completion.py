@@ -73,11 +73,3 @@ def test_the_script_of_each_shell_is_installed(command: Path, shell: str) -> Non
     match = re.search(r"installed in (\S+)", done.stdout)
     assert match is not None
     assert Path(match[1]).read_text().strip() == shown.stdout.strip()
-
-
-def test_zsh_gets_verbs_with_their_lines(command: Path) -> None:
-    env = environment(command) | {"_AIMSCALE_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "aimscale "}
-    out = subprocess.run([command], env=env, capture_output=True, text=True, check=True)
-    assert out.stderr == ""
-    for verb, (_, line) in VERBS.items():
-        assert re.search(rf"{verb}\W+{line[:10]}", out.stdout), verb

@@ -61,34 +61,6 @@ def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: An
     assert yaml.safe_load(out.read_text())["base"] == yaml.safe_load(collected.text)["base"]
 
 
-def test_a_table_is_priced_by_its_own_flops(collected: Any, tmp_path: Any) -> None:
-    table = tmp_path / "table.csv"
-    pd.read_parquet(collected.directory / "results.parquet").to_csv(table, index=False)
-    found = json.loads(run(table, "--target", "N=1e7,D=100k", "--budget", 2.5e-5, "--json"))
-    assert sum(row["price"] for row in found["table"]) <= 2.5e-5
-    assert found["sd_after"] < found["sd_before"]
-
-
-def test_rows_are_chosen_as_every_verb_chooses_them(collected: Any, tmp_path: Any) -> None:
-    """A second experiment in the table is warned about, and left out by --where, of tables and of sweeps."""
-    ours = pd.read_parquet(collected.directory / "results.parquet").assign(prefix="paired")
-    theirs = ours.sample(frac=0.5, random_state=0).assign(prefix="causal", run_id=lambda df: df["run_id"] + "c")
-    theirs["val_loss"] *= 1.3
-    parts = [tmp_path / "ours.csv", tmp_path / "theirs.tsv"]
-    ours.to_csv(parts[0], index=False)
-    theirs.to_csv(parts[1], sep="\t", index=False)
-    pd.concat([ours, theirs]).to_parquet(collected.directory / "results.parquet")
-    args = ["--target", "N=1e7,D=100k", "--budget", 0.01, "--law", "chinchilla"]
-    alone = json.loads(run(parts[0], *args, "--json"))
-    assert "mixed" not in {flag["kind"] for flag in alone["flags"]}
-    mixed = json.loads(run(collected.source, "--root", collected.root, *args, "--json"))
-    assert ["prefix: " in flag["subject"] for flag in mixed["flags"] if flag["kind"] == "mixed"] == [True]
-    for tables in (parts, [collected.directory / "results.parquet"]):
-        chosen = json.loads(run(*tables, *args, "--where", "prefix=paired", "--json"))
-        assert "mixed" not in {flag["kind"] for flag in chosen["flags"]}
-        assert chosen["forecast"] == pytest.approx(alone["forecast"])
-
-
 def test_mistakes_are_told_by_name(collected: Any, tmp_path: Any) -> None:
     sweep = [collected.source, "--root", collected.root, "--budget", 1, "--target"]
     table = [collected.directory / "results.parquet", "--budget", 1, "--law", "chinchilla", "--target"]

@@ -68,15 +68,6 @@ def test_longest_runs_first_and_a_second_launch_starts_nothing(
     assert not any(record.claim.exists() for record in records)
 
 
-def test_two_launches_at_once_start_each_run_once(write_sweep: Any, tmp_path: Path) -> None:
-    sweep = write_sweep(seeds=[0, 1, 2])
-    queues = [queue_process(tmp_path, "finish") for _ in range(2)]
-    assert [queue.communicate(timeout=200)[0].splitlines()[-1] for queue in queues] == ["done", "done"]
-    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    assert [starts(record) for record in records] == [1] * 6
-    assert all(len(record.read_rows()) == 2 for record in records)
-
-
 def test_interrupting_saves_and_launching_again_goes_on(
     write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
 ) -> None:

@@ -22,31 +22,28 @@ def runs_with(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
     return lambda *probes: plan(write_sweep(base={**base, "probes": list(probes)}))
 
 
-def test_data_that_fit_pass(runs_with: Any, write_images: Any, tmp_path: Path) -> None:
-    train, test = (write_images(tmp_path / name, num, classes=("a", "b")) for name, num in (("t", 8), ("s", 6)))
-    check_data(runs_with({"task": "mine", "train": train, "test": test}))
-
-
-def test_a_missing_folder_is_named(runs_with: Any, write_images: Any, tmp_path: Path) -> None:
-    test = write_images(tmp_path / "s", 6, classes=("a", "b"))
-    with pytest.raises(DataError, match=str(tmp_path / "none")):
-        check_data(runs_with({"task": "mine", "train": str(tmp_path / "none"), "test": test}))
-
-
-def test_a_task_that_is_not_the_benchmark_it_is_called_stops_a_launch(
-    runs_with: Any, write_images: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("task", "train", "test", "error", "subject"),
+    [
+        ("mine", "none", "ab", DataError, "none"),
+        ("pets", "ab", "ab", ProbeError, "37"),  # it is not the benchmark that it is called
+        ("mine", "plain", "ab", ProbeError, "plain"),
+        ("mine", "ab", "ac", ProbeError, "'c'"),
+    ],
+)
+def test_a_task_that_cannot_be_measured_stops_a_launch(
+    task: str,
+    train: str,
+    test: str,
+    error: type[Exception],
+    subject: str,
+    runs_with: Any,
+    write_images: Any,
+    tmp_path: Path,
 ) -> None:
-    """It used to end every run after its training."""
-    train, test = (write_images(tmp_path / name, num, classes=("a", "b")) for name, num in (("t", 8), ("s", 6)))
-    with pytest.raises(ProbeError, match="37 classes"):
-        check_data(runs_with({"task": "pets", "train": train, "test": test}))
-
-
-def test_a_task_without_labels_or_with_other_classes_stops_a_launch(
-    runs_with: Any, write_images: Any, tmp_path: Path
-) -> None:
-    plain, ab, ac = (write_images(tmp_path / "".join(c or "p"), 8, classes=c) for c in ((), ("a", "b"), ("a", "c")))
-    with pytest.raises(ProbeError, match="p"):
-        check_data(runs_with({"task": "mine", "train": plain, "test": ab}))
-    with pytest.raises(ProbeError, match="c"):
-        check_data(runs_with({"task": "mine", "train": ab, "test": ac}))
+    for classes in ((), ("a", "b"), ("a", "c")):
+        write_images(tmp_path / ("".join(classes) or "plain"), 8, classes=classes)
+    fits = {"task": "fits", "train": str(tmp_path / "ab"), "test": str(tmp_path / "ab")}
+    check_data(runs_with(fits))
+    with pytest.raises(error, match=subject):
+        check_data(runs_with(fits, {"task": task, "train": str(tmp_path / train), "test": str(tmp_path / test)}))

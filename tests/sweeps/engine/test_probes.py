@@ -81,30 +81,6 @@ def test_what_is_done_from_other_weights_or_settings_is_missing_and_reaches_the_
     assert probed(directory, run.config, task) == [128]
 
 
-def test_evaluations_with_other_settings_or_data_both_stay_and_the_table_keeps_them_apart(
-    trained: Any, write_images: Any, tmp_path: Path
-) -> None:
-    sweep, runs = trained()
-    path = sweep.run_dir(runs[0].run_id)
-    own = runs[0].config.evaluation.probes[0]
-    (first, second) = [entries for _, entries in probe_run(path)]
-    kept = {file: file.read_bytes() for file in path.glob("probes/*/*.json")}
-    more = own.model_copy(update={"epochs": 3})
-    write_images(tmp_path / "data" / "other", 16, seed=5, classes=("red", "blue"))
-    others = [more, own.model_copy(update={"test": str(tmp_path / "data" / "other")})]
-    names = [entries[0]["evaluation"] for _, entries in probe_run(path, sections=others)]
-    assert len({first[0]["evaluation"], *names}) == 3
-    assert {file: file.read_bytes() for file in kept} == kept
-    rows = RunDir(path).read_rows()
-    assert [row["probes"][0] for row in rows] == [first[0], second[0]]
-    assert [len(row["probes"]) for row in rows] == [3, 3]
-    assert is_probed(RunDir(path), runs[0].config, 64, own)  # and going back to either measures nothing
-    assert is_probed(RunDir(path), runs[0].config, 64, more)
-    probes = probe_frame(read_table(collect(sweep, runs, cost_cards(sweep, runs)).table))
-    assert set(probes["task"]) == {"colour", *(f"colour@{name}" for name in names)}
-    assert list(probes.loc[probes["task"] == "colour", "evaluation"]) == [first[0]["evaluation"]] * 2
-
-
 def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -> None:
     sweep, runs = trained()
     for run in runs:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine import local_queue
 from aimscale.sweeps.engine.start import work
 from aimscale.sweeps.plan.planner import plan
@@ -74,11 +73,3 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
     monkeypatch.undo()
     did = work(sweep, devices=1, command=stand_in(), check=lambda runs: None)
     assert (did.interrupted, sorted(did.finished)) == (False, sorted(record.path.name for record in records))
-
-
-def test_a_failed_run_is_named_and_devices_are_counted(write_sweep: Any, stand_in: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32"])
-    with pytest.raises(UserError, match="--devices"):
-        work(sweep, devices=0, command=stand_in(), check=lambda runs: None)
-    did = work(sweep, devices=1, command=stand_in("crash"), check=lambda runs: None)
-    assert (did.interrupted, did.failed) == (False, (plan(sweep)[0].run_id,))

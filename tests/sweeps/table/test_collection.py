@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.table.read import read_table
-from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
@@ -129,14 +128,6 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     assert "2 dead" in output
     assert "version 99" in output
     assert "0.4321" in output
-
-
-def test_a_sweep_directory_of_another_version_is_refused(write_sweep: Any, stand_in: Any, launch: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32"])
-    launch(sweep, slots=1, command=stand_in())
-    write_json(sweep.directory / "sweep.json", {"version": 2})
-    with pytest.raises(UserError, match=r"sweep\.json"):
-        launch(sweep, slots=1, command=stand_in())
 
 
 def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch: Any) -> None:

@@ -127,18 +127,6 @@ def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_
     assert forecasts[1] < forecasts[0]
 
 
-def test_the_forecast_counts_what_steps_and_evaluations_take_beside_training_flops(write_sweep: Any) -> None:
-    """Two runs of 10 ms per step beside their FLOPs; one is half done at twice the speed."""
-    cost = {"peak_tflops": 1e-3, "step_ms": 10}
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], base=PROBED, budgets=[64_000], cost=cost)
-    first, _ = plan(sweep)
-    card = cost_cards(sweep, [first])[0]
-    assert card.training_s > 0.010 * card.steps
-    half = card.images_executed // 2
-    with training(sweep, first, images_done=half, images_per_s=2 * card.images_executed / card.training_s):
-        assert look(sweep).eta_s == pytest.approx((1.5 * card.training_s + 2 * card.evaluation_s) / 2, rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("done", "speeds", "claim", "takes"),
     [
