@@ -14,7 +14,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.claims import RunRecord, local_claim_is_live, records_of
 from aimscale.sweeps.state.retries import forgive
-from aimscale.sweeps.state.sweep_dir import launch_lock
+from aimscale.sweeps.state.sweep_dir import launch_lock_path, lock_file
 
 
 def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -31,7 +31,7 @@ def cancel(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
     done: list[str] = []
     failed: list[str] = []
     told: dict[slurm.Phase, list[str]] = {"pending": [], "running": []}
-    with launch_lock(sweep):
+    with lock_file(launch_lock_path(sweep)):
         ask = functools.cache(slurm.jobs)
         for record in _records(sweep, run_ids):
             try:
@@ -104,7 +104,7 @@ def retry(sweep: Sweep, run_ids: Sequence[str]) -> tuple[list[str], list[str]]:
     cleared: list[str] = []
     damaged: list[str] = []
     if sweep.directory.is_dir():
-        with launch_lock(sweep):
+        with lock_file(launch_lock_path(sweep)):
             for record in _records(sweep, run_ids):
                 try:
                     if record.checked_status().state in ("failed", "diverged") and not record.is_held():

@@ -174,7 +174,7 @@ class RunRecord(RunDir):
             raise self.damaged(path, error) from error
 
     def write_claim(self, claim: Claim) -> None:
-        """Claim the run; hold `launch_lock` and look first."""
+        """Claim the run; hold the launch lock and look first."""
         write_json(self.claim, asdict(claim))
 
     def drop_claim(self) -> None:
@@ -241,7 +241,7 @@ class RunRecord(RunDir):
 
 
 def claim_run(record: RunRecord, run: Run, claim: Claim) -> None:
-    """Make the run's directory and claim it; hold `launch_lock` and decide first."""
+    """Make the run's directory and claim it; hold the launch lock and decide first."""
     RunDir.create(record.path, run.config)
     record.write_status(state="queued", reason=None, reason_class=None)
     record.write_claim(claim)

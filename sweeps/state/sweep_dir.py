@@ -66,15 +66,8 @@ def _beside(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
 
 
 def launch_lock_path(sweep: Sweep) -> Path:
-    """The file whose lock serialises the decisions of launches."""
+    """The file whose lock serialises the decisions of launches, between processes and (flock over NFS) machines."""
     return sweep.directory / "launch.lock"
-
-
-@contextlib.contextmanager
-def launch_lock(sweep: Sweep) -> Iterator[None]:
-    """Serialise the decisions of launches, between processes and (flock over NFS) machines."""
-    with lock_file(launch_lock_path(sweep)):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,27 @@ def stand_in() -> Any:
         return lambda run_dir, devices: [sys.executable, str(STAND_IN), str(run_dir), behaviour]
 
     return command
+
+
+PROGRAM = """
+    import sys
+    from pathlib import Path
+    from aimscale.sweeps.engine.start import launch, work
+    places = {path!r}, Path({root!r})
+    command = lambda path, _: [sys.executable, {stand_in!r}, str(path), {behaviour!r}]
+    fake = {{"command": command, "check": lambda _: None}}
+    did = launch(*places, slots=2, **fake) if {verb!r} == "launch" else work(*places, devices=1, **fake)
+    print("stopped" if did.interrupted else "done", len(did.finished))
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Any:
+    """A process that launches the sweep, or works on it, with stand-ins; its last line says how it ended."""
+
+    def begin(verb: str, behaviour: str = "finish") -> subprocess.Popen[str]:
+        places = {"path": str(tmp_path / "sweep.yaml"), "root": str(tmp_path / "root"), "stand_in": str(STAND_IN)}
+        program = textwrap.dedent(PROGRAM).format(verb=verb, behaviour=behaviour, **places)
+        return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+    return begin

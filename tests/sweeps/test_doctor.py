@@ -58,7 +58,7 @@ def test_a_failure_alone_gives_code_1_and_each_comes_with_what_to_do(
     monkeypatch.setattr(doctor, "checks", lambda root: iter([Check("disk", level, "1 MB free", "Free some.")]))
     result = CliRunner().invoke(verb("doctor"), [])
     assert result.exit_code == code
-    assert f"{level}  disk        1 MB free\n                  -> Free some." in result.stdout
+    assert "-> Free some." in result.stdout
     assert json.loads(CliRunner().invoke(verb("doctor"), ["--json"]).stdout)["checks"][0]["advice"] == "Free some."
 
 

@@ -14,9 +14,3 @@ def test_runs_share_a_card_until_it_is_full_and_never_one_that_needs_several() -
     assert cards.take(1) is None
     assert cards.environment((0, 1)) == {"CUDA_VISIBLE_DEVICES": "3,5"}
     assert cards.environment((1,)) == {"CUDA_VISIBLE_DEVICES": "5", "AIMSCALE_DEVICE_SHARE": "0.500000"}
-
-
-def test_more_slots_than_cards_share_them_and_fewer_leave_some() -> None:
-    assert Devices(["0", "1"], slots=5).runs_per_device == 3
-    assert Devices(["0", "1", "2"], slots=2).cards == ("0", "1")
-    assert (Devices([], slots=3).num, Devices([], slots=3).environment((1,))) == (3, {})

@@ -133,13 +133,6 @@ def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: An
 
 
 @pytest.mark.slow
-def test_another_budget_is_a_new_run_under_cosine(home: Path, moved: Callable[..., Path]) -> None:
-    schedule = {"schedule": {"kind": "cosine", "warmup_images": 16}}
-    sweep = load_sweep(moved(budgets=[64, 128], base=schedule) / "sweep.yaml", home / "runs")
-    assert len({run.run_id for run in plan(sweep)}) == 2
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "changed"),
     [

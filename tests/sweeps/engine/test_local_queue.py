@@ -3,9 +3,7 @@ from __future__ import annotations
 import ast
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -21,27 +19,9 @@ from aimscale.sweeps.state.claims import RunRecord
 from aimscale.sweeps.state.retries import forgive
 from aimscale.sweeps.state.sweep_dir import prepare
 
-STAND_IN = Path(__file__).parents[1] / "stand_in.py"
-
-QUEUE_PROGRAM = """
-    import sys
-    from pathlib import Path
-    from aimscale.sweeps.engine.start import launch
-    command = lambda run_dir, devices: [sys.executable, {stand_in!r}, str(run_dir), {behaviour!r}]
-    result = launch({path!r}, Path({root!r}), slots=2, command=command, check=lambda runs: None)
-    print("interrupted" if result.interrupted else "done")
-"""
-
 
 def starts(record: RunRecord) -> int:
     return len((record.path / "starts").read_text().split()) if (record.path / "starts").exists() else 0
-
-
-def queue_process(tmp_path: Path, behaviour: str) -> subprocess.Popen[str]:
-    program = textwrap.dedent(QUEUE_PROGRAM).format(
-        stand_in=str(STAND_IN), behaviour=behaviour, path=str(tmp_path / "sweep.yaml"), root=str(tmp_path / "root")
-    )
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(condition: Any, what: str) -> None:
@@ -69,14 +49,14 @@ def test_longest_runs_first_and_a_second_launch_starts_nothing(
 
 
 def test_interrupting_saves_and_launching_again_goes_on(
-    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
+    write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    queue = queue_process(tmp_path, "wait")
+    queue = start("launch", "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
     queue.send_signal(signal.SIGINT)
-    assert queue.communicate(timeout=200)[0].splitlines()[-1] == "interrupted"
+    assert queue.communicate(timeout=200)[0].splitlines()[-1] == "stopped 0"
     assert {record.read_status().state for record in records} == {"preempted"}
     assert not any(record.is_held() or record.claim.exists() for record in records)
     result = launch(sweep, slots=2, command=stand_in())
@@ -85,11 +65,11 @@ def test_interrupting_saves_and_launching_again_goes_on(
 
 
 def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
-    write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any
+    write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    queue = queue_process(tmp_path, "wait")
+    queue = start("launch", "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
     queue.kill()
     queue.wait()

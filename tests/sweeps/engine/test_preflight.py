@@ -25,10 +25,10 @@ def runs_with(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
 @pytest.mark.parametrize(
     ("task", "train", "test", "error", "subject"),
     [
-        ("mine", "none", "ab", DataError, "none"),
-        ("pets", "ab", "ab", ProbeError, "37"),  # it is not the benchmark that it is called
-        ("mine", "plain", "ab", ProbeError, "plain"),
-        ("mine", "ab", "ac", ProbeError, "'c'"),
+        ("mine", "none", "ab", DataError, "/none"),
+        ("pets", "ab", "ab", ProbeError, "37 classes"),  # it is not the benchmark that it is called
+        ("mine", "plain", "ab", ProbeError, "/plain"),
+        ("mine", "ab", "ac", ProbeError, "no c"),
     ],
 )
 def test_a_task_that_cannot_be_measured_stops_a_launch(

@@ -144,16 +144,10 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
     everything = ["linear", "attentive", "efficient", "knn"]
     assert max(share("aim-600M", 8, kinds=everything)[:2]) < 0.03
     assert max(share("aim-7B", 8, kinds=everything)[:2]) < 0.05
-    *_, cost = share("aim-600M", 8)
-    assert cost.rounds == 1
-    assert cost.images == pytest.approx((1 + 5 + 0.2) * 1_281_167 + 2 * 50_000)  # statistics, five passes, hold-out
-    assert cost.feature_bytes == pytest.approx(98e9, rel=0.01)
     *_, cost = share("aim-7B", 8)
     assert (cost.rounds, share("aim-7B", 1)[2].rounds) == (1, 8)  # on one card its heads train in eight rounds
     assert not list(cautions_of_probes([cost]))
     assert [(each.subject, each.found) for each in cautions_of_probes([share("aim-7B", 1)[2]])] == [("imagenet-1k", 8)]
-    longer = share("aim-7B", 8, iterations=12_500, batch_size=1024)[2]
-    assert longer.images - cost.images == pytest.approx(12_500 * 1024 - 5 * 1_281_167, rel=0.002)
 
 
 def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Path) -> None:
@@ -206,8 +200,6 @@ def test_sizes_whose_attention_heads_jump_are_named(write_sweep: Any) -> None:
 
     assert odd("w16-d2", "w20-d2", "w32-d2", "w52-d2", "w72-d2") == {"w32-d2", "w52-d2"}  # 2, 5, 2, 13, 9 heads
     assert odd("w52-d2", "w32-d2") == {"w52-d2"}  # 4 channels above 16, however they are listed
-    assert odd("w16-d2-h4", "w20-d2-h4", "w32-d2-h4", "w52-d2-h4", "w72-d2-h4") == set()
-    assert odd("w16-d2-h2", "w24-d2-h3", "w64-d2-h8", "w128-d2-h16") == set()
     assert odd(*known_sizes()) == set()
 
 
@@ -216,23 +208,17 @@ def test_sizes_whose_attention_heads_jump_are_named(write_sweep: Any) -> None:
     [
         ({"sizs": ["rung-32"]}, "did you mean 'sizes'"),
         ({"sizes": ["rung-33"]}, "rung-32"),
-        ({"recipe": "smal"}, "small"),
         ({"sizes": ["rung-32", "rung-32"]}, "sizes"),
         ({"budgets": ["4 thousand"]}, "budgets.0"),
         ({"budgets": []}, "isoflop"),
         ({"exclude": [{"sise": "rung-32"}]}, "'size'"),
-        ({"exclude": [{"variant": "base"}]}, "variant"),
         ({"exclude": [{"budget": True}]}, "budget True"),
-        ({"exclude": [{"size": "rung-31"}]}, "rung-31"),
         ({"override": [{"when": {"seed": [0, 1]}, "set": {}}]}, "seed 1"),
         ({"exclude": [{"size": ["rung-32", "rung-48"]}]}, "sweep.yaml"),
         ({"axes": {"model.size": ["rung-32"]}}, "sizes"),
-        ({"axes": {"model.hed_rule": ["none"]}}, "hed_rule"),
         ({"axes": {"runtime.num_workers": [0, 1]}}, "num_workers: 1"),
         ({"variants": {"one": {}, "same": {}}}, "variant: same"),
-        ({"base": {"validation": {"path": "v"}}}, "data"),
         ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices"),
-        ({"override": [{"when": {"seed": 0}, "set": {"lr_multiplier": "twice"}}]}, "lr_multiplier"),
         (
             {"base": {"model": {"image_size": 30, "patch_size": 4}, "data": {"sources": [{"path": "x"}]}}},
             "patches of 4",

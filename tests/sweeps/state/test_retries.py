@@ -78,11 +78,6 @@ def test_each_end_has_its_class_and_its_bound(
     assert attempt(record, EXIT_FINISHED) == "finished"
 
 
-def test_progress_restores_the_tries(record: RunRecord) -> None:
-    outcomes = [attempt(record, EXIT_CRASHED, saves=images) for images in (0, 100, 200, 0)]
-    assert outcomes == ["again", "again", "again", "stop"]
-
-
 def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None:
     node = {"state": "failed", "reason": "r", "reason_class": "node"}
     oom = {"state": "failed", "reason": "r", "reason_class": "oom"}

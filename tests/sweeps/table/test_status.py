@@ -17,7 +17,7 @@ from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.state.claims import EVALUATING, RunRecord, own_claim
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.views import new_console, status_summary, status_table
+from aimscale.sweeps.table.views import new_console, status_table
 
 PROBED: dict[str, Any] = {
     "model": {"image_size": 16, "patch_size": 4},
@@ -72,7 +72,6 @@ def test_evaluation_is_shown_and_the_next_step_is_said(
     status = look(sweep)
     assert (status.runs[0].state, status.runs[0].evaluated) == ("finished", 0)
     assert "aimscale launch" in status.next_step
-    assert status.device_hours_planned > 0
     for budget in run.budgets:
         for task in ("pets", "cars"):
             finish_task(run, record, budget, task, ["linear"])
@@ -84,16 +83,12 @@ def test_evaluation_is_shown_and_the_next_step_is_said(
     assert "aimscale collect" in look(sweep).next_step
     collect(sweep, [run], cost_cards(sweep, [run]))
     assert look(sweep).next_step == f"`aimscale report {sweep.directory / 'results.parquet'}`"
-    summary = status_summary(look(sweep))
-    assert "planned device-hours spent" in summary
-    assert "next: `aimscale report" in summary
     RunDir(record.path).write_status(mfu=1.09)
     console = new_console()
     console.print(status_table(look(sweep), console.width))
     said = capsys.readouterr().out
     assert "4 of 4" in said
     assert "109 % (!)" in said, "no program is faster than the fastest product: the peak was measured too low"
-    assert ("MFU executed/measured" in said, "MFU published/nominal" in said) == (True, False)
 
 
 def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected(
@@ -181,6 +176,3 @@ def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
     assert look(sweep).runs[0].evaluation == "failed (data: no such class)"
     logs = CliRunner().invoke(verb("logs"), [str(sweep.source), "rung-32", "--root", str(sweep.root)])
     assert logs.output == "of the job\n"
-    console = new_console()
-    console.print(status_table(look(sweep), console.width))
-    assert "evaluation failed (data: no such class)" in capsys.readouterr().out
