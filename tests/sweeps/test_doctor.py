@@ -79,17 +79,13 @@ def test_a_package_that_takes_its_process_down_is_named(
     assert "--no-cache-dir torch" in check.advice
 
 
-def test_old_and_missing_packages_are_named_with_what_is_wanted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "submitit-1.2.0.dist-info"
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: submitit\nVersion: 1.2.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     check = doctor.check_packages(with_torch())
     assert (check.level, check.found) == ("fail", "submitit is 1.2.0, wanted >=1.5.2")
-    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["no-such-thing>=1", 'other; extra == "dev"'])
-    assert doctor.check_packages(with_torch()).found == "no-such-thing is missing, wanted >=1"
 
 
 def test_cards_that_torch_does_not_see_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

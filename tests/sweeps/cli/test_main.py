@@ -38,16 +38,16 @@ def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("demo", str(ROOT / "sweeps/plan/presets/demo.yaml")):
+    folder, names = tmp_path / "aimscale-runs" / "demo", ("demo", str(ROOT / "sweeps/plan/presets/demo.yaml"))
+    for name in names:
         with pytest.raises(SystemExit):
             main(["compare", name])
         assert f"aimscale collect {name}" in capsys.readouterr().err
-    (tmp_path / "aimscale-runs" / "demo").mkdir(parents=True)
-    shutil.copy(ROOT / "docs/study/results/cifar.parquet", tmp_path / "aimscale-runs" / "demo" / "results.parquet")
-    said = []
-    for name in ("demo", str(ROOT / "sweeps/plan/presets/demo.yaml"), "aimscale-runs/demo"):
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "docs/study/results/cifar.parquet", folder / "results.parquet")
+    said = set()
+    for name in (*names, "aimscale-runs/demo"):
         with pytest.raises(SystemExit, match="0"):
             main(["compare", name])
-        said.append(capsys.readouterr().out)
-    assert len(said[0]) > 100
-    assert set(said) == {said[0]}
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1

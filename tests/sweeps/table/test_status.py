@@ -101,27 +101,6 @@ def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected
     assert longer.next_step == ""
 
 
-def test_the_forecast_shrinks_while_a_run_evaluates_and_hours_are_counted(write_sweep: Any) -> None:
-    """Training stands still then; what is left of evaluation does not."""
-    sweep = write_sweep(sizes=["rung-32"], base=PROBED)
-    run = plan(sweep)[0]
-    record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
-    forecasts = []
-    with record.hold():
-        record.write_start()
-        assert look(sweep).eta_s is None, "nothing was done yet"
-        started = record.read_status().started or 0.0
-        record.write_status(phase="probe", images_done=99, images_per_s=10.0)
-        record.write_status(started=started - 3600)
-        forecasts.append(look(sweep).eta_s)
-        finish_task(run, record, run.budgets[0], "pets", ["linear", "attentive"])
-        forecasts.append(look(sweep).eta_s)
-        assert 1 <= look(sweep).device_hours < 1.1
-    assert forecasts[0] is not None
-    assert forecasts[1] is not None
-    assert forecasts[1] < forecasts[0]
-
-
 @pytest.mark.parametrize(
     ("done", "speeds", "claim", "takes"),
     [
