@@ -30,21 +30,6 @@ if TYPE_CHECKING:
     from aimscale.analysis.effects.repetition import Repeats
 
 
-def dots(ax: Axes, rows: Sequence[tuple[str, float, float, float]], *, colours: Sequence[Any] | None = None) -> None:
-    """Values with intervals on a horizontal axis, one row each, from the top down.
-
-    Args:
-        rows: (label, value, low, high); ends that are NaN leave the dot alone.
-        colours: of the rows; None takes the accent for all.
-    """
-    for i, (_, value, low, high) in enumerate(rows):
-        colour = ACCENT if colours is None else colours[i]
-        if np.isfinite(low) and np.isfinite(high):
-            ax.plot([low, high], [i, i], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
-        scatter(ax, [value], [i], color=colour, size=44)
-    row_labels(ax, [label for label, *_ in rows])
-
-
 def row_labels(ax: Axes, labels: Sequence[str]) -> None:
     """Rows from the top down, with words instead of ticks."""
     ax.set_yticks(range(len(labels)), [plain(label, 60) for label in labels])
@@ -107,12 +92,13 @@ def _contrast_panel(
 def plot_noise(found: Noise) -> Figure:
     """Standard deviations of the loss by source, per cent of it, on a logarithmic axis."""
     with styled():
-        parts = [each for each in found.components if each.value > 0]
+        parts = found.table.query("value > 0")
         figure, (ax,) = new_figure(7.2, 0.42 * len(parts) + 0.9)
-        rows = [(each.source, 100 * each.value, 100 * each.low, 100 * each.high) for each in parts]
-        dots(ax, rows)
-        ends = [end for row in rows for end in row[1:] if np.isfinite(end) and end > 0]
-        log_axis(ax, "x", ends)
+        value, low, high = 100 * parts[["value", "low", "high"]].to_numpy(float).T
+        ax.hlines(range(len(parts)), low, high, color=ACCENT, linewidth=2)
+        scatter(ax, value, range(len(parts)), color=ACCENT, size=44)
+        row_labels(ax, list(parts["source"]))
+        log_axis(ax, "x", np.concatenate([value, low, high]))
         ax.set_xlabel("standard deviation, % of the loss")
         return figure
 

@@ -82,7 +82,9 @@ def plot_isoflop(
     with styled():
         figure, (ax,) = new_figure()
         accepted = pd.DataFrame(columns=["C", "N", "loss"]) if minima is None else minima
-        drawn = [points[i] for i in _drawn_budgets(points, accepted["C"].to_numpy(float))]
+        is_accepted = [bool(np.isclose(flops, accepted["C"].to_numpy(float), rtol=1e-6).any()) for flops, _ in points]
+        order = sorted(range(len(points)), key=lambda i: (not is_accepted[i], -points[i][1]["N"].nunique()))
+        drawn = [points[i] for i in sorted(order[:MAX_SERIES]) if points[i][1]["N"].nunique() > 2]
         budgets = [power_of_ten(flops) for flops, _ in drawn]
         every = pd.concat([frame.assign(budget=flops) for flops, frame in drawn], ignore_index=True)
         labels = pd.Series(pd.Categorical(every["budget"].map(power_of_ten), budgets), name="series")
@@ -109,13 +111,3 @@ def plot_isoflop(
         ax.set_xlabel(axis_label("params_total", loss_unit, names))
         ax.set_ylabel(axis_label("val_loss", loss_unit, names))
     return figure
-
-
-def _drawn_budgets(points: Sequence[tuple[float, pd.DataFrame]], accepted: np.ndarray) -> list[int]:
-    """Which budgets a figure has room for: accepted ones spread evenly, then those of most sizes, in order of C."""
-    sizes = [frame["N"].nunique() for _, frame in points]
-    first = [i for i, (flops, _) in enumerate(points) if np.isclose(flops, accepted, rtol=1e-6).any()]
-    if len(first) > MAX_SERIES:
-        first = [first[i] for i in np.linspace(0, len(first) - 1, MAX_SERIES).round().astype(int)]
-    rest = sorted((i for i in range(len(points)) if i not in first and sizes[i] > 2), key=lambda i: -sizes[i])
-    return sorted([*first, *rest[: MAX_SERIES - len(first)]])

@@ -15,9 +15,6 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study, forecasts
 from aimscale.analysis.table.design import varies
 
-COLLINEAR = 3.0
-"""A design whose D/N varies by less than this factor hardly tells the exponents of N and D apart."""
-
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 MAX_REASONS = 4

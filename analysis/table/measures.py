@@ -10,7 +10,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.names import column_names, no_column, our_name
 from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.table.schema import KNOWN, MFU
+from aimscale.analysis.table.schema import MFU
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -41,11 +41,6 @@ class Measure:
     def lower_is_better(self) -> bool:
         """Losses, times and costs."""
         return not self.is_accuracy and self.column not in (*MFU, "images_per_s")
-
-    @property
-    def unit(self) -> str:
-        """Of a difference."""
-        return "fraction" if self.is_accuracy else (KNOWN[self.column].unit if self.column in KNOWN else "")
 
     @property
     def title(self) -> str:

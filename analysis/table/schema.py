@@ -183,21 +183,24 @@ def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:
 
 def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
     """A value or null for every column; what else there is as JSON in `extra`."""
-    typed = {column.name: row.get(column.name) for column in columns}
-    for column in columns:
-        value = typed[column.name]
-        if value is not None and column.dtype == "json" and not isinstance(value, str):
-            typed[column.name] = json.dumps(value, sort_keys=True, default=str)
-        if column.dtype == "int64" and isinstance(value, float) and not value.is_integer():
-            raise AnalysisError(f"'{column.name}' is {value!r}, which is no whole number; correct it")
-        if value is not None and column.dtype == "probes":
-            typed[column.name] = [_typed_row(probe, PROBE_FIELDS) for probe in value]
+    typed = {column.name: _value(row.get(column.name), column) for column in columns}
     if unknown := {key: value for key, value in row.items() if key not in typed}:
         known_extra = json.loads(typed["extra"]) if typed["extra"] else {}
         typed["extra"] = json.dumps(known_extra | unknown, sort_keys=True, default=str)
     if "schema_version" in typed and typed["schema_version"] is None:
         typed["schema_version"] = SCHEMA_VERSION
     return typed
+
+
+def _value(value: Any, column: Column) -> Any:
+    """A value as its column holds it: probes as typed rows, objects as JSON; no number is cut to a whole one."""
+    if value is not None and column.dtype == "probes":
+        return [_typed_row(probe, PROBE_FIELDS) for probe in value]
+    if value is not None and column.dtype == "json" and not isinstance(value, str):
+        return json.dumps(value, sort_keys=True, default=str)
+    if column.dtype == "int64" and isinstance(value, float) and not value.is_integer():
+        raise AnalysisError(f"'{column.name}' is {value!r}, which is no whole number; correct it")
+    return value
 
 
 def write_table(table: pa.Table, path: Path) -> None:
