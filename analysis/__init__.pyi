@@ -8,7 +8,6 @@ from .effects.repetition import repeats as repeats
 from .errors import AnalysisError as AnalysisError
 from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
-from .fitting.influences import influence as influence
 from .forecasts.ahead import ahead as ahead
 from .frontier.approaches import all_approaches as all_approaches
 from .next.backtest import choose as choose

@@ -201,7 +201,7 @@ def variable_words(fit: Fit, variable: str) -> str:
 
 
 def held_out_sentence(test: HeldOut) -> str:
-    """Error on the held-out scale beside the naive baseline, and the point at the largest scale."""
+    """Error on the held-out scale beside the naive baseline."""
     at_own = f" ({test.num_own} of {test.num_test} points; else through the best loss at each value)"
     naive = "a straight line in log-log " + (
         "through the best loss at each value"
@@ -214,20 +214,4 @@ def held_out_sentence(test: HeldOut) -> str:
         f"the other {test.num_test} with mean error {test.mean_abs_relative_error:.2%} (log-RMSE "
         f"{test.log_rmse:.4f}), {verdict} than {naive} ({test.naive_mean_abs_relative_error:.2%}, "
         f"{test.naive_log_rmse:.4f}); {test.num_inside} of {test.num_test} lie inside their prediction interval."
-        f"{_farthest(test)}"
-    )
-
-
-def _farthest(test: HeldOut) -> str:
-    """The point at the largest scale: forecast, interval, measurement with its own error."""
-    rows = test.predictions
-    if rows["pi_lo"].isna().all():
-        return ""
-    at = list(rows.columns[: list(rows.columns).index("measured")])
-    last = rows.sort_values([test.variable, *at] if test.variable in rows else at).iloc[-1]
-    scale = ", ".join(f"{v} = {last[v]:.4g}" for v in at)
-    error = f" ± {1.96 * last['measured_se']:.4g} (its images)" if last["measured_se"] > 0 else ""
-    return (
-        f" At {scale}: forecast {last['predicted']:.4g} [{last['pi_lo']:.4g}, {last['pi_hi']:.4g}], measured "
-        f"{last['measured']:.4g}{error}: {'inside' if last['inside'] else 'outside'}."
     )

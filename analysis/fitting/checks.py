@@ -9,7 +9,7 @@ import numpy as np
 
 from aimscale.analysis.fitting.optimise import Minimum
 from aimscale.analysis.fitting.problem import Problem
-from aimscale.analysis.fitting.result import Interval, Rival, interval
+from aimscale.analysis.fitting.result import Interval, interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.points import Observations
 from aimscale.analysis.words import Flag
@@ -26,34 +26,19 @@ WITHIN_NOISE = 2.0
 """Log-likelihood that a rival minimum may lose and still be hardly less likely than the best."""
 
 
-def rivals_of(problem: Problem, minima: list[Minimum]) -> tuple[Rival, ...]:
-    """The local minima after the best, with the log-likelihood that they lose.
-
-    The noise's scale is fitted too: n/2 ln(S/S0) of squares, n ln(S/S0) of absolute values.
-    """
-    out, best = [], minima[0].total
-    n = np.sum(problem.weights > 0) / problem.objective.power_of_residual
-    for m in minima[1:]:
-        params = {name: float(v[0]) for name, v in problem.params_of(m.vector[None]).items()}
-        lost = float(n * np.log(m.total / best)) if best > 0 else np.inf if m.total > 1e-12 else 0.0
-        out.append(Rival(params=params, objective_value=m.total, lost=lost))
-    return tuple(out)
-
-
 def diagnose(
     problem: Problem,
-    best: Minimum,
+    minima: list[Minimum],
     params: Collection[str],
     draws: Mapping[str, Array],
     intervals: Mapping[str, Interval],
-    rivals: tuple[Rival, ...],
     points: Observations,
 ) -> tuple[tuple[Flag, ...], frozenset[str]]:
     """All flags of a fit, and the reported parameters (of `params`) that it does not identify."""
+    best = minima[0]
     flags, lost = _of_parameters(problem, best, draws, intervals)
-    close = [r for r in rivals if r.lost < WITHIN_NOISE]
-    if close:
-        flags.append(Flag(kind="rival", number=close[0].lost))
+    if len(minima) > 1 and (gap := _likelihood_lost(problem, best.total, minima[1].total)) < WITHIN_NOISE:
+        flags.append(Flag(kind="rival", number=gap))
     for flag, unknown in _of_variables(problem, points):
         flags.append(flag)
         lost |= unknown
@@ -63,6 +48,16 @@ def diagnose(
         lost |= set(derived)  # they are functions of the same exponents: none is known when one is not
     inner = set(problem.law.names) - set(params)  # the law's own coordinates, unknown to the reader
     return tuple(f for f in flags if f.subject not in inner), frozenset(lost & set(params))
+
+
+def _likelihood_lost(problem: Problem, best: float, rival: float) -> float:
+    """Log-likelihood that a rival's objective loses against the best.
+
+    The noise's scale is fitted too: n/2 ln(S/S0) of squares, n ln(S/S0) of absolute values.
+    """
+    if best > 0:
+        return float(np.sum(problem.weights > 0) / problem.objective.power_of_residual * np.log(rival / best))
+    return np.inf if rival > 1e-12 else 0.0
 
 
 def _is_wide(i: Interval | None) -> bool:

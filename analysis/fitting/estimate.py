@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.checks import diagnose, rivals_of
+from aimscale.analysis.fitting.checks import diagnose
 from aimscale.analysis.fitting.errors import Components, components_of, sandwich
 from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
 from aimscale.analysis.fitting.lackoffit import lack_of_fit
@@ -223,8 +223,7 @@ def _result(
     held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
     free = {k: v for k, v in law.reported(draws).items() if k not in held} if draws else {}
     intervals = {name: interval(values, confidence) for name, values in free.items()}
-    rivals = rivals_of(problem, minima)
-    flags, not_identified = diagnose(problem, best, params, draws, intervals, rivals, points)
+    flags, not_identified = diagnose(problem, minima, params, draws, intervals, points)
     fitted = problem.predict(best.vector[None])[0]
     data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
     return Fit(
@@ -235,7 +234,6 @@ def _result(
         flags=(*flags, *against),
         not_identified=not_identified,
         objective_value=best.total,
-        rivals=rivals,
         num_points=len(points.y),
         num_rows=points.num_rows,
         exclusions=points.exclusions,

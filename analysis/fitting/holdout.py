@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -9,7 +11,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, HeldOut
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.names import our_name
+from aimscale.analysis.table.names import column_names, our_name
 
 SHARE = 0.15
 """Share of the points, those of largest scale, that are held out where no number of values is asked for."""
@@ -45,6 +47,18 @@ def largest(scale: Array, *, num_values: int | None = None, share: float = SHARE
     return scale >= cut
 
 
+def scale_values(df: pd.DataFrame, by: str, columns: Mapping[str, str] | None = None) -> Array:
+    """The scale of every row (n,) to hold out by, a column or a variable of `columns`; NaN where it is no number.
+
+    Raises:
+        AnalysisError: there is no such column.
+    """
+    name = next((each for each in (by, (columns or {}).get(by), our_name(df, by)) if each in df.columns), None)
+    if name is None:
+        raise AnalysisError(f"Cannot hold out the largest {by}: it is no column; its columns are {column_names(df)}.")
+    return pd.to_numeric(df[name], errors="coerce").to_numpy(float)
+
+
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
     """Refit without the `num_values` largest values of a variable or column, and predict those rows.
 
@@ -62,7 +76,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         AnalysisError: unknown `by`, or too few values or points remain.
     """
     points = df.loc[result.data.index]
-    scale = _scale(result, points, by)
+    scale = result.data[by].to_numpy(float) if by in result.data else scale_values(points, by)
     test = largest(scale, num_values=num_values, name=by)
     predicted = _without(result, points, test, resamples).predict(points[test])
     y = result.data["y"].to_numpy()
@@ -71,7 +85,6 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
     naive, num_own = _naive(scale, y, test, [result.data[v].to_numpy(float) for v in others])
     table = result.data.loc[test, list(result.law.variables)].assign(
         measured=measured,
-        measured_se=_standard_errors(points[test], result.columns["y"]),
         predicted=predicted["value"],
         pi_lo=predicted["pi_lo"],
         pi_hi=predicted["pi_hi"],
@@ -118,17 +131,6 @@ def errors(predicted: Array, measured: Array) -> tuple[float, float]:
     return float(np.mean(np.abs(predicted / measured - 1))), log_rmse
 
 
-def _scale(result: Fit, points: pd.DataFrame, by: str) -> Array:
-    if by in result.data.columns:
-        return result.data[by].to_numpy(float)
-    by = our_name(points, by)
-    if by not in points.columns:
-        raise AnalysisError(
-            f"Cannot hold out by {by!r}: it is neither a variable of {result.law.formula} nor a column."
-        )
-    return points[by].to_numpy(float)
-
-
 def _naive(scale: Array, y: Array, test: Array, others: list[Array]) -> tuple[Array, int]:
     """The line's forecast of every held-out point, and for how many it was drawn at their own other values."""
     train = ~test
@@ -143,11 +145,3 @@ def _naive(scale: Array, y: Array, test: Array, others: list[Array]) -> tuple[Ar
         line = np.polyfit(np.log(scale[alike]), np.log(y[alike]), 1) if own else overall
         out.append(np.exp(np.polyval(line, np.log(scale[i]))))
     return np.array(out), num_own
-
-
-def _standard_errors(points: pd.DataFrame, y: str) -> Array:
-    """Standard errors of the measurements, where the table has them beside the column."""
-    name = f"{y}_se"
-    if name not in points.columns:
-        return np.full(len(points), np.nan)
-    return pd.to_numeric(points[name], errors="coerce").to_numpy(float)

@@ -45,11 +45,7 @@ def design(problem: Problem, theta: Array) -> Array:
     vector = np.concatenate([np.zeros((len(theta), problem.num_linear)), theta], axis=1)
     parts, _ = problem.normalised(problem.law.basis(problem.x, problem.nonlinear(vector)), ())
     shape = (len(theta), len(problem.y))
-    return (
-        np.stack([np.broadcast_to(part, shape) for part in parts], axis=1)
-        if parts
-        else np.zeros((*shape[:1], 0, shape[1]))
-    )
+    return np.stack([np.broadcast_to(part, shape) for part in parts], axis=1)
 
 
 def project(problem: Problem, g: Array, weights: Array) -> Array:
@@ -57,7 +53,7 @@ def project(problem: Problem, g: Array, weights: Array) -> Array:
 
     All 2^p choices of coefficients held at their nearest finite bound are tried; p is at most a few.
     """
-    p, gw = problem.num_linear, g * (weights[:, None, :] if weights.ndim == 2 else weights)
+    p, gw = problem.num_linear, g * weights
     gram, moment = gw @ g.transpose(0, 2, 1), gw @ problem.y
     scale = np.sqrt(np.einsum("mjj->mj", gram)) + 1e-300
     gram = gram / (scale[:, :, None] * scale[:, None, :]) + 1e-11 * np.eye(p)

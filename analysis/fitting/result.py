@@ -50,17 +50,6 @@ def interval(draws: Array, confidence: float) -> Interval:
     return Interval(low=float(low), high=float(high), confidence=confidence)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rival:
-    """A local minimum other than the best."""
-
-    params: dict[str, float]
-    objective_value: float
-    """Its objective, summed over points."""
-    lost: float
-    """Log-likelihood lost against the best minimum; below 2 the data hardly prefer that."""
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class HeldOut(Result):
     """What a fit to the smaller scales predicts for the largest, and what happened."""
@@ -84,8 +73,7 @@ class HeldOut(Result):
     num_own: int
     """Points whose line was drawn at their own values of these."""
     predictions: pd.DataFrame = field(repr=False)
-    """Rows: index of the table, variables, measured, measured_se (standard error of the measurement, NaN if unknown),
-    predicted, pi_lo, pi_hi, inside, naive."""
+    """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, inside, naive."""
 
     @property
     def num_inside(self) -> int:
@@ -122,8 +110,6 @@ class Fit(Result):
     """Parameters that the data do not pin down: `.table()` prints words instead of digits."""
     objective_value: float
     """Objective at the optimum, summed over points."""
-    rivals: tuple[Rival, ...]
-    """Other local minima, best first."""
     num_points: int
     num_rows: int
     """Rows of the table given."""

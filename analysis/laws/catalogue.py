@@ -22,7 +22,7 @@ from aimscale.analysis.laws.base import (
     free,
     scale_of,
 )
-from aimscale.analysis.laws.interacting import coupled, farseer, overfitting
+from aimscale.analysis.laws.interacting import OPTIMAL_EXPONENTS, coupled, farseer, overfitting
 
 __all__ = ["LAWS", "Law", "Parameter", "coefficient", "exponent", "find_law", "free", "scale_of"]
 """Names that a user's own law needs; the laws themselves are attributes: `laws.CHINCHILLA`."""
@@ -133,7 +133,7 @@ CHINCHILLA = Law(
     nonlinear=(exponent("alpha"), exponent("beta")),
     basis=_chinchilla_basis,
     gradient=_chinchilla_gradient,
-    derived={"a": lambda p: p["beta"] / (p["alpha"] + p["beta"]), "b": lambda p: p["alpha"] / (p["alpha"] + p["beta"])},
+    derived=OPTIMAL_EXPONENTS,
     source="Hoffmann et al. 2022, approach 3; a and b are the exponents of N*(C) and D*(C)",
 )
 

@@ -19,6 +19,13 @@ these; they are held at what predicted best among six and four values in backtes
 3000 passes over pools of 1e8 to 1e11 tokens."""
 
 
+OPTIMAL_EXPONENTS = {
+    "a": lambda p: p["beta"] / (p["alpha"] + p["beta"]),
+    "b": lambda p: p["alpha"] / (p["alpha"] + p["beta"]),
+}
+"""Exponents of N*(C) and D*(C) where the law falls by N^-alpha and D^-beta."""
+
+
 def _centre(x: Columns, variable: str) -> float:
     """Geometric mean of a variable."""
     return float(np.exp(np.mean(x.log(variable))))
@@ -54,10 +61,7 @@ def coupled(n0: float = 1.0, d0: float = 1.0) -> Law:
         basis=lambda x, t: (1.0, _coupled_terms(x, t, n0, d0)),
         report=lambda p: _coupled_report(p, n0, d0),
         centred=lambda x: coupled(_centre(x, "N"), _centre(x, "D")),
-        derived={
-            "a": lambda p: p["beta"] / (p["alpha"] + p["beta"]),
-            "b": lambda p: p["alpha"] / (p["alpha"] + p["beta"]),
-        },
+        derived=OPTIMAL_EXPONENTS,
         source="Chinchilla's terms under Kaplan's outer exponent; a and b are the exponents of N*(C) and D*(C)",
     )
 

@@ -15,12 +15,12 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.holdout import SHARE, largest
+from aimscale.analysis.fitting.holdout import SHARE, largest, scale_values
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.table.names import column_names, no_column, our_name
+from aimscale.analysis.table.names import no_column, our_name
 
 AUTO = "auto"
 """Name that stands for a choice: of the joint laws, or with `auto:C` of the laws in one variable."""
@@ -170,13 +170,10 @@ def _held_out(
     df: pd.DataFrame, by: str, y: str, columns: Mapping[str, str] | None, share: float
 ) -> tuple[Array, float]:
     """Which rows to hold out (mask), and from which value of the scale on."""
-    name = by if by in df.columns else _column(df, columns, by)
-    if name is None:
-        raise AnalysisError(f"Cannot hold out the largest {by}: it is no column; its columns are {column_names(df)}.")
+    scale = scale_values(df, by, columns)
     if y not in df.columns:
         raise no_column(df, y)
-    scale, measured = (pd.to_numeric(df[each], errors="coerce").to_numpy(float) for each in (name, y))
-    usable = np.isfinite(scale) & np.isfinite(measured)
+    usable = np.isfinite(scale) & np.isfinite(pd.to_numeric(df[y], errors="coerce").to_numpy(float))
     test = np.zeros(len(df), bool)
     test[usable] = largest(scale[usable], share=share)
     return test, float(scale[test].min())
