@@ -174,19 +174,11 @@ def page_mark(page: Path) -> str:
     return next((block.detail for block in read_blocks(page.read_text()) if block.kind == "page"), "")
 
 
-def has_commands(page: Path) -> bool:
-    return any(block.kind == "run" for block in read_blocks(page.read_text()))
-
-
 def cases() -> list[Any]:
     """Every page with commands, marked as it says."""
-    found = [page for page in PAGES if has_commands(page)]
+    found = [page for page in PAGES if any(block.kind == "run" for block in read_blocks(page.read_text()))]
     marks = [[getattr(pytest.mark, mark)] if (mark := page_mark(page)) else [] for page in found]
     return [pytest.param(page, marks=each, id=page.stem) for page, each in zip(found, marks, strict=True)]
-
-
-def name_of(page: Path) -> str:
-    return page.stem
 
 
 @pytest.fixture
@@ -209,7 +201,7 @@ def reader(tmp_path: Path) -> Reader:
     return Reader(folder=tmp_path, environment=environment)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_says_whether_it_is_run(page: Path) -> None:
     for block in read_blocks(page.read_text()):
         where = f"{page.relative_to(ROOT)}:{block.line}"
@@ -218,29 +210,6 @@ def test_every_block_says_whether_it_is_run(page: Path) -> None:
         assert block.kind != "not run" or block.detail, f"{where}: say why it is not run"
         assert block.kind != "given" or block.detail in GIVEN, f"{where}: nobody makes '{block.detail}'"
     assert page_mark(page) in ("", "slow", "slurm")
-
-
-def test_shown_lines_are_found_in_order_with_wildcards() -> None:
-    printed = "a  1\nb 22 c\nd\n"
-    assert first_difference("a 1\nb ... c\n", printed) is None
-    assert first_difference("...\nd\n", printed) is None
-    assert first_difference("d\na 1\n", printed) == "a 1"
-    assert first_difference("b ... d\n", printed) == "b ... d"
-
-
-def test_a_mark_belongs_to_the_very_next_block() -> None:
-    run, words, file = ("<!-- run -->\n```bash\ntrue\n```", "words\n```bash\nfalse\n```", "```yaml\na: 1\n```")
-    text = f"{run}\n<!-- run -->\n{words}\n<!-- file: a.yaml -->\n\n{file}\n"
-    assert [(block.kind, block.text) for block in read_blocks(text)] == [
-        ("run", "true\n"),
-        ("", "false\n"),
-        ("file", "a: 1\n"),
-    ]
-
-
-def test_a_failing_command_fails_the_page(reader: Reader) -> None:
-    with pytest.raises(AssertionError, match="ended with 3"):
-        reader.run(Block(kind="run", detail="", language="bash", text="exit 3 | cat\n", line=1), "here")
 
 
 @pytest.mark.timeout(3600)

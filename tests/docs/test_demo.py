@@ -1,4 +1,4 @@
-"""What README says about the demo is what its committed tables say."""
+"""What README says about the demo, and a page about the CIFAR-10 study, is what the committed tables say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from generate import demo
+from generate import demo, directions
 
 from aimscale.analysis.report.page import write_report
 
@@ -15,6 +15,12 @@ from aimscale.analysis.report.page import write_report
 def test_readme_has_the_numbers_of_the_committed_tables() -> None:
     readme = (demo.ROOT / "README.md").read_text()
     assert readme == demo.rewrite(readme, demo.section()), "run `python docs/generate/demo.py docs/figures/demo`"
+
+
+def test_the_page_of_directions_has_the_numbers_of_the_committed_tables() -> None:
+    page = directions.PAGE.read_text()
+    assert page == directions.rewrite(page), "run `python docs/generate/directions.py`"
+    assert all(words in directions.table() for words, _, _ in directions.CHANGES)
 
 
 @pytest.mark.slow

@@ -61,21 +61,6 @@ def test_every_field_of_every_section_is_listed_with_its_meaning() -> None:
             assert field.description, f"{kind.__name__}.{name} has no line of documentation"
 
 
-def test_a_fields_value_and_default_are_said_in_words() -> None:
-    found = tables(config_reference.markdown())
-    assert found["model"]["image_size"][1:3] == ["integer > 0", "`224`"]
-    assert found["objective"]["prefix"][1:3] == ["`paired` or `uniform` or `none`", "`paired`"]
-    assert found["The sweep file"]["budgets"][1] == "list of count"
-    assert found["A run: how it is executed"]["zero_stage"][1] == "`auto` or `0` or `1` or `2` or `3`"
-    assert found["The sweep file"]["name"][2] == "*required*"
-    assert found["data"]["crop_scale"][2] == "`[0.4, 1.0]`"
-
-
-def test_what_base_may_hold_besides_result_fields_is_told() -> None:
-    for name in ("runtime", "devices", "lr_multiplier"):
-        assert f"`{name}`" in config_reference.INTRODUCTION
-
-
 def test_the_yaml_of_the_pages_is_read_and_says_what_exists() -> None:
     """Manifests for other schedulers, too: their commands are ours, with options that there are."""
     blocks = [

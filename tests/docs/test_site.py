@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -104,26 +103,8 @@ def test_commands_that_are_mentioned_exist(page: Path) -> None:
     assert mistakes_in_commands(page.read_text()) == []
 
 
-def test_a_command_that_does_not_exist_is_found() -> None:
-    blocks = "```bash\naimscale fit t.csv --nope \\\n  --y z\ncd a && aimscale bench trane --size x\n```\n"
-    blocks = "```bash\naimscale fit t.csv --nope \\\n  --y z\ncd a && aimscale bench trane --size x\n```\n"
-    wrong = f"`aimscale lunch x` and\n{blocks}"
-    assert mistakes_in_commands(wrong) == [
-        "aimscale fit has no --nope (fit t.csv --nope --y z)",
-        "aimscale bench has no command 'trane'",
-        "there is no verb 'lunch' (lunch x)",
-    ]
-
-
-def test_the_citation_is_valid() -> None:
+def test_the_citation_is_of_this_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert cited["cff-version"] == "1.2.0"
-    assert {"message", "title", "authors", "version", "license"} <= set(cited)
-    for entry in (cited, *cited["references"]):
-        for author in entry["authors"]:
-            assert set(author) <= {"name", "family-names", "given-names", "orcid", "affiliation"}, author
-    for reference in cited["references"]:
-        assert {"type", "title", "authors"} <= set(reference)
     assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
@@ -135,18 +116,3 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "zero_stage" in (tmp_path / "configuration.html").read_text()
     assert "aimscale launch" in (tmp_path / "commands.html").read_text()
-
-
-@needs_sphinx
-@pytest.mark.slow
-def test_a_dead_link_ends_the_build(tmp_path: Path) -> None:
-    source = tmp_path / "docs"
-    source.mkdir()
-    shutil.copy(ROOT / "docs" / "conf.py", source)
-    shutil.copytree(ROOT / "docs" / "generate", source / "generate")
-    (source / "index.md").write_text("# A page\n\n[dead](nowhere.md) and [dead](#nothing)\n")
-    words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", str(source), str(tmp_path / "site")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "nowhere.md" in done.stderr
-    assert "#nothing" in done.stderr or "'nothing'" in done.stderr

@@ -15,7 +15,7 @@ import pytest
 
 import aimscale.harness.device.peak
 import aimscale.harness.log.record
-from aimscale.harness.log.loggers import open_loggers, scalars
+from aimscale.harness.log.loggers import open_loggers
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.train.attempt import train
@@ -69,13 +69,6 @@ def test_tensorboard_holds_the_last_lines_of_a_run_that_was_killed(
     found = points(run)
     for tag, branch in (("trunk/loss", None), ("decay-64/loss", 64), ("decay-128/loss", 128)):
         assert found[tag] >= {(it["images_seen"], round(it["loss"], 5)) for it in again if it["branch"] == branch}
-
-
-def test_a_line_is_named_by_its_part_of_the_walk() -> None:
-    line = {"images_seen": 16, "step": 2, "attempt": 1, "time": 3.0, "loss_spikes": []}
-    assert scalars({**line, "branch": None, "loss": 0.5, "mfu": 0.2}) == {"trunk/loss": 0.5, "trunk/mfu": 0.2}
-    assert scalars({**line, "branch": 16, "loss": None}) == {}, "a loss that was not finite is no point"
-    assert scalars({**line, "branch": 16, "loss": 0.25}) == {"decay-16/loss": 0.25}
 
 
 def test_wandb_is_told_of_the_sweep_and_goes_on_under_the_runs_id(

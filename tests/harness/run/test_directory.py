@@ -20,7 +20,7 @@ Config = Callable[..., RunConfig]
 
 
 def test_rundir_needs_no_torch() -> None:
-    names = ("run.directory", "run.schedule", "device.memory", "run.failures")
+    names = ("run.directory", "run.schedule", "run.row", "device.memory", "run.failures")
     modules = ", ".join(f"aimscale.harness.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -33,18 +33,10 @@ def test_create_keeps_a_run_and_refuses_another(tmp_path: Path, tiny_config: Con
     run.write_status(state="running", images_done=8)
     RunDir.create(tmp_path / "run", config)
     assert run.read_status().images_done == 8
-    with pytest.raises(RunDirError, match=r"holds run w16-d2_uall_s0_.*, not w16-d2_uall_s1"):
+    with pytest.raises(RunDirError, match=r"w16-d2_uall_s0_.*w16-d2_uall_s1"):
         RunDir.create(tmp_path / "run", tiny_config(seed=1))
-    with pytest.raises(ConfigError, match="is no run directory"):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
         RunDir(tmp_path).load_config()
-
-
-def test_rows_are_kept_by_budget(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    assert run.read_rows() == []
-    for budget, loss in ((200, 0.5), (100, 0.7), (200, 0.4)):
-        run.record_row({"images_seen": budget, "val_loss": loss})
-    assert run.read_rows() == [{"images_seen": 100, "val_loss": 0.7}, {"images_seen": 200, "val_loss": 0.4}]
 
 
 def test_rows_written_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
@@ -59,15 +51,6 @@ for budget in range(1, 11):
     assert [writer.wait() for writer in writers] == [0, 0]
     rows = RunDir(tmp_path).read_rows()
     assert rows == [{"images_seen": budget, "trainer": budget, "prober": budget} for budget in range(1, 11)]
-
-
-def test_a_row_that_does_not_change_is_not_written_again(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    run.record_row({"images_seen": 8, "val_loss": 1.0})
-    written = run.results.stat().st_mtime_ns
-    assert run.update_row(8, lambda row: row) == {"images_seen": 8, "val_loss": 1.0}
-    assert run.update_row(16, lambda row: None) is None
-    assert run.results.stat().st_mtime_ns == written
 
 
 JSON = strategies.recursive(
@@ -101,10 +84,3 @@ def test_whatever_a_file_of_a_run_holds_is_read_or_named_in_one_sentence(
     except UserError as error:
         said = str(error)
     assert not said or (str(tmp_path / name) in said and "\n" not in said)
-
-
-def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    run.status.mkdir()
-    with pytest.raises(UserError, match=r"status\.json cannot be read \(Is a directory\)"):
-        run.read_status()

@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,29 +92,7 @@ def test_a_second_ctrl_c_waits_for_no_save_and_nohup_is_obeyed() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_another_thread_gets_a_flag_that_no_signal_raises() -> None:
-    flags = []
-
-    def use() -> None:
-        with stop_signals() as flag:
-            flags.append(flag.is_raised)
-
-    thread = threading.Thread(target=use)
-    thread.start()
-    thread.join()
-    assert flags == [False]
-
-
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/status.json")
-
-
-def test_a_disk_that_fails_is_named_with_what_to_do() -> None:
-    sentence = "/runs/a/status.json: No space left on device; "
-    assert classify(FULL)[0] == "node"
-    assert classify(FULL)[1].startswith(sentence)
-    crossed = OSError(errno.EXDEV, os.strerror(errno.EXDEV), "/tmp/x", None, "/runs/a/budgets")
-    assert str(disk_sentence(crossed)).startswith("/runs/a/budgets: Invalid cross-device link; ")
-    assert disk_sentence(FileNotFoundError(errno.ENOENT, "a defect of ours", "x")) is None
 
 
 @pytest.mark.parametrize(("error", "code"), [(DataError("no images"), 2), (LeaseLost("taken over"), 1), (FULL, 1)])

@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.harness.run.files import (
-    locked,
-    process_started,
-    publish_dir,
-    write_json,
-    write_text,
-    written_aside,
-    written_dir_aside,
-)
+from aimscale.harness.run.files import locked, process_started, write_json, write_text, written_aside, written_dir_aside
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -53,15 +45,6 @@ def test_a_lock_excludes_and_ends_with_its_block_although_a_child_was_forked_ins
     finally:
         child.kill()
         child.join()
-
-
-def test_publishing_a_folder_replaces_the_old_one(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        (tmp_path / "aside").mkdir()
-        (tmp_path / "aside" / "file").write_text(content)
-        publish_dir(tmp_path / "aside", tmp_path / "final")
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    assert (tmp_path / "final" / "file").read_text() == "new"
 
 
 def test_a_folder_appears_whole_and_what_a_dead_process_left_of_it_goes(tmp_path: Path) -> None:

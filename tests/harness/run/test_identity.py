@@ -69,11 +69,6 @@ def test_what_is_trained_names_another_run(changes: dict[str, Any]) -> None:
     assert run(**changes).run_id != run().run_id
 
 
-def test_a_cosine_budget_is_part_of_what_is_trained() -> None:
-    schedule = {"kind": "cosine", "warmup_images": 16}
-    assert run(schedule=schedule).run_id != run(schedule=schedule, budgets=[8192]).run_id
-
-
 def test_an_evaluation_is_named_by_its_settings_and_the_content_of_its_data() -> None:
     def name(data: str | None = "1", **changes: Any) -> str:
         section = parse(ProbeSection, {"task": "two", "train": "a", "test": "b", **changes}, "the test")

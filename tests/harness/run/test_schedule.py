@@ -30,11 +30,6 @@ def test_the_walk_goes_up_the_trunk_and_down_every_branch(tiny_config: Config) -
     assert schedule.images_planned() == 640 + 80 + 160
 
 
-def test_a_branch_may_leave_the_trunk_at_its_foot(tiny_config: Config) -> None:
-    schedule = make(tiny_config, decay_fraction=1.0, warmup_images=0)
-    assert [(s.start, s.stop) for s in schedule.segments()] == [(0, 400), (0, 800)]
-
-
 def test_wsd_rates_by_hand(tiny_config: Config) -> None:
     schedule = make(tiny_config)
     assert schedule.lr(0, None) == 0.1
@@ -58,5 +53,5 @@ def test_cosine_falls_from_the_peak_to_the_end(tiny_config: Config) -> None:
 
 @pytest.mark.parametrize(("kind", "warmup"), [("wsd", 328), ("cosine", 400)])
 def test_a_warm_up_that_reaches_into_the_decay_is_refused(tiny_config: Config, kind: str, warmup: int) -> None:
-    with pytest.raises(ConfigError, match=f"warmup_images {warmup} reaches past image"):
+    with pytest.raises(ConfigError, match=f"warmup_images {warmup} "):
         make(tiny_config, kind, budgets=(400,), warmup_images=warmup)
