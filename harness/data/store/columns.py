@@ -114,88 +114,54 @@ def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.ND
     return table
 
 
-class NpyWriter:
-    """One growing .npy file."""
-
-    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
-        self._dtype, self._num_rows = np.dtype(dtype), 0
-        self._file = path.open("wb")
-        self._write_header()
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        """Add rows at the end."""
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
-        self._num_rows += len(values)
-
-    def close(self) -> None:
-        """State the number of rows in the header, which has room for any."""
-        end = self._file.tell()
-        self._file.seek(0)
-        self._write_header()
-        assert self._file.tell() + self._num_rows * self._dtype.itemsize == end, "NpyWriter: the header grew"
-        self._file.close()
-
-    def _write_header(self) -> None:
-        description = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": description, "fortran_order": False, "shape": (self._num_rows,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
 class IndexWriter:
-    """Writes the folder that `Index` reads, a stretch of samples at a time."""
+    """Writes the folder that `Index` reads, a stretch of `num_samples` samples at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._samples = NpyWriter(folder / "samples.npy", SAMPLE)
-        self._checksum = NpyWriter(folder / "checksum.npy", "<u8")
-        self._label = NpyWriter(folder / "label.npy", "<i4")
-        self._bad: list[I64] = []
-        self._digest = hashlib.blake2b(digest_size=8)
-        self._num_samples, self._num_labelled = 0, 0
-        self._size_range = np.array([[1 << 16, 1 << 16], [0, 0]])  # least and largest width and height
-        self._max_pixels = 0
+    def __init__(self, folder: Path, num_samples: int) -> None:
+        self._folder, self._end = folder, 0
+        self._samples, self._checksum, self._label = (
+            np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=(num_samples,))
+            for name, dtype in (("samples", SAMPLE), ("checksum", "<u8"), ("label", "<i4"))
+        )
 
     def append(self, samples: npt.NDArray[Any], checksums: npt.NDArray[np.uint64], labels: I64) -> None:
         """Add samples; `labels` holds NO_LABEL where one is missing."""
-        self._samples.append(samples)
-        self._checksum.append(checksums)
-        self._label.append(labels)
-        self._digest.update(np.ascontiguousarray(checksums, dtype="<u8").tobytes())
-        self._bad.append(self._num_samples + np.flatnonzero(samples["width"] == 0))
-        self._num_samples += len(samples)
-        self._num_labelled += int((labels != NO_LABEL).sum())
-        good = samples[samples["width"] > 0]
-        if len(good):
-            sides = np.stack([good["width"], good["height"]], axis=1).astype(np.int64)
-            least, largest = self._size_range
-            self._size_range = np.stack([np.minimum(least, sides.min(0)), np.maximum(largest, sides.max(0))])
-            self._max_pixels = max(self._max_pixels, int(sides.prod(1).max()))
+        rows = slice(self._end, self._end + len(samples))
+        self._samples[rows], self._checksum[rows], self._label[rows] = samples, checksums, labels
+        self._end = rows.stop
 
     def finish(
         self, shards: npt.NDArray[Any], *, name: str, classes: tuple[str, ...] | None, shards_at: str | None
     ) -> DatasetInfo:
-        """Close the files; what `dataset.json` says of them."""
+        """Write the other files; what `dataset.json` says of them all."""
+        num_samples = len(self._samples)
+        assert self._end == num_samples, "IndexWriter: other samples than announced"
         for column in (self._samples, self._checksum, self._label):
-            column.close()
-        for _, labels in Column(self._folder / "label.npy").blocks():
-            self._digest.update(labels.astype("<i8").tobytes())
-        if not self._num_labelled:
+            column.flush()
+        digest, has_labels = hashlib.blake2b(self._checksum.data, digest_size=8), False
+        for first in range(0, num_samples, BLOCK_ROWS):
+            labels = self._label[first : first + BLOCK_ROWS]
+            digest.update(labels.astype("<i8").tobytes())
+            has_labels |= bool((labels != NO_LABEL).any())
+        if not has_labels:
             (self._folder / "label.npy").unlink()
-        bad = np.concatenate(self._bad) if self._bad else np.empty(0, dtype=np.int64)
+        width, height = self._samples["width"], self._samples["height"]
+        bad = np.flatnonzero(width == 0)
+        num_largest = np.count_nonzero((width == width.max()) & (height == height.max()))
         np.save(self._folder / "bad.npy", bad)
         np.save(self._folder / "bad_before.npy", bad - np.arange(len(bad)))
         np.save(self._folder / "shards.npy", shards)
         return DatasetInfo(
             name=name,
-            num_samples=self._num_samples,
+            num_samples=num_samples,
             num_bad=len(bad),
             num_shards=len(shards),
             total_bytes=int(shards["size"].sum()),
-            max_width=int(self._size_range[1, 0]),
-            max_height=int(self._size_range[1, 1]),
-            max_pixels=self._max_pixels,
-            one_size=bool((self._size_range[0] == self._size_range[1]).all()),
+            max_width=int(width.max()),
+            max_height=int(height.max()),
+            max_pixels=int(np.multiply(width, height, dtype=np.int64).max()),
+            one_size=bool(num_largest + len(bad) == num_samples),
             classes=classes,
             shards_at=shards_at,
-            fingerprint=self._digest.hexdigest(),
+            fingerprint=digest.hexdigest(),
         )

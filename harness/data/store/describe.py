@@ -18,7 +18,6 @@ from aimscale.harness.data.store.index import ShardDataset
 _LISTED_CLASSES = 12
 _LISTED_BAD = 5
 _QUARTILES = ("min", "lower_quartile", "median", "upper_quartile", "max")
-_MAX_ROWS = 1 << 25  # of larger indexes every second, third, ... row is looked at
 _TILE_PX = 96
 _SIDE = 8  # tiles
 
@@ -26,10 +25,8 @@ _SIDE = 8  # tiles
 def describe_dataset(dataset: ShardDataset) -> dict[str, Any]:
     """Counts, classes, resolutions (pixels) and sizes (bytes), ready for JSON."""
     index, info = dataset.index, dataset.info
-    step = -(-len(dataset) // _MAX_ROWS)
-    rows = index.samples.values[::step]
+    rows = index.samples.values
     good = rows[rows["width"] > 0]
-    num_unique = np.unique(dataset.checksum[::step]).size
     counts = np.zeros(dataset.num_classes, dtype=np.int64)
     for _, block in index.label.blocks() if index.label is not None else ():
         counts += np.bincount(block[block >= 0], minlength=len(counts))
@@ -41,8 +38,7 @@ def describe_dataset(dataset: ShardDataset) -> dict[str, Any]:
         "fingerprint": dataset.fingerprint,
         "num_shards": info.num_shards,
         "num_samples": len(dataset),
-        "num_unique": min(num_unique * step, len(dataset)),
-        "is_exact": step == 1,
+        "num_unique": np.unique(dataset.checksum).size,
         "num_bad": info.num_bad,
         "bad": [dataset.describe(int(i)) for i in index.bad[:_LISTED_BAD]],
         "num_unlabelled": len(dataset) - int(counts.sum()),
@@ -64,11 +60,8 @@ def _quartiles(values: npt.NDArray[np.integer]) -> dict[str, int]:
 
 def format_description(facts: dict[str, Any]) -> str:
     """The same for people."""
-    about = "" if facts["is_exact"] else "about "
     where = f", shards at {facts['shards_at']}" if facts["shards_at"] else ""
-    images = (
-        f"{facts['num_samples']:,} ({about}{facts['num_unique']:,} different files), {facts['num_bad']:,} undecodable"
-    )
+    images = f"{facts['num_samples']:,} ({facts['num_unique']:,} different files), {facts['num_bad']:,} undecodable"
     lines = [("images", images), ("shards", f"{facts['num_shards']:,}, {facts['total_bytes'] / 1e6:,.1f} MB{where}")]
     for name, key, unit in (
         ("shorter side", "shorter_side_px", "px"),

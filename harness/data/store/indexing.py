@@ -195,9 +195,14 @@ def index_shards(
     except OSError as error:
         raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
     try:
-        scans = _scan_all(location, shards, parts, num_workers, progress)
+        num_samples = _scan_missing(location, shards, parts, num_workers, progress)
         info = write_scans(
-            out, name or Path(location).name, scans, classes, None if same_place else _absolute(location)
+            out,
+            (_read_part(parts, shard) for shard in shards),
+            num_samples=num_samples,
+            name=name or Path(location).name,
+            classes=classes,
+            shards_at=None if same_place else _absolute(location),
         )
     except BaseException:
         if not any(parts.iterdir()):
@@ -241,32 +246,34 @@ def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
 
 
 def write_scans(
-    folder: Path, name: str, scans: Iterable[ShardScan], classes: tuple[str, ...] | None, shards_at: str | None = None
+    folder: Path,
+    scans: Iterable[ShardScan],
+    *,
+    num_samples: int,
+    name: str,
+    classes: tuple[str, ...] | None,
+    shards_at: str | None = None,
 ) -> DatasetInfo:
     """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and vouches for the rest.
 
     Raises:
         DataError: the shards hold no image, or a label that has no class name.
     """
+    if not num_samples:
+        raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
     aside = folder / f".{INDEX_FILE}.partial"
     mapped = folder / ".index.partial"
     shutil.rmtree(mapped, ignore_errors=True)
     mapped.mkdir()
     try:
-        writer, shards = IndexWriter(mapped), []
+        writer, shards = IndexWriter(mapped, num_samples), []
         with pq.ParquetWriter(aside, SCHEMA) as table:
             for number, scan in enumerate(scans):
                 shards.append((scan.name, scan.size, len(scan.rows)))
                 _require_names(scan, classes)
                 _append(writer, table, number, scan.rows)
-        info = writer.finish(
-            shard_table(*map(list, zip(*shards, strict=True))) if shards else shard_table([], [], []),
-            name=name,
-            classes=classes,
-            shards_at=shards_at,
-        )
-        if not info.num_samples:
-            raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
+        table_of_shards = shard_table(*map(list, zip(*shards, strict=True)))
+        info = writer.finish(table_of_shards, name=name, classes=classes, shards_at=shards_at)
         aside.replace(folder / INDEX_FILE)
         publish_dir(mapped, folder / info.index_folder)
         write_text(folder / DATASET_FILE, info.to_json())
@@ -300,28 +307,22 @@ def _absolute(location: str) -> str:
     return location if is_url(location) else str(Path(location).resolve())
 
 
-def _scan_all(
-    location: str, names: Sequence[str], parts: Path, num_workers: int, progress: Progress | None
-) -> Iterator[ShardScan]:
-    """Scans of all shards, in order, from finished parts where there are some; read one at a time."""
-    missing = []
-    num_images = 0
-    for name in names:
-        num_rows = _rows_of_part(parts, location, name)
-        if num_rows is None:
-            missing.append(name)
-        else:
-            num_images += num_rows
-    num_done = len(names) - len(missing)
+def _scan_missing(location: str, names: Sequence[str], parts: Path, num_workers: int, progress: Progress | None) -> int:
+    """Scan the shards that have no finished part of their size; how many images all shards hold."""
+    known = {name: _rows_of_part(parts, location, name) for name in names if _part_path(parts, name).exists()}
+    finished = [number for number in known.values() if number is not None]
+    missing = [name for name in names if known.get(name) is None]
     for num_rows in _run(location, missing, parts, num_workers):
-        num_done += 1
-        num_images += num_rows
+        finished.append(num_rows)
         if progress is not None:
-            progress(num_done, len(names), num_images)
-    for name in names:
-        table = pq.ParquetFile(_part_path(parts, name)).read(use_threads=False)
-        size = int(table.schema.metadata[b"shard_size"])
-        yield ShardScan(name, size, table.replace_schema_metadata(None).cast(SCAN_SCHEMA))
+            progress(len(finished), len(names), sum(finished))
+    return sum(finished)
+
+
+def _read_part(parts: Path, name: str) -> ShardScan:
+    table = pq.ParquetFile(_part_path(parts, name)).read(use_threads=False)
+    size = int(table.schema.metadata[b"shard_size"])
+    return ShardScan(name, size, table.replace_schema_metadata(None).cast(SCAN_SCHEMA))
 
 
 def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> Iterator[int]:
@@ -348,11 +349,8 @@ def _scan_to_part(location: str, name: str, parts: Path) -> int:
 
 
 def _rows_of_part(parts: Path, location: str, name: str) -> int | None:
-    """Images of the finished part of a shard whose size is still the same; None where it is to be scanned."""
-    path = _part_path(parts, name)
-    if not path.exists():
-        return None
-    metadata = pq.read_metadata(path)
+    """Images of a finished part; None where the shard's size is another now."""
+    metadata = pq.read_metadata(_part_path(parts, name))
     unchanged = int(metadata.metadata[b"shard_size"]) == shard_size(join(location, name))
     return int(metadata.num_rows) if unchanged else None
 

@@ -5,12 +5,9 @@ A folder of image files is packed in parallel, each file decoded once.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import io
-import multiprocessing
 import os
 import re
 import tarfile
@@ -24,6 +21,7 @@ import pyarrow as pa
 import torch
 import webdataset
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
@@ -82,7 +80,9 @@ def write_dataset(
         DataError: `out` exists, there are no images, or one cannot be decoded.
     """
     with new_folder(out) as folder:
-        return write_scans(folder, name or out.name, _write_shards(folder, images, max_shard_bytes), classes)
+        scans = _write_shards(folder, images, max_shard_bytes)
+        num_samples = sum(len(scan.rows) for scan in scans)
+        return write_scans(folder, scans, num_samples=num_samples, name=name or out.name, classes=classes)
 
 
 def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: float) -> list[ShardScan]:
@@ -194,13 +194,8 @@ def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
         raise DataError(f"image folder {folder} does not exist")
     files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file())
     if not files:
-        for path in sorted(folder.glob("*images-idx3-ubyte*")):
-            raise DataError(f"{folder} holds idx files, one data set each; name the images of one, as in {path}")
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     classes = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
-    for name in classes:
-        if name.encode(errors="surrogateescape") != name.encode(errors="replace"):  # Python shows bytes as surrogates
-            raise DataError(f"the class folder {name!r} of {folder} has a name that is not UTF-8 text; rename it")
     loose = sum(path.parent == folder for path in files)
     if classes and loose:
         raise DataError(
@@ -211,7 +206,7 @@ def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _ImageFolder:
+class _ImageFolder(Dataset[PackedImage | str]):
     """Files in the order in which they are packed."""
 
     folder: Path
@@ -219,7 +214,10 @@ class _ImageFolder:
     classes: tuple[str, ...] | None
     resize: int | None
 
-    def prepare(self, number: int) -> PackedImage | str:
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> PackedImage | str:
         """The image to write for a file, or why there is none."""
         path = self.files[number]
         try:
@@ -238,34 +236,10 @@ class _ImageFolder:
 
 
 def _prepared(images: _ImageFolder, num_workers: int) -> Generator[PackedImage | str]:
-    """`_ImageFolder.prepare` of each file, in order, a few chunks ahead."""
-    numbers = range(len(images.files))
-    if num_workers == 1:
-        yield from map(images.prepare, numbers)
-        return
-    context = multiprocessing.get_context("forkserver")
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(
-            concurrent.futures.ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(images,))
-        )
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        pending: collections.deque[concurrent.futures.Future[list[PackedImage | str]]] = collections.deque()
-        for first in range(0, len(numbers), _CHUNK):
-            pending.append(pool.submit(_prepare, numbers[first : first + _CHUNK]))
-            if len(pending) > 2 * num_workers:
-                yield from pending.popleft().result()
-        for future in pending:
-            yield from future.result()
-
-
-_images: _ImageFolder  # of a worker process
-
-
-def _begin(images: _ImageFolder) -> None:
-    global _images
-    _images = images
-    torch.set_num_threads(1)  # there is a process for every core
-
-
-def _prepare(numbers: range) -> list[PackedImage | str]:
-    return [_images.prepare(number) for number in numbers]
+    """`_ImageFolder[...]` of each file, in order, a few chunks ahead."""
+    others = num_workers if num_workers > 1 else 0
+    context = "forkserver" if others else None
+    for chunk in DataLoader(
+        images, batch_size=_CHUNK, num_workers=others, collate_fn=list, multiprocessing_context=context
+    ):
+        yield from chunk
