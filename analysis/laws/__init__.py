@@ -14,7 +14,6 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     OVERTRAINED,
     REPEATED,
     REPEATED_DATA,
-    effective,
     find_law,
     power,
     saturating,

@@ -4,7 +4,7 @@ Every form in use is linear in some of its parameters once the others are fixed,
 optimum cheap (`analysis.fitting.optimise`). A new law is ten lines: names, bounds, and the basis functions g_j
 in numpy. Its gradient is taken by the complex step, exact to rounding, unless the law brings its own.
 
-    from aimscale.analysis.laws.catalogue import Law, coefficient
+    from aimscale.analysis.laws import Law, coefficient
     LOG_LINEAR = Law(
         name="log_linear", formula="L = E - A ln N", variables=("N",),
         linear=(coefficient("E"), coefficient("A")), nonlinear=(),

@@ -24,9 +24,6 @@ from aimscale.analysis.laws.base import (
 )
 from aimscale.analysis.laws.interacting import OPTIMAL_EXPONENTS, coupled, farseer, overfitting
 
-__all__ = ["LAWS", "Law", "Parameter", "coefficient", "exponent", "find_law", "free", "scale_of"]
-"""Names that a user's own law needs; the laws themselves are attributes: `laws.CHINCHILLA`."""
-
 Parts = tuple[Any, ...]
 
 
