@@ -150,6 +150,8 @@ def observe(
     if isinstance(weights, str):
         wanted[WEIGHT] = weights
     elif weights is not None:
+        if len(weights) != len(df):
+            raise AnalysisError(f"There are {len(weights)} weights for {len(df)} rows; give one weight per row.")
         df, wanted[WEIGHT] = df.assign(**{WEIGHT: weights}), WEIGHT
     found = usable_rows(df, wanted, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
     points = found.numbers
