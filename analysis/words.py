@@ -57,7 +57,6 @@ FLAGS = {
     "other_patches": "Orders score other patches after the same prefix length, so their losses differ in what is "
     "asked.",
     "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",
-    "many_intervals": "{number:.0f} intervals at 95 %: about {more[0]:.1g} of them miss zero by chance alone.",
     "no_gain_asks": "What a level is worth in compute is left out: losses at other {subject} differ in what is asked.",
     "no_gain_outside": "What {subject} is worth in compute is left out: {number:.0f} of {more[1]} losses lie outside "
     "those of the budgets of {more[0]}, or these do not fall from budget to budget.",
@@ -77,9 +76,6 @@ FLAGS = {
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
-    "no_image_losses": "No per-image losses of two runs were found in runs/<run_id>/validation/ beside the table, so "
-    "the "
-    "noise of paired differences is not known.",
 }
 """Kind of a flag -> its sentence."""
 EXCLUSIONS = {
@@ -99,10 +95,6 @@ NOISE = {
     "images": (
         "validation images, shared by all runs scored on them",
         "median and range over {number} rows' standard errors; it moves all runs together",
-    ),
-    "pairs": (
-        "validation images, difference of any two runs",
-        "median and range over {number} pairs of rows scored on the same images",
     ),
     "law": (
         "scatter about the joint law",

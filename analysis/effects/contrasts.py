@@ -49,6 +49,8 @@ OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted."""
 CAUTION = {"prefix": "unseen_prefix", "patch_order": "other_patches", **dict.fromkeys(HEAD[:2], "equal_images")}
 """Column -> kind of the flag about its losses."""
+CONFIDENCE = 0.95
+"""Of every interval."""
 POWER = 0.8
 """Power at which the smallest effect that could have been seen is stated."""
 BETTER, WORSE, ALIKE = "better", "worse", "not shown to differ"
@@ -82,7 +84,6 @@ class Contrast(Result):
     """Size of a true difference that would have been seen with probability 0.8; NaN with a single pair."""
     verdict: str
     """`better`, `worse`, or `not shown to differ`."""
-    confidence: float
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
 
@@ -94,7 +95,7 @@ class Contrast(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
-        skip = {"measure", "pairs", "confidence"}
+        skip = {"measure", "pairs"}
         return pd.DataFrame([{"measure": self.measure.name, **{k: v for k, v in vars(self).items() if k not in skip}}])
 
     def headline(self) -> str:
@@ -102,7 +103,7 @@ class Contrast(Result):
         return self.sentence()
 
     def sentence(self) -> str:
-        """Difference, interval, pairs, what could have been seen, and where the sign is the other one."""
+        """Difference, interval, pairs, and what could have been seen."""
         m = self.measure
         values = f"{m.shown(self.level_mean)} against {m.shown(self.baseline_mean)}"
         head = f"{m.title}: {self.level} {values}, difference {m.shown_difference(self.difference)}"
@@ -112,22 +113,10 @@ class Contrast(Result):
         if np.isfinite(self.ratio):
             text += f", ratio {self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
         rows = f" ({self.num_pairs} of rows)" if self.num_pairs > self.num_run_pairs else ""
-        turned = ", ".join(self.turned())
-        text += f", over {self.num_run_pairs} pairs of runs{rows}: {self.level} is {self.verdict}"
-        text += f"; the sign is the other one at {turned}." if turned else "."
+        text += f", over {self.num_run_pairs} pairs of runs{rows}: {self.level} is {self.verdict}."
         if not self.is_shown:
             text += f" A true difference of {m.shown_size(self.detectable)} would have been seen four times in five."
         return text
-
-    def turned(self) -> list[str]:
-        """Sizes and budgets whose mean difference has the other sign."""
-        found = []
-        for column in ("size", "images_seen"):
-            if column in self.pairs and varies(self.pairs[column]):
-                means = self.pairs.groupby(column, sort=column != "size")["difference"].mean()
-                other = means.index[np.sign(means) == -np.sign(self.difference)]
-                found += [f"size {v}" if column == "size" else f"D = {float(v):,.0f}" for v in other]
-        return found
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -170,7 +159,6 @@ def contrast(
     baseline: str | None = None,
     measures: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    confidence: float = 0.95,
 ) -> Contrasts:
     """Compare the levels of a column with everything else equal.
 
@@ -186,38 +174,32 @@ def contrast(
     """
     by = by if by == KIND else our_name(frame, by)
     rows = complete(frame if by == "params_total" else with_size(frame))
-    _refuse_constant(rows, by)
+    if by in rows and not varies(rows[by]):
+        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
+        raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")
     asked, flags = _comparable(wanted_measures(rows, measures, by), by)
     keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
     long = long_format(rows, asked, by)
     levels = _levels(long, by, asked)
     baseline = _baseline(long, by, levels, baseline)
-    found, reasons = _all(long, asked, by, keys, baseline, [each for each in levels if each != baseline], confidence)
+    found, reasons = _all(long, asked, by, keys, baseline, [each for each in levels if each != baseline])
     flags += reasons
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
-    num = sum(each.num_run_pairs > 1 for each in found)
-    flags += [Flag(kind="many_intervals", number=num, more=(num / 20,))] if num >= 5 else []
     equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
     return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
 
 
 def _all(
-    long: pd.DataFrame,
-    asked: Sequence[Measure],
-    by: str,
-    keys: list[str],
-    baseline: str,
-    levels: Sequence[str],
-    confidence: float,
+    long: pd.DataFrame, asked: Sequence[Measure], by: str, keys: list[str], baseline: str, levels: Sequence[str]
 ) -> tuple[list[Contrast], list[Flag]]:
     """The contrasts of all measures and levels, and every reason why there is none with the measures that have it."""
     found: list[Contrast] = []
     why: dict[Flag, list[str]] = {}
     for m in asked:
         for level in levels:
-            one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level, confidence)
+            one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level)
             if isinstance(one, Flag):
                 why.setdefault(one, []).append(m.title)
             else:
@@ -233,12 +215,6 @@ def factors(frame: pd.DataFrame) -> list[str]:
         head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
         varied = [head, *[name for name in varied if name not in HEAD]]
     return [*varied, KIND]
-
-
-def _refuse_constant(rows: pd.DataFrame, by: str) -> None:
-    if by in rows and not varies(rows[by]):
-        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
-        raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")
 
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
@@ -296,9 +272,7 @@ def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) 
     return max(levels, key=lambda level: (counts[level], -levels.index(level)))
 
 
-def _one(
-    long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baseline: str, level: str, confidence: float
-) -> Contrast | Flag:
+def _one(long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baseline: str, level: str) -> Contrast | Flag:
     """One contrast, or a flag why there is none."""
     names = long[by].map(level_name, na_action="ignore")
     sides = [long[names == each] for each in (baseline, level)]
@@ -315,13 +289,13 @@ def _one(
     groups = pairs.groupby("run_pair")
     means_of = groups[["baseline_value", "level_value", "difference"]].mean()
     size_of = groups["size"].first() if "size" in pairs else None
-    centre, half, se, spare = mean_of(means_of["difference"], size_of, confidence)
+    centre, half, se, spare = mean_of(means_of["difference"], size_of)
     ratio: tuple[float, ...] = (np.nan, np.nan, np.nan)
     if not measure.is_accuracy and (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
         logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log).groupby(pairs["run_pair"]).mean()
-        middle, width, *_ = mean_of(logs, size_of, confidence)
+        middle, width, *_ = mean_of(logs, size_of)
         ratio = tuple(float(np.exp(v)) for v in (middle, middle - width, middle + width))
-    needed = student.ppf(0.5 + confidence / 2, spare) + student.ppf(POWER, spare)
+    needed = student.ppf(0.5 + CONFIDENCE / 2, spare) + student.ppf(POWER, spare)
     is_better = (centre < 0) == measure.lower_is_better
     return Contrast(
         measure=measure,
@@ -339,14 +313,11 @@ def _one(
         ratio_high=ratio[2],
         detectable=float(needed * se),
         verdict=ALIKE if not abs(centre) > half else BETTER if is_better else WORSE,
-        confidence=confidence,
         pairs=pairs,
     )
 
 
-def mean_of(
-    values: pd.Series, groups: pd.Series | None = None, confidence: float = 0.95
-) -> tuple[float, float, float, float]:
+def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, float, float, float]:
     """Mean, half of its interval, standard error and degrees of freedom; NaN but for the mean of a single value.
 
     The interval is cluster-robust (`fitting.errors.sandwich`) over groups (sizes), which may share what suits one level
@@ -360,7 +331,7 @@ def mean_of(
     codes = codes if codes.max() + 1 >= 3 else np.arange(n)
     found = sandwich(np.ones((n, 1)), y - centre, np.ones(n), codes)
     (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
-    return centre, float(student.ppf(0.5 + confidence / 2, degrees) * se), float(se), float(degrees)
+    return centre, float(student.ppf(0.5 + CONFIDENCE / 2, degrees) * se), float(se), float(degrees)
 
 
 def _differs(sides: list[pd.DataFrame], keys: list[str]) -> str:

@@ -121,7 +121,7 @@ def gain_of(contrast: Contrast, frame: pd.DataFrame, by: str) -> Gain | Flag | N
         )
     table = pairs[["run_pair"]].assign(gain=log_gains, size=pairs.get("size", "one"))
     runs = table.groupby("run_pair").agg(gain=("gain", "mean"), size=("size", "first"))
-    mean, half, *_ = mean_of(runs["gain"], runs["size"], contrast.confidence)
+    mean, half, *_ = mean_of(runs["gain"], runs["size"])
     factor, low, high = (float(np.exp(each)) for each in (mean, mean - half, mean + half))
     return Gain(
         level=contrast.level,

@@ -1,15 +1,11 @@
 """How noisy a validation loss is, and why: seeds, and the images that it is measured on.
 
-Everything is a standard deviation of ln loss, that is a fraction of the loss. Per-image losses are read as plain files
-from `runs/<run_id>/validation/<images_seen>.npz` beside the table, where they are.
+Everything is a standard deviation of ln loss, that is a fraction of the loss.
 """
 
 from __future__ import annotations
 
-import itertools
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,12 +16,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import foreign_settings, held_equal, varies, with_size
-from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import NOISE, Flag, flag_words
-
-MAX_FILES = 40
-"""Runs whose per-image losses are read; enough for the noise of a mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +25,14 @@ class Component:
     """One source of spread in the loss."""
 
     kind: str
-    """Which of `words.NOISE`: table, seeds, shared, images, pairs, law."""
+    """Which of `words.NOISE`: table, seeds, shared, images, law."""
     value: float
     """Standard deviation as a fraction of the loss."""
     low: float = np.nan
     """Lower end of the 95 % interval; NaN if unknown."""
     high: float = np.nan
     number: float = 0
-    """What it was estimated from: rows, degrees of freedom, pairs, points; of `shared` its per cent of the seeds."""
+    """What it was estimated from: rows, degrees of freedom, points; of `shared` its per cent of the seeds."""
 
     @property
     def source(self) -> str:
@@ -97,7 +89,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
     """Variance components of a loss.
 
     Args:
-        df: a results table, best read by `read_tables`, which says where the per-image losses lie.
+        df: a results table.
 
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
@@ -112,9 +104,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", confidence: float = 0.95) ->
     components, table = _seeds(rows, keys, log_y, cells, confidence)
     flags = [] if components else [Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})))]
     if y == "val_loss":
-        found = _validation(rows, y, confidence)
-        components += found
-        flags += [] if any(each.kind == "pairs" for each in found) else [Flag(kind="no_image_losses")]
+        components += _images(rows, y, confidence)
     if not components:
         raise AnalysisError(f"This table cannot tell noise from anything. {' '.join(map(str, flags))}")
     whole = Component(kind="table", value=spread, number=len(rows))
@@ -194,41 +184,10 @@ def _squares(table: pd.DataFrame) -> tuple[tuple[float, int], tuple[float, int],
     return (float(between), int(spare[0])), (float(within), int(spare[1])), float(np.mean(budgets or [1]))
 
 
-def _validation(rows: pd.DataFrame, y: str, confidence: float) -> list[Component]:
-    """Components of the images that the loss is measured on: of a level, and of a difference of two runs."""
-    found = {}
-    if "val_loss_se" in rows and rows["val_loss_se"].notna().any():
-        found["images"] = (rows["val_loss_se"] / rows[y]).dropna().to_numpy(float)
-    pairs = itertools.combinations(image_scores(rows), 2)
-    found["pairs"] = np.array([np.std(a - b, ddof=1) / np.sqrt(len(a)) for a, b in pairs])
-    tails = [50 * (1 - confidence), 50, 50 * (1 + confidence)]
-    ends = {kind: np.percentile(each, tails) for kind, each in found.items() if len(each)}
-    return [
-        Component(kind=kind, value=float(value), low=float(low), high=float(high), number=len(found[kind]))
-        for kind, (low, value, high) in ends.items()
-    ]
-
-
-def image_scores(rows: pd.DataFrame) -> list[Array]:
-    """Influence of each image on ln loss (delta method of a ratio of sums; its mean is the estimate), run by run.
-
-    Read from `validation/<images_seen>.npz`; without rows that have no readable file, or one of other images.
-    """
-    found: list[Array] = []
-    first = None
-    if not {FOLDER, "run_id", "images_seen"} <= set(rows.columns):
-        return found
-    for folder, run_id, seen in rows[[FOLDER, "run_id", "images_seen"]].itertuples(index=False):
-        path = Path(str(folder)) / "runs" / str(run_id) / "validation" / f"{int(seen)}.npz"
-        if len(found) == MAX_FILES or not path.exists():
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                index, sums, targets = (stored[key] for key in ("index", "loss_sum", "num_targets"))
-        except (OSError, ValueError, zipfile.BadZipFile, KeyError):
-            continue
-        first = first or (index, targets)
-        if np.array_equal(index, first[0]) and np.array_equal(targets, first[1]):
-            loss = sums.sum() / targets.sum()
-            found.append((sums - loss * targets) / (loss * targets.mean()))
-    return found
+def _images(rows: pd.DataFrame, y: str, confidence: float) -> list[Component]:
+    """The component of the images that the loss is measured on, by the rows' own standard errors."""
+    if "val_loss_se" not in rows or rows["val_loss_se"].isna().all():
+        return []
+    found = (rows["val_loss_se"] / rows[y]).dropna().to_numpy(float)
+    low, value, high = np.percentile(found, [50 * (1 - confidence), 50, 50 * (1 + confidence)])
+    return [Component(kind="images", value=float(value), low=float(low), high=float(high), number=len(found))]

@@ -6,6 +6,7 @@ Nothing is averaged over another set of tasks than the paper's fifteen, and no l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from scipy.stats import t as student
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.published.beside import beside_runs, read_baselines
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
+from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.table.select import widest_slice
 from aimscale.analysis.words import Flag
 
@@ -33,6 +34,9 @@ LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
 that does not say which."""
 REFERENCE = {LAST: "aim-7B", CHOSEN: "aim-7B-best", UNSAID: "aim-7B"}
 """AIM-7B's row under the same choice of blocks; the default where the table does not say."""
+BASELINES_FILE = "baselines.parquet"
+"""Raw pixels, random weights and timm models on the same probes, gathered by `aimscale collect` beside the table: the
+same columns, a row per baseline; `size` names it. They are no rows of the table, so that no law takes them for runs."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -102,6 +106,45 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
         exponents=_exponents(found.rows, left_out, resamples),
         left_out=tuple(left_out),
     )
+
+
+def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
+    """Probes of the baselines that lie beside the tables of a frame from `read_tables`; empty where there are none."""
+    folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
+    paths = [path for folder in folders if (path := Path(folder) / BASELINES_FILE).exists()]
+    if not paths:
+        return probe_frame(pd.DataFrame({"probes": []}))
+    return probe_frame(pd.concat([read_table(path) for path in paths], ignore_index=True))
+
+
+def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
+    """Each probe of the runs beside every baseline of the same task, kind and test images.
+
+    Args:
+        probes: `probe_frame` of the runs.
+        baselines: `read_baselines`.
+
+    Returns:
+        task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
+        the baseline's) with gap_lo95 and gap_hi95, and verdict: above, below, or not told apart.
+
+    The interval is Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10). Both
+    were measured on the same images, which usually makes the true one narrower.
+    """
+    columns = ["task", "kind", "size", "params_total", "images_seen", "n", "baseline", "top1", "baseline_top1", "gap"]
+    columns += ["gap_lo95", "gap_hi95", "verdict"]
+    theirs = baselines.drop_duplicates(["size", "task", "kind", "n", "top1"]) if len(baselines) else baselines
+    if theirs.empty or probes.empty:
+        return pd.DataFrame(columns=columns)
+    names = {"size": "baseline", "top1": "baseline_top1", "top1_lo95": "baseline_lo95", "top1_hi95": "baseline_hi95"}
+    theirs = theirs.rename(columns=names)[["task", "kind", "n", *names.values()]]
+    both = probes.merge(theirs, on=["task", "kind", "n"])
+    gap = both["top1"] - both["baseline_top1"]
+    below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
+    above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
+    verdict = np.select([gap - below > 0, gap + above < 0], ["above", "below"], "not told apart")
+    both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, verdict=verdict)
+    return both.reindex(columns=columns)
 
 
 def _shared(probes: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:

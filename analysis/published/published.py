@@ -1,9 +1,9 @@
-"""Published frozen models as cited tables: AIM's Table 6 and sizes (2024), AIMv2's gallery (2024), a board (2026).
+"""Published frozen models as cited tables: AIM's Table 6 and its four sizes.
 
 The figures stand in `data/*.csv` with their sources: copied from the paper (El-Nouby et al., "Scalable Pre-training of
-Large Autoregressive Image Models", arXiv 2401.08541, ICML 2024) and from the others named there, in per cent as they
-are printed, or counted from the released weights; nothing is measured by this project. The tables that this module
-hands out hold accuracies as fractions, like the results table.
+Large Autoregressive Image Models", arXiv 2401.08541, ICML 2024), in per cent as they are printed, or counted from the
+released weights; nothing is measured by this project. The tables that this module hands out hold accuracies as
+fractions, like the results table.
 """
 
 from __future__ import annotations
@@ -74,30 +74,6 @@ def published_frame() -> pd.DataFrame:
     shares = ["in1k_last6", "in1k_best6", "in1k_lora"]
     out[shares] = _fractions(out[shares])
     return out.assign(mean15_last6=table6().loc[out["size"], "mean"].to_numpy())
-
-
-@functools.cache
-def published_results() -> pd.DataFrame:
-    """One row per model, task and kind of probe, so that a result is put beside its own task and kind only.
-
-    Returns:
-        Table 6 on fifteen tasks; AIMv2's gallery and the board on ImageNet-1k: model, data, task, kind (attentive,
-        linear, knn, efficient), image_size, top1, source, blocks (`last 6` or `best 6` of AIM's rows, else empty),
-        caveat (what its protocol does that ours does not, or empty).
-    """
-    rows = table6().reset_index()
-    rows = rows.assign(
-        model=rows["method"] + " " + rows["arch"].str.removeprefix("aim-"),
-        blocks=rows["layers"].where(rows["method"] == "AIM", ""),
-        kind="attentive",
-        caveat="",
-    )
-    names = ["model", "data", "image_size", "source", "caveat"]
-    theirs = rows.melt([*names, "blocks", "kind"], list(TASKS), var_name="task", value_name="top1")
-    others = pd.read_csv(DATA / "imagenet.csv")
-    others = others.melt(names, var_name="kind", value_name="top1").dropna().assign(task="imagenet-1k", blocks="")
-    others["top1"] = _fractions(others[["top1"]])
-    return pd.concat([theirs, others], ignore_index=True)
 
 
 def best_frozen(task: str) -> str:

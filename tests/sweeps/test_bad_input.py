@@ -246,7 +246,6 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("fit {table} --law power:D --hold-out D:-1", "--hold-out"),
         ("fit {folder}/utf16.csv", "utf16.csv"),
         ("fit {folder}/semicolons.csv", "semicolons.csv"),
-        ("compare {table} --run a", "--run"),
         ("report {folder}/binary.csv", "binary.csv"),
         ("compare {folder}/probes.csv", "'x'"),
         ("frontier {folder}/names.jsonl", r"\x0b"),

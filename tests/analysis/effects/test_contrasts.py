@@ -79,15 +79,6 @@ def test_one_pair_of_runs_has_no_interval(known_study):
     assert found.verdict == "not shown to differ"
 
 
-def test_where_the_sign_turns_is_said(known_study):
-    small, large = {"sizes": ["s1", "s2"]}, {"sizes": ["s6"]}
-    df = known_study(
-        small, large, small | {"prefix": "none", "effect": 0.05}, large | {"prefix": "none", "effect": -0.02}
-    )
-    (found,) = contrast(df, by="prefix").contrasts
-    assert found.turned() == ["size s6"]
-
-
 def test_kinds_of_probes_are_compared_within_a_row(known_study):
     df = with_probes(known_study({"sizes": ["s1", "s3", "s5"]}))
     (kinds,) = contrast(df, by="kind").contrasts

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis.published.beside import beside_runs
-from aimscale.analysis.published.comparison import compare
+from aimscale.analysis.published.comparison import beside_runs, compare
 from aimscale.analysis.published.published import TASKS, table6
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import verb
