@@ -13,13 +13,10 @@ from .frontier.approaches import all_approaches as all_approaches
 from .next.backtest import choose as choose
 from .next.proposal import propose as propose
 from .plots.intervals import plot_contrasts as plot_contrasts
-from .plots.intervals import plot_noise as plot_noise
-from .plots.intervals import plot_repeats as plot_repeats
 from .plots.laws import plot_approaches as plot_approaches
 from .plots.laws import plot_frontier as plot_frontier
 from .plots.scaling import plot_fit as plot_fit
 from .plots.scaling import plot_points as plot_points
-from .plots.scaling import plot_residuals as plot_residuals
 from .plots.style import save as save
 from .published.comparison import compare as compare
 from .report.page import write_report as write_report

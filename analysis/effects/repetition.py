@@ -83,24 +83,6 @@ class Repeats(Result):
         shown = self.table.to_string(index=False, float_format=lambda v: f"{v:.3g}")
         return "\n".join([*self.sentences(), "", shown])
 
-    def curves(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(curves D, U, loss, fresh; points D, U, loss) at the size with most pool sizes, for `plot_repeats`."""
-        data = self.fit.data
-        if "N" in data:
-            pools = data.groupby("N")["U"].nunique()
-            size = pools[pools == pools.max()].index.max()
-            data = data[data["N"] == size]
-        parts = []
-        for unique in sorted(data["U"].unique()):
-            seen = np.geomspace(data["D"].min(), data["D"].max(), 60)
-            x: dict[str, Any] = {"D": seen, "U": np.full(60, unique)} | (
-                {"N": np.full(60, size)} if "N" in data else {}
-            )
-            loss = self.fit.law.value(x, self.fit.law_params)
-            fresh = self.fit.law.value(x | {"U": seen}, self.fit.law_params)
-            parts.append(pd.DataFrame({"D": seen, "U": unique, "loss": loss, "fresh": fresh}))
-        return pd.concat(parts, ignore_index=True), data[["D", "U"]].assign(loss=data["y"])
-
 
 def repeats(
     df: pd.DataFrame,

@@ -1,4 +1,4 @@
-"""Dots with intervals: what a change does, where noise comes from, what repeats are worth."""
+"""Dots with intervals: what a change does."""
 
 from __future__ import annotations
 
@@ -7,27 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.parts import axis_label, curve, legend, plain, scatter, series_of
-from aimscale.analysis.plots.style import (
-    ACCENT,
-    INK,
-    MARKERS,
-    MUTED,
-    PAPER,
-    log_axis,
-    new_figure,
-    ordered_colours,
-    styled,
-)
+from aimscale.analysis.plots.parts import plain
+from aimscale.analysis.plots.style import ACCENT, INK, MARKERS, MUTED, PAPER, new_figure, ordered_colours, styled
 
 if TYPE_CHECKING:
     from aimscale.analysis.effects.contrasts import Contrast, Contrasts
-    from aimscale.analysis.effects.noise_sources import Noise
-    from aimscale.analysis.effects.repetition import Repeats
 
 
 def row_labels(ax: Axes, labels: Sequence[str]) -> None:
@@ -87,37 +74,3 @@ def _contrast_panel(
     unit = "points of accuracy" if is_accuracy else "%"
     better = "left" if group[0].measure.lower_is_better else "right"
     ax.set_xlabel(f"against {plain(baseline)}, {unit} ({better} is better)")
-
-
-def plot_noise(found: Noise) -> Figure:
-    """Standard deviations of the loss by source, per cent of it, on a logarithmic axis."""
-    with styled():
-        parts = found.table.query("value > 0")
-        figure, (ax,) = new_figure(7.2, 0.42 * len(parts) + 0.9)
-        value, low, high = 100 * parts[["value", "low", "high"]].to_numpy(float).T
-        ax.hlines(range(len(parts)), low, high, color=ACCENT, linewidth=2)
-        scatter(ax, value, range(len(parts)), color=ACCENT, size=44)
-        row_labels(ax, list(parts["source"]))
-        log_axis(ax, "x", np.concatenate([value, low, high]))
-        ax.set_xlabel("standard deviation, % of the loss")
-        return figure
-
-
-def plot_repeats(found: Repeats) -> Figure:
-    """Loss against images seen, a line per number of unique images, dotted where no image is repeated."""
-    curves, points = found.curves()
-    with styled():
-        figure, (ax,) = new_figure(5.8, 4.0)
-        fresh = curves.groupby("D")["fresh"].first()
-        ax.plot(fresh.index, fresh, color=MUTED, linestyle=":", zorder=4)
-        ax.annotate(f"all {found.sample}s new", (fresh.index[-1], fresh.iloc[-1]), ha="right", va="top", color=MUTED)
-        labels, values = series_of(points, "U")
-        series = pd.Categorical(curves["U"].map({value: name for name, value in values.items()}), list(values))
-        curve(ax, curves.assign(series=series), "D", "loss", ("loss", "loss"))
-        scatter(ax, points["D"], points["loss"], labels)
-        legend(ax, f"U, different {found.sample}s")
-        log_axis(ax, "x", points["D"])
-        log_axis(ax, "y", [*points["loss"], *curves["loss"]])
-        ax.set_xlabel(axis_label("images_seen", found.fit.loss_unit, found.fit.names))
-        ax.set_ylabel(axis_label("val_loss", found.fit.loss_unit, found.fit.names))
-        return figure

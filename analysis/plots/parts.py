@@ -71,10 +71,10 @@ def short(column: str, names: Mapping[str, str] | None = None) -> str:
     return plain(names[column]) if names and column in names else known.get(column, column)
 
 
-def few_values(values: pd.Series, gap: float = 0.09) -> list[float] | None:
-    """The values themselves as ticks, if they are few and at least `gap` of the axis apart."""
+def few_values(values: pd.Series) -> list[float] | None:
+    """The values themselves as ticks, if they are few and far enough apart for their labels."""
     distinct = np.sort(values.unique())
-    if not 2 <= len(distinct) <= 6 or np.min(np.diff(np.log(distinct))) < gap * np.log(distinct[-1] / distinct[0]):
+    if not 2 <= len(distinct) <= 6 or np.min(np.diff(np.log(distinct))) < 0.09 * np.log(distinct[-1] / distinct[0]):
         return None
     return [float(value) for value in distinct]
 

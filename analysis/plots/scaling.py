@@ -1,4 +1,4 @@
-"""Scaling figures: measurements with errors, the fitted law with its interval, residuals, loss against accuracy."""
+"""Scaling figures: measurements with errors, the fitted law with its interval, loss against accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aimscale.analysis.plots.parts import (
     short,
     tick_label,
 )
-from aimscale.analysis.plots.style import ACCENT, INK, MUTED, PAPER, SECOND, figure_of, log_axis, new_figure, styled
+from aimscale.analysis.plots.style import ACCENT, INK, MUTED, PAPER, figure_of, log_axis, new_figure, styled
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
 
@@ -109,28 +109,6 @@ def plot_points(
     return figure_of(ax)
 
 
-def plot_residuals(fit: Fit) -> Figure:
-    """Residuals against every variable of the law; a pattern here means the form is wrong."""
-    with styled():
-        variables = list(fit.law.variables)
-        width = 3.5 * len(variables) if len(variables) > 1 else 5.4
-        figure, axes = new_figure(width, 3.5, num_columns=len(variables), sharey=True)
-        residual = fit.data["residual"]
-        shown = 100 * np.expm1(residual) if fit.objective.log else residual
-        for ax, x in zip(axes, variables, strict=True):
-            other = next((v for v in variables if v != x), None)
-            ax.axhline(0, color=MUTED, linewidth=1)
-            look: dict[str, Any] = {"labels": series_of(fit.data, other)[0]} if other else {"color": ACCENT}
-            scatter(ax, fit.data[x], shown, size=26, **look)
-            log_axis(ax, "x", fit.data[x], few_values(fit.data[x], 0.16), tick_label(fit.columns[x]))
-            label = axis_label(fit.columns[x], fit.loss_unit, fit.names)
-            ax.set_xlabel(label if fit.columns[x] in fit.names else label.split(" (")[0])  # ours explain themselves
-            if other:
-                legend(ax, short(fit.columns[other], fit.names))
-        axes[0].set_ylabel("measured / fitted − 1 (%)" if fit.objective.log else "measured − fitted")
-    return figure
-
-
 def plot_loss_accuracy(
     probes: pd.DataFrame, correlations: Mapping[str, Sequence[Correlation]], links: Mapping[str, Fit] | None = None
 ) -> Figure:
@@ -209,31 +187,3 @@ def _accuracy_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Seque
 
 BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 """Behind text inside a plot."""
-
-
-def plot_beside_published(ours: pd.DataFrame, published: pd.DataFrame, count: str = "params_total") -> Figure:
-    """Our models and AIM's on one pair of logarithmic axes, each family with the slope of its own line.
-
-    Args:
-        ours: one row per size, columns `count` and val_loss.
-        published: `published.published_frame()`.
-    """
-    with styled():
-        figure, (ax,) = new_figure()
-        for frame, colour, marker, name in (
-            (ours, ACCENT, "o", "this table"),
-            (published, SECOND, "D", "AIM, published"),
-        ):
-            n, loss = frame[count].to_numpy(float), frame["val_loss"].to_numpy(float)
-            label = name
-            if len(frame) > 1 and np.ptp(np.log(n)) > 0:
-                slope, intercept = np.polyfit(np.log(n), np.log(loss), 1)
-                ax.plot(n, np.exp(intercept) * n**slope, color=colour, linestyle="-" if marker == "o" else "--")
-                label = f"{name}: straight line has slope {slope:.4f}".replace("-", "−")
-            scatter(ax, n, loss, color=colour, marker=marker, label=label)
-        log_axis(ax, "x", [*ours[count], *published[count]])
-        log_axis(ax, "y", [*ours["val_loss"], *published["val_loss"]])
-        ax.set_xlabel(axis_label(count, loss_unit(ours)))
-        ax.set_ylabel(axis_label("val_loss", loss_unit(ours)))
-        ax.legend(loc="best")
-    return figure

@@ -11,27 +11,14 @@ from matplotlib.figure import Figure
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.effects.noise_sources import Noise
 from aimscale.analysis.effects.repetition import Repeats
-from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches
-from aimscale.analysis.frontier.measured import isoflop_points
-from aimscale.analysis.frontier.optimum import points_of
-from aimscale.analysis.plots.intervals import plot_contrasts, plot_noise, plot_repeats
-from aimscale.analysis.plots.laws import plot_approaches, plot_isoflop
-from aimscale.analysis.plots.scaling import (
-    plot_beside_published,
-    plot_fit,
-    plot_loss_accuracy,
-    plot_points,
-    plot_residuals,
-)
-from aimscale.analysis.plots.style import human, png_bytes, svg_text, themed_svg
-from aimscale.analysis.published.published import published_frame
+from aimscale.analysis.plots.intervals import plot_contrasts
+from aimscale.analysis.plots.laws import plot_approaches
+from aimscale.analysis.plots.scaling import plot_fit, plot_loss_accuracy, plot_points
+from aimscale.analysis.plots.style import png_bytes, svg_text, themed_svg
 from aimscale.analysis.report.study import Study, probe_kinds
 from aimscale.analysis.report.tables import PageTable, csv_uri, data_uri, page_table
 from aimscale.analysis.table.design import MEASURED_ON
-from aimscale.analysis.table.names import names_of
-from aimscale.analysis.table.read import loss_unit
-from aimscale.analysis.table.select import widest_slice
 from aimscale.analysis.words import accuracy_of, flag_words
 
 
@@ -42,7 +29,7 @@ class PageFigure:
     key: str
     """HTML id and file name of the downloads."""
     section: str
-    """`scaling`, `accuracy`, `checks` or `published`."""
+    """`scaling`, `accuracy`, `checks` or `changes`."""
     title: str
     """Heading: what the figure shows."""
     caption: str
@@ -73,11 +60,8 @@ def page_figures(study: Study) -> Iterator[PageFigure]:
     """Every figure that the table allows, in reading order."""
     yield from _scaling(study)
     yield from _accuracy(study)
-    if "ND" in study.fits:
-        yield _residuals(study.fits["ND"])
     if study.approaches is not None and study.approaches.frontiers:
-        yield from _frontiers(study, study.approaches)
-    yield from _published(study)
+        yield _frontiers(study.approaches)
 
 
 def _law_caption(study: Study, key: str) -> str:
@@ -147,50 +131,15 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
         yield page_figure(f"accuracy-{kind}", "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, data)
 
 
-def _residuals(joint: Fit) -> PageFigure:
-    caption = (
-        f"{joint.law.formula}. Points should scatter around zero; a pattern along an axis means that the form does not "
-        "describe that variable."
-    )
-    return page_figure("residuals", "checks", "Residuals of the fitted law", caption, plot_residuals(joint), joint.data)
-
-
-def _frontiers(study: Study, approaches: Approaches) -> Iterator[PageFigure]:
-    """N*(C) by every approach that the table allows, and the parabolas where approach 2 is one of them."""
+def _frontiers(approaches: Approaches) -> PageFigure:
+    """N*(C) by every approach that the table allows."""
     failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
     caption = (
         "Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals, "
         f"about N* less an approach's own bias on this design.{failed}"
     )
     figure = plot_approaches(approaches)
-    yield page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
-    isoflop = next((frontier for frontier in approaches.frontiers if frontier.approach == 2), None)
-    if isoflop is not None:
-        points = isoflop_points(points_of(study.usable, y="val_loss", columns=None))
-        caption = "Loss at equal compute with a parabola in ln N; crosses: minima that approach 2 accepts."
-        data = pd.concat([frame.assign(C=flops) for flops, frame in points])
-        figure = plot_isoflop(points, isoflop.pairs, loss_unit=loss_unit(study.usable), names=names_of(study.usable))
-        yield page_figure("isoflop", "checks", "Loss at equal compute", caption, figure, data)
-
-
-def _published(study: Study) -> Iterator[PageFigure]:
-    usable = study.usable
-    if not study.is_ours or not {"params_total", "images_seen"} <= set(usable) or usable["params_total"].isna().all():
-        return
-    rows, seen = widest_slice(usable, "params_total", "images_seen")
-    if rows.empty:
-        return
-    ours = rows.loc[rows.groupby("params_total")["val_loss"].idxmin()].sort_values("params_total")
-    sizes = f"{human(ours['params_total'].min())} to {human(ours['params_total'].max())}"
-    published, keep = published_frame(), ["params_total", "val_loss"]
-    caption = (
-        f"Ours: lowest loss of each size after {seen} images, {sizes} parameters. AIM: IN-1k validation "
-        "loss of the four published sizes. The levels are not comparable (other images, resolution, patches, prefixes "
-        "and budgets); nor are the slopes of much smaller models, or of a law with an offset."
-    )
-    data = pd.concat([ours[keep].assign(family="this table"), published[keep].assign(family="AIM, published")])
-    figure = plot_beside_published(ours, published)
-    yield page_figure("beside-aim", "published", "Beside the published AIM models", caption, figure, data)
+    return page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +150,8 @@ class Finding:
     """`laws`, `changes` or `noise`."""
     title: str
     sentences: tuple[str, ...]
-    figure: PageFigure
-    table: PageTable | None = None
+    table: PageTable
+    figure: PageFigure | None = None
 
 
 def findings(study: Study) -> Iterator[Finding]:
@@ -254,24 +203,22 @@ def change_words(found: Contrasts) -> Iterator[str]:
 def _noise(found: Noise) -> Finding:
     frame = found.table
     frame[["value", "low", "high"]] *= 100
-    caption = "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges."
+    note = "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges."
     return Finding(
         section="noise",
         title="Standard deviations by source, per cent of the loss",
         sentences=tuple(found.sentences()),
-        figure=page_figure("noise-parts", "noise", "Sources of spread", caption, plot_noise(found), frame),
+        table=page_table("noise-parts", "Sources of spread", note, frame, frame.columns),
     )
 
 
 def _repeats(found: Repeats) -> Finding:
-    caption = (
-        f"{found.fit.law.formula}. Marks: measurements at the size with most pool sizes; lines: the law; dotted: were "
-        f"every {found.sample} new."
+    note = (
+        f"{found.fit.law.formula}. Worth of pass k, and of all k passes together, in passes over new {found.sample}s."
     )
-    title, points = f"Loss against {found.sample}s seen, by pool size", found.curves()[1]
     return Finding(
         section="laws",
         title=f"What repeated {found.sample}s are worth",
         sentences=tuple(found.sentences()),
-        figure=page_figure("repeats", "laws", title, caption, plot_repeats(found), points),
+        table=page_table("repeats", "Pass by pass", note, found.table, found.table.columns),
     )

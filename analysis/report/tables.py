@@ -14,8 +14,6 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import DESIGN, design_columns
-from aimscale.analysis.table.names import their_name
-from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import kind_name
@@ -42,22 +40,16 @@ Form = str | Callable[[Any], str]
 _LOSS = ".4f"
 COLUMNS: dict[str, tuple[str, Form]] = {
     "kind": ("probe", ""),
-    "params_trunk": ("trunk", whole),
-    "params_head": ("pixel head", whole),
     "params_total": ("N", whole),
     "images_seen": ("D (images)", whole),
     "unique_images": ("U (images)", whole),
-    "flops_per_image": ("FLOP/image", human),
     "flops_train": ("C (FLOP)", human),
     "val_loss": ("loss", _LOSS),
     "val_loss_se": ("SE", _LOSS),
     "train_loss": ("train loss", _LOSS),
-    "best_loss": ("lowest loss", _LOSS),
-    "num_runs": ("runs", whole),
     "images_per_s": ("images/s", human),
     **{name: (f"MFU {how} (%)", percent) for name, how in MFU.items()},
     "device_hours": ("device-hours", human),
-    "wall_s": ("wall (s)", ".1f"),
     "num_skipped_steps": ("skipped steps", whole),
     "run_id": ("run", ""),
     "top1": ("top-1 (%)", percent),
@@ -181,47 +173,6 @@ def last_of_runs(frame: pd.DataFrame, column: str) -> pd.Series:
     return known.loc[known.groupby("run_id")[column].idxmax(), column]
 
 
-def ladder_table(study: Study) -> PageTable:
-    """One row per size: what it is and what it cost."""
-    frame = study.frame.assign(size=_size_of(study.frame))
-    groups = frame.groupby("size", sort=False)
-    keep = [c for c in ("params_trunk", "params_head", "params_total", "flops_per_image") if c in frame]
-    ladder = groups[keep].first()
-    if "run_id" in frame:
-        ladder["num_runs"] = groups["run_id"].nunique()
-    for name in ("images_per_s", *MFU):
-        if name in frame:
-            ladder[name] = groups[name].median()
-    if "device_hours" in frame:
-        ladder["device_hours"] = last_of_runs(frame, "device_hours").groupby(frame["size"]).sum(min_count=1)
-    if "val_loss" in frame:
-        main = usable_rows(study.main).rows
-        ladder["best_loss"] = main.groupby(_size_of(main))["val_loss"].min()
-    ladder = ladder.reset_index()
-    columns = ("size", *keep, "num_runs", "images_per_s", *MFU, "device_hours", "best_loss")
-    n = "all parameters" if study.is_ours else their_name(frame, "params_total")
-    note = (
-        "Parameters; training FLOPs per image (3 × forward, head and attention counted); median throughput and MFU; "
-        "device time of training to the largest budget of each run."
-    )
-    return page_table(
-        "ladder",
-        "The sizes",
-        note if study.is_ours else "",
-        ladder.sort_values("params_total") if "params_total" in ladder else ladder,
-        columns,
-        {"params_total": n},
-    )
-
-
-def _size_of(frame: pd.DataFrame) -> pd.Series:
-    """Name of each row's size, or its parameters."""
-    if "size" in frame:
-        return frame["size"]
-    named = frame["params_total"].map(human) if "params_total" in frame else pd.Series("all", index=frame.index)
-    return named.rename("size")
-
-
 def results_page_table(study: Study) -> PageTable:
     """Every row of the table."""
     unit = loss_unit(study.usable)
@@ -234,7 +185,7 @@ def results_page_table(study: Study) -> PageTable:
         (
             *("size", "params_total", "images_seen", "unique_images", "flops_train", "val_loss", "val_loss_se"),
             *("train_loss", "status", "seed", *[name for name in design_columns(study.frame) if name in DESIGN]),
-            *("images_per_s", *MFU, "wall_s", "num_skipped_steps", "run_id"),
+            *("images_per_s", *MFU, "device_hours", "num_skipped_steps", "run_id"),
         ),
         {"images_seen": f"D ({study.samples})", "unique_images": f"U ({study.samples})"},
     )

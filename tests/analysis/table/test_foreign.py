@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from aimscale.analysis import fit, laws, plot_fit, read_table, read_tables, repeats
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.plots.parts import axis_label
 from aimscale.analysis.table.names import left_out_of
 from aimscale.analysis.table.select import select
 from aimscale.sweeps.cli.main import verb
@@ -175,15 +174,6 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
     words = said("fit", "--y", "loss", "--hold-out", "tokens", "--resamples", "20")
     assert "1 row with a missing or non-positive num_params; 1 row with a missing or non-positive loss" in words
     assert "pool" in words
-    words = said("forecast", "--at", "N=1e10,D=1e11", "--law", "chinchilla")
-    assert "1 row with a missing or non-positive num_params" in words
-    words = said("correlate", "--x", "loss", "--y", "num_params", "--partial", "tokens")
-    assert "correlation of loss and num_params, within 4 groups of equal tokens" in words
-    assert "1 row with a missing or infinite num_params" in words
-    rising = read_table(tmp_path / "theirs.csv", NAMES).assign(val_loss=lambda df: df["params_total"] ** 0.1)
-    assert any("loss rises with N" in str(flag) for flag in fit("chinchilla", rising, resamples=0).flags)
-    with pytest.raises(AnalysisError, match="loss takes the single value 2 in all 59 points"):
-        fit("chinchilla", rising.assign(val_loss=2.0), resamples=0)
     for options, subject in (
         (["fit", "--hold-out", "N:0"], "N:0"),
         (["fit", "--law", "power_offset"], "power_offset:N"),
@@ -202,12 +192,3 @@ def test_rows_that_differ_in_any_column_are_no_repeats():
     result = fit("power:N", df, y="y", resamples=0)
     assert [str(e) for e in result.exclusions] == ["1 row that repeat another row exactly"]
     assert result.num_points == 5
-
-
-def test_a_column_that_is_called_by_its_letter_is_not_explained_by_it(theirs, tmp_path):
-    theirs[theirs["lr"] == 3e-4].rename(columns={"num_params": "N"}).to_csv(tmp_path / "lettered.csv", index=False)
-    result = fit(
-        "chinchilla", read_table(tmp_path / "lettered.csv", {"N": "N", "D": "tokens", "L": "loss"}), resamples=0
-    )
-    assert ", where L = loss, D = tokens. Fitted to" in result.sentence()
-    assert axis_label("params_total", "", result.names | {"params_total": "N"}) == "N"
