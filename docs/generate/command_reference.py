@@ -18,7 +18,7 @@ INTRODUCTION = """\
 
 Every verb and option; `aimscale VERB --help` prints the same.
 SWEEP is a sweep file, a preset (`demo`, `aim-paper`, `data-scaling`, `isoflop`) or the name of a launched
-sweep. [Completion](installation.md#shell-completion) offers verbs, options and sweeps as you type.
+sweep.
 
 A user's mistake is one sentence on stderr and exit code 2. `train` exits with 0 when finished, 3 when training
 diverged, 75 when it saved after a signal and wants to be started again, 1 on a crash; `launch` with 1 when a run failed

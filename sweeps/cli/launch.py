@@ -32,9 +32,6 @@ def launch(
     slots: Annotated[
         int | None, typer.Option(help="Local processes at a time; by default one per card, or what the cores can feed.")
     ] = None,
-    runs_per_device: Annotated[
-        int | None, typer.Option(min=1, help="Runs that share a card, instead of the sweep file's.")
-    ] = None,
     evaluate: Annotated[
         Place | None,
         typer.Option(
@@ -45,21 +42,18 @@ def launch(
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
-    partition: Annotated[str | None, typer.Option(help="Instead of slurm.partition.")] = None,
-    time_min: Annotated[int | None, typer.Option(help="Minutes per job, instead of slurm.time_min.")] = None,
 ) -> None:
     """Start what is missing, resume what died, skip what is done."""
     again = f"{sweep} --root {root}"
     if on == "slurm":
-        asked = {"partition": partition, "time_min": time_min}
-        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs", runs_per_device, asked)
+        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs")
         if not dry_run:
             typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")
         return
     if dry_run:
         _print_local(sweep, root)
         return
-    result = start.launch(sweep, root, slots=slots, runs_per_device=runs_per_device, evaluate=evaluate)
+    result = start.launch(sweep, root, slots=slots, evaluate=evaluate)
     _print_left(result.left)
     _print_unplanned(result.unplanned)
     if result.interrupted:
@@ -145,21 +139,12 @@ def _print_local(sweep: str, root: Path) -> None:
         typer.echo(f"{decision.verdict}: {what or run.run_id}")
 
 
-def _launch_slurm(
-    sweep: str,
-    root: Path,
-    dry_run: bool,
-    allow_dirty: bool,
-    evaluate: Place,
-    runs_per_device: int | None,
-    fields: dict[str, str | int | None],
-) -> None:
+def _launch_slurm(sweep: str, root: Path, dry_run: bool, allow_dirty: bool, evaluate: Place) -> None:
     from aimscale.sweeps.engine.packed_job import PackedJob
-    from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm  # submitit is slow to import
+    from aimscale.sweeps.slurm.submit import launch_slurm  # submitit is slow to import
 
     loaded, runs, _ = start.planned(sweep, root)
-    loaded, runs = with_slurm(loaded, **fields), with_place(runs, evaluate)
-    loaded = loaded if runs_per_device is None else loaded.with_fields(runs_per_device=runs_per_device)
+    runs = with_place(runs, evaluate)
     if not dry_run:
         start.check_data(start.startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)

@@ -62,7 +62,7 @@ def verb(name: str) -> typer.Typer:
     module = importlib.import_module(place)
     if not function and hasattr(module, "app"):
         return module.app
-    app = typer.Typer(add_completion=False)  # completion belongs to the top alone
+    app = typer.Typer(add_completion=False)
     app.command()(getattr(module, function or "command"))
     return app
 
@@ -95,8 +95,6 @@ class LazyGroup(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import the verb's module and turn its typer app into a command."""
         if cmd_name not in VERBS and cmd_name not in HIDDEN:
-            if ctx.resilient_parsing:  # the shell asks for completions: nothing to say, and no place to say it
-                return None
             raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")
         command = typer.main.get_command(verb(cmd_name))
         command.name = cmd_name
@@ -104,14 +102,6 @@ class LazyGroup(typer.core.TyperGroup):
             if param.name in ("table", "tables"):
                 param.callback = _collected
         return command
-
-    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """Offer verbs with their lines, and options, without importing the verbs."""
-        lines: dict[str, Any] = {
-            verb: typer.core.TyperCommand(name=verb, help=line) for verb, (_, line) in VERBS.items()
-        }
-        light = typer.core.TyperGroup(name=self.name, commands=lines, params=self.params)
-        return light.shell_complete(type(ctx)(light, resilient_parsing=True), incomplete)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write usage and one line per verb, without importing the verbs or rich."""
@@ -124,7 +114,7 @@ class LazyGroup(typer.core.TyperGroup):
             formatter.write_dl([record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))])
 
 
-app = typer.Typer(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(cls=LazyGroup, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import table_of
-from aimscale.sweeps.cli.options import AsJson, Root, complete_sweep
+from aimscale.sweeps.cli.options import AsJson, Root
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +26,7 @@ def command(
     sweep_or_tables: Annotated[
         list[str],
         typer.Argument(
-            help="A launched and collected sweep (runs are priced by their cost cards), or any tables, read as one.",
-            autocompletion=complete_sweep,
+            help="A launched and collected sweep (runs are priced by their cost cards), or any tables, read as one."
         ),
     ],
     target: Annotated[str, typer.Option(help="The scale to forecast: N=1e9,D=2B (and U= where images repeat).")],

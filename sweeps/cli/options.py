@@ -9,19 +9,9 @@ from typing import Annotated
 import typer
 
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, preset_names
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 EXIT_INTERRUPTED = 130
-
-
-def complete_sweep(ctx: typer.Context, incomplete: str) -> list[str]:
-    """What the shell offers for SWEEP: sweep files beside what was typed, presets, and sweeps under the root."""
-    typed = Path(incomplete)
-    folder = typed if incomplete.endswith("/") else typed.parent
-    files = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
-    launched = Path(ctx.params.get("root") or "aimscale-runs").glob(f"*/{SWEEP_FILE}")
-    names = [*map(str, files), *preset_names(), *(path.parent.name for path in launched)]
-    return [name for name in dict.fromkeys(names) if name.startswith(incomplete.removeprefix("./"))]
 
 
 def some_runs(sweep: Sweep, parts: Sequence[str], most: int | None = None) -> list[str]:
@@ -45,11 +35,6 @@ def some_runs(sweep: Sweep, parts: Sequence[str], most: int | None = None) -> li
     return list(dict.fromkeys(chosen))
 
 
-SweepName = Annotated[
-    str,
-    typer.Argument(
-        help="A sweep file, a preset's name, or the name of a launched sweep.", autocompletion=complete_sweep
-    ),
-]
+SweepName = Annotated[str, typer.Argument(help="A sweep file, a preset's name, or the name of a launched sweep.")]
 Root = Annotated[Path, typer.Option(help="Folder that holds the sweep directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

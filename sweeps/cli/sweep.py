@@ -38,7 +38,6 @@ def status(
     root: Root = Path("aimscale-runs"),
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between refreshes.", min=0.2)] = 2.0,
 ) -> None:
     """One line per run: state, step, loss, images/s, MFU, ETA, why it failed."""
     loaded = load_sweep(sweep, root)
@@ -51,7 +50,7 @@ def status(
     if as_json:
         typer.echo(json.dumps(asdict(look()), indent=1))
     elif watch:
-        views.watch(look, every)
+        views.watch(look)
     else:
         console = views.new_console()
         console.print(views.status_table(look(), console.width), highlight=False, soft_wrap=True)

@@ -65,7 +65,7 @@ class PackedJob:
             except UserError as error:
                 print(f"skipped {path.name}: {error}", flush=True)
                 continue
-            yield Run(run_id=path.name, config=config, cell={}, devices=1, batch_target=0)
+            yield Run(run_id=path.name, config=config, cell={}, devices=1)
 
     def checkpoint(self) -> Any:
         """Asked for by submitit when it is told to stop before the queue took over: the same call again."""

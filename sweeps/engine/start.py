@@ -73,7 +73,6 @@ def launch(
     root: Path = Path("aimscale-runs"),
     *,
     slots: int | None = None,
-    runs_per_device: int | None = None,
     evaluate: Place | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
@@ -85,7 +84,6 @@ def launch(
     Args:
         sweep: a sweep or its name.
         slots: processes at a time; by default one per card, or as many as the cores can feed.
-        runs_per_device: runs that share a card, instead of the sweep file's.
         evaluate: where validation and probes run: `inline`, in the process that has trained the run, or as `jobs` after
             training; None leaves it to each run's `runtime.evaluate`. What finished runs lack is jobs in any case.
         command: the program that executes a run.
@@ -96,8 +94,6 @@ def launch(
             written; nothing was made.
     """
     loaded, runs, cards = planned(sweep, root)
-    if runs_per_device is not None:
-        loaded = loaded.with_fields(runs_per_device=runs_per_device)
     runs = with_place(runs, evaluate)
     ask = slurm.Queued()
     check(startable(loaded, runs, ask))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.card import num_images
-from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, ExecutionPlan
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.device_fit import DeviceFit, device_fit, stop_seconds
+from aimscale.sweeps.plan.device_fit import device_fit, stop_seconds
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -23,9 +22,8 @@ WEIGHTS_BYTES_PER_PARAM = 4
 
 
 MAX_EPOCHS = 4
-MAX_BATCH_DEVIATION = 0.10
 
-CautionKind = Literal["memory", "batch", "epochs", "pool", "warm-up", "stream", "small batch", "rounds", "heads"]
+CautionKind = Literal["memory", "epochs", "pool", "warm-up", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class Caution:
 
     kind: CautionKind
     subject: str
-    """A size, a task or a field: what it is about."""
+    """A size, a number of images or a field: what it is about."""
     found: float = 0.0
     limit: float = 0.0
     """What `found` is held against."""
@@ -60,9 +58,7 @@ class CostCard:
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
-    params_preprocessor: int
     params_trunk: int
-    params_head: int
     params_total: int
     flops_per_image: float
     """Training FLOPs of one image by the published formula."""
@@ -74,13 +70,10 @@ class CostCard:
     steps: int
     batch_size: int
     lr_peak: float
-    warmup_images: int
-    schedule: str
-    """`wsd` or `cosine`."""
     devices: int
     """Data-parallel ranks."""
-    fit: DeviceFit
-    """ZeRO stage, micro-batch and memory of a rank, activations included."""
+    fit: ExecutionPlan | None
+    """ZeRO stage, micro-batch and memory of a rank, activations included; null where nothing fits."""
     checkpoint_bytes: int
     """Of one, on disk; and in host memory, all ranks together, of the copy from which it is written."""
     stop_s: int
@@ -98,7 +91,6 @@ class CostCard:
     wall_s: float
     """Both."""
     device_hours: float
-    price: float
     cautions: tuple[Caution, ...]
     """What should be looked at before launching."""
 
@@ -114,7 +106,6 @@ class Totals:
     flops_evaluation: float
     """Of validation and probes."""
     device_hours: float
-    price: float
     disk_bytes: int
     longest_wall_s: float
     """Time of the longest run: the sweep's with enough devices."""
@@ -123,8 +114,7 @@ class Totals:
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card per run, in order."""
     pools: dict[tuple[str, ...], int | None] = {}
-    heads = _uneven_heads(model_of(run.config.training) for run in runs)
-    return [_card(sweep, run, _pool(sweep, run.config, pools), heads) for run in runs]
+    return [_card(sweep, run, _pool(sweep, run.config, pools)) for run in runs]
 
 
 def totals(cards: Sequence[CostCard]) -> Totals:
@@ -136,7 +126,6 @@ def totals(cards: Sequence[CostCard]) -> Totals:
         flops_executed=sum(card.flops_executed for card in cards),
         flops_evaluation=sum(card.flops_evaluation for card in cards),
         device_hours=sum(card.device_hours for card in cards),
-        price=sum(card.price for card in cards),
         disk_bytes=sum(card.disk_bytes for card in cards),
         longest_wall_s=max(card.wall_s for card in cards),
     )
@@ -153,7 +142,7 @@ def to_json(sweep: Sweep, cards: Sequence[CostCard]) -> dict[str, Any]:
     }
 
 
-def _card(sweep: Sweep, run: Run, pool: int | None, heads: Mapping[str, Caution]) -> CostCard:
+def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
     cost = sweep.file.cost
     training, evaluation = run.config.training, run.config.evaluation
     model = model_of(training)
@@ -170,14 +159,11 @@ def _card(sweep: Sweep, run: Run, pool: int | None, heads: Mapping[str, Caution]
     )
     device_hours = (training_s + evaluation_s) * run.devices / 3600
     fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, round(cost.memory_gb * 1e9))
-    found = [*_cautions(run, pool, fit, cost.memory_gb), *cautions_of_probes(probes)]
     unique = training.data.unique_images or pool
     return CostCard(
         run_id=run.run_id,
         cell=run.cell,
-        params_preprocessor=params.preprocessor,
         params_trunk=params.trunk,
-        params_head=params.head,
         params_total=params.total,
         flops_per_image=flops.train,
         budgets=tuple(
@@ -194,8 +180,6 @@ def _card(sweep: Sweep, run: Run, pool: int | None, heads: Mapping[str, Caution]
         steps=steps,
         batch_size=training.optimiser.batch_size,
         lr_peak=training.optimiser.lr_peak,
-        warmup_images=training.schedule.warmup_images,
-        schedule=training.schedule.kind,
         devices=run.devices,
         fit=fit,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
@@ -207,24 +191,20 @@ def _card(sweep: Sweep, run: Run, pool: int | None, heads: Mapping[str, Caution]
         evaluation_s=evaluation_s,
         wall_s=training_s + evaluation_s,
         device_hours=device_hours,
-        price=device_hours * cost.price_per_device_hour,
-        cautions=(*found, *filter(None, [heads.get(training.model.size)])),
+        cautions=tuple(_cautions(run, pool, fit, cost.memory_gb)),
     )
 
 
-def _cautions(run: Run, pool: int | None, fit: DeviceFit, memory_gb: float) -> Iterator[Caution]:
-    """What one run's size, data, schedule and devices give.
+def _cautions(run: Run, pool: int | None, fit: ExecutionPlan | None, memory_gb: float) -> Iterator[Caution]:
+    """What one run's size, data and schedule give.
 
     Args:
         pool: images of the pool; None where it is unknown.
         memory_gb: of a device.
     """
-    training, budgets, size = run.config.training, run.config.evaluation.budgets, run.config.training.model.size
-    if fit.chosen is None:
-        yield Caution(kind="memory", subject=size, found=min(fit.by_stage.values()) / 1e9, limit=memory_gb)
-    batch, target = training.optimiser.batch_size, run.batch_target
-    if abs(batch / target - 1) > MAX_BATCH_DEVIATION:
-        yield Caution(kind="batch", subject="optimiser.batch_size", found=batch, limit=target)
+    training, budgets = run.config.training, run.config.evaluation.budgets
+    if fit is None:
+        yield Caution(kind="memory", subject=training.model.size, limit=memory_gb)
     unique = training.data.unique_images or pool
     if unique and budgets[-1] / unique > MAX_EPOCHS:
         yield Caution(kind="epochs", subject=str(unique), found=budgets[-1] / unique, limit=MAX_EPOCHS)
@@ -236,33 +216,6 @@ def _cautions(run: Run, pool: int | None, fit: DeviceFit, memory_gb: float) -> I
         yield Caution(kind="warm-up", subject=str(budgets[0]), found=warmup, limit=limit)
     if training.data.is_unindexed:
         yield Caution(kind="stream", subject="data.sources")
-    if batch < run.devices:
-        yield Caution(kind="small batch", subject="optimiser.batch_size", found=batch, limit=run.devices)
-
-
-def cautions_of_probes(probes: Iterable[ProbeCost]) -> Iterator[Caution]:
-    """Tasks whose heads do not fit a rank together."""
-    for cost in probes:
-        if cost.rounds > 1:
-            yield Caution(kind="rounds", subject=cost.task, found=cost.rounds, limit=1)
-
-
-def _uneven_heads(models: Iterable[ModelConfig]) -> dict[str, Caution]:
-    """Size -> caution, where a narrower size has more than twice as many heads, or heads more than twice as wide.
-
-    A shape without `-h<heads>` takes the widest head of a power of two channels that divides its width and leaves at
-    least two, so neighbouring widths can differ much: 2 heads of 16 channels at width 32, 13 of 4 at width 52.
-    Attentive probes, which have as many heads as the trunk, follow that more than they follow the loss
-    (docs/study/cifar.md).
-    """
-    sizes = sorted({model.name: model for model in models}.values(), key=lambda model: model.width)
-    found = {}
-    for size in sizes:
-        narrower = [each for each in sizes if each.width < size.width]
-        odd = [e for e in narrower if e.num_heads > 2 * size.num_heads or e.head_dim > 2 * size.head_dim]
-        if odd:
-            found[size.name] = Caution(kind="heads", subject=size.name, found=size.num_heads, limit=odd[-1].num_heads)
-    return found
 
 
 def _pool(sweep: Sweep, config: RunConfig, seen: dict[tuple[str, ...], int | None]) -> int | None:

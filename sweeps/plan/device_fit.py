@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
-from aimscale.harness.device.memory import (
-    CHECKPOINT_BYTES_PER_PARAM,
-    DoesNotFitError,
-    ExecutionPlan,
-    execution_plan,
-    memory_bytes,
-)
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.planner import Run, counts_of
@@ -27,38 +21,14 @@ SAVE_BYTES_PER_S = 0.5e9
 """Assumption: the rate at which a checkpoint reaches a shared disk."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceFit:
-    """How a run fits its devices."""
-
-    chosen: ExecutionPlan | None
-    """Stage, micro-batch and recomputation; null where nothing fits."""
-    by_stage: dict[int, int]
-    """Bytes of a rank at every stage, at that micro-batch (1 where nothing fits)."""
-
-
 @functools.cache
 def device_fit(
     model: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, devices: int, device_bytes: int
-) -> DeviceFit:
-    """The execution plan of a run on devices of this memory, and what it would take at every stage."""
-    try:
-        chosen = execution_plan(model, optimiser, runtime, world_size=devices, device_bytes=device_bytes)
-    except DoesNotFitError:
-        chosen = None
-    precision = optimiser.precision
-    by_stage = {
-        stage: memory_bytes(
-            model,
-            zero_stage=stage,
-            world_size=devices,
-            micro_batch=chosen.micro_batch if chosen else 1,
-            precision=precision,
-            activation_checkpointing=chosen.activation_checkpointing if chosen else True,
-        )
-        for stage in ((0, 1, 2, 3) if precision == "fp32" else (1, 2, 3))  # bf16 needs the master weights of 1 and up
-    }
-    return DeviceFit(chosen=chosen, by_stage=by_stage)
+) -> ExecutionPlan | None:
+    """The execution plan of a run on devices of this memory; None where nothing fits."""
+    with contextlib.suppress(DoesNotFitError):
+        return execution_plan(model, optimiser, runtime, world_size=devices, device_bytes=device_bytes)
+    return None
 
 
 def stop_seconds(sweep: Sweep, run: Run) -> int:

@@ -33,12 +33,8 @@ class ProbeCost:
     task: str
     images: float
     """Images through the backbone, forwards; what LoRA trains on counts three times."""
-    rounds: int
-    """Trainings that the attentive grid is divided into, because its heads fit no rank together."""
     flops: float
     """Of those forward passes, of training and measuring heads, and of the k-NN search."""
-    feature_bytes: float
-    """Pooled features of both splits, in memory or on disk, over all ranks."""
 
 
 def evaluation_flops(evaluation: EvaluationConfig, flops: FlopCount, probes: tuple[ProbeCost, ...]) -> float:
@@ -83,14 +79,7 @@ def _probe_cost(
     products = COPIES * sets * len(section.lrs) * trained * _head_flops(frozen, model, num_classes)
     if "knn" in frozen:  # the held-out images against the others, for every set; the test split against all, twice
         products += 2.0 * model.width * (sets * fit * held + 2 * train * test)
-    value_bytes = 2 if section.precision == "bf16" else 4
-    return ProbeCost(
-        task=section.task,
-        images=images,
-        rounds=rounds,
-        flops=images * (flops.patch_embed + flops.trunk) + products,
-        feature_bytes=(train + test) * model.depth * model.width * value_bytes if frozen else 0.0,
-    )
+    return ProbeCost(task=section.task, images=images, flops=images * (flops.patch_embed + flops.trunk) + products)
 
 
 def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:

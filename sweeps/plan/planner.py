@@ -54,8 +54,6 @@ class Run:
     """Axis -> value, without budgets, which are in `config`."""
     devices: int
     """Data-parallel ranks."""
-    batch_target: int
-    """The recipe's batch size, before base, axes and overrides."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -181,7 +179,6 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
         width=model.width, params_total=counts_of(model)[0].total, budget=sweep.file.recipe_budget or min(requested)
     )
     fields = chosen.fields(scale)
-    batch_target = fields["optimiser"]["batch_size"]
     fields = merge(fields, changes)
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
@@ -197,7 +194,7 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     if not isinstance(devices, int) or devices < 1:
         raise SweepError(f"{sweep.source}: devices must be a whole number above 0, not {devices!r}")
     config = run_config(fields, str(sweep.source), runtime)
-    return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, batch_target=batch_target)
+    return Run(run_id=config.run_id, config=config, cell=cell, devices=devices)
 
 
 def _factor(value: Any, sweep: Sweep, name: str = "lr_multiplier") -> float:

@@ -84,8 +84,6 @@ class CostSection(Section):
     """Time of a step beyond its FLOPs, ms: calls and the loader; most of a step below a million parameters."""
     memory_gb: float = Field(80.0, gt=0)
     """Memory of one device, GB."""
-    price_per_device_hour: float = Field(0.0, ge=0)
-    """Price of a device for an hour, in any currency."""
     pool_images: Count | None = None
     """Size of the image pool, where the data sets are not available to be counted."""
 
@@ -113,7 +111,7 @@ Command = Annotated[Line, AfterValidator(lambda text: shlex.join(shlex.split(tex
 
 
 class SlurmSection(Section):
-    """How jobs are requested; each field can also be given to `launch`."""
+    """How jobs are requested."""
 
     partition: Line | None = None
     """Partition."""

@@ -309,9 +309,3 @@ def script(executor: submitit.SlurmExecutor, num_jobs: int) -> str:
     if num_jobs > 1:
         plain.parameters["map_count"] = num_jobs
     return str(plain._make_submission_file_text(executor._submitit_command_str, ""))
-
-
-def with_slurm(sweep: Sweep, **fields: Any) -> Sweep:
-    """The sweep with fields of its `slurm` section replaced; None leaves a field as it is."""
-    given = {key: value for key, value in fields.items() if value is not None}
-    return sweep.with_fields(slurm={**sweep.file.slurm.model_dump(mode="json"), **given}) if given else sweep

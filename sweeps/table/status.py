@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,13 +66,11 @@ class SweepStatus:
     progress: float
     """Share of the sweep's FLOPs executed, 0..1."""
     eta_s: float | None
-    """To the end of what is queued and running, evaluation included, at the present speed of all running runs."""
+    """To the end of all that did not fail, evaluation included, at the pace so far, on the devices that run now."""
     device_hours: float
     """Spent so far."""
     device_hours_planned: float
     """By the cost cards."""
-    next_step: str
-    """What to run next, where nothing is left to execute."""
     unplanned: tuple[str, ...]
     """Run directories that are not in the plan any more: of an earlier version of the sweep file."""
 
@@ -101,7 +97,6 @@ def sweep_status(
         eta_s=_eta(lines, cards),
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
-        next_step=_next_step(sweep, lines),
         unplanned=unplanned(sweep, runs),
     )
 
@@ -217,49 +212,17 @@ def _hours(record: RunRecord, now: float, *, is_running: bool) -> float:
     return spent + (record.hours_since_start(now) if is_running else 0.0)
 
 
-def _next_step(sweep: Sweep, lines: Sequence[RunStatus]) -> str:
-    """What a person does with a sweep that is through."""
-    if any(line.state != "finished" for line in lines):
-        return ""
-    if any(line.evaluated < line.to_evaluate or line.val_loss is None for line in lines):
-        return f"`aimscale launch {sweep.directory}` evaluates what is left"
-    table = sweep.directory / "results.parquet"
-    ages = [line.heartbeat_age_s for line in lines if line.heartbeat_age_s is not None]
-    if not table.exists() or time.time() - table.stat().st_mtime > min(ages, default=0.0):
-        return f"`aimscale collect {sweep.directory}`"
-    return f"`aimscale report {table}`"
-
-
 def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
-    """Seconds until the last run ends, where each that ends makes room for the longest that waits.
-
-    A run takes its planned time, evaluation included, over the mean of the runs' paces. What a run has done weighs: the
-    first steps of one that starts say little.
-    """
-    running, waiting, paces, weights = [], [], [], []
+    """Seconds in which the devices of the running runs do what is left of all, as fast as what is done was done."""
+    done = left = devices = 0.0
     for line, card in zip(lines, cards, strict=True):
-        # Validation alone is done about when the training that it follows is.
         share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
-        left = card.training_s * (1 - line.progress) + card.evaluation_s * (1 - share)
-        done_s = card.training_s + card.evaluation_s - left
-        is_starting = line.state == "queued" and line.job_id is None  # locally; a job of Slurm's may wait for long
-        if line.state == "running" or is_starting or line.evaluation == "running":
-            running.append(left)
-        elif line.state in ("not started", "queued", "preempted", "dead") or line.evaluation == "queued":
-            waiting.append(left)
-        if done_s > 0 and (pace := _pace(line, card, done_s)):
-            paces.append(pace)
-            weights.append(done_s)
-    if not (running and paces):
-        return None
-    ends = sorted(running)
-    for left in sorted(waiting, reverse=True):
-        heapq.heapreplace(ends, ends[0] + left)
-    return max(ends) / statistics.fmean(paces, weights)
-
-
-def _pace(line: RunStatus, card: CostCard, done_s: float) -> float:
-    """Planned seconds that a run does in one: now, where it trains, or so far; 0 where nothing is known."""
-    if line.state == "running" and line.status.images_per_s:
-        return card.training_s / card.images_executed * line.status.images_per_s
-    return done_s * card.devices / 3600 / line.device_hours if line.device_hours else 0.0
+        rest_s = card.training_s * (1 - line.progress) + card.evaluation_s * (1 - share)
+        rest = rest_s * card.devices / 3600
+        done += card.device_hours - rest
+        if line.state not in ("failed", "diverged", "damaged"):
+            left += rest
+        if line.state == "running" or line.evaluation == "running":
+            devices += card.devices
+    spent = sum(line.device_hours for line in lines)
+    return 3600 * left * spent / (done * devices) if done > 0 and spent and devices else None

@@ -21,8 +21,8 @@ from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCar
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 
-MAX_PLAN_ROWS = 200
 LOG_WIDTH = 250
+REFRESH_S = 2.0
 
 STYLE = {
     "finished": "green",
@@ -82,20 +82,19 @@ class Column:
     right: bool = True
 
 
-def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> tuple[Table, list[str]]:
-    """A table no wider than `width`, and the titles of the columns that did not fit."""
+def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> Table:
+    """A table no wider than `width`, without the columns that do not fit."""
     cells = {column.header: [column.cell(row) for row in rows] for column in columns}
     sizes = {header: 2 + max(cell_len(str(cell)) for cell in [header, *texts]) for header, texts in cells.items()}
-    shown, hidden = list(columns), []
+    shown = list(columns)
     while sum(sizes[column.header] for column in shown) > width and any(column.rank for column in shown):
-        shown.remove(last := max(shown, key=lambda column: column.rank))
-        hidden.append(last.header)
+        shown.remove(max(shown, key=lambda column: column.rank))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in shown:
         table.add_column(column.header, justify="right" if column.right else "left", no_wrap=True)
     for i in range(len(rows)):
         table.add_row(*(cells[column.header][i] for column in shown))
-    return table, hidden
+    return table
 
 
 def _axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]:
@@ -126,26 +125,20 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(f"[bold]{sweep.name}[/]: {sweep.file.description}")
-    notes = list(dict.fromkeys(caution_words(each) for card in cards[:MAX_PLAN_ROWS] for each in card.cautions))
-    table, hidden = fitted_table(_plan_columns(cards, notes), cards[:MAX_PLAN_ROWS], console.width)
+    notes = list(dict.fromkeys(caution_words(each) for card in cards for each in card.cautions))
+    table = fitted_table(_plan_columns(cards, notes), cards, console.width)
     console.print(table, highlight=False)
-    if hidden:
-        console.print(f"not shown on {console.width} columns: {', '.join(hidden)}", style="dim", highlight=False)
-    if len(cards) > MAX_PLAN_ROWS:
-        say(f"... and {len(cards) - MAX_PLAN_ROWS} more runs (all of them with --json)")
     total, cost = totals(cards), sweep.file.cost
-    price = f" = {total.price:,.0f}" if total.price else ""
     say(
         f"{total.num_runs} runs, {total.num_rows} rows; {total.images_executed:,} images and "
         f"{total.flops_executed:.3g} FLOPs executed (decay branches included), {total.flops_evaluation:.3g} more in "
-        f"validation and probes; {total.device_hours:,.4g} device-hours{price}; longest run "
+        f"validation and probes; {total.device_hours:,.4g} device-hours; longest run "
         f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}; told to stop, a run gets up "
         f"to {duration(max(card.stop_s for card in cards))} to save"
     )
-    each_hour = f", {cost.price_per_device_hour:g} per device-hour" if cost.price_per_device_hour else ""
     each_step = f", {cost.step_ms:g} ms per step beside its FLOPs" if cost.step_ms else ""
     say(
-        f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %{each_hour}{each_step}; "
+        f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %{each_step}; "
         f"start-up and loading are not counted; recipe {sweep.file.recipe}",
         style="dim",
     )
@@ -154,20 +147,13 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
 
 
 CAUTIONS: dict[CautionKind, str] = {
-    "memory": "{subject} does not fit {limit:g} GB: a rank takes {found:.0f} GB even with one image at a time",
-    "batch": "{subject} {found:g} is more than a tenth off the recipe's {limit:g}",
+    "memory": "{subject} does not fit {limit:g} GB even with one image at a time",
     "epochs": "{found:.1f} epochs of {subject} images (more than {limit:g})",
     "pool": "{found:.0f} unique images asked for, and the pool has {limit:.0f}",
     "warm-up": "warm-up of {found:.0f} images reaches past image {limit:.0f} of budget {subject}: it will not start",
     "stream": (
         "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
         "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
-    ),
-    "small batch": "{subject} {found:g} is smaller than {limit:g} devices",
-    "rounds": "'{subject}' trains its heads in {found:g} rounds, each with passes of its own; more devices save them",
-    "heads": (
-        "{subject} has {found:g} attention heads where a narrower size has {limit:g}: loss and attentive probes follow "
-        "heads, too; end the sizes' names in -h<heads> to choose"
     ),
 }
 """What each caution says, of its subject, what was found and the limit."""
@@ -199,7 +185,6 @@ def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
         Column(header="disk", cell=lambda card: data_size(card.disk_bytes), rank=8),
         Column(header="time", cell=lambda card: duration(card.wall_s)),
         Column(header="device-h", cell=hours),
-        Column(header="price", cell=lambda card: f"{card.price:,.0f}" if card.price else "", rank=2),
         Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(caution_words(c))) for c in card.cautions)),
     ]
 
@@ -211,7 +196,7 @@ def _span(values: Sequence[str]) -> str:
 
 def _memory(card: CostCard) -> str:
     """Bytes of a rank, with the ZeRO stage and the micro-batch that they belong to (r: activations recomputed)."""
-    if (chosen := card.fit.chosen) is None:
+    if (chosen := card.fit) is None:
         return "too large"
     recompute = "r" if chosen.activation_checkpointing else ""
     return f"{data_size(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
@@ -230,7 +215,6 @@ def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
         Column(header="state", cell=_state, right=False),
         Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
         column("images", lambda line: line.status.images_seen, number, 5),
-        column("step", lambda line: line.status.step, str, 8),
         column("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
         column("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
         column("images/s", lambda line: line.status.images_per_s, number, 3),
@@ -241,11 +225,10 @@ def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
         ),
         Column(header="evaluated", cell=_evaluated, rank=2),
         column("ETA", lambda line: line.eta_s, duration, 2),
-        column("tries", lambda line: line.status.attempt, str, 6),
         column("beat", lambda line: line.heartbeat_age_s if line.state == "running" else None, duration, 7),
     ]
     notes = [Text(f"{line.run_id}: {why}", style=STYLE[line.state]) for line in status.runs if (why := _why(line))]
-    table, _ = fitted_table(columns, status.runs, width)
+    table = fitted_table(columns, status.runs, width)
     return Group(table, *notes, Text(summary or status_summary(status), style="bold"))
 
 
@@ -282,18 +265,17 @@ def status_summary(status: SweepStatus) -> str:
     eta = f", about {duration(status.eta_s)} left" if status.eta_s is not None else ""
     old = f"; {len(status.unplanned)} run directories are of an earlier sweep file" if status.unplanned else ""
     hours = f"; {status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours spent"
-    then = f"; next: {status.next_step}" if status.next_step else ""
-    done = f"{100 * status.progress:.0f} % of the FLOPs{eta}{hours}{then}{old}"
+    done = f"{100 * status.progress:.0f} % of the FLOPs{eta}{hours}{old}"
     return f"{status.sweep}: {len(status.runs)} runs: {counts}; {done}"
 
 
-def watch(look: Callable[[], SweepStatus], every_s: float) -> None:
+def watch(look: Callable[[], SweepStatus]) -> None:
     """Show the status again and again until Ctrl-C, or until nothing is left to happen."""
     console = Console()
     try:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
             while True:
                 live.update(status_table(look(), console.width), refresh=True)
-                time.sleep(every_s)
+                time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         sys.stderr.write("\n")

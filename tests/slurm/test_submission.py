@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import launch_slurm, with_slurm
+from aimscale.sweeps.slurm.submit import launch_slurm
 from aimscale.sweeps.state.claims import RunRecord
 
 STAND_IN = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
@@ -126,4 +126,3 @@ def test_what_slurm_refuses_is_one_sentence(fault: Any, fields: dict[str, Any], 
         case.launch((STAND_IN,))
     assert "\n" not in str(caught.value)
     assert not case.records[0].path.exists()
-    assert with_slurm(case.sweep, partition="main").file.slurm.partition == "main"

@@ -256,7 +256,7 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("data index odd://place --out {folder}/index", "odd"),
         ("plan {folder}/flag.yaml", "budgets.0"),
         ("plan {folder}/task.yaml", "probes.0.task"),
-        ("launch {folder}/flag.yaml --time-min -5", "budgets.0"),
+        ("launch {folder}/flag.yaml", "budgets.0"),
         ("train {folder}/nowhere", "nowhere"),
         ("baseline raw-pixels --like {folder}", "{folder}"),
         ("demo --root {table}", "table.csv"),

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from aimscale.aim.config import known_sizes, model_config
+from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.plan.costs import cautions_of_probes, cost_cards, to_json
-from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs
+from aimscale.sweeps.plan.costs import cost_cards, to_json
+from aimscale.sweeps.plan.evaluation_cost import probe_costs
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES
 from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names
@@ -105,7 +105,7 @@ def test_aim_paper_reproduces_published_parameters_and_flops(tmp_path: Path) -> 
         assert card.flops_executed < card.budgets[-1].flops  # half of the tokens skip the head
     assert f"{cards[0].budgets[0].flops:.1e}" == "3.5e+21"
     assert f"{cards[-1].budgets[0].flops:.1e}" == "5.4e+22"
-    assert [card.fit.chosen.zero_stage for card in cards if card.fit.chosen] == [1, 1, 1, 1, 1, 2, 2]
+    assert [card.fit.zero_stage for card in cards if card.fit] == [1, 1, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -130,7 +130,7 @@ def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
 def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
     """For one budget of 128M images, as a task is measured that says nothing but where its data are."""
 
-    def share(size: str, ranks: int, **settings: Any) -> tuple[float, float, ProbeCost]:
+    def share(size: str, ranks: int, **settings: Any) -> tuple[float, float, float]:
         model = model_config(size, head_rule="released")
         flops = flops_per_image(model)
         task = {"task": "imagenet-1k", "train": "absent", "test": "absent", "kinds": ["linear", "attentive", "knn"]}
@@ -139,15 +139,12 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
         )
         (cost,) = probe_costs(evaluation, model, flops, ranks, 80)
         executed = executed_flops_per_image(model, model.num_tokens / 2).train * 128e6
-        return cost.flops / (flops.train * 128e6), cost.flops / executed, cost
+        return cost.flops / (flops.train * 128e6), cost.flops / executed, cost.images
 
     everything = ["linear", "attentive", "efficient", "knn"]
     assert max(share("aim-600M", 8, kinds=everything)[:2]) < 0.03
     assert max(share("aim-7B", 8, kinds=everything)[:2]) < 0.05
-    *_, cost = share("aim-7B", 8)
-    assert (cost.rounds, share("aim-7B", 1)[2].rounds) == (1, 8)  # on one card its heads train in eight rounds
-    assert not list(cautions_of_probes([cost]))
-    assert [(each.subject, each.found) for each in cautions_of_probes([share("aim-7B", 1)[2]])] == [("imagenet-1k", 8)]
+    assert share("aim-7B", 1)[2] > 6 * share("aim-7B", 8)[2]  # on one card its heads train in eight rounds
 
 
 def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Path) -> None:
@@ -189,18 +186,7 @@ def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
     )
     found = {each.kind: (each.found, each.limit) for each in cost_cards(sweep, plan(sweep))[0].cautions}
     assert found.pop("memory")[1] == 16
-    assert found == {"batch": (128, 16), "epochs": (12.8, 4), "pool": (100, 50), "warm-up": (640, 512)}
-
-
-def test_sizes_whose_attention_heads_jump_are_named(write_sweep: Any) -> None:
-    def odd(*sizes: str) -> set[str]:
-        sweep = write_sweep(sizes=list(sizes), unique_images=[None])
-        cards = cost_cards(sweep, plan(sweep))
-        return {each.subject for card in cards for each in card.cautions if each.kind == "heads"}
-
-    assert odd("w16-d2", "w20-d2", "w32-d2", "w52-d2", "w72-d2") == {"w32-d2", "w52-d2"}  # 2, 5, 2, 13, 9 heads
-    assert odd("w52-d2", "w32-d2") == {"w52-d2"}  # 4 channels above 16, however they are listed
-    assert odd(*known_sizes()) == set()
+    assert found == {"epochs": (12.8, 4), "pool": (100, 50), "warm-up": (640, 512)}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.device_fit import SAVE_BYTES_PER_S, stop_seconds
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of, with_slurm
+from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of
 from aimscale.sweeps.state.claims import RunRecord, claim_run, own_claim
 from aimscale.sweeps.state.decision import decide, training_jobs
 from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
@@ -90,11 +90,11 @@ def test_a_damaged_run_keeps_no_other_from_being_settled_or_decided_on(
 
 
 def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
-    sweep = with_slurm(write_sweep(devices=16), devices_per_node=8)
+    sweep = write_sweep(devices=16)
     run = plan(sweep)[0]
     assert shape_of(run, sweep.file.slurm) == Shape(nodes=2, tasks_per_node=8)
     with pytest.raises(UserError, match="devices_per_node"):
-        shape_of(run, with_slurm(sweep, devices_per_node=6).file.slurm)
+        shape_of(run, sweep.file.slurm.model_copy(update={"devices_per_node": 6}))
 
 
 @pytest.mark.parametrize(
@@ -155,4 +155,4 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     console = Console(width=200, file=io.StringIO())
     print_plan(large, [card], console)
     assert f"a run gets up to {duration(card.stop_s)} to save" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert stop_seconds(with_slurm(large, signal_delay_s=60), run) == 60
+    assert stop_seconds(large.with_fields(slurm={"signal_delay_s": 60}), run) == 60

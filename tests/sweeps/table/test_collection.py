@@ -36,7 +36,7 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
     assert table["val_loss"].notna().sum() == 2
     assert set(table["run_id"]) == {done.path.name, diverged.path.name, missing.path.name}
     assert (table["params_total"].iloc[2:] == cards[2].params_total).all()
-    read_table(found.table.with_suffix(".csv"), require=["val_loss"])
+    assert "val_loss" in read_table(found.table.with_suffix(".csv"))
 
     before = {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
     collect(sweep, runs, cards)
@@ -121,7 +121,6 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
     assert "version 99" in str(status.runs[2].status.reason)
     assert status.runs[3].eta_s == (cards[3].images_executed - 250) / 10
     assert status.unplanned == ("old-run",)
-    assert status.eta_s is not None
     assert not fresh.path.exists()
     json.dumps(asdict(status), allow_nan=False)
     output = CliRunner().invoke(verb("status"), [str(tmp_path / "sweep.yaml"), "--root", str(tmp_path / "root")]).output
