@@ -219,13 +219,19 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         An empty frame with these columns where nothing was probed.
+
+    Raises:
+        AnalysisError: a number of a probe is none.
     """
     names = [field.name for field in PROBE_FIELDS]
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
     base = frame.drop(columns=["probes", *names], errors="ignore").loc[frame.index.repeat([*map(len, entries)])]
     probes = pd.DataFrame([entry for row in entries for entry in row], columns=names)
     numbers = {field.name: "float64" for field in PROBE_FIELDS if field.dtype in ("int64", "float64")}
-    probes = probes.astype(numbers)
+    try:
+        probes = probes.astype(numbers)
+    except (TypeError, ValueError) as error:
+        raise AnalysisError(f"A field of 'probes' is no number ({error}); correct it") from error
     return pd.concat([base.reset_index(drop=True), probes], axis=1)
 
 
