@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True, add_completion=False)
 
+_LISTED_BAD = 5
 ClassesOption = Annotated[
     Path | None, typer.Option("--classes", help="Text file of class names, one per line, in the order of the labels.")
 ]
@@ -89,7 +89,7 @@ def index(
     classes: ClassesOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; each reads one shard at a time.")] = 1,
 ) -> None:
-    """Read every shard once and write index.parquet and dataset.json; resumes where it was interrupted."""
+    """Read every shard once and write index.parquet and dataset.json."""
     from aimscale.harness.data import DataError
     from aimscale.harness.data.store.indexing import expand_shards, index_shards
     from aimscale.harness.data.store.shards import is_url
@@ -111,22 +111,32 @@ def index(
 
 
 @app.command()
-def info(
-    folder: Annotated[str, typer.Argument(help="Folder or URL with an index.")],
-    sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet to this PNG.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show counts, classes and resolutions of an indexed data set, and a contact sheet."""
-    from aimscale.harness.data.store.describe import describe_dataset, format_description, write_contact_sheet
+def info(folder: Annotated[str, typer.Argument(help="Folder or URL with an index.")]) -> None:
+    """Show counts, classes and resolutions of an indexed data set."""
+    import numpy as np
+
     from aimscale.harness.data.store.index import open_dataset
 
     dataset = open_dataset(folder)
-    facts = describe_dataset(dataset)
-    if sheet is not None:
-        facts["contact_sheet"] = {"path": str(sheet), "num_images": write_contact_sheet(dataset, sheet)}
-    print(json.dumps(facts, indent=1) if as_json else format_description(facts))
-    if sheet is not None and not as_json:
-        print(f"  {'contact sheet':<14} {facts['contact_sheet']['num_images']} images in {sheet}")
+    facts = dataset.info
+    lines = [
+        ("images", f"{facts.num_samples:,}, {facts.num_bad:,} undecodable"),
+        ("shards", f"{facts.num_shards:,} at {dataset.location}, {facts.total_bytes / 1e6:,.1f} MB"),
+    ]
+    if dataset.num_usable:
+        shorter = np.minimum(dataset.width, dataset.height)[dataset.ok]
+        spread = f"median {int(np.median(shorter)):,} px, within {shorter.min():,}..{shorter.max():,}"
+        lines.append(("shorter side", spread))
+    if dataset.labels is None:
+        lines.append(("classes", "no labels"))
+    else:
+        counts = np.bincount(dataset.labels[dataset.labels >= 0], minlength=dataset.num_classes)
+        lines.append(("classes", f"{len(counts):,}, with {counts.min():,} to {counts.max():,} images each"))
+        lines.append(("unlabelled", f"{facts.num_samples - counts.sum():,}"))
+    lines += [("undecodable", dataset.describe(int(i))) for i in dataset.index.bad[:_LISTED_BAD]]
+    print(f"{facts.name}  ({folder})")
+    for name, text in [*lines, ("fingerprint", facts.fingerprint)]:
+        print(f"  {name:<14} {text}")
 
 
 def _read_part(text: str | None) -> tuple[int, int] | None:

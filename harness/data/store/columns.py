@@ -1,14 +1,11 @@
 """Columns of an index: mapped from files that all processes of a machine share.
 
-A mapped column costs nothing to open, and a row costs the page that it lies on. Rows of a long column are read by their
-place in the file, and blocks of it copied, because pages that are touched through the mapping count as the process's
-memory, up to 2 MB of them for a row: as it is, they stay in the system's page cache, which gives them back when needed.
+A mapped column costs nothing to open, and a row costs the page that it lies on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,6 @@ SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("heigh
 BLOCK_ROWS = 1 << 16
 """Rows of a column that are read at once when it is walked from front to back."""
 
-_MAX_MAPPED_BYTES = 1 << 24  # of a column that is read through its mapping
-
 
 class Column:
     """Rows of one dtype, of an .npy file; safe to fork, and pickled by the file's name."""
@@ -34,7 +29,6 @@ class Column:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._values: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-        self._file = path.open("rb", buffering=0) if self._values.nbytes > _MAX_MAPPED_BYTES else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Column, (self._path,)
@@ -49,26 +43,12 @@ class Column:
 
     def take(self, rows: I64) -> npt.NDArray[Any]:
         """Copies of some rows."""
-        if self._file is None:
-            return self._values[rows]
-        row_bytes, start = self._values.dtype.itemsize, self._start
-        found = [os.pread(self._file.fileno(), row_bytes, start + row * row_bytes) for row in rows.tolist()]
-        return np.frombuffer(b"".join(found), self._values.dtype)
+        return self._values[rows]
 
     def blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """(first row, copy of up to BLOCK_ROWS rows), from front to back."""
         for first in range(0, len(self), BLOCK_ROWS):
-            if self._file is None:
-                yield first, np.array(self._values[first : first + BLOCK_ROWS])
-            else:
-                row_bytes = self._values.dtype.itemsize
-                data = os.pread(self._file.fileno(), BLOCK_ROWS * row_bytes, self._start + first * row_bytes)
-                yield first, np.frombuffer(data, self._values.dtype)
-
-    @property
-    def _start(self) -> int:
-        """Bytes before the first row of the file."""
-        return int(getattr(self._values, "offset"))  # noqa: B009 (a mapping has it)
+            yield first, np.array(self._values[first : first + BLOCK_ROWS])
 
 
 class Index:

@@ -42,29 +42,21 @@ _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _GIF_START = b"GIF8"
 _MAX_ASPECT_RATIO = 64  # of what is resized for a square crop
-_BITS_PER_SAMPLE = 258  # TIFF's tag
-_RANGE_OF_16_BITS = ("PNG", "PPM")  # formats whose 32-bit integers in Pillow are 16 bits in the file
 
 
 class UndecodableImageError(Exception):
-    """These bytes are no image that torchvision or Pillow can read in full."""
-
-
-class ImageTooLargeError(UndecodableImageError):
-    """An image of more than MAX_IMAGE_PIXELS, or longer than MAX_IMAGE_SIDE."""
+    """These bytes are no image that torchvision or Pillow can read in full, or one that is too large."""
 
 
 def decode(data: bytes, channels: int = 3) -> torch.Tensor:
     """Decode JPEG with simplejpeg, PNG and WebP with torchvision, and whatever else Pillow reads (of a GIF one frame).
 
     Returns:
-        uint8 (channels, height, width); grey images are repeated over three channels, alpha is dropped, and of 16 bits
-        the upper eight are kept.
+        uint8 (channels, height, width); grey images are repeated over three channels, alpha is dropped.
 
     Raises:
-        ImageTooLargeError: the header says more than MAX_IMAGE_PIXELS.
-        UndecodableImageError: the bytes are empty, truncated, no image, or pixels without a stated range (floating
-            point and 32-bit integers).
+        UndecodableImageError: the bytes are empty, truncated, no image, grey of more than 8 bits, or the header says
+            more than MAX_IMAGE_PIXELS or MAX_IMAGE_SIDE.
     """
     pixels = _decode_jpeg(data, channels)
     return _decode_other(data, channels) if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1)
@@ -111,12 +103,12 @@ def _decode_other(data: bytes, channels: int) -> torch.Tensor:
             if image.dim() == 3 and len(image) == channels and image.dtype == torch.uint8:
                 return image
         except (RuntimeError, ValueError):
-            pass  # a format or variant that torchvision does not know either (BMP, TIFF, 16-bit PNG): Pillow decides
+            pass  # a format or variant that torchvision does not know either (BMP, TIFF): Pillow decides
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            pixels = np.array(_eight_bits(picture).convert(mode.pillow))
-    except UndecodableImageError:
-        raise
+            if picture.mode.startswith(("I", "F")):  # Pillow would clip their values to white
+                raise ValueError(f"its pixels ({picture.mode}) have more than 8 bits; convert it")
+            pixels = np.array(picture.convert(mode.pillow))
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels.reshape(pixels.shape[0], pixels.shape[1], channels)).permute(2, 0, 1)
@@ -132,38 +124,15 @@ def _size_px(data: bytes) -> tuple[int, int]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as picture:
                 return picture.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(str(error)) from error
     except Exception as error:  # as above
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _refuse_large(width: int, height: int) -> None:
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
-        raise ImageTooLargeError(
+        raise UndecodableImageError(
             f"{width} x {height} pixels; the limit is {MAX_IMAGE_PIXELS:,} pixels, {MAX_IMAGE_SIDE:,} on a side"
         )
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture whose mode has 8 bits per channel: Pillow's own conversion clips 16 bits to white.
-
-    Raises:
-        UndecodableImageError: the file states no range for its values.
-    """
-    if picture.mode.startswith("I;16"):
-        bits = int(getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0])
-        return Image.fromarray(_upper_byte(np.array(picture), bits))
-    if picture.mode == "I" and picture.format in _RANGE_OF_16_BITS:
-        return Image.fromarray(_upper_byte(np.array(picture), 16))
-    if picture.mode in ("I", "F"):
-        kind = "32-bit integers" if picture.mode == "I" else "floating-point numbers"
-        raise UndecodableImageError(f"its pixels are {kind}, whose range no header states; convert it to 8 or 16 bits")
-    return picture
-
-
-def _upper_byte(values: npt.NDArray[np.generic], bits: int) -> npt.NDArray[np.uint8]:
-    return (values.astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
 
 
 def crop_centre(image: torch.Tensor, size: int, shorter_side: int | None = None) -> torch.Tensor:

@@ -25,8 +25,8 @@ from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.card import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.shard_cache import open_index, open_reader
-from aimscale.harness.data.store.shards import Place, ShardInfo, ShardReader, is_url, join, read_bytes
+from aimscale.harness.data.store.shard_cache import Reader, open_index, open_reader
+from aimscale.harness.data.store.shards import Place, ShardInfo, is_url, join, read_bytes
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Bound of the decoded pixels of small images that a process keeps, over all data sets."""
@@ -36,7 +36,7 @@ _CHECKED_SHARE = 64  # of so many reads one is compared with the index: 0.2 % of
 class ShardDataset:
     """Random access to the images of one indexed data set; safe to fork and to pickle."""
 
-    def __init__(self, path: str, info: DatasetInfo, index: Index, reader: ShardReader) -> None:
+    def __init__(self, path: str, info: DatasetInfo, index: Index, reader: Reader) -> None:
         self.path = path
         self.info = info
         self._index = index

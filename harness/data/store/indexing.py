@@ -1,7 +1,4 @@
-"""Index many shards: in parallel, keeping what is done when interrupted, and never leaving a half-written index.
-
-While it works, the rows of every finished shard lie in `.index-parts/`; the next start takes them over for shards whose
-size has not changed. The folder disappears when the index is complete.
+"""Index many shards: in parallel, with the rows of one in memory, and never leaving a half-written index.
 
 A sample is a run of members with one key (the path up to the first dot of the file name). It has one image (jpg, png,
 webp, ...) and, for its label, `cls` (a number) or `json` with a whole number under `label` or `cls`; other members, a
@@ -18,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -53,7 +51,6 @@ SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
 MAX_LABEL = 2**31 - 1
 """Largest class number."""
 _LABEL_KEYS = ("label", "cls")
-PARTS_FOLDER = ".index-parts"
 Progress = Callable[[int, int, int], None]
 """Called with shards done, shards in all, and images so far."""
 
@@ -188,15 +185,18 @@ def index_shards(
     """
     shards = sorted(names) if names is not None else list_shards(location)
     same_place = not is_url(location) and Path(location).resolve() == out.resolve()
-    parts = out / PARTS_FOLDER
-    created = not out.exists()
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
-    try:
-        num_samples = _scan_missing(location, shards, parts, num_workers, progress)
-        info = write_scans(
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            parts = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out, prefix=".index-parts-")))
+        except OSError as error:
+            raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
+        num_samples = 0
+        for done, num_rows in enumerate(_run(location, shards, parts, num_workers), start=1):
+            num_samples += num_rows
+            if progress is not None:
+                progress(done, len(shards), num_samples)
+        return write_scans(
             out,
             (_read_part(parts, shard) for shard in shards),
             num_samples=num_samples,
@@ -204,14 +204,6 @@ def index_shards(
             classes=classes,
             shards_at=None if same_place else _absolute(location),
         )
-    except BaseException:
-        if not any(parts.iterdir()):
-            parts.rmdir()
-            if created:
-                out.rmdir()
-        raise
-    shutil.rmtree(parts)
-    return info
 
 
 def list_shards(location: str) -> list[str]:
@@ -307,18 +299,6 @@ def _absolute(location: str) -> str:
     return location if is_url(location) else str(Path(location).resolve())
 
 
-def _scan_missing(location: str, names: Sequence[str], parts: Path, num_workers: int, progress: Progress | None) -> int:
-    """Scan the shards that have no finished part of their size; how many images all shards hold."""
-    known = {name: _rows_of_part(parts, location, name) for name in names if _part_path(parts, name).exists()}
-    finished = [number for number in known.values() if number is not None]
-    missing = [name for name in names if known.get(name) is None]
-    for num_rows in _run(location, missing, parts, num_workers):
-        finished.append(num_rows)
-        if progress is not None:
-            progress(len(finished), len(names), sum(finished))
-    return sum(finished)
-
-
 def _read_part(parts: Path, name: str) -> ShardScan:
     table = pq.ParquetFile(_part_path(parts, name)).read(use_threads=False)
     size = int(table.schema.metadata[b"shard_size"])
@@ -346,13 +326,6 @@ def _scan_to_part(location: str, name: str, parts: Path) -> int:
     with written_aside(_part_path(parts, name), durable=False) as aside:
         pq.write_table(table, aside)
     return len(scan.rows)
-
-
-def _rows_of_part(parts: Path, location: str, name: str) -> int | None:
-    """Images of a finished part; None where the shard's size is another now."""
-    metadata = pq.read_metadata(_part_path(parts, name))
-    unchanged = int(metadata.metadata[b"shard_size"]) == shard_size(join(location, name))
-    return int(metadata.num_rows) if unchanged else None
 
 
 def _part_path(parts: Path, name: str) -> Path:

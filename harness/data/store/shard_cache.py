@@ -1,12 +1,8 @@
 """Where the files of a data set are read: in its folder, at its URL, or in a cache of this machine.
 
-The cache of shards is a bounded folder of whole ones, shared by the processes of a machine and by data sets.
-
-The cache is a folder of its own, `aimscale-shards` within the one that the user names: made and marked by the first
-process, so that nothing is ever deleted but shards that were downloaded here. Shards are downloaded once, aside, and
-renamed. When the next one would pass the bound, shards of other data sets make room, the longest unused first; a data
-set never evicts its own, because a shuffled stream comes back to every shard all the time and would download each again
-for every image. What does not fit is read by byte ranges.
+The cache of shards is a bounded folder of whole ones, `aimscale-shards` within the one that the user names, shared by
+the processes of a machine and by data sets. Shards are downloaded once, aside, and renamed. What does not fit is read
+by byte ranges; nothing makes room but the user, who may remove the folder.
 """
 
 from __future__ import annotations
@@ -14,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aimscale.harness.data import DataError
@@ -37,11 +32,8 @@ from aimscale.harness.run.files import cache_folder, locked, written_aside
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
 
-_MARK = "CACHEDIR.TAG"  # also tells backup tools to leave the folder out (bford.info/cachedir)
-_MARK_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Shards downloaded by aimscale, which deletes them here.\n"
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
 _MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
-_DATASET_FOLDER = re.compile(r"[0-9a-f]{16}")
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 4 * 2**20
 _RETRY_S = 60.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
@@ -51,7 +43,7 @@ class CachedReader:
     """Reads shards of one data set through a cache in `cache_dir`, which never holds more than `max_bytes`.
 
     Raises:
-        DataError: what is in the cache's place is not a cache, or it cannot be made.
+        DataError: the cache cannot be made.
     """
 
     def __init__(self, location: str, sizes: Mapping[str, int], cache_dir: Path, max_bytes: int) -> None:
@@ -63,13 +55,13 @@ class CachedReader:
         self._not_before: dict[str, float] = {}
 
     def read_many(self, places: Sequence[Place]) -> list[bytes]:
-        """See `ShardReader`."""
+        """As `LocalReader.read_many`."""
         found: dict[int, bytes] = {}
         for number, (name, offset, size) in enumerate(places):
             if name in self._present or self._obtain(name):
                 try:
                     (found[number],) = self._local.read_many([(_file_name(name), offset, size)])
-                except FileNotFoundError:  # another data set's process made room
+                except FileNotFoundError:  # somebody made room
                     self._present.discard(name)
         missing = [number for number in range(len(places)) if number not in found]
         if missing:
@@ -80,7 +72,6 @@ class CachedReader:
         """Whether the shard is in the cache, after trying to put it there."""
         target = self._folder / _file_name(name)
         if target.exists():
-            os.utime(target)
             self._present.add(name)
             return True
         now = time.monotonic()
@@ -103,18 +94,10 @@ class CachedReader:
         return True
 
     def _reserve(self, aside: Path, size: int) -> bool:
-        """Make room for a shard and claim it by the length of its file; False when it cannot fit."""
+        """Claim the room for a shard by the length of its file; False when it cannot fit."""
         with locked(self._root / ".lock"):
-            files = [(path, stat) for path, stat in _shards_in(self._root) if path != aside]
-            excess = sum(stat.st_size for _, stat in files) + size - self._max_bytes
-            foreign = [(path, stat) for path, stat in files if path.parent != self._folder and not _is_in_use(path)]
-            if excess > sum(stat.st_size for _, stat in foreign):
+            if _bytes_in(self._root, but=aside) + size > self._max_bytes:
                 return False
-            for path, stat in sorted(foreign, key=lambda entry: (entry[0].suffix != _PARTIAL, entry[1].st_mtime)):
-                if excess <= 0:
-                    break
-                path.unlink(missing_ok=True)
-                excess -= stat.st_size
             os.truncate(aside, size)
         return True
 
@@ -131,6 +114,10 @@ class CachedReader:
         with_retries(fetch)
 
 
+Reader = LocalReader | RemoteReader | CachedReader
+"""Reads byte ranges of the shards of one data set."""
+
+
 def open_index(where: str, folder_name: str, cache_dir: str | None) -> Index:
     """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own."""
     if not is_url(where):
@@ -145,9 +132,7 @@ def open_index(where: str, folder_name: str, cache_dir: str | None) -> Index:
     return Index(folder)
 
 
-def open_reader(
-    location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float
-) -> LocalReader | RemoteReader | CachedReader:
+def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float) -> Reader:
     """What reads the shards at a folder or URL; see `open_dataset`.
 
     Raises:
@@ -176,48 +161,26 @@ def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
 
 
 def open_cache(cache_dir: Path) -> Path:
-    """The cache's own folder in `cache_dir`, made and marked if it does not exist.
+    """The cache's own folder in `cache_dir`, made if it does not exist.
 
     Raises:
-        DataError: a folder of that name was made by something else, or none can be made.
+        DataError: it cannot be made.
     """
     root = cache_dir / CACHE_FOLDER
     try:
-        if not root.exists():
-            aside = cache_dir / f".{CACHE_FOLDER}.{os.getpid()}"
-            aside.mkdir(parents=True, exist_ok=True)
-            (aside / _MARK).write_text(_MARK_TEXT)
-            try:
-                aside.rename(root)
-            except OSError:  # another process was faster
-                (aside / _MARK).unlink()
-                aside.rmdir()
-        if (root / _MARK).read_text() == _MARK_TEXT:
-            return root
-    except (FileNotFoundError, UnicodeDecodeError):
-        pass
+        root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make a cache in {cache_dir} ({error}); choose another runtime.cache_dir") from error
-    raise DataError(f"{root} is no cache of shards (it lacks {_MARK}); choose another runtime.cache_dir or remove it")
+    return root
 
 
-def _shards_in(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Every file of the cache's data sets."""
-    for folder in root.iterdir():
-        if not _DATASET_FOLDER.fullmatch(folder.name) or folder.is_symlink():
-            continue
-        for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a download that has just ended
-                if path.is_file() and not path.is_symlink():
-                    yield path, path.stat()
-
-
-def _is_in_use(path: Path) -> bool:
-    """Whether a process is downloading this file; one that was killed leaves an unlocked `.partial`."""
-    if path.suffix != _PARTIAL:
-        return False
-    with locked(path, wait=False) as free:
-        return not free
+def _bytes_in(root: Path, *, but: Path) -> int:
+    """Of the files of the cache's data sets, without one."""
+    total = 0
+    for path in root.glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):  # a download that has just ended
+            total += path.stat().st_size if path != but and path.is_file() else 0
+    return total
 
 
 def _file_name(name: str) -> str:

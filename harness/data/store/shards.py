@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import aiohttp
 import fsspec
@@ -42,17 +42,6 @@ class ShardInfo(NamedTuple):
 
 Place = tuple[str, int, int]
 """A byte range of a shard: its name, the offset of the first byte and their number."""
-
-
-class ShardReader(Protocol):
-    """Reads byte ranges of the shards of one data set."""
-
-    def read_many(self, places: Sequence[Place]) -> list[bytes]:
-        """The bytes at each place, in order; fewer where the file ends before.
-
-        Raises:
-            OSError: a file is missing or cannot be read; its attribute `shard` names which.
-        """
 
 
 def is_url(path: str) -> bool:
@@ -142,7 +131,11 @@ class LocalReader:
         return LocalReader, (self._folder,)
 
     def read_many(self, places: Sequence[Place]) -> list[bytes]:
-        """See `ShardReader`."""
+        """The bytes at each place, in order; fewer where the file ends before.
+
+        Raises:
+            OSError: a file is missing or cannot be read; its attribute `shard` names which.
+        """
         return [self._read(*place) for place in places]
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
@@ -159,7 +152,7 @@ class RemoteReader:
         self._location = location
 
     def read_many(self, places: Sequence[Place]) -> list[bytes]:
-        """See `ShardReader`."""
+        """As `LocalReader.read_many`."""
         found: list[bytes | Exception] = [OSError("not asked for yet")] * len(places)
         for attempt in range(_NUM_TRIES):
             pending = [number for number, data in enumerate(found) if isinstance(data, Exception)]

@@ -1,13 +1,11 @@
 """Held-out images: that none of them enters training, and how validation and probes see them.
 
-Two data sets are compared by the checksums in their indexes. What two contents share never changes, so how many images
-it is is found once and kept in the user's cache. Their pixels have no randomness, and prefixes are fixed per image.
+Two data sets are compared by the checksums in their indexes. Their pixels have no randomness, and prefixes are fixed
+per image.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +19,6 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.decoding import UndecodableImageError, crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.run.files import cache_folder, write_text
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import ModelSection
@@ -40,9 +37,7 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
     Raises:
         DataError: names the first image that both sides hold, and how many there are.
     """
-    pools = list(pools)
-    if count_shared(pools, held_out):
-        found = list(twins(pools, held_out))
+    if found := list(twins(pools, held_out)):
         pool, samples, partners = found[0]
         number = sum(len(some) for which, some, _ in found if which is pool)
         raise DataError(
@@ -53,21 +48,14 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
 
 
 def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
-    """Usable held-out images that some pool holds too, byte for byte; the same contents are compared once."""
-    contents = " ".join([*sorted(pool.fingerprint for pool in pools), held_out.fingerprint])
-    known = cache_folder() / "shared-images" / hashlib.sha256(contents.encode()).hexdigest()[:16]
-    with contextlib.suppress(OSError, ValueError):
-        return int(known.read_text())
+    """Usable held-out images that some pool holds too, byte for byte."""
     is_shared = np.zeros(len(held_out), dtype=bool)
     checksums = np.asarray(held_out.checksum)
     found = [checksums[partners] for _, _, partners in twins(pools, held_out)]
     if found:
         is_shared = np.isin(checksums, np.concatenate(found))
         is_shared[held_out.index.bad] = False
-    number = int(is_shared.sum())
-    with contextlib.suppress(OSError):  # a home that cannot be written costs another look
-        write_text(known, f"{number}\n", durable=False)
-    return number
+    return int(is_shared.sum())
 
 
 def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twins]:

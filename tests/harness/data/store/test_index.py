@@ -12,7 +12,7 @@ import pytest
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import columns
-from aimscale.harness.data.store.columns import SAMPLE, Column, IndexWriter
+from aimscale.harness.data.store.columns import SAMPLE, IndexWriter
 from aimscale.harness.data.store.index import open_dataset
 
 
@@ -54,28 +54,6 @@ def test_usable_samples_are_counted_in_index_order(tmp_path: Path) -> None:
         assert (np.flatnonzero(dataset.ok) == expected).all()
         assert dataset.labels is None
         assert [dataset.shard_of(i) for i in (0, 399, 400, 999)] == [0, 0, 1, 1]
-
-
-def test_a_long_column_does_not_count_as_memory(tmp_path: Path) -> None:
-    values = np.arange(1 << 23)  # 64 MiB
-    np.save(tmp_path / "x.npy", values)
-    column = Column(tmp_path / "x.npy")
-
-    def mapped_kb() -> int:
-        text = Path("/proc/self/smaps").read_text()
-        of_file = text[text.index(str(tmp_path / "x.npy")) :]
-        return int(of_file[of_file.index("Rss:") :].split()[1])
-
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        rows = rng.integers(0, len(values), 100)
-        assert (column.take(rows) == rows).all()
-        assert mapped_kb() < 1000
-    for first, block in column.blocks():
-        assert (block == values[first : first + len(block)]).all()
-    assert first + len(block) == len(values)
-    assert (pickle.loads(pickle.dumps(column)).take(rows) == rows).all()
-    assert mapped_kb() < 1000
 
 
 @pytest.mark.parametrize("damage", ["no columns", "other columns", "half", "null", "list"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -15,14 +16,12 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store import indexing
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
-from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader, open_cache
+from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader
 from aimscale.harness.data.stream.held_out import count_shared
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.files import locked
 from aimscale.sweeps.cli.main import main
 
 
@@ -118,6 +117,10 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path)
     assert dataset.ok.tolist() == [True, False, False, True]
     assert dataset.info.num_bad == 2
+    command = [sys.executable, "-m", "aimscale", "data", "info", f"file://{tmp_path}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, "a thread of Arrow's that outlives the last line would abort it (134)"
+    assert "sample '2' of" in ended.stdout
     for broken, extension in (
         (b"cat", "cls"),
         (b"-3", "cls"),
@@ -142,89 +145,28 @@ def test_shard_cut_between_two_samples_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "in" / "dataset.json").exists()
 
 
-def test_interrupted_index_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_imagenet_wds(tmp_path / "in")
-    scanned: list[str] = []
-    scan_shard = indexing.scan_shard
-
-    def stop_at_third(location: str, name: str) -> Any:
-        if len(scanned) == 2:
-            raise KeyboardInterrupt
-        scanned.append(name)
-        return scan_shard(location, name)
-
-    monkeypatch.setattr(indexing, "scan_shard", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        index_shards(str(tmp_path / "in"), tmp_path / "in")
-    assert not (tmp_path / "in" / "index.parquet").exists()
-    scanned.clear()
-    changed = tmp_path / "in" / "imagenet1k-train-0000.tar"
-    write_tar(changed, [("new.jpg", encoded(np.random.default_rng(0), 66, 66))])
-    index_shards(str(tmp_path / "in"), tmp_path / "in")
-    assert scanned == ["imagenet1k-train-0000.tar", "imagenet1k-train-0002.tar"]
-    assert len(open_dataset(tmp_path / "in")) == 13
-    assert not (tmp_path / "in" / indexing.PARTS_FOLDER).exists()
-
-
-def test_cache_keeps_its_bound_and_makes_room(small_set: Path, tmp_path: Path, serve: Callable[..., Any]) -> None:
+def test_cache_keeps_its_bound_and_touches_nothing_else(
+    small_set: Path, tmp_path: Path, serve: Callable[..., Any]
+) -> None:
+    theirs = tmp_path / "cache" / "0123456789abcdef" / "c.raw"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(bytes(200_000))
     dataset = open_dataset(small_set)
     sizes = {shard.name: shard.size for shard in dataset.shards}
     bound = sum(sorted(sizes.values())[:2]) + 1000
-    cache = tmp_path / "cache"
-
-    def stored() -> int:
-        return sum(path.stat().st_size for path in cache.glob("*/*/*"))
-
-    for turn in range(2):  # the second data set takes the place of the first
+    cached = tmp_path / "cache" / CACHE_FOLDER
+    for _ in range(2):  # the second data set finds less room, and reads by ranges
         url, _ = serve(small_set)
-        reader = CachedReader(url, sizes, cache, bound)
+        reader = CachedReader(url, sizes, tmp_path / "cache", bound)
         for i in range(len(dataset)):
             assert reader.read_many(dataset.places([i])) == [dataset.read(i)]
-            assert stored() <= bound
-        assert len([*reader._folder.iterdir()]) >= 1, turn
+        assert 0 < sum(path.stat().st_size for path in cached.glob("*/*")) <= bound
+    assert theirs.stat().st_size == 200_000
     name = next(iter(sizes))
     wrong = CachedReader(url, sizes | {name: sizes[name] + 1}, tmp_path / "other", 10**9)
     with pytest.raises(OSError, match=name):
         wrong.read_many([(name, 0, 10)])
     assert not [*(tmp_path / "other").glob("*/*/*")]
-
-
-def test_the_cache_never_touches_what_it_did_not_make(
-    small_set: Path, tmp_path: Path, serve: Callable[..., Any]
-) -> None:
-    """The repro of a user's loss: a cache in a folder of theirs, too small for the data set that wants in."""
-    theirs = [tmp_path / "photos" / name for name in ("2021/a.raw", "2022/b.raw", "0123456789abcdef/c.raw", "d.raw")]
-    for path in theirs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(200_000))
-    dataset = open_dataset(small_set)
-    sizes = {shard.name: shard.size for shard in dataset.shards}
-    name = dataset.shards[0].name
-    for url in (f"file://{small_set}", serve(small_set)[0]):
-        reader = CachedReader(url, sizes, tmp_path / "photos", sizes[name] + 1)
-        assert len(reader.read_many([(name, 0, 512)])[0]) == 512
-        assert [path.stat().st_size for path in theirs] == [200_000] * 4
-    (cached,) = (tmp_path / "photos" / CACHE_FOLDER).glob(f"*/{name}")  # the second took the first one's place
-    assert cached.stat().st_size == sizes[name]
-    (tmp_path / "other" / CACHE_FOLDER).mkdir(parents=True)
-    (tmp_path / "other" / CACHE_FOLDER / "thesis.txt").write_text("by hand")
-    with pytest.raises(DataError, match="CACHEDIR"):
-        CachedReader(url, sizes, tmp_path / "other", 1)
-
-
-def test_what_a_killed_download_left_makes_room(small_set: Path, tmp_path: Path, serve: Callable[..., Any]) -> None:
-    sizes = {shard.name: shard.size for shard in open_dataset(small_set).shards}
-    name = min(sizes)
-    left = open_cache(tmp_path) / "0123456789abcdef" / "x.tar.partial"
-    left.parent.mkdir()
-    left.write_bytes(bytes(10_000))
-    reader = CachedReader(serve(small_set)[0], sizes, tmp_path, sizes[name] + 100)
-    with locked(left):  # somebody downloads it
-        reader.read_many([(name, 0, 10)])
-        assert left.exists()
-    reader = CachedReader(serve(small_set)[0], sizes, tmp_path, sizes[name] + 100)
-    reader.read_many([(name, 0, 10)])
-    assert not left.exists()
 
 
 def test_protocols_that_nobody_knows_are_one_sentence(
@@ -243,26 +185,18 @@ def test_protocols_that_nobody_knows_are_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_info_describes_and_shows(
-    small_set: Path, large_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    aimscale("data", "info", str(small_set), "--json", "--sheet", str(tmp_path / "sheet.png"))
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["class_counts"] == {"ant": 20, "bee": 20, "cat": 20}
-    assert facts["shorter_side_px"] == dict.fromkeys(facts["shorter_side_px"], 32)
-    assert facts["contact_sheet"]["num_images"] == 60
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        pixels = np.asarray(sheet)
-    assert pixels.shape == (8 * 100 + 4, 8 * 100 + 4, 3)
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
-    aimscale("data", "info", str(large_set))
+def test_info_describes(small_set: Path, large_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aimscale("data", "info", str(small_set))
     text = capsys.readouterr().out
-    assert "24 (24 different files), 0 undecodable" in text
-    assert "no labels" in text
+    assert "60, 0 undecodable" in text
+    assert "median 32 px" in text
+    assert "3, with 20 to 20 images each" in text
+    aimscale("data", "info", str(large_set))
+    assert "no labels" in capsys.readouterr().out
 
 
 def test_validation_images_can_never_enter_training(
-    small_set: Path, tmp_path: Path, configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    small_set: Path, tmp_path: Path, configure: Callable[..., RunConfig]
 ) -> None:
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(9)
@@ -274,5 +208,3 @@ def test_validation_images_can_never_enter_training(
         TrainStream(configure(validation=tmp_path / "validation", unique_images=5))
     pools, held_out = [open_dataset(small_set)], open_dataset(tmp_path / "validation")
     assert count_shared(pools, held_out) == 1
-    monkeypatch.setattr("aimscale.harness.data.stream.held_out.twins", None)
-    assert count_shared(pools, held_out) == 1, "what was found once is not looked for again"
