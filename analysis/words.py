@@ -64,9 +64,6 @@ FLAGS = {
     "other_tasks": "Tasks that the paper does not have: {subject}.",
     "other_probes": "Probes of another kind than Table 6's attentive one: {subject}.",
     "other_sides": "Resolution: these runs see {subject} px, AIM {number} px: a part of every gap.",
-    "leak": "{subject}: {number:.0f} of {more[0]:.0f} test images are in {more[1]}, too, byte for byte; its "
-    "accuracies are "
-    "shown, marked, and not to be trusted by more than that share.",
     "loss_levels": "Loss levels: the paper's are on IN-1k at 224 px with unstated prefixes, ours on this table's "
     "images.",
     "no_mean": "The mean over tasks of {number} runs: at most {more[0]} of the paper's {more[1]} tasks were probed, "

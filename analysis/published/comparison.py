@@ -45,9 +45,8 @@ class Comparison(Result):
 
     tasks: pd.DataFrame
     """One row per shared task, run (its largest budget) and choice of blocks: size, params_total, images_seen, task,
-    blocks (last, chosen, not said), top1, top1_lo95, top1_hi95, where test images were seen in training also
-    test_in_train and test_in_pool, aim_7b (with the same choice of blocks), gap_to_aim_7b (ours minus theirs),
-    best_frozen, best_frozen_top1, gap_to_best_frozen."""
+    blocks (last, chosen, not said), top1, top1_lo95, top1_hi95, aim_7b (with the same choice of blocks),
+    gap_to_aim_7b (ours minus theirs), best_frozen, best_frozen_top1, gap_to_best_frozen."""
     means: pd.DataFrame
     """Mean over all fifteen tasks of the runs that have them all: size, run_id, blocks, mean, aim_7b, gap."""
     baselines: pd.DataFrame
@@ -96,7 +95,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     """
     found = usable_rows(frame)
     probes = probe_frame(complete(frame))
-    left_out = [*(Flag(kind="rows_left_out", subject=str(each)) for each in found.exclusions), *_leaks(probes)]
+    left_out = [*(Flag(kind="rows_left_out", subject=str(each)) for each in found.exclusions)]
     shared = _shared(probes, left_out)
     left_out.append(Flag(kind="loss_levels"))
     return Comparison(
@@ -165,19 +164,6 @@ def _shared(probes: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
     return kept
 
 
-def _leaks(probes: pd.DataFrame) -> list[Flag]:
-    """Test images that were seen in training."""
-    found = []
-    for column, where in (("test_in_train", "its training split"), ("test_in_pool", "the pre-training pool")):
-        if column in probes:
-            seen = probes[probes[column] > 0].drop_duplicates(["task", column])
-            found += [
-                Flag(kind="leak", subject=str(task), number=num, more=(n, where))
-                for task, num, n in zip(seen["task"], seen[column], seen["n"], strict=True)
-            ]
-    return found
-
-
 def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of each run's largest budget."""
     if "images_seen" not in rows or rows["images_seen"].isna().all():
@@ -198,8 +184,7 @@ def _by_blocks(shared: pd.DataFrame) -> pd.DataFrame:
 def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     rows = _by_blocks(_last_budgets(shared))
     keep = [name for name in ("size", "params_total", "images_seen") if name in rows]
-    seen = [name for name in ("test_in_train", "test_in_pool") if name in rows and (rows[name] > 0).any()]
-    out = rows[[*keep, "task", "blocks", "top1", "top1_lo95", "top1_hi95", *seen]].reset_index(drop=True)
+    out = rows[[*keep, "task", "blocks", "top1", "top1_lo95", "top1_hi95"]].reset_index(drop=True)
     references = out["blocks"].map(REFERENCE)
     out["aim_7b"] = [table6().loc[key, task] for key, task in zip(references, out["task"], strict=True)]
     out["gap_to_aim_7b"] = out["top1"] - out["aim_7b"]

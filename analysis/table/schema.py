@@ -64,8 +64,6 @@ PROBE_FIELDS = _columns(
         ("holdout_top1", "float64", "fraction", "Accuracy on the hold-out of the training split that made the choices"),
         ("lr", "float64", "", "Chosen learning rate"),
         ("weight_decay", "float64", "", "Chosen weight decay"),
-        ("test_in_train", "int64", "images", "Test images that the task's training split holds too, byte for byte"),
-        ("test_in_pool", "int64", "images", "Test images in the pre-training pool; null where it could not be read"),
         ("extra", "json", "", "Further keys that the probe wrote"),
     ]
 )

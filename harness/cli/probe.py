@@ -30,10 +30,6 @@ def probe(
     ] = None,
     task: TaskNames = None,
     tasks: TaskFile = None,
-    train: Annotated[
-        str | None, typer.Option(help="Training split of a task of your own: a labelled data set.")
-    ] = None,
-    test: Annotated[str | None, typer.Option(help="Test split of that task.")] = None,
     kind: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,9 +51,7 @@ def probe(
 
     config = RunDir(run).load_config()
     is_released = kind == [RELEASED]
-    if is_released and test is not None:
-        train = train or test  # nothing is trained: a test split is enough
-    sections = _sections(config, task, tasks, None if is_released else kind, splits=(train, test))
+    sections = _sections(config, task, tasks, None if is_released else kind)
     with join_ranks(device, config.runtime.num_threads) as group:
         if is_released:
             results = score_released(run, sections, group=group)
@@ -99,11 +93,7 @@ def baseline(
 
 
 def _sections(
-    config: RunConfig,
-    names: list[str] | None,
-    file: Path | None,
-    kinds: list[str] | None,
-    splits: tuple[str | None, str | None] = (None, None),
+    config: RunConfig, names: list[str] | None, file: Path | None, kinds: list[str] | None
 ) -> list[ProbeSection]:
     """The tasks that the command line asks for, as sections of a configuration; relative paths start here.
 
@@ -111,23 +101,13 @@ def _sections(
         names: tasks of the configuration; None takes all.
         file: a list of tasks instead of the configuration's.
         kinds: kinds of probes instead of each task's own.
-        splits: training and test split of a task spelled out on the command line.
 
     Raises:
-        ConfigError, ProbeError: no such task, or one that is only half given.
+        ConfigError, ProbeError: no such task, or a kind that there is not.
     """
-    from aimscale.harness.probe.features.tasks import ProbeError
     from aimscale.harness.probe.run import wanted_tasks
 
     changes = {"kinds": kinds} if kinds else {}
-    train, test = splits
-    if (train is None) != (test is None):
-        raise ProbeError("--train and --test belong together; give both")
-    if train is not None and test is not None:
-        if names is None or len(names) != 1:
-            raise ProbeError("name the task of --train and --test with one --task NAME")
-        values = {"task": names[0], "train": _absolute(train), "test": _absolute(test)}
-        return [parse(ProbeSection, values | changes, "the command line")]
     own = wanted_tasks(config.evaluation.probes if file is None else _tasks_of(file), names)
     return [parse(ProbeSection, section.model_dump() | changes, "the command line") for section in own]
 

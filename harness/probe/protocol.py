@@ -17,7 +17,6 @@ train together are done together, and kept in the task's file: a killed probe re
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,13 +26,10 @@ from typing import Any
 import torch
 
 from aimscale.aim.weights import write_weights
-from aimscale.harness.data import DataError
-from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.held_out import count_shared
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, PixelBackbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, SplitFeatures
-from aimscale.harness.probe.features.images import LabelledImages, Pause, PublishedViews, Task, holdout_split, open_task
+from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.probe.heads.fit import GridFit, answers_of_heads
@@ -56,7 +52,6 @@ def probe_backbone(
     out: Path | None,
     group: Group = ALONE,
     pause: Pause = lambda: None,
-    pools: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Probe a frozen backbone on one task.
 
@@ -67,8 +62,6 @@ def probe_backbone(
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         pause: called by all ranks together, often; raises to stop there, and the next call repeats the kinds under way.
-        pools: data sets that the backbone was pre-trained on, among which test images are looked for; None where they
-            are not known.
 
     Returns:
         One entry per kind for the `probes` list of a results row.
@@ -88,12 +81,11 @@ def probe_backbone(
     if not kinds:
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
-    shared = group.from_first(_shared_images(section, train, test, pools) if group.is_first else None)
     fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
     task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
     with matmul_precision(section.precision):
         for details in _details(task, backbone, kinds, out, key):
-            about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed, **shared}
+            about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
             done = {detail["kind"]: detail | about for detail in details}
             found |= done
             if out is not None and group.is_first:
@@ -233,29 +225,3 @@ def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
         raise ProbeError(f"{named}; leave out kind '{attending[0]}'")
     if "lora" in section.kinds and not isinstance(backbone, AimBackbone):
         raise ProbeError(f"LoRA adapts AIM trunks, not {backbone.name}; leave out kind 'lora'")
-
-
-def _shared_images(
-    section: ProbeSection, train: LabelledImages, test: LabelledImages, pools: Sequence[str] | None
-) -> dict[str, int | None]:
-    """How many test images are in the training split, and in the pre-training pool, byte for byte; says so if any are.
-
-    Returns:
-        `test_in_train` and `test_in_pool`, the latter None where the pool is unknown or not available.
-    """
-    counts: dict[str, int | None] = {"test_in_train": count_shared([train.dataset], test.dataset), "test_in_pool": None}
-    if pools is not None:
-        try:
-            counts["test_in_pool"] = count_shared([open_dataset(pool) for pool in pools], test.dataset)
-        except DataError:  # moved, remote, or of imported weights
-            _say(
-                f"{section.task}: the pre-training images are not available, so they were not searched for test images"
-            )
-    for where, name in (("its training split", "test_in_train"), ("the pre-training pool", "test_in_pool")):
-        if counts[name]:
-            _say(f"{section.task}: {counts[name]} of {len(test)} test images are in {where}, too; results are marked")
-    return counts
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -64,7 +64,7 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
         ProbeError: there are none, or none of that name.
     """
     if not sections:
-        raise ProbeError("the run's configuration names no probes; give a task with --task NAME --train DIR --test DIR")
+        raise ProbeError("the run's configuration names no probes; give some with --tasks FILE")
     known = {section.task: section for section in sections}
     for task in tasks or ():
         if task not in known:
@@ -141,7 +141,6 @@ def probe_run(
                     out=run.probes_dir(budget),
                     group=group,
                     pause=pause,
-                    pools=[source.path for source in config.training.data.sources],
                 )
             if group.is_first:
                 merge_into_rows(run, config, budget)

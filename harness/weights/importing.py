@@ -1,34 +1,26 @@
-"""A released backbone, or a checkpoint of the authors' trainer, is described and becomes a finished run directory."""
+"""A released backbone becomes a finished run directory."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
+from aimscale.aim.config import RELEASED_SIZES
 from aimscale.aim.weights import (
     BACKBONE,
     NUM_HEADS,
     PROBE,
-    TRAINER_NORM_EPS,
     WeightsError,
     check_shapes,
     identify,
-    is_of_trainer,
-    known_heads,
     model_shapes,
     probe_state,
     read_weights,
-    to_released,
     write_weights,
 )
-from aimscale.harness.probe.released import RELEASED_HEAD, HeadBlocks, released_blocks
+from aimscale.harness.probe.released import RELEASED_HEAD
 from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_text, written_dir_aside
@@ -50,33 +42,35 @@ def import_weights(
     source: Path,
     run_path: Path,
     *,
-    size: str | None,
     image_size: int,
     images_seen: int | None,
     num_heads: int | None = None,
     head: Path | None = None,
-    head_blocks: HeadBlocks = "last",
 ) -> RunDir:
-    """Turn a released backbone, or a checkpoint of the authors' trainer, into a finished run directory.
+    """Turn a released backbone into a finished run directory.
 
     Args:
-        source: `.pth` or `.safetensors` with `preprocessor.*` and `trunk.*` under released names; or with q, k, v apart
-            and `head.decoder_*`, whose pixel head comes along.
-        size: named size; None takes the one whose shapes fit.
+        source: `.pth` or `.safetensors` with `preprocessor.*` and `trunk.*` under released names.
         image_size: side of the images, pixels, which the file does not tell.
         images_seen: D; None takes the published number of that size.
         num_heads: attention heads, which shapes do not tell; None takes those of a published size or of our own export.
         head: file of a released attentive probe `head.*`; None keeps the one in `source`, if there is one.
-        head_blocks: the blocks that it reads: the last six, or the published best ones.
 
     Raises:
-        WeightsError: an unreadable file, one that is not the backbone of `size`, or a head that does not fit.
+        WeightsError: an unreadable file, one that is no AIM backbone, or a head that does not fit.
         RunDirError: `run_path` exists.
     """
     if run_path.exists():
         raise RunDirError(f"{run_path} exists already; choose another directory for the imported weights")
-    state = to_released(read_weights(source))
-    section, config = _model_of(source, state, size=size, image_size=image_size, num_heads=num_heads)
+    state = read_weights(source)
+    config = identify(source, image_size=image_size, num_heads=num_heads)
+    section = ModelSection(
+        size=config.name,
+        image_size=image_size,
+        patch_size=config.patch_size,
+        channels=config.channels,
+        head_rule="released",
+    )
     images_seen = PUBLISHED_IMAGES_SEEN.get(section.size) if images_seen is None else images_seen
     if images_seen is None:
         raise WeightsError(f"{source} is no published size ({section.size}); say --images-seen, its training images")
@@ -85,17 +79,14 @@ def import_weights(
     else:
         kept_head = probe_state(read_weights(head), config, head)
     body = {name: tensor for name, tensor in state.items() if not name.startswith(PROBE)}
-    is_whole = any(name.startswith("pixel_head.") for name in body)
-    shapes = model_shapes(config)
-    wanted = {name: shape for name, shape in shapes.items() if is_whole or name.startswith(BACKBONE)}
+    wanted = {name: shape for name, shape in model_shapes(config).items() if name.startswith(BACKBONE)}
     check_shapes(body, wanted, source)
     run_config = _published_recipe(section, images_seen)
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": _sha256(source)}
     with written_dir_aside(run_path) as folder:
         run = RunDir(folder)
         if kept_head:
-            blocks = released_blocks(config, head_blocks)
-            write_weights(kept_head, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
+            write_weights(kept_head, run.path / RELEASED_HEAD)
         metadata = {"format": "pt", "imported_from": source.name, NUM_HEADS: str(config.num_heads)}
         write_weights(body, run.model_file(images_seen), metadata)
         write_text(run.config, run_config.to_yaml())
@@ -103,81 +94,6 @@ def import_weights(
         run.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
         record_start(run, {"imported": origin})
     return RunDir(run_path)
-
-
-def describe_weights(path: Path) -> dict[str, Any]:
-    """What a weight file holds, from names and shapes alone.
-
-    Raises:
-        WeightsError: an unreadable file, or one that is no AIM.
-    """
-    state = read_weights(path)
-    parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0}
-    for name, tensor in state.items():
-        part = name.split(".", 1)[0]
-        parts[part] = parts.get(part, 0) + tensor.numel()
-    facts = {
-        "file": str(path),
-        "bytes": path.stat().st_size,
-        "num_tensors": len(state),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
-        "params": {part: count for part, count in parts.items() if count},
-    }
-    if f"{PROBE}linear.weight" in state:
-        facts["num_classes"] = len(state[f"{PROBE}linear.weight"])
-    return facts | (_backbone_facts(path, state) if parts["trunk"] else {})
-
-
-def _backbone_facts(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    any_heads = identify(path, num_heads=1)
-    heads = known_heads(path, any_heads.width, any_heads.depth)
-    wanted = {name: shape for name, shape in model_shapes(any_heads).items() if name.startswith(BACKBONE)}
-    backbone = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(BACKBONE)}
-    return {
-        "size": identify(path).name if heads else f"w{any_heads.width}-d{any_heads.depth}",
-        "width": any_heads.width,
-        "depth": any_heads.depth,
-        "num_heads": heads or "not told by the file",
-        "patch_size": any_heads.patch_size,
-        "is_complete_backbone": backbone == wanted,
-    }
-
-
-def _model_of(
-    source: Path, state: Mapping[str, Tensor], *, size: str | None, image_size: int, num_heads: int | None
-) -> tuple[ModelSection, ModelConfig]:
-    """The model that a file holds, insisting on `size`."""
-    found = identify(source, image_size=image_size, num_heads=num_heads)
-    of_trainer = is_of_trainer(read_weights(source))
-    section = ModelSection(
-        size=size or found.name,
-        image_size=image_size,
-        patch_size=found.patch_size,
-        channels=found.channels,
-        **(_trainer_fields(state, source) if of_trainer else {"head_rule": "released"}),
-    )
-    config = model_config(**dict(section))
-    if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
-        raise WeightsError(f"{source} holds {found.name}, not {section.size}; leave out --size, or give the other file")
-    return section, config
-
-
-def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Fields of `model` that a checkpoint of the authors' trainer implies."""
-    pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
-    if "pixel_head.proj_in.weight" not in pixel_head:
-        raise WeightsError(
-            f"{source} lacks head.decoder_projection.weight, so its pixel head is not whole; give it all"
-        )
-    blocks = {name.split(".")[2] for name in pixel_head if name.startswith("pixel_head.blocks.")}
-    return {
-        "head_rule": "released",
-        "head_width": len(pixel_head["pixel_head.proj_in.weight"]),
-        "head_depth": len(blocks),
-        "ln_residual": any(name.endswith(".norm_1.weight") for name in pixel_head),
-        "norm_eps": TRAINER_NORM_EPS,
-        "qkv_init": "separate",
-    }
 
 
 def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:

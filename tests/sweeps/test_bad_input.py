@@ -57,7 +57,6 @@ OF_RUN = (
     "probe {run}",
     "baseline raw-pixels --like {run}",
     "weights export {run} {folder}/exported",
-    "weights info {run}/budgets/640/model.safetensors",
     "data info {folder}/set",
 )
 OF_TABLE = (
@@ -252,7 +251,6 @@ def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
         ("frontier {table} --at nan", "--at"),
         ("correlate {table} --x L --y L", "val_loss"),
         ("correlate {table} --x L --y odd", "--y"),
-        ("weights info {folder}/empty.pth", "empty.pth"),
         ("data index odd://place --out {folder}/index", "odd"),
         ("plan {folder}/flag.yaml", "budgets.0"),
         ("plan {folder}/task.yaml", "probes.0.task"),

@@ -18,7 +18,6 @@ from sklearn.datasets import load_digits
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.probe.files import with_probes_of_files
 from aimscale.harness.run.config import run_config
@@ -86,37 +85,6 @@ def test_probing_writes_files_and_its_part_of_the_row(run: RunDir, capsys: pytes
     assert len(list(run.probes_dir(64).iterdir())) == 2  # and the attentive head
 
 
-def test_test_images_that_were_trained_on_are_counted_and_the_flag_follows_into_the_table(
-    run: RunDir, digits: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["probe", str(run.path), "--device", "cpu", "--kind", "knn", "--json"])
-    captured = capsys.readouterr()
-    (entry,) = json.loads(captured.out)
-    assert (entry["test_in_train"], entry["test_in_pool"]) == (0, 0)
-    assert "are in" not in captured.err
-    # 121 images to test on, all of which are in the split that is trained on, which is not the pool
-    task = ["--task", "leak", "--train", str(digits / "test"), "--test", str(digits / "test"), "--kind", "knn"]
-    with pytest.raises(SystemExit):
-        main(["probe", str(run.path), "--device", "cpu", *task, "--json"])
-    captured = capsys.readouterr()
-    (entry,) = json.loads(captured.out)
-    assert (entry["test_in_train"], entry["test_in_pool"]) == (121, 0)
-    assert "leak: 121 of 121" in captured.err
-    task[3], task[5] = str(digits / "test"), str(digits / "train")  # and now on the pool's own images
-    task[1] = "pool"
-    (entry,) = call(capsys, "probe", str(run.path), "--device", "cpu", *task)
-    assert (entry["test_in_train"], entry["test_in_pool"]) == (0, 300)
-    (row,) = run.read_rows()
-    (stored,) = results_table([row | {"sweep": "s", "status": "complete", "run_id": "r"}]).to_pylist()
-    assert [(probe["task"], probe["test_in_train"], probe["test_in_pool"]) for probe in stored["probes"]] == [
-        ("other", None, None),
-        ("digits", 0, 0),
-        ("leak", 121, 0),
-        ("pool", 0, 300),
-    ]
-
-
 def in_row(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Printed entries as the row of their budget has them."""
     return [{name: value for name, value in entry.items() if name != "images_seen"} for entry in entries]
@@ -180,8 +148,7 @@ def test_imported_weights_are_probed_like_any_run(
     [
         (["--images-seen", "7"], "no saved budget of 7 images; it has 64"),
         (["--task", "cats"], "no task 'cats'; its tasks: digits"),
-        (["--train", "somewhere"], "--test"),
-        (["--task", "a", "--train", "x", "--test", "y", "--kind", "svm"], "kinds.0"),
+        (["--kind", "svm"], "kinds.0"),
     ],
 )
 def test_mistakes_are_one_sentence(
