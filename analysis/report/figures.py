@@ -13,8 +13,7 @@ from aimscale.analysis.effects.noise_sources import Noise
 from aimscale.analysis.effects.repetition import Repeats
 from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.plots.intervals import plot_contrasts
-from aimscale.analysis.plots.laws import plot_approaches
-from aimscale.analysis.plots.scaling import plot_fit, plot_loss_accuracy, plot_points
+from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_loss_accuracy, plot_points
 from aimscale.analysis.plots.style import png_bytes, svg_text, themed_svg
 from aimscale.analysis.report.study import Study, probe_kinds
 from aimscale.analysis.report.tables import PageTable, csv_uri, data_uri, page_table

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.card import num_images
-from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, ExecutionPlan
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
+from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.device_fit import device_fit, stop_seconds
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import Sweep
 
 WEIGHTS_BYTES_PER_PARAM = 4
 """Final weights of a budget, fp32."""
-
+MIN_STOP_S = 120
+"""Even a small run ends a step, a validation batch or a probe's epoch first."""
+STEP_S = 30
+"""For the step that is under way, beside a save."""
+SAVE_BYTES_PER_S = 0.5e9
+"""Assumption: the rate at which a checkpoint reaches a shared disk."""
 
 MAX_EPOCHS = 4
 
@@ -228,3 +236,26 @@ def _pool(sweep: Sweep, config: RunConfig, seen: dict[tuple[str, ...], int | Non
         # not made yet, or remote: the card says that epochs are unknown
         seen[paths] = None if None in counts else sum(count or 0 for count in counts)
     return seen[paths]
+
+
+@functools.cache
+def device_fit(
+    model: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, devices: int, device_bytes: int
+) -> ExecutionPlan | None:
+    """The execution plan of a run on devices of this memory; None where nothing fits."""
+    with contextlib.suppress(DoesNotFitError):
+        return execution_plan(model, optimiser, runtime, world_size=devices, device_bytes=device_bytes)
+    return None
+
+
+def stop_seconds(sweep: Sweep, run: Run) -> int:
+    """Time from being told to stop to being killed, for Slurm's signal and for torchrun.
+
+    `slurm.signal_delay_s`, or twice a save and a step.
+    """
+    given = sweep.file.slurm.signal_delay_s
+    if given != "auto":
+        return given
+    num_params = counts_of(model_of(run.config.training))[0].total
+    save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
+    return max(MIN_STOP_S, math.ceil(2 * save_s) + STEP_S)

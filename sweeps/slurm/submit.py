@@ -12,7 +12,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from aimscale.sweeps.plan.device_fit import stop_seconds
+from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm

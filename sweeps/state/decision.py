@@ -11,7 +11,7 @@ from typing import Literal
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import Status
 from aimscale.harness.run.trunk import missing_budgets
-from aimscale.sweeps.plan.device_fit import MIN_STOP_S, stop_seconds
+from aimscale.sweeps.plan.costs import MIN_STOP_S, stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.state.claims import Claim, RunRecord, claim_run, local_claim_is_live

@@ -9,8 +9,7 @@ import pytest
 
 from aimscale.analysis import correlate, fit
 from aimscale.analysis.frontier.approaches import all_approaches
-from aimscale.analysis.plots.laws import plot_approaches
-from aimscale.analysis.plots.scaling import plot_fit, plot_loss_accuracy, plot_points
+from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_loss_accuracy, plot_points
 from aimscale.analysis.plots.style import DARK, human, log_axis, new_figure, save, svg_text, themed_svg
 
 

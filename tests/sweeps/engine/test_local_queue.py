@@ -13,7 +13,7 @@ import pytest
 import aimscale.sweeps.engine.start
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine.start import left_alone
-from aimscale.sweeps.plan.device_fit import stop_seconds
+from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.claims import RunRecord
 from aimscale.sweeps.state.retries import forgive

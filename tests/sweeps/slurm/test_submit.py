@@ -13,8 +13,7 @@ import pytest
 from rich.console import Console
 
 from aimscale.aim.errors import UserError
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.device_fit import SAVE_BYTES_PER_S, stop_seconds
+from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of
