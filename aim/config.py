@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from aimscale.aim.errors import UserError, did_you_mean
 
 HeadRule = Literal["released", "proportional", "none"]
-PatchOrder = Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "hashed"]
+PatchOrder = Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "fixed_random", "hashed"]
 QkvInit = Literal["fused", "separate"]
 Target = Literal["normalised", "raw"]
 Parametrisation = Literal["standard", "mup"]

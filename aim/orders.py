@@ -2,15 +2,16 @@
 
 An order is a tuple whose t-th entry is the raster index (row * grid + column) of the patch at sequence position t. The
 paper names raster, spiral, checkerboard and a fixed random order without defining them. `outward_spiral` and
-`checkerboard` are those of the authors' trainer.
-Its random order is a list of numbers that is theirs; `hashed` is ours.
+`checkerboard` are those of the authors' trainer. Its random order, `fixed_random`, is a published list of numbers,
+read from that trainer where it is installed, since the list is theirs; `hashed` is ours.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 
-from aimscale.aim.config import PatchOrder
+from aimscale.aim.config import ModelConfigError, PatchOrder
 
 
 def patch_order(order: PatchOrder, grid: int) -> tuple[int, ...]:
@@ -20,7 +21,11 @@ def patch_order(order: PatchOrder, grid: int) -> tuple[int, ...]:
     - `outward_spiral`: from the centre outwards, the inward one reversed and transposed;
     - `inward_spiral`: clockwise from the top-left corner inwards;
     - `checkerboard`: the "black" cells, those with an even row + column, in raster order, then the "white" ones;
+    - `fixed_random`: the authors' list for this grid;
     - `hashed`: one fixed permutation for each grid, the same on every machine and in every run.
+
+    Raises:
+        ModelConfigError: `fixed_random` without the authors' trainer, or with a grid that it has no list for.
     """
     raster = range(grid * grid)
     if order == "raster":
@@ -31,6 +36,8 @@ def patch_order(order: PatchOrder, grid: int) -> tuple[int, ...]:
         return tuple(index % grid * grid + index // grid for index in reversed(_inward_spiral(grid)))
     if order == "checkerboard":
         return tuple(sorted(raster, key=lambda index: (sum(divmod(index, grid)) % 2, index)))
+    if order == "fixed_random":
+        return _published_random_order(grid)
     # A hash as the sort key, because random generators may change between library versions.
     return tuple(sorted(raster, key=lambda index: hashlib.sha256(f"{grid}/{index}".encode()).digest()))
 
@@ -42,3 +49,16 @@ def _inward_spiral(grid: int) -> tuple[int, ...]:
         order += rows.pop(0)
         rows = [list(column) for column in zip(*rows, strict=True)][::-1]  # turn the rest anticlockwise
     return tuple(order)
+
+
+def _published_random_order(grid: int) -> tuple[int, ...]:
+    try:
+        lists = importlib.import_module("l3m.helpers.vision.ar_patterns").FIXED_RANDOM_PATTERNS
+    except ImportError:
+        lists = {}
+    if grid**2 not in lists:
+        raise ModelConfigError(
+            f"patch_order fixed_random of {grid**2} patches is no list of the authors' trainer, or that is not "
+            "installed (git+https://github.com/apple/ml-l3m); use hashed, a fixed order of ours"
+        )
+    return tuple(int(index) for index in lists[grid**2])

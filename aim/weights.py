@@ -1,7 +1,8 @@
 """Weights in and out, under the names of the released AIM models.
 
 A released model is `preprocessor.*` and `trunk.*` (the backbone file) and `head.*` (the attentive-probe file); our own
-files add `pixel_head.*`, which was never released.
+files add `pixel_head.*`, which was never released. Checkpoints of the authors' trainer (ml-l3m) hold query, key and
+value apart (`attn.q_proj`, ...), the pixel head as `head.decoder_*`, and fixed positions, which are computed here.
 Files are mapped and copied tensor by tensor; no pickled code is ever executed.
 """
 
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -32,6 +34,14 @@ PROBE = "head."
 """Prefix of a released attentive probe's names."""
 NUM_HEADS = "num_heads"
 """Key, in the header of an exported safetensors file, of the number of attention heads, which shapes do not tell."""
+TRAINER_NORM_EPS = 1e-5
+"""Of every LayerNorm that the authors' trainer trains."""
+
+_TRAINER_HEAD = {"projection": "proj_in", "blocks": "blocks", "norm": "norm", "pred": "proj_out"}
+_TRAINER_HEAD_NAME = re.compile(rf"^head\.decoder_({'|'.join(_TRAINER_HEAD)})\.")
+_WRAPPER = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+_WRAPPERS_AHEAD = re.compile(r"^(module\.|_orig_mod\.|model\.)+")
+"""What compilation and data parallelism put between the parts of a name, and before it."""
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -73,6 +83,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a plain PyTorch state dict ({reason}); save one with torch.save(model.state_dict(), path)"
         ) from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint of the authors' trainer
+        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds something other than named tensors; save model.state_dict() alone")
     return state
@@ -149,6 +161,8 @@ def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None)
         ModelConfigError: shapes that no AIM has.
     """
     state = read_weights(path)
+    if is_of_trainer(state):
+        state = to_released(state)
     patch_embedding = state.get("preprocessor.patchifier.proj.weight")
     depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
     if patch_embedding is None or patch_embedding.ndim != 4 or depth == 0:
@@ -303,3 +317,29 @@ def _some(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
     first, *more = sorted(names)
     return first + (f" and {len(more)} more" if more else "")
+
+
+def is_of_trainer(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are names of the authors' trainer."""
+    return any(name.endswith("attn.q_proj.weight") for name in state)
+
+
+def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under released names; q, k and v of a block are joined when a block is complete.
+
+    Names that are neither a backbone's nor a pixel head's are kept as they are, for the caller to refuse.
+    """
+    plain = {_WRAPPER.sub("", _WRAPPERS_AHEAD.sub("", name)): tensor for name, tensor in state.items()}
+    out: dict[str, Tensor] = {}
+    for name, tensor in plain.items():
+        if name.endswith("pos_embed"):
+            continue
+        if found := re.fullmatch(r"(trunk\.blocks\.\d+\.attn\.)([qkv])_proj\.weight", name):
+            parts = [plain.get(f"{found[1]}{part}_proj.weight") for part in "qkv"]
+            if found[2] == "q" and all(part is not None for part in parts):
+                out[f"{found[1]}qkv.weight"] = torch.cat([part for part in parts if part is not None])
+            continue
+        name = re.sub(r"^preprocessor\.(?:[\w.]+\.)?patchifier\.", "preprocessor.patchifier.", name)
+        name = _TRAINER_HEAD_NAME.sub(lambda found: f"pixel_head.{_TRAINER_HEAD[found[1]]}.", name)
+        out[name] = tensor
+    return out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -44,8 +45,9 @@ def train(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Released backbone.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Released backbone or trainer's checkpoint.", show_default=False)],
     run_dir: Annotated[Path, typer.Argument(help="New run directory.", show_default=False)],
+    size: Annotated[str | None, typer.Option(help="Insist on this size; default: by the shapes.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side of its input images, pixels.")] = 224,
     images_seen: Annotated[
         int | None, typer.Option(min=1, help="Images it was trained on; default: the published number.")
@@ -56,15 +58,27 @@ def import_(
     head: Annotated[
         Path | None, typer.Option(help="File of the released attentive probe; default: the one in FILE.")
     ] = None,
+    head_blocks: Annotated[
+        Literal["last", "best"], typer.Option(help="Blocks that the probe reads: the last six or the published best.")
+    ] = "last",
 ) -> None:
     """Turn released weights into a finished run, which `probe` and `collect` read like any other."""
-    from aimscale.harness.weights.importing import import_weights
+    from aimscale.harness.weights import import_weights
 
-    run = import_weights(file, run_dir, image_size=image_size, images_seen=images_seen, num_heads=num_heads, head=head)
+    run = import_weights(
+        file,
+        run_dir,
+        size=size,
+        image_size=image_size,
+        images_seen=images_seen,
+        num_heads=num_heads,
+        head=head,
+        head_blocks=head_blocks,
+    )
     config = run.load_config()
     typer.echo(
         f"wrote {run.path}: {config.training.model.size}, {config.evaluation.budgets[0]:,} images; probe it with "
-        f"`aimscale probe {run.path} --tasks FILE`"
+        f"`aimscale probe {run.path} --task NAME --train DIR --test DIR`"
     )
 
 
@@ -84,7 +98,7 @@ def export(
     from aimscale.harness.probe.files import probe_head
     from aimscale.harness.probe.run import saved_budgets
     from aimscale.harness.run.directory import RunDir, RunDirError
-    from aimscale.harness.weights.exporting import export_weights
+    from aimscale.harness.weights import export_weights
 
     run = RunDir(run_dir)
     run.load_config()
@@ -97,3 +111,25 @@ def export(
     probe_file = None if probe is None else probe_head(run, budget, probe)
     for path in export_weights(run, budget, out, probe_file=probe_file):
         typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
+
+
+@app.command("info")
+def info(
+    file: Annotated[Path, typer.Argument(help="Weight file, .pth or .safetensors.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe a weight file from its names and shapes."""
+    from aimscale.harness.weights import describe_weights
+
+    facts: dict[str, Any] = describe_weights(file)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {count:,}" for part, count in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        typer.echo(f"{name.replace('_', ' '):<22}{value}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 
+from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
@@ -26,6 +29,28 @@ RELEASED = "released"
 """The kind of such a probe."""
 RELEASED_HEAD = "released_head.safetensors"
 """In the directory of an imported run."""
+BEST_BLOCKS = {
+    "aim-600M": tuple(range(14, 20)),
+    "aim-1B": tuple(range(12, 18)),
+    "aim-3B": tuple(range(12, 18)),
+    "aim-7B": tuple(range(14, 20)),
+}
+"""Blocks that the published best-layers heads average (the authors' inference code)."""
+
+HeadBlocks = Literal["last", "best"]
+
+
+def released_blocks(config: ModelConfig, which: HeadBlocks) -> list[int]:
+    """Blocks that a released head averages.
+
+    Raises:
+        ProbeError: best blocks of a size for which none were published.
+    """
+    if which == "last":
+        return list(range(max(0, config.depth - 6), config.depth))
+    if config.name not in BEST_BLOCKS:
+        raise ProbeError(f"no best blocks are published for {config.name}; import its head with --head-blocks last")
+    return list(BEST_BLOCKS[config.name])
 
 
 @torch.no_grad()
@@ -49,7 +74,8 @@ def score_released(
     (budget,) = saved_budgets(run)
     backbone = backbone_of(run, config, budget, group)
     head = load_probe(path, backbone.config).to(group.device).eval()
-    blocks = list(range(max(0, backbone.num_blocks - 6), backbone.num_blocks))  # the default of the authors' code
+    with safe_open(path, framework="pt") as file:
+        blocks: list[int] = json.loads(file.metadata()["blocks"])
     for section in sections:
         test = open_labelled(section.test, section, config.training.model)
         if len(test.classes) != head.linear.out_features:

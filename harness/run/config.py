@@ -38,8 +38,11 @@ class ModelSection(Section):
     """Overrides the number of blocks that `head_rule` gives."""
     ln_residual: bool = False
     """Head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
-    patch_order: Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "hashed"] = "raster"
-    """Order in which patches are predicted (`aim.orders`); `outward_spiral` and `checkerboard` are the authors'."""
+    patch_order: Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "fixed_random", "hashed"] = (
+        "raster"
+    )
+    """Order in which patches are predicted (`aim.orders`); `outward_spiral`, `checkerboard` and `fixed_random` (a
+    list in their trainer, which must be installed) are the authors'."""
     parametrisation: Literal["standard", "mup"] = "standard"
     """`standard`: the paper's constant learning rate and xavier init; `mup`: width-aware rates and scales."""
     norm_eps: float = Field(1e-6, gt=0)

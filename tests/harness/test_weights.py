@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aimscale.aim.config import model_config
+from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
-from aimscale.aim.weights import BACKBONE, known_heads, load_backbone
+from aimscale.aim.weights import BACKBONE, WeightsError, known_heads, load_backbone
 from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.probe.features.images import open_task
+from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import model_of
@@ -88,6 +90,15 @@ def test_export_gives_back_what_was_imported_with_a_card(
     torch.testing.assert_close(again, load_backbone(path, CONFIG).features(images, [1]))
 
 
+def test_info_tells_size_and_parameters(released: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path, state = released
+    code, out, _ = weights(capsys, "info", str(path), "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["size"], facts["width"], facts["depth"], facts["is_complete_backbone"]) == ("w48-d2", 48, 2, True)
+    assert sum(facts["params"].values()) == sum(tensor.numel() for tensor in state.values())
+
+
 def test_wrong_files_are_refused_and_leave_nothing(
     released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,11 +109,16 @@ def test_wrong_files_are_refused_and_leave_nothing(
     few = "--images-seen 8 --num-heads 2"
     for arguments, message in (
         (["import", str(tmp_path / "short.safetensors"), str(tmp_path / "r"), *few.split()], "fc2"),
+        (
+            ["import", str(path), str(tmp_path / "r"), "--size", "rung-64", "--images-seen", "8", "--num-heads", "3"],
+            "holds w48-d2, not rung-64",
+        ),
         (["import", str(path), str(tmp_path / "r"), "--num-heads", "3"], "--images-seen"),
         (["import", str(path), str(tmp_path / "r"), "--images-seen", "8"], "say --num-heads"),
         (["import", str(tmp_path / "pickle.pth"), str(tmp_path / "r")], "not a plain PyTorch state dict"),
         (["import", str(tmp_path / "none.pth"), str(tmp_path / "r")], "no weight file"),
         (["export", str(tmp_path), str(tmp_path / "o")], "no run directory"),
+        (["info", str(tmp_path / "none.pth")], "no weight file"),
     ):
         code, _, err = weights(capsys, *arguments)
         assert (code, err.count("\n")) == (2, 1), arguments
@@ -123,8 +139,60 @@ def test_attention_heads_are_told_by_a_published_size_by_our_own_export_or_by_th
     again = str(tmp_path / "out" / "model.safetensors")
     assert weights(capsys, "import", again, str(tmp_path / "again"), *options)[0] == 0
     assert RunDir(tmp_path / "again").load_config().training.model.size == "w48-d2-h6"
+    facts = json.loads(weights(capsys, "info", again, "--json")[1])
+    assert (facts["size"], facts["num_heads"]) == ("w48-d2-h6", 6)
     assert known_heads(path, 1536, 24) == 12
     assert known_heads(path, 768, 16) is None  # rung-768's shape, and perhaps another's heads
+
+
+def trainer_state(config: ModelConfig) -> tuple[dict[str, Tensor], AIM]:
+    """A checkpoint of the authors' trainer, written from its description, and the model that it is of."""
+    model = AIM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    state: dict[str, Tensor] = {"preprocessor.blocks.0.pos_embed": torch.zeros(1, config.num_tokens, config.width)}
+    state["head.decoder_pos_embed"] = torch.zeros(1, config.num_tokens, config.head.width)
+    head = {"proj_in": "projection", "blocks": "blocks", "norm": "norm", "proj_out": "pred"}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("attn.qkv.weight"):
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                state[name.replace("qkv", f"{part}_proj")] = rows.clone()
+        elif name.startswith("pixel_head."):
+            part, _, rest = name.removeprefix("pixel_head.").partition(".")
+            state[f"head.decoder_{head[part]}.{rest}"] = tensor.clone()
+        else:
+            state[name.replace("preprocessor.", "preprocessor.blocks.0.")] = tensor.clone()
+    return state, model
+
+
+def test_a_checkpoint_of_the_authors_trainer_comes_with_its_pixel_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = model_config(
+        "w48-d2", image_size=28, head_rule="released", head_width=32, head_depth=3, ln_residual=True, norm_eps=1e-5
+    )
+    state, model = trainer_state(config)
+    torch.save({"model": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}}, tmp_path / "l3m.pth")
+    arguments = [str(tmp_path / "l3m.pth"), str(tmp_path / "run"), "--image-size", "28", "--images-seen", "8192"]
+    code, _, err = weights(capsys, "import", *arguments, "--num-heads", str(config.num_heads))
+    assert (code, err) == (0, "")
+    run = RunDir(tmp_path / "run")
+    section = run.load_config().training.model
+    assert (section.head_width, section.head_depth, section.ln_residual, section.norm_eps) == (32, 3, True, 1e-5)
+    images, prefixes = torch.randn(4, 3, 28, 28), torch.tensor([1, 2, 3, 2])
+    loaded = load_budget(run, run.load_config(), 8192, "cpu")
+    os.truncate(run.model_file(8192), 3000)
+    with pytest.raises(WeightsError, match=r"8192/model\.safetensors is not a whole safetensors file"):
+        load_budget(run, run.load_config(), 8192, "cpu")
+    torch.testing.assert_close(loaded(images, prefixes)[0], model(images, prefixes)[0])  # the pixel head's losses
+    del state["head.decoder_blocks.1.mlp.fc1.weight"]
+    torch.save(state, tmp_path / "l3m.pth")
+    code, _, err = weights(
+        capsys, "import", str(tmp_path / "l3m.pth"), str(tmp_path / "r"), *arguments[2:], "--num-heads", "1"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pixel_head.blocks.1.mlp.fc1.weight" in err
 
 
 def test_a_released_head_is_kept_and_scored_on_its_task(
@@ -145,15 +213,9 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
     options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", str(CONFIG.num_heads)]
     weights(capsys, "import", str(path), str(tmp_path / "run"), *options, "--head", str(tmp_path / "head.safetensors"))
     run = RunDir(tmp_path / "run")
-    tasks = tmp_path / "tasks.yaml"
-
-    def task(name: str) -> list[str]:
-        test = str(tmp_path / name)
-        tasks.write_text(json.dumps([{"task": "animals", "train": test, "test": test}]))  # JSON is YAML
-        return ["--kind", "released", "--tasks", str(tasks), "--device", "cpu"]
-
+    task = ["--task", "animals", "--test", str(tmp_path / "test")]
     with pytest.raises(SystemExit) as ended:
-        main(["probe", str(run.path), *task("test"), "--json"])
+        main(["probe", str(run.path), "--kind", "released", *task, "--device", "cpu", "--json"])
     assert ended.value.code == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert (entry["kind"], entry["blocks"], entry["n"]) == ("released", [0, 1], 21)
@@ -178,9 +240,10 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
 
     shutil.rmtree(pictures / "dog")
     pack_folder(pictures, tmp_path / "two")
-    assert "has 2 classes and the released head 3" in refused("probe", str(run.path), *task("two"))
+    error = refused("probe", str(run.path), "--kind", "released", "--task", "pairs", "--test", str(tmp_path / "two"))
+    assert "has 2 classes and the released head 3" in error
     weights(capsys, "import", str(path), str(tmp_path / "bare"), *options)
-    assert "has no released head" in refused("probe", str(tmp_path / "bare"), *task("test"))
+    assert "has no released head" in refused("probe", str(tmp_path / "bare"), "--kind", "released", *task)
     wide = {f"head.{name}": tensor for name, tensor in AttentiveProbe(64, 4, 3).state_dict().items()}
     save_file(wide, tmp_path / "wide.safetensors")
     _, _, error = weights(
