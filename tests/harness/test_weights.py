@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -213,7 +214,13 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
     options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", str(CONFIG.num_heads)]
     weights(capsys, "import", str(path), str(tmp_path / "run"), *options, "--head", str(tmp_path / "head.safetensors"))
     run = RunDir(tmp_path / "run")
-    task = ["--task", "animals", "--test", str(tmp_path / "test")]
+
+    def tasks_of(name: str, folder: Path) -> list[str]:
+        tasks = tmp_path / f"{name}.yaml"
+        tasks.write_text(yaml.safe_dump([{"task": name, "train": str(folder), "test": str(folder)}]))
+        return ["--tasks", str(tasks)]
+
+    task = tasks_of("animals", tmp_path / "test")
     with pytest.raises(SystemExit) as ended:
         main(["probe", str(run.path), "--kind", "released", *task, "--device", "cpu", "--json"])
     assert ended.value.code == 0
@@ -240,7 +247,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
 
     shutil.rmtree(pictures / "dog")
     pack_folder(pictures, tmp_path / "two")
-    error = refused("probe", str(run.path), "--kind", "released", "--task", "pairs", "--test", str(tmp_path / "two"))
+    error = refused("probe", str(run.path), "--kind", "released", *tasks_of("pairs", tmp_path / "two"))
     assert "has 2 classes and the released head 3" in error
     weights(capsys, "import", str(path), str(tmp_path / "bare"), *options)
     assert "has no released head" in refused("probe", str(tmp_path / "bare"), "--kind", "released", *task)

@@ -54,7 +54,13 @@ def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[...
                 torch.manual_seed(budget)
                 write_weights(AIM(model_of(run.config.training)).state_dict(), record.model_file(budget))
                 record.record_row(
-                    {"run_id": run.run_id, "images_seen": budget, "val_loss": 0.5, "finished_at": 1.0, "probes": []}
+                    {
+                        "run_id": run.run_id,
+                        "images_seen": budget,
+                        "val_loss": 0.5,
+                        "finished_at": "2026-01-01",
+                        "probes": [],
+                    }
                 )
         return sweep, runs
 
