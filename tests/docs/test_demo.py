@@ -32,5 +32,5 @@ def test_no_sentence_of_its_report_has_a_number_that_is_none(tmp_path: Path) -> 
     table.to_parquet(tmp_path / "results.parquet")
     page = write_report([tmp_path / "results.parquet"], tmp_path / "report.html").read_text()
     words = re.sub(r"<[^>]+>", "", page)
-    assert "too few points remain for the law above" in words
+    assert "too few points" in words
     assert not re.search(r"\bnan\b", words)
