@@ -217,10 +217,6 @@ class Fit(Result):
             columns.append((moved - base) / 1e-5)
         return np.stack(columns, axis=1)
 
-    def reported_draws(self) -> dict[str, Array]:
-        """Draws of `params`, derived quantities included."""
-        return self.law.reported(self.draws) if self.draws else {}
-
     def shown(self, name: str, digits: int = 4) -> str:
         """A parameter as text: digits with its interval, or the words "not identified"."""
         if name in self.not_identified:

@@ -106,10 +106,6 @@ class CheckpointWriter:
             concurrent.futures.wait([part])
         self._under_way = _UnderWay(final=final, manifest=manifest, keep=frozenset({final, *keep}), part=part)
 
-    def is_under_way(self, final: Path) -> bool:
-        """Whether this checkpoint is being written."""
-        return self._under_way is not None and self._under_way.final == final
-
     def poll(self) -> None:
         """Publish what all ranks have written by now; costs one exchange while there is something to publish.
 
