@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation, correlate
-from aimscale.analysis.accuracy.links import chance_level, link
+from aimscale.analysis.accuracy.links import chance_level, ideal_loss, link
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.repetition import Repeats, repeats
@@ -235,7 +235,8 @@ def _correlate(study: Study) -> None:
         if found:
             study.correlations[kind, task] = found
         known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-        work = partial(link, known, chance=chance_level(known), resamples=study.few)
+        anchors = {"chance": chance_level(known), "ideal": ideal_loss(known)}
+        work = partial(link, known, **anchors, resamples=study.resamples)
         linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", work)
         if linked is not None:
             study.links[kind, task] = linked

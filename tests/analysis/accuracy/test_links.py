@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.accuracy.links import forecast, link
+from aimscale.analysis.accuracy.links import chance_level, forecast, ideal_loss, link
 from aimscale.analysis.errors import AnalysisError
 
 
@@ -80,12 +80,6 @@ def ladder(df: pd.DataFrame, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(ends), pd.concat(evaluations, ignore_index=True)
 
 
-def with_ideal_point(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """With one more measurement, as the published recipe has it: no loss, no error."""
-    ideal = pd.DataFrame([{"run_id": "ideal point", "loss": 0.0, "acc": 1.0}])
-    return pd.concat([evaluations, ideal], ignore_index=True)
-
-
 @pytest.mark.slow
 def test_the_default_objective_forecasts_the_ladders_largest_size_better_than_the_recipe(measurements):
     df = measurements("olmo_ladder/small_runs.csv")
@@ -93,8 +87,8 @@ def test_the_default_objective_forecasts_the_ladders_largest_size_better_than_th
     for task in [name.removesuffix("_acc") for name in df.columns if name.endswith("_acc")]:
         ends, evaluations = ladder(df, task)
         small, top = ends["N"] < 1e9, ends[ends["N"] > 1e9]
-        small_evaluations = with_ideal_point(evaluations[evaluations["N"] < 1e9])
-        to_accuracy = link(small_evaluations, loss="loss", accuracy="acc", resamples=0)
+        small_evaluations = evaluations[evaluations["N"] < 1e9]
+        to_accuracy = link(small_evaluations, loss="loss", accuracy="acc", ideal=0.0, resamples=0)
         for objective, found in misses.items():
             law = fit(laws.CHINCHILLA, ends[small], y="loss", objective=objective, resamples=0)
             accuracy = to_accuracy.predict({"L": law.predict(top)["value"].to_numpy()})["value"].to_numpy()
@@ -110,13 +104,41 @@ def test_olmo_ladder_forecasts_have_intervals_of_both_steps(measurements):
     for task in ("hellaswag", "piqa", "arc_challenge"):
         ends, evaluations = ladder(df, task)
         law = fit(laws.CHINCHILLA, ends, y="loss", objective="huber_log", resamples=200)
-        to_accuracy = link(with_ideal_point(evaluations), loss="loss", accuracy="acc", resamples=200)
+        to_accuracy = link(evaluations, loss="loss", accuracy="acc", ideal=0.0, resamples=200)
         forecasts.append(forecast(law, to_accuracy, targets))
         table = forecasts[-1].table
         assert (table["ci_lo"] < table["accuracy"]).all()
         assert (table["accuracy"] < table["ci_hi"]).all()
         assert (table["beyond_range"] > 10).all()
     assert forecasts[0].table["accuracy"].tolist() == pytest.approx([0.824, 0.852], abs=0.005)
+
+
+def test_the_ideal_point_guides_a_short_ladder_and_is_no_measurement():
+    """Sixteen losses far from zero leave the ceiling open: at half of the lowest one forecasts err ten times as much."""
+    rng, misses, widths = np.random.default_rng(0), [], []
+    truth = lambda loss: 0.25 + 0.757 / (1 + np.exp(4 * (loss - 1.15)))  # noqa: E731
+    for _ in range(10):
+        loss = np.linspace(0.8, 1.4, 16)
+        df = pd.DataFrame({"loss": loss, "acc": truth(loss) + 0.01 * rng.standard_normal(16), "run_id": range(16)})
+        df["params_total"] = np.repeat([1e8, 2e8, 4e8, 8e8], 4)
+        found = [link(df, loss="loss", accuracy="acc", chance=0.25, ideal=i, resamples=200) for i in (None, 0.0)]
+        rows = [each.predict({"L": [0.4]}).iloc[0] for each in found]
+        misses.append([abs(row["value"] - truth(0.4)) for row in rows])
+        widths.append([row["ci_hi"] - row["ci_lo"] for row in rows])
+        assert (found[1].num_points, found[1].ranges["L"], len(found[1].data)) == (16, (0.8, 1.4), 16)
+        assert found[1].groups.counts == {"sizes": 4}
+        assert rows[1]["beyond_range"] == pytest.approx(2)
+    assert np.mean(misses, axis=0)[1] < 0.4 * np.mean(misses, axis=0)[0]
+    assert np.median(widths, axis=0)[1] < 0.5 * np.median(widths, axis=0)[0]
+    with pytest.raises(AnalysisError, match="ideal loss of acc is 0.8"):
+        link(df, loss="loss", accuracy="acc", ideal=0.8)
+
+
+def test_chance_and_ideal_are_told_by_the_rows_where_they_agree():
+    probed = pd.DataFrame({"chance": [0.1, 0.1, np.nan], "ideal": [0.0, np.nan, 0.2]})
+    assert (chance_level(probed), ideal_loss(probed)) == (0.1, None)
+    assert ideal_loss(probed[:2]) == 0.0
+    assert ideal_loss(probed[["chance"]]) is None
 
 
 def test_links_stay_between_chance_and_one(scores):
