@@ -235,8 +235,7 @@ def _correlate(study: Study) -> None:
         if found:
             study.correlations[kind, task] = found
         known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-        anchors = {"chance": chance_level(known), "ideal": ideal_loss(known)}
-        work = partial(link, known, **anchors, resamples=study.resamples)
+        work = partial(link, known, chance=chance_level(known), ideal=ideal_loss(known), resamples=study.resamples)
         linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", work)
         if linked is not None:
             study.links[kind, task] = linked
