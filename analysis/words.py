@@ -72,6 +72,9 @@ FLAGS = {
     "no_result": "{subject}: {more[0]}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
+    "accuracies_unnamed": "No accuracy is named, and {subject} look like some: read them with --columns {more[0]}.",
+    "runs_unnamed": "No column names the runs, which intervals and costs are over; if {subject} does, add --columns "
+    "{more[0]}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }
 """Kind of a flag -> its sentence."""
@@ -132,9 +135,20 @@ def kind_name(kind: str) -> str:
     return "LoRA (not frozen)" if kind == "lora" else kind
 
 
+PROBES = ("attentive", "efficient", "linear", "knn", "lora")
+"""Kinds of accuracy that are probes of ours; a foreign table has kinds of its own, such as zero-shot."""
+
+
+def measured_by(kind: str) -> str:
+    """A kind of accuracy behind the name of its task."""
+    return f"{kind} probe" if kind in PROBES else f"{kind} accuracy".strip()
+
+
 def accuracy_of(kind: str) -> str:
-    """What a kind of probe measures, in prose."""
-    return "accuracy after LoRA adaptation (not frozen)" if kind == "lora" else f"{kind}-probe accuracy"
+    """What a kind of accuracy is, in prose."""
+    if kind == "lora":
+        return "accuracy after LoRA adaptation (not frozen)"
+    return f"{kind}-probe accuracy" if kind in PROBES else f"{kind} accuracy"
 
 
 def objective_words(objective: Objective) -> str:

@@ -34,7 +34,7 @@ def contrast(
     ],
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="val_loss, another column, top1, top1:TASK or top1:TASK:KIND; default: loss and all probes."),
+        typer.Option(help="A column, or accuracies: TASK:KIND, TASK, top1 (all); default: loss and all accuracies."),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
     columns: options.Columns = None,
@@ -62,7 +62,9 @@ def contrast(
 def correlate(
     tables: options.Tables,
     x: Annotated[str, typer.Option(help="First column.")] = "val_loss",
-    y: Annotated[str, typer.Option(help="Second column; top1 means every probe of the table.")] = "top1",
+    y: Annotated[
+        str, typer.Option(help="Second column or accuracy, TASK:KIND; top1 means every accuracy of the table.")
+    ] = "top1",
     partial: Annotated[
         str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
     ] = None,
@@ -75,11 +77,12 @@ def correlate(
     """Pearson, Spearman and Kendall with intervals."""
     from aimscale.analysis.accuracy.correlation import correlate
     from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.words import measured_by
 
     df = table_of(tables, columns, where)
     x, y = our_name(df, x), our_name(df, y)
     partial, within = (our_name(df, name) if name else None for name in (partial, within))
-    groups = groups_by_probe(df, y)
+    y, groups = groups_by_probe(df, y)
     found = {probe: correlate(rows, x=x, y=y, partial=partial, within=within) for probe, rows in groups.items()}
     if figure is not None:
         if x != "val_loss" or ("", "") in groups:
@@ -90,7 +93,7 @@ def correlate(
         typer.echo(json_module.dumps(rows, indent=2, allow_nan=False))
         return
     for (task, kind), group in found.items():
-        lines = [f"{task}, {kind} probe:"] if task else []
+        lines = [f"{task}, {measured_by(kind)}:"] if task else []
         typer.echo("\n".join([*lines, *(f"  {c.sentence()}" for c in group)]))
 
 
@@ -107,25 +110,30 @@ def draw_probes(groups: Mapping[Probe, pd.DataFrame], found: Mapping[Probe, Sequ
         draw(drawn, path.with_name(f"{path.stem}-{kind}"))
 
 
-def groups_by_probe(df: pd.DataFrame, y: str) -> dict[Probe, pd.DataFrame]:
-    """(task, kind) -> its rows over the finished runs; one entry ("", "") for a plain column.
+def groups_by_probe(df: pd.DataFrame, y: str) -> tuple[str, dict[Probe, pd.DataFrame]]:
+    """The column that `y` means, and (task, kind) -> its rows over the finished runs; ("", "") for a plain column.
 
     Raises:
-        AnalysisError: no such column, or nothing probed.
+        AnalysisError: no such column or accuracy, or nothing probed.
     """
+    from aimscale.analysis.table.measures import wanted_measures
     from aimscale.analysis.table.names import column_names
     from aimscale.analysis.table.points import complete
     from aimscale.analysis.table.read import probe_frame
 
+    rows = complete(df)
     if y in df.columns:
-        return {("", ""): complete(df)}
-    if y != "top1" or "probes" not in df.columns:
-        raise AnalysisError(
-            f"The table has neither a column {y!r} nor probes; name a column by --y (its columns: {column_names(df)})."
-        )
-    probes = probe_frame(complete(df))
-    if probes.empty:
+        return y, {("", ""): rows}
+    probes = probe_frame(rows)
+    if probes.empty and "probes" in df.columns:
         raise AnalysisError(
             "No finished run of the table has been probed; run `aimscale probe` or name a column by --y."
         )
-    return {(str(task), str(kind)): group for (task, kind), group in probes.groupby(["task", "kind"], sort=True)}
+    if probes.empty:
+        raise AnalysisError(
+            f"The table has neither a column {y!r} nor accuracies; name a column by --y (its columns: "
+            f"{column_names(df, y)}) or accuracies by --columns TASK:KIND=THEIRS."
+        )
+    asked = wanted_measures(rows, [y], by="")
+    groups = {(m.task, m.kind): probes[(probes["task"] == m.task) & (probes["kind"] == m.kind)] for m in asked}
+    return asked[0].column, dict(sorted(groups.items()))

@@ -23,7 +23,8 @@ Tables = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        help="Columns as ours=theirs: N=num_params, N=params_trunk; or as a formula: C=6*N*D, L=1-acc.",
+        help="Columns as ours=theirs: N=num_params, N=params_trunk; or as a formula: C=6*N*D, L=1-acc. Accuracies as "
+        "TASK:KIND=theirs, and what the task has: TASK:chance=0.25, TASK:ideal=0 (the loss at which it is 1).",
         rich_help_panel=PANEL,
     ),
 ]
@@ -56,10 +57,14 @@ def table_of(
     best: list[str] | None = None,
     y: str = "val_loss",
 ) -> pd.DataFrame:
-    """The tables of a verb as one frame."""
+    """The tables of a verb as one frame; what they seem to hold and nobody named is said beside the output."""
+    from aimscale.analysis.table.accuracies import unnamed
     from aimscale.analysis.table.read import parse_columns, read_tables
 
-    return read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
+    df = read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
+    for flag in unnamed(df):
+        typer.echo(f"Note: {flag}", err=True)
+    return df
 
 
 def show(result: Result, json: bool, figure: Path | None = None, *, after: Sequence[str] = ()) -> None:

@@ -39,8 +39,6 @@ def compare(
 ) -> None:
     """Task by task and by exponents; what is not comparable is named and left out."""
     from aimscale.analysis.published.comparison import compare as compare_frame
-    from aimscale.analysis.table.read import parse_columns, read_tables
 
-    frame = read_tables([table], parse_columns(columns or []))
-    comparison = compare_frame(frame, resamples=resamples)
+    comparison = compare_frame(options.table_of([table], columns, None), resamples=resamples)
     typer.echo(comparison.to_json() if json else comparison.summary())

@@ -122,8 +122,9 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
         rows = probes[probes["kind"] == kind]
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
         links = {task: link for (each, task), link in study.links.items() if each == kind}
+        bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
         caption = (
-            f"Each point is one run at one budget. Bars: 95 % intervals over test images. Brackets: 95 % intervals of "
+            f"Each point is one run at one budget.{bars} Brackets: 95 % intervals of "
             f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
         )
         figure, data = plot_loss_accuracy(rows, found, links), rows[[name for name in names if name in rows]]

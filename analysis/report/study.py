@@ -28,6 +28,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, all_approaches
 from aimscale.analysis.next.backtest import AUTO, Choice, choose, with_compute
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose, with_variables
+from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.points import complete, usable_rows
@@ -141,6 +142,7 @@ def study_tables(
         study.exclusions.append(
             f"Laws use the rows with {fresh.words}; the other {fresh.num_others} are in what repeats are worth."
         )
+    study.missing += map(str, unnamed(frame))
     if study.usable.empty:
         study.missing.append("No row has a validation loss, so no law is fitted.")
     else:

@@ -39,7 +39,7 @@ def whole(value: float) -> str:
 Form = str | Callable[[Any], str]
 _LOSS = ".4f"
 COLUMNS: dict[str, tuple[str, Form]] = {
-    "kind": ("probe", ""),
+    "kind": ("kind", ""),
     "params_total": ("N", whole),
     "images_seen": ("D (images)", whole),
     "unique_images": ("U (images)", whole),
@@ -226,6 +226,12 @@ def heldout_table(study: Study) -> PageTable | None:
     return page_table("heldout", "Does the law extrapolate?", note, frame, frame.columns)
 
 
+PROBE_NOTE = (
+    "Top-1 on the test split, scored once; blocks and rates were chosen on a hold-out of the training split. LoRA "
+    "adapts the trunk and uses the last blocks; all other kinds read frozen features."
+)
+
+
 def probe_table(study: Study) -> PageTable | None:
     """Every frozen-feature result."""
     if study.probes.empty:
@@ -238,9 +244,8 @@ def probe_table(study: Study) -> PageTable | None:
     ]
     return page_table(
         "probes",
-        "Frozen-feature accuracy",
-        "Top-1 on the test split, scored once; blocks and rates were chosen on a hold-out of the training split. LoRA "
-        "adapts the trunk and uses the last blocks; all other kinds read frozen features.",
+        "Frozen-feature accuracy" if study.is_ours else "Accuracy",
+        PROBE_NOTE if study.is_ours else "As the table has it.",
         frame,
         (
             *("task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "interval", "last_top1"),

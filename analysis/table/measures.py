@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.names import column_names, no_column, our_name
+from aimscale.analysis.table.names import MAX_NAMED, column_names, no_column, our_name
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import MFU
+from aimscale.analysis.words import measured_by
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -48,7 +49,7 @@ class Measure:
         if not self.is_accuracy:
             return {"val_loss": "validation loss"}.get(self.column, self.column)
         last = " on the last blocks" if self.column == "last_top1" else ""
-        return f"{self.task} {self.kind + ' probe' if self.kind else 'accuracy'}{last}"
+        return f"{self.task} {measured_by(self.kind)}{last}"
 
     def shown(self, value: float) -> str:
         """A value with its unit."""
@@ -87,18 +88,22 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
 
 
 def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_row: bool) -> list[Measure]:
-    """What a name means: a column, or the probes that `top1`, `top1:TASK` or `top1:TASK:KIND` fits."""
+    """What a name means: a column, or the probes that `top1`, `top1:TASK` or `top1:TASK:KIND` fits, with or without
+    `top1:`.
+    """
     column, task, kind = [*name.split(":"), "", ""][:3]
+    if name not in rows and column in {m.task for m in of_probes}:
+        column, task, kind = "top1", column, task
     if column in ACCURACIES and column not in rows:
         matching = [m for m in of_probes if task in ("", m.task) and kind in ("", m.kind)]
         if not matching:
-            there = ", ".join(m.name for m in of_probes) or "none"
-            raise AnalysisError(f"The table has no probe for the measure {name!r}; its probes: {there}.")
+            there = ", ".join(f"{m.task}:{m.kind}".strip(":") for m in of_probes[:MAX_NAMED]) or "none"
+            raise AnalysisError(f"The table has no accuracy {name!r}; some that it has: {there}.")
         return [replace(m, column=column) for m in matching]
     if within_row:
         raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
     if name not in rows or not pd.api.types.is_numeric_dtype(rows[name]):
-        raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows)}.")
+        raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows, name)}.")
     return [Measure(column=name)]
 
 

@@ -6,6 +6,7 @@ pandas carries from frame to frame and into Parquet. Only this module reads and 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ LETTERS = {name: letter for letter, name in CANONICAL.items()}
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 _ORIGIN = "aimscale"
+MAX_NAMED = 5
+"""Columns that a sentence names at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +76,19 @@ def their_name(frame: pd.DataFrame, name: str, words: str = "") -> str:
     return names_of(frame).get(name, words or name)
 
 
-def column_names(frame: pd.DataFrame) -> str:
-    """A table's own columns, as its file calls them, for a sentence about one that it lacks."""
-    return ", ".join(their_name(frame, str(name)) for name in frame.columns if name != FOLDER)
+def column_names(frame: pd.DataFrame, like: str = "") -> str:
+    """Some of a table's own columns, as its file calls them, for a sentence about one that it lacks.
+
+    `MAX_NAMED` at most, those that resemble `like` first.
+    """
+    names = [their_name(frame, str(name)) for name in frame.columns if name != FOLDER]
+    near = difflib.get_close_matches(like, names, n=MAX_NAMED)
+    shown = list(dict.fromkeys([*near, *names]))[:MAX_NAMED]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
     """The error about a column that a table lacks: what for, the option that names it, what there is."""
     letter = LETTERS.get(CANONICAL.get(name, name))
     option = f"; name yours with --columns {letter}=THEIRS" if letter else ""
-    return AnalysisError(f"The table has no column {name!r}{why}{option}; its columns are {column_names(frame)}.")
+    return AnalysisError(f"The table has no column {name!r}{why}{option}; its columns are {column_names(frame, name)}.")

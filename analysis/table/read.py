@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
 from aimscale.analysis.table.design import DESIGN, SECTIONS, varies
-from aimscale.analysis.table.names import CANONICAL, FOLDER, LETTERS, left_out_of, names_of, remember, their_name
+from aimscale.analysis.table.names import (
+    CANONICAL,
+    FOLDER,
+    LETTERS,
+    column_names,
+    left_out_of,
+    names_of,
+    remember,
+    their_name,
+)
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, Column
 from aimscale.analysis.table.select import best_of, select
 
+_NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
 DEFAULT = "default"
 """What a column of the set-up holds where a run left the field at its default."""
 
@@ -72,13 +85,14 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping.
 
-    Our side is a name of the schema or a letter of `CANONICAL`; theirs is a name or a formula.
+    Our side is a name of the schema, a letter of `CANONICAL`, or TASK:KIND; theirs is a name or a formula, which may
+    have commas of its own.
 
     Raises:
         AnalysisError: a part without `=`.
     """
     mapping: dict[str, str] = {}
-    for pair in (part.strip() for text in pairs for part in text.split(",") if part.strip()):
+    for pair in (part.strip(" ,") for text in pairs for part in _NEXT_PAIR.split(text) if part.strip(" ,")):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not (ours and equals and theirs):
             raise AnalysisError(f"--columns needs 'ours=theirs', such as N=num_params, not '{pair}'")
@@ -93,8 +107,9 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
         path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, or a sweep's folder that holds
             `results.parquet`.
         columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
-            `1 - accuracy`; a file's own N, D, U, C and L are taken for the laws' letters, other columns that are not
-            named keep their names.
+            `1 - accuracy` (a name with other characters in backticks); a file's own N, D, U, C and L are taken for the
+            laws' letters, other columns that are not named keep their names. TASK:KIND -> an accuracy from 0 to 1,
+            TASK:chance and TASK:ideal -> its chance level and the loss at which it is 1: entries of `probes`.
 
     Returns:
         Known columns typed as the schema says (an integer column with gaps becomes float64, `probes` a list of
@@ -152,14 +167,36 @@ SUFFIXES = tuple(_READERS)
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
     """Our names for theirs; the frame remembers theirs, formulas included."""
-    columns = _with_letters(frame, columns)
+    accuracies = {ours: str(theirs) for ours, theirs in columns.items() if is_accuracy(ours)}
+    columns = _with_letters(frame, {ours: theirs for ours, theirs in columns.items() if ours not in accuracies})
     named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
     taken = {ours: frame[theirs] for ours, theirs in named.items()}
-    gone = [name for name in frame.columns if name in columns or name in named.values()]
-    renamed = frame.drop(columns=gone).assign(**taken)
-    for ours in [ours for ours in columns if ours not in named]:
+    gone = {*columns, *named.values(), *accuracies.values()} - {"probes"}
+    renamed = frame.drop(columns=[name for name in frame.columns if name in gone]).assign(**taken)
+    for ours in _in_order({ours: theirs for ours, theirs in columns.items() if ours not in named}, path):
         renamed[ours] = _computed(columns[ours], frame, renamed, path)
+    if accuracies:
+        if "probes" in renamed:
+            renamed["probes"] = _coerce(renamed["probes"], KNOWN["probes"], path, "probes")
+        values = {
+            ours: frame[theirs] if theirs in frame.columns else _computed(theirs, frame, renamed, path)
+            for ours, theirs in accuracies.items()
+        }
+        renamed = with_accuracies(renamed, values, accuracies, path)
     return remember(renamed, names={ours: theirs for ours, theirs in columns.items() if ours != theirs})
+
+
+def _in_order(formulas: Mapping[str, str], path: Path) -> list[str]:
+    """Columns to compute, each behind those that its formula takes."""
+    needs = {
+        ours: {CANONICAL.get(word, word) for word in re.findall(r"[^\W\d]\w*", formula)} & (formulas.keys() - {ours})
+        for ours, formula in formulas.items()
+    }
+    try:
+        return [*TopologicalSorter(needs).static_order()]
+    except CycleError as error:
+        circle = ", ".join(f"{LETTERS.get(name, name)}={formulas[name]}" for name in dict.fromkeys(error.args[1]))
+        raise AnalysisError(f"{path}: the columns {circle} are made of each other; take one from the file") from error
 
 
 def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
@@ -175,15 +212,18 @@ def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, 
 
 
 def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
-    """A column made of others, by their names or a law's letters."""
-    known = {**theirs, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}}
+    """A column made of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
+    known = pd.DataFrame({**theirs, **ours, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}})
+    whole = known.select_dtypes("integer").columns
     try:
-        return pd.Series(pd.eval(formula, local_dict={}, global_dict={}, resolvers=[known], engine="python"))
+        found = known.astype(dict.fromkeys(whole, float)).eval(formula, engine="python", local_dict={}, global_dict={})
+        if isinstance(found, pd.DataFrame):
+            raise ValueError("it has a '='")
+        return pd.Series(found, index=theirs.index)
     except Exception as error:  # whatever the formula makes Python raise
-        there = ", ".join(map(str, theirs.columns[:12]))
         raise AnalysisError(
             f"{path} has no column {formula} that --columns names, and it is no formula of columns ({error}); it has "
-            f"{there}"
+            f"{column_names(theirs, formula)}"
         ) from error
 
 

@@ -52,6 +52,7 @@ PROBE_FIELDS = _columns(
         ("blocks", "list<int64>", "", "0-based trunk blocks whose outputs were averaged"),
         ("num_classes", "int64", "", "Classes of the task"),
         ("chance", "float64", "fraction", "Accuracy of always naming the commonest class of the test split"),
+        ("ideal", "float64", "", "Loss at which the accuracy would be 1; null where none is known"),
         ("n", "int64", "images", "Images of the test split, scored once"),
         ("top1", "float64", "fraction", "Test accuracy on the blocks that the hold-out chose"),
         ("top1_lo95", "float64", "fraction", "Lower end of the 95 % interval of top1"),

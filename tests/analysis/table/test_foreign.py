@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from aimscale.analysis import fit, laws, plot_fit, read_table, read_tables, repeats
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.names import left_out_of
+from aimscale.analysis.table.read import parse_columns
 from aimscale.analysis.table.select import select
 from aimscale.sweeps.cli.main import verb
 
@@ -45,6 +46,22 @@ def test_json_lines_and_computed_columns(theirs, tmp_path):
     args = [str(tmp_path / "no_flops.csv"), "--columns", COLUMNS + ",C=6*N*D", "--best-of", "lr", "--json"]
     out = CliRunner().invoke(verb("frontier"), args, catch_exceptions=False)
     assert json.loads(out.output)["frontiers"][-1]["exponent"] == pytest.approx(0.37 / 0.71, abs=0.05)
+
+
+def test_a_computed_column_may_need_another_take_odd_names_and_outgrow_int64(tmp_path):
+    """6 N D of whole numbers was -7e18 by int64, and C=6*N*D had to stand behind N=mparams*1e6."""
+    odd = {"mparams": [1000.0, 3000.0], "acc (val, all)": [0.25, 0.5], "D": [10**12, 2 * 10**12], "ppl": [np.e, 1.0]}
+    pd.DataFrame({**odd, "n": [10**10, 2 * 10**10]}).to_csv(tmp_path / "odd.csv", index=False)
+    given = ["C=6*N*D,N=mparams*1e6", "L=1-`acc (val, all)`", "nats=log(ppl),bits=nats/log(2),acc=acc (val, all)"]
+    df = read_tables([tmp_path / "odd.csv"], parse_columns(given), where=["C>6e21", "bits<1"])
+    assert df[["params_total", "flops_train", "val_loss", "nats", "acc"]].to_numpy().tolist() == [
+        [3e9, 3.6e22, 0.5, 0.0, 0.5]
+    ]
+    assert read_table(tmp_path / "odd.csv", {"C": "6*n*D"})["flops_train"].tolist() == [6e22, 24e22]
+    with pytest.raises(AnalysisError, match=r"C=6\*N\*D.*N=C/6/D|N=C/6/D.*C=6\*N\*D"):
+        read_table(tmp_path / "odd.csv", {"C": "6*N*D", "N": "C/6/D"})
+    with pytest.raises(AnalysisError, match="no formula"):
+        read_table(tmp_path / "odd.csv", {"L": "x=ppl"})
 
 
 def test_a_forecast_and_repeats_are_told_in_their_words(theirs, tmp_path):

@@ -1,0 +1,118 @@
+"""Accuracies of a foreign table: its columns as entries of `probes`, so that every verb takes them as our own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.names import MAX_NAMED
+from aimscale.analysis.table.schema import KNOWN
+from aimscale.analysis.words import Flag
+
+LEVELS = ("chance", "ideal")
+"""What `TASK:` is followed by to give a task's levels instead of an accuracy."""
+_LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
+_RUN = re.compile(r"((wandb|run|exp|experiment|trial|job)[-_ ./]?)*(name|id)?", re.IGNORECASE)
+
+
+def is_accuracy(ours: str) -> bool:
+    """Whether our side of `--columns` names an accuracy or a level of a task, TASK:KIND, instead of a column."""
+    return ":" in ours
+
+
+def with_accuracies(
+    frame: pd.DataFrame, values: Mapping[str, pd.Series], theirs: Mapping[str, str], path: Path
+) -> pd.DataFrame:
+    """The frame with accuracies of the file as entries of `probes`, behind those that it has; missing ones make none.
+
+    Args:
+        values: TASK:KIND, TASK:chance or TASK:ideal -> a number for every row.
+        theirs: the same -> what the file calls it.
+
+    Raises:
+        AnalysisError: a name that is not of this form, a level of a task without accuracies, an accuracy or a chance
+            level that is no fraction.
+    """
+    keys = {ours: tuple(part.strip() for part in ours.split(":")) for ours in values}
+    tasks = {key[0] for key in keys.values() if key[-1] not in LEVELS}
+    for ours, key in keys.items():
+        if len(key) != 2 or not all(key):
+            raise AnalysisError(f"--columns names an accuracy as TASK:KIND, such as dtd:linear, not '{ours}'")
+        if key[0] not in tasks:
+            raise AnalysisError(f"--columns {ours}: no accuracy of {key[0]} is named; add {key[0]}:KIND=THEIRS")
+    numbers = {keys[ours]: _checked(each, ours, theirs[ours], path) for ours, each in values.items()}
+    entries = [list(row) for row in frame["probes"]] if "probes" in frame else [[] for _ in range(len(frame))]
+    for task, kind in [key for key in numbers if key[1] not in LEVELS]:
+        levels = {level: numbers[task, level] for level in LEVELS if (task, level) in numbers}
+        for row, known in enumerate(pd.DataFrame({"top1": numbers[task, kind], **levels}).to_dict("records")):
+            if not np.isnan(known["top1"]):
+                entry = {name: value for name, value in known.items() if not np.isnan(value)}
+                entries[row].append({"task": task, "kind": kind, **entry})
+    return frame.assign(probes=pd.Series(entries, index=frame.index, dtype=object))
+
+
+def _checked(values: pd.Series, ours: str, theirs: str, path: Path) -> pd.Series:
+    """Numbers, and fractions unless they are losses."""
+    numbers = pd.to_numeric(values, errors="coerce").astype(float)
+    bad = (numbers.isna() & values.notna()) | np.isinf(numbers)
+    if not ours.endswith(":ideal"):
+        bad |= (numbers < 0) | (numbers > 1)
+    if bad.any():
+        row = int(np.flatnonzero(bad.to_numpy())[0])
+        percent = f"; per cent is read by --columns '{ours}={quoted(theirs)}/100'" if 1 < numbers.max() <= 100 else ""
+        what = "number" if ours.endswith(":ideal") else "fraction from 0 to 1"
+        raise AnalysisError(
+            f"{path}: '{theirs}' for {ours} is {values.iloc[row]} in row {row + 1}, which is no {what}{percent}"
+        )
+    return numbers
+
+
+def quoted(name: str) -> str:
+    """A column as a formula takes it."""
+    return name if name.isidentifier() else f"`{name}`"
+
+
+def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:
+    """What a foreign table seems to hold and nobody named: accuracies, and names of runs that have several budgets.
+
+    Nothing is decided by them. A flag's `more` has the columns, `MAX_NAMED` at most, its `number` counts them all.
+    """
+    if "schema_version" in frame and frame["schema_version"].notna().any():
+        return ()
+    flags = []
+    has_probes = "probes" in frame and frame["probes"].map(len).any()
+    if not has_probes and (found := [name for name in map(str, frame.columns) if _looks_like_accuracy(frame, name)]):
+        theirs = f"{quoted(found[0])}/100" if frame[found[0]].max() > 1 else found[0]
+        flags.append(_flag("accuracies_unnamed", found, f"TASK:KIND={theirs}"))
+    if "run_id" not in frame and (found := [name for name in map(str, frame.columns) if _names_runs(frame, name)]):
+        flags.append(_flag("runs_unnamed", found, f"run_id={found[0]}"))
+    return tuple(flags)
+
+
+def _flag(kind: str, names: list[str], typed: str) -> Flag:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    shown = names[:MAX_NAMED]
+    return Flag(kind=kind, subject=f"{', '.join(shown)}{more}", number=len(names), more=(typed, *shown))
+
+
+def _looks_like_accuracy(frame: pd.DataFrame, name: str) -> bool:
+    """A column of such a name whose numbers lie from 0 to 1, or to 100, and are not all whole (steps, counts)."""
+    if name in KNOWN or not _LOOKS.search(name) or not pd.api.types.is_numeric_dtype(frame[name]):
+        return False
+    values = frame[name].dropna().astype(float)
+    return bool(len(values) and values.between(0, 100).all() and (values % 1 != 0).any())
+
+
+def _names_runs(frame: pd.DataFrame, name: str) -> bool:
+    """A column called like a run's name, whose values stand for one size and come back at other budgets only."""
+    if name in KNOWN or not name or not _RUN.fullmatch(name) or not {"params_total", "images_seen"} <= set(frame):
+        return False
+    rows = frame[[name, "params_total", "images_seen"]].dropna()
+    number = rows[name].nunique()
+    one_size = len(rows[[name, "params_total"]].drop_duplicates()) == number
+    return 1 < number < len(rows) and one_size and not rows.duplicated([name, "images_seen"]).any()

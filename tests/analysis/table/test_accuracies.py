@@ -1,0 +1,124 @@
+"""Accuracies of a foreign table, by --columns: the same to every verb as probes of ours, and never dropped unsaid."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.accuracies import unnamed
+from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
+from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.sweeps.cli.main import verb
+
+NAMES = "N=n,D=d,C=6*n*d,L=loss,run_id=run,"
+ACCURACIES = NAMES + "dtd:linear=dtd_acc/100,dtd:chance=0.1,dtd:ideal=0,pets:linear=pets,pets:chance=guess"
+
+
+@pytest.fixture
+def theirs(grid) -> pd.DataFrame:
+    """The known grid as others write it: two accuracies, one in per cent, one missing in two rows."""
+    better = np.exp(-3 * grid["val_loss"])
+    out = pd.DataFrame({"run": grid["size"], "n": grid["params_total"].round(), "d": grid["images_seen"].round()})
+    out = out.assign(loss=grid["val_loss"], dtd_acc=100 * (0.1 + 0.9 * better), pets=0.02 + 0.6 * better, guess=0.02)
+    out.loc[[3, 7], "pets"] = np.nan
+    return out
+
+
+def say(name: str, *options: str) -> str:
+    return CliRunner().invoke(verb(name), [*options], catch_exceptions=False).stdout
+
+
+def test_every_verb_takes_them_as_it_takes_ours(theirs, tmp_path):
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    ours = []
+    for row in theirs.to_dict("records"):
+        probes = [{"task": "dtd", "kind": "linear", "top1": row["dtd_acc"] / 100, "chance": 0.1, "ideal": 0.0}]
+        if np.isfinite(row["pets"]):
+            probes.append({"task": "pets", "kind": "linear", "top1": row["pets"], "chance": 0.02})
+        scale = {"params_total": int(row["n"]), "images_seen": int(row["d"]), "flops_train": 6 * row["n"] * row["d"]}
+        ours.append({"run_id": row["run"], "val_loss": row["loss"], "probes": probes, **scale})
+    write_table(results_table(ours), tmp_path / "ours.parquet")
+    frames = [
+        probe_frame(read_table(tmp_path / "ours.parquet")),
+        probe_frame(read_table(tmp_path / "theirs.csv", parse_columns([ACCURACIES]))),
+    ]
+    names = ["task", "kind", "top1", "chance", "ideal"]
+    pd.testing.assert_frame_equal(frames[0][names], frames[1][names])
+    for verb_of in (
+        ["correlate"],
+        ["correlate", "--y", "pets:linear"],
+        ["contrast", "--by", "run_id", "--measure", "dtd:linear", "--ignore", "N"],
+        ["forecast", "--at", "N=2e7,D=1e7", "--law", "chinchilla"],
+    ):
+        said = [
+            json.loads(say(verb_of[0], str(tmp_path / table), *columns, *verb_of[1:], "--json"))
+            for table, columns in (("ours.parquet", []), ("theirs.csv", ["--columns", ACCURACIES]))
+        ]
+        numbers = [[*_numbers(each)] for each in said]
+        assert len(numbers[0]) > 5
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-6)
+
+
+def _numbers(data):
+    if isinstance(data, dict):
+        yield from (number for key in sorted(data) for number in _numbers(data[key]))
+    elif isinstance(data, list):
+        yield from (number for each in data for number in _numbers(each))
+    elif isinstance(data, float):
+        yield data
+
+
+@pytest.mark.parametrize(
+    ("columns", "subject"),
+    [
+        ("dtd:linear=dtd_acc", r"dtd:linear is .* in row 1.*dtd_acc/100"),
+        ("dtd:linear=run", "dtd:linear is s100000 in row 1"),
+        ("pets:chance=0.1", "pets:KIND=THEIRS"),
+        ("pets:linear=pets,pets:chance=2", "pets:chance is 2.* in row 1"),
+        (":linear=pets", "TASK:KIND"),
+        ("a:b:c=pets", "TASK:KIND"),
+        ("pets:linear=petz", "petz.*pets"),
+    ],
+)
+def test_what_is_no_accuracy_is_refused(theirs, tmp_path, columns, subject):
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    with pytest.raises(AnalysisError, match=subject):
+        read_table(tmp_path / "theirs.csv", parse_columns([columns]))
+
+
+def test_what_nobody_named_is_said_once(theirs, tmp_path):
+    many = theirs.assign(**{f"top{k}": 1.0 for k in (1, 5)}, grad_acc=4, accum=0.5, **{"acc, b": theirs["pets"]})
+    many["top1"] = many["top5"] = many["pets"]
+    for i in range(4):
+        many[f"task{i}_accuracy"] = many["pets"]
+    named = read_as(many, tmp_path)
+    flags = {flag.kind: flag for flag in unnamed(named)}
+    found = ["dtd_acc", "top1", "top5", "acc, b", "task0_accuracy"]
+    assert flags["accuracies_unnamed"].number == 8
+    assert flags["accuracies_unnamed"].more == ("TASK:KIND=dtd_acc/100", *found)
+    assert flags["runs_unnamed"].more == ("run_id=run", "run")
+    result = CliRunner().invoke(verb("correlate"), [str(tmp_path / "theirs.csv"), "--columns", ACCURACIES])
+    assert "Note" not in result.stderr
+    assert [f.kind for f in unnamed(named.assign(run_id=named["run"]))] == ["accuracies_unnamed"]
+    again = CliRunner().invoke(verb("frontier"), [str(tmp_path / "theirs.csv"), "--columns", "N=n,D=d,C=6*n*d,L=loss"])
+    assert again.stderr.count("run_id=run") == 1
+    say("report", str(tmp_path / "theirs.csv"), "--columns", "N=n,D=d,L=loss,pets:zero-shot=pets", "--resamples", "20")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("run_id=run") == 1
+    assert "Loss against zero-shot accuracy" in page
+    assert "frozen" not in page
+
+
+def read_as(frame: pd.DataFrame, folder) -> pd.DataFrame:
+    frame.to_csv(folder / "theirs.csv", index=False)
+    return read_table(folder / "theirs.csv", {"N": "n", "D": "d", "C": "6*n*d", "L": "loss"})
+
+
+def test_names_of_sizes_measured_once_and_of_ours_name_no_runs(theirs, tmp_path):
+    assert unnamed(read_as(theirs.drop(columns=["run", "dtd_acc"]), tmp_path)) == ()
+    twice = pd.concat([theirs, theirs.assign(loss=1.01 * theirs["loss"])]).drop(columns="dtd_acc")
+    assert unnamed(read_as(twice, tmp_path)) == ()  # a value at one budget twice is no run
+    assert unnamed(read_as(theirs, tmp_path).assign(schema_version=1)) == ()
