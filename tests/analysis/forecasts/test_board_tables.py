@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-TABLES = sorted((Path(__file__).parents[2] / "board").glob("*.csv"))
+TABLES = sorted((Path(__file__).parents[2] / "board").rglob("*.csv"))
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
