@@ -46,6 +46,14 @@ FLAGS = {
     "edge": "C = {number:.3g}: the {subject} size has the lowest loss, so the minimum is not interior",
     "not_convex": "C = {number:.3g}: the parabola is not convex",
     "outside": "C = {number:.3g}: the vertex of the parabola lies outside the measured sizes",
+    "few_curves": "three sizes measured at two budgets or more are needed, and the table has {number:.0f}",
+    "one_size": "one size is lowest at every budget where curves overlap",
+    "few_minima": "{number:.0f} budgets have an interior, convex minimum, and two are needed",
+    "no_curve": "no size has two budgets, so its loss cannot be interpolated to a common one",
+    "no_exponents": "the exponents of the {subject} law are not identified",
+    "no_minimum": "the {subject} law has no minimum along C = {number:.3g} within a factor of {more[0]:.3g} of the "
+    "measured sizes",
+    "no_law": "the {subject} law was not fitted: {more[0]}",
     "other_unit": "Losses at different {subject} are of other targets or pictures, so they are not compared.",
     "absent": "{more[0]}: no value at {subject}.",
     "unpaired": "{more[0]}: nothing is paired between {more[1]} and {more[2]}; their rows differ in {subject}; run "
@@ -149,6 +157,12 @@ def accuracy_of(kind: str) -> str:
     if kind == "lora":
         return "accuracy after LoRA adaptation (not frozen)"
     return f"{kind}-probe accuracy" if kind in PROBES else f"{kind} accuracy"
+
+
+def error_of(task: str, kind: str, *, last: bool = False) -> str:
+    """The error rate of a probe, in prose."""
+    of = "error after LoRA adaptation" if kind == "lora" else f"{kind}{'-probe' if kind in PROBES else ''} error"
+    return f"{of}{' of the last blocks' if last else ''} on {task}"
 
 
 def objective_words(objective: Objective) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import draw, show, table_of
+from aimscale.analysis.cli.options import draw, show, table_of, table_to_minimise
 from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def fit(
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,
-    y: Annotated[str, typer.Option(help="Column to fit.", rich_help_panel=options.PANEL)] = "val_loss",
+    y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
     best_of: options.BestOf = None,
@@ -52,8 +52,7 @@ def fit(
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.table.names import our_name
 
-    df = table_of(tables, columns, where, best_of, y)
-    y = our_name(df, y)
+    df, y = table_to_minimise(tables, columns, where, best_of, y)
     by = hold_out[0].partition(":")[0] if hold_out else None
     df, choice = chosen(law, df, by, y, objective)
     if choice and (fix or bound):
@@ -163,30 +162,37 @@ def frontier(
         typer.Option(min=2, help="Interpolate every size to this many budgets (approach 2); default: the table's own."),
     ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
-    y: options.LossColumn = "val_loss",
+    law: Annotated[
+        str, typer.Option(help="Law of approach 3, as `fit --law` takes it; auto chooses it as `fit` does.")
+    ] = "chinchilla",
+    y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
     best_of: options.BestOf = None,
     figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
-    """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
+    """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
+    that of the loss."""
     from aimscale.analysis.display import plain_types
-    from aimscale.analysis.frontier.approaches import all_approaches
-    from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.fitting.objectives import ROBUST
+    from aimscale.analysis.frontier.approaches import all_approaches, gaps_to_loss
     from aimscale.analysis.table.select import mixture_flags
 
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
-    df = table_of(tables, columns, where, best_of, y)
-    found = all_approaches(df, y=our_name(df, y), budgets=budgets)
+    df, y = table_to_minimise(tables, columns, where, best_of, y)
+    df, choice = chosen(law, df, None, y, ROBUST.name)
+    found = all_approaches(df, y=y, budgets=budgets, law=choice.best.law if choice else law)
+    apart = gaps_to_loss(found, df, y, budgets=budgets)
     flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]
     if figure is not None:
         draw(found.plot(), figure)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     if json:
-        data = found.to_dict() | {"optima": found.at(shown).to_dict("records"), "flags": flags}
+        data = found.to_dict() | {"optima": found.at(shown).to_dict("records"), "flags": flags, "against_loss": apart}
         typer.echo(json_module.dumps(plain_types(data), indent=2, allow_nan=False))
         return
-    typer.echo("\n".join([*flags, found.summary(shown)]))
+    lines = [*flags, found.summary(shown), *(["", *(gap.sentence() for gap in apart)] if apart else [])]
+    typer.echo("\n".join(lines))

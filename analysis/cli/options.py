@@ -45,6 +45,13 @@ BestOf = Annotated[
     ),
 ]
 LossColumn = Annotated[str, typer.Option(help="Loss column.", rich_help_panel=PANEL)]
+Minimised = Annotated[
+    str,
+    typer.Option(
+        help="Loss column; or a probe, TASK:KIND, for its error rate (1 - top1, with a floor that is fitted).",
+        rich_help_panel=PANEL,
+    ),
+]
 FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and FIGURE.png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Resamples = Annotated[int, typer.Option(min=20, help="Draws that every interval is read from.")]
@@ -65,6 +72,17 @@ def table_of(
     for flag in unnamed(df):
         typer.echo(f"Note: {flag}", err=True)
     return df
+
+
+def table_to_minimise(
+    tables: list[Path], columns: list[str] | None, where: list[str] | None, best: list[str] | None, y: str
+) -> tuple[pd.DataFrame, str]:
+    """The tables of a verb as one frame, and its column that `y` means: a loss, or the error rate of a probe."""
+    from aimscale.analysis.table.measures import to_minimise
+    from aimscale.analysis.table.select import best_of
+
+    df, y = to_minimise(table_of(tables, columns, where), y)
+    return (best_of(df, best, y) if best else df), y
 
 
 def show(result: Result, json: bool, figure: Path | None = None, *, after: Sequence[str] = ()) -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from aimscale.analysis.accuracy.correlation import Correlation
     from aimscale.analysis.fitting.result import Fit
     from aimscale.analysis.frontier.approaches import Approaches
-    from aimscale.analysis.frontier.optimum import Frontier
+    from aimscale.analysis.frontier.result import Frontier
 
 
 def plot_fit(

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.names import MAX_NAMED, column_names, no_column, our_name
+from aimscale.analysis.table.names import MAX_NAMED, column_names, no_column, our_name, remember
+from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import measured_by
+from aimscale.analysis.words import error_of, measured_by
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -105,6 +106,35 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
     if name not in rows or not pd.api.types.is_numeric_dtype(rows[name]):
         raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows, name)}.")
     return [Measure(column=name)]
+
+
+def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
+    """The frame with the column that a name means, to be fitted as a loss is, and that column's name here.
+
+    A probe (`TASK:KIND`) stands for its error rate, 1 - top1: a law's E is then the error's floor, and 1 - chance is
+    its ceiling, which no law knows. The frame remembers what the new column is called in words.
+
+    Raises:
+        AnalysisError: a table with probes has no such column or probe, or several; or accuracies are no fractions.
+    """
+    ours = our_name(frame, name)
+    if ours in frame or "probes" not in frame or probe_frame(complete(frame)).empty:
+        return frame, ours
+    found = wanted_measures(complete(frame), [name], by="")
+    if len(found) > 1:
+        named = ", ".join(m.name for m in found[:MAX_NAMED])
+        raise AnalysisError(f"{name!r} is {len(found)} accuracies ({named}); name one of them.")
+    probe = found[0]
+    values = [
+        next((p.get(probe.column) for p in row if (p["task"], p["kind"]) == (probe.task, probe.kind)), None)
+        for row in frame["probes"]
+    ]
+    accuracy = pd.to_numeric(pd.Series(values, index=frame.index, dtype=object), errors="coerce").astype(float)
+    if not accuracy.dropna().between(0, 1).all():
+        raise AnalysisError(f"{probe.name} goes from {accuracy.min():g} to {accuracy.max():g}; give fractions, 0 to 1.")
+    column = f"1 - {probe.name}"
+    words = error_of(probe.task, probe.kind, last=probe.column == "last_top1")
+    return remember(frame.assign(**{column: 1 - accuracy}), names={column: words}), column
 
 
 def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.DataFrame:

@@ -20,7 +20,9 @@ import pandas as pd
 from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, link, noise, repeats
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
-from aimscale.analysis.frontier.optimum import Cost, Frontier, optimum_of, parametric_frontier
+from aimscale.analysis.frontier.optimum import Cost, optimum_of
+from aimscale.analysis.frontier.parametric import parametric_frontier
+from aimscale.analysis.frontier.result import Frontier
 
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
 POINT_SD, GROUP_SD, ACCURACY_SD, EFFECT, R_D, CORRELATION = 0.003, 0.005, 0.01, 0.004, 6.0, 0.6

@@ -1,0 +1,146 @@
+"""The best size by a probe's error, and by laws other than Chinchilla's."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, laws
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.groups import groups_of
+from aimscale.analysis.frontier.approaches import all_approaches, gaps, gaps_to_loss
+from aimscale.analysis.frontier.measured import envelope_frontier
+from aimscale.analysis.frontier.optimum import Cost, optimum_of, sizes_along
+from aimscale.analysis.frontier.parametric import parametric_frontier
+from aimscale.analysis.frontier.result import NoFrontier
+from aimscale.analysis.table.measures import to_minimise
+from aimscale.analysis.words import Flag
+
+BOARD = Path(__file__).parents[2] / "board"
+OF_LOSS = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.40, "beta": 0.40}
+OF_ERROR = {"E": 0.1, "A": 40.0, "B": 5.0, "alpha": 0.40, "beta": 0.30}
+
+
+@pytest.fixture
+def probed() -> pd.DataFrame:
+    """A grid whose loss wants N ~ C^0.50 and whose probe wants N ~ C^0.43, from larger sizes."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e8, 9), np.geomspace(1e5, 1e8, 9)))
+    rng = np.random.default_rng(0)
+    loss, error = (
+        laws.CHINCHILLA.value({"N": n, "D": d}, truth) * np.exp(0.002 * rng.standard_normal(n.size))
+        for truth in (OF_LOSS, OF_ERROR)
+    )
+    probes = [[{"task": "pets", "kind": "linear", "top1": 1 - e, "chance": 0.03}] for e in error]
+    return pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": loss, "probes": probes})
+
+
+def test_a_probe_has_an_optimum_of_its_own(probed):
+    df, y = to_minimise(probed, "pets:linear")
+    np.testing.assert_allclose(df[y], [1 - row[0]["top1"] for row in probed["probes"]])
+    by_error, by_loss = (
+        all_approaches(df, y=y, budgets=10, resamples=200),
+        all_approaches(df, budgets=10, resamples=200),
+    )
+    assert by_error.measure == "linear-probe error on pets"
+    found = gaps(by_error, by_loss)
+    cost = Cost(kappa=6.0, s=0.0)
+    (k_error, a_error), (k_loss, a_loss) = (optimum_of(truth, cost) for truth in (OF_ERROR, OF_LOSS))
+    assert [gap.approach for gap in found] == [1, 2, 3]
+    for gap in found:
+        assert gap.interval.low < a_error - a_loss < gap.interval.high
+        truth = np.exp(k_error - k_loss + (a_error - a_loss) * np.log(gap.flops))
+        assert gap.ratio_interval.low < truth < gap.ratio_interval.high
+    assert found[-1].interval.high < 0
+    assert [gap.approach for gap in gaps_to_loss(by_error, df, y, budgets=10, resamples=50)] == [1, 2, 3]
+    assert gaps_to_loss(by_loss, df, "val_loss") == []
+    same = gaps(by_loss, by_loss)[-1]
+    assert (same.difference, same.ratio) == (0.0, 1.0)
+    assert same.interval.low < 0 < same.interval.high
+
+
+def test_what_y_may_be(probed):
+    assert to_minimise(probed, "L")[1] == "val_loss"
+    assert to_minimise(probed, "top1:pets:linear")[1] == to_minimise(probed, "pets:linear")[1]
+    with pytest.raises(AnalysisError, match="pets:linear"):
+        to_minimise(probed, "pets:knn")
+    percents = probed.assign(probes=[[{**row[0], "top1": 100 * row[0]["top1"]}] for row in probed["probes"]])
+    with pytest.raises(AnalysisError, match="fractions"):
+        to_minimise(percents, "pets:linear")
+
+
+def grid_of(law: laws.Law, params: dict[str, float]) -> pd.DataFrame:
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e10, 9), np.geomspace(1e8, 1e12, 9)))
+    x = {"N": n, "D": d, "C": 6 * n * d}
+    noise = np.exp(1e-3 * np.random.default_rng(1).standard_normal(n.size))
+    return pd.DataFrame({**x, "val_loss": law.value(x, params) * noise})
+
+
+def test_coupled_has_the_closed_form_and_others_are_minimised():
+    # (A N^-alpha + B D^-beta)^c is lowest where its inner sum is
+    df = grid_of(laws.COUPLED, {"E": 1.5, "K": 8.0, "w": 2.0, "alpha": 0.5, "beta": 0.45, "c": 0.6})
+    coupled = fit(laws.COUPLED, df, resamples=100)
+    line = parametric_frontier(coupled, df)
+    assert line.exponent == pytest.approx(0.45 / 0.95, abs=0.01)
+    numeric = sizes_along(coupled.law, coupled.law_params, line.cost, np.array([1e18, 1e20]), (1e6, 1e10))[0]
+    np.testing.assert_allclose(numeric, line.log_sizes(np.array([1e18, 1e20]))[0], atol=1e-3)
+    # Kaplan's inner sum has the exponents aN / aD and 1
+    df = grid_of(laws.KAPLAN, {"K": 2.0, "aN": 0.07, "aD": 0.1, "w": 1e3})
+    line = parametric_frontier(fit(laws.KAPLAN, df, resamples=100), df)
+    assert line.exponent == pytest.approx(1 / 1.7, abs=0.02)
+    assert line.curve is None
+    assert line.exponent_interval.low < 1 / 1.7 < line.exponent_interval.high
+
+
+def test_an_exponent_that_a_law_cannot_change_has_no_interval():
+    df = grid_of(laws.OVERTRAINED, {"E": 1.5, "a": 300.0, "b": 900.0, "h": 0.15})
+    found = all_approaches(df, law="overtrained", budgets=10, resamples=100)
+    last = found.frontiers[-1]
+    assert (last.approach, last.exponent) == (3, pytest.approx(0.5, abs=1e-3))
+    assert not last.exponent_interval.is_known
+    at = last.at(1e20).iloc[0]
+    assert at["D"] / at["N"] == pytest.approx((900 / 300) ** (1 / 0.3), rel=0.1)
+    assert at["N_lo"] < at["N"] < at["N_hi"]
+
+
+def test_every_law_finds_the_same_optimum_of_farseers_table():
+    """404 published runs; farseer's frontier is no power of C, and lies on its minima."""
+    df = pd.read_csv(BOARD / "farseer.csv", comment="#").rename(columns={"loss": "val_loss"})
+    names = ("chinchilla", "coupled", "kaplan", "overtrained", "farseer")
+    lines = {name: parametric_frontier(fit(name, df, resamples=0), df) for name in names}
+    assert [line.curve is not None for line in lines.values()] == [False] * 4 + [True]
+    sizes = [float(line.at(1e20)["N"].iloc[0]) for line in lines.values()]
+    assert max(sizes) / min(sizes) < 1.06
+    curved, best = lines["farseer"], sizes[-1]
+    n = np.geomspace(best / 3, best * 3, 20001)
+    loss = curved.law.law.value({"N": n, "D": curved.cost.samples(1e20, n)}, curved.law.law_params)
+    assert n[np.argmin(loss)] == pytest.approx(best, rel=2e-3)
+
+
+def test_a_law_without_an_optimum_says_so(probed):
+    larger_is_better = fit(laws.CHINCHILLA, probed, fixed={"B": 0.0, "beta": 0.3}, resamples=0)
+    law = laws.OVERTRAINED
+    rising = fit(law, probed, fixed={"a": 0.0}, resamples=0)
+    with pytest.raises(NoFrontier) as refused:
+        parametric_frontier(rising, probed)
+    flag = refused.value.flags[0]
+    assert (flag.kind, flag.subject, flag.number) == ("no_minimum", "overtrained", pytest.approx(probed["C"].min()))
+    assert larger_is_better.params["B"] == 0.0
+
+
+def test_runs_of_a_size_that_share_an_error_are_clustered_as_in_a_fit(known_study):
+    df = known_study({"sizes": ["s1", "s2", "s3", "s4", "s5"]})
+    found = all_approaches(df, resamples=100)
+    own = fit("chinchilla", df, resamples=100)
+    assert found.frontiers[-1].law.groups.counts == own.groups.counts
+    assert set(groups_of(df, {"N": df["params_total"].to_numpy()}).named) == {"sizes", "runs"}
+    assert found.frontiers[-1].exponent_interval.low == pytest.approx(own.intervals["a"].low, rel=1e-6)
+
+
+def test_failures_are_data(known_study):
+    with pytest.raises(NoFrontier) as refused:
+        envelope_frontier(known_study({"sizes": ["s1", "s2"], "seeds": [0]}))
+    assert refused.value.flags == (Flag(kind="few_curves", number=2),)
+    found = all_approaches(known_study({"seeds": [0]}), resamples=40)
+    assert [(k, flags[0].kind) for k, flags in found.failures.items()] == [(1, "one_size"), (2, "few_minima")]
+    assert found.to_dict()["failures"]["2"][1]["kind"] == "few_sizes"
