@@ -26,6 +26,8 @@ FLAGS = {
     "lower_bound": "{subject} lies on its lower bound {number:g}.",
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
     "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
+    "few_values": "Not identified by these values ({more[0]}), however small the noise: {subject}. Measure at more "
+    "values, or hold one of them by --fix.",
     "from_above": "{subject} is known from above only: the data allow any value from 0 to {number:.4g}.",
     "factor": "{subject} is known only within a factor of {number:.2g}.",
     "rival": "A rival minimum lies within the noise: its log-likelihood is {number:.2g} lower.",

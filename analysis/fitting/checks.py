@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
+from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.optimise import Minimum
 from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.fitting.result import Interval, interval
@@ -33,10 +34,19 @@ def diagnose(
     draws: Mapping[str, Array],
     intervals: Mapping[str, Interval],
     points: Observations,
+    hidden: frozenset[str] = frozenset(),
 ) -> tuple[tuple[Flag, ...], frozenset[str]]:
-    """All flags of a fit, and the reported parameters (of `params`) that it does not identify."""
+    """All flags of a fit, and the reported parameters (of `params`) that it does not identify.
+
+    Args:
+        hidden: parameters that no losses at these scales could identify (`unidentified`).
+    """
     best = minima[0]
     flags, lost = _of_parameters(problem, best, draws, intervals)
+    flags, lost = [flag for flag in flags if flag.subject not in hidden], lost | hidden
+    if names := [name for name in params if name in hidden]:
+        counts = " and ".join(f"{num_values(values)} of {v}" for v, values in points.x.items())
+        flags.insert(0, Flag(kind="few_values", subject=", ".join(names), more=(counts,)))
     if len(minima) > 1 and (gap := _likelihood_lost(problem, best.total, minima[1].total)) < WITHIN_NOISE:
         flags.append(Flag(kind="rival", number=gap))
     for flag, unknown in _of_variables(problem, points):

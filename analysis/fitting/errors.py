@@ -21,9 +21,9 @@ MANY_CLUSTERS = 200
 """More clusters than this are as good as normal, whatever the contrast."""
 LOOSE_CLUSTERS = 2000
 """Of more clusters than this none has a leverage to correct for."""
-FLAT = 1e-6
-"""A direction of the parameters that moves the law less than this share of the strongest one is taken to move it by
-that: its error is huge, not zero."""
+FLAT, NULL = 1e-6, 1e-10
+"""A direction of the parameters that moves the law less than the first share of the strongest one is taken to move it
+by that: its error is huge, not zero. One below the second does not move it at all and has no error to tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,13 @@ class Sandwich:
         return self.to_params @ self.covariance @ self.to_params.T
 
     def draws(self, num: int, rng: np.random.Generator) -> Array:
-        """Errors of the parameters (num, k): Student's, each draw with the degrees of freedom of its own direction."""
+        """Errors of the parameters (num, k): Student's, each draw with the degrees of freedom of its own direction.
+
+        The same for rows in another order: an axis points where it moves a parameter most.
+        """
         values, axes = np.linalg.eigh(self.covariance)
+        moved = self.to_params @ axes
+        axes = axes * np.sign(np.take_along_axis(moved, np.argmax(np.abs(moved), axis=0)[None], axis=0))
         roots = np.sqrt(np.maximum(values, 0.0))
         z = rng.standard_normal((num, len(values)))
         inverse = np.where(roots > 1e-9 * roots.max(), 1 / np.maximum(roots, 1e-300), 0.0)
@@ -89,6 +94,7 @@ def sandwich(jacobian: Array, residual: Array, weights: Array, clusters: Array) 
     scale = np.linalg.norm(scaled, axis=0)
     scale = np.where(scale > 0, scale, 1.0)
     q, singular, turn = np.linalg.svd(scaled / scale, full_matrices=False)
+    q = q * (singular > NULL * singular.max())  # else rounding would decide which way it points
     error, order = residual * root, np.argsort(clusters, kind="stable")
     to_params = (turn.T / np.maximum(singular, FLAT * singular.max())) / scale[:, None]
     if (num := int(clusters.max()) + 1) > LOOSE_CLUSTERS:

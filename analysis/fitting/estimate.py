@@ -13,11 +13,12 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.checks import diagnose
 from aimscale.analysis.fitting.errors import Components, components_of, sandwich
 from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
+from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.fitting.lackoffit import lack_of_fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, ROBUST, Objective, find_objective
+from aimscale.analysis.fitting.objectives import HUBER_LOG, LOG_LSQ, LSQ, ROBUST, Objective, find_objective
 from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise
 from aimscale.analysis.fitting.problem import Problem, make_problem
-from aimscale.analysis.fitting.projection import MAX_STARTS, starts
+from aimscale.analysis.fitting.projection import MAX_STARTS
 from aimscale.analysis.fitting.result import Fit, interval
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -28,10 +29,8 @@ from aimscale.analysis.words import Flag
 
 LEAST_SLOPE = 1e-6
 """Of a point outside the quadratic zone."""
-BENT_SHARE = 0.01
-"""Share of draws of an exponent beyond its bounds from which on the law is refitted to simulated tables instead."""
-REFIT_STARTS = 2
-"""Points of the grid that a refit to a simulated table starts from, beside the optimum."""
+FOLLOWED_SCALES = 64
+"""Scales at which draws of the parameters follow draws of the law: evenly spaced ones of many."""
 
 
 def fit(
@@ -83,8 +82,9 @@ def fit(
     problem, minima = best_minima(problem)
     if not minima:
         raise AnalysisError(f"{law.formula} has no finite value of {objective.name} on these {len(points.y)} points.")
-    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, seed)
-    result = _result(problem, minima, points, drawn, confidence)
+    hidden = unidentified(law, points.x, fixed)
+    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, seed, hidden)
+    result = _result(problem, minima, points, drawn, confidence, hidden)
     return replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df), names=names_of(df))
 
 
@@ -130,7 +130,13 @@ def _pull_and_slope(objective: Objective, residual: Array, free: int) -> tuple[A
 
 
 def _drawn(
-    problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame, num: int, seed: int
+    problem: Problem,
+    vector: Array,
+    points: Observations,
+    rows: pd.DataFrame,
+    num: int,
+    seed: int,
+    hidden: frozenset[str],
 ) -> tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]]:
     """Draws of the law's own parameters (num,), points that share errors, their components, flags about both."""
     jacobian = problem.linearised(vector)
@@ -145,53 +151,33 @@ def _drawn(
     rng = np.random.default_rng([seed, zlib.crc32(f"{problem.law.name} {points.columns['y']}".encode())])
     shift = np.zeros((num, len(vector)))
     shift[:, problem.movable] = found.draws(num, rng)
-    vectors = _within_bounds(problem, vector, shift, found.of_params)
-    if _is_bent(problem, vector + shift):
-        simulated = errors.simulate(weights, groups, num, rng)
-        vectors = _refitted(
-            problem, vector, simulated * np.sqrt(errors.degrees / rng.chisquare(errors.degrees, (num, 1)))
-        )
+    start = np.repeat(vector[None], num, axis=0)
+    for j, p in enumerate(problem.law.nonlinear, problem.num_linear):
+        if p.name in hidden:  # any value does: the others follow it
+            start[:, j] = rng.uniform(problem.lower[j], problem.upper[j], num)
+    vectors = _followed(problem, vector, shift, start)
     params = problem.params_of(vectors)
     flags = [Flag(kind="unseen", subject=name) for name in unseen]
     against = lack_of_fit(problem, vector, residual, groups, errors, points, rows)
     return params, groups, errors, (*flags, *against)
 
 
-def _is_bent(problem: Problem, vectors: Array) -> bool:
-    """Whether a straight line through the optimum misleads: the draws (num, k) of an exponent reach its bounds."""
-    inner = vectors[:, problem.num_linear :]
-    lower, upper = problem.lower[problem.num_linear :], problem.upper[problem.num_linear :]
-    beyond = np.mean((inner < lower) | (inner > upper), axis=0)
-    return bool(np.any(beyond[problem.movable[problem.num_linear :]] > BENT_SHARE))
+def _followed(problem: Problem, vector: Array, shift: Array, start: Array) -> Array:
+    """Vectors (num, k) within the bounds whose laws lie nearest to those that shifts (num, k) of an optimum ask for.
 
-
-def _refitted(problem: Problem, vector: Array, errors: Array) -> Array:
-    """Optima (num, k) of tables simulated from the fitted law with errors (num, n)."""
-    objective = problem.objective
-    tables = objective.inverse(objective.transform(problem.predict(vector[None])) + errors)
-    again = replace(problem, y=tables)
-    best, total = minimise(again, np.repeat(vector[None], len(tables), axis=0))
-    for start in starts(problem)[:REFIT_STARTS]:
-        other, other_total = minimise(again, np.repeat(start[None], len(tables), axis=0))
-        better = other_total < total
-        best[better], total[better] = other[better], other_total[better]
-    return best
-
-
-def _within_bounds(problem: Problem, vector: Array, shift: Array, covariance: Array) -> Array:
-    """Vectors (num, k) of draws (num, k) about an optimum, each moved to its nearest point within the bounds.
-
-    A coefficient that falls below its bound is set there and takes the parameters that go with it along.
+    The values of the law move as far as its derivatives say, and the parameters follow them: along a curved valley, and
+    no floor above the law's lowest value, where the shifted parameters themselves would leave both. The search begins
+    at `start` (num, k).
     """
-    out = vector + shift
-    free = np.flatnonzero(problem.movable)
-    for place, j in enumerate(free):
-        if j >= problem.num_linear or not np.isfinite(problem.lower[j]) or covariance[place, place] <= 0:
-            continue
-        below = out[:, j] < problem.lower[j]
-        lift = problem.lower[j] - out[below, j]
-        out[np.ix_(below, free)] += np.outer(lift, covariance[:, place] / covariance[place, place])
-    return np.clip(out, problem.lower, problem.upper)
+    scales = np.unique([problem.x[v][:-1] for v in problem.law.variables], axis=1, return_index=True)[1]
+    if len(scales) > FOLLOWED_SCALES:
+        scales = scales[np.linspace(0, len(scales) - 1, FOLLOWED_SCALES).astype(int)]
+    some = problem.at_points(scales)
+    some = replace(some, objective=LOG_LSQ if problem.objective.log else LSQ)
+    transform = some.objective.transform
+    values = transform(some.predict(vector[None])) + shift[:, some.movable] @ some.linearised(vector).T
+    tables = replace(some, y=some.objective.inverse(values))
+    return minimise(tables, start)[0]
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
@@ -215,6 +201,7 @@ def _result(
     points: Observations,
     drawn: tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]],
     confidence: float,
+    hidden: frozenset[str],
 ) -> Fit:
     draws, groups, errors, against = drawn
     best, law = minima[0], problem.law
@@ -222,8 +209,9 @@ def _result(
     params = {name: float(v) for name, v in law.reported(law_params).items()}
     held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
     free = {k: v for k, v in law.reported(draws).items() if k not in held} if draws else {}
-    intervals = {name: interval(values, confidence) for name, values in free.items()}
-    flags, not_identified = diagnose(problem, minima, params, draws, intervals, points)
+    nothing = np.array([])
+    intervals = {name: interval(nothing if name in hidden else v, confidence) for name, v in free.items()}
+    flags, not_identified = diagnose(problem, minima, params, draws, intervals, points, hidden)
     fitted = problem.predict(best.vector[None])[0]
     data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
     return Fit(

@@ -12,8 +12,8 @@ from aimscale.analysis.laws.base import Array
 
 SIZE_COLUMNS = ("params_total", "N", "size")
 """Where a size is told from, where the law itself has no N."""
-MIN_SPARE = 2
-"""Degrees of freedom that groups must leave for their own spread to be told at all."""
+VISIBLE = 0.5
+"""The spread of groups is seen where the law leaves at least this share of some errors that their points share."""
 MANY = 100
 """More groups than this leave plenty."""
 
@@ -71,7 +71,8 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
 def with_spread(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...]]:
     """The groups whose spread the law leaves visible, and the names ("sizes", "runs") of those it does not.
 
-    A law that bends through three sizes leaves nothing of them over: errors that sizes share cannot be seen then.
+    A law that bends through three sizes leaves next to nothing of them over (nothing but for the logarithm that is
+    fitted): errors that sizes share cannot be seen then.
     """
     seen: dict[str, Array] = {}
     known, lost = jacobian, []
@@ -79,12 +80,12 @@ def with_spread(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...
         if codes.max() > MANY:
             seen[name] = codes
             continue
-        indicators = np.eye(int(codes.max()) + 1)[codes]
+        indicators = np.eye(int(codes.max()) + 1)[codes] / np.sqrt(np.bincount(codes))
         scale = np.linalg.norm(known, axis=0)
         basis, singular, _ = np.linalg.svd(known / np.where(scale > 0, scale, 1.0), full_matrices=False)
         basis = basis[:, singular > 1e-9 * singular.max()]
         left = indicators - basis @ (basis.T @ indicators)
-        if np.sum(np.linalg.svd(left, compute_uv=False) > 1e-6 * np.sqrt(len(codes))) < MIN_SPARE:
+        if np.linalg.norm(left, 2) < VISIBLE:
             lost.append(name)
         else:
             seen[name], known = codes, np.column_stack([known, indicators])

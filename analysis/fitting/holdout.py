@@ -78,7 +78,8 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
     points = df.loc[result.data.index]
     scale = result.data[by].to_numpy(float) if by in result.data else scale_values(points, by)
     test = largest(scale, num_values=num_values, name=by)
-    predicted = _without(result, points, test, resamples).predict(points[test])
+    refit = _without(result, points, test, resamples)
+    predicted = refit.predict(points[test])
     y = result.data["y"].to_numpy()
     measured = y[test]
     others = [v for v in result.law.variables if v != by]
@@ -104,6 +105,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         naive_log_rmse=naive_log_rmse,
         others=" and ".join(others),
         num_own=num_own,
+        not_identified=refit.not_identified,
         predictions=table,
     )
 

@@ -46,6 +46,11 @@ class Problem:
         """The problem of some of a batch of tables; itself where all share one."""
         return replace(self, y=self.y[index]) if self.y.ndim == 2 else self
 
+    def at_points(self, index: Array) -> Problem:
+        """The problem of some of its points, each once, for one table (n,)."""
+        x = Columns({v: self.x[v][np.append(index, self.num_points)] for v in self.law.variables})
+        return replace(self, x=x, y=self.y[index], weights=self.weights[index])
+
     @property
     def movable(self) -> Array:
         """Which parameters are not fixed (k,)."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 from scipy.spatial import cKDTree
 
 from aimscale.analysis.fitting.problem import Problem, objective_of
-from aimscale.analysis.laws.base import Array, Columns
+from aimscale.analysis.laws.base import Array
 
 MAX_STARTS = 8
 LATTICE_STARTS = 48
@@ -108,9 +107,7 @@ def _thinned(problem: Problem) -> Problem:
     n = len(problem.y)
     if n <= MAX_GRID_POINTS:
         return problem
-    keep = np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int)
-    x = Columns({v: problem.x[v][np.append(keep, n)] for v in problem.law.variables})
-    return replace(problem, x=x, y=problem.y[keep], weights=problem.weights[keep])
+    return problem.at_points(np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int))
 
 
 def _project_chunk(problem: Problem, theta: Array) -> tuple[Array, Array]:

@@ -72,6 +72,8 @@ class HeldOut(Result):
     """The law's other variables, which the line keeps where it can."""
     num_own: int
     """Points whose line was drawn at their own values of these."""
+    not_identified: frozenset[str]
+    """Parameters that the points which were left do not pin down: a law with such exponents was not tested."""
     predictions: pd.DataFrame = field(repr=False)
     """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, inside, naive."""
 

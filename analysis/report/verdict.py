@@ -71,7 +71,9 @@ def _of_tests(joint: Fit, worse: list[str]) -> Iterator[str]:
     for variable in worse:
         yield f"no better than a straight line for the largest {variable} left out"
     for test in joint.heldout:
-        if test.num_inside < 0.8 * test.num_test:
+        if test.not_identified & {"alpha", "beta"}:
+            yield f"not tested by the largest {test.variable}: without it no law is identified"
+        elif test.num_inside < 0.8 * test.num_test:
             inside = f"{test.num_inside} of {test.num_test} points of the largest {test.variable}"
             yield f"{inside} inside their prediction intervals"
     if not joint.heldout:

@@ -9,8 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
+from aimscale.analysis.fitting.identification import unidentified
+from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.data.store.card import num_images
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
@@ -139,6 +143,17 @@ def totals(cards: Sequence[CostCard]) -> Totals:
     )
 
 
+def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
+    """Parameters of the joint law of N and D that a grid cannot tell however small the noise, such as the exponent of D
+    from two budgets; none for a single point, which asks for no law."""
+    rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
+    if len(rows) < 2:
+        return ()
+    sizes, budgets = zip(*rows, strict=True)
+    lost = unidentified(CHINCHILLA, {"N": np.array(sizes, float), "D": np.array(budgets, float)})
+    return tuple(name for name in (*CHINCHILLA.names, *CHINCHILLA.derived) if name in lost)
+
+
 def to_json(sweep: Sweep, cards: Sequence[CostCard]) -> dict[str, Any]:
     """The plan as one JSON value: assumptions, totals, runs with cards."""
     return {
@@ -146,6 +161,7 @@ def to_json(sweep: Sweep, cards: Sequence[CostCard]) -> dict[str, Any]:
         "recipe": sweep.file.recipe,
         "assumptions": sweep.file.cost.model_dump(mode="json"),
         "totals": asdict(totals(cards)),
+        "not_identified": not_identified(cards),
         "runs": [asdict(card) for card in cards],
     }
 

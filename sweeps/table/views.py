@@ -16,8 +16,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.schema import MFU
-from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, totals
+from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, not_identified, totals
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 
@@ -144,6 +145,11 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
     )
     for i, note in enumerate(notes, 1):
         say(f"[yellow]! {i}[/] {note}")
+    if lost := not_identified(cards):
+        say(
+            f"[yellow]! fit[/] however small the noise, these sizes and budgets do not identify {', '.join(lost)} of "
+            f"{CHINCHILLA.formula}; it takes three values each of N and D (sweeps read together count together)"
+        )
 
 
 CAUTIONS: dict[CautionKind, str] = {

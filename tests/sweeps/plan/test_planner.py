@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
@@ -16,6 +18,7 @@ from aimscale.sweeps.plan.evaluation_cost import probe_costs
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES
 from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names
+from aimscale.sweeps.table.views import print_plan
 
 
 def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_path: Path) -> None:
@@ -227,3 +230,21 @@ def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: s
 
     assert names(64_000, 128_000) == names(64_000) == names(64_000, 10**7)
     assert names(4_000, 64_000) != names(64_000) == names(4_000, 64_000, recipe_budget="64k")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budgets", "lost"),
+    [
+        (["rung-32", "rung-48", "rung-64"], [640, 1280], {"E", "B", "beta", "a", "b"}),
+        (["rung-32", "rung-48"], [640, 1280, 2560], {"E", "A", "alpha", "a", "b"}),
+        (["rung-32", "rung-48", "rung-64"], [640, 1280, 2560], set()),
+        (["rung-32"], [640], set()),
+    ],
+)
+def test_a_plan_says_what_its_grid_cannot_identify(write_sweep: Any, sizes: list, budgets: list, lost: set) -> None:
+    sweep = write_sweep(sizes=sizes, budgets=budgets)
+    cards = cost_cards(sweep, plan(sweep))
+    assert set(to_json(sweep, cards)["not_identified"]) == lost
+    console = Console(width=200, file=io.StringIO())
+    print_plan(sweep, cards, console)
+    assert ("! fit" in console.file.getvalue()) == bool(lost)  # type: ignore[attr-defined]

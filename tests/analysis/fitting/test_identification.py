@@ -1,0 +1,132 @@
+"""What a grid can identify at all, and what intervals of small tables are worth."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, held_out, laws
+from aimscale.analysis.fitting.identification import num_values, unidentified
+from aimscale.analysis.laws.base import Columns
+from aimscale.analysis.report.verdict import _of_tests
+
+TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.4, "beta": 0.5}
+OF_N, OF_D = {"E", "A", "alpha", "a", "b"}, {"E", "B", "beta", "a", "b"}
+
+
+def table(sizes: int, budgets: int, seeds: int, rng: np.random.Generator, noise: float = 0.003) -> pd.DataFrame:
+    """A grid of a known law, every run with all budgets."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, sizes), np.geomspace(1e5, 3e6, budgets)))
+    once = pd.DataFrame({"N": n, "D": d, "C": 6 * n * d})
+    df = pd.concat([once.assign(seed=seed) for seed in range(seeds)], ignore_index=True)
+    clean = laws.CHINCHILLA.value({v: df[v].to_numpy() for v in ("N", "D")}, TRUTH)
+    df["run_id"] = df["N"].map("{:.3g}s".format) + df["seed"].astype(str)
+    return df.assign(val_loss=clean * np.exp(noise * rng.standard_normal(len(df))))
+
+
+@pytest.mark.parametrize(
+    ("law", "design", "held", "lost"),
+    [
+        ("chinchilla", (3, 2), (), OF_D),
+        ("chinchilla", (5, 2), (), OF_D),
+        ("chinchilla", (2, 4), (), OF_N),
+        ("chinchilla", (2, 2), (), OF_N | OF_D),
+        ("chinchilla", (3, 3), (), set()),
+        ("chinchilla", (5, 2), ("E",), set()),  # two values identify where the floor is held
+        ("chinchilla", (2, 4), ("E",), set()),
+        ("chinchilla", (2, 2), ("E",), (OF_N | OF_D) - {"E"}),
+        ("overtrained", (3, 2), (), set()),  # one exponent for both
+        ("overtrained", (2, 2), (), {"E", "a", "b", "h"}),
+        ("coupled", (5, 2), (), set()),  # what D does at one size differs from what it does at another
+        ("kaplan", (3, 2), (), set()),
+        ("power:D", (5, 2), (), set()),
+        ("power_offset:D", (5, 2), (), {"E", "A", "a"}),
+        ("power_offset:D", (5, 3), (), set()),
+        ("repeated", (5, 4), (), {"R_D"}),  # nothing is repeated
+    ],
+)
+def test_the_design_says_what_no_loss_could_identify(law, design, held, lost):
+    df = table(*design, 1, np.random.default_rng(0))
+    df["U"] = df["D"].max()
+    found = laws.find_law(law)
+    x = {v: df[v].to_numpy() for v in found.variables}
+    found = found.centred(Columns(x)) if found.centred else found
+    assert set(unidentified(found, x, held)) & set(found.reported(dict.fromkeys(found.names, 0.5))) == lost
+    rng = np.random.default_rng(1)
+    if "C" not in x:  # values within a few per cent are one value
+        x = {v: values * rng.uniform(0.985, 1.015, len(values)) for v, values in x.items() if v != "U"} | (
+            {"U": x["U"]} if "U" in x else {}
+        )
+        assert set(unidentified(found, x, held)) & set(found.reported(dict.fromkeys(found.names, 0.5))) == lost
+
+
+def test_a_narrow_variable_keeps_its_values():
+    assert num_values(np.array([0.53, 0.54, 0.55, 0.56])) == 4
+    assert num_values(np.array([1e6, 1.02e6, 2e6, 2.05e6])) == 2
+    assert num_values(np.array([0.0, 1.0, 2.0])) == 3
+
+
+@pytest.mark.parametrize(
+    ("design", "lost"), [((3, 2, 2), OF_D), ((5, 2, 2), OF_D), ((2, 4, 1), OF_N), ((2, 4, 2), OF_N), ((5, 4, 1), set())]
+)
+def test_exponents_of_two_values_are_never_digits(design, lost):
+    """Whatever the noise, the order of the rows and the unit; 5 x 4 tables identify both, and hold them."""
+    rng, exponents = np.random.default_rng(1), {"alpha", "beta", "a", "b"}
+    for noise in (0.001, 0.003, 0.01, 0.03)[: 4 if lost else 2]:
+        df = table(*design, rng, noise)
+        mixed = df.sample(frac=1, random_state=3, ignore_index=True).assign(D=lambda d: d["D"] * 196)
+        known = set()
+        for each in (df, mixed):
+            result = fit("chinchilla", each, resamples=200)
+            known.add(frozenset(exponents - result.not_identified))
+            if lost:
+                assert lost <= result.not_identified
+                assert not any(result.intervals[name].is_known for name in lost)
+                assert [f.subject.split(", ") for f in result.flags if f.kind == "few_values"] == [
+                    [name for name in result.params if name in lost]
+                ]
+                assert fit("chinchilla", each, resamples=0).not_identified >= lost
+            else:
+                assert not exponents & result.not_identified
+                for name in ("E", "alpha", "beta"):
+                    assert result.intervals[name].low < TRUTH[name] < result.intervals[name].high
+        assert len(known) == 1
+
+
+def test_three_sizes_do_not_pretend_to_tell_what_sizes_share():
+    """The law bends through three sizes: their errors cannot be seen, and an exponent is not known to a thousandth."""
+    rng, held = np.random.default_rng(1), 0
+    for k in range(16):
+        result = fit("chinchilla", table(3, 3, 1 + k % 2, rng), resamples=200)
+        assert "sizes" not in result.groups.counts
+        held += all(
+            result.intervals[name].low < TRUTH[name] < result.intervals[name].high for name in ("alpha", "beta")
+        )
+    assert held >= 14
+
+
+def test_a_small_ladder_has_useful_intervals_about_its_estimate():
+    """4 x 4 runs: no floor lies above the losses, and a forecast lies amid its interval, not at an end of it."""
+    rng, place, width, low = np.random.default_rng(2), [], [], []
+    for _ in range(12):
+        df = table(4, 4, 1, rng, 0.004)
+        result = fit("chinchilla", df, resamples=300)
+        low.append(result.intervals["E"].high / result.data["fitted"].min())
+        row = result.predict({"N": np.array([3e7]), "D": np.array([1e7])}).iloc[0]
+        place.append((row["value"] - row["ci_lo"]) / (row["ci_hi"] - row["ci_lo"]))
+        width.append((row["ci_hi"] - row["ci_lo"]) / row["value"])
+    assert max(low) < 1.01
+    assert 0.4 < np.median(place) < 0.6
+    assert min(place) > 0.15
+    assert np.median(width) < 0.35
+
+
+def test_a_refit_that_is_not_identified_tests_nothing():
+    df = table(3, 5, 2, np.random.default_rng(3))
+    result = fit("chinchilla", df, resamples=200)
+    by_size, by_budget = (held_out(result, df, by=v, resamples=200) for v in ("N", "D"))
+    assert by_size.not_identified >= OF_N
+    assert not by_budget.not_identified & {"alpha", "beta"}
+    (told,) = _of_tests(dataclasses.replace(result, heldout=(by_size, by_budget)), [])
+    assert "largest N" in told
