@@ -21,7 +21,7 @@ UNITS = {
     "flops_6nd": "training FLOPs as 6 N D",
 }
 """What a column of the results table counts."""
-TEST = "(F = {more[0]:.3g} with {more[1]:.0f} and {more[2]:.0f} degrees of freedom, p = {number:.1g}; {more[3]:.2g} %)"
+TEST = "(F = {more[0]:.3g} with {more[1]:.0f} and {more[2]:.0f} degrees of freedom, {p}; {more[3]:.2g} %)"
 FLAGS = {
     "lower_bound": "{subject} lies on its lower bound {number:g}.",
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
@@ -128,7 +128,12 @@ class Flag:
     """What else the sentence tells."""
 
     def __str__(self) -> str:
-        return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more)
+        return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more, p=p_value(self.number))
+
+
+def p_value(p: float) -> str:
+    """A probability of chance; digits of a tiny one say nothing."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"
 
 
 def flag_words(flags: Sequence[Flag]) -> list[str]:

@@ -20,6 +20,7 @@ from aimscale.analysis.plots.style import (
     ordered_colours,
     power_of_ten,
 )
+from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.names import LETTERS
 from aimscale.analysis.table.schema import KNOWN
 
@@ -102,8 +103,7 @@ def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]
         member = np.digitize(data[by], edges[1:-1])
         kept, place = np.unique(member, return_inverse=True)
         distinct = np.array([np.exp(np.log(data.loc[member == k, by]).mean()) for k in kept])
-    digits = next((n for n in (3, 4, 5, 6) if len({human(v, n) for v in distinct}) == len(distinct)), 9)
-    names = [human(value, digits) for value in distinct]
+    names = told_apart(distinct, human, 3)
     labels = pd.Series(pd.Categorical([names[i] for i in place], names), index=data.index, name="series")
     return labels, dict(zip(names, map(float, distinct), strict=True))
 

@@ -127,8 +127,8 @@ def human(value: float, digits: int = 3) -> str:
         return power_of_ten(value, digits)
     for scale, letter in _SI:
         if size >= scale * 0.9995:
-            return f"{float(f'{value / scale:.{digits}g}'):g}{letter}"
-    return f"{float(f'{value:.{digits}g}'):g}"
+            return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{letter}"
+    return f"{float(f'{value:.{digits}g}'):.{max(digits, 6)}g}"
 
 
 def power_of_ten(value: float, digits: int = 2) -> str:

@@ -86,10 +86,10 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
         rows = usable[[x, "val_loss"]].dropna()
         if key == "C" and key in fits:
             figure = plot_fit(fits["C"], se=se, background=rows.set_axis(["x", "y"], axis=1))
-            caption = f"Grey: all measurements; blue: the envelope. {_law_caption(study, 'C')}{bars}"
+            caption = f"Grey: all measurements; blue: the envelope. {_law_caption(study, 'C')}"
         elif key != "C" and "ND" in fits:
             figure, rows = plot_fit(fits["ND"], x=key, se=se), fits["ND"].data
-            caption = (_law_caption(study, "ND") if key == "N" else "The same law, a line for each size.") + bars
+            caption = f"{_law_caption(study, 'ND')}{bars}" if key == "N" else "The same law, a line for each size."
         else:
             figure = plot_points(usable, x, by=by if by in usable and usable[by].notna().all() else None)
             caption = "No law could be fitted; see what is missing."

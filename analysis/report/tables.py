@@ -13,7 +13,7 @@ import pandas as pd
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.table.design import DESIGN, design_columns
+from aimscale.analysis.table.design import DESIGN, design_columns, held_equal
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import kind_name
@@ -166,11 +166,14 @@ def _spans(lows: Iterable[float], highs: Iterable[float], form: Callable[[float]
 
 
 def last_of_runs(frame: pd.DataFrame, column: str) -> pd.Series:
-    """A cost at the largest budget of each run: the row of a budget counts what the smaller ones trained, too."""
-    if "run_id" not in frame:
-        return frame[column]
+    """A cost at the largest budget of each run: the row of a budget counts what the smaller ones trained, too.
+
+    Where no `run_id` says what a run is, rows that differ in their budget alone are one.
+    """
     known = frame.dropna(subset=column)
-    return known.loc[known.groupby("run_id")[column].idxmax(), column]
+    own = [known["run_id"].where(known["run_id"].notna(), known.index)] if "run_id" in known else []
+    runs = own or held_equal(known, free={"images_seen", "D", "C", column})
+    return known.loc[known.groupby(runs, dropna=False)[column].idxmax(), column] if runs else known[column]
 
 
 def results_page_table(study: Study) -> PageTable:

@@ -54,12 +54,24 @@ def _what_was_run(study: Study) -> str:
     if _has(frame, "device_hours"):
         devices = _values(frame, "device") if _has(frame, "device") else "the devices named below"
         hours = last_of_runs(frame, "device_hours").sum()
-        cost = f" Training to the largest budget of each run took {human(hours)} device-hours on {devices}."
+        cost = (
+            f" Training to the largest budget of each run took {human(hours)} device-hours on {devices}"
+            f"{_if_runs(frame, 'device_hours', hours)}."
+        )
     if _has(frame, "flops_train"):
         flops = last_of_runs(frame, "flops_train").sum()
-        cost += f" The runs used {human(flops)} FLOP up to their largest budgets."
+        cost += (
+            f" The runs used {human(flops)} FLOP up to their largest budgets{_if_runs(frame, 'flops_train', flops)}."
+        )
     one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
     return f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
+
+
+def _if_runs(frame: pd.DataFrame, column: str, cost: float) -> str:
+    """What a cost takes for a run where none is named, and what it is if every row is one."""
+    rows = frame[column].sum()
+    apart = "run_id" not in frame and rows > 1.001 * cost
+    return f" if rows that differ in their budget alone are one run ({human(rows)} if each is a run)" if apart else ""
 
 
 def _what_came_out(study: Study) -> Iterator[str]:
@@ -141,9 +153,10 @@ def methods(study: Study) -> Iterator[str]:
     if study.approaches is not None:
         yield study.approaches.sentence()
     yield from (f"{words}: {_values(frame, name)}." for name, words in SETTINGS.items() if _has(frame, name))
-    if not study.exclusions and not any(fit.exclusions for fit in study.fits.values()):
+    said = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}
+    if not study.exclusions and not said:
         yield "Nothing was left out of the fits."
-    yield from study.exclusions
+    yield from (line for line in study.exclusions if line not in said)
     for name, words in COUNTED.items():
         if _has(frame, name) and frame[name].sum():
             yield f"{int(frame[name].sum())} {words} over all rows."

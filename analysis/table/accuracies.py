@@ -86,7 +86,7 @@ def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:
         return ()
     flags = []
     has_probes = "probes" in frame and frame["probes"].map(len).any()
-    if not has_probes and (found := [name for name in map(str, frame.columns) if _looks_like_accuracy(frame, name)]):
+    if not has_probes and (found := [name for name in map(str, frame.columns) if looks_like_accuracy(frame, name)]):
         theirs = f"{quoted(found[0])}/100" if frame[found[0]].max() > 1 else found[0]
         flags.append(_flag("accuracies_unnamed", found, f"TASK:KIND={theirs}"))
     if "run_id" not in frame and (found := [name for name in map(str, frame.columns) if _names_runs(frame, name)]):
@@ -100,7 +100,7 @@ def _flag(kind: str, names: list[str], typed: str) -> Flag:
     return Flag(kind=kind, subject=f"{', '.join(shown)}{more}", number=len(names), more=(typed, *shown))
 
 
-def _looks_like_accuracy(frame: pd.DataFrame, name: str) -> bool:
+def looks_like_accuracy(frame: pd.DataFrame, name: str) -> bool:
     """A column of such a name whose numbers lie from 0 to 1, or to 100, and are not all whole (steps, counts)."""
     if name in KNOWN or not _LOOKS.search(name) or not pd.api.types.is_numeric_dtype(frame[name]):
         return False

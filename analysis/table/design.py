@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 
 import pandas as pd
 
+from aimscale.analysis.table.accuracies import looks_like_accuracy
 from aimscale.analysis.table.names import CANONICAL, FOLDER, remember, their_name
 from aimscale.analysis.table.schema import KNOWN
 
@@ -13,6 +14,8 @@ SCALE = (
     "size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak", "head_depth", "head_width",
 )  # fmt: skip
 """Columns of scale and chance, in which runs of one experiment may differ."""
+SCALE_OF_RUNS = ("size", "params_total", "N", "images_seen", "D", "unique_images", "U", "seed")
+"""Columns that a scaling table varies on purpose, so that nobody tunes them."""
 MEASURED_ON = ("data_fingerprint", "val_num_images")
 """Other training data or another validation set: losses that cannot share a law."""
 DESIGN = (
@@ -48,12 +51,14 @@ def setup_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:
-    """Columns of a foreign table that are settings: words and numbers that repeat (numbers in three rows or more each).
+    """Columns of a foreign table that are settings: words and numbers that repeat (numbers in two rows or more each).
 
-    Other numbers are taken for measurements. A word that stands for one size and one seed is the name of a run.
+    Other numbers are taken for measurements, accuracies always. A word that stands for one size and one seed is the
+    name of a run.
     """
     not_these = {*KNOWN, *IDENTITIES, *CANONICAL, *measured}
     names = [str(name) for name in frame.columns if name not in not_these and _is_plain(frame[name])]
+    names = [name for name in names if not looks_like_accuracy(frame, name)]
     return [name for name in names if varies(frame[name]) and _is_setting(frame, name)]
 
 
@@ -63,7 +68,7 @@ def _is_plain(values: pd.Series) -> bool:
 
 def _is_setting(frame: pd.DataFrame, name: str) -> bool:
     if pd.api.types.is_numeric_dtype(frame[name]):
-        return 3 * frame[name].nunique() <= len(frame)
+        return 2 * frame[name].nunique() <= len(frame)
     scale = [each for each in ("params_total", "seed") if each in frame and varies(frame[each])]
     is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == frame[name].nunique()
     return frame[name].nunique() < len(frame) and not is_name
@@ -78,5 +83,14 @@ def with_size(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with a `size` per number of parameters where it has none: foreign tables count, and do not name."""
     if "size" in frame or "params_total" not in frame:
         return frame
-    out = frame.assign(size=frame["params_total"].map("{:.4g}".format))
+    numbers = frame["params_total"].dropna().unique()
+    words = told_apart(numbers, lambda value, digits: f"{value:.{digits}g}", 4)
+    out = frame.assign(size=frame["params_total"].map(dict(zip(numbers, words, strict=True))))
     return remember(out, names={"size": their_name(frame, "params_total")})
+
+
+def told_apart(values: Iterable[float], write: Callable[[float, int], str], digits: int) -> list[str]:
+    """Different numbers in words, with as few digits as tell them apart, and so many at least."""
+    numbers = list(values)
+    tries = ([write(value, num) for value in numbers] for num in range(digits, 18))  # 17 tell any two floats apart
+    return next((words for words in tries if len(set(words)) == len(numbers)), [str(value) for value in numbers])

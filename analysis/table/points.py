@@ -100,7 +100,7 @@ class Observations:
     """Variable (and 'y') -> what the table's file calls that column."""
     exclusions: tuple[Exclusion, ...]
     num_rows: int
-    """Rows of the table, with those that were left out when it was read."""
+    """Rows of the table as it was given: what was chosen from it (--where, --best-of) is no part of it any more."""
 
 
 def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -171,7 +171,7 @@ def observe(
         called=called,
         columns={**columns_of, **({WEIGHT: weights} if isinstance(weights, str) else {})},
         exclusions=found.exclusions,
-        num_rows=len(df) + sum(each.number for each in left_out_of(df)),
+        num_rows=len(df),
     )
 
 

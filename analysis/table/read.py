@@ -272,7 +272,8 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
         probes = probes.astype(numbers)
     except (TypeError, ValueError) as error:
         raise AnalysisError(f"A field of 'probes' is no number ({error}); correct it") from error
-    return pd.concat([base.reset_index(drop=True), probes], axis=1)
+    out = pd.concat([base.reset_index(drop=True), probes], axis=1)
+    return remember(out, names=names_of(frame), left_out=left_out_of(frame))
 
 
 def loss_unit(frame: pd.DataFrame) -> str:

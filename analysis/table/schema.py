@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.csv import write_csv
 
+from aimscale.analysis.display import plain_types
 from aimscale.analysis.errors import AnalysisError
 
 SCHEMA_VERSION = 1
@@ -185,7 +186,7 @@ def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, A
     typed = {column.name: _value(row.get(column.name), column) for column in columns}
     if unknown := {key: value for key, value in row.items() if key not in typed}:
         known_extra = json.loads(typed["extra"]) if typed["extra"] else {}
-        typed["extra"] = json.dumps(known_extra | unknown, sort_keys=True, default=str)
+        typed["extra"] = _json(known_extra | unknown)
     if "schema_version" in typed and typed["schema_version"] is None:
         typed["schema_version"] = SCHEMA_VERSION
     return typed
@@ -196,10 +197,15 @@ def _value(value: Any, column: Column) -> Any:
     if value is not None and column.dtype == "probes":
         return [_typed_row(probe, PROBE_FIELDS) for probe in value]
     if value is not None and column.dtype == "json" and not isinstance(value, str):
-        return json.dumps(value, sort_keys=True, default=str)
+        return _json(value)
     if column.dtype == "int64" and isinstance(value, float) and not value.is_integer():
         raise AnalysisError(f"'{column.name}' is {value!r}, which is no whole number; correct it")
     return value
+
+
+def _json(value: Any) -> str:
+    """JSON text; numbers that JSON cannot hold become null."""
+    return json.dumps(plain_types(value), sort_keys=True, default=str, allow_nan=False)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -228,6 +234,6 @@ def _flat(table: pa.Table) -> pa.Table:
     """The table with nested columns as JSON text."""
     for i, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
-            texts = [None if value is None else json.dumps(value) for value in table[field.name].to_pylist()]
+            texts = [None if value is None else _json(value) for value in table[field.name].to_pylist()]
             table = table.set_column(i, field.name, pa.array(texts, pa.string()))
     return table

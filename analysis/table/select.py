@@ -10,8 +10,18 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.design import design_columns, held_equal, varies
-from aimscale.analysis.table.names import CANONICAL, Exclusion, column_names, no_column, our_name, remember, their_name
+from aimscale.analysis.table.design import SCALE_OF_RUNS, design_columns, held_equal, varies
+from aimscale.analysis.table.names import (
+    CANONICAL,
+    MAX_NAMED,
+    Exclusion,
+    column_names,
+    left_out_of,
+    no_column,
+    our_name,
+    remember,
+    their_name,
+)
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import Flag
 
@@ -37,7 +47,8 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
             raise AnalysisError(f"--where needs a condition such as prefix=paired or D>=8000, not '{text}'")
         name = our_name(frame, found["name"].strip())
         if name not in frame:
-            raise AnalysisError(f"--where {text}: the table has no column '{name}' (columns: {column_names(frame)})")
+            known = column_names(frame, name)
+            raise AnalysisError(f"--where {text}: the table has no column '{name}' (columns: {known})")
         meets = _meets(frame[name], found["sign"], found["value"].strip(), text)
         if not meets.any():
             values = ", ".join(map(str, pd.unique(frame[name].dropna())[:8]))
@@ -68,7 +79,7 @@ def _equals(values: pd.Series, wanted: str) -> np.ndarray:
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
     """Of rows that differ in some tuned columns, the one with the lowest loss.
 
-    A cell is what agrees in everything else (`held_equal`).
+    A cell is what agrees in everything else (`held_equal`): another batch or head is another cell, unless tuned, too.
 
     Returns:
         The best rows, in order. The frame remembers how many were left out.
@@ -79,14 +90,25 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
     for name in (*tuned, y):
         if name not in frame:
-            raise AnalysisError(f"--best-of: the table has no column '{name}' (columns: {column_names(frame)})")
-    rows = usable_rows(frame, y).rows
-    cells = rows.groupby(held_equal(rows, free={"L", "val_loss", y, *tuned}), dropna=False)
-    kept = rows.loc[np.sort(cells[y].idxmin().to_numpy())]
+            raise AnalysisError(f"--best-of: the table has no column '{name}' (columns: {column_names(frame, name)})")
+    found = usable_rows(frame, y)
+    rows, unusable = found.rows, found.exclusions[len(left_out_of(frame)) :]
+    equal = held_equal(rows, free={"L", "val_loss", y, *tuned})
+    kept = rows.loc[np.sort(rows.groupby(equal, dropna=False)[y].idxmin().to_numpy())]
     if len(kept) == len(rows):
-        raise AnalysisError(f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice")
-    left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(frame) - len(kept))
-    return remember(kept.reset_index(drop=True), left_out=(left_out,))
+        also = [their_name(rows, name) for name in equal if name not in SCALE_OF_RUNS and _parts(rows, equal, name)]
+        why = f"; what was tuned with it goes there, too: {', '.join(also[:MAX_NAMED])}" if also else ""
+        raise AnalysisError(
+            f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice{why}"
+        )
+    left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
+    return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))
+
+
+def _parts(rows: pd.DataFrame, equal: Sequence[str], name: str) -> bool:
+    """Whether rows would be of one cell but for a column."""
+    others = [each for each in equal if each != name]
+    return rows.groupby(others, dropna=False).ngroups < len(rows)
 
 
 @dataclass(frozen=True, kw_only=True)

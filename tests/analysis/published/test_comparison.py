@@ -137,6 +137,7 @@ def test_the_command_shows_our_own_baselines(tmp_path):
     write_table(results_table(baseline), tmp_path / "baselines.parquet")
     arguments = [str(tmp_path), "--resamples", "30"]
     assert CliRunner().invoke(verb("compare"), arguments).exit_code == 0
-    shown = json.loads(CliRunner().invoke(verb("compare"), [*arguments, "--json"]).output)
+    text = CliRunner().invoke(verb("compare"), [*arguments, "--json"]).output
+    shown = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert len(shown["tasks"]) == 4
     assert {row["baseline"] for row in shown["baselines"]} == {"raw-pixels"}

@@ -154,14 +154,22 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
     assert (left_out.kind, left_out.subject, left_out.number) == ("best of", "lr", 40)
     args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS, "--best-of", "lr", "--resamples", "20"]
     out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False).output
-    assert "Fitted to 20 of 60 points" in out
+    assert "Fitted to 20 of 20 points" in out
     assert "40 rows not the best lr" in out
+    theirs.assign(loss=theirs["loss"].where(theirs.index > 0)).to_csv(tmp_path / "missing.csv", index=False)
+    left_out = left_out_of(read_tables([tmp_path / "missing.csv"], NAMES, where=["lr<1e-3"], best=["lr"]))
+    assert [(each.kind, each.number) for each in left_out] == [("where", 20), ("not positive", 1), ("best of", 19)]
     twice = pd.concat([theirs.assign(batch=64), theirs.assign(batch=128, loss=1.01 * theirs["loss"])])
     twice.to_csv(tmp_path / "twice.csv", index=False)
     assert len(read_tables([tmp_path / "twice.csv"], NAMES, best=["lr"])) == 40  # a batch of one's own is a cell's
     assert len(read_tables([tmp_path / "twice.csv"], NAMES, best=["lr", "batch"])) == 20
     with pytest.raises(AnalysisError, match="note"):
         read_tables([tmp_path / "theirs.csv"], NAMES, best=["note"])
+    together = theirs.assign(batch=(1e4 * theirs["lr"]).round())
+    together.to_csv(tmp_path / "together.csv", index=False)
+    with pytest.raises(AnalysisError, match=r"too: batch$"):
+        read_tables([tmp_path / "together.csv"], NAMES, best=["lr"])
+    assert len(read_tables([tmp_path / "together.csv"], NAMES, best=["lr", "batch"])) == 20
     with pytest.raises(AnalysisError, match="no column 'rate'"):
         read_tables([tmp_path / "theirs.csv"], NAMES, best=["rate"])
 

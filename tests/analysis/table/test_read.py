@@ -35,6 +35,9 @@ def test_round_trip_keeps_types_probes_and_unknown_keys(tmp_path, suffix):
     assert len(probes) == 1
     assert (probes["run_id"][0], probes["top1"][0], list(probes["blocks"][0])) == ("a", 0.5, [1, 2])
     assert json.loads(probes["extra"][0]) == {"margin": 3}
+    write_table(results_table([ROWS[0] | {"novel": np.nan, "probes": [PROBE | {"top5": np.nan}]}]), path)
+    again = read_table(path)
+    assert (json.loads(again["extra"][0]), "NaN" in path.read_text(errors="ignore")) == ({"novel": None}, False)
 
 
 def test_every_column_states_its_meaning_in_the_file(tmp_path):
