@@ -112,15 +112,16 @@ def correlate(
         partial: positive column (usually flops_train) that is held equal: rows are compared within groups that share
             it, else about a smooth function of it.
         within: column (such as size) whose groups' means are taken out of both first.
-        cluster: column whose rows are not independent (a run measured at several budgets); "auto" takes `run_id` where
-            four runs or more have several rows; None takes rows as independent.
+        cluster: column whose rows are not independent; "auto" takes sizes, else runs, where there are four or more and
+            some have several rows (`within` takes out what sizes share, so runs then); None: rows are independent.
 
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
     """
     if cluster == "auto":
-        runs = df["run_id"].nunique() if "run_id" in df.columns else 0
-        cluster = "run_id" if MIN_ROWS <= runs < len(df) else None
+        names = [name for name in (*(SIZE_COLUMNS if within is None else ()), "run_id") if name in df.columns]
+        names = [name for name in names if df[name].notna().all()]
+        cluster = next((name for name in names if MIN_ROWS <= df[name].nunique() < len(df)), None)
     _check_names(df, methods, x, y, partial, within, cluster)
     numeric = [name for name in (x, y, partial) if name]
     used = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
