@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
-from aimscale.analysis.fitting.result import Fit, interval
-from aimscale.analysis.laws.base import Array
+from aimscale.analysis.fitting.result import Fit, Interval
+from aimscale.analysis.laws.base import Law
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.names import their_name
@@ -24,6 +25,25 @@ PUBLISHED = 15.387
 EPOCHS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 UNBOUNDED = 0.9e3
 """An R_D beyond this is the search's own end (1e3): repeats cannot be told from new images."""
+REPEATS = 1.5
+"""Most passes of a table that repeats its data are more than this."""
+SHARE = 0.05
+"""Pools and sizes of fewer of the rows are not left out in turn: none of them decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without:
+    """The fit without one pool or one size."""
+
+    name: str
+    """Column whose value is left out, as its file calls it."""
+    value: float
+    r_d: float
+    """R_D of the rest."""
+
+    def words(self) -> str:
+        """R_D of the rest, and what it is the rest of."""
+        return f"{self.r_d:.3g} without {self.name} = {self.value:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -31,6 +51,9 @@ class Repeats(Result):
     """What the k-th sight of an image is worth."""
 
     fit: Fit
+    """The law; the interval of R_D holds what the table gives without any one pool or size, too."""
+    without: tuple[Without, ...]
+    """The fits without one pool or size, R_D rising; empty where the rest of the table has no such law."""
     max_epochs: float
     """Most passes over the same images in the table."""
     table: pd.DataFrame
@@ -60,6 +83,8 @@ class Repeats(Result):
             else f"R_D has no upper end in these data; it is at least {i.low if i else r:.3g}. Up to "
             f"{self.max_epochs:.3g} passes, repeats cannot be told from new {what}s."
         ]
+        if self.without:
+            lines.append(f"R_D is {self.without[0].words()}, {self.without[-1].words()}; the interval holds both.")
         measured = self.table[self.table["measured"]]
         told = measured[measured["epochs"].isin((2, 4, 8, 16, 32)) | (measured["epochs"] == measured["epochs"].max())]
         lines += [
@@ -104,35 +129,60 @@ def repeats(
     names = resolve_columns(REPEATED_DATA, df, columns)
     rows = complete(df)
     uniques = rows[names["U"]].dropna().unique()
-    ratio = (rows[names["D"]] / rows[names["U"]]).dropna()
+    most = _passes(rows, names)
     if len(uniques) < 2:
         raise AnalysisError(
             f"{their_name(df, names['U'])} takes {len(uniques)} value{'s' * (len(uniques) != 1)}, so what repeats are "
             "worth cannot be told from what new data are worth; run pools of several sizes."
         )
-    if not (ratio > 1.5).any():
-        raise AnalysisError(
-            f"No row repeats its data (most passes: {ratio.max():.3g}); run small pools at large budgets."
-        )
+    if not most > REPEATS:
+        raise AnalysisError(f"No row repeats its data (most passes: {most:.3g}); run small pools at large budgets.")
     n = next((c for c in ((columns or {}).get("N"), "N", "params_total") if c and c in rows), None)
     law = REPEATED if n is not None and varies(rows[n]) else REPEATED_DATA
-    found = fit(law, rows, y=y, columns=columns, objective=objective, resamples=resamples)
-    most = float(ratio.max())
-    draws = found.draws.get("R_D", np.array([found.law_params["R_D"]]))
+    options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective}
+    found = fit(law, rows, **options, resamples=resamples)
+    without = tuple(sorted(_without(law, rows, found.columns, options), key=lambda each: each.r_d))
+    if "R_D" in found.intervals:
+        ends = [found.intervals["R_D"].low, found.intervals["R_D"].high, *(each.r_d for each in without)]
+        held = Interval(
+            low=min(ends), high=max(ends), confidence=found.confidence, method="widened to each pool and size left out"
+        )
+        found = replace(found, intervals={**found.intervals, "R_D": held})
     passes = sorted({k for k in EPOCHS if k <= 4 * most} | {max(2, int(most))})
-    records = [_record(k, found.law_params["R_D"], draws, most, found.confidence) for k in passes]
-    return Repeats(fit=found, max_epochs=most, table=pd.DataFrame(records), num_uniques=len(uniques))
+    return Repeats(
+        fit=found,
+        without=without,
+        max_epochs=most,
+        table=pd.DataFrame([_record(k, found, most) for k in passes]),
+        num_uniques=len(uniques),
+    )
 
 
-def _record(k: int, r: float, draws: Array, most: float, confidence: float) -> dict[str, Any]:
-    """A row of `Repeats.table`."""
+def _passes(rows: pd.DataFrame, names: Mapping[str, str]) -> float:
+    """Most passes over the same images."""
+    return float((rows[names["D"]] / rows[names["U"]]).max())
 
-    def worth(r_d: Array) -> dict[str, Array]:
-        return {"worth": np.exp(-(k - 1) / r_d), "effective": effective(np.ones(len(r_d)), np.full(len(r_d), k), r_d)}
 
+def _without(law: Law, rows: pd.DataFrame, names: Mapping[str, str], options: dict[str, Any]) -> Iterator[Without]:
+    """Fits without each pool and each size in turn, as far as the rest still repeats its data and allows the law."""
+    for column in (names[v] for v in ("U", "N") if v in names):
+        for value in np.unique(rows[column].dropna()):
+            rest = rows[rows[column] != value]
+            if len(rows) - len(rest) < SHARE * len(rows) or not _passes(rest, names) > REPEATS:
+                continue
+            try:
+                r_d = fit(law, rest, **options, resamples=0).params["R_D"]
+            except AnalysisError:  # a single pool or size is left
+                continue
+            yield Without(name=their_name(rows, column), value=float(value), r_d=r_d)
+
+
+def _record(k: int, found: Fit, most: float) -> dict[str, Any]:
+    """A row of `Repeats.table`: what passes are worth rises with R_D, so its interval gives theirs."""
+    value, known = found.params["R_D"], found.intervals.get("R_D")
+    r_d = np.array([value, *((known.low, known.high) if known else (np.nan, np.nan))])
+    worth, sums = np.exp(-(k - 1) / r_d), effective(np.ones(3), np.full(3, k), r_d)
     row: dict[str, Any] = {"epochs": k}
-    value = worth(np.array([r]))
-    for name, each in worth(draws).items():
-        ends = interval(each, confidence)
-        row |= {name: float(value[name][0]), f"{name}_low": ends.low, f"{name}_high": ends.high}
+    for name, ends in (("worth", worth), ("effective", sums)):
+        row |= {f"{name}{end}": float(v) for end, v in zip(("", "_low", "_high"), ends, strict=True)}
     return row | {"measured": k <= most}

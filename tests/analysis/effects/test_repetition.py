@@ -34,6 +34,21 @@ def test_repeats_as_good_as_new_have_no_upper_end_but_a_worth(known_study):
     assert second["worth_high"] > 0.99
 
 
+def test_the_interval_holds_what_is_left_without_any_pool(known_study):
+    """A smallest pool that suffers more from repeats: the fit alone called R_D known to a few per cent."""
+    df = known_study(GRID)
+    odd = (df["unique_images"] == 1000) & (df["images_seen"] > 1000)
+    df.loc[odd, "val_loss"] *= 1 + 0.01 * np.log(df["images_seen"] / 1000)
+    found = repeats(df, resamples=200)
+    i, pool = found.fit.intervals["R_D"], next(each for each in found.without if each.value == 1000)
+    assert pool.name == "unique_images"
+    assert pool.r_d == pytest.approx(6, abs=0.5)
+    assert found.fit.params["R_D"] < 5
+    assert i.low <= found.without[0].r_d <= found.without[-1].r_d <= i.high
+    assert pool.words() in found.sentences()[1]
+    assert found.table["worth_high"].iloc[0] == pytest.approx(np.exp(-1 / i.high))
+
+
 def test_at_one_size_the_data_half_alone_is_fitted(known_study):
     found = repeats(known_study(GRID | {"sizes": ["s5"]}), resamples=60)
     assert found.fit.law.name == "repeated_data"
