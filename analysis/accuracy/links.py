@@ -17,7 +17,7 @@ from aimscale.analysis.fitting.objectives import LSQ, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
-from aimscale.analysis.table.names import no_column
+from aimscale.analysis.table.names import joined, no_column
 
 LINKS: dict[str, Law] = {"sigmoid": LINK_SIGMOID, "exponential": LINK_EXPONENTIAL, "linear": LINK_LINEAR}
 IDEAL_POINT = "ideal point"
@@ -86,7 +86,7 @@ def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.
             f"The ideal {loss} of {accuracy} is {ideal:g}; give one from 0 to below the lowest measured, {lowest:g}."
         )
     own = {name: IDEAL_POINT for name in (*SIZE_COLUMNS, "run_id", "seed") if name in df.columns}
-    return pd.concat([df, pd.DataFrame([{**own, loss: ideal, accuracy: 1.0}])], ignore_index=True)
+    return joined([df, pd.DataFrame([{**own, loss: ideal, accuracy: 1.0}])])
 
 
 def _measured(result: Fit) -> Fit:

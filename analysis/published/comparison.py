@@ -18,7 +18,7 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
-from aimscale.analysis.table.names import FOLDER
+from aimscale.analysis.table.names import FOLDER, joined
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.table.select import widest_slice
@@ -113,7 +113,7 @@ def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
     paths = [path for folder in folders if (path := Path(folder) / BASELINES_FILE).exists()]
     if not paths:
         return probe_frame(pd.DataFrame({"probes": []}))
-    return probe_frame(pd.concat([read_table(path) for path in paths], ignore_index=True))
+    return probe_frame(joined([read_table(path) for path in paths]))
 
 
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:

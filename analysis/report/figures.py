@@ -128,7 +128,14 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
             f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
         )
         figure, data = plot_loss_accuracy(rows, found, links), rows[[name for name in names if name in rows]]
-        yield page_figure(f"accuracy-{kind}", "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, data)
+        yield page_figure(
+            _key("accuracy", kind), "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, data
+        )
+
+
+def _key(what: str, name: str) -> str:
+    """HTML id of what bears a name of the table's own."""
+    return f"{what}-{''.join(c if c.isalnum() else '-' for c in name)}"
 
 
 def _frontiers(approaches: Approaches) -> PageFigure:
@@ -165,7 +172,7 @@ def findings(study: Study) -> Iterator[Finding]:
 
 
 def _change(name: str, found: Contrasts) -> Finding:
-    key, title = f"contrast-{''.join(c if c.isalnum() else '-' for c in name)}", f"Effect of {name}"
+    key, title = _key("contrast", name), f"Effect of {name}"
     caption = (
         f"{name} against {found.baseline}, with 95 % intervals; small ticks are pairs of runs. Filled marks: the "
         "interval leaves zero out."

@@ -51,10 +51,10 @@ def setup_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:
-    """Columns of a foreign table that are settings: words and numbers that repeat (numbers in two rows or more each).
+    """Columns of a foreign table that are settings: words and numbers that repeat.
 
-    Other numbers are taken for measurements, accuracies always. A word that stands for one size and one seed is the
-    name of a run.
+    Whole numbers in two rows or more each, others in three. What else there is are measurements, accuracies always. A
+    word that stands for one size and one seed is the name of a run.
     """
     not_these = {*KNOWN, *IDENTITIES, *CANONICAL, *measured}
     names = [str(name) for name in frame.columns if name not in not_these and _is_plain(frame[name])]
@@ -68,7 +68,8 @@ def _is_plain(values: pd.Series) -> bool:
 
 def _is_setting(frame: pd.DataFrame, name: str) -> bool:
     if pd.api.types.is_numeric_dtype(frame[name]):
-        return 2 * frame[name].nunique() <= len(frame)
+        whole = (frame[name].dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
+        return (2 if whole else 3) * frame[name].nunique() <= len(frame)
     scale = [each for each in ("params_total", "seed") if each in frame and varies(frame[each])]
     is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == frame[name].nunique()
     return frame[name].nunique() < len(frame) and not is_name

@@ -98,14 +98,21 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
     if column in ACCURACIES and column not in rows:
         matching = [m for m in of_probes if task in ("", m.task) and kind in ("", m.kind)]
         if not matching:
-            there = ", ".join(f"{m.task}:{m.kind}".strip(":") for m in of_probes[:MAX_NAMED]) or "none"
-            raise AnalysisError(f"The table has no accuracy {name!r}; some that it has: {there}.")
+            raise AnalysisError(f"The table has no accuracy {name!r}{_accuracy_names(of_probes)}.")
         return [replace(m, column=column) for m in matching]
     if within_row:
         raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
     if name not in rows or not pd.api.types.is_numeric_dtype(rows[name]):
-        raise AnalysisError(f"The table has no numeric column {name!r} to measure; it has {column_names(rows, name)}.")
+        raise AnalysisError(
+            f"The table has no column of numbers {name!r} to measure (its columns: {column_names(rows, name)})"
+            f"{_accuracy_names(of_probes)}."
+        )
     return [Measure(column=name)]
+
+
+def _accuracy_names(of_probes: Sequence[Measure]) -> str:
+    names = [f"{m.task}:{m.kind}".strip(":") for m in of_probes[:MAX_NAMED]]
+    return f"; accuracies that it has: {', '.join(names)}" if names else ""
 
 
 def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:

@@ -7,7 +7,7 @@ pandas carries from frame to frame and into Parquet. Only this module reads and 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -61,6 +61,15 @@ def remember(
     }
     frame = frame.copy(deep=False)
     frame.attrs = {**frame.attrs, _ORIGIN: origin}
+    return frame
+
+
+def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Different tables as one, rows numbered anew, with what each of them remembers, which `pd.concat` forgets."""
+    frame = pd.concat(frames, ignore_index=True)
+    frame.attrs = {}
+    for each in frames:
+        frame = remember(frame, names=names_of(each), left_out=left_out_of(each))
     return frame
 
 

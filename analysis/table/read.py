@@ -22,6 +22,7 @@ from aimscale.analysis.table.names import (
     FOLDER,
     LETTERS,
     column_names,
+    joined,
     left_out_of,
     names_of,
     remember,
@@ -63,16 +64,13 @@ def read_tables(
     for path in map(Path, paths):
         frame = read_table(path, columns)
         frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
-    frame = frames[0] if len(frames) == 1 else _joined(frames)
+    frame = frames[0] if len(frames) == 1 else _each_run_once(frames)
     chosen = select(with_setup(frame), where)
     return best_of(chosen, best, y) if best else chosen
 
 
-def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    frame = pd.concat(frames, ignore_index=True)
-    frame.attrs = {}
-    for each in frames:
-        frame = remember(frame, names=names_of(each), left_out=left_out_of(each))
+def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    frame = joined(frames)
     keys = ["run_id", "images_seen"]
     if not set(keys) <= set(frame.columns):
         return frame
@@ -152,6 +150,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             f"{path} was written with schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale"
         )
     frame = table.to_pandas()
+    frame.columns = frame.columns.map(str)  # pandas brings numbers back as names
     return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
 
 

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from aimscale.analysis.accuracy.links import ideal_loss, link
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.accuracies import unnamed
-from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
+from aimscale.analysis.table.read import parse_columns, probe_frame, read_table, read_tables
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
@@ -83,6 +84,9 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
     dropped = 2 * int((theirs["n"] <= 2e5).sum())
     assert (first["x"], first["num_points"]) == ("loss", 2 * len(theirs) - dropped)
     assert first["exclusions"] == [{"kind": "where", "subject": "n>2e5", "number": dropped}]
+    probed = probe_frame(read_tables(both, parse_columns([columns, "dtd:ideal=0"]), where=["n>2e5"]))
+    linked = link(probed, ideal=ideal_loss(probed), resamples=0)  # joins a row of its own
+    assert (linked.names["val_loss"], [each.number for each in linked.exclusions]) == ("loss", [dropped])
 
 
 @pytest.mark.parametrize(
