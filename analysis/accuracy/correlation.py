@@ -83,7 +83,7 @@ class Correlation(Result):
         held = f", {groups} {self.partial_on}" if self.partial_on else ""
         held += f", within {self.within}" if self.within else ""
         left = f" Left out: {'; '.join(map(str, self.exclusions))}." if self.exclusions else ""
-        nothing = "" if self.low > 0 or self.high < 0 else ", nothing shown"
+        nothing = "" if self.low > 0 or self.high < 0 else ", not significant"
         return (
             f"{self.method.capitalize()} correlation of {self.x} and {self.y}{held}: {self.value:.3f}{nothing} "
             f"({self.confidence:.0%} interval {self.low:.3f} to {self.high:.3f}; n = {self.num_points}; "

@@ -52,8 +52,8 @@ CAUTION = {"prefix": "unseen_prefix", "patch_order": "other_patches", **dict.fro
 CONFIDENCE = 0.95
 """Of every interval."""
 POWER = 0.8
-"""Power at which the smallest effect that could have been seen is stated."""
-BETTER, WORSE, ALIKE = "better", "worse", "not shown to differ"
+"""Power of the minimum detectable effect."""
+BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 """Verdicts."""
 
 
@@ -81,14 +81,15 @@ class Contrast(Result):
     ratio_low: float
     ratio_high: float
     detectable: float
-    """Size of a true difference that would have been seen with probability 0.8; NaN with a single pair."""
+    """Minimum detectable effect: the true difference that is found significant with probability 0.8; NaN with a single
+    pair."""
     verdict: str
-    """`better`, `worse`, or `not shown to differ`."""
+    """`better`, `worse`, or `no significant difference`."""
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
 
     @property
-    def is_shown(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the interval leaves zero out."""
         return self.verdict != ALIKE
 
@@ -103,20 +104,21 @@ class Contrast(Result):
         return self.sentence()
 
     def sentence(self) -> str:
-        """Difference, interval, pairs, and what could have been seen."""
+        """Difference, interval, pairs, and the minimum detectable effect where it is not significant."""
         m = self.measure
         values = f"{m.shown(self.level_mean)} against {m.shown(self.baseline_mean)}"
         head = f"{m.title}: {self.level} {values}, difference {m.shown_difference(self.difference)}"
         if self.num_run_pairs < 2:
-            return f"{head}, from one pair of runs: no interval, so nothing is shown."
+            return f"{head}, from one pair of runs, so without an interval."
         text = f"{head} [{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]"
         if np.isfinite(self.ratio):
             text += f", ratio {self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
         rows = f" ({self.num_pairs} of rows)" if self.num_pairs > self.num_run_pairs else ""
-        text += f", over {self.num_run_pairs} pairs of runs{rows}: {self.level} is {self.verdict}."
-        if not self.is_shown:
-            text += f" A true difference of {m.shown_size(self.detectable)} would have been seen four times in five."
-        return text
+        text += f", over {self.num_run_pairs} pairs of runs{rows}: "
+        if self.is_significant:
+            return f"{text}{self.level} is {self.verdict}."
+        effect = f"minimum detectable effect {m.shown_size(self.detectable)} at {100 * POWER:.0f} % power"
+        return f"{text}{self.verdict} ({effect})."
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -67,7 +67,7 @@ def _contrast_panel(
         ax.scatter(single, np.full(len(single), y), s=22, color=colour, marker="|", linewidths=1, alpha=0.55, zorder=1)
         if np.isfinite(each.low):
             ax.plot([scale * each.low, scale * each.high], [y, y], color=colour, linewidth=1.8, zorder=2)
-        face = colour if each.is_shown else PAPER
+        face = colour if each.is_significant else PAPER
         ax.scatter(scale * each.difference, y, s=36, facecolors=face, edgecolors=colour, marker=marker, zorder=3)
     ax.axvline(0, color=MUTED, linewidth=1)
     row_labels(ax, [measure.title for measure in measures])

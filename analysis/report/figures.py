@@ -200,10 +200,10 @@ def _change(name: str, found: Contrasts) -> Finding:
 
 def change_words(found: Contrasts) -> Iterator[str]:
     """A sentence per loss and per accuracy that differs, how many others do not, and what to be careful about."""
-    told = [each for each in found.contrasts if not each.measure.is_accuracy or each.is_shown]
+    told = [each for each in found.contrasts if not each.measure.is_accuracy or each.is_significant]
     yield from (each.sentence() for each in told)
     if rest := len(found.contrasts) - len(told):
-        yield f"{rest} of {len(found.contrasts)} differences are not shown: see the table."
+        yield f"{rest} of {len(found.contrasts)} differences in accuracy are not significant: see the table."
     yield from flag_words(found.flags)
 
 

@@ -70,7 +70,7 @@ COLUMNS: dict[str, tuple[str, Form]] = {
     "baseline_mean": ("at the baseline", _LOSS),
     "level_mean": ("at the level", _LOSS),
     "difference": ("difference", _LOSS),
-    "detectable": ("would be seen", _LOSS),
+    "detectable": ("detectable", _LOSS),
     "aim_7b": ("AIM-7B", percent),
     "gap_to_aim_7b": ("gap", percent),
     "best_frozen": ("best frozen", ""),

@@ -103,7 +103,7 @@ def correlation_words(what: str, found: tuple[Correlation, ...]) -> str:
     """One task's rank and linear correlation, at equal compute and within a size, too."""
     first, inside = found[0], next((c for c in found if c.within is not None), None)
     if first.low * first.high <= 0:
-        verdict = f"Validation loss is not shown to go with {what}"
+        verdict = f"No significant correlation of validation loss with {what}"
         if inside is not None and inside.high < 0:
             verdict += " over all sizes; within a size lower loss goes with higher accuracy"
     else:

@@ -72,7 +72,7 @@ def _points(accuracy: Contrast) -> str:
 def _bold(found: Contrast, value: float, low: float, high: float) -> str:
     """A difference with its interval, bold where that misses zero."""
     text = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
-    return text if not found.is_shown else f"**{text}**"
+    return text if not found.is_significant else f"**{text}**"
 
 
 def _worth(loss: Contrast | None, rows: pd.DataFrame, by: str) -> str:

@@ -59,7 +59,7 @@ def test_pairing_takes_out_what_the_runs_share(known_study):
 def test_nothing_is_claimed_where_there_is_nothing_and_the_visible_effect_is_told(known_study):
     df = known_study(DIRECTION, DIRECTION | {"prefix": "none"})
     (found,) = contrast(df, by="prefix").contrasts
-    assert found.verdict == "not shown to differ"
+    assert found.verdict == "no significant difference"
     se = np.std(found.pairs.groupby("seed")["difference"].mean(), ddof=1) / np.sqrt(3)
     assert found.detectable == pytest.approx(se * (stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)))
 
@@ -76,7 +76,7 @@ def test_one_pair_of_runs_has_no_interval(known_study):
     (found,) = contrast(known_study(one, one | {"prefix": "none", "effect": 0.5}), by="prefix").contrasts
     assert found.num_run_pairs == 1
     assert np.isnan(found.low)
-    assert found.verdict == "not shown to differ"
+    assert found.verdict == "no significant difference"
 
 
 def test_kinds_of_probes_are_compared_within_a_row(known_study):

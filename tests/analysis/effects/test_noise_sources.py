@@ -54,6 +54,14 @@ def test_what_the_table_does_not_hold_is_said(known_study):
         noise(rows.assign(status="failed"))
 
 
+@pytest.mark.parametrize("setting", ["lr_peak", "batch_size", "optimiser.weight_decay"])
+def test_seeds_that_differ_in_a_setting_as_well_are_no_replicates(known_study, setting):
+    rows = known_study({"sizes": ["s1", "s3"], "seeds": [0, 1, 2], "budgets": [8000, 32000]}).assign(val_loss_se=0.01)
+    tuned = rows.assign(**{setting: rows["seed"].map({0: 1.0, 1: 2.0, 2: 4.0})})
+    assert noise(tuned).component("seeds") is None
+    assert [flag.kind for flag in noise(tuned).flags] == ["one_seed"]
+
+
 def test_order_and_unit_do_not_matter(known_study):
     df = known_study({"sizes": ["s1", "s2", "s4", "s6"]})  # two sizes do not identify a law
     plain, other = noise(df), noise(df.sample(frac=1, random_state=0).assign(val_loss=lambda d: 7 * d["val_loss"]))
