@@ -18,7 +18,7 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
-from aimscale.analysis.table.names import FOLDER, joined
+from aimscale.analysis.table.names import FOLDER, joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.table.select import widest_slice
@@ -222,6 +222,7 @@ def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd
     rows: list[dict[str, Any]] = [
         {"whose": "AIM, four published points", "N": count} | _paper_exponent(count) for count in PAPER_EXPONENTS
     ]
+    seen = their_name(usable, "images_seen", "images seen")
     for count in PAPER_EXPONENTS:
         if count not in usable or usable[count].isna().all() or usable.empty:
             continue
@@ -234,7 +235,7 @@ def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd
         interval = ours.intervals["a"]
         low, high = ours.ranges["N"]
         rows.append(
-            {"whose": f"this table, {words} images seen", "N": count, "exponent": ours.params["a"], "low": interval.low,
+            {"whose": f"this table, {words} {seen}", "N": count, "exponent": ours.params["a"], "low": interval.low,
              "high": interval.high, "n_low": low, "n_high": high}
         )  # fmt: skip
     return pd.DataFrame(rows)

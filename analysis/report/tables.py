@@ -13,7 +13,7 @@ import pandas as pd
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.table.design import DESIGN, design_columns, held_equal
+from aimscale.analysis.table.design import DESIGN, design_columns, held_equal, told_apart
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import kind_name
@@ -216,7 +216,7 @@ def heldout_table(study: Study) -> PageTable | None:
         return None
     frame = pd.DataFrame(
         {
-            "left out": f"largest {test.variable} ({', '.join(map(human, test.values))})",
+            "left out": f"largest {test.variable} ({', '.join(told_apart(test.values, human, 3))})",
             "num_train": test.num_train,
             "num_test": test.num_test,
             "error": test.mean_abs_relative_error,
@@ -252,8 +252,9 @@ def probe_table(study: Study) -> PageTable | None:
         frame,
         (
             *("task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "interval", "last_top1"),
-            *("chance", "n", "blocks", "lr"),
+            *("chance", "ideal", "n", "blocks", "lr"),
         ),
+        {"images_seen": f"D ({study.samples})"},
     )
 
 

@@ -12,6 +12,7 @@ from aimscale.analysis.accuracy.correlation import Correlation
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.tables import last_of_runs
+from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import accuracy_of
 
@@ -23,7 +24,7 @@ def runs_in_words(study: Study) -> list[str]:
 
 def _range(values: pd.Series) -> str:
     low, high = values.min(), values.max()
-    return human(low) if low == high else f"{human(low)} to {human(high)}"
+    return " to ".join(told_apart(dict.fromkeys((low, high)), human, 3))
 
 
 def _count(num: int, noun: str) -> str:
