@@ -98,6 +98,6 @@ def column_names(frame: pd.DataFrame, like: str = "") -> str:
 
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
     """The error about a column that a table lacks: what for, the option that names it, what there is."""
-    letter = LETTERS.get(CANONICAL.get(name, name))
+    letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
     option = f"; name yours with --columns {letter}=THEIRS" if letter else ""
     return AnalysisError(f"The table has no column {name!r}{why}{option}; its columns are {column_names(frame, name)}.")

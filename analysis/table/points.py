@@ -10,7 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.table.names import Exclusion, column_names, left_out_of, our_name, their_name
+from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, their_name
 
 WEIGHT = "weight"
 
@@ -55,7 +55,7 @@ def usable_rows(
         raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
     columns = {columns: columns} if isinstance(columns, str) else columns
     if absent := [name for name in columns.values() if name not in frame.columns]:
-        raise AnalysisError(f"The table has no column {absent[0]!r} (its columns: {column_names(frame)}).")
+        raise no_column(frame, absent[0])
     values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
     values.columns = pd.Index(list(columns))
     bad: list[tuple[str, str, pd.Series]] = [("status", "", ~frame.index.to_series().isin(complete(frame).index))]
@@ -113,11 +113,8 @@ def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | Non
     for variable in law.variables:
         name = (columns or {}).get(variable) or our_name(df, variable)
         if name not in df.columns:
-            of_one = f" with --law {law.name}:N, or" if variable == "x" else ""
-            raise AnalysisError(
-                f"The table has no column {name!r} for {variable} of {law.formula}; name yours{of_one} with --columns "
-                f"{variable}=THEIRS (its columns: {column_names(df)})."
-            )
+            of_one = f" (say of what the law is: --law {law.name}:N)" if variable == "x" else ""
+            raise no_column(df, name, f" for {variable} of {law.formula}{of_one}")
         found[variable] = name
     return found
 
@@ -140,10 +137,7 @@ def observe(
     """
     names = resolve_columns(law, df, columns)
     if y not in df.columns:
-        raise AnalysisError(
-            f"The table has no column {y!r} to fit; name yours with --columns L=THEIRS or --y (its columns: "
-            f"{column_names(df)})."
-        )
+        raise no_column(df, y, " to fit (--y)")
     columns_of = {**names, "y": y}
     called = {v: their_name(df, name) for v, name in columns_of.items()}
     wanted = dict(columns_of)

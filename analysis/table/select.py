@@ -15,7 +15,6 @@ from aimscale.analysis.table.names import (
     CANONICAL,
     MAX_NAMED,
     Exclusion,
-    column_names,
     left_out_of,
     no_column,
     our_name,
@@ -47,8 +46,7 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
             raise AnalysisError(f"--where needs a condition such as prefix=paired or D>=8000, not '{text}'")
         name = our_name(frame, found["name"].strip())
         if name not in frame:
-            known = column_names(frame, name)
-            raise AnalysisError(f"--where {text}: the table has no column '{name}' (columns: {known})")
+            raise no_column(frame, name, f" for --where {text}")
         meets = _meets(frame[name], found["sign"], found["value"].strip(), text)
         if not meets.any():
             values = ", ".join(map(str, pd.unique(frame[name].dropna())[:8]))
@@ -90,7 +88,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
     for name in (*tuned, y):
         if name not in frame:
-            raise AnalysisError(f"--best-of: the table has no column '{name}' (columns: {column_names(frame, name)})")
+            raise no_column(frame, name, " for --best-of")
     found = usable_rows(frame, y)
     rows, unusable = found.rows, found.exclusions[len(left_out_of(frame)) :]
     equal = held_equal(rows, free={"L", "val_loss", y, *tuned})
