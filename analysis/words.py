@@ -21,7 +21,7 @@ UNITS = {
     "flops_6nd": "training FLOPs as 6 N D",
 }
 """What a column of the results table counts."""
-TEST = "(F = {more[0]:.3g} with {more[1]:.0f} and {more[2]:.0f} degrees of freedom, {p}; {more[3]:.2g} %)"
+TEST = "({p}, F = {more[0]:.3g} with {more[1]:.0f} and {more[2]:.0f} degrees of freedom)"
 FLAGS = {
     "lower_bound": "{subject} lies on its lower bound {number:g}.",
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
@@ -38,8 +38,8 @@ FLAGS = {
     "rising": "{subject} rises with {more[0]}, which the law cannot follow, so it is fitted as noise; is it an "
     "accuracy, or something else?",
     "unseen": "There are too few {subject} to see the errors that all points of one share; the intervals assume none.",
-    "scatter": f"The law does not fit: its residuals scatter more than replicate seeds do {TEST}.",
-    "pattern": f"The law does not fit: its residuals follow {{subject}} {TEST}.",
+    "scatter": f"The points lie {{number:.2g}} % off the law, more than replicate seeds differ {TEST}.",
+    "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations): look at how it was tuned.",
     "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one "
@@ -123,12 +123,14 @@ class Flag:
     subject: str = ""
     """The parameter, variable, group or row that it is about."""
     number: float = 0.0
-    """How much: a bound, a factor, a probability, per cent, standard deviations."""
+    """How much: a bound, a factor, per cent, standard deviations."""
     more: tuple[float | str, ...] = ()
     """What else the sentence tells."""
+    p: float = 1.0
+    """Probability that a sound law shows as much, where that was tested."""
 
     def __str__(self) -> str:
-        return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more, p=p_value(self.number))
+        return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more, p=p_value(self.p))
 
 
 def p_value(p: float) -> str:
@@ -232,10 +234,12 @@ def held_out_sentence(test: HeldOut) -> str:
         if test.num_own == 0
         else f"at the same {test.others}{'' if test.num_own == test.num_test else at_own}"
     )
-    verdict = "better" if test.log_rmse < test.naive_log_rmse else "no better"
+    names = ", ".join(sorted(test.not_identified))
+    unknown = f" Those {test.num_train} do not identify {names}." if names else ""
+    verdict = "better" if test.is_better else "no better"
     return (
         f"Held out {test.variable} >= {min(test.values):.3g}: fitted on {test.num_train} points, the law predicts "
-        f"the other {test.num_test} with mean error {test.mean_abs_relative_error:.2%} (log-RMSE "
-        f"{test.log_rmse:.4f}), {verdict} than {naive} ({test.naive_mean_abs_relative_error:.2%}, "
-        f"{test.naive_log_rmse:.4f}); {test.num_inside} of {test.num_test} lie inside their prediction interval."
+        f"the other {test.num_test} with mean error {test.mean_abs_relative_error:.2%}, {verdict} than {naive} "
+        f"({test.naive_mean_abs_relative_error:.2%}); {test.num_inside} of {test.num_test} lie inside their prediction "
+        f"interval.{unknown}"
     )

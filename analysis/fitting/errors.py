@@ -153,6 +153,15 @@ class Components:
                 errors += spread * rng.standard_normal((num, int(codes.max()) + 1))[:, codes]
         return errors
 
+    def covariance(self, weights: Array, groups: Groups) -> Array:
+        """Covariance (n, n) of the errors times the roots of the weights (n,)."""
+        out = np.zeros((len(weights),) * 2)
+        for spread, codes in ((self.size, groups.sizes), (self.run, groups.runs)):
+            if codes is not None:
+                out += spread**2 * (codes[:, None] == codes)
+        root = np.sqrt(weights)
+        return out * root[:, None] * root + self.point**2 * np.eye(len(weights))
+
     def variance_of(self, contrast: Array, weights: Array, groups: Groups) -> float:
         """Variance of a contrast (n,) of the points' errors."""
         out = self.point**2 * np.sum(contrast**2 / weights)

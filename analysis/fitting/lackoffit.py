@@ -6,12 +6,11 @@ More scatter than replicates have, patterns in residuals, a size or a budget tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.stats import f as fisher
 from scipy.stats import t as student
 
 from aimscale.analysis.fitting.errors import Components, components_of
@@ -19,6 +18,7 @@ from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
 from aimscale.analysis.fitting.optimise import minimise
 from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.laws.base import Array
+from aimscale.analysis.table.design import held_equal
 from aimscale.analysis.table.points import Observations
 from aimscale.analysis.words import Flag
 
@@ -26,9 +26,10 @@ ALARM = 0.01
 """A test is told of at this probability or less."""
 MIN_GROUPS, MAX_GROUPS = 5, 30
 """Fewer values of a variable leave too little to tell by, and of more each alone hardly matters."""
-SIMULATED, AT_ONCE = 999, 2_000_000
-"""Tables simulated for a probability, whatever the number of draws of the intervals; of large tables fewer, so that so
-many errors are held at once."""
+MOST_POINTS = 400
+"""Points that the test of the form looks at: of larger tables those of evenly spaced cells."""
+HARDLY = 1e-3
+"""A pattern of which the law leaves less than this share is one that the law can follow."""
 FAMILY_ALARM = 0.05
 """Probability that any group of a sound table is named."""
 BLIND_THRESHOLD = 6.0
@@ -51,10 +52,8 @@ def lack_of_fit(
         residual: residuals (n,) whose least squares it is.
         groups: points that share errors the law leaves visible.
     """
-    num = int(np.clip(AT_ONCE // problem.num_points, 99, SIMULATED))
-    simulated = errors.simulate(problem.weights, groups, num, np.random.default_rng(5))
     return (
-        *_form(problem, problem.linearised(vector), residual, points, groups, errors, simulated),
+        *_form(problem, problem.linearised(vector), residual, groups, errors, points, rows),
         *_odd_groups(problem, vector, points, rows),
     )
 
@@ -63,89 +62,120 @@ def _form(
     problem: Problem,
     jacobian: Array,
     residual: Array,
-    points: Observations,
     groups: Groups,
     errors: Components,
-    simulated: Array,
+    points: Observations,
+    rows: pd.DataFrame,
 ) -> Iterator[Flag]:
     """Lack of fit against replicates, else patterns."""
-    logs = np.round(np.log(np.array([v + 1e-300 for v in points.x.values()])), 9)
-    cells = np.unique(logs, axis=1, return_inverse=True)[1].ravel()
-    own = None
-    if groups.runs is not None:
+    cells = _replicates(points, rows)
+    keep = _whole_cells(cells)
+    weights, shared = problem.weights[keep], groups.rows(keep)
+    root, codes = np.sqrt(weights), np.unique(cells[keep], return_inverse=True)[1]
+    scaled, law, num = residual[keep] * root, jacobian[keep] * root[:, None], int(codes.max()) + 1
+    kind, subject = "scatter", ""
+    if law.shape[1] < num < len(codes):
+        wider = np.eye(num)[codes] * root[:, None]
         # what all points of a size share is no noise of replicates but lack of fit: the null is without it
-        seeds = Groups(runs=groups.runs)
-        own = replace(errors, size=0.0).simulate(problem.weights, seeds, len(simulated), np.random.default_rng(6))
-    scaled, size = residual * np.sqrt(problem.weights), 100 * float(np.sqrt(np.mean(residual**2)))
-    if cells.max() + 1 < len(cells) and cells.max() + 1 > jacobian.shape[1]:
-        f, degrees, p = replicate_test(scaled, jacobian, problem.weights, cells, own)
-        if p <= ALARM:
-            yield Flag(kind="scatter", number=p, more=(f, *degrees, size))
-        return
-    names, columns = _patterns(jacobian, problem.weights, points)
-    spare = len(residual) - jacobian.shape[1] - len(names)
-    if not names or spare < 1:
-        return
-    basis, _ = np.linalg.qr(columns.T)
-
-    def statistic(rows: Array) -> Array:
-        explained = np.sum((rows @ basis) ** 2, axis=1)
-        return explained / len(names) / np.maximum((np.sum(rows**2, axis=1) - explained) / spare, 1e-300)
-
-    f = float(statistic(scaled[None])[0])
-    p = _probability(statistic(left_over(jacobian, problem.weights, simulated)), f)
-    if p <= ALARM:
-        strongest = names[int(np.argmax(np.abs(columns @ scaled)))]
-        yield Flag(kind="pattern", subject=strongest, number=p, more=(f, len(names), spare, size))
+        errors = replace(errors, size=0.0)
+    else:
+        names, wider = _patterns(law, root, {v: values[keep] for v, values in points.x.items()})
+        if not names or len(keep) <= law.shape[1] + len(names):
+            return
+        kind, subject = "pattern", names[int(np.argmax(np.abs(scaled @ wider)))]
+    found = ratio_test(scaled, *_beyond(law, wider), errors.covariance(weights, shared))
+    if found.p <= ALARM:
+        size = 100 * found.excess / float(np.sqrt(np.sum(weights)))
+        yield Flag(kind=kind, subject=subject, number=size, p=found.p, more=(found.f, *found.degrees))
 
 
-def _probability(simulated: Array, value: float) -> float:
-    return float((1 + np.sum(simulated >= value)) / (1 + len(simulated)))
+def _replicates(points: Observations, rows: pd.DataFrame) -> Array:
+    """Cell of each point (n,): rows of a cell agree in the law's variables and in every setting but the seed."""
+    scales = {f"x {v}": np.round(np.log(values + 1e-300), 9) for v, values in points.x.items()}
+    both = pd.DataFrame(scales, index=rows.index).join(rows[held_equal(rows, ("seed", *points.columns.values()))])
+    return both.groupby(list(both), dropna=False).ngroup().to_numpy()
 
 
-def left_over(jacobian: Array, weights: Array, errors: Array) -> Array:
-    """Residuals (num, n), times the root of their weights, that the linearised law leaves of errors (num, n)."""
-    root = np.sqrt(weights)
-    basis, _ = np.linalg.qr(jacobian * root[:, None])
-    scaled = errors * root
-    return scaled - (scaled @ basis) @ basis.T
+def _whole_cells(cells: Array) -> Array:
+    """Indices of all points, or of a large table those of evenly spaced cells."""
+    num, most = int(cells.max()) + 1, MOST_POINTS / len(cells)
+    chosen = np.arange(num) if most >= 1 else np.linspace(0, num - 1, max(1, int(num * most))).astype(int)
+    return np.flatnonzero(np.isin(cells, chosen))
 
 
-def replicate_test(
-    scaled: Array, jacobian: Array, weights: Array, cells: Array, errors: Array | None = None
-) -> tuple[float, tuple[int, int], float]:
-    """F-test of the scatter of cells about the law against that of replicates within them: F, degrees of freedom, p.
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """An F-test."""
+
+    f: float
+    """Ratio of mean squares."""
+    degrees: tuple[int, int]
+    """Of freedom, above and below."""
+    p: float
+    excess: float
+    """Root of the sum of squares above that the mean square below does not explain."""
+
+
+def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> Ratio:
+    """F-test of residuals (n,) along orthonormal bases (n, a) and (n, b), of normal errors of a covariance (n, n).
+
+    The ratio exceeds F where a quadratic form of the errors is positive: a sum of chi-squared variables, weighted by
+    the form's eigenvalues. Of independent errors this is Fisher's F.
+    """
+    squares = [float(np.sum((scaled @ basis) ** 2)) for basis in (above, below)]
+    degrees = above.shape[1], below.shape[1]
+    noise = max(squares[1] / degrees[1], 1e-300)
+    f = squares[0] / degrees[0] / noise
+    basis, form = np.column_stack([above, below]), np.repeat([1 / degrees[0], -f / degrees[1]], degrees)
+    values, axes = np.linalg.eigh(basis.T @ covariance @ basis)
+    root = axes * np.sqrt(np.maximum(values, 0.0))
+    p = positive_probability(np.linalg.eigvalsh(root.T @ (form[:, None] * root)))
+    return Ratio(f=f, degrees=degrees, p=p, excess=float(np.sqrt(max(0.0, squares[0] - degrees[0] * noise))))
+
+
+def positive_probability(weights: Array) -> float:
+    """Probability that a sum of weights (m,) times chi-squared variables of one degree is positive.
+
+    Imhof's integral (1961) over the logarithm of its variable, by the trapezoidal rule: known to 1e-10.
+    """
+    u, step = np.exp(np.arange(-38, 38, 0.04)), 0.04
+    lines = weights[:, None] / max(float(np.abs(weights).max()), 1e-300) * u
+    angle, decay = 0.5 * np.arctan(lines).sum(axis=0), np.exp(-0.25 * np.log1p(lines**2).sum(axis=0))
+    return float(np.clip(0.5 + step / np.pi * np.sum(np.sin(angle) * decay), 1e-10, 1.0))
+
+
+def _beyond(law: Array, wider: Array) -> tuple[Array, Array]:
+    """Orthonormal bases of what columns (n, m) span beyond those of the law (n, k), and of what is left of both."""
+    known = _basis(law)
+    unit = wider / np.linalg.norm(wider, axis=0)
+    above = _basis(unit - known @ (known.T @ unit), least=1e-6)
+    return above, np.linalg.qr(np.column_stack([known, above]), mode="complete")[0][
+        :, known.shape[1] + above.shape[1] :
+    ]
+
+
+def _basis(columns: Array, least: float = 0.0) -> Array:
+    """Orthonormal basis (n, rank) of columns (n, m), but for directions of less than `least`."""
+    size = np.linalg.norm(columns, axis=0) if not least else 1.0
+    left, singular, _ = np.linalg.svd(columns / np.where(size > 0, size, 1.0), full_matrices=False)
+    return left[:, singular > max(least, 1e-10 * singular.max())]
+
+
+def _patterns(law: Array, root: Array, x: Mapping[str, Array]) -> tuple[list[str], Array]:
+    """Squares and products of the variables' logarithms that the law leaves: names, and unit columns (n, q).
 
     Args:
-        scaled: residuals (n,) times the root of their weights.
-        cells: number of each point's cell (n,); points of a cell differ by noise alone.
-        errors: simulated errors (num, n) where replicates share those of runs; None takes the F-distribution.
+        law: its derivatives (n, k) times the roots (n,) of the weights.
     """
-    num = int(cells.max()) + 1
-    spare, root = (num - jacobian.shape[1], len(cells) - num), np.sqrt(weights)
-
-    def statistic(rows: Array) -> Array:
-        raw = rows / root
-        means = np.array([np.bincount(cells, weights * row, num) for row in raw]) / np.bincount(cells, weights, num)
-        pure = np.sum(weights * (raw - means[:, cells]) ** 2, axis=1)
-        return (np.sum(rows**2, axis=1) - pure) / spare[0] / np.maximum(pure / spare[1], 1e-300)
-
-    f = float(statistic(scaled[None])[0])
-    if errors is None:
-        return f, spare, float(fisher.sf(f, *spare))
-    return f, spare, _probability(statistic(left_over(jacobian, weights, errors)), f)
-
-
-def _patterns(jacobian: Array, weights: Array, points: Observations) -> tuple[list[str], Array]:
-    """Squares and products of the variables' logarithms that the law leaves: names, and unit columns (q, n)."""
-    plain = {f"ln {name}": np.log(v) for name, v in points.x.items() if np.all(v > 0) and np.ptp(v) > 0}
+    plain = {f"ln {name}": np.log(v) for name, v in x.items() if np.all(v > 0) and np.ptp(v) > 0}
     logs = {name: (v - v.mean()) / v.std() for name, v in plain.items()}
     pairs = itertools.combinations_with_replacement(logs, 2)
     named = {f"{a} x {b}" if a != b else f"{a} squared": logs[a] * logs[b] for a, b in pairs}
-    columns = left_over(jacobian, weights, np.array(list(named.values())).reshape(len(named), len(weights)))
-    size = np.sqrt(np.sum(columns**2, axis=1))
-    kept = size > 1e-3 * np.sqrt(np.sum(weights))
-    return [name for name, keep in zip(named, kept, strict=True) if keep], columns[kept] / size[kept, None]
+    columns, known = np.array(list(named.values())).reshape(len(named), len(root)).T * root[:, None], _basis(law)
+    left = columns - known @ (known.T @ columns)
+    size = np.linalg.norm(left, axis=0)
+    kept = size > HARDLY * np.linalg.norm(root)
+    return [name for name, keep in zip(named, kept, strict=True) if keep], left[:, kept] / size[kept]
 
 
 def _odd_groups(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:

@@ -78,6 +78,11 @@ class HeldOut(Result):
     """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, inside, naive."""
 
     @property
+    def is_better(self) -> bool:
+        """Whether the law predicts better than the naive baseline."""
+        return self.mean_abs_relative_error < self.naive_mean_abs_relative_error
+
+    @property
     def num_inside(self) -> int:
         """Held-out points inside their prediction interval."""
         return int(self.predictions["inside"].sum())

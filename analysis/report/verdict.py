@@ -14,11 +14,18 @@ from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study, forecasts
 from aimscale.analysis.table.design import varies
+from aimscale.analysis.words import Flag
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 MAX_REASONS = 4
 """Reasons told on the first line; the others are flags of the fits below."""
+SMALL, SIZED = 1.0, ("scatter", "pattern", "off")
+"""Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
+HARMLESS = ("factor", "outliers")
+"""Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside."""
+INSIDE = 0.8
+"""Share of the left-out points that prediction intervals of 95 % must hold."""
 HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
@@ -50,32 +57,45 @@ def verdict(study: Study) -> tuple[Line, ...]:
 
 
 def trust(study: Study) -> tuple[Colour, list[str]]:
-    """Green: the law is identified, predicts what was left out, and nothing is flagged; red: it must not be used."""
+    """Red: the law must not be used. Amber: something may change a decision. Green: the law is identified and predicts
+    what was left out; what else is known of it is small, and said as what it is."""
     joint = study.fits.get("ND")
     if joint is None:
         return "red", ["no joint law of parameters and data could be fitted"]
-    fatal = [f"{symbol(p)} is not identified" for p in ("alpha", "beta") if p in joint.not_identified]
-    worse = [t.variable for t in joint.heldout if t.log_rmse > t.naive_log_rmse]
-    if joint.heldout and len(worse) == len(joint.heldout):
-        fatal.append("left out, the largest scales are predicted no better than by a straight line in log-log")
-    cautions = [*_of_tests(joint, [] if fatal else worse), *_of_approaches(study)]
-    told = ("alpha", "beta") if fatal else ()
-    cautions += [str(flag).rstrip(".") for flag in joint.flags if flag.subject not in told]
-    if fatal:
-        return "red", [*fatal, *cautions]
-    return ("amber", cautions) if cautions else ("green", ["identified, tested on the largest scales, not flagged"])
+    unknown = [p for p in ("alpha", "beta") if p in joint.not_identified]
+    fatal = [f"{symbol(p)} is not identified" for p in unknown]
+    failures = list(_of_tests(joint))
+    if joint.heldout and not any(test.is_better for test in joint.heldout):
+        fatal.append("a straight line in log-log predicts the left-out scales as well")
+    flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
+    small = [flag for flag in flags if not failures and _is_small(flag)]
+    cautions = [*failures, *_of_approaches(study), *(str(flag).rstrip(".") for flag in flags if flag not in small)]
+    notes = [str(flag).rstrip(".") for flag in small]
+    if fatal or cautions:
+        return "red" if fatal else "amber", [*fatal, *cautions, *notes]
+    known = [
+        f"left out, the largest {test.variable} is predicted within {100 * test.mean_abs_relative_error:.2g} %"
+        for test in joint.heldout
+    ]
+    return "green", ["α and β are identified", *known, *notes]
 
 
-def _of_tests(joint: Fit, worse: list[str]) -> Iterator[str]:
+def _is_small(flag: Flag) -> bool:
+    """Whether a law that predicts what was left out can be used in spite of a flag."""
+    return flag.kind in HARMLESS or (flag.kind in SIZED and abs(flag.number) < SMALL)
+
+
+def _of_tests(joint: Fit) -> Iterator[str]:
     """What held-out scales say against the law."""
-    for variable in worse:
-        yield f"no better than a straight line for the largest {variable} left out"
     for test in joint.heldout:
+        errors = [f"{100 * each:.2g} %" for each in (test.mean_abs_relative_error, test.naive_mean_abs_relative_error)]
         if test.not_identified & {"alpha", "beta"}:
-            yield f"not tested by the largest {test.variable}: without it no law is identified"
-        elif test.num_inside < 0.8 * test.num_test:
+            yield f"the largest {test.variable} is no test: without it the exponents are not identified"
+        elif not test.is_better:
+            yield f"the largest {test.variable}, left out, is missed by {errors[0]}, by a straight line {errors[1]}"
+        elif test.num_inside < INSIDE * test.num_test:
             inside = f"{test.num_inside} of {test.num_test} points of the largest {test.variable}"
-            yield f"{inside} inside their prediction intervals"
+            yield f"only {inside} lie inside their prediction intervals"
     if not joint.heldout:
         yield "no scale could be left out to test it"
 

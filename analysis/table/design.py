@@ -63,7 +63,7 @@ def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> lis
 
 
 def _is_plain(values: pd.Series) -> bool:
-    return not values.map(lambda cell: isinstance(cell, list | dict)).any()
+    return bool(values.map(pd.api.types.is_hashable).all())
 
 
 def _is_setting(frame: pd.DataFrame, name: str) -> bool:

@@ -1,7 +1,5 @@
 """What a grid can identify at all, and what intervals of small tables are worth."""
 
-import dataclasses
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from aimscale.analysis import fit, held_out, laws
 from aimscale.analysis.fitting.identification import num_values, unidentified
 from aimscale.analysis.laws.base import Columns
-from aimscale.analysis.report.verdict import _of_tests
 
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.4, "beta": 0.5}
 OF_N, OF_D = {"E", "A", "alpha", "a", "b"}, {"E", "B", "beta", "a", "b"}
@@ -128,5 +125,3 @@ def test_a_refit_that_is_not_identified_tests_nothing():
     by_size, by_budget = (held_out(result, df, by=v, resamples=200) for v in ("N", "D"))
     assert by_size.not_identified >= OF_N
     assert not by_budget.not_identified & {"alpha", "beta"}
-    (told,) = _of_tests(dataclasses.replace(result, heldout=(by_size, by_budget)), [])
-    assert "largest N" in told

@@ -1,0 +1,62 @@
+"""The first line of the page: what makes a law one to use, to use with care, or not to use."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import fit, held_out
+from aimscale.analysis.report.verdict import trust
+from aimscale.analysis.words import Flag
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """A law of 7 x 6 points, tested on the largest size and budget."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, 7), np.geomspace(1e5, 3e6, 6)))
+    noise = 0.002 * np.random.default_rng(0).standard_normal(n.size)
+    df = pd.DataFrame({"N": n, "D": d, "val_loss": (0.2 + 30 * n**-0.4 + 40 * d**-0.5) * np.exp(noise)})
+    result = fit("chinchilla", df, resamples=200)
+    tests = tuple(held_out(result, df, by=v, resamples=200) for v in ("N", "D"))
+    return dataclasses.replace(result, heldout=tests, flags=())
+
+
+def light(joint, **changes):
+    return trust(SimpleNamespace(fits={"ND": dataclasses.replace(joint, **changes)}, approaches=None))
+
+
+def test_a_departure_that_is_significant_and_small_is_told_and_changes_nothing(joint):
+    tiny = Flag(kind="pattern", subject="ln N squared", number=0.14, p=0.008, more=(7.3, 3, 34))
+    colour, reasons = light(joint, flags=(tiny,))
+    assert colour == "green"
+    assert any("0.14 %" in reason and "p = 0.008" in reason for reason in reasons)
+    assert light(joint)[0] == "green"
+    assert light(joint, flags=(dataclasses.replace(tiny, number=2.0),))[0] == "amber"
+    assert light(joint, flags=(tiny,), heldout=())[0] == "amber"  # nothing shows that it does not matter
+    assert light(joint, flags=(Flag(kind="off", subject="s3", number=-0.3, more=("size", 4.0)),))[0] == "green"
+    assert light(joint, flags=(Flag(kind="off", subject="s3", number=-3.0, more=("size", 4.0)),))[0] == "amber"
+    assert light(joint, flags=(Flag(kind="narrow", subject="N", number=1.5),))[0] == "amber"
+
+
+def test_a_test_counts_where_its_refit_is_identified_and_beats_a_line(joint):
+    by_size, by_budget = joint.heldout
+    assert (
+        light(joint, heldout=(dataclasses.replace(by_size, not_identified=frozenset({"alpha"})), by_budget))[0]
+        == "amber"
+    )
+    assert (
+        light(joint, heldout=(dataclasses.replace(by_size, not_identified=frozenset({"A"})), by_budget))[0] == "green"
+    )
+    worse = [dataclasses.replace(each, naive_mean_abs_relative_error=0.0) for each in joint.heldout]
+    assert light(joint, heldout=(worse[0], by_budget))[0] == "amber"
+    assert light(joint, heldout=tuple(worse))[0] == "red"
+    assert light(joint, not_identified=frozenset({"beta"}))[0] == "red"
+
+
+def test_a_sentence_compares_the_numbers_that_it_prints(joint):
+    (test, _) = joint.heldout
+    errors = {"mean_abs_relative_error": 0.301, "naive_mean_abs_relative_error": 0.286}
+    test = dataclasses.replace(test, **errors, log_rmse=0.2, naive_log_rmse=0.4)
+    assert "30.10%, no better than" in test.sentence()
