@@ -91,7 +91,7 @@ def column_names(frame: pd.DataFrame, like: str = "") -> str:
     `MAX_NAMED` at most, those that resemble `like` first.
     """
     names = [their_name(frame, str(name)) for name in frame.columns if name != FOLDER]
-    near = difflib.get_close_matches(like, names, n=MAX_NAMED)
+    near = [*difflib.get_close_matches(like, names), *(name for name in names if like and like in name)]
     shown = list(dict.fromkeys([*near, *names]))[:MAX_NAMED]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.names import column_names
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
 from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, arrow_schema, results_table, write_table
@@ -63,6 +64,13 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
         read_table(path, {"N": "Size"})
     with pytest.raises(AnalysisError, match="N"):
         parse_columns(["N"])
+
+
+def test_an_error_names_five_columns_the_likeliest_first():
+    frame = pd.DataFrame(columns=[*map(str, range(9)), "lr_peak", "prefix", *"abc"])
+    assert column_names(frame, "lr") == "lr_peak, 0, 1, 2, 3 and 9 more"
+    assert column_names(frame, "prefx").startswith("prefix, 0")
+    assert column_names(frame[["a", "b"]]) == "a, b"
 
 
 @pytest.mark.parametrize(
