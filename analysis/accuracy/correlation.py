@@ -113,16 +113,13 @@ def correlate(
             it, else about a smooth function of it.
         within: column (such as size) whose groups' means are taken out of both first.
         cluster: column whose rows are not independent; "auto" takes sizes, else runs, where there are four or more and
-            some have several rows (`within` takes out what sizes share, so runs then); None: rows are independent.
+            some have several rows (runs where means of `within` take sizes out); None: rows are independent.
 
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
     """
-    if cluster == "auto":
-        names = [name for name in (*(SIZE_COLUMNS if within is None else ()), "run_id") if name in df.columns]
-        names = [name for name in names if df[name].notna().all()]
-        cluster = next((name for name in names if MIN_ROWS <= df[name].nunique() < len(df)), None)
-    _check_names(df, methods, x, y, partial, within, cluster)
+    _check_names(df, methods, x, y, partial, within, None if cluster == "auto" else cluster)
+    cluster = _clusters(df, within) if cluster == "auto" else cluster
     numeric = [name for name in (x, y, partial) if name]
     used = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
     pair = _pair(used.rows, used.numbers, x, y, partial, within, cluster)
@@ -156,6 +153,16 @@ def _check_names(df: pd.DataFrame, methods: Sequence[str], x: str, y: str, *othe
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     if absent := [name for name in (x, y, *others) if name and name not in df.columns]:
         raise no_column(df, absent[0])
+
+
+def _clusters(df: pd.DataFrame, within: str | None) -> str | None:
+    """The column of the largest groups that share errors: sizes, unless means of `within` take those out, else runs."""
+    for name in (*SIZE_COLUMNS, "run_id"):
+        if name not in df.columns or df[name].isna().any() or not MIN_ROWS <= df[name].nunique() < len(df):
+            continue
+        if name == "run_id" or within is None or df.groupby(within)[name].nunique().max() > 1:
+            return name
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

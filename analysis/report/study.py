@@ -147,7 +147,7 @@ def study_tables(
         study.missing.append("No row has a validation loss, so no law is fitted.")
     else:
         _fit_laws(study)
-    _correlate(study)
+    correlate_probes(study)
     _contrast(study)
     if not study.usable.empty:
         _explain(study)
@@ -219,7 +219,8 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
     return dataclasses.replace(joint, heldout=tuple(tests))
 
 
-def _correlate(study: Study) -> None:
+def correlate_probes(study: Study) -> None:
+    """Correlations of loss and accuracy, and links between them, of every probe of the main experiment."""
     probes = study.probes
     if probes.empty:
         if study.is_ours:

@@ -4,9 +4,14 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from aimscale.analysis import correlate, link
+from aimscale.analysis.cli.effects import groups_by_probe
 from aimscale.analysis.report.page import write_report
+from aimscale.analysis.report.study import Study, correlate_probes
+from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import results_table, write_table
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
@@ -48,6 +53,21 @@ def page(tmp_path_factory, request):
 def words(page: str) -> str:
     text = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", text)).replace("&#39;", "'")
+
+
+def test_the_page_and_the_verbs_have_one_interval(known_study):
+    rows = [row | {"probes": [probe | {"ideal": 0.0} for probe in row["probes"]]} for row in rows_of(known_study, {})]
+    frame = pd.DataFrame(rows)
+    found = Study(
+        paths=(), frame=frame, main=frame, usable=frame, num_usable=len(frame), probes=probe_frame(frame), collect={},
+        exclusions=[], resamples=100,
+    )  # fmt: skip
+    correlate_probes(found)
+    for (task, kind), group in groups_by_probe(frame, "top1")[1].items():
+        by_verb = correlate(group, x="val_loss", y="top1")
+        assert found.correlations[kind, task][: len(by_verb)] == by_verb
+        alone = link(group, chance=0.1, ideal=0.0, resamples=100)
+        assert found.links[kind, task].intervals == alone.intervals
 
 
 @pytest.mark.slow
