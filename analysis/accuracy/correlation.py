@@ -119,9 +119,9 @@ def correlate(
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
     """
     _check_names(df, methods, x, y, partial, within, None if cluster == "auto" else cluster)
-    cluster = _clusters(df, within) if cluster == "auto" else cluster
     numeric = [name for name in (x, y, partial) if name]
     used = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
+    cluster = _clusters(used.rows, within) if cluster == "auto" else cluster
     pair = _pair(used.rows, used.numbers, x, y, partial, within, cluster)
     same = Correlation(
         method="",
@@ -132,7 +132,7 @@ def correlate(
         high=np.nan,
         confidence=confidence,
         num_points=len(pair.a),
-        cluster=cluster,
+        cluster=cluster and their_name(df, cluster),
         num_clusters=pair.num_clusters,
         partial_on=partial and their_name(df, partial),
         num_groups=pair.equal.num_groups if pair.equal else None,

@@ -66,7 +66,7 @@ def correlate(
         str, typer.Option(help="Second column or accuracy, TASK:KIND; top1 means every accuracy of the table.")
     ] = "top1",
     partial: Annotated[
-        str | None, typer.Option(help="Regress the logarithm of this column (e.g. flops_train) out of both.")
+        str | None, typer.Option(help="Hold this column (e.g. flops_train) equal: what the two do at equal compute.")
     ] = None,
     within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
     columns: options.Columns = None,

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, link, noise, repeats
+from aimscale.analysis.effects.gains import gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.frontier.optimum import Cost, optimum_of
@@ -25,7 +26,8 @@ from aimscale.analysis.frontier.parametric import parametric_frontier
 from aimscale.analysis.frontier.result import Frontier
 
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
-POINT_SD, GROUP_SD, ACCURACY_SD, EFFECT, R_D, CORRELATION = 0.003, 0.005, 0.01, 0.004, 6.0, 0.6
+POINT_SD, GROUP_SD, ACCURACY_SD, EFFECT, R_D = 0.003, 0.005, 0.01, 0.004, 6.0
+CORRELATION, GAIN = 0.6, 1.2
 COST = Cost(kappa=6.0, s=0.0)
 AHEAD = {"N": np.array([1e6, 3e7]), "D": np.array([1e6, 1e7])}
 """A scale inside the grid, and one three times beyond it in N and in D."""
@@ -133,27 +135,35 @@ def _frontier(record: Record, name: str, make: Callable[[], Frontier], flops: fl
     record.add(f"{name}: N* beyond", *ends, LOG_K + EXPONENT * np.log(flops))
 
 
-def others(design: Design, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:
-    """A correlation, a contrast, the noise about the law, and a two-step forecast of an accuracy."""
-    runs, pairs = np.unique(scales["run_id"], return_inverse=True)[1], [[1.0, CORRELATION], [CORRELATION, 1.0]]
+def effects(design: Design, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:
+    """Correlations, a contrast, and its worth in compute."""
+    pairs = [[1.0, CORRELATION], [CORRELATION, 1.0]]
     pair = rng.multivariate_normal([0, 0], pairs, len(scales))
     if design.errors != "independent":
-        pair = (pair + rng.multivariate_normal([0, 0], pairs, runs.max() + 1)[runs]) / np.sqrt(2)
-    found = correlate(scales.assign(x=pair[:, 0], y=pair[:, 1]), x="x", y="y", methods=["pearson"])[0]
-    record.add("correlation", found.low, found.high, found.value, CORRELATION)
-    plain = scales.assign(images_seen=scales["D"], params_total=scales["N"])
-    levels = [
-        design.measured(plain.assign(run_id=plain["run_id"] + level, target=level), rng).assign(
-            log_loss=lambda df, level=level: np.log(df["loss"]) + EFFECT * (level == "b")
-        )
-        for level in "ab"
-    ]
-    table = pd.concat(levels, ignore_index=True)
-    one = contrast(table, by="target", baseline="a", measures=["log_loss"], ignore=["loss"]).contrasts[0]
+        codes = np.unique(scales["run_id" if design.errors == "run" else "size"], return_inverse=True)[1]
+        pair = (pair + rng.multivariate_normal([0, 0], pairs, codes.max() + 1)[codes]) / np.sqrt(2)
+    of_ranks = {"spearman": 6 / np.pi * np.arcsin(CORRELATION / 2), "kendall": 2 / np.pi * np.arcsin(CORRELATION)}
+    for found in correlate(scales.assign(x=pair[:, 0], y=pair[:, 1]), x="x", y="y"):
+        record.add(found.method, found.low, found.high, found.value, of_ranks.get(found.method, CORRELATION))
+    plain = scales.assign(images_seen=scales["D"], params_total=scales["N"], flops_train=scales["C"], prefix="paired")
+    other = plain.assign(run_id=plain["run_id"] + "n", prefix="none")
+    levels = [design.measured(plain, rng), design.measured(other, rng)]
+    logs = [each.assign(log_loss=np.log(each["loss"]) + EFFECT * (each["prefix"] == "none")) for each in levels]
+    table = pd.concat(logs, ignore_index=True)
+    one = contrast(table, by="prefix", measures=["log_loss"], ignore=["loss"]).contrasts[0]
     record.add("contrast", one.low, one.high, one.difference, EFFECT)
+    inner = other[other["D"].between(1.01 * other["D"].min(), 0.99 * other["D"].max())]
+    faster = [design.measured(plain, rng), design.measured(inner.assign(D=GAIN * inner["D"]), rng)]
+    table = pd.concat(faster, ignore_index=True).drop(columns=["N", "D", "C"]).rename(columns={"loss": "val_loss"})
+    for each in gains(contrast(table, by="prefix", measures=["val_loss"]), table).gains:
+        record.add("gain", *np.log([each.low, each.high, each.factor, GAIN]))
+
+
+def accuracies(design: Design, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:
+    """The noise about the law, and a two-step forecast of an accuracy."""
     if design.seeds > 1:
-        df = design.measured(plain, rng).rename(columns={"loss": "other_loss"})
-        part = noise(df, y="other_loss").component("scatter about the joint law")
+        named = design.measured(scales, rng).rename(columns={"loss": "other_loss"})
+        part = noise(named, y="other_loss").component("law")
         if part is not None:
             record.add("scatter about the joint law", part.low, part.high, part.value, design.new_sd)
     df = design.measured(scales, rng)
@@ -184,7 +194,13 @@ def repeated(design: Design, scales: pd.DataFrame, rng: np.random.Generator, rec
     record.add("R_D", found.intervals["R_D"].low, found.intervals["R_D"].high, found.params["R_D"], R_D)
 
 
-STUDIES: dict[str, Study] = {"law": law, "approaches": approaches, "others": others, "repeats": repeated}
+STUDIES: dict[str, Study] = {
+    "law": law,
+    "approaches": approaches,
+    "effects": effects,
+    "accuracies": accuracies,
+    "repeats": repeated,
+}
 
 
 def main() -> None:

@@ -101,6 +101,8 @@ def test_seeds_of_a_size_that_share_errors_count_as_one(rho):
         found = correlate(df, x="x", y="y", methods=list(truth))
         held.append([each.low < truth[each.method] < each.high for each in found])
     assert found[0].cluster == "params_total"
+    few = df.assign(x=df["x"].where(sizes < 3))
+    assert correlate(few, x="x", y="y")[0].cluster == "run_id"  # three sizes with both columns are too few
     assert (np.mean(held, axis=0) > 0.88).all()
 
 
