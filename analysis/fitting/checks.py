@@ -47,7 +47,11 @@ def diagnose(
     if names := [name for name in params if name in hidden]:
         counts = " and ".join(f"{num_values(values)} of {v}" for v, values in points.x.items())
         flags.insert(0, Flag(kind="few_values", subject=", ".join(names), more=(counts,)))
-    if len(minima) > 1 and (gap := _likelihood_lost(problem, best.total, minima[1].total)) < WITHIN_NOISE:
+    if (
+        len(minima) > 1
+        and not hidden
+        and (gap := _likelihood_lost(problem, best.total, minima[1].total)) < WITHIN_NOISE
+    ):
         flags.append(Flag(kind="rival", number=gap))
     for flag, unknown in _of_variables(problem, points):
         flags.append(flag)

@@ -146,6 +146,13 @@ def _kaplan(n0: float = 1.0, d0: float = 1.0) -> Law:
         size = np.exp(-t["aN"] / t["aD"] * (x.log("N") - np.log(n0)))
         return (np.exp(t["aD"] * np.log(size + t["w"] * d0 / x["D"])),)
 
+    def gradient(x: Columns, t: Params, g: Parts) -> tuple[Parts, ...]:
+        log_n, ratio = x.log("N") - np.log(n0), t["aN"] / t["aD"]
+        size = np.exp(-ratio * log_n)
+        inner = size + t["w"] * d0 / x["D"]
+        by_size = g[0] * size / inner * log_n
+        return (-by_size,), (g[0] * np.log(inner) + by_size * ratio,), (g[0] * t["aD"] / inner * d0 / x["D"],)
+
     return Law(
         name="kaplan",
         formula="L = ((Nc/N)^(aN/aD) + Dc/D)^aD",
@@ -157,6 +164,7 @@ def _kaplan(n0: float = 1.0, d0: float = 1.0) -> Law:
             Parameter(name="w", bounds=(1e-6, 1e6), log=True),
         ),
         basis=basis,
+        gradient=gradient,
         report=report,
         centred=lambda x: _kaplan(float(np.exp(np.mean(x.log("N")))), float(np.exp(np.mean(x.log("D"))))),
         source="Kaplan et al. 2020, equation 1.5",
@@ -206,6 +214,9 @@ OVERTRAINED = Law(
         1.0,
         np.exp(t["h"] * (x.log("D") - x.log("N") - x.log("C"))),
         np.exp(-t["h"] * (x.log("D") - x.log("N") + x.log("C"))),
+    ),
+    gradient=lambda x, t, g: (
+        (0.0, g[1] * (x.log("D") - x.log("N") - x.log("C")), -g[2] * (x.log("D") - x.log("N") + x.log("C"))),
     ),
     source="Gadre et al. 2024, equation 4",
 )
