@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -184,8 +184,9 @@ def frontier(
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     df, choice = chosen(law, df, None, y, ROBUST.name)
-    found = all_approaches(df, y=y, budgets=budgets, law=choice.best.law if choice else law)
-    apart = gaps_to_loss(found, df, y, budgets=budgets)
+    how: dict[str, Any] = {"budgets": budgets, "law": choice.best.law if choice else law}
+    found = all_approaches(df, y=y, **how)
+    apart = gaps_to_loss(found, df, y, **how)
     flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]
     if figure is not None:
         draw(found.plot(), figure)

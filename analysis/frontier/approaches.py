@@ -164,7 +164,7 @@ class Gap:
     """The first exponent less the second, each less its approach's own bias."""
     interval: Interval
     flops: float
-    """Largest budget that both used."""
+    """Largest budget that every approach to both used."""
     ratio: float
     """The first N* over the second there."""
     ratio_interval: Interval
@@ -198,10 +198,10 @@ def gaps(found: Approaches, other: Approaches, *, confidence: float = 0.95) -> l
     The errors of the two are taken for independent, which widens the intervals where they go together.
     """
     others = {f.approach: f for f in other.frontiers}
+    flops = min(f.range[1] for f in (*found.frontiers, *other.frontiers))
     out = []
     for f in [f for f in found.frontiers if f.approach in others]:
         g = others[f.approach]
-        flops = min(f.range[1], g.range[1])
         exponents = _difference(f.draws[:, 1], g.draws[:, 1])
         sizes = _difference(*(each.log_sizes(np.array([flops]))[1][:, 0] for each in (f, g)))
         bias = (f.bias or 0.0) - (g.bias or 0.0)
@@ -224,3 +224,9 @@ def _difference(a: Array, b: Array) -> Array:
     """Draws of a less those of b, each with another of the other's."""
     num = min(len(a), len(b))
     return a[:num] - b[np.random.default_rng(0).permutation(num)]
+
+
+def sharpest(found: list[Gap]) -> Gap | None:
+    """The gap whose ratio of sizes is known best, if any is known."""
+    known = [gap for gap in found if gap.ratio_interval.is_known]
+    return min(known, key=lambda gap: gap.ratio_interval.high / gap.ratio_interval.low, default=None)

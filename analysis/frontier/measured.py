@@ -107,7 +107,7 @@ def isoflop_frontier(
     found = _frontier(points, budgets_of(points, budgets), 2, resamples, seed, joint)
     num = len(found.pairs) + len(found.refusals)
     method = f"parabolas in ln N at {len(found.pairs)} of {num} budgets, then a plain line"
-    return replace(found, method=method, law=_loss_along(found.pairs), left_out=without_budgets(found.pairs))
+    return replace(found, method=method, law=_loss_along(found.pairs))
 
 
 def _frontier(
@@ -143,6 +143,7 @@ def _frontier(
         exponent=a,
         exponent_interval=replace(interval(draws[:, 1], 0.95), method=method),
         bias=bias,
+        left_out=without_budgets(pairs) if approach == 2 else pd.DataFrame(),
         log_k=log_k,
         draws=draws,
         cost=cost,
@@ -160,16 +161,16 @@ def _line_errors(simulated: Simulated | None, budgets: list[Budget], approach: i
     """Errors (num, 2) of an approach's (ln k, a) on simulated tables, the median one of a where known, and how."""
     unknown = np.full((1, 2), np.nan)
     if simulated is None:
-        return unknown, None, "no interval: no tables were simulated, or the points are too few for it"
-    tables, truth, source = simulated
+        return unknown, None, "no interval: no tables were simulated"
+    tables, truth, by = simulated
     log_c = np.log([budget.flops for budget in budgets])
     lines = _lines_through(log_c, np.stack([budget.minima(tables, approach)[0] for budget in budgets], axis=1))
-    errors = lines[1:] - (lines[0] if truth is None else truth)  # the first table has no errors
+    errors = lines[1:] - (lines[0] if truth is None else truth)
     usable = np.isfinite(errors).all(axis=1)
     if usable.mean() < MIN_USABLE:
-        return unknown, None, f"no interval: most tables simulated by {source} have no frontier"
+        return unknown, None, f"no interval: most tables simulated by {by} have no frontier"
     bias = None if truth is None else float(np.median(errors[usable, 1]))
-    return errors[usable], bias, f"{usable.sum()} tables simulated through this design by {source}"
+    return errors[usable], bias, f"{usable.sum()} tables simulated through this design by {by}"
 
 
 def _plain_errors(pairs: pd.DataFrame, num: int, seed: int) -> tuple[Array, None, str]:
@@ -233,15 +234,16 @@ def without_budgets(pairs: pd.DataFrame) -> pd.DataFrame:
     """The exponent of the line through the optima without some: each budget in turn, the two largest, the two smallest.
 
     Returns:
-        Columns: budgets (the C left out), exponent; no row where fewer than three would remain.
+        Columns: which (`one`, `largest two`, `smallest two`), budgets (the C left out), exponent; no row where fewer
+        than three would remain.
     """
-    order = np.argsort(pairs["C"].to_numpy())
-    log_c, log_n = (np.log(pairs[name].to_numpy()[order]) for name in ("C", "N"))
-    subsets = [(k,) for k in range(len(order))] + [(len(order) - 2, len(order) - 1), (0, 1)]
+    log_c, log_n = np.log(pairs.sort_values("C")[["C", "N"]].to_numpy()).T
+    subsets = [("one", [k]) for k in range(len(log_c))]
+    subsets += [("largest two", [len(log_c) - 2, len(log_c) - 1]), ("smallest two", [0, 1])]
     rows = []
-    for subset in subsets:
-        kept = np.delete(np.arange(len(order)), subset)
-        if len(kept) >= MIN_LEFT:
-            exponent = float(np.polyfit(log_c[kept], log_n[kept], 1)[0])
-            rows.append({"budgets": [float(np.exp(log_c[k])) for k in subset], "exponent": exponent})
-    return pd.DataFrame(rows, columns=["budgets", "exponent"])
+    for which, subset in subsets:
+        x, y = np.delete(log_c, subset), np.delete(log_n, subset)
+        if len(x) >= MIN_LEFT:
+            budgets = [float(np.exp(log_c[k])) for k in subset]
+            rows.append({"which": which, "budgets": budgets, "exponent": float(np.polyfit(x, y, 1)[0])})
+    return pd.DataFrame(rows, columns=["which", "budgets", "exponent"])

@@ -21,7 +21,7 @@ from aimscale.analysis.table.points import resolve_columns, usable_rows
 REACH = 100.0
 """A law is minimised within this factor of the measured sizes."""
 GRID = 61
-"""Sizes at which a law is evaluated; three times, each about the last lowest."""
+"""Sizes at which a law is evaluated; four times, each about the last lowest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class Cost:
     def samples(self, flops: Array, num_params: Array) -> Array:
         """D that the budget buys at a size."""
         return flops / (self.kappa * num_params ** (1 + self.s))
+
+    def flops(self, num_params: Array, samples: Array) -> Array:
+        """C of training a size on so many samples."""
+        return self.kappa * num_params ** (1 + self.s) * samples
 
 
 def cost_of(num_params: Array, samples: Array, flops: Array) -> Cost:
@@ -70,7 +74,7 @@ def optimum_of(p: Mapping[str, Array], cost: Cost) -> tuple[Array, Array]:
     """(ln k, a) of N*(C): set to zero the derivative of A N^-alpha + B (C / kappa)^-beta N^((1+s) beta)."""
     grow = (1 + cost.s) * p["beta"]
     a = p["beta"] / (p["alpha"] + grow)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         log_g = (np.log(p["alpha"] * p["A"]) - np.log(grow * p["B"])) / (p["alpha"] + grow)
     return log_g - a * np.log(cost.kappa), a
 
@@ -88,7 +92,7 @@ def sizes_along(law: Law, params: Mapping[str, Array], cost: Cost, flops: Array,
     for k, c in enumerate(flops):
         x = np.broadcast_to(np.linspace(low, high, GRID), (num, GRID))
         lost = np.zeros(num, bool)
-        for _ in range(3):
+        for _ in range(4):
             n, step = np.exp(x), x[:, 1] - x[:, 0]
             d = cost.samples(c, n)
             with np.errstate(all="ignore"):

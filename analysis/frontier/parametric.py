@@ -17,10 +17,16 @@ from aimscale.analysis.words import Flag
 
 CLOSED = ("chinchilla", "coupled")
 """Laws that fall by N^-alpha and D^-beta under one increasing function: their optimum has a closed form."""
+EXPONENTS = dict.fromkeys(CLOSED, ("alpha", "beta")) | {"kaplan": ("aN", "aD")}
+"""Law -> what its data must identify."""
+WIDE = 0.5
+"""An exponent of N*(C) that is not known to within this is not identified."""
 STRAIGHT = 1e-3
 """ln N* that is further off a straight line in ln C than this makes a curve."""
 FORM_ALONE = 1e-4
 """An exponent whose draws differ by less than this is set by the law's form, not by the data."""
+MAX_DRAWS = 300
+"""Draws of a law that are minimised one by one."""
 MIN_WITH_MINIMUM = 0.5
 """Share of a law's draws that need a minimum for an interval to be read from these."""
 
@@ -35,7 +41,7 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
         NoFrontier: the law's exponents are not identified, or it has no minimum near the measured sizes.
         AnalysisError: a column is missing.
     """
-    if "a" in fit.not_identified:
+    if {*EXPONENTS.get(fit.law.name, ())} & fit.not_identified:
         raise NoFrontier(Flag(kind="no_exponents", subject=fit.law.name))
     points = points_of(df, y=fit.columns["y"], columns=columns or fit.columns)
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
@@ -49,6 +55,8 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
         line, draws, is_straight = _line_of(fit, curve, span)
         curve = None if is_straight else curve
     ends = interval(draws[:, 1], fit.confidence)
+    if ends.is_known and ends.high - ends.low > WIDE:
+        raise NoFrontier(Flag(kind="no_exponents", subject=fit.law.name))
     is_form = len(draws) > 1 and ends.high - ends.low < FORM_ALONE
     ends = replace(ends, low=np.nan, high=np.nan) if is_form else ends
     how = "the law's form alone sets this exponent" if is_form else fit.interval_method
@@ -71,7 +79,8 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
 def _curve(fit: Fit, cost: Cost, sizes: tuple[float, float], flops: Array) -> tuple[Array, Array]:
     """ln N* at budgets (m,) and draws of it (num, m)."""
     point = sizes_along(fit.law, fit.law_params, cost, flops, sizes)[0]
-    return point, sizes_along(fit.law, fit.draws, cost, flops, sizes) if fit.draws else point[None]
+    draws = {name: values[:MAX_DRAWS] for name, values in fit.draws.items()}
+    return point, sizes_along(fit.law, draws, cost, flops, sizes) if draws else point[None]
 
 
 def _line_of(fit: Fit, curve: partial[tuple[Array, Array]], span: tuple[float, float]) -> tuple[Array, Array, bool]:

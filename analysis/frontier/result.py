@@ -106,18 +106,26 @@ class Frontier(Result):
                 f" By itself this approach errs by {self.bias:+.3f} on this design; the interval, and that of N*, is "
                 f"about the exponent less that, {self.exponent - self.bias:.3f}."
             )
-        if (moving := self.moving) is not None:
-            without = " and ".join(f"{c:.3g}" for c in moving["budgets"])
-            text += f" Without C = {without} it is {moving['exponent']:.3f}, outside that interval."
+        text = f"{text} {words}" if (words := self.moving_words()) else text
         return f"{text} Refused: {'; '.join(flag_words(self.refusals))}." if self.refusals else text
 
+    def moving_words(self) -> str:
+        """What the exponent is without its ends, and which budget moves it most; nothing where that is not known."""
+        if self.left_out.empty:
+            return ""
+        last = self.left_out.drop_duplicates("which", keep="last").set_index("which")["exponent"]
+        ends = [f"{last[which]:.3f} without the {which}" for which in ("largest two", "smallest two") if which in last]
+        ones = self.left_out[self.left_out["which"] == "one"]
+        most = ones.loc[(ones["exponent"] - self.exponent).abs().idxmax()]
+        one = f"{most['exponent']:.3f} without C = {most['budgets'][0]:.3g}, the budget that moves it most"
+        return f"The exponent is {', '.join([one, *ends])}."
+
     @property
-    def moving(self) -> dict[str, Any] | None:
-        """The row of `left_out` that moves the exponent most, where that is out of its interval."""
-        i, shift = self.exponent_interval, self.bias or 0.0
-        rows = [{str(name): value for name, value in row.items()} for row in self.left_out.to_dict("records")]
-        outside = [row for row in rows if i.is_known and not i.low <= row["exponent"] - shift <= i.high]
-        return max(outside, key=lambda row: abs(row["exponent"] - self.exponent), default=None)
+    def moves(self) -> bool:
+        """Whether leaving budgets out moves the exponent by more than half of what its interval allows each way."""
+        i = self.exponent_interval
+        far = (self.left_out["exponent"] - self.exponent).abs().max() if len(self.left_out) else 0.0
+        return bool(i.is_known and far > 0.25 * (i.high - i.low))
 
     @property
     def table(self) -> pd.DataFrame:

@@ -269,7 +269,7 @@ def with_variables(points: pd.DataFrame, law: Fit, df: pd.DataFrame) -> pd.DataF
     if "C" in needed and "C" not in points:
         data = law.variables(df.loc[law.data.index])
         cost = cost_of(*(data[v] for v in ("N", "D", "C")))
-        points = points.assign(C=cost.kappa * points["N"] ** (1 + cost.s) * points["D"])
+        points = points.assign(C=cost.flops(points["N"], points["D"]))
     if "U" in needed and "U" not in points:
         points = points.assign(U=points["D"])
     missing = [v for v in needed if v not in points]

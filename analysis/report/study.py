@@ -25,12 +25,14 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.frontier.approaches import Approaches, all_approaches
+from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gaps, gaps_to_loss, sharpest
+from aimscale.analysis.frontier.budgets import isoflop_budgets
+from aimscale.analysis.frontier.optimum import cost_of, points_of
 from aimscale.analysis.next.backtest import AUTO, Choice, choose, with_compute
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose, with_variables
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
-from aimscale.analysis.table.measures import KIND
+from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part
@@ -72,9 +74,13 @@ class Study:
     choice: Choice | None = None
     """Which joint law predicts the table's own largest scales best; it forecasts, too."""
     proposal: Proposal | None = None
-    """The runs to buy next for a forecast at twice the largest size and budget, for half of what that run costs."""
+    """The runs to buy next for the first of the page's forecasts, for half of what that run costs."""
+    budgets: pd.Series | None = None
+    """Budget of compute of every usable row in an iso-FLOP design; None in any other."""
     approaches: Approaches | None = None
-    """Compute-optimal frontiers by the approaches that the table allows."""
+    """Compute-optimal frontiers by the approaches that the table allows, approach 3 by the law that forecasts."""
+    features: dict[tuple[str, str], Gap] = field(default_factory=dict)
+    """(probe kind, task) -> how far the best size by the probe's error lies from that by the loss."""
     contrasts: dict[str, Contrasts] = field(default_factory=dict)
     """Column -> what its levels do with everything else equal."""
     noise: Noise | None = None
@@ -148,6 +154,7 @@ def study_tables(
     else:
         _fit_laws(study)
     correlate_probes(study)
+    _features(study)
     _contrast(study)
     if not study.usable.empty:
         _explain(study)
@@ -187,20 +194,23 @@ def _fit_laws(study: Study) -> None:
         found = study.attempt(f"A law on {words}", partial(fit, law, subset, resamples=resamples))
         if found is not None:
             study.fits[key] = found
-    if "ND" in study.fits:
-        study.fits["ND"] = _with_tests(study, study.fits["ND"])
-        with contextlib.suppress(AnalysisError):  # too few rows to hold any out
-            study.choice = choose(AUTO, usable, resamples=resamples)
-        with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
-            study.proposal = _proposal(study, study.fits["ND"])
-        if "flops_train" in usable and usable["flops_train"].notna().any():
-            work = partial(all_approaches, usable, resamples=study.few)
-            study.approaches = study.attempt("Compute-optimal frontier", work)
+    if "ND" not in study.fits:
+        return
+    if "C" in rows:
+        study.budgets = isoflop_budgets(points_of(usable, y="val_loss", columns=None))
+    study.fits["ND"] = _with_tests(study, study.fits["ND"])
+    with contextlib.suppress(AnalysisError):  # too few rows to hold any out
+        study.choice = choose(AUTO, usable, resamples=resamples)
+    if "C" in rows:
+        work = partial(all_approaches, usable, law=study.forecaster or "chinchilla", resamples=study.few)
+        study.approaches = study.attempt("Compute-optimal frontier", work)
+    with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
+        study.proposal = _proposal(study, study.fits["ND"])
 
 
 def _proposal(study: Study, joint: Fit) -> Proposal:
     """What to buy of the table's own grid and steps beyond it, priced at 6 N D."""
-    target = {v: 2 * joint.ranges[v][1] for v in ("N", "D")}
+    target = {v: float(value) for v, value in next_scales(study).loc[0, ["N", "D"]].items()}
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     law = study.choice.best.law if study.choice else joint.law
@@ -209,14 +219,38 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
 
 
 def _with_tests(study: Study, joint: Fit) -> Fit:
+    """The law with its largest sizes and data left out in turn; of an iso-FLOP design, its largest budget."""
+    by_compute = study.budgets is not None
+    rows = study.usable.assign(C=study.budgets) if by_compute else study.usable
     tests = []
-    for variable in ("N", "D"):
+    for variable in ("C",) if by_compute else ("N", "D"):
         test = study.attempt(
             f"Held-out test over the largest {variable}",
-            partial(held_out, joint, study.usable, by=variable, resamples=study.few),
+            partial(held_out, joint, rows, by=variable, resamples=study.few),
         )
         tests += [test] if test else []
     return dataclasses.replace(joint, heldout=tuple(tests))
+
+
+MAX_FEATURES, FEATURE_DRAWS = 3, 150
+"""Probes whose best size the page tells, in the order of kinds; `frontier --y` tells any. Draws of each."""
+
+
+def _features(study: Study) -> None:
+    """The best size by a probe's error beside that by the loss, both by the law that forecasts the loss."""
+    law = study.choice.best.law if study.choice else "chinchilla"
+    options: dict[str, Any] = {"law": law, "resamples": FEATURE_DRAWS}
+    by_loss = study.approaches
+    for kind, task in list(study.correlations)[:MAX_FEATURES] if by_loss else ():
+
+        def work(name: str = f"{task}:{kind}") -> Gap | None:
+            rows, y = to_minimise(study.usable, name)
+            found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()
+            return sharpest(gaps(found, by_loss) if is_whole and by_loss else gaps_to_loss(found, rows, y, **options))
+
+        gap = study.attempt(f"The best size by {kind} error on {task}", work)
+        if gap is not None:
+            study.features[kind, task] = gap
 
 
 def correlate_probes(study: Study) -> None:
@@ -261,11 +295,27 @@ def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
 
 
 FORECAST_SCALES = (2.0, 10.0)
-"""Multiples of the largest N and D that the page forecasts at."""
+"""Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
+
+
+def next_scales(study: Study) -> pd.DataFrame:
+    """Where the page forecasts: N and D multiplied from the largest; of an iso-FLOP design, the next budgets' optima.
+
+    Returns:
+        Columns: times (the compute there over the table's largest), N, D.
+    """
+    points = points_of(with_compute(study.usable, None), y="val_loss", columns=None)
+    largest = points["C"].max() if study.budgets is None else study.budgets.max()
+    if study.budgets is not None and study.approaches is not None:
+        at = study.approaches.frontiers[-1].at([times * largest for times in FORECAST_SCALES])
+        return pd.DataFrame({"times": FORECAST_SCALES, "N": at["N"], "D": at["D"]})
+    cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
+    n, d = (pd.Series(FORECAST_SCALES) * study.fits["ND"].ranges[v][1] for v in ("N", "D"))
+    return pd.DataFrame({"times": cost.flops(n, d) / largest, "N": n, "D": d})
 
 
 def forecasts(study: Study) -> pd.DataFrame:
-    """What the law that predicts best expects beyond the table: N and D multiplied from the largest run, data new.
+    """What the law that predicts best expects at `next_scales`, data new.
 
     Returns:
         Columns: times, N, D and the law's other variables, value, ci_lo, ci_hi, pi_lo, pi_hi; empty without a law.
@@ -273,9 +323,7 @@ def forecasts(study: Study) -> pd.DataFrame:
     law = study.forecaster
     if law is None:
         return pd.DataFrame()
-    grid = pd.DataFrame({"times": FORECAST_SCALES})
-    grid = grid.assign(**{v: grid["times"] * study.fits["ND"].ranges[v][1] for v in ("N", "D")})
-    places = with_variables(grid, law, with_compute(study.usable, None))
+    places = with_variables(next_scales(study), law, with_compute(study.usable, None))
     return pd.concat([places, law.predict(places)], axis=1)
 
 

@@ -137,13 +137,28 @@ def _split(study: Study) -> str:
         return f"Not known: {why}."
     top, best = found.largest_budget, found.frontiers[-1]
     at = best.at(top).iloc[0]
+    law = f" on the {best.law.law.name} law" if best.approach == 3 and best.law is not None else ""
     exponents = ", ".join(f"{f.exponent_words()} by approach {f.approach}" for f in found.frontiers)
-    apart = f" Their N* differ by a factor of {found.disagreement(top):.2g} there."
+    apart = f" Their N* differ by a factor of {found.disagreement(top):.2g} there." if len(found.frontiers) > 1 else ""
+    moved = "".join(f" Of approach {f.approach}: {f.moving_words()}" for f in found.frontiers if f.moves)
     return (
         f"At {human(top)} FLOP, N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}] and "
-        f"D = {human(at['D'])} by approach {best.approach}; N grows as C to the {exponents}."
-        f"{apart if len(found.frontiers) > 1 else ''}"
+        f"D = {human(at['D'])} by approach {best.approach}{law}; N grows as C to the {exponents}."
+        f"{apart}{moved}{_for_features(study)}"
     )
+
+
+def _for_features(study: Study) -> str:
+    """One sentence about the best sizes by probes' errors, where the table has any."""
+    if not study.features:
+        return ""
+    gaps = study.features.values()
+    told = ", ".join(
+        f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} (at {human(gap.flops)})"
+        for gap in gaps
+    )
+    differs = any(not gap.ratio_interval.low <= 1 <= gap.ratio_interval.high for gap in gaps)
+    return f" For features the best size is {told}{'' if differs else ', not shown to be another'}."
 
 
 def _forecast(study: Study) -> str:
@@ -156,7 +171,7 @@ def _forecast(study: Study) -> str:
         interval = f"[{ends[0]:.4g}, {ends[1]:.4g}]" if np.isfinite(ends).all() else "(no interval)"
         parts.append(
             f"{row['value']:.4g} {interval} at N = {human(row['N'])}, D = {human(row['D'])} "
-            f"({row['times']:.3g} times beyond the table)"
+            f"({row['times']:.3g} times the largest compute)"
         )
     joint = study.fits["ND"]
     unknown = law.law.name == joint.law.name and {"alpha", "beta"} & joint.not_identified

@@ -83,7 +83,7 @@ def _offer_of_table(df: pd.DataFrame, target: dict[str, float]) -> pd.DataFrame:
     points = points_of(with_compute(df, None), y="val_loss", columns=None)
     cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
     offer = grid_offer(points, target)
-    return offer.assign(price=cost.kappa * offer["N"] ** (1 + cost.s) * offer["D"] / TABLE_FLOPS_PER_HOUR)
+    return offer.assign(price=cost.flops(offer["N"], offer["D"]) / TABLE_FLOPS_PER_HOUR)
 
 
 def _offer_of_sweep(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
