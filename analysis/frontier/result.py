@@ -113,11 +113,11 @@ class Frontier(Result):
         """What the exponent is without its ends, and which budget moves it most; nothing where that is not known."""
         if self.left_out.empty:
             return ""
-        last = self.left_out.drop_duplicates("which", keep="last").set_index("which")["exponent"]
-        ends = [f"{last[which]:.3f} without the {which}" for which in ("largest two", "smallest two") if which in last]
-        ones = self.left_out[self.left_out["which"] == "one"]
-        most = ones.loc[(ones["exponent"] - self.exponent).abs().idxmax()]
+        rows = self.left_out.to_dict("records")
+        ones = [row for row in rows if row["which"] == "one"]
+        most = max(ones, key=lambda row: abs(row["exponent"] - self.exponent))
         one = f"{most['exponent']:.3f} without C = {most['budgets'][0]:.3g}, the budget that moves it most"
+        ends = [f"{row['exponent']:.3f} without the {row['which']}" for row in rows if row["which"] != "one"]
         return f"The exponent is {', '.join([one, *ends])}."
 
     @property

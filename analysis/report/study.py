@@ -210,7 +210,8 @@ def _fit_laws(study: Study) -> None:
 
 def _proposal(study: Study, joint: Fit) -> Proposal:
     """What to buy of the table's own grid and steps beyond it, priced at 6 N D."""
-    target = {v: float(value) for v, value in next_scales(study).loc[0, ["N", "D"]].items()}
+    n, d = next_scales(study)[["N", "D"]].to_numpy(float)[0]
+    target = {"N": float(n), "D": float(d)}
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     law = study.choice.best.law if study.choice else joint.law
