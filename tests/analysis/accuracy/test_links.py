@@ -142,16 +142,14 @@ def test_floor_and_ideal_point_halve_the_error_at_the_ladders_target():
     chances = {"hellaswag": 0.25, "piqa": 0.5, "arc_easy": 0.25, "arc_challenge": 0.25, "csqa": 0.2}
     chances |= {"socialiqa": 1 / 3, "openbookqa": 0.25}
     targets = pd.read_csv(BOARD / "targets" / "olmo-13b-5t.csv", comment="#").set_index("task")
-    misses, inside = {"free": [], "anchored": []}, 0
+    misses: dict[str, list[float]] = {"free": [], "anchored": []}
     for task, chance in chances.items():
         small = pd.read_csv(BOARD / f"olmo-{task.replace('_', '-')}.csv", comment="#")
         for name, anchors in (("free", {}), ("anchored", {"chance": chance, "ideal": 0.0})):
-            found = link(small, loss="loss", accuracy="accuracy", **anchors, resamples=300)
-            row, true = found.predict({"L": [targets["loss"][task]]}).iloc[0], targets["accuracy"][task]
-            misses[name].append(abs(row["value"] / true - 1))
-        inside += row["pi_lo"] <= true <= row["pi_hi"]
+            found = link(small, loss="loss", accuracy="accuracy", **anchors, resamples=0)
+            value = found.predict({"L": [targets["loss"][task]]})["value"].iloc[0]
+            misses[name].append(abs(value / targets["accuracy"][task] - 1))
     assert np.mean(misses["anchored"]) < 0.05 < 0.09 < np.mean(misses["free"])
-    assert inside >= 6
 
 
 def test_chance_and_ideal_are_told_by_the_rows_where_they_agree():
