@@ -91,6 +91,8 @@ def chosen(law: str, df: pd.DataFrame, by: str | None, y: str, objective: str) -
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     """The fit with held-out tests, and flags of the table."""
     from aimscale.analysis.fitting.holdout import held_out
+    from aimscale.analysis.frontier.budgets import with_budgets
+    from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
     tests = []
@@ -98,7 +100,9 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
         by, _, count = wish.partition(":")
         if count and not (count.isdecimal() and int(count)):
             raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
-        tests.append(held_out(result, df, by=by, num_values=int(count or 1)))
+        by_budget = our_name(df, by) == our_name(df, "C") and "C" not in result.law.variables
+        rows = with_budgets(df, result.columns["y"], result.columns) if by_budget else df
+        tests.append(held_out(result, rows, by="C" if by_budget else by, num_values=int(count or 1)))
     return replace(result, flags=(*result.flags, *mixture_flags(df, result.law.variables)), heldout=tuple(tests))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.frontier.result import NoFrontier
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.words import Flag
@@ -145,3 +148,15 @@ def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
     if len(shared) < 2 or sum(map(len, shared)) < ISOFLOP_SHARE * len(points) or len(found) >= num_d:
         return None
     return pd.concat([pd.Series(flops, index=rows.index) for flops, rows in found]).loc[points.index]
+
+
+def with_budgets(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The table with the budget of every row as its C where it is of iso-FLOP design; else the table itself.
+
+    Runs of one budget differ in C by less than what tells budgets apart; held out by C, they belong together.
+    """
+    try:
+        found = isoflop_budgets(points_of(df, y=y, columns=columns))
+    except AnalysisError:  # no C, or nothing usable: no such design
+        return df
+    return df if found is None else df.assign(C=found)

@@ -26,7 +26,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gaps, gaps_to_loss, sharpest
-from aimscale.analysis.frontier.budgets import isoflop_budgets
+from aimscale.analysis.frontier.budgets import isoflop_budgets, with_budgets
 from aimscale.analysis.frontier.optimum import cost_of, points_of
 from aimscale.analysis.next.backtest import AUTO, Choice, choose, with_compute
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose, with_variables
@@ -222,7 +222,7 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
 def _with_tests(study: Study, joint: Fit) -> Fit:
     """The law with its largest sizes and data left out in turn; of an iso-FLOP design, its largest budget."""
     by_compute = study.budgets is not None
-    rows = study.usable.assign(C=study.budgets) if by_compute else study.usable
+    rows = with_budgets(study.usable, "val_loss") if by_compute else study.usable
     tests = []
     for variable in ("C",) if by_compute else ("N", "D"):
         test = study.attempt(

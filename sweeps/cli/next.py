@@ -1,4 +1,4 @@
-"""`aimscale next`: which runs to buy next, so that a target's loss is forecast with the least error for the price."""
+"""`aimscale next`: the runs to buy so that a loss or a probe's error is forecast with the least error for the price."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import table_of
+from aimscale.analysis.cli.options import table_to_minimise
 from aimscale.sweeps.cli.options import AsJson, Root
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def command(
         Path | None, typer.Option(help="Write the runs as a sweep file, ready for `plan` and `launch` (of a SWEEP).")
     ] = None,
     law: Annotated[str, typer.Option(help="Law to forecast by; auto chooses it as `fit --law auto` does.")] = "auto",
+    y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
     root: Root = Path("aimscale-runs"),
@@ -53,8 +54,8 @@ def command(
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        df = table_of([Path(name) for name in sweep_or_tables], columns, where)
-        found = propose(df, place, _offer_of_table(df, place), budget=budget, law=law)
+        df, y = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, None, y)
+        found = propose(df, place, _offer_of_table(df, place, y), budget=budget, law=law, y=y)
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -65,8 +66,8 @@ def command(
         table = sweep.directory / "results.parquet"
         if not table.is_file():
             raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it of complete runs")
-        df = table_of([table], columns, where)
-        found = propose(df, place, _offer_of_sweep(sweep, df), budget=budget, law=law)
+        df, y = table_to_minimise([table], columns, where, None, y)
+        found = propose(df, place, _offer_of_sweep(sweep, df), budget=budget, law=law, y=y)
         if write is not None:
             write.write_text(_sweep_file(sweep, found.table))
     typer.echo(found.to_json() if as_json else found.summary())
@@ -74,13 +75,13 @@ def command(
         typer.echo(f"\nwrote {write}; next: aimscale plan {write}")
 
 
-def _offer_of_table(df: pd.DataFrame, target: dict[str, float]) -> pd.DataFrame:
+def _offer_of_table(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
     """Runs on the table's own grid and on the way to the target, priced by its own FLOPs."""
     from aimscale.analysis.frontier.optimum import cost_of, points_of
     from aimscale.analysis.next.backtest import with_compute
     from aimscale.analysis.next.proposal import grid_offer
 
-    points = points_of(with_compute(df, None), y="val_loss", columns=None)
+    points = points_of(with_compute(df, None), y=y, columns=None)
     cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
     offer = grid_offer(points, target)
     return offer.assign(price=cost.flops(offer["N"], offer["D"]) / TABLE_FLOPS_PER_HOUR)

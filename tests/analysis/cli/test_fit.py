@@ -66,6 +66,17 @@ def test_frontier_prints_all_approaches(table):
     assert parametric["exponent"] == pytest.approx(0.5 / 0.9, abs=0.03)
 
 
+def test_a_probes_error_takes_the_place_of_the_loss(table):
+    fitted = json.loads(run(verb("fit"), table, "--y", "digits:linear", "--resamples", 0, "--json"))
+    assert fitted["params"]["E"] == pytest.approx(0.3, abs=0.02)  # 1 - (0.9 - loss), so 0.1 above the loss's floor
+    out = json.loads(run(verb("frontier"), table, "--y", "digits:linear", "--law", "coupled,chinchilla", "--json"))
+    assert out["measure"] == "linear-probe error on digits"
+    [gap] = [gap for gap in out["against_loss"] if gap["approach"] == 3]
+    assert gap["interval"]["low"] < 0 < gap["interval"]["high"]
+    assert gap["ratio"] == pytest.approx(1, abs=0.1)  # the error is the loss and a constant
+    assert json.loads(run(verb("frontier"), table, "--json"))["against_loss"] == []
+
+
 def test_correlate_takes_every_probe(table):
     out = json.loads(run(verb("correlate"), table, "--json"))
     assert {(c["task"], c["kind"]) for c in out} == {("digits", "linear")}

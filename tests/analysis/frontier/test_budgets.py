@@ -1,15 +1,18 @@
 """Which tables are planned by budgets of compute, and which budget an exponent hangs on."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from aimscale.analysis import laws
 from aimscale.analysis.frontier.budgets import isoflop_budgets
 from aimscale.analysis.frontier.measured import isoflop_frontier, without_budgets
 from aimscale.analysis.frontier.optimum import Cost, optimum_of
+from aimscale.sweeps.cli.main import verb
 
 BOARD = Path(__file__).parents[2] / "board"
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
@@ -47,6 +50,15 @@ def test_iso_flop_designs_among_real_tables(name, number):
     df = pd.read_csv(BOARD / f"{name}.csv", comment="#")[["N", "D", "C"]].astype(float)
     found = isoflop_budgets(df)
     assert (None if found is None else found.nunique()) == number
+
+
+def test_the_largest_budget_is_held_out_whole_though_its_runs_differ_a_little_in_compute(tmp_path):
+    df = isoflop_table(np.geomspace(1e18, 1e21, 6), np.zeros(6))
+    df.to_csv(tmp_path / "runs.csv", index=False)
+    args = [str(tmp_path / "runs.csv"), "--columns", "L=val_loss", "--hold-out", "C", "--resamples", "50", "--json"]
+    out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False)
+    [test] = json.loads(out.output)["heldout"]
+    assert (test["variable"], test["num_train"], test["num_test"]) == ("C", 35, 7)
 
 
 def test_the_exponent_without_some_budgets():

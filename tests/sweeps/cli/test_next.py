@@ -75,3 +75,13 @@ def test_mistakes_are_told_by_name(collected: Any, tmp_path: Any) -> None:
     (collected.directory / "results.parquet").unlink()
     with pytest.raises(SweepError, match="aimscale collect tiny"):
         run(*sweep, "N=1e7,D=1e5")
+
+
+def test_runs_are_bought_for_a_probes_error_too(collected: Any, tmp_path: Any) -> None:
+    df = pd.read_parquet(collected.directory / "results.parquet")
+    df["probes"] = [json.dumps([{"task": "pets", "kind": "knn", "top1": 1 - loss / 2}]) for loss in df["val_loss"]]
+    df.to_csv(tmp_path / "probed.csv", index=False)
+    args = [tmp_path / "probed.csv", "--target", "N=1e7,D=100k", "--budget", 1, "--law", "chinchilla", "--json"]
+    by_loss, by_error = (json.loads(run(*args, *more)) for more in ([], ["--y", "pets:knn"]))
+    assert by_error["forecast"] == pytest.approx(by_loss["forecast"] / 2, rel=1e-3)
+    assert by_error["law"]["columns"]["y"] == "1 - top1:pets:knn"
