@@ -18,7 +18,7 @@ from aimscale.analysis.fitting.lackoffit import lack_of_fit
 from aimscale.analysis.fitting.objectives import HUBER_LOG, LOG_LSQ, LSQ, ROBUST, Objective, find_objective
 from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise
 from aimscale.analysis.fitting.problem import Problem, make_problem
-from aimscale.analysis.fitting.projection import MAX_STARTS
+from aimscale.analysis.fitting.projection import MAX_STARTS, design, project
 from aimscale.analysis.fitting.result import Fit, interval
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -151,33 +151,31 @@ def _drawn(
     rng = np.random.default_rng([seed, zlib.crc32(f"{problem.law.name} {points.columns['y']}".encode())])
     shift = np.zeros((num, len(vector)))
     shift[:, problem.movable] = found.draws(num, rng)
-    start = np.repeat(vector[None], num, axis=0)
-    for j, p in enumerate(problem.law.nonlinear, problem.num_linear):
-        if p.name in hidden:  # any value does: the others follow it
-            start[:, j] = rng.uniform(problem.lower[j], problem.upper[j], num)
-    vectors = _followed(problem, vector, shift, start)
-    params = problem.params_of(vectors)
+    params = problem.params_of(_followed(problem, vector, shift, hidden, rng))
     flags = [Flag(kind="unseen", subject=name) for name in unseen]
     against = lack_of_fit(problem, vector, residual, groups, errors, points, rows)
     return params, groups, errors, (*flags, *against)
 
 
-def _followed(problem: Problem, vector: Array, shift: Array, start: Array) -> Array:
+def _followed(problem: Problem, vector: Array, shift: Array, hidden: frozenset[str], rng: np.random.Generator) -> Array:
     """Vectors (num, k) within the bounds whose laws lie nearest to those that shifts (num, k) of an optimum ask for.
 
     The values of the law move as far as its derivatives say, and the parameters follow them: along a curved valley, and
-    no floor above the law's lowest value, where the shifted parameters themselves would leave both. The search begins
-    at `start` (num, k).
+    no floor above the law's lowest value, where the shifted parameters themselves would leave both. Exponents that no
+    loss could tell start anywhere within their bounds.
     """
     scales = np.unique([problem.x[v][:-1] for v in problem.law.variables], axis=1, return_index=True)[1]
     if len(scales) > FOLLOWED_SCALES:
         scales = scales[np.linspace(0, len(scales) - 1, FOLLOWED_SCALES).astype(int)]
     some = problem.at_points(scales)
     some = replace(some, objective=LOG_LSQ if problem.objective.log else LSQ)
-    transform = some.objective.transform
-    values = transform(some.predict(vector[None])) + shift[:, some.movable] @ some.linearised(vector).T
-    tables = replace(some, y=some.objective.inverse(values))
-    return minimise(tables, start)[0]
+    fitted, start = some.predict(vector[None])[0], np.repeat(vector[None], len(shift), axis=0)
+    if anywhere := [j for j, name in enumerate(problem.law.names) if j >= problem.num_linear and name in hidden]:
+        start[:, anywhere] = rng.uniform(problem.lower[anywhere], problem.upper[anywhere], (len(shift), len(anywhere)))
+        same, theta = replace(some, y=fitted), start[:, problem.num_linear :]
+        start[:, : problem.num_linear] = project(same, design(same, theta), same.weights)
+    values = some.objective.transform(fitted) + shift[:, some.movable] @ some.linearised(vector).T
+    return minimise(replace(some, y=some.objective.inverse(values)), start)[0]
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.plots.style import human
@@ -189,10 +190,10 @@ def _next(study: Study) -> str:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     for v, other, name, noun in (("N", "D", "alpha", "sizes"), ("D", "N", "beta", "budgets")):
         if name in joint.not_identified:
-            low, high = joint.ranges[v]
+            (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
-                f"More {noun}: {symbol(name)} is not identified by {joint.data[v].nunique()} of them over a factor of "
-                f"{high / low:.3g}. At the largest {other}, go on below {human(low)} or beyond {human(high)}."
+                f"More {noun}: {symbol(name)} is not identified by {num} of them over a factor of {high / low:.3g}. "
+                f"At the largest {other}, go on below {human(low)} or beyond {human(high)}."
             )
     seeds = ""
     if "seed" in usable and not varies(usable["seed"]):

@@ -84,6 +84,11 @@ def test_exponents_of_two_values_are_never_digits(design, lost):
                     [name for name in result.params if name in lost]
                 ]
                 assert fit("chinchilla", each, resamples=0).not_identified >= lost
+                beyond = {"N": np.array([3e7]), "D": each["D"].max() * np.array([3.0])}
+                row = result.predict(beyond).iloc[0]  # of what any exponent does there
+                assert (
+                    row["ci_lo"] < laws.CHINCHILLA.value({"N": beyond["N"], "D": np.array([9e6])}, TRUTH) < row["ci_hi"]
+                )
             else:
                 assert not exponents & result.not_identified
                 for name in ("E", "alpha", "beta"):
