@@ -43,7 +43,8 @@ class Without:
 
     def words(self) -> str:
         """R_D of the rest, and what it is the rest of."""
-        return f"{self.r_d:.3g} without {self.name} = {self.value:.4g}"
+        r_d = f"{self.r_d:.3g}" if self.r_d <= UNBOUNDED else "unbounded"
+        return f"{r_d} without {self.name} = {self.value:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
