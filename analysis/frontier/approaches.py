@@ -182,7 +182,7 @@ class Gap:
 
 
 def gaps_to_loss(found: Approaches, df: pd.DataFrame, y: str, **options: Any) -> list[Gap]:
-    """How far the optima of a probe's error lie from those of the loss on its rows; nothing where y is the loss."""
+    """How far the optima of another measure lie from those of the loss on its rows; nothing where y is the loss."""
     if y == "val_loss" or "val_loss" not in df.columns:
         return []
     rows = df[df[y].notna()]

@@ -98,7 +98,7 @@ def sizes_along(law: Law, params: Mapping[str, Array], cost: Cost, flops: Array,
             with np.errstate(all="ignore"):
                 loss = law.value(Columns({"N": n, "D": d, "U": d, "C": np.full_like(n, c)}), params)
             inner = loss[:, 1:-1]
-            bottom = np.where((inner <= loss[:, :-2]) & (inner <= loss[:, 2:]), inner, np.inf)
+            bottom = np.where((inner < loss[:, :-2]) & (inner <= loss[:, 2:]), inner, np.inf)
             lost |= ~np.isfinite(bottom).any(axis=1)
             centre = x[np.arange(num), 1 + bottom.argmin(axis=1)]
             x = centre[:, None] + step[:, None] * np.linspace(-1, 1, GRID)

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit, interval
 from aimscale.analysis.frontier.optimum import REACH, Cost, cost_of, optimum_of, points_of, sizes_along
 from aimscale.analysis.frontier.result import Frontier, NoFrontier
@@ -39,8 +40,12 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
 
     Raises:
         NoFrontier: the law's exponents are not identified, or it has no minimum near the measured sizes.
-        AnalysisError: a column is missing.
+        AnalysisError: the law is not of N and D, or a column is missing.
     """
+    if not {"N", "D"} <= {*fit.law.variables}:
+        raise AnalysisError(
+            f"Approach 3 needs a law of N and D, and {fit.law.formula} is one of {', '.join(fit.law.variables)}."
+        )
     if {*EXPONENTS.get(fit.law.name, ())} & fit.not_identified:
         raise NoFrontier(Flag(kind="no_exponents", subject=fit.law.name))
     points = points_of(df, y=fit.columns["y"], columns=columns or fit.columns)
