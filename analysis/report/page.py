@@ -38,6 +38,7 @@ def write_report(
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
     best: Sequence[str] = (),
+    measures: Sequence[str] = (),
     resamples: int = 1000,
 ) -> Path:
     """Analyse tables and write the page.
@@ -48,6 +49,7 @@ def write_report(
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
         best: tuned columns of which only the best value counts, see `table.select.best_of`.
+        measures: probes, TASK:KIND, whose best size the page tells; none takes the first few.
 
     Returns:
         Path of the page.
@@ -60,7 +62,7 @@ def write_report(
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    page = render(study_tables(paths, frame, _read_collects(paths), resamples=resamples))
+    page = render(study_tables(paths, frame, _read_collects(paths), measures=measures, resamples=resamples))
     out = out or paths[0].with_name("report.html")
     out = out / "report.html" if out.is_dir() else out
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")

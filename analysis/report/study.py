@@ -79,8 +79,10 @@ class Study:
     """Budget of compute of every usable row in an iso-FLOP design; None in any other."""
     approaches: Approaches | None = None
     """Compute-optimal frontiers by the approaches that the table allows, approach 3 by the law that forecasts."""
-    features: dict[tuple[str, str], Gap] = field(default_factory=dict)
-    """(probe kind, task) -> how far the best size by the probe's error lies from that by the loss."""
+    measures: tuple[str, ...] = ()
+    """Probes, TASK:KIND, whose best size was asked for; none: the first few."""
+    features: dict[str, Gap] = field(default_factory=dict)
+    """Probe, TASK:KIND -> how far the best size by its error lies from that by the loss."""
     contrasts: dict[str, Contrasts] = field(default_factory=dict)
     """Column -> what its levels do with everything else equal."""
     noise: Noise | None = None
@@ -120,9 +122,18 @@ class Study:
 
 
 def study_tables(
-    paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], *, resamples: int = 1000
+    paths: Sequence[Path],
+    frame: pd.DataFrame,
+    collect: dict[str, Any],
+    *,
+    measures: Sequence[str] = (),
+    resamples: int = 1000,
 ) -> Study:
-    """Fit, test, correlate and compare what the tables allow."""
+    """Fit, test, correlate and compare what the tables allow.
+
+    Raises:
+        AnalysisError: a measure (TASK:KIND) is no accuracy of the tables.
+    """
     everything = usable_rows(frame)
     part = main_part(frame)
     fresh = fresh_part(usable_rows(part.rows).rows)
@@ -138,6 +149,7 @@ def study_tables(
         collect=collect,
         exclusions=[f"{each}." for each in everything.exclusions],
         resamples=resamples,
+        measures=tuple(measures),
     )
     if part.num_others:
         study.exclusions.append(
@@ -242,16 +254,19 @@ def _features(study: Study) -> None:
     law = study.choice.best.law if study.choice else "chinchilla"
     options: dict[str, Any] = {"law": law, "resamples": FEATURE_DRAWS}
     by_loss = study.approaches
-    for kind, task in list(study.correlations)[:MAX_FEATURES] if by_loss else ():
+    names = study.measures or [f"{task}:{kind}" for kind, task in study.correlations][:MAX_FEATURES]
+    for name in study.measures:
+        to_minimise(study.usable, name)  # raises about a probe that was asked for and is not there
+    for name in names if by_loss else ():
 
-        def work(name: str = f"{task}:{kind}") -> Gap | None:
+        def work(name: str = name) -> Gap | None:
             rows, y = to_minimise(study.usable, name)
             found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()
             return sharpest(gaps(found, by_loss) if is_whole and by_loss else gaps_to_loss(found, rows, y, **options))
 
-        gap = study.attempt(f"The best size by {kind} error on {task}", work)
+        gap = study.attempt(f"The best size by the error of {name}", work)
         if gap is not None:
-            study.features[kind, task] = gap
+            study.features[name] = gap
 
 
 def correlate_probes(study: Study) -> None:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import laws
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.study import forecasts, next_scales, study_tables
 from aimscale.analysis.report.verdict import verdict
 
@@ -48,7 +49,7 @@ def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(study):
 
 def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_features(study):
     assert study.approaches.frontiers[-1].law.law.name == study.choice.best.law.name
-    gap = study.features["linear", "pets"]
+    gap = study.features["pets:linear"]
     assert gap.interval.high - gap.interval.low < 0.5
     by_question = {line.question: line.answer for line in verdict(study)}
     assert f"by approach 3 on the {study.choice.best.law.name} law" in by_question["Best split"]
@@ -61,3 +62,8 @@ def test_a_grid_is_held_out_by_its_sides(grid):
     assert study.budgets is None
     assert [test.variable for test in study.fits["ND"].heldout] == ["N", "D"]
     assert list(next_scales(study)["times"]) == pytest.approx([4.0, 100.0])
+
+
+def test_a_probe_that_is_not_there_cannot_be_asked_for(study):
+    with pytest.raises(AnalysisError, match="pets:knn"):
+        study_tables([], study.frame, {}, measures=["pets:knn"], resamples=20)
