@@ -155,7 +155,8 @@ def _for_features(study: Study) -> str:
         return ""
     gaps = study.features.values()
     told = ", ".join(
-        f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} (at {human(gap.flops)} FLOP)"
+        f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} "
+        f"(at {human(gap.flops)} FLOP)"
         for gap in gaps
     )
     differs = any(not gap.ratio_interval.low <= 1 <= gap.ratio_interval.high for gap in gaps)
