@@ -38,7 +38,7 @@ FLAGS = {
     "rising": "{subject} rises with {more[0]}, which the law cannot follow, so it is fitted as noise; is it an "
     "accuracy, or something else?",
     "unseen": "There are too few {subject} to see the errors that all points of one share; the intervals assume none.",
-    "scatter": f"The points lie {{number:.2g}} % off the law, more than replicate seeds differ {TEST}.",
+    "scatter": f"The points lie {{number:.2g}} % off the law, more than replicates differ {TEST}.",
     "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations): look at how it was tuned.",

@@ -31,6 +31,8 @@ LEAST_SLOPE = 1e-6
 """Of a point outside the quadratic zone."""
 FOLLOWED_SCALES = 64
 """Scales at which draws of the parameters follow draws of the law: evenly spaced ones of many."""
+FARTHEST = 100.0
+"""Logarithm by which a draw of the law is moved at most: Student's tails of one degree of freedom have no end."""
 
 
 def fit(
@@ -174,8 +176,9 @@ def _followed(problem: Problem, vector: Array, shift: Array, hidden: frozenset[s
         start[:, anywhere] = rng.uniform(problem.lower[anywhere], problem.upper[anywhere], (len(shift), len(anywhere)))
         same, theta = replace(some, y=fitted), start[:, problem.num_linear :]
         start[:, : problem.num_linear] = project(same, design(same, theta), same.weights)
-    values = some.objective.transform(fitted) + shift[:, some.movable] @ some.linearised(vector).T
-    return minimise(replace(some, y=some.objective.inverse(values)), start)[0]
+    moved = shift[:, some.movable] @ some.linearised(vector).T
+    moved = np.clip(moved, -FARTHEST, FARTHEST) if some.objective.log else moved
+    return minimise(replace(some, y=some.objective.inverse(some.objective.transform(fitted) + moved)), start)[0]
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:

@@ -74,11 +74,10 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
     notes = [str(flag).rstrip(".") for flag in small]
     if fatal or cautions:
         return "red" if fatal else "amber", [*fatal, *cautions, *notes]
-    known = [
-        f"left out, the largest {test.variable} is predicted within {100 * test.mean_abs_relative_error:.2g} %"
-        for test in joint.heldout
-    ]
-    return "green", ["α and β are identified", *known, *notes]
+    largest = " and ".join(test.variable for test in joint.heldout)
+    errors = " and ".join(f"{100 * test.mean_abs_relative_error:.2g} %" for test in joint.heldout)
+    known = f"the largest {largest}, left out, {'is' if len(joint.heldout) == 1 else 'are'} predicted to {errors}"
+    return "green", ["α and β are identified", known, *notes]
 
 
 def _is_small(flag: Flag) -> bool:
