@@ -7,14 +7,14 @@ sizes were trained.) Approach 2 takes a least-squares parabola in ln N through t
 of either is a parametric bootstrap: the joint law, fitted with its errors of sizes, runs and points, is simulated
 through the table's own design, and what an approach finds there, less the law's optimum, is its error. It counts all
 that the design does to an approach: few budgets, interpolated rows, grids off the centre, alpha other than beta. Where
-that law is not identified, the plain line through five budgets of the table or more says how far these scatter about
-it, and else a surface quadratic in ln N and ln D takes the law's place; neither tells the approach's own bias.
+that law is not identified or misses the points, a surface in ln N and ln D takes its place, cubic or with few points
+quadratic; it tells the approach's scatter and not its bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -37,8 +37,10 @@ MIN_USABLE = 0.5
 """Share of simulated tables on which an approach must work for its errors to be told from them."""
 MIN_LEFT = 3
 """Budgets that must remain where some are left out."""
-MIN_LINE = 5
-"""Budgets whose scatter about the line tells its error."""
+MIN_CUBIC = 30
+"""Points from which on the surface is cubic; the quadratic one misfits, so its intervals are wide."""
+MISFIT = 2.0
+"""A law that misses the points by more than so many times what the surface does tells neither errors nor bias."""
 
 
 def envelope_frontier(
@@ -130,12 +132,8 @@ def _frontier(
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
     pairs.insert(2, "D", cost.samples(pairs["C"].to_numpy(), pairs["N"].to_numpy()))
     a, log_k = (float(v) for v in np.polyfit(np.log(pairs["C"]), np.log(pairs["N"]), 1))
-    simulated = _by_law(points, cost, resamples, seed, joint) if resamples else None
-    if simulated is None and resamples and len(pairs) >= MIN_LINE and accepted[0].blend is None:
-        errors, bias, method = _plain_errors(pairs, resamples, seed)
-    else:
-        simulated = simulated or (_by_surface(points, resamples, seed) if resamples else None)
-        errors, bias, method = _line_errors(simulated, accepted, approach)
+    simulated = _simulated(points, cost, resamples, seed, joint) if resamples else None
+    errors, bias, method = _line_errors(simulated, accepted, approach)
     draws = np.array([log_k, a]) - errors
     return Frontier(
         approach=approach,
@@ -153,8 +151,18 @@ def _frontier(
     )
 
 
-Simulated = tuple[Array, Array | None, str]
-"""ln losses (1 + num, n) of a table without errors and of tables with them, the true (ln k, a) where known, by what."""
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """Tables of known optima, or of a known surface."""
+
+    tables: Array
+    """ln losses (1 + num, n); the first table has no errors."""
+    truth: Array | None
+    """ln k and a of N*(C) behind them, where known."""
+    by: str
+    """What they were simulated by."""
+    misfit: float
+    """Standard deviation of the measured ln losses about the first."""
 
 
 def _line_errors(simulated: Simulated | None, budgets: list[Budget], approach: int) -> tuple[Array, float | None, str]:
@@ -162,28 +170,26 @@ def _line_errors(simulated: Simulated | None, budgets: list[Budget], approach: i
     unknown = np.full((1, 2), np.nan)
     if simulated is None:
         return unknown, None, "no interval: no tables were simulated"
-    tables, truth, by = simulated
     log_c = np.log([budget.flops for budget in budgets])
-    lines = _lines_through(log_c, np.stack([budget.minima(tables, approach)[0] for budget in budgets], axis=1))
-    errors = lines[1:] - (lines[0] if truth is None else truth)
+    minima = np.stack([budget.minima(simulated.tables, approach)[0] for budget in budgets], axis=1)
+    lines = _lines_through(log_c, minima)
+    errors = lines[1:] - (lines[0] if simulated.truth is None else simulated.truth)
     usable = np.isfinite(errors).all(axis=1)
     if usable.mean() < MIN_USABLE:
-        return unknown, None, f"no interval: most tables simulated by {by} have no frontier"
-    bias = None if truth is None else float(np.median(errors[usable, 1]))
-    return errors[usable], bias, f"{usable.sum()} tables simulated through this design by {by}"
+        return unknown, None, f"no interval: most tables simulated by {simulated.by} have no frontier"
+    bias = None if simulated.truth is None else float(np.median(errors[usable, 1]))
+    return errors[usable], bias, f"{usable.sum()} tables simulated through this design by {simulated.by}"
 
 
-def _plain_errors(pairs: pd.DataFrame, num: int, seed: int) -> tuple[Array, None, str]:
-    """Errors (num, 2) of (ln k, a) of the least-squares line through a table's own budgets, t-distributed."""
-    _, covariance = np.polyfit(np.log(pairs["C"]), np.log(pairs["N"]), 1, cov=True)
-    rng, spare = np.random.default_rng(seed), len(pairs) - 2
-    normal = rng.multivariate_normal(np.zeros(2), covariance, num)
-    errors = (normal / np.sqrt(rng.chisquare(spare, (num, 1)) / spare))[:, ::-1]
-    return errors, None, f"plain line, t with {spare} degrees of freedom"
+def _simulated(points: pd.DataFrame, cost: Cost, num: int, seed: int, joint: Fit | None) -> Simulated | None:
+    """Tables by the joint law, or by a surface where its optimum is not identified or it misses the points."""
+    law, surface = _by_law(points, cost, num, seed, joint), _by_surface(points, num, seed)
+    if law is None or (surface is not None and law.misfit > MISFIT * surface.misfit):
+        return surface
+    return law
 
 
 def _by_law(points: pd.DataFrame, cost: Cost, num: int, seed: int, joint: Fit | None) -> Simulated | None:
-    """Tables by the joint law; None where its optimum is not identified."""
     try:
         law = joint or fit(CHINCHILLA, points, y="loss", resamples=num, seed=seed)
     except AnalysisError:
@@ -195,22 +201,35 @@ def _by_law(points: pd.DataFrame, cost: Cost, num: int, seed: int, joint: Fit | 
     errors = law.errors.simulate(np.ones(len(points)), seen, num, np.random.default_rng([seed, 3]))
     clean = np.log(law.law.value(x, law.law_params))
     truth = optimum_of({name: np.array(value) for name, value in law.law_params.items()}, cost)
-    return clean + np.insert(errors, 0, 0.0, axis=0), np.array(truth), "the joint law"
+    spare = len(points) - len(law.law.parameters)
+    return Simulated(
+        tables=clean + np.insert(errors, 0, 0.0, axis=0),
+        truth=np.array(truth),
+        by="the joint law",
+        misfit=float(np.sqrt(np.sum((np.log(points["loss"]) - clean) ** 2) / spare)),
+    )
 
 
 def _by_surface(points: pd.DataFrame, num: int, seed: int) -> Simulated | None:
-    """Tables by a surface of the logarithm of the loss, quadratic in ln N and ln D; None with too few points."""
+    """Tables by a polynomial of ln N and ln D for the logarithm of the loss; None with too few points."""
     x = {v: points[v].to_numpy(float) for v in ("N", "D")}
     n, d = (np.log(each) - np.log(each).mean() for each in x.values())
-    design = np.column_stack([np.ones_like(n), n, d, n * n, n * d, d * d])
-    if np.linalg.matrix_rank(design) < design.shape[1] or len(design) < design.shape[1] + MIN_LEFT:
+    degree = 3 if len(n) >= MIN_CUBIC else 2
+    design = np.column_stack([n**i * d**j for i in range(4) for j in range(4 - i) if i + j <= degree])
+    spare = len(n) - design.shape[1]
+    if np.linalg.matrix_rank(design) < design.shape[1] or spare < MIN_LEFT:
         return None
     log_loss, weights = np.log(points["loss"].to_numpy()), np.ones(len(points))
     clean = design @ np.linalg.lstsq(design, log_loss, rcond=None)[0]
     groups, _ = with_spread(groups_of(points, x), design)
     components = components_of(design, log_loss - clean, weights, groups)
     errors = components.simulate(weights, groups, num, np.random.default_rng([seed, 3]))
-    return clean + np.insert(errors, 0, 0.0, axis=0), None, "a surface quadratic in ln N and ln D"
+    return Simulated(
+        tables=clean + np.insert(errors, 0, 0.0, axis=0),
+        truth=None,
+        by=f"a {'cubic' if degree == 3 else 'quadratic'} surface",
+        misfit=float(np.sqrt(np.sum((log_loss - clean) ** 2) / spare)),
+    )
 
 
 def _lines_through(log_c: Array, log_n: Array) -> Array:

@@ -122,10 +122,10 @@ class Frontier(Result):
 
     @property
     def moves(self) -> bool:
-        """Whether leaving budgets out moves the exponent by more than half of what its interval allows each way."""
-        i = self.exponent_interval
-        far = (self.left_out["exponent"] - self.exponent).abs().max() if len(self.left_out) else 0.0
-        return bool(i.is_known and far > 0.25 * (i.high - i.low))
+        """Whether leaving budgets out moves the exponent out of its interval."""
+        i, shift = self.exponent_interval, self.bias or 0.0
+        without = self.left_out["exponent"] - shift if len(self.left_out) else pd.Series(dtype=float)
+        return bool(i.is_known and ((without < i.low) | (without > i.high)).any())
 
     @property
     def table(self) -> pd.DataFrame:
