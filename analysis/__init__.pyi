@@ -1,6 +1,5 @@
 from . import laws as laws
 from .accuracy.correlation import correlate as correlate
-from .accuracy.links import forecast as forecast
 from .accuracy.links import link as link
 from .effects.contrasts import contrast as contrast
 from .effects.noise_sources import noise as noise
@@ -8,9 +7,9 @@ from .effects.repetition import repeats as repeats
 from .errors import AnalysisError as AnalysisError
 from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
-from .forecasts.ahead import ahead as ahead
+from .forecasts.ahead import forecast as forecast
+from .forecasts.points import forecaster as forecaster
 from .frontier.approaches import all_approaches as all_approaches
-from .next.backtest import choose as choose
 from .next.proposal import propose as propose
 from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.scaling import plot_approaches as plot_approaches

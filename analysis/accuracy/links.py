@@ -1,21 +1,18 @@
-"""From loss to accuracy: links with a chance floor, and two-step forecasts."""
+"""From loss to accuracy: links with a chance floor and an ideal point."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
 from aimscale.analysis.fitting.objectives import LSQ, Objective
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Array, Columns, Law
+from aimscale.analysis.laws.base import Law
 from aimscale.analysis.laws.catalogue import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
 from aimscale.analysis.table.names import joined, no_column
 
@@ -116,66 +113,3 @@ def ideal_loss(probed: pd.DataFrame) -> float | None:
 def _agreed(probed: pd.DataFrame, column: str) -> float | None:
     values = set(probed[column].dropna()) if column in probed.columns else set()
     return float(values.pop()) if len(values) == 1 else None
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Forecast(Result):
-    """Accuracy at unseen scales, by way of the loss."""
-
-    table: pd.DataFrame
-    """One row a scale: variables, loss, loss_lo, loss_hi, accuracy, ci_lo, ci_hi, pi_lo, pi_hi, beyond_range.
-
-    The confidence interval carries the uncertainty of both curves, the prediction interval also the scatter of both."""
-    confidence: float
-
-    def headline(self) -> str:
-        """One clause a scale."""
-        return self.sentence()
-
-    def sentence(self) -> str:
-        """One clause a scale."""
-        parts = [
-            f"at a loss of {row.loss:.4g} [{row.loss_lo:.4g}, {row.loss_hi:.4g}] an accuracy of {row.accuracy:.3f} "
-            f"[{row.pi_lo:.3f}, {row.pi_hi:.3f}], {row.beyond_range:.3g} times beyond the fitted range"
-            for row in self.table.itertuples()
-        ]
-        return f"Expected, with {100 * self.confidence:.0f} % prediction intervals of both steps: {'; '.join(parts)}."
-
-
-def forecast(first: Fit, second: Fit, scales: pd.DataFrame | Mapping[str, Any], *, seed: int = 0) -> Forecast:
-    """Two-step forecast: scale -> loss by `first`, loss -> accuracy by `second`.
-
-    Draw b of the first is paired with draw b of the second, so that fits that resampled the same runs with the same
-    seed keep their correlation.
-
-    Raises:
-        AnalysisError: a fit has no draws.
-    """
-    if not (first.draws and second.draws):
-        raise AnalysisError("A forecast with intervals needs fits with resamples > 0.")
-    x = first.variables(scales)
-    n = len(next(iter(x.values())))
-    num = min(first.num_draws, second.num_draws)
-    point = np.broadcast_to(first.law.value(x, first.law_params), (n,))
-    losses = np.broadcast_to(first.law.value(x, {k: v[:num] for k, v in first.draws.items()}), (num, n))
-    inverse, transform = first.objective.inverse, first.objective.transform
-    noisy = inverse(transform(losses) + first.scatter(n, seed=seed)[:num])
-    draws2 = {k: v[:num] for k, v in second.draws.items()}
-    curve, scattered = (_link_values(second, draws2, each) for each in (losses, noisy))
-    measured = scattered + second.scatter(n, seed=seed + 1)[:num]
-    tails = [50 * (1 - first.confidence), 50 * (1 + first.confidence)]
-    accuracy = np.clip(second.law.value({"L": point}, second.law_params), *(second.limits or (0.0, 1.0)))
-    table = pd.DataFrame({**x, "loss": point})[[*first.law.variables, "loss"]]
-    table["loss_lo"], table["loss_hi"] = np.nanpercentile(losses, tails, axis=0)
-    table["accuracy"] = accuracy
-    table["ci_lo"], table["ci_hi"] = np.nanpercentile(curve, tails, axis=0)
-    table["pi_lo"], table["pi_hi"] = np.nanpercentile(np.clip(measured, 0, 1), tails, axis=0)
-    table["beyond_range"] = first.predict(scales)["beyond_range"].to_numpy()
-    return Forecast(table=table, confidence=first.confidence)
-
-
-def _link_values(link: Fit, draws: Mapping[str, Array], loss: Array) -> Array:
-    """Accuracy (num, n), from chance to 1, where every draw has its own losses (num, n)."""
-    parts = link.law.basis(Columns({"L": loss}), {k: v[:, None] for k, v in draws.items()})
-    values = sum(draws[p.name][:, None] * part for p, part in zip(link.law.linear, parts, strict=True))
-    return np.clip(values, *(link.limits or (0.0, 1.0)))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from aimscale.analysis.fitting.result import Fit
-    from aimscale.analysis.next.backtest import Choice
+    from aimscale.analysis.forecasts.points import Forecaster
 
 
 def fit(
@@ -26,7 +26,7 @@ def fit(
         str,
         typer.Option(
             help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C. auto (auto:C of C "
-            "alone), or several with commas: the simplest that predicts the largest scales as well as any."
+            "alone), or several with commas: the one that predicts the table's own larger runs best."
         ),
     ] = "chinchilla",
     objective: Annotated[
@@ -49,16 +49,16 @@ def fit(
     json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
+    from aimscale.analysis.display import plain_types
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.table.names import our_name
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
-    by = hold_out[0].partition(":")[0] if hold_out else None
-    df, choice = chosen(law, df, by, y, objective)
-    if choice and (fix or bound):
+    found = several(law, df, y)
+    if found and (fix or bound):
         raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
     result = fit(
-        choice.best.law if choice else law,
+        found.law if found else law,
         df,
         y=y,
         objective=objective,
@@ -68,24 +68,21 @@ def fit(
         resamples=resamples,
     )
     result = tested(result, df, hold_out or [])
-    after = ["", choice.sentence()] if choice else []
-    if choice and json:
+    if found and json:
         if figure is not None:
             draw(result.plot(), figure)
-        show(replace(choice, best=result), json)
-    else:
-        show(result, json, figure, after=after)
+        typer.echo(json_module.dumps(plain_types(result.to_dict() | {"laws": found.stack.table}), indent=2))
+        return
+    ranking = ["", f"Chosen of several: {found.stack.headline()}.", *found.stack.lines()] if found else []
+    show(result, json, figure, after=ranking)
 
 
-def chosen(law: str, df: pd.DataFrame, by: str | None, y: str, objective: str) -> tuple[pd.DataFrame, Choice | None]:
-    """The table with what a choice needs, and the choice, where `law` names several or leaves it open."""
-    from aimscale.analysis.next.backtest import AUTO, choose, with_compute
+def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
+    """What weighs the laws, where `law` names several or leaves it open."""
+    from aimscale.analysis.forecasts.points import AUTO, forecaster
 
-    laws = law.split(",")
-    if len(laws) == 1 and law.partition(":")[0] != AUTO:
-        return df, None
-    df = with_compute(df, None)
-    return df, choose(laws if len(laws) > 1 else law, df, by=by, y=y, objective=objective, resamples=0)
+    is_one = "," not in law and law.partition(":")[0] != AUTO
+    return None if is_one else forecaster(df, law=law, y=y)
 
 
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
@@ -126,13 +123,20 @@ def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dic
 
 def forecast(
     tables: options.Tables,
-    at: Annotated[str, typer.Option(help="The run's scale: N=1e9,D=2B (and U= where images repeat).")],
-    law: Annotated[str, typer.Option(help="Law of the loss; auto chooses it as `fit --law auto` does.")] = "auto",
+    at: Annotated[
+        list[str],
+        typer.Option(
+            help="A run's scale, N=1e9,D=2B (and U= where images repeat), or a table of scales; may be repeated."
+        ),
+    ],
+    law: Annotated[
+        str, typer.Option(help="Laws to weigh: auto, auto:C of C alone, or names with commas; one law alone is itself.")
+    ] = "auto",
     register: Annotated[
         bool,
         typer.Option(
             "--register",
-            help="Append law, data hash, date and intervals to forecasts.jsonl beside the first table, before the run.",
+            help="Append data hash, date and intervals to forecasts.jsonl beside the first table, before the run.",
         ),
     ] = False,
     y: options.LossColumn = "val_loss",
@@ -141,8 +145,8 @@ def forecast(
     best_of: options.BestOf = None,
     json: options.AsJson = False,
 ) -> None:
-    """Forecast the loss by a law and every probe's accuracy through it, each with two intervals."""
-    from aimscale.analysis.forecasts.ahead import ahead, parse_scale
+    """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
+    from aimscale.analysis.forecasts.ahead import forecast, read_scales
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
     from aimscale.analysis.table.names import our_name
@@ -150,8 +154,8 @@ def forecast(
 
     df = table_of(tables, columns, where, best_of, y)
     y = our_name(df, y)
-    found = ahead(df, parse_scale(at, "--at"), law=law, y=y)
-    after = [str(flag) for flag in mixture_flags(df, found.law.law.variables)]
+    found = forecast(df, read_scales(at, "--at"), law=law, y=y)
+    after = [str(flag) for flag in mixture_flags(df, found.loss.basis.variables)]
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
@@ -179,7 +183,6 @@ def frontier(
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
     that of the loss."""
     from aimscale.analysis.display import plain_types
-    from aimscale.analysis.fitting.objectives import ROBUST
     from aimscale.analysis.frontier.approaches import all_approaches, gaps_to_loss
     from aimscale.analysis.table.select import mixture_flags
 
@@ -187,8 +190,8 @@ def frontier(
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
     df, y = table_to_minimise(tables, columns, where, best_of, y)
-    df, choice = chosen(law, df, None, y, ROBUST.name)
-    how: dict[str, Any] = {"budgets": budgets, "law": choice.best.law if choice else law}
+    several_laws = several(law, df, y)
+    how: dict[str, Any] = {"budgets": budgets, "law": several_laws.law if several_laws else law}
     found = all_approaches(df, y=y, **how)
     apart = gaps_to_loss(found, df, y, **how)
     flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]

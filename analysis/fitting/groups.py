@@ -42,6 +42,10 @@ class Groups:
         """The largest groups that share errors (n,): sizes, else runs, else the points themselves."""
         return next(iter(self.named.values()), np.arange(num_points))
 
+    def with_one_more(self) -> Groups:
+        """With a last point of a size and a run of its own."""
+        return Groups(**{name: np.append(codes, codes.max() + 1) for name, codes in self.named.items()})
+
     def rows(self, keep: Array) -> Groups:
         """The groups of some of the points (mask), numbered anew."""
         return Groups(**{name: _codes(codes[keep]) for name, codes in self.named.items()})

@@ -215,14 +215,7 @@ class Fit(Result):
 
     def log_slopes(self, df: pd.DataFrame | Mapping[str, Any]) -> Array:
         """Derivatives (n, k) of ln L by the logarithm of each positive parameter, or by one of either sign itself."""
-        x, columns = self.variables(df), []
-        base = np.log(self.law.value(x, self.law_params))
-        for p in self.law.parameters:
-            value = self.law_params[p.name]
-            unit = abs(value) if value and (p.log or p in self.law.linear) else 1.0
-            moved = np.log(self.law.value(x, {**self.law_params, p.name: value + 1e-5 * unit}))
-            columns.append((moved - base) / 1e-5)
-        return np.stack(columns, axis=1)
+        return self.law.slopes(self.variables(df), self.law_params, log=True)
 
     def shown(self, name: str, digits: int = 4) -> str:
         """A parameter as text: digits with its interval, or the words "not identified"."""

@@ -1,72 +1,169 @@
-"""Loss and accuracies at a scale not trained yet, with intervals."""
+"""Loss and accuracies at scales not trained yet, with intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.accuracy.links import chance_level, forecast, link
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import ROBUST, Objective
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.points import AUTO, Forecaster, accuracy_forecaster, forecaster
+from aimscale.analysis.forecasts.record import Record, record
+from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.laws.base import Law
-from aimscale.analysis.next.backtest import AUTO, choose, with_compute
-from aimscale.analysis.next.proposal import place_of
+from aimscale.analysis.table.names import Exclusion, names_of
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.words import Flag
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
-MIN_PROBED = 6
-"""Probed rows below which no link from loss to accuracy is fitted."""
+_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ahead(Result):
-    """Forecasts at one scale."""
+    """Forecasts at one scale or several."""
 
     table: pd.DataFrame
-    """One row a quantity: quantity (a column, or TASK:KIND for a probe's accuracy), value, ci_lo, ci_hi (of the curve),
-    pi_lo, pi_hi (of one measurement)."""
-    at: dict[str, float]
-    """Variable -> value."""
-    law: Fit
-    """The law of the loss."""
-    beyond_range: float
-    """Largest factor by which a variable lies outside the fitted range; 1 inside."""
+    """One row a scale and quantity: at (its number), the scale's variables, quantity (a column, or TASK:KIND for an
+    accuracy), value, ci_lo, ci_hi (of the curve), pi_lo, pi_hi (of one measurement), distance (how many times beyond
+    the table), rival_lo, rival_hi (the lowest and highest law or link)."""
+    scales: tuple[dict[str, float], ...]
+    """The scales: variable -> value."""
+    forecasters: Mapping[str, Forecaster] = field(repr=False)
+    """Quantity -> the laws and links that forecast it, the loss first."""
+    exclusions: tuple[Exclusion, ...]
+    names: Mapping[str, str]
+    """Column -> its name in the file, where that differs."""
     flags: tuple[Flag, ...] = ()
-    """Which accuracies were not forecast and why, and what to be careful about in the law."""
+    """Which accuracies were not forecast and why."""
+
+    @property
+    def loss(self) -> Forecaster:
+        """What forecasts the loss."""
+        return next(iter(self.forecasters.values()))
 
     def headline(self) -> str:
-        """Scale, law, distance."""
-        fresh = ["U = D"] if "U" in self.law.law.variables and "U" not in self.at else []  # as `with_variables` has it
-        place = ", ".join([f"{k} = {v:.4g}" for k, v in self.at.items()] + fresh)
-        far = f"{self.beyond_range:.3g} times beyond the fitted range" if self.beyond_range > 1 else "inside the range"
-        return f"At {place}, {far}, by {self.law.law.formula} on {self.law.num_points} points"
+        """How many scales, from how many runs."""
+        where = "1 scale" if len(self.scales) == 1 else f"{len(self.scales)} scales"
+        return f"Forecast of {len(self.forecasters)} quantities at {where} from {len(self.loss.basis.index)} rows"
 
     def summary(self) -> str:
-        """A line a quantity, with what the intervals are."""
-        lines = [
-            f"  {self.law.names.get(quantity, quantity)}: {value:.4g} (curve {ci_lo:.4g} to {ci_hi:.4g}; "
-            f"one measurement {pi_lo:.4g} to {pi_hi:.4g})"
-            for quantity, value, ci_lo, ci_hi, pi_lo, pi_hi in self.table.to_numpy()
-        ]
-        note = f"Intervals of {self.law.confidence:.0%}: {self.law.interval_method}."
-        gone = [f"Left out: {'; '.join(map(str, self.law.exclusions))}."] if self.law.exclusions else []
-        return "\n".join([f"{self.headline()}:", *lines, note, *gone, *map(str, self.flags)])
+        """A block a scale, with what the intervals are, what rival laws say and how such forecasts fared."""
+        lines = []
+        for number, place in enumerate(self.scales):
+            rows = self.table[self.table["at"] == number]
+            far = float(rows["distance"].iloc[0])
+            reach = f"{far:.3g} times beyond the table" if far > 1 else "inside the table"
+            lines.append(f"{scale_words(place)}, {reach}")
+            lines += [self._line(row) for row in rows.to_dict("records")]
+            lines += [f"  {words}" for words in record_words(record(far), accuracies=len(self.forecasters) > 1)]
+            lines.append("")
+        gone = [f"Left out: {'; '.join(map(str, self.exclusions))}."] if self.exclusions else []
+        parts = "its noise, the parameters, the laws' spread and their misfit"
+        note = f"Intervals are {CONFIDENCE:.0%}, of one new run: {parts}."
+        return "\n".join([*lines, f"{self.loss.stack.headline()}.", note, *gone, *map(str, self.flags)])
+
+    def _line(self, row: Mapping[Any, Any]) -> str:
+        name = self.names.get(row["quantity"], row["quantity"])
+        return (
+            f"  {name}: {row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]; "
+            f"laws from {row['rival_lo']:.4g} to {row['rival_hi']:.4g}"
+        )
 
 
-_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+def record_words(found: Record | None, *, accuracies: bool) -> list[str]:
+    """How forecasts at a distance fared on public tables, in a line."""
+    if found is None:
+        return []
+    share = f"held {found.inside:.0%} of losses, mean error {found.error:.1%}"
+    more = f"; {found.accuracy_inside:.0%} of accuracies, {100 * found.accuracy_error:.1f} points" if accuracies else ""
+    return [f"Record {found.low:g} to {found.high:g} times beyond {found.num_tables} public tables: {share}{more}."]
+
+
+def forecast(
+    df: pd.DataFrame,
+    at: Mapping[str, float] | Sequence[Mapping[str, float]],
+    *,
+    law: Forecaster | Sequence[Law | str] | str = AUTO,
+    y: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
+) -> Ahead:
+    """Forecast the loss at scales not trained yet, and every probe's accuracy, directly or by way of the loss.
+
+    Args:
+        df: one row per point, with `probes` for accuracies.
+        at: N and D of a run (C, or U of repeated data, where the laws have them), or several.
+        law: "auto", or the laws to try (`forecaster`), or what forecasts the loss.
+        y: column of the loss.
+        columns: variable of the laws -> column.
+
+    Raises:
+        AnalysisError: a variable is missing or unknown, or no law can be fitted.
+
+    Example:
+        >>> forecast(read_table("results.parquet"), {"N": 7e9, "D": 2e9})
+    """
+    scales = [dict(at)] if isinstance(at, Mapping) else [dict(each) for each in at]
+    if not scales:
+        raise AnalysisError("There is no scale to forecast at; give N and D.")
+    if y in df.columns and complete(df).empty:
+        raise AnalysisError("No row of the table is complete, so there is nothing to forecast from.")
+    loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, columns=columns)
+    by = {y: loss}
+    flags = []
+    probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
+    for key, probed in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
+        name = ":".join(map(str, key))
+        try:
+            known = probed.dropna(subset=["top1", y])
+            by[name] = accuracy_forecaster(known, law=loss.basis.laws, loss=y, columns=columns)
+        except AnalysisError as error:
+            flags.append(Flag(kind="not_forecast", subject=name, more=(str(error),)))
+    rows = [_row(name, found, number, each) for number, each in enumerate(scales) for name, found in by.items()]
+    return Ahead(
+        table=pd.concat(rows, ignore_index=True),
+        scales=tuple({v: float(value) for v, value in each.items()} for each in scales),
+        forecasters=by,
+        exclusions=loss.basis.exclusions,
+        names=names_of(df),
+        flags=tuple(flags),
+    )
+
+
+def _row(name: str, found: Forecaster, number: int, at: Mapping[str, float]) -> pd.DataFrame:
+    row = found.predict(at).assign(at=number, quantity=name, **at)
+    return row[["at", *at, "quantity", *ENDS, "distance", "rival_lo", "rival_hi"]]
+
+
+def read_scales(texts: Sequence[str], option: str) -> list[dict[str, float]]:
+    """Scales from options: each `N=1e9,D=2B`, or a table with columns of these names.
+
+    Raises:
+        AnalysisError: not of that form, or a file that is no such table.
+    """
+    found: list[dict[str, float]] = []
+    for text in texts:
+        if "=" in text:
+            found.append(parse_scale(text, option))
+            continue
+        rows = read_table(Path(text))
+        ours = rows.rename(columns={"params_total": "N", "images_seen": "D", "unique_images": "U", "flops_train": "C"})
+        named = [name for name in ("N", "D", "U", "C") if name in ours]
+        values = ours[named].apply(pd.to_numeric, errors="coerce")
+        if not named or not bool((values > 0).all(axis=None)):
+            raise AnalysisError(f"{option} takes a table with positive columns N and D, which {text} is not.")
+        found += [{str(v): float(x) for v, x in row.items()} for row in values.to_dict("records")]
+    return found
 
 
 def parse_scale(text: str, option: str) -> dict[str, float]:
-    """`N=1e9,D=2B` as numbers (k, M, B, T), N and D at least.
+    """`N=1e9,D=2B` as numbers (k, M, B, T).
 
     Raises:
         AnalysisError: not of that form.
@@ -82,58 +179,9 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
             raise AnalysisError(f"{option} takes numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.") from None
         if not 0 < out[name] < np.inf:
             raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {part!r}.")
-    if not {"N", "D"} <= set(out):
-        raise AnalysisError(f"{option} needs both N and D, as in N=1e9,D=2B, not {text!r}.")
     return out
 
 
-def ahead(
-    df: pd.DataFrame,
-    at: Mapping[str, float],
-    *,
-    law: Law | str = AUTO,
-    y: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
-    objective: Objective | str = ROBUST,
-    link_kind: str = "sigmoid",
-    resamples: int = 1000,
-) -> Ahead:
-    """Forecast the loss at a scale by a law, and every probe's accuracy by a link from the loss.
-
-    Args:
-        df: one row per point, with `probes` for accuracies.
-        at: N and D of the run (and U where the law has it).
-        law: a law, its name, or "auto" (`choose`).
-        columns: variable of the law -> column.
-
-    Raises:
-        AnalysisError: a variable is missing or unknown, or the law cannot be fitted.
-    """
-    if y in df.columns and complete(df).empty:
-        raise AnalysisError("No row of the table is complete, so there is nothing to forecast from.")
-    df = with_compute(df, columns)
-    options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": resamples}
-    found = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
-    place = place_of(at, found, df)
-    loss = found.predict(place)
-    rows: list[dict[str, Any]] = [{"quantity": y, **{name: float(loss[name].iloc[0]) for name in ENDS}}]
-    flags = []
-    probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
-    for key, group in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
-        name, probed = ":".join(map(str, key)), group.dropna(subset=["top1", y])
-        try:
-            if len(probed) < MIN_PROBED:
-                raise AnalysisError(f"it has {len(probed)} probed rows, and a link needs {MIN_PROBED}.")
-            second = link(probed, kind=link_kind, loss=y, chance=chance_level(probed), resamples=resamples)
-            accuracy = forecast(found, second, place).table.rename(columns={"accuracy": "value"})
-        except AnalysisError as error:
-            flags.append(Flag(kind="not_forecast", subject=name, more=(str(error),)))
-            continue
-        rows.append({"quantity": name, **{each: float(accuracy[each].iloc[0]) for each in ENDS}})
-    return Ahead(
-        table=pd.DataFrame(rows),
-        at={k: float(v) for k, v in at.items()},
-        law=found,
-        beyond_range=float(loss["beyond_range"].iloc[0]),
-        flags=(*flags, *found.flags),
-    )
+def scale_words(at: Mapping[str, float]) -> str:
+    """A scale in words."""
+    return ", ".join(f"{v} = {value:.4g}" for v, value in at.items())

@@ -18,7 +18,8 @@ import pandas as pd
 
 from aimscale.analysis.display import plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.ahead import Ahead
+from aimscale.analysis.forecasts.ahead import ENDS, Ahead, scale_words
+from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.table.names import CANONICAL
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
@@ -33,35 +34,36 @@ COLUMNS = (
 
 
 def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
-    """Append forecasts to a register, before the run.
+    """Append forecasts to a register, before the runs.
 
     Raises:
         AnalysisError: the table already holds a measurement there, or the file cannot be written.
     """
-    if len(rows := _rows_at(df, found.at, found.law.columns)):
-        raise AnalysisError(
-            f"The table already holds {len(rows)} measurements at {_words(found.at)}, so this would be no forecast; "
-            "register before the run."
-        )
-    points = found.law.data[[*found.law.law.variables, "y"]].to_numpy(float)
+    basis = found.loss.basis
+    for at in found.scales:
+        if len(rows := _rows_at(df, at, basis.columns)):
+            raise AnalysisError(
+                f"The table already holds {len(rows)} measurements at {scale_words(at)}, so this would be no forecast; "
+                "register before the run."
+            )
+    points = np.column_stack([*basis.points.x.values(), basis.points.y])
     lines = sorted(",".join(f"{v:.12g}" for v in row) for row in points)  # the same for the same measurements
     shared = {
         "registered": datetime.now(UTC).isoformat(timespec="seconds"),
-        "at": found.at,
-        "columns": {v: found.law.columns.get(v, CANONICAL.get(v, v)) for v in found.at},
-        "law": found.law.law.name,
-        "params": found.law.params,
-        "objective": found.law.objective.name,
         "data_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        "num_points": found.law.num_points,
-        "confidence": found.law.confidence,
+        "num_points": len(points),
+        "confidence": CONFIDENCE,
     }
-    lines = [
-        json.dumps(plain_types({**shared, **row}), allow_nan=False) + "\n" for row in found.table.to_dict("records")
-    ]
+    entries = []
+    for row in found.table.to_dict("records"):
+        at, of = found.scales[row["at"]], found.forecasters[row["quantity"]].stack
+        names = {v: basis.columns.get(v, CANONICAL.get(v, v)) for v in at}
+        of_stack = {"law": of.best, "weights": dict(of.weights), "distance": row["distance"]}
+        numbers = {name: row[name] for name in ("quantity", *ENDS)}
+        entries.append(json.dumps(plain_types({**shared, "at": at, "columns": names, **of_stack, **numbers})) + "\n")
     try:
         with path.open("a") as file:
-            file.write("".join(lines))
+            file.write("".join(entries))
     except OSError as error:
         raise AnalysisError(f"Cannot write the register {path} ({error.strerror}); name another by --to.") from None
 
@@ -104,7 +106,12 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
         values = _measured(df, entry)
         measured = float(np.mean(values)) if len(values) else np.nan
         row = {name: entry[name] for name in ("registered", "quantity", "law", "pi_lo", "pi_hi")}
-        row |= {"at": _words(entry["at"]), "forecast": entry["value"], "measured": measured, "num_rows": len(values)}
+        row |= {
+            "at": scale_words(entry["at"]),
+            "forecast": entry["value"],
+            "measured": measured,
+            "num_rows": len(values),
+        }
         row["error"] = measured / entry["value"] - 1
         inside = entry["pi_lo"] is not None and entry["pi_lo"] <= measured <= entry["pi_hi"]
         rows.append({**row, "inside": inside if len(values) else None})
@@ -146,7 +153,3 @@ def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, st
             there = pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
             keep &= np.abs(there / value - 1) <= TOLERANCE
     return rows[keep]
-
-
-def _words(at: Mapping[str, float]) -> str:
-    return ", ".join(f"{k} = {v:.4g}" for k, v in at.items())

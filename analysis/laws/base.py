@@ -134,6 +134,22 @@ class Law:
             derivatives.append(tuple(np.imag(g) / step for g in moved))
         return parts, tuple(derivatives)
 
+    def slopes(self, x: Mapping[str, Array], params: Mapping[str, float], *, log: bool) -> Array:
+        """Derivatives (n, k) of y (`log`: of ln y) by the logarithm of each positive parameter, or by one of either
+        sign itself.
+        """
+        shape = np.shape(x[self.variables[0]])
+
+        def value(changed: Mapping[str, float]) -> Array:
+            y = np.broadcast_to(self.value(x, changed), shape)
+            return np.log(y) if log else y
+
+        base, columns = value(params), []
+        for p in self.parameters:
+            unit = abs(params[p.name]) if params[p.name] and (p.log or p in self.linear) else 1.0
+            columns.append((value({**params, p.name: params[p.name] + 1e-5 * unit}) - base) / 1e-5)
+        return np.stack(columns, axis=-1)
+
     def reported(self, params: Params) -> dict[str, Array]:
         """Published parameters and derived quantities, from the fitted parameters."""
         shown = dict(params) if self.report is None else self.report(params)

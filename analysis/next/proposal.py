@@ -8,9 +8,8 @@ decides. What a run is worth depends on what is bought beside it, so they are ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,10 +20,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.frontier.optimum import cost_of
+from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
 from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.next.backtest import AUTO, choose, with_compute
-from aimscale.analysis.table.names import CANONICAL, column_names
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag
 
@@ -43,12 +40,12 @@ PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 itself fills a basket with the cheapest runs, division by 1 spends all on the first."""
 DRAWS = 8
 """Bootstrap draws of the fit over which gains are averaged: a design for one poor first fit can be worthless."""
-RESAMPLES = 20
-"""Bootstrap draws of the fit, over which the worth of runs is averaged."""
 SAME = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
 WORTHWHILE = 0.9
 """Runs that leave more than this share of the forecast's standard deviation are hardly worth buying."""
+UNCERTAIN = ("parameters", "laws", "misfit")
+"""Parts of a forecast's error that runs can lessen."""
 MANY_VALUES = 15
 """More sizes or budgets than this are no grid, and are offered as so many in equal factors."""
 
@@ -157,13 +154,17 @@ class Proposal(Result):
     target: dict[str, float]
     """Variable -> value at the scale to forecast."""
     forecast: float
-    """The law's loss there now."""
+    """What is expected there now, by all laws together (`forecasts`)."""
+    interval: tuple[float, float]
+    """Where one measurement there would lie (95 %)."""
+    distance: float
+    """How many times beyond the table the target lies."""
     budget: float
     """What may be spent, in units of the prices."""
     unit: str
     """Unit of prices and budget."""
     sd_before: float
-    """Standard deviation of the log forecast now: law, departure from it, and noise of the runs."""
+    """Standard deviation of the log forecast now, but for the noise of the run itself."""
     sd_after: float
     """The same once the runs are measured."""
     flags: tuple[Flag, ...] = ()
@@ -185,7 +186,11 @@ class Proposal(Result):
     def summary(self) -> str:
         """Headline, runs in order of choice, law and warnings."""
         shown = self.table.to_string(index=False, float_format=lambda v: f"{v:.4g}")
-        law = f"By {self.law.law.formula} on {self.law.num_points} points, which forecasts {self.forecast:.4g} there."
+        low, high = self.interval
+        law = (
+            f"Forecast there now: {self.forecast:.4g} [{low:.4g}, {high:.4g}], {self.distance:.3g} times beyond the "
+            f"table. The worth of runs is by {self.law.law.formula} on {self.law.num_points} points."
+        )
         warnings = [f"Warning: {flag}" for flag in self.flags]
         return "\n".join([f"{self.headline()}.", "", shown, "", law, *warnings])
 
@@ -197,7 +202,7 @@ def propose(
     *,
     budget: float,
     unit: str = "GPU-hours",
-    law: Law | str = AUTO,
+    law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
     objective: Objective | str = ROBUST,
@@ -209,7 +214,7 @@ def propose(
         offer: candidates, with N, D, price and whatever names them; U where the law has it, else D.
         budget: what may be spent, in units of the prices.
         unit: its name.
-        law: a law, its name, or "auto" (`choose`).
+        law: laws to forecast by, as `forecaster` takes them; the worth of runs is by the best of them.
         columns: variable of the law -> column of df.
 
     Raises:
@@ -217,65 +222,32 @@ def propose(
             fitted.
     """
     df = with_compute(df, columns)
-    options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective, "resamples": RESAMPLES}
-    known = choose(law, df, **options).best if law == AUTO else fit(law, df, **options)
-    place = place_of(target, known, df)
-    offer = with_variables(offer.reset_index(drop=True), known, df)
-    basket = buy(known, offer, offer["price"].to_numpy(float), place, budget=budget)
+    forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, columns=columns)
+    known = fit(forecast.law, df, y=y, columns=columns, objective=objective, resamples=DRAWS)
+    named = [v for v in ("N", "D", "U", "C") if v in offer]
+    offer = offer.reset_index(drop=True).assign(**forecast.basis.place({v: offer[v].to_numpy(float) for v in named}))
+    basket = buy(known, offer, offer["price"].to_numpy(float), forecast.basis.place(target), budget=budget)
     table = offer.loc[basket.rows].reset_index(drop=True)
     table["D/N"] = table["D"] / table["N"]
+    ahead = forecast.predict(target).iloc[0]
+    before = float(np.sqrt(np.sum(ahead[list(UNCERTAIN)] ** 2)))
     return Proposal(
         table=table,
         law=known,
         target={k: float(v) for k, v in target.items()},
-        forecast=float(known.predict(place)["value"].iloc[0]),
+        forecast=float(ahead["value"]),
+        interval=(float(ahead["pi_lo"]), float(ahead["pi_hi"])),
+        distance=float(ahead["distance"]),
         budget=budget,
         unit=unit,
-        sd_before=basket.sd_before,
-        sd_after=basket.sd_after,
+        sd_before=before,
+        sd_after=before * basket.sd_after / basket.sd_before,
         flags=(
             *([Flag(kind="buys_little")] if basket.sd_after > WORTHWHILE * basket.sd_before else []),
             *mixture_flags(df, known.law.variables),
             *known.flags,
         ),
     )
-
-
-def place_of(target: Mapping[str, float], law: Fit, df: pd.DataFrame) -> pd.DataFrame:
-    """One row: a scale with every variable of the law (`with_variables`).
-
-    Raises:
-        AnalysisError: a variable is missing, or the scale names what is neither a variable nor a column.
-    """
-    for name in target:
-        if not {name, CANONICAL.get(name, name)} & {*law.law.variables, *df.columns}:
-            raise AnalysisError(
-                f"The scale names {name}, which is neither a variable of {law.law.formula} nor a column of the table "
-                f"({column_names(df)})."
-            )
-    return with_variables(pd.DataFrame([dict(target)]), law, df)
-
-
-def with_variables(points: pd.DataFrame, law: Fit, df: pd.DataFrame) -> pd.DataFrame:
-    """Points with every variable of the law: C by the table's own cost of N and D, U = D (fresh data).
-
-    Raises:
-        AnalysisError: N or D is missing, or another variable that nothing tells.
-    """
-    needed = law.law.variables
-    for v in ("N", "D"):
-        if v in needed and v not in points:
-            raise AnalysisError(f"{law.law.formula} needs {v} of the target; give it as in --target N=1e9,D=1e10.")
-    if "C" in needed and "C" not in points:
-        data = law.variables(df.loc[law.data.index])
-        cost = cost_of(*(data[v] for v in ("N", "D", "C")))
-        points = points.assign(C=cost.flops(points["N"], points["D"]))
-    if "U" in needed and "U" not in points:
-        points = points.assign(U=points["D"])
-    missing = [v for v in needed if v not in points]
-    if missing:
-        raise AnalysisError(f"{law.law.formula} needs {', '.join(missing)} of the target and of every run on offer.")
-    return points
 
 
 def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4) -> pd.DataFrame:

@@ -25,11 +25,12 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.ahead import Ahead, forecast
+from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
 from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gaps, gaps_to_loss, sharpest
 from aimscale.analysis.frontier.budgets import isoflop_budgets, with_budgets
 from aimscale.analysis.frontier.optimum import cost_of, points_of
-from aimscale.analysis.next.backtest import AUTO, Choice, choose, with_compute
-from aimscale.analysis.next.proposal import Proposal, grid_offer, propose, with_variables
+from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND, to_minimise
@@ -71,8 +72,12 @@ class Study:
     """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
     links: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
-    choice: Choice | None = None
-    """Which joint law predicts the table's own largest scales best; it forecasts, too."""
+    forecaster: Forecaster | None = None
+    """The laws that forecast the loss, weighted by how well each predicts the table's own larger runs."""
+    law: Fit | None = None
+    """The best of them, fitted: the best split and the best size for features are by it."""
+    ahead: Ahead | None = None
+    """Loss and accuracies at `next_scales`."""
     proposal: Proposal | None = None
     """The runs to buy next for the first of the page's forecasts, for half of what that run costs."""
     budgets: pd.Series | None = None
@@ -90,12 +95,6 @@ class Study:
     repeats: Repeats | None = None
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
-
-    @property
-    def forecaster(self) -> Fit | None:
-        """The law that forecasts: the one that predicted the largest scales best, else the joint law."""
-        joint = self.fits.get("ND")
-        return joint if joint is None or self.choice is None else self.choice.best
 
     @property
     def few(self) -> int:
@@ -211,11 +210,19 @@ def _fit_laws(study: Study) -> None:
     if "C" in rows:
         study.budgets = isoflop_budgets(points_of(usable, y="val_loss", columns=None))
     study.fits["ND"] = _with_tests(study, study.fits["ND"])
-    with contextlib.suppress(AnalysisError):  # too few rows to hold any out
-        study.choice = choose(AUTO, usable, resamples=resamples)
+    study.forecaster = study.attempt("Forecast", partial(forecaster, usable))
+    study.law = study.fits["ND"]
+    if study.forecaster is not None and study.forecaster.law.name != study.law.law.name:
+        best = study.attempt(
+            "The law that forecasts best", partial(fit, study.forecaster.law, usable, resamples=resamples)
+        )
+        study.law = best or study.law
     if "C" in rows:
-        work = partial(all_approaches, usable, law=study.forecaster or "chinchilla", resamples=study.few)
+        work = partial(all_approaches, usable, law=study.law, resamples=study.few)
         study.approaches = study.attempt("Compute-optimal frontier", work)
+    if study.forecaster is not None:
+        scales = [{"N": n, "D": d} for n, d in next_scales(study)[["N", "D"]].to_numpy(float).tolist()]
+        study.ahead = study.attempt("Forecast", partial(forecast, usable, scales, law=study.forecaster))
     with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
         study.proposal = _proposal(study, study.fits["ND"])
 
@@ -226,9 +233,8 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
     target = {"N": float(n), "D": float(d)}
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
-    law = study.choice.best.law if study.choice else joint.law
     budget = 3 * target["N"] * target["D"]
-    return propose(study.usable, target, offer, budget=budget, unit="FLOP", law=law)
+    return propose(study.usable, target, offer, budget=budget, unit="FLOP", law=study.forecaster or AUTO)
 
 
 def _with_tests(study: Study, joint: Fit) -> Fit:
@@ -251,8 +257,7 @@ MAX_FEATURES, FEATURE_DRAWS = 3, 150
 
 def _features(study: Study) -> None:
     """The best size by a probe's error beside that by the loss, both by the law that forecasts the loss."""
-    law = study.choice.best.law if study.choice else "chinchilla"
-    options: dict[str, Any] = {"law": law, "resamples": FEATURE_DRAWS}
+    options: dict[str, Any] = {"law": study.law.law if study.law else "chinchilla", "resamples": FEATURE_DRAWS}
     by_loss = study.approaches
     names = study.measures or [f"{task}:{kind}" for kind, task in study.correlations][:MAX_FEATURES]
     for name in study.measures:
@@ -328,19 +333,6 @@ def next_scales(study: Study) -> pd.DataFrame:
     cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
     n, d = (pd.Series(FORECAST_SCALES) * study.fits["ND"].ranges[v][1] for v in ("N", "D"))
     return pd.DataFrame({"times": cost.flops(n, d) / largest, "N": n, "D": d})
-
-
-def forecasts(study: Study) -> pd.DataFrame:
-    """What the law that predicts best expects at `next_scales`, data new.
-
-    Returns:
-        Columns: times, N, D and the law's other variables, value, ci_lo, ci_hi, pi_lo, pi_hi; empty without a law.
-    """
-    law = study.forecaster
-    if law is None:
-        return pd.DataFrame()
-    places = with_variables(next_scales(study), law, with_compute(study.usable, None))
-    return pd.concat([places, law.predict(places)], axis=1)
 
 
 def probe_kinds(probes: pd.DataFrame) -> list[str]:

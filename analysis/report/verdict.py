@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.ahead import record_words
+from aimscale.analysis.forecasts.record import record
+from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.plots.style import human
-from aimscale.analysis.report.study import Study, forecasts
+from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.words import Flag
 
@@ -119,14 +119,10 @@ def _law(study: Study) -> Iterator[str]:
     values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
     whose = f" {study.whose}" if study.whose else ""
     yield f"{joint.law.formula} with {values}, on {joint.num_points} of {joint.num_rows} rows{whose}."
-    choice = study.choice
-    if choice is not None and choice.best.law.name != joint.law.name:
-        errors = 100 * choice.table.set_index("law")["mean_error"]
-        ours, theirs = errors[joint.law.name], errors[choice.best.law.name]
-        against = "the law above has too few points" if math.isnan(ours) else f"the law above {ours:.2g} %"
+    if study.law is not None and study.law.law.name != joint.law.name:
         yield (
-            f"The {choice.best.law.name} law, {choice.best.law.formula}, predicts the largest {choice.by} best when it "
-            f"is left out: {theirs:.2g} % off, {against}."
+            f"The {study.law.law.name} law, {study.law.law.formula}, predicts the table's own larger runs better; the "
+            "best split is by it."
         )
 
 
@@ -163,24 +159,17 @@ def _for_features(study: Study) -> str:
 
 
 def _forecast(study: Study) -> str:
-    frame, law = forecasts(study), study.forecaster
-    if frame.empty or law is None:
+    if study.ahead is None:
         return "None without a law."
-    parts = []
-    for _, row in frame.iterrows():
-        ends = [row["pi_lo"], row["pi_hi"]]
-        interval = f"[{ends[0]:.4g}, {ends[1]:.4g}]" if np.isfinite(ends).all() else "(no interval)"
-        parts.append(
-            f"{row['value']:.4g} {interval} at N = {human(row['N'])}, D = {human(row['D'])} "
-            f"({row['times']:.3g} times the largest compute)"
-        )
-    joint = study.fits["ND"]
-    unknown = law.law.name == joint.law.name and {"alpha", "beta"} & joint.not_identified
-    warning = " Its exponents are not identified: do not use it." if unknown else ""
-    return (
-        f"A loss of {' and '.join(parts)} by the {law.law.name} law; {law.confidence:.0%} intervals of one "
-        f"measurement.{warning}"
-    )
+    found, parts = study.ahead, []
+    rows = found.table[found.table["quantity"] == "val_loss"]
+    for at, row in zip(found.scales, rows.to_dict("records"), strict=True):
+        interval = f"[{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]"
+        rivals = f"laws from {row['rival_lo']:.4g} to {row['rival_hi']:.4g}"
+        where = f"N = {human(at['N'])}, D = {human(at['D'])}"
+        parts.append(f"{row['value']:.4g} {interval} at {where} ({row['distance']:.3g} times beyond; {rivals})")
+    fared = record_words(record(float(rows["distance"].max())), accuracies=False)
+    return f"A loss of {' and '.join(parts)}; {CONFIDENCE:.0%} intervals of one run. {' '.join(fared)}"
 
 
 def _next(study: Study) -> str:

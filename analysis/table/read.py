@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -154,10 +155,17 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
 
 
+def _read_text(path: Path, sep: str) -> pd.DataFrame:
+    """A table as text; lines at its top that begin with # say where it comes from."""
+    with path.open(errors="replace") as file:
+        notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), file))
+    return pd.read_csv(path, sep=sep, skiprows=notes)
+
+
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": _read_parquet,
-    ".csv": pd.read_csv,
-    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
+    ".csv": lambda path: _read_text(path, ","),
+    ".tsv": lambda path: _read_text(path, "\t"),
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
 SUFFIXES = tuple(_READERS)

@@ -34,7 +34,7 @@ def command(
     write: Annotated[
         Path | None, typer.Option(help="Write the runs as a sweep file, ready for `plan` and `launch` (of a SWEEP).")
     ] = None,
-    law: Annotated[str, typer.Option(help="Law to forecast by; auto chooses it as `fit --law auto` does.")] = "auto",
+    law: Annotated[str, typer.Option(help="Laws to forecast by, as `forecast` takes them.")] = "auto",
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
@@ -77,8 +77,8 @@ def command(
 
 def _offer_of_table(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
     """Runs on the table's own grid and on the way to the target, priced by its own FLOPs."""
+    from aimscale.analysis.forecasts.points import with_compute
     from aimscale.analysis.frontier.optimum import cost_of, points_of
-    from aimscale.analysis.next.backtest import with_compute
     from aimscale.analysis.next.proposal import grid_offer
 
     points = points_of(with_compute(df, None), y=y, columns=None)

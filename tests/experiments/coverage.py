@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, link, noise, repeats
+from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, noise, repeats
 from aimscale.analysis.effects.gains import gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
@@ -160,7 +160,7 @@ def effects(design: Design, scales: pd.DataFrame, rng: np.random.Generator, reco
 
 
 def accuracies(design: Design, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:
-    """The noise about the law, and a two-step forecast of an accuracy."""
+    """The noise about the law, and forecasts of a loss and an accuracy."""
     if design.seeds > 1:
         named = design.measured(scales, rng).rename(columns={"loss": "other_loss"})
         part = noise(named, y="other_loss").component("law")
@@ -169,17 +169,20 @@ def accuracies(design: Design, scales: pd.DataFrame, rng: np.random.Generator, r
     df = design.measured(scales, rng)
     sigmoid = {"floor": 0.1, "height": 0.8, "k": 12.0, "L0": 0.5}
     accuracy = laws.LINK_SIGMOID.value({"L": df["loss"].to_numpy()}, sigmoid)
-    df["top1"] = np.clip(accuracy + ACCURACY_SD * rng.standard_normal(len(df)), 0, 1)
-    second = link(df, loss="loss", accuracy="top1", chance=0.1)
-    at = forecast(fit("chinchilla", df, y="loss"), second, AHEAD).table
+    measured = np.clip(accuracy + ACCURACY_SD * rng.standard_normal(len(df)), 0, 1)
+    df["probes"] = [[{"task": "t", "kind": "linear", "top1": float(each), "chance": 0.1}] for each in measured]
+    at = forecast(df, pd.DataFrame(AHEAD).to_dict("records"), y="loss").table.set_index(["quantity", "at"])
     loss = laws.CHINCHILLA.value(AHEAD, TRUTH)
     curve = laws.LINK_SIGMOID.value({"L": loss}, sigmoid)
     new = laws.LINK_SIGMOID.value({"L": loss * np.exp(design.new_sd * rng.standard_normal(2))}, sigmoid)
     new = new + ACCURACY_SD * rng.standard_normal(2)
     for k, where in enumerate(("inside", "3x beyond")):
-        row = at.iloc[k]
-        record.add(f"two-step forecast {where} (CI)", row["ci_lo"], row["ci_hi"], row["accuracy"], curve[k])
-        record.add(f"two-step measurement {where} (PI)", row["pi_lo"], row["pi_hi"], row["accuracy"], new[k])
+        row, measured_loss = at.loc[("t:linear", k)], loss[k] * np.exp(design.new_sd * rng.standard_normal())
+        record.add(f"accuracy forecast {where} (CI)", row["ci_lo"], row["ci_hi"], row["value"], curve[k])
+        record.add(f"accuracy forecast {where} (PI)", row["pi_lo"], row["pi_hi"], row["value"], new[k])
+        row = at.loc[("loss", k)]
+        record.add(f"loss forecast {where} (CI)", row["ci_lo"], row["ci_hi"], row["value"], loss[k])
+        record.add(f"loss forecast {where} (PI)", row["pi_lo"], row["pi_hi"], row["value"], measured_loss)
 
 
 def repeated(design: Design, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:

@@ -52,11 +52,11 @@ def table(grid, tmp_path):
 def test_loss_and_accuracy_are_forecast_with_intervals_that_hold_the_truth(table):
     out = json.loads(run(table, "--at", "N=3e7,D=10M", "--json"))
     found = {row["quantity"]: row for row in out["table"]}
-    assert out["at"] == AT
+    assert out["scales"] == [AT]
     assert found["val_loss"]["pi_lo"] < TRUE_LOSS < found["val_loss"]["pi_hi"]
     assert found["digits:linear"]["pi_lo"] < accuracy(TRUE_LOSS) < found["digits:linear"]["pi_hi"]
     assert found["val_loss"]["pi_hi"] / found["val_loss"]["pi_lo"] < 1.2
-    assert out["beyond_range"] == pytest.approx(10 / 3)
+    assert found["val_loss"]["distance"] == pytest.approx(10, rel=1e-6)
 
 
 def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
@@ -87,7 +87,7 @@ def test_what_is_measured_already_is_no_forecast(table, grid):
     with pytest.raises(AnalysisError, match="already holds 1 measurements"):
         run(table, "--at", at, "--law", "chinchilla", "--register")
     assert not table.with_name("forecasts.jsonl").exists()
-    with pytest.raises(AnalysisError, match="needs both N and D"):
+    with pytest.raises(AnalysisError, match="needs D"):
         run(table, "--at", "N=1e9")
     register = table.with_name("forecasts.jsonl")
     register.write_text("nothing\n{}\n")

@@ -6,7 +6,7 @@ import pytest
 
 from aimscale.analysis import laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.report.study import forecasts, next_scales, study_tables
+from aimscale.analysis.report.study import next_scales, study_tables
 from aimscale.analysis.report.verdict import verdict
 
 TRUE_LAW = laws.COUPLED.centred(laws.base.Columns({"N": np.array([1e6]), "D": np.array([2e7])}))
@@ -43,18 +43,19 @@ def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(study):
     assert places["N"][0] == pytest.approx(best["N"])
     assert study.proposal.target["N"] == pytest.approx(best["N"])
     truth = TRUE_LAW.value({v: places[v].to_numpy() for v in ("N", "D")}, LOSS)
-    found = forecasts(study)
+    found = study.ahead.table[study.ahead.table["quantity"] == "val_loss"]
     assert ((found["pi_lo"] < truth) & (truth < found["pi_hi"])).all()
 
 
 def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_features(study):
-    assert study.approaches.frontiers[-1].law.law.name == study.choice.best.law.name
+    assert study.approaches.frontiers[-1].law.law.name == study.law.law.name
     gap = study.features["pets:linear"]
     assert gap.interval.high - gap.interval.low < 0.5
     by_question = {line.question: line.answer for line in verdict(study)}
-    assert f"by approach 3 on the {study.choice.best.law.name} law" in by_question["Best split"]
+    assert f"by approach 3 on the {study.law.law.name} law" in by_question["Best split"]
     assert f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large" in by_question["Best split"]
-    assert "(10 times the largest compute)" in by_question["Forecast"]
+    assert study.ahead.table["distance"].max() == pytest.approx(10, rel=0.05)
+    assert "laws from" in by_question["Forecast"]
 
 
 def test_a_grid_is_held_out_by_its_sides(grid):

@@ -1,0 +1,281 @@
+"""The board: public tables cut at a fraction of their compute, forecast from what is left, and scored on the rest.
+
+A table is a CSV with columns N, D, C and loss under three lines of provenance (`# source:`, `# licence:`, `# rows:`).
+`# family:` names tables that share runs: what is calibrated on the others leaves the whole family out. `# columns:`
+says which columns are accuracies, as `--columns` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.stats import t as student
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.objectives import LOG_LSQ
+from aimscale.analysis.forecasts.points import JOINT, Forecaster, accuracy_forecaster, forecaster
+from aimscale.analysis.forecasts.stack import CONFIDENCE, DOF, MISFIT, TERMS
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
+
+CUTS = (3.0, 10.0, 30.0, 100.0)
+"""Tables are cut at their largest compute over these."""
+MIN_ROWS, MIN_SIZES, MIN_RANGE = 12, 4, 8.0
+"""Rows, sizes and factor in compute that must be left below a cut."""
+DRAWS = 200
+"""Of the fits that the stack is compared with."""
+RULE = ("chinchilla", "coupled", "overtrained")
+RULE_CONSTANTS, RULE_DOF = (1.1, 1.1, 0.6), 4
+"""The rule of three constants: the mean of three unweighted laws, and a variance of their least residual, of their
+spread, and of that residual times the logarithm of the distance."""
+STACK, STRAIGHT, RULE_NAME = "stack", "straight line", "rule of three constants"
+LOSS = "val_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardTable:
+    """A table of the board."""
+
+    name: str
+    family: str
+    source: str
+    licence: str
+    rows: str
+    """What was kept and how it was derived."""
+    frame: pd.DataFrame = field(repr=False)
+    key: str
+    """Hash of the file."""
+
+
+def read_board(folders: Sequence[Path]) -> list[BoardTable]:
+    """All tables of folders, by name.
+
+    Raises:
+        AnalysisError: a folder holds none, or a table lacks its provenance or a column.
+    """
+    found: list[BoardTable] = []
+    for path in folders:
+        files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+        if not files:
+            raise AnalysisError(f"{path} holds no CSV; give a folder of tables such as tests/board.")
+        found += map(_board_table, files)
+    return found
+
+
+def _board_table(path: Path) -> BoardTable:
+    frame = read_table(path, {"L": "loss"})  # says it where there is no such file
+    text = path.read_text()
+    notes: dict[str, str] = {}
+    for line in text.splitlines():
+        if not line.startswith("# "):
+            break
+        key, _, value = line[2:].partition(": ")
+        notes[key] = value.strip()
+    if lost := [key for key in ("source", "licence", "rows") if not notes.get(key)]:
+        raise AnalysisError(f"{path} does not say its {lost[0]}; begin it with a line '# {lost[0]}: ...'.")
+    if "columns" in notes:
+        frame = read_table(path, {"L": "loss", **parse_columns([notes["columns"]])})
+    return BoardTable(
+        name=path.stem,
+        family=notes.get("family", path.stem),
+        source=notes["source"],
+        licence=notes["licence"],
+        rows=notes["rows"],
+        frame=frame,
+        key=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
+
+
+def play(tables: Sequence[BoardTable], parts: Path, workers: int) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Forecasts of every table, as each is done; those that `parts` holds of the same file and code are not made again.
+
+    Yields:
+        The table's name and one row per cut, quantity, method and point (see `forecast_cuts`); no rows where no cut
+        leaves enough.
+    """
+    parts.mkdir(parents=True, exist_ok=True)
+    code = _code_key()
+    places = {table.name: parts / f"{table.name}-{table.key}-{code}.parquet" for table in tables}
+    waiting = [table for table in tables if not places[table.name].exists()]
+    for table in tables:
+        if places[table.name].exists():
+            yield table.name, pd.read_parquet(places[table.name])
+    with ProcessPoolExecutor(workers) as pool:
+        for table, rows in zip(waiting, pool.map(forecast_cuts, waiting), strict=True):
+            aside = places[table.name].with_suffix(".part")
+            rows.to_parquet(aside)
+            aside.replace(places[table.name])
+            yield table.name, rows
+
+
+def _code_key() -> str:
+    """Hash of everything that a forecast is made by."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def forecast_cuts(table: BoardTable) -> pd.DataFrame:
+    """Every cut of a table that leaves enough, forecast by every method.
+
+    Returns:
+        One row a point: table, family, cut, quantity, method, distance, measured, predicted, low, high, and of the
+        stack the variance without the misfit (known) and the misfit's at one unit of its constant (unit).
+    """
+    rows = []
+    for cut in CUTS:
+        for quantity, method, part in _methods(table.frame, cut):
+            rows.append(part.assign(cut=cut, quantity=quantity, method=method))
+    if not rows:
+        return pd.DataFrame(columns=["table", "family", "cut", "quantity", "method"])
+    return pd.concat(rows, ignore_index=True).assign(table=table.name, family=table.family)
+
+
+def _methods(frame: pd.DataFrame, cut: float) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Quantity, method and its forecasts of the points above a cut."""
+    top = float(frame["flops_train"].max())
+    below = frame["flops_train"] <= top / cut * (1 + 1e-6)
+    train, test = frame[below].reset_index(drop=True), frame[~below].reset_index(drop=True)
+    scale = train["flops_train"]
+    if len(train) < MIN_ROWS or train["params_total"].nunique() < MIN_SIZES or scale.max() / scale.min() < MIN_RANGE:
+        return
+    shared = {"distance": test["flops_train"] / scale.max(), "measured": test[LOSS]}
+    yield LOSS, STACK, _of_stack(forecaster(train), test).assign(**shared)
+    rivals: dict[str, Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame]] = {
+        **{law: partial(_by_fit, law) for law in JOINT},
+        STRAIGHT: _by_line,
+        RULE_NAME: _by_rule,
+    }
+    for name, method in rivals.items():
+        try:
+            yield LOSS, name, method(train, test).assign(**shared)
+        except AnalysisError:
+            continue
+    if "probes" in frame:
+        yield from ((name, STACK, part) for name, part in _of_probes(train, test))
+
+
+def _of_probes(train: pd.DataFrame, test: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """TASK:KIND and the forecasts of its error rates above a cut."""
+    below, above = (probe_frame(part).dropna(subset=["top1"]) for part in (train, test))
+    for key, probed in below.groupby(["task", "kind"]):
+        asked = above[(above["task"] == key[0]) & (above["kind"] == key[1])].reset_index(drop=True)
+        if asked.empty:
+            continue
+        try:
+            rows = _of_stack(accuracy_forecaster(probed), asked)
+        except AnalysisError:
+            continue
+        far = asked["flops_train"] / train["flops_train"].max()
+        yield ":".join(map(str, key)), rows.assign(distance=far, measured=1 - asked["top1"])
+
+
+def _of_stack(found: Forecaster, test: pd.DataFrame) -> pd.DataFrame:
+    """The stack's forecasts; of an accuracy, of its error rate."""
+    named = {**found.basis.columns, "C": "flops_train"}
+    places = found.basis.place({v: test[name].to_numpy(float) for v, name in named.items() if v != "y"})
+    rows = found.stack.predict(places)
+    known = sum(rows[name] ** 2 for name in TERMS if name != "misfit")
+    ends = {"predicted": rows["value"], "low": rows["pi_lo"], "high": rows["pi_hi"]}
+    return pd.DataFrame({**ends, "known": known, "unit": (rows["misfit"] / MISFIT) ** 2})
+
+
+def _by_fit(law: str, train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
+    """A law as `aimscale fit` fits it, with its own prediction intervals."""
+    found = fit(law, train, y=LOSS, resamples=DRAWS).predict(test)
+    return pd.DataFrame({"predicted": found["value"], "low": found["pi_lo"], "high": found["pi_hi"]})
+
+
+def _by_line(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
+    """A plane in ln N and ln D by least squares, with Student's intervals."""
+    x, z = (np.log(part[["params_total", "images_seen"]].to_numpy(float)) for part in (train, test))
+    x, z = (np.column_stack([np.ones(len(each)), each]) for each in (x, z))
+    y = np.log(train[LOSS].to_numpy(float))
+    inverse = np.linalg.pinv(x)
+    spare = len(y) - x.shape[1]
+    spread = np.sqrt(np.sum((y - x @ inverse @ y) ** 2) / spare * (1 + np.sum((z @ inverse) ** 2, axis=1)))
+    return _ends(z @ inverse @ y, spread, spare)
+
+
+def _by_rule(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
+    """The rule of three constants."""
+    fits = [fit(law, train, y=LOSS, objective=LOG_LSQ, resamples=0) for law in RULE]
+    logs = np.array([np.log(each.predict(test)["value"].to_numpy()) for each in fits])
+    residual = min(
+        float(np.sqrt(np.sum(f.data["residual"] ** 2) / (f.num_points - len(f.law.parameters)))) for f in fits
+    )
+    far = np.log(test["flops_train"].to_numpy(float) / train["flops_train"].max())
+    terms = np.array([np.full(len(far), residual), logs.std(axis=0), residual * far])
+    return _ends(logs.mean(axis=0), np.sqrt(np.square(RULE_CONSTANTS) @ terms**2), RULE_DOF)
+
+
+def _ends(log_value: Array, spread: Array, dof: float) -> pd.DataFrame:
+    reach = student.ppf(0.5 + CONFIDENCE / 2, dof) * spread
+    return pd.DataFrame(
+        {name: np.exp(log_value + by) for name, by in (("predicted", 0.0), ("low", -reach), ("high", reach))}
+    )
+
+
+def calibrated(points: pd.DataFrame) -> float:
+    """`MISFIT` that the stack's forecasts of losses speak for most: every family and cut counts alike."""
+    of_stack = points[(points["method"] == STACK) & (points["quantity"] == LOSS)]
+    miss = np.log(of_stack["measured"].to_numpy() / of_stack["predicted"].to_numpy())
+    known, unit = of_stack["known"].to_numpy(float), of_stack["unit"].to_numpy(float)
+    sizes = of_stack.groupby(["table", "cut"])["cut"].transform("size")
+    of_family = of_stack[["family", "table", "cut"]].drop_duplicates().groupby("family").size()
+    weight = 1 / np.asarray(sizes * of_stack["family"].map(of_family), float)
+
+    def surprise(constant: float) -> float:
+        sd = np.sqrt(known + constant**2 * unit)
+        return float(np.sum(weight * (np.log(sd) - student.logpdf(miss / sd, DOF))))
+
+    return float(minimize_scalar(surprise, bounds=(0.05, 3.0), method="bounded").x)
+
+
+def left_out(points: pd.DataFrame) -> pd.DataFrame:
+    """The points with the stack's intervals of every family by the constant that the other families speak for."""
+    out = [points[points["method"] != STACK]]
+    for family, own in points[points["method"] == STACK].groupby("family"):
+        constant = calibrated(points[points["family"] != family])
+        known, unit, centre = (own[name].to_numpy(float) for name in ("known", "unit", "predicted"))
+        ends = _ends(np.log(centre), np.sqrt(known + constant**2 * unit), DOF).set_index(own.index)
+        out.append(own.assign(low=ends["low"], high=ends["high"]))
+    return pd.concat(out, ignore_index=True)
+
+
+def scores(points: pd.DataFrame) -> pd.DataFrame:
+    """One row a table, cut, quantity and method: num_points, inside, error, half_width and score.
+
+    The error is the mean of |ln predicted - ln measured|, of an accuracy of |predicted - measured|; half width and
+    score (of Winkler: the width, and 40 times what a measurement lies outside by) are in the same units.
+    """
+    is_loss = points["quantity"] == LOSS
+    plain = {
+        name: points[name].where(is_loss, 1 - points[name].clip(0, 1))
+        for name in ("predicted", "measured", "low", "high")
+    }
+    ends = {"low": plain["low"].where(is_loss, plain["high"]), "high": plain["high"].where(is_loss, plain["low"])}
+    p, m, low, high = (
+        np.log(each).where(is_loss, each) for each in (plain["predicted"], plain["measured"], ends["low"], ends["high"])
+    )
+    missed = (low - m).clip(lower=0) + (m - high).clip(lower=0)
+    each = pd.DataFrame(
+        {
+            "inside": missed == 0,
+            "error": (p - m).abs(),
+            "half_width": (high - low) / 2,
+            "score": high - low + 2 / (1 - CONFIDENCE) * missed,
+        }
+    )
+    keys = [points[name] for name in ("family", "table", "cut", "quantity", "method")]
+    return each.groupby(keys).mean().assign(num_points=each.groupby(keys).size()).reset_index()

@@ -1,0 +1,259 @@
+"""From a table to what a forecast is made from: which laws can be tried, and the measurements they are fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.accuracy.links import chance_level, ideal_loss
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.groups import groups_of
+from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measured, law_curve, link_curves
+from aimscale.analysis.forecasts.stack import Fitter, Stack, stacked
+from aimscale.analysis.frontier.optimum import Cost, cost_of
+from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.laws.catalogue import find_law
+from aimscale.analysis.table.names import Exclusion, no_column, our_name
+from aimscale.analysis.table.points import resolve_columns, usable_rows
+
+AUTO = "auto"
+"""Name that stands for several laws: the joint ones, or with `auto:C` those in one variable."""
+JOINT = ("chinchilla", "overtrained", "coupled", "kaplan")
+WITH_REPEATS = ("repeated", "overfitting")
+"""Further candidates where rows see their pool more than once."""
+ONE_VARIABLE = ("power", "power_offset", "saturating")
+ERROR = "error rate"
+"""Column of 1 - accuracy."""
+LEAST_ERROR = 1e-4
+"""An error rate counts as at least this."""
+REPEATS_FROM = 1.01
+"""Sights of an image on average above which repeats may matter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """The points of a table that laws of the loss are fitted to."""
+
+    laws: tuple[Law, ...]
+    points: Measured
+    columns: dict[str, str]
+    """Variable (and y) -> column of the table."""
+    index: pd.Index = field(repr=False)
+    """Labels of the table's rows (n,)."""
+    exclusions: tuple[Exclusion, ...]
+    cost: Cost | None
+    """Compute as a function of N and D; None where the table lacks one of them."""
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Of all laws, each once."""
+        return tuple(dict.fromkeys(v for law in self.laws for v in law.variables))
+
+    def place(self, at: Mapping[str, Array | float]) -> dict[str, Array]:
+        """Scales (m,) with every variable of the laws: C by the table's own cost of N and D, U = D (new data).
+
+        Raises:
+            AnalysisError: a variable is missing and cannot be told, or one is named that no law and no column knows.
+        """
+        known = {*self.variables, "C", *(("N", "D", "U") if self.cost else ())}
+        if unknown := [name for name in at if name not in known]:
+            raise AnalysisError(f"The scale names {unknown[0]}, which is no variable; give {', '.join(sorted(known))}.")
+        x = {v: np.atleast_1d(np.asarray(value, float)) for v, value in at.items()}
+        if self.cost is not None and "C" not in x and {"N", "D"} <= set(x):
+            x["C"] = self.cost.kappa * x["N"] ** (1 + self.cost.s) * x["D"]
+        if "U" in self.variables and "U" not in x and "D" in x:
+            x["U"] = x["D"]
+        if missing := [v for v in self.variables if v not in x]:
+            raise AnalysisError(
+                f"The scale needs {' and '.join(missing)}, as in {','.join(f'{v}=1e9' for v in missing)}."
+            )
+        return x
+
+
+def candidates(
+    laws: Sequence[Law | str] | str, df: pd.DataFrame, columns: Mapping[str, str] | None = None
+) -> list[Law]:
+    """The laws that a name, several, `auto` (joint laws) or `auto:N` (laws of N alone) stand for on this table.
+
+    Raises:
+        AnalysisError: an unknown name.
+    """
+    if not isinstance(laws, str):
+        return [find_law(each) if isinstance(each, str) else each for each in laws]
+    base, _, variable = laws.partition(":")
+    if base != AUTO:
+        return [find_law(name.strip()) for name in laws.split(",")]
+    if variable:
+        return [find_law(f"{law}:{variable}") for law in ONE_VARIABLE]
+    unique, seen = (_column(df, columns, v) for v in ("U", "D"))
+    sights = df[seen] / df[unique] if unique is not None and seen is not None else pd.Series(dtype=float)
+    repeats = bool((pd.to_numeric(sights, errors="coerce") > REPEATS_FROM).any())
+    return [find_law(law) for law in (*JOINT, *(WITH_REPEATS if repeats else ()))]
+
+
+def basis(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str, columns: Mapping[str, str] | None = None) -> Basis:
+    """The usable rows of a table, for these laws.
+
+    Raises:
+        AnalysisError: a column is missing, no row is usable, or the laws are of different variables than the table.
+    """
+    df = with_compute(df, columns)
+    found = tuple(candidates(laws, df, columns))
+    if y not in df.columns:
+        raise no_column(df, y, " to forecast")
+    names: dict[str, str] = {}
+    for law in found:
+        names |= resolve_columns(law, df, columns)
+    extra = {v: name for v in ("N", "D", "C") if (name := _column(df, columns, v)) is not None}
+    used = usable_rows(df, {**extra, **names, "y": y})
+    numbers = used.numbers
+    if numbers.empty:
+        raise AnalysisError(
+            f"No row of the table is complete with a positive {y}, so there is nothing to forecast from."
+        )
+    x = {v: numbers[v].to_numpy() for v in names}
+    compute = numbers["C"].to_numpy() if "C" in numbers else np.prod(list(x.values()), axis=0)
+    cost = cost_of(*(numbers[v].to_numpy() for v in ("N", "D", "C"))) if {"N", "D", "C"} <= set(numbers) else None
+    return Basis(
+        laws=found,
+        points=Measured(x=x, y=numbers["y"].to_numpy(), compute=compute, groups=groups_of(used.rows, x)),
+        columns={**names, "y": y},
+        index=numbers.index,
+        exclusions=used.exclusions,
+        cost=cost,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecaster:
+    """What forecasts one quantity of a table."""
+
+    basis: Basis
+    stack: Stack
+    is_accuracy: bool = False
+    """Whether error rates are forecast, and shown as accuracies."""
+
+    def predict(self, at: Mapping[str, Array | float]) -> pd.DataFrame:
+        """The forecast at scales (see `Stack.predict`), accuracies between 0 and 1.
+
+        Raises:
+            AnalysisError: a variable is missing or unknown (`Basis.place`).
+        """
+        rows = self.stack.predict(self.basis.place(at))
+        return as_accuracy(rows) if self.is_accuracy else rows
+
+    @property
+    def law(self) -> Law:
+        """The law that predicts the table's own larger runs best."""
+        return next(law for law in self.basis.laws if law.name == self.stack.best.removesuffix(THROUGH))
+
+
+def forecaster(
+    df: pd.DataFrame,
+    *,
+    law: Sequence[Law | str] | str = AUTO,
+    y: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
+) -> Forecaster:
+    """Laws of a loss, weighted by how well each predicts a table's own larger runs from its smaller ones.
+
+    Args:
+        law: laws to try: "auto", "auto:C" for those of C alone, names with commas, or laws.
+        y: column to forecast, a loss or another positive quantity that falls with scale.
+        columns: variable of the laws -> column.
+
+    Raises:
+        AnalysisError: a column is missing, or no law can be fitted.
+    """
+    found = basis(df, law, y, columns)
+    return Forecaster(basis=found, stack=stacked(found.points, fitter(found.laws)))
+
+
+def accuracy_forecaster(
+    probed: pd.DataFrame,
+    *,
+    law: Sequence[Law | str] | str = AUTO,
+    loss: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
+) -> Forecaster:
+    """Laws of an accuracy's error rate, and links to it from the loss, weighted alike.
+
+    Args:
+        probed: rows of one probe on one task, as `probe_frame` gives them.
+
+    Raises:
+        AnalysisError: as `forecaster`.
+    """
+    found = accuracy_basis(probed, law=law, loss=loss, columns=columns)
+    return Forecaster(basis=found, stack=stacked(found.points, fitter(found.laws, found.laws)), is_accuracy=True)
+
+
+def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
+    """Forecasts of an error rate as forecasts of the accuracy, 0 to 1."""
+    pairs = (("ci_lo", "ci_hi"), ("pi_lo", "pi_hi"), ("rival_lo", "rival_hi"))
+    swapped = {name: (1 - rows[other]).clip(0, 1) for low, high in pairs for name, other in ((low, high), (high, low))}
+    return rows.assign(value=(1 - rows["value"]).clip(0, 1), **swapped)
+
+
+def accuracy_basis(
+    probed: pd.DataFrame,
+    *,
+    law: Sequence[Law | str] | str = AUTO,
+    loss: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
+) -> Basis:
+    """The rows of one probe on one task (of `probe_frame`), for laws of its error rate and links from the loss to it.
+
+    Raises:
+        AnalysisError: as `basis`.
+    """
+    errors = (1 - pd.to_numeric(probed["top1"], errors="coerce")).clip(lower=LEAST_ERROR)
+    found = basis(probed.assign(**{ERROR: errors}), law, ERROR, columns)
+    points, rows = found.points, probed.loc[found.index]
+    losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else None
+    usable = losses is not None and bool(np.all(losses > 0))
+    level, ideal = chance_level(rows), ideal_loss(rows)
+    return replace(found, points=replace(points, loss=losses if usable else None, chance=level, ideal=ideal))
+
+
+def fitter(laws: Sequence[Law], losses: Sequence[Law] = ()) -> Fitter:
+    """Fits laws to y, and `losses` to the loss with a link from there."""
+
+    def curves(points: Measured) -> dict[str, Curve | str]:
+        found = {law.name: _tried(law, points) for law in laws}
+        if losses and points.loss is not None:
+            of_loss = replace(points, y=points.loss, loss=None)
+            first = {law.name: _tried(law, of_loss) for law in losses}
+            known = {name: curve for name, curve in first.items() if isinstance(curve, Curve)}
+            try:
+                found |= link_curves(known, points)
+            except AnalysisError as error:
+                found |= {f"{name}{THROUGH}": str(error) for name in first}
+        return found
+
+    return curves
+
+
+def _tried(law: Law, points: Measured) -> Curve | str:
+    try:
+        return law_curve(law, points)
+    except AnalysisError as error:
+        return str(error)
+
+
+def _column(df: pd.DataFrame, columns: Mapping[str, str] | None, variable: str) -> str | None:
+    """The table's column of a variable, if it has one."""
+    name = (columns or {}).get(variable) or our_name(df, variable)
+    return name if name in df.columns else None
+
+
+def with_compute(df: pd.DataFrame, columns: Mapping[str, str] | None) -> pd.DataFrame:
+    """The table with a column C = 6 N D where it counts no FLOPs of its own."""
+    n, d = _column(df, columns, "N"), _column(df, columns, "D")
+    if _column(df, columns, "C") is not None or n is None or d is None:
+        return df
+    size, seen = (pd.to_numeric(df[name], errors="coerce").astype(float) for name in (n, d))  # integers overflow
+    return df.assign(C=6 * size * seen)

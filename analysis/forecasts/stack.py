@@ -1,0 +1,211 @@
+"""The forecast: laws weighted by how they predict the table's own larger runs, and errors that grow with distance.
+
+Each law is fitted to the runs below a half, a quarter ... of the table's compute and predicts the others; the mean of
+the laws is weighted by how well. Its error is a sum of variances: of the noise of one run, of the parameters, of the
+laws about their mean, and of a misfit that all of them share, which is what the backtests missed by and grows as a
+random walk does with the logarithm of the distance. One constant (`MISFIT`) is not the table's own but found on public
+tables, leaving each out in turn (`forecasts.board`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from aimscale.analysis.display import Result
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.forecasts.curves import Curve, Measured
+from aimscale.analysis.laws.base import Array
+
+CUTS = (2.0, 4.0, 8.0, 16.0, 32.0)
+"""Backtests are fitted below the largest compute over these, and predict the rest."""
+MIN_POINTS, MIN_VALUES, MIN_RANGE = 8, 3, 4.0
+"""Points, values of each variable and factor in compute that a backtest needs to be fitted to."""
+SHARPNESS, FLOOR = 4.0, 0.5
+"""Weights fall with this power of a curve's error in backtests, half the best one's added to it."""
+MISFIT = 0.52
+"""Share of the backtests' error that is expected at a distance of e."""
+UNTESTED = 2.0
+"""Where a table is too small for backtests: their error in units of the noise."""
+DOF = 6.0
+"""Degrees of freedom of the errors: tables differ in more than their backtests show."""
+CONFIDENCE = 0.95
+TERMS = ("noise", "parameters", "laws", "misfit")
+"""Parts of the error."""
+
+Fitter = Callable[[Measured], dict[str, "Curve | str"]]
+"""Curves by name fitted to points, or why one could not be."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Stack(Result):
+    """Curves with weights, and their errors."""
+
+    curves: Mapping[str, Curve] = field(repr=False)
+    """Fitted to all points, in the order of the candidates."""
+    weights: Mapping[str, float]
+    """Of each curve; they sum to 1."""
+    backtests: pd.DataFrame
+    """One row a backtest and curve: times (the compute left out reaches so far), num_train, num_test, curve, error
+    (root mean square of ln prediction - ln measurement)."""
+    missing: Mapping[str, str]
+    """Curve -> why it takes no part."""
+    misfit: float
+    """Root mean square error of the stack in its backtests; `UNTESTED` times the noise without any."""
+    num_points: int
+    largest: Mapping[str, float]
+    """Largest value of each variable, and of compute."""
+
+    @property
+    def best(self) -> str:
+        """The curve with the largest weight."""
+        return max(self.weights, key=self.weights.__getitem__)
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether the table is large enough for a backtest."""
+        return len(self.backtests) > 0
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a curve, the heaviest first: curve, num_params, weight, backtest_error, noise, reason."""
+        tested = self.backtests.groupby("curve")["error"] if self.is_tested else None
+        errors = {} if tested is None else tested.apply(_rms).to_dict()
+        rows = [
+            {
+                "curve": name,
+                "num_params": curve.num_params,
+                "weight": self.weights[name],
+                "backtest_error": errors.get(name, np.nan),
+                "noise": curve.noise,
+                "reason": "",
+            }
+            for name, curve in self.curves.items()
+        ]
+        table = pd.DataFrame(rows).sort_values("weight", ascending=False, ignore_index=True)
+        lost = [{"curve": name, "weight": 0.0, "reason": why} for name, why in self.missing.items()]
+        return pd.concat([table, pd.DataFrame(lost)], ignore_index=True) if lost else table
+
+    def distance(self, places: Mapping[str, Array]) -> Array:
+        """How many times beyond the table places lie (m,), in compute or a variable, whichever is more; 1 inside."""
+        factors = [np.asarray(places[v], float) / top for v, top in self.largest.items() if v in places]
+        return np.maximum(1.0, np.max(factors, axis=0))
+
+    def predict(self, places: Mapping[str, Array]) -> pd.DataFrame:
+        """The forecast at places.
+
+        Args:
+            places: the variables and compute (C) by name (m,).
+
+        Returns:
+            One row a place: value; ci_lo, ci_hi of the curve and pi_lo, pi_hi of one measurement (95 %); distance;
+            rival_lo, rival_hi, the lowest and highest curve; and the standard deviations of ln y of each of `TERMS`.
+        """
+        x = {v: np.atleast_1d(np.asarray(values, float)) for v, values in places.items()}
+        share = np.array([self.weights[name] for name in self.curves])
+        logs = np.array([curve.log_value(x) for curve in self.curves.values()])
+        centre, far = share @ logs, self.distance(x)
+        parts = {
+            "noise": np.full(len(centre), np.sqrt(share @ np.array([c.noise**2 for c in self.curves.values()]))),
+            "parameters": np.sqrt(share @ np.array([c.log_sd(x) ** 2 for c in self.curves.values()])),
+            "laws": np.sqrt(share @ (logs - centre) ** 2),
+            "misfit": MISFIT * self.misfit * np.sqrt(np.log(far)),
+        }
+        reach = student.ppf(0.5 + CONFIDENCE / 2, DOF)
+        variances = np.array([parts[name] ** 2 for name in TERMS])
+        curve, whole = reach * np.sqrt(variances[1:].sum(axis=0)), reach * np.sqrt(variances.sum(axis=0))
+        ends = {"ci_lo": -curve, "ci_hi": curve, "pi_lo": -whole, "pi_hi": whole}
+        rivals = {"rival_lo": np.exp(logs.min(axis=0)), "rival_hi": np.exp(logs.max(axis=0))}
+        out = {"value": np.exp(centre), **{name: np.exp(centre + by) for name, by in ends.items()}}
+        return pd.DataFrame({**out, "distance": far, **rivals, **parts})
+
+    def headline(self) -> str:
+        """Which curves, and what they missed by in backtests."""
+        shown = self.table[self.table["weight"] > 0.005]
+        mean = ", ".join(f"{name} {weight:.0%}" for name, weight in zip(shown["curve"], shown["weight"], strict=True))
+        if not self.is_tested:
+            return f"Mean of {mean}; the table is too small to test them on its own larger runs"
+        cuts = self.backtests["times"]
+        return (
+            f"Mean of {mean}, weighted by predicting the table's own larger runs from {cuts.nunique()} cuts down to "
+            f"1/{cuts.max():.0f} of its compute: {self.misfit:.2%} off"
+        )
+
+    def lines(self) -> list[str]:
+        """A line a curve: its weight and what it missed by, or why it takes no part."""
+        return [
+            f"  {row['curve']}: {row['reason']}"
+            if row["reason"]
+            else f"  {row['curve']}: weight {row['weight']:.0%}, {row['backtest_error']:.2%} off in backtests"
+            for row in self.table.to_dict("records")
+        ]
+
+
+def stacked(points: Measured, fitter: Fitter) -> Stack:
+    """Curves weighted by backtests on the points themselves.
+
+    Raises:
+        AnalysisError: no curve can be fitted.
+    """
+    found = fitter(points)
+    curves = {name: curve for name, curve in found.items() if isinstance(curve, Curve)}
+    missing = {name: why for name, why in found.items() if isinstance(why, str)}
+    if not curves:
+        name, why = next(iter(missing.items()))
+        raise AnalysisError(f"No law can be fitted to forecast with: {name}: {why}")
+    rows, misses = [], []
+    for times in CUTS:
+        below = points.compute <= points.compute.max() / times
+        if not _is_enough(points, below):
+            continue
+        test = points.rows(~below)
+        fitted = {k: c for k, c in fitter(points.rows(below)).items() if isinstance(c, Curve) and k in curves}
+        off = {name: curve.log_value(test.x) - np.log(test.y) for name, curve in fitted.items()}
+        off = {name: miss for name, miss in off.items() if np.isfinite(miss).all()}
+        counts = {"times": times, "num_train": int(below.sum()), "num_test": len(test.y)}
+        rows += [{**counts, "curve": name, "error": _rms(miss)} for name, miss in off.items()]
+        misses.append(off)
+    backtests = pd.DataFrame(rows, columns=["times", "num_train", "num_test", "curve", "error"])
+    weights = _weights(list(curves), backtests)
+    means = [_mean(off, weights) for off in misses if off]
+    noise = _rms([curve.noise for curve in curves.values()])
+    return Stack(
+        curves=curves,
+        weights=weights,
+        backtests=backtests,
+        missing=missing,
+        misfit=_rms([_rms(miss) for miss in means]) if means else UNTESTED * noise,
+        num_points=len(points.y),
+        largest={v: float(values.max()) for v, values in {**points.x, "C": points.compute}.items() if v != "U"},
+    )
+
+
+def _is_enough(points: Measured, below: Array) -> bool:
+    """Whether points below a cut can be fitted, and any are left to predict."""
+    if below.sum() < MIN_POINTS or below.all():
+        return False
+    scales = [values for v, values in points.x.items() if v != "U"]  # a pool may be one for all
+    values = [len(np.unique(np.round(np.log(v[below]), 2))) for v in scales]
+    return min(values) >= MIN_VALUES and np.ptp(np.log(points.compute[below])) >= np.log(MIN_RANGE)
+
+
+def _weights(names: Sequence[str], backtests: pd.DataFrame) -> dict[str, float]:
+    """Of curves by their errors in backtests; one that none could test counts as the worst, and all alike without."""
+    errors = backtests.groupby("curve")["error"].apply(_rms).reindex(list(names))
+    errors = errors.fillna(errors.max()).fillna(1.0)
+    least = FLOOR * errors.min()
+    raw = (errors**2 + max(least, 1e-12) ** 2) ** (-SHARPNESS / 2)
+    return (raw / raw.sum()).to_dict()
+
+
+def _mean(off: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
+    total = sum(weights[name] for name in off)
+    return sum(weights[name] / total * miss for name, miss in off.items())
+
+
+def _rms(values: Sequence[float] | Array | pd.Series) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(values, float)))))

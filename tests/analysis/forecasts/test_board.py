@@ -1,0 +1,87 @@
+"""The board cuts public tables, forecasts what was cut off and scores it; a few of its tables here."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.forecasts.board import (
+    LOSS,
+    RULE_NAME,
+    STACK,
+    calibrated,
+    forecast_cuts,
+    left_out,
+    play,
+    read_board,
+    scores,
+)
+from aimscale.analysis.forecasts.record import record, records
+
+BOARD = Path(__file__).parents[2] / "board"
+FEW = ("steplaw", "olmo-piqa", "olmo-csqa", "gadre-c4-trained-c4")
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory) -> pd.DataFrame:
+    """Forecasts of a tenth of the board."""
+    tables = [table for table in read_board([BOARD]) if table.name in FEW]
+    return pd.concat([rows for _, rows in play(tables, tmp_path_factory.mktemp("parts"), 1)], ignore_index=True)
+
+
+def test_a_tenth_of_the_board_stands_as_on_the_page(points):
+    found = scores(left_out(points))
+    losses = found[found["quantity"] == LOSS]
+    by = losses.groupby("method")[["inside", "error", "score"]]
+    assert by["inside"].mean()[STACK] >= 0.85
+    assert by["error"].mean()[STACK] < 1.05 * by["error"].mean()[["chinchilla", "overtrained", "kaplan"]].min()
+    score = np.log(losses["score"]).groupby(losses["method"]).mean()
+    assert score[STACK] < score[RULE_NAME]
+    of_accuracy = found[found["quantity"] == "piqa:zero-shot"]
+    assert len(of_accuracy) == 1
+    assert of_accuracy["inside"].iloc[0] == 1
+
+
+def test_the_constant_is_found_on_the_other_families(points):
+    whole = calibrated(points)
+    noisy = points.copy()
+    own = (noisy["method"] == STACK) & (noisy["family"] == "olmo") & (noisy["quantity"] == LOSS)
+    noisy.loc[own, "predicted"] *= 1.3  # a family that misses everything widens the others' intervals, not its own
+    assert calibrated(noisy) > whole
+    plain, moved = (left_out(each).set_index(["table", "cut", "method"]) for each in (points, noisy))
+    width = [np.log(each["high"] / each["low"]) for each in (plain, moved)]
+    of = ("olmo-piqa", 3.0, STACK)
+    assert width[1].loc[of].to_numpy() == pytest.approx(width[0].loc[of].to_numpy())
+    other = ("steplaw", 3.0, STACK)
+    assert (width[1].loc[other] > width[0].loc[other]).all()
+
+
+def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
+    tables = [table for table in read_board([BOARD]) if table.name == "olmo-piqa"]
+    [(name, first)] = play(tables, tmp_path, 1)
+    monkeypatch.setattr("aimscale.analysis.forecasts.board.forecast_cuts", None)
+    [(again, second)] = play(tables, tmp_path, 1)
+    assert (name, again) == ("olmo-piqa", "olmo-piqa")
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_a_table_says_where_it_comes_from(tmp_path):
+    (tmp_path / "bare.csv").write_text("# source: nowhere\nN,D,C,loss\n1,2,12,3\n")
+    with pytest.raises(AnalysisError, match="licence"):
+        read_board([tmp_path])
+    with pytest.raises(AnalysisError, match="empty"):
+        read_board([tmp_path / "empty"])
+
+
+def test_a_table_too_short_for_any_cut_takes_no_part():
+    table = next(table for table in read_board([BOARD]) if table.name == "own-cifar-isoflop")
+    assert forecast_cuts(table).empty
+
+
+def test_the_record_is_told_by_distance():
+    assert record(1.0) is None
+    assert record(5.0).low <= 5.0 <= record(5.0).high
+    assert record(1e9) == records()[-1]
+    assert all(0.85 <= each.inside <= 1 for each in records())
