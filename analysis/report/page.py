@@ -122,6 +122,7 @@ def render(study: Study) -> str:
         results=tables.results_page_table(study),
         laws=tables.law_tables(study),
         heldout=tables.heldout_table(study),
+        forecasts=tables.forecast_table(study),
         probes=tables.probe_table(study),
         comparison=tables.task_comparison_table(comparison) if comparison else None,
         baselines=tables.baseline_table(comparison) if comparison else None,

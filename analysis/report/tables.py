@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.forecasts.ahead import record_words
+from aimscale.analysis.forecasts.record import record
+from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import DESIGN, design_columns, held_equal, told_apart
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import kind_name
+from aimscale.analysis.words import accuracy_of, kind_name
 
 MAX_ROWS = 400
 """Rows shown on the page; the CSV beside the table has all."""
@@ -227,6 +230,36 @@ def heldout_table(study: Study) -> PageTable | None:
     )
     note = "Fitted without the largest scale, then compared with it. The baseline is a straight line in log-log."
     return page_table("heldout", "Does the law extrapolate?", note, frame, frame.columns)
+
+
+def forecast_table(study: Study) -> PageTable | None:
+    """Loss and accuracies at the scales that the page forecasts at, accuracies as fractions."""
+    if study.ahead is None:
+        return None
+    found = study.ahead
+    rows = []
+    for row in found.table.to_dict("records"):
+        task, _, kind = row["quantity"].partition(":")
+        at = found.scales[row["at"]]
+        shown = {name: human(row[name]) for name in ("value", "pi_lo", "pi_hi", "rival_lo", "rival_hi")}
+        rows.append(
+            {
+                "quantity": f"{accuracy_of(kind)} on {task}" if kind else "loss",
+                "at": f"N = {human(at['N'])}, D = {human(at['D'])}",
+                "value": row["value"],
+                "interval": f"{shown['pi_lo']} to {shown['pi_hi']}",
+                "distance": row["distance"],
+                "rivals": f"{shown['rival_lo']} to {shown['rival_hi']}",
+            }
+        )
+    fared = record_words(record(float(found.table["distance"].max())), accuracies=len(found.forecasters) > 1)
+    heads = {
+        "at": "of a run at",
+        "interval": f"{100 * CONFIDENCE:.0f} % interval",
+        "distance": "times beyond the table",
+    }
+    frame = pd.DataFrame(rows)
+    return page_table("forecasts", "Forecasts", " ".join(fared), frame, frame.columns, heads | {"rivals": "rival laws"})
 
 
 PROBE_NOTE = (

@@ -8,8 +8,6 @@ from typing import Literal
 
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import record_words
-from aimscale.analysis.forecasts.record import record
 from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.plots.style import human
@@ -161,15 +159,13 @@ def _for_features(study: Study) -> str:
 def _forecast(study: Study) -> str:
     if study.ahead is None:
         return "None without a law."
-    found, parts = study.ahead, []
-    rows = found.table[found.table["quantity"] == "val_loss"]
-    for at, row in zip(found.scales, rows.to_dict("records"), strict=True):
-        interval = f"[{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]"
-        rivals = f"laws from {row['rival_lo']:.4g} to {row['rival_hi']:.4g}"
-        where = f"N = {human(at['N'])}, D = {human(at['D'])}"
-        parts.append(f"{row['value']:.4g} {interval} at {where} ({row['distance']:.3g} times beyond; {rivals})")
-    fared = record_words(record(float(rows["distance"].max())), accuracies=False)
-    return f"A loss of {' and '.join(parts)}; {CONFIDENCE:.0%} intervals of one run. {' '.join(fared)}"
+    rows = study.ahead.table[study.ahead.table["quantity"] == "val_loss"].to_dict("records")
+    parts = [
+        f"{row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}] at N = {human(row['N'])}, D = {human(row['D'])} "
+        f"({row['distance']:.3g} times beyond)"
+        for row in rows
+    ]
+    return f"A loss of {' and '.join(parts)}; {100 * CONFIDENCE:.0f} % intervals of one run."
 
 
 def _next(study: Study) -> str:
