@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -165,10 +165,6 @@ def forecast(
 
 def frontier(
     tables: options.Tables,
-    budgets: Annotated[
-        int | None,
-        typer.Option(min=2, help="Interpolate every size to this many budgets (approach 2); default: the table's own."),
-    ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
     law: Annotated[
         str, typer.Option(help="Law of approach 3, as `fit --law` takes it; auto chooses it as `fit` does.")
@@ -183,7 +179,7 @@ def frontier(
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
     that of the loss."""
     from aimscale.analysis.display import plain_types
-    from aimscale.analysis.frontier.approaches import all_approaches, gaps_to_loss
+    from aimscale.analysis.frontier.approaches import all_approaches, gap_to_loss
     from aimscale.analysis.table.select import mixture_flags
 
     for flops in at or []:
@@ -191,16 +187,16 @@ def frontier(
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     several_laws = several(law, df, y)
-    how: dict[str, Any] = {"budgets": budgets, "law": several_laws.law if several_laws else law}
-    found = all_approaches(df, y=y, **how)
-    apart = gaps_to_loss(found, df, y, **how)
+    by_law = several_laws.law if several_laws else law
+    found = all_approaches(df, y=y, law=by_law)
+    gap = gap_to_loss(found, df, y, law=by_law)
     flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]
     if figure is not None:
         draw(found.plot(), figure)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     if json:
-        data = found.to_dict() | {"optima": found.at(shown).to_dict("records"), "flags": flags, "against_loss": apart}
+        data = found.to_dict() | {"optima": found.at(shown).to_dict("records"), "flags": flags, "against_loss": gap}
         typer.echo(json_module.dumps(plain_types(data), indent=2, allow_nan=False))
         return
-    lines = [*flags, found.summary(shown), *(["", *(gap.sentence() for gap in apart)] if apart else [])]
+    lines = [*flags, found.summary(shown), *(["", gap.sentence()] if gap else [])]
     typer.echo("\n".join(lines))

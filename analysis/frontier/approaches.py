@@ -13,14 +13,13 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit, Interval, interval
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.frontier.parametric import parametric_frontier
 from aimscale.analysis.frontier.result import Frontier, NoFrontier
 from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.laws.catalogue import CHINCHILLA, find_law
+from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.words import Flag, flag_words
 
@@ -38,7 +37,7 @@ class Approaches(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row an approach: approach, exponent, low, high, bias, method, refused."""
+        """One row an approach: approach, exponent, low, high, method, refused."""
         return pd.concat([f.table for f in self.frontiers], ignore_index=True)
 
     def at(self, flops: Array) -> pd.DataFrame:
@@ -74,12 +73,8 @@ class Approaches(Result):
         lines = "\n".join(self.sentences())
         return f"{lines}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
 
-    def sentence(self) -> str:
-        """All approaches, their disagreement at the largest budget and beyond, and what failed."""
-        return " ".join(self.sentences())
-
     def sentences(self) -> list[str]:
-        """The same, one each."""
+        """All approaches, their disagreement at the largest budget and beyond, and what failed."""
         lines = [f.sentence() for f in self.frontiers]
         if len(self.frontiers) > 1:
             top, pairs = self.largest_budget, " and of ".join(f"{a} and {b}" for a, b in self.apart())
@@ -97,9 +92,7 @@ def all_approaches(
     *,
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
-    budgets: int | None = None,
     law: Law | Fit | str = "chinchilla",
-    objective: Objective | str = ROBUST,
     resamples: int = 500,
 ) -> Approaches:
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
@@ -107,31 +100,25 @@ def all_approaches(
     Args:
         y: what is lowest at the optimum: a loss, or the error rate of a probe (`table.measures.to_minimise`).
         columns: N, D or C -> column.
-        budgets: common budgets that approach 2 interpolates to; None takes the table's own.
         law: that of approach 3, or a fit of it to this table.
 
     Raises:
         AnalysisError: a column is missing, no row is usable, or no approach is possible.
     """
     points_of(df, y=y, columns=columns)  # raises before an approach is blamed for a missing column
-    law = find_law(law) if isinstance(law, str) else law
     options: dict[str, Any] = {"y": y, "columns": columns, "resamples": resamples}
-    joint = _fitted(CHINCHILLA, df, objective, options)
-    measured = options | {"joint": joint if isinstance(joint, Fit) else None}
+    law = find_law(law) if isinstance(law, str) else law
 
     def parametric() -> Frontier:
-        found = law if isinstance(law, Fit) else joint
-        if isinstance(law, Law) and law.name != CHINCHILLA.name:
-            found = _fitted(law, df, objective, options)
-        if isinstance(found, Flag):
-            raise NoFrontier(found)
+        if isinstance(law, Fit):
+            return parametric_frontier(law, df, columns=columns)
+        try:
+            found = fit(law, df, **options)
+        except AnalysisError as error:
+            raise NoFrontier(Flag(kind="no_law", subject=law.name, more=(str(error),))) from None
         return parametric_frontier(found, df, columns=columns)
 
-    attempts = (
-        lambda: envelope_frontier(df, **measured),
-        lambda: isoflop_frontier(df, budgets=budgets, **measured),
-        parametric,
-    )
+    attempts = (lambda: envelope_frontier(df, **options), lambda: isoflop_frontier(df, **options), parametric)
     frontiers, failures = [], {}
     for number, attempt in enumerate(attempts, start=1):
         try:
@@ -144,25 +131,14 @@ def all_approaches(
     return Approaches(frontiers=tuple(frontiers), failures=failures, measure=their_name(df, y))
 
 
-def _fitted(law: Law, df: pd.DataFrame, objective: Objective | str, options: dict[str, Any]) -> Fit | Flag:
-    """The fit of a law, or why there is none."""
-    try:
-        return fit(law, df, objective=objective, **options)
-    except AnalysisError as error:
-        return Flag(kind="no_law", subject=law.name, more=(str(error),))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """By how much the optimum of one measure differs from that of another, by one approach on the same rows."""
+    """How the best size by one measure compares with that by another, by one approach on the same rows."""
 
     approach: int
     measures: tuple[str, str]
     exponents: tuple[str, str]
     """Of N*(C), with their intervals, in words."""
-    difference: float
-    """The first exponent less the second, each less its approach's own bias."""
-    interval: Interval
     flops: float
     """Largest budget that every approach to both used."""
     ratio: float
@@ -170,63 +146,46 @@ class Gap:
     ratio_interval: Interval
 
     def sentence(self) -> str:
-        """Both exponents and the ratio of sizes, and whether these are more than chance."""
-        i, ratio = self.interval, self.ratio_interval
-        differs = "" if not i.is_known else "no significant difference" if i.low <= 0 <= i.high else "they differ"
-        larger = "" if not ratio.is_known else ", not significantly" if ratio.low <= 1 <= ratio.high else ""
+        """Both exponents and the ratio of sizes, and whether it is more than chance."""
+        ratio = self.ratio_interval
+        larger = ", not significantly" if ratio.low <= 1 <= ratio.high else ""
         return (
             f"By {self.measures[0]} N grows as C^{self.exponents[0]}, by {self.measures[1]} as C^{self.exponents[1]} "
-            f"(approach {self.approach}{f'; {differs}' if differs else ''}); at {self.flops:.3g} FLOPs the best size "
+            f"(approach {self.approach}); at {self.flops:.3g} FLOPs the best size "
             f"by the first is {self.ratio:.2g} {ratio.words('.2g')} times that by the second{larger}."
         )
 
 
-def gaps_to_loss(found: Approaches, df: pd.DataFrame, y: str, **options: Any) -> list[Gap]:
-    """How far the optima of another measure lie from those of the loss on its rows; nothing where y is the loss."""
+def gap_to_loss(found: Approaches, df: pd.DataFrame, y: str, **options: Any) -> Gap | None:
+    """How far the optima of another measure lie from those of the loss on its rows; None where y is the loss."""
     if y == "val_loss" or "val_loss" not in df.columns:
-        return []
-    rows = df[df[y].notna()]
+        return None
     try:
-        return gaps(found, all_approaches(rows, **options))
+        return gap(found, all_approaches(df[df[y].notna()], **options))
     except AnalysisError:  # no frontier by the loss, so nothing to compare with
-        return []
+        return None
 
 
-def gaps(found: Approaches, other: Approaches, *, confidence: float = 0.95) -> list[Gap]:
-    """How far apart the optima by two measures are, for every approach that both allow.
+def gap(found: Approaches, other: Approaches, *, confidence: float = 0.95) -> Gap | None:
+    """How far apart the optima by two measures are, by the approach that knows it best; None where none knows it.
 
-    The errors of the two are taken for independent, which widens the intervals where they go together.
+    The errors of the two are taken for independent, which widens the interval where they go together.
     """
     others = {f.approach: f for f in other.frontiers}
     flops = min(f.range[1] for f in (*found.frontiers, *other.frontiers))
-    out = []
+    gaps = []
     for f in [f for f in found.frontiers if f.approach in others]:
         g = others[f.approach]
-        exponents = _difference(f.draws[:, 1], g.draws[:, 1])
-        sizes = _difference(*(each.log_sizes(np.array([flops]))[1][:, 0] for each in (f, g)))
-        bias = (f.bias or 0.0) - (g.bias or 0.0)
-        out.append(
-            Gap(
-                approach=f.approach,
-                measures=(found.measure, other.measure),
-                exponents=(f.exponent_words(), g.exponent_words()),
-                difference=f.exponent - g.exponent - bias,
-                interval=interval(exponents, confidence),
-                flops=flops,
-                ratio=float(f.at(flops)["N"].iloc[0] / g.at(flops)["N"].iloc[0]),
-                ratio_interval=interval(np.exp(sizes), confidence),
-            )
+        a, b = (each.log_sizes(np.array([flops]))[1][:, 0] for each in (f, g))
+        num = min(len(a), len(b))
+        ratios = np.exp(a[:num] - b[np.random.default_rng(0).permutation(num)])
+        each = Gap(
+            approach=f.approach,
+            measures=(found.measure, other.measure),
+            exponents=(f.exponent_words(), g.exponent_words()),
+            flops=flops,
+            ratio=float(f.at(flops)["N"].iloc[0] / g.at(flops)["N"].iloc[0]),
+            ratio_interval=interval(ratios, confidence),
         )
-    return out
-
-
-def _difference(a: Array, b: Array) -> Array:
-    """Draws of a less those of b, each with another of the other's."""
-    num = min(len(a), len(b))
-    return a[:num] - b[np.random.default_rng(0).permutation(num)]
-
-
-def sharpest(found: list[Gap]) -> Gap | None:
-    """The gap whose ratio of sizes is known best, if any is known."""
-    known = [gap for gap in found if gap.ratio_interval.is_known]
-    return min(known, key=lambda gap: gap.ratio_interval.high / gap.ratio_interval.low, default=None)
+        gaps += [each] if each.ratio_interval.is_known else []
+    return min(gaps, key=lambda each: each.ratio_interval.high / each.ratio_interval.low, default=None)

@@ -10,9 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.optimum import points_of
-from aimscale.analysis.frontier.result import NoFrontier
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.words import Flag
 
 TOLERANCE = 0.1
 """Rows whose C differ by less than this fraction share a budget."""
@@ -96,19 +94,20 @@ def isoflop_points(points: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
-def budgets_of(points: pd.DataFrame, num: int | None) -> list[Budget]:
-    """The table's own budgets, or `num` common ones that every size's curve is interpolated to.
-
-    Interpolation is by straight lines in log-log between a size's own budgets, seeds averaged.
-    """
+def shared_budgets(points: pd.DataFrame) -> list[Budget]:
+    """The table's own budgets."""
     numbered = points.assign(row=np.arange(len(points)))
-    if num is None:
-        return [
-            Budget(flops=flops, num_params=group["N"].to_numpy(), rows=group["row"].to_numpy())
-            for flops, group in isoflop_points(numbered)
-        ]
+    return [
+        Budget(flops=flops, num_params=group["N"].to_numpy(), rows=group["row"].to_numpy())
+        for flops, group in isoflop_points(numbered)
+    ]
+
+
+def interpolated(points: pd.DataFrame, num: int) -> list[Budget]:
+    """`num` budgets that every size's curve is interpolated to, by straight lines in log-log, seeds averaged."""
+    numbered = points.assign(row=np.arange(len(points)))
     grid = np.geomspace(points["C"].min(), points["C"].max(), num)
-    blends: dict[float, Array] = {}
+    sizes, blends = [], []
     for size, group in numbered.groupby("N"):
         own = np.unique(group["C"])
         if len(own) < 2:
@@ -118,15 +117,13 @@ def budgets_of(points: pd.DataFrame, num: int | None) -> list[Budget]:
             rows = group.loc[group["C"] == flops, "row"].to_numpy()
             share = np.interp(np.log(grid), np.log(own), unit, left=np.nan, right=np.nan)
             blend[:, rows] = share[:, None] / len(rows)
-        blends[float(size)] = blend  # type: ignore[arg-type]
-    if not blends:
-        raise NoFrontier(Flag(kind="no_curve"))
+        sizes.append(size)
+        blends.append(blend)
     out = []
-    for k, flops in enumerate(grid):
-        here = {size: blend[k] for size, blend in blends.items() if np.isfinite(blend[k]).all()}
-        if here:
-            stacked = np.stack(list(here.values()))
-            out.append(Budget(flops=float(flops), num_params=np.array([*here]), rows=np.array([], int), blend=stacked))
+    for flops, blend in zip(grid, np.stack(blends, axis=1), strict=True):
+        here = np.isfinite(blend).all(axis=1)
+        budget = Budget(flops=float(flops), num_params=np.array(sizes)[here], rows=np.array([], int), blend=blend[here])
+        out += [budget] if here.any() else []
     return out
 
 

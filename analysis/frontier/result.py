@@ -48,17 +48,15 @@ class Frontier(Result):
     """Budgets left out and why; their number is C."""
     range: tuple[float, float]
     """Smallest and largest C used."""
-    bias: float | None = None
-    """Error of the exponent that the approach itself makes on this design, simulated; its interval allows for it."""
     left_out: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Approach 2: exponents without some of its budgets, see `measured.without_budgets`."""
     curve: Callable[[Array], tuple[Array, Array]] | None = field(default=None, repr=False)
     """Approach 3 by a law whose N* is no power of C: budgets (m,) -> ln N* (m,) and draws of it (num_draws, m)."""
     law: Fit | None = field(default=None, repr=False)
-    """The (N, D) law of approach 3, or the loss-against-C law along the optima of approaches 1 and 2."""
+    """The law of approach 3."""
 
     def at(self, flops: Any) -> pd.DataFrame:
-        """Optimum at budgets: C, N, N_lo, N_hi, D, D_lo, D_hi, loss, loss_lo, loss_hi, beyond_range.
+        """Optimum at budgets: C, N, N_lo, N_hi, D, D_lo, D_hi, beyond_range, and by approach 3 loss, loss_lo, loss_hi.
 
         `beyond_range` is the factor above the largest C used (1 within).
         """
@@ -76,7 +74,7 @@ class Frontier(Result):
         return pd.DataFrame({**out, "beyond_range": np.maximum(1.0, c / self.range[1])})
 
     def log_sizes(self, flops: Array) -> tuple[Array, Array]:
-        """ln N* at budgets (m,) and its finite draws (num, m), which are about N* less the approach's own bias."""
+        """ln N* at budgets (m,) and its finite draws (num, m)."""
         if self.curve is not None:
             log_n, draws = self.curve(flops)
         else:
@@ -88,11 +86,6 @@ class Frontier(Result):
         """The exponent with its interval."""
         return f"Approach {self.approach}: N*(C) ~ C^{self.exponent:.3f} {self.exponent_interval.words()}"
 
-    def summary(self) -> str:
-        """The exponent as prose, and the optimum at the largest budget and at ten times it."""
-        optima = self.at([self.range[1], 10 * self.range[1]])
-        return f"{self.sentence()}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
-
     def sentence(self) -> str:
         """The exponent with its interval, method, range and refusals."""
         i = self.exponent_interval
@@ -101,11 +94,6 @@ class Frontier(Result):
             f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} {interval}, "
             f"C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."
         )
-        if self.bias is not None:
-            text += (
-                f" By itself this approach errs by {self.bias:+.3f} on this design; the interval, and that of N*, is "
-                f"about the exponent less that, {self.exponent - self.bias:.3f}."
-            )
         text = f"{text} {words}" if (words := self.moving_words()) else text
         return f"{text} Refused: {'; '.join(flag_words(self.refusals))}." if self.refusals else text
 
@@ -123,21 +111,16 @@ class Frontier(Result):
     @property
     def moves(self) -> bool:
         """Whether leaving budgets out moves the exponent out of its interval."""
-        i, shift = self.exponent_interval, self.bias or 0.0
-        without = self.left_out["exponent"] - shift if len(self.left_out) else pd.Series(dtype=float)
-        return bool(i.is_known and ((without < i.low) | (without > i.high)).any())
+        i = self.exponent_interval
+        return i.is_known and any(not i.low <= a <= i.high for a in self.left_out.get("exponent", ()))
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row: approach, exponent, low, high, bias, method, refused."""
+        """One row: approach, exponent, low, high, method, refused."""
         i = self.exponent_interval
         row = {"approach": self.approach, "exponent": self.exponent, "low": i.low, "high": i.high}
-        bias = np.nan if self.bias is None else self.bias
-        return pd.DataFrame([{**row, "bias": bias, "method": self.method, "refused": len(self.refusals)}])
+        return pd.DataFrame([{**row, "method": self.method, "refused": len(self.refusals)}])
 
     def exponent_words(self) -> str:
-        """The exponent with its interval, which is about the exponent less the approach's own bias where it has one."""
-        interval = self.exponent_interval.words(".2f")
-        if self.bias is None or abs(self.bias) < 0.005:
-            return f"{self.exponent:.2f} {interval}"
-        return f"{self.exponent:.2f} (less its own bias {self.exponent - self.bias:.2f} {interval})"
+        """The exponent with its interval."""
+        return f"{self.exponent:.2f} {self.exponent_interval.words('.2f')}"

@@ -141,10 +141,7 @@ def _key(what: str, name: str) -> str:
 def _frontiers(approaches: Approaches) -> PageFigure:
     """N*(C) by every approach that the table allows."""
     failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
-    caption = (
-        "Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals, "
-        f"about N* less an approach's own bias on this design.{failed}"
-    )
+    caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
     figure = plot_approaches(approaches)
     return page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
 

@@ -27,7 +27,7 @@ from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.ahead import Ahead, forecast
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
-from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gaps, gaps_to_loss, sharpest
+from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gap, gap_to_loss
 from aimscale.analysis.frontier.budgets import isoflop_budgets, with_budgets
 from aimscale.analysis.frontier.optimum import cost_of, points_of
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
@@ -267,11 +267,11 @@ def _features(study: Study) -> None:
         def work(name: str = name) -> Gap | None:
             rows, y = to_minimise(study.usable, name)
             found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()
-            return sharpest(gaps(found, by_loss) if is_whole and by_loss else gaps_to_loss(found, rows, y, **options))
+            return gap(found, by_loss) if is_whole and by_loss else gap_to_loss(found, rows, y, **options)
 
-        gap = study.attempt(f"The best size by the error of {name}", work)
-        if gap is not None:
-            study.features[name] = gap
+        differs = study.attempt(f"The best size by the error of {name}", work)
+        if differs is not None:
+            study.features[name] = differs
 
 
 def correlate_probes(study: Study) -> None:

@@ -152,7 +152,7 @@ def methods(study: Study) -> Iterator[str]:
     frame = study.frame
     yield from (fit.sentence() for fit in study.fits.values())
     if study.approaches is not None:
-        yield study.approaches.sentence()
+        yield from study.approaches.sentences()
     yield from (gap.sentence() for gap in study.features.values())
     yield from (f"{words}: {_values(frame, name)}." for name, words in SETTINGS.items() if _has(frame, name))
     said = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}

@@ -9,7 +9,7 @@ import pytest
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
-from aimscale.analysis.frontier.approaches import all_approaches, gaps, gaps_to_loss
+from aimscale.analysis.frontier.approaches import all_approaches, gap, gap_to_loss
 from aimscale.analysis.frontier.measured import envelope_frontier
 from aimscale.analysis.frontier.optimum import Cost, optimum_of, sizes_along
 from aimscale.analysis.frontier.parametric import parametric_frontier
@@ -38,25 +38,19 @@ def probed() -> pd.DataFrame:
 def test_a_probe_has_an_optimum_of_its_own(probed):
     df, y = to_minimise(probed, "pets:linear")
     np.testing.assert_allclose(df[y], [1 - row[0]["top1"] for row in probed["probes"]])
-    by_error, by_loss = (
-        all_approaches(df, y=y, budgets=10, resamples=200),
-        all_approaches(df, budgets=10, resamples=200),
-    )
+    by_error, by_loss = all_approaches(df, y=y, resamples=200), all_approaches(df, resamples=200)
     assert by_error.measure == "linear-probe error on pets"
-    found = gaps(by_error, by_loss)
+    found = gap(by_error, by_loss)
     cost = Cost(kappa=6.0, s=0.0)
     (k_error, a_error), (k_loss, a_loss) = (optimum_of(truth, cost) for truth in (OF_ERROR, OF_LOSS))
-    assert [gap.approach for gap in found] == [1, 2, 3]
-    for gap in found:
-        assert gap.interval.low < a_error - a_loss < gap.interval.high
-        truth = np.exp(k_error - k_loss + (a_error - a_loss) * np.log(gap.flops))
-        assert gap.ratio_interval.low < truth < gap.ratio_interval.high
-    assert found[-1].interval.high < 0
-    assert [gap.approach for gap in gaps_to_loss(by_error, df, y, budgets=10, resamples=50)] == [1, 2, 3]
-    assert gaps_to_loss(by_loss, df, "val_loss") == []
-    same = gaps(by_loss, by_loss)[-1]
-    assert (same.difference, same.ratio) == (0.0, 1.0)
-    assert same.interval.low < 0 < same.interval.high
+    truth = np.exp(k_error - k_loss + (a_error - a_loss) * np.log(found.flops))
+    assert found.ratio_interval.low < truth < found.ratio_interval.high < 1.5 * found.ratio_interval.low
+    assert f"C^{by_error.frontiers[found.approach - 1].exponent_words()}" in found.sentence()
+    assert gap_to_loss(by_error, df, y, resamples=200) == found
+    assert gap_to_loss(by_loss, df, "val_loss") is None
+    same = gap(by_loss, by_loss)
+    assert same.ratio == 1.0
+    assert same.ratio_interval.low < 1 < same.ratio_interval.high
 
 
 def test_what_y_may_be(probed):
@@ -94,7 +88,7 @@ def test_coupled_has_the_closed_form_and_others_are_minimised():
 
 def test_an_exponent_that_a_law_cannot_change_has_no_interval():
     df = grid_of(laws.OVERTRAINED, {"E": 1.5, "a": 300.0, "b": 900.0, "h": 0.15})
-    found = all_approaches(df, law="overtrained", budgets=10, resamples=100)
+    found = all_approaches(df, law="overtrained", resamples=100)
     last = found.frontiers[-1]
     assert (last.approach, last.exponent) == (3, pytest.approx(0.5, abs=1e-3))
     assert not last.exponent_interval.is_known

@@ -50,7 +50,7 @@ def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(study):
 def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_features(study):
     assert study.approaches.frontiers[-1].law.law.name == study.law.law.name
     gap = study.features["pets:linear"]
-    assert gap.interval.high - gap.interval.low < 0.5
+    assert gap.ratio_interval.low < gap.ratio < gap.ratio_interval.high
     by_question = {line.question: line.answer for line in verdict(study)}
     assert f"by approach 3 on the {study.law.law.name} law" in by_question["Best split"]
     assert f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large" in by_question["Best split"]
