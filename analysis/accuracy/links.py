@@ -1,4 +1,4 @@
-"""From loss to accuracy: links with a chance floor and an ideal point."""
+"""From loss to accuracy: a sigmoid with a chance floor and an ideal point."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
-from aimscale.analysis.fitting.objectives import LSQ, Objective
+from aimscale.analysis.fitting.objectives import LSQ
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Law
-from aimscale.analysis.laws.catalogue import LINK_EXPONENTIAL, LINK_LINEAR, LINK_SIGMOID
+from aimscale.analysis.laws.catalogue import LINK_SIGMOID
 from aimscale.analysis.table.names import joined, no_column
 
-LINKS: dict[str, Law] = {"sigmoid": LINK_SIGMOID, "exponential": LINK_EXPONENTIAL, "linear": LINK_LINEAR}
 IDEAL_POINT = "ideal point"
 """Size and run of the point (ideal, 1)."""
 
@@ -24,55 +22,40 @@ IDEAL_POINT = "ideal point"
 def link(
     df: pd.DataFrame,
     *,
-    kind: str = "sigmoid",
     loss: str = "val_loss",
     accuracy: str = "top1",
     chance: float | None = None,
     ideal: float | None = None,
-    objective: Objective | str = LSQ,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> Fit:
-    """Accuracy as a function of loss.
+    """Accuracy as a sigmoid of loss, by least squares.
 
     Args:
-        kind: sigmoid, exponential or linear.
         accuracy: column of the accuracy, 0 to 1.
-        chance: accuracy of guessing; holds the floor of the sigmoid and the exponential there. None fits the floor.
-        ideal: loss at which the accuracy is 1. The sigmoid takes (ideal, 1) as one more point, as in the OLMo ladder;
-            the other kinds, which cannot bend towards it, do not.
-        seed: seed of the draws.
+        chance: accuracy of guessing, which holds the floor; None fits it.
+        ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
 
     Raises:
-        AnalysisError: unknown kind, accuracies that are no fractions or mix percent and fractions, an ideal loss that
-            is not below every measured one, or too few points.
+        AnalysisError: accuracies that are no fractions, an ideal loss that is not below every measured one, or too few
+            points.
     """
-    if kind not in LINKS:
-        raise AnalysisError(f"There is no link named {kind!r}; choose from {', '.join(LINKS)}.")
     if accuracy not in df.columns:
         raise no_column(df, accuracy)
     values = pd.to_numeric(df[accuracy], errors="coerce")
     if (values > 1).any() or (values < 0).any():
-        mixed = " and fractions" if (values[values > 0] <= 1).any() else ""
-        raise AnalysisError(
-            f"{accuracy} holds percents{mixed} (from {values.min():g} to {values.max():g}); give 0 to 1."
-        )
-    fixed = {"floor": chance} if chance is not None and kind != "linear" else None
-    bounds = None if fixed or kind == "linear" else {"floor": (0.0, 1.0)}
-    anchored = ideal is not None and kind == "sigmoid"
+        raise AnalysisError(f"{accuracy} goes from {values.min():g} to {values.max():g}; give fractions, 0 to 1.")
     result = fit(
-        LINKS[kind],
-        _with_ideal(df, loss, accuracy, ideal) if ideal is not None and anchored else df,
+        LINK_SIGMOID,
+        df if ideal is None else _with_ideal(df, loss, accuracy, ideal),
         y=accuracy,
         columns={"L": loss},
-        objective=objective,
-        fixed=fixed,
-        bounds=bounds,
+        objective=LSQ,
+        fixed={} if chance is None else {"floor": chance},
+        bounds={"floor": (0.0, 1.0)} if chance is None else {},
         resamples=resamples,
-        seed=seed,
         zero_allowed=True,
     )
-    return replace(_measured(result) if anchored else result, limits=(chance or 0.0, 1.0))
+    return replace(result if ideal is None else _measured(result), limits=(chance or 0.0, 1.0))
 
 
 def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.DataFrame:
@@ -100,16 +83,12 @@ def _measured(result: Fit) -> Fit:
     )
 
 
-def chance_level(probed: pd.DataFrame) -> float | None:
+def chance_level(probed: pd.DataFrame, column: str = "chance") -> float | None:
     """Accuracy of guessing on one task, by the column `chance` of its rows; None where they do not agree on one."""
-    return _agreed(probed, "chance")
+    values = set(probed[column].dropna()) if column in probed.columns else set()
+    return float(values.pop()) if len(values) == 1 else None
 
 
 def ideal_loss(probed: pd.DataFrame) -> float | None:
     """Loss at which one task's accuracy is 1, by the column `ideal` of its rows; None where they agree on none."""
-    return _agreed(probed, "ideal")
-
-
-def _agreed(probed: pd.DataFrame, column: str) -> float | None:
-    values = set(probed[column].dropna()) if column in probed.columns else set()
-    return float(values.pop()) if len(values) == 1 else None
+    return chance_level(probed, "ideal")

@@ -8,7 +8,6 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     KAPLAN,
     LAWS,
     LINK_EXPONENTIAL,
-    LINK_LINEAR,
     LINK_SIGMOID,
     OVERFITTING,
     OVERTRAINED,

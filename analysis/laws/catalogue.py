@@ -10,18 +10,7 @@ from typing import Any
 import numpy as np
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.laws.base import (
-    Array,
-    Bounds,
-    Columns,
-    Law,
-    Parameter,
-    Params,
-    coefficient,
-    exponent,
-    free,
-    scale_of,
-)
+from aimscale.analysis.laws.base import Array, Bounds, Columns, Law, Parameter, Params, coefficient, exponent, scale_of
 from aimscale.analysis.laws.interacting import OPTIMAL_EXPONENTS, coupled, farseer, overfitting
 
 Parts = tuple[Any, ...]
@@ -67,21 +56,11 @@ def _sigmoid(z: Array) -> Array:
 def _m4_logit(v: Columns, t: Params, x: str) -> Array:
     """Logit of z with ln z - a ln(1 - z) = -c ln(x / x0): Newton's method on a monotone function."""
     s = -t["c"] * (v.log(x) - np.log(t[f"{x}0"]))
-    z = np.where(s < 0, s, s / t["a"])
+    z = np.where(np.real(s) < 0, s, s / t["a"])
     for _ in range(12):
         error = -_softplus(-z) + t["a"] * _softplus(z) - s
         z = z - error / (_sigmoid(-z) + t["a"] * _sigmoid(z))
     return z
-
-
-def _m4_gradient(v: Columns, t: Params, g: Parts, x: str) -> tuple[Parts, ...]:
-    z = _m4_logit(v, t, x)
-    slope = g[1] * (1 - g[1]) / (_sigmoid(-z) + t["a"] * _sigmoid(z))
-    return (
-        (0.0, -slope * _softplus(z)),
-        (0.0, -slope * (v.log(x) - np.log(t[f"{x}0"]))),
-        (0.0, slope * t["c"] / t[f"{x}0"]),
-    )
 
 
 def sigmoidal(x: str = "x") -> Law:
@@ -108,7 +87,6 @@ def sigmoidal(x: str = "x") -> Law:
         linear=(coefficient("e_inf"), coefficient("span")),
         nonlinear=(exponent("a", 0.05, 5.0), exponent("c"), scale_of(f"{x}0", x, below=1e-3, above=1e2)),
         basis=lambda v, t: (1.0, _sigmoid(_m4_logit(v, t, x))),
-        gradient=lambda v, t, g: _m4_gradient(v, t, g, x),
         report=report,
         source="M4 of Alabdulmohsin et al. 2022",
     )
@@ -242,16 +220,6 @@ def _rate_of(name: str, variable: str) -> Parameter:
     return Parameter(name=name, bounds=bounds, log=True)
 
 
-LINK_LINEAR = Law(
-    name="link_linear",
-    formula="accuracy = c - s L",
-    variables=("L",),
-    linear=(free("c"), free("s")),
-    nonlinear=(),
-    basis=lambda x, t: (1.0, -x["L"]),
-    source="loss to accuracy, straight line",
-)
-
 LINK_SIGMOID = Law(
     name="link_sigmoid",
     formula="accuracy = floor + (ceiling - floor) / (1 + exp(k (L - L0)))",
@@ -295,7 +263,6 @@ LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()}
         REPEATED,
         REPEATED_DATA,
         OVERFITTING,
-        LINK_LINEAR,
         LINK_SIGMOID,
         LINK_EXPONENTIAL,
     )

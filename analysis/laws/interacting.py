@@ -83,13 +83,6 @@ def _bent_log(log_x: Array, bend: Array) -> Array:
     return np.where(small, log_x * (1 + 0.5 * bend * log_x), np.expm1(safe * log_x) / safe)
 
 
-def _slope_of_bent_log(log_x: Array, bend: Array, value: Array) -> Array:
-    """Derivative of `_bent_log` by the bend; a series where the difference that it is would lose digits."""
-    turn = bend * log_x
-    series = log_x**2 * (1 / 2 + turn * (1 / 3 + turn * (1 / 8 + turn / 30)))
-    return np.where(np.abs(turn) < 1e-3, series, (log_x * np.exp(turn) - value) / np.where(bend == 0, 1.0, bend))
-
-
 def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
     """Limit, coefficient and exponent of the data term each a stretched exponential of the size.
 
@@ -104,26 +97,6 @@ def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
         fall = (t["s2"] - t["d"] * t["s1"] * log_d0) * _bent_log(log_n, t["beta"])
         limit = np.exp(-t["s3"] * _bent_log(log_n, t["gamma"]))
         return limit, np.exp(-fall - (power - t["d"]) * log_d0 - power * (x.log("D") - log_d0))
-
-    def gradient(x: Columns, t: Params, g: Parts) -> tuple[Parts, ...]:
-        log_n, log_d = x.log("N") - np.log(n0), x.log("D")
-        one, two, three = (_bent_log(log_n, t[bend]) for bend in ("alpha", "beta", "gamma"))
-        slopes = (
-            _slope_of_bent_log(log_n, t[bend], value)
-            for bend, value in (("alpha", one), ("beta", two), ("gamma", three))
-        )
-        by_alpha, by_beta, by_gamma = slopes
-        growth = np.exp(t["s1"] * one)
-        power = t["d"] * growth
-        return (
-            (0.0, g[1] * (t["s1"] * log_d0 * two + log_d0 - growth * log_d)),
-            (0.0, g[1] * (t["d"] * log_d0 * two - power * one * log_d)),
-            (0.0, -g[1] * power * t["s1"] * by_alpha * log_d),
-            (0.0, -g[1] * two),
-            (0.0, -g[1] * (t["s2"] - t["d"] * t["s1"] * log_d0) * by_beta),
-            (-g[0] * three, 0.0),
-            (-g[0] * t["s3"] * by_gamma, 0.0),
-        )
 
     def report(p: Params) -> dict[str, Array]:
         with np.errstate(over="ignore", divide="ignore"):
@@ -141,20 +114,14 @@ def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
         linear=(coefficient("E"), coefficient("B")),
         nonlinear=(
             exponent("d", 0.02, 3.0),
-            *(
-                Parameter(name=name, bounds=bounds)
-                for name, bounds in (
-                    ("s1", (-0.5, 0.5)),
-                    ("alpha", (-1.5, 1.5)),
-                    ("s2", (-0.5, 1.0)),
-                    ("beta", (-1.5, 1.5)),
-                    ("s3", (0.0, 0.5)),
-                    ("gamma", (-1.5, 1.5)),
-                )
-            ),
+            Parameter(name="s1", bounds=(-0.5, 0.5)),
+            Parameter(name="alpha", bounds=(-1.5, 1.5)),
+            Parameter(name="s2", bounds=(-0.5, 1.0)),
+            Parameter(name="beta", bounds=(-1.5, 1.5)),
+            Parameter(name="s3", bounds=(0.0, 0.5)),
+            Parameter(name="gamma", bounds=(-1.5, 1.5)),
         ),
         basis=basis,
-        gradient=gradient,
         report=report,
         centred=lambda x: farseer(_centre(x, "N"), _centre(x, "D")),
         source="Farseer (Li et al. 2025)",
@@ -164,21 +131,12 @@ def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
 def overfitting(n0: float = 1.0, d0: float = 1.0, u0: float = 1.0) -> Law:
     """The coupled law and a penalty for repeats: it grows with the size over the pool^0.75 and saturates."""
 
-    def pool(x: Columns) -> tuple[Array, Array]:
+    def basis(x: Columns, t: Params) -> Parts:
         unique = np.minimum(x["U"], x["D"])
         room = x.log("N") - np.log(n0) - POOL_EXPONENT * (np.log(unique) - np.log(u0))
-        return (x["D"] / unique - 1) ** STEEPNESS, room
-
-    def basis(x: Columns, t: Params) -> Parts:
-        repeats, room = pool(x)
+        repeats = (x["D"] / unique - 1) ** STEEPNESS
         share = repeats / (repeats + t["R0"] ** STEEPNESS)
         return 1.0, _coupled_terms(x, t, n0, d0), np.exp(t["p"] * room) * share
-
-    def gradient(x: Columns, t: Params, g: Parts) -> tuple[Parts, ...]:
-        repeats, room = pool(x)
-        by_scale = -g[2] * STEEPNESS * t["R0"] ** (STEEPNESS - 1) / (repeats + t["R0"] ** STEEPNESS)
-        of_terms = tuple((0.0, each, 0.0) for each in _coupled_gradient(x, t, g[1], n0, d0))
-        return (*of_terms, (0.0, 0.0, g[2] * room), (0.0, 0.0, by_scale))
 
     def report(p: Params) -> dict[str, Array]:
         with np.errstate(over="ignore", divide="ignore"):
@@ -194,7 +152,6 @@ def overfitting(n0: float = 1.0, d0: float = 1.0, u0: float = 1.0) -> Law:
         linear=(*within.linear, coefficient("G")),
         nonlinear=(*within.nonlinear, exponent("p", 0.1, 4.0), exponent("R0", 1.0, 1e4)),
         basis=basis,
-        gradient=gradient,
         report=report,
         centred=lambda x: overfitting(_centre(x, "N"), _centre(x, "D"), _centre(x, "U")),
         source="The coupled law with a saturating penalty for repeats (this project); for pools seen tens of times",

@@ -41,9 +41,8 @@ def test_gadres_fits_and_four_percentages(measurements):
     five = df[(df["model"].isin(sizes) & (df["cc_mult"] == 1)) | ((df["model"] == sizes[0]) & (df["cc_mult"] == 16))]
     six = pd.concat([five, df[(df["model"] == "open_lm_1b") & (df["cc_mult"] == 1)]])
     law = fit(laws.OVERTRAINED, five, y="loss_c4_val", objective="lsq", resamples=0)
-    to_error = link(
-        six.assign(acc=1 - six["err_avg17"]), kind="exponential", loss="loss_c4_val", accuracy="acc", resamples=0
-    )
+    columns, acc = {"L": "loss_c4_val"}, six.assign(acc=1 - six["err_avg17"])
+    to_error = fit("link_exponential", acc, y="acc", columns=columns, objective="lsq", resamples=0)
     assert round(law.params["E"], 4) == 1.8366
     assert round(-2 * law.params["h"], 5) == -0.27285
     assert [round(to_error.params[k], 4) for k in ("eps", "k", "gamma")] == [0.8570, 2.2065, 0.7146]
@@ -128,10 +127,7 @@ def test_chance_and_ideal_are_told_by_the_rows_where_they_agree():
     assert ideal_loss(probed[["chance"]]) is None
 
 
-def test_links_stay_between_chance_and_one(scores):
-    """The line and the exponential leave the range of accuracies a little beyond the losses they were fitted to."""
-    for kind in ("linear", "exponential", "sigmoid"):
-        result = link(scores, kind=kind, chance=0.1, resamples=200)
-        rows = result.predict({"L": [1e-3, 0.1, 2.0]})
-        assert rows[["value", "ci_lo", "ci_hi"]].to_numpy().min() >= 0.1
-        assert rows.drop(columns="beyond_range").to_numpy().max() <= 1
+def test_a_link_stays_between_chance_and_one(scores):
+    rows = link(scores, chance=0.1, resamples=200).predict({"L": [1e-3, 0.1, 2.0]})
+    assert rows[["value", "ci_lo", "ci_hi"]].to_numpy().min() >= 0.1
+    assert rows.drop(columns="beyond_range").to_numpy().max() <= 1

@@ -47,11 +47,17 @@ def test_the_variance_is_cr2_by_its_definition_whatever_the_weights():
     assert degrees[0] == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum())
 
 
+def _falling(x, t):
+    return 1.0, -x["L"]
+
+
 def test_points_alone_give_the_exact_t_interval_and_sizes_that_of_their_means():
     rng = np.random.default_rng(1)
     x = np.linspace(1, 2, 12)
     df = pd.DataFrame({"L": x, "acc": 0.9 - 0.3 * x + 0.01 * rng.standard_normal(12)})
-    result = fit(laws.LINK_LINEAR, df, y="acc", objective="lsq", resamples=20000)
+    linear = (laws.free("c"), laws.free("s"))
+    law = laws.Law(name="line", formula="acc = c - s L", variables=("L",), linear=linear, nonlinear=(), basis=_falling)
+    result = fit(law, df, y="acc", objective="lsq", resamples=20000)
     residual = result.data["residual"].to_numpy()
     half = student.ppf(0.975, 10) * np.sqrt(np.sum(residual**2) / 10 / np.sum((x - x.mean()) ** 2))
     i = result.intervals["s"]

@@ -42,7 +42,6 @@ TRUTHS = [
     ),
     ("overtrained", {"N": N, "D": D, "C": 6 * N * D}, {"E": 1.8, "a": 100.0, "b": 200.0, "h": 0.15}),
     ("repeated", {"N": N, "D": D, "U": U}, CHINCHILLA | {"R_D": 15.0}),
-    ("link_linear", {"L": np.linspace(2, 4, 30)}, {"c": 1.2, "s": 0.2}),
     ("link_sigmoid", {"L": np.linspace(2, 4, 30)}, {"floor": 0.25, "height": 0.6, "k": 4.0, "L0": 2.8}),
     ("link_exponential", {"L": np.linspace(2, 4, 30)}, {"floor": 0.1, "k": 2.0, "gamma": 0.8}),
 ]
