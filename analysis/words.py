@@ -205,7 +205,7 @@ def fit_sentence(fit: Fit) -> str:
     ranges = ", ".join(f"{v} from {low:.3g} to {high:.3g}" for v, (low, high) in fit.ranges.items())
     weight = fit.data["weight"]
     weights = f"points weighted from {weight.min():.3g} to {weight.max():.3g}"
-    proved = "" if fit.is_proved else " (the best minimum found, not proved)"
+    proved = "" if len(fit.law.nonlinear) <= 2 else " (the best minimum found, not proved)"
     parts = [
         f"{fit.law.formula} with {numbers}{f', where {where}' if where else ''}.",
         f"Fitted to {fit.num_points} of {fit.num_rows} points over {ranges} by minimising the "
@@ -228,18 +228,12 @@ def variable_words(fit: Fit, variable: str) -> str:
 
 def held_out_sentence(test: HeldOut) -> str:
     """Error on the held-out scale beside the naive baseline."""
-    at_own = f" ({test.num_own} of {test.num_test} points; else through the best loss at each value)"
-    naive = "a straight line in log-log " + (
-        "through the best loss at each value"
-        if test.num_own == 0
-        else f"at the same {test.others}{'' if test.num_own == test.num_test else at_own}"
-    )
     names = ", ".join(sorted(test.not_identified))
     unknown = f" Those {test.num_train} do not identify {names}." if names else ""
     verdict = "better" if test.is_better else "no better"
     return (
         f"Held out {test.variable} >= {min(test.values):.3g}: fitted on {test.num_train} points, the law predicts "
-        f"the other {test.num_test} with mean error {test.mean_abs_relative_error:.2%}, {verdict} than {naive} "
-        f"({test.naive_mean_abs_relative_error:.2%}); {test.num_inside} of {test.num_test} lie inside their prediction "
-        f"interval.{unknown}"
+        f"the other {test.num_test} with mean error {test.mean_abs_relative_error:.2%}, {verdict} than a straight line "
+        f"in log-log ({test.naive_mean_abs_relative_error:.2%}); {test.num_inside} of {test.num_test} lie inside their "
+        f"prediction interval.{unknown}"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
@@ -11,52 +9,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, HeldOut
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.names import column_names, our_name
-
-SHARE = 0.15
-"""Share of the points, those of largest scale, that are held out where no number of values is asked for."""
-MIN_HELD_OUT = 5
-
-
-def largest(scale: Array, *, num_values: int | None = None, share: float = SHARE, name: str = "scale") -> Array:
-    """Which points to hold out (n,): the largest of their scale; points of one value stay together.
-
-    Args:
-        scale: positive scale of every point (n,).
-        num_values: how many of its largest values; None takes `share` of the points and at least `MIN_HELD_OUT`.
-        name: what the scale is called, for the refusal.
-
-    Raises:
-        AnalysisError: the scale has values that are not positive, or too few to leave two of them (one, of a share).
-    """
-    scale = np.asarray(scale, float)
-    values = np.unique(scale)
-    if len(values) and not values[0] > 0:
-        raise AnalysisError(f"{name} has values that are not positive, so it is no scale to hold out by.")
-    if num_values is None:
-        wanted = max(MIN_HELD_OUT, int(np.ceil(share * len(scale))))
-        cut = np.sort(scale)[-wanted] if len(scale) > wanted else values[0] if len(values) else np.nan
-    elif len(values) > num_values + 1:
-        wanted, cut = num_values, values[-num_values]
-    else:
-        wanted, cut = num_values, np.nan
-    if not len(values) or not cut > values[0]:
-        raise AnalysisError(
-            f"{len(scale)} points of {len(values)} {name} are too few to hold out the largest {wanted}."
-        )
-    return scale >= cut
-
-
-def scale_values(df: pd.DataFrame, by: str, columns: Mapping[str, str] | None = None) -> Array:
-    """The scale of every row (n,) to hold out by, a column or a variable of `columns`; NaN where it is no number.
-
-    Raises:
-        AnalysisError: there is no such column.
-    """
-    name = next((each for each in (by, (columns or {}).get(by), our_name(df, by)) if each in df.columns), None)
-    if name is None:
-        raise AnalysisError(f"Cannot hold out the largest {by}: it is no column; its columns are {column_names(df)}.")
-    return pd.to_numeric(df[name], errors="coerce").to_numpy(float)
+from aimscale.analysis.table.names import no_column, our_name
 
 
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
@@ -75,75 +28,80 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
     Raises:
         AnalysisError: unknown `by`, or too few values or points remain.
     """
-    points = df.loc[result.data.index]
-    scale = result.data[by].to_numpy(float) if by in result.data else scale_values(points, by)
-    test = largest(scale, num_values=num_values, name=by)
-    refit = _without(result, points, test, resamples)
-    predicted = refit.predict(points[test])
-    y = result.data["y"].to_numpy()
-    measured = y[test]
-    others = [v for v in result.law.variables if v != by]
-    naive, num_own = _naive(scale, y, test, [result.data[v].to_numpy(float) for v in others])
-    table = result.data.loc[test, list(result.law.variables)].assign(
-        measured=measured,
-        predicted=predicted["value"],
-        pi_lo=predicted["pi_lo"],
-        pi_hi=predicted["pi_hi"],
-        inside=(measured >= predicted["pi_lo"]) & (measured <= predicted["pi_hi"]),
-        naive=naive,
-    )
-    relative, log_rmse = errors(predicted["value"].to_numpy(), measured)
-    naive_relative, naive_log_rmse = errors(naive, measured)
-    return HeldOut(
-        variable=by,
-        values=tuple(map(float, np.unique(scale[test]))),
-        num_train=int((~test).sum()),
-        num_test=int(test.sum()),
-        mean_abs_relative_error=relative,
-        log_rmse=log_rmse,
-        naive_mean_abs_relative_error=naive_relative,
-        naive_log_rmse=naive_log_rmse,
-        others=" and ".join(others),
-        num_own=num_own,
-        not_identified=refit.not_identified,
-        predictions=table,
-    )
-
-
-def _without(result: Fit, points: pd.DataFrame, test: Array, resamples: int) -> Fit:
-    """The same law fitted in the same way to the points that are not held out."""
-    return fit(
+    points, data = df.loc[result.data.index], result.data
+    scale = data[by].to_numpy(float) if by in data else _scale(points, by)
+    test = largest(scale, num_values, by)
+    refit = fit(
         result.law,
         points[~test],
         y=result.columns["y"],
         objective=result.objective,
         columns={k: v for k, v in result.columns.items() if k in result.law.variables},
-        weights=result.columns.get("weight", result.data["weight"].to_numpy()[~test]),
+        weights=result.columns.get("weight", data["weight"].to_numpy()[~test]),
         fixed=result.fixed,
         bounds=result.bounds,
         resamples=resamples,
         confidence=result.confidence,
     )
+    predicted, y = refit.predict(points[test]), data["y"].to_numpy()
+    others = [data[v].to_numpy(float) for v in result.law.variables if v != by]
+    naive = np.array([_line(scale, y, ~test, others, i) for i in np.flatnonzero(test)])
+    (error, log_rmse), (naive_error, naive_log_rmse) = errors(predicted["value"], y[test]), errors(naive, y[test])
+    return HeldOut(
+        variable=by,
+        values=tuple(map(float, np.unique(scale[test]))),
+        num_train=int((~test).sum()),
+        num_test=int(test.sum()),
+        mean_abs_relative_error=error,
+        log_rmse=log_rmse,
+        naive_mean_abs_relative_error=naive_error,
+        naive_log_rmse=naive_log_rmse,
+        not_identified=refit.not_identified,
+        predictions=data.loc[test, list(result.law.variables)].assign(
+            measured=y[test],
+            predicted=predicted["value"],
+            pi_lo=predicted["pi_lo"],
+            pi_hi=predicted["pi_hi"],
+            inside=predicted["pi_lo"].le(y[test]) & predicted["pi_hi"].ge(y[test]),
+            naive=naive,
+        ),
+    )
+
+
+def _scale(points: pd.DataFrame, by: str) -> Array:
+    """The column that rows (n,) are held out by."""
+    name = our_name(points, by)
+    if name not in points:
+        raise no_column(points, by, " to hold out by")
+    return pd.to_numeric(points[name], errors="coerce").to_numpy(float)
+
+
+def largest(scale: Array, num_values: int, name: str) -> Array:
+    """Which points have one of the largest values of their scale (n,).
+
+    Raises:
+        AnalysisError: the scale has values that are not positive, or fewer than two would be left.
+    """
+    values = np.unique(scale)
+    if not values[0] > 0 or np.isnan(values).any():
+        raise AnalysisError(f"{name} has values that are not positive, so it is no scale to hold out by.")
+    if len(values) < num_values + 2:
+        raise AnalysisError(f"{len(values)} values of {name} are too few to hold out the largest {num_values}.")
+    return scale >= values[-num_values]
 
 
 def errors(predicted: Array, measured: Array) -> tuple[float, float]:
     """Mean absolute relative error and root mean square log error."""
+    ratio = np.asarray(predicted, float) / np.asarray(measured, float)
     with np.errstate(invalid="ignore", divide="ignore"):
-        log_rmse = float(np.sqrt(np.mean(np.log(predicted / measured) ** 2)))
-    return float(np.mean(np.abs(predicted / measured - 1))), log_rmse
+        return float(np.mean(np.abs(ratio - 1))), float(np.sqrt(np.mean(np.log(ratio) ** 2)))
 
 
-def _naive(scale: Array, y: Array, test: Array, others: list[Array]) -> tuple[Array, int]:
-    """The line's forecast of every held-out point, and for how many it was drawn at their own other values."""
-    train = ~test
-    values = np.unique(scale[train])
-    best = np.array([y[train & (scale == v)].min() for v in values])
-    overall = np.polyfit(np.log(values), np.log(best), 1)
-    out, num_own = [], 0
-    for i in np.flatnonzero(test):
-        alike = train & np.all([np.isclose(other, other[i], rtol=0.01) for other in others] or [False], axis=0)
-        own = len(np.unique(scale[alike])) > 1
-        num_own += own
-        line = np.polyfit(np.log(scale[alike]), np.log(y[alike]), 1) if own else overall
-        out.append(np.exp(np.polyval(line, np.log(scale[i]))))
-    return np.array(out), num_own
+def _line(scale: Array, y: Array, train: Array, others: list[Array], i: int) -> float:
+    """The naive line's forecast of point i."""
+    alike = train & np.all([np.isclose(other, other[i], rtol=0.01) for other in others] or [False], axis=0)
+    x, best = scale[alike], y[alike]
+    if len(np.unique(x)) < 2:
+        x = np.unique(scale[train])
+        best = np.array([y[train & (scale == v)].min() for v in x])
+    return float(np.exp(np.polyval(np.polyfit(np.log(x), np.log(best), 1), np.log(scale[i]))))

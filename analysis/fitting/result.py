@@ -17,9 +17,6 @@ from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
 from aimscale.analysis.words import NOT_IDENTIFIED, Flag, fit_sentence, held_out_sentence, interval_words
 
-DENSE_GRID = 2
-"""Up to this many non-linear parameters the grid leaves no valley unseen."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
@@ -68,10 +65,6 @@ class HeldOut(Result):
     """The same error of the naive baseline, a straight line in log-log."""
     naive_log_rmse: float
     """The same of the naive baseline."""
-    others: str
-    """The law's other variables, which the line keeps where it can."""
-    num_own: int
-    """Points whose line was drawn at their own values of these."""
     not_identified: frozenset[str]
     """Parameters that the points which were left do not pin down: a law with such exponents was not tested."""
     predictions: pd.DataFrame = field(repr=False)
@@ -92,13 +85,11 @@ class HeldOut(Result):
         """`predictions`."""
         return self.predictions
 
-    def headline(self) -> str:
-        """Errors of the law and of the naive baseline."""
-        return self.sentence()
-
     def sentence(self) -> str:
         """Error on the held-out scale beside the naive baseline."""
         return held_out_sentence(self)
+
+    headline = sentence
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -149,11 +140,6 @@ class Fit(Result):
     """Parameters that were kept between two values."""
 
     @property
-    def is_proved(self) -> bool:
-        """Whether the grid is dense enough in the non-linear parameters to prove the optimum the lowest."""
-        return len(self.law.nonlinear) <= DENSE_GRID
-
-    @property
     def interval_method(self) -> str:
         """How the intervals were found, in words."""
         return interval_words(self)
@@ -162,16 +148,6 @@ class Fit(Result):
     def num_draws(self) -> int:
         """Draws kept."""
         return len(next(iter(self.draws.values()))) if self.draws else 0
-
-    def scatter(self, num_points: int, weights: Array | None = None, seed: int = 0) -> Array:
-        """Errors of T(y) of new measurements (num_draws, num_points), each of a new run and size.
-
-        Args:
-            weights: their weights (num_points,), relative to the fit's; None takes the fit's median.
-        """
-        assert self.errors is not None
-        weight = np.full(num_points, self.data["weight"].median()) if weights is None else np.asarray(weights, float)
-        return self.errors.scatter(weight, self.num_draws, np.random.default_rng([seed, 2]))
 
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
         """The law's variables, taken from a table by the variable's name or by the fit's column names."""
@@ -199,8 +175,10 @@ class Fit(Result):
             curves = np.broadcast_to(self.law.value(x, self.draws), (self.num_draws, len(value)))
             tails = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
             out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, tails, axis=0)
-            name = self.columns.get("weight")
-            noise = self.scatter(len(value), None if name is None or name not in df else np.asarray(df[name], float))
+            name, usual = self.columns.get("weight", ""), np.full(len(value), self.data["weight"].median())
+            assert self.errors is not None
+            weights = np.asarray(df[name], float) if name in df else usual
+            noise = self.errors.scatter(weights, self.num_draws, np.random.default_rng([0, 2]))
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                 measured = self.objective.inverse(self.objective.transform(curves) + noise)
             out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
@@ -212,10 +190,6 @@ class Fit(Result):
         for v, (low, high) in self.ranges.items():
             factor = np.maximum(factor, np.maximum(low / x[v], x[v] / high))
         return pd.DataFrame({**out, "beyond_range": factor}, index=df.index if isinstance(df, pd.DataFrame) else None)
-
-    def log_slopes(self, df: pd.DataFrame | Mapping[str, Any]) -> Array:
-        """Derivatives (n, k) of ln L by the logarithm of each positive parameter, or by one of either sign itself."""
-        return self.law.slopes(self.variables(df), self.law_params, log=True)
 
     def shown(self, name: str, digits: int = 4) -> str:
         """A parameter as text: digits with its interval, or the words "not identified"."""

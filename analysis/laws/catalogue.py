@@ -56,11 +56,18 @@ def _sigmoid(z: Array) -> Array:
 def _m4_logit(v: Columns, t: Params, x: str) -> Array:
     """Logit of z with ln z - a ln(1 - z) = -c ln(x / x0): Newton's method on a monotone function."""
     s = -t["c"] * (v.log(x) - np.log(t[f"{x}0"]))
-    z = np.where(np.real(s) < 0, s, s / t["a"])
+    z = np.where(s < 0, s, s / t["a"])
     for _ in range(12):
         error = -_softplus(-z) + t["a"] * _softplus(z) - s
         z = z - error / (_sigmoid(-z) + t["a"] * _sigmoid(z))
     return z
+
+
+def _m4_gradient(v: Columns, t: Params, g: Parts, x: str) -> tuple[Parts, ...]:
+    z = _m4_logit(v, t, x)
+    slope = g[1] * (1 - g[1]) / (_sigmoid(-z) + t["a"] * _sigmoid(z))
+    by_c = -slope * (v.log(x) - np.log(t[f"{x}0"]))
+    return (0.0, -slope * _softplus(z)), (0.0, by_c), (0.0, slope * t["c"] / t[f"{x}0"])
 
 
 def sigmoidal(x: str = "x") -> Law:
@@ -87,6 +94,7 @@ def sigmoidal(x: str = "x") -> Law:
         linear=(coefficient("e_inf"), coefficient("span")),
         nonlinear=(exponent("a", 0.05, 5.0), exponent("c"), scale_of(f"{x}0", x, below=1e-3, above=1e2)),
         basis=lambda v, t: (1.0, _sigmoid(_m4_logit(v, t, x))),
+        gradient=lambda v, t, g: _m4_gradient(v, t, g, x),
         report=report,
         source="M4 of Alabdulmohsin et al. 2022",
     )

@@ -125,7 +125,7 @@ def _posterior(law: Fit, candidates: Points, target: Points, noise: float) -> Ar
     measured = {v: law.data[v].to_numpy(float) for v in law.law.variables}
     offered, wanted = law.variables(candidates), law.variables(target)
     x = {v: np.concatenate([measured[v], offered[v], wanted[v]]) for v in law.law.variables}
-    slopes = law.log_slopes(x)
+    slopes = law.law.slopes(x, law.law_params, log=True)
     places = np.stack([np.log(x[v]) for v in law.law.variables], axis=1) / DEPARTURE_RANGE
     distance = np.sum((places[:, None] - places[None]) ** 2, axis=2)
     departure = max(DEPARTURE_SD, DEPARTURE_TO_NOISE * noise)
