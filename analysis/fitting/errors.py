@@ -59,11 +59,6 @@ class Sandwich:
         a = contrasts @ self.to_params
         return np.sqrt(np.maximum(np.einsum("mi,ij,mj->m", a, self.covariance, a), 0.0)), self.degrees(a)
 
-    @property
-    def of_params(self) -> Array:
-        """Covariance (k, k) of the parameters."""
-        return self.to_params @ self.covariance @ self.to_params.T
-
     def draws(self, num: int, rng: np.random.Generator) -> Array:
         """Errors of the parameters (num, k): Student's, each draw with the degrees of freedom of its own direction.
 

@@ -6,8 +6,8 @@ More scatter than replicates have, patterns in residuals, a size or a budget tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -83,10 +83,11 @@ def _form(
         if not names or len(keep) <= law.shape[1] + len(names):
             return
         kind, subject = "pattern", names[int(np.argmax(np.abs(scaled @ wider)))]
-    found = ratio_test(scaled, *_beyond(law, wider), errors.covariance(weights, shared))
-    if found.p <= ALARM:
-        size = 100 * found.excess / float(np.sqrt(np.sum(weights)))
-        yield Flag(kind=kind, subject=subject, number=size, p=found.p, more=(found.f, *found.degrees))
+    above, below = _beyond(law, wider)
+    f, p, excess = ratio_test(scaled, above, below, errors.covariance(weights, shared))
+    if p <= ALARM:
+        size = 100 * excess / float(np.sqrt(np.sum(weights)))
+        yield Flag(kind=kind, subject=subject, number=size, p=p, more=(f, above.shape[1], below.shape[1]))
 
 
 def _replicates(points: Observations, rows: pd.DataFrame) -> Array:
@@ -103,24 +104,14 @@ def _whole_cells(cells: Array) -> Array:
     return np.flatnonzero(np.isin(cells, chosen))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """An F-test."""
-
-    f: float
-    """Ratio of mean squares."""
-    degrees: tuple[int, int]
-    """Of freedom, above and below."""
-    p: float
-    excess: float
-    """Root of the sum of squares above that the mean square below does not explain."""
-
-
-def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> Ratio:
+def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> tuple[float, float, float]:
     """F-test of residuals (n,) along orthonormal bases (n, a) and (n, b), of normal errors of a covariance (n, n).
 
-    The ratio exceeds F where a quadratic form of the errors is positive: a sum of chi-squared variables, weighted by
-    the form's eigenvalues. Of independent errors this is Fisher's F.
+    The ratio of mean squares exceeds F where a quadratic form of the errors is positive: a sum of chi-squared
+    variables, weighted by the form's eigenvalues. Of independent errors this is Fisher's F.
+
+    Returns:
+        F, its probability, and the root of the sum of squares above that the mean square below does not explain.
     """
     squares = [float(np.sum((scaled @ basis) ** 2)) for basis in (above, below)]
     degrees = above.shape[1], below.shape[1]
@@ -130,7 +121,7 @@ def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> 
     values, axes = np.linalg.eigh(basis.T @ covariance @ basis)
     root = axes * np.sqrt(np.maximum(values, 0.0))
     p = positive_probability(np.linalg.eigvalsh(root.T @ (form[:, None] * root)))
-    return Ratio(f=f, degrees=degrees, p=p, excess=float(np.sqrt(max(0.0, squares[0] - degrees[0] * noise))))
+    return f, p, float(np.sqrt(max(0.0, squares[0] - degrees[0] * noise)))
 
 
 def positive_probability(weights: Array) -> float:
@@ -179,7 +170,8 @@ def _patterns(law: Array, root: Array, x: Mapping[str, Array]) -> tuple[list[str
 
 
 def _odd_groups(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
-    """The size that lies off the law fitted without it, and likewise the value of any other variable."""
+    """The size that lies farthest off the law fitted without it, if any does, and likewise the value of any other
+    variable: its neighbours may suffer from it."""
     shared = groups_of(rows, points.x)
     for v, values in points.x.items():
         codes = np.unique(np.round(np.log(np.maximum(values, 1e-300)), 9), return_inverse=True)[1]
@@ -187,29 +179,30 @@ def _odd_groups(problem: Problem, vector: Array, points: Observations, rows: pd.
         left = problem.num_points - np.bincount(codes).max()
         if not MIN_GROUPS <= len(first) <= MAX_GROUPS or len(first) == len(codes) or left <= problem.movable.sum() + 1:
             continue
-        by, names = v, [f"= {value:.3g}" for value in values[first]]
+        off, deviations, threshold = _left_out(problem, vector, shared, codes).T
+        odd = np.where(np.abs(deviations) > threshold, np.abs(deviations), 0.0)
+        if not odd.any():
+            continue
+        worst = int(np.argmax(odd))
+        by, name = v, f"= {values[first[worst]]:.3g}"
         if v == "N" and "size" in rows:
-            by, names = "size", rows["size"].iloc[first].tolist()
-        yield from _odd_group(_left_out(problem, vector, shared, codes, names, by))
+            by, name = "size", str(rows["size"].iloc[first[worst]])
+        yield Flag(kind="off", subject=name, number=100 * float(off[worst]), more=(by, float(odd[worst])))
 
 
-def _left_out(
-    problem: Problem, vector: Array, shared: Groups, codes: Array, names: Sequence[object], by: str
-) -> pd.DataFrame:
-    """Leave each group out: one row per group with `num_points`, every parameter without it, and how far it lies off.
-
-    `off` is its mean residual of T(y) from the law without it, `deviations` the same in standard deviations, and
-    `threshold` how many of these only one sound table in twenty has anywhere.
+def _left_out(problem: Problem, vector: Array, shared: Groups, codes: Array) -> Array:
+    """Leave each group out (groups, 3): its mean residual of T(y) from the law without it, the same in standard
+    deviations, and how many of these only one sound table in twenty has anywhere.
 
     Args:
         vector: the optimum (k,).
         shared: points that share errors.
         codes: number of each point's group (n,).
-        names: of the groups.
     """
-    masks = codes != np.arange(len(names))[:, None]
-    vectors, _ = minimise(problem, np.repeat(vector[None], len(names), axis=0), masks * problem.weights)
-    rows = []
+    num = int(codes.max()) + 1
+    masks = codes != np.arange(num)[:, None]
+    vectors, _ = minimise(problem, np.repeat(vector[None], num, axis=0), masks * problem.weights)
+    found = []
     for keep, moved in zip(masks, vectors, strict=True):
         residual, jacobian, root = problem.residual(moved), problem.linearised(moved), np.sqrt(problem.weights * keep)
         share = problem.weights * ~keep / np.sum(problem.weights[~keep])
@@ -218,21 +211,7 @@ def _left_out(
         left, unseen = with_spread(shared.rows(keep), jacobian[keep])
         near = np.clip(residual[keep], -problem.objective.delta, problem.objective.delta)
         spread = components_of(jacobian[keep], near, problem.weights[keep], left)
-        sd = max(float(np.sqrt(spread.variance_of(gap, problem.weights, shared))), 1e-300)
-        spare, off = max(1, len(names) - 3), float(share @ residual)
-        threshold = BLIND_THRESHOLD if unseen else float(student.ppf(1 - FAMILY_ALARM / 2 / len(names), spare))
-        rows.append({"num_points": int((~keep).sum()), "off": off, "deviations": off / sd, "threshold": threshold})
-    table = pd.DataFrame(rows)
-    table.insert(0, by, list(names))
-    return table.assign(**problem.params_of(vectors))
-
-
-def _odd_group(table: pd.DataFrame) -> tuple[Flag, ...]:
-    """A flag for the group that lies farthest off, if any does: its neighbours may suffer from it."""
-    far = table["deviations"].abs()
-    if not (far > table["threshold"]).any():
-        return ()
-    worst = table.iloc[int(np.argmax(far.where(far > table["threshold"], 0.0)))]
-    by = str(table.columns[0])
-    more = (by, float(abs(worst["deviations"])))
-    return (Flag(kind="off", subject=str(worst[by]), number=100 * float(worst["off"]), more=more),)
+        sd, off = np.sqrt(spread.variance_of(gap, problem.weights, shared)), float(share @ residual)
+        usual = float(student.ppf(1 - FAMILY_ALARM / 2 / num, max(1, num - 3)))
+        found.append((off, off / max(sd, 1e-300), BLIND_THRESHOLD if unseen else usual))
+    return np.array(found)

@@ -40,7 +40,7 @@ def test_the_variance_is_cr2_by_its_definition_whatever_the_weights():
         meat += np.outer(x[at].T @ a @ e[at], x[at].T @ a @ e[at])
         halves.append(left[:, at] @ a @ x[at] @ bread)
     found = sandwich(design, residual, weights, size)
-    np.testing.assert_allclose(found.of_params, bread @ meat @ bread, rtol=1e-8)
+    np.testing.assert_allclose(found.to_params @ found.covariance @ found.to_params.T, bread @ meat @ bread, rtol=1e-8)
     columns = np.stack([half[:, 1] for half in halves], axis=1)  # of the slope
     eigenvalues = np.linalg.eigvalsh(columns.T @ columns)
     _, degrees = found.of_contrasts(np.array([[0.0, 1.0, 0.0]]))
