@@ -99,17 +99,12 @@ EXCLUSIONS = {
 """Kind of an exclusion -> what is said of its rows; {} is the subject."""
 
 NOISE = {
-    "table": ("spread over the whole table", "{number} rows"),
-    "seeds": ("between seeds", "{number} degrees of freedom of runs"),
-    "shared": ("of it, shared by all budgets of a run", "{number:.0f} % of the seeds' variance"),
+    "seeds": ("between seeds", "{} degrees of freedom of runs"),
     "images": (
         "validation images, shared by all runs scored on them",
-        "median and range over {number} rows' standard errors; it moves all runs together",
+        "median and range over {} rows' standard errors",
     ),
-    "law": (
-        "scatter about the joint law",
-        "residuals of {number} points; more than seeds and images explain is the law's form or the tuning",
-    ),
+    "law": ("scatter about the joint law", "{} points; more than seeds and images explain is its form or the tuning"),
 }
 """Kind of a component of noise -> what it is, and what it was estimated from."""
 

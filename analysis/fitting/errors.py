@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import nnls
-from scipy.stats import chi2
 
 from aimscale.analysis.fitting.groups import Groups
 from aimscale.analysis.laws.base import Array
@@ -133,12 +132,6 @@ class Components:
     def total(self) -> float:
         """Of one measurement of weight 1 of a new size and run."""
         return float(np.sqrt(self.size**2 + self.run**2 + self.point**2))
-
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Interval of `total`."""
-        tails = chi2.ppf([0.5 + confidence / 2, 0.5 - confidence / 2], self.degrees)
-        low, high = self.total * np.sqrt(self.degrees / tails)
-        return float(low), float(high)
 
     def simulate(self, weights: Array, groups: Groups, num: int, rng: np.random.Generator) -> Array:
         """Errors (num, n) of tables measured again."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, noise, repeats
+from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, repeats
 from aimscale.analysis.effects.gains import gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
@@ -160,12 +160,7 @@ def effects(design: Design, scales: pd.DataFrame, rng: np.random.Generator, reco
 
 
 def accuracies(design: Design, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:
-    """The noise about the law, and forecasts of a loss and an accuracy."""
-    if design.seeds > 1:
-        named = design.measured(scales, rng).rename(columns={"loss": "other_loss"})
-        part = noise(named, y="other_loss").component("law")
-        if part is not None:
-            record.add("scatter about the joint law", part.low, part.high, part.value, design.new_sd)
+    """Forecasts of a loss and an accuracy."""
     df = design.measured(scales, rng)
     sigmoid = {"floor": 0.1, "height": 0.8, "k": 12.0, "L0": 0.5}
     accuracy = laws.LINK_SIGMOID.value({"L": df["loss"].to_numpy()}, sigmoid)
