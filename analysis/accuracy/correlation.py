@@ -18,6 +18,7 @@ from aimscale.analysis.table.names import Exclusion, no_column, their_name
 from aimscale.analysis.table.points import usable_rows
 
 METHODS = {"pearson": pearsonr, "spearman": spearmanr, "kendall": kendalltau}
+CONFIDENCE = 0.95
 MIN_ROWS = 4
 """Rows, and clusters of rows, that a correlation with an interval needs."""
 FISHERS_WEIGHT = 4
@@ -44,7 +45,6 @@ class Correlation(Result):
     """Coefficient, -1 to 1."""
     low: float
     high: float
-    confidence: float
     num_points: int
     cluster: str | None
     """Column whose rows were left out together; None for single rows."""
@@ -63,20 +63,6 @@ class Correlation(Result):
         names = ("method", "x", "y", "value", "low", "high", "num_points")
         return pd.DataFrame([{name: getattr(self, name) for name in names}])
 
-    @property
-    def interval_method(self) -> str:
-        """How the interval was found, in words."""
-        unit = f"{self.num_points} rows" if self.cluster is None else f"{self.num_clusters} clusters by {self.cluster}"
-        return f"Fisher's z, standard error over {unit}"
-
-    def headline(self) -> str:
-        """Coefficient and interval."""
-        return f"{self.method.capitalize()} {self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def summary(self) -> str:
-        """The correlation as prose."""
-        return self.sentence()
-
     def sentence(self) -> str:
         """Coefficient, interval, n and what was held equal."""
         groups = f"within {self.num_groups} groups of equal" if self.num_groups else "about a smooth function of"
@@ -84,11 +70,14 @@ class Correlation(Result):
         held += f", within {self.within}" if self.within else ""
         left = f" Left out: {'; '.join(map(str, self.exclusions))}." if self.exclusions else ""
         nothing = "" if self.low > 0 or self.high < 0 else ", not significant"
+        unit = f"{self.num_points} rows" if self.cluster is None else f"{self.num_clusters} clusters by {self.cluster}"
         return (
             f"{self.method.capitalize()} correlation of {self.x} and {self.y}{held}: {self.value:.3f}{nothing} "
-            f"({self.confidence:.0%} interval {self.low:.3f} to {self.high:.3f}; n = {self.num_points}; "
-            f"{self.interval_method}).{left}"
+            f"({CONFIDENCE:.0%} interval {self.low:.3f} to {self.high:.3f}; n = {self.num_points}; "
+            f"Fisher's z, standard error over {unit}).{left}"
         )
+
+    headline = sentence
 
 
 def correlate(
@@ -100,7 +89,6 @@ def correlate(
     partial: str | None = None,
     within: str | None = None,
     cluster: str | None = "auto",
-    confidence: float = 0.95,
 ) -> tuple[Correlation, ...]:
     """Correlations of two columns with intervals on Fisher's scale.
 
@@ -130,16 +118,15 @@ def correlate(
         value=np.nan,
         low=np.nan,
         high=np.nan,
-        confidence=confidence,
         num_points=len(pair.a),
         cluster=cluster and their_name(df, cluster),
-        num_clusters=pair.num_clusters,
+        num_clusters=int(pair.member.max()) + 1,
         partial_on=partial and their_name(df, partial),
-        num_groups=pair.equal.num_groups if pair.equal else None,
+        num_groups=pair.num_groups,
         within=within and their_name(df, within),
         exclusions=used.exclusions,
     )
-    found = {method: pair.interval(method, confidence) for method in methods}
+    found = {method: pair.interval(method) for method in methods}
     return tuple(
         replace(same, method=method, value=value, low=low, high=high) for method, (value, low, high) in found.items()
     )
@@ -165,25 +152,8 @@ def _clusters(df: pd.DataFrame, within: str | None) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class EqualCompute:
-    """How compute is taken out of a column."""
-
-    basis: Array
-    """Orthonormal columns (n, q) that are projected out."""
-    num_groups: int | None
-    """Groups of rows that share it, within which rows are compared; None: about a smooth function of it."""
-
-    def left(self, values: Array, rows: Array | None = None) -> Array:
-        """What is left of values (n,), or of some of their rows; zeros where nothing is."""
-        a = values if rows is None else values[rows]
-        basis = self.basis if rows is None else np.linalg.qr(self.basis[rows])[0]
-        rest = a - basis @ (basis.T @ a)
-        return rest if np.std(rest) > NOTHING_LEFT * np.std(values) else np.zeros_like(a)
-
-
-def equal_compute(values: Array, sizes: Array) -> EqualCompute:
-    """Take a positive column out.
+def equal_compute(values: Array, sizes: Array) -> tuple[Array, int | None]:
+    """Orthonormal columns (n, q) that take a positive column out of others where they are projected out.
 
     A straight line in its logarithm does not do: two power laws of compute bend about it and then correlate, whatever
     else they have in common. Where most rows share their compute with another size, groups are compared within;
@@ -192,6 +162,9 @@ def equal_compute(values: Array, sizes: Array) -> EqualCompute:
     Args:
         values: the column (n,), positive.
         sizes: sizes (n,), so that seeds of one size make no group.
+
+    Returns:
+        The columns, and how many groups of rows share the values; None where they span a smooth function.
     """
     log_c = np.log(values)
     order = np.argsort(log_c, kind="stable")
@@ -205,7 +178,7 @@ def equal_compute(values: Array, sizes: Array) -> EqualCompute:
         # rows of a group differ a little: a slope in that, which may itself change with compute, goes too
         tilts = np.column_stack([inside, inside * middle, inside * middle**2])
         spanned = np.column_stack([member, tilts[:, np.std(tilts, axis=0) > 1e-9]])
-        return EqualCompute(basis=np.linalg.qr(spanned)[0], num_groups=int(several.sum()))
+        return np.linalg.qr(spanned)[0], int(several.sum())
     z = log_c - log_c.mean()
     exponents = np.linspace(-0.8, 0.1, 60)
     shapes = np.exp(np.clip(np.outer(z, exponents), -30, 30))
@@ -213,7 +186,7 @@ def equal_compute(values: Array, sizes: Array) -> EqualCompute:
     num = max(2, min(MOST_SHAPES, (group.max() + 1) // 2))
     left = np.linalg.svd(shapes - shapes.mean(axis=0), full_matrices=False)[0][:, : num - 1]
     ones = np.ones((len(z), 1)) / np.sqrt(len(z))
-    return EqualCompute(basis=np.column_stack([ones, left]), num_groups=None)
+    return np.column_stack([ones, left]), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +195,10 @@ class _Pair:
 
     a: Array
     b: Array
-    equal: EqualCompute | None
+    basis: Array | None
+    """What is projected out of both (n, q), where something is held equal."""
+    num_groups: int | None
+    """Groups of rows that share it."""
     member: Array
     """Number of each row's cluster (n,)."""
     lost: int
@@ -230,18 +206,17 @@ class _Pair:
     spent: int
     """Other degrees of freedom that were taken out."""
 
-    @property
-    def num_clusters(self) -> int:
-        """Clusters of rows."""
-        return int(self.member.max()) + 1
-
     def sides(self, rows: Array | None = None) -> tuple[Array, Array]:
-        """Both columns or some of their rows, compute taken out where it is held equal."""
-        if self.equal is not None:
-            return self.equal.left(self.a, rows), self.equal.left(self.b, rows)
-        return (self.a, self.b) if rows is None else (self.a[rows], self.b[rows])
+        """Both columns or some of their rows, compute taken out where it is held equal; zeros where nothing is left."""
+        a, b = (each if rows is None else each[rows] for each in (self.a, self.b))
+        if self.basis is None:
+            return a, b
+        basis = self.basis if rows is None else np.linalg.qr(self.basis[rows])[0]
+        rest = [each - basis @ (basis.T @ each) for each in (a, b)]
+        is_left = [np.std(r) > NOTHING_LEFT * np.std(each) for r, each in zip(rest, (self.a, self.b), strict=True)]
+        return rest[0] * is_left[0], rest[1] * is_left[1]
 
-    def interval(self, method: str, confidence: float) -> tuple[float, float, float]:
+    def interval(self, method: str) -> tuple[float, float, float]:
         """Coefficient and interval; from -1 to 1 where nothing varies.
 
         The variance of leaving clusters out is that of the coefficient itself, brought to Fisher's scale by the delta
@@ -255,9 +230,10 @@ class _Pair:
         inner = float(np.clip(value, step + 1e-12 - 1, 1 - step - 1e-12))
         rows = n / repetition(method, *self.sides(), self.member, self.lost)
         variance = fisher = fishers_variance(method, value, rows * (1 - self.spent / n) - self.lost)
-        degrees = self.num_clusters - 1 - self.lost
-        if self.num_clusters <= MOST_CLUSTERS:
-            kept = (np.flatnonzero(self.member != k) for k in range(self.num_clusters))
+        num_clusters = int(self.member.max()) + 1
+        degrees = num_clusters - 1 - self.lost
+        if num_clusters <= MOST_CLUSTERS:
+            kept = (np.flatnonzero(self.member != k) for k in range(num_clusters))
             without = np.array([coefficient(method, *self.sides(each)) for each in kept])
             without = without[np.isfinite(without)]
             left_out = (len(without) - 1) * np.var(without) / (1 - inner**2) ** 2 if len(without) else fisher
@@ -265,7 +241,7 @@ class _Pair:
             # A variance from a few clusters varies much: it is averaged with Fisher's, which is known. Satterthwaite's
             # degrees of freedom are those of such an average.
             variance = (FISHERS_WEIGHT * fisher + degrees * left_out) / (FISHERS_WEIGHT + degrees)
-        half = student.ppf(0.5 + confidence / 2, (FISHERS_WEIGHT + degrees) ** 2 / degrees) * np.sqrt(variance)
+        half = student.ppf(0.5 + CONFIDENCE / 2, (FISHERS_WEIGHT + degrees) ** 2 / degrees) * np.sqrt(variance)
         z = np.arctanh(inner)
         return value, float(min(value, np.tanh(z - half))), float(max(value, np.tanh(z + half)))
 
@@ -298,14 +274,13 @@ def _pair(
         is_nested = pd.Series(groups.to_numpy()).groupby(member).nunique().max() == 1
         lost = groups.nunique() - 1 if is_nested and groups.nunique() <= member.max() else 0
         spent = groups.nunique() - 1 - lost
-    equal = None
+    basis, num_groups = None, None
     if partial is not None:
         named = next((rows[name] for name in SIZE_COLUMNS if name in rows), pd.Series(np.arange(len(rows))))
-        sizes = named.astype(str).to_numpy()
-        equal = equal_compute(numbers[partial].to_numpy(), sizes)
-        spent += equal.basis.shape[1] - 1
+        basis, num_groups = equal_compute(numbers[partial].to_numpy(), named.astype(str).to_numpy())
+        spent += basis.shape[1] - 1
     a, b = columns.to_numpy().T
-    return _Pair(a=a, b=b, equal=equal, member=member, lost=lost, spent=spent)
+    return _Pair(a=a, b=b, basis=basis, num_groups=num_groups, member=member, lost=lost, spent=spent)
 
 
 def coefficient(method: str, a: Array, b: Array) -> float:

@@ -45,18 +45,24 @@ def contrast(
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.effects.contrasts import contrast
-    from aimscale.analysis.effects.gains import gains
+    from aimscale.analysis.effects.gains import Gain, gains
 
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
     found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth = gains(found, df)
     if not json:
-        show(found, json, figure, after=[f"- {line}" for line in worth.sentences()])
+        show(found, json, figure, after=[f"- {each}" for each in worth])
         return
     if figure is not None:
         draw(found.plot(), figure)
-    typer.echo(json_module.dumps(plain_types(found.to_dict() | {"gains": worth.gains}), indent=2, allow_nan=False))
+    typer.echo(
+        json_module.dumps(
+            plain_types(found.to_dict() | {"gains": [each for each in worth if isinstance(each, Gain)]}),
+            indent=2,
+            allow_nan=False,
+        )
+    )
 
 
 def correlate(

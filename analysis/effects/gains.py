@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from aimscale.analysis.display import Result
 from aimscale.analysis.effects.contrasts import Contrast, Contrasts, level_name, mean_of
 from aimscale.analysis.table.design import with_size
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import Flag, flag_words
+from aimscale.analysis.words import Flag
 
 ASKS_OTHERWISE = ("patch_order",)
 """Columns whose levels have losses that are subtracted with a caution, but are no ground for a gain."""
@@ -39,8 +38,7 @@ class Gain:
     high: float
     num_run_pairs: int
 
-    def sentence(self) -> str:
-        """Worth with its interval."""
+    def __str__(self) -> str:
         if not self.high / self.low < UNKNOWN:
             return f"What {self.level} is worth in compute cannot be told from {self.num_run_pairs} pairs of runs."
         return (
@@ -49,40 +47,12 @@ class Gain:
         )
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Gains(Result):
-    """What the levels of a column are worth."""
-
-    gains: tuple[Gain, ...]
-    flags: tuple[Flag, ...]
-    """What has no gain, and why."""
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per level."""
-        return pd.DataFrame([vars(each) for each in self.gains])
-
-    def sentences(self) -> list[str]:
-        """In words."""
-        return [*(each.sentence() for each in self.gains), *flag_words(self.flags)]
-
-    def headline(self) -> str:
-        """In words."""
-        return " ".join(self.sentences())
-
-
-def gains(found: Contrasts, frame: pd.DataFrame) -> Gains:
-    """Compute-equivalent gains of every level of a contrast in the validation loss."""
+def gains(found: Contrasts, frame: pd.DataFrame) -> tuple[Gain | Flag, ...]:
+    """What every level of a contrast is worth by its validation losses, or why that is not known."""
     frame = with_size(frame)
-    worth, flags = [], []
-    for each in found.contrasts:
-        if each.measure.column == "val_loss" and each.num_run_pairs > 1 and found.by in frame.columns:
-            one = gain_of(each, frame, found.by)
-            if isinstance(one, Gain):
-                worth.append(one)
-            elif one is not None:
-                flags.append(one)
-    return Gains(gains=tuple(worth), flags=tuple(flags))
+    asked = [c for c in found.contrasts if c.measure.column == "val_loss" and c.num_run_pairs > 1]
+    worth = (gain_of(each, frame, found.by) for each in asked if found.by in frame.columns)
+    return tuple(each for each in worth if each is not None)
 
 
 def gain_of(contrast: Contrast, frame: pd.DataFrame, by: str) -> Gain | Flag | None:
@@ -95,8 +65,8 @@ def gain_of(contrast: Contrast, frame: pd.DataFrame, by: str) -> Gain | Flag | N
     """
     if by in ASKS_OTHERWISE:
         return Flag(kind="no_gain_asks", subject=by)
-    pairs = contrast.pairs
-    keys = [name for name in pairs.columns if name not in ("run_pair", "baseline_value", "level_value", "difference")]
+    pairs, own = contrast.pairs, ("run_pair", "baseline_value", "level_value", "difference")
+    keys = [name for name in pairs.columns if name not in own]
     if "images_seen" not in keys:
         return None
     rows = complete(frame).dropna(subset=["val_loss"])
@@ -112,24 +82,17 @@ def gain_of(contrast: Contrast, frame: pd.DataFrame, by: str) -> Gain | Flag | N
     curves = {run: curve.set_index("cost")["val_loss"] for run, curve in runs.groupby("run_pair")}
     if min(map(len, curves.values())) < MIN_BUDGETS:
         return None
-    spent = pairs[keys].merge(level, on=keys)["cost"].to_numpy(float)
     needed = [_log_cost(curves[run], loss) for run, loss in zip(pairs["run_pair"], pairs["level_value"], strict=True)]
-    log_gains = np.array(needed) - np.log(spent)
+    log_gains = np.array(needed) - np.log(pairs[keys].merge(level, on=keys)["cost"].to_numpy(float))
     if outside := int((~np.isfinite(log_gains)).sum()):
-        return Flag(
-            kind="no_gain_outside", subject=contrast.level, number=outside, more=(contrast.baseline, len(pairs))
-        )
+        more = (contrast.baseline, len(pairs))
+        return Flag(kind="no_gain_outside", subject=contrast.level, number=outside, more=more)
     table = pairs[["run_pair"]].assign(gain=log_gains, size=pairs.get("size", "one"))
-    runs = table.groupby("run_pair").agg(gain=("gain", "mean"), size=("size", "first"))
-    mean, half, *_ = mean_of(runs["gain"], runs["size"])
-    factor, low, high = (float(np.exp(each)) for each in (mean, mean - half, mean + half))
+    means = table.groupby("run_pair").agg(gain=("gain", "mean"), size=("size", "first"))
+    mean, half, *_ = mean_of(means["gain"], means["size"])
+    factor, low, high = np.exp([mean, mean - half, mean + half]).tolist()
     return Gain(
-        level=contrast.level,
-        baseline=contrast.baseline,
-        factor=factor,
-        low=low,
-        high=high,
-        num_run_pairs=contrast.num_run_pairs,
+        level=contrast.level, baseline=contrast.baseline, factor=factor, low=low, high=high, num_run_pairs=len(means)
     )
 
 
@@ -138,7 +101,5 @@ def _log_cost(losses: pd.Series, loss: float) -> float:
     losses = losses.sort_index(ascending=False)
     if not np.all(np.diff(losses) > 0):
         return np.nan
-    log_cost = PchipInterpolator(
-        np.log(losses.to_numpy(float)), np.log(losses.index.to_numpy(float)), extrapolate=False
-    )
-    return float(log_cost(np.log(loss)))
+    log_loss, log_cost = np.log(losses.to_numpy(float)), np.log(losses.index.to_numpy(float))
+    return float(PchipInterpolator(log_loss, log_cost, extrapolate=False)(np.log(loss)))

@@ -50,19 +50,15 @@ class Noise(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row per component: source, value, low, high (fractions of the loss), basis."""
-        words = [(NOISE[each.kind][0], NOISE[each.kind][1].format(each.number)) for each in self.components]
-        rows = [
-            {"source": source, "value": each.value, "low": each.low, "high": each.high, "basis": basis}
-            for each, (source, basis) in zip(self.components, words, strict=True)
-        ]
-        return pd.DataFrame(rows)
+        rows = [(NOISE[c.kind][0], c.value, c.low, c.high, NOISE[c.kind][1].format(c.number)) for c in self.components]
+        return pd.DataFrame(rows, columns=["source", "value", "low", "high", "basis"])
 
     def sentences(self) -> list[str]:
         """One per component, and what could not be told."""
         lines = []
-        for row in self.table.itertuples():
-            ends = f" [{100 * row.low:.3f}, {100 * row.high:.3f}]" if np.isfinite(row.low) else ""
-            lines.append(f"{row.source}: {100 * row.value:.3f} %{ends} ({row.basis}).")
+        for source, value, low, high, basis in self.table.itertuples(index=False, name=None):
+            ends = f" [{100 * low:.3f}, {100 * high:.3f}]" if np.isfinite(low) else ""
+            lines.append(f"{source}: {100 * value:.3f} %{ends} ({basis}).")
         return [*lines, *flag_words(self.flags)]
 
     def headline(self) -> str:

@@ -45,7 +45,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
     )
     predicted, y = refit.predict(points[test]), data["y"].to_numpy()
     others = [data[v].to_numpy(float) for v in result.law.variables if v != by]
-    naive = np.array([_line(scale, y, ~test, others, i) for i in np.flatnonzero(test)])
+    naive = np.array([_line(scale, y, ~test, others, i) for i in np.flatnonzero(test).tolist()])
     (error, log_rmse), (naive_error, naive_log_rmse) = errors(predicted["value"], y[test]), errors(naive, y[test])
     return HeldOut(
         variable=by,

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, repeats
-from aimscale.analysis.effects.gains import gains
+from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.frontier.optimum import Cost, optimum_of
@@ -155,8 +155,9 @@ def effects(design: Design, scales: pd.DataFrame, rng: np.random.Generator, reco
     inner = other[other["D"].between(1.01 * other["D"].min(), 0.99 * other["D"].max())]
     faster = [design.measured(plain, rng), design.measured(inner.assign(D=GAIN * inner["D"]), rng)]
     table = pd.concat(faster, ignore_index=True).drop(columns=["N", "D", "C"]).rename(columns={"loss": "val_loss"})
-    for each in gains(contrast(table, by="prefix", measures=["val_loss"]), table).gains:
-        record.add("gain", *np.log([each.low, each.high, each.factor, GAIN]))
+    for each in gains(contrast(table, by="prefix", measures=["val_loss"]), table):
+        if isinstance(each, Gain):
+            record.add("gain", *np.log([each.low, each.high, each.factor, GAIN]))
 
 
 def accuracies(design: Design, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:
