@@ -51,10 +51,13 @@ def fit(
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.fitting.estimate import fit
+    from aimscale.analysis.forecasts.points import with_compute
     from aimscale.analysis.table.names import our_name
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     found = several(law, df, y)
+    if found:
+        df = with_compute(df, None)  # as it was weighed with
     if found and (fix or bound):
         raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
     result = fit(

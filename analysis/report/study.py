@@ -214,7 +214,8 @@ def _fit_laws(study: Study) -> None:
     study.law = study.fits["ND"]
     if study.forecaster is not None and study.forecaster.law.name != study.law.law.name:
         best = study.attempt(
-            "The law that forecasts best", partial(fit, study.forecaster.law, usable, resamples=resamples)
+            "The law that forecasts best",
+            partial(fit, study.forecaster.law, with_compute(usable, None), resamples=resamples),
         )
         study.law = best or study.law
     if "C" in rows:

@@ -25,12 +25,12 @@ def test_the_page_of_directions_has_the_numbers_of_the_committed_tables() -> Non
 
 @pytest.mark.slow
 def test_no_sentence_of_its_report_has_a_number_that_is_none(tmp_path: Path) -> None:
-    """Fourteen points, two of the largest size, are too few for some laws once the largest compute is left out."""
+    """Fourteen points, two of the largest size, do not identify some refits once the largest scale is left out."""
     table = pd.read_parquet(demo.ROOT / "docs/figures/demo/results.parquet")
     is_largest = table.params_total == table.params_total.max()
     table = table[(table.images_seen < 163_840) | (~is_largest & (table.images_seen > 163_840))]
     table.to_parquet(tmp_path / "results.parquet")
     page = write_report([tmp_path / "results.parquet"], tmp_path / "report.html").read_text()
     words = re.sub(r"<[^>]+>", "", page)
-    assert "too few points" in words
+    assert "is no test" in words
     assert not re.search(r"\bnan\b", words)

@@ -49,6 +49,14 @@ def test_fit_chooses_its_law_by_what_it_predicts(table):
         run(verb("fit"), table, "--law", "auto", "--fix", "E=0")
 
 
+def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):
+    """Over-trained's variables are C and D / N; C is 6 N D where no column says it."""
+    pd.read_csv(table).drop(columns=["flops_train", "flops_6nd"], errors="ignore").to_csv(table, index=False)
+    out = json.loads(run(verb("fit"), table, "--law", "overtrained,kaplan", "--resamples", 0, "--json"))
+    assert out["law"] == "overtrained"
+    assert out["columns"]["C"] == "C"
+
+
 def test_fit_json_with_foreign_columns_and_another_n(table):
     out = json.loads(
         run(verb("fit"), table, "--columns", "N=params_trunk", "--fix", "E=0.2", "--resamples", 50, "--json")
