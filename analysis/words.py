@@ -26,8 +26,7 @@ FLAGS = {
     "lower_bound": "{subject} lies on its lower bound {number:g}.",
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
     "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
-    "few_values": "Not identified by these values ({more[0]}), however small the noise: {subject}. Measure at more "
-    "values, or hold one of them by --fix.",
+    "few_values": "Not identified by {more[0]}, whatever the noise: {subject}. Measure more, or hold one by --fix.",
     "from_above": "{subject} is known from above only: the data allow any value from 0 to {number:.4g}.",
     "factor": "{subject} is known only within a factor of {number:.2g}.",
     "rival": "A rival minimum lies within the noise: its log-likelihood is {number:.2g} lower.",
@@ -35,15 +34,12 @@ FLAGS = {
     "one_variable": "{subject} move together, in one proportion, so no exponent of theirs is identified.",
     "collinear": "{subject} move together (correlation of logarithms {number:.3f}), so their exponents trade off.",
     "outliers": "{number:.0f} points lie beyond {more[0]:g} robust standard deviations (farthest: row {subject}).",
-    "rising": "{subject} rises with {more[0]}, which the law cannot follow, so it is fitted as noise; is it an "
-    "accuracy, or something else?",
+    "rising": "{subject} rises with {more[0]}, which the law cannot follow, so it is fitted as noise.",
     "unseen": "There are too few {subject} to see the errors that all points of one share; the intervals assume none.",
     "scatter": f"The points lie {{number:.2g}} % off the law, more than replicates differ {TEST}.",
     "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",
-    "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
-    "deviations): look at how it was tuned.",
-    "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one "
-    "with --where.",
+    "off": "{more[0]} {subject} lies {number:+.2g} % off the law without it ({more[1]:.2g} standard deviations).",
+    "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by --where.",
     "few_sizes": "C = {number:.3g}: too few sizes near the lowest loss for a parabola",
     "edge": "C = {number:.3g}: the {subject} size has the lowest loss, so the minimum is not interior",
     "not_convex": "C = {number:.3g}: the parabola is not convex",
@@ -53,36 +49,28 @@ FLAGS = {
     "few_minima": "{number:.0f} budgets have an interior, convex minimum, and two are needed",
     "no_curve": "no size has two budgets, so its loss cannot be interpolated to a common one",
     "no_exponents": "the exponents of the {subject} law are not identified",
-    "no_minimum": "the {subject} law has no minimum along C = {number:.3g} within a factor of {more[0]:.3g} of the "
-    "measured sizes",
+    "no_minimum": "the {subject} law has no minimum along C = {number:.3g} within {more[0]:.3g} times the sizes",
     "no_law": "the {subject} law was not fitted: {more[0]}",
     "other_unit": "Losses at different {subject} are of other targets or pictures, so they are not compared.",
     "absent": "{more[0]}: no value at {subject}.",
-    "unpaired": "{more[0]}: nothing is paired between {more[1]} and {more[2]}; their rows differ in {subject}; run "
-    "both "
+    "unpaired": "{more[0]}: nothing is paired between {more[1]} and {more[2]}, which differ in {subject}; run both "
     "with the same, or --ignore that column.",
-    "unseen_prefix": "The validation loss gives every model a bidirectional prefix, which one trained without has "
-    "never "
-    "seen.",
-    "other_patches": "Orders score other patches after the same prefix length, so their losses differ in what is "
-    "asked.",
+    "unseen_prefix": "The validation loss gives every model a bidirectional prefix; one trained without never saw any.",
+    "other_patches": "Orders score other patches after the same prefix, so their losses differ in what is asked.",
     "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",
-    "no_gain_asks": "What a level is worth in compute is left out: losses at other {subject} differ in what is asked.",
-    "no_gain_outside": "What {subject} is worth in compute is left out: {number:.0f} of {more[1]} losses lie outside "
-    "those of the budgets of {more[0]}, or these do not fall from budget to budget.",
+    "no_gain_asks": "No worth in compute: losses at other {subject} differ in what is asked.",
+    "no_gain_outside": "No worth of {subject} in compute: {number:.0f} of {more[1]} losses lie outside those of the "
+    "budgets of {more[0]}, or these do not fall from budget to budget.",
     "rows_left_out": "{subject}.",
     "other_tasks": "Tasks that the paper does not have: {subject}.",
     "other_probes": "Probes of another kind than Table 6's attentive one: {subject}.",
     "other_sides": "Resolution: these runs see {subject} px, AIM {number} px: a part of every gap.",
-    "loss_levels": "Loss levels: the paper's are on IN-1k at 224 px with unstated prefixes, ours on this table's "
-    "images.",
-    "no_mean": "The mean over tasks of {number} runs: at most {more[0]} of the paper's {more[1]} tasks were probed, "
-    "and a "
-    "mean over other tasks is another quantity.",
+    "loss_levels": "Loss levels: the paper's are on IN-1k at 224 px, prefixes unstated, ours on this table's images.",
+    "no_mean": "No mean over tasks of {number} runs: they probed at most {more[0]} of the paper's {more[1]} tasks.",
     "no_result": "{subject}: {more[0]}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
-    "accuracies_unnamed": "No accuracy is named, and {subject} look like some: read them with --columns {more[0]}.",
+    "accuracies_unnamed": "{subject} look like accuracies: read them with --columns {more[0]}.",
     "runs_unnamed": "No column names the runs, which intervals and costs are over; if {subject} does, add --columns "
     "{more[0]}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
@@ -156,28 +144,22 @@ def measured_by(kind: str) -> str:
     return f"{kind} probe" if kind in PROBES else f"{kind} accuracy".strip()
 
 
-def accuracy_of(kind: str) -> str:
-    """What a kind of accuracy is, in prose."""
+def accuracy_of(kind: str, of: str = "accuracy") -> str:
+    """What a kind of accuracy (or of error) is, in prose."""
     if kind == "lora":
-        return "accuracy after LoRA adaptation (not frozen)"
-    return f"{kind}-probe accuracy" if kind in PROBES else f"{kind} accuracy"
-
-
-def error_of(task: str, kind: str, *, last: bool = False) -> str:
-    """The error rate of a probe, in prose."""
-    of = "error after LoRA adaptation" if kind == "lora" else f"{kind}{'-probe' if kind in PROBES else ''} error"
-    return f"{of}{' of the last blocks' if last else ''} on {task}"
+        return f"{of} after LoRA adaptation (not frozen)"
+    return f"{kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
 
 
 def objective_words(objective: Objective) -> str:
     """What is minimised."""
     residuals = f"{'log ' if objective.log else ''}residuals"
-    if objective.multiple:
-        squares = f"squares up to {objective.multiple:g} robust standard deviations"
-        return f"sum of Huber losses of {residuals}, {squares} (delta {objective.delta:.3g})"
-    if objective.robust:
-        return f"sum of Huber losses (delta {objective.delta:g}) of {residuals}"
-    return f"sum of squares of {residuals} (halved)"
+    zone = f", {objective.multiple:g} robust standard deviations" if objective.multiple else ""
+    return (
+        f"sum of Huber losses of {residuals} (delta {objective.delta:.3g}{zone})"
+        if objective.robust
+        else f"sum of squares of {residuals} (halved)"
+    )
 
 
 def interval_words(fit: Fit) -> str:

@@ -9,15 +9,9 @@ import typer
 
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import draw, show, table_of
-from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     import pandas as pd
-
-    from aimscale.analysis.accuracy.correlation import Correlation
 
 Probe = tuple[str, str]
 """Task and kind of probe."""
@@ -77,7 +71,6 @@ def correlate(
     within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
     columns: options.Columns = None,
     where: options.Where = None,
-    figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
     """Pearson, Spearman and Kendall with intervals."""
@@ -90,10 +83,6 @@ def correlate(
     partial, within = (our_name(df, name) if name else None for name in (partial, within))
     y, groups = groups_by_probe(df, y)
     found = {probe: correlate(rows, x=x, y=y, partial=partial, within=within) for probe, rows in groups.items()}
-    if figure is not None:
-        if x != "val_loss" or ("", "") in groups:
-            raise AnalysisError("--figure draws probe accuracies against val_loss; leave out --x and --y.")
-        draw_probes(groups, found, figure)
     if json:
         rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
         typer.echo(json_module.dumps(rows, indent=2, allow_nan=False))
@@ -103,43 +92,19 @@ def correlate(
         typer.echo("\n".join([*lines, *(f"  {c.sentence()}" for c in group)]))
 
 
-def draw_probes(groups: Mapping[Probe, pd.DataFrame], found: Mapping[Probe, Sequence[Correlation]], path: Path) -> None:
-    """A figure per kind of probe, its name behind that of `path`."""
-    import pandas as pd
-
-    from aimscale.analysis.plots.scaling import plot_loss_accuracy
-
-    for kind in dict.fromkeys(kind for _, kind in groups):
-        of_kind = {key[0]: key for key in groups if key[1] == kind}
-        rows = pd.concat([groups[key] for key in of_kind.values()], ignore_index=True)
-        drawn = plot_loss_accuracy(rows, {task: found[key] for task, key in of_kind.items()})
-        draw(drawn, path.with_name(f"{path.stem}-{kind}"))
-
-
 def groups_by_probe(df: pd.DataFrame, y: str) -> tuple[str, dict[Probe, pd.DataFrame]]:
     """The column that `y` means, and (task, kind) -> its rows over the finished runs; ("", "") for a plain column.
 
     Raises:
-        AnalysisError: no such column or accuracy, or nothing probed.
+        AnalysisError: no such column or accuracy.
     """
     from aimscale.analysis.table.measures import wanted_measures
-    from aimscale.analysis.table.names import column_names
     from aimscale.analysis.table.points import complete
     from aimscale.analysis.table.read import probe_frame
 
     rows = complete(df)
     if y in df.columns:
         return y, {("", ""): rows}
-    probes = probe_frame(rows)
-    if probes.empty and "probes" in df.columns:
-        raise AnalysisError(
-            "No finished run of the table has been probed; run `aimscale probe` or name a column by --y."
-        )
-    if probes.empty:
-        raise AnalysisError(
-            f"The table has neither a column {y!r} nor accuracies; name a column by --y (its columns: "
-            f"{column_names(df, y)}) or accuracies by --columns TASK:KIND=THEIRS."
-        )
-    asked = wanted_measures(rows, [y], by="")
+    asked, probes = wanted_measures(rows, [y], by=""), probe_frame(rows)
     groups = {(m.task, m.kind): probes[(probes["task"] == m.task) & (probes["kind"] == m.kind)] for m in asked}
     return asked[0].column, dict(sorted(groups.items()))

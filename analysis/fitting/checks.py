@@ -45,7 +45,7 @@ def diagnose(
     flags, lost = _of_parameters(problem, best, draws, intervals)
     flags, lost = [flag for flag in flags if flag.subject not in hidden], lost | hidden
     if names := [name for name in params if name in hidden]:
-        counts = " and ".join(f"{num_values(values)} of {v}" for v, values in points.x.items())
+        counts = " and ".join(f"{num_values(values)} values of {v}" for v, values in points.x.items())
         flags.insert(0, Flag(kind="few_values", subject=", ".join(names), more=(counts,)))
     if (
         len(minima) > 1

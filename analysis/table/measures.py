@@ -12,7 +12,7 @@ from aimscale.analysis.table.names import MAX_NAMED, column_names, no_column, ou
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import error_of, measured_by
+from aimscale.analysis.words import accuracy_of, measured_by
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -112,7 +112,8 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
 
 def _accuracy_names(of_probes: Sequence[Measure]) -> str:
     names = [f"{m.task}:{m.kind}".strip(":") for m in of_probes[:MAX_NAMED]]
-    return f"; accuracies that it has: {', '.join(names)}" if names else ""
+    none = "; no finished run was probed, and no accuracy named by --columns TASK:KIND=THEIRS"
+    return f"; accuracies that it has: {', '.join(names)}" if names else none
 
 
 def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
@@ -140,7 +141,8 @@ def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
     if not accuracy.dropna().between(0, 1).all():
         raise AnalysisError(f"{probe.name} goes from {accuracy.min():g} to {accuracy.max():g}; give fractions, 0 to 1.")
     column = f"1 - {probe.name}"
-    words = error_of(probe.task, probe.kind, last=probe.column == "last_top1")
+    last = " of the last blocks" if probe.column == "last_top1" else ""
+    words = f"{accuracy_of(probe.kind, 'error')}{last} on {probe.task}"
     return remember(frame.assign(**{column: 1 - accuracy}), names={column: words}), column
 
 
