@@ -33,7 +33,8 @@ class Result:
 
     def summary(self) -> str:
         """All there is to say, as the command prints it."""
-        return f"{self.headline()}\n\n{_text(self.table, len(self.table))}"
+        said = getattr(self, "sentences", lambda: [self.headline()])()
+        return "\n".join([*said, "", _text(self.table, len(self.table))])
 
     def plot(self, **options: Any) -> Figure:
         """Its figure, by the public function of the same name, such as `plot_fit`, which says what options there are.

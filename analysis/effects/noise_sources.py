@@ -62,8 +62,8 @@ class Noise(Result):
         return [*lines, *flag_words(self.flags)]
 
     def headline(self) -> str:
-        """All sentences."""
-        return f"Standard deviations, per cent of the loss, with 95 % intervals: {' '.join(self.sentences())}"
+        """What the numbers are."""
+        return "Standard deviations of ln loss by source, with 95 % intervals"
 
 
 def noise(df: pd.DataFrame, *, y: str = "val_loss") -> Noise:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,6 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
@@ -31,30 +31,14 @@ SHARE = 0.05
 """Pools and sizes of fewer of the rows are not left out in turn: none of them decides."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Without:
-    """The fit without one pool or one size."""
-
-    name: str
-    """Column whose value is left out, as its file calls it."""
-    value: float
-    r_d: float
-    """R_D of the rest."""
-
-    def words(self) -> str:
-        """R_D of the rest, and what it is the rest of."""
-        r_d = f"{self.r_d:.3g}" if self.r_d <= UNBOUNDED else "unbounded"
-        return f"{r_d} without {self.name} = {self.value:.4g}"
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Repeats(Result):
     """What the k-th sight of an image is worth."""
 
     fit: Fit
     """The law; the interval of R_D holds what the table gives without any one pool or size, too."""
-    without: tuple[Without, ...]
-    """The fits without one pool or size, R_D rising; empty where the rest of the table has no such law."""
+    without: dict[str, float]
+    """R_D without one pool or size, such as "U = 1000", rising; empty where the rest of the table has no such law."""
     max_epochs: float
     """Most passes over the same images in the table."""
     table: pd.DataFrame
@@ -85,7 +69,8 @@ class Repeats(Result):
             f"{self.max_epochs:.3g} passes, repeats cannot be told from new {what}s."
         ]
         if self.without:
-            lines.append(f"R_D is {self.without[0].words()}, {self.without[-1].words()}; the interval holds both.")
+            rest = [f"{r if r <= UNBOUNDED else np.inf:.3g} without {name}" for name, r in self.without.items()]
+            lines.append(f"R_D is {rest[0]}, {rest[-1]}; the interval holds both.")
         measured = self.table[self.table["measured"]]
         told = measured[measured["epochs"].isin((2, 4, 8, 16, 32)) | (measured["epochs"] == measured["epochs"].max())]
         lines += [
@@ -104,19 +89,9 @@ class Repeats(Result):
         """R_D in words."""
         return self.sentences()[0]
 
-    def summary(self) -> str:
-        """Sentences and the table."""
-        shown = self.table.to_string(index=False, float_format=lambda v: f"{v:.3g}")
-        return "\n".join([*self.sentences(), "", shown])
-
 
 def repeats(
-    df: pd.DataFrame,
-    *,
-    y: str = "val_loss",
-    columns: dict[str, str] | None = None,
-    objective: Objective | str = ROBUST,
-    resamples: int = 1000,
+    df: pd.DataFrame, *, y: str = "val_loss", columns: dict[str, str] | None = None, resamples: int = 1000
 ) -> Repeats:
     """Fit the law of repeated data; with one model size, its data half alone.
 
@@ -140,11 +115,11 @@ def repeats(
         raise AnalysisError(f"No row repeats its data (most passes: {most:.3g}); run small pools at large budgets.")
     n = next((c for c in ((columns or {}).get("N"), "N", "params_total") if c and c in rows), None)
     law = REPEATED if n is not None and varies(rows[n]) else REPEATED_DATA
-    options: dict[str, Any] = {"y": y, "columns": columns, "objective": objective}
+    options: dict[str, Any] = {"y": y, "columns": columns}
     found = fit(law, rows, **options, resamples=resamples)
-    without = tuple(sorted(_without(law, rows, found.columns, options), key=lambda each: each.r_d))
+    without = dict(sorted(_without(law, rows, found.columns, options), key=lambda each: each[1]))
     if "R_D" in found.intervals:
-        ends = [found.intervals["R_D"].low, found.intervals["R_D"].high, *(each.r_d for each in without)]
+        ends = [found.intervals["R_D"].low, found.intervals["R_D"].high, *without.values()]
         held = Interval(
             low=min(ends), high=max(ends), confidence=found.confidence, method="widened to each pool and size left out"
         )
@@ -164,18 +139,17 @@ def _passes(rows: pd.DataFrame, names: Mapping[str, str]) -> float:
     return float((rows[names["D"]] / rows[names["U"]]).max())
 
 
-def _without(law: Law, rows: pd.DataFrame, names: Mapping[str, str], options: dict[str, Any]) -> Iterator[Without]:
-    """Fits without each pool and each size in turn, as far as the rest still repeats its data and allows the law."""
+def _without(
+    law: Law, rows: pd.DataFrame, names: Mapping[str, str], options: dict[str, Any]
+) -> Iterator[tuple[str, float]]:
+    """R_D without each pool and each size in turn, as far as the rest still repeats its data and allows the law."""
     for column in (names[v] for v in ("U", "N") if v in names):
         for value in np.unique(rows[column].dropna()):
             rest = rows[rows[column] != value]
-            if len(rows) - len(rest) < SHARE * len(rows) or not _passes(rest, names) > REPEATS:
-                continue
-            try:
-                r_d = fit(law, rest, **options, resamples=0).params["R_D"]
-            except AnalysisError:  # a single pool or size is left
-                continue
-            yield Without(name=their_name(rows, column), value=float(value), r_d=r_d)
+            if len(rows) - len(rest) >= SHARE * len(rows) and _passes(rest, names) > REPEATS:
+                with contextlib.suppress(AnalysisError):  # a single pool or size is left
+                    r_d = fit(law, rest, **options, resamples=0).params["R_D"]
+                    yield f"{their_name(rows, column)} = {value:.4g}", r_d
 
 
 def _record(k: int, found: Fit, most: float) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from scipy.stats import chi2
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import ROBUST, Objective
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
 from aimscale.analysis.laws.base import Array, Law
@@ -176,23 +175,20 @@ class Proposal(Result):
         return float(self.table["price"].sum())
 
     def headline(self) -> str:
-        """How many runs, what they cost and what they are worth."""
-        before, after = (f"{100 * sd:.2g} %" for sd in (self.sd_before, self.sd_after))
-        return (
-            f"{len(self.table)} runs for {self.price:.3g} of {self.budget:.3g} {self.unit} bring the standard "
-            f"deviation of the forecast at {_words(self.target)} from {before} to {after}"
-        )
+        """What the runs cost and are worth."""
+        return self.sentences()[0]
 
-    def summary(self) -> str:
-        """Headline, runs in order of choice, law and warnings."""
-        shown = self.table.to_string(index=False, float_format=lambda v: f"{v:.4g}")
+    def sentences(self) -> list[str]:
+        """What the runs cost and are worth, the forecast, the law, warnings."""
+        before, after = (f"{100 * sd:.2g} %" for sd in (self.sd_before, self.sd_after))
         low, high = self.interval
-        law = (
+        lines = [
+            f"{len(self.table)} runs for {self.price:.3g} of {self.budget:.3g} {self.unit} bring the standard "
+            f"deviation of the forecast at {_words(self.target)} from {before} to {after}.",
             f"Forecast there now: {self.forecast:.4g} [{low:.4g}, {high:.4g}], {self.distance:.3g} times beyond the "
-            f"table. The worth of runs is by {self.law.law.formula} on {self.law.num_points} points."
-        )
-        warnings = [f"Warning: {flag}" for flag in self.flags]
-        return "\n".join([f"{self.headline()}.", "", shown, "", law, *warnings])
+            f"table. The worth of runs is by {self.law.law.formula} on {self.law.num_points} points.",
+        ]
+        return [*lines, *(f"Warning: {flag}" for flag in self.flags)]
 
 
 def propose(
@@ -205,7 +201,6 @@ def propose(
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
     columns: Mapping[str, str] | None = None,
-    objective: Objective | str = ROBUST,
 ) -> Proposal:
     """The runs on offer that leave the forecast at the target the least variance for the budget.
 
@@ -223,7 +218,7 @@ def propose(
     """
     df = with_compute(df, columns)
     forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, columns=columns)
-    known = fit(forecast.law, df, y=y, columns=columns, objective=objective, resamples=DRAWS)
+    known = fit(forecast.law, df, y=y, columns=columns, resamples=DRAWS)
     named = [v for v in ("N", "D", "U", "C") if v in offer]
     offer = offer.reset_index(drop=True).assign(**forecast.basis.place({v: offer[v].to_numpy(float) for v in named}))
     basket = buy(known, offer, offer["price"].to_numpy(float), forecast.basis.place(target), budget=budget)

@@ -10,9 +10,8 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,8 +26,7 @@ SCHEMA_VERSION = 1
 Dtype = Literal["string", "int64", "float64", "list<int64>", "probes", "json"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
+class Column(NamedTuple):
     """One column of the table, or one field of a probe."""
 
     name: str
@@ -41,12 +39,9 @@ class Column:
     """What the value says, in words."""
 
 
-def _columns(dtype_unit_rows: Iterable[tuple[str, Dtype, str, str]]) -> tuple[Column, ...]:
-    return tuple(Column(name=n, dtype=d, unit=u, meaning=m) for n, d, u, m in dtype_unit_rows)
-
-
-PROBE_FIELDS = _columns(
-    [
+PROBE_FIELDS = tuple(
+    Column(*row)
+    for row in (
         ("task", "string", "", "Name of the labelled task; name@evaluation where it is not the sweep's own evaluation"),
         ("evaluation", "string", "", "What tells evaluations of a task apart: hashes of its settings and of its data"),
         ("kind", "string", "", "attentive, efficient, linear or knn on frozen features; lora adapts the trunk"),
@@ -67,12 +62,13 @@ PROBE_FIELDS = _columns(
         ("lr", "float64", "", "Chosen learning rate"),
         ("weight_decay", "float64", "", "Chosen weight decay"),
         ("extra", "json", "", "Further keys that the probe wrote"),
-    ]
+    )
 )
 """Fields of one entry of the column `probes`."""
 
-COLUMNS = _columns(
-    [
+COLUMNS = tuple(
+    Column(*row)
+    for row in (
         ("schema_version", "int64", "", "Version of this schema"),
         ("sweep", "string", "", "Name of the sweep"),
         ("run_id", "string", "", "Identity of the run: readable slug and hash of what defines its result"),
@@ -102,12 +98,7 @@ COLUMNS = _columns(
         ("flops_per_image", "float64", "FLOP", "Training FLOPs of one image (3 x forward, head and attention counted)"),
         ("flops_train", "float64", "FLOP", "C: flops_per_image x images_seen"),
         ("flops_6nd", "float64", "FLOP", "6 x params_total x tokens seen, the usual approximation of C"),
-        (
-            "flops_executed",
-            "float64",
-            "FLOP",
-            "C without what training skips: only scored tokens enter head and last MLP",
-        ),
+        ("flops_executed", "float64", "FLOP", "C without what training skips (tokens that are not scored)"),
         ("val_loss", "float64", "normalised MSE", "L: mean squared error per scored target on fixed held-out images"),
         ("val_loss_se", "float64", "normalised MSE", "Standard error of val_loss over validation images"),
         ("val_num_images", "int64", "images", "Validation images"),
@@ -116,12 +107,7 @@ COLUMNS = _columns(
         ("wall_s", "float64", "s", "Wall time of training to this budget; validation and probes are not in it"),
         ("device_hours", "float64", "h", "Wall time x devices, in hours"),
         ("images_per_s", "float64", "images/s", "Training throughput over all ranks"),
-        (
-            "mfu_published",
-            "float64",
-            "fraction",
-            "FLOPs by flops_per_image over the device's nominal bf16 or TF32 peak",
-        ),
+        ("mfu_published", "float64", "fraction", "FLOPs by flops_per_image over the device's nominal peak"),
         ("mfu", "float64", "fraction", "FLOPs executed over the matrix-multiplication peak measured on the device"),
         ("num_skipped_steps", "int64", "steps", "Optimiser steps skipped because of non-finite gradients"),
         ("num_bad_samples", "int64", "images", "Samples that could not be decoded"),
@@ -133,7 +119,7 @@ COLUMNS = _columns(
         ("git_commit", "string", "", "Commit of the code, with a mark when the tree was dirty"),
         ("finished_at", "string", "UTC", "When the row was written, ISO 8601"),
         ("extra", "json", "", "Further keys that the run wrote"),
-    ]
+    )
 )
 """The schema, in the order in which columns are written."""
 
