@@ -34,7 +34,6 @@ FLAGS = {
     "one_variable": "{subject} move together, in one proportion, so no exponent of theirs is identified.",
     "collinear": "{subject} move together (correlation of logarithms {number:.3f}), so their exponents trade off.",
     "outliers": "{number:.0f} points lie beyond {more[0]:g} robust standard deviations (farthest: row {subject}).",
-    "rising": "{subject} rises with {more[0]}, which the law cannot follow, so it is fitted as noise.",
     "unseen": "There are too few {subject} to see the errors that all points of one share; the intervals assume none.",
     "scatter": f"The points lie {{number:.2g}} % off the law, more than replicates differ {TEST}.",
     "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",

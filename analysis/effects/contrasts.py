@@ -7,8 +7,9 @@ interval is over pairs of runs (sizes x seeds), whose errors a size may share. W
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -99,10 +100,6 @@ class Contrast(Result):
         skip = {"measure", "pairs"}
         return pd.DataFrame([{"measure": self.measure.name, **{k: v for k, v in vars(self).items() if k not in skip}}])
 
-    def headline(self) -> str:
-        """The difference in words."""
-        return self.sentence()
-
     def sentence(self) -> str:
         """Difference, interval, pairs, and the minimum detectable effect where it is not significant."""
         m = self.measure
@@ -119,6 +116,8 @@ class Contrast(Result):
             return f"{text}{self.level} is {self.verdict}."
         effect = f"minimum detectable effect {m.shown_size(self.detectable)} at {100 * POWER:.0f} % power"
         return f"{text}{self.verdict} ({effect})."
+
+    headline = sentence
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -184,29 +183,20 @@ def contrast(
     long = long_format(rows, asked, by)
     levels = _levels(long, by, asked)
     baseline = _baseline(long, by, levels, baseline)
-    found, reasons = _all(long, asked, by, keys, baseline, [each for each in levels if each != baseline])
-    flags += reasons
+    found: list[Contrast] = []
+    why: dict[Flag, list[str]] = {}  # every reason why there is none, with the measures that have it
+    for m, level in itertools.product(asked, [each for each in levels if each != baseline]):
+        one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level)
+        if isinstance(one, Contrast):
+            found.append(one)
+        else:
+            why.setdefault(one, []).append(m.title)
+    flags += [replace(flag, more=(", ".join(titles), *flag.more)) for flag, titles in why.items()]
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
     equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
     return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
-
-
-def _all(
-    long: pd.DataFrame, asked: Sequence[Measure], by: str, keys: list[str], baseline: str, levels: Sequence[str]
-) -> tuple[list[Contrast], list[Flag]]:
-    """The contrasts of all measures and levels, and every reason why there is none with the measures that have it."""
-    found: list[Contrast] = []
-    why: dict[Flag, list[str]] = {}
-    for m in asked:
-        for level in levels:
-            one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level)
-            if isinstance(one, Flag):
-                why.setdefault(one, []).append(m.title)
-            else:
-                found.append(one)
-    return found, [Flag(kind=f.kind, subject=f.subject, more=(", ".join(t), *f.more)) for f, t in why.items()]
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
@@ -234,14 +224,10 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collecti
         raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {column_names(rows)}.")
     if by == KIND:
         return [name for name in ("run_id", *SCALE) if name in rows]
-    foreign = foreign_settings(rows, measured)
-    same = [name for name in ("size", *foreign) if name in rows and by in rows and _is_one(rows, by, name)]
+    # a model's name and its size are one column under two names
+    others = [name for name in ("size", *foreign_settings(rows, measured)) if name in rows and by in rows]
+    same = [n for n in others if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
     return held_equal(rows, {by, *FOLLOWS.get(by, ()), *same, *ignore, *measured})
-
-
-def _is_one(rows: pd.DataFrame, one: str, other: str) -> bool:
-    """Whether two columns are one under two names, such as a model's name and its size."""
-    return len(rows[[one, other]].drop_duplicates()) == rows[one].nunique() == rows[other].nunique()
 
 
 def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:

@@ -47,18 +47,17 @@ def diagnose(
     if names := [name for name in params if name in hidden]:
         counts = " and ".join(f"{num_values(values)} values of {v}" for v, values in points.x.items())
         flags.insert(0, Flag(kind="few_values", subject=", ".join(names), more=(counts,)))
-    if (
-        len(minima) > 1
-        and not hidden
-        and (gap := _likelihood_lost(problem, best.total, minima[1].total)) < WITHIN_NOISE
-    ):
-        flags.append(Flag(kind="rival", number=gap))
+    if len(minima) > 1 and not hidden:
+        gap = _likelihood_lost(problem, best.total, minima[1].total)
+        flags += [Flag(kind="rival", number=gap)] if gap < WITHIN_NOISE else []
     for flag, unknown in _of_variables(problem, points):
         flags.append(flag)
         lost |= unknown
-    flags += [*_outliers(problem, best, points), *_rising(problem, best, points)]
+    flags += _outliers(problem, best, points)
     derived = [name for name in params if name not in problem.law.names]
-    if lost & {p.name for p in problem.law.nonlinear} or any(_is_wide(intervals.get(name)) for name in derived):
+    known = [intervals[name] for name in derived if name in intervals]
+    is_wide = any(i.low > 0 and i.high / i.low > WIDE_EXPONENT_FACTOR for i in known)
+    if is_wide or lost & {p.name for p in problem.law.nonlinear}:
         lost |= set(derived)  # they are functions of the same exponents: none is known when one is not
     inner = set(problem.law.names) - set(params)  # the law's own coordinates, unknown to the reader
     return tuple(f for f in flags if f.subject not in inner), frozenset(lost & set(params))
@@ -74,10 +73,6 @@ def _likelihood_lost(problem: Problem, best: float, rival: float) -> float:
     return np.inf if rival > 1e-12 else 0.0
 
 
-def _is_wide(i: Interval | None) -> bool:
-    return i is not None and i.low > 0 and i.high / i.low > WIDE_EXPONENT_FACTOR
-
-
 def _of_parameters(
     problem: Problem, best: Minimum, draws: Mapping[str, Array], intervals: Mapping[str, Interval]
 ) -> tuple[list[Flag], set[str]]:
@@ -88,42 +83,30 @@ def _of_parameters(
         p, is_linear = problem.law.parameters[j], j < problem.num_linear
         low, high = (float(np.exp(e[j]) if p.log else e[j]) for e in (problem.lower, problem.upper))
         i = intervals.get(p.name) or (interval(draws[p.name], 0.95) if p.name in draws else None)
-        said = [None if i is None else _of_interval(p.name, i, low, high, is_linear)]
-        said.append(_on_bound(problem, best, j, low, high))
-        found = [flag for flag in said if flag is not None]
+        found = [*_of_interval(p.name, i, low, high, is_linear)] if i is not None else []
+        near = 1e-6 * (high - low if np.isfinite(high - low) and not p.log else 1.0)
+        if best.vector[j] - problem.lower[j] <= near:
+            found.append(Flag(kind="lower_bound", subject=p.name, number=low))
+        elif problem.upper[j] - best.vector[j] <= near:
+            found.append(Flag(kind="upper_bound", subject=p.name, number=high))
         flags += found[:1]
-        if any(_is_absent(flag) for flag in found) and is_linear:
+        if is_linear and any(f.kind == "from_above" or (f.kind == "lower_bound" and f.number == 0) for f in found):
             lost |= _exponents_of(problem, j)  # what has no coefficient has no exponent
         if any(flag.kind in UNKNOWN or not is_linear for flag in found):
             lost.add(p.name)
     return flags, lost
 
 
-def _is_absent(flag: Flag) -> bool:
-    """Whether a flag says that a term may not be there at all."""
-    return flag.kind == "from_above" or (flag.kind == "lower_bound" and flag.number == 0.0)
-
-
-def _on_bound(problem: Problem, best: Minimum, j: int, low: float, high: float) -> Flag | None:
-    """Which bound a parameter lies on."""
-    name, span = problem.law.names[j], problem.upper[j] - problem.lower[j]
-    near = 1e-6 * (span if np.isfinite(span) else 1.0)
-    if best.vector[j] - problem.lower[j] <= near:
-        return Flag(kind="lower_bound", subject=name, number=low)
-    return Flag(kind="upper_bound", subject=name, number=high) if problem.upper[j] - best.vector[j] <= near else None
-
-
-def _of_interval(name: str, i: Interval, low: float, high: float, is_linear: bool) -> Flag | None:
+def _of_interval(name: str, i: Interval, low: float, high: float, is_linear: bool) -> Iterator[Flag]:
     """What an interval says against a parameter of these bounds."""
-    at_low = i.low <= low + 1e-6 * abs(low) if np.isfinite(low) else False
+    at_low = np.isfinite(low) and i.low <= low + 1e-6 * abs(low)
     at_high = np.isfinite(high) and i.high >= high * (1 - 1e-6)
     if not is_linear and (at_low or at_high):
-        return Flag(kind="reaches_bound", subject=name, number=low if at_low else high)
-    if is_linear and at_low and low == 0.0 and i.high > 0:
-        return Flag(kind="from_above", subject=name, number=i.high)
-    if i.low > 0 and i.high / i.low > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
-        return Flag(kind="factor", subject=name, number=i.high / i.low)
-    return None
+        yield Flag(kind="reaches_bound", subject=name, number=low if at_low else high)
+    elif is_linear and at_low and low == 0.0 and i.high > 0:
+        yield Flag(kind="from_above", subject=name, number=i.high)
+    elif i.low > 0 and i.high / i.low > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
+        yield Flag(kind="factor", subject=name, number=i.high / i.low)
 
 
 def _exponents_of(problem: Problem, j: int) -> set[str]:
@@ -158,18 +141,3 @@ def _outliers(problem: Problem, best: Minimum, points: Observations) -> Iterator
     if scale > 0 and far.any():
         row = str(points.index[int(np.argmax(np.abs(r)))])
         yield Flag(kind="outliers", subject=row, number=float(far.sum()), more=(OUTLIER_SCALES,))
-
-
-def _rising(problem: Problem, best: Minimum, points: Observations) -> Iterator[Flag]:
-    """A measurement that rises where the law can only fall is fitted as noise; a straight line in log-log shows it."""
-    if any(np.any(values <= 0) for values in points.x.values()):
-        return
-    z = problem.objective.transform(points.y)
-    design = np.column_stack([np.ones(len(z)), *(np.log(values) for values in points.x.values())])
-    line = np.linalg.lstsq(design, z, rcond=None)[0]
-    of_line, of_law = np.sum((z - design @ line) ** 2), np.sum(problem.residual(best.vector) ** 2)
-    rising = [v for v, slope in zip(points.x, line[1:], strict=True) if slope > 0]
-    if rising and of_line < 0.5 * of_law:
-        yield Flag(
-            kind="rising", subject=points.called["y"], number=float(of_line / of_law), more=(" and ".join(rising),)
-        )

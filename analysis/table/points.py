@@ -96,8 +96,6 @@ class Observations:
     """Labels of the table's rows (n,)."""
     columns: dict[str, str]
     """Variable (and 'y') -> column of the table."""
-    called: dict[str, str]
-    """Variable (and 'y') -> what the table's file calls that column."""
     exclusions: tuple[Exclusion, ...]
     num_rows: int
     """Rows of the table as it was given: what was chosen from it (--where, --best-of) is no part of it any more."""
@@ -139,7 +137,6 @@ def observe(
     if y not in df.columns:
         raise no_column(df, y, " to fit (--y)")
     columns_of = {**names, "y": y}
-    called = {v: their_name(df, name) for v, name in columns_of.items()}
     wanted = dict(columns_of)
     if isinstance(weights, str):
         wanted[WEIGHT] = weights
@@ -156,23 +153,18 @@ def observe(
             f"{law.formula} has {free} free parameters but the table has {len(points)} usable of {len(df)} points"
             f"{why}; give at least {free + 1} or fix a parameter."
         )
-    _refuse_constants(law, points, called)
+    for v, name in columns_of.items():
+        if points[v].nunique() < 2:
+            raise AnalysisError(
+                f"{their_name(df, name)} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so "
+                f"{law.formula} cannot be fitted; vary it or choose another law."
+            )
     return Observations(
         x={v: points[v].to_numpy() for v in law.variables},
         y=points["y"].to_numpy(),
         weights=points[WEIGHT].to_numpy() if weights is not None else np.ones(len(points)),
         index=points.index,
-        called=called,
         columns={**columns_of, **({WEIGHT: weights} if isinstance(weights, str) else {})},
         exclusions=found.exclusions,
         num_rows=len(df),
     )
-
-
-def _refuse_constants(law: Law, points: pd.DataFrame, names: Mapping[str, str]) -> None:
-    for v in (*law.variables, "y"):
-        if points[v].nunique() < 2:
-            raise AnalysisError(
-                f"{names[v]} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so "
-                f"{law.formula} cannot be fitted; vary {names[v]} or choose another law."
-            )

@@ -69,9 +69,7 @@ def test_exponents_that_sum_to_one_are_known_together(grid):
     problem = make_problem(result.law, x, result.data["y"].to_numpy(), result.objective)
     minima = global_minimum(problem)[:1]
     intervals = {"a": Interval(low=0.01, high=0.5), "b": Interval(low=0.5, high=0.99)}
-    points = dataclasses.make_dataclass("Points", ["x", "y", "index", "called"])(
-        x, problem.y, result.data.index, {"y": "val_loss"}
-    )
+    points = dataclasses.make_dataclass("Points", ["x", "y", "index"])(x, problem.y, result.data.index)
     _, not_identified = diagnose(problem, minima, result.params, {}, intervals, points)
     assert {"a", "b"} <= not_identified
 
@@ -82,13 +80,6 @@ def test_variables_that_move_together_are_flagged(grid):
     result = fit(laws.CHINCHILLA, grid.drop(columns="flops_train"), resamples=100)
     assert ("one_variable", "N and D") in [(flag.kind, flag.subject) for flag in result.flags]
     assert {"alpha", "beta"} & result.not_identified
-
-
-def test_a_loss_that_rises_is_said_to(grid):
-    accuracy = grid.assign(val_loss=1 - grid["val_loss"])
-    (flag,) = [f for f in fit("chinchilla", accuracy, resamples=0).flags if f.kind == "rising"]
-    assert (flag.subject, flag.more) == ("val_loss", ("N and D",))
-    assert not any(f.kind == "rising" for f in fit("chinchilla", grid, resamples=0).flags)
 
 
 @pytest.mark.parametrize(("sizes", "budgets"), [(5, 4), (6, 5)])

@@ -204,7 +204,7 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
         (["fit", "--law", "power_offset"], "power_offset:N"),
         (["fit", "--law", "power_offset:C", "--where", "envelope"], "--columns C=THEIRS"),
         (["correlate", "--x", "loss", "--y", "L"], "val_loss"),
-        (["correlate"], "--y"),
+        (["correlate"], "TASK:KIND=THEIRS"),
     ):
         with pytest.raises(AnalysisError, match=subject):
             said(*options)
