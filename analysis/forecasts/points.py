@@ -16,6 +16,7 @@ from aimscale.analysis.forecasts.stack import Fitter, Stack, stacked
 from aimscale.analysis.frontier.optimum import Cost, cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
+from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.names import Exclusion, no_column, our_name
 from aimscale.analysis.table.points import resolve_columns, usable_rows
 
@@ -23,7 +24,7 @@ AUTO = "auto"
 """Name that stands for several laws: the joint ones, or with `auto:C` those in one variable."""
 JOINT = ("chinchilla", "overtrained", "coupled", "kaplan")
 WITH_REPEATS = ("repeated", "overfitting")
-"""Further candidates where rows see their pool more than once."""
+"""Further candidates where rows see pools of several sizes more than once: of one pool, repeats and D are alike."""
 ONE_VARIABLE = ("power", "power_offset", "saturating")
 ERROR = "error rate"
 """Column of 1 - accuracy."""
@@ -90,7 +91,8 @@ def candidates(
         return [find_law(f"{law}:{variable}") for law in ONE_VARIABLE]
     unique, seen = (_column(df, columns, v) for v in ("U", "D"))
     sights = df[seen] / df[unique] if unique is not None and seen is not None else pd.Series(dtype=float)
-    repeats = bool((pd.to_numeric(sights, errors="coerce") > REPEATS_FROM).any())
+    several = unique is not None and varies(df[unique])
+    repeats = several and bool((pd.to_numeric(sights, errors="coerce") > REPEATS_FROM).any())
     return [find_law(law) for law in (*JOINT, *(WITH_REPEATS if repeats else ()))]
 
 

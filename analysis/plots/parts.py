@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from aimscale.analysis.plots.style import (
+    DASHES,
     MARKERS,
     MAX_SERIES,
     MUTED,
@@ -108,16 +109,6 @@ def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]
     return labels, dict(zip(names, map(float, distinct), strict=True))
 
 
-def _look(labels: pd.Series | None) -> dict[str, Any]:
-    """Seaborn's options of ordered series: one colour and one style each."""
-    if labels is None:
-        return {}
-    names = list(labels.cat.categories)
-    return {"hue": labels, "style": labels, "palette": ordered_colours(len(names))} | dict.fromkeys(
-        ("hue_order", "style_order"), names
-    )
-
-
 def scatter(ax: Axes, x: Any, y: Any, labels: pd.Series | None = None, *, size: float = 34, **options: Any) -> None:
     """Markers with a thin edge; above `RASTERISE_ABOVE` points small, faint and stored as an image.
 
@@ -131,20 +122,23 @@ def scatter(ax: Axes, x: Any, y: Any, labels: pd.Series | None = None, *, size: 
         "linewidth": 0 if many else 0.6,
         "zorder": 3,
     }
-    look |= {"edgecolor": PAPER, "rasterized": many, "legend": labels is not None} | _look(labels)
-    markers = {} if labels is None else {"markers": list(MARKERS[: len(labels.cat.categories)])}
-    sns.scatterplot(x=np.asarray(x), y=np.asarray(y), ax=ax, **{**look, **markers, **options})
+    look |= {"edgecolor": PAPER, "rasterized": many, "legend": labels is not None}
+    if labels is not None:
+        names = list(labels.cat.categories)
+        look |= {"hue": labels, "hue_order": names, "palette": ordered_colours(len(names))}
+        look |= {"style": labels, "style_order": names, "markers": list(MARKERS[: len(names)])}
+    sns.scatterplot(x=np.asarray(x), y=np.asarray(y), ax=ax, **{**look, **options})
 
 
 def curve(
     ax: Axes, frame: pd.DataFrame, x: str, y: str = "value", ends: tuple[str, str] = ("ci_lo", "ci_hi"), **options: Any
 ) -> None:
     """Lines with bands: `x`, `y` and the ends of the band in columns; a column `series` (categorical) makes several."""
-    parts = [frame[y], frame[[y, ends[0]]].min(axis=1), frame[[y, ends[1]]].max(axis=1)]
-    long = pd.concat([frame.assign(**{y: part}) for part in parts], ignore_index=True)  # the median of three is `y`
-    look: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"alpha": 0.16, "linewidth": 0}}
-    look |= _look(long["series"]) if "series" in long else {}
-    sns.lineplot(x=long[x], y=long[y], ax=ax, legend=False, zorder=2, **{**look, **options})
+    parts = [rows for _, rows in frame.groupby("series", observed=True)] if "series" in frame else [frame]
+    for rows, colour, dashes in zip(parts, ordered_colours(len(parts)), DASHES, strict=False):
+        look = {"color": colour, "linestyle": dashes, "zorder": 2, **options}
+        ax.plot(rows[x], rows[y], **look)
+        ax.fill_between(rows[x], rows[ends[0]], rows[ends[1]], color=look["color"], alpha=0.16, linewidth=0)
 
 
 def legend(ax: Axes, title: str) -> None:

@@ -29,6 +29,8 @@ ACCENT, SECOND = "#0b62a8", "#c8590a"
 _ORDERED_LIGHT = ["#31135f", "#433e85", "#2f6a8e", "#21908c", "#3fa860", "#86a81c", "#b58d00", "#a4631a"]
 _ORDERED_DARK = ["#b79cf0", "#8fa0f5", "#6fb4e6", "#48cfc6", "#6bdc86", "#b9e04a", "#f0d04a", "#f2b170"]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2)), (0, (5, 1, 1, 1, 1, 1)),
+                           (0, (2, 2)), (0, (8, 1, 2, 1)))  # fmt: skip
 MAX_SERIES = len(MARKERS)
 RASTERISE_ABOVE = 3000
 """Points above which a scatter is stored as an image inside the vector figure."""
@@ -180,10 +182,16 @@ def themed_svg(figure: Figure, key: str, label: str) -> str:
         text = re.sub(light, f"var({css_variable(light)})", text, flags=re.IGNORECASE)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     width = round(1.45 * 72 * figure.get_figwidth())
-    attributes = f'role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    attributes = f'{spaces} role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
     opening = re.search(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', text)
     assert opening is not None
     return f"<svg {opening[1]} {attributes}>{text[opening.end() :]}"
+
+
+def alone(themed: str) -> str:
+    """A themed SVG as a file of its own, in light colours."""
+    return re.sub(r"var\(--fig-(\w+)\)", r"#\1", themed).replace("<svg ", '<svg font-family="DejaVu Sans" ', 1)
 
 
 def css_variable(colour: str) -> str:

@@ -12,11 +12,10 @@ from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.effects.noise_sources import Noise
 from aimscale.analysis.effects.repetition import Repeats
 from aimscale.analysis.frontier.approaches import Approaches
-from aimscale.analysis.plots.intervals import plot_contrasts
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_loss_accuracy, plot_points
-from aimscale.analysis.plots.style import png_bytes, svg_text, themed_svg
+from aimscale.analysis.plots.style import alone, png_bytes, themed_svg
 from aimscale.analysis.report.study import Study, probe_kinds
-from aimscale.analysis.report.tables import PageTable, csv_uri, data_uri, page_table
+from aimscale.analysis.report.tables import PageTable, data_uri, page_table
 from aimscale.analysis.table.design import MEASURED_ON
 from aimscale.analysis.words import accuracy_of, flag_words
 
@@ -37,21 +36,19 @@ class PageFigure:
     """Inline SVG whose colours follow the page's theme."""
     svg_uri: str
     png_uri: str
-    csv_uri: str
-    """The drawn points as a data URI."""
 
 
-def page_figure(key: str, section: str, title: str, caption: str, figure: Figure, data: pd.DataFrame) -> PageFigure:
+def page_figure(key: str, section: str, title: str, caption: str, figure: Figure) -> PageFigure:
     """Render a figure in every format the page offers."""
+    svg = themed_svg(figure, key, f"{title}. {caption}")
     return PageFigure(
         key=key,
         section=section,
         title=title,
         caption=caption,
-        svg=themed_svg(figure, key, f"{title}. {caption}"),
-        svg_uri=data_uri("image/svg+xml", svg_text(figure).encode()),
+        svg=svg,
+        svg_uri=data_uri("image/svg+xml", alone(svg).encode()),
         png_uri=data_uri("image/png", png_bytes(figure)),
-        csv_uri=csv_uri(data),
     )
 
 
@@ -83,17 +80,17 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
     ):
         if usable.empty or x not in usable or usable[x].isna().all():
             continue
-        rows = usable[[x, "val_loss"]].dropna()
         if key == "C" and key in fits:
+            rows = usable[[x, "val_loss"]].dropna()
             figure = plot_fit(fits["C"], se=se, background=rows.set_axis(["x", "y"], axis=1))
             caption = f"Grey: all measurements; blue: the envelope. {_law_caption(study, 'C')}"
         elif key != "C" and "ND" in fits:
-            figure, rows = plot_fit(fits["ND"], x=key, se=se), fits["ND"].data
+            figure = plot_fit(fits["ND"], x=key, se=se)
             caption = f"{_law_caption(study, 'ND')}{bars}" if key == "N" else "The same law, a line for each size."
         else:
             figure = plot_points(usable, x, by=by if by in usable and usable[by].notna().all() else None)
             caption = "No law could be fitted; see what is missing."
-        yield page_figure(f"loss-{key}", "scaling", title, caption, figure, rows)
+        yield page_figure(f"loss-{key}", "scaling", title, caption, figure)
 
 
 def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
@@ -117,7 +114,6 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
     probes = study.probes
     if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
         return
-    names = ("size", "params_total", "images_seen", "val_loss", "task", "top1", "top1_lo95", "top1_hi95")
     for kind in probe_kinds(probes):
         rows = probes[probes["kind"] == kind]
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
@@ -127,10 +123,8 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
             f"Each point is one run at one budget.{bars} Brackets: 95 % intervals of "
             f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
         )
-        figure, data = plot_loss_accuracy(rows, found, links), rows[[name for name in names if name in rows]]
-        yield page_figure(
-            _key("accuracy", kind), "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure, data
-        )
+        figure = plot_loss_accuracy(rows, found, links)
+        yield page_figure(_key("accuracy", kind), "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure)
 
 
 def _key(what: str, name: str) -> str:
@@ -142,8 +136,7 @@ def _frontiers(approaches: Approaches) -> PageFigure:
     """N*(C) by every approach that the table allows."""
     failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
     caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
-    figure = plot_approaches(approaches)
-    return page_figure("frontier", "checks", "Compute-optimal size", caption, figure, approaches.table)
+    return page_figure("frontier", "checks", "Compute-optimal size", caption, plot_approaches(approaches))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +148,6 @@ class Finding:
     title: str
     sentences: tuple[str, ...]
     table: PageTable
-    figure: PageFigure | None = None
 
 
 def findings(study: Study) -> Iterator[Finding]:
@@ -169,30 +161,16 @@ def findings(study: Study) -> Iterator[Finding]:
 
 
 def _change(name: str, found: Contrasts) -> Finding:
-    key, title = _key("contrast", name), f"Effect of {name}"
-    caption = (
-        f"{name} against {found.baseline}, with 95 % intervals; small ticks are pairs of runs. Filled marks: the "
-        "interval leaves zero out."
-    )
-    pairs = pd.concat(
-        each.pairs.assign(measure=each.measure.name, level=each.level, baseline=each.baseline)
-        for each in found.contrasts
-    )
+    key = _key("contrast", name)
     note = (
         f"Against {found.baseline}; equal within pairs: {', '.join(found.equal) or 'all else'}. Losses in their unit, "
         "accuracies as fractions."
     )
     columns = ("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low")
     numbers = page_table(
-        f"{key}-table", f"{name}, every difference", note, found.table, (*columns, "high", "detectable", "verdict")
+        key, f"{name}, every difference", note, found.table, (*columns, "high", "detectable", "verdict")
     )
-    return Finding(
-        section="changes",
-        title=title,
-        sentences=tuple(change_words(found)),
-        figure=page_figure(key, "changes", f"{title}, differences", caption, plot_contrasts(found), pairs),
-        table=numbers,
-    )
+    return Finding(section="changes", title=f"Effect of {name}", sentences=tuple(change_words(found)), table=numbers)
 
 
 def change_words(found: Contrasts) -> Iterator[str]:

@@ -147,7 +147,7 @@ def test_the_page_asks_nobody_for_anything(page):
             value = attrs.get(name) or ""
             assert value == "" or value.startswith(("data:", "#")), (tag, name, value[:80])
     downloads = [attrs["download"] for tag, attrs in page.tags if tag == "a" and "download" in attrs]
-    assert {"loss-N.svg", "loss-N.png", "loss-N.csv", "results.csv"} <= set(downloads)
+    assert {"loss-N.svg", "loss-N.png", "results.csv"} <= set(downloads)
 
 
 def test_it_opens_with_five_lines(page):
