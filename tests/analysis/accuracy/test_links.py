@@ -55,35 +55,6 @@ def test_gadres_fits_and_four_percentages(measurements):
         assert round(100 * abs(error / row["err_avg17"].iloc[0] - 1), 4) == error_error
 
 
-def ladder(df: pd.DataFrame, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The end of every run (N, D, loss, acc), and all its evaluations as the published recipe smooths them."""
-    ends, evaluations = [], []
-    for run, group in df.assign(run=df["size"] + df["chinchilla_multiple"]).sort_values("step").groupby("run"):
-        loss, acc, keep = group[f"{task}_bpb"], group[f"{task}_acc"], slice(int(np.ceil(0.1 * len(group))), None)
-        named = {"run_id": run, "N": group["n_params"].iloc[0], "D": group["tokens_total_run"].iloc[0]}
-        ends.append({**named, "loss": loss.tail(5).mean(), "acc": acc.tail(5).mean()})
-        evaluations.append(
-            pd.DataFrame({**named, "loss": loss.rolling(5, min_periods=1).mean()[keep], "acc": acc[keep]})
-        )
-    return pd.DataFrame(ends), pd.concat(evaluations, ignore_index=True)
-
-
-@pytest.mark.slow
-def test_the_default_objective_forecasts_the_ladders_largest_size_better_than_the_recipe(measurements):
-    df = measurements("olmo_ladder/small_runs.csv")
-    misses: dict[str, list[float]] = {"huber_log": [], "robust": []}
-    for task in [name.removesuffix("_acc") for name in df.columns if name.endswith("_acc")]:
-        ends, evaluations = ladder(df, task)
-        small, top = ends["N"] < 1e9, ends[ends["N"] > 1e9]
-        small_evaluations = evaluations[evaluations["N"] < 1e9]
-        to_accuracy = link(small_evaluations, loss="loss", accuracy="acc", ideal=0.0, resamples=0)
-        for objective, found in misses.items():
-            law = fit(laws.CHINCHILLA, ends[small], y="loss", objective=objective, resamples=0)
-            accuracy = to_accuracy.predict({"L": law.predict(top)["value"].to_numpy()})["value"].to_numpy()
-            found.append(float(np.mean(np.abs(accuracy / top["acc"].to_numpy() - 1))))
-    assert np.mean(misses["robust"]) < 0.021 < np.mean(misses["huber_log"])
-
-
 def test_the_ideal_point_guides_a_short_ladder_and_is_no_measurement():
     """Sixteen losses leave the ceiling open: at half of the lowest one forecasts err ten times as much."""
     rng, misses, widths = np.random.default_rng(0), [], []

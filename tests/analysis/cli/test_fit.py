@@ -97,12 +97,6 @@ def test_a_probes_error_takes_the_place_of_the_loss(table):
     assert json.loads(run(verb("frontier"), table, "--json"))["against_loss"] is None
 
 
-def test_correlate_takes_every_probe(table):
-    out = json.loads(run(verb("correlate"), table, "--json"))
-    assert {(c["task"], c["kind"]) for c in out} == {("digits", "linear")}
-    assert next(c for c in out if c["method"] == "pearson")["value"] < -0.99
-
-
 def test_laws_of_compute_are_fitted_to_the_envelope(table):
     out = json.loads(
         run(verb("fit"), table, "--law", "power_offset:C", "--where", "envelope", "--resamples", 0, "--json")
@@ -122,13 +116,3 @@ def test_mistakes_are_one_sentence(table, tmp_path):
     ]:
         with pytest.raises(AnalysisError, match=words):
             run(verb("fit"), *args)
-
-
-def test_fit_says_what_where_left_out(table):
-    rows = pd.read_csv(table)
-    smallest = rows["images_seen"].min()
-    dropped = int((rows["images_seen"] == smallest).sum())
-    out = run(verb("fit"), table, "--where", f"D>{smallest}", "--resamples", 20)
-    chosen = len(rows) - dropped  # rows of another slice are no points of this one
-    assert f"Fitted to {chosen} of {chosen} points" in out
-    assert f"Left out: {dropped} rows not chosen by --where D>{smallest}." in out

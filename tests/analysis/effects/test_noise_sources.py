@@ -41,15 +41,6 @@ def test_seeds_that_differ_in_a_setting_as_well_are_no_replicates(known_study, s
     assert [flag.kind for flag in noise(tuned).flags] == ["one_seed"]
 
 
-def test_order_and_unit_do_not_matter(known_study):
-    df = known_study({"sizes": ["s1", "s2", "s4", "s6"]})  # two sizes do not identify a law
-    plain, other = noise(df), noise(df.sample(frac=1, random_state=0).assign(val_loss=lambda d: 7 * d["val_loss"]))
-    for ours, theirs in zip(plain.components, other.components, strict=True):
-        assert theirs.kind == ours.kind
-        if ours.kind != "images":
-            assert theirs.value == pytest.approx(ours.value, rel=2e-3)
-
-
 def test_scatter_about_a_law_that_does_not_fit_is_less_than_the_whole_spread():
     table = read_tables([Path(__file__).parents[3] / "docs/study/results/cifar.parquet"])
     scatter = noise(table).component("law")

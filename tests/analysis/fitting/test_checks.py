@@ -156,10 +156,3 @@ def test_without_replicates_a_wrong_form_shows_in_its_residuals():
     assert ("pattern", "ln N x ln D") in flags_of(df)
     df["val_loss"] = noisy_grid(rng)["val_loss"]
     assert not any(kind == "pattern" for kind, _ in flags_of(df))
-
-
-def test_a_smallest_scale_that_bends_the_law_is_told():
-    df = noisy_grid(np.random.default_rng(4))
-    df.loc[df["D"] == df["D"].min(), "val_loss"] *= 1.06
-    assert ("off", "= 1e+05") in flags_of(df)
-    assert fit(laws.CHINCHILLA, df, resamples=0).params["beta"] > 0.55

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import fit, held_out, laws
-from aimscale.analysis.fitting.identification import num_values, unidentified
+from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.base import Columns
 
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.4, "beta": 0.5}
@@ -58,12 +58,6 @@ def test_the_design_says_what_no_loss_could_identify(law, design, held, lost):
         assert set(unidentified(found, x, held)) & set(found.reported(dict.fromkeys(found.names, 0.5))) == lost
 
 
-def test_a_narrow_variable_keeps_its_values():
-    assert num_values(np.array([0.53, 0.54, 0.55, 0.56])) == 4
-    assert num_values(np.array([1e6, 1.02e6, 2e6, 2.05e6])) == 2
-    assert num_values(np.array([0.0, 1.0, 2.0])) == 3
-
-
 @pytest.mark.parametrize(
     ("design", "lost"), [((3, 2, 2), OF_D), ((5, 2, 2), OF_D), ((2, 4, 1), OF_N), ((2, 4, 2), OF_N), ((5, 4, 1), set())]
 )
@@ -94,18 +88,6 @@ def test_exponents_of_two_values_are_never_digits(design, lost):
                 for name in ("E", "alpha", "beta"):
                     assert result.intervals[name].low < TRUTH[name] < result.intervals[name].high
         assert len(known) == 1
-
-
-def test_three_sizes_do_not_pretend_to_tell_what_sizes_share():
-    """The law bends through three sizes: their errors cannot be seen, and an exponent is not known to a thousandth."""
-    rng, held = np.random.default_rng(1), 0
-    for k in range(16):
-        result = fit("chinchilla", table(3, 3, 1 + k % 2, rng), resamples=200)
-        assert "sizes" not in result.groups.counts
-        held += all(
-            result.intervals[name].low < TRUTH[name] < result.intervals[name].high for name in ("alpha", "beta")
-        )
-    assert held >= 14
 
 
 def test_a_small_ladder_has_useful_intervals_about_its_estimate():

@@ -31,11 +31,6 @@ def test_a_basket_keeps_to_its_budget_and_more_money_leaves_less_error(known):
         buy(known, offer, price, TARGET, budget=0.5 * price.min())
 
 
-def test_of_two_runs_of_one_price_the_one_towards_the_target_is_bought(known):
-    offer = {"N": np.array([3e5, 3e7]), "D": np.array([3e5, 1e7])}
-    assert buy(known, offer, np.array([1.0, 1.0]), TARGET, budget=1.0).rows.tolist() == [1]
-
-
 def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
     offer = grid_offer(grid.rename(columns={"params_total": "N", "images_seen": "D"}), {"N": 1e8, "D": 3e7})
     assert (offer["N"] * offer["D"] < 3e15).all()

@@ -133,10 +133,3 @@ def test_what_nobody_named_is_said_once(theirs, tmp_path):
 def read_as(frame: pd.DataFrame, folder) -> pd.DataFrame:
     frame.to_csv(folder / "theirs.csv", index=False)
     return read_table(folder / "theirs.csv", {"N": "n", "D": "d", "C": "6*n*d", "L": "loss"})
-
-
-def test_names_of_sizes_measured_once_and_of_ours_name_no_runs(theirs, tmp_path):
-    assert unnamed(read_as(theirs.drop(columns=["run", "dtd_acc"]), tmp_path)) == ()
-    twice = pd.concat([theirs, theirs.assign(loss=1.01 * theirs["loss"])]).drop(columns="dtd_acc")
-    assert unnamed(read_as(twice, tmp_path)) == ()  # a value at one budget twice is no run
-    assert unnamed(read_as(theirs, tmp_path).assign(schema_version=1)) == ()

@@ -139,12 +139,6 @@ def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_
     assert fit("chinchilla", df, resamples=0).ranges["N"][1] == pytest.approx(1e9)
 
 
-def test_a_text_among_numbers_is_named_by_their_column(lettered, tmp_path):
-    lettered.astype({"N": object}).replace({"N": {1e7: "10M"}}).to_csv(tmp_path / "text.csv", index=False)
-    with pytest.raises(AnalysisError, match="'N' holds '10M' in row 1"):
-        read_table(tmp_path / "text.csv")
-
-
 def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
     df = read_tables([tmp_path / "theirs.csv"], NAMES, best=["lr"])

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.names import column_names
-from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
-from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, arrow_schema, results_table, write_table
+from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, results_table, write_table
 
 PROBE = {"task": "digits", "kind": "linear", "blocks": [1, 2], "num_classes": 10, "n": 100, "top1": 0.5, "margin": 3}
 ROWS = [
@@ -39,13 +37,6 @@ def test_round_trip_keeps_types_probes_and_unknown_keys(tmp_path, suffix):
     write_table(results_table([ROWS[0] | {"novel": np.nan, "probes": [PROBE | {"top5": np.nan}]}]), path)
     again = read_table(path)
     assert (json.loads(again["extra"][0]), "NaN" in path.read_text(errors="ignore")) == ({"novel": None}, False)
-
-
-def test_every_column_states_its_meaning_in_the_file(tmp_path):
-    write_table(results_table(ROWS), tmp_path / "results.parquet")
-    schema = pq.read_schema(tmp_path / "results.parquet")
-    assert schema.equals(arrow_schema(), check_metadata=False)
-    assert all(schema.field(column.name).metadata[b"meaning"] for column in COLUMNS)
 
 
 def test_a_value_that_does_not_fit_is_refused_by_name():
@@ -107,16 +98,6 @@ def test_a_half_copied_parquet_and_a_newer_schema_are_refused(tmp_path):
     write_table(newer, path)
     with pytest.raises(AnalysisError, match="99"):
         read_table(path)
-
-
-def test_unusable_rows_are_named_not_dropped_silently():
-    frame = pd.DataFrame({"status": ["complete", "failed", "complete", None], "val_loss": [0.5, 0.4, np.nan, 0.3]})
-    found = usable_rows(frame)
-    assert found.rows["val_loss"].tolist() == [0.5, 0.3]
-    assert [(each.kind, each.subject, each.number) for each in found.exclusions] == [
-        ("status", "", 1),
-        ("not positive", "val_loss", 1),
-    ]
 
 
 def test_the_documented_schema_is_the_schema():

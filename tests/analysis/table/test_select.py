@@ -12,7 +12,7 @@ from aimscale.analysis.plots.style import human
 from aimscale.analysis.table.design import design_columns, told_apart, with_size
 from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.read import read_tables, with_setup
-from aimscale.analysis.table.select import best_of, fresh_part, lower_envelope, main_part, mixture_flags, select
+from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, select
 
 
 def write(folder, frame):
@@ -89,32 +89,12 @@ def test_a_pool_seen_many_times_gives_way_to_rows_that_see_theirs_few_times(know
     assert set(fresh_part(known_study(worn, *fresh[:1])).rows["unique_images"]) == {1000}
 
 
-def test_the_best_rate_is_looked_for_within_one_batch_and_one_head(known_study):
-    rates = [{"lr_peak": rate, "effect": 0.01 * rate / 1e-3, "seeds": [0]} for rate in (1e-3, 2e-3)]
-    df = known_study(*(each | {"batch_size": b, "head_depth": h} for each in rates for b in (32, 64) for h in (1, 2)))
-    cell = ["size", "images_seen", "batch_size", "head_depth"]
-    kept = best_of(df.drop(columns="run_id"), ["lr_peak"])
-    assert len(kept) == len(df) // 2 == len(kept[cell].drop_duplicates())
-    assert set(kept["lr_peak"]) == {1e-3}
-    assert len(best_of(df, ["lr_peak", "batch_size", "head_depth"])) == len(df) // 8
-    few = pd.DataFrame(
-        {"params_total": np.repeat(np.arange(1, 6), 4), "lr": [1, 2] * 10, "val_loss": 1 + np.arange(20)}
-    )
-    few["batch"] = np.repeat(np.arange(10), 2)  # every size its own batches, in two rows each
-    assert len(best_of(few, ["lr"])) == 10
-
-
 def test_sizes_that_print_alike_stay_two():
     near = pd.DataFrame({"params_total": [1.0001e9, 1.0002e9, 1e5, 2e9], "images_seen": 1e9, "val_loss": 1.0})
     assert list(with_size(near)["size"]) == ["1.0001e+09", "1.0002e+09", "1e+05", "2e+09"]
     assert told_apart([1234567890, 1234567891, 5.0], human, 3) == ["1.23456789B", "1.234567891B", "5"]
     labels, _ = series_of(near.assign(params_total=near["params_total"] + [0, 1 - 1e5, 0, 0]), "params_total")
     assert len(set(labels)) == 4
-
-
-def test_other_validation_images_are_another_experiment(known_study):
-    df = known_study({"sizes": ["s1", "s2"]}, {"sizes": ["s1"], "val_num_images": 100, "effect": 0.4})
-    assert set(main_part(df).rows["val_num_images"]) == {500}
 
 
 def test_the_envelope_keeps_what_no_cheaper_row_undercuts():
