@@ -68,9 +68,8 @@ def _likelihood_lost(problem: Problem, best: float, rival: float) -> float:
 
     The noise's scale is fitted too: n/2 ln(S/S0) of squares, n ln(S/S0) of absolute values.
     """
-    if best > 0:
-        return float(np.sum(problem.weights > 0) / problem.objective.power_of_residual * np.log(rival / best))
-    return np.inf if rival > 1e-12 else 0.0
+    power = 1 if problem.objective.robust and not problem.objective.multiple else 2
+    return float(np.sum(problem.weights > 0) / power * np.log(max(rival, 1e-12) / max(best, 1e-12)))
 
 
 def _of_parameters(

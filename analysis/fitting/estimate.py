@@ -117,18 +117,14 @@ def _robust_sd(residual: Array, free: int) -> float:
     return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
 
 
-def _pull_and_slope(objective: Objective, residual: Array, free: int) -> tuple[Array, Array]:
+def _pull_and_slope(delta: float, residual: Array, free: int) -> tuple[Array, Array]:
     """The objective's pull on every point and how fast it changes with the residual (n,), for the sandwich.
 
     The slope is a difference over a bandwidth, since the pull has kinks: 1 within the quadratic zone, 0 outside.
     """
-
-    def pull(r: Array) -> Array:
-        return np.clip(r, -objective.delta, objective.delta)
-
     width = max(_robust_sd(residual, free) * len(residual) ** -0.2, 1e-12)
-    slope = (pull(residual + width) - pull(residual - width)) / (2 * width)
-    return pull(residual), np.maximum(slope, LEAST_SLOPE)
+    lower, pull, upper = (np.clip(residual + move, -delta, delta) for move in (-width, 0.0, width))
+    return pull, np.maximum((upper - lower) / (2 * width), LEAST_SLOPE)
 
 
 def _drawn(
@@ -146,7 +142,7 @@ def _drawn(
     if not num:
         return {}, groups, None, ()
     weights = problem.weights
-    pull, slope = _pull_and_slope(problem.objective, problem.residual(vector), jacobian.shape[1])
+    pull, slope = _pull_and_slope(problem.objective.delta, problem.residual(vector), jacobian.shape[1])
     found = sandwich(jacobian, pull / slope, weights * slope, groups.clusters(len(pull)))
     residual = pull / np.average(slope, weights=weights)  # outliers are drawn in, the others stretched for it
     errors = components_of(jacobian, residual, weights, groups)
@@ -182,17 +178,14 @@ def _followed(problem: Problem, vector: Array, shift: Array, hidden: frozenset[s
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
-    for name in (*fixed, *bounds):
+    positive = {p.name for p in law.parameters if p.log}
+    for name, (low, high) in ({name: (v, v) for name, v in fixed.items()} | bounds).items():
         if name not in law.names:
             raise AnalysisError(f"{law.formula} has no parameter {name!r}; its parameters are {', '.join(law.names)}.")
-    for p in law.parameters:
-        given = [fixed[p.name]] if p.name in fixed else list(bounds.get(p.name, ()))
-        if p.log and any(v <= 0 for v in given):
-            raise AnalysisError(f"{p.name} of {law.formula} must be positive, so it cannot be {min(given):g}.")
-        if not all(np.isfinite(v) for v in given):
-            raise AnalysisError(f"{p.name} is fixed or bounded at a value that is not finite; give a number.")
-    for name, (low, high) in bounds.items():
-        if not low < high:
+        if not np.isfinite([low, high]).all() or (low <= 0 and name in positive):
+            what = "positive, finite" if name in positive else "finite"
+            raise AnalysisError(f"{name} of {law.formula} needs {what} numbers, so it cannot be {low:g}.")
+        if name in bounds and not low < high:
             raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")
 
 

@@ -13,8 +13,6 @@ import numpy as np
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array
 
-HUBER_DELTA = 1e-3
-"""Chinchilla's choice."""
 SMALLEST_DELTA = 1e-9
 """Least width of a zone that is found from residuals: those of a table without noise are rounding errors."""
 
@@ -37,11 +35,6 @@ class Objective:
         """True if large residuals count less than in least squares."""
         return bool(np.isfinite(self.delta))
 
-    @property
-    def power_of_residual(self) -> int:
-        """2 if the sum grows like r^2, 1 if like |r|: turns a ratio of sums into a likelihood ratio."""
-        return 1 if self.robust and not self.multiple else 2
-
     def with_scale(self, sd: float) -> Objective:
         """This objective with the quadratic zone that suits errors of a robust standard deviation."""
         return replace(self, delta=max(self.multiple * sd, SMALLEST_DELTA))
@@ -61,8 +54,8 @@ class Objective:
         return inner * (size - 0.5 * inner)  # = r^2/2 inside, delta (|r| - delta/2) outside
 
 
-def huber_log(delta: float = HUBER_DELTA) -> Objective:
-    """Huber loss on log residuals, summed (Hoffmann et al. 2022, with the sum that their code lacked)."""
+def huber_log(delta: float = 1e-3) -> Objective:
+    """Huber loss on log residuals, summed, with the delta of Hoffmann et al. 2022 (whose code took the mean)."""
     return Objective(name="huber_log", log=True, delta=delta)
 
 
@@ -84,11 +77,8 @@ def find_objective(name: str | Objective) -> Objective:
     if isinstance(name, Objective):
         return name
     base, _, delta = name.partition(":")
-    if base == "huber_log" and delta:
-        try:
-            return huber_log(float(delta))
-        except ValueError:
-            raise AnalysisError(f"The width {delta!r} of {name!r} is not a number.") from None
-    if name not in OBJECTIVES:
-        raise AnalysisError(f"There is no objective named {name!r}; the objectives are {', '.join(OBJECTIVES)}.")
-    return OBJECTIVES[name]
+    try:
+        return huber_log(float(delta)) if base == "huber_log" and delta else OBJECTIVES[name]
+    except (KeyError, ValueError):
+        known = ", ".join((*OBJECTIVES, "huber_log:WIDTH"))
+        raise AnalysisError(f"There is no objective named {name!r}; the objectives are {known}.") from None

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.names import MAX_NAMED
+from aimscale.analysis.table.names import MAX_NAMED, some
 from aimscale.analysis.table.schema import KNOWN
 from aimscale.analysis.words import Flag
 
@@ -84,20 +84,18 @@ def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:
     """
     if "schema_version" in frame and frame["schema_version"].notna().any():
         return ()
-    flags = []
+    names, found = [str(name) for name in frame.columns], []
     has_probes = "probes" in frame and frame["probes"].map(len).any()
-    if not has_probes and (found := [name for name in map(str, frame.columns) if looks_like_accuracy(frame, name)]):
-        theirs = f"{quoted(found[0])}/100" if frame[found[0]].max() > 1 else found[0]
-        flags.append(_flag("accuracies_unnamed", found, f"TASK:KIND={theirs}"))
-    if "run_id" not in frame and (found := [name for name in map(str, frame.columns) if _names_runs(frame, name)]):
-        flags.append(_flag("runs_unnamed", found, f"run_id={found[0]}"))
-    return tuple(flags)
-
-
-def _flag(kind: str, names: list[str], typed: str) -> Flag:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    shown = names[:MAX_NAMED]
-    return Flag(kind=kind, subject=f"{', '.join(shown)}{more}", number=len(names), more=(typed, *shown))
+    if accuracies := [name for name in names if not has_probes and looks_like_accuracy(frame, name)]:
+        percent = "/100" if frame[accuracies[0]].max() > 1 else ""
+        first = quoted(accuracies[0]) if percent else accuracies[0]
+        found.append(("accuracies_unnamed", accuracies, f"TASK:KIND={first}{percent}"))
+    if runs := [name for name in names if "run_id" not in frame and _names_runs(frame, name)]:
+        found.append(("runs_unnamed", runs, f"run_id={runs[0]}"))
+    return tuple(
+        Flag(kind=kind, subject=some(those), number=len(those), more=(typed, *those[:MAX_NAMED]))
+        for kind, those, typed in found
+    )
 
 
 def looks_like_accuracy(frame: pd.DataFrame, name: str) -> bool:

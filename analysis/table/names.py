@@ -92,8 +92,13 @@ def column_names(frame: pd.DataFrame, like: str = "") -> str:
     """
     names = [their_name(frame, str(name)) for name in frame.columns if name != FOLDER]
     near = [*difflib.get_close_matches(like, names), *(name for name in names if like and like in name)]
-    shown = list(dict.fromkeys([*near, *names]))[:MAX_NAMED]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+    return some(list(dict.fromkeys([*near, *names])))
+
+
+def some(names: Sequence[str]) -> str:
+    """`MAX_NAMED` of the names at most, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{', '.join(names[:MAX_NAMED])}{more}"
 
 
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
