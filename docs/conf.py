@@ -19,7 +19,7 @@ copyright = "the aimscale maintainers, Apache-2.0"
 release = importlib.metadata.version("aimscale")
 extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "board.md"]  # a part of forecasts.md
 myst_heading_anchors = 4
 smartquotes = False  # it would make a dash of the two hyphens of an option
 

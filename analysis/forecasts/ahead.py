@@ -77,7 +77,7 @@ class Ahead(Result):
         )
 
 
-def record_words(found: Record | None, *, accuracies: bool) -> list[str]:
+def record_words(found: Record | None, *, accuracies: bool = False) -> list[str]:
     """How forecasts at a distance fared on public tables, in a line."""
     if found is None:
         return []

@@ -73,7 +73,7 @@ def read_board(folders: Sequence[Path]) -> list[BoardTable]:
 
 def _board_table(path: Path) -> BoardTable:
     frame = read_table(path, {"L": "loss"})  # says it where there is no such file
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     notes: dict[str, str] = {}
     for line in text.splitlines():
         if not line.startswith("# "):
@@ -120,8 +120,9 @@ def play(tables: Sequence[BoardTable], parts: Path, workers: int) -> Iterator[tu
 def _code_key() -> str:
     """Hash of everything that a forecast is made by."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in ("fitting", "forecasts", "laws", "table"):
+        for path in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 
 

@@ -27,7 +27,7 @@ MIN_POINTS, MIN_VALUES, MIN_RANGE = 8, 3, 4.0
 """Points, values of each variable and factor in compute that a backtest needs to be fitted to."""
 SHARPNESS, FLOOR = 4.0, 0.5
 """Weights fall with this power of a curve's error in backtests, half the best one's added to it."""
-MISFIT = 0.52
+MISFIT = 0.5
 """Share of the backtests' error that is expected at a distance of e."""
 UNTESTED = 2.0
 """Where a table is too small for backtests: their error in units of the noise."""
@@ -111,7 +111,8 @@ class Stack(Result):
         centre, far = share @ logs, self.distance(x)
         parts = {
             "noise": np.full(len(centre), np.sqrt(share @ np.array([c.noise**2 for c in self.curves.values()]))),
-            "parameters": np.sqrt(share @ np.array([c.log_sd(x) ** 2 for c in self.curves.values()])),
+            "parameters": share
+            @ np.array([c.log_sd(x) for c in self.curves.values()]),  # of one table: they go together
             "laws": np.sqrt(share @ (logs - centre) ** 2),
             "misfit": MISFIT * self.misfit * np.sqrt(np.log(far)),
         }

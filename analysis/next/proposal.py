@@ -19,7 +19,9 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.ahead import record_words
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
+from aimscale.analysis.forecasts.record import record
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag
@@ -156,6 +158,8 @@ class Proposal(Result):
     """What is expected there now, by all laws together (`forecasts`)."""
     interval: tuple[float, float]
     """Where one measurement there would lie (95 %)."""
+    rivals: tuple[float, float]
+    """The lowest and the highest of the laws there."""
     distance: float
     """How many times beyond the table the target lies."""
     budget: float
@@ -179,14 +183,16 @@ class Proposal(Result):
         return self.sentences()[0]
 
     def sentences(self) -> list[str]:
-        """What the runs cost and are worth, the forecast, the law, warnings."""
+        """What the runs cost and are worth, the forecast and how such fared, the law, warnings."""
         before, after = (f"{100 * sd:.2g} %" for sd in (self.sd_before, self.sd_after))
-        low, high = self.interval
+        (low, high), (least, most) = self.interval, self.rivals
         lines = [
             f"{len(self.table)} runs for {self.price:.3g} of {self.budget:.3g} {self.unit} bring the standard "
             f"deviation of the forecast at {_words(self.target)} from {before} to {after}.",
             f"Forecast there now: {self.forecast:.4g} [{low:.4g}, {high:.4g}], {self.distance:.3g} times beyond the "
-            f"table. The worth of runs is by {self.law.law.formula} on {self.law.num_points} points.",
+            f"table; laws from {least:.4g} to {most:.4g}.",
+            *record_words(record(self.distance)),
+            f"The worth of runs is by {self.law.law.formula} on {self.law.num_points} points.",
         ]
         return [*lines, *(f"Warning: {flag}" for flag in self.flags)]
 
@@ -232,6 +238,7 @@ def propose(
         target={k: float(v) for k, v in target.items()},
         forecast=float(ahead["value"]),
         interval=(float(ahead["pi_lo"]), float(ahead["pi_hi"])),
+        rivals=(float(ahead["rival_lo"]), float(ahead["rival_hi"])),
         distance=float(ahead["distance"]),
         budget=budget,
         unit=unit,

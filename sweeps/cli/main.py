@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "aimscale.analysis.cli.laws:forecast",
         "Forecast loss and accuracies at a scale, and register the forecast before the run.",
     ),
+    "board": ("aimscale.analysis.cli.board:board", "Judge forecasts on public tables of real runs, cut and forecast."),
     "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": (
         "aimscale.analysis.cli.effects:correlate",

@@ -66,6 +66,7 @@ OF_TABLE = (
     "contrast {table} --by seed",
     "compare {table}",
     "forecast {table} --at N=1e6,D=1e6",
+    "board {table} --to {folder}/board.md",
     "next {table} --target N=1e6,D=1e6 --budget 1",
     "report {table} --out {folder}/report.html",
 )
