@@ -14,7 +14,6 @@ from .next.proposal import propose as propose
 from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.scaling import plot_approaches as plot_approaches
 from .plots.scaling import plot_fit as plot_fit
-from .plots.scaling import plot_frontier as plot_frontier
 from .plots.scaling import plot_points as plot_points
 from .plots.style import save as save
 from .published.comparison import compare as compare

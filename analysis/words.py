@@ -65,7 +65,6 @@ FLAGS = {
     "other_probes": "Probes of another kind than Table 6's attentive one: {subject}.",
     "other_sides": "Resolution: these runs see {subject} px, AIM {number} px: a part of every gap.",
     "loss_levels": "Loss levels: the paper's are on IN-1k at 224 px, prefixes unstated, ours on this table's images.",
-    "no_mean": "No mean over tasks of {number} runs: they probed at most {more[0]} of the paper's {more[1]} tasks.",
     "no_result": "{subject}: {more[0]}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",

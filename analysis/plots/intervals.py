@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from aimscale.analysis.effects.contrasts import Contrast, Contrasts
 
 
-def row_labels(ax: Axes, labels: Sequence[str]) -> None:
-    """Rows from the top down, with words instead of ticks."""
-    ax.set_yticks(range(len(labels)), [plain(label, 60) for label in labels])
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0, labelcolor=INK)
-    ax.grid(axis="y", visible=False)
-
-
 def plot_contrasts(found: Contrasts) -> Figure:
     """Differences against the baseline with intervals: a row per measure, a marker per level; ticks are pairs of runs.
 
@@ -70,7 +62,10 @@ def _contrast_panel(
         face = colour if each.is_significant else PAPER
         ax.scatter(scale * each.difference, y, s=36, facecolors=face, edgecolors=colour, marker=marker, zorder=3)
     ax.axvline(0, color=MUTED, linewidth=1)
-    row_labels(ax, [measure.title for measure in measures])
+    ax.set_yticks(range(len(measures)), [plain(measure.title, 60) for measure in measures])
+    ax.set_ylim(len(measures) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0, labelcolor=INK)
+    ax.grid(axis="y", visible=False)
     unit = "points of accuracy" if is_accuracy else "%"
     better = "left" if group[0].measure.lower_is_better else "right"
     ax.set_xlabel(f"against {plain(baseline)}, {unit} ({better} is better)")

@@ -43,16 +43,10 @@ if TYPE_CHECKING:
     from aimscale.analysis.accuracy.correlation import Correlation
     from aimscale.analysis.fitting.result import Fit
     from aimscale.analysis.frontier.approaches import Approaches
-    from aimscale.analysis.frontier.result import Frontier
 
 
 def plot_fit(
-    fit: Fit,
-    ax: Axes | None = None,
-    *,
-    x: str | None = None,
-    se: pd.Series | None = None,
-    background: pd.DataFrame | None = None,
+    fit: Fit, ax: Axes | None = None, *, x: str | None = None, background: pd.DataFrame | None = None
 ) -> Figure:
     """Measurements, the fitted law and its confidence band against one variable.
 
@@ -61,7 +55,6 @@ def plot_fit(
     Args:
         ax: where to draw; None makes a figure.
         x: the law's variable on the horizontal axis; None takes the first.
-        se: standard errors of the measurements, by the table's index; drawn as 95 % bars.
         background: further points, columns `x` and `y`, that were not fitted.
     """
     with styled():
@@ -71,9 +64,6 @@ def plot_fit(
         more = pd.DataFrame(columns=["x", "y"]) if background is None else background
         if len(more):
             scatter(ax, more["x"], more["y"], color=MUTED, alpha=0.45, size=14, zorder=1)
-        half = 1.96 * se.reindex(data.index).fillna(0) if se is not None else 0 * data["y"]
-        if se is not None:
-            error_bars(ax, data[x], data["y"], half)
         if other is None:
             curve(ax, _curve_of(fit, x, data), x, color=ACCENT)
             scatter(ax, data[x], data["y"], color=ACCENT)
@@ -87,7 +77,7 @@ def plot_fit(
         if x != "L":  # a link from loss to accuracy reads best on plain axes
             ticks = few_values(data[x]) if background is None else None
             log_axis(ax, "x", [*data[x], *more["x"]], ticks, tick_label(fit.columns[x]))
-            log_axis(ax, "y", [*(data["y"] - half), *(data["y"] + half), *data["fitted"], *more["y"]])
+            log_axis(ax, "y", [*data["y"], *data["fitted"], *more["y"]])
         ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names))
         ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit, fit.names))
     return figure_of(ax)
@@ -203,35 +193,22 @@ BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 """Behind text inside a plot."""
 
 
-def plot_frontier(frontier: Frontier, ax: Axes | None = None, *, colour: str = ACCENT, number: int = 0) -> Figure:
-    """N*(C) of one approach: its optima and its line with the interval, dotted beyond the budgets used.
-
-    Args:
-        ax: where to draw; None makes a figure. Several approaches can share one.
-        number: 0-based place among several, which picks marker and line style.
-    """
+def plot_approaches(found: Approaches) -> Figure:
+    """N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used."""
     with styled():
-        ax = ax or new_figure()[1][0]
-        low, high = frontier.range
-        for start, end, style in ((low, high, ("-", "--", "-.")[number % 3]), (high, 10 * high, ":")):
-            label = f"approach {frontier.approach}: exponent {frontier.exponent_words()}" if end == high else None
-            drawn = frontier.at(np.geomspace(start, end, 30))
-            curve(ax, drawn, "C", "N", ("N_lo", "N_hi"), color=colour, linestyle=style, label=label)
-        if len(frontier.pairs) <= 40:
-            scatter(ax, frontier.pairs["C"], frontier.pairs["N"], color=colour, marker=MARKERS[number], size=26)
+        figure, (ax,) = new_figure()
+        for number, frontier in enumerate(found.frontiers):
+            colour, (low, high) = (ACCENT, SECOND, INK)[number % 3], frontier.range
+            for start, end, style in ((low, high, ("-", "--", "-.")[number % 3]), (high, 10 * high, ":")):
+                label = f"approach {frontier.approach}: exponent {frontier.exponent_words()}" if end == high else None
+                drawn = frontier.at(np.geomspace(start, end, 12))
+                curve(ax, drawn, "C", "N", ("N_lo", "N_hi"), color=colour, linestyle=style, label=label)
+            if len(frontier.pairs) <= NUM_GRID:
+                scatter(ax, frontier.pairs["C"], frontier.pairs["N"], color=colour, marker=MARKERS[number], size=26)
         xy = np.concatenate([np.asarray(line.get_xydata(), float) for line in ax.lines])
         log_axis(ax, "x", xy[:, 0], None, power_of_ten)
         log_axis(ax, "y", xy[:, 1])
         ax.set_xlabel(axis_label("flops_train"))
         ax.set_ylabel("N*: compute-optimal parameters")
         ax.legend(loc="upper left", handlelength=2.2)
-    return figure_of(ax)
-
-
-def plot_approaches(found: Approaches) -> Figure:
-    """All approaches on one pair of axes: where they agree and where they do not."""
-    with styled():
-        figure, (ax,) = new_figure()
-        for number, frontier in enumerate(found.frontiers):
-            plot_frontier(frontier, ax, colour=(ACCENT, SECOND, INK)[number % 3], number=number)
     return figure

@@ -1,6 +1,6 @@
 """Our runs beside the published baselines: the same task under the same protocol, or named as not comparable.
 
-Nothing is averaged over another set of tasks than the paper's fifteen, and no loss level is put beside the paper's.
+Nothing is averaged over tasks, and no loss level is put beside the paper's.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ class Comparison(Result):
     """One row per shared task, run (its largest budget) and choice of blocks: size, params_total, images_seen, task,
     blocks (last, chosen, not said), top1, top1_lo95, top1_hi95, aim_7b (with the same choice of blocks),
     gap_to_aim_7b (ours minus theirs), best_frozen, best_frozen_top1, gap_to_best_frozen."""
-    means: pd.DataFrame
-    """Mean over all fifteen tasks of the runs that have them all: size, run_id, blocks, mean, aim_7b, gap."""
     baselines: pd.DataFrame
     """The runs' largest budgets beside the project's own baselines, on all tasks and frozen probes: `beside_runs`."""
     exponents: pd.DataFrame
@@ -73,7 +71,6 @@ class Comparison(Result):
             largest = largest[largest["params_total"] == largest["params_total"].max()]
         parts = {
             "Task by task, attentive probe on frozen features, top-1 in per cent": _percent_table(self.tasks),
-            "Mean over the paper's fifteen tasks": _percent_table(self.means),
             "The largest run beside baselines on the same probes, top-1 in per cent": _percent_table(largest),
             "Scaling exponents, L ~ N^-a": self.exponents.to_string(index=False, float_format="%.4g"),
             "Not comparable, and left out": "\n".join(f"- {line}" for line in self.left_out),
@@ -83,7 +80,7 @@ class Comparison(Result):
 
 def _percent_table(frame: pd.DataFrame) -> str:
     """Fractions in per cent; empty without rows."""
-    parts = ("top1", "aim", "gap", "mean")
+    parts = ("top1", "aim", "gap")
     names = [name for name in map(str, frame.columns) if name.startswith(parts) or name.endswith("_top1")]
     shown = frame.assign(**{name: 100 * frame[name] for name in names})
     return "" if frame.empty else shown.to_string(index=False, float_format="%.1f")
@@ -100,7 +97,6 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     left_out.append(Flag(kind="loss_levels"))
     return Comparison(
         tasks=_task_rows(shared),
-        means=_means(shared, left_out),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
         exponents=_exponents(found.rows, left_out, resamples),
         left_out=tuple(left_out),
@@ -194,27 +190,6 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     ]
     out["gap_to_best_frozen"] = out["top1"] - out["best_frozen_top1"]
     return out
-
-
-def _means(shared: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
-    """Means of the runs that have all fifteen tasks, by choice of blocks."""
-    columns = ["size", "run_id", "blocks", "mean", "aim_7b", "gap"]
-    rows = _last_budgets(shared)
-    if rows.empty or "run_id" not in rows:
-        return pd.DataFrame(columns=columns)
-    counts = rows.groupby("run_id")["task"].nunique()
-    partial = counts[counts < len(TASKS)]
-    if len(partial):
-        left_out.append(Flag(kind="no_mean", number=len(partial), more=(int(partial.max()), len(TASKS))))
-    full = _by_blocks(rows[rows["run_id"].isin(counts[counts == len(TASKS)].index)])
-    if full.empty:
-        return pd.DataFrame(columns=columns)
-    groups = full.groupby(["run_id", "blocks"], sort=False)
-    means = groups.agg(size=("size", "first"), mean=("top1", "mean"), tasks=("task", "nunique")).reset_index()
-    means = means[means["tasks"] == len(TASKS)]  # not over tasks that say their blocks and others that do not
-    means["aim_7b"] = means["blocks"].map(REFERENCE).map(table6()["mean"])
-    means["gap"] = means["mean"] - means["aim_7b"]
-    return means[columns].reset_index(drop=True)
 
 
 def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd.DataFrame:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import pandas as pd
 from matplotlib.figure import Figure
 
 from aimscale.analysis.effects.contrasts import Contrasts
@@ -16,7 +15,6 @@ from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_loss
 from aimscale.analysis.plots.style import alone, png_bytes, themed_svg
 from aimscale.analysis.report.study import Study, probe_kinds
 from aimscale.analysis.report.tables import PageTable, data_uri, page_table
-from aimscale.analysis.table.design import MEASURED_ON
 from aimscale.analysis.words import accuracy_of, flag_words
 
 
@@ -26,8 +24,6 @@ class PageFigure:
 
     key: str
     """HTML id and file name of the downloads."""
-    section: str
-    """`scaling`, `accuracy`, `checks` or `changes`."""
     title: str
     """Heading: what the figure shows."""
     caption: str
@@ -38,12 +34,11 @@ class PageFigure:
     png_uri: str
 
 
-def page_figure(key: str, section: str, title: str, caption: str, figure: Figure) -> PageFigure:
+def page_figure(key: str, title: str, caption: str, figure: Figure) -> PageFigure:
     """Render a figure in every format the page offers."""
     svg = themed_svg(figure, key, f"{title}. {caption}")
     return PageFigure(
         key=key,
-        section=section,
         title=title,
         caption=caption,
         svg=svg,
@@ -52,12 +47,10 @@ def page_figure(key: str, section: str, title: str, caption: str, figure: Figure
     )
 
 
-def page_figures(study: Study) -> Iterator[PageFigure]:
-    """Every figure that the table allows, in reading order."""
-    yield from _scaling(study)
-    yield from _accuracy(study)
-    if study.approaches is not None and study.approaches.frontiers:
-        yield _frontiers(study.approaches)
+def page_figures(study: Study) -> dict[str, list[PageFigure]]:
+    """Every figure that the table allows, by section of the page, in reading order."""
+    checks = [_frontiers(study.approaches)] if study.approaches is not None else []
+    return {"scaling": [*_scaling(study)], "accuracy": [*_accuracy(study)], "checks": checks}
 
 
 def _law_caption(study: Study, key: str) -> str:
@@ -66,13 +59,12 @@ def _law_caption(study: Study, key: str) -> str:
     values = "; ".join(f"{p.name} = {fit.shown(p.name)}" for p in fit.law.parameters)
     return (
         f"{fit.law.formula}: {values}. Brackets: {100 * fit.confidence:.0f} % intervals, shaded for the curve. "
-        f"{fit.num_points} points ({study.selections.get(key, 'all rows')})."
+        f"{fit.num_points} points."
     )
 
 
 def _scaling(study: Study) -> Iterator[PageFigure]:
     usable, fits = study.usable, study.fits
-    se, bars = _error_bars(usable)
     for key, x, by, title in (
         ("N", "params_total", "images_seen", "Loss against parameters"),
         ("D", "images_seen", "params_total", f"Loss against {study.samples} seen"),
@@ -82,32 +74,15 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
             continue
         if key == "C" and key in fits:
             rows = usable[[x, "val_loss"]].dropna()
-            figure = plot_fit(fits["C"], se=se, background=rows.set_axis(["x", "y"], axis=1))
+            figure = plot_fit(fits["C"], background=rows.set_axis(["x", "y"], axis=1))
             caption = f"Grey: all measurements; blue: the envelope. {_law_caption(study, 'C')}"
         elif key != "C" and "ND" in fits:
-            figure = plot_fit(fits["ND"], x=key, se=se)
-            caption = f"{_law_caption(study, 'ND')}{bars}" if key == "N" else "The same law, a line for each size."
+            figure = plot_fit(fits["ND"], x=key)
+            caption = _law_caption(study, "ND") if key == "N" else "The same law, a line for each size."
         else:
             figure = plot_points(usable, x, by=by if by in usable and usable[by].notna().all() else None)
             caption = "No law could be fitted; see what is missing."
-        yield page_figure(f"loss-{key}", "scaling", title, caption, figure)
-
-
-def _error_bars(usable: pd.DataFrame) -> tuple[pd.Series | None, str]:
-    """Standard errors to draw and the caption's words for them.
-
-    Runs scored on the same images share most of that error: bars would hide how sure their differences are.
-    """
-    se = usable.get("val_loss_se")
-    if se is None or se.isna().all():
-        return None, ""
-    names = [name for name in MEASURED_ON if name in usable]
-    if names and len(usable[names].drop_duplicates()) == 1:
-        return None, (
-            f" No error bars: all runs are scored on the same images, so their standard error, {se.median():.4f}, "
-            "would move all points together; the scatter about the curves is what counts."
-        )
-    return se, " Bars: ± 1.96 standard errors over validation images."
+        yield page_figure(f"loss-{key}", title, caption, figure)
 
 
 def _accuracy(study: Study) -> Iterator[PageFigure]:
@@ -124,7 +99,7 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
             f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
         )
         figure = plot_loss_accuracy(rows, found, links)
-        yield page_figure(_key("accuracy", kind), "accuracy", f"Loss against {accuracy_of(kind)}", caption, figure)
+        yield page_figure(_key("accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
 
 
 def _key(what: str, name: str) -> str:
@@ -136,41 +111,29 @@ def _frontiers(approaches: Approaches) -> PageFigure:
     """N*(C) by every approach that the table allows."""
     failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
     caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
-    return page_figure("frontier", "checks", "Compute-optimal size", caption, plot_approaches(approaches))
+    return page_figure("frontier", "Compute-optimal size", caption, plot_approaches(approaches))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One question with its answer."""
-
-    section: str
-    """`laws`, `changes` or `noise`."""
-    title: str
-    sentences: tuple[str, ...]
-    table: PageTable
+def findings(study: Study) -> dict[str, list[PageTable]]:
+    """What repeats, single changes and noise come to, by section of the page."""
+    return {
+        "laws": [] if study.repeats is None else [_repeats(study.repeats)],
+        "changes": [_change(name, found) for name, found in study.contrasts.items()],
+        "noise": [] if study.noise is None else [_noise(study.noise)],
+    }
 
 
-def findings(study: Study) -> Iterator[Finding]:
-    """Every finding that the tables allow, in reading order."""
-    if study.repeats is not None:
-        yield _repeats(study.repeats)
-    for name, found in study.contrasts.items():
-        yield _change(name, found)
-    if study.noise is not None:
-        yield _noise(study.noise)
-
-
-def _change(name: str, found: Contrasts) -> Finding:
-    key = _key("contrast", name)
+def _change(name: str, found: Contrasts) -> PageTable:
     note = (
         f"Against {found.baseline}; equal within pairs: {', '.join(found.equal) or 'all else'}. Losses in their unit, "
         "accuracies as fractions."
     )
-    columns = ("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low")
-    numbers = page_table(
-        key, f"{name}, every difference", note, found.table, (*columns, "high", "detectable", "verdict")
+    columns = (
+        *("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low", "high"),
+        *("detectable", "verdict"),
     )
-    return Finding(section="changes", title=f"Effect of {name}", sentences=tuple(change_words(found)), table=numbers)
+    title = f"Effect of {name}"
+    return page_table(_key("contrast", name), title, note, found.table, columns, sentences=change_words(found))
 
 
 def change_words(found: Contrasts) -> Iterator[str]:
@@ -182,25 +145,16 @@ def change_words(found: Contrasts) -> Iterator[str]:
     yield from flag_words(found.flags)
 
 
-def _noise(found: Noise) -> Finding:
+def _noise(found: Noise) -> PageTable:
     frame = found.table
     frame[["value", "low", "high"]] *= 100
     note = "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges."
-    return Finding(
-        section="noise",
-        title="Standard deviations by source, per cent of the loss",
-        sentences=tuple(found.sentences()),
-        table=page_table("noise-parts", "Sources of spread", note, frame, frame.columns),
-    )
+    return page_table("noise-parts", "Sources of spread", note, frame, frame.columns, sentences=found.sentences())
 
 
-def _repeats(found: Repeats) -> Finding:
+def _repeats(found: Repeats) -> PageTable:
+    title, frame = f"What repeated {found.sample}s are worth", found.table
     note = (
         f"{found.fit.law.formula}. Worth of pass k, and of all k passes together, in passes over new {found.sample}s."
     )
-    return Finding(
-        section="laws",
-        title=f"What repeated {found.sample}s are worth",
-        sentences=tuple(found.sentences()),
-        table=page_table("repeats", "Pass by pass", note, found.table, found.table.columns),
-    )
+    return page_table("repeats", title, note, frame, frame.columns, sentences=found.sentences())

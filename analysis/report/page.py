@@ -102,7 +102,6 @@ def render(study: Study) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["maths"] = maths
-    figures, found, pictures = list(page_figures(study)), list(findings(study)), picture_rows(study)
     comparison = compare(study.main, resamples=study.resamples) if study.is_ours else None
     return environment.get_template("report.html").render(
         title=page_title(study),
@@ -116,9 +115,9 @@ def render(study: Study) -> str:
         runs=words.runs_in_words(study),
         accuracy_words=list(words.accuracy_in_words(study)),
         is_ours=study.is_ours,
-        figures={s: [f for f in figures if f.section == s] for s in ("scaling", "accuracy", "checks")},
-        pictures=pictures,
-        findings={s: [f for f in found if f.section == s] for s in ("laws", "changes", "noise")},
+        figures=page_figures(study),
+        pictures=picture_rows(study),
+        findings=findings(study),
         results=tables.results_page_table(study),
         laws=tables.law_tables(study),
         heldout=tables.heldout_table(study),

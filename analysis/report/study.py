@@ -29,7 +29,7 @@ from aimscale.analysis.forecasts.ahead import Ahead, forecast
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
 from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gap, gap_to_loss
 from aimscale.analysis.frontier.budgets import isoflop_budgets, with_budgets
-from aimscale.analysis.frontier.optimum import cost_of, points_of
+from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
@@ -66,8 +66,6 @@ class Study:
     """Bootstrap resamples of every interval."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """`ND` the joint law; `C` a power law with offset along the envelope."""
-    selections: dict[str, str] = field(default_factory=dict)
-    """Fit key -> which rows it used, in words."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
     """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
     links: dict[tuple[str, str], Fit] = field(default_factory=dict)
@@ -196,13 +194,11 @@ def _explain(study: Study) -> None:
 
 def _fit_laws(study: Study) -> None:
     usable, resamples = study.usable, study.resamples
-    all_rows = "all complete rows" if len(usable) == study.num_usable else f"the {len(usable)} rows of the main grid"
-    rows: dict[str, tuple[str, pd.DataFrame, str]] = {"ND": ("chinchilla", usable, all_rows)}
+    rows = {"ND": ("chinchilla", usable)}
     if "flops_train" in usable and usable["flops_train"].notna().any():
-        rows["C"] = ("power_offset:C", lower_envelope(usable), "rows on the envelope: no cheaper row has a lower loss")
-    for key, (law, subset, words) in rows.items():
-        study.selections[key] = words
-        found = study.attempt(f"A law on {words}", partial(fit, law, subset, resamples=resamples))
+        rows["C"] = ("power_offset:C", lower_envelope(usable))
+    for key, (law, subset) in rows.items():
+        found = study.attempt(f"The law {law} on {len(subset)} rows", partial(fit, law, subset, resamples=resamples))
         if found is not None:
             study.fits[key] = found
     if "ND" not in study.fits:
@@ -222,16 +218,14 @@ def _fit_laws(study: Study) -> None:
         work = partial(all_approaches, usable, law=study.law, resamples=study.few)
         study.approaches = study.attempt("Compute-optimal frontier", work)
     if study.forecaster is not None:
-        scales = [{"N": n, "D": d} for n, d in next_scales(study)[["N", "D"]].to_numpy(float).tolist()]
-        study.ahead = study.attempt("Forecast", partial(forecast, usable, scales, law=study.forecaster))
+        study.ahead = study.attempt("Forecast", partial(forecast, usable, next_scales(study), law=study.forecaster))
     with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
         study.proposal = _proposal(study, study.fits["ND"])
 
 
 def _proposal(study: Study, joint: Fit) -> Proposal:
     """What to buy of the table's own grid and steps beyond it, priced at 6 N D."""
-    n, d = next_scales(study)[["N", "D"]].to_numpy(float)[0]
-    target = {"N": float(n), "D": float(d)}
+    target = next_scales(study)[0]
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     budget = 3 * target["N"] * target["D"]
@@ -320,20 +314,12 @@ FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
 
 
-def next_scales(study: Study) -> pd.DataFrame:
-    """Where the page forecasts: N and D multiplied from the largest; of an iso-FLOP design, the next budgets' optima.
-
-    Returns:
-        Columns: times (the compute there over the table's largest), N, D.
-    """
-    points = points_of(with_compute(study.usable, None), y="val_loss", columns=None)
-    largest = points["C"].max() if study.budgets is None else study.budgets.max()
+def next_scales(study: Study) -> list[dict[str, float]]:
+    """Where the page forecasts: multiples of the largest N and D; of an iso-FLOP design, the next budgets' optima."""
     if study.budgets is not None and study.approaches is not None:
-        at = study.approaches.frontiers[-1].at([times * largest for times in FORECAST_SCALES])
-        return pd.DataFrame({"times": FORECAST_SCALES, "N": at["N"], "D": at["D"]})
-    cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
-    n, d = (pd.Series(FORECAST_SCALES) * study.fits["ND"].ranges[v][1] for v in ("N", "D"))
-    return pd.DataFrame({"times": cost.flops(n, d) / largest, "N": n, "D": d})
+        at = study.approaches.frontiers[-1].at([times * study.budgets.max() for times in FORECAST_SCALES])
+        return [{"N": float(n), "D": float(d)} for n, d in at[["N", "D"]].to_numpy()]
+    return [{v: times * study.fits["ND"].ranges[v][1] for v in ("N", "D")} for times in FORECAST_SCALES]
 
 
 def probe_kinds(probes: pd.DataFrame) -> list[str]:

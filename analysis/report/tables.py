@@ -16,7 +16,7 @@ from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.table.design import DESIGN, design_columns, held_equal, told_apart
+from aimscale.analysis.table.design import DESIGN, design_columns, told_apart
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import accuracy_of, kind_name
@@ -60,6 +60,7 @@ COLUMNS: dict[str, tuple[str, Form]] = {
     "last_top1": ("on the last blocks (%)", percent),
     "chance": ("chance (%)", percent),
     "n": ("n", whole),
+    "distance": ("times beyond the table", human),
     "lr": ("rate", human),
     "num_train": ("fitted", whole),
     "num_test": ("predicted", whole),
@@ -115,10 +116,18 @@ class PageTable:
     """Rows of the whole table."""
     csv_uri: str
     """The whole table as a data URI."""
+    sentences: tuple[str, ...]
+    """What it comes to, above the table."""
 
 
 def page_table(
-    key: str, title: str, note: str, frame: pd.DataFrame, columns: Iterable[str], heads: Mapping[str, str] | None = None
+    key: str,
+    title: str,
+    note: str,
+    frame: pd.DataFrame,
+    columns: Iterable[str],
+    heads: Mapping[str, str] | None = None,
+    sentences: Iterable[str] = (),
 ) -> PageTable:
     """Lay out a data frame.
 
@@ -140,6 +149,7 @@ def page_table(
         rows=tuple(rows),
         num_rows=len(frame),
         csv_uri=csv_uri(frame[shown]),
+        sentences=tuple(sentences),
     )
 
 
@@ -168,17 +178,6 @@ def _spans(lows: Iterable[float], highs: Iterable[float], form: Callable[[float]
     return [f"{form(low)} to {form(high)}" if np.isfinite([low, high]).all() else "–" for low, high in ends]
 
 
-def last_of_runs(frame: pd.DataFrame, column: str) -> pd.Series:
-    """A cost at the largest budget of each run: the row of a budget counts what the smaller ones trained, too.
-
-    Where no `run_id` says what a run is, rows that differ in their budget alone are one.
-    """
-    known = frame.dropna(subset=column)
-    own = [known["run_id"].where(known["run_id"].notna(), known.index)] if "run_id" in known else []
-    runs = own or held_equal(known, free={"images_seen", "D", "C", column})
-    return known.loc[known.groupby(runs, dropna=False)[column].idxmax(), column] if runs else known[column]
-
-
 def results_page_table(study: Study) -> PageTable:
     """Every row of the table."""
     unit = loss_unit(study.usable)
@@ -199,11 +198,12 @@ def results_page_table(study: Study) -> PageTable:
 
 def law_tables(study: Study) -> list[PageTable]:
     """The parameters of every fit."""
+    whose = f" {study.whose}" if study.whose else ""
     return [
         page_table(
             f"law-{key}",
             f"{fit.law.formula}, fitted to {fit.num_points} points",
-            f"Rows: {study.selections.get(key, 'all')}. Intervals: {fit.interval_method}.",
+            f"{'Rows that no cheaper one beats' if key == 'C' else 'Rows'}{whose}. Intervals: {fit.interval_method}.",
             fit.table.assign(shown=[fit.shown(name) for name in fit.params]),
             ("parameter", "shown", "note"),
             {"shown": f"value [{100 * fit.confidence:.0f} % interval]"},

@@ -11,7 +11,6 @@ import pandas as pd
 from aimscale.analysis.accuracy.correlation import Correlation
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.report.tables import last_of_runs
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import accuracy_of
@@ -52,27 +51,17 @@ def _what_was_run(study: Study) -> str:
         num_budgets = frame["images_seen"].nunique()
         parts.append(f"{_count(num_budgets, 'data budget')} ({_range(frame['images_seen'])} {study.samples} seen)")
     cost = ""
-    if _has(frame, "device_hours"):
+    last = frame[:0]
+    if _has(frame, "run_id", "images_seen"):
+        last = frame.dropna(subset="run_id").sort_values("images_seen").drop_duplicates("run_id", keep="last")
+    if _has(last, "device_hours"):  # the row of a budget counts what the smaller ones trained, too
         devices = _values(frame, "device") if _has(frame, "device") else "the devices named below"
-        hours = last_of_runs(frame, "device_hours").sum()
-        cost = (
-            f" Training to the largest budget of each run took {human(hours)} device-hours on {devices}"
-            f"{_if_runs(frame, 'device_hours', hours)}."
-        )
-    if _has(frame, "flops_train"):
-        flops = last_of_runs(frame, "flops_train").sum()
-        cost += (
-            f" The runs used {human(flops)} FLOP up to their largest budgets{_if_runs(frame, 'flops_train', flops)}."
-        )
+        hours = human(last["device_hours"].sum())
+        cost = f" Training to the largest budget of each run took {hours} device-hours on {devices}."
+    if _has(last, "flops_train"):
+        cost += f" The runs used {human(last['flops_train'].sum())} FLOP up to their largest budgets."
     one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
     return f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
-
-
-def _if_runs(frame: pd.DataFrame, column: str, cost: float) -> str:
-    """What a cost takes for a run where none is named, and what it is if every row is one."""
-    rows = frame[column].sum()
-    apart = "run_id" not in frame and rows > 1.001 * cost
-    return f" if rows that differ in their budget alone are one run ({human(rows)} if each is a run)" if apart else ""
 
 
 def _what_came_out(study: Study) -> Iterator[str]:
@@ -121,30 +110,16 @@ def correlation_words(what: str, found: tuple[Correlation, ...]) -> str:
     return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
 
 
-SETTINGS = {
-    "schedule": "Schedule",
-    "precision": "Precision",
-    "target": "Target",
-    "prefix": "Prefix lengths",
-    "patch_order": "Patch order",
-    "head_rule": "Pixel head",
-    "lr_peak": "Peak learning rate",
-    "batch_size": "Batch size",
-    "image_size": "Image side (pixels)",
-    "patch_size": "Patch side (pixels)",
-    "val_num_images": "Validation images",
-}
-SOURCES = {
-    "sweep": "Sweep",
-    "git_commit": "Code (git commit)",
-    "data_fingerprint": "Training data (fingerprint)",
-    "device": "Device",
-    "world_size": "Ranks",
-    "zero_stage": "ZeRO stage",
-    "seed": "Seeds",
-    "schema_version": "Table schema",
-}
+SETTINGS = (
+    *("schedule", "precision", "target", "prefix", "patch_order", "head_rule", "lr_peak", "batch_size"),
+    *("image_size", "patch_size", "val_num_images"),
+)
+SOURCES = ("sweep", "git_commit", "data_fingerprint", "device", "world_size", "zero_stage", "seed", "schema_version")
 COUNTED = {"num_skipped_steps": "skipped optimiser steps", "num_bad_samples": "undecodable samples"}
+
+
+def _label(column: str) -> str:
+    return column.replace("_", " ").capitalize()
 
 
 def methods(study: Study) -> Iterator[str]:
@@ -154,7 +129,7 @@ def methods(study: Study) -> Iterator[str]:
     if study.approaches is not None:
         yield from study.approaches.sentences()
     yield from (gap.sentence() for gap in study.features.values())
-    yield from (f"{words}: {_values(frame, name)}." for name, words in SETTINGS.items() if _has(frame, name))
+    yield from (f"{_label(name)}: {_values(frame, name)}." for name in SETTINGS if _has(frame, name))
     said = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}
     if not study.exclusions and not said:
         yield "Nothing was left out of the fits."
@@ -170,7 +145,7 @@ def provenance(study: Study) -> Iterator[tuple[str, str]]:
     for path in study.paths:
         yield "Table", path.name if len(study.paths) == 1 else f"{path.resolve().parent.name}/{path.name}"
         yield "SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest()
-    yield from ((words, _values(frame, name)) for name, words in SOURCES.items() if _has(frame, name))
+    yield from ((_label(name), _values(frame, name)) for name in SOURCES if _has(frame, name))
     if _has(frame, "finished_at"):
         stamps = frame["finished_at"].dropna().astype(str)
         yield "Measured", f"{stamps.min()} to {stamps.max()}"

@@ -42,7 +42,7 @@ def test_every_plot_function_returns_a_figure():
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("plot_")
     ]
-    assert len(found) > 5
+    assert len(found) > 4
     assert {ast.unparse(node.returns) for node in found if node.returns} == {"Figure"}
 
 
@@ -60,7 +60,7 @@ def test_results_show_and_draw_themselves(grid):
         assert 0 < len(rest) <= display.MAX_ROWS + 4
         assert "<table" in each._repr_html_()
         assert len(each.summary()) >= len(first)
-    for each in results[:3]:
+    for each in results[:2]:
         assert isinstance(each.plot(), Figure)
     assert "alpha" in repr(result)
     assert "array(" not in repr(result)

@@ -56,7 +56,7 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
     links = {"dig$its": correlate(probes, x="val_loss", y="top1")}
     figures = {
-        "fit": plot_fit(joint, x="D", se=pd.Series(0.001, index=grid.index)),
+        "fit": plot_fit(joint, x="D"),
         "points": plot_points(grid, "params_total", by="images_seen"),
         "accuracy": plot_loss_accuracy(probes, links),
         "frontier": plot_approaches(approaches),

@@ -37,12 +37,11 @@ def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(study):
     [test] = study.fits["ND"].heldout
     assert (test.variable, test.num_test) == ("C", 6)
     places = next_scales(study)
-    assert list(places["times"]) == [2.0, 10.0]
-    np.testing.assert_allclose(6 * places["N"] * places["D"], top * places["times"], rtol=0.02)
+    np.testing.assert_allclose([6 * at["N"] * at["D"] for at in places], [2 * top, 10 * top], rtol=0.02)
     best = study.approaches.frontiers[-1].at(2 * top).iloc[0]
-    assert places["N"][0] == pytest.approx(best["N"])
+    assert places[0]["N"] == pytest.approx(best["N"])
     assert study.proposal.target["N"] == pytest.approx(best["N"])
-    truth = TRUE_LAW.value({v: places[v].to_numpy() for v in ("N", "D")}, LOSS)
+    truth = TRUE_LAW.value({v: np.array([at[v] for at in places]) for v in ("N", "D")}, LOSS)
     found = study.ahead.table[study.ahead.table["quantity"] == "val_loss"]
     assert ((found["pi_lo"] < truth) & (truth < found["pi_hi"])).all()
 
@@ -61,7 +60,9 @@ def test_a_grid_is_held_out_by_its_sides(grid):
     study = study_tables([], grid, {}, resamples=40)
     assert study.budgets is None
     assert [test.variable for test in study.fits["ND"].heldout] == ["N", "D"]
-    assert list(next_scales(study)["times"]) == pytest.approx([4.0, 100.0])
+    top = grid[["params_total", "images_seen"]].max()
+    assert [at["N"] / top["params_total"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
+    assert [at["D"] / top["images_seen"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
 
 
 def test_a_probe_that_is_not_there_cannot_be_asked_for(study):

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.page import maths, write_report
-from aimscale.analysis.report.tables import last_of_runs
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
@@ -104,19 +103,6 @@ def page(tmp_path_factory) -> Page:
 def test_the_cost_counts_what_the_budgets_of_a_run_share_once(page):
     hours = sum(SIZES.values()) * 32_000 / 1e12
     assert f"Training to the largest budget of each run took {human(hours)} device-hours on cpu." in page.text
-
-
-def test_without_names_of_runs_budgets_of_a_size_are_one_run_or_each_one():
-    """The FLOPs of all budgets were summed up as those of the runs' largest."""
-    frame = pd.DataFrame(sweep_rows()).drop(columns="probes")
-    flops = sum(400 * n * 32_000 for n in SIZES.values())
-    assert last_of_runs(frame, "flops_train").sum() == pytest.approx(flops)
-    two = pd.concat([frame, frame.assign(seed=1)], ignore_index=True)
-    assert last_of_runs(two.drop(columns="run_id"), "flops_train").sum() == pytest.approx(2 * flops)
-    some = frame.assign(run_id=frame["run_id"].where(frame["size"] != "small"))
-    assert last_of_runs(some, "flops_train").sum() == pytest.approx(
-        flops + 400 * SIZES["small"] * (4000 + 8000 + 16000)
-    )
 
 
 def test_every_section_figure_and_table_is_there(page):
