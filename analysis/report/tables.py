@@ -12,7 +12,6 @@ import pandas as pd
 
 from aimscale.analysis.forecasts.ahead import record_words
 from aimscale.analysis.forecasts.record import record
-from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study
@@ -253,13 +252,9 @@ def forecast_table(study: Study) -> PageTable | None:
             }
         )
     fared = record_words(record(float(found.table["distance"].max())), accuracies=len(found.forecasters) > 1)
-    heads = {
-        "at": "of a run at",
-        "interval": f"{100 * CONFIDENCE:.0f} % interval",
-        "distance": "times beyond the table",
-    }
+    heads = {"at": "of a run at", "rivals": "rival laws"}
     frame = pd.DataFrame(rows)
-    return page_table("forecasts", "Forecasts", " ".join(fared), frame, frame.columns, heads | {"rivals": "rival laws"})
+    return page_table("forecasts", "Forecasts", " ".join(fared), frame, frame.columns, heads)
 
 
 PROBE_NOTE = (
