@@ -44,11 +44,10 @@ def table() -> str:
 def _lines(rows: pd.DataFrame) -> Iterator[str]:
     yield "| change | validation loss, % | worth in compute | linear, points | attentive | k-NN |"
     yield "|---|---|---|---|---|---|"
+    ignored = {"data_fingerprint": ["unique_images"]}
+    contrasts = {by: contrast(rows, by=by, ignore=ignored.get(by, [])).contrasts for _, by, _ in CHANGES}
     for words, by, level in CHANGES:
-        ignore = ["unique_images"] if by == "data_fingerprint" else []
-        found = {
-            each.measure.name: each for each in contrast(rows, by=by, ignore=ignore).contrasts if each.level == level
-        }
+        found = {each.measure.name: each for each in contrasts[by] if each.level == level}
         by_kind = {name.rsplit(":", 1)[-1]: each for name, each in found.items() if name != "val_loss"}
         loss = found.get("val_loss")
         cells = [

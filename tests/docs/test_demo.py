@@ -20,7 +20,6 @@ def test_readme_has_the_numbers_of_the_committed_tables() -> None:
 def test_the_page_of_directions_has_the_numbers_of_the_committed_tables() -> None:
     page = directions.PAGE.read_text()
     assert page == directions.rewrite(page), "run `python docs/generate/directions.py`"
-    assert all(words in directions.table() for words, _, _ in directions.CHANGES)
 
 
 @pytest.mark.slow

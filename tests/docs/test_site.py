@@ -1,11 +1,8 @@
-"""The site is built without a warning, its links lead somewhere, and what it says of commands and files is true."""
+"""The pages' links lead somewhere, and what they say of commands and files is true (.ci/run builds the site)."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,7 +22,6 @@ GENERATED = {
 """Pages that the site's build writes."""
 WRITTEN = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in GENERATED]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *WRITTEN]
-needs_sphinx = pytest.mark.skipif(find_spec("sphinx") is None, reason="needs pip install -e '.[docs]'")
 
 
 def without_blocks(text: str) -> str:
@@ -106,13 +102,3 @@ def test_commands_that_are_mentioned_exist(page: Path) -> None:
 def test_the_citation_is_of_this_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text()
-
-
-@needs_sphinx
-@pytest.mark.slow
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", str(ROOT / "docs"), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "zero_stage" in (tmp_path / "configuration.html").read_text()
-    assert "aimscale launch" in (tmp_path / "commands.html").read_text()

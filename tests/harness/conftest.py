@@ -39,7 +39,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config(tiny_data: Path) -> Callable[..., RunConfig]:
     """A run of a 2-block model on 16 tokens; keyword arguments replace sections of a run."""
 
@@ -59,7 +59,7 @@ def tiny_config(tiny_data: Path) -> Callable[..., RunConfig]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def in_processes() -> Callable[..., list[int]]:
     """`run_in_processes`."""
     return run_in_processes

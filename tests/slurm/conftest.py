@@ -144,7 +144,7 @@ def fault(cluster: Path, data: Path, tmp_path: Path) -> Iterator[Callable[..., F
     def make(
         *,
         slurm: dict[str, Any] | None = None,
-        step_s: float = 1.0,
+        step_s: float = 0.6,
         fault: str = "",
         slow_evaluations: bool = False,
         **changes: Any,

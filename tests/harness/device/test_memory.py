@@ -117,8 +117,7 @@ def measured_peak(out: Path, precision: str, stage: int, world_size: int) -> int
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "stage", "world_size"),
-    [("fp32", 0, 1), ("fp32", 1, 1), ("fp32", 2, 2), ("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 2), ("bf16", 3, 2)],
+    ("precision", "stage", "world_size"), [("fp32", 0, 1), ("fp32", 2, 2), ("bf16", 1, 2), ("bf16", 3, 2)]
 )
 def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(
     precision: str, stage: int, world_size: int, tmp_path: Path

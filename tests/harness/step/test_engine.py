@@ -23,7 +23,7 @@ from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
-BATCH, NUM_STEPS, LR = 8, 20, 3e-3
+BATCH, NUM_STEPS, LR = 8, 12, 3e-3
 Run = Callable[..., list[int]]
 
 
@@ -89,7 +89,7 @@ def largest_difference(ours: list[float], plain: list[float]) -> float:
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in_processes: Run) -> None:
     stages = (0, 1, 2, 3) if world_size == 2 else (0, 1, 2)
-    micro = (1, 2, 3)  # 8 images in 3 or 6 parts: unequal sizes
+    micro = (1, 3)  # 8 images in 3 or 6 parts: unequal sizes
     cases = [("fp32", stage, num_micro) for stage, num_micro in product(stages, micro)]
     cases += [("bf16", stage, 2) for stage in stages if stage]
     out = tmp_path / "losses.json"
@@ -166,10 +166,9 @@ def drawn_as_ever(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name}.bias", torch.zeros(module.bias.shape)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_weights_start_with_the_same_bits_at_every_stage(world_size: int, tmp_path: Path, in_processes: Run) -> None:
+def test_weights_start_with_the_same_bits_at_every_stage(tmp_path: Path, in_processes: Run) -> None:
     cases = [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-    assert in_processes(start_all, tmp_path, cases, world_size=world_size) == [0] * world_size
+    assert in_processes(start_all, tmp_path, cases, world_size=2) == [0, 0]
     exact = dict(drawn_as_ever(seed=3))
     for path in tmp_path.iterdir():
         started = load_file(path)

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
+Whole = Callable[..., RunDir]
 
 
-@pytest.fixture(autouse=True)
-def _small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _small_peak() -> Iterator[None]:
     """Measure the peak on a small product; forks inherit it."""
-    monkeypatch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+        yield
 
 
 def train_in(rank: int, path: Path) -> None:
@@ -137,14 +140,27 @@ def train_until_new_stage(rank: int, path: Path, met: Path) -> None:
     train_and_die(rank, path, dies)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config, in_processes: Run) -> Callable[..., RunDir]:
+    """Undisturbed runs of one process, by their budgets, each trained once for all tests."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def run(*budgets: int) -> RunDir:
+        path = folder / "-".join(map(str, budgets))
+        if not path.exists():
+            RunDir.create(path, tiny_config(budgets=list(budgets)))
+            assert in_processes(train_in, path) == [0]
+        return RunDir(path)
+
+    return run
+
+
 @pytest.mark.slow
 def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
     config = tiny_config()
-    whole = RunDir.create(tmp_path / "whole", config)
-    assert in_processes(train_in, whole.path) == [0]
-    expected = results(whole.path)
+    expected = results(whole(64, 128).path)
     assert [row["images_seen"] for row in expected["rows"]] == [64, 128]
 
     def start_until_finished(name: str, function: Callable[..., None], arguments: Iterable[Any]) -> int:
@@ -182,54 +198,50 @@ def stop_after(rank: int, path: Path, num_images: int, signum: int) -> None:
     train_in(rank, path)
 
 
-def test_a_signal_saves_and_the_next_start_goes_on(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
-    config = tiny_config({"checkpoint_every_images": None})
-    whole, stopped = (RunDir.create(tmp_path / name, config) for name in ("whole", "stopped"))
-    assert in_processes(train_in, whole.path) == [0]
+def test_a_signal_saves_and_the_next_start_goes_on(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
+) -> None:
+    stopped = RunDir.create(tmp_path / "stopped", tiny_config({"checkpoint_every_images": None}))
     # On the trunk, after the last step of the first decay but before its evaluation, on the trunk, in the second decay.
     for num_images, signum in ((32, signal.SIGTERM), (64, signal.SIGTERM), (72, signal.SIGUSR2), (136, signal.SIGTERM)):
         assert in_processes(stop_after, stopped.path, num_images, signum) == [EXIT_PREEMPTED]
         assert stopped.read_status().state == "preempted"
         assert not stopped.is_held()
     assert in_processes(train_in, stopped.path) == [0]
-    assert results(stopped.path) == results(whole.path)
+    assert results(stopped.path) == results(whole(64, 128).path)
     assert [path.name for path in stopped.checkpoints.iterdir()] == ["104"], "the end of its trunk"
     assert stopped.read_status().attempt == 5
 
 
 def test_the_clock_saves_too_and_a_killed_run_goes_on_from_there(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
     config = tiny_config({"checkpoint_every_images": None, "checkpoint_every_min": 1e-9}, budgets=[64])
-    whole, killed = (RunDir.create(tmp_path / name, config) for name in ("whole", "killed"))
-    assert in_processes(train_in, whole.path) == [0]
+    killed = RunDir.create(tmp_path / "killed", config)
     assert in_processes(stop_after, killed.path, 32, signal.SIGKILL) == [-signal.SIGKILL]
     saved = {path.name for path in killed.checkpoints.iterdir()}
     assert saved
     assert saved <= {"8", "16", "24"}
     assert in_processes(train_in, killed.path) == [0]
-    assert results(killed.path) == results(whole.path)
+    assert results(killed.path) == results(whole(64).path)
 
 
 def test_a_longer_budget_goes_on_from_the_end_of_a_finished_runs_trunk(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
-    whole = RunDir.create(tmp_path / "whole", tiny_config(budgets=[64, 128, 256]))
-    assert in_processes(train_in, whole.path) == [0]
     longer = RunDir.create(tmp_path / "longer", tiny_config(budgets=[64, 128]))
     assert in_processes(train_in, longer.path) == [0]
     RunDir.create(longer.path, tiny_config(budgets=[128, 256]))
     assert in_processes(stop_after, longer.path, 64 + 104 + 64, signal.SIGTERM) == [EXIT_PREEMPTED]
     assert in_processes(train_in, longer.path) == [0]
-    assert results(longer.path) == results(whole.path), "as if it had been asked for from the start"
+    assert results(longer.path) == results(whole(64, 128, 256).path), "as if it had been asked for from the start"
     assert [path.name for path in longer.checkpoints.iterdir()] == ["208"]
 
 
 def test_a_budget_that_no_saved_point_leads_to_is_refused_and_nothing_is_lost(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, tiny_config: Config, whole: Whole
 ) -> None:
-    run = RunDir.create(tmp_path / "run", tiny_config())
-    assert in_processes(train_in, run.path) == [0]
+    run = RunDir(shutil.copytree(whole(64, 128).path, tmp_path / "run"))
     before = results(run.path)
     for budgets, words in (([64, 96, 128], "96"), ([128, 256], "256")):
         RunDir.create(run.path, tiny_config(budgets=budgets))
@@ -242,7 +254,7 @@ def test_a_budget_that_no_saved_point_leads_to_is_refused_and_nothing_is_lost(
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
     def damage(path: Path) -> None:
         part = next(path.glob("part-*"))
@@ -251,8 +263,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
         part.write_bytes(content)
 
     config = tiny_config({"checkpoint_every_images": None}, budgets=[128])
-    whole, broken = (RunDir.create(tmp_path / name, config) for name in ("whole", "broken"))
-    assert in_processes(train_in, whole.path) == [0]
+    broken = RunDir.create(tmp_path / "broken", config)
     assert in_processes(stop_after, broken.path, 112, signal.SIGTERM) == [EXIT_PREEMPTED]
     assert sorted(path.name for path in broken.checkpoints.iterdir()) == ["104", "112-decay-128"]
     damage(broken.checkpoint_dir(112, 128))
@@ -263,7 +274,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
     assert "120-decay-128 is damaged" in str(broken.read_status().reason)
     damage(broken.checkpoint_dir(104))  # twice flipped is whole again
     assert in_processes(train_in, broken.path) == [0]
-    assert results(broken.path) == results(whole.path)
+    assert results(broken.path) == results(whole(128).path)
 
 
 def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place: str) -> None:
@@ -305,10 +316,8 @@ def test_when_a_rank_is_killed_the_others_end_with_a_reason_and_the_next_start_g
 
 @pytest.mark.slow
 def test_a_run_moves_to_other_ranks_and_stages_by_itself(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
-    whole = RunDir.create(tmp_path / "whole", tiny_config())
-    assert in_processes(train_in, whole.path) == [0]
     moved = RunDir.create(tmp_path / "moved", tiny_config({"zero_stage": 2, "micro_batch": 2}))
     assert in_processes(stop_after, moved.path, 40, signal.SIGTERM, world_size=2) == [EXIT_PREEMPTED] * 2
     for stage, num_images, world_size in ((1, 96, 1), (3, 136, 2)):
@@ -317,25 +326,21 @@ def test_a_run_moves_to_other_ranks_and_stages_by_itself(
         assert codes == [EXIT_PREEMPTED] * world_size
     moved.config.write_text(tiny_config().to_yaml())
     assert in_processes(train_in, moved.path) == [0]
-    ours, theirs = lines(moved), lines(whole)
+    ours, theirs = lines(moved), lines(whole(64, 128))
     assert ours.keys() == theirs.keys()
     for place, line in ours.items():
         assert line["loss"] == pytest.approx(theirs[place]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("budget", [64, 128])
-def test_a_branch_equals_a_run_that_had_only_that_budget(
-    budget: int, tmp_path: Path, tiny_config: Config, in_processes: Run
-) -> None:
-    several = RunDir.create(tmp_path / "several", tiny_config(budgets=[64, 128]))
-    alone = RunDir.create(tmp_path / "alone", tiny_config(budgets=[budget]))
-    assert in_processes(train_in, several.path) == in_processes(train_in, alone.path) == [0]
-    row = next(row for row in several.read_rows() if row["images_seen"] == budget)
-    (only,) = alone.read_rows()
-    assert weights(several, budget) == weights(alone, budget)
-    assert (row["val_loss"], row["train_loss"]) == (only["val_loss"], only["train_loss"])
-    with np.load(several.validation_file(budget)) as ours, np.load(alone.validation_file(budget)) as theirs:
-        assert np.array_equal(ours["loss_sum"], theirs["loss_sum"])
+def test_a_branch_equals_a_run_that_had_only_that_budget(whole: Whole) -> None:
+    several = whole(64, 128)
+    for budget, row in zip((64, 128), several.read_rows(), strict=True):
+        alone = whole(budget)
+        (only,) = alone.read_rows()
+        assert weights(several, budget) == weights(alone, budget)
+        assert (row["val_loss"], row["train_loss"]) == (only["val_loss"], only["train_loss"])
+        with np.load(several.validation_file(budget)) as ours, np.load(alone.validation_file(budget)) as theirs:
+            assert np.array_equal(ours["loss_sum"], theirs["loss_sum"])
 
 
 def train_with_bad_steps(rank: int, path: Path, bad: set[int]) -> None:
@@ -356,15 +361,13 @@ def train_with_bad_steps(rank: int, path: Path, bad: set[int]) -> None:
 
 
 def test_bad_steps_are_skipped_counted_and_stop_a_run_when_too_many(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
-    clean, skipping, lost = (RunDir.create(tmp_path / name, tiny_config(budgets=[64]))
-                             for name in ("clean", "skipping", "lost"))  # fmt: skip
-    assert in_processes(train_in, clean.path) == [0]
+    skipping, lost = (RunDir.create(tmp_path / name, tiny_config(budgets=[64])) for name in ("skipping", "lost"))
     assert in_processes(train_with_bad_steps, skipping.path, {16, 24}) == [0]
     (row,) = skipping.read_rows()
     assert row["num_skipped_steps"] == 2
-    ours, usual = list(lines(skipping).values()), list(lines(clean).values())
+    ours, usual = list(lines(skipping).values()), list(lines(whole(64)).values())
     assert [line["num_skipped_steps"] for line in ours][:2] == [1, 2]
     assert [line["lr"] for line in ours] == [line["lr"] for line in usual], "the schedule does not drift"
     assert in_processes(train_with_bad_steps, lost.path, set(range(16, 64))) == [EXIT_DIVERGED]

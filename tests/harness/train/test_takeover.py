@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,16 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _scaled_times(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _scaled_times() -> Iterator[None]:
     """Minutes become seconds; forks inherit it."""
-    monkeypatch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
-    monkeypatch.setattr(aimscale.harness.run.lease, "BEAT_S", 0.3)
-    monkeypatch.setattr(aimscale.harness.run.lease, "STALE_S", 6.0)
-    for name, seconds in (("BEAT_S", 0.2), ("SILENCE_S", 6.0), ("GRACE_S", 1.0), ("STEP_S", 12.0)):
-        monkeypatch.setattr(aimscale.harness.run.watch, name, seconds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+        patch.setattr(aimscale.harness.run.lease, "BEAT_S", 0.3)
+        patch.setattr(aimscale.harness.run.lease, "STALE_S", 6.0)
+        for name, seconds in (("BEAT_S", 0.2), ("SILENCE_S", 6.0), ("GRACE_S", 1.0), ("STEP_S", 12.0)):
+            patch.setattr(aimscale.harness.run.watch, name, seconds)
+        yield
 
 
 def train_on(host: str, path: Path, place: str | None = None, number: int = 1, *, action: Callable[[], None]) -> None:
@@ -107,10 +109,10 @@ def outcome(path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def whole(tmp_path: Path, tiny_config: Config) -> RunDir:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config) -> RunDir:
     """A run that nothing disturbed."""
-    run = RunDir.create(tmp_path / "whole", tiny_config())
+    run = RunDir.create(tmp_path_factory.mktemp("undisturbed") / "whole", tiny_config())
     trainer = start("node-a", run.path)
     trainer.join()
     assert trainer.exitcode == 0
@@ -199,14 +201,7 @@ def hang() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "place", "action"),
-    [
-        (0, "step", stand_still),
-        (1, "step", stand_still),
-        (1, "save", stand_still),
-        (1, "validation", stand_still),
-        (0, "validation", stand_still),
-        (1, "step", hang),
-    ],
+    [(0, "step", stand_still), (1, "save", stand_still), (1, "validation", stand_still), (1, "step", hang)],
 )
 def test_a_rank_that_stands_still_ends_the_others(
     tmp_path: Path, tiny_config: Config, in_processes: Run, victim: int, place: str, action: Callable[[], None]
