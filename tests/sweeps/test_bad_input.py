@@ -120,22 +120,15 @@ def finished(write_sweep: Any) -> tuple[Path, Path]:
     return sweep.source, record.path
 
 
-def some_and_more(some: int, more: int) -> pytest.MarkDecorator:
-    """How many odd things are tried: few in every run of the tests, many in the slow ones."""
-    many = pytest.param(more, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])
-    return pytest.mark.parametrize("number", [some, many])
-
-
 def trying(number: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
     """Call a function with so many things that these strategies find."""
     return lambda function: settings(max_examples=number, deadline=None)(given(**strategies)(function))()
 
 
-@some_and_more(15, 60)
-def test_any_content_of_a_runs_files(number: int, finished: tuple[Path, Path], capsys: Any) -> None:
+def test_any_content_of_a_runs_files(finished: tuple[Path, Path], capsys: Any) -> None:
     source, run_dir = finished
 
-    @trying(number, name=st.sampled_from(FILES), content=odd_bytes)
+    @trying(20, name=st.sampled_from(FILES), content=odd_bytes)
     def _(name: str, content: bytes) -> None:
         path = run_dir / name
         before = path.read_bytes() if path.exists() else None
@@ -152,11 +145,10 @@ def test_any_content_of_a_runs_files(number: int, finished: tuple[Path, Path], c
                 path.write_bytes(before)
 
 
-@some_and_more(60, 240)
-def test_any_content_of_a_sweep_file(number: int, tmp_path: Path, capsys: Any) -> None:
+def test_any_content_of_a_sweep_file(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "any.yaml"
 
-    @trying(number, content=odd_bytes | values.map(lambda value: yaml.safe_dump(value).encode()))
+    @trying(80, content=odd_bytes | values.map(lambda value: yaml.safe_dump(value).encode()))
     def _(content: bytes) -> None:
         path.write_bytes(content)
         call("plan {sweep}", capsys, sweep=path, root=tmp_path)
@@ -189,11 +181,10 @@ def places(values: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [above, *(place for key, value in inner for place in places(value, (*above, key)))]
 
 
-@some_and_more(60, 240)
-def test_any_value_at_any_place_of_a_sweep_file(number: int, tmp_path: Path, capsys: Any) -> None:
+def test_any_value_at_any_place_of_a_sweep_file(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "any.yaml"
 
-    @trying(number, place=st.sampled_from(places(PLAIN)[1:]), value=values)
+    @trying(80, place=st.sampled_from(places(PLAIN)[1:]), value=values)
     def _(place: tuple[Any, ...], value: Any) -> None:
         document = copy.deepcopy(PLAIN)
         holder: Any = document
@@ -218,10 +209,9 @@ TABLE = {
 cells = leaves | st.sampled_from(["nan", "1e999", "-1", "[1]", '{"task": 1}', '[{"task": [], "top1": "x"}]', "=1+1"])
 
 
-@some_and_more(10, 40)
-def test_any_cells_of_a_table(number: int, tmp_path: Path, capsys: Any) -> None:
+def test_any_cells_of_a_table(tmp_path: Path, capsys: Any) -> None:
     @trying(
-        number,
+        12,
         column=st.sampled_from(sorted(TABLE)) | st.text(max_size=8),
         column_cells=st.none() | st.lists(cells, min_size=4, max_size=4),
         content=st.none() | odd_bytes,
