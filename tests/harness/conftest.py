@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
 
@@ -57,6 +59,21 @@ def tiny_config(tiny_data: Path) -> Callable[..., RunConfig]:
         return run_config(values, "the test", parse(RuntimeConfig, {**defaults, **(runtime or {})}, "the test"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def spoil() -> Callable[..., Path]:
+    """Copy a data set: its index stays, and the given samples hold zeros."""
+
+    def spoilt(folder: Path, out: Path, samples: Iterable[int]) -> Path:
+        shutil.copytree(folder, out)
+        for name, offset, size in open_dataset(out).places([*samples]):
+            with (out / name).open("r+b") as shard:
+                shard.seek(offset)
+                shard.write(bytes(size))
+        return out
+
+    return spoilt
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import shutil
 import site
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -48,9 +47,3 @@ def test_the_wheel_lives_beside_pypis_aim(tmp_path: Path) -> None:
     assert "launch" in run([command, "--help"]).stdout
     assert "aim-7B" in run([command, "plan", "aim-paper"]).stdout  # sweep files are in the wheel,
     assert "<html" in run([str(python), "-c", TEMPLATE]).stdout  # and the report's template
-
-
-def test_the_four_bare_names_are_not_importable(tmp_path: Path) -> None:
-    code = "import importlib.util as u; print([n for n in ('aim', 'harness', 'sweeps', 'analysis') if u.find_spec(n)])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert out.stdout.strip() == "[]"

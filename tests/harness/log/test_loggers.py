@@ -92,20 +92,3 @@ def test_wandb_is_told_of_the_sweep_and_goes_on_under_the_runs_id(
     assert (said["id"], said["resume"], said["group"]) == (config.run_id, "allow", "my-sweep")
     assert said["tags"] == [config.training.model.size, "D=64", "D=128"]
     assert said["config"]["columns"]["params_total"] > 0
-
-
-def train_offline(rank: int, path: Path) -> None:
-    os.environ["WANDB_MODE"] = "offline"
-    os.environ["WANDB_SILENT"] = "true"
-    train_and_die(rank, path, 0)
-
-
-@pytest.mark.slow
-def test_wandb_itself_takes_the_lines(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
-    pytest.importorskip("wandb")
-    config = tiny_config({"loggers": ["wandb"]}, budgets=[64])
-    run = RunDir.create(tmp_path / "run", config)
-    assert in_processes(train_offline, run.path) == [0]
-    (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
-    assert config.run_id in file.name
-    assert b"decay-64/loss" in file.read_bytes()

@@ -21,7 +21,6 @@ import aimscale.harness.log.record
 import aimscale.harness.step.feed
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
@@ -31,6 +30,7 @@ from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
+Spoil = Callable[..., Path]
 Config = Callable[..., RunConfig]
 
 
@@ -59,18 +59,6 @@ def after_steps(act: Callable[[int], None]) -> None:
         act(self.metrics.images_done)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
-
-
-def spoil(folder: Path, out: Path, samples: range) -> Path:
-    """Copy of a data set whose index stays and whose given samples hold zeros."""
-    shutil.copytree(folder, out)
-    dataset = open_dataset(out)
-    for sample in samples:
-        ((name, offset, size),) = dataset.places([sample])
-        with (out / name).open("r+b") as shard:
-            shard.seek(offset)
-            shard.write(bytes(size))
-    return out
 
 
 def fail_on_some(rank: int, out: Path) -> None:
@@ -174,7 +162,7 @@ def stop_at(rank: int, path: Path, num_images: int) -> None:
 
 
 def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
-    tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, spoil: Spoil, tiny_data: Path, tiny_config: Config, in_processes: Run
 ) -> None:
     path = spoil(tiny_data / "train", tmp_path / "spoilt", range(6))
     config = tiny_config(data={"sources": [{"path": str(path)}], "max_bad_fraction": 0.5})
@@ -190,7 +178,7 @@ def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
 
 @pytest.mark.slow
 def test_too_many_undecodable_samples_stop_a_run_wherever_it_was_restarted(
-    tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
+    tmp_path: Path, spoil: Spoil, tiny_data: Path, tiny_config: Config, in_processes: Run
 ) -> None:
     path = spoil(tiny_data / "train", tmp_path / "spoilt", range(0, 64, 5))
     config = tiny_config(data={"sources": [{"path": str(path)}], "max_bad_fraction": 0.2}, budgets=[128])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis import probe_frame, read_table
+from aimscale.analysis.report import page
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan import sweepfile
 
@@ -21,10 +23,12 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
 
     def small(name: str, root: Path) -> sweepfile.Sweep:
         sweep = whole(name, root)
-        base: dict[str, Any] = {**sweep.file.base, "schedule": {"warmup_images": 64}}
+        probes = [probe | {"epochs": 1} for probe in sweep.file.base["probes"]]
+        base: dict[str, Any] = {**sweep.file.base, "schedule": {"warmup_images": 64}, "probes": probes}
         return sweep.with_fields(sizes=["w16-d2", "w24-d2"], budgets=[960, 1920], exclude=[], base=base)
 
     monkeypatch.setattr(sweepfile, "load_sweep", small)
+    monkeypatch.setattr(page, "write_report", functools.partial(page.write_report, resamples=20))
     first = CliRunner().invoke(verb("demo"), ["--root", str(tmp_path)], catch_exceptions=False)
     assert first.exit_code == 0, first.output
     assert "4 of 4 rows have results" in first.output

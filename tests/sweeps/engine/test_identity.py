@@ -107,19 +107,6 @@ def test_other_images_in_the_same_folder_are_another_run(
     assert run.run_id != only_run(home / "runs").name
 
 
-@pytest.mark.slow
-def test_another_budget_goes_on_from_the_trunk_under_wsd(home: Path, moved: Callable[..., Path]) -> None:
-    there = moved(budgets=[64, 128, 256])
-    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
-    result = launch(there / "sweep.yaml", there / "runs", slots=1)
-    assert result.finished == (run.name,)
-    after = state(run)
-    assert after["metrics"].startswith(before["metrics"]), "nothing was trained twice"
-    assert [row["images_seen"] for row in after["rows"]] == [64, 128, 256]
-    assert after["rows"][:2] == before["rows"]
-    assert all(row["val_loss"] and row["probes"] for row in after["rows"])
-
-
 def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: Any, launch: Any, stand_in: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, slots=1, command=stand_in())

@@ -38,6 +38,7 @@ from aimscale.harness.data.stream.positions import Mixture, TrainStream
 from aimscale.harness.run.config import RunConfig
 
 Configure = Callable[..., RunConfig]
+Spoil = Callable[..., Path]
 
 
 def whole(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -347,18 +348,6 @@ def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> 
     assert torch.equal(cropped, resized[:, top : top + 32, left : left + 32])
 
 
-def spoil(folder: Path, out: Path, samples: list[int]) -> Path:
-    """Copy of a data set whose index stays and whose given samples hold zeros."""
-    shutil.copytree(folder, out)
-    dataset = open_dataset(out)
-    for sample in samples:
-        ((name, offset, size),) = dataset.places([sample])
-        with (out / name).open("r+b") as shard:
-            shard.seek(offset)
-            shard.write(bytes(size))
-    return out
-
-
 def test_a_shard_that_was_written_anew_is_refused(
     small_set: Path, large_set: Path, tmp_path: Path, configure: Configure
 ) -> None:
@@ -375,7 +364,9 @@ def test_a_shard_that_was_written_anew_is_refused(
             TrainStream(configure(sources=[{"path": str(path)}])).batch(np.arange(24))
 
 
-def test_bad_samples_are_replaced_alike_and_counted(small_set: Path, tmp_path: Path, configure: Configure) -> None:
+def test_bad_samples_are_replaced_alike_and_counted(
+    small_set: Path, tmp_path: Path, spoil: Spoil, configure: Configure
+) -> None:
     path = spoil(small_set, tmp_path / "spoilt", [7, 30])
     config = configure(sources=[{"path": str(path)}])
     expected = TrainStream(config).batch(np.arange(60))
@@ -395,7 +386,7 @@ def test_bad_samples_are_replaced_alike_and_counted(small_set: Path, tmp_path: P
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sixteen_undecodable_samples_in_a_row_are_an_error_that_names_one(
-    small_set: Path, tmp_path: Path, configure: Configure, workers: int
+    small_set: Path, tmp_path: Path, spoil: Spoil, configure: Configure, workers: int
 ) -> None:
     path = spoil(small_set, tmp_path / "spoilt", list(range(60)))
     stream = TrainStream(configure(sources=[{"path": str(path)}]))
