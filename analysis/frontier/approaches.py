@@ -167,14 +167,13 @@ def gap_to_loss(found: Approaches, df: pd.DataFrame, y: str, **options: Any) -> 
 
 
 def gap(found: Approaches, other: Approaches, *, confidence: float = 0.95) -> Gap | None:
-    """How far apart the optima by two measures are, by the approach that knows it best; None where none knows it.
+    """How far apart the optima by two measures are, by the last approach that knows it; None where none does.
 
     The errors of the two are taken for independent, which widens the interval where they go together.
     """
     others = {f.approach: f for f in other.frontiers}
     flops = min(f.range[1] for f in (*found.frontiers, *other.frontiers))
-    gaps = []
-    for f in [f for f in found.frontiers if f.approach in others]:
+    for f in [f for f in reversed(found.frontiers) if f.approach in others]:
         g = others[f.approach]
         a, b = (each.log_sizes(np.array([flops]))[1][:, 0] for each in (f, g))
         num = min(len(a), len(b))
@@ -187,5 +186,6 @@ def gap(found: Approaches, other: Approaches, *, confidence: float = 0.95) -> Ga
             ratio=float(f.at(flops)["N"].iloc[0] / g.at(flops)["N"].iloc[0]),
             ratio_interval=interval(ratios, confidence),
         )
-        gaps += [each] if each.ratio_interval.is_known else []
-    return min(gaps, key=lambda each: each.ratio_interval.high / each.ratio_interval.low, default=None)
+        if each.ratio_interval.is_known:
+            return each
+    return None
