@@ -65,6 +65,10 @@ class Noise(Result):
         """What the numbers are."""
         return "Standard deviations of ln loss by source, with 95 % intervals"
 
+    def summary(self) -> str:
+        """The sentences, which say all that the table holds."""
+        return "\n".join([f"{self.headline()}:", *self.sentences()])
+
 
 def noise(df: pd.DataFrame, *, y: str = "val_loss") -> Noise:
     """Variance components of a loss.
