@@ -228,8 +228,10 @@ def _ends(log_value: Array, spread: Array, dof: float) -> pd.DataFrame:
 
 
 def calibrated(points: pd.DataFrame) -> float:
-    """`MISFIT` that the stack's forecasts of losses speak for most: every family and cut counts alike."""
+    """The constant that the stack's forecasts of losses speak for most, each family alike; `MISFIT` without any."""
     of_stack = points[(points["method"] == STACK) & (points["quantity"] == LOSS)]
+    if of_stack.empty:
+        return MISFIT
     miss = np.log(of_stack["measured"].to_numpy() / of_stack["predicted"].to_numpy())
     known, unit = of_stack["known"].to_numpy(float), of_stack["unit"].to_numpy(float)
     sizes = of_stack.groupby(["table", "cut"])["cut"].transform("size")
