@@ -62,7 +62,8 @@ class Ahead(Result):
             reach = f"{far:.3g} times beyond the table" if far > 1 else "inside the table"
             lines.append(f"{scale_words(place)}, {reach}")
             lines += [self._line(row) for row in rows.to_dict("records")]
-            lines += [f"  {words}" for words in record_words(record(far), accuracies=len(self.forecasters) > 1)]
+            fared = record(far) if self.loss.is_usual else None
+            lines += [f"  {words}" for words in record_words(fared, accuracies=len(self.forecasters) > 1)]
             lines.append("")
         gone = [f"Left out: {'; '.join(map(str, self.exclusions))}."] if self.exclusions else []
         parts = "its noise, the parameters, the laws' spread and their misfit"
@@ -71,10 +72,9 @@ class Ahead(Result):
 
     def _line(self, row: Mapping[Any, Any]) -> str:
         name = self.names.get(row["quantity"], row["quantity"])
-        return (
-            f"  {name}: {row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]; "
-            f"laws from {row['rival_lo']:.4g} to {row['rival_hi']:.4g}"
-        )
+        several = len(self.forecasters[row["quantity"]].stack.curves) > 1
+        rivals = f"; laws from {row['rival_lo']:.4g} to {row['rival_hi']:.4g}" if several else ""
+        return f"  {name}: {row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]{rivals}"
 
 
 def record_words(found: Record | None, *, accuracies: bool = False) -> list[str]:

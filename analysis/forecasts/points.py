@@ -67,7 +67,8 @@ class Basis:
             x["C"] = self.cost.kappa * x["N"] ** (1 + self.cost.s) * x["D"]
         if "U" in self.variables and "U" not in x and "D" in x:
             x["U"] = x["D"]
-        if missing := [v for v in self.variables if v not in x]:
+        told = ("C",) if self.cost is not None else ()  # by N and D
+        if missing := [v for v in self.variables if v not in x and (v not in told or {"N", "D"} <= set(x))]:
             raise AnalysisError(
                 f"The scale needs {' and '.join(missing)}, as in {','.join(f'{v}=1e9' for v in missing)}."
             )
@@ -146,6 +147,11 @@ class Forecaster:
         """
         rows = self.stack.predict(self.basis.place(at))
         return as_accuracy(rows) if self.is_accuracy else rows
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the laws are those that the record on public tables is of."""
+        return set(JOINT) <= {law.name for law in self.basis.laws}
 
     @property
     def law(self) -> Law:
