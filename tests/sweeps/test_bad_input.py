@@ -241,7 +241,7 @@ def test_any_cells_of_a_table(tmp_path: Path, capsys: Any) -> None:
         ("frontier {folder}/names.jsonl", r"\x0b"),
         ("frontier {table} --at nan", "--at"),
         ("correlate {table} --x L --y L", "val_loss"),
-        ("correlate {table} --x L --y odd", "--y"),
+        ("correlate {table} --x L --y odd", "odd"),
         ("data index odd://place --out {folder}/index", "odd"),
         ("plan {folder}/flag.yaml", "budgets.0"),
         ("plan {folder}/task.yaml", "probes.0.task"),
