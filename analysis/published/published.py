@@ -68,12 +68,12 @@ def published_frame() -> pd.DataFrame:
     Returns:
         size, width, depth; params_trunk (equal to the released files), params_head (never released), params_total,
         flops_per_image (3 x forward, 256 tokens); val_loss (IN-1k, Figure 1); in1k_last6, in1k_best6 (Table 6),
-        in1k_lora (Table 8, not frozen); mean15_last6 (Table 6); source.
+        in1k_lora (Table 8, not frozen); source.
     """
     out = pd.read_csv(DATA / "sizes.csv", dtype={"flops_per_image": float}).drop(columns="images_seen")
     shares = ["in1k_last6", "in1k_best6", "in1k_lora"]
     out[shares] = _fractions(out[shares])
-    return out.assign(mean15_last6=table6().loc[out["size"], "mean"].to_numpy())
+    return out
 
 
 def best_frozen(task: str) -> str:
