@@ -6,7 +6,6 @@ import pytest
 from scipy import stats
 
 from aimscale.analysis import correlate
-from aimscale.analysis.accuracy.correlation import repetition
 from aimscale.analysis.errors import AnalysisError
 
 
@@ -89,17 +88,6 @@ def test_seeds_of_a_size_that_share_errors_count_as_one(rho):
     few = df.assign(x=df["x"].where(sizes < 3))
     assert correlate(few, x="x", y="y")[0].cluster == "run_id"  # three sizes with both columns are too few
     assert (np.mean(held, axis=0) > 0.88).all()
-
-
-@pytest.mark.parametrize("method", ["pearson", "kendall"])
-def test_rows_repeat_each_other_as_far_as_they_are_alike(method):
-    rng, runs = np.random.default_rng(7), np.repeat(np.arange(300), 4)
-    for alike in (0.0, 0.5, 1.0):
-        a, b = np.sqrt(alike) * rng.standard_normal((2, 300))[:, runs] + np.sqrt(1 - alike) * rng.standard_normal(
-            (2, 1200)
-        )
-        assert repetition(method, a, b, runs, 0) == pytest.approx(1 + 3 * alike**2, abs=0.2)
-    assert repetition(method, a, b, np.arange(1200), 0) == 1.0
 
 
 @pytest.mark.parametrize("method", ["spearman", "kendall"])

@@ -78,14 +78,6 @@ def test_fit_json_with_foreign_columns_and_another_n(table):
     assert out["params"]["alpha"] == pytest.approx(0.4, abs=0.05)
 
 
-def test_frontier_prints_all_approaches(table):
-    out = json.loads(run(verb("frontier"), table, "--at", 1e14, "--json"))
-    assert {f["approach"] for f in out["frontiers"]} <= {1, 2, 3}
-    assert len(out["frontiers"]) + len(out["failures"]) == 3
-    parametric = next(f for f in out["frontiers"] if f["approach"] == 3)
-    assert parametric["exponent"] == pytest.approx(0.5 / 0.9, abs=0.03)
-
-
 def test_a_probes_error_takes_the_place_of_the_loss(table):
     fitted = json.loads(run(verb("fit"), table, "--y", "digits:linear", "--resamples", 0, "--json"))
     assert fitted["params"]["E"] == pytest.approx(0.3, abs=0.02)  # 1 - (0.9 - loss), so 0.1 above the loss's floor

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from aimscale.analysis import fit, laws
 from aimscale.analysis.effects.repetition import repeats
 from aimscale.analysis.errors import AnalysisError
 
@@ -53,18 +52,6 @@ def test_at_one_size_the_data_half_alone_is_fitted(known_study):
     found = repeats(known_study(GRID | {"sizes": ["s5"]}), resamples=60)
     assert found.fit.law.name == "repeated_data"
     assert found.fit.params["R_D"] == pytest.approx(6, rel=0.2)
-
-
-def test_worth_and_effective_data_agree_with_the_law(known_study):
-    """The effective passes are the sum of what each sight adds, to the law's continuous limit."""
-    found = repeats(known_study(GRID), resamples=20)
-    r = found.fit.params["R_D"]
-    eight = found.table.set_index("epochs").loc[8, "effective"]
-    assert eight == pytest.approx(1 + r * (1 - np.exp(-7 / r)))
-    law = fit(laws.REPEATED, known_study(GRID), resamples=0)
-    fresh = law.predict({"N": [2e6], "D": [eight * 4000], "U": [1e9]})["value"][0]
-    seen = law.predict({"N": [2e6], "D": [8 * 4000], "U": [4000]})["value"][0]
-    assert fresh == pytest.approx(seen)
 
 
 def test_tables_without_repeats_are_refused(known_study):

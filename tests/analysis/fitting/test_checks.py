@@ -9,11 +9,7 @@ import pytest
 from scipy.stats import f as fisher
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.fitting.checks import diagnose
 from aimscale.analysis.fitting.lackoffit import positive_probability, ratio_test
-from aimscale.analysis.fitting.optimise import global_minimum
-from aimscale.analysis.fitting.problem import make_problem
-from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.words import FLAGS, Flag
 
 
@@ -60,18 +56,6 @@ def test_one_flag_a_parameter_and_it_lies_beside_it(grid):
     assert notes["A"] == str(flag)
     assert set(notes.drop("A")) == {""}
     assert [each["kind"] for each in json.loads(result.to_json())["flags"]] == ["rival", "factor"]
-
-
-def test_exponents_that_sum_to_one_are_known_together(grid):
-    """a may be known within a factor of 50 while b = 1 - a is narrow: neither is told then."""
-    result = fit("chinchilla", grid, resamples=0)
-    x = {v: result.data[v].to_numpy() for v in ("N", "D")}
-    problem = make_problem(result.law, x, result.data["y"].to_numpy(), result.objective)
-    minima = global_minimum(problem)[:1]
-    intervals = {"a": Interval(low=0.01, high=0.5), "b": Interval(low=0.5, high=0.99)}
-    points = dataclasses.make_dataclass("Points", ["x", "y", "index"])(x, problem.y, result.data.index)
-    _, not_identified = diagnose(problem, minima, result.params, {}, intervals, points)
-    assert {"a", "b"} <= not_identified
 
 
 def test_variables_that_move_together_are_flagged(grid):

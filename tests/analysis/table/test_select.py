@@ -1,7 +1,5 @@
 """Several tables as one, rows by condition, and which rows make one experiment."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +9,7 @@ from aimscale.analysis.plots.parts import series_of
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.table.design import design_columns, told_apart, with_size
 from aimscale.analysis.table.names import FOLDER
-from aimscale.analysis.table.read import read_tables, with_setup
+from aimscale.analysis.table.read import read_tables
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, select
 
 
@@ -45,17 +43,6 @@ def test_rows_are_chosen_by_words_numbers_and_letters(known_study):
     for condition in ("prefix", "prefx=none", "prefix=uniform", "prefix>=2", "seed<=one"):
         with pytest.raises(AnalysisError, match=condition):
             select(df, [condition])
-
-
-def test_fields_of_the_set_up_that_vary_become_columns():
-    setups = [
-        {"optimiser.clip_norm": 2.0, "objective.prefix": "none", "model.image_size": 28},
-        {"model.image_size": 28},
-    ]
-    frame = pd.DataFrame({"prefix": ["none", "paired", None], "setup": [*map(json.dumps, setups), None]})
-    wide = with_setup(frame)
-    assert list(wide.columns) == ["prefix", "setup", "optimiser.clip_norm"]
-    assert list(wide["optimiser.clip_norm"].dropna()) == [2.0, "default"]
 
 
 def mixed(frame, variables):
