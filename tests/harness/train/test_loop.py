@@ -386,14 +386,6 @@ def test_one_run_never_runs_twice_at_once(tmp_path: Path, tiny_config: Config, i
     assert run.read_status().attempt == 1
 
 
-def test_a_mistake_is_one_sentence_in_the_status(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
-    run = RunDir.create(tmp_path / "run", tiny_config(data={"sources": [{"path": str(tmp_path / "nowhere")}]}))
-    assert in_processes(train_in, run.path) == [2]
-    status = run.read_status()
-    assert (status.state, status.reason_class) == ("failed", "data")
-    assert "nowhere" in str(status.reason)
-
-
 def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
     tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
 ) -> None:

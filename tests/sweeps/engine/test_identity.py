@@ -13,10 +13,8 @@ import yaml
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.engine.start import launch, left_alone
-from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import load_sweep
-from aimscale.sweeps.table.status import sweep_status
 
 FILE: dict[str, Any] = {
     "name": "tiny",
@@ -142,27 +140,6 @@ def test_another_evaluation_never_trains_and_does_only_what_is_missing(
     current = {Path("validation") / f"{budget}.npz" for budget in (64, 128)} if "val_loss" in changed else set()
     assert {path for path in before["files"] if after["files"][path] != before["files"][path]} <= current
     assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated, "it is all there now"
-
-
-@pytest.mark.slow
-def test_another_kind_is_added_to_the_evaluation_that_is_there(moved: Callable[..., Path]) -> None:
-    there = moved(base={"probes": [{**FILE["base"]["probes"][0], "kinds": ["knn", "efficient"]}]})
-    run, before = only_run(there / "runs"), state(only_run(there / "runs"))
-    sweep = load_sweep(there / "sweep.yaml", there / "runs")
-
-    def evaluated() -> int:
-        return sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep))).runs[0].evaluated
-
-    assert evaluated() == 0
-    result = launch(there / "sweep.yaml", there / "runs", slots=1)
-    assert (result.finished, result.evaluated, evaluated()) == ((), (run.name,), 2)
-    after = state(run)
-    assert (after["metrics"], after["starts"]) == (before["metrics"], before["starts"])
-    assert before["files"].keys() <= after["files"].keys()
-    for old, new in zip(before["rows"], after["rows"], strict=True):
-        assert [probe["kind"] for probe in new["probes"]] == ["knn", "efficient"]
-        assert new["probes"][0] == old["probes"][0], "nothing was measured again"
-    assert not launch(there / "sweep.yaml", there / "runs", slots=1).evaluated
 
 
 @pytest.mark.slow
