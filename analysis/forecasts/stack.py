@@ -195,9 +195,13 @@ def _is_enough(points: Measured, below: Array) -> bool:
 
 
 def _weights(names: Sequence[str], backtests: pd.DataFrame) -> dict[str, float]:
-    """Of curves by their errors in backtests; one that none could test counts as the worst, and all alike without."""
-    errors = backtests.groupby("curve")["error"].apply(_rms).reindex(list(names))
-    errors = errors.fillna(errors.max()).fillna(1.0)
+    """Of curves by their errors in backtests; one that a cut could not test counts there as the worst, all alike without.
+
+    The lower the cut, the harder the test: one that only the higher cuts could test must not gain by it.
+    """
+    of_cuts = backtests.pivot_table(index="curve", columns="times", values="error").reindex(list(names))
+    of_cuts = of_cuts.fillna(of_cuts.max())
+    errors = of_cuts.apply(_rms, axis=1) if of_cuts.shape[1] else pd.Series(1.0, index=list(names))
     least = FLOOR * errors.min()
     raw = (errors**2 + max(least, 1e-12) ** 2) ** (-SHARPNESS / 2)
     return (raw / raw.sum()).to_dict()

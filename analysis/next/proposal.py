@@ -98,11 +98,11 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
     rows: list[int] = []
     left, unsold = budget, np.ones(n, bool)
     while np.any(affordable := unsold & (prices <= left)):
-        variance = np.einsum("kii->ki", joint)
+        variance = _variances(joint)
         share = np.sum(joint[:, :n, n:] ** 2, axis=2) / (variance[:, :n] + noise**2)
         gain = np.mean(share / variance[:, n:].sum(axis=1, keepdims=True), axis=0)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
-        column = joint[:, :, best] / np.sqrt(joint[:, best, best] + noise**2)[:, None]
+        column = joint[:, :, best] / np.sqrt(variance[:, best] + noise**2)[:, None]
         joint -= column[:, :, None] * column[:, None, :]
         rows.append(best)
         unsold[best], left = False, left - prices[best]
@@ -111,7 +111,12 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
 
 def _spread(joint: Array, n: int) -> float:
     """Standard deviation at the targets: root mean square over them, median over draws."""
-    return float(np.median(np.sqrt(np.mean(np.einsum("kii->ki", joint)[:, n:], axis=1))))
+    return float(np.median(np.sqrt(np.mean(_variances(joint)[:, n:], axis=1))))
+
+
+def _variances(joint: Array) -> Array:
+    """The diagonals (draws, m), none below zero by rounding."""
+    return np.maximum(np.einsum("kii->ki", joint), 0.0)
 
 
 def _plausible(law: Fit) -> list[Fit]:
