@@ -195,9 +195,9 @@ def _is_enough(points: Measured, below: Array) -> bool:
 
 
 def _weights(names: Sequence[str], backtests: pd.DataFrame) -> dict[str, float]:
-    """Of curves by their errors in backtests; one that a cut could not test counts there as the worst, all alike without.
+    """Of curves by their errors in backtests; all alike without any.
 
-    The lower the cut, the harder the test: one that only the higher cuts could test must not gain by it.
+    The lower the cut, the harder the test: a curve that one could not test counts there as the worst.
     """
     of_cuts = backtests.pivot_table(index="curve", columns="times", values="error").reindex(list(names))
     of_cuts = of_cuts.fillna(of_cuts.max())
