@@ -204,7 +204,7 @@ def _weights(names: Sequence[str], backtests: pd.DataFrame) -> dict[str, float]:
     errors = of_cuts.apply(_rms, axis=1) if of_cuts.shape[1] else pd.Series(1.0, index=list(names))
     least = FLOOR * errors.min()
     raw = (errors**2 + max(least, 1e-12) ** 2) ** (-SHARPNESS / 2)
-    return (raw / raw.sum()).to_dict()
+    return {str(name): float(share) for name, share in (raw / raw.sum()).items()}
 
 
 def _mean(off: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
