@@ -55,7 +55,7 @@ class Stack(Result):
     missing: Mapping[str, str]
     """Curve -> why it takes no part."""
     misfit: float
-    """Root mean square error of the stack in its backtests; `UNTESTED` times the noise without any."""
+    """Error of the stack in its backtests, the median of their root mean squares; `UNTESTED` noises without any."""
     num_points: int
     largest: Mapping[str, float]
     """Largest value of each variable, and of compute."""
@@ -74,7 +74,7 @@ class Stack(Result):
     def table(self) -> pd.DataFrame:
         """One row a curve, the heaviest first: curve, num_params, weight, backtest_error, noise, reason."""
         tested = self.backtests.groupby("curve")["error"] if self.is_tested else None
-        errors = {} if tested is None else tested.apply(_rms).to_dict()
+        errors = {} if tested is None else tested.median().to_dict()
         rows = [
             {
                 "curve": name,
@@ -179,7 +179,7 @@ def stacked(points: Measured, fitter: Fitter) -> Stack:
         weights=weights,
         backtests=backtests,
         missing=missing,
-        misfit=_rms([_rms(miss) for miss in means]) if means else UNTESTED * noise,
+        misfit=float(np.median([_rms(miss) for miss in means])) if means else UNTESTED * noise,
         num_points=len(points.y),
         largest={v: float(values.max()) for v, values in {**points.x, "C": points.compute}.items() if v != "U"},
     )
@@ -195,13 +195,14 @@ def _is_enough(points: Measured, below: Array) -> bool:
 
 
 def _weights(names: Sequence[str], backtests: pd.DataFrame) -> dict[str, float]:
-    """Of curves by their errors in backtests; all alike without any.
+    """Of curves by the median of their errors in backtests; all alike without any.
 
-    The lower the cut, the harder the test: a curve that one could not test counts there as the worst.
+    The lowest cuts leave too little for a law with many parameters, which says nothing about the whole table: hence the
+    median. A curve that a cut could not test counts there as the worst.
     """
     of_cuts = backtests.pivot_table(index="curve", columns="times", values="error").reindex(list(names))
     of_cuts = of_cuts.fillna(of_cuts.max())
-    errors = of_cuts.apply(_rms, axis=1) if of_cuts.shape[1] else pd.Series(1.0, index=list(names))
+    errors = of_cuts.median(axis=1) if of_cuts.shape[1] else pd.Series(1.0, index=list(names))
     least = FLOOR * errors.min()
     raw = (errors**2 + max(least, 1e-12) ** 2) ** (-SHARPNESS / 2)
     return {str(name): float(share) for name, share in (raw / raw.sum()).items()}
