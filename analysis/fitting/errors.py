@@ -150,12 +150,13 @@ class Components:
         root = np.sqrt(weights)
         return out * root[:, None] * root + self.point**2 * np.eye(len(weights))
 
-    def variance_of(self, contrast: Array, weights: Array, groups: Groups) -> float:
-        """Variance of a contrast (n,) of the points' errors."""
-        out = self.point**2 * np.sum(contrast**2 / weights)
+    def variance_of(self, contrasts: Array, weights: Array, groups: Groups) -> Array:
+        """Variances (m,) of contrasts (m, n) of the points' errors."""
+        out = self.point**2 * np.sum(contrasts**2 / weights, axis=1)
         for spread, codes in ((self.size, groups.sizes), (self.run, groups.runs)):
-            out += 0.0 if codes is None else spread**2 * np.sum(np.bincount(codes, contrast) ** 2)
-        return float(out)
+            if codes is not None and spread > 0:
+                out += spread**2 * np.sum((contrasts @ np.eye(int(codes.max()) + 1)[codes]) ** 2, axis=1)
+        return out
 
     def scatter(self, weights: Array, num: int, rng: np.random.Generator) -> Array:
         """Errors (num, n) of new measurements, each of a new run and size, the components' own error included."""

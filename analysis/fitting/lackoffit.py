@@ -211,7 +211,7 @@ def _left_out(problem: Problem, vector: Array, shared: Groups, codes: Array) -> 
         left, unseen = with_spread(shared.rows(keep), jacobian[keep])
         near = np.clip(residual[keep], -problem.objective.delta, problem.objective.delta)
         spread = components_of(jacobian[keep], near, problem.weights[keep], left)
-        sd, off = np.sqrt(spread.variance_of(gap, problem.weights, shared)), float(share @ residual)
+        sd, off = np.sqrt(float(spread.variance_of(gap[None], problem.weights, shared)[0])), float(share @ residual)
         usual = float(student.ppf(1 - FAMILY_ALARM / 2 / num, max(1, num - 3)))
         found.append((off, off / max(sd, 1e-300), BLIND_THRESHOLD if unseen else usual))
     return np.array(found)

@@ -16,7 +16,7 @@ from aimscale.analysis.forecasts.points import AUTO, Forecaster, accuracy_foreca
 from aimscale.analysis.forecasts.record import Record, record
 from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.laws.base import Law
-from aimscale.analysis.table.names import Exclusion, names_of
+from aimscale.analysis.table.names import LETTERS, Exclusion, names_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.words import Flag
@@ -112,8 +112,6 @@ def forecast(
     scales = [dict(at)] if isinstance(at, Mapping) else [dict(each) for each in at]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")
-    if y in df.columns and complete(df).empty:
-        raise AnalysisError("No row of the table is complete, so there is nothing to forecast from.")
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, columns=columns)
     by = {y: loss}
     flags = []
@@ -152,10 +150,9 @@ def read_scales(texts: Sequence[str], option: str) -> list[dict[str, float]]:
         if "=" in text:
             found.append(parse_scale(text, option))
             continue
-        rows = read_table(Path(text))
-        ours = rows.rename(columns={"params_total": "N", "images_seen": "D", "unique_images": "U", "flops_train": "C"})
-        named = [name for name in ("N", "D", "U", "C") if name in ours]
-        values = ours[named].apply(pd.to_numeric, errors="coerce")
+        rows = read_table(Path(text)).rename(columns=LETTERS)
+        named = [name for name in ("N", "D", "U", "C") if name in rows]
+        values = rows[named].apply(pd.to_numeric, errors="coerce")
         if not named or not bool((values > 0).all(axis=None)):
             raise AnalysisError(f"{option} takes a table with positive columns N and D, which {text} is not.")
         found += [{str(v): float(x) for v, x in row.items()} for row in values.to_dict("records")]

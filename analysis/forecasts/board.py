@@ -120,7 +120,7 @@ def play(tables: Sequence[BoardTable], parts: Path, workers: int) -> Iterator[tu
 def _code_key() -> str:
     """Hash of everything that a forecast is made by."""
     digest = hashlib.sha256()
-    for folder in ("fitting", "forecasts", "laws", "table"):
+    for folder in ("accuracy", "fitting", "forecasts", "frontier", "laws", "table"):
         for path in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:8]

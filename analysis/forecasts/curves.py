@@ -160,12 +160,8 @@ class _Fitted:
 
     def spread(self, slopes: Array) -> Array:
         """Standard errors (m,) of what has these slopes (m, k): errors of sizes and of runs are shared."""
-        moves = slopes @ self.inverse
-        variance = self.errors.point**2 * np.sum(moves**2, axis=1)
-        for sd, codes in ((self.errors.size, self.groups.sizes), (self.errors.run, self.groups.runs)):
-            if codes is not None and sd > 0:
-                variance += sd**2 * np.sum((moves @ np.eye(int(codes.max()) + 1)[codes]) ** 2, axis=1)
-        return np.sqrt(variance)
+        every = np.ones(self.inverse.shape[1])
+        return np.sqrt(self.errors.variance_of(slopes @ self.inverse, every, self.groups))
 
 
 def _fitted(problem: Problem, groups: Groups) -> _Fitted:

@@ -64,7 +64,7 @@ class Basis:
             raise AnalysisError(f"The scale names {unknown[0]}, which is no variable; give {', '.join(sorted(known))}.")
         x = {v: np.atleast_1d(np.asarray(value, float)) for v, value in at.items()}
         if self.cost is not None and "C" not in x and {"N", "D"} <= set(x):
-            x["C"] = self.cost.kappa * x["N"] ** (1 + self.cost.s) * x["D"]
+            x["C"] = self.cost.flops(x["N"], x["D"])
         if "U" in self.variables and "U" not in x and "D" in x:
             x["U"] = x["D"]
         told = ("C",) if self.cost is not None else ()  # by N and D
@@ -195,8 +195,15 @@ def accuracy_forecaster(
     Raises:
         AnalysisError: as `forecaster`.
     """
-    found = accuracy_basis(probed, law=law, loss=loss, columns=columns)
-    return Forecaster(basis=found, stack=stacked(found.points, fitter(found.laws, found.laws)), is_accuracy=True)
+    errors = (1 - pd.to_numeric(probed["top1"], errors="coerce")).clip(lower=LEAST_ERROR)
+    found = basis(probed.assign(**{ERROR: errors}), law, ERROR, columns)
+    rows = probed.loc[found.index]
+    losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else None
+    usable = losses is not None and bool(np.all(losses > 0))
+    level, ideal = chance_level(rows), ideal_loss(rows)
+    points = replace(found.points, loss=losses if usable else None, chance=level, ideal=ideal)
+    stack = stacked(points, fitter(found.laws, found.laws))
+    return Forecaster(basis=replace(found, points=points), stack=stack, is_accuracy=True)
 
 
 def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
@@ -204,27 +211,6 @@ def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
     pairs = (("ci_lo", "ci_hi"), ("pi_lo", "pi_hi"), ("rival_lo", "rival_hi"))
     swapped = {name: (1 - rows[other]).clip(0, 1) for low, high in pairs for name, other in ((low, high), (high, low))}
     return rows.assign(value=(1 - rows["value"]).clip(0, 1), **swapped)
-
-
-def accuracy_basis(
-    probed: pd.DataFrame,
-    *,
-    law: Sequence[Law | str] | str = AUTO,
-    loss: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
-) -> Basis:
-    """The rows of one probe on one task (of `probe_frame`), for laws of its error rate and links from the loss to it.
-
-    Raises:
-        AnalysisError: as `basis`.
-    """
-    errors = (1 - pd.to_numeric(probed["top1"], errors="coerce")).clip(lower=LEAST_ERROR)
-    found = basis(probed.assign(**{ERROR: errors}), law, ERROR, columns)
-    points, rows = found.points, probed.loc[found.index]
-    losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else None
-    usable = losses is not None and bool(np.all(losses > 0))
-    level, ideal = chance_level(rows), ideal_loss(rows)
-    return replace(found, points=replace(points, loss=losses if usable else None, chance=level, ideal=ideal))
 
 
 def fitter(laws: Sequence[Law], losses: Sequence[Law] = ()) -> Fitter:

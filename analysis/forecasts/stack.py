@@ -56,7 +56,6 @@ class Stack(Result):
     """Curve -> why it takes no part."""
     misfit: float
     """Error of the stack in its backtests, the median of their root mean squares; `UNTESTED` noises without any."""
-    num_points: int
     largest: Mapping[str, float]
     """Largest value of each variable, and of compute."""
 
@@ -108,11 +107,11 @@ class Stack(Result):
         x = {v: np.atleast_1d(np.asarray(values, float)) for v, values in places.items()}
         share = np.array([self.weights[name] for name in self.curves])
         logs = np.array([curve.log_value(x) for curve in self.curves.values()])
+        spreads = np.array([curve.log_sd(x) for curve in self.curves.values()])
         centre, far = share @ logs, self.distance(x)
         parts = {
             "noise": np.full(len(centre), np.sqrt(share @ np.array([c.noise**2 for c in self.curves.values()]))),
-            "parameters": share
-            @ np.array([c.log_sd(x) for c in self.curves.values()]),  # of one table: they go together
+            "parameters": share @ spreads,  # one table's curves err together
             "laws": np.sqrt(share @ (logs - centre) ** 2),
             "misfit": MISFIT * self.misfit * np.sqrt(np.log(far)),
         }
@@ -180,7 +179,6 @@ def stacked(points: Measured, fitter: Fitter) -> Stack:
         backtests=backtests,
         missing=missing,
         misfit=float(np.median([_rms(miss) for miss in means])) if means else UNTESTED * noise,
-        num_points=len(points.y),
         largest={v: float(values.max()) for v, values in {**points.x, "C": points.compute}.items() if v != "U"},
     )
 
