@@ -88,6 +88,8 @@ class Status:
     """Starts so far."""
     job_id: str | None = None
     """Slurm's job, where there is one."""
+    claim: str | None = None
+    """Token of the worker's claim under which the last attempt started; null of one started by hand."""
 
 
 _STATUS = TypeAdapter(Status)
@@ -178,6 +180,7 @@ class RunDir:
             heartbeat=time.time(),
             attempt=self.read_status().attempt + 1,
             job_id=os.environ.get("SLURM_JOB_ID"),
+            claim=os.environ.get("AIMSCALE_CLAIM"),
             reason=None,
             reason_class=None,
             failed_on=None,

@@ -1,0 +1,157 @@
+"""A lock on a file, held for a process's life: the kernel, or the file server, drops it when the process is gone.
+
+A run has two: `lock`, of the first rank of its trainer, and `claim`, of the worker that started it. Nothing is renewed
+and no clock is read: who holds the lock is alive, even where it stands still. What a holder may still write after it
+lost the lock, cut off from the file server, is up to the fence (`harness.run.fence`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.files import process_started
+
+LOOK_S = 1.0
+"""A look at a lock (`is_held`) holds it for microseconds; who wants it tries again for so long."""
+
+
+class LockHeld(UserError):
+    """Another process holds the lock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """What a lock's file says of the process that holds it, or held it last."""
+
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    process_started: str | None = field(default_factory=lambda: process_started(os.getpid()))
+    """Start time of that process, which makes the pid unique."""
+    since: float = field(default_factory=time.time)
+    """Unix time at which it took the lock."""
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Names this holding of the lock."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else the holder says of itself."""
+
+
+_HOLDER = TypeAdapter(Holder)
+
+
+class Lock:
+    """An exclusive lock; its file stays where it is, and says who held it last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def take(self, **facts: Any) -> Holder | None:
+        """Take it and write down who holds it; None where another process has it.
+
+        Raises:
+            UserError: the file system cannot be written, or has no locks.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if not _locked(descriptor, fcntl.LOCK_EX, patience_s=LOOK_S):
+                    os.close(descriptor)
+                    return None
+                holder = Holder(facts=facts)
+                text = (json.dumps(asdict(holder)) + "\n").encode()
+                os.pwrite(descriptor, text, 0)  # readers read its first line, whatever of an older one follows
+                os.ftruncate(descriptor, len(text))
+            except OSError:
+                os.close(descriptor)
+                raise
+        except OSError as error:
+            raise _refusal(self.path, error) from error
+        self._descriptor = descriptor
+        return holder
+
+    def release(self) -> None:
+        """Let it go; without effect where it is not held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@contextlib.contextmanager
+def holding(path: Path, **facts: Any) -> Iterator[Holder]:
+    """Hold a lock for the block.
+
+    Raises:
+        LockHeld: another process has it.
+        UserError: as `Lock.take` says.
+    """
+    lock = Lock(path)
+    mine = lock.take(**facts)
+    if mine is None:
+        other = read_holder(path)
+        who = f"process {other.pid} on {other.host}" if other else "another process"
+        raise LockHeld(f"{path.parent} is being executed by {who}; wait for it or cancel it")
+    try:
+        yield mine
+    finally:
+        lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process holds the lock; a file that cannot be opened is held by nobody.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _locked(descriptor, fcntl.LOCK_SH)
+    except OSError as error:
+        raise _refusal(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds a lock, or held it last; None where its file says nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError, ValidationError, RecursionError):
+        return _HOLDER.validate_json(path.read_bytes().partition(b"\n")[0])
+    return None
+
+
+def _locked(descriptor: int, kind: int, patience_s: float = 0.0) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+
+
+def _refusal(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return UserError(
+            f"the file system of {path.parent} has no locks ({error.strerror}), without which two machines could "
+            f"execute one run; mount it with flock or choose another --root"
+        )
+    return UserError(f"cannot write into {path.parent} ({error.strerror}); mend that or choose another --root")
