@@ -275,9 +275,6 @@ class RuntimeConfig(Section):
     checkpoint_every_min: float | None = Field(30, gt=0)
     """Checkpoints this many minutes after the last, too. They are written while training goes on, from a copy in host
     memory (12 bytes per parameter over all ranks); where the host has no room for it, training waits."""
-    evaluate: Literal["inline", "jobs"] = "inline"
-    """Where validation and probes run: in the training process when all budgets are trained and the training states are
-    freed, or as jobs of their own, which `aimscale launch` starts."""
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()

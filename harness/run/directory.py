@@ -28,9 +28,6 @@ ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
 STATUS_VERSION = 1
 RESULTS_VERSION = 1
 
-EVALUATION = "evaluating"
-"""Folder of a run for what is measured on it beside its training."""
-
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
 EXIT_USER_ERROR = 2

@@ -1,8 +1,4 @@
-"""Train a run, or evaluate one beside its training: `python -m aimscale.harness.train RUN_DIR|RUN_DIR/evaluating`.
-
-`RUN_DIR/evaluating/` holds an evaluation's configuration (the run's, with what is to be measured now), status, lease
-and logs, so that it neither waits for the training of the same run nor disturbs it.
-"""
+"""Execute what a run lacks: `python -m aimscale.harness.train RUN_DIR` trains its budgets and evaluates them."""
 
 from __future__ import annotations
 
@@ -13,17 +9,18 @@ import torch
 from aimscale.harness.data.stream.loader import start_server
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.device.job import Job, execute_job
-from aimscale.harness.probe.run import join_ranks
-from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EVALUATION, EXIT_FINISHED, RunDir
+from aimscale.harness.probe.owed import lacking
+from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.failures import run_worker
 from aimscale.harness.run.trunk import missing_budgets
-from aimscale.harness.train.evaluate import evaluate_run, missing_evaluations
+from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
 
 
 def train(path: Path) -> int:
-    """Train, evaluate if that is to be done here, or resume the run in `path`; returns the exit code (`run.directory`).
+    """Train what the budgets of the run in `path` lack, then evaluate what they lack; returns the exit code.
+
+    Exit codes are in `run.directory`.
 
     Raises:
         UserError: the configuration or the data cannot be used; `status.json` says why, too.
@@ -31,7 +28,7 @@ def train(path: Path) -> int:
     """
     run = RunDir(path)
     config = run.load_config()
-    if find_placement().world_size == 1 and _is_finished(run, config):
+    if find_placement().world_size == 1 and run.read_status().state == "finished" and not lacking(run, config):
         print(f"{path} has finished; extend its budgets or probes in the sweep file, and launch, to go on")
         return EXIT_FINISHED
 
@@ -41,41 +38,17 @@ def train(path: Path) -> int:
             start_server()  # it imports PyTorch while the engine is built
         group = start_group(job.placement, config.runtime.device)
         job.stack.callback(stop_group)
-        if missing_budgets(run, config):
+        if group.from_first(missing_budgets(run, config)):
             trainer = Trainer(run, config, group, job.watch, job.flag)
             try:
                 trainer.walk()
             finally:
                 trainer.close()  # frees the device: what comes next needs the memory of the training state
-        if config.runtime.evaluate == "inline":
-            evaluate_run(run, config, group, job)
+        evaluate_run(run, config, group, job)
 
     return execute_job(run, work)
 
 
-def _is_finished(run: RunDir, config: RunConfig) -> bool:
-    if run.read_status().state != "finished" or missing_budgets(run, config):
-        return False
-    return config.runtime.evaluate != "inline" or not missing_evaluations(run, config)
-
-
-def evaluate(path: Path) -> int:
-    """Execute the evaluation in `path`, RUN_DIR/evaluating, and return the exit code (`run.directory`).
-
-    Raises:
-        UserError: something cannot be measured; `status.json` says why, too.
-        LeaseHeld: another process executes this job.
-    """
-    folder, run = RunDir(path), RunDir(path.parent)
-    config = folder.load_config()
-
-    def work(job: Job) -> None:
-        group = job.stack.enter_context(join_ranks(config.runtime.device, config.runtime.num_threads))
-        evaluate_run(run, config, group, job)
-
-    return execute_job(folder, work, also=[run.path / name for name in ("validation", "probes")])
-
-
 def main() -> None:
     """Entry point of the launchers."""
-    run_worker(lambda path: (evaluate if path.name == EVALUATION else train)(path), "aimscale.harness.train RUN_DIR")
+    run_worker(train, "aimscale.harness.train RUN_DIR")

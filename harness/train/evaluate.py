@@ -1,7 +1,7 @@
 """Evaluate the saved budgets of a run: validation, pictures, probes; knowing only the run's directory.
 
-A budget's weights are all that evaluation needs, so it is work of its own: after training in the same process, when
-the training states are gone, or as a job beside it (`harness.train.attempt`). What is there is not done again.
+It follows the training in the same process, when the training states are gone, and needs a budget's weights alone.
+What is there is not done again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aimscale.harness.data.store.index import DataError, ShardDataset, open_data
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.job import Job
-from aimscale.harness.probe.files import is_probed, validation_name
+from aimscale.harness.probe.files import validation_name
 from aimscale.harness.probe.run import load_budget, probe_run
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -52,17 +52,6 @@ def evaluate_run(run: RunDir, config: RunConfig, group: Group, job: Job) -> None
         for _, entries in probe_run(run.path, budget, tasks, group=group, pause=pause) if tasks else ():
             for entry in entries if group.is_first else ():
                 print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
-
-
-def missing_evaluations(run: RunDir, config: RunConfig) -> list[str]:
-    """What `evaluate_run` would measure, in words; data that cannot be looked at count as unchanged."""
-    missing = []
-    for budget in saved_budgets(run):
-        if budget in config.evaluation.budgets:
-            missing += [] if is_validated(run, config, budget) else [f"validation at {budget}"]
-            tasks = [task for task in config.evaluation.probes if not is_probed(run, config, budget, task)]
-            missing += [f"{section.task} at {budget}" for section in tasks]
-    return missing
 
 
 def record_row(run: RunDir, group: Group, budget: int) -> None:

@@ -10,7 +10,6 @@ import typer
 
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, Root, SweepName, some_runs
 from aimscale.sweeps.engine import start, stop
-from aimscale.sweeps.engine.evaluations import Place, evaluation_arrays, with_place
 from aimscale.sweeps.engine.local_queue import worker_command
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.slurm import commands as slurm
@@ -32,13 +31,6 @@ def launch(
     slots: Annotated[
         int | None, typer.Option(help="Local processes at a time; by default one per card, or what the cores can feed.")
     ] = None,
-    evaluate: Annotated[
-        Place | None,
-        typer.Option(
-            help="Validate and probe inline, in the process that trained the run, or as separate jobs; default: jobs "
-            "on Slurm, else as runtime.evaluate says."
-        ),
-    ] = None,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
@@ -46,22 +38,20 @@ def launch(
     """Start what is missing, resume what died, skip what is done."""
     again = f"{sweep} --root {root}"
     if on == "slurm":
-        _launch_slurm(sweep, root, dry_run, allow_dirty, evaluate or "jobs")
+        _launch_slurm(sweep, root, dry_run, allow_dirty)
         if not dry_run:
             typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")
         return
     if dry_run:
         _print_local(sweep, root)
         return
-    result = start.launch(sweep, root, slots=slots, evaluate=evaluate)
+    result = start.launch(sweep, root, slots=slots)
     _print_left(result.left)
     _print_unplanned(result.unplanned)
     if result.interrupted:
         typer.echo(f"stopped; `aimscale launch {again}` goes on from here")
         raise typer.Exit(EXIT_INTERRUPTED)
-    typer.echo(
-        f"{len(result.finished)} runs finished now, {len(result.evaluated)} evaluated, {len(result.failed)} failed"
-    )
+    typer.echo(f"{len(result.finished)} runs finished now, {len(result.failed)} failed")
     if result.failed or any(decision.verdict in ("failed", "damaged") for decision in result.left):
         typer.echo(f"see `aimscale status {again}`")
         raise typer.Exit(1)
@@ -77,7 +67,7 @@ def work(
         int | None, typer.Option(min=1, help="Cards to use, or processes where there are none; by default all.")
     ] = None,
 ) -> None:
-    """Take free runs and evaluations of a sweep, one after another, until none is left.
+    """Take free runs of a sweep, one after another, until none is left.
 
     Start it on any machine that sees the sweep's folder, as often as you like: workers and launches share the work, and
     each run is executed once. It leaves when nothing is left to take or its time is up, saving first.
@@ -85,7 +75,7 @@ def work(
     did = start.work(sweep, root, hours=hours, devices=devices)
     why = "nothing is left" if not did.interrupted else "stopped" if did.stopped_by else "time is up"
     typer.echo(
-        f"{why}: trained {len(did.finished)} runs, evaluated {len(did.evaluated)}, {len(did.failed)} failed; see "
+        f"{why}: finished {len(did.finished)} runs, {len(did.failed)} failed; see "
         f"`aimscale status {sweep} --root {root}`"
     )
     if did.stopped_by:
@@ -139,32 +129,28 @@ def _print_local(sweep: str, root: Path) -> None:
         typer.echo(f"{decision.verdict}: {what or run.run_id}")
 
 
-def _launch_slurm(sweep: str, root: Path, dry_run: bool, allow_dirty: bool, evaluate: Place) -> None:
+def _launch_slurm(sweep: str, root: Path, dry_run: bool, allow_dirty: bool) -> None:
     from aimscale.sweeps.engine.packed_job import PackedJob
     from aimscale.sweeps.slurm.submit import launch_slurm  # submitit is slow to import
 
     loaded, runs, _ = start.planned(sweep, root)
-    runs = with_place(runs, evaluate)
     if not dry_run:
         start.check_data(start.startable(loaded, runs, slurm.is_queued(slurm.jobs())))
         prepare(loaded, runs)
     result = launch_slurm(loaded, runs, allow_dirty=allow_dirty, dry_run=dry_run, packed=PackedJob)
-    _print_submitted(result.submitted, "", dry_run)
+    _print_submitted(result.submitted, dry_run)
     _print_left(result.left)
-    for part in evaluation_arrays(loaded, runs, result, allow_dirty=allow_dirty, dry_run=dry_run):
-        _print_submitted(part.submitted, "evaluations of ", dry_run)
-        _print_left([each for each in part.left if each.verdict in ("failed", "damaged")])
     _print_unplanned(unplanned(loaded, runs))
 
 
-def _print_submitted(parts: Sequence[Submission], what: str, dry_run: bool) -> None:
+def _print_submitted(parts: Sequence[Submission], dry_run: bool) -> None:
     """The jobs of a launch on Slurm, or their scripts."""
     for part in parts:
         if dry_run:
-            typer.echo(f"# {what}{len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
+            typer.echo(f"# {len(part.run_ids)} runs: {' '.join(part.run_ids)}\n{part.script}")
             continue
         shape = f"{part.shape.nodes} x {part.shape.tasks_per_node}"
         inside = f", {part.num_jobs} of them" if part.num_jobs < len(part.run_ids) else ""
-        typer.echo(f"submitted {what}{len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}{inside}")
+        typer.echo(f"submitted {len(part.run_ids)} runs of {shape} (nodes x tasks) as job {part.job_id}{inside}")
         if part.excluded:
             typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")

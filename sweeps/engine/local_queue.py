@@ -91,9 +91,7 @@ class LaunchResult:
     """What a launch, or a worker, did."""
 
     finished: tuple[str, ...] = ()
-    """Runs it brought to their end."""
-    evaluated: tuple[str, ...] = ()
-    """Runs on which it measured what was missing, in jobs of their own."""
+    """Runs it brought to their end: trained, and evaluated."""
     failed: tuple[str, ...] = ()
     """Runs it tried in vain."""
     left: tuple[Decision, ...] = ()

@@ -19,7 +19,6 @@ from aimscale.harness.data.store.card import num_images
 from aimscale.harness.run.config import ModelSection, ProbeSection, parse, read_yaml
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.engine.devices import default_slots, visible_gpus
-from aimscale.sweeps.engine.evaluations import WORKER, Place, evaluation_jobs, unevaluated, with_place
 from aimscale.sweeps.engine.local_queue import Command, LaunchResult, Queue, print_events, run_queue, worker_command
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
@@ -73,7 +72,6 @@ def launch(
     root: Path = Path("aimscale-runs"),
     *,
     slots: int | None = None,
-    evaluate: Place | None = None,
     command: Command = worker_command,
     check: Callable[[Sequence[Run]], None] = check_data,
 ) -> LaunchResult:
@@ -84,8 +82,6 @@ def launch(
     Args:
         sweep: a sweep or its name.
         slots: processes at a time; by default one per card, or as many as the cores can feed.
-        evaluate: where validation and probes run: `inline`, in the process that has trained the run, or as `jobs` after
-            training; None leaves it to each run's `runtime.evaluate`. What finished runs lack is jobs in any case.
         command: the program that executes a run.
         check: looks at the data of the runs that would start.
 
@@ -94,7 +90,6 @@ def launch(
             written; nothing was made.
     """
     loaded, runs, cards = planned(sweep, root)
-    runs = with_place(runs, evaluate)
     ask = slurm.Queued()
     check(startable(loaded, runs, ask))
     prepare(loaded, runs)
@@ -107,9 +102,6 @@ def launch(
     )
     with _display(lambda: sweep_status(loaded, runs, cards)) as report:
         result = queue(runs, command=command, report=report, kind=training_jobs(loaded))
-        if not result.interrupted and (lacking := unevaluated(loaded, runs)):
-            evaluated = queue(lacking, command=evaluation_command, report=report, kind=evaluation_jobs(loaded))
-            result = _with_evaluations(result, evaluated)
     return replace(result, unplanned=unplanned(loaded, runs))
 
 
@@ -159,35 +151,13 @@ def work(
     did = LaunchResult()
     while True:
         result = queue(runs, kind=training, command=command, is_queued=slurm.Queued())
-        if not result.interrupted:
-            lacking, kind = unevaluated(loaded, runs), evaluation_jobs(loaded)
-            evaluated = queue(lacking, kind=kind, command=evaluation_command, is_queued=slurm.Queued())
-            result = _with_evaluations(result, evaluated)
         did = replace(
             result,
             finished=tuple(dict.fromkeys(did.finished + result.finished)),
-            evaluated=tuple(dict.fromkeys(did.evaluated + result.evaluated)),
             failed=tuple(dict.fromkeys(did.failed + result.failed)),
         )
-        if result.interrupted or not (result.finished or result.evaluated or result.failed):
+        if result.interrupted or not (result.finished or result.failed):
             return did
-
-
-def _with_evaluations(trained: LaunchResult, evaluated: LaunchResult) -> LaunchResult:
-    """Training and the evaluation after it as one launch."""
-    return replace(
-        trained,
-        evaluated=evaluated.finished,
-        failed=trained.failed + evaluated.failed,
-        left=trained.left + tuple(each for each in evaluated.left if each.verdict in ("failed", "damaged")),
-        interrupted=evaluated.interrupted,
-        stopped_by=evaluated.stopped_by,
-    )
-
-
-def evaluation_command(path: Path, devices: int) -> list[str]:
-    """The program that executes an evaluation job."""
-    return worker_command(path, devices, WORKER)
 
 
 def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.probe.owed import Lacking, lacking
 from aimscale.harness.run.directory import Status
 from aimscale.harness.run.trunk import missing_budgets
 from aimscale.sweeps.plan.costs import MIN_STOP_S, stop_seconds
@@ -44,16 +45,23 @@ def decide(run: Run, record: RunRecord, is_queued: Callable[[Claim], bool]) -> D
         status = record.checked_status()
         if not record.config.exists() or status.state == "created":
             return standing(record, status, is_queued) or ("start", "")
-        missing = budgets_left(run, record)
+        missing = _lacking(run, record)
         if status.state == "finished" and not missing:
             return "finished", ""
-        is_longer = f"extended to {missing[-1]} images" if missing and status.state == "finished" else status.state
+        is_longer = f"lacks {missing[-1]}" if status.state == "finished" else status.state
         if found := standing(record, status, is_queued):
             return found
         record.load_config()  # a damaged one is named now, not after a job was submitted
         return "resume", is_longer
 
     return decision(run, record, verdict)
+
+
+def _lacking(run: Run, record: RunRecord) -> list[Lacking]:
+    try:
+        return lacking(record, run.config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise record.damaged(record.results, error) from error
 
 
 def budgets_left(run: Run, record: RunRecord) -> list[int]:

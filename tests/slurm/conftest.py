@@ -141,18 +141,9 @@ def sweep_values(data: Path, **changes: Any) -> dict[str, Any]:
 def fault(cluster: Path, data: Path, tmp_path: Path) -> Iterator[Callable[..., Fault]]:
     """A sweep for the cluster; keywords are environment variables of `slow_trainer`, and `slurm` and other fields."""
 
-    def make(
-        *,
-        slurm: dict[str, Any] | None = None,
-        step_s: float = 0.6,
-        fault: str = "",
-        slow_evaluations: bool = False,
-        **changes: Any,
-    ) -> Fault:
+    def make(*, slurm: dict[str, Any] | None = None, step_s: float = 0.6, fault: str = "", **changes: Any) -> Fault:
         values = sweep_values(data, **changes)
-        slowly = HERE.parent / "slow_evaluations"
-        setup = [f"export PYTHONPATH=$PYTHONPATH:{slowly}" if slow_evaluations else "true"]
-        setup += [f"export STEP_S={step_s} FAULT={fault} OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu"]
+        setup = [f"export STEP_S={step_s} FAULT={fault} OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu"]
         values["slurm"] |= {"setup": setup, **(slurm or {})}
         path = tmp_path / "sweep.yaml"
         path.write_text(yaml.safe_dump(values))
