@@ -13,12 +13,15 @@ import os
 import re
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
 from aimscale.aim.errors import UserError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT_S = 1800
 """A collective that takes longer than this means that a rank is gone."""
@@ -173,9 +176,27 @@ class Group:
         torch.distributed.all_gather_object(values, value, group=self._host_group)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's picklable value, on every rank."""
-        return self.gather(value)[0]
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0 (picklable), on every rank; no other rank calls it.
+
+        Raises:
+            UserError: raised on rank 0, on every rank; what else it raises there is a RuntimeError on the others.
+        """
+        if self.world_size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                outcome[0] = make()
+            except Exception as caught:
+                error = caught
+                outcome[1] = caught if isinstance(caught, UserError) else RuntimeError(f"rank 0 failed: {caught!r}")
+        torch.distributed.broadcast_object_list(outcome, src=0, group=self._host_group)
+        if outcome[1] is not None:
+            raise error or outcome[1]
+        value: T = outcome[0]
+        return value
 
     def wait(self) -> None:
         """Wait until every rank is here."""

@@ -16,6 +16,7 @@ train together are done together, and kept in the task's file: a killed probe re
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ def probe_backbone(
     key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)
     found: dict[str, Detail] = {}
     if out is not None:
-        found = group.from_first(finished_probes(out, section.task, key) if group.is_first else None)
+        found = group.from_first(functools.partial(finished_probes, out, section.task, key))
     kinds = [kind for kind in section.kinds if kind not in found]
     if not kinds:
         return [as_entry(found[kind]) for kind in section.kinds]

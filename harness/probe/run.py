@@ -121,7 +121,7 @@ def probe_run(
     run = RunDir(run_dir)
     config = run.load_config()
     sections = wanted_tasks(config.evaluation.probes, None) if sections is None else sections
-    budgets = group.from_first(saved_budgets(run) if images_seen is None else [images_seen])
+    budgets = group.from_first(lambda: saved_budgets(run) if images_seen is None else [images_seen])
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
     for budget in budgets:
@@ -129,7 +129,7 @@ def probe_run(
         backbone: AimBackbone | None = None
         for section in sections:
             pause()
-            entries = group.from_first(finished_entries(run, config, budget, section) if group.is_first else None)
+            entries = group.from_first(functools.partial(finished_entries, run, config, budget, section))
             if entries is None:
                 # read only where there is something to do: a 7B budget is 26 GB
                 backbone = backbone or backbone_of(run, config, budget, group)

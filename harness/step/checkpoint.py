@@ -151,7 +151,7 @@ def load_newest(
         CheckpointError: all of them are damaged; starting over is the caller's decision.
     """
     damaged: dict[Path, CheckpointError] = {}
-    for path, manifest in reversed(group.from_first(complete_checkpoints(folder))):
+    for path, manifest in reversed(group.from_first(lambda: complete_checkpoints(folder))):
         if manifest.branch is not None and manifest.branch not in branches:
             continue
         try:

@@ -86,7 +86,7 @@ class CheckpointWriter:
         """
         self.finish()
         self._check()
-        if self._group.from_first(self._group.is_first and _prepare(final)):
+        if self._group.from_first(lambda: _prepare(final)):
             self._drop_all_but({final, *keep})
             return
         share = self._own_share()
@@ -146,7 +146,7 @@ class CheckpointWriter:
                 problem = str(error)
         if problem and self._group.is_first:
             shutil.rmtree(aside, ignore_errors=True)
-        problem = self._group.from_first(problem)
+        problem = self._group.from_first(lambda: problem)
         if problem:
             raise CheckpointError(
                 f"cannot write checkpoint {saving.final}: {problem}; make room, then start the run again "

@@ -38,7 +38,7 @@ def train(path: Path) -> int:
             start_server()  # it imports PyTorch while the engine is built
         group = start_group(job.placement, config.runtime.device)
         job.stack.callback(stop_group)
-        if group.from_first(missing_budgets(run, config)):
+        if group.from_first(lambda: missing_budgets(run, config)):
             trainer = Trainer(run, config, group, job.watch, job.flag)
             try:
                 trainer.walk()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import fnmatch
+import functools
 import time
 import zipfile
 from pathlib import Path
@@ -41,11 +42,11 @@ def evaluate_run(run: RunDir, config: RunConfig, group: Group, job: Job) -> None
         PreemptedError: a signal asked to stop.
     """
     pause = job.pausing(group)
-    for budget in group.from_first([each for each in saved_budgets(run) if each in config.evaluation.budgets]):
+    for budget in group.from_first(lambda: [each for each in saved_budgets(run) if each in config.evaluation.budgets]):
         pause()
         job.tell(durable=False, phase=f"validate at {budget:,}", heartbeat=time.time())
         record_row(run, group, budget)
-        if not group.from_first(is_validated(run, config, budget)):
+        if not group.from_first(functools.partial(is_validated, run, config, budget)):
             _validate(run, config, group, budget)
         job.tell(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
         tasks = config.evaluation.probes

@@ -56,8 +56,8 @@ class Trainer:
             training.optimiser,
             runtime,
             world_size=group.world_size,
-            device_bytes=group.from_first(group.memory_bytes()),
-            host_bytes=group.from_first(group.host_memory_bytes()) if group.device.type == "cuda" else None,
+            device_bytes=group.from_first(group.memory_bytes),
+            host_bytes=group.from_first(group.host_memory_bytes) if group.device.type == "cuda" else None,
         )
         self.engine = Engine(
             self.model_config,
@@ -72,9 +72,7 @@ class Trainer:
         )
         self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.copies_checkpoints)
         self.saved_at = time.monotonic()
-        self.peak = group.from_first(
-            measure_peak(group.device, training.optimiser.precision) if group.is_first else None
-        )
+        self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         self.recorder = Recorder(run, config, group, self.model_config, self.peak)
 
     def walk(self) -> None:
@@ -136,7 +134,7 @@ class Trainer:
 
         A budget's end is no such point: from there the walk returns to the trunk, whose checkpoint is kept.
         """
-        saved = list(self.group.from_first(saved_budgets(self.run)))
+        saved = list(self.group.from_first(lambda: saved_budgets(self.run)))
         left = [budget for budget in self.schedule.budgets if budget not in saved]
         leaves = {budget: self.schedule.branch_point(budget) for budget in (*saved, *left)}
         for budget in saved:

@@ -65,7 +65,7 @@ class GridFit:
         do not fit the ranks together, they train in rounds.
         """
         group = self.task.group
-        memory_bytes = group.from_first(group.memory_bytes())
+        memory_bytes = group.from_first(group.memory_bytes)
         at_once = sets_per_round(
             self.task.section, kinds, source.width, self.task.num_classes, group.world_size, memory_bytes
         )
