@@ -18,3 +18,8 @@ def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
     """What to say of a mistyped name: the nearest known one, or else all of them behind `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"{otherwise} {', '.join(known)}"
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere without what a terminal obeys, such as escape sequences, which are spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.read import read_tables
+from aimscale.analysis.table.schema import written_aside
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -65,12 +65,10 @@ def write_report(
     page = render(study_tables(paths, frame, _read_collects(paths), measures=measures, resamples=resamples))
     out = out or paths[0].with_name("report.html")
     out = out / "report.html" if out.is_dir() else out
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, out)
+        with written_aside(out) as aside:
+            aside.write_text(page, encoding="utf-8")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise AnalysisError(f"cannot write {out}: {error.strerror}; give another path with --out") from error
     return out
 

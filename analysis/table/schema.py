@@ -6,10 +6,13 @@ Parquet and JSON text in CSV. Keys that the schema does not know are kept as JSO
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import glob
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +25,9 @@ from aimscale.analysis.errors import AnalysisError
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
+
+ABANDONED_S = 60.0
+"""A file that was being written, and was not for so long, is what a kill left."""
 
 Dtype = Literal["string", "int64", "float64", "list<int64>", "probes", "json"]
 
@@ -194,23 +200,40 @@ def _json(value: Any) -> str:
     return json.dumps(plain_types(value), sort_keys=True, default=str, allow_nan=False)
 
 
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path to write to in place of `path`, which it replaces at the block's end; after an error nothing is left.
+
+    What writers left that were killed goes, once it is old enough to be nobody's.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                left.unlink()
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
 def write_table(table: pa.Table, path: Path) -> None:
     """Write Parquet or CSV by the suffix of `path`, aside and then renamed, so that a reader never sees half of it.
 
     Raises:
         AnalysisError: another suffix, or a folder that cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if path.suffix == ".parquet":
-            pq.write_table(table, aside)
-        elif path.suffix == ".csv":
-            write_csv(_flat(table), aside)
-        else:
-            raise AnalysisError(f"cannot write {path}: end its name in .parquet or .csv")
-        os.replace(aside, path)
+        with written_aside(path) as aside:
+            if path.suffix == ".parquet":
+                pq.write_table(table, aside)
+            elif path.suffix == ".csv":
+                write_csv(_flat(table), aside)
+            else:
+                raise AnalysisError(f"cannot write {path}: end its name in .parquet or .csv")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise AnalysisError(
             f"cannot write {path}: {error.strerror}; choose a folder that exists and is yours"
         ) from error

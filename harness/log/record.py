@@ -45,7 +45,7 @@ class Recorder:
         )
         self._segment = Segment(start=0, stop=0, branch=None)
         self._begin_interval()
-        self._smoothed_s = self._smoothed_images = 0.0
+        self._smoothed_s = self._smoothed_images = self._smoothed_wait_s = 0.0
         self._attempt = run.read_status().attempt
         self._loggers: list[Logger] = open_loggers(run, config) if group.is_first else []
 
@@ -131,6 +131,7 @@ class Recorder:
         kept = math.exp(-wall_s / SMOOTHED_S)  # what is longer ago counts less
         self._smoothed_s = kept * self._smoothed_s + wall_s
         self._smoothed_images = kept * self._smoothed_images + num_images
+        self._smoothed_wait_s = kept * self._smoothed_wait_s + data_wait_s
         branch = line["branch"]
         self._run.write_status(
             durable=False,
@@ -138,6 +139,7 @@ class Recorder:
             images_done=self.metrics.images_done,
             heartbeat=line["time"],
             images_per_s=self._smoothed_images / self._smoothed_s,
+            data_wait=self._smoothed_wait_s / self._smoothed_s,
             **{key: line[key] for key in ("images_seen", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")},
         )
         for logger in self._loggers:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.files import locked, read_as, read_object, write_json, write_text
+from aimscale.harness.run.files import locked, read_as, write_json, write_text
 from aimscale.harness.run.lease import Lease, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
@@ -61,6 +61,8 @@ class Status:
     """Training loss at that step."""
     images_per_s: float | None = None
     """Over the last logging interval, all ranks."""
+    data_wait: float | None = None
+    """Share of that time in which the steps waited for images, 0..1."""
     mfu_published: float | None = None
     """Model FLOPs utilisation over the last logging interval, 0..1: published FLOPs over the device's nominal peak."""
     mfu: float | None = None
@@ -90,6 +92,34 @@ class Status:
 
 
 _STATUS = TypeAdapter(Status)
+
+
+class _Probe(BaseModel, extra="allow", strict=True):
+    """What every entry of a row's probes says."""
+
+    task: str
+    kind: str
+    evaluation: str | None = None
+
+
+class _Row(BaseModel, extra="allow", strict=True):
+    """What is relied on of a row before it is in a table."""
+
+    images_seen: int
+    run_id: str | None = None
+    val_loss: float | None = None
+    images_per_s: float | None = None
+    probes: list[_Probe] | None = None
+
+
+class _Results(BaseModel, extra="allow", strict=True):
+    """`results.json`."""
+
+    starts: list[dict[str, Any]] = []
+    rows: list[_Row] = []
+
+
+_RESULTS = TypeAdapter(_Results)
 
 
 class RunDir:
@@ -195,10 +225,7 @@ class RunDir:
         Raises:
             UserError: the file is damaged.
         """
-        rows = self._read_results()["rows"]
-        if not all("images_seen" in row for row in rows):
-            raise UserError(f"{self.results} is damaged (no rows of budgets); move it away to evaluate them again")
-        return rows
+        return self._read_results()["rows"]
 
     def read_starts(self) -> list[dict[str, Any]]:
         """What each start of the run was executed by (`harness.run.provenance`).
@@ -209,11 +236,8 @@ class RunDir:
         return self._read_results()["starts"]
 
     def _read_results(self) -> dict[str, list[dict[str, Any]]]:
-        found = {"starts": [], "rows": []} | (read_object(self.results) or {})
-        for name in ("starts", "rows"):
-            if not isinstance(found[name], list) or not all(isinstance(each, dict) for each in found[name]):
-                raise UserError(f"{self.results} is damaged (no list of {name}); move it away to evaluate again")
-        return found
+        found = read_as(self.results, _RESULTS)
+        return {"starts": [], "rows": []} | (found.model_dump(exclude_unset=True) if found else {})
 
     def record_row(self, row: dict[str, Any]) -> None:
         """Add a budget's row, or replace the one it has (a probe run again)."""

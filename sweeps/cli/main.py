@@ -12,7 +12,7 @@ import typer
 import typer.core
 import typer.main
 
-from aimscale.aim.errors import UserError, did_you_mean
+from aimscale.aim.errors import UserError, did_you_mean, printable
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
@@ -146,7 +146,5 @@ def main(argv: list[str] | None = None) -> Any:
             code, sentence = 2, disk_sentence(error) or named
         if code is None or not sentence:
             raise
-        # a name out of a user's file may hold what a terminal obeys or breaks a line at
-        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in sentence)
-        print(f"aimscale: {plain}", file=sys.stderr)
+        print(f"aimscale: {printable(sentence)}", file=sys.stderr)  # a user's file may name anything
         sys.exit(code)

@@ -262,7 +262,7 @@ def preset_names() -> list[str]:
 
 
 def load_sweep(name: str | Path, root: Path) -> Sweep:
-    """Read a sweep by file, by sweep directory, by preset name, or by the name of a sweep under `root`.
+    """Read a sweep by file, by sweep directory, by the name of one launched under `root`, or by that of a preset.
 
     Raises:
         SweepError: nothing of that name; a sweep directory that was moved.
@@ -273,10 +273,10 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
         return _read(path, base_dir=Path(os.path.abspath(path)).parent, root=root)
     if (path / SWEEP_FILE).is_file():
         return _read_directory(Path(os.path.abspath(path)))
-    if str(name) in preset_names():
-        return _read(PRESETS / f"{name}.yaml", base_dir=root, root=root)
     if (root / path / SWEEP_FILE).is_file():
         return _read_directory(root / path)
+    if str(name) in preset_names():
+        return _read(PRESETS / f"{name}.yaml", base_dir=root, root=root)
     hint = did_you_mean(str(name), preset_names(), "presets:")
     raise SweepError(f"no sweep '{name}': it is no YAML file, no preset and no sweep under {root}; {hint}")
 
@@ -302,11 +302,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     path = directory / SWEEP_RECORD
     try:
         record: Any = json.loads(path.read_text())
-        if not isinstance(record, dict) or not isinstance(record.get("base_dir", ""), str):
+        texts = [record.get("base_dir", ""), *(text for pair in record.get("data", {}).items() for text in pair)]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError("it holds no record of a sweep")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise SweepError(f"cannot read {path} ({error}); restore it or launch into another --root") from error
     if record.get("version") != 1 or "base_dir" not in record:
         raise SweepError(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import sweep_status
 
@@ -56,6 +58,50 @@ def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launc
     assert (table["flops_executed"] / counted).between(0.3, 0.99).all()
     scale = {"model.size", "optimiser.lr_peak", "optimiser.batch_size", "budgets", "seed", "data.sources"}
     assert not scale & {key for setup in setups for key in setup}
+
+
+ROWS: tuple[Any, ...] = (
+    [{"images_seen": "640"}],
+    [{"images_seen": [640]}],
+    [{"images_seen": 640, "probes": [{}]}],
+    [{"images_seen": 640, "run_id": ["x"]}],
+    [{"images_seen": 640, "val_loss": "low"}],
+    [{"val_loss": 0.5}],
+    [640],
+    640,
+)
+
+
+def test_values_of_wrong_types_cost_their_run_alone(write_sweep: Any) -> None:
+    """Nine runs: the files of all but the last hold what no run writes."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[*range(len(ROWS) + 1)])
+    runs = plan(sweep)
+    for run, rows in zip(
+        runs, (*ROWS, [{"images_seen": 640, "run_id": runs[-1].run_id, "val_loss": 0.5}]), strict=True
+    ):
+        record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
+        record.write_status(state="preempted")
+        record.results.write_text(json.dumps({"version": 1, "starts": [], "rows": rows}))
+    killed = sweep.directory / ".results.csv.1.part"
+    killed.write_text("half a table")
+    os.utime(killed, (0, 0))
+    found = collect(sweep, runs, cost_cards(sweep, runs))
+    names = [run.run_id for run in runs]
+    assert (list(found.damaged), found.num_complete) == (names[:-1], 1)
+    assert all("results.json" in why for why in found.damaged.values())
+    lines = sweep_status(sweep, runs, cost_cards(sweep, runs)).runs
+    assert [line.run_id for line in lines if line.state == "damaged"] == names[:-1]
+    assert lines[-1].val_loss == 0.5
+    assert not killed.exists(), "what a killed collect left goes with the next one"
+
+
+def test_a_damaged_record_of_the_sweep_is_named(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    prepare(sweep, plan(sweep))
+    path = sweep.directory / "sweep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": "images"}))
+    with pytest.raises(UserError, match=r"sweep\.json"):
+        prepare(sweep, plan(sweep))
 
 
 def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
