@@ -16,7 +16,9 @@ BASELINES = ("random", "raw-pixels")
 
 def command(
     root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = Path("aimscale-runs"),
-    slots: Annotated[int | None, typer.Option(help="Runs at a time; by default as many as the cores can feed.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
+    ] = None,
 ) -> None:
     """Pack the bundled images, train and probe the grid, fit the laws, write the report.
 
@@ -26,7 +28,7 @@ def command(
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.harness.probe.run import join_ranks, probe_baseline
     from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.engine.start import launch, left_alone
+    from aimscale.sweeps.engine.launch import launch, left_alone
     from aimscale.sweeps.plan.costs import cost_cards
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.plan.sweepfile import load_sweep
@@ -38,7 +40,7 @@ def command(
     if not data.is_dir():
         typer.echo(f"packing photographs and digits from installed packages into {data}")
         write_bundled(data)
-    result = launch(sweep, root, slots=slots)
+    result = launch(sweep, root, devices=devices)
     for line in left_alone(result.left):
         typer.echo(line)
     if result.interrupted:

@@ -19,11 +19,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
     "plan": ("aimscale.sweeps.cli.sweep:plan", "List the runs of a sweep with a cost card each; no side effect."),
     "launch": ("aimscale.sweeps.cli.launch:launch", "Start what is missing, resume what died, skip what is done."),
-    "work": ("aimscale.sweeps.cli.launch:work", "Take free runs and evaluations of a sweep until none is left."),
     "status": ("aimscale.sweeps.cli.sweep:status", "One line per run: state, step, loss, speed, ETA, why it failed."),
     "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
     "cancel": ("aimscale.sweeps.cli.launch:cancel", "Stop the runs of a sweep; each saves first."),
-    "retry": ("aimscale.sweeps.cli.launch:retry", "Clear the failure of runs, so that the next launch resumes them."),
     "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
     "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run."),
     "baseline": (

@@ -15,7 +15,7 @@ from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.claims import records_of
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table import views
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 
@@ -63,14 +63,13 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends or Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines to print; 0 for all.", min=0)] = 0,
 ) -> None:
-    """Print or follow the newest log of one run: of its last attempt, or of its evaluation job."""
+    """Print or follow the log of one run's last attempt."""
     loaded = load_sweep(sweep, root)
     (name,) = some_runs(loaded, [run], most=1)
-    records = records_of(loaded.run_dir(name))
-    found = [(path.stat().st_mtime, path, record) for record in records if (path := record.last_log())]
-    if not found:
+    record = RunRecord(loaded.run_dir(name))
+    path = record.last_log()
+    if path is None:
         raise SweepError(f"{name} has no log yet; it was never started")
-    _, path, record = max(found, key=lambda each: each[0])
     with path.open(errors="replace") as file:
         text = file.read().splitlines(keepends=True)
         typer.echo("".join(text[-lines:] if lines else text), nl=False)

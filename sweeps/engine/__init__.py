@@ -1,1 +1,1 @@
-"""Starting what is missing: decisions, claims, attempts, the local queue."""
+"""Starting what is missing: decisions, the queue, its devices, launches, cancellations."""

@@ -1,64 +1,81 @@
-"""The cards of this machine (or, without cards, places for processes) and how much of each is free."""
+"""What a worker has: GPUs of this machine (or, without GPUs, places for processes), and how much of each is free."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import SweepError
 
 LIST_TIMEOUT_S = 30
+WORKER = ("-m", "aimscale.harness.train")
 
 
-class Devices:
-    """A run with several devices takes whole ones; one with a single device takes its share of one."""
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The devices of one worker."""
 
-    def __init__(self, cards: Sequence[str], slots: int) -> None:
-        """With more slots than cards, cards are shared evenly; without cards, each slot is a place for a process."""
-        self.cards = tuple(cards[:slots])
-        self.num = len(self.cards) or slots
-        self.runs_per_device = -(-slots // self.num)
-        self._free = [self.runs_per_device] * self.num
+    devices: int
+    """GPUs of a node, or processes of it where it has no GPU."""
+    gpus: tuple[str, ...] = ()
+    """Names by which a process is told its GPUs; empty without."""
+    per_device: int = 1
+    """Runs of one device that share it."""
+    nodes: int = 1
+    """More than one for an element of several nodes, whose worker is on the first."""
+    is_only: bool = True
+    """Whether runs that ask for more devices are executed on those that are there."""
+    srun: tuple[str, ...] = ()
+    """Further arguments of the srun that starts a run on several nodes."""
 
-    def take(self, num: int) -> tuple[int, ...] | None:
-        """Devices for a run, the fullest that still have room; None while there is none."""
-        fits = sorted((free, i) for i, free in enumerate(self._free) if free >= self._places(num))
-        if len(fits) < num:
-            return None
-        taken = tuple(sorted(i for _, i in fits[:num]))
-        for i in taken:
-            self._free[i] -= self._places(num)
-        return taken
+    def serves(self, run: Run) -> bool:
+        """Whether a run may be executed here: on one node any that it holds, on several those that fill them."""
+        if self.nodes > 1:
+            return run.devices == self.nodes * self.devices
+        return self.is_only or run.devices <= self.devices
 
-    def give_back(self, taken: Sequence[int]) -> None:
-        """The run on these devices ended."""
-        for i in taken:
-            self._free[i] += self._places(len(taken))
+    def command(self, run_dir: Path, num_devices: int) -> list[str]:
+        """The program that executes a run: python, torchrun for several devices, srun for several nodes."""
+        if self.nodes > 1:
+            step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
+            return [*step, *self.srun, sys.executable, *WORKER, str(run_dir)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
+        return [sys.executable, *(torchrun if num_devices > 1 else []), *WORKER, str(run_dir)]
 
-    def _places(self, num: int) -> int:
-        """What a run of so many devices takes of each."""
-        return 1 if num == 1 else self.runs_per_device
 
-    def environment(self, taken: Sequence[int]) -> dict[str, str]:
-        """What a worker on these devices is told."""
-        if not self.cards:
-            return {}
-        told = {"CUDA_VISIBLE_DEVICES": ",".join(self.cards[i] for i in taken)}
-        if len(taken) == 1 and self.runs_per_device > 1:
-            told["AIMSCALE_DEVICE_SHARE"] = f"{1 / self.runs_per_device:.6f}"
-        return told
+def this_machine(runs: Sequence[Run], *, devices: int | None = None, per_device: int = 1) -> Machine:
+    """The machine that this process runs on: its visible GPUs, or as many processes as its cores feed.
+
+    Args:
+        devices: how many of them to use; all by default.
+
+    Raises:
+        SweepError: not one.
+    """
+    for option, value in {"--devices": devices, "--per-device": per_device}.items():
+        if value is not None and value < 1:
+            raise SweepError(f"{option} must be 1 or more, not {value}")
+    gpus = visible_gpus()[:devices]
+    threads = max((run.config.runtime.num_threads for run in runs), default=1)
+    num = len(gpus) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
+    return Machine(devices=num, gpus=tuple(gpus), per_device=per_device)
 
 
 def visible_gpus() -> list[str]:
-    """Cards that a local launch may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """GPUs that a launch here may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [card for card in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if card]
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     return [str(i) for i in range(len(listed_cards()))]
 
 
 def listed_cards() -> list[str]:
-    """Names of the NVIDIA cards that the driver knows, whatever torch sees."""
+    """Names of the NVIDIA GPUs that the driver knows, whatever torch sees."""
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         listed = subprocess.run(
@@ -69,7 +86,44 @@ def listed_cards() -> list[str]:
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
-def default_slots(runs: Sequence[Run], gpus: Sequence[str], runs_per_device: int) -> int:
-    """So many slots a card, or as many processes as the cores feed."""
-    threads = max(run.config.runtime.num_threads for run in runs)
-    return runs_per_device * len(gpus) or max(1, len(os.sched_getaffinity(0)) // threads)
+def node_name() -> str:
+    """Slurm's name of this node, by which it can be excluded; elsewhere the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+class Devices:
+    """The shares of a machine's devices that are free: a run of several takes whole ones, one of one its share."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._free = [machine.per_device] * machine.devices
+
+    def take(self, run: Run) -> tuple[int, ...] | None:
+        """Devices for a run, the emptiest last; None while there is no room for it."""
+        num = min(run.devices, self._machine.devices)
+        fits = sorted((free, i) for i, free in enumerate(self._free) if free >= self._shares(num))
+        if len(fits) < num:
+            return None
+        taken = tuple(sorted(i for _, i in fits[:num]))
+        for i in taken:
+            self._free[i] -= self._shares(num)
+        return taken
+
+    def give_back(self, taken: Sequence[int]) -> None:
+        """The run on these devices ended."""
+        for i in taken:
+            self._free[i] += self._shares(len(taken))
+
+    def _shares(self, num: int) -> int:
+        """What a run of so many devices takes of each."""
+        return 1 if num == 1 else self._machine.per_device
+
+    def environment(self, taken: Sequence[int]) -> dict[str, str]:
+        """What a run on these devices is told."""
+        gpus, per_device = self._machine.gpus, self._machine.per_device
+        if not gpus or self._machine.nodes > 1:
+            return {}
+        told = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i] for i in taken)}
+        if len(taken) == 1 and per_device > 1:
+            told["AIMSCALE_DEVICE_SHARE"] = f"{1 / per_device:.6f}"
+        return told

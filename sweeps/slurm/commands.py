@@ -7,17 +7,14 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.aim.errors import did_you_mean
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.state.claims import Claim, records_of
+from aimscale.sweeps.plan.sweepfile import SweepError
 
 TIMEOUT_S = 60
-FRESH_S = 5.0
 
 PENDING = (
     "PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUE_FED", "RESV_DEL_HOLD", "SUSPENDED", "STOPPED",
@@ -90,39 +87,18 @@ def jobs() -> dict[str, JobInfo]:
     return found
 
 
-def is_queued(known: dict[str, JobInfo]) -> Callable[[Claim], bool]:
-    """Whether the job of a claim is still waiting or running."""
-    return lambda claim: (job := known.get(claim.job_id or "")) is not None and job.phase != "ended"
-
-
-class Queued:
-    """Whether the job of a claim still waits or runs, asked when it matters: a run that waits in Slurm is Slurm's.
-
-    Where Slurm is not installed or does not answer, it counts as waiting. An answer serves for `FRESH_S`, but a job
-    that is not in it is asked for again: it may be newer.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[str, JobInfo] = {}
-        self._asked = float("-inf")
-
-    def __call__(self, claim: Claim) -> bool:
-        """Ask about one claim."""
-        if time.monotonic() - self._asked < FRESH_S and is_queued(self._known)(claim):
-            return True
-        known = known_jobs()
-        if known is None:
-            return True
-        self._known, self._asked = known, time.monotonic()
-        return is_queued(known)(claim)
-
-
 def known_jobs() -> dict[str, JobInfo] | None:
     """`jobs`, or None where Slurm is not installed or does not answer: then nothing is known."""
     try:
         return jobs() if shutil.which("squeue") else None
     except SlurmError:
         return None
+
+
+def state_of(job_id: str) -> str | None:
+    """Slurm's word for how a job stands or ended, from squeue or accounting; None where neither knows."""
+    known = (known_jobs() or {}).get(job_id)
+    return known.state if known else ended_states([job_id]).get(job_id)
 
 
 def ended_states(job_ids: Sequence[str]) -> dict[str, str]:
@@ -193,44 +169,3 @@ def own_job_id() -> str | None:
     """Id of the job this process runs in, `123_4` for an array element."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """When an array runs."""
-
-    limit: int
-    """Elements at a time."""
-    lane: int
-    """Arrays of one lane follow each other."""
-
-
-def turns(most: int, sizes: Sequence[int]) -> list[Turn]:
-    """The turn of each array of so many elements, of which `most` run at a time in all; Slurm bounds those of one.
-
-    Arrays share the limit out where there are no more of them than it allows. Else they form as many lanes, in each of
-    which one follows the other.
-    """
-    if len(sizes) > most:
-        return [Turn(limit=1, lane=i % most) for i in range(len(sizes))]
-    limits = [1] * len(sizes)
-    left = most - len(sizes)
-    while left > 0 and (able := [i for i, size in enumerate(sizes) if limits[i] < size]):
-        for i in able[:left]:
-            limits[i] += 1
-        left -= min(left, len(able))
-    return [Turn(limit=limit, lane=i) for i, limit in enumerate(limits)]
-
-
-def queued_jobs(sweep: Sweep) -> set[str]:
-    """Jobs of the sweep that wait in Slurm or run, of whatever kind."""
-    waits_or_runs = is_queued(jobs())
-    paths = list(sweep.runs_dir.iterdir()) if sweep.runs_dir.is_dir() else []
-    claims = [claim for path in paths for record in records_of(path) if (claim := record.find_claim())]
-    return {claim.job_id for claim in claims if claim.job_id and waits_or_runs(claim)}
-
-
-def afterany(job_ids: Sequence[str]) -> list[str]:
-    """Slurm's words for waiting until all of these jobs, of arrays all elements, ended."""
-    arrays = dict.fromkeys(job_id.split("_")[0] for job_id in job_ids)
-    return [":".join(["afterany", *arrays])] if arrays else []

@@ -1,22 +1,20 @@
-"""The sweep's directory: its record, the runs in it, and the lock under which launches decide."""
+"""The sweep's directory: its record, and the runs in it."""
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from aimscale.harness.run.failures import disk_sentence
-from aimscale.harness.run.files import locked, write_json, write_text
+from aimscale.harness.run.files import write_json, write_text
 from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
-from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.record import RunRecord
 
 MAX_CLOCK_SKEW_S = 30.0
-"""Leases and heartbeats compare clocks; beyond this a launch is refused."""
+"""Heartbeats compare clocks; beyond this a launch is refused."""
 
 
 def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
@@ -63,28 +61,3 @@ def _beside(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
     planned = {run.run_id for run in runs}
     there = sorted(sweep.runs_dir.iterdir()) if sweep.runs_dir.is_dir() else []
     return [RunRecord(path) for path in there if path.is_dir() and path.name not in planned]
-
-
-def launch_lock_path(sweep: Sweep) -> Path:
-    """The file whose lock serialises the decisions of launches, between processes and (flock over NFS) machines."""
-    return sweep.directory / "launch.lock"
-
-
-@contextlib.contextmanager
-def lock_file(path: Path) -> Iterator[None]:
-    """Hold an exclusive flock for the block; the kernel drops it when the process dies.
-
-    Raises:
-        SweepError: the file system cannot be written, or has no locks.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path))
-        except OSError as error:
-            if sentence := disk_sentence(error):
-                raise SweepError(sentence) from error
-            raise SweepError(
-                f"the file system of {path.parent} has no flock ({error.strerror}), without which two launches "
-                f"could start a run twice; mount it with flock or choose another --root"
-            ) from error
-        yield

@@ -27,7 +27,7 @@ from aimscale.harness.run.row import configured_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned
 
 COLLECT_VERSION = 1

@@ -14,9 +14,8 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
-from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live, records_of
-from aimscale.sweeps.state.decision import budgets_left
-from aimscale.sweeps.state.retries import explain_job
+from aimscale.sweeps.state.decision import in_words, to_do
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned
 
 Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]
@@ -48,8 +47,6 @@ class RunStatus:
     """Probed (task, budget) pairs."""
     to_evaluate: int
     """Such pairs in all."""
-    evaluation: str
-    """What its evaluation job does, where it has one: queued, running, failed and why, else empty."""
     device_hours: float
     """Spent so far, all attempts."""
 
@@ -116,47 +113,29 @@ def _run_status(
 def _undamaged(
     run: Run, card: CostCard, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float
 ) -> RunStatus:
-    status, claim = record.checked_status(), record.read_claim()
-    if status.state == "finished" and (missing := budgets_left(run, record)):
-        status = replace(status, state="preempted", reason=f"extended to {missing[-1]} images")
+    status = record.checked_status()
+    if status.state == "finished" and (missing := to_do(run, record)):
+        status = replace(status, state="preempted", reason=in_words(missing))
     state: Shown
-    if status.state in ("finished", "created") and claim is None:
-        state = "finished" if status.state == "finished" else "not started"
-    elif status.state != "finished" and record.is_held():
+    if status.state in ("finished", "created"):
+        state = _shown(status)
+    elif record.is_held():
         state = "running"
-    elif claim is not None and claim.backend == "slurm" and status.state != "finished":
-        state, status = _by_job(record, status, jobs, claim)
-    elif claim is not None and status.state != "finished" and local_claim_is_live(claim):
+    elif record.is_claimed():
         state = "queued"
     else:
         state = "dead" if status.state in ("running", "queued") else _shown(status)
-    return _line(run, card, record, status, state, now, claim)
+    return _line(run, card, record, status, state, now)
 
 
 def _shown(status: Status) -> Shown:
     return "not started" if status.state == "created" else status.state
 
 
-def _by_job(
-    record: RunRecord, status: Status, jobs: Mapping[str, JobInfo] | None, claim: Claim
-) -> tuple[Shown, Status]:
-    """State and reason of a run that a Slurm job stands for and no process holds."""
-    if jobs is None:
-        return "queued", replace(status, reason="Slurm does not answer")
-    job = jobs.get(claim.job_id or "")
-    if job is not None and job.phase != "ended":
-        return "queued", replace(status, reason=job.reason or status.reason, reason_class=None)
-    if status.state not in ("running", "queued"):
-        return _shown(status), status
-    reason, kind, _ = explain_job(job.state if job else None, record.job_log(claim.job_id), claim.nodes)
-    return "dead", replace(status, reason=reason, reason_class=kind)
-
-
-def _line(
-    run: Run, card: CostCard, record: RunRecord, status: Status, state: Shown, now: float, claim: Claim | None = None
-) -> RunStatus:
+def _line(run: Run, card: CostCard, record: RunRecord, status: Status, state: Shown, now: float) -> RunStatus:
     log = record.last_log() if state != "not started" else None
-    evaluated, evaluation, hours = _evaluation(run, record, state, now)
+    evaluated, hours = _evaluation(run, record, state, now)
+    worker = record.claimant()
     left = max(0, card.images_executed - status.images_done)
     speed = status.images_per_s if state == "running" else None
     return RunStatus(
@@ -168,11 +147,10 @@ def _line(
         val_loss=_validation_loss(record) if state not in ("not started", "damaged") else None,
         eta_s=left / speed if speed else None,
         heartbeat_age_s=max(0.0, now - status.heartbeat) if status.heartbeat else None,
-        job_id=claim.job_id if claim else status.job_id,
+        job_id=(worker.facts.get("job_id") if worker else None) or status.job_id,
         log=str(log) if log else None,
         evaluated=evaluated,
         to_evaluate=len(run.budgets) * len(run.config.evaluation.probes),
-        evaluation=evaluation,
         device_hours=hours,
     )
 
@@ -183,28 +161,14 @@ def _validation_loss(record: RunRecord) -> float | None:
     return losses[max(losses)] if losses else None
 
 
-def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[int, str, float]:
-    """Probed pairs, what the jobs beside training do, and device-hours of all."""
-    tasks = len(run.config.evaluation.probes)
-    done, hours, doing = 0, 0.0, ""
+def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[int, float]:
+    """Probed pairs, and device-hours of all attempts."""
     if state in ("not started", "damaged"):
-        return done, doing, hours
-    if tasks:
-        saved = [budget for budget in run.budgets if record.model_file(budget).exists()]
-        wanted = [(budget, task) for budget in saved for task in run.config.evaluation.probes]
-        done = sum(is_probed(record, run.config, budget, task) for budget, task in wanted)
-    try:
-        hours = _hours(record, now, is_running=state == "running")
-        for job in records_of(record.path)[1:]:
-            status, is_running = job.checked_status(), job.is_held()
-            hours += _hours(job, now, is_running=is_running)
-            if is_running or status.state == "queued":
-                doing = "running" if is_running else "queued"
-            elif status.state == "failed":
-                doing = doing or f"failed ({status.reason_class}: {status.reason})"
-    except UserError as error:
-        doing = str(error)
-    return done, doing, hours
+        return 0, 0.0
+    saved = [budget for budget in run.budgets if record.model_file(budget).exists()]
+    wanted = [(budget, task) for budget in saved for task in run.config.evaluation.probes]
+    done = sum(is_probed(record, run.config, budget, task) for budget, task in wanted)
+    return done, _hours(record, now, is_running=state == "running")
 
 
 def _hours(record: RunRecord, now: float, *, is_running: bool) -> float:
@@ -222,7 +186,7 @@ def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
         done += card.device_hours - rest
         if line.state not in ("failed", "diverged", "damaged"):
             left += rest
-        if line.state == "running" or line.evaluation == "running":
+        if line.state == "running":
             devices += card.devices
     spent = sum(line.device_hours for line in lines)
     return 3600 * left * spent / (done * devices) if done > 0 and spent and devices else None

@@ -258,7 +258,7 @@ def _evaluated(line: RunStatus) -> str:
 def _why(line: RunStatus) -> str:
     """What a reader must know of a run besides its numbers: where it waits, or why it stands and where its log is."""
     if line.state in ("finished", "not started"):
-        return f"evaluation {line.evaluation}" if line.evaluation else ""
+        return ""
     reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
     if line.state in ("queued", "running"):
         return f"job {line.job_id} {f'({reason})' if reason else ''}".strip() if line.job_id else ""

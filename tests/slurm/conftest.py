@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import yaml
-
 from aimscale.sweeps.engine.packed_job import PackedJob
 from aimscale.sweeps.engine.start import launch
+from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
+from aimscale.sweeps.state.claims import RunRecord
+
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
-from aimscale.sweeps.state.claims import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.status import RunStatus, sweep_status
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from aimscale.sweeps.engine.start import left_alone
+
 from aimscale.sweeps.engine.stop import cancel, retry
 from aimscale.sweeps.slurm import commands as slurm
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aimscale.sweeps.slurm.submit import launch_slurm
+from aimscale.sweeps.state.claims import RunRecord
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import launch_slurm
-from aimscale.sweeps.state.claims import RunRecord
 
 STAND_IN = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
 

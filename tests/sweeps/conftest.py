@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-import aimscale.sweeps.engine.start
+import aimscale.sweeps.engine.launch
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
@@ -45,7 +45,7 @@ def write_sweep(tmp_path: Path) -> Any:
 @pytest.fixture
 def launch() -> Any:
     """A local launch of workers that read no data."""
-    return functools.partial(aimscale.sweeps.engine.start.launch, check=lambda runs: None)
+    return functools.partial(aimscale.sweeps.engine.launch.launch, check=lambda sweep, runs: None)
 
 
 @pytest.fixture
@@ -61,22 +61,22 @@ def stand_in() -> Any:
 PROGRAM = """
     import sys
     from pathlib import Path
-    from aimscale.sweeps.engine.start import launch, work
-    places = {path!r}, Path({root!r})
+    from aimscale.sweeps.engine.launch import launch
     command = lambda path, _: [sys.executable, {stand_in!r}, str(path), {behaviour!r}]
-    fake = {{"command": command, "check": lambda _: None}}
-    did = launch(*places, slots=2, **fake) if {verb!r} == "launch" else work(*places, devices=1, **fake)
+    did = launch(
+        {path!r}, Path({root!r}), devices={devices}, shows=False, command=command, check=lambda *_: None
+    )
     print("stopped" if did.interrupted else "done", len(did.finished))
 """
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Any:
-    """A process that launches the sweep, or works on it, with stand-ins; its last line says how it ended."""
+    """A process that launches the sweep with stand-ins; its last line says how it ended."""
 
-    def begin(verb: str, behaviour: str = "finish") -> subprocess.Popen[str]:
+    def begin(devices: int, behaviour: str = "finish") -> subprocess.Popen[str]:
         places = {"path": str(tmp_path / "sweep.yaml"), "root": str(tmp_path / "root"), "stand_in": str(STAND_IN)}
-        program = textwrap.dedent(PROGRAM).format(verb=verb, behaviour=behaviour, **places)
+        program = textwrap.dedent(PROGRAM).format(devices=devices, behaviour=behaviour, **places)
         return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
     return begin

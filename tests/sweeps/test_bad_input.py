@@ -18,19 +18,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, main
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.state.claims import RunRecord, own_claim
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare
 
 FILES = (
     "config.yaml",
     "status.json",
     "results.json",
-    "lease.json",
-    "launch.json",
+    "lock",
+    "claim",
     "attempts.jsonl",
-    "evaluating/launch.json",
     "metrics.jsonl",
     "budgets/640/model.safetensors",
     "../../sweep.yaml",
@@ -45,11 +45,10 @@ OF_SWEEP = (
     "status {sweep}",
     "status {sweep} --json",
     "collect {sweep}",
-    "retry {sweep}",
     "cancel {sweep}",
     "launch {sweep}",
     "launch {sweep} --dry-run",
-    "work {sweep}",
+    "launch {sweep} --on here --retry",
     "logs {sweep} rung",
 )
 OF_RUN = (
@@ -116,7 +115,9 @@ def finished(write_sweep: Any) -> tuple[Path, Path]:
     for budget in run.budgets:
         record.record_row({"run_id": run.run_id, "images_seen": budget, "val_loss": 0.5, "finished_at": 1.0})
     record.write_status(state="finished", images_seen=max(run.budgets))
-    record.write_claim(own_claim("local", 1))
+    lock = Lock(record.claim)
+    lock.take(job_id=None, devices=1, nodes="")
+    lock.release()
     return sweep.source, record.path
 
 
@@ -296,7 +297,7 @@ def test_a_disk_that_cannot_be_written(
             (small_disk / "a file").write_bytes(bytes(256 * 1024))
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for verb in ("collect", "retry", "cancel", "launch", "work", "status"):
+    for verb in ("collect", "cancel", "launch", "launch --retry", "status"):
         call(f"{verb} {{sweep}}", capsys, sweep=source, root=small_disk / "root")
     with pytest.raises(SystemExit, match="2"):
         main(["collect", str(source), "--root", str(small_disk / "root")])

@@ -7,18 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aimscale.sweeps.engine.stop import cancel, retry
+from aimscale.harness.run.lock import Holder
+from aimscale.sweeps.engine.stop import cancel
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.status import sweep_status
 
-LEASE = {"host": "elsewhere", "pid": 1, "process_started": "1", "job_id": None, "job_restarts": 0, "heartbeat": 1.0}
 DAMAGE = [
     ("config.yaml", ""),
     ("config.yaml", "- 1"),
@@ -30,11 +31,7 @@ DAMAGE = [
     ("status.json", '{"version": 99}'),
     ("attempts.jsonl", "7\n7\n"),
     ("attempts.jsonl", '{"attempt": 1}\n{"forgiven": true}\n'),
-    ("lease.json", "[1]"),
-    ("lease.json", json.dumps(LEASE | {"pid": "one"})),
-    ("launch.json", "[]"),
-    ("launch.json", '{"backend": "cloud"}'),
-    ("launch.json", "[" * 100_000),
+    ("attempts.jsonl", '{"reason_class": null, "saved": [], "device_hours": [], "ended": 1}\n7\n'),
     ("status.json", "\udcff"),
 ]
 
@@ -50,18 +47,16 @@ def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
         RunRecord.create(record.path, run.config)
         record.write_status(state="preempted")
         (record.path / name).write_bytes(text.encode(errors="surrogateescape"))
-    result = launch(sweep, slots=2, command=stand_in())
+    result = launch(sweep, devices=2, command=stand_in())
     assert len(result.finished) == 2
     whys = {decision.run.run_id: decision.why for decision in result.left if decision.verdict == "damaged"}
     assert len(whys) == len(DAMAGE)
     status = sweep_status(sweep, runs, cost_cards(sweep, runs))
-    stopped = [sentence for did in (cancel, retry) for sentence in did(sweep, [run.run_id for run in runs])[1]]
     for (name, _), run, line in zip(DAMAGE, runs, status.runs, strict=False):
         assert name in whys[run.run_id] or "version 99" in whys[run.run_id]
         assert "\n" not in whys[run.run_id]
-        if name in ("status.json", "lease.json", "launch.json"):
+        if name == "status.json":
             assert line.state == "damaged"
-            assert any(run.run_id in sentence for sentence in stopped)
     assert [line.state for line in status.runs][-2:] == ["finished", "finished"]
 
 
@@ -75,7 +70,7 @@ def test_a_run_that_damages_itself_is_left_while_the_others_train_on(
     def command(run_dir: Path, devices: int) -> list[str]:
         return [sys.executable, "-c", spoil, str(run_dir)] if run_dir == bad else stand_in()(run_dir, devices)
 
-    result = launch(sweep, slots=3, command=command)
+    result = launch(sweep, devices=3, command=command)
     assert result.failed == (bad.name,)
     assert len(result.finished) == 2
 
@@ -93,13 +88,13 @@ def test_a_full_disk_at_the_end_of_one_run_leaves_the_others_alone(
         append(self, **values)
 
     monkeypatch.setattr(RunRecord, "append_attempt", full)
-    result = launch(sweep, slots=3, command=stand_in())
+    result = launch(sweep, devices=3, command=stand_in())
     assert (result.failed, len(result.finished)) == ((bad,), 2)
     assert f"left {bad}: how it ended cannot be written down" in capsys.readouterr().out
 
 
 def test_cancel_kills_no_process_that_a_file_names(write_sweep: Any, launch: Any, stand_in: Any) -> None:
-    """A pid in status.json is only what a run said last; one in a lease counts with its start time."""
+    """A pid in status.json is only what a run said last; that of a lock's holder counts with its start time."""
     sweep = write_sweep(sizes=["rung-32"])
     run = plan(sweep)[0]
     record = RunRecord(sweep.run_dir(run.run_id))
@@ -108,9 +103,10 @@ def test_cancel_kills_no_process_that_a_file_names(write_sweep: Any, launch: Any
     try:
         for pid, started in ((stranger.pid, "1"), (stranger.pid, None), (-1, None), (0, "1")):
             record.write_status(state="running", pid=stranger.pid, host=os.uname().nodename)
-            lease = LEASE | {"host": os.uname().nodename, "pid": pid, "process_started": started}
-            record.lease.write_text(json.dumps(lease))
-            cancel(sweep, [run.run_id])
+            with record.hold():
+                holder = Holder(pid=pid, process_started=started)
+                (record.path / "lock").write_text(json.dumps(asdict(holder)) + "\n")
+                assert len(cancel(sweep, [run])[1]) == 1
         assert stranger.poll() is None
     finally:
         stranger.kill()

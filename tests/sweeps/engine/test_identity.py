@@ -12,7 +12,7 @@ import yaml
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.engine.start import launch, left_alone
+from aimscale.sweeps.engine.launch import launch, left_alone
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import load_sweep
 
@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
     for seed, (name, number) in enumerate({"train": 64, "validation": 16, "fit": 24, "test": 12}.items()):
         write_images(home / "data" / name, number, seed=seed, classes=("red", "blue"))
     (home / "sweep.yaml").write_text(yaml.safe_dump(FILE))
-    assert len(launch(home / "sweep.yaml", home / "runs", slots=1).finished) == 1
+    assert len(launch(home / "sweep.yaml", home / "runs", devices=1).finished) == 1
     return home
 
 
@@ -64,6 +64,7 @@ def state(run: Path) -> dict[str, Any]:
         "rows": directory.read_rows(),
         "metrics": directory.metrics.read_bytes(),
         "files": {path.relative_to(run): path.read_bytes() for path in files},
+        "starts": directory.read_status().attempt,
     }
 
 
@@ -77,12 +78,12 @@ def test_the_same_file_elsewhere_names_the_same_runs_and_finds_their_results_and
 ) -> None:
     there = moved()
     before = state(only_run(there / "runs"))
-    result = launch(there / "sweep.yaml", there / "runs", slots=1)
+    result = launch(there / "sweep.yaml", there / "runs", devices=1)
     assert left_alone(result.left) == ["left alone: 1 finished"]
     assert state(only_run(there / "runs")) == before
     assert only_run(there / "runs").name == only_run(home / "runs").name
     # and from a third place, into the folder where it was launched first
-    result = launch(there / "sweep.yaml", home / "runs", slots=1)
+    result = launch(there / "sweep.yaml", home / "runs", devices=1)
     assert left_alone(result.left) == ["left alone: 1 finished"]
 
 
@@ -106,14 +107,14 @@ def test_other_images_in_the_same_folder_are_another_run(
 
 def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: Any, launch: Any, stand_in: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
-    launch(sweep, slots=1, command=stand_in())
+    launch(sweep, devices=1, command=stand_in())
     smaller = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280])
     with pytest.raises(UserError, match="recipe_budget: 640"):
-        launch(smaller, slots=1, command=stand_in())
+        launch(smaller, devices=1, command=stand_in())
     assert [path.name for path in sweep.runs_dir.iterdir()] == [run.run_id for run in plan(sweep)]
     kept = smaller.with_fields(recipe_budget=640)
     assert [run.run_id for run in plan(kept)] == [run.run_id for run in plan(sweep)]
-    launch(kept, slots=1, command=stand_in())
+    launch(kept, devices=1, command=stand_in())
 
 
 @pytest.mark.slow
@@ -130,12 +131,12 @@ def test_another_evaluation_never_trains_and_does_only_what_is_missing(
 ) -> None:
     there = moved(base=base)
     run, before = only_run(there / "runs"), state(only_run(there / "runs"))
-    result = launch(there / "sweep.yaml", there / "runs", slots=1)
-    assert result.finished == (run.name,)
+    result = launch(there / "sweep.yaml", there / "runs", devices=1)
+    assert result.evaluated == (run.name,)
     after = state(run)
     assert after["metrics"] == before["metrics"]
     for old, new in zip(before["rows"], after["rows"], strict=True):
         assert {key for key in new if new[key] != old.get(key)} - {"finished_at"} == changed
     current = {Path("validation") / f"{budget}.npz" for budget in (64, 128)} if "val_loss" in changed else set()
     assert {path for path in before["files"] if after["files"][path] != before["files"][path]} <= current
-    assert not launch(there / "sweep.yaml", there / "runs", slots=1).finished, "it is all there now"
+    assert not launch(there / "sweep.yaml", there / "runs", devices=1).evaluated, "it is all there now"

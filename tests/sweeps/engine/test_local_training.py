@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-import aimscale.sweeps.engine.start
+import aimscale.sweeps.engine.launch
 from aimscale.analysis.table.read import read_table
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.collection import collect
 
 
@@ -22,7 +22,7 @@ def test_one_process_and_two_give_the_same_rows(write_sweep: Any, write_images: 
     losses = []
     for devices in (1, 2):
         sweep = write_sweep(name=f"on-{devices}", sizes=["rung-32"], budgets=[128, 256], devices=devices)
-        result = aimscale.sweeps.engine.start.launch(sweep, slots=2)
+        result = aimscale.sweeps.engine.launch.launch(sweep, devices=2)
         assert len(result.finished) == 1
         runs = plan(sweep)
         found = collect(sweep, runs, cost_cards(sweep, runs))

@@ -7,7 +7,7 @@ import pytest
 
 from aimscale.harness.data import DataError
 from aimscale.harness.probe.features.tasks import ProbeError
-from aimscale.sweeps.engine.start import check_data
+from aimscale.sweeps.engine.launch import check_data
 from aimscale.sweeps.plan.planner import plan
 
 
@@ -19,7 +19,12 @@ def runs_with(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
         "data": {"sources": [{"path": write_images(tmp_path / "train", 9, seed=9)}]},
         "validation": {"path": write_images(tmp_path / "validation", 4, seed=4)},
     }
-    return lambda *probes: plan(write_sweep(base={**base, "probes": list(probes)}))
+
+    def make(*probes: Any) -> Any:
+        sweep = write_sweep(base={**base, "probes": list(probes)})
+        return sweep, plan(sweep)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,6 @@ def test_a_task_that_cannot_be_measured_stops_a_launch(
     for classes in ((), ("a", "b"), ("a", "c")):
         write_images(tmp_path / ("".join(classes) or "plain"), 8, classes=classes)
     fits = {"task": "fits", "train": str(tmp_path / "ab"), "test": str(tmp_path / "ab")}
-    check_data(runs_with(fits))
+    check_data(*runs_with(fits))
     with pytest.raises(error, match=subject):
-        check_data(runs_with(fits, {"task": task, "train": str(tmp_path / train), "test": str(tmp_path / test)}))
+        check_data(*runs_with(fits, {"task": task, "train": str(tmp_path / train), "test": str(tmp_path / test)}))

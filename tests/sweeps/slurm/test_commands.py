@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.claims import own_claim
+from aimscale.sweeps.state.record import own_claim
 
 
 @pytest.fixture

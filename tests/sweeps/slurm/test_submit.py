@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of
 from rich.console import Console
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of
-from aimscale.sweeps.state.claims import RunRecord, claim_run, own_claim
 from aimscale.sweeps.state.decision import decide, training_jobs
+from aimscale.sweeps.state.record import RunRecord, claim_run, own_claim
 from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.views import duration, print_plan

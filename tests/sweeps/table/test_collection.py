@@ -15,14 +15,14 @@ from aimscale.analysis.table.read import read_table
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.state.claims import RunRecord
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.collection import collect
 from aimscale.sweeps.table.status import sweep_status
 
 
 def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: Any, launch: Any) -> None:
-    launch(write_sweep(sizes=["rung-32"], seeds=[0, 1]), slots=2, command=stand_in())
+    launch(write_sweep(sizes=["rung-32"], seeds=[0, 1]), devices=2, command=stand_in())
     sweep = write_sweep(seeds=[0, 1])
     runs = plan(sweep)
     cards = cost_cards(sweep, runs)
@@ -48,7 +48,7 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
 def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     varied = {"model.head_depth": [0, 2], "objective.target": ["normalised", "raw"]}
     sweep = write_sweep(sizes=["rung-32"], axes=varied)
-    launch(sweep, slots=2, command=stand_in())
+    launch(sweep, devices=2, command=stand_in())
     cards = cost_cards(sweep, plan(sweep))
     table = read_table(collect(sweep, plan(sweep), cards).table)
     setups = [json.loads(text) for text in table["setup"]]
@@ -106,7 +106,7 @@ def test_a_damaged_record_of_the_sweep_is_named(write_sweep: Any) -> None:
 
 def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
-    launch(sweep, slots=1, command=stand_in())
+    launch(sweep, devices=1, command=stand_in())
     for name, start in (("imported-aim", {"imported": {"file": "x.pth"}}), ("a-stray", {})):
         record = RunRecord(sweep.runs_dir / name)
         record.record_row({"run_id": name, "size": "aim-600M", "images_seen": 2_048_000_000})
@@ -118,7 +118,7 @@ def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_
 
 def test_rows_of_another_run_are_not_mixed_in(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(seeds=[0, 1], sizes=["rung-32"])
-    launch(sweep, slots=2, command=stand_in())
+    launch(sweep, devices=2, command=stand_in())
     first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
     second.results.write_bytes(first.results.read_bytes())
     found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
@@ -130,7 +130,7 @@ def test_runs_of_another_plan_are_named_and_never_empty_the_table(
     write_sweep: Any, stand_in: Any, launch: Any, tmp_path: Path
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
-    launch(sweep, slots=1, command=stand_in())
+    launch(sweep, devices=1, command=stand_in())
     collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
     before = (sweep.directory / "results.parquet").read_bytes()
     edited = write_sweep(sizes=["rung-32"], seeds=[7])
@@ -138,7 +138,7 @@ def test_runs_of_another_plan_are_named_and_never_empty_the_table(
         collect(edited, plan(edited), cost_cards(edited, plan(edited)))
     assert (sweep.directory / "results.parquet").read_bytes() == before
     both = write_sweep(sizes=["rung-32"], seeds=[0, 7])
-    launch(both, slots=1, command=stand_in())
+    launch(both, devices=1, command=stand_in())
     again = write_sweep(sizes=["rung-32"], seeds=[7])
     found = collect(again, plan(again), cost_cards(again, plan(again)))
     assert (found.num_complete, len(found.unplanned)) == (2, 1)
@@ -177,7 +177,7 @@ def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_p
 
 def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
-    launch(sweep, slots=1, command=stand_in())
+    launch(sweep, devices=1, command=stand_in())
     at = {"D": 1280}  # the stand-in writes no parameter counts
     shared = {"registered": "2026-01-01T00:00:00+00:00", "columns": {}, "law": "chinchilla", "quantity": "val_loss"}
     lines = [

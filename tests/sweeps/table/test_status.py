@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from aimscale.harness.probe.files import task_key, weights_name
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
-from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.state.claims import EVALUATING, RunRecord
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.views import new_console, status_table
 
@@ -53,7 +51,7 @@ def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsy
     sweep = write_sweep(sizes=["rung-32"], base=PROBED)
     run = plan(sweep)[0]
     assert look(sweep).runs[0].to_evaluate == 4
-    launch(sweep, slots=1, command=stand_in())
+    launch(sweep, devices=1, command=stand_in())
     record = RunRecord(sweep.run_dir(run.run_id))
     status = look(sweep)
     assert (status.runs[0].state, status.runs[0].evaluated) == ("finished", 0)
@@ -76,9 +74,9 @@ def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsy
 def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected(
     write_sweep: Any, launch: Any, stand_in: Any
 ) -> None:
-    launch(write_sweep(sizes=["rung-32"]), slots=1, command=stand_in())
+    launch(write_sweep(sizes=["rung-32"]), devices=1, command=stand_in())
     longer = look(write_sweep(sizes=["rung-32"], budgets=[640, 1280, 6400]))
-    assert (longer.runs[0].state, longer.runs[0].status.reason) == ("preempted", "extended to 6400 images")
+    assert (longer.runs[0].state, longer.runs[0].status.reason) == ("preempted", "to do: training at 6400")
     assert 0 < longer.progress < 1
 
 
@@ -93,28 +91,3 @@ def test_what_is_left_takes_as_long_as_what_is_done_on_the_devices_that_run(writ
     assert look(sweep).eta_s is None
     with record.hold():
         assert look(sweep).eta_s == pytest.approx(5 * card.training_s, rel=1e-3)
-
-
-def test_a_job_beside_training_is_shown_with_its_hours_its_end_and_its_log(
-    write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
-) -> None:
-    sweep = write_sweep(sizes=["rung-32"], base=PROBED, cost={"peak_tflops": 1e-3})
-    launch(sweep, slots=1, command=stand_in())
-    run = plan(sweep)[0]
-    card = cost_cards(sweep, [run])[0]
-    trained, job = RunRecord(sweep.run_dir(run.run_id)), RunRecord(sweep.run_dir(run.run_id) / EVALUATING)
-    slow = {"exit_code": 0, "where": "here", "saved": [1], "reason_class": None, "reason": None}
-    trained.append_attempt(attempt=2, ended=1.0, device_hours=3 * card.training_s / 3600, **slow)
-    job.append_attempt(attempt=1, ended=1.0, device_hours=0.0, **slow)
-    with job.hold():
-        line = look(sweep).runs[0]
-        assert (line.state, line.evaluation) == ("finished", "running")
-        assert look(sweep).eta_s == pytest.approx(3 * card.evaluation_s), "as slow as training was"
-    job.append_attempt(attempt=2, ended=1.0, device_hours=0.5, **slow)
-    assert look(sweep).device_hours == pytest.approx(3 * card.training_s / 3600 + 0.5)
-    job.logs.mkdir()
-    job.log_file(1).write_text("of the job\n")
-    job.write_status(state="failed", reason="no such class", reason_class="data")
-    assert look(sweep).runs[0].evaluation == "failed (data: no such class)"
-    logs = CliRunner().invoke(verb("logs"), [str(sweep.source), "rung-32", "--root", str(sweep.root)])
-    assert logs.output == "of the job\n"

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from aimscale.sweeps.state import retries
-from aimscale.sweeps.state.claims import RunRecord, own_claim
-from aimscale.sweeps.state.retries import conclude, diagnose, forgive, may_try_again, note_lost
+from aimscale.harness.run.lock import Holder, Lock
+from aimscale.sweeps.state import attempts
+from aimscale.sweeps.state.attempts import conclude, forgive, may_try_again, note_lost
+from aimscale.sweeps.state.record import RunRecord
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def record(tmp_path: Path) -> RunRecord:
 
 def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any) -> str:
     """One attempt that saves a checkpoint at `saves` images and ends with `exit_code`."""
-    record.write_status(state="running", reason=None, reason_class=None)
+    record.write_status(state="running", reason=None, reason_class=None, claim="mine")
     if saves:
         record.checkpoint_dir(saves).mkdir(parents=True)
     if status:
         record.write_status(**status)
-    return conclude(record, 1, exit_code, "test")
+    return conclude(record, 1, exit_code, "test", claims=("mine", None), asked=False)
 
 
 def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
@@ -38,8 +38,8 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
 
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
     for _ in range(5):
-        assert conclude(record, 1, -signal.SIGTERM, "test", asked=True) == "preempted"
-        assert conclude(record, 1, -signal.SIGKILL, "test", asked=True) == "preempted"
+        for code in (-signal.SIGTERM, -signal.SIGKILL):
+            assert conclude(record, 1, code, "test", claims=("mine", None), asked=True) == "preempted"
 
 
 def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
@@ -49,8 +49,8 @@ def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
     monkeypatch.setattr(RunRecord, "is_held", lambda _: next(held))
     assert attempt(record, -signal.SIGKILL) == "again"
     monkeypatch.setattr(RunRecord, "is_held", lambda _: True)
-    monkeypatch.setattr(retries, "RANKS_DIE_WITHIN_S", 0.2)
-    assert [attempt(record, code) for code in (-signal.SIGKILL, EXIT_CRASHED)] == ["held", "held"]
+    monkeypatch.setattr(attempts, "RANKS_DIE_WITHIN_S", 0.2)
+    assert [attempt(record, code) for code in (-signal.SIGKILL, EXIT_CRASHED)] == ["elsewhere", "elsewhere"]
 
 
 @pytest.mark.parametrize(
@@ -114,23 +114,25 @@ def test_jobs_that_left_no_word_are_diagnosed(
     record.write_status(state="running")
     record.job_log("7").parent.mkdir(parents=True)
     record.job_log("7").write_text(output)
-    claim = replace(own_claim("slurm", 1, "7"), nodes="node3")
-    diagnose(record, job_state, claim)
+    worker = Holder(facts={"job_id": "7", "devices": 1, "nodes": "node3"})
+    note_lost(record, worker, lambda job_id: job_state)
     status = record.checked_status()
     assert (status.state, status.reason_class) == (state, kind)
     assert record.failed_nodes() == (["node3"] if kind == "node" else [])
-    diagnose(record, "NODE_FAIL", claim)
+    note_lost(record, worker, lambda job_id: "NODE_FAIL")
     assert record.checked_status() == status  # what was said first stays
     forgive(record)
     assert record.failed_nodes() == []
 
 
-def test_a_job_that_vanished_before_it_started_is_no_failure(record: RunRecord) -> None:
-    record.write_status(state="queued")
-    diagnose(record, None, own_claim("slurm", 1, "7"))
-    status = record.checked_status()
-    assert (status.state, status.reason) == ("preempted", "Slurm's job 7 is gone and never started")
-    assert record.read_attempts() == []
+@pytest.mark.parametrize(("state", "claim"), [("finished", "theirs"), ("running", "theirs")])
+def test_a_worker_that_wakes_up_after_another_took_the_run_writes_nothing(
+    record: RunRecord, state: str, claim: str
+) -> None:
+    record.write_status(state=state, claim=claim)
+    before = record.checked_status()
+    assert conclude(record, 1, EXIT_CRASHED, "test", claims=("mine", "before"), asked=False) == "elsewhere"
+    assert (record.checked_status(), record.read_attempts()) == (before, [])
 
 
 def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: RunRecord) -> None:
@@ -145,14 +147,17 @@ def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: Ru
 def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: RunRecord) -> None:
     """What a container that runs out of memory kills."""
     for num in (1, 2, 3):
-        record.write_claim(replace(own_claim("local", 2), process_started="0", time=0.0))
+        worker = Holder(facts={"job_id": None, "devices": 2})
+        lock = Lock(record.claim)
+        lock.take(**worker.facts)
+        lock.release()
         with record.hold():
             record.write_start()
             record.write_status(started=1e6 * num, heartbeat=1e6 * num + 1800)
-            note_lost(record)
+            note_lost(record, worker, lambda job_id: None)
             assert record.checked_status().state == "running", "it lives"
-        note_lost(record)
-        note_lost(record)
+        note_lost(record, worker, lambda job_id: None)
+        note_lost(record, worker, lambda job_id: None)
         assert (record.checked_status().state, len(record.read_attempts())) == ("failed", num)
         assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
         assert may_try_again(record) == (num < 3)

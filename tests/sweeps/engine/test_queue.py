@@ -6,17 +6,18 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import aimscale.sweeps.engine.start
+import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
-from aimscale.sweeps.engine.start import left_alone
+from aimscale.sweeps.engine import queue
+from aimscale.sweeps.engine.launch import left_alone
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.state.claims import RunRecord
-from aimscale.sweeps.state.retries import forgive
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare
 
 
@@ -36,16 +37,16 @@ def test_longest_runs_first_and_a_second_launch_starts_nothing(
     write_sweep: Any, capsys: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep(seeds=[0, 1])
-    result = launch(sweep, slots=1, command=stand_in())
+    result = launch(sweep, devices=1, command=stand_in())
     assert len(result.finished) == 4
     begun = [line for line in capsys.readouterr().out.splitlines() if line.startswith("started")]
     assert ["rung-48" in line for line in begun] == [True, True, False, False]
-    again = launch(sweep, slots=1, command=stand_in())
+    again = launch(sweep, devices=1, command=stand_in())
     assert not again.finished
     assert left_alone(again.left) == ["left alone: 4 finished"]
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     assert [starts(record) for record in records] == [1, 1, 1, 1]
-    assert not any(record.claim.exists() for record in records)
+    assert not any(record.is_claimed() for record in records)
 
 
 def test_interrupting_saves_and_launching_again_goes_on(
@@ -53,13 +54,13 @@ def test_interrupting_saves_and_launching_again_goes_on(
 ) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    queue = start("launch", "wait")
+    first = start(2, "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
-    queue.send_signal(signal.SIGINT)
-    assert queue.communicate(timeout=200)[0].splitlines()[-1] == "stopped 0"
+    first.send_signal(signal.SIGINT)
+    assert first.communicate(timeout=200)[0].splitlines()[-1] == "stopped 0"
     assert {record.read_status().state for record in records} == {"preempted"}
-    assert not any(record.is_held() or record.claim.exists() for record in records)
-    result = launch(sweep, slots=2, command=stand_in())
+    assert not any(record.is_held() or record.is_claimed() for record in records)
+    result = launch(sweep, devices=2, command=stand_in())
     assert len(result.finished) == 2
     assert [starts(record) for record in records] == [2, 2]
 
@@ -69,13 +70,13 @@ def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
 ) -> None:
     sweep = write_sweep()
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    queue = start("launch", "wait")
+    first = start(2, "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
-    queue.kill()
-    queue.wait()
+    first.kill()
+    first.wait()
     live, dead = records
     os.kill(int((dead.path / "starts").read_text()), signal.SIGKILL)
-    result = launch(sweep, slots=2, command=stand_in())
+    result = launch(sweep, devices=2, command=stand_in())
     assert result.finished == (dead.path.name,)
     assert [decision.verdict for decision in result.left] == ["running"]
     assert [starts(live), starts(dead)] == [1, 2]
@@ -89,30 +90,29 @@ def test_failures_are_classified_retried_within_bounds_and_forgiven(
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
-    result = launch(sweep, slots=1, command=stand_in(behaviour))
+    result = launch(sweep, devices=1, command=stand_in(behaviour))
     assert result.failed == (record.path.name,)
     assert starts(record) == tries
     assert (record.read_status().state, record.read_status().reason_class) == ("failed", kind)
     if behaviour == "crash":
         assert record.read_status().reason == "RuntimeError: the user's code is wrong"
-    again = launch(sweep, slots=1, command=stand_in())
+    again = launch(sweep, devices=1, command=stand_in())
     assert starts(record) == tries
-    assert "aimscale retry" in left_alone(again.left)[0]
-    forgive(record)
-    assert launch(sweep, slots=1, command=stand_in()).finished == (record.path.name,)
+    assert "--retry" in left_alone(again.left)[0]
+    assert launch(sweep, devices=1, command=stand_in(), retry=True).finished == (record.path.name,)
 
 
 def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
     write_sweep: Any, stand_in: Any, launch: Any
 ) -> None:
-    launch(write_sweep(sizes=["rung-32"]), slots=1, command=stand_in())
+    launch(write_sweep(sizes=["rung-32"]), devices=1, command=stand_in())
     longer = write_sweep(sizes=["rung-32"], budgets=[640, 1920])
-    assert len(launch(longer, slots=1, command=stand_in()).finished) == 1
+    assert len(launch(longer, devices=1, command=stand_in()).finished) == 1
     (path,) = longer.runs_dir.iterdir()
     assert [row["images_seen"] for row in RunRecord(path).read_rows()] == [640, 1280, 1920]
-    assert left_alone(launch(longer, slots=1, command=stand_in()).left) == ["left alone: 1 finished"]
+    assert left_alone(launch(longer, devices=1, command=stand_in()).left) == ["left alone: 1 finished"]
     other = write_sweep(sizes=["rung-32"], seeds=[1])
-    result = launch(other, slots=1, command=stand_in())
+    result = launch(other, devices=1, command=stand_in())
     assert (len(result.finished), result.unplanned) == (1, (path.name,))
 
 
@@ -123,7 +123,7 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     sweep = write_sweep(sizes=["rung-32"], devices=2)
     note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(str(dict(os.environ))); sys.exit(2)"
-    launch(sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
+    launch(sweep, devices=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
     (run,) = plan(sweep)
     told = ast.literal_eval((sweep.run_dir(run.run_id) / "told").read_text())
     assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(stop_seconds(sweep, run))
@@ -133,11 +133,11 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
 def test_what_cannot_start_makes_nothing(write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     with pytest.raises(UserError, match="data/train"):
-        aimscale.sweeps.engine.start.launch(sweep, slots=1)
+        aimscale.sweeps.engine.launch.launch(sweep, devices=1)
     assert not sweep.root.exists()
     (tmp_path / "root").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="--root"):
-        launch(sweep, slots=1, command=stand_in())
+        launch(sweep, devices=1, command=stand_in())
 
 
 def test_a_clock_that_is_off_is_refused(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,3 +145,36 @@ def test_a_clock_that_is_off_is_refused(write_sweep: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr("aimscale.sweeps.state.sweep_dir.time.time", lambda: now() + 120)
     with pytest.raises(UserError, match=r"\+120 s"):
         prepare(write_sweep())
+
+
+def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, start: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=list(range(8)))
+    all_of_them = [start(devices) for devices in (1, 1, 1, 2)]
+    lines = [each.communicate(timeout=240)[0].splitlines()[-1] for each in all_of_them]
+    assert sum(int(line.split()[-1]) for line in lines) == 8, lines
+    assert {line.split()[0] for line in lines} == {"done"}
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    assert [len((record.path / "starts").read_text().split()) for record in records] == [1] * 8
+    assert [len(record.read_rows()) for record in records] == [2] * 8
+
+
+def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
+    write_sweep: Any, stand_in: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an hour, two minutes are left for saving; the clock jumps there once both runs are at work."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    jumps = iter([3600 - 150, 3600 - 90])
+
+    def later() -> float:
+        at_work = all((record.path / "starts").exists() for record in records)
+        return time.time() + (next(jumps, 3600 - 90) if at_work else 0)
+
+    monkeypatch.setattr(queue, "time", SimpleNamespace(time=later, sleep=time.sleep, monotonic=time.monotonic))
+    did = launch(sweep, hours=1, devices=2, shows=False, command=stand_in("wait"))
+    assert (did.interrupted, did.stopped_by) == (True, None)
+    assert next(jumps, None) is None, "not before that"
+    assert [record.checked_status().state for record in records] == ["preempted", "preempted"]
+    monkeypatch.undo()
+    did = launch(sweep, devices=1, command=stand_in())
+    assert (did.interrupted, sorted(did.finished)) == (False, sorted(record.path.name for record in records))

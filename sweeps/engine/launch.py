@@ -1,8 +1,8 @@
-"""Execute a sweep on this machine: launch it and wait for its end, or take free runs of it as one worker of many."""
+"""Launching a sweep: what is checked and made first, the queue on this machine, and what is said of the runs left."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +15,19 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import num_images
 from aimscale.harness.run.config import ModelSection, ProbeSection, parse, read_yaml
+from aimscale.harness.run.lock import Lock
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.engine.devices import default_slots, visible_gpus
-from aimscale.sweeps.engine.local_queue import Command, LaunchResult, Queue, print_events, run_queue, worker_command
-from aimscale.sweeps.plan.costs import CostCard, cost_cards
+from aimscale.sweeps.engine.devices import this_machine
+from aimscale.sweeps.engine.queue import Command, LaunchResult, Queue, print_events, run_queue
+from aimscale.sweeps.plan.costs import CostCard, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
-from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.claims import Claim, RunRecord
-from aimscale.sweeps.state.decision import Decision, decide, training_jobs
+from aimscale.sweeps.state.attempts import forgive
+from aimscale.sweeps.state.decision import Decision, decide
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare, unplanned
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.views import new_console, status_summary, status_table
@@ -36,7 +38,7 @@ PLAIN_EVERY_S = 30.0
 LIVE_EVERY_S = 0.5
 
 
-def check_data(runs: Sequence[Run]) -> None:
+def check_data(sweep: Sweep, runs: Sequence[Run]) -> None:
     """Open every data set that the runs read, once.
 
     Raises:
@@ -71,93 +73,80 @@ def launch(
     sweep: Sweep | str | Path,
     root: Path = Path("aimscale-runs"),
     *,
-    slots: int | None = None,
-    command: Command = worker_command,
-    check: Callable[[Sequence[Run]], None] = check_data,
+    devices: int | None = None,
+    per_device: int = 1,
+    hours: float | None = None,
+    retry: bool = False,
+    shows: bool = True,
+    command: Command | None = None,
+    check: Callable[[Sweep, Sequence[Run]], None] = check_data,
 ) -> LaunchResult:
-    """Start what is missing, resume what died, skip what is done; returns when nothing is left to start.
+    """Execute here what is missing, resume what died, skip what is done; returns when nothing is left to start.
 
-    Calling it again goes on where it was.
+    Any number of launches on machines that share the sweep's folder, and jobs on Slurm, execute each run once between
+    them. Calling it again goes on where it was.
 
     Args:
         sweep: a sweep or its name.
-        slots: processes at a time; by default one per card, or as many as the cores can feed.
-        command: the program that executes a run.
-        check: looks at the data of the runs that would start.
+        devices: GPUs, or processes where there is none, to use; by default all, or as many as the cores feed.
+        per_device: runs of one device that share it.
+        hours: time until the machine is gone; everything is saved before.
+        retry: clear failures first.
+        shows: whether to show progress, on a terminal as a live table; else events alone are printed.
+        command: replaces the program that executes a run.
+        check: looks at what the runs that would start need.
 
     Raises:
         SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
             written; nothing was made.
     """
+    started = time.time()
     loaded, runs, cards = planned(sweep, root)
-    ask = slurm.Queued()
-    check(startable(loaded, runs, ask))
-    prepare(loaded, runs)
-    gpus = visible_gpus()
-    queue = functools.partial(
-        run_queue,
-        slots=default_slots(runs, gpus, loaded.file.runs_per_device) if slots is None else slots,
-        gpus=gpus,
-        is_queued=ask,
-    )
-    with _display(lambda: sweep_status(loaded, runs, cards)) as report:
-        result = queue(runs, command=command, report=report, kind=training_jobs(loaded))
+    machine = this_machine(runs, devices=devices, per_device=per_device)
+    begin(loaded, runs, retry=retry, check=check)
+    until = float("inf")
+    if hours is not None:
+        # What runs must have saved when the time is up; of a short time, half is for that.
+        until = started + 3600 * hours - min(max(stop_seconds(loaded, run) for run in runs), 1800 * hours)
+    with (
+        _display(lambda: sweep_status(loaded, runs, cards)) if shows else contextlib.nullcontext(print_events) as report
+    ):
+        result = run_queue(loaded, runs, machine=machine, command=command, report=report, until=until)
     return replace(result, unplanned=unplanned(loaded, runs))
 
 
-def work(
-    sweep: Sweep | str | Path,
-    root: Path = Path("aimscale-runs"),
-    *,
-    hours: float | None = None,
-    devices: int | None = None,
-    command: Command = worker_command,
-    check: Callable[[Sequence[Run]], None] = check_data,
-) -> LaunchResult:
-    """Train and evaluate what is free until nothing is left, or until everything must be saved to end in time.
-
-    It starts what a launch would start, by the same locks and decisions, so that any number of workers and launches,
-    here and on Slurm, execute each run once between them.
-
-    Args:
-        sweep: a sweep or its name.
-        hours: time until the machine is gone.
-        devices: cards (or, without cards, processes) to use; by default all.
-        command: the program that executes a run.
-        check: looks at the data of the runs that would start.
+def begin(
+    sweep: Sweep, runs: Sequence[Run], *, retry: bool, check: Callable[[Sweep, Sequence[Run]], None] = check_data
+) -> list[Run]:
+    """Check what a launch would start, make the sweep's directory, and free what was cancelled; the runs to start.
 
     Raises:
         SweepError, ConfigError, DataError: as `launch`.
     """
-    started = time.time()
-    loaded, runs, _ = planned(sweep, root)
-    if devices is not None and devices < 1:
-        raise SweepError(f"--devices must be 1 or more, not {devices}")
-    check(startable(loaded, runs, slurm.Queued()))
-    prepare(loaded, runs)
-    gpus = visible_gpus()[:devices]
-    training = training_jobs(loaded)
-    until = float("inf")
-    if hours is not None:
-        # What runs must have saved when the time is up; of a short time, half is for that.
-        until = started + 3600 * hours - min(max(map(training.stop_s, runs)), 1800 * hours)
-    queue = functools.partial(
-        run_queue,
-        slots=default_slots(runs, gpus, loaded.file.runs_per_device) if gpus or not devices else devices,
-        gpus=gpus,
-        report=print_events,
-        until=until,
-    )
-    did = LaunchResult()
-    while True:
-        result = queue(runs, kind=training, command=command, is_queued=slurm.Queued())
-        did = replace(
-            result,
-            finished=tuple(dict.fromkeys(did.finished + result.finished)),
-            failed=tuple(dict.fromkeys(did.failed + result.failed)),
-        )
-        if result.interrupted or not (result.finished or result.failed):
-            return did
+    check(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
+    prepare(sweep, runs)
+    for run in runs:
+        record = RunRecord(sweep.run_dir(run.run_id))
+        record.cancelled.unlink(missing_ok=True)
+        if retry:
+            _clear_failure(record)
+    return [run for run in runs if to_start(sweep, run)]
+
+
+def to_start(sweep: Sweep, run: Run, *, retry: bool = True) -> bool:
+    """Whether a launch would start a run; `retry` clears its failure."""
+    found = decide(run, RunRecord(sweep.run_dir(run.run_id)))
+    return found.startable or found.verdict == "cancelled" or (retry and found.verdict == "failed")
+
+
+def _clear_failure(record: RunRecord) -> None:
+    """Clear the failure of a run; one that is damaged, or that a worker has, is left to the queue."""
+    with contextlib.suppress(UserError):
+        if record.checked_status().state in ("failed", "diverged"):
+            lock = Lock(record.claim)
+            if not record.is_held() and lock.take():
+                forgive(record)
+            lock.release()
 
 
 def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
@@ -198,21 +187,22 @@ def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
         )
 
 
-def startable(sweep: Sweep, runs: Sequence[Run], is_queued: Callable[[Claim], bool]) -> list[Run]:
-    """Runs that a launch would start now."""
-    return [run for run in runs if decide(run, RunRecord(sweep.run_dir(run.run_id)), is_queued).startable]
-
-
 def left_alone(left: Sequence[Decision]) -> list[str]:
     """What a launch did not touch: finished and running ones counted, failed and damaged ones named."""
     counts = Counter(decision.verdict for decision in left)
-    lines = [f"{num} {verdict}" for verdict, num in counts.items() if verdict in ("finished", "running", "queued")]
+    lines = [
+        f"{num} {verdict}"
+        for verdict, num in counts.items()
+        if verdict in ("finished", "running", "waiting", "cancelled")
+    ]
     sentences = [f"left alone: {', '.join(lines)}"] if lines else []
     for decision in left:
         if decision.verdict == "damaged":
-            sentences.append(f"skipped {decision.record.title}: {decision.why}")
+            sentences.append(f"skipped {decision.record.name}: {decision.why}")
         elif decision.verdict == "failed":
-            sentences.append(f"not tried again: {decision.record.title} ({decision.why}); `aimscale retry` clears it")
+            sentences.append(
+                f"not tried again: {decision.record.name} ({decision.why}); `aimscale launch --retry` clears it"
+            )
     return sentences
 
 

@@ -1,10 +1,14 @@
-"""What an ended attempt means, and whether to try again: bounded by progress, not by a count of attempts."""
+"""What an ended attempt means, and whether to try again: bounded by progress, not by a count of attempts.
+
+What is written here is written by a worker that holds the run's claim.
+"""
 
 from __future__ import annotations
 
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +20,12 @@ from aimscale.harness.run.directory import (
     EXIT_USER_ERROR,
     ReasonClass,
 )
-from aimscale.sweeps.state.claims import Claim, RunRecord, local_claim_is_live
+from aimscale.harness.run.lock import Holder
+from aimscale.sweeps.state.record import RunRecord
 
-Outcome = Literal["finished", "preempted", "again", "stop", "held"]
-"""`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `held`: it runs elsewhere."""
+Outcome = Literal["finished", "preempted", "again", "stop", "elsewhere"]
+"""`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `elsewhere`: another process
+has the run."""
 
 Words = tuple[str, ReasonClass]
 """A reason and its class."""
@@ -31,69 +37,62 @@ A node or a time limit is nobody's fault; memory and code may have failed by a n
 the others would fail again.
 """
 RANKS_DIE_WITHIN_S = 10.0
-"""A process on a card takes seconds to give its memory back."""
+"""A process on a GPU takes seconds to give its memory back."""
 
 _MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
 
 def conclude(
-    run: RunRecord,
-    attempt: int,
-    exit_code: int,
-    where: str,
-    *,
-    asked: bool = False,
-    peer: Words | None = None,
-    node: str = "",
+    run: RunRecord, attempt: int, exit_code: int, where: str, *, claims: tuple[str, str | None], asked: bool
 ) -> Outcome:
-    """Record how an attempt ended and decide what follows.
+    """Record how an attempt ended and decide what follows; hold the claim.
 
     Args:
         exit_code: of the process, negative for a signal.
-        where: back end and job.
-        peer: what another rank said when it failed first.
-        node: Slurm's name of the node where the first to fail ran.
+        where: back end and job or machine.
+        claims: token of the claim under which the attempt was started, and the one that `status.json` bore before.
+        asked: whether a person told it to stop.
 
     Where the reason is unknown (killed, or dead before the first line), the status is written here.
     """
-    if exit_code != EXIT_FINISHED and _is_held_by_another(run, exit_code):
-        return "held"  # this attempt was refused, or lost the run to the one that has it now
-    exit_code = _by_torchrun(run, exit_code)
+    if _is_elsewhere(run, exit_code, claims):
+        return "elsewhere"  # this attempt was refused, or lost the run to the one that has it now
+    exit_code = _by_torchrun(run, exit_code, claims[0])
     if exit_code == EXIT_FINISHED:
         _record(run, attempt, exit_code, where, None, None)
         return "finished"
     is_killed_as_asked = asked and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
         return _preempted(run, attempt, exit_code, where, asked)
-    reason, kind = peer or explain(run, attempt, exit_code)
+    reason, kind = explain(run, attempt, exit_code)
     run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
-    _record(run, attempt, exit_code, where, reason, kind, node)
+    _record(run, attempt, exit_code, where, reason, kind, run.checked_status().failed_on or "")
     return "again" if may_try_again(run) else "stop"
 
 
-def _is_held_by_another(run: RunRecord, exit_code: int) -> bool:
-    """Whether another process holds the run: the ranks of a torchrun that was killed take a moment to die with it."""
+def _is_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:
+    """Whether another process has the run, or had it since: the ranks of a killed torchrun take a moment to die."""
     deadline = time.monotonic() + (RANKS_DIE_WITHIN_S if exit_code == -signal.SIGKILL else 0)
-    while run.is_held():
+    while exit_code != EXIT_FINISHED and run.is_held():
         if time.monotonic() >= deadline:
             return True
         time.sleep(0.1)
-    return False
+    return run.checked_status().claim not in claims
 
 
-def _by_torchrun(run: RunRecord, exit_code: int) -> int:
-    """torchrun turns every failure of its workers into exit code 1; what they wrote last tells which it was.
-
-    The launcher wrote `queued` before it started them, so the state is this attempt's.
-    """
-    if exit_code != EXIT_CRASHED:
+def _by_torchrun(run: RunRecord, exit_code: int, claim: str) -> int:
+    """torchrun turns every failure of its workers into exit code 1; what they wrote last tells which it was."""
+    status = run.checked_status()
+    if exit_code != EXIT_CRASHED or status.claim != claim:
         return exit_code
-    return {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED}.get(run.checked_status().state, exit_code)
+    return {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED}.get(status.state, exit_code)
 
 
 def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: bool) -> Outcome:
     """An attempt that was told to stop: to be gone on with, unless it is stopped again and again before it saves."""
     reason = run.checked_status().reason if exit_code == EXIT_PREEMPTED else "stopped before it could save"
+    if run.cancelled.exists():
+        reason = "cancelled"
     _record(run, attempt, exit_code, where, reason, None if asked else "timeout")
     if not asked and not _tries_left(run, "timeout"):
         reason = (
@@ -106,54 +105,46 @@ def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: 
     return "preempted"
 
 
-def explain(run: RunRecord, attempt: int, exit_code: int, rank: int = 0) -> Words:
+def explain(run: RunRecord, attempt: int, exit_code: int) -> Words:
     """Why a process failed: in its own words where it had any."""
     status = run.checked_status()
     if exit_code == -signal.SIGKILL:
         return "killed by the system (SIGKILL), most often for want of memory; use a smaller micro-batch", "oom"
     if status.state in ("failed", "diverged") and status.reason and status.reason_class:
         return status.reason, status.reason_class
-    reason = _last_words(run, attempt, rank) or (
+    reason = _last_words(run, attempt) or (
         f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
     )
     kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
     return reason, kinds.get(exit_code, "code")
 
 
-def diagnose(run: RunRecord, job_state: str | None, claim: Claim) -> None:
-    """Record the end of an attempt that nothing was left to record, from Slurm's word for how its job ended.
+def note_lost(run: RunRecord, worker: Holder | None, job_state: Callable[[str], str | None]) -> None:
+    """Record the end of an attempt whose worker was lost with it: a node that died, a container out of memory.
 
-    A run that was told to stop and saved, or ended by itself, has said so and is left as it is. So is one whose job
-    never started, but that it waits for the next launch.
+    Else a run that takes every worker with it would be tried for ever. Hold the claim.
+
+    Args:
+        worker: that held the claim before.
+        job_state: Slurm's word for a job, from squeue or sacct; None where it has none.
     """
-    state_now = run.checked_status().state
-    if state_now == "queued" and not claim.nodes and job_state in (None, "CANCELLED"):
-        run.write_status(state="preempted", reason=f"Slurm's job {claim.job_id} is gone and never started")
+    status = run.checked_status()
+    if worker is None or status.state not in ("running", "queued") or run.is_held():
         return
-    if state_now not in ("running", "queued"):
-        return
-    reason, kind, state = explain_job(job_state, run.job_log(claim.job_id), claim.nodes)
+    job_id = worker.facts.get("job_id")
+    if job_id:
+        where, nodes = f"slurm {job_id}", str(worker.facts.get("nodes") or "")
+        reason, kind, state = explain_job(job_state(job_id), run.job_log(job_id), nodes)
+    else:
+        where, nodes = f"local {worker.host}", ""
+        reason, kind, state = "killed with its launcher, or the machine stopped", "node", "failed"
+    if kind is not None:
+        _record(run, run.next_attempt(), None, where, reason, kind, nodes, was_lost=True)
     run.write_status(state=state, reason=reason, reason_class=kind)
-    _record(run, run.next_attempt(), None, f"slurm {claim.job_id}", reason, kind, claim.nodes, was_lost=True)
-
-
-def note_lost(run: RunRecord) -> None:
-    """Record the end of a local attempt whose launcher was killed with it: a container that runs out of memory, say.
-
-    Else a run that takes every worker with it would be tried for ever.
-    """
-    claim, status = run.read_claim(), run.checked_status()
-    if claim is None or claim.backend != "local" or local_claim_is_live(claim) or run.is_held():
-        return
-    if status.state == "running":
-        reason = "killed with its launcher, or the machine stopped"
-        run.write_status(state="failed", reason=reason, reason_class="node")
-        _record(run, run.next_attempt(), None, f"local {claim.host}", reason, "node", was_lost=True)
-        run.drop_claim()
 
 
 def explain_job(
-    job_state: str | None, log: Path, nodes: str = ""
+    job_state: str | None, log: Path, nodes: str
 ) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
     """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
     state = (job_state or "").split(" ")[0]
@@ -168,8 +159,10 @@ def explain_job(
             return "cancelled before it could save", None, "preempted"
         case "FAILED":
             return f"the job failed without a word; see {log}", "code", "failed"
-        case _:
-            return f"the job is gone ({job_state or 'Slurm does not know it any more'})", "node", "failed"
+        case "":
+            return "the job is gone (Slurm does not know it any more)", "node", "failed"
+        case _:  # the same job is there again, or something else became of it
+            return f"its job lost its node, or was started again before it could save ({state})", "node", "failed"
 
 
 def _last_start(log: Path) -> str:
@@ -187,7 +180,7 @@ def may_try_again(run: RunRecord) -> bool:
 
 
 def forgive(run: RunRecord) -> None:
-    """Clear a failure, so that the next launch resumes the run (`aimscale retry`)."""
+    """Clear a failure, so that the next worker resumes the run; hold the claim."""
     run.write_status(state="preempted", reason="to be tried again", reason_class=None)
     run.append_attempt(forgiven=True, ended=time.time())
 
@@ -238,10 +231,10 @@ def _record(
     )
 
 
-def _last_words(run: RunRecord, attempt: int, rank: int) -> str | None:
+def _last_words(run: RunRecord, attempt: int) -> str | None:
     """Last line of an attempt's log that says something."""
     try:
-        lines = run.log_file(attempt, rank).read_text(errors="replace").splitlines()
+        lines = run.log_file(attempt).read_text(errors="replace").splitlines()
     except OSError:
         return None
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), None)

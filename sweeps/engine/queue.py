@@ -1,0 +1,419 @@
+"""The queue, the only thing that executes a sweep: on this machine, under any scheduler, and in every Slurm job.
+
+It takes the next run that its machine and its time can serve, the longest first, and executes one process per run. A
+run is claimed (`sweeps.state.record`) before it is started and until its end is written down, so that any number of
+queues on machines that share the sweep's folder execute each run once. A run that needs more devices than are free is
+passed over, not waited for. Stopping the queue (Ctrl-C, SIGTERM, Slurm's warning) asks every run to save and end. A run
+whose directory is damaged, or whose end cannot be written down, is named and left; the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.lock import Holder, Lock
+from aimscale.sweeps.engine.devices import Devices, Machine, node_name
+from aimscale.sweeps.plan.costs import stop_seconds
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.attempts import Outcome, conclude, note_lost
+from aimscale.sweeps.state.decision import Decision, decide, note_finished
+from aimscale.sweeps.state.record import RunRecord
+
+POLL_S = 0.2
+LOOK_S = 1.0
+"""Active runs are looked at for a cancellation this often."""
+SCAN_S = 10.0
+"""Runs that were left are looked at again this often: another worker may have died."""
+DOUBT_S, GIVE_UP_S = 60.0, 900.0
+"""A run elsewhere that was not heard of for so long may come free, and is waited for up to the second."""
+MIN_TIME_S = 60.0
+"""With less time than this left, no run is started."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+"""Ctrl-C, the end of a machine or a job, a terminal that closes, and Slurm's warning before a time limit."""
+
+Command = Callable[[Path, int], list[str]]
+"""(run directory, devices) -> the program that executes the run."""
+Report = Callable[["Queue"], None]
+"""Called every few moments with the queue, to show where it stands."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A run that the queue executes."""
+
+    run: Run
+    record: RunRecord
+    lock: Lock
+    """Its claim."""
+    claims: tuple[str, str | None]
+    """Token of the claim, and the one of the attempt before."""
+    attempt: int
+    """1 for the first start."""
+    measured: list[int]
+    """What evaluation had written when it started."""
+    devices: tuple[int, ...]
+    process: subprocess.Popen[bytes]
+    """The trainer, or what starts its ranks: leader of its own process group."""
+    started: float = field(default_factory=time.time)
+    """Unix time."""
+    is_told: bool = False
+    """Whether it was asked to save and end."""
+
+
+@dataclass(kw_only=True)
+class Queue:
+    """State of one worker."""
+
+    sweep: Sweep
+    machine: Machine
+    command: Command
+    job_id: str | None
+    """Of the Slurm job that this worker is."""
+    until: float
+    """Unix time at which everything saves and ends."""
+    avoids_failures: bool
+    """Whether runs that failed on this node are left to others."""
+    waiting: list[Run]
+    """Neither executed here nor known to be over, in the order in which they are started."""
+    devices: Devices
+    active: list[Job] = field(default_factory=list)
+    ended: dict[str, Outcome] = field(default_factory=dict)
+    """Run -> how its last attempt here ended."""
+    evaluated: dict[str, None] = field(default_factory=dict)
+    """Runs on which something was measured here."""
+    left: dict[str, Decision] = field(default_factory=dict)
+    """Why runs are not executed here, as last seen."""
+    events: list[str] = field(default_factory=list)
+    """Sentences that the display has not printed yet."""
+    stopping: bool = False
+    stopped_by: int | None = None
+    """The first signal that asked, where one did."""
+
+    @property
+    def seconds_left(self) -> float:
+        """Until everything saves and ends."""
+        return self.until - time.time()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchResult:
+    """What a launch did."""
+
+    finished: tuple[str, ...] = ()
+    """Runs it brought to their end."""
+    evaluated: tuple[str, ...] = ()
+    """Runs on which it measured something, in the process that trained them or later."""
+    failed: tuple[str, ...] = ()
+    """Runs it tried in vain."""
+    left: tuple[Decision, ...] = ()
+    """Runs it left alone."""
+    unplanned: tuple[str, ...] = ()
+    """Run directories that the plan does not name: what they trained differs from it."""
+    to_do: tuple[str, ...] = ()
+    """Runs that this machine could go on with, had it more time or were it another node."""
+    interrupted: bool = False
+    """Whether it was asked to stop, or its time was up, before it was through."""
+    stopped_by: int | None = None
+    """The signal that asked first, where one did."""
+
+
+def run_queue(
+    sweep: Sweep,
+    runs: Sequence[Run],
+    *,
+    machine: Machine,
+    command: Command | None = None,
+    report: Report = lambda queue: None,
+    job_id: str | None = None,
+    until: float = float("inf"),
+    avoids_failures: bool = False,
+) -> LaunchResult:
+    """Execute runs (in the order given, those that this Slurm job had before first) until none is left to start.
+
+    Args:
+        command: replaces the program that executes a run.
+        report: called every few moments.
+        job_id: of the Slurm job that this worker is.
+        until: Unix time at which everything saves and ends.
+        avoids_failures: leave runs that failed on this node to other machines.
+    """
+    own = [run for run in runs if job_id and _is_of(RunRecord(sweep.run_dir(run.run_id)).claimant(), job_id)]
+    queue = Queue(
+        sweep=sweep,
+        machine=machine,
+        command=command or machine.command,
+        job_id=job_id,
+        until=until,
+        avoids_failures=avoids_failures,
+        waiting=[*own, *(run for run in runs if run not in own)],
+        devices=Devices(machine),
+    )
+    with _stop_requests(queue):
+        try:
+            _work_through(queue, report)
+        except BaseException:
+            _stop(queue)  # whatever went wrong here, the runs save before it is said
+            while queue.active:
+                _gather(queue)
+                time.sleep(POLL_S)
+            raise
+    with contextlib.suppress(OSError):
+        report(queue)
+    to_do = tuple(run.run_id for run in queue.waiting if machine.serves(run) and _look(queue, run).startable)
+    return LaunchResult(
+        finished=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "finished"),
+        evaluated=tuple(queue.evaluated),
+        failed=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "stop"),
+        left=tuple(found for run_id, found in queue.left.items() if run_id not in queue.ended),
+        to_do=to_do,
+        interrupted=queue.stopping or bool(to_do and queue.seconds_left < MIN_TIME_S),
+        stopped_by=queue.stopped_by,
+    )
+
+
+def _is_of(worker: Holder | None, job_id: str) -> bool:
+    return worker is not None and worker.facts.get("job_id") == job_id
+
+
+def _work_through(queue: Queue, report: Report) -> None:
+    scanned = looked = float("-inf")
+    num_active = -1
+    while queue.active or not queue.stopping:
+        if queue.seconds_left <= 0:
+            _stop(queue)
+        if not queue.stopping and (num_active != len(queue.active) or time.monotonic() - scanned > SCAN_S):
+            _start_what_fits(queue)
+            scanned, num_active = time.monotonic(), len(queue.active)
+        if time.monotonic() - looked > LOOK_S:
+            _obey_cancellations(queue)
+            looked = time.monotonic()
+        _gather(queue)
+        with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
+            report(queue)
+        if not queue.active and num_active == 0 and not _may_come_free(queue):
+            return
+        time.sleep(POLL_S)
+
+
+def _may_come_free(queue: Queue) -> bool:
+    """Whether a run elsewhere is silent: its machine may be lost, and nobody but this worker be there to go on."""
+    for run in queue.waiting:
+        if (found := queue.left.get(run.run_id)) and found.verdict == "running" and queue.machine.serves(run):
+            with contextlib.suppress(UserError):
+                heartbeat = found.record.checked_status().heartbeat
+                if heartbeat and DOUBT_S < time.time() - heartbeat < GIVE_UP_S:
+                    return True
+    return False
+
+
+def _start_what_fits(queue: Queue) -> None:
+    for run in list(queue.waiting):
+        if queue.stopping:
+            return
+        if not queue.machine.serves(run):
+            queue.left[run.run_id] = _left(queue, run, f"needs {run.devices} devices")
+            continue
+        taken = queue.devices.take(run)
+        if taken is None:
+            continue
+        found = _try_to_start(queue, run, taken)
+        if found is None or found.verdict in ("finished", "failed", "damaged"):
+            queue.waiting.remove(run)
+        if found is None:
+            queue.left.pop(run.run_id, None)
+        else:
+            queue.devices.give_back(taken)
+            queue.left[run.run_id] = found
+
+
+def _left(queue: Queue, run: Run, why: str) -> Decision:
+    return Decision(run=run, record=RunRecord(queue.sweep.run_dir(run.run_id)), verdict="waiting", why=why)
+
+
+def _look(queue: Queue, run: Run) -> Decision:
+    return decide(run, RunRecord(queue.sweep.run_dir(run.run_id)))
+
+
+def _try_to_start(queue: Queue, run: Run, taken: tuple[int, ...]) -> Decision | None:
+    """Claim a run and start it; else why not."""
+    found = _look(queue, run)
+    if not found.startable and not _ends_unsaid(found):
+        return found
+    if queue.seconds_left < MIN_TIME_S:
+        return _left(queue, run, "too little time is left here")
+    record = found.record
+    claim = Lock(record.claim)
+    try:
+        if queue.avoids_failures and node_name() in record.failed_nodes():
+            return _left(queue, run, "failed on this node")
+        before, status = record.claimant(), record.checked_status()
+        nodes = os.environ.get("SLURM_JOB_NODELIST", "") if queue.job_id else ""
+        mine = claim.take(job_id=queue.job_id, devices=len(taken) * queue.machine.nodes, nodes=nodes)
+        if mine is None:
+            return _look(queue, run)
+        note_lost(record, before, slurm.state_of)
+        found = decide(run, record, is_mine=True)
+        note_finished(found)
+        if found.startable:
+            RunDir.create(record.path, run.config)
+            record.write_status(state="queued", reason=None, reason_class=None)
+            job = _start(queue, run, record, claim, (mine.token, status.claim), taken)
+    except (OSError, UserError) as error:
+        found = Decision(run=run, record=record, verdict="damaged", why=_words(error))
+    if not found.startable:
+        claim.release()
+        return found
+    queue.active.append(job)
+    if queue.stopping:  # the signal came while it was being started
+        _tell(job)
+    queue.events.append(f"{'started' if job.attempt == 1 else f'resumed (attempt {job.attempt})'} {record.name}")
+    return None
+
+
+def _ends_unsaid(found: Decision) -> bool:
+    """Whether a run that is done, or given up, has not said so: its process was killed before its last word."""
+    if found.verdict != "finished":
+        return False
+    with contextlib.suppress(UserError):
+        return found.record.status.exists() and found.record.checked_status().state != "finished"
+    return False
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'its folder'}: {error.strerror}"
+    return str(error)
+
+
+def _start(
+    queue: Queue, run: Run, record: RunRecord, claim: Lock, claims: tuple[str, str | None], taken: tuple[int, ...]
+) -> Job:
+    attempt = record.next_attempt()
+    threads = str(run.config.runtime.num_threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "AIMSCALE_CLAIM": claims[0]}
+    environment |= queue.devices.environment(taken)
+    environment.pop("SLURM_STEP_NUM_TASKS", None)  # srun may have started several queues; no run is a rank of theirs
+    if len(taken) > 1:  # torchrun kills its workers so long after it was told to stop; by default after 30 s
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(stop_seconds(queue.sweep, run))
+    record.logs.mkdir(parents=True, exist_ok=True)
+    with record.log_file(attempt).open("ab") as log:
+        process = subprocess.Popen(
+            queue.command(record.path, len(taken)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C on the terminal reaches the queue alone, which then asks politely
+        )
+    return Job(
+        run=run,
+        record=record,
+        lock=claim,
+        claims=claims,
+        attempt=attempt,
+        measured=record.measured(),
+        devices=taken,
+        process=process,
+    )
+
+
+def _obey_cancellations(queue: Queue) -> None:
+    for job in queue.active:
+        if not job.is_told and job.record.cancelled.exists():
+            _tell(job)
+
+
+def _gather(queue: Queue) -> None:
+    for job in [job for job in queue.active if job.process.poll() is not None]:
+        queue.active.remove(job)
+        queue.devices.give_back(job.devices)
+        try:
+            outcome = _conclude(queue, job)
+            queue.events.append(_sentence(job, outcome))
+            if job.record.measured() != job.measured:
+                queue.evaluated[job.run.run_id] = None
+        except (OSError, UserError) as error:
+            outcome = "stop"
+            queue.events.append(f"left {job.record.name}: how it ended cannot be written down ({_words(error)})")
+        job.lock.release()
+        queue.ended[job.run.run_id] = outcome
+        if outcome not in ("finished", "stop"):
+            queue.waiting.insert(0, job.run)
+
+
+def _conclude(queue: Queue, job: Job) -> Outcome:
+    where = f"slurm {queue.job_id}" if queue.job_id else f"local {node_name()}"
+    asked = queue.stopping or job.record.cancelled.exists()
+    return conclude(job.record, job.attempt, job.process.returncode, where, claims=job.claims, asked=asked)
+
+
+def print_events(queue: Queue) -> None:
+    """Print what happened, line by line: a `Report` for logs."""
+    for event in queue.events:
+        print(event, flush=True)
+    queue.events.clear()
+
+
+def _sentence(job: Job, outcome: Outcome) -> str:
+    if outcome == "finished":
+        return f"finished {job.record.name} in {time.time() - job.started:.0f} s"
+    if outcome == "elsewhere":
+        return f"left {job.record.name}: another process executes it"
+    if outcome == "preempted":
+        return f"stopped {job.record.name}, saved"
+    status = job.record.checked_status()
+    what = "trying again" if outcome == "again" else f"see {job.record.log_file(job.attempt)}"
+    return f"failed {job.record.name} ({status.reason_class}: {status.reason}); {what}"
+
+
+@contextlib.contextmanager
+def _stop_requests(queue: Queue) -> Iterator[None]:
+    """Turn `STOP_SIGNALS` into a polite stop; a second Ctrl-C kills. Outside the main thread, nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if queue.stopping and number == signal.SIGINT:
+            for job in queue.active:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.process.pid, signal.SIGKILL)
+        queue.stopped_by = queue.stopped_by or number
+        _stop(queue)
+
+    # Under nohup a closing terminal is to be ignored.
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(queue: Queue) -> None:
+    """Ask every process to save and end, once."""
+    if not queue.stopping:
+        queue.stopping = True
+        for job in queue.active:
+            _tell(job)
+
+
+def _tell(job: Job) -> None:
+    """Ask a run to save and end: the process alone, which then ends its loader processes itself."""
+    job.is_told = True
+    with contextlib.suppress(ProcessLookupError):
+        job.process.send_signal(signal.SIGTERM)

@@ -1,0 +1,160 @@
+"""A run directory as launchers see it: who claims the run, how its attempts ended, and whether it is cancelled.
+
+Beside what `harness.run.directory` keeps, a run directory holds three files of theirs: `claim`, a lock that a worker
+holds from its decision to start the run until it has written down how that ended; `attempts.jsonl`, a line per ended
+attempt; and `cancelled`, which keeps workers from the run until the next launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.run import lock
+from aimscale.harness.run.directory import STATUS_VERSION, RunDir, Status
+from aimscale.harness.run.files import write_text
+from aimscale.sweeps.plan.sweepfile import SweepError
+
+_STATUS = TypeAdapter(Status)
+
+
+class RunRecord(RunDir):
+    """A run directory with the files of launchers."""
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self.claim = self.path / "claim"
+        self.attempts = self.path / "attempts.jsonl"
+        self.cancelled = self.path / "cancelled"
+
+    @property
+    def name(self) -> str:
+        """The run's id."""
+        return self.path.name
+
+    def job_log(self, job_id: str) -> Path:
+        """Output of a Slurm job's worker and of slurmstepd."""
+        return self.path.parent.parent / "slurm" / f"{job_id}_0_log.out"
+
+    def is_claimed(self) -> bool:
+        """Whether a live worker executes the run, or is about to."""
+        return lock.is_held(self.claim)
+
+    def claimant(self) -> lock.Holder | None:
+        """The worker that claims the run, or claimed it last."""
+        return lock.read_holder(self.claim)
+
+    def saved_progress(self) -> list[int]:
+        """What an attempt that resumes now would start from: rows, images of the furthest checkpoint, and evaluation.
+
+        The last counts what is on disk of budgets: weights, validation losses, probed tasks and their parts.
+
+        Raises:
+            SweepError: `results.json` is damaged.
+        """
+        images = [0]
+        for path in self.checkpoints.glob("[0-9]*"):
+            with contextlib.suppress(ValueError):
+                images.append(int(path.name.split("-")[0]))
+        try:
+            num_rows = len(self.read_rows())
+        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+            raise self.damaged(self.results, error) from error
+        num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
+        return [num_rows, max(images), num_budgets, *self.measured()]
+
+    def measured(self) -> list[int]:
+        """How many files evaluation has written, and when the last: each kind of a task's probes writes its file anew."""
+        times = [0]
+        for path in (path for kind in ("validation/*.npz", "probes/*/*.json") for path in self.path.glob(kind)):
+            with contextlib.suppress(OSError):  # removed meanwhile
+                times.append(path.stat().st_mtime_ns)
+        return [len(times) - 1, max(times)]
+
+    def checked_status(self) -> Status:
+        """The run's status.
+
+        Raises:
+            SweepError: it is damaged or of another version; the sentence says what to do.
+        """
+        try:
+            status = _STATUS.validate_json(self.status.read_bytes())
+        except FileNotFoundError:
+            return Status()
+        except (OSError, ValueError, RecursionError) as error:
+            raise self.damaged(self.status, error) from error
+        if status.version != STATUS_VERSION:
+            raise SweepError(
+                f"{self.path} is of version {status.version}, this aimscale reads {STATUS_VERSION}; use the one that "
+                f"made it"
+            )
+        return status
+
+    def damaged(self, path: Path, error: Exception) -> SweepError:
+        """The sentence about a file of the run that cannot be used."""
+        if isinstance(error, UserError):
+            return SweepError(str(error))  # it says so itself
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        return SweepError(f"{path} is damaged ({said}); repair it or move {self.path} away")
+
+    def read_attempts(self) -> list[dict[str, Any]]:
+        """Ended attempts, first to last; a last line cut off by a crash is left out.
+
+        Raises:
+            SweepError: the file is damaged.
+        """
+        try:
+            lines = self.attempts.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self.damaged(self.attempts, error) from error
+        ended: list[dict[str, Any]] = []
+        for i, line in enumerate(lines):
+            try:
+                values = json.loads(line)
+                if not values.get("forgiven"):
+                    if not {"reason_class", "saved"} <= values.keys():
+                        raise ValueError(f"line {i + 1} tells of no attempt")
+                    values["device_hours"], values["ended"] = float(values["device_hours"]), float(values["ended"])
+                ended.append(values)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                if i + 1 < len(lines):
+                    raise self.damaged(self.attempts, error) from error
+        return ended
+
+    def failed_nodes(self) -> list[str]:
+        """Nodes that ended attempts of this run since a person last cleared its failure."""
+        found: dict[str, None] = {}
+        for ended in self.read_attempts():
+            found = {} if ended.get("forgiven") else found | dict.fromkeys(ended.get("failed_nodes") or ())
+        return list(found)
+
+    def hours_since_start(self, now: float) -> float:
+        """Device-hours of the attempt under way, or that just ended; 0 where it never started."""
+        started, worker = self.checked_status().started, self.claimant()
+        last = max((ended["ended"] for ended in self.read_attempts() if not ended.get("forgiven")), default=0.0)
+        devices = worker.facts.get("devices", 1) if worker else 1
+        return devices * (now - started) / 3600 if started and started > last else 0.0
+
+    def next_attempt(self) -> int:
+        """Number of the attempt that comes next, 1 for the first."""
+        return 1 + sum(not ended.get("forgiven") for ended in self.read_attempts())
+
+    def append_attempt(self, **values: Any) -> None:
+        """Record how an attempt ended; hold the claim. A line that was cut off before goes, lest this one be lost."""
+        write_text(self.attempts, "".join(json.dumps(each) + "\n" for each in [*self.read_attempts(), values]))
+
+    def log_file(self, attempt: int) -> Path:
+        """Output of one attempt, all ranks."""
+        return self.logs / f"attempt-{attempt}.log"
+
+    def last_log(self) -> Path | None:
+        """Output of the last attempt."""
+        logs = {path.stem.removeprefix("attempt-"): path for path in self.logs.glob("attempt-*.log")}
+        return max(((int(number), path) for number, path in logs.items() if number.isdecimal()), default=(0, None))[1]
