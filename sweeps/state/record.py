@@ -69,7 +69,7 @@ class RunRecord(RunDir):
         return [num_rows, max(images), num_budgets, *self.measured()]
 
     def measured(self) -> list[int]:
-        """How many files evaluation has written, and when the last: with each kind of its probes a task's is written."""
+        """How many files evaluation has written, and when the last: a task's is written with each of its kinds."""
         times = [0]
         for path in (path for kind in ("validation/*.npz", "probes/*/*.json") for path in self.path.glob(kind)):
             with contextlib.suppress(OSError):  # removed meanwhile
