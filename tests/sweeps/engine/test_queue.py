@@ -15,6 +15,7 @@ import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine import queue
 from aimscale.sweeps.engine.launch import left_alone
+from aimscale.sweeps.engine.stop import cancel
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.record import RunRecord
@@ -178,3 +179,36 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
     monkeypatch.undo()
     did = launch(sweep, devices=1, command=stand_in())
     assert (did.interrupted, sorted(did.finished)) == (False, sorted(record.path.name for record in records))
+
+
+def test_a_free_device_never_waits_behind_a_run_that_needs_more(write_sweep: Any, launch: Any, tmp_path: Path) -> None:
+    """Of three devices a run of one has one; the next wants all three, the one after it only one."""
+    wide = [{"when": {"seed": 1}, "set": {"devices": 3}}]
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], override=wide)
+    first, broad, last = (sweep.run_dir(run.run_id) for run in plan(sweep))
+    program = (
+        "import pathlib, sys, time; mine, first, last = map(pathlib.Path, sys.argv[1:]); mine.joinpath('ran').touch()\n"
+        "while mine == first and not last.joinpath('ran').exists(): time.sleep(.05)\n"
+        "sys.exit(2)"
+    )
+    result = launch(sweep, devices=3, command=lambda path, _: [sys.executable, "-c", program, path, first, last])
+    assert len(result.failed) == 3, "the first run ends when the last has begun"
+    assert (broad / "ran").exists()
+
+
+def test_cancelled_runs_save_and_stay_ended_until_the_next_launch_and_that_is_no_failure(
+    write_sweep: Any, start: Any, stand_in: Any, launch: Any
+) -> None:
+    sweep = write_sweep(seeds=[0, 1])
+    runs = plan(sweep)
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in runs]
+    for number in (1, 2, 3):
+        worker = start(2, "wait")
+        wait_for(lambda: sum(record.is_held() for record in records) == 2, "start of two runs")
+        done, failed = cancel(sweep, runs)
+        assert (len(done), failed) == (4, [])
+        assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0", "it ended by itself"
+        assert not any(record.is_held() for record in records)
+        assert sum(starts(record) for record in records) == 2 * number
+    result = launch(sweep, devices=2, command=stand_in())
+    assert len(result.finished) == 4
