@@ -150,7 +150,7 @@ class CheckpointWriter:
         if problem:
             raise CheckpointError(
                 f"cannot write checkpoint {saving.final}: {problem}; make room, then start the run again "
-                "(`aimscale retry` where its sweep has given it up)"
+                "(`aimscale launch --retry` where its sweep has given it up)"
             )
         self._drop_all_but(saving.keep)
 

@@ -75,10 +75,11 @@ def test_the_yaml_of_the_pages_is_read_and_says_what_exists() -> None:
     (container,) = job["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in job["volumes"]}
     group = typer.main.get_command(app)
-    worker = group.get_command(group.make_context("aimscale", [], resilient_parsing=True), "work")  # type: ignore[attr-defined]
+    worker = group.get_command(group.make_context("aimscale", [], resilient_parsing=True), "launch")  # type: ignore[attr-defined]
     for command in (container["command"], task["run"].split()):
-        assert command[:2] == ["aimscale", "work"]
-        assert worker.make_context("work", command[2:]).params["sweep"] == "/shared/mysweep.yaml"
+        assert command[:2] == ["aimscale", "launch"]
+        given = worker.make_context("launch", command[2:]).params
+        assert (given["sweep"], given["on"]) == ("/shared/mysweep.yaml", "here")
 
 
 def test_every_verb_and_option_is_listed_with_its_values() -> None:
@@ -93,6 +94,5 @@ def test_every_verb_and_option_is_listed_with_its_values() -> None:
             section = sections[f"aimscale {verb} {name}".strip()]
             missing = [option for param in each.params for option in param.opts if f"{option}" not in section]
             assert set(missing) <= {"--help", "-h"}, f"{verb} {name} lacks {missing}"
-    on = "`--on <local|slurm>`: A queue on this machine, or the cluster's.  [default: local]"
-    assert on in sections["aimscale launch"]
+    assert "`--on <local|here|slurm>`: This machine, " in sections["aimscale launch"]
     assert "**Commands**" not in page  # typer cuts their lines
