@@ -45,7 +45,7 @@ def status(
     cards = costs.cost_cards(loaded, runs)
 
     def look() -> SweepStatus:
-        return sweep_status(loaded, runs, cards, slurm.known_jobs())
+        return sweep_status(loaded, runs, cards, slurm.known_jobs(f"aimscale-{loaded.name}"))
 
     if as_json:
         typer.echo(json.dumps(asdict(look()), indent=1))

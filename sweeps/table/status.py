@@ -1,14 +1,15 @@
-"""Where every run of a sweep stands: its directory, joined with what the queue knows."""
+"""Where every run of a sweep stands: its directory, who holds its locks, and what Slurm has in store for it."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.files import is_probed
+from aimscale.harness.probe.owed import Lacking
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
@@ -17,8 +18,17 @@ from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.state.decision import in_words, to_do
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned
+from aimscale.sweeps.table.time_left import Progress, time_left
 
-Shown = Literal["not started", "queued", "running", "dead", "preempted", "failed", "diverged", "finished", "damaged"]
+Shown = Literal[
+    "not started", "queued", "starting", "running", "dead", "unfinished", "cancelled", "failed", "diverged", "finished",
+    "damaged",
+]  # fmt: skip
+"""`queued`: a Slurm job waits that will take it; `starting`: a worker has claimed it; `dead`: it says running, and no
+process does; `unfinished`: what is there is saved, and nobody goes on with it. The next worker resumes the last two."""
+OVER = ("finished", "cancelled", "failed", "diverged", "damaged")
+"""Nothing more is executed before a person does something."""
+LAUNCH = "`aimscale launch` goes on with it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,6 @@ class RunStatus:
     cell: dict[str, Any]
     """Axis -> value."""
     state: Shown
-    """`dead`: it says running, and no process does; the next launch resumes it."""
     status: Status
     """What the run says of itself, with why it waits where Slurm says that."""
     progress: float
@@ -37,10 +46,13 @@ class RunStatus:
     val_loss: float | None
     """Validation loss of the last budget recorded."""
     eta_s: float | None
-    """To the end, at the present speed, without validation and probes."""
+    """To its end once it runs, evaluation included."""
     heartbeat_age_s: float | None
     """Since its last sign of life."""
     job_id: str | None
+    """Slurm's job that executes it, or did last."""
+    host: str | None
+    """The machine that executes it, or did last."""
     log: str | None
     """Output of its last attempt."""
     evaluated: int
@@ -63,7 +75,9 @@ class SweepStatus:
     progress: float
     """Share of the sweep's FLOPs executed, 0..1."""
     eta_s: float | None
-    """To the end of all that did not fail, evaluation included, at the pace so far, on the devices that run now."""
+    """To the end of all that is not over, on the devices that work now; None where none does."""
+    eta_is_measured: bool
+    """Whether the sweep's own pace says so; else it is the plan's."""
     device_hours: float
     """Spent so far."""
     device_hours_planned: float
@@ -75,118 +89,144 @@ class SweepStatus:
 def sweep_status(
     sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: Mapping[str, JobInfo] | None = None
 ) -> SweepStatus:
-    """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
+    """Look at every run; `jobs` are the sweep's in Slurm (`sweeps.slurm.commands.jobs`), None where it is silent."""
     now = time.time()
-    lines = tuple(
-        _run_status(run, card, RunRecord(sweep.run_dir(run.run_id)), jobs, now)
+    pending = next((job for job in (jobs or {}).values() if job.phase == "pending"), None)
+    seen = [
+        _look(run, card, RunRecord(sweep.run_dir(run.run_id)), pending, now)
         for run, card in zip(runs, cards, strict=True)
+    ]
+    left, eta_s, is_measured = time_left(cards, [progress for _, progress in seen])
+    lines = tuple(
+        replace(line, eta_s=left_s if progress.is_running else None)
+        for (line, progress), left_s in zip(seen, left, strict=True)
     )
-    counts: dict[str, int] = {}
-    for line in lines:
-        counts[line.state] = counts.get(line.state, 0) + 1
     flops = [card.flops_executed for card in cards]
-    done = sum(f * (1.0 if line.state == "finished" else line.progress) for f, line in zip(flops, lines, strict=True))
     return SweepStatus(
         sweep=sweep.name,
         runs=lines,
-        counts=counts,
-        progress=done / sum(flops),
-        eta_s=_eta(lines, cards),
+        counts=dict(Counter(line.state for line in lines)),
+        progress=sum(f * line.progress for f, line in zip(flops, lines, strict=True)) / sum(flops),
+        eta_s=eta_s,
+        eta_is_measured=is_measured,
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
         unplanned=unplanned(sweep, runs),
     )
 
 
-def _run_status(
-    run: Run, card: CostCard, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float
-) -> RunStatus:
+def _look(
+    run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None, now: float
+) -> tuple[RunStatus, Progress]:
     try:
-        return _undamaged(run, card, record, jobs, now)
+        return _undamaged(run, card, record, pending, now)
     except UserError as error:
         why = str(error)
     except OSError as error:
         why = f"{error.filename or record.path} cannot be read ({error.strerror})"
-    return _line(run, card, record, Status(reason=why), "damaged", now)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f"{record.path} holds what no run writes ({error!r}); repair it or move it away"
+    return _line(run, record, Status(reason=why), "damaged", now), Progress(is_over=True)
 
 
 def _undamaged(
-    run: Run, card: CostCard, record: RunRecord, jobs: Mapping[str, JobInfo] | None, now: float
+    run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None, now: float
+) -> tuple[RunStatus, Progress]:
+    status, is_held, is_claimed = record.checked_status(), record.is_held(), record.is_claimed()
+    if not record.config.exists():
+        state, reason = _state(record, status, [], pending)
+        line = _line(run, record, replace(status, reason=reason), "starting" if is_claimed else state, now)
+        return line, Progress(is_running=is_claimed, flops_to_evaluate=card.flops_evaluation)
+    owed = to_do(run, record)
+    state, reason = _state(record, status, owed, pending)
+    if is_held or (is_claimed and state != "finished"):
+        state, reason = "running" if is_held else "starting", None
+    rows, starts, attempts = record.read_rows(), record.read_starts(), record.read_attempts()
+    hours = sum(each.get("device_hours", 0.0) for each in attempts)
+    losses = [row["val_loss"] for row in sorted(rows, key=lambda row: row["images_seen"]) if row.get("val_loss")]
+    unprobed = Counter(each.what for each in owed)
+    is_trained = not unprobed["training"]
+    line = _line(
+        run,
+        record,
+        replace(status, reason=reason),
+        state,
+        now,
+        progress=1.0 if is_trained else min(1.0, status.images_done / card.images_executed),
+        val_loss=losses[-1] if losses else None,
+        unprobed=unprobed["probe"] + unprobed["training"] * len(card.probes),
+        device_hours=hours + (record.hours_since_start(now) if is_held else 0.0),
+    )
+    is_finished = state == "finished"
+    return line, Progress(
+        is_running=is_held or is_claimed,
+        is_over=state in OVER,
+        images_done=card.images_executed if is_trained else status.images_done,
+        flops_to_evaluate=_flops_to_evaluate(card, owed),
+        # the mean over all of its steps says more than the last seconds
+        images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
+        mfu=status.mfu,
+        startup_s=starts[-1].get("startup_s") if starts else None,
+        elapsed_s=now - status.started if is_held and status.started else 0.0,
+        spent_s=3600 * hours / card.devices if is_finished and attempts else None,
+    )
+
+
+def _flops_to_evaluate(card: CostCard, owed: Sequence[Lacking]) -> float:
+    probes = {probe.task: probe.flops for probe in card.probes}
+    whole = card.flops_evaluation / len(card.budgets)
+    validation = whole - sum(probes.values())
+    return sum(
+        probes[each.section.task] if each.section else whole if each.what == "training" else validation for each in owed
+    )
+
+
+def _state(
+    record: RunRecord, status: Status, owed: Sequence[Lacking], pending: JobInfo | None
+) -> tuple[Shown, str | None]:
+    """Where a run stands that nobody holds, and why."""
+    if status.state in ("failed", "diverged") or (status.state == "finished" and not owed):
+        return status.state, status.reason
+    if record.cancelled.exists():
+        return "cancelled", LAUNCH
+    if pending is not None:
+        return "queued", pending.reason or status.reason
+    if status.state == "created":
+        return "not started", status.reason
+    if status.state in ("running", "queued"):
+        return "dead", f"its process is gone; {LAUNCH}"
+    done = in_words(owed) if status.state == "finished" else status.reason
+    return "unfinished", "; ".join(part for part in (done, LAUNCH) if part)
+
+
+def _line(
+    run: Run,
+    record: RunRecord,
+    status: Status,
+    state: Shown,
+    now: float,
+    *,
+    progress: float = 0.0,
+    val_loss: float | None = None,
+    unprobed: int | None = None,
+    device_hours: float = 0.0,
 ) -> RunStatus:
-    status = record.checked_status()
-    if status.state == "finished" and (missing := to_do(run, record)):
-        status = replace(status, state="preempted", reason=in_words(missing))
-    state: Shown
-    if status.state in ("finished", "created"):
-        state = _shown(status)
-    elif record.is_held():
-        state = "running"
-    elif record.is_claimed():
-        state = "queued"
-    else:
-        state = "dead" if status.state in ("running", "queued") else _shown(status)
-    return _line(run, card, record, status, state, now)
-
-
-def _shown(status: Status) -> Shown:
-    return "not started" if status.state == "created" else status.state
-
-
-def _line(run: Run, card: CostCard, record: RunRecord, status: Status, state: Shown, now: float) -> RunStatus:
     log = record.last_log() if state != "not started" else None
-    evaluated, hours = _evaluation(run, record, state, now)
-    worker = record.claimant()
-    left = max(0, card.images_executed - status.images_done)
-    speed = status.images_per_s if state == "running" else None
+    worker = record.claimant() if state in ("running", "starting") and record.is_claimed() else None
+    to_evaluate = len(run.budgets) * len(run.config.evaluation.probes)
     return RunStatus(
         run_id=run.run_id,
         cell=run.cell,
         state=state,
         status=status,
-        progress=1.0 if state == "finished" else 1.0 - left / card.images_executed,
-        val_loss=_validation_loss(record) if state not in ("not started", "damaged") else None,
-        eta_s=left / speed if speed else None,
+        progress=progress,
+        val_loss=val_loss,
+        eta_s=None,
         heartbeat_age_s=max(0.0, now - status.heartbeat) if status.heartbeat else None,
         job_id=(worker.facts.get("job_id") if worker else None) or status.job_id,
+        host=worker.host if worker else status.host,
         log=str(log) if log else None,
-        evaluated=evaluated,
-        to_evaluate=len(run.budgets) * len(run.config.evaluation.probes),
-        device_hours=hours,
+        evaluated=0 if unprobed is None else to_evaluate - unprobed,
+        to_evaluate=to_evaluate,
+        device_hours=device_hours,
     )
-
-
-def _validation_loss(record: RunRecord) -> float | None:
-    """Of the largest budget that has been validated."""
-    losses = {row["images_seen"]: row["val_loss"] for row in record.read_rows() if row.get("val_loss") is not None}
-    return losses[max(losses)] if losses else None
-
-
-def _evaluation(run: Run, record: RunRecord, state: Shown, now: float) -> tuple[int, float]:
-    """Probed pairs, and device-hours of all attempts."""
-    if state in ("not started", "damaged"):
-        return 0, 0.0
-    saved = [budget for budget in run.budgets if record.model_file(budget).exists()]
-    wanted = [(budget, task) for budget in saved for task in run.config.evaluation.probes]
-    done = sum(is_probed(record, run.config, budget, task) for budget, task in wanted)
-    return done, _hours(record, now, is_running=state == "running")
-
-
-def _hours(record: RunRecord, now: float, *, is_running: bool) -> float:
-    spent = sum(float(ended.get("device_hours") or 0.0) for ended in record.read_attempts())
-    return spent + (record.hours_since_start(now) if is_running else 0.0)
-
-
-def _eta(lines: Sequence[RunStatus], cards: Sequence[CostCard]) -> float | None:
-    """Seconds in which the devices of the running runs do what is left of all, as fast as what is done was done."""
-    done = left = devices = 0.0
-    for line, card in zip(lines, cards, strict=True):
-        share = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
-        rest_s = card.training_s * (1 - line.progress) + card.evaluation_s * (1 - share)
-        rest = rest_s * card.devices / 3600
-        done += card.device_hours - rest
-        if line.state not in ("failed", "diverged", "damaged"):
-            left += rest
-        if line.state == "running":
-            devices += card.devices
-    spent = sum(line.device_hours for line in lines)
-    return 3600 * left * spent / (done * devices) if done > 0 and spent and devices else None

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from aimscale.aim.errors import printable
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.schema import MFU
 from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, not_identified, totals
@@ -24,16 +25,20 @@ from aimscale.sweeps.table.status import RunStatus, SweepStatus
 
 LOG_WIDTH = 250
 REFRESH_S = 2.0
+DATA_WAIT = 0.3
+"""A run that waits for images for a larger share of its time is named."""
 
 STYLE = {
     "finished": "green",
     "running": "cyan",
+    "starting": "cyan",
     "queued": "blue",
     "failed": "bold red",
     "diverged": "bold red",
     "damaged": "bold red",
     "dead": "yellow",
-    "preempted": "yellow",
+    "unfinished": "yellow",
+    "cancelled": "yellow",
     "not started": "dim",
 }
 
@@ -231,6 +236,7 @@ def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
         ),
         Column(header="evaluated", cell=_evaluated, rank=2),
         column("ETA", lambda line: line.eta_s, duration, 2),
+        Column(header="on", cell=_place, right=False, rank=6),
         column("beat", lambda line: line.heartbeat_age_s if line.state == "running" else None, duration, 7),
     ]
     notes = [Text(f"{line.run_id}: {why}", style=STYLE[line.state]) for line in status.runs if (why := _why(line))]
@@ -255,20 +261,33 @@ def _evaluated(line: RunStatus) -> str:
     return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state != "not started" else ""
 
 
-def _why(line: RunStatus) -> str:
-    """What a reader must know of a run besides its numbers: where it waits, or why it stands and where its log is."""
-    if line.state in ("finished", "not started"):
+def _place(line: RunStatus) -> str:
+    """Who executes it: Slurm's job, or else the machine."""
+    if line.state not in ("running", "starting"):
         return ""
-    reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
-    if line.state in ("queued", "running"):
-        return f"job {line.job_id} {f'({reason})' if reason else ''}".strip() if line.job_id else ""
-    return "; ".join(part for part in (reason, line.log) if part)
+    return f"job {line.job_id}" if line.job_id else line.host or ""
+
+
+def _why(line: RunStatus) -> str:
+    """What a reader must know of a run besides its numbers: what it waits for, why it stands, where its log is."""
+    status = line.status
+    if line.state == "running" and status.phase in ("train", "decay") and (status.data_wait or 0.0) > DATA_WAIT:
+        return (
+            f"waits for images {100 * (status.data_wait or 0.0):.0f} % of the time; raise runtime.num_workers, or pack "
+            f"the images smaller (`aimscale bench data` measures the loader)"
+        )
+    if line.state in ("finished", "not started", "running", "starting"):
+        return ""
+    log = line.log if line.state in ("failed", "diverged", "dead", "damaged") else None
+    reason = ": ".join(part for part in (status.reason_class, status.reason) if part)
+    return printable("; ".join(part for part in (reason, log) if part)).replace("\n", " ")
 
 
 def status_summary(status: SweepStatus) -> str:
     """The last line of `aimscale status`."""
     counts = ", ".join(f"{num} {state}" for state, num in sorted(status.counts.items(), key=lambda item: -item[1]))
-    eta = f", about {duration(status.eta_s)} left" if status.eta_s is not None else ""
+    basis = "" if status.eta_is_measured else " by the plan (nothing is measured yet)"
+    eta = f", about {duration(status.eta_s)} left{basis}" if status.eta_s is not None else ""
     old = f"; {len(status.unplanned)} run directories are of an earlier sweep file" if status.unplanned else ""
     hours = f"; {status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours spent"
     done = f"{100 * status.progress:.0f} % of the FLOPs{eta}{hours}{old}"

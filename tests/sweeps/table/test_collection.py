@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,31 +147,6 @@ def test_collecting_what_was_never_launched_is_refused(write_sweep: Any) -> None
     sweep = write_sweep()
     with pytest.raises(UserError, match="tiny"):
         collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
-
-
-def test_status_tells_dead_from_running_and_names_damage(write_sweep: Any, tmp_path: Path) -> None:
-    sweep = write_sweep(seeds=[0, 1])
-    runs = plan(sweep)
-    cards = cost_cards(sweep, runs)
-    fresh, dead, other_version, running = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
-    dead.write_status(state="running", images_done=500, images_per_s=10.0)
-    other_version.write_status(version=99)
-    running.write_status(state="running", images_done=250, images_per_s=10.0, loss=0.5)
-    running.record_row({"images_seen": 640, "val_loss": 0.4321})
-    running.record_row({"images_seen": 1280, "val_loss": None})  # trained, and not evaluated yet
-    (sweep.runs_dir / "old-run").mkdir()
-    with running.hold():
-        status = sweep_status(sweep, runs, cards)
-    assert [line.state for line in status.runs] == ["not started", "dead", "damaged", "running"]
-    assert "version 99" in str(status.runs[2].status.reason)
-    assert status.runs[3].eta_s == (cards[3].images_executed - 250) / 10
-    assert status.unplanned == ("old-run",)
-    assert not fresh.path.exists()
-    json.dumps(asdict(status), allow_nan=False)
-    output = CliRunner().invoke(verb("status"), [str(tmp_path / "sweep.yaml"), "--root", str(tmp_path / "root")]).output
-    assert "2 dead" in output
-    assert "version 99" in output
-    assert "0.4321" in output
 
 
 def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch: Any) -> None:

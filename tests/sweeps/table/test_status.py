@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aimscale.harness.probe.files import task_key, weights_name
+from aimscale.harness.probe.files import merge_into_rows, task_key, weights_name
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
+from aimscale.harness.run.lock import holding
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
+from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table.time_left import Progress, time_left
 from aimscale.sweeps.table.views import new_console, status_table
 
 PROBED: dict[str, Any] = {
@@ -37,32 +42,28 @@ def look(sweep: Any) -> SweepStatus:
 
 
 def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequence[str]) -> None:
-    """Leave the file of a task whose probes of these kinds are done, and the weights that it is of."""
-    weights = record.model_file(budget)
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    weights.write_bytes(b"weights")
+    """Leave the file of a task whose probes of these kinds are done, and enter them into the budget's row."""
     section = next(each for each in run.config.evaluation.probes if each.task == task)
     key = task_key(weights_name(record, run.config, budget), section, "train", "test", run.config.training.seed)
-    document = {**key, "probes": [{"kind": kind} for kind in kinds]}
+    document = {**key, "probes": [{"task": task, "kind": kind} for kind in kinds]}
     write_json(record.probes_dir(budget) / f"{task}-{key['evaluation']}.json", document)
+    merge_into_rows(record, run.config, budget)
 
 
 def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"], base=PROBED)
     run = plan(sweep)[0]
-    assert look(sweep).runs[0].to_evaluate == 4
     launch(sweep, devices=1, command=stand_in())
     record = RunRecord(sweep.run_dir(run.run_id))
-    status = look(sweep)
-    assert (status.runs[0].state, status.runs[0].evaluated) == ("finished", 0)
     for budget in run.budgets:
-        for task in ("pets", "cars"):
-            finish_task(run, record, budget, task, ["linear"])
-    assert look(sweep).runs[0].evaluated == 0, "attentive ones are missing"
-    for budget in run.budgets:
-        for task in ("pets", "cars"):
-            finish_task(run, record, budget, task, ["linear", "attentive"])
-    assert look(sweep).runs[0].evaluated == 4
+        record.model_file(budget).parent.mkdir(parents=True)
+        record.model_file(budget).write_bytes(b"weights")
+    for kinds, done in (([], 0), (["linear"], 0), (["linear", "attentive"], 4)):
+        for budget in run.budgets:
+            for task in ("pets", "cars"):
+                finish_task(run, record, budget, task, kinds)
+        line = look(sweep).runs[0]
+        assert (line.state, line.evaluated, line.to_evaluate) == ("unfinished", done, 4), "validation is missing, too"
     RunDir(record.path).write_status(mfu=1.09)
     console = new_console()
     console.print(status_table(look(sweep), console.width))
@@ -76,18 +77,109 @@ def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected
 ) -> None:
     launch(write_sweep(sizes=["rung-32"]), devices=1, command=stand_in())
     longer = look(write_sweep(sizes=["rung-32"], budgets=[640, 1280, 6400]))
-    assert (longer.runs[0].state, longer.runs[0].status.reason) == ("preempted", "to do: training at 6400")
+    assert longer.runs[0].state == "unfinished"
+    assert "6400" in str(longer.runs[0].status.reason)
     assert 0 < longer.progress < 1
 
 
-def test_what_is_left_takes_as_long_as_what_is_done_on_the_devices_that_run(write_sweep: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], budgets=[64_000], cost={"peak_tflops": 1e9, "step_ms": 10})
+def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[*range(9)])
     runs = plan(sweep)
-    card = cost_cards(sweep, runs)[0]
-    record = RunRecord(RunRecord.create(sweep.run_dir(runs[0].run_id), runs[0].config).path)
-    spent = {"attempt": 1, "ended": 1.0, "exit_code": 0, "where": "here", "saved": [1], "reason_class": None}
-    record.append_attempt(**spent, reason=None, device_hours=card.training_s / 3600)
-    record.write_status(state="running", images_done=card.images_executed // 2)
-    assert look(sweep).eta_s is None
-    with record.hold():
-        assert look(sweep).eta_s == pytest.approx(5 * card.training_s, rel=1e-3)
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in runs]
+    new, dead, unfinished, running, starting, failed, cancelled, other_version, by_hand = records
+    for record, run in zip(records[1:], runs[1:], strict=True):
+        RunRecord.create(record.path, run.config)
+    for record in (dead, running, by_hand):
+        record.write_status(state="running", phase="train", images_done=320, images_per_s=10.0, data_wait=0.29)
+    running.write_status(data_wait=0.76)
+    unfinished.write_status(state="preempted", reason="stopped by a signal")
+    failed.write_status(state="failed", reason="no \x1b]0;title\x07such class\x1b[31m", reason_class="data")
+    cancelled.write_status(state="preempted")
+    cancelled.cancelled.write_text("")
+    other_version.write_status(version=99)
+    running.record_row({"images_seen": 640, "val_loss": 0.4321})
+    running.record_row({"images_seen": 1280, "val_loss": None})  # trained, and not evaluated yet
+    (sweep.runs_dir / "old-run").mkdir()
+    jobs = {"8_0": JobInfo(job_id="8_0", state="PENDING", reason="Priority")}
+    facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
+    with running.hold(), by_hand.hold(), holding(running.claim, **facts), holding(starting.claim, **facts):
+        alone, with_jobs = look(sweep), sweep_status(sweep, runs, cost_cards(sweep, runs), jobs)
+    states = ["not started", "dead", "unfinished", "running", "starting", "failed", "cancelled", "damaged", "running"]
+    assert [line.state for line in alone.runs] == states
+    queued = ["queued" if state in ("not started", "dead", "unfinished") else state for state in states]
+    assert [line.state for line in with_jobs.runs] == queued
+    assert with_jobs.runs[0].status.reason == "Priority"
+    assert (alone.runs[3].job_id, alone.runs[8].job_id) == ("7_1", None)
+    assert alone.unplanned == ("old-run",)
+    assert not new.path.exists()
+    json.dumps(asdict(alone), allow_nan=False)
+    console = new_console()
+    console.print(status_table(alone, console.width))
+    said = capsys.readouterr().out
+    assert "0.4321" in said
+    assert "76 %" in said, "the run that waits for images is named"
+    assert "29 %" not in said
+    assert "job 7_1" in said
+    assert "version 99" in said
+    assert not set(said) & {"\x1b", "\x07"}, "no run's words steer the terminal"
+
+
+def test_the_time_left_is_that_of_the_last_run_to_end(write_sweep: Any) -> None:
+    """Steps of 0.05 s and 10 s per TFLOP; the queue takes the longest first."""
+    sweep = write_sweep(sizes=["rung-32", "rung-64", "rung-96"], seeds=[0, 1], budgets=[64_000], base=PROBED)
+    cards = sorted(cost_cards(sweep, plan(sweep)), key=lambda card: -card.device_hours)
+    step_s = [0.05 + 10e-12 * card.flops_executed / card.steps for card in cards]
+    whole = [
+        5.0 + s * card.steps * (1 + card.flops_evaluation / card.flops_executed)
+        for s, card in zip(step_s, cards, strict=True)
+    ]
+    waiting = [Progress(flops_to_evaluate=card.flops_evaluation) for card in cards]
+    half, rate = cards[0].images_executed // 2, {"startup_s": 5.0, "elapsed_s": 60.0, "mfu": 0.2}
+    first = replace(waiting[0], is_running=True, images_done=half, images_per_s=64 / step_s[0], **rate)
+    third = replace(waiting[2], is_running=True, images_per_s=64 / step_s[2], **rate)
+    runs = [first, waiting[1], third, waiting[3], Progress(is_over=True), waiting[5]]
+    left, end, is_measured = time_left(cards, runs)
+    assert is_measured
+    assert left == pytest.approx(
+        [whole[0] - 5 - half // 64 * step_s[0], whole[1], whole[2] - 5, whole[3], 0, whole[5]], rel=0.02
+    )
+    lanes = sorted([left[0], left[2]])
+    for i in (1, 3, 5):
+        lanes = sorted([lanes[0] + left[i], lanes[1]])
+    assert end == pytest.approx(lanes[1])
+
+
+def test_one_size_is_no_reason_to_take_small_models_for_fast_ones(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32", "rung-96"], budgets=[64_000])
+    small, large = cost_cards(sweep, plan(sweep))
+    ratio = small.flops_executed / large.flops_executed
+    for mfu, expected in ((0.4, ratio), (0.1, 0.75 + 0.25 * ratio)):
+        seen = Progress(is_running=True, images_per_s=64.0, mfu=mfu)
+        left, end, _ = time_left([small, large], [Progress(), seen])
+        assert left[0] / left[1] == pytest.approx(expected, rel=1e-6)
+        assert end == pytest.approx(left[0] + left[1])
+
+
+def test_evaluation_takes_what_it_took_on_runs_that_ended(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], budgets=[64_000], base=PROBED)
+    ended, other = cost_cards(sweep, plan(sweep))
+    trained_s = ended.images_executed / 100.0
+    usual_s = trained_s * ended.flops_evaluation / ended.flops_executed
+    done = Progress(is_over=True, images_per_s=100.0, spent_s=trained_s + 3 * usual_s)
+    left, end, _ = time_left([ended, other], [done, Progress(flops_to_evaluate=other.flops_evaluation)])
+    assert left[1] == pytest.approx(trained_s + (3 + 0.2) / 1.2 * usual_s, rel=1e-6)
+    assert end is None, "nothing works"
+
+
+def test_before_anything_is_measured_the_plan_stands(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], base=PROBED)
+    cards = cost_cards(sweep, plan(sweep))
+    waiting = Progress(flops_to_evaluate=cards[0].flops_evaluation)
+    two = [replace(waiting, is_running=True)] * 2
+    left, end, is_measured = time_left(cards, [*two, waiting])
+    assert not is_measured
+    assert left == pytest.approx([card.wall_s for card in cards])
+    assert end == pytest.approx(2 * cards[0].wall_s)
+    assert time_left([replace(card, devices=2) for card in cards], [two[0], waiting, waiting])[1] == pytest.approx(
+        3 * cards[0].wall_s
+    )

@@ -1,0 +1,131 @@
+"""The time left of a sweep: what is left of every run, at the pace measured so far, on the devices that work now.
+
+A step takes `a + b f`, with f the FLOPs of one device: small models wait for calls, large ones for arithmetic.
+Evaluation takes k times what training would take for as many FLOPs. Before anything is measured the cost cards stand
+for all of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from aimscale.sweeps.plan.costs import CostCard
+
+ARITHMETIC = 0.4
+"""Assumption: arithmetic alone reaches this part of a device's measured peak. The sizes that are seen correct it."""
+TRUST = 0.2
+"""Weight of what is assumed, against one measured run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a run tells of its pace and of how far it is."""
+
+    is_running: bool = False
+    """Whether devices are taken by it now."""
+    is_over: bool = False
+    """Whether nothing of it will be executed: it finished, was cancelled, or failed for good."""
+    images_done: int = 0
+    """Images trained on."""
+    flops_to_evaluate: float = 0.0
+    """FLOPs of validation and probes that are left."""
+    images_per_s: float | None = None
+    """Pace of its training, all devices; None before its first line."""
+    mfu: float | None = None
+    """FLOPs it executes over the peak measured on its device, 0..1."""
+    startup_s: float | None = None
+    """From the start of its process to its first step, at its last start."""
+    elapsed_s: float = 0.0
+    """Since its last start."""
+    spent_s: float | None = None
+    """Time that a finished run took, all attempts; None of one that has not finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What things take on the devices of a sweep."""
+
+    step_s: float
+    """a: of a step beside its arithmetic, s."""
+    flop_s: float
+    """b: of a FLOP of one device, s."""
+    startup_s: float
+    """To the first step, s."""
+    evaluation: float
+    """k: a FLOP of evaluation takes so many times what one of training takes."""
+
+
+def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list[float], float | None, bool]:
+    """What is left of each run, s; of the sweep, None where no device works; and whether that is measured.
+
+    Runs that wait take the devices that work now, longest first, as the queue does.
+    """
+    pace = measured_pace(cards, runs)
+    left = [_left_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
+    free = [left[i] for i, run in enumerate(runs) if run.is_running for _ in range(cards[i].devices)]
+    heapq.heapify(free)
+    waiting = [i for i, run in enumerate(runs) if free and not run.is_running and not run.is_over]
+    for i in sorted(waiting, key=lambda i: -cards[i].device_hours):
+        taken = [heapq.heappop(free) for _ in range(min(cards[i].devices, len(free)))]
+        for _ in taken:
+            heapq.heappush(free, max(taken) + left[i])
+    return left, max(free, default=None), pace is not None
+
+
+def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace | None:
+    """The pace that fits what runs have measured, each step's time by its relative error; None before there is any."""
+    seen = [(card, run, step_s) for card, run in zip(cards, runs, strict=True) if (step_s := _own_step_s(card, run))]
+    if not seen:
+        return None
+    mean_s = sum(step_s for *_, step_s in seen) / len(seen)
+    constant = [1 - min(1.0, run.mfu / ARITHMETIC) for _, run, _ in seen if run.mfu] or [0.0]
+    rows = [[1 / step_s, _flops_of_step(card) / step_s] for card, _, step_s in seen] + [[TRUST / mean_s, 0.0]]
+    units = np.max(rows, axis=0)
+    found, _ = nnls(np.array(rows) / units, np.array([1.0] * len(seen) + [TRUST * sum(constant) / len(constant)]))
+    startups = [run.startup_s for _, run, _ in seen if run.startup_s is not None]
+    ended = [
+        (_evaluation_s(card, card.flops_evaluation, step_s), max(0.0, run.spent_s - card.steps * step_s))
+        for card, run, step_s in seen
+        if run.spent_s is not None
+    ]
+    planned_s, spent_s = (sum(each) for each in zip(*ended, strict=True)) if ended else (0.0, 0.0)
+    assumed_s = TRUST * planned_s / max(1, len(ended))
+    return Pace(
+        step_s=float(found[0] / units[0]),
+        flop_s=float(found[1] / units[1]),
+        startup_s=float(np.median(startups)) if startups else 0.0,
+        evaluation=(spent_s + assumed_s) / (planned_s + assumed_s) if planned_s else 1.0,
+    )
+
+
+def _own_step_s(card: CostCard, run: Progress) -> float | None:
+    return card.batch_size / run.images_per_s if run.images_per_s else None
+
+
+def _flops_of_step(card: CostCard) -> float:
+    """Of one device."""
+    return card.flops_executed / card.steps / card.devices
+
+
+def _evaluation_s(card: CostCard, flops: float, step_s: float) -> float:
+    """Time of so many FLOPs of evaluation, were they of training."""
+    return card.steps * step_s * flops / card.flops_executed
+
+
+def _left_s(card: CostCard, run: Progress, pace: Pace | None) -> float:
+    """What is left of a run on its devices, s."""
+    if run.is_over:
+        return 0.0
+    steps = max(0, card.images_executed - run.images_done) / card.batch_size
+    if pace is None:
+        evaluation_s = card.evaluation_s * run.flops_to_evaluate / (card.flops_evaluation or 1.0)
+        return steps * card.training_s / card.steps + evaluation_s
+    own_s = _own_step_s(card, run) if run.is_running else None
+    step_s = own_s or pace.step_s + pace.flop_s * _flops_of_step(card)
+    startup_s = max(0.0, pace.startup_s - run.elapsed_s) if run.is_running else pace.startup_s
+    return startup_s + steps * step_s + pace.evaluation * _evaluation_s(card, run.flops_to_evaluate, step_s)
