@@ -16,6 +16,7 @@ from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.sweep_dir import unplanned
 
 if TYPE_CHECKING:
     from aimscale.sweeps.engine.queue import LaunchResult
@@ -136,4 +137,19 @@ def _print_local(sweep: str, root: Path, devices: int | None, per_device: int) -
 
 
 def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_run: bool, allow_dirty: bool) -> None:
-    raise SweepError("launching on Slurm is being rebuilt")
+    from aimscale.sweeps.engine.element import launch_slurm  # submitit is slow to import
+
+    loaded, runs, _ = engine.planned(sweep, root)
+    submitted = launch_slurm(loaded, runs, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+    for part in submitted:
+        if dry_run:
+            typer.echo(part.script)
+            continue
+        what = f"{part.number} workers of {part.shape.nodes} x {part.shape.devices} (nodes x devices)"
+        typer.echo(f"submitted {what} as job {part.job_id}")
+        if part.excluded:
+            typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
+    if not submitted:
+        typer.echo("no worker is lacking")
+    _print_left([found for run in runs if not (found := decide(run, RunRecord(loaded.run_dir(run.run_id)))).startable])
+    _print_unplanned(unplanned(loaded, runs))

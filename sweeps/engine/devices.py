@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,13 @@ class Machine:
     """Whether runs that ask for more devices are executed on those that are there."""
     srun: tuple[str, ...] = ()
     """Further arguments of the srun that starts a run on several nodes."""
+    python: tuple[str, ...] = (sys.executable,)
+    """The interpreter of runs, with what enters their container on another node."""
+
+    @property
+    def stop_signal(self) -> signal.Signals:
+        """Tells what `command` started to save and end: srun hands USR2 on to the ranks, and kills them on TERM."""
+        return signal.SIGUSR2 if self.nodes > 1 else signal.SIGTERM
 
     def serves(self, run: Run) -> bool:
         """Whether a run may be executed here: on one node any that it holds, on several those that fill them."""
@@ -44,9 +52,9 @@ class Machine:
         """The program that executes a run: python, torchrun for several devices, srun for several nodes."""
         if self.nodes > 1:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
-            return [*step, *self.srun, sys.executable, *WORKER, str(run_dir)]
+            return [*step, *self.srun, *self.python, *WORKER, str(run_dir)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
-        return [sys.executable, *(torchrun if num_devices > 1 else []), *WORKER, str(run_dir)]
+        return [*self.python, *(torchrun if num_devices > 1 else []), *WORKER, str(run_dir)]
 
 
 def this_machine(runs: Sequence[Run], *, devices: int | None = None, per_device: int = 1) -> Machine:

@@ -25,7 +25,8 @@ from aimscale.sweeps.engine.queue import Command, LaunchResult, Queue, print_eve
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
-from aimscale.sweeps.state.attempts import forgive
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.attempts import forgive, note_lost
 from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare, unplanned
@@ -128,8 +129,7 @@ def begin(
     for run in runs:
         record = RunRecord(sweep.run_dir(run.run_id))
         record.cancelled.unlink(missing_ok=True)
-        if retry:
-            _clear_failure(record)
+        _settle(record, retry=retry)
     return [run for run in runs if to_start(sweep, run)]
 
 
@@ -139,13 +139,16 @@ def to_start(sweep: Sweep, run: Run, *, retry: bool = True) -> bool:
     return found.startable or found.verdict == "cancelled" or (retry and found.verdict == "failed")
 
 
-def _clear_failure(record: RunRecord) -> None:
-    """Clear the failure of a run; one that is damaged, or that a worker has, is left to the queue."""
+def _settle(record: RunRecord, *, retry: bool) -> None:
+    """Write down how an attempt ended whose worker is gone, and clear a failure if asked; what is damaged is left."""
+    ended = ("failed", "diverged")
     with contextlib.suppress(UserError):
-        if record.checked_status().state in ("failed", "diverged"):
-            lock = Lock(record.claim)
+        if record.checked_status().state in ("queued", "running", *(ended if retry else ())):
+            before, lock = record.claimant(), Lock(record.claim)
             if not record.is_held() and lock.take():
-                forgive(record)
+                note_lost(record, before, slurm.state_of)
+                if retry and record.checked_status().state in ended:
+                    forgive(record)
             lock.release()
 
 

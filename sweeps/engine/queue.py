@@ -84,8 +84,8 @@ class Queue:
     """Of the Slurm job that this worker is."""
     until: float
     """Unix time at which everything saves and ends."""
-    avoids_failures: bool
-    """Whether runs that failed on this node are left to others."""
+    avoided_on: Sequence[str]
+    """Names of this machine's nodes: runs that failed on one of them are left to others."""
     waiting: list[Run]
     """Neither executed here nor known to be over, in the order in which they are started."""
     devices: Devices
@@ -139,7 +139,7 @@ def run_queue(
     report: Report = lambda queue: None,
     job_id: str | None = None,
     until: float = float("inf"),
-    avoids_failures: bool = False,
+    avoided_on: Sequence[str] = (),
 ) -> LaunchResult:
     """Execute runs (in the order given, those that this Slurm job had before first) until none is left to start.
 
@@ -148,7 +148,7 @@ def run_queue(
         report: called every few moments.
         job_id: of the Slurm job that this worker is.
         until: Unix time at which everything saves and ends.
-        avoids_failures: leave runs that failed on this node to other machines.
+        avoided_on: names of this machine's nodes; runs that failed on one of them are left to others.
     """
     own = [run for run in runs if job_id and _is_of(RunRecord(sweep.run_dir(run.run_id)).claimant(), job_id)]
     queue = Queue(
@@ -157,7 +157,7 @@ def run_queue(
         command=command or machine.command,
         job_id=job_id,
         until=until,
-        avoids_failures=avoids_failures,
+        avoided_on=avoided_on,
         waiting=[*own, *(run for run in runs if run not in own)],
         devices=Devices(machine),
     )
@@ -257,7 +257,7 @@ def _try_to_start(queue: Queue, run: Run, taken: tuple[int, ...]) -> Decision | 
     record = found.record
     claim = Lock(record.claim)
     try:
-        if queue.avoids_failures and node_name() in record.failed_nodes():
+        if set(queue.avoided_on) & set(record.failed_nodes()):
             return _left(queue, run, "failed on this node")
         before, status = record.claimant(), record.checked_status()
         nodes = os.environ.get("SLURM_JOB_NODELIST", "") if queue.job_id else ""
@@ -278,7 +278,7 @@ def _try_to_start(queue: Queue, run: Run, taken: tuple[int, ...]) -> Decision | 
         return found
     queue.active.append(job)
     if queue.stopping:  # the signal came while it was being started
-        _tell(job)
+        _tell(queue, job)
     queue.events.append(f"{'started' if job.attempt == 1 else f'resumed (attempt {job.attempt})'} {record.name}")
     return None
 
@@ -333,7 +333,7 @@ def _start(
 def _obey_cancellations(queue: Queue) -> None:
     for job in queue.active:
         if not job.is_told and job.record.cancelled.exists():
-            _tell(job)
+            _tell(queue, job)
 
 
 def _gather(queue: Queue) -> None:
@@ -356,7 +356,8 @@ def _gather(queue: Queue) -> None:
 
 def _conclude(queue: Queue, job: Job) -> Outcome:
     where = f"slurm {queue.job_id}" if queue.job_id else f"local {node_name()}"
-    asked = queue.stopping or job.record.cancelled.exists()
+    # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
+    asked = (queue.stopping and not queue.job_id) or job.record.cancelled.exists()
     return conclude(job.record, job.attempt, job.process.returncode, where, claims=job.claims, asked=asked)
 
 
@@ -409,11 +410,11 @@ def _stop(queue: Queue) -> None:
     if not queue.stopping:
         queue.stopping = True
         for job in queue.active:
-            _tell(job)
+            _tell(queue, job)
 
 
-def _tell(job: Job) -> None:
+def _tell(queue: Queue, job: Job) -> None:
     """Ask a run to save and end: the process alone, which then ends its loader processes itself."""
     job.is_told = True
     with contextlib.suppress(ProcessLookupError):
-        job.process.send_signal(signal.SIGTERM)
+        job.process.send_signal(queue.machine.stop_signal)

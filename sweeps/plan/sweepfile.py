@@ -94,8 +94,14 @@ def _one_line(text: str) -> str:
     return text
 
 
+LAUNCHERS_OPTIONS = ("array", "error", "gres", "nodes", "ntasks-per-node", "output", "signal")
+"""Options of sbatch that the launcher sets, or that would contradict `slurm.gpus`."""
+
+
 def _sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
+        if name in LAUNCHERS_OPTIONS or name.startswith("gpus"):
+            raise ValueError(f"{name} is the launcher's; GPUs and their type are asked for by slurm.gpus")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
             raise ValueError(f"'{name}' is no long name of an sbatch option, such as mail-type")
         if not isinstance(value, str | int | float):
@@ -122,8 +128,8 @@ class SlurmSection(Section):
     and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and cards) of one node."""
-    gpus: bool = True
-    """Ask for one card per task; false for CPU nodes."""
+    gpus: bool | Line = True
+    """Ask for a GPU per device, of a type where one is named, e.g. a100; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
     devices_per_job: int = Field(1, gt=0)
@@ -138,6 +144,12 @@ class SlurmSection(Section):
     """Shell lines run before the workers, e.g. module loads."""
     python: Command | None = None
     """Interpreter of the workers (a venv's, or a container's wrapper); null takes the launcher's own."""
+
+    def gpus_of(self, devices: int) -> int | str | None:
+        """What is asked for so many devices of a node; None for CPU nodes."""
+        if self.gpus is False:
+            return None
+        return devices if self.gpus is True else f"{self.gpus}:{devices}"
 
 
 class SweepFile(Section):

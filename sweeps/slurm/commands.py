@@ -19,7 +19,10 @@ TIMEOUT_S = 60
 PENDING = (
     "PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUE_FED", "RESV_DEL_HOLD", "SUSPENDED", "STOPPED",
 )  # fmt: skip
-RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "PREEMPTED")
+ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT",
+)  # fmt: skip
 
 
 Phase = Literal["pending", "running", "ended"]
@@ -42,10 +45,10 @@ class JobInfo:
 
     @property
     def phase(self) -> Phase:
-        """`ended` jobs need a launch to go on; COMPLETING and PREEMPTED ones are still being dealt with."""
+        """Whether it waits, has ended, or runs: what Slurm is still dealing with, in a state unknown here, too."""
         if self.state in PENDING:
             return "pending"
-        return "running" if self.state in RUNNING else "ended"
+        return "ended" if self.state in ENDED else "running"
 
 
 def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
@@ -71,8 +74,13 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
 
 def plain(message: str) -> str:
     """Slurm's complaint in one line."""
-    lines = [line.split("error: ", 1)[-1].strip() for line in message.splitlines() if line.strip()]
+    lines = [printable(line.split("error: ", 1)[-1].strip()) for line in message.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines)) or "it gave no reason"
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: reasons and comments are other people's text."""
+    return "".join(letter for letter in text if letter.isprintable())
 
 
 def jobs(name: str | None = None) -> dict[str, JobInfo]:
@@ -82,7 +90,7 @@ def jobs(name: str | None = None) -> dict[str, JobInfo]:
     text = command("squeue", "--noheader", "--array", "--states=all", *which, "-o", "%i|%T|%R")
     found = {}
     for line in text.splitlines():
-        job_id, _, rest = line.strip().partition("|")
+        job_id, _, rest = printable(line).strip().partition("|")
         state, _, reason = rest.partition("|")
         if state:  # else a plugin's remark among the jobs
             found[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
@@ -115,35 +123,31 @@ def ended_states(job_ids: Sequence[str]) -> dict[str, str]:
     return {job_id: state.split()[0] for job_id, state, *_ in rows if state.strip()}
 
 
-def partitions() -> list[str]:
-    """Names of the partitions."""
-    return sorted(set(command("sinfo", "--noheader", "-o", "%R").split()))
-
-
 def check_partition(name: str | None) -> None:
     """Refuse a partition that does not exist.
 
     Raises:
         SlurmError: names the nearest.
     """
-    known = partitions()
-    if name is None:
-        return
-    for part in name.split(","):
+    known = sorted(set(command("sinfo", "--noheader", "-o", "%R").split()))
+    for part in name.split(",") if name else ():
         if part not in known:
             raise SlurmError(f"Slurm has no partition '{part}'; {did_you_mean(part, known, 'there are')}")
 
 
-def node_names(partition: str | None) -> list[str]:
-    """Nodes of the partitions named, of all where none is."""
+def without_failed(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
+    """Nodes to leave out, of those on which runs failed: none where fewer than `num_needed` others would be left."""
+    if not failed:
+        return ()
     where = [f"--partition={partition}"] if partition else []
-    return sorted(set(command("sinfo", "--noheader", "--Node", "-o", "%N", *where).split()))
+    nodes = set(command("sinfo", "--noheader", "--Node", "-o", "%N", *where).split())
+    return tuple(failed) if len(nodes - set(failed)) >= num_needed else ()
 
 
 def max_array_size() -> int:
-    """Most elements of one array."""
+    """Most elements of one array; 1 where Slurm takes no arrays."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", command("scontrol", "show", "config"))
-    return int(match[1]) if match else 1001  # Slurm's default
+    return max(1, int(match[1])) if match else 1001  # Slurm's default
 
 
 def requeue(job_id: str, exclude: Sequence[str] = ()) -> None:
@@ -157,17 +161,23 @@ def requeue(job_id: str, exclude: Sequence[str] = ()) -> None:
         command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
 
 
-def cancel(job_ids: Sequence[str], *, signal: str | None = None) -> None:
-    """Cancel jobs, or send their steps a signal; jobs that ended meanwhile are no error.
+def cancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs; those that ended meanwhile are no error.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
     if job_ids:
-        command("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *job_ids)
+        command("scancel", "--quiet", *job_ids)
 
 
 def own_job_id() -> str | None:
     """Id of the job this process runs in, `123_4` for an array element."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def own_nodes() -> list[str]:
+    """Names of the nodes of the job this process runs in."""
+    listed = os.environ.get("SLURM_JOB_NODELIST")
+    return command("scontrol", "show", "hostnames", listed).split() if listed else []

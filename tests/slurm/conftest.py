@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,20 +12,18 @@ from typing import Any
 
 import pytest
 import yaml
-from aimscale.sweeps.engine.packed_job import PackedJob
-from aimscale.sweeps.engine.start import launch
-from aimscale.sweeps.slurm.submit import SlurmLaunch, launch_slurm
-from aimscale.sweeps.state.claims import RunRecord
 
-from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.engine.element import launch_slurm
+from aimscale.sweeps.engine.launch import launch
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.sweep_dir import prepare
-from aimscale.sweeps.table.status import RunStatus, sweep_status
+from aimscale.sweeps.slurm.submit import Submission
+from aimscale.sweeps.state.record import RunRecord
+
+Losses = dict[str, list[tuple[int, float]]]
 
 HERE = Path(__file__).parent
-TRAINER = str(HERE / "slow_trainer.py")
 PATIENCE_S = 400
 """For what must happen; a busy machine needs minutes for what takes seconds."""
 
@@ -85,12 +82,18 @@ class Fault:
     def records(self) -> list[RunRecord]:
         return [RunRecord(self.sweep.run_dir(run.run_id)) for run in self.runs]
 
-    def launch(self, worker: tuple[str, ...] = (TRAINER,)) -> SlurmLaunch:
-        prepare(self.sweep)
-        return launch_slurm(self.sweep, self.runs, allow_dirty=True, worker=worker, packed=PackedJob)
+    def launch(self, **options: Any) -> list[Submission]:
+        return launch_slurm(self.sweep, self.runs, allow_dirty=True, **options)
 
-    def status(self) -> tuple[RunStatus, ...]:
-        return sweep_status(self.sweep, self.runs, cost_cards(self.sweep, self.runs), slurm.jobs()).runs
+    def job(self, index: int = 0) -> str:
+        """The element that executes a run, or did last."""
+        worker = self.records[index].claimant()
+        assert worker is not None
+        return str(worker.facts["job_id"])
+
+    def ends(self) -> list[list[int | None]]:
+        """Exit codes of the attempts of each run."""
+        return [[ended.get("exit_code") for ended in record.read_attempts()] for record in self.records]
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
         deadline = time.time() + PATIENCE_S
@@ -98,10 +101,9 @@ class Fault:
             if value := condition():
                 return value
             time.sleep(0.2)
-        logs = "\n".join(
-            f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(self.sweep.directory.rglob("*.log"))
-        )
-        states = [(line.state, line.status.reason, line.job_id) for line in self.status()]
+        paths = [*self.sweep.directory.rglob("*.log"), *self.sweep.directory.rglob("*.out")]
+        logs = "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(paths))
+        states = [(record.checked_status(), record.is_claimed()) for record in self.records]
         pytest.fail(f"{what} did not happen within {PATIENCE_S} s: {states} {slurm.jobs()}\n{logs}")
 
     def wait_trained(self, index: int = 0) -> None:
@@ -110,13 +112,13 @@ class Fault:
         self.wait(lambda: record.is_held() and any(record.checkpoints.glob("[0-9]*")), "a first checkpoint")
 
     def wait_state(self, *states: str) -> None:
-        self.wait(lambda: all(line.state in states for line in self.status()), f"state {states}")
+        self.wait(lambda: all(record.checked_status().state in states for record in self.records), f"state {states}")
 
     def wait_empty_queue(self) -> None:
         """Until no job of any kind is left: a fault must leave nothing behind."""
         self.wait(lambda: all(job.phase == "ended" for job in slurm.jobs().values()), "an empty queue")
 
-    def losses(self) -> dict[str, list[tuple[int, float]]]:
+    def losses(self) -> Losses:
         return {r.path.name: [(row["images_seen"], row["val_loss"]) for row in r.read_rows()] for r in self.records}
 
 
@@ -139,11 +141,12 @@ def sweep_values(data: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def fault(cluster: Path, data: Path, tmp_path: Path) -> Iterator[Callable[..., Fault]]:
-    """A sweep for the cluster; keywords are environment variables of `slow_trainer`, and `slurm` and other fields."""
+    """A sweep for the cluster; keywords are environment variables of `slowly`, and `slurm` and other fields."""
 
     def make(*, slurm: dict[str, Any] | None = None, step_s: float = 0.6, fault: str = "", **changes: Any) -> Fault:
         values = sweep_values(data, **changes)
-        setup = [f"export STEP_S={step_s} FAULT={fault} OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu"]
+        words = f"PYTHONPATH=$PYTHONPATH:{HERE / 'slowly'} STEP_S={step_s} FAULT={fault}"
+        setup = [f"export {words} OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu"]
         values["slurm"] |= {"setup": setup, **(slurm or {})}
         path = tmp_path / "sweep.yaml"
         path.write_text(yaml.safe_dump(values))
@@ -155,15 +158,13 @@ def fault(cluster: Path, data: Path, tmp_path: Path) -> Iterator[Callable[..., F
 
 
 @pytest.fixture(scope="session")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float]]]:
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Losses:
     """Losses of the runs that the tests disturb, trained here without a fault."""
     folder = tmp_path_factory.mktemp("undisturbed")
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep_values(data, seeds=[0, 1])))
     sweep = load_sweep(path, folder / "root")
-    result = launch(
-        sweep, slots=2, command=lambda run_dir, devices: [sys.executable, "-m", "aimscale.harness.train", str(run_dir)]
-    )
+    result = launch(sweep, devices=2, shows=False)
     assert len(result.finished) == 2
     records = [RunRecord(sweep.run_dir(run_id)) for run_id in result.finished]
     return {r.path.name: [(row["images_seen"], row["val_loss"]) for row in r.read_rows()] for r in records}

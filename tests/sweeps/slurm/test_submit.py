@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aimscale.sweeps.slurm.submit import Shape, executor_for, launch_slurm, script, settle, shape_of
 from rich.console import Console
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.run.lock import holding
 from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.decision import decide, training_jobs
-from aimscale.sweeps.state.record import RunRecord, claim_run, own_claim
-from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
+from aimscale.sweeps.slurm.submit import Shape, Submission, elements, shape_of, submit
+from aimscale.sweeps.state.snapshot import find_snapshot, make_snapshot
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.views import duration, print_plan
 
@@ -62,36 +64,91 @@ def test_a_dirty_tree_is_refused_or_recorded(source: Path, tmp_path: Path) -> No
     assert (dirty.commit, dirty.dirty) == (clean.commit, True)
 
 
-def test_without_slurm_one_sentence(write_sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    sweep = write_sweep()
-    with pytest.raises(UserError, match="--on local"):
-        launch_slurm(sweep, plan(sweep))
-    assert slurm.known_jobs() is None
+@pytest.fixture
+def submitted(program: Any, tmp_path: Path) -> Any:
+    """A Slurm that takes every job: what it was given, line by line, and how long an array may be."""
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    program("squeue", f"cat {tmp_path}/queue 2> /dev/null || true")
+    program("sinfo", "echo main")
+    program("srun", "exit 1")
+    program("scontrol", "echo MaxArraySize = $(cat " + f"{tmp_path}/longest)")
+    program("sbatch", f'n=$(ls {jobs} | wc -l); cp "$1" {jobs}/$n; echo Submitted batch job $((n + 1))')
+    (tmp_path / "longest").write_text("1001")
+
+    def options(name: str) -> list[str | None]:
+        texts = [(jobs / str(i)).read_text() for i in range(len(list(jobs.iterdir())))]
+        return [found[1] if (found := re.search(rf"^#SBATCH --{name}=(.*)$", text, re.M)) else None for text in texts]
+
+    return options
 
 
-def test_a_damaged_run_keeps_no_other_from_being_settled_or_decided_on(
+def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
+    prepare(sweep)
+    options = {"element": lambda shape: shape.places, "allow_dirty": True, **changes}
+    return submit(sweep, lambda: plan(sweep), **options)
+
+
+def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
+    """Four runs: an element that waits takes one, one that executes a run takes none, and one that ended counts not."""
+    sweep = write_sweep(seeds=[0, 1])
+    (first,) = submit_for(sweep)
+    assert (first.number, submitted("array")) == (4, ["0-3%4"])
+    queue = ["1_0|PENDING|", "1_1|RUNNING|node1", "1_2|CANCELLED|", "9|RUNNING|node2"]
+    (tmp_path / "queue").write_text("\n".join(queue))
+    with holding(sweep.run_dir("other") / "claim", job_id="1_1"):
+        assert [(each.job.job_id, each.is_busy) for each in elements(sweep, slurm.jobs())] == [
+            ("1_0", False),
+            ("1_1", True),
+        ]
+        assert [part.number for part in submit_for(sweep)] == [3]
+    limited = sweep.with_fields(slurm={"max_parallel": 2})
+    assert not submit_for(limited)
+
+
+def test_elements_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
+    write_sweep: Any, submitted: Any, tmp_path: Path
+) -> None:
+    wide = [{"when": {"size": "rung-48"}, "set": {"devices": 8}}]
+    widest = [{"when": {"size": "rung-64"}, "set": {"devices": 16}}]
+    fields = {"sizes": ["rung-32", "rung-48", "rung-64"], "seeds": [0, 1], "override": [*wide, *widest]}
+    submit_for(write_sweep(slurm={"max_parallel": 4}, **fields))
+    assert submitted("array") == ["0-1%2", None, None]
+    assert [submitted("nodes"), submitted("ntasks-per-node")] == [["1", "1", "2"], ["1", "8", "8"]]
+    submit_for(write_sweep(slurm={"max_parallel": 2}, name="narrow", **fields))
+    assert submitted("dependency")[3:] == [None, None, "afterany:4:5"]
+    (tmp_path / "longest").write_text("0")
+    submit_for(write_sweep(name="single", **fields))
+    assert submitted("array")[6:] == [None] * 6
+
+
+def test_several_runs_share_an_element_and_its_gpus_have_a_type(write_sweep: Any, submitted: Any) -> None:
+    section = {"devices_per_job": 4, "gpus": "a100", "cpus_per_task": 6}
+    (part,) = submit_for(write_sweep(seeds=list(range(9)), slurm=section), per_device=2)
+    assert (part.number, part.shape) == (3, Shape(nodes=1, devices=4, per_device=2))
+    assert [submitted(name) for name in ("gpus-per-node", "cpus-per-task")] == [["a100:4"], ["6"]]
+
+
+def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     write_sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))  # no sacct
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2, 3])
-    prepare(sweep)
-    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    for i, (run, record) in enumerate(zip(plan(sweep), records, strict=True)):
-        claim_run(record, run, own_claim("slurm", 1, f"7_{i}"))
-        record.write_status(state="running")
-    for record, name in zip(records, ("launch.json", "attempts.jsonl", "lease.json"), strict=False):
-        (record.path / name).write_text("7\n7\n")
-    settle(records, {})
-    decisions = [decide(run, record, lambda claim: False) for run, record in zip(plan(sweep), records, strict=True)]
-    assert [found.verdict for found in decisions] == ["damaged", "damaged", "damaged", "resume"]
-    assert records[3].checked_status().reason == "the job is gone (Slurm does not know it any more)"
+    (tmp_path / "git").symlink_to(shutil.which("git") or "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sweep = write_sweep()
+    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.places, allow_dirty=True, dry_run=True)
+    assert "#SBATCH --array=0-1%2" in part.script
+    assert not sweep.directory.exists()
+    with pytest.raises(UserError, match="--on local"):
+        submit_for(sweep)
+    assert slurm.known_jobs() is None
+    with pytest.raises(UserError, match="--root"):
+        submit_for(replace(sweep, root=tmp_path / "100%j"))
 
 
 def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
     sweep = write_sweep(devices=16)
     run = plan(sweep)[0]
-    assert shape_of(run, sweep.file.slurm) == Shape(nodes=2, tasks_per_node=8)
+    assert shape_of(run, sweep.file.slurm) == Shape(nodes=2, devices=8)
     with pytest.raises(UserError, match="devices_per_node"):
         shape_of(run, sweep.file.slurm.model_copy(update={"devices_per_node": 6}))
 
@@ -108,6 +165,9 @@ def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
         {"extra": {"comment": ["a"]}},
         {"python": "python\ntouch pwned"},
         {"python": "python 'unfinished"},
+        {"extra": {"gres": "gpu:a100:8"}},
+        {"extra": {"gpus-per-node": 8}},
+        {"gpus": "a100\n8"},
     ],
 )
 def test_what_would_become_a_line_of_the_script_is_refused(write_sweep: Any, section: dict[str, Any]) -> None:
@@ -116,37 +176,35 @@ def test_what_would_become_a_line_of_the_script_is_refused(write_sweep: Any, sec
 
 
 def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script is executed by a shell whose srun only prints what it was given."""
+    """The script is executed by a shell whose interpreter only prints what it was given."""
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
-    section = {"partition": "$(touch pwned)", "python": "python3 $(touch pwned)", "extra": {"comment": "';touch pwned"}}
+    section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
-    code = sweep.directory / "code" / "abc"
-    code.mkdir(parents=True)
-    snapshot, shape = Snapshot(path=code, commit="abc", dirty=True), Shape(nodes=1, tasks_per_node=1)
-    executor = executor_for(sweep, shape, snapshot, "j", signal_delay_s=120, max_parallel=2, devices=1)
-    (tmp_path / "srun").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
-    (tmp_path / "srun").chmod(0o755)
+    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.places, allow_dirty=True, dry_run=True)
+    (tmp_path / "tell").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
+    (tmp_path / "tell").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("PYTHONPATH", raising=False)
 
     def execute() -> subprocess.CompletedProcess[str]:
-        text = script(executor, 2)
-        return subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return subprocess.run(["bash"], input=part.script, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    words = execute().stdout.splitlines()
-    assert words[:2] == [str(code), str(code)]
-    assert words[-7:] == ["python3", "$(touch", "pwned)", "-u", "-m", "submitit.core._submit", str(root / "tiny/slurm")]
-    assert not list(tmp_path.rglob("pwned"))
-    code.rmdir()
     gone = execute()
     assert (gone.returncode, gone.stdout) == (1, "")
+    code = find_snapshot(sweep.directory, allow_dirty=True).path
+    assert code is not None
+    code.mkdir(parents=True)
+    words = execute().stdout.splitlines()
+    assert words[:4] == [str(code), str(code), "$(touch", "pwned)"]
+    assert words[4:] == ["-u", "-m", "submitit.core._submit", str(root / "tiny/slurm")]
+    assert not list(tmp_path.rglob("pwned"))
 
 
 def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     """One number for the signal, torchrun and the plan."""
     small = write_sweep(sizes=["rung-32"], budgets=[640])
     (run,) = plan(small)
-    assert stop_seconds(small, run) == training_jobs(small).stop_s(run) == cost_cards(small, [run])[0].stop_s == 120
+    assert stop_seconds(small, run) == cost_cards(small, [run])[0].stop_s == 120
     large = write_sweep(sizes=["aim-7B"], budgets=[640], devices=8)
     (run,) = plan(large)
     (card,) = cost_cards(large, [run])

@@ -1,0 +1,165 @@
+"""What an element of a Slurm array executes: the queue on the machine that Slurm gave it, until nothing is left for it.
+
+The element is the batch script itself, not a step of srun: so it can start the steps of runs on several nodes, and it
+alone hears of the time limit, in time for its runs to save. Slurm's TERM reaches all processes of the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aimscale.sweeps.engine.devices import Machine, visible_gpus
+from aimscale.sweeps.engine.launch import begin, check_data, planned, to_start
+from aimscale.sweeps.engine.queue import LaunchResult, print_events, run_queue
+from aimscale.sweeps.plan.costs import stop_seconds
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.submit import Shape, Submission, submit
+from aimscale.sweeps.state.record import RunRecord
+
+
+class ElementError(RuntimeError):
+    """A person must look; makes Slurm's job FAILED."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Element:
+    """The callable that submitit pickles: it reads the sweep as it stands when it starts."""
+
+    directory: Path
+    """Of the sweep."""
+    shape: Shape
+    """What was asked for."""
+
+    def __call__(self) -> str:
+        """Execute runs until none is left that this machine can serve, or until the job has to end.
+
+        Raises:
+            ElementError: a run failed for good, or no run can be started.
+        """
+        sweep, runs, _ = planned(str(self.directory), self.directory.parent)
+        machine = self._machine(sweep)
+        served = [run for run in runs if machine.serves(run)]
+        until = _end(sweep) - max((stop_seconds(sweep, run) for run in served), default=0)
+        nodes, job_id = slurm.own_nodes(), slurm.own_job_id()
+        with _step_that_is_warned():
+            while True:
+                did = run_queue(
+                    sweep, runs, machine=machine, report=print_events, job_id=job_id, until=until, avoided_on=nodes
+                )
+                exclude = self._to_exclude(sweep, did.to_do)
+                if did.interrupted or not did.to_do or exclude or not nodes:
+                    break
+                nodes = []  # runs that failed here have nowhere else to go
+            for number in (signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # submitit's handler would requeue, too
+        return _follow(did, exclude)
+
+    def checkpoint(self) -> Any:
+        """Asked for by submitit when it is told to stop before the queue took over: the same call again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _machine(self, sweep: Sweep) -> Machine:
+        section = sweep.file.slurm
+        gpus = visible_gpus() if section.gpus and self.shape.nodes == 1 else []
+        if gpus and len(gpus) < self.shape.devices:
+            raise ElementError(f"Slurm gave this job {len(gpus)} GPUs and not {self.shape.devices}; see slurm.gpus")
+        return Machine(
+            devices=self.shape.devices,
+            gpus=tuple(gpus[: self.shape.devices]),
+            per_device=self.shape.per_device,
+            nodes=self.shape.nodes,
+            is_only=False,
+            srun=section.srun,
+            # The worker is in its container already; ranks on other nodes are not.
+            python=tuple(shlex.split(section.python)) if section.python and self.shape.nodes > 1 else (sys.executable,),
+        )
+
+    def _to_exclude(self, sweep: Sweep, to_do: Sequence[str]) -> tuple[str, ...]:
+        """Nodes on which the runs that are left failed, where others are left for them."""
+        failed = [node for run_id in to_do for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
+        partition = os.environ.get("SLURM_JOB_PARTITION")
+        return slurm.without_failed(list(dict.fromkeys(failed)), partition, self.shape.nodes)
+
+
+def _end(sweep: Sweep) -> float:
+    """Unix time of the job's time limit."""
+    return float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
+
+
+def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
+    """Put this one element back into Slurm's queue where it can go on later; after TERM, Slurm decides itself."""
+    job_id = slurm.own_job_id()
+    if did.to_do and did.stopped_by in (None, signal.SIGUSR2) and job_id:
+        if not (did.stopped_by or did.finished or did.evaluated or exclude):
+            raise ElementError("no run can be started that could save in this job's time; raise slurm.time_min")
+        try:
+            job = slurm.jobs().get(job_id)
+            if job and job.state == "RUNNING":  # else it was cancelled, or is requeued already
+                slurm.requeue(job_id, exclude)
+                return "requeued"
+        except SweepError as error:
+            raise ElementError(f"could not requeue ({error}); `aimscale launch` goes on") from error
+    if did.failed:
+        raise ElementError(f"failed: {', '.join(did.failed)}")
+    return "nothing is left" if not did.to_do else "to be gone on with"
+
+
+def launch_slurm(
+    sweep: Sweep,
+    runs: Sequence[Run],
+    *,
+    per_device: int = 1,
+    retry: bool = False,
+    dry_run: bool = False,
+    allow_dirty: bool = False,
+) -> list[Submission]:
+    """Submit the elements that the runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
+
+    Raises:
+        SweepError, DataError: as `launch` and `submit`.
+    """
+    if dry_run:
+        check_data(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
+    else:
+        begin(sweep, runs, retry=retry)
+    return submit(
+        sweep,
+        lambda: [run for run in runs if to_start(sweep, run, retry=retry and dry_run)],
+        lambda shape: Element(directory=sweep.directory, shape=shape),
+        per_device=per_device,
+        allow_dirty=allow_dirty,
+        dry_run=dry_run,
+    )
+
+
+@contextlib.contextmanager
+def _step_that_is_warned() -> Iterator[None]:
+    """Keep a step beside the batch script: Slurm warns steps alone of a preemption, and by `scancel --signal`."""
+    words = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--mem=0", "--quiet", "sleep", "infinity"]
+    quiet = subprocess.DEVNULL
+    step = subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=quiet)
+
+    def listen() -> None:
+        if step.wait() in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        step.kill()

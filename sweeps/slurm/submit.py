@@ -1,0 +1,274 @@
+"""Ask Slurm for machines through submitit: one array of queue elements per resource shape.
+
+An element is tied to no run: it executes what the sweep's folder has left (`sweeps.engine.element`). So a launch asks
+for as many as there are runs to do, but for those that wait, or are about to take a run, already.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from aimscale.harness.run.lock import Lock, is_held, read_holder
+from aimscale.sweeps.plan.costs import stop_seconds
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.snapshot import Snapshot, find_snapshot, make_snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What one element asks for."""
+
+    nodes: int
+    devices: int
+    """Devices of each node."""
+    per_device: int = 1
+    """Runs of one device that share it."""
+
+    def places(self, run: Run) -> int:
+        """How many such runs it executes at a time."""
+        return self.devices * self.per_device if run.devices == 1 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementJob:
+    """An element that was submitted, as Slurm knows it."""
+
+    job: slurm.JobInfo
+    shape: Shape
+    is_busy: bool
+    """Whether it executes a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """One array that was submitted, or would be."""
+
+    shape: Shape
+    number: int
+    """Its elements."""
+    excluded: tuple[str, ...]
+    """Nodes on which runs of this shape failed, which it will not get."""
+    script: str
+    job_id: str | None
+    """Slurm's id; null in a dry run."""
+
+
+def shape_of(run: Run, section: SlurmSection, per_device: int = 1) -> Shape:
+    """What a run's devices ask for.
+
+    Raises:
+        SweepError: they do not fill whole nodes.
+    """
+    devices = min(run.devices, section.devices_per_node)
+    if run.devices % devices:
+        raise SweepError(
+            f"{run.run_id} wants {run.devices} devices, which do not fill nodes of {devices} evenly; change devices "
+            f"or slurm.devices_per_node"
+        )
+    if run.devices == 1:
+        return Shape(nodes=1, devices=section.devices_per_job, per_device=per_device)
+    return Shape(nodes=run.devices // devices, devices=devices)
+
+
+def elements(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[ElementJob]:
+    """Elements of the sweep that wait or run."""
+    try:
+        lines = [json.loads(line) for line in (sweep.directory / "slurm" / "elements.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    claims = sweep.runs_dir.glob("*/claim")
+    busy = {holder.facts.get("job_id") for path in claims if (holder := read_holder(path)) and is_held(path)}
+    found = []
+    for line in lines:
+        names = [f"{line['job_id']}_{i}" for i in range(line["number"])] if line["number"] > 1 else [line["job_id"]]
+        jobs = [known[name] for name in names if name in known]
+        shape = Shape(**line["shape"])
+        found += [ElementJob(job=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
+    return found
+
+
+def submit(
+    sweep: Sweep,
+    to_do: Callable[[], Sequence[Run]],
+    element: Callable[[Shape], Callable[[], Any]],
+    *,
+    per_device: int = 1,
+    allow_dirty: bool = False,
+    dry_run: bool = False,
+) -> list[Submission]:
+    """Submit the elements that are lacking and return at once; a dry run asks Slurm nothing and writes nothing.
+
+    Args:
+        to_do: names the runs that are to be started, and is called while no other launch submits.
+        element: makes what an element of this shape executes.
+        per_device: runs of one device that share it.
+
+    Raises:
+        SweepError, SlurmError: no Slurm, an unknown partition, a dirty tree, a job that Slurm refuses.
+    """
+    if set(str(sweep.directory)) & set("%\\"):
+        raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
+    snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
+    if dry_run:
+        return _Batch(sweep, snapshot, element, per_device, None).submit(to_do())
+    slurm.check_partition(sweep.file.slurm.partition)
+    make_snapshot(snapshot)
+    lock = Lock(sweep.directory / "slurm" / "lock")
+    while lock.take() is None:
+        time.sleep(0.2)  # another launch submits
+    try:
+        return _Batch(sweep, snapshot, element, per_device, elements(sweep, slurm.jobs())).submit(to_do())
+    finally:
+        lock.release()
+
+
+def shares(room: int, wanted: Sequence[int]) -> list[int]:
+    """How many elements each array gets of those it wants, one after the other, where so many may still run."""
+    given = [0] * len(wanted)
+    while room > 0 and (short := [i for i, num in enumerate(wanted) if given[i] < num][:room]):
+        for i in short:
+            given[i] += 1
+        room -= len(short)
+    return given
+
+
+class _Batch:
+    """All arrays of one launch."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        snapshot: Snapshot,
+        element: Callable[[Shape], Callable[[], Any]],
+        per_device: int,
+        live: Sequence[ElementJob] | None,
+    ) -> None:
+        """`live` are the sweep's elements that wait or run; None makes it a dry run."""
+        self.sweep, self.snapshot, self.element, self.per_device = sweep, snapshot, element, per_device
+        self.live, self.dry_run = live or (), live is None
+        self.section = sweep.file.slurm
+
+    def submit(self, runs: Sequence[Run]) -> list[Submission]:
+        """Submit an array per shape; where the sweep may have no more elements, a shape without any waits for them."""
+        by_shape: dict[Shape, list[Run]] = {}
+        for run in runs:
+            by_shape.setdefault(shape_of(run, self.section, self.per_device), []).append(run)
+        wanted = [self._lacking(shape, members) for shape, members in by_shape.items()]
+        numbers = shares(self.section.max_parallel - len(self.live), wanted)
+        submitted: list[Submission] = []
+        earlier = list(dict.fromkeys(each.job.job_id.split("_")[0] for each in self.live))
+        for (shape, members), want, number in zip(by_shape.items(), wanted, numbers, strict=True):
+            if number:
+                new = self._arrays(shape, members, number, [])
+            elif want and all(each.shape != shape for each in self.live):
+                new = self._arrays(shape, members, 1, earlier)
+            else:
+                continue
+            submitted += new
+            earlier += [each.job_id or "EARLIER_ARRAY" for each in new]
+        return submitted
+
+    def _lacking(self, shape: Shape, members: Sequence[Run]) -> int:
+        """Elements that these runs want, but for those that will take them anyway."""
+        idle = sum(each.shape == shape and not each.is_busy for each in self.live)
+        return max(0, -(-len(members) // shape.places(members[0])) - idle)
+
+    def _arrays(self, shape: Shape, members: Sequence[Run], number: int, after: Sequence[str]) -> list[Submission]:
+        """So many elements, as one array or, where Slurm's are shorter, as several; each is noted at once."""
+        failed = [node for run in members for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
+        failed = list(dict.fromkeys(failed))
+        excluded = tuple(failed)
+        if not self.dry_run:
+            excluded = slurm.without_failed(failed, self.section.partition, shape.nodes)
+        fields = self._parameters(shape, members, excluded, after)
+        longest = number if self.dry_run else slurm.max_array_size()
+        done = []
+        for first in range(0, number, longest):
+            size = min(longest, number - first)
+            fields["array_parallelism"] = size
+            job_id = None if self.dry_run else self._submit(fields, shape, size)
+            text = self._script(fields, size)
+            done.append(Submission(shape=shape, number=size, excluded=excluded, script=text, job_id=job_id))
+        return done
+
+    def _parameters(
+        self, shape: Shape, members: Sequence[Run], excluded: Sequence[str], after: Sequence[str]
+    ) -> dict[str, Any]:
+        """What submitit is told for an array."""
+        section = self.section
+        delay_s = max(stop_seconds(self.sweep, run) for run in members)
+        # The batch script becomes the worker, and alone hears of the time limit: its runs hear it from the worker.
+        options = {"requeue": True, "signal": f"B:USR2@{delay_s}", **section.extra}
+        if after:
+            mine = [section.extra["dependency"]] if "dependency" in section.extra else []
+            options |= {"dependency": ",".join([*mine, ":".join(["afterany", *after])]), "kill-on-invalid-dep": "yes"}
+        fields: dict[str, Any] = {
+            "job_name": f"aimscale-{self.sweep.name}",
+            "partition": section.partition,
+            "time": section.time_min,
+            "nodes": shape.nodes,
+            "ntasks_per_node": shape.devices,
+            "cpus_per_task": section.cpus_per_task,
+            "gpus_per_node": section.gpus_of(shape.devices),
+            "exclude": ",".join(excluded) or None,
+            "use_srun": False,
+            "stderr_to_stdout": True,
+            "setup": [*_environment(self.snapshot), *section.setup],
+            "additional_parameters": options,
+        }
+        return {key: value for key, value in fields.items() if value is not None}
+
+    @property
+    def _folder(self) -> Path:
+        return self.sweep.directory / "slurm"
+
+    @property
+    def _python(self) -> str:
+        return f"exec {self.section.python or shlex.quote(sys.executable)}"
+
+    def _script(self, fields: dict[str, Any], size: int) -> str:
+        """The sbatch script that submitit writes."""
+        words = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(self._folder))}"
+        return _make_sbatch_string(words, self._folder, map_count=size if size > 1 else None, **fields)
+
+    def _submit(self, fields: dict[str, Any], shape: Shape, size: int) -> str:
+        try:
+            # Progress bounds the attempts of a run (sweeps.state.attempts), not submitit's count of time limits.
+            executor = submitit.SlurmExecutor(folder=self._folder, max_num_timeout=1_000_000, python=self._python)
+            executor.update_parameters(**fields)
+            with executor.batch():
+                jobs = [executor.submit(self.element(shape)) for _ in range(size)]
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise slurm.SlurmError(f"Slurm refused the job: {slurm.plain(str(error))}") from error
+        except OSError as error:
+            raise SweepError(f"cannot write into {self._folder}: {error.strerror}; choose another --root") from error
+        job_id = str(jobs[0].job_id).split("_")[0]
+        with (self._folder / "elements.jsonl").open("a") as file:
+            file.write(json.dumps({"job_id": job_id, "number": size, "shape": asdict(shape)}) + "\n")
+        return job_id
+
+
+def _environment(snapshot: Snapshot) -> list[str]:
+    """Shell lines that make the job run the pinned code, and let it say which."""
+    if snapshot.path is None:
+        return []
+    dirty, path = int(snapshot.dirty), shlex.quote(str(snapshot.path))
+    return [
+        f"cd {path} || exit 1",  # without its pinned code a job must not run
+        f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export AIMSCALE_GIT_COMMIT={snapshot.commit} AIMSCALE_GIT_DIRTY={dirty}",
+    ]

@@ -1,0 +1,41 @@
+"""On the PYTHONPATH, it makes steps of first attempts slow enough for a fault to hit one, and adds faults of its own.
+
+STEP_S is the time a step takes longer, in seconds. FAULT=crash raises at the first step, FAULT=hog takes two gigabytes
+then; both only while the run directory has no file `healthy`. FAULT=stop stops rank 1 of the first attempt at its sixth
+step, as a node that hangs does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+num_steps = 0
+hoard: list[bytes] = []
+
+if "aimscale.harness.train" in sys.orig_argv[2:4]:  # neither torchrun nor a loader's process
+    from aimscale.harness.run.directory import RunDir
+    from aimscale.harness.step.engine import Engine
+
+    run, fault, step = RunDir(sys.orig_argv[-1]), os.environ.get("FAULT"), Engine.step
+
+    def slow_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        global num_steps
+        num_steps += 1
+        if run.read_status().attempt == 1:
+            time.sleep(float(os.environ["STEP_S"]))
+            if fault == "stop" and os.environ["RANK"] == "1" and num_steps == 6:
+                os.kill(os.getpid(), signal.SIGSTOP)
+        if num_steps == 1 and not (Path(run.path) / "healthy").exists():
+            if fault == "crash":
+                raise RuntimeError("the user's own code is wrong")
+            if fault == "hog":
+                hoard.append(b"x" * 2_000_000_000)
+                time.sleep(20)
+        return step(self, *args, **kwargs)
+
+    Engine.step = slow_step  # type: ignore[method-assign]
