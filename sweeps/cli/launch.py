@@ -142,14 +142,14 @@ def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_r
     loaded, runs, _ = engine.planned(sweep, root)
     submitted = launch_slurm(loaded, runs, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
+        shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
         if dry_run:
-            typer.echo(part.script)
+            typer.echo(f"# {part.num_runs} runs of {shape}, {part.number} jobs that execute them\n{part.script}")
             continue
-        what = f"{part.number} workers of {part.shape.nodes} x {part.shape.devices} (nodes x devices)"
-        typer.echo(f"submitted {what} as job {part.job_id}")
+        typer.echo(f"submitted {part.number} jobs of {shape} for {part.num_runs} runs as {part.job_id}")
         if part.excluded:
             typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
     if not submitted:
-        typer.echo("no worker is lacking")
+        typer.echo("no job is lacking")
     _print_left([found for run in runs if not (found := decide(run, RunRecord(loaded.run_dir(run.run_id)))).startable])
     _print_unplanned(unplanned(loaded, runs))

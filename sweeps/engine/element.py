@@ -105,7 +105,7 @@ def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
     """Put this one element back into Slurm's queue where it can go on later; after TERM, Slurm decides itself."""
     job_id = slurm.own_job_id()
     if did.to_do and did.stopped_by in (None, signal.SIGUSR2) and job_id:
-        if not (did.stopped_by or did.finished or did.evaluated or exclude):
+        if not (did.stopped_by or did.finished or did.stopped or exclude):
             raise ElementError("no run can be started that could save in this job's time; raise slurm.time_min")
         try:
             job = slurm.jobs().get(job_id)

@@ -118,6 +118,8 @@ class LaunchResult:
     """Runs on which it measured something, in the process that trained them or later."""
     failed: tuple[str, ...] = ()
     """Runs it tried in vain."""
+    stopped: tuple[str, ...] = ()
+    """Runs that ended because they were told to, and saved if there was something to save."""
     left: tuple[Decision, ...] = ()
     """Runs it left alone."""
     unplanned: tuple[str, ...] = ()
@@ -177,6 +179,7 @@ def run_queue(
         finished=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "finished"),
         evaluated=tuple(queue.evaluated),
         failed=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "stop"),
+        stopped=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "preempted"),
         left=tuple(found for run_id, found in queue.left.items() if run_id not in queue.ended),
         to_do=to_do,
         interrupted=queue.stopping or bool(to_do and queue.seconds_left < MIN_TIME_S),

@@ -60,6 +60,8 @@ class Submission:
     shape: Shape
     number: int
     """Its elements."""
+    num_runs: int
+    """Runs to do that ask for this shape."""
     excluded: tuple[str, ...]
     """Nodes on which runs of this shape failed, which it will not get."""
     script: str
@@ -202,7 +204,8 @@ class _Batch:
             fields["array_parallelism"] = size
             job_id = None if self.dry_run else self._submit(fields, shape, size)
             text = self._script(fields, size)
-            done.append(Submission(shape=shape, number=size, excluded=excluded, script=text, job_id=job_id))
+            what: dict[str, Any] = {"shape": shape, "number": size, "num_runs": len(members), "excluded": excluded}
+            done.append(Submission(**what, script=text, job_id=job_id))
         return done
 
     def _parameters(

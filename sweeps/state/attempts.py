@@ -57,7 +57,7 @@ def conclude(
     """
     if _is_elsewhere(run, exit_code, claims):
         return "elsewhere"  # this attempt was refused, or lost the run to the one that has it now
-    exit_code = _by_torchrun(run, exit_code, claims[0])
+    exit_code = _by_launcher(run, exit_code, claims[0])
     if exit_code == EXIT_FINISHED:
         _record(run, attempt, exit_code, where, None, None)
         return "finished"
@@ -80,12 +80,14 @@ def _is_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]
     return run.checked_status().claim not in claims
 
 
-def _by_torchrun(run: RunRecord, exit_code: int, claim: str) -> int:
-    """torchrun turns every failure of its workers into exit code 1; what they wrote last tells which it was."""
-    status = run.checked_status()
-    if exit_code != EXIT_CRASHED or status.claim != claim:
-        return exit_code
-    return {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED}.get(status.state, exit_code)
+def _by_launcher(run: RunRecord, exit_code: int, claim: str) -> int:
+    """torchrun and srun give one code for all ranks, whichever failed first; what the run says tells which it was."""
+    status, by_signal = run.checked_status(), exit_code > 128
+    if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
+        codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "failed": EXIT_CRASHED}
+        if status.state in codes:
+            return codes[status.state]
+    return 128 - exit_code if by_signal else exit_code
 
 
 def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: bool) -> Outcome:

@@ -39,12 +39,12 @@ def warn(job_id: str) -> None:
 
 
 def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses) -> None:
-    case = fault(step_s=8.0, slurm={"time_min": 2, "signal_delay_s": 20})
+    case = fault(step_s=8.0, slurm={"time_min": 3, "signal_delay_s": 20})
     case.launch()
     assert_as_undisturbed(case, undisturbed)
     (ends,) = case.ends()
     assert ends[-1] == 0
-    assert 75 in ends, "the first attempt's steps take more than two minutes"
+    assert 75 in ends, "the first attempt's steps take four minutes"
     assert set(ends[:-1]) <= {75, -signal.SIGTERM}, "there is nothing to save before the imports are through"
 
 

@@ -51,7 +51,7 @@ def test_one_element_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
     RunRecord.create(case.sweep.run_dir(earlier.run_id), earlier)
     words = [str(case.sweep.source), "--root", str(case.sweep.root), "--on", "slurm", "--allow-dirty"]
     told = CliRunner().invoke(verb("launch"), words).output
-    assert told.count("submitted 1 workers of") == 2, told
+    assert told.count("submitted 1 jobs of") == 2, told
     assert f"not in this plan and left as they are: 1 run directories, such as {earlier.run_id}" in told
 
     def over() -> bool:
@@ -75,7 +75,7 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     assert "without node1, where some of these runs failed" in told
     case.wait_state("finished")
     case.wait_empty_queue()
-    job = told.partition(" as job ")[2].split()[0]
+    job = told.partition(" runs as ")[2].split()[0]
     assert " NodeList=node2" in slurm.command("scontrol", "show", "job", job)
 
 

@@ -60,6 +60,8 @@ def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
         (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "node"}, "node", ["again", "again", "stop"]),
         (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "oom"}, "oom", ["again", "stop"]),
         (EXIT_CRASHED, {"state": "preempted"}, "timeout", ["preempted", "preempted", "stop"]),  # by torchrun
+        (EXIT_PREEMPTED, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),  # by srun
+        (128 + signal.SIGKILL, {}, "oom", ["again", "stop"]),
         (EXIT_USER_ERROR, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),
         (EXIT_USER_ERROR, {}, "config", ["stop"]),
         (EXIT_DIVERGED, {"state": "diverged", "reason": "r", "reason_class": "nan"}, "nan", ["stop"]),
