@@ -42,17 +42,17 @@ def probe(
 ) -> None:
     """Train the task's probe heads on frozen features and score the chosen ones on the test split.
 
-    In this process, under torchrun, or in a Slurm job step with several tasks. What is done already is not done again.
-    A whole sweep is probed by its evaluations: edit `probes` in the sweep file and launch it again.
+    In this process, under torchrun, or in a Slurm job step with several tasks; refused while the run is in training.
+    What is done already is not done again. To probe a whole sweep, edit `probes` in its file and launch it again.
     """
     from aimscale.harness.probe.released import RELEASED, score_released
-    from aimscale.harness.probe.run import join_ranks, probe_run
+    from aimscale.harness.probe.run import by_hand, probe_run
     from aimscale.harness.run.directory import RunDir
 
     config = RunDir(run).load_config()
     is_released = kind == [RELEASED]
     sections = _sections(config, task, tasks, None if is_released else kind)
-    with join_ranks(device, config.runtime.num_threads) as group:
+    with by_hand(RunDir(run), device) as group:
         if is_released:
             results = score_released(run, sections, group=group)
         else:
@@ -81,13 +81,12 @@ def baseline(
     Results go to LIKE/baselines/NAME; `aimscale collect` gathers them into `baselines.parquet`, and `aimscale compare`
     and the report show them.
     """
-    from aimscale.harness.probe.run import join_ranks, probe_baseline
+    from aimscale.harness.probe.run import by_hand, probe_baseline
     from aimscale.harness.run.directory import RunDir
 
     run = RunDir(like)
-    config = run.load_config()
-    sections = _sections(config, task, tasks, kind)
-    with join_ranks(device, config.runtime.num_threads) as group:
+    sections = _sections(run.load_config(), task, tasks, kind)
+    with by_hand(run, device) as group:
         results = probe_baseline(name, run, sections, weights=weights, group=group)
         _print_entries(results, is_first=group.is_first, as_json=as_json)
 

@@ -96,13 +96,13 @@ def export(
 ) -> None:
     """Write a budget's backbone under the released names, as safetensors and .pth, with a model card."""
     from aimscale.harness.probe.files import probe_head
-    from aimscale.harness.probe.run import saved_budgets
     from aimscale.harness.run.directory import RunDir, RunDirError
+    from aimscale.harness.run.trunk import saved_budgets
     from aimscale.harness.weights import export_weights
 
     run = RunDir(run_dir)
     run.load_config()
-    budgets = saved_budgets(run)
+    budgets = list(saved_budgets(run))
     if not budgets:
         raise RunDirError(f"{run_dir} has no finished budget yet; nothing to export")
     budget = budgets[-1] if images_seen is None else images_seen

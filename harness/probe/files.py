@@ -1,8 +1,7 @@
-"""The files of probes in a run directory: when a task counts as done, and how it gets into the rows.
+"""The files of probes in a run directory, and when a task counts as done.
 
 `probes/<images_seen>/<task>-<settings>-<data>.json` is the truth, one for every evaluation, written again with every
-kind of probe that is done; a row's `probes` follow from it. Two processes that come to one task at the same time both
-do it, to the same numbers.
+kind of probe that is done; a row's `probes` follow from it (`harness.probe.owed`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,25 @@ def finished_probes(folder: Path, task: str, key: Key) -> dict[str, dict[str, An
     """Kind -> probe, of those that a task's files of this key hold."""
     found: dict[str, dict[str, Any]] = {}
     evaluation, rest = key["evaluation"], {name: value for name, value in key.items() if name != "evaluation"}
-    for path in folder.glob(f"{glob.escape(task)}-{evaluation}.json"):  # its `*` stands for any data
+    for document in task_files(folder, f"{glob.escape(task)}-{evaluation}.json"):  # its `*` stands for any data
+        if all(document.get(name) == value for name, value in rest.items()):
+            found |= {detail["kind"]: detail for detail in document["probes"]}
+    return found
+
+
+def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]]:
+    """What the tasks' files of a folder hold, in order of names; a damaged one is named and left out."""
+    for path in sorted(folder.glob(pattern)):
         try:
-            document = json.loads(path.read_text())
-            if all(document.get(name) == value for name, value in rest.items()):
-                found |= {detail["kind"]: detail for detail in document["probes"]}
+            document = json.loads(path.read_bytes())
+            if not all(isinstance(detail[name], str) for detail in document["probes"] for name in ("task", "kind")):
+                raise TypeError("a probe without a name")
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             print(f"{path} is damaged ({error}) and not used", file=sys.stderr, flush=True)
-    return found
+        else:
+            yield document
 
 
 def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, dict[str, Any]], **about: Any) -> None:
@@ -104,7 +113,7 @@ def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, d
     Args:
         about: what else the file says.
     """
-    whole = finished_probes(folder, section.task, key) | found  # another process may have done another kind meanwhile
+    whole = finished_probes(folder, section.task, key) | found
     whole = {kind: whole[kind] for kind in [*section.kinds, *whole] if kind in whole}  # in the order asked for
     task = section.model_dump(mode="json") | {"kinds": list(whole)}
     path = folder / f"{section.task}-{key['evaluation']}.json"
@@ -135,28 +144,3 @@ def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
 def entries_of(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries for a results row of a task's file."""
     return [as_entry(detail) for detail in document["probes"]]
-
-
-def merge_into_rows(run: RunDir, config: RunConfig, images_seen: int) -> None:
-    """Bring a budget's row up to its task files; a budget without a row has its files until the trainer writes one."""
-    run.update_row(images_seen, lambda row: None if row is None else with_probes_of_files(run, config, row))
-
-
-def with_probes_of_files(run: RunDir, config: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
-    """A budget's row with the probes that the budget's task files hold for its present weights.
-
-    They replace those of the same evaluation and kind; other entries (of imported rows, say) stay.
-    """
-    images_seen = row["images_seen"]
-    folder = run.probes_dir(images_seen)
-    if not folder.is_dir() or not run.model_file(images_seen).exists():
-        return row
-    name = weights_name(run, config, images_seen)
-    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    entries = [entry for each in documents if each.get("backbone") == name for entry in entries_of(each)]
-    known = {_place(entry): entry for entry in row.get("probes") or []}
-    return {**row, "probes": list((known | {_place(entry): entry for entry in entries}).values())}
-
-
-def _place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
-    return entry["task"], entry["kind"], entry.get("evaluation")

@@ -1,22 +1,37 @@
-"""What a run lacks: budgets to train, and what is to be measured on those that are there; torch is not imported.
+"""What a budget has and what it lacks: its row, brought up to its files, and the list of what is still to be done.
 
-One list for all who ask: the trainer works it off, launchers start runs that have one, `aimscale status` counts it.
+One list for all who ask: the trainer works it off, launchers start runs that have one. Torch is not imported.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import datetime
 import fnmatch
+import math
+import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from aimscale.harness.probe.files import finished_entries, validation_name
+import numpy as np
+
+from aimscale.harness.probe.files import (
+    entries_of,
+    finished_entries,
+    task_files,
+    validation_name,
+    weights_content,
+    weights_name,
+)
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.trunk import missing_budgets, saved_budgets
 
+VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
+"""Columns of a row that stand in a validation file, under the same names."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Lacking:
     """One thing that a run lacks at one of its budgets."""
 
@@ -41,20 +56,57 @@ def lacking(run: RunDir, config: RunConfig) -> list[Lacking]:
         UserError: `results.json` is damaged.
     """
     found = [Lacking(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
-    rows = {row["images_seen"]: row for row in run.read_rows()}
     for budget in saved_budgets(run):
         if budget in config.evaluation.budgets:
-            found += _unmeasured(run, config, budget, rows.get(budget, {}))
+            found += lacking_at(run, config, budget)
     return found
 
 
-def _unmeasured(run: RunDir, config: RunConfig, budget: int, row: dict[str, Any]) -> Iterator[Lacking]:
-    name = validation_name(run, config, budget)
+def lacking_at(run: RunDir, config: RunConfig, images_seen: int) -> Iterator[Lacking]:
+    """What is to be measured at a budget whose weights are there."""
+    row: dict[str, Any] = next((row for row in run.read_rows() if row["images_seen"] == images_seen), {})
+    name = validation_name(run, config, images_seen)
     is_named = row.get("val_loss") is not None and fnmatch.fnmatch(str(row.get("validation")), name)
-    if not is_named or not run.validation_file(budget).exists():
-        yield Lacking(what="validation", images_seen=budget)
+    if not is_named or not run.validation_file(images_seen).exists():
+        yield Lacking(what="validation", images_seen=images_seen)
     there = row.get("probes") or []
     for section in config.evaluation.probes:
-        entries = finished_entries(run, config, budget, section)
+        entries = finished_entries(run, config, images_seen, section)
         if entries is None or not all(entry in there for entry in entries):
-            yield Lacking(what="probe", images_seen=budget, section=section)
+            yield Lacking(what="probe", images_seen=images_seen, section=section)
+
+
+def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> None:
+    """Bring a saved budget's row up to its files: what training knew, the validation, and the probes; hold the run.
+
+    Files of other weights do not count. Probes replace those of the same evaluation and kind; other entries (of
+    imported rows, say) stay.
+    """
+    before = next((row for row in run.read_rows() if row["images_seen"] == images_seen), None)
+    row = before or saved_budgets(run)[images_seen].get("row") or {"images_seen": images_seen}
+    row = row | _validation_columns(run, images_seen)
+    name, folder = weights_name(run, config, images_seen), run.probes_dir(images_seen)
+    entries = [entry for each in task_files(folder) if each.get("backbone") == name for entry in entries_of(each)]
+    measured = {_place(entry) for entry in entries}
+    others = [entry for entry in row.get("probes") or () if _place(entry) not in measured]
+    row["probes"] = sorted([*entries, *others], key=lambda entry: str(entry["task"]))
+    if row != before:
+        finished_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        run.record_row(row | {"finished_at": finished_at})
+
+
+def _place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
+    return entry["task"], entry["kind"], entry.get("evaluation")
+
+
+def _validation_columns(run: RunDir, images_seen: int) -> dict[str, Any]:
+    """What the validation file says, if it is of the present weights."""
+    try:
+        with np.load(run.validation_file(images_seen)) as arrays:
+            name = str(arrays["name"])
+            if name.rpartition(".")[2] == weights_content(run, images_seen):
+                values = {column: arrays[column].item() for column in VALIDATION_COLUMNS}
+                return {"validation": name} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # none, or damaged: it is measured again
+    return {}

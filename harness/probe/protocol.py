@@ -38,7 +38,7 @@ from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Answers, Candidate, best, score
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
-from aimscale.harness.run.config import ModelSection, ProbeSection
+from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 Detail = dict[str, Any]
 """What a task's file says of one kind of probe: a row's entry, per-class counts and the grid."""
@@ -50,6 +50,7 @@ def probe_backbone(
     *,
     model_section: ModelSection,
     seed: int,
+    runtime: RuntimeConfig,
     out: Path | None,
     group: Group = ALONE,
     pause: Pause = lambda: None,
@@ -61,6 +62,7 @@ def probe_backbone(
         seed: splits the hold-out, draws the heads' start and the order of images.
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
+        runtime: of the run, which says where shards at a URL, and their index, are kept.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         pause: called by all ranks together, often; raises to stop there, and the next call repeats the kinds under way.
 
@@ -71,7 +73,7 @@ def probe_backbone(
         ProbeError: unlabelled or unmatched data, too few images, features that are not finite or have no room.
     """
     _check_kinds(backbone, section)
-    train, test = open_task(section, model_section)
+    train, test = open_task(section, model_section, runtime)
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
     key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)

@@ -17,13 +17,14 @@ from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
 from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.features.tasks import ProbeError
-from aimscale.harness.probe.files import as_entry, merge_into_rows, task_key
+from aimscale.harness.probe.files import add_probes, as_entry, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH
 from aimscale.harness.probe.heads.scores import answers, score, together
-from aimscale.harness.probe.run import backbone_of, saved_budgets
+from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.run import backbone_of
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import write_json
+from aimscale.harness.run.trunk import saved_budgets
 
 RELEASED = "released"
 """The kind of such a probe."""
@@ -59,7 +60,7 @@ def score_released(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Score an imported run's own head on the test splits of tasks; yields (images seen, entries) after each task.
 
-    Nothing is trained. The entry, of kind `released`, goes to `<task>-<evaluation>.released.json` and the run's row.
+    Nothing is trained. The entry, of kind `released`, goes to the task's file and the run's row.
 
     Raises:
         ProbeError: the run has no head, or the test split has not its classes.
@@ -77,7 +78,7 @@ def score_released(
     with safe_open(path, framework="pt") as file:
         blocks: list[int] = json.loads(file.metadata()["blocks"])
     for section in sections:
-        test = open_labelled(section.test, section, config.training.model)
+        test = open_labelled(section.test, section, config.training.model, config.runtime)
         if len(test.classes) != head.linear.out_features:
             raise ProbeError(
                 f"task '{section.task}': {section.test} has {len(test.classes)} classes and the released head "
@@ -91,20 +92,19 @@ def score_released(
                 answers(head(outputs[blocks].float().mean(0)), test.labels[chunk])
                 for chunk, outputs in zip(chunks, StreamedTokens(backbone, test, group).parts(chunks), strict=True)
             ]
-        prints = test.dataset.fingerprint, test.dataset.fingerprint
+        prints = test.dataset.fingerprint, test.dataset.fingerprint  # it was trained elsewhere
         key = task_key(backbone.name, section, *prints, config.training.seed)
         detail = {
             "task": section.task,
-            "evaluation": key["evaluation"],
             "kind": RELEASED,
             "blocks": blocks,
             "num_classes": len(test.classes),
             **score(together(own, parts, len(test), group), test.labels, test.classes),
             "precision": section.precision,
+            "evaluation": key["evaluation"],
             "protocol": key["protocol"],
         }
         if group.is_first:
-            path = run.probes_dir(budget) / f"{section.task}-{key['evaluation']}.{RELEASED}.json"
-            write_json(path, {"backbone": backbone.name, "probes": [detail]})
-            merge_into_rows(run, config, budget)
+            add_probes(run.probes_dir(budget), section, key, {RELEASED: detail})
+            enter_row(run, config, budget)
         yield budget, [as_entry(detail)]

@@ -19,11 +19,13 @@ from aimscale.harness.probe.features.backbones import AimBackbone, baseline
 from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.features.images import Pause
 from aimscale.harness.probe.features.tasks import ProbeError
-from aimscale.harness.probe.files import finished_entries, merge_into_rows, weights_name
+from aimscale.harness.probe.files import finished_entries, weights_name
 from aimscale.harness.probe.heads.stacks import ON_TOKENS
+from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.trunk import saved_budgets
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
@@ -50,13 +52,6 @@ def _saved_file(run: RunDir, images_seen: int) -> Path:
     return path
 
 
-def saved_budgets(run: RunDir) -> list[int]:
-    """Images seen of the budgets whose weights are there, ascending."""
-    folder = run.path / "budgets"
-    found = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    return sorted(budget for budget in found if run.model_file(budget).exists())
-
-
 def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:
     """The sections, all or those named.
 
@@ -73,27 +68,26 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
 
 
 @contextlib.contextmanager
-def join_ranks(device: str, num_threads: int) -> Iterator[Group]:
-    """The ranks that torchrun or Slurm started, or this process by itself; left again at the end, whatever happened.
+def by_hand(run: RunDir, device: str) -> Iterator[Group]:
+    """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process by itself.
 
-    Args:
-        num_threads: of torch, in each rank: `runtime.num_threads` of the run. The threads that decode images ahead
-            have as many again, each; with one for every core they would hold up one another.
+    Torch gets `runtime.num_threads` of the run in each rank. The threads that decode images ahead have as many again,
+    each; with one for every core they would hold up one another.
 
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
+        LeaseHeld: another process executes or probes the run.
     """
-    placement = find_placement()
-    with kernel_threads(num_threads):
+    placement, config = find_placement(), run.load_config()
+    with kernel_threads(config.runtime.num_threads), contextlib.ExitStack() as stack:
         if placement.world_size > 1:
-            try:
-                group = start_group(placement, device)
-                yield group
-                group.wait()  # no rank takes the store away from one that still needs it
-            finally:
-                stop_group()
-            return
-        yield Group(placement, choose_device(placement, device), None)
+            stack.callback(stop_group)
+            group = start_group(placement, device)
+        else:
+            group = Group(placement, choose_device(placement, device), None)
+        group.from_first(lambda: bool(stack.enter_context(run.hold())))
+        yield group
+        group.wait()  # no rank takes the store away from one that still needs it
 
 
 def probe_run(
@@ -121,7 +115,7 @@ def probe_run(
     run = RunDir(run_dir)
     config = run.load_config()
     sections = wanted_tasks(config.evaluation.probes, None) if sections is None else sections
-    budgets = group.from_first(lambda: saved_budgets(run) if images_seen is None else [images_seen])
+    budgets = group.from_first(lambda: [*saved_budgets(run)] if images_seen is None else [images_seen])
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
     for budget in budgets:
@@ -138,12 +132,13 @@ def probe_run(
                     section,
                     model_section=config.training.model,
                     seed=config.training.seed,
+                    runtime=config.runtime,
                     out=run.probes_dir(budget),
                     group=group,
                     pause=pause,
                 )
             if group.is_first:
-                merge_into_rows(run, config, budget)
+                enter_row(run, config, budget)
             yield budget, entries
 
 
@@ -182,6 +177,7 @@ def probe_baseline(
                 section.model_copy(update={"kinds": kinds}),
                 model_section=model_section,
                 seed=config.training.seed,
+                runtime=config.runtime,
                 out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
                 group=group,
             ),

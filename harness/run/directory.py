@@ -11,7 +11,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.files import locked, read_as, write_json, write_text
+from aimscale.harness.run.files import read_as, write_json, write_text
 from aimscale.harness.run.lease import Lease, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
@@ -240,34 +240,13 @@ class RunDir:
         return {"starts": [], "rows": []} | (found.model_dump(exclude_unset=True) if found else {})
 
     def record_row(self, row: dict[str, Any]) -> None:
-        """Add a budget's row, or replace the one it has (a probe run again)."""
-        self.update_row(row["images_seen"], lambda _: row)
-
-    def update_row(
-        self, images_seen: int, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]
-    ) -> dict[str, Any] | None:
-        """Replace a budget's row by `change(row)`, one process at a time: trainers and evaluations write rows.
-
-        Args:
-            change: gets the row, None where there is none, and returns the new one, None to leave things as they are.
-
-        Returns:
-            The row as it stands afterwards.
-        """
-        with locked(self.results.with_suffix(".lock")):
-            rows = {row["images_seen"]: row for row in self.read_rows()}
-            row = rows.get(images_seen)
-            changed = change(row)
-            if changed is None or changed == row:
-                return row
-            rows[images_seen] = changed
-            self._write_results(rows=[rows[key] for key in sorted(rows)])
-            return changed
+        """Add a budget's row, or replace the one it has; whoever does holds the run."""
+        rows = {each["images_seen"]: each for each in self.read_rows()} | {row["images_seen"]: row}
+        self._write_results(rows=[rows[key] for key in sorted(rows)])
 
     def record_start(self, facts: dict[str, Any]) -> None:
         """Add what a start of the run is executed by."""
-        with locked(self.results.with_suffix(".lock")):
-            self._write_results(starts=[*self.read_starts(), facts])
+        self._write_results(starts=[*self.read_starts(), facts])
 
     def _write_results(self, **changes: list[dict[str, Any]]) -> None:
         write_json(self.results, {"version": RESULTS_VERSION, **self._read_results(), **changes})

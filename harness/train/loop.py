@@ -22,6 +22,7 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.record import Recorder
+from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag
@@ -36,7 +37,6 @@ from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, save_weights
-from aimscale.harness.train.evaluate import record_row
 
 
 class Trainer:
@@ -105,7 +105,8 @@ class Trainer:
                 self.writer.finish()
                 row = self._columns(segment.stop)
                 save_budget(self.run, self.engine, self.group, config=self.config, row=row)
-                record_row(self.run, self.group, segment.stop)
+                if self.group.is_first:
+                    enter_row(self.run, self.config, segment.stop)
         if self.group.is_first:
             self._keep_end_of_trunk()
 
@@ -137,8 +138,8 @@ class Trainer:
         saved = list(self.group.from_first(lambda: saved_budgets(self.run)))
         left = [budget for budget in self.schedule.budgets if budget not in saved]
         leaves = {budget: self.schedule.branch_point(budget) for budget in (*saved, *left)}
-        for budget in saved:
-            record_row(self.run, self.group, budget)
+        for budget in saved if self.group.is_first else ():
+            enter_row(self.run, self.config, budget)
         manifest = self._load_newest(left, max((leaves[budget] for budget in saved), default=0))
         position = point = manifest.images_seen if manifest else 0
         if manifest is not None and manifest.branch is not None:

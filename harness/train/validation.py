@@ -20,6 +20,8 @@ from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise
 from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths, usable_indices
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.features.images import Pause
+from aimscale.harness.probe.owed import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import written_aside
 
@@ -59,23 +61,27 @@ class ValidationLosses:
         return float(np.sqrt((residual**2).sum() / (num_images - 1) / num_images) / self.num_targets.mean())
 
     def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
-        """Write them to an npz file in one step, with what they are of and the `completions` of their model."""
+        """Write them to an npz file in one step: what they are of, a row's columns, and the model's `completions`."""
+        columns = (self.loss, self.standard_error, len(self.index))
+        arrays: dict[str, Any] = {"name": name, **dict(zip(VALIDATION_COLUMNS, columns, strict=True))}
+        arrays |= dataclasses.asdict(self) | (pictures or {})
         with written_aside(path) as aside, aside.open("wb") as file:
-            arrays: dict[str, Any] = {"name": np.array(name), **dataclasses.asdict(self), **(pictures or {})}
             np.savez_compressed(file, **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> ValidationLosses:
-        """The inverse of `save`."""
-        with np.load(path) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
 
 
 @torch.no_grad()
 def validate(
-    model: AIM, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, group: Group
+    model: AIM,
+    dataset: ShardDataset,
+    section: ValidationSection,
+    model_section: ModelSection,
+    group: Group,
+    pause: Pause = lambda: None,
 ) -> ValidationLosses:
     """Per-image losses; ranks share the images, and every rank returns all of them.
+
+    Args:
+        pause: called by all ranks together after each pass; raises to stop there.
 
     Raises:
         DataError: an image cannot be read, or there are fewer than asked for.
@@ -85,8 +91,11 @@ def validate(
     own = np.arange(len(indices))[group.rank :: group.world_size]
     per_pass = max(1, EVAL_TOKENS // (model.config.num_tokens * section.num_prefixes))
     sums, counts = [], []
-    for start in range(0, len(own), per_pass):
+    for start in range(0, -(-len(indices) // group.world_size), per_pass):
+        pause()
         rows = own[start : start + per_pass]
+        if not len(rows):
+            continue
         images = eval_images(dataset, indices[rows], model_section, section.centre_crop).to(group.device)
         repeated = images.repeat_interleave(section.num_prefixes, dim=0)
         loss_sum, num_targets = model.per_image_loss(repeated, prefixes[rows].reshape(-1))

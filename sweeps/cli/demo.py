@@ -26,7 +26,7 @@ def command(
     """
     from aimscale.analysis.report.page import write_report
     from aimscale.harness.data.store.bundled import write_bundled
-    from aimscale.harness.probe.run import join_ranks, probe_baseline
+    from aimscale.harness.probe.run import by_hand, probe_baseline
     from aimscale.harness.run.directory import RunDir
     from aimscale.sweeps.engine.launch import launch, left_alone
     from aimscale.sweeps.plan.costs import cost_cards
@@ -48,10 +48,9 @@ def command(
         raise typer.Exit(EXIT_INTERRUPTED)
     runs = plan(sweep)
     largest = runs[-1]
-    runtime = largest.config.runtime
-    with join_ranks(runtime.device, runtime.num_threads) as group:
+    like = RunDir(sweep.run_dir(largest.run_id))
+    with by_hand(like, largest.config.runtime.device) as group:
         for name in BASELINES if not result.failed else ():
-            like = RunDir(sweep.run_dir(largest.run_id))
             for _ in probe_baseline(name, like, largest.config.evaluation.probes, group=group):
                 pass
     collected = collect(sweep, runs, cost_cards(sweep, runs))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import num_images
-from aimscale.harness.run.config import ModelSection, ProbeSection, parse, read_yaml
+from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig, parse, read_yaml
 from aimscale.harness.run.lock import Lock
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.engine.devices import this_machine
@@ -48,12 +48,15 @@ def check_data(sweep: Sweep, runs: Sequence[Run]) -> None:
             name and are not that benchmark.
     """
     unlabelled: dict[str, None] = {}
-    tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection]] = {}
+    tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection, RuntimeConfig]] = {}
     for run in runs:
         training, evaluation = run.config.training, run.config.evaluation
         sources = () if training.data.is_unindexed else (source.path for source in training.data.sources)
         unlabelled |= dict.fromkeys([*sources, evaluation.validation.path])
-        tasks |= {(probe.task, probe.train, probe.test): (probe, training.model) for probe in evaluation.probes}
+        tasks |= {
+            (probe.task, probe.train, probe.test): (probe, training.model, run.config.runtime)
+            for probe in evaluation.probes
+        }
     if not unlabelled:
         return
     from aimscale.harness.data.store.index import open_dataset  # imports torch
@@ -65,9 +68,9 @@ def check_data(sweep: Sweep, runs: Sequence[Run]) -> None:
         return
     from aimscale.harness.probe.features.images import open_task
 
-    for probe, model in tasks.values():
+    for probe, model, runtime in tasks.values():
         if max(num_images(probe.train) or 0, num_images(probe.test) or 0) <= MAX_OPENED:
-            open_task(probe, model)
+            open_task(probe, model, runtime)
 
 
 def launch(

@@ -30,11 +30,12 @@ def write_pictures(folder: Path, number: int, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `train` (64 images), `validation` (16) and, with two classes, `two` (24), all of 16 px."""
+    """Folders `train` (64 images), `validation` (16) and, with two classes, `two` and `other` (24), all of 16 px."""
     root = tmp_path_factory.mktemp("tiny")
-    for label, seed in (("left", 2), ("right", 3)):
-        write_pictures(root / "images" / "two" / label, 12, seed)
-    pack_folder(root / "images" / "two", root / "two")
+    for name, seeds in (("two", (2, 3)), ("other", (4, 5))):
+        for label, seed in zip(("left", "right"), seeds, strict=True):
+            write_pictures(root / "images" / name / label, 12, seed)
+        pack_folder(root / "images" / name, root / name)
     for name, number, seed in (("train", 64, 0), ("validation", 16, 1)):
         write_pictures(root / "images" / name, number, seed)
         pack_folder(root / "images" / name, root / name)

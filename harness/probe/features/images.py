@@ -25,10 +25,10 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_draws, crop_resize, draw_boxes, normalise
-from aimscale.harness.data.stream.held_out import eval_images
+from aimscale.harness.data.stream.held_out import count_shared, eval_images
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.tasks import ProbeError, check_against_card
-from aimscale.harness.run.config import ModelSection, ProbeSection
+from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 CROP_SCALE = (0.08, 1.0)
 """Area range of the crops."""
@@ -116,6 +116,8 @@ def _changed(picture: Any, draw: np.random.Generator) -> Any:
 
 Pause = Callable[[], None]
 """Called by all ranks together, often; raises to stop there."""
+MAX_SHARED = 0.01
+"""Share of the test images that may be training images too: some benchmarks have a few in both of their splits."""
 MAX_DECODERS = 8
 """Threads that decode the next images while the backbone works on these, where there are as many cores."""
 
@@ -204,14 +206,16 @@ class Task:
         return np.isin(np.arange(len(self.train)), self.fit)
 
 
-def open_labelled(path: str, section: ProbeSection, model_section: ModelSection) -> LabelledImages:
-    """Open one side of a task.
+def open_labelled(
+    path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
+) -> LabelledImages:
+    """Open one side of a task; `runtime` says where shards at a URL, and their index, are kept.
 
     Raises:
         ProbeError: the data set has no labels, or more labels than names.
         DataError: some images have none, or the folder is no data set.
     """
-    dataset = open_dataset(path)
+    dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
     if dataset.labels is None:
         raise ProbeError(
             f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
@@ -226,15 +230,20 @@ def open_labelled(path: str, section: ProbeSection, model_section: ModelSection)
     return LabelledImages(dataset, rows, labels, classes, model_section, section.centre_crop)
 
 
-def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[LabelledImages, LabelledImages]:
+def open_task(
+    section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
+) -> tuple[LabelledImages, LabelledImages]:
     """Training and test split of a task.
 
+    Args:
+        runtime: of the run, which says where shards at a URL, and their index, are kept.
+
     Raises:
-        ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, or the task
-            bears a benchmark's name and is not that benchmark.
+        ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, test images
+            among the training images, or the task bears a benchmark's name and is not that benchmark.
     """
-    train = open_labelled(section.train, section, model_section)
-    test = open_labelled(section.test, section, model_section)
+    train = open_labelled(section.train, section, model_section, runtime)
+    test = open_labelled(section.test, section, model_section, runtime)
     strange = sorted(set(test.classes) - set(train.classes))
     if strange:
         raise ProbeError(
@@ -254,6 +263,11 @@ def open_task(section: ProbeSection, model_section: ModelSection) -> tuple[Label
     check_against_card(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
     if not len(test):
         raise ProbeError(f"task '{section.task}': {section.test} has no images")
+    if (shared := count_shared([train.dataset], test.dataset)) > MAX_SHARED * len(test):
+        raise ProbeError(
+            f"task '{section.task}': {shared} of the {len(test)} images of {section.test} are images of "
+            f"{section.train} too, so the test would score what was learned by heart; give it images of its own"
+        )
     return train, test
 
 

@@ -20,7 +20,7 @@ from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass
 from aimscale.harness.probe.features.images import LabelledImages, open_task
 from aimscale.harness.probe.protocol import probe_backbone
-from aimscale.harness.run.config import ModelSection, ProbeSection
+from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 DIGITS = tuple("0123456789")
 GEOMETRY: dict[str, Any] = {"size": "rung-32", "image_size": 16, "patch_size": 4}
@@ -52,12 +52,12 @@ class Task:
 
     def open(self) -> tuple[LabelledImages, LabelledImages]:
         """Training and test images."""
-        return open_task(self.section(), self.geometry)
+        return open_task(self.section(), self.geometry, RuntimeConfig())
 
     def probe(self, section: ProbeSection, backbone: Any = None, **options: Any) -> list[dict[str, Any]]:
         """Probe a backbone, or the model, which is left as it was found."""
         backbone = backbone or AimBackbone(lambda: copy.deepcopy(self.model).float())
-        return probe_backbone(backbone, section, model_section=self.geometry, **options)
+        return probe_backbone(backbone, section, model_section=self.geometry, runtime=RuntimeConfig(), **options)
 
     def feature_pass(self, **options: Any) -> FeaturePass:
         """Features of the model, in one process."""

@@ -19,7 +19,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
 from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
-from aimscale.harness.probe.files import with_probes_of_files
+from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.config import run_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.cli.main import main
@@ -76,7 +76,7 @@ def test_probing_writes_files_and_its_part_of_the_row(run: RunDir, capsys: pytes
     entries = call(capsys, "probe", str(run.path), "--device", "cpu")
     assert [entry["kind"] for entry in entries] == ["linear", "attentive", "knn"]
     (row,) = run.read_rows()
-    assert [probe["task"] for probe in row["probes"]] == ["other", "digits", "digits", "digits"]
+    assert [probe["task"] for probe in row["probes"]] == ["digits", "digits", "digits", "other"]
     assert row["val_loss"] == 1.0
     (path,) = run.probes_dir(64).glob("digits-*.json")
     written = path.stat().st_mtime_ns
@@ -90,33 +90,35 @@ def in_row(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name != "images_seen"} for entry in entries]
 
 
-def test_a_run_in_training_is_probed_beside_it_and_keeps_what_was_found(
+def test_a_run_that_is_held_is_neither_probed_nor_given_baselines(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with run.hold():  # the trainer's lease
-        entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
-        (row,) = run.read_rows()
-        assert row["probes"][1:] == in_row(entries)
-        assert row["val_loss"] == 1.0
-    config = run.load_config()
-    # the trainer writes the budget's row only now, with a task of its own
-    own: dict[str, Any] = {"images_seen": 64, "val_loss": 0.9, "probes": [{"task": "own", "kind": "knn", "top1": 0.1}]}
-    assert with_probes_of_files(run, config, own)["probes"] == [*own["probes"], *in_row(entries)]
-    # other weights at the same budget: what was measured on the earlier ones is not theirs
+    before = run.read_rows()
+    with run.hold():  # as its trainer, or another probe, does
+        for words in (["probe", str(run.path)], ["baseline", "raw-pixels", "--like", str(run.path)]):
+            error = call(capsys, *words, "--device", "cpu", "--kind", "knn")
+            assert str(run.path) in error
+            assert error.count("\n") == 1
+    assert not (run.path / "probes").exists()
+    assert not (run.path / "baselines").exists()
+    assert run.read_rows() == before
+
+
+def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    config, (row,) = run.load_config(), run.read_rows()
+    entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
+    run.results.unlink()
+    enter_row(run, config, 64)  # all of a row that is lost and is not in the weights' file is in the others
+    assert run.read_rows()[0]["probes"] == in_row(entries)
     other = AIM(model_config("rung-24", image_size=8, patch_size=2))
     other.init_weights(1)
     write_weights(other.state_dict(), run.model_file(64))
-    assert with_probes_of_files(run, config, own) == own
-
-
-def test_a_probe_that_found_no_row_is_merged_when_there_is_one(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = run.read_rows()
-    run.results.unlink()
-    entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
-    assert run.read_rows() == []
-    run.record_row(rows[0])
-    assert call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn") == entries
-    assert run.read_rows()[0]["probes"][1:] == in_row(entries)
+    run.record_row(row)
+    enter_row(run, config, 64)
+    assert run.read_rows() == [row]
+    next(run.probes_dir(64).glob("digits-*.json")).write_text('{"probes": [3]}')
+    enter_row(run, config, 64)  # a damaged file is named, and is none
+    assert "damaged" in capsys.readouterr().err
 
 
 def test_imported_weights_are_probed_like_any_run(

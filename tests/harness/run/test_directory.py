@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,20 +28,6 @@ def test_create_keeps_a_run_and_refuses_another(tmp_path: Path, tiny_config: Con
         RunDir.create(tmp_path / "run", tiny_config(seed=1))
     with pytest.raises(ConfigError, match=str(tmp_path)):
         RunDir(tmp_path).load_config()
-
-
-def test_rows_written_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
-    code = """
-import sys
-from aimscale.harness.run.directory import RunDir
-run, writer = RunDir(sys.argv[1]), sys.argv[2]
-for budget in range(1, 11):
-    run.update_row(budget, lambda row: {**(row or {"images_seen": budget}), writer: budget})
-"""
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in ("trainer", "prober")]
-    assert [writer.wait() for writer in writers] == [0, 0]
-    rows = RunDir(tmp_path).read_rows()
-    assert rows == [{"images_seen": budget, "trainer": budget, "prober": budget} for budget in range(1, 11)]
 
 
 JSON = strategies.recursive(

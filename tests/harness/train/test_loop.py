@@ -389,7 +389,7 @@ def test_one_run_never_runs_twice_at_once(tmp_path: Path, tiny_config: Config, i
 def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
     tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
 ) -> None:
-    task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "two"), "epochs": 1}
+    task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "other"), "epochs": 1}
     config = tiny_config(
         {"loggers": ["tensorboard"]},
         probes=[{**task, "kinds": ["linear"]}],

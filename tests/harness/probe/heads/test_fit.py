@@ -21,6 +21,7 @@ from aimscale.harness.probe.features.images import Task, holdout_split, open_tas
 from aimscale.harness.probe.heads.fit import GridFit
 from aimscale.harness.probe.heads.scores import best
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS
+from aimscale.harness.run.config import RuntimeConfig
 
 
 def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
@@ -56,7 +57,7 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.MICRO_BATCH", 7)
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)
     wanted = task.section(train=str(task.root / "some"), epochs=3, batch_size=30, lrs=(3e-3, 1e-2))
-    train, _ = open_task(wanted, task.geometry)
+    train, _ = open_task(wanted, task.geometry, RuntimeConfig())
     fit, held = holdout_split(train.labels, 0.2, seed=5)
     whole = Task(section=wanted, train=train, test=train, fit=fit, held=held, seed=5, group=ALONE)
     features = task.feature_pass().split(train, fit)
