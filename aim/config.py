@@ -7,6 +7,7 @@ Models" (arXiv 2401.08541), section 3 and Table 1. Torch is not imported here.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -29,6 +30,12 @@ RELEASED_SIZES: dict[str, tuple[int, int, int]] = {
 
 RUNG_WIDTHS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Widths of the named rungs below aim-600M."""
+
+LARGEST = {
+    **{"width": 2**17, "depth": 2**12, "image_size": 2**16, "channels": 2**10},
+    **{"head.width": 2**17, "head.depth": 2**12},
+}
+"""Field of a `ModelConfig` -> its largest value: far beyond any model, near enough for numbers to stay finite."""
 
 RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH = 2048, 12
 """The pixel head of every published size (paper, section 3.2)."""
@@ -101,6 +108,9 @@ class ModelConfig:
         return self.width // self.num_heads
 
     def __post_init__(self) -> None:
+        for part, most in LARGEST.items():
+            if (value := operator.attrgetter(part)(self)) > most:
+                raise ModelConfigError(f"{self.name}: {part} {value} is more than {most}, the most that is planned for")
         if self.image_size % self.patch_size:
             near = max(1, round(self.image_size / self.patch_size)) * self.patch_size
             raise ModelConfigError(

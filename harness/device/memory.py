@@ -186,7 +186,7 @@ def execution_plan(
                     memory_bytes=total,
                 )
     raise DoesNotFitError(
-        f"{config.name} does not fit {device_bytes / 2**30:.0f} GiB per rank with {world_size} ranks and this setting; "
+        f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this setting; "
         "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
     )
 

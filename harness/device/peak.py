@@ -7,13 +7,13 @@ here is the honest limit. Another process can make a measurement only too small.
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 
 import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
+from aimscale.harness.device.sheets import nominal_flops_per_s
 from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}
@@ -23,14 +23,6 @@ MIN_TRIES = 10
 MAX_TRIES = 100
 MAX_SECONDS = 1.0
 """Tries go on until the best has not grown in `MIN_TRIES` tries, but no longer than this."""
-NOMINAL_TFLOPS = {
-    **{"A100": 312, "A30": 165, "A40": 149.7, "A10": 125},
-    **{"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.5, "GH200": 989.5, "H200 NVL": 835.5, "H200": 989.5},
-    **{"L40S": 362.05, "L40": 181.05, "L4": 121, "GB200": 2500, "B200": 2250},
-}
-"""Dense bf16 TFLOP/s of cards whose name holds the key, the longest key first, from NVIDIA's data sheets of 2021 to
-2024, which print twice as much, with sparsity, from the H100 on. SXM cards bear the plain name. TF32, which float32
-products take on a card (`start_group`), is half of it on all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,16 +58,6 @@ def utilisation(
         "mfu_published": nominal and rate * flops_per_image(config).train / nominal,
         "mfu": rate * executed_flops_per_image(config, scored_tokens).train / peak.flops_per_s,
     }
-
-
-def nominal_flops_per_s(name: str, precision: str) -> float | None:
-    """The data sheet's dense peak of a device by its model name; None where it is not known, as for a slice (MIG)."""
-    if "MIG" in name:
-        return None
-    for key in sorted(NOMINAL_TFLOPS, key=len, reverse=True):
-        if re.search(rf"\b{key}\b", name.replace("-", " ")):
-            return NOMINAL_TFLOPS[key] * 1e12 / (2 if precision == "fp32" else 1)
-    return None
 
 
 def device_name(device: torch.device) -> str:

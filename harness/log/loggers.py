@@ -6,6 +6,8 @@ What is trained again after an interruption is logged again: the same values at 
 from __future__ import annotations
 
 import os
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 from aimscale.harness.run.config import ConfigError, RunConfig
@@ -13,6 +15,12 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import configured_columns
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
+
+
+def refuse_missing(config: RunConfig) -> None:
+    """Raise ConfigError where a logger is asked for that is not installed."""
+    if "wandb" in config.runtime.loggers and "wandb" not in sys.modules and find_spec("wandb") is None:
+        raise ConfigError("runtime.loggers names wandb, which is not installed; pip install wandb")
 
 
 class TensorBoardLogger:
@@ -41,10 +49,9 @@ class WandbLogger:
     """
 
     def __init__(self, run: RunDir, config: RunConfig) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("runtime.loggers names wandb, which is not installed; pip install wandb") from error
+        refuse_missing(config)
+        import wandb
+
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "aimscale"),
             id=config.run_id,

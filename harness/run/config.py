@@ -69,6 +69,12 @@ class SourceSection(Section):
     """Probability of drawing from this source; the probabilities of a run add up to 1."""
 
 
+def _area_range(shares: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < shares[0] <= shares[1] <= 1:
+        raise ValueError(f"an area range is a smaller and a larger share of the image, not {list(shares)}")
+    return shares
+
+
 class DataSection(Section):
     """The training stream: which images, how many different ones, and their augmentation."""
 
@@ -76,7 +82,7 @@ class DataSection(Section):
     """Where the images come from."""
     unique_images: int | None = Field(None, gt=0)
     """U: train on the first U images of one fixed permutation of the pool; null takes the whole pool."""
-    crop_scale: tuple[float, float] = (0.4, 1.0)
+    crop_scale: Annotated[tuple[float, float], AfterValidator(_area_range)] = (0.4, 1.0)
     """Area range of the random resized crop (paper, section 3)."""
     horizontal_flip: bool = True
     """Flip half of the images left to right."""
@@ -122,11 +128,11 @@ class ObjectiveSection(Section):
 class OptimiserSection(Section):
     """AdamW and the batch (paper, Table 9)."""
 
-    batch_size: int = Field(4096, gt=0)
+    batch_size: int = Field(4096, gt=0, le=10**9)
     """Images per optimiser step, over all ranks and micro-batches."""
     lr_peak: float = Field(1e-3, gt=0)
     """Learning rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's moment decays."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
@@ -143,7 +149,7 @@ class ScheduleSection(Section):
 
     kind: Literal["wsd", "cosine"] = "wsd"
     """`wsd`: warm-up, stable, and a decay branched off for every budget; `cosine`: one run per budget."""
-    warmup_images: int = Field(128_000_000, ge=0)
+    warmup_images: int = Field(128_000_000, ge=0, le=10**15)
     """Linear warm-up from `lr_start`, images (paper: 31,250 iterations of 4096)."""
     lr_start: float = Field(1e-6, ge=0)
     """Learning rate at the first image."""
@@ -160,9 +166,9 @@ class ValidationSection(Section):
     """Folder of indexed shards."""
     num_images: int | None = Field(None, gt=0)
     """Use the first images of the folder only; null uses all."""
-    num_prefixes: int = Field(4, gt=0)
+    num_prefixes: int = Field(4, gt=0, le=4096)
     """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone."""
-    centre_crop: float = Field(0.875, gt=0, le=1)
+    centre_crop: float = Field(0.875, ge=0.1, le=1)
     """Share of the shorter side that the centre crop keeps: images are resized to ceil(image_size / centre_crop) first.
     0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, which suits tiny pictures."""
 
@@ -196,19 +202,19 @@ class ProbeSection(Section):
     augmentation: Literal["none", "published"] = "none"
     """Training views: one centre crop, or the published recipe (random resized crops of scale 0.08 to 1, flips,
     RandAugment m9 mstd0.5 inc1), from which attentive and linear heads learn; k-NN sees centre crops alone."""
-    centre_crop: float = Field(0.875, gt=0, le=1)
+    centre_crop: float = Field(0.875, ge=0.1, le=1)
     """As for `validation`: share of the shorter side that the centre crop keeps."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the backbone computes in and features are kept in; the heads train in fp32. How far bf16 features are from
     fp32 ones is measured on a few images, printed, and written beside the results."""
-    epochs: int | None = Field(None, gt=0)
+    epochs: int | None = Field(None, gt=0, le=10**6)
     """Passes over the training split; null takes 20, or as many as make 6.5 million images where that is less (5 of
     ImageNet-1k)."""
-    iterations: int | None = Field(None, gt=0)
+    iterations: int | None = Field(None, gt=0, le=10**9)
     """Steps of the probe's optimiser, instead of `epochs` (12,500 of batch 1024 are CAPI's for ImageNet-1k)."""
-    batch_size: int = Field(256, gt=0)
+    batch_size: int = Field(256, gt=0, le=10**9)
     """Images per step of the probe's optimiser."""
-    lrs: Annotated[tuple[float, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
+    lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates tried; chosen on a fifth of the training split, held out. What is chosen has learned from all."""
 
     def evaluation(self, train: str | None, test: str | None) -> str:
@@ -262,9 +268,9 @@ class RuntimeConfig(Section):
     """Recompute block activations in the backward pass."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile the blocks; `auto` does on a card, but not at ZeRO 3. It is refused on a CPU, being slower."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=4096)
     """Loader processes per rank; 0 loads in the trainer itself, between its steps."""
-    num_threads: int = Field(1, ge=1)
+    num_threads: int = Field(1, ge=1, le=4096)
     """Torch threads per rank (CPU)."""
     cache_dir: str | None = None
     """Local cache of remote shards."""
@@ -284,7 +290,7 @@ class RuntimeConfig(Section):
 class RunConfig(Section):
     """One run, as stored in `config.yaml` of its run directory."""
 
-    version: Literal[1] = 1
+    version: int = Field(1, ge=1, le=1, strict=True)
     """Version of this file format."""
     training: TrainingConfig
     """What is trained."""

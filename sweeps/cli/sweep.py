@@ -12,6 +12,7 @@ import typer
 
 from aimscale.sweeps.cli.options import AsJson, Root, SweepName, some_runs
 from aimscale.sweeps.plan import costs
+from aimscale.sweeps.plan.checks import check, refuse
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
@@ -24,13 +25,16 @@ REGISTER, SCORES = "forecasts.jsonl", "forecast-scores.csv"
 
 
 def plan(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson = False) -> None:
-    """List the runs of a sweep with a cost card each; no side effect."""
+    """List the runs of a sweep with a cost card each, and whatever would stop them; no side effect."""
     loaded = load_sweep(sweep, root)
-    cards = costs.cost_cards(loaded, plan_runs(loaded))
+    runs = plan_runs(loaded)
+    cards, problems = costs.cost_cards(loaded, runs), check(loaded, runs)
     if as_json:
-        typer.echo(json.dumps(costs.to_json(loaded, cards), indent=1))
+        found = costs.to_json(loaded, cards) | {"problems": [asdict(problem) for problem in problems]}
+        typer.echo(json.dumps(found, indent=1))
     else:
         views.print_plan(loaded, cards)
+    refuse(loaded, runs, problems)
 
 
 def status(

@@ -5,22 +5,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
+from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image, mean_scored_tokens
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.harness.data.store.card import num_images
-from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
-from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
+from aimscale.harness.data import DataError
+from aimscale.harness.data.store.card import DatasetInfo, read_info
+from aimscale.harness.device.memory import (
+    CHECKPOINT_BYTES_PER_PARAM,
+    DoesNotFitError,
+    ExecutionPlan,
+    execution_plan,
+    kept_bytes_per_image,
+)
+from aimscale.harness.device.sheets import DECODED_PER_S
+from aimscale.harness.run.config import UNINDEXED, OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.evaluation_cost import ProbeCost, evaluation_flops, probe_costs
+from aimscale.sweeps.plan.device import Device, planned_device
+from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs, validation_images
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import Sweep
 
@@ -30,12 +39,23 @@ MIN_STOP_S = 120
 """Even a small run ends a step, a validation batch or a probe's epoch first."""
 STEP_S = 30
 """For the step that is under way, beside a save."""
+MAX_DECODERS = 8
+"""Threads that decode for an evaluation (`probe.features.images`)."""
 SAVE_BYTES_PER_S = 0.5e9
 """Assumption: the rate at which a checkpoint reaches a shared disk."""
 
-MAX_EPOCHS = 4
+GPU_MFU = 0.40
+CORE_MFU, CORE_BYTES_PER_S, CORE_STEP_S = 0.35, 0.5e9, 0.002
+"""Of one core: the share of its peak, the rate at which it moves what a forward pass keeps, and a step's time beside
+both. Assumption: they met eight models of 20k to 2M parameters within 15 % (24 % once) on a core of an AMD EPYC."""
+PHOTOGRAPH_BYTES, CROP_PIXELS = 51_000, 224**2
+"""Of the images whose decoding `DECODED_PER_S` counts."""
+DECODING, RESIZING = 2 / 3, 1 / 4
+"""Shares of loading such an image (docs/benchmarks.md); the first follows its bytes, the second the crop's pixels."""
 
-CautionKind = Literal["memory", "epochs", "pool", "warm-up", "stream"]
+MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
+
+CautionKind = Literal["epochs", "many epochs", "stream", "loader", "idle", "unopened"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +104,13 @@ class CostCard:
     lr_peak: float
     devices: int
     """Data-parallel ranks."""
+    device: Device
+    """What each of them is taken to be."""
+    precision: str
+    peak_flops_per_s: float
+    """Of one device at that precision."""
+    mfu: float
+    """Share of it that is taken to be executed."""
     fit: ExecutionPlan | None
     """ZeRO stage, micro-batch and memory of a rank, activations included; null where nothing fits."""
     checkpoint_bytes: int
@@ -96,8 +123,14 @@ class CostCard:
     """The tasks, each at one budget."""
     flops_evaluation: float
     """Of validation and probes, all budgets together, as `evaluation_cost` counts them."""
+    compute_images_per_s: float
+    """Images that all devices would train on a second, were they always there."""
+    loader_images_per_s: float
+    """Images that all loader processes read a second."""
+    limit: Literal["compute", "loader"]
+    """What takes more of the time of training."""
     training_s: float
-    """Time of training at the stated MFU and peak, and that of a step beside its FLOPs."""
+    """Time of training, loading included."""
     evaluation_s: float
     """Time of validation and probes of all budgets, likewise."""
     wall_s: float
@@ -125,8 +158,20 @@ class Totals:
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card per run, in order."""
-    pools: dict[tuple[str, ...], int | None] = {}
-    return [_card(sweep, run, _pool(sweep, run.config, pools)) for run in runs]
+    device, look = device_of(sweep, runs), functools.cache(data_set)
+    return [_card(sweep, run, device, look) for run in runs]
+
+
+def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
+    """The device that all runs are priced on."""
+    return planned_device(sweep, wants_cpu=all(run.config.runtime.device == "cpu" for run in runs))
+
+
+def data_set(path: str) -> DatasetInfo | None:
+    """What a data set says of itself; None where it is not made yet, or has no index."""
+    with contextlib.suppress(DataError):
+        return None if path.startswith(UNINDEXED) else read_info(path)
+    return None
 
 
 def totals(cards: Sequence[CostCard]) -> Totals:
@@ -166,24 +211,26 @@ def to_json(sweep: Sweep, cards: Sequence[CostCard]) -> dict[str, Any]:
     }
 
 
-def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
-    cost = sweep.file.cost
+Look = Callable[[str], DatasetInfo | None]
+
+
+def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     training, evaluation = run.config.training, run.config.evaluation
     model = model_of(training)
     params, flops = counts_of(model)
-    executed = unchecked_schedule(run.config).images_planned()
-    scored = mean_scored_tokens(model.num_tokens, training.objective.prefix)
-    flops_executed = executed_flops_per_image(model, scored).train * executed
-    probes = probe_costs(evaluation, model, flops, run.devices, cost.memory_gb)
-    flops_evaluation = evaluation_flops(evaluation, flops, probes)
-    steps, flops_per_s = executed // training.optimiser.batch_size, run.devices * cost.peak_tflops * 1e12 * cost.mfu
-    training_s, evaluation_s = (
-        flops_executed / flops_per_s + steps * cost.step_ms / 1000,
-        flops_evaluation / flops_per_s,
-    )
-    device_hours = (training_s + evaluation_s) * run.devices / 3600
-    fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, round(cost.memory_gb * 1e9))
+    executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
+    pool = _pool(sweep, run.config, look)
     unique = training.data.unique_images or pool
+    probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
+    fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, device.memory_bytes)
+    rates = _rates(sweep, run, device, look)
+    validated = validation_images(evaluation.validation, look)
+    passed = len(evaluation.budgets) * (validated + sum(cost.images for cost in probes))
+    products = len(evaluation.budgets) * sum(cost.head_flops for cost in probes)
+    forward_s = passed / (rates.compute_per_s * TRAIN_OVER_FORWARD) + products / rates.flops_per_s
+    compute_s, loading_s = rates.seconds(executed, executed // batch_size)
+    training_s = max(compute_s, loading_s) if rates.is_ahead else compute_s + loading_s
+    evaluation_s = max(forward_s, passed / rates.decoded_per_s)
     return CostCard(
         run_id=run.run_id,
         cell=run.cell,
@@ -200,58 +247,141 @@ def _card(sweep: Sweep, run: Run, pool: int | None) -> CostCard:
             for budget in evaluation.budgets
         ),
         images_executed=executed,
-        flops_executed=flops_executed,
-        steps=steps,
-        batch_size=training.optimiser.batch_size,
+        flops_executed=rates.flops_per_image * executed,
+        steps=executed // batch_size,
+        batch_size=batch_size,
         lr_peak=training.optimiser.lr_peak,
         devices=run.devices,
+        device=device,
+        precision=training.optimiser.precision,
+        peak_flops_per_s=device.flops_per_s(training.optimiser.precision),
+        mfu=rates.mfu,
         fit=fit,
         checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
         stop_s=stop_seconds(sweep, run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + len(evaluation.budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
-        flops_evaluation=flops_evaluation,
+        flops_evaluation=len(evaluation.budgets) * (flops.forward * validated + sum(cost.flops for cost in probes)),
+        compute_images_per_s=rates.compute_per_s,
+        loader_images_per_s=rates.loaded_per_s,
+        limit="loader" if loading_s > compute_s else "compute",
         training_s=training_s,
         evaluation_s=evaluation_s,
         wall_s=training_s + evaluation_s,
-        device_hours=device_hours,
-        cautions=tuple(_cautions(run, pool, fit, cost.memory_gb)),
+        device_hours=(training_s + evaluation_s) * run.devices / 3600,
+        cautions=tuple(_cautions(run, unique, rates, look)),
     )
 
 
-def _cautions(run: Run, pool: int | None, fit: ExecutionPlan | None, memory_gb: float) -> Iterator[Caution]:
-    """What one run's size, data and schedule give.
+@dataclass(frozen=True, kw_only=True)
+class _Rates:
+    """What the devices of a run do in a second, all together."""
 
-    Args:
-        pool: images of the pool; None where it is unknown.
-        memory_gb: of a device.
-    """
+    mfu: float
+    """Taken."""
+    flops_per_s: float
+    """At that MFU."""
+    flops_per_image: float
+    """Executed, of training."""
+    compute_per_s: float
+    """Images trained on."""
+    loaded_per_s: float
+    """Images read for training."""
+    decoded_per_s: float
+    """Images read for evaluation, by threads."""
+    step_s: float
+    """Of a step, beside what its images take."""
+    is_ahead: bool
+    """Images are loaded while others are trained on; else in turns."""
+
+    def seconds(self, num_images: int, num_steps: int) -> tuple[float, float]:
+        """Time of computing and of loading so many images."""
+        return num_images / self.compute_per_s + num_steps * self.step_s, num_images / self.loaded_per_s
+
+
+def _rates(sweep: Sweep, run: Run, device: Device, look: Look) -> _Rates:
+    cost, training, runtime = sweep.file.cost, run.config.training, run.config.runtime
+    model = model_of(training)
+    precision = training.optimiser.precision
+    flops = executed_flops_per_image(model, mean_scored_tokens(model.num_tokens, training.objective.prefix)).train
+    guesses_core = not device.is_gpu and cost.mfu is None
+    mfu = cost.mfu or (CORE_MFU if guesses_core else GPU_MFU)
+    threads = 1 if device.is_gpu else runtime.num_threads
+    flops_per_s = run.devices * threads * device.flops_per_s(precision) * mfu
+    image_s = flops / flops_per_s
+    if guesses_core:
+        image_s += kept_bytes_per_image(model, precision, False) / (run.devices * threads * CORE_BYTES_PER_S)
+    step_s = cost.step_ms / 1000 if cost.step_ms is not None else CORE_STEP_S if guesses_core else 0.0
+    one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(run.config, look)
+    cores = device.cores or MAX_DECODERS
+    workers = min(runtime.num_workers, device.cores or runtime.num_workers)
+    return _Rates(
+        mfu=mfu,
+        flops_per_s=flops_per_s,
+        flops_per_image=flops,
+        compute_per_s=1 / image_s,
+        loaded_per_s=run.devices * one * (max(1, workers) if device.is_gpu else 1),
+        decoded_per_s=run.devices * one * min(MAX_DECODERS, cores),
+        step_s=step_s,
+        is_ahead=device.is_gpu and workers > 0,  # the workers of a core take its time
+    )
+
+
+def _loading_share(config: RunConfig, look: Look) -> float:
+    """Time of loading an image of this run over that of a photograph, by the bytes of the image files."""
+    size = 0.0
+    for source in config.training.data.sources:
+        info = look(source.path)
+        each = info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES
+        size += source.probability * each
+    crop = config.training.model.image_size**2 / CROP_PIXELS
+    return 1 - DECODING - RESIZING + DECODING * size / PHOTOGRAPH_BYTES + RESIZING * crop
+
+
+def _cautions(run: Run, unique: int | None, rates: _Rates, look: Look) -> Iterator[Caution]:
+    """What one run's data and schedule give; `unique` is U, None where it is unknown."""
     training, budgets = run.config.training, run.config.evaluation.budgets
-    if fit is None:
-        yield Caution(kind="memory", subject=training.model.size, limit=memory_gb)
-    unique = training.data.unique_images or pool
-    if unique and budgets[-1] / unique > MAX_EPOCHS:
-        yield Caution(kind="epochs", subject=str(unique), found=budgets[-1] / unique, limit=MAX_EPOCHS)
-    if training.data.unique_images and pool and training.data.unique_images > pool:
-        yield Caution(kind="pool", subject="unique_images", found=training.data.unique_images, limit=pool)
-    is_cosine, warmup = training.schedule.kind == "cosine", training.schedule.warmup_images
-    limit = budgets[0] - 1 if is_cosine else unchecked_schedule(run.config).branch_point(budgets[0])
-    if warmup > limit:
-        yield Caution(kind="warm-up", subject=str(budgets[0]), found=warmup, limit=limit)
+    epochs = budgets[-1] / unique if unique else 0.0
+    if epochs > MAX_EPOCHS:
+        kind: CautionKind = "many epochs" if epochs > FAR_TOO_MANY_EPOCHS else "epochs"
+        yield Caution(kind=kind, subject=str(unique), found=epochs, limit=MAX_EPOCHS)
+    if rates.is_ahead and rates.loaded_per_s < rates.compute_per_s:
+        yield Caution(kind="loader", subject=training.model.size, found=rates.loaded_per_s, limit=rates.compute_per_s)
+    if training.optimiser.batch_size < 2 * run.devices:
+        yield Caution(
+            kind="idle", subject="optimiser.batch_size", found=training.optimiser.batch_size, limit=run.devices
+        )
     if training.data.is_unindexed:
         yield Caution(kind="stream", subject="data.sources")
+    for path in paths_of(run.config):
+        info = look(path)
+        if info and info.num_samples > max_opened(path):
+            yield Caution(kind="unopened", subject=path, found=info.num_samples)
 
 
-def _pool(sweep: Sweep, config: RunConfig, seen: dict[tuple[str, ...], int | None]) -> int | None:
+MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000
+"""The index of a larger data set, here or at a URL, is left to the trainers: opening takes 25 bytes per image."""
+
+
+def max_opened(path: str) -> int:
+    """Images of the largest data set at a path whose index a plan opens."""
+    return MAX_FETCHED if "://" in path else MAX_OPENED
+
+
+def paths_of(config: RunConfig) -> list[str]:
+    """Data sets that a run reads, each once."""
+    evaluation = config.evaluation
+    sides = [side for probe in evaluation.probes for side in (probe.train, probe.test)]
+    return list(dict.fromkeys([*(s.path for s in config.training.data.sources), evaluation.validation.path, *sides]))
+
+
+def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
     """Images of the pool: as stated in the sweep file, else as counted in the data sets' `dataset.json`."""
     if sweep.file.cost.pool_images:
         return sweep.file.cost.pool_images
-    paths = tuple(source.path for source in config.training.data.sources)
-    if paths not in seen:
-        counts = [num_images(path) for path in paths]
-        # not made yet, or remote: the card says that epochs are unknown
-        seen[paths] = None if None in counts else sum(count or 0 for count in counts)
-    return seen[paths]
+    infos = [look(source.path) for source in config.training.data.sources]
+    # not made yet: the card says that epochs are unknown
+    return None if None in infos else sum(info.num_samples for info in infos if info)
 
 
 @functools.cache

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
-from aimscale.harness.data.store.card import num_images
+from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.probe.features.tasks import (
     CARDS,
     COPIES,
@@ -20,10 +18,12 @@ from aimscale.harness.probe.features.tasks import (
     number_of_steps,
     sets_per_round,
 )
-from aimscale.harness.run.config import EvaluationConfig, ProbeSection
+from aimscale.harness.run.config import EvaluationConfig, ProbeSection, ValidationSection
 
 HEADS = ("linear", "attentive", "efficient")
 """Kinds that are trained on frozen features."""
+Look = Callable[[str], DatasetInfo | None]
+"""Path of a data set -> what it says of itself, where it is here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +35,28 @@ class ProbeCost:
     """Images through the backbone, forwards; what LoRA trains on counts three times."""
     flops: float
     """Of those forward passes, of training and measuring heads, and of the k-NN search."""
+    head_flops: float
+    """Without the forward passes."""
 
 
-def evaluation_flops(evaluation: EvaluationConfig, flops: FlopCount, probes: tuple[ProbeCost, ...]) -> float:
-    """FLOPs of all budgets' validation and probes; a data set that is not here to be counted adds nothing.
-
-    Args:
-        flops: of its model, one image.
-        probes: its tasks, as `probe_costs` prices them.
-    """
-    section = evaluation.validation
-    images = num_images(section.path) or 0
-    validation = flops.forward * section.num_prefixes * min(section.num_images or images, images)
-    return len(evaluation.budgets) * (validation + sum(cost.flops for cost in probes))
+def validation_images(section: ValidationSection, look: Look) -> int:
+    """Forward passes of one budget's validation; none where the images are not here to be counted."""
+    info = look(section.path)
+    images = info.num_usable if info else 0
+    return section.num_prefixes * min(section.num_images or images, images)
 
 
 def probe_costs(
-    evaluation: EvaluationConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_gb: float
+    evaluation: EvaluationConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
 ) -> tuple[ProbeCost, ...]:
-    """Every task of a run at one budget, probed by so many ranks of so much memory, 10^9 bytes."""
-    return tuple(_probe_cost(section, model, flops, ranks, 1e9 * memory_gb) for section in evaluation.probes)
+    """Every task of a run at one budget, probed by so many ranks of so much memory."""
+    return tuple(_probe_cost(section, model, flops, ranks, memory_bytes, look) for section in evaluation.probes)
 
 
 def _probe_cost(
-    section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float
+    section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
 ) -> ProbeCost:
-    train, test, num_classes = _task_size(section)
+    train, test, num_classes = _task_size(section, look)
     frozen = [kind for kind in section.kinds if kind != "lora"]
     # heads that train on tokens, from one pass per batch; without augmentation the linear ones need none
     on_views = section.augmentation == "published"
@@ -79,7 +75,8 @@ def _probe_cost(
     products = COPIES * sets * len(section.lrs) * trained * _head_flops(frozen, model, num_classes)
     if "knn" in frozen:  # the held-out images against the others, for every set; the test split against all, twice
         products += 2.0 * model.width * (sets * fit * held + 2 * train * test)
-    return ProbeCost(task=section.task, images=images, flops=images * (flops.patch_embed + flops.trunk) + products)
+    passes = images * (flops.patch_embed + flops.trunk)
+    return ProbeCost(task=section.task, images=images, flops=passes + products, head_flops=products)
 
 
 def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:
@@ -93,22 +90,14 @@ def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> f
     return TRAIN_OVER_FORWARD * sum(products)
 
 
-def _task_size(section: ProbeSection) -> tuple[int, int, int]:
+def _task_size(section: ProbeSection, look: Look) -> tuple[int, int, int]:
     """Training images, test images and classes: as counted where the data are here, else by the benchmark's card."""
-    card = CARDS.get(section.task)
-    train, test = num_images(section.train), num_images(section.test)
-    if train is None:
-        train = card.num_train if card else 0
-    if test is None:
-        test = (card.num_test or 0) if card else 0
-    return train, test, _num_classes(section.train) or (card.num_classes if card else 0)
-
-
-def _num_classes(path: str) -> int | None:
-    try:
-        return len(json.loads((Path(path) / "dataset.json").read_text())["classes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    card, train, test = CARDS.get(section.task), look(section.train), look(section.test)
+    return (
+        train.num_usable if train else card.num_train if card else 0,
+        test.num_usable if test else (card.num_test or 0) if card else 0,
+        len(train.classes) if train and train.classes else card.num_classes if card else 0,
+    )
 
 
 def _images_trained(section: ProbeSection, num_images: float) -> float:

@@ -34,6 +34,8 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 Fields = dict[str, Any]
 
+MAX_CELLS, MAX_DEVICES = 100_000, 1_000_000
+"""The most that a plan takes."""
 PATH_FIELDS = {
     "data": ("sources", "path"),
     "validation": ("path",),
@@ -68,7 +70,10 @@ def plan(sweep: Sweep) -> list[Run]:
         SweepError: nothing is left to run, or two cells are the same run.
         ConfigError, ModelConfigError: a field, a size or a combination that does not exist.
     """
-    chosen = recipe(sweep.file.recipe)
+    chosen, file = recipe(sweep.file.recipe), sweep.file
+    shape = [file.sizes, file.unique_images, file.seeds, file.budgets, *file.axes.values(), file.variants]
+    if (cells := math.prod(max(1, len(axis)) for axis in shape)) > MAX_CELLS:
+        raise SweepError(f"{sweep.source}: {cells:,} cells are more than the {MAX_CELLS:,} of a plan; split the sweep")
     fixed = _Fixed(sweep)
     seen: dict[str, Fields] = {}
     runs: list[Run] = []
@@ -191,8 +196,8 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     fields["budgets"] = _whole_batches(requested, optimiser["batch_size"], sweep)
     runtime = _runtime(json.dumps(fields.pop("runtime", {}), default=str), f"{sweep.source}: runtime")
     devices = fields.pop("devices", chosen.devices(scale))
-    if not isinstance(devices, int) or devices < 1:
-        raise SweepError(f"{sweep.source}: devices must be a whole number above 0, not {devices!r}")
+    if not isinstance(devices, int) or isinstance(devices, bool) or not 0 < devices <= MAX_DEVICES:
+        raise SweepError(f"{sweep.source}: devices must be a whole number from 1 to {MAX_DEVICES:,}, not {devices!r}")
     config = run_config(fields, str(sweep.source), runtime)
     return Run(run_id=config.run_id, config=config, cell=cell, devices=devices)
 

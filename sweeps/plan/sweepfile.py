@@ -44,7 +44,7 @@ class SweepError(UserError):
     """A sweep that cannot be planned, launched or read as written."""
 
 
-Count = Annotated[int, BeforeValidator(count), Field(gt=0, json_schema_extra={"format": "count"})]
+Count = Annotated[int, BeforeValidator(count), Field(gt=0, le=10**15, json_schema_extra={"format": "count"})]
 """A number of images or parameters, with an optional unit."""
 
 
@@ -61,11 +61,11 @@ class OverrideSection(Section):
 class IsoflopSection(Section):
     """Budgets of training compute; the planner picks sizes and data around the expected optimum of each."""
 
-    flops: Annotated[tuple[float, ...], Field(min_length=1)]
+    flops: Annotated[tuple[Annotated[float, Field(ge=1, le=1e40)], ...], Field(min_length=1)]
     """C: training FLOPs of one (size, images) pair."""
     sizes_per_budget: int = Field(5, ge=3)
     """Sizes around the expected optimum of each budget, from `sizes`."""
-    optimum_images_per_param: float = Field(gt=0)
+    optimum_images_per_param: float = Field(ge=1e-9, le=1e9)
     """D / N at the expected optimum (N with the head): an assumption that the sweep itself then tests."""
     min_images: Count = 1
     """Pairs with fewer images are left out."""
@@ -74,16 +74,19 @@ class IsoflopSection(Section):
 class CostSection(Section):
     """What a device is taken to be worth on the cost card; all of it is stated beside the numbers."""
 
-    device: str = "H100"
-    """Name of the device, for the reader."""
-    peak_tflops: float = Field(989.0, gt=0)
-    """Dense peak of one device at the run's precision, TFLOP/s."""
-    mfu: float = Field(0.40, gt=0, le=1)
-    """Share of that peak that training executes; `aimscale bench train` measures it."""
-    step_ms: float = Field(0.0, ge=0)
-    """Time of a step beyond its FLOPs, ms: calls and the loader; most of a step below a million parameters."""
-    memory_gb: float = Field(80.0, gt=0)
-    """Memory of one device, GB."""
+    device: str | None = None
+    """Name of the device, such as A100. Null: an H100 where there is a `slurm` section that asks for GPUs, else this
+    machine's GPU, else one core of this machine."""
+    peak_tflops: float | None = Field(None, ge=1e-6, le=1e6)
+    """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
+    what is measured here."""
+    mfu: float | None = Field(None, ge=1e-6, le=1)
+    """Share of that peak that training executes (`aimscale bench train` measures it). Null: 0.40 on a GPU; a core works
+    at 0.35 and moves its activations beside that."""
+    step_ms: float | None = Field(None, ge=0, le=1e6)
+    """Time of a step beyond that, ms; null: none on a GPU, 2 on a core."""
+    memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
+    """Memory of one device, GB; null: 80, or this machine's."""
     pool_images: Count | None = None
     """Size of the image pool, where the data sets are not available to be counted."""
 
@@ -121,9 +124,9 @@ class SlurmSection(Section):
 
     partition: Line | None = None
     """Partition."""
-    time_min: int = Field(1440, gt=0)
+    time_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
-    signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0, le=10**7)] = "auto"
     """Seconds between the signal to save and the end, before a time limit and after Ctrl-C; auto: two saves at 0.5 GB/s
     and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
@@ -264,7 +267,7 @@ class Sweep:
 
     def with_fields(self, **fields: Any) -> Sweep:
         """The same sweep with top-level fields of its file replaced and validated again."""
-        values = {**self.file.model_dump(mode="json"), **fields}
+        values = {**self.file.model_dump(mode="json", exclude_unset=True), **fields}
         return replace(self, file=parse(SweepFile, values, str(self.source)))
 
 
@@ -321,9 +324,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise SweepError(f"cannot read {path} ({error}); restore it or launch into another --root") from error
-    if record.get("version") != 1 or "base_dir" not in record:
-        raise SweepError(
-            f"{path} is of version {record.get('version')!r}, this aimscale reads 1; use the one that made it"
-        )
+    if type(version := record.get("version")) is not int or version != 1 or "base_dir" not in record:
+        raise SweepError(f"{path} is of version {version!r}, this aimscale reads 1; use the one that made it")
     found: dict[str, Any] = record
     return found

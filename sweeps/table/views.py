@@ -19,7 +19,16 @@ from rich.text import Text
 from aimscale.aim.errors import printable
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.schema import MFU
-from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, not_identified, totals
+from aimscale.harness.device.sheets import DECODED_PER_S
+from aimscale.sweeps.plan.costs import (
+    CORE_BYTES_PER_S,
+    BudgetCost,
+    Caution,
+    CautionKind,
+    CostCard,
+    not_identified,
+    totals,
+)
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 
@@ -69,6 +78,8 @@ def duration(seconds: float | None) -> str:
     """The two largest units: 3d 4h, 2h 10m, 5m 12s; `-` for none."""
     if seconds is None:
         return "-"
+    if 0 < seconds < 1:
+        return "<1s"
     seconds = int(seconds)
     for size, unit, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if seconds >= size:
@@ -134,7 +145,7 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
     notes = list(dict.fromkeys(caution_words(each) for card in cards for each in card.cautions))
     table = fitted_table(_plan_columns(cards, notes), cards, console.width)
     console.print(table, highlight=False)
-    total, cost = totals(cards), sweep.file.cost
+    total = totals(cards)
     say(
         f"{total.num_runs} runs, {total.num_rows} rows; {total.images_executed:,} images and "
         f"{total.flops_executed:.3g} FLOPs executed (decay branches included), {total.flops_evaluation:.3g} more in "
@@ -142,12 +153,7 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
         f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}; told to stop, a run gets up "
         f"to {duration(max(card.stop_s for card in cards))} to save"
     )
-    each_step = f", {cost.step_ms:g} ms per step beside its FLOPs" if cost.step_ms else ""
-    say(
-        f"assuming {cost.device} at {cost.peak_tflops:g} TFLOP/s, MFU {100 * cost.mfu:g} %{each_step}; "
-        f"start-up and loading are not counted; recipe {sweep.file.recipe}",
-        style="dim",
-    )
+    say(f"{_assumptions(sweep, cards)}; start-up is not counted; recipe {sweep.file.recipe}", style="dim")
     for i, note in enumerate(notes, 1):
         say(f"[yellow]! {i}[/] {note}")
     if lost := not_identified(cards):
@@ -157,11 +163,37 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
         )
 
 
+def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> str:
+    """What the times stand on: the device, its speed and what loads for it."""
+    device, cost = cards[0].device, sweep.file.cost
+    peaks = {card.precision: card.peak_flops_per_s for card in cards}
+    if device.is_gpu and "fp32" in peaks and cost.peak_tflops is None:
+        peaks["fp32 (TF32)"] = peaks.pop("fp32")
+    rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
+    beside = f" and {cost.step_ms:g} ms a step" if cost.step_ms else ""
+    if cost.mfu is None and not device.is_gpu:
+        beside += f", moving what a forward pass keeps at {CORE_BYTES_PER_S / 1e9:g} GB/s"
+    loading = f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s of a loader process"
+    known = "measured here" if device.decoded_per_s else "assumed; `aimscale bench data` measures"
+    limits = " and ".join(sorted({card.limit for card in cards}))
+    return (
+        f"on {device.name} ({device.why}) of {data_size(device.memory_bytes)}, {rates}, at MFU "
+        f"{100 * cards[0].mfu:g} %{beside}; {loading} ({known}); limited by {limits}"
+    )
+
+
 CAUTIONS: dict[CautionKind, str] = {
-    "memory": "{subject} does not fit {limit:g} GB even with one image at a time",
     "epochs": "{found:.1f} epochs of {subject} images (more than {limit:g})",
-    "pool": "{found:.0f} unique images asked for, and the pool has {limit:.0f}",
-    "warm-up": "warm-up of {found:.0f} images reaches past image {limit:.0f} of budget {subject}: it will not start",
+    "many epochs": (
+        "[bold red]{found:,.0f} EPOCHS[/] of {subject} images: the model will learn them by heart, and its losses tell "
+        "nothing about new ones; take more images or smaller budgets"
+    ),
+    "loader": (
+        "{subject} is limited by its loader: it would train on {limit:,.0f} images/s and is given {found:,.0f}; more "
+        "runtime.num_workers (slurm.cpus_per_task), or smaller image files"
+    ),
+    "idle": "{subject} {found:.0f} is fewer than a pair of images for each of {limit:.0f} devices: some stand idle",
+    "unopened": "{subject} has {found:,.0f} images: its index was not opened, the trainers check it",
     "stream": (
         "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
         "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
@@ -194,6 +226,7 @@ def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
         Column(header="devices", cell=lambda card: str(card.devices), rank=3),
         Column(header="memory", cell=_memory, rank=4),
         Column(header="disk", cell=lambda card: data_size(card.disk_bytes), rank=8),
+        Column(header="limit", cell=lambda card: card.limit, rank=5, right=False),
         Column(header="time", cell=lambda card: duration(card.wall_s)),
         Column(header="device-h", cell=hours),
         Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(caution_words(c))) for c in card.cautions)),

@@ -42,6 +42,11 @@ class DatasetInfo:
     """16 hex digits of the checksums and labels in order, whatever the shards' names and sizes."""
 
     @property
+    def num_usable(self) -> int:
+        """Images that decode."""
+        return self.num_samples - self.num_bad
+
+    @property
     def index_folder(self) -> str:
         """Name of the folder of the mapped columns, beside this file."""
         return f"index-{self.fingerprint}"
@@ -67,6 +72,32 @@ class DatasetInfo:
 def image_checksum(data: bytes) -> int:
     """64-bit BLAKE2b of an image file."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def read_info(path: str) -> DatasetInfo:
+    """What a data set says of itself.
+
+    Raises:
+        DataError: no folder, no index, or one that this program does not read.
+    """
+    where = f"{path.rstrip('/')}/{DATASET_FILE}"
+    if "://" not in path and not Path(path).is_dir():
+        raise DataError(f"data set folder {path} does not exist")
+    try:
+        values = json.loads(_text(path))
+        version = values["version"]
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise DataError(
+                f"{where} has format version {version}, this program reads {FORMAT_VERSION}; "
+                f"run `aimscale data index {path}` again"
+            )
+        return DatasetInfo.from_json(values, where)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} has no index; run `aimscale data index {path}` or `aimscale data pack`") from error
+    except OSError as error:
+        raise DataError(f"cannot read the index of {path}: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"the index of {path} is not valid ({error}); run `aimscale data index` again") from error
 
 
 def num_images(path: str) -> int | None:

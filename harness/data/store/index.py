@@ -10,7 +10,6 @@ the image file) and ok (false: did not decode).
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.card import DATASET_FILE, FORMAT_VERSION, INDEX_FILE, DatasetInfo, image_checksum
+from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, DatasetInfo, image_checksum, read_info
 from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.shard_cache import Reader, open_index, open_reader
@@ -60,7 +59,7 @@ class ShardDataset:
     @property
     def num_usable(self) -> int:
         """Number of decodable images."""
-        return self.info.num_samples - self.info.num_bad
+        return self.info.num_usable
 
     def usable(self, numbers: npt.ArrayLike) -> I64:
         """Sample numbers of the decodable images at `numbers` (0..num_usable-1), counted in index order; O(1)."""
@@ -323,17 +322,8 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
         DataError: no index, an index that contradicts itself, or a missing or truncated shard.
     """
     where = str(path)
-    if not is_url(where) and not Path(where).is_dir():
-        raise DataError(f"data set folder {where} does not exist")
+    info = read_info(where)
     try:
-        values = json.loads(read_bytes(join(where, DATASET_FILE)))
-        version = values["version"]
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{join(where, DATASET_FILE)} has format version {version}, this program reads {FORMAT_VERSION}; "
-                f"run `aimscale data index {where}` again"
-            )
-        info = DatasetInfo.from_json(values, join(where, DATASET_FILE))
         index = open_index(where, info.index_folder, cache_dir)
     except FileNotFoundError as error:
         raise DataError(f"{where} has no index; run `aimscale data index {where}` or `aimscale data pack`") from error

@@ -21,6 +21,7 @@ from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
 
 if TYPE_CHECKING:
+    from aimscale.harness.data.store.card import DatasetInfo
     from aimscale.harness.run.config import ModelSection
 
 _TABLE_BITS = 24  # of the checksums; almost all images are told from the held-out ones by one look at the table
@@ -118,14 +119,19 @@ def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch
     return torch.from_numpy(np.minimum(lengths, num_tokens - 1))
 
 
+def refuse_fewer(path: str, info: DatasetInfo, num_images: int | None) -> None:
+    """Raise DataError where a data set has fewer images that decode than are asked for, or none."""
+    if info.num_usable < (num_images or 1):
+        raise DataError(
+            f"{path} has {info.num_usable} usable images, {num_images or 1} were asked for; lower num_images"
+        )
+
+
 def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.NDArray[np.int64]:
     """Sample numbers of the decodable images, in index order, the first `num_images` of them.
 
     Raises:
         DataError: fewer are there than asked for.
     """
-    if num_images is not None and dataset.num_usable < num_images:
-        raise DataError(
-            f"{dataset.path} has {dataset.num_usable} usable images, {num_images} were asked for; lower num_images"
-        )
+    refuse_fewer(dataset.path, dataset.info, num_images)
     return dataset.usable(np.arange(dataset.num_usable if num_images is None else num_images))

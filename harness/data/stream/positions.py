@@ -25,7 +25,8 @@ from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch
 from aimscale.harness.data.stream.held_out import refuse_overlap
 
 if TYPE_CHECKING:
-    from aimscale.harness.run.config import RunConfig
+    from aimscale.harness.data.store.card import DatasetInfo
+    from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
 _UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20, so that positions may reach 2^42
 
@@ -127,7 +128,7 @@ class TrainStream(Stream):
     def __init__(self, config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> None:
         super().__init__(config)
         self._mixture = Mixture([source.probability for source in config.training.data.sources])
-        self._sources = _open_sources(config, self._mixture, cache_dir, cache_gb)
+        self._sources = _open_sources(config, cache_dir, cache_gb)
         self._drawn = Stretch(self._draw)
 
     @property
@@ -230,43 +231,50 @@ class TrainStream(Stream):
         return self._with_boxes(drawn.source, sample_of, drawn.uniforms)
 
 
-def _open_sources(config: RunConfig, mixture: Mixture, cache_dir: str | None, cache_gb: float) -> list[_Source]:
+def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float) -> list[_Source]:
     """The sources of a run, in the order of its configuration; see `TrainStream` for what is refused."""
     training = config.training
     datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in training.data.sources]
     for source, dataset in zip(training.data.sources, datasets, strict=True):
-        if source.fingerprint not in (None, dataset.fingerprint):
-            raise DataError(
-                f"{source.path} holds other images (fingerprint {dataset.fingerprint}) than those this run trains "
-                f"on ({source.fingerprint}); put those back, or launch the sweep again to train a new run on these"
-            )
+        refuse_other_images(source, dataset.info)
     held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
     refuse_overlap(datasets, held_out)
-    counts = _unique_per_source(config, mixture, datasets)
+    counts = unique_per_source(training.data, [dataset.info for dataset in datasets])
     return [
         _Source(dataset=dataset, num_unique=num_unique, key=make_key("epoch", training.seed, number))
         for number, (dataset, num_unique) in enumerate(zip(datasets, counts, strict=True))
     ]
 
 
-def _unique_per_source(config: RunConfig, mixture: Mixture, datasets: Sequence[ShardDataset]) -> list[int]:
-    data = config.training.data
-    for dataset in datasets:
-        num_bad = dataset.info.num_bad
-        if not dataset.num_usable or num_bad / len(dataset) > data.max_bad_fraction:
-            first = dataset.describe(int(dataset.index.bad[0]))
+def refuse_other_images(source: SourceSection, info: DatasetInfo) -> None:
+    """Raise DataError where a data set is not that with which a run was planned."""
+    if source.fingerprint not in (None, info.fingerprint):
+        raise DataError(
+            f"{source.path} holds other images (fingerprint {info.fingerprint}) than those this run trains "
+            f"on ({source.fingerprint}); put those back, or launch the sweep again to train a new run on these"
+        )
+
+
+def unique_per_source(data: DataSection, infos: Sequence[DatasetInfo]) -> list[int]:
+    """U of every source, by what their data sets say of themselves.
+
+    Raises:
+        DataError: too few images, or too many that cannot be decoded.
+    """
+    for source, info in zip(data.sources, infos, strict=True):
+        if not info.num_usable or info.num_bad / info.num_samples > data.max_bad_fraction:
             raise DataError(
-                f"{dataset.path}: {num_bad} of {len(dataset)} images cannot be decoded, first {first}; "
-                f"repair them or raise data.max_bad_fraction ({data.max_bad_fraction:g})"
+                f"{source.path}: {info.num_bad} of {info.num_samples} images cannot be decoded (`aimscale data info` "
+                f"names some); repair them or raise data.max_bad_fraction ({data.max_bad_fraction:g})"
             )
-    wanted = data.unique_images
-    if wanted is None:
-        return [dataset.num_usable for dataset in datasets]
-    counts = mixture.counts(wanted)
-    for dataset, count in zip(datasets, counts, strict=True):
-        if not 1 <= count <= dataset.num_usable:
+    if data.unique_images is None:
+        return [info.num_usable for info in infos]
+    counts = Mixture([source.probability for source in data.sources]).counts(data.unique_images)
+    for source, info, count in zip(data.sources, infos, counts, strict=True):
+        if not 1 <= count <= info.num_usable:
             raise DataError(
-                f"unique_images {wanted} takes {count} images of {dataset.path}, which has {dataset.num_usable} "
-                f"usable ones; {'lower' if count else 'raise'} data.unique_images or change the probabilities"
+                f"unique_images {data.unique_images} takes {count} images of {source.path}, which has "
+                f"{info.num_usable} usable ones; {'lower' if count else 'raise'} data.unique_images or change the "
+                "probabilities"
             )
     return counts

@@ -50,6 +50,8 @@ def shard_urls(path: str) -> list[str]:
     for url in urls:
         if not is_url(url) and not url.startswith("/"):
             raise DataError(f"{path}: give an absolute path or a URL after {UNINDEXED}, such as {UNINDEXED}/data/{url}")
+    if not any(is_url(url) or Path(url).is_file() for url in urls):
+        raise DataError(f"{path} names {len(urls)} shards, none of which is there, such as {urls[0]}")
     return urls
 
 

@@ -12,7 +12,10 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import EvaluationConfig
+from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import model_of
+from aimscale.sweeps.plan import device
+from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import cost_cards, to_json
 from aimscale.sweeps.plan.evaluation_cost import probe_costs
 from aimscale.sweeps.plan.planner import counts_of, plan
@@ -117,7 +120,7 @@ def test_presets_plan_cleanly(name: str, tmp_path: Path) -> None:
     runs = plan(sweep)
     cards = to_json(sweep, cost_cards(sweep, runs))
     assert json.loads(json.dumps(cards))["totals"]["num_runs"] == len(runs) >= 4
-    assert not {each["kind"] for card in cards["runs"] for each in card["cautions"]} & {"memory", "warm-up"}
+    assert not [problem for problem in check(sweep, runs) if problem.kind != "data"]
     assert not list(tmp_path.iterdir())
 
 
@@ -140,7 +143,7 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
         evaluation = EvaluationConfig.model_validate(
             {"budgets": [128_000_000], "validation": {"path": "absent"}, "probes": [task | settings]}
         )
-        (cost,) = probe_costs(evaluation, model, flops, ranks, 80)
+        (cost,) = probe_costs(evaluation, model, flops, ranks, 80 * 10**9, lambda path: None)
         executed = executed_flops_per_image(model, model.num_tokens / 2).train * 128e6
         return cost.flops / (flops.train * 128e6), cost.flops / executed, cost.images
 
@@ -150,10 +153,9 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
     assert share("aim-7B", 1)[2] > 6 * share("aim-7B", 8)[2]  # on one card its heads train in eight rounds
 
 
-def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Path) -> None:
-    for name, number in (("val", 100), ("fit", 60), ("test", 40)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dataset.json").write_text(json.dumps({"num_samples": number}))
+def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, write_images: Any, tmp_path: Path) -> None:
+    for seed, (name, number) in enumerate((("val", 100), ("fit", 60), ("test", 40))):
+        write_images(tmp_path / name, number, seed=seed)
     base = write_sweep().file.base | {"validation": {"path": "val", "num_images": 50, "num_prefixes": 2}}
     task = {"task": "pets", "train": "fit", "test": "test", "epochs": 10}
 
@@ -179,17 +181,57 @@ def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, tmp_path: Pat
     assert passes(kinds=["linear"], train="not-made-yet", task="mine") == pytest.approx(40)
 
 
-def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
+def test_many_epochs_are_shouted(write_sweep: Any) -> None:
+    def said(unique: int) -> tuple[Any, str]:
+        sweep = write_sweep(sizes=["rung-32"], unique_images=[unique])
+        cards, console = cost_cards(sweep, plan(sweep)), Console(width=200, file=io.StringIO())
+        print_plan(sweep, cards, console)
+        (caution,) = cards[0].cautions
+        return (caution.kind, caution.found), console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert said(100)[0] == ("epochs", 12.8)
+    assert said(20)[0] == ("many epochs", 64)
+    assert "64 EPOCHS" in said(20)[1]
+    assert "EPOCHS" not in said(100)[1]
+
+
+def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
+    write_sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def card(**fields: Any) -> Any:
+        sweep = write_sweep(sizes=["rung-128"], **fields)
+        return cost_cards(sweep, plan(sweep))[0]
+
     base = write_sweep().file.base
-    sweep = write_sweep(
-        sizes=["aim-7B"],
-        unique_images=[100],
-        base={**base, "optimiser": {"batch_size": 128}, "schedule": {"warmup_images": 640}},
-        cost={"memory_gb": 16, "pool_images": 50},
-    )
-    found = {each.kind: (each.found, each.limit) for each in cost_cards(sweep, plan(sweep))[0].cautions}
-    assert found.pop("memory")[1] == 16
-    assert found == {"epochs": (12.8, 4), "pool": (100, 50), "warm-up": (640, 512)}
+    bf16 = {**base, "optimiser": {**base["optimiser"], "precision": "bf16"}}
+    single, half = card(slurm={}), card(slurm={}, base=bf16)
+    assert (single.device.name, single.peak_flops_per_s, half.peak_flops_per_s) == ("H100", 494.75e12, 989.5e12)
+    given = card(cost={"device": "A100", "peak_tflops": 100})
+    assert (given.device.name, given.peak_flops_per_s, given.mfu) == ("A100", 1e14, 0.4)
+    monkeypatch.setattr(device, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
+    assert (card().peak_flops_per_s, card().device.memory_bytes) == (494.75e12, 141 * 10**9)
+    monkeypatch.setattr(device, "gpus_here", lambda: [])
+    monkeypatch.setattr(device, "_measured_flops_per_s", lambda precision: 1e11)
+    here = card()
+    assert (here.device.name, here.device.is_gpu, here.peak_flops_per_s) == (cpu_name(), False, 1e11)
+    assert here.training_s > here.flops_executed / (1e11 * here.mfu)  # activations and steps beside
+    with pytest.raises(UserError, match=r"cost\.peak_tflops"):
+        card(cost={"device": "TPU v9"})
+
+
+def test_the_loader_is_part_of_the_time_and_named_where_it_is_the_limit(write_sweep: Any) -> None:
+    def card(workers: int, **slurm: Any) -> Any:
+        base = write_sweep().file.base | {"runtime": {"num_workers": workers}}
+        sweep = write_sweep(sizes=["rung-32"], base=base, slurm=slurm)
+        return cost_cards(sweep, plan(sweep))[0]
+
+    two, eight, bound = card(2), card(8), card(8, cpus_per_task=2)
+    assert (two.limit, [each.kind for each in two.cautions]) == ("loader", ["loader"])
+    assert two.training_s == pytest.approx(two.images_executed / two.loader_images_per_s)
+    assert two.training_s == pytest.approx(4 * eight.training_s) == pytest.approx(bound.training_s)
+    # with no worker the trainer loads between its steps
+    alone = card(0)
+    assert alone.training_s == pytest.approx(2 * two.training_s + alone.images_executed / alone.compute_images_per_s)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +247,10 @@ def test_warnings_name_what_is_wrong(write_sweep: Any) -> None:
         ({"override": [{"when": {"seed": [0, 1]}, "set": {}}]}, "seed 1"),
         ({"exclude": [{"size": ["rung-32", "rung-48"]}]}, "sweep.yaml"),
         ({"axes": {"model.size": ["rung-32"]}}, "sizes"),
+        ({"sizes": ["w16-d999999999"]}, "depth 999999999"),
+        ({"seeds": list(range(1000)), "unique_images": list(range(1, 1001))}, "4,000,000 cells"),
+        ({"cost": {"peak_tflops": 1e-320}}, "cost.peak_tflops"),
+        ({"cost": {"memory_gb": 1e308}}, "cost.memory_gb"),
         ({"axes": {"runtime.num_workers": [0, 1]}}, "num_workers: 1"),
         ({"variants": {"one": {}, "same": {}}}, "variant: same"),
         ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices"),

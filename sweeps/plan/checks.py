@@ -1,0 +1,176 @@
+"""Everything that would stop a run before its first step or after its last, found before any process starts.
+
+Launch, trainer and evaluation refuse what they cannot use; a plan calls the same functions, for every run, and says all
+of it at once. Nothing is written. Torch is imported where data sets are there to be opened.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.data.store.card import read_info
+from aimscale.harness.device.memory import execution_plan
+from aimscale.harness.log.loggers import refuse_missing
+from aimscale.harness.run.config import DataSection, ModelSection, ProbeSection, RunConfig, ValidationSection
+from aimscale.harness.run.row import model_of
+from aimscale.harness.run.schedule import schedule_of
+from aimscale.sweeps.plan.costs import device_fit, device_of, max_opened, stop_seconds
+from aimscale.sweeps.plan.device import Device
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+
+Kind = Literal["data", "counts", "overlap", "probe", "schedule", "memory", "time", "setting"]
+Found = tuple[Kind, str, str]
+"""Kind, key of the sweep file, and sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that some runs would fail on."""
+
+    kind: Kind
+    key: str
+    """Of the sweep file: what to change."""
+    why: str
+    """What launch, trainer or evaluation would say."""
+    run_ids: tuple[str, ...]
+
+
+def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
+    """What would stop these runs, each thing once; data sets above `max_opened` are left to the trainers."""
+    device, data = device_of(sweep, runs), _Data()
+    found: dict[Found, dict[str, None]] = {}
+    for run in runs:
+        for problem in (*_by_numbers(sweep, run, device), *data.problems(run.config)):
+            found.setdefault(problem, {})[run.run_id] = None
+    return tuple(
+        Problem(kind=kind, key=key, why=why, run_ids=tuple(names)) for (kind, key, why), names in found.items()
+    )
+
+
+def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
+    """Raise SweepError that names every problem of these runs, if there is one."""
+    problems = check(sweep, runs) if problems is None else problems
+    lines = [f"{_whose(problem.run_ids, len(runs))}: {_keyed(problem)}" for problem in problems]
+    if len(lines) == 1:
+        raise SweepError(f"{sweep.source}: {lines[0]}")
+    if lines:
+        raise SweepError("\n".join([f"{sweep.source}: {len(lines)} things are in the way of its runs", *lines]))
+
+
+def _keyed(problem: Problem) -> str:
+    return problem.why if problem.why.startswith(problem.key) else f"{problem.key}: {problem.why}"
+
+
+def _whose(names: Sequence[str], num_runs: int) -> str:
+    if len(names) == num_runs > 1:
+        return f"all {num_runs} runs"
+    return names[0] if len(names) == 1 else f"{len(names)} runs such as {names[0]}"
+
+
+def _said(kind: Kind, key: str, function: Callable[..., Any], *arguments: Any) -> list[Found]:
+    """What a function refuses."""
+    try:
+        function(*arguments)
+    except UserError as error:
+        return [(kind, key, str(error))]
+    return []
+
+
+def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
+    """What the configuration alone tells."""
+    training, runtime = run.config.training, run.config.runtime
+    yield from _said("schedule", "schedule.warmup_images", schedule_of, run.config)
+    plan_of = functools.partial(execution_plan, world_size=run.devices, device_bytes=device.memory_bytes)
+    if device_fit(model_of(training), training.optimiser, runtime, run.devices, device.memory_bytes) is None:
+        yield from _said("memory", "cost.memory_gb", plan_of, model_of(training), training.optimiser, runtime)
+    stop_s, limit_s = stop_seconds(sweep, run), 60 * sweep.file.slurm.time_min
+    if stop_s >= limit_s:
+        told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
+        yield "time", "slurm.time_min", f"{told}; raise time_min"
+    if sweep.file.slurm.python is None:
+        yield from _said("setting", "runtime.loggers", refuse_missing, run.config)
+    if runtime.compile is True and not device.is_gpu:
+        import torch
+
+        from aimscale.harness.step.engine import compiles
+
+        yield from _said("setting", "runtime.compile", compiles, True, torch.device("cpu"), 0)
+
+
+class _Data:
+    """The data sets of some runs; each is opened, and each pair compared, once."""
+
+    def __init__(self) -> None:
+        self.opened = functools.cache(self._open)
+        self.stream = functools.cache(self._stream)
+        self.validation = functools.cache(self._validation)
+        self.probe = functools.cache(self._probe)
+
+    def problems(self, config: RunConfig) -> Iterator[Found]:
+        """What is wrong with what a run reads."""
+        training, evaluation = config.training, config.evaluation
+        yield from self.stream(training.data, training.model.channels)
+        yield from self.validation(training.data, evaluation.validation)
+        for section in evaluation.probes:
+            yield from self.probe(section, training.model)
+
+    def _open(self, path: str) -> tuple[Any, str | None]:
+        """A data set, unless it cannot be opened or is left to the trainers; and why it cannot be."""
+        try:
+            if read_info(path).num_samples > max_opened(path):
+                return None, None
+            from aimscale.harness.data.store.index import open_dataset
+
+            return open_dataset(path), None
+        except UserError as error:
+            return None, str(error)
+
+    def _stream(self, data: DataSection, channels: int) -> list[Found]:
+        """What the training stream would refuse."""
+        if not data.is_unindexed:
+            missing = [why for source in data.sources if (why := self.opened(source.path)[1])]
+            if missing:
+                return [("data", "data.sources", why) for why in missing]
+        from aimscale.harness.data.store.index import require_channels
+        from aimscale.harness.data.stream.positions import refuse_other_images, unique_per_source
+        from aimscale.harness.data.stream.unindexed import shard_urls
+
+        found = _said("setting", "model.channels", require_channels, channels)
+        if data.is_unindexed:
+            return found + _said("data", "data.sources", shard_urls, data.sources[0].path)
+        infos = [read_info(source.path) for source in data.sources]
+        for source, info in zip(data.sources, infos, strict=True):
+            found += _said("data", "data.sources", refuse_other_images, source, info)
+        return found + _said("counts", "data.unique_images", unique_per_source, data, infos)
+
+    def _validation(self, data: DataSection, section: ValidationSection) -> list[Found]:
+        """What the validation after each budget would refuse, and the trainer for its sake."""
+        held_out, missing = self.opened(section.path)
+        if missing:
+            return [("data", "validation.path", missing)]
+        from aimscale.harness.data.stream.held_out import refuse_fewer, refuse_overlap
+
+        info = read_info(section.path)
+        found = _said("counts", "validation.num_images", refuse_fewer, section.path, info, section.num_images)
+        if held_out is None:
+            return found
+        paths = [source.path for source in data.sources if not data.is_unindexed]
+        pools = [pool for path in paths if (pool := self.opened(path)[0]) is not None]
+        return found + _said("overlap", "validation.path", refuse_overlap, pools, held_out)
+
+    def _probe(self, section: ProbeSection, model: ModelSection) -> list[Found]:
+        """What a task would refuse."""
+        key = f"probes.{section.task}"
+        sides = [self.opened(path) for path in dict.fromkeys((section.train, section.test))]
+        if missing := [why for _, why in sides if why]:
+            return [("data", key, why) for why in missing]
+        if any(dataset is None for dataset, _ in sides):
+            return []
+        from aimscale.harness.probe.features.images import open_task
+
+        return _said("probe", key, open_task, section, model)
