@@ -12,6 +12,7 @@ from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, Root, SweepName, some_
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine import stop
 from aimscale.sweeps.engine.devices import this_machine
+from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.state.decision import Decision, decide
@@ -128,7 +129,7 @@ def _print_local(sweep: str, root: Path, devices: int | None, per_device: int) -
     """The commands that a launch here would run, after the checks that it would make."""
     loaded, runs, _ = engine.planned(sweep, root)
     machine = this_machine(runs, devices=devices, per_device=per_device)
-    engine.check_data(loaded, [run for run in runs if engine.to_start(loaded, run)])
+    refuse(loaded, [run for run in runs if engine.to_start(loaded, run)])
     for run in runs:
         decision = decide(run, RunRecord(loaded.run_dir(run.run_id)))
         words = machine.command(decision.record.path, min(run.devices, machine.devices))

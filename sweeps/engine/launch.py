@@ -16,12 +16,11 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.card import num_images
-from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig, parse, read_yaml
+from aimscale.harness.run.config import parse, read_yaml
 from aimscale.harness.run.lock import Lock
-from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.engine.devices import this_machine
 from aimscale.sweeps.engine.queue import Command, LaunchResult, Queue, print_events, run_queue
+from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
@@ -33,44 +32,8 @@ from aimscale.sweeps.state.sweep_dir import prepare, unplanned
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.views import new_console, status_summary, status_table
 
-MAX_OPENED = 50_000_000
-"""The index of a larger data set is left to the trainers: opening it takes 25 bytes per image."""
 PLAIN_EVERY_S = 30.0
 LIVE_EVERY_S = 0.5
-
-
-def check_data(sweep: Sweep, runs: Sequence[Run]) -> None:
-    """Open every data set that the runs read, once.
-
-    Raises:
-        DataError: a folder or an index is missing, or a shard is missing or truncated.
-        ProbeError: the data of a probe have no labels, its two sides do not fit together, or they bear a benchmark's
-            name and are not that benchmark.
-    """
-    unlabelled: dict[str, None] = {}
-    tasks: dict[tuple[str, str, str], tuple[ProbeSection, ModelSection, RuntimeConfig]] = {}
-    for run in runs:
-        training, evaluation = run.config.training, run.config.evaluation
-        sources = () if training.data.is_unindexed else (source.path for source in training.data.sources)
-        unlabelled |= dict.fromkeys([*sources, evaluation.validation.path])
-        tasks |= {
-            (probe.task, probe.train, probe.test): (probe, training.model, run.config.runtime)
-            for probe in evaluation.probes
-        }
-    if not unlabelled:
-        return
-    from aimscale.harness.data.store.index import open_dataset  # imports torch
-
-    for path in unlabelled:
-        if (num_images(path) or 0) <= MAX_OPENED:
-            open_dataset(path)
-    if not tasks:
-        return
-    from aimscale.harness.probe.features.images import open_task
-
-    for probe, model, runtime in tasks.values():
-        if max(num_images(probe.train) or 0, num_images(probe.test) or 0) <= MAX_OPENED:
-            open_task(probe, model, runtime)
 
 
 def launch(
@@ -83,7 +46,7 @@ def launch(
     retry: bool = False,
     shows: bool = True,
     command: Command | None = None,
-    check: Callable[[Sweep, Sequence[Run]], None] = check_data,
+    check: Callable[[Sweep, Sequence[Run]], None] = refuse,
 ) -> LaunchResult:
     """Execute here what is missing, resume what died, skip what is done; returns when nothing is left to start.
 
@@ -101,8 +64,8 @@ def launch(
         check: looks at what the runs that would start need.
 
     Raises:
-        SweepError, ConfigError, DataError: the sweep cannot be planned, its data not be read, or its directory not be
-            written; nothing was made.
+        SweepError, ConfigError: the sweep cannot be planned, its runs would fail on something that is known before
+            (`sweeps.plan.checks`), or its directory cannot be written; nothing was made.
     """
     started = time.time()
     loaded, runs, cards = planned(sweep, root)
@@ -120,12 +83,12 @@ def launch(
 
 
 def begin(
-    sweep: Sweep, runs: Sequence[Run], *, retry: bool, check: Callable[[Sweep, Sequence[Run]], None] = check_data
+    sweep: Sweep, runs: Sequence[Run], *, retry: bool, check: Callable[[Sweep, Sequence[Run]], None] = refuse
 ) -> list[Run]:
     """Check what a launch would start, make the sweep's directory, and free what was cancelled; the runs to start.
 
     Raises:
-        SweepError, ConfigError, DataError: as `launch`.
+        SweepError, ConfigError: as `launch`.
     """
     check(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
     prepare(sweep, runs)
@@ -156,15 +119,13 @@ def _settle(record: RunRecord, *, retry: bool) -> None:
 
 
 def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
-    """A sweep with its runs, longest first, and their cards; what could not start is refused.
+    """A sweep with its runs, longest first, and their cards.
 
     Raises:
-        SweepError, ConfigError: the sweep cannot be planned, or a run's warm-up reaches into its decay.
+        SweepError, ConfigError: the sweep cannot be planned.
     """
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     runs = plan(loaded)
-    for run in runs:
-        schedule_of(run.config)
     _refuse_renaming(loaded, runs)
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end

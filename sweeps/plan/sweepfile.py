@@ -77,7 +77,7 @@ class CostSection(Section):
     device: str | None = None
     """Name of the device, such as A100. Null: an H100 where there is a `slurm` section that asks for GPUs, else this
     machine's GPU, else one core of this machine."""
-    peak_tflops: float | None = Field(None, ge=1e-6, le=1e6)
+    peak_tflops: float | None = Field(None, ge=1e-6, le=1e12)
     """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
     what is measured here."""
     mfu: float | None = Field(None, ge=1e-6, le=1)
