@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
-from aimscale.sweeps.engine.launch import begin, check_data, planned, to_start
+from aimscale.sweeps.engine.launch import begin, planned, to_start
 from aimscale.sweeps.engine.queue import LaunchResult, print_events, run_queue
+from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
@@ -134,7 +135,7 @@ def launch_slurm(
         SweepError, DataError: as `launch` and `submit`.
     """
     if dry_run:
-        check_data(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
+        refuse(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
     else:
         begin(sweep, runs, retry=retry)
     return submit(
