@@ -15,7 +15,14 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import read_info
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.log.loggers import refuse_missing
-from aimscale.harness.run.config import DataSection, ModelSection, ProbeSection, RunConfig, ValidationSection
+from aimscale.harness.run.config import (
+    DataSection,
+    ModelSection,
+    ProbeSection,
+    RunConfig,
+    RuntimeConfig,
+    ValidationSection,
+)
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.plan.costs import device_fit, device_of, max_opened, stop_seconds
@@ -173,4 +180,4 @@ class _Data:
             return []
         from aimscale.harness.probe.features.images import open_task
 
-        return _said("probe", key, open_task, section, model)
+        return _said("probe", key, open_task, section, model, RuntimeConfig())
