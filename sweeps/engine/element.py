@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,9 @@ def launch_slurm(
 @contextlib.contextmanager
 def _step_that_is_warned() -> Iterator[None]:
     """Keep a step beside the batch script: Slurm warns steps alone of a preemption, and by `scancel --signal`."""
+    if shutil.which("srun") is None:  # in a container
+        yield
+        return
     words = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--mem=0", "--quiet", "sleep", "infinity"]
     quiet = subprocess.DEVNULL
     step = subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=quiet)

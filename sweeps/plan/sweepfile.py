@@ -140,13 +140,14 @@ class SlurmSection(Section):
     max_parallel: int = Field(256, gt=0)
     """Jobs of the sweep running at the same time, however many arrays they are."""
     srun: tuple[Line, ...] = ()
-    """Further arguments of srun, e.g. a container: [--container-image=/images/aimscale.sqsh]."""
+    """Further arguments of the srun that starts a run on several nodes, e.g. [--container-image=/images/a.sqsh]."""
     extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)
     """Further sbatch options by long name, e.g. {account: vision, mem: 200G, qos: high, constraint: h100}."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the workers, e.g. module loads."""
     python: Command | None = None
-    """Interpreter of the workers (a venv's, or a container's wrapper); null takes the launcher's own."""
+    """Interpreter of the workers (a venv's, or a command that enters a container with Slurm's commands); null takes the
+    launcher's own."""
 
     def gpus_of(self, devices: int) -> int | str | None:
         """What is asked for so many devices of a node; None for CPU nodes."""

@@ -169,5 +169,5 @@ def own_job_id() -> str | None:
 
 def own_nodes() -> list[str]:
     """Names of the nodes of the job this process runs in."""
-    listed = os.environ.get("SLURM_JOB_NODELIST")
-    return command("scontrol", "show", "hostnames", listed).split() if listed else []
+    listed = os.environ.get("SLURM_JOB_NODELIST", "")  # one name, or names[1-2,7]
+    return command("scontrol", "show", "hostnames", listed).split() if set("[,") & set(listed) else listed.split()
