@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,10 @@ def status(
     cards = costs.cost_cards(loaded, runs)
 
     def look() -> SweepStatus:
-        return sweep_status(loaded, runs, cards, slurm.known_jobs(f"aimscale-{loaded.name}"))
+        jobs = slurm.known_jobs(f"aimscale-{loaded.name}")
+        if jobs is None and shutil.which("squeue"):
+            typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
+        return sweep_status(loaded, runs, cards, jobs)
 
     if as_json:
         typer.echo(json.dumps(asdict(look()), indent=1))

@@ -133,10 +133,6 @@ def _undamaged(
     run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None, now: float
 ) -> tuple[RunStatus, Progress]:
     status, is_held, is_claimed = record.checked_status(), record.is_held(), record.is_claimed()
-    if not record.config.exists():
-        state, reason = _state(record, status, [], pending)
-        line = _line(run, record, replace(status, reason=reason), "starting" if is_claimed else state, now)
-        return line, Progress(is_running=is_claimed, flops_to_evaluate=card.flops_evaluation)
     owed = to_do(run, record)
     state, reason = _state(record, status, owed, pending)
     if is_held or (is_claimed and state != "finished"):

@@ -301,10 +301,16 @@ def _place(line: RunStatus) -> str:
     return f"job {line.job_id}" if line.job_id else line.host or ""
 
 
+def _waits(line: RunStatus) -> bool:
+    """Whether a run waits for its images rather than for its device."""
+    trains = line.state == "running" and line.status.phase in ("train", "decay")
+    return trains and (line.status.data_wait or 0.0) > DATA_WAIT
+
+
 def _why(line: RunStatus) -> str:
     """What a reader must know of a run besides its numbers: what it waits for, why it stands, where its log is."""
     status = line.status
-    if line.state == "running" and status.phase in ("train", "decay") and (status.data_wait or 0.0) > DATA_WAIT:
+    if _waits(line):
         return (
             f"waits for images {100 * (status.data_wait or 0.0):.0f} % of the time; raise runtime.num_workers, or pack "
             f"the images smaller (`aimscale bench data` measures the loader)"
@@ -322,9 +328,11 @@ def status_summary(status: SweepStatus) -> str:
     basis = "" if status.eta_is_measured else " by the plan (nothing is measured yet)"
     eta = f", about {duration(status.eta_s)} left{basis}" if status.eta_s is not None else ""
     old = f"; {len(status.unplanned)} run directories are of an earlier sweep file" if status.unplanned else ""
+    waiting = sum(map(_waits, status.runs))
+    data = f"; {waiting} of them wait for images more than {100 * DATA_WAIT:.0f} % of their time" if waiting else ""
     hours = f"; {status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours spent"
     done = f"{100 * status.progress:.0f} % of the FLOPs{eta}{hours}{old}"
-    return f"{status.sweep}: {len(status.runs)} runs: {counts}; {done}"
+    return f"{status.sweep}: {len(status.runs)} runs: {counts}{data}; {done}"
 
 
 def watch(look: Callable[[], SweepStatus]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from aimscale.harness.probe.files import merge_into_rows, task_key, weights_name
+from aimscale.harness.probe.files import task_key, weights_name
+from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.lock import holding
@@ -47,7 +48,7 @@ def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequ
     key = task_key(weights_name(record, run.config, budget), section, "train", "test", run.config.training.seed)
     document = {**key, "probes": [{"task": task, "kind": kind} for kind in kinds]}
     write_json(record.probes_dir(budget) / f"{task}-{key['evaluation']}.json", document)
-    merge_into_rows(record, run.config, budget)
+    enter_row(record, run.config, budget)
 
 
 def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
@@ -119,6 +120,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     assert "0.4321" in said
     assert "76 %" in said, "the run that waits for images is named"
     assert "29 %" not in said
+    assert "1 of them wait for images" in said
     assert "job 7_1" in said
     assert "version 99" in said
     assert not set(said) & {"\x1b", "\x07"}, "no run's words steer the terminal"
