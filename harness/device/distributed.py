@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import psutil
@@ -119,11 +119,11 @@ class Group:
     With one rank every exchange is the identity and costs nothing.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, host_group: Any) -> None:
+    def __init__(self, placement: Placement, device: torch.device, host_group: Any, beside_group: Any = None) -> None:
         self.rank = placement.rank
         self.world_size = placement.world_size
         self.device = device
-        self._host_group = host_group
+        self._host_group, self._beside_group = host_group, beside_group
 
     @property
     def is_first(self) -> bool:
@@ -148,11 +148,25 @@ class Group:
 
     def sum_counts(self, *counts: int) -> list[int]:
         """Each count's sum over ranks; one exchange on the host, not on the device."""
-        if self.world_size == 1:
-            return list(counts)
+        return self._begin_sum(counts, self._host_group)()
+
+    def sum_beside(self, *counts: int) -> Callable[[], list[int]]:
+        """Begin to add up counts over ranks, beside all other exchanges; the call that is returned waits for the sums.
+
+        One thread begins them, in the same order on every rank.
+        """
+        return self._begin_sum(counts, self._beside_group)
+
+    def _begin_sum(self, counts: Sequence[int], group: Any) -> Callable[[], list[int]]:
         values = torch.tensor(counts, dtype=torch.int64)
-        torch.distributed.all_reduce(values, group=self._host_group)
-        return [int(value) for value in values]
+        work = torch.distributed.all_reduce(values, group=group, async_op=True) if self.world_size > 1 else None
+
+        def sums() -> list[int]:
+            if work is not None:
+                work.wait()
+            return [int(value) for value in values]
+
+        return sums
 
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor on the device over ranks, in place."""
@@ -247,7 +261,8 @@ def start_group(placement: Placement, device_name: str) -> Group:
         )
     # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
     host_group = torch.distributed.new_group(backend="gloo") if device.type == "cuda" else None
-    return Group(placement, device, host_group)
+    beside_group = torch.distributed.new_group(backend="gloo") if placement.world_size > 1 else None
+    return Group(placement, device, host_group, beside_group)
 
 
 def import_deepspeed() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import mean_scored_tokens
-from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
 from aimscale.harness.log.loggers import Logger, open_loggers
@@ -40,8 +38,11 @@ class Recorder:
         self._model_config, self._peak = model_config, peak
         self._batch_size = config.training.optimiser.batch_size
         self.metrics = Metrics(group, self._batch_size)
-        self._feed = Feed(
-            group, num_tokens=model_config.num_tokens, max_bad_fraction=config.training.data.max_bad_fraction
+        self.feed = Feed(
+            group,
+            num_tokens=model_config.num_tokens,
+            max_bad_fraction=config.training.data.max_bad_fraction,
+            has_workers=config.runtime.num_workers > 0,
         )
         self._segment = Segment(start=0, stop=0, branch=None)
         self._begin_interval()
@@ -60,20 +61,11 @@ class Recorder:
         self._booked, self._wall_s, self._data_wait_s = time.perf_counter(), 0.0, 0.0
         self._num_images = self._num_targets = 0  # of all ranks
 
-    def next_of(self, batches: Iterator[list[Batch]], *, stop_asked: bool, save_asked: bool) -> Step:
-        """The next step's images; the wait for them is counted.
-
-        Raises:
-            DataError: on every rank, as `Feed.next` says.
-        """
+    def next_step(self) -> Step:
+        """The next step of `feed`, see `Feed.next`; the wait for its images is counted."""
         so_far = self.metrics.total
-        step = self._feed.next(
-            batches,
-            stop_asked=stop_asked,
-            save_asked=save_asked,
-            num_images=so_far.num_images + self._batch_size,
-            num_bad=so_far.num_bad_samples,
-        )
+        num_images = so_far.num_images + self._batch_size
+        step = self.feed.next(num_images=num_images, num_bad=so_far.num_bad_samples)
         self._data_wait_s += step.wait_s
         if not step.must_stop:  # else the next start loads these images again
             self.metrics.current.num_bad_samples += step.num_bad_samples

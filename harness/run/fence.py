@@ -80,6 +80,12 @@ def aside_dir(path: Path, what: str = "writing") -> Path:
     )
 
 
+def earlier_folders(path: Path) -> list[Path]:
+    """Those of earlier holders, which this one took away when it took over what `path` belongs to."""
+    folder = _writer_folder(path)
+    return [] if folder is None else list(folder.glob("earlier*"))
+
+
 def _writer_folder(path: Path) -> Path | None:
     """Of the innermost fence around a path."""
     if not _writer_folders:

@@ -115,7 +115,6 @@ class Lease:
             if earlier != self.folder:
                 with contextlib.suppress(FileNotFoundError):
                     earlier.rename(self.folder / f"earlier{earlier.name}")
-                shutil.rmtree(self.folder / f"earlier{earlier.name}", ignore_errors=True)
         self._fence.enter_context(fenced(self._fences, self.folder))
         self._beat()
 

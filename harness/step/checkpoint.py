@@ -2,7 +2,8 @@
 
 A checkpoint is a folder: safetensors files with `param/<name>@<start>`, `exp_avg/..` and `exp_avg_sq/..`, which are
 stretches of flattened tensors as ranks held them, so that none sends or reads more than its share; and `manifest.json`
-with the files' sizes and checksums and everything else a run needs to go on. `harness.step.saving` writes them.
+with the files' sizes and checksums and everything else a run needs to go on. Every rank's file has such a manifest of
+its own beside it, by which `harness.step.saving`, which writes all of them, knows that it is whole.
 """
 
 from __future__ import annotations
@@ -59,18 +60,26 @@ def file_crc32(path: Path) -> int:
 
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest of a complete checkpoint; None when there is none or its files do not have their sizes."""
-    try:
-        manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
-        if all((path / name).stat().st_size == entry["size"] for name, entry in manifest.files.items()):
+    manifest = _manifest_in(path / "manifest.json")
+    with contextlib.suppress(OSError, KeyError):
+        if manifest and all((path / name).stat().st_size == entry["size"] for name, entry in manifest.files.items()):
             return manifest
-    except (OSError, ValueError, TypeError):
-        pass
     return None
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a folder holds a checkpoint with all its files."""
-    return read_manifest(path) is not None
+def read_parts(path: Path) -> list[Manifest]:
+    """The manifests of a checkpoint's parts, in the order of ranks; empty while one is missing."""
+    found = sorted(path.glob("part-*-of-*.json"))
+    if not found or len(found) < int(found[0].stem.rpartition("-")[2]):
+        return []
+    parts = [_manifest_in(each) for each in found]
+    return [] if None in parts else [part for part in parts if part]
+
+
+def _manifest_in(path: Path) -> Manifest | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Manifest(**json.loads(path.read_text()))
+    return None
 
 
 def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:

@@ -1,17 +1,25 @@
 """The images of every step, and what all ranks must know of them before they train on them: one exchange a step.
 
-A rank whose shard is broken must not leave the others waiting in a collective: what went wrong is part of the exchange,
-so that all ranks end together, with the same sentence. The same exchange adds up the samples that could not be decoded,
-so that their share is that of the whole run, over ranks and restarts.
+While a step is computed, the images of the next are fetched, and what the ranks must know of them is exchanged: no step
+waits for an exchange. A rank whose shard is broken must not leave the others waiting in a collective: what went wrong
+is part of the exchange, so that all ranks end together, with the same sentence. The same exchange adds up the samples
+that could not be decoded, so that their share is that of the whole run, over ranks and restarts.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import queue
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
+import torch
+
+from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import Group
@@ -20,10 +28,24 @@ T = TypeVar("T")
 
 MIN_IMAGES = 1000
 """The share of undecodable samples is taken over this many images at least: the first bad one is no reason to stop."""
+CLOSE_S = 5.0
+"""A loader that still waits for images when its rank has failed is closed after at most so long, or left as it is."""
 
 
 class PeerFailedError(RuntimeError):
-    """Another rank failed, and not through its data."""
+    """Another rank failed, and not through a user's mistake."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What this rank has to say to the others beside its images."""
+
+    stop: bool = False
+    """It was asked to stop."""
+    save: bool = False
+    """It wants a checkpoint."""
+    error: Exception | None = None
+    """What went wrong beside the loading of images."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,65 +53,104 @@ class Step:
     """This rank's images of one step, and what all ranks have in it."""
 
     micro_batches: list[Batch]
-    """Of this rank."""
+    """Of this rank. Empty the list after the step: the loader's memory is filled anew when nobody holds it."""
     num_targets: int
     """Scored targets, over all ranks."""
     num_bad_samples: int
     """Undecodable samples, over all ranks; replaced."""
     must_stop: bool
-    """Whether any rank was asked to stop."""
+    """Whether any rank was asked to stop, when its images were there."""
     must_save: bool
-    """Whether any rank wants a checkpoint behind it."""
+    """Whether any rank wanted a checkpoint behind it, when its images were there."""
     wait_s: float
     """How long this rank's loader let it wait."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A step whose exchange is under way."""
+
+    micro_batches: list[Batch]
+    bad_samples: list[str]
+    error: Exception | None
+    sums: Callable[[], list[int]]
+
+
+_Ahead = concurrent.futures.Future[_Begun | None]
+
+
 class Feed:
-    """Takes steps from a loader and agrees on them with the other ranks."""
+    """Takes steps from a loader and agrees on them with the other ranks, one step ahead."""
 
-    def __init__(self, group: Group, *, num_tokens: int, max_bad_fraction: float) -> None:
-        """`num_tokens`: N of the model; `max_bad_fraction`: share of undecodable samples above which a run stops."""
+    def __init__(self, group: Group, *, num_tokens: int, max_bad_fraction: float, has_workers: bool) -> None:
+        """Take nothing yet.
+
+        Args:
+            num_tokens: N of the model.
+            max_bad_fraction: share of undecodable samples above which a run stops.
+            has_workers: whether other processes load, so that a thread can wait for their images while a step is
+                computed. Otherwise they are loaded before the step: torch's threads serve one of the two at a time.
+        """
         self._group, self._num_tokens, self._max_bad_fraction = group, num_tokens, max_bad_fraction
+        self._has_workers = has_workers
+        self._batches: Iterator[list[Batch]] = iter(())
+        self._wishes: Callable[[], Wishes] = Wishes
+        self._ahead: _Ahead | None = None
+        self._asked: queue.SimpleQueue[_Ahead | None] = queue.SimpleQueue()
 
-    def next(
-        self, batches: Iterator[list[Batch]], *, stop_asked: bool, save_asked: bool, num_images: int, num_bad: int
-    ) -> Step:
-        """The next step.
+    @contextlib.contextmanager
+    def over(self, batches: Generator[list[Batch]], wishes: Callable[[], Wishes] = Wishes) -> Iterator[None]:
+        """For the block, take steps from this loader; it is closed at the end.
+
+        Args:
+            wishes: called once for every step, when its images are there.
+        """
+        self._batches, self._wishes, self._ahead, self._asked = batches, wishes, None, queue.SimpleQueue()
+        if self._has_workers:
+            # A daemon: an executor's thread that waits for images would keep a rank that failed from ending.
+            threading.Thread(target=self._serve, args=[self._asked], name="feed", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._asked.put(None)
+            if self._ahead is None or concurrent.futures.wait([self._ahead], CLOSE_S).done:
+                batches.close()
+
+    def next(self, *, num_images: int, num_bad: int) -> Step:
+        """The next step; unless the run must stop, the one after it is fetched, and its exchange begun.
 
         Args:
             num_images: images of the run after this step.
             num_bad: undecodable samples of the run before it.
 
         Raises:
-            DataError: on every rank, when any cannot read its images or too many of the run's cannot be decoded.
+            UserError: on every rank, when any cannot read its images or has another such error to tell, or when too
+                many of the run's samples cannot be decoded.
             PeerFailedError: another rank failed otherwise.
         """
-        micro_batches: list[Batch] = []
-        error: Exception | None = None
         started = time.perf_counter()
-        try:
-            micro_batches = next(batches)
-        except Exception as caught:
-            error = caught
+        begun = self._ahead.result() if self._ahead else self._begin()
         wait_s = time.perf_counter() - started
-        bad_here = [name for batch in micro_batches for name in batch.bad_samples]
-        num_targets, num_bad_now, num_stops, num_saves, num_errors = self._group.sum_counts(
-            count_targets(micro_batches, self._num_tokens),
-            len(bad_here),
-            int(stop_asked),
-            int(save_asked),
-            int(error is not None),
-        )
+        assert begun is not None, "a step was asked for behind the last one"
+        num_targets, num_bad_now, num_stops, num_saves, num_errors = begun.sums()
         if num_errors:
-            _raise_on_all_ranks(self._group, error)
+            _raise_on_all_ranks(self._group, begun.error)
         if num_bad + num_bad_now > self._max_bad_fraction * max(num_images, MIN_IMAGES):
-            last = next(name for names in reversed(self._group.gather(bad_here)) for name in reversed(names))
+            last = next(name for names in reversed(self._group.gather(begun.bad_samples)) for name in reversed(names))
             raise DataError(
                 f"{num_bad + num_bad_now} of the run's first {num_images} images cannot be decoded, last {last}; "
                 f"repair the shard and index it again, or raise data.max_bad_fraction ({self._max_bad_fraction:g})"
             )
+        started = time.perf_counter()
+        if not num_stops:
+            self._ahead = concurrent.futures.Future()
+            if self._has_workers:
+                self._asked.put(self._ahead)
+            else:
+                self._fulfil(self._ahead)
+        wait_s += time.perf_counter() - started
         return Step(
-            micro_batches=micro_batches,
+            micro_batches=begun.micro_batches,
             num_targets=num_targets,
             num_bad_samples=num_bad_now,
             must_stop=num_stops > 0,
@@ -97,12 +158,43 @@ class Feed:
             wait_s=wait_s,
         )
 
+    def _serve(self, asked: queue.SimpleQueue[_Ahead | None]) -> None:
+        """The thread that waits for images while a step is computed."""
+        if self._group.device.type == "cuda":
+            torch.cuda.set_device(self._group.device)  # of this thread
+        for ahead in iter(asked.get, None):
+            self._fulfil(ahead)
+
+    def _fulfil(self, ahead: _Ahead) -> None:
+        try:
+            ahead.set_result(self._begin())
+        except BaseException as error:
+            ahead.set_exception(error)
+
+    def _begin(self) -> _Begun | None:
+        """Fetch a step's images and begin its exchange; None behind the last step."""
+        micro_batches: list[Batch] | None = []
+        error: Exception | None = None
+        try:
+            micro_batches = next(self._batches, None)
+        except Exception as caught:
+            error = caught
+        if micro_batches is None:
+            return None
+        wish = self._wishes()
+        error = error or wish.error
+        bad = [name for batch in micro_batches for name in batch.bad_samples]
+        num_targets = count_targets(micro_batches, self._num_tokens)
+        sums = self._group.sum_beside(num_targets, len(bad), int(wish.stop), int(wish.save), int(error is not None))
+        return _Begun(micro_batches=micro_batches, bad_samples=bad, error=error, sums=sums)
+
 
 def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
     """Do on every rank what may fail on some: then all raise, and none waits for the others.
 
     Raises:
-        Exception: this rank's own failure, or else a DataError or PeerFailedError that says what another rank raised.
+        Exception: this rank's own failure, or else what another rank raised: a UserError of the same class, or a
+            PeerFailedError.
     """
     error: Exception | None = None
     try:
@@ -120,9 +212,10 @@ def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
 
 
 def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:
-    reports = group.gather(None if error is None else (isinstance(error, DataError), f"{error}", type(error).__name__))
+    kind = type(error) if isinstance(error, UserError) else type(error).__name__
+    reports = group.gather(None if error is None else (kind, str(error)))
     if error is not None:
         raise error
     rank = next(rank for rank, report in enumerate(reports) if report is not None)
-    is_data, sentence, name = reports[rank]
-    raise DataError(sentence) if is_data else PeerFailedError(f"rank {rank} failed: {name}: {sentence}")
+    kind, sentence = reports[rank]
+    raise PeerFailedError(f"rank {rank} failed: {kind}: {sentence}") if isinstance(kind, str) else kind(sentence)

@@ -1,20 +1,22 @@
 """Saving: the state is copied aside, and written, checked and published while training goes on.
 
-A rank stops for the copy alone, its own share of the state, into host memory that is allocated once, behind the start
-(page-locked where there is a card). A thread writes the copy, makes it durable, and reads it again. Where the host has
-no room for a copy, the same thread writes the state from where it is, piece by piece, and the rank waits for it. When
-all ranks are done, the first publishes the checkpoint by renaming its folder: what carries the final name is complete.
-At most one is under way.
+A rank stops for the copy alone, its own share of the state, into host memory that is allocated once, beside the start
+(page-locked where there is a card). A thread writes the copy, makes it durable, reads it again, and then leaves the
+part's manifest beside it. Where the host has no room for a copy, the same thread writes the state from where it is,
+piece by piece, and the rank waits for it. The first rank's thread publishes the checkpoint, by renaming its folder,
+when the manifests of all parts are there: what carries the final name is complete. At most one is under way. Whoever
+takes a run over publishes what its ranks wrote wholly and did not come to publish (`salvage`).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,17 @@ from torch import Tensor
 
 from aimscale.aim.weights import write_safetensors
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.run.fence import aside_dir
-from aimscale.harness.run.files import fsync_dir, new_dir_aside, publish_dir, remove_dir, write_json, written_aside
-from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, is_complete
-from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.fence import aside_dir, keeping_fence
+from aimscale.harness.run.files import new_dir_aside, publish_dir, remove_dir, write_json, written_aside
+from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
+from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of, part_of
+from aimscale.harness.step.feed import run_on_all_ranks
 
+LOOK_S = 0.5
+"""The first rank looks this often whether the parts of the others are there."""
+LEAVE_S = 10.0
+"""A rank that ends for an error waits this long for what is under way."""
 _CHUNK_VALUES = 1 << 24  # 64 MiB, a power of two
 
 
@@ -37,30 +45,31 @@ class _UnderWay:
 
     final: Path
     """Its name."""
-    manifest: Manifest
-    """Without its files."""
-    keep: frozenset[Path]
-    """Checkpoints that stay when it is there; the others go."""
-    part: concurrent.futures.Future[tuple[str, int, int, str]]
-    """Of this rank: file name, size in bytes, checksum, and what went wrong."""
+    part: concurrent.futures.Future[Manifest]
+    """Of this rank, when it is on the disk."""
+    published: concurrent.futures.Future[Any]
+    """On the first rank, the whole, when those before it are gone; on the others the same as `part`."""
+    told: concurrent.futures.Future[list[Manifest]]
+    """The manifests of all parts, where the ranks have told each other: a file server may show them later."""
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one engine; all ranks call its methods together."""
+    """Writes the checkpoints of one engine; all ranks call `save` and `finish` together."""
 
-    def __init__(self, engine: Engine, group: Group, check: Callable[[], None], *, copies: bool = True) -> None:
-        """Allocate nothing yet.
+    def __init__(self, engine: Engine, group: Group, *, copies: bool = True) -> None:
+        """Begin to allocate the memory of the copy, in the background.
 
         Args:
-            check: called before anything is published; raises where the run is not this group's any more.
             copies: whether the state is copied aside; otherwise ranks wait until it is written.
         """
-        self._engine, self._group, self._check, self._copies = engine, group, check, copies
+        self._engine, self._group = engine, group
         self._under_way: _UnderWay | None = None
-        self._dropping: concurrent.futures.Future[None] | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy: concurrent.futures.Future[list[Tensor]] | None = None
+        if copies:
+            num_values = sum(values.numel() for values in self._own_share().values())
+            self._copy = self._background.submit(_allocate, num_values, group.device)
 
     def save(
         self,
@@ -82,15 +91,16 @@ class CheckpointWriter:
             keep: checkpoints that stay; the others go once this one is complete.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: as `finish` says.
         """
         self.finish()
-        self._check()
-        if self._group.from_first(lambda: _prepare(final)):
-            self._drop_all_but({final, *keep})
+        keep = {final, *keep}
+        if self._group.from_first(lambda: _is_there(final, keep)):
             return
         share = self._own_share()
-        pieces = self._copied(share) if self._copies else _pieces(share.values())
+        pieces = _pieces(share.values())
+        if self._copy is not None:
+            pieces = _copied(share.values(), self._copy.result(), self._group.device)
         manifest = Manifest(
             run_id=run_id,
             images_seen=images_seen,
@@ -99,66 +109,68 @@ class CheckpointWriter:
             progress=progress,
             files={},
         )
-        name = f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
+        path = aside_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
         lengths = {key: len(values) for key, values in share.items()}
-        part = self._background.submit(_write_part, aside_dir(final) / name, lengths, self._until_stop(pieces))
-        if not self._copies:
+        told: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
+        published: concurrent.futures.Future[Any]
+        write = _naming(final)(_write_part)
+        part = published = self._background.submit(write, path, lengths, self._until_stop(pieces), manifest)
+        if self._group.is_first:
+            published = self._background.submit(_naming(final)(self._publish), final, part, told, keep)
+        if self._copy is None:
             concurrent.futures.wait([part])
-        self._under_way = _UnderWay(final=final, manifest=manifest, keep=frozenset({final, *keep}), part=part)
+        self._under_way = _UnderWay(final=final, part=part, published=published, told=told)
 
-    def poll(self) -> None:
-        """Publish what all ranks have written by now; costs one exchange while there is something to publish.
-
-        The first call, from a run that has started, has the copy's memory allocated.
-
-        Raises:
-            CheckpointError: as `finish` says.
-        """
-        if self._copies:
-            self._allocated()
-        if self._under_way and not self._group.any(not self._under_way.part.done()):
-            self._publish(self._under_way)
+    def problem(self) -> Exception | None:
+        """What has gone wrong on this rank with the checkpoint under way; any thread may ask, and does not wait."""
+        saving = self._under_way
+        for future in (saving.part, saving.published) if saving else ():
+            error = future.exception() if future.done() else None
+            if isinstance(error, Exception):
+                return error
+        return None
 
     def finish(self) -> None:
-        """Wait for what is under way, and publish it.
+        """Wait until what is under way is published.
 
         Raises:
-            CheckpointError: it could not be written (on all ranks); nothing is left behind, earlier ones are untouched.
+            CheckpointError: it could not be written (on all ranks); earlier ones are untouched.
             LeaseLost: the run is not this group's any more.
         """
-        if self._under_way:
-            self._publish(self._under_way)
-        if self._dropping:
-            self._dropping.result()
+        if saving := self._under_way:
+            part = run_on_all_ranks(self._group, saving.part.result)
+            saving.told.set_result(self._group.gather(part))
+            self._group.from_first(saving.published.result)
+            self._under_way = None
 
-    def _publish(self, saving: _UnderWay) -> None:
-        self._under_way = None
-        aside, parts = aside_dir(saving.final), self._group.gather(saving.part.result())
-        problem = next((text for *_, text in parts if text), "")
-        self._check()
-        if not problem and self._group.is_first:
-            files = {name: {"size": size, "crc32": crc} for name, size, crc, _ in parts if size}
-            try:
-                manifest = dataclasses.replace(saving.manifest, files=files)
-                write_json(aside / "manifest.json", dataclasses.asdict(manifest))
-                publish_dir(aside, saving.final)
-            except OSError as error:
-                problem = str(error)
-        if problem and self._group.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-        problem = self._group.from_first(lambda: problem)
-        if problem:
-            raise CheckpointError(
-                f"cannot write checkpoint {saving.final}: {problem}; make room, then start the run again "
-                "(`aimscale launch --retry` where its sweep has given it up)"
-            )
-        self._drop_all_but(saving.keep)
+    def leave(self) -> None:
+        """Give what is under way a little time; for a rank that ends for an error, which the others may not know of."""
+        if self._under_way:
+            concurrent.futures.wait([self._under_way.published], LEAVE_S)
 
     def close(self) -> None:
         """Give up what is under way, and the memory of the copy."""
         self._stop.set()
         self._background.shutdown()
+        if self._under_way and self._group.is_first:
+            shutil.rmtree(aside_dir(self._under_way.final), ignore_errors=True)  # a full disk must hold the reason
         self._copy = None
+
+    def _publish(
+        self,
+        final: Path,
+        part: concurrent.futures.Future[Manifest],
+        told: concurrent.futures.Future[list[Manifest]],
+        keep: Collection[Path],
+    ) -> None:
+        """Wait for all parts, publish the checkpoint, and remove others: that of gigabytes takes long."""
+        part.result()
+        while not told.done() and not (parts := read_parts(aside_dir(final))):
+            concurrent.futures.wait([told], LOOK_S)
+            if self._stop.is_set():
+                return
+        publish_parts(aside_dir(final), final, told.result() if told.done() else parts)
+        _remove_others(keep)
 
     def _until_stop(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         for piece in pieces:
@@ -166,38 +178,18 @@ class CheckpointWriter:
                 raise OSError("the run ended before it was written")
             yield piece
 
-    def _drop_all_but(self, keep: Collection[Path]) -> None:
-        """Remove the other checkpoints, in the background: that of gigabytes takes long."""
-        if self._group.is_first:
-            self._dropping = self._background.submit(_remove_others, keep)
-
     def _own_share(self) -> dict[str, Tensor]:
         """What this rank writes, flat, by its key: what it holds, or its share where all hold everything."""
         fragments = self._engine.fragments()
         if self._engine.options.zero_stage == 0:
-            owners = share_out(fragments, self._group.world_size)
-            fragments = [each for each, owner in zip(fragments, owners, strict=True) if owner == self._group.rank]
+            largest_first = sorted(fragments, key=lambda each: -each.numel)
+            fragments = largest_first[self._group.rank :: self._group.world_size]
         share = {}
         for fragment in fragments:
             for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
                 flat = fragment.flat if kind == MASTER else self._engine.adam_state(fragment.flat)[kind]
                 share[f"{kind}/{fragment.name}@{fragment.param_start}"] = fragment_of(flat, fragment)
         return share
-
-    def _allocated(self) -> concurrent.futures.Future[list[Tensor]]:
-        """The copy's memory, which is made ready beside training."""
-        if self._copy is None:
-            num_values = sum(values.numel() for values in self._own_share().values())
-            self._copy = self._background.submit(_allocate, num_values, self._group.device)
-        return self._copy
-
-    def _copied(self, share: dict[str, Tensor]) -> Sequence[Tensor]:
-        """Copies of these values, one after the other."""
-        copy = self._allocated().result()
-        _fill(copy, share.values())
-        if self._group.device.type == "cuda":
-            torch.cuda.synchronize(self._group.device)
-        return copy
 
 
 def _pieces(share: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -214,8 +206,8 @@ def _allocate(num_values: int, device: torch.device) -> list[Tensor]:
     return [torch.empty(size, pin_memory=device.type == "cuda").zero_() for size in sizes]
 
 
-def _fill(pieces: Sequence[Tensor], share: Iterable[Tensor]) -> None:
-    """Copy values, one after the other, into the pieces of `_allocate`."""
+def _copied(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """The pieces of `_allocate`, with these values in them, one after the other."""
     start = 0
     for values in share:
         left = values
@@ -224,6 +216,19 @@ def _fill(pieces: Sequence[Tensor], share: Iterable[Tensor]) -> None:
             fitting = left[: _CHUNK_VALUES - offset]
             pieces[number][offset : offset + len(fitting)].copy_(fitting, non_blocking=True)
             left, start = left[len(fitting) :], start + len(fitting)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return pieces
+
+
+def _is_there(final: Path, keep: Collection[Path]) -> bool:
+    """Whether it is already there, and now without others; if not, make the folder that it is written in."""
+    if read_manifest(final):
+        _remove_others(keep)
+        return True
+    remove_dir(final)
+    new_dir_aside(final)
+    return False
 
 
 def _remove_others(keep: Collection[Path]) -> None:
@@ -232,44 +237,69 @@ def _remove_others(keep: Collection[Path]) -> None:
             remove_dir(other)
 
 
-def _prepare(final: Path) -> bool:
-    """Clear the way for writing; True when the checkpoint is already there."""
-    if is_complete(final):
-        return True
-    remove_dir(final)
-    new_dir_aside(final)
-    return False
-
-
-def share_out(fragments: Sequence[Fragment], world_size: int) -> list[int]:
-    """Which rank writes each parameter: always the one with the least to write so far."""
-    load = [0] * world_size
-    owners = []
-    for fragment in fragments:
-        owner = load.index(min(load))
-        load[owner] += fragment.shape.numel()
-        owners.append(owner)
-    return owners
-
-
-def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor]) -> tuple[str, int, int, str]:
-    """Write one file of float32 values and read it again; returns name, size, checksum and the problem.
-
-    Nothing to write: size 0.
-    """
-    if not lengths:
-        return path.name, 0, 0, ""
+@contextlib.contextmanager
+def _naming(final: Path) -> Iterator[None]:
+    """Say of a failure which checkpoint could not be written."""
     try:
+        with keeping_fence(final):
+            yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {error}; make room, then start the run again "
+            "(`aimscale launch --retry` where its sweep has given it up)"
+        ) from error
+
+
+def publish_parts(aside: Path, final: Path, parts: Sequence[Manifest]) -> None:
+    """Publish a checkpoint by the manifests of its parts, in the order of ranks.
+
+    Raises:
+        CheckpointError: a file is missing or cut off.
+    """
+    files = {name: entry for part in parts for name, entry in part.files.items()}
+    write_json(aside / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
+    if not read_manifest(aside):
+        raise CheckpointError(f"checkpoint {final} was not written wholly; start the run again")
+    publish_dir(aside, final)
+
+
+def salvage(run: RunDir, folders: Iterable[Path]) -> None:
+    """Publish the checkpoint that earlier holders of a run left with all its parts, and remove their folders.
+
+    Its files' checksums are looked at when it is loaded.
+
+    Args:
+        folders: of the earlier holders.
+    """
+    for folder in folders:
+        for aside in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
+            final = run.checkpoints / aside.name.removeprefix(f"writing-{run.checkpoints.name}-")
+            if (parts := read_parts(aside)) and not read_manifest(final):
+                run.checkpoints.mkdir(exist_ok=True)
+                with contextlib.suppress(CheckpointError):
+                    publish_parts(aside, final, parts)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], manifest: Manifest) -> Manifest:
+    """Write one file of float32 values, read it again, and leave the part's manifest beside it; returns that.
+
+    Nothing to write: its manifest has no file.
+
+    Args:
+        manifest: of the checkpoint, without its files.
+    """
+    if lengths:
         layout = {key: (torch.float32, (length,)) for key, length in lengths.items()}
         crc = write_safetensors(path, layout, pieces)
-        fsync_dir(path.parent)
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
         if file_crc32(path) != crc:
-            return path.name, 0, 0, f"{path.name} reads otherwise than it was written"
-        return path.name, path.stat().st_size, crc, ""
-    except OSError as error:
-        return path.name, 0, 0, str(error)
+            raise OSError(f"{path.name} reads otherwise than it was written")
+        entry = {"size": path.stat().st_size, "crc32": crc}
+        manifest = dataclasses.replace(manifest, files={path.name: entry})
+    write_json(path.with_suffix(".json"), dataclasses.asdict(manifest))  # and the folder with it
+    return manifest
 
 
 def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:

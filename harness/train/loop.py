@@ -11,11 +11,9 @@ import dataclasses
 import gc
 import json
 import time
-from typing import Any
 
 import torch
 
-from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group
@@ -25,18 +23,19 @@ from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag
+from aimscale.harness.run.failures import PreemptedError, StopFlag
+from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.watch import RankWatch
-from aimscale.harness.step.checkpoint import Manifest, load_checkpoint, load_newest
+from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles
-from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
-from aimscale.harness.step.saving import CheckpointWriter, save_weights
+from aimscale.harness.step.feed import Wishes, run_on_all_ranks
+from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
 
 
 class Trainer:
@@ -70,10 +69,10 @@ class Trainer:
             group,
             seed=training.seed,
         )
-        self.writer = CheckpointWriter(self.engine, group, watch.check, copies=self.plan.copies_checkpoints)
         self.saved_at = time.monotonic()
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         self.recorder = Recorder(run, config, group, self.model_config, self.peak)
+        self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
@@ -82,8 +81,10 @@ class Trainer:
         gc.disable()  # ranks that collect at different steps would wait for each other; see `_train_segment`
         try:
             self._walk()
-        except (PreemptedError, DivergedError, DataError, PeerFailedError):
-            self.writer.finish()  # all ranks raised it together
+        except CheckpointError:
+            raise
+        except Exception:
+            self.writer.leave()
             raise
         finally:
             gc.enable()
@@ -103,8 +104,7 @@ class Trainer:
             self._train_segment(segment, position)
             if segment.branch is not None:
                 self.writer.finish()
-                row = self._columns(segment.stop)
-                save_budget(self.run, self.engine, self.group, config=self.config, row=row)
+                self._save_budget(segment.stop)
                 if self.group.is_first:
                     enter_row(self.run, self.config, segment.stop)
         if self.group.is_first:
@@ -157,6 +157,7 @@ class Trainer:
         Raises:
             CheckpointError: there is none that is whole where there must be one.
         """
+        self.group.from_first(lambda: salvage(self.run, earlier_folders(self.run.path)))
         manifest, notes = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
         for note in notes:
             self.recorder.say(note)
@@ -177,33 +178,35 @@ class Trainer:
             micro_batch=self.plan.micro_batch,
             num_workers=self.config.runtime.num_workers,
         )
-        every = self.config.runtime.checkpoint_every_images
-
-        def is_crossed(distance: int | None) -> bool:
-            return distance is not None and position < segment.stop and position % distance < self.batch_size
-
-        with contextlib.closing(batches):
+        every = self.config.runtime.checkpoint_every_images or segment.stop  # which no step but the last comes to
+        with self.recorder.feed.over(batches, self._wishes):
             while position < segment.stop:
                 self.watch.check()
-                self.writer.poll()
-                step = self.recorder.next_of(batches, stop_asked=self.flag.is_raised, save_asked=self._is_save_due())
+                step = self.recorder.next_step()
                 if step.must_stop:
                     self._save(position, segment.branch)
+                    self.writer.finish()
                     raise PreemptedError
                 lr = self.schedule.lr(position, segment.branch)
                 with self.watch.step():
                     outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+                    step.micro_batches.clear()
                     position += self.batch_size
                     self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()  # what came since the start; the step waits for its line anyway
-                if is_crossed(every) or (step.must_save and position < segment.stop):
+                if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
 
-    def _is_save_due(self) -> bool:
-        """By the clock; of the first rank, so that ranks whose clocks differ do not save twice."""
+    def _wishes(self) -> Wishes:
+        """What this rank has to say before a step, asked once for each."""
         minutes = self.config.runtime.checkpoint_every_min
-        return self.group.is_first and minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        now = time.monotonic()
+        # Of the first rank, so that ranks whose clocks differ do not save twice.
+        is_due = self.group.is_first and minutes is not None and now - self.saved_at >= 60 * minutes
+        if is_due:
+            self.saved_at = now
+        return Wishes(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
 
     def _save(self, position: int, branch: int | None) -> None:
         """Begin a checkpoint. What is needed neither to resume nor to return to the trunk goes when it is there."""
@@ -218,15 +221,30 @@ class Trainer:
         )
         self.saved_at = time.monotonic()
 
-    def _columns(self, budget: int) -> dict[str, Any]:
-        """What training knows of a budget's row, at its end."""
-        facts = self.recorder.facts() | {
-            "unique_images": self.stream.unique_images or None,
+    def _save_budget(self, budget: int) -> None:
+        """Write a budget's weights, and in their file's metadata its row so far, to which evaluation adds the rest."""
+        row = describe(self.config) | self.recorder.facts()
+        unique_images = self.stream.unique_images or None
+        row |= {
+            "unique_images": unique_images,
             "data_fingerprint": self.stream.fingerprint,
             "device": device_name(self.group.device),
             "zero_stage": self.plan.zero_stage,
+            "images_seen": budget,
+            "epochs": budget / unique_images if unique_images else None,
+            "flops_train": row["flops_per_image"] * budget,
+            "flops_6nd": 6 * row["params_total"] * self.model_config.num_tokens * budget,
+            "probes": [],
         }
-        return training_columns(self.config, budget, facts)
+        about = {
+            "version": ROW_VERSION,
+            "run_id": self.config.run_id,
+            "model": self.config.training.model.model_dump(mode="json"),
+            "target": self.config.training.objective.target,
+            "row": row,
+        }
+        metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
+        save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
 
     def _announce(self) -> None:
         """Record how this start executes the run."""
@@ -250,33 +268,3 @@ class Trainer:
             f"{self.plan.micro_batch}, {self.group.world_size} rank(s), matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
         )
-
-
-def save_budget(run: RunDir, engine: Engine, group: Group, *, config: RunConfig, row: dict[str, Any]) -> None:
-    """Write a budget's weights, and in their file's metadata its row so far; all ranks call this together."""
-    about = {
-        "version": ROW_VERSION,
-        "run_id": config.run_id,
-        "model": config.training.model.model_dump(mode="json"),
-        "target": config.training.objective.target,
-        "row": row,
-    }
-    metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
-    save_weights(run.model_file(row["images_seen"]), engine, group, metadata)
-
-
-def training_columns(config: RunConfig, images_seen: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """What a budget's row says when its weights are saved; evaluation adds the rest.
-
-    Args:
-        facts: columns that training knows: losses, times, counts, device.
-    """
-    row = describe(config) | facts
-    num_tokens = model_of(config.training).num_tokens
-    return row | {
-        "images_seen": images_seen,
-        "epochs": images_seen / row["unique_images"] if row["unique_images"] else None,
-        "flops_train": row["flops_per_image"] * images_seen,
-        "flops_6nd": 6 * row["params_total"] * num_tokens * images_seen,
-        "probes": [],
-    }

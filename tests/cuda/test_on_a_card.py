@@ -108,7 +108,7 @@ def test_a_resumed_run_holds_the_same_bits(
 ) -> None:
     first = engine(precision=precision, stage=stage)
     losses(first, 3)
-    writer = CheckpointWriter(first, group, lambda: None)
+    writer = CheckpointWriter(first, group)
     writer.save(tmp_path / "saved", run_id="x", images_seen=48, branch=None, progress={}, keep=())
     losses(first, 1)  # while it is written
     writer.finish()

@@ -7,26 +7,31 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 import aimscale.harness.device.peak
 import aimscale.harness.log.record
 import aimscale.harness.step.feed
+import aimscale.harness.step.saving
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
-from aimscale.harness.step.feed import PeerFailedError, run_on_all_ranks
+from aimscale.harness.step.feed import Feed, PeerFailedError, Wishes, run_on_all_ranks
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
@@ -94,6 +99,42 @@ def test_all_ranks_raise_what_one_raised(tmp_path: Path, in_processes: Run) -> N
     ]
 
 
+def take_steps(rank: int, has_workers: bool) -> None:
+    """Ranks ask for a stop, a checkpoint and an end at different steps, and hear of them together."""
+    group = start_group(find_placement(), "cpu")
+    feed = Feed(group, num_tokens=4, max_bad_fraction=0.5, has_workers=has_workers)
+    loaded, may_load = 0, threading.Semaphore(1)
+
+    def batches() -> Generator[list[Batch]]:
+        nonlocal loaded
+        for loaded in range(1, 6):
+            assert may_load.acquire(timeout=60)
+            if loaded == 4 and rank == 1:
+                raise DataError("shard 7 is gone")
+            ones = torch.ones(loaded, dtype=torch.int64)
+            yield [Batch(images=ones, prefix_len=ones, positions=ones)]
+
+    with feed.over(batches(), lambda: Wishes(save=loaded == 2 and rank == 0)):
+        for number in (1, 2, 3):
+            if not has_workers:
+                may_load.release()
+            step = feed.next(num_images=8, num_bad=0)
+            assert (step.num_targets, step.must_save, step.must_stop) == (2 * 3 * number, number == 2, False)
+            if has_workers:
+                assert not feed._ahead.done(), "nobody waits for the images of the next step"  # type: ignore[union-attr]
+                may_load.release()
+        with pytest.raises(DataError, match="shard 7 is gone"):
+            feed.next(num_images=8, num_bad=0)
+    with feed.over((step for step in ([], [])), lambda: Wishes(stop=rank == 1)):
+        assert feed.next(num_images=8, num_bad=0).must_stop
+    stop_group()
+
+
+@pytest.mark.parametrize("has_workers", [False, True])
+def test_a_step_is_agreed_on_while_the_one_before_is_computed(has_workers: bool, in_processes: Run) -> None:
+    assert in_processes(take_steps, has_workers, world_size=2) == [0, 0]
+
+
 def train_elsewhere(rank: int, path: Path, folders: Path, truncate_at: int | None) -> None:
     """Train in a folder of this rank's own; cut rank 1's shards off while it trains."""
     os.chdir(folders / str(rank))
@@ -130,24 +171,31 @@ def test_a_broken_shard_of_one_rank_ends_all_ranks_with_the_reason(
 
 
 def crash_on_one(rank: int, path: Path) -> None:
-    """Train; rank 1 crashes in a step."""
+    """Train; rank 1 crashes in a step while the other still writes its part of a checkpoint."""
+    write = aimscale.harness.step.saving._write_part
+
+    def write_late(*args: Any) -> Any:
+        time.sleep(1 - rank)
+        return write(*args)
 
     def act(images_done: int) -> None:
         if images_done == 32 and rank == 1:
             raise ZeroDivisionError("a bug")
 
+    aimscale.harness.step.saving._write_part = write_late
     after_steps(act)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     train_in(rank, path)
 
 
-def test_a_lost_connection_does_not_hide_why_a_rank_crashed(
+def test_a_crash_of_one_rank_is_told_and_keeps_the_checkpoint_under_way(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:
     run = RunDir.create(tmp_path / "run", tiny_config())
     assert 0 not in in_processes(crash_on_one, run.path, world_size=2)
     status = run.read_status()
     assert (status.state, status.reason_class, status.reason) == ("failed", "code", "ZeroDivisionError: a bug")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["24"]
 
 
 def stop_at(rank: int, path: Path, num_images: int) -> None:
@@ -172,6 +220,7 @@ def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
     run = RunDir.create(tmp_path / "run", config)
     for num_images in (24, 72):
         assert in_processes(stop_at, run.path, num_images, world_size=2) == [EXIT_PREEMPTED] * 2
+        run.metrics.write_bytes(bytes(64))  # as a machine that crashed leaves it: nobody relies on it
     assert in_processes(train_in, run.path) == [0]
     assert {row["images_seen"]: row["num_bad_samples"] for row in run.read_rows()} == expected
 

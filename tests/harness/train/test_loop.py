@@ -115,7 +115,9 @@ def train_until_change(rank: int, path: Path, number: int) -> None:
 STAGES = {
     "replace lease.json", "rename */earlier*", "rmdir */earlier*", "replace status.json",
     "rename */removing-checkpoints-*",
-    "replace */writing-checkpoints-*/manifest.json", "rename checkpoints/*", "rmdir */removing-checkpoints-*",
+    "replace */writing-checkpoints-*/part-00000-of-00001.json", "replace */writing-checkpoints-*/manifest.json",
+    "rename checkpoints/*", "rmdir */removing-checkpoints-*",
+    "replace */writing-checkpoints-*-decay-*/part-00000-of-00001.json",
     "replace */writing-checkpoints-*-decay-*/manifest.json", "rename checkpoints/*-decay-*",
     "rename */removing-checkpoints-*-decay-*", "rmdir */removing-checkpoints-*-decay-*",
     "replace budgets/*/model.safetensors", "replace results.json", "replace validation/*.npz", "rename */released",
@@ -257,17 +259,17 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
     tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
     def damage(path: Path) -> None:
-        part = next(path.glob("part-*"))
+        part = next(path.glob("part-*.safetensors"))
         content = bytearray(part.read_bytes())
         content[-1] ^= 1
         part.write_bytes(content)
 
     config = tiny_config({"checkpoint_every_images": None}, budgets=[128])
     broken = RunDir.create(tmp_path / "broken", config)
+    assert in_processes(stop_after, broken.path, 104, signal.SIGTERM) == [EXIT_PREEMPTED]
+    assert sorted(path.name for path in broken.checkpoints.iterdir()) == ["104", "104-decay-128"]
+    damage(broken.checkpoint_dir(104, 128))
     assert in_processes(stop_after, broken.path, 112, signal.SIGTERM) == [EXIT_PREEMPTED]
-    assert sorted(path.name for path in broken.checkpoints.iterdir()) == ["104", "112-decay-128"]
-    damage(broken.checkpoint_dir(112, 128))
-    assert in_processes(stop_after, broken.path, 120, signal.SIGTERM) == [EXIT_PREEMPTED]
     damage(broken.checkpoint_dir(120, 128))
     damage(broken.checkpoint_dir(104))
     assert in_processes(train_in, broken.path) == [2]
@@ -278,10 +280,11 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
 
 
 def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place: str) -> None:
-    """Train on several ranks of which one dies of SIGKILL after a step or inside a save, at its `number`-th."""
+    """Train on several ranks of which one dies of SIGKILL at its `number`-th call of a place."""
     owner, name = {
         "step": (aimscale.harness.log.record.Recorder, "step"),
-        "save": (aimscale.harness.step.saving, "_write_part"),
+        "part": (aimscale.harness.step.saving, "_write_part"),
+        "publication": (aimscale.harness.step.saving, "publish_parts"),
     }[place]
     real, calls = getattr(owner, name), iter(range(1, number))
 
@@ -295,14 +298,15 @@ def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place
 
 
 @pytest.mark.slow
-def test_when_a_rank_is_killed_the_others_end_with_a_reason_and_the_next_start_goes_on(
+def test_when_a_rank_is_killed_the_others_end_and_what_all_had_written_is_kept(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:
     config = tiny_config({"zero_stage": 1})
     whole, broken = (RunDir.create(tmp_path / name, config) for name in ("whole", "broken"))
     assert in_processes(train_in, whole.path, world_size=2) == [0, 0]
+    saved = []
     # Far sooner than a collective's own time limit, which is longer than that of a test.
-    for victim, number, place in ((0, 2, "step"), (1, 1, "save"), (1, 9, "step")):
+    for victim, number, place in ((0, 1, "publication"), (1, 1, "part"), (0, 2, "step"), (1, 9, "step")):
         codes = in_processes(train_and_lose_a_rank, broken.path, victim, number, place, world_size=2)
         assert codes[victim] == -signal.SIGKILL
         assert codes[1 - victim] == 1, "ended, and not as if it were finished"
@@ -310,6 +314,8 @@ def test_when_a_rank_is_killed_the_others_end_with_a_reason_and_the_next_start_g
         assert (status.state, status.reason_class) == ("failed", "node"), status
         assert status.reason
         assert not broken.is_held()
+        saved.append({path.name for path in broken.checkpoints.glob("[0-9]*")})
+    assert saved[:3] == [set(), {"24"}, {"24"}], "where all parts are written, the next start publishes them"
     assert in_processes(train_in, broken.path, world_size=2) == [0, 0]
     assert results(broken.path) == results(whole.path)
 
