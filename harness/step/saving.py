@@ -275,9 +275,9 @@ def salvage(run: RunDir, folders: Iterable[Path]) -> None:
         for aside in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
             final = run.checkpoints / aside.name.removeprefix(f"writing-{run.checkpoints.name}-")
             if (parts := read_parts(aside)) and not read_manifest(final):
-                run.checkpoints.mkdir(exist_ok=True)
+                new_dir_aside(final).rmdir()
                 with contextlib.suppress(CheckpointError):
-                    publish_parts(aside, final, parts)
+                    publish_parts(aside.rename(aside_dir(final)), final, parts)
         shutil.rmtree(folder, ignore_errors=True)
 
 
