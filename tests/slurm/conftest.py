@@ -106,10 +106,12 @@ class Fault:
         states = [(record.checked_status(), record.is_claimed()) for record in self.records]
         pytest.fail(f"{what} did not happen within {PATIENCE_S} s: {states} {slurm.jobs()}\n{logs}")
 
-    def wait_trained(self, index: int = 0) -> None:
-        """Until a run has a checkpoint and is past it."""
-        record = self.records[index]
-        self.wait(lambda: record.is_held() and any(record.checkpoints.glob("[0-9]*")), "a first checkpoint")
+    def wait_trained(self) -> None:
+        """Until all runs have a checkpoint and are past it."""
+        self.wait(
+            lambda: all(record.is_held() and any(record.checkpoints.glob("[0-9]*")) for record in self.records),
+            "a first checkpoint of each run",
+        )
 
     def wait_state(self, *states: str) -> None:
         self.wait(lambda: all(record.checked_status().state in states for record in self.records), f"state {states}")

@@ -51,11 +51,10 @@ def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses)
 def test_one_element_of_an_array_is_requeued_and_never_the_others_nor_leaves_a_process(
     fault: Any, undisturbed: Losses
 ) -> None:
-    case = fault(seeds=[0, 1], override=[{"when": {"seed": 0}, "set": {"runtime.num_workers": 2}}])
+    case = fault(seeds=[0, 1], step_s=2.0, override=[{"when": {"seed": 0}, "set": {"runtime.num_workers": 2}}])
     (part,) = case.launch()
     assert part.number == 2
-    case.wait_trained(0)
-    case.wait_trained(1)
+    case.wait_trained()
     name = case.job(0)
     number = subprocess.run(["squeue", "-h", "-j", name, "-o", "%A"], capture_output=True, text=True).stdout.strip()
     before = processes(number)
@@ -80,8 +79,7 @@ def test_a_requeue_by_hand_and_one_element_with_two_runs_on_a_device(fault: Any,
     case = fault(seeds=[0, 1])
     (part,) = case.launch(per_device=2)
     assert part.number == 1
-    case.wait_trained(0)
-    case.wait_trained(1)
+    case.wait_trained()
     assert case.job(0) == case.job(1)
     subprocess.run(["scontrol", "requeue", case.job(0)], check=True)
     assert_as_undisturbed(case, undisturbed)
@@ -109,8 +107,7 @@ def test_a_lost_node_hands_the_run_to_another(fault: Any, undisturbed: Losses, c
 def test_scancel_of_one_element_leaves_its_run_to_the_others(fault: Any, undisturbed: Losses) -> None:
     case = fault(seeds=[0, 1])
     case.launch()
-    case.wait_trained(0)
-    case.wait_trained(1)
+    case.wait_trained()
     name, other = case.job(0), case.job(1)
     subprocess.run(["scancel", name], check=True)
     assert_as_undisturbed(case, undisturbed)
