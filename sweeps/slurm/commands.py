@@ -161,6 +161,16 @@ def requeue(job_id: str, exclude: Sequence[str] = ()) -> None:
         command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
 
 
+def cancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs; those that ended meanwhile are no error.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    if job_ids:
+        command("scancel", "--quiet", *job_ids)
+
+
 def own_job_id() -> str | None:
     """Id of the job this process runs in, `123_4` for an array element."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
