@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -30,6 +31,26 @@ SMOOTHED_S = 30.0
 """`status.json` gives the rate of about so many seconds: forecasts hang on it, and that of a few short steps jumps."""
 
 
+@dataclasses.dataclass(kw_only=True)
+class Recent:
+    """What about the last `SMOOTHED_S` took: what is longer ago counts less, and the first interval, in which things
+    are done once, nothing when there is another."""
+
+    num_intervals: int = 0
+    wall_s: float = 0.0
+    num_images: float = 0.0
+    wait_s: float = 0.0
+    """In which steps waited for images."""
+
+    def add(self, wall_s: float, num_images: int, wait_s: float) -> None:
+        """An interval ends."""
+        kept = math.exp(-wall_s / SMOOTHED_S) if self.num_intervals > 1 else 0.0
+        self.num_intervals += 1
+        self.wall_s = kept * self.wall_s + wall_s
+        self.num_images = kept * self.num_images + num_images
+        self.wait_s = kept * self.wait_s + wait_s
+
+
 class Recorder:
     """Takes every line to where it is read: `metrics.jsonl`, `status.json`, the loggers and the log."""
 
@@ -46,7 +67,7 @@ class Recorder:
         )
         self._segment = Segment(start=0, stop=0, branch=None)
         self._begin_interval()
-        self._smoothed_s = self._smoothed_images = self._smoothed_wait_s = 0.0
+        self._recent = Recent()
         self._attempt = run.read_status().attempt
         self._loggers: list[Logger] = open_loggers(run, config) if group.is_first else []
 
@@ -120,18 +141,15 @@ class Recorder:
             "attempt": self._attempt,
         }
         append_line(self._run.metrics, line)
-        kept = math.exp(-wall_s / SMOOTHED_S)  # what is longer ago counts less
-        self._smoothed_s = kept * self._smoothed_s + wall_s
-        self._smoothed_images = kept * self._smoothed_images + num_images
-        self._smoothed_wait_s = kept * self._smoothed_wait_s + data_wait_s
+        self._recent.add(wall_s, num_images, data_wait_s)
         branch = line["branch"]
         self._run.write_status(
             durable=False,
             phase="train" if branch is None else "decay",
             images_done=self.metrics.images_done,
             heartbeat=line["time"],
-            images_per_s=self._smoothed_images / self._smoothed_s,
-            data_wait=self._smoothed_wait_s / self._smoothed_s,
+            images_per_s=self._recent.num_images / self._recent.wall_s,
+            data_wait=self._recent.wait_s / self._recent.wall_s,
             **{key: line[key] for key in ("images_seen", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")},
         )
         for logger in self._loggers:

@@ -51,7 +51,7 @@ def status(
 
     def look() -> SweepStatus:
         jobs = slurm.known_jobs(f"aimscale-{loaded.name}")
-        if jobs is None and shutil.which("squeue"):
+        if jobs is None and shutil.which("squeue") and not watch:
             typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
         return sweep_status(loaded, runs, cards, jobs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.log.metrics import SPIKE_WINDOW, Metrics
-from aimscale.harness.log.record import append_line
+from aimscale.harness.log.record import Recent, append_line
 from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.engine import StepOutcome
 
@@ -87,3 +88,13 @@ def test_a_spike_is_named_once_there_is_something_to_compare_with() -> None:
     add(log, 500, 1.3)
     assert log.line()["loss_spikes"] == [4000]
     assert log.trunk.num_loss_spikes == 1
+
+
+def test_the_recent_rate_forgets_what_is_done_once_and_what_is_long_ago() -> None:
+    recent = Recent()
+    recent.add(100.0, 100, 60.0)  # compiling
+    assert recent.num_images / recent.wall_s == 1.0
+    recent.add(10.0, 100, 1.0)
+    assert (recent.num_images / recent.wall_s, recent.wait_s / recent.wall_s) == (10.0, 0.1)
+    recent.add(30.0, 600, 0.0)
+    assert recent.num_images / recent.wall_s == pytest.approx((100 / math.e + 600) / (10 / math.e + 30))
