@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aimscale.aim.config import ModelConfig
+from aimscale.aim.config import ModelConfig, ModelConfigError
+from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import Group, import_deepspeed
@@ -74,6 +75,7 @@ class Engine:
 
         Raises:
             ConfigError: bf16 at stage 0, which DeepSpeed gets wrong.
+            ModelConfigError: the model has another number of parameters than `aim.cost` counts.
             DeepSpeedError: a version of DeepSpeed that lacks what is read here.
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
@@ -88,7 +90,13 @@ class Engine:
         model.set_activation_checkpointing(options.activation_checkpointing)
         if options.compile:
             model.compile_blocks()
-        settings = deepspeed_config(optimiser, options, sum(shape.numel() for shape in model.shapes.values()), group)
+        num_params = sum(shape.numel() for shape in model.shapes.values())
+        if num_params != (counted := param_count(config).total):
+            raise ModelConfigError(
+                f"{config.name} has {num_params} parameters, and aim.cost.param_count counts {counted}; laws would be "
+                "fitted to a wrong N: bring the formula up to the model"
+            )
+        settings = deepspeed_config(optimiser, options, num_params, group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics
             if options.zero_stage == 3:
                 place_partitioned(deepspeed, model, settings, group.device)

@@ -101,6 +101,8 @@ def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
         yield "time", "slurm.time_min", f"{told}; raise time_min"
     if sweep.file.slurm.python is None:
         yield from _said("setting", "runtime.loggers", refuse_missing, run.config)
+    if runtime.device == "cuda" and not device.is_gpu:
+        yield "setting", "runtime.device", "cuda is asked for, and this machine has no GPU; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
         import torch
 

@@ -5,30 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import TRAIN_OVER_FORWARD, executed_flops_per_image, mean_scored_tokens
+from aimscale.aim.cost import TRAIN_OVER_FORWARD
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import DatasetInfo, read_info
-from aimscale.harness.device.memory import (
-    CHECKPOINT_BYTES_PER_PARAM,
-    DoesNotFitError,
-    ExecutionPlan,
-    execution_plan,
-    kept_bytes_per_image,
-)
-from aimscale.harness.device.sheets import DECODED_PER_S
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.run.config import UNINDEXED, OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.device import Device, planned_device
+from aimscale.sweeps.plan.device import Device, Look, Rates, planned_device, rates_of
 from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs, validation_images
 from aimscale.sweeps.plan.planner import Run, counts_of
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -39,19 +32,8 @@ MIN_STOP_S = 120
 """Even a small run ends a step, a validation batch or a probe's epoch first."""
 STEP_S = 30
 """For the step that is under way, beside a save."""
-MAX_DECODERS = 8
-"""Threads that decode for an evaluation (`probe.features.images`)."""
 SAVE_BYTES_PER_S = 0.5e9
 """Assumption: the rate at which a checkpoint reaches a shared disk."""
-
-GPU_MFU = 0.40
-CORE_MFU, CORE_BYTES_PER_S, CORE_STEP_S = 0.35, 0.5e9, 0.002
-"""Of one core: the share of its peak, the rate at which it moves what a forward pass keeps, and a step's time beside
-both. Assumption: they met eight models of 20k to 2M parameters within 15 % (24 % once) on a core of an AMD EPYC."""
-PHOTOGRAPH_BYTES, CROP_PIXELS = 51_000, 224**2
-"""Of the images whose decoding `DECODED_PER_S` counts."""
-DECODING, RESIZING = 2 / 3, 1 / 4
-"""Shares of loading such an image (docs/benchmarks.md); the first follows its bytes, the second the crop's pixels."""
 
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 
@@ -140,22 +122,6 @@ class CostCard:
     """What should be looked at before launching."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Totals:
-    """Sums over a sweep."""
-
-    num_runs: int
-    num_rows: int
-    images_executed: int
-    flops_executed: float
-    flops_evaluation: float
-    """Of validation and probes."""
-    device_hours: float
-    disk_bytes: int
-    longest_wall_s: float
-    """Time of the longest run: the sweep's with enough devices."""
-
-
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card per run, in order."""
     device, look = device_of(sweep, runs), functools.cache(data_set)
@@ -174,18 +140,15 @@ def data_set(path: str) -> DatasetInfo | None:
     return None
 
 
-def totals(cards: Sequence[CostCard]) -> Totals:
-    """Sum the cards."""
-    return Totals(
-        num_runs=len(cards),
-        num_rows=sum(len(card.budgets) for card in cards),
-        images_executed=sum(card.images_executed for card in cards),
-        flops_executed=sum(card.flops_executed for card in cards),
-        flops_evaluation=sum(card.flops_evaluation for card in cards),
-        device_hours=sum(card.device_hours for card in cards),
-        disk_bytes=sum(card.disk_bytes for card in cards),
-        longest_wall_s=max(card.wall_s for card in cards),
-    )
+def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
+    """Sums over the cards, and the time of the longest run: the sweep's with enough devices."""
+    added = ("images_executed", "flops_executed", "flops_evaluation", "device_hours", "disk_bytes")
+    return {
+        "num_runs": len(cards),
+        "num_rows": sum(len(card.budgets) for card in cards),
+        **{name: sum(getattr(card, name) for card in cards) for name in added},
+        "longest_wall_s": max(card.wall_s for card in cards),
+    }
 
 
 def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
@@ -205,13 +168,10 @@ def to_json(sweep: Sweep, cards: Sequence[CostCard]) -> dict[str, Any]:
         "sweep": sweep.name,
         "recipe": sweep.file.recipe,
         "assumptions": sweep.file.cost.model_dump(mode="json"),
-        "totals": asdict(totals(cards)),
+        "totals": totals(cards),
         "not_identified": not_identified(cards),
         "runs": [asdict(card) for card in cards],
     }
-
-
-Look = Callable[[str], DatasetInfo | None]
 
 
 def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
@@ -223,7 +183,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     unique = training.data.unique_images or pool
     probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
     fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, device.memory_bytes)
-    rates = _rates(sweep, run, device, look)
+    rates = rates_of(sweep, run, device, look)
     validated = validation_images(evaluation.validation, look)
     passed = len(evaluation.budgets) * (validated + sum(cost.images for cost in probes))
     products = len(evaluation.budgets) * sum(cost.head_flops for cost in probes)
@@ -273,72 +233,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rates:
-    """What the devices of a run do in a second, all together."""
-
-    mfu: float
-    """Taken."""
-    flops_per_s: float
-    """At that MFU."""
-    flops_per_image: float
-    """Executed, of training."""
-    compute_per_s: float
-    """Images trained on."""
-    loaded_per_s: float
-    """Images read for training."""
-    decoded_per_s: float
-    """Images read for evaluation, by threads."""
-    step_s: float
-    """Of a step, beside what its images take."""
-    is_ahead: bool
-    """Images are loaded while others are trained on; else in turns."""
-
-    def seconds(self, num_images: int, num_steps: int) -> tuple[float, float]:
-        """Time of computing and of loading so many images."""
-        return num_images / self.compute_per_s + num_steps * self.step_s, num_images / self.loaded_per_s
-
-
-def _rates(sweep: Sweep, run: Run, device: Device, look: Look) -> _Rates:
-    cost, training, runtime = sweep.file.cost, run.config.training, run.config.runtime
-    model = model_of(training)
-    precision = training.optimiser.precision
-    flops = executed_flops_per_image(model, mean_scored_tokens(model.num_tokens, training.objective.prefix)).train
-    guesses_core = not device.is_gpu and cost.mfu is None
-    mfu = cost.mfu or (CORE_MFU if guesses_core else GPU_MFU)
-    threads = 1 if device.is_gpu else runtime.num_threads
-    flops_per_s = run.devices * threads * device.flops_per_s(precision) * mfu
-    image_s = flops / flops_per_s
-    if guesses_core:
-        image_s += kept_bytes_per_image(model, precision, False) / (run.devices * threads * CORE_BYTES_PER_S)
-    step_s = cost.step_ms / 1000 if cost.step_ms is not None else CORE_STEP_S if guesses_core else 0.0
-    one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(run.config, look)
-    cores = device.cores or MAX_DECODERS
-    workers = min(runtime.num_workers, device.cores or runtime.num_workers)
-    return _Rates(
-        mfu=mfu,
-        flops_per_s=flops_per_s,
-        flops_per_image=flops,
-        compute_per_s=1 / image_s,
-        loaded_per_s=run.devices * one * (max(1, workers) if device.is_gpu else 1),
-        decoded_per_s=run.devices * one * min(MAX_DECODERS, cores),
-        step_s=step_s,
-        is_ahead=device.is_gpu and workers > 0,  # the workers of a core take its time
-    )
-
-
-def _loading_share(config: RunConfig, look: Look) -> float:
-    """Time of loading an image of this run over that of a photograph, by the bytes of the image files."""
-    size = 0.0
-    for source in config.training.data.sources:
-        info = look(source.path)
-        each = info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES
-        size += source.probability * each
-    crop = config.training.model.image_size**2 / CROP_PIXELS
-    return 1 - DECODING - RESIZING + DECODING * size / PHOTOGRAPH_BYTES + RESIZING * crop
-
-
-def _cautions(run: Run, unique: int | None, rates: _Rates, look: Look) -> Iterator[Caution]:
+def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterator[Caution]:
     """What one run's data and schedule give; `unique` is U, None where it is unknown."""
     training, budgets = run.config.training, run.config.evaluation.budgets
     epochs = budgets[-1] / unique if unique else 0.0

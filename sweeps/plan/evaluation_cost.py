@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
-from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.probe.features.tasks import (
     CARDS,
     COPIES,
@@ -19,11 +18,10 @@ from aimscale.harness.probe.features.tasks import (
     sets_per_round,
 )
 from aimscale.harness.run.config import EvaluationConfig, ProbeSection, ValidationSection
+from aimscale.sweeps.plan.device import Look
 
 HEADS = ("linear", "attentive", "efficient")
 """Kinds that are trained on frozen features."""
-Look = Callable[[str], DatasetInfo | None]
-"""Path of a data set -> what it says of itself, where it is here."""
 
 
 @dataclass(frozen=True, kw_only=True)

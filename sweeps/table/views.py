@@ -20,15 +20,8 @@ from aimscale.aim.errors import printable
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.schema import MFU
 from aimscale.harness.device.sheets import DECODED_PER_S
-from aimscale.sweeps.plan.costs import (
-    CORE_BYTES_PER_S,
-    BudgetCost,
-    Caution,
-    CautionKind,
-    CostCard,
-    not_identified,
-    totals,
-)
+from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, not_identified, totals
+from aimscale.sweeps.plan.device import CORE_BYTES_PER_S
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 
@@ -147,11 +140,11 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
     console.print(table, highlight=False)
     total = totals(cards)
     say(
-        f"{total.num_runs} runs, {total.num_rows} rows; {total.images_executed:,} images and "
-        f"{total.flops_executed:.3g} FLOPs executed (decay branches included), {total.flops_evaluation:.3g} more in "
-        f"validation and probes; {total.device_hours:,.4g} device-hours; longest run "
-        f"{duration(total.longest_wall_s)}; run directories {data_size(total.disk_bytes)}; told to stop, a run gets up "
-        f"to {duration(max(card.stop_s for card in cards))} to save"
+        "{num_runs} runs, {num_rows} rows; {images_executed:,} images and {flops_executed:.3g} FLOPs executed (decay "
+        "branches included), {flops_evaluation:.3g} more in validation and probes; {device_hours:,.4g} device-hours; "
+        "longest run ".format(**total)
+        + f"{duration(total['longest_wall_s'])}; run directories {data_size(total['disk_bytes'])}; told to stop, a run "
+        f"gets up to {duration(max(card.stop_s for card in cards))} to save"
     )
     say(f"{_assumptions(sweep, cards)}; start-up is not counted; recipe {sweep.file.recipe}", style="dim")
     for i, note in enumerate(notes, 1):

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from aimscale.harness.bench import data as bench_data
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.stream.augment import crop_resize
+from aimscale.harness.device.sheets import remember, remembered
 
 
 def test_the_limit_makes_the_streams_pixels() -> None:
@@ -13,7 +17,8 @@ def test_the_limit_makes_the_streams_pixels() -> None:
     assert torch.equal(bench_data.bare_reader(data, box), crop_resize(decode(data), box, 224))
 
 
-def test_bench_reports_every_number() -> None:
+def test_bench_reports_every_number_and_remembers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path))
     threads = torch.get_num_threads()
     result = bench_data.run(seconds=0.3, workers=[0, 1], num_images=32)
     assert torch.get_num_threads() == threads
@@ -22,3 +27,6 @@ def test_bench_reports_every_number() -> None:
     assert [row["workers"] for row in result["loader"]] == [0, 1]
     assert all(row["images_per_s"] > 0 for row in result["loader"])
     assert all(0 < row["cpu_share"] < 3 for row in result["loader"])
+    assert remembered("decoded_per_s") == result["stream"]
+    remember("decoded_per_s", result["stream"] / 2)  # of a busier hour
+    assert remembered("decoded_per_s") == result["stream"]

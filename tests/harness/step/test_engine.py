@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aimscale.aim.config import model_config
+from aimscale.aim.config import ModelConfigError, model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.draws import Batch
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
+from aimscale.harness.step import engine
 from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import save_weights
@@ -189,3 +191,11 @@ def lack(rank: int) -> None:
 
 def test_what_deepspeed_gets_wrong_or_lacks_is_refused(in_processes: Run) -> None:
     assert in_processes(lack) == [0]
+
+
+def test_a_model_whose_parameters_the_formula_does_not_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = dataclasses.replace(engine.param_count(CONFIG), head=0)
+    monkeypatch.setattr(engine, "param_count", lambda config: counted)
+    group = Group(find_placement({}), torch.device("cpu"), None)
+    with pytest.raises(ModelConfigError, match=f"counts {counted.total}"):
+        Engine(CONFIG, OptimiserSection(precision="fp32"), EngineOptions(zero_stage=0), group)

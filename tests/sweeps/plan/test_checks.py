@@ -65,6 +65,7 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
         ({}, {"cost": {"memory_gb": 0.1}}, "memory", "cost.memory_gb", "does not fit"),
         ({}, {"slurm": {"time_min": 2}}, "time", "slurm.time_min", "120 s"),
         ({"runtime": {"compile": True, "device": "cpu"}}, {}, "setting", "runtime.compile", "CPU"),
+        ({"runtime": {"device": "cuda"}}, {}, "setting", "runtime.device", "no GPU"),
         ({"runtime": {"loggers": ["wandb"]}}, {}, "setting", "runtime.loggers", "not installed"),
         ({"model": {"image_size": 16, "patch_size": 4, "channels": 2}}, {}, "setting", "model.channels", "not 2"),
     ],
