@@ -45,5 +45,5 @@ def test_the_wheel_lives_beside_pypis_aim(tmp_path: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} <= {"aimscale", ".."}  # `..`: bin/aimscale
     command = str(home / "bin" / "aimscale")
     assert "launch" in run([command, "--help"]).stdout
-    assert "aim-7B" in run([command, "plan", "aim-paper"]).stdout  # sweep files are in the wheel,
+    assert "aim-7B" in run([command, "status", "aim-paper"]).stdout  # sweep files are in the wheel,
     assert "<html" in run([str(python), "-c", TEMPLATE]).stdout  # and the report's template
