@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
-from aimscale.sweeps.engine.devices import listed_cards
+from aimscale.sweeps.plan.device import gpus_here
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.views import data_size
 
@@ -117,14 +117,14 @@ def check_accelerator(facts: Mapping[str, Any]) -> Check:
     """Cards that torch can compute on, beside those that the driver lists."""
     if "torch" not in facts:
         return Check("accelerator", "fail", "torch does not import", "Mend the packages first.")
-    torch, there = facts["torch"], listed_cards()
+    torch, there = facts["torch"], gpus_here()
     build = f"torch {torch['version']}, " + (f"CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build")
     cards = [f"{card['name']}, {data_size(card['bytes'])} each" for card in torch["cards"]]
     if there and not cards:
         advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the cards; unset it."
-        return Check("accelerator", "fail", f"{len(there)} x {there[0]}, which torch does not see ({build})", advice)
+        return Check("accelerator", "fail", f"{len(there)} x {there[0][0]}, which torch does not see ({build})", advice)
     if not cards:
         return Check("accelerator", "ok", f"no card; training runs on the CPU ({build})")
     found = f"{len(cards)} x {cards[0]} ({build})"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aimscale.harness.run.row import model_of
+from aimscale.sweeps.plan.costs import device_fit
+from aimscale.sweeps.plan.device import gpus_here
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 
-LIST_TIMEOUT_S = 30
 WORKER = ("-m", "aimscale.harness.train")
 
 
@@ -31,7 +31,9 @@ class Machine:
     nodes: int = 1
     """More than one for an element of several nodes, whose worker is on the first."""
     is_only: bool = True
-    """Whether runs that ask for more devices are executed on those that are there."""
+    """Whether runs that ask for more devices are executed on those that are there, if they fit."""
+    memory_bytes: int | None = None
+    """Of a GPU, where that is known."""
     srun: tuple[str, ...] = ()
     """Further arguments of the srun that starts a run on several nodes."""
     python: tuple[str, ...] = (sys.executable,)
@@ -46,7 +48,11 @@ class Machine:
         """Whether a run may be executed here: on one node any that it holds, on several those that fill them."""
         if self.nodes > 1:
             return run.devices == self.nodes * self.devices
-        return self.is_only or run.devices <= self.devices
+        if run.devices <= self.devices or not self.is_only or self.memory_bytes is None:
+            return run.devices <= self.devices or self.is_only
+        training, runtime = run.config.training, run.config.runtime
+        model = model_of(training)
+        return device_fit(model, training.optimiser, runtime, self.devices, self.memory_bytes) is not None
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:
         """The program that executes a run: python, torchrun for several devices, srun for several nodes."""
@@ -69,34 +75,18 @@ def this_machine(runs: Sequence[Run], *, devices: int | None = None, per_device:
     for option, value in {"--devices": devices, "--per-device": per_device}.items():
         if value is not None and value < 1:
             raise SweepError(f"{option} must be 1 or more, not {value}")
-    gpus = visible_gpus()[:devices]
+    gpus, there = visible_gpus()[:devices], gpus_here()
     threads = max((run.config.runtime.num_threads for run in runs), default=1)
     num = len(gpus) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
-    return Machine(devices=num, gpus=tuple(gpus), per_device=per_device)
+    memory_bytes = min((num_bytes for _, num_bytes in there), default=None) if gpus else None
+    return Machine(devices=num, gpus=tuple(gpus), per_device=per_device, memory_bytes=memory_bytes)
 
 
 def visible_gpus() -> list[str]:
     """GPUs that a launch here may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    return [str(i) for i in range(len(listed_cards()))]
-
-
-def listed_cards() -> list[str]:
-    """Names of the NVIDIA GPUs that the driver knows, whatever torch sees."""
-    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", timeout=LIST_TIMEOUT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
-
-
-def node_name() -> str:
-    """Slurm's name of this node, by which it can be excluded; elsewhere the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return [str(i) for i in range(len(gpus_here()))]
 
 
 class Devices:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -23,7 +24,7 @@ from types import FrameType
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.lock import Holder, Lock
-from aimscale.sweeps.engine.devices import Devices, Machine, node_name
+from aimscale.sweeps.engine.devices import Devices, Machine
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -358,7 +359,7 @@ def _gather(queue: Queue) -> None:
 
 
 def _conclude(queue: Queue, job: Job) -> Outcome:
-    where = f"slurm {queue.job_id}" if queue.job_id else f"local {node_name()}"
+    where = f"slurm {queue.job_id}" if queue.job_id else f"local {socket.gethostname()}"
     # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
     asked = (queue.stopping and not queue.job_id) or job.record.cancelled.exists()
     return conclude(job.record, job.attempt, job.process.returncode, where, claims=job.claims, asked=asked)

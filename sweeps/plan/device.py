@@ -84,7 +84,8 @@ def planned_device(sweep: Sweep, wants_cpu: bool = False) -> Device:
     elif on_slurm and slurm.gpus and not wants_cpu:
         found = Device(name=ASSUMED, is_gpu=True, why="assumed, since there is a slurm section", cores=cores)
     else:
-        gpus = [] if on_slurm or wants_cpu else gpus_here()
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        gpus = [] if on_slurm or wants_cpu or is_hidden else gpus_here()
         name, num_bytes = gpus[0] if gpus else (cpu_name(), psutil.virtual_memory().total)
         found = Device(
             name=name,
@@ -99,9 +100,7 @@ def planned_device(sweep: Sweep, wants_cpu: bool = False) -> Device:
 
 
 def gpus_here() -> list[tuple[str, int]]:
-    """Name and bytes of the NVIDIA GPUs that the driver lists; none where CUDA_VISIBLE_DEVICES hides them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return []
+    """Name and bytes of the NVIDIA GPUs that the driver lists, whatever torch sees."""
     words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(
