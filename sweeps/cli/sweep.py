@@ -50,7 +50,7 @@ def status(
     cards = costs.cost_cards(loaded, runs)
 
     def look() -> SweepStatus:
-        jobs = slurm.known_jobs(f"aimscale-{loaded.name}")
+        jobs = slurm.known_jobs()
         if jobs is None and shutil.which("squeue") and not watch:
             typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
         return sweep_status(loaded, runs, cards, jobs)

@@ -83,11 +83,9 @@ def printable(text: str) -> str:
     return "".join(letter for letter in text if letter.isprintable())
 
 
-def jobs(name: str | None = None) -> dict[str, JobInfo]:
-    """Jobs of this user, or those of a name, that slurmctld remembers (ended ones for MinJobAge), by id; array elements
-    one by one."""
-    which = [f"--user={getpass.getuser()}", *([f"--name={name}"] if name else [])]
-    text = command("squeue", "--noheader", "--array", "--states=all", *which, "-o", "%i|%T|%R")
+def jobs() -> dict[str, JobInfo]:
+    """Jobs of this user that slurmctld remembers (ended ones for MinJobAge), by id; array elements one by one."""
+    text = command("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "-o", "%i|%T|%R")
     found = {}
     for line in text.splitlines():
         job_id, _, rest = printable(line).strip().partition("|")
@@ -97,10 +95,10 @@ def jobs(name: str | None = None) -> dict[str, JobInfo]:
     return found
 
 
-def known_jobs(name: str | None = None) -> dict[str, JobInfo] | None:
+def known_jobs() -> dict[str, JobInfo] | None:
     """`jobs`, or None where Slurm is not installed or does not answer: then nothing is known."""
     try:
-        return jobs(name) if shutil.which("squeue") else None
+        return jobs() if shutil.which("squeue") else None
     except SlurmError:
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,13 +87,13 @@ class SweepStatus:
 
 
 def sweep_status(
-    sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: Mapping[str, JobInfo] | None = None
+    sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
 ) -> SweepStatus:
-    """Look at every run; `jobs` are the sweep's in Slurm (`sweeps.slurm.commands.jobs`), None where it is silent."""
+    """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
     now = time.time()
-    pending = next((job for job in (jobs or {}).values() if job.phase == "pending"), None)
+    pending = _pending(sweep, jobs, cards) if jobs else {}
     seen = [
-        _look(run, card, RunRecord(sweep.run_dir(run.run_id)), pending, now)
+        _look(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices), now)
         for run, card in zip(runs, cards, strict=True)
     ]
     left, eta_s, is_measured = time_left(cards, [progress for _, progress in seen])
@@ -113,6 +113,19 @@ def sweep_status(
         device_hours_planned=sum(card.device_hours for card in cards),
         unplanned=unplanned(sweep, runs),
     )
+
+
+def _pending(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
+    """Devices of a run -> a job that waits and will take such runs, where there is one."""
+    from aimscale.sweeps.slurm.submit import elements  # imports submitit
+
+    found: dict[int, JobInfo] = {}
+    for element in elements(sweep, jobs):
+        if element.job.phase == "pending":
+            shape = element.shape
+            served = (n for n in {card.devices for card in cards} if shape.nodes == 1 and n <= shape.devices)
+            found |= dict.fromkeys([*served, shape.nodes * shape.devices], element.job)
+    return found
 
 
 def _look(

@@ -101,10 +101,16 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     running.record_row({"images_seen": 640, "val_loss": 0.4321})
     running.record_row({"images_seen": 1280, "val_loss": None})  # trained, and not evaluated yet
     (sweep.runs_dir / "old-run").mkdir()
-    jobs = {"8_0": JobInfo(job_id="8_0", state="PENDING", reason="Priority")}
+    jobs = {each: JobInfo(job_id=each, state="PENDING", reason="Priority") for each in ("8_0", "9_0", "11_0")}
+    array = {"number": 2, "shape": {"nodes": 1, "devices": 1, "per_device": 1}}
+    (sweep.directory / "slurm").mkdir()
+    (sweep.directory / "slurm" / "elements.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
     with running.hold(), by_hand.hold(), holding(running.claim, **facts), holding(starting.claim, **facts):
-        alone, with_jobs = look(sweep), sweep_status(sweep, runs, cost_cards(sweep, runs), jobs)
+        cards = cost_cards(sweep, runs)
+        alone, with_jobs = look(sweep), sweep_status(sweep, runs, cards, jobs)
+        del jobs["8_0"]
+        assert sweep_status(sweep, runs, cards, jobs).counts == alone.counts, "jobs of other sweeps are not its own"
     states = ["not started", "dead", "unfinished", "running", "starting", "failed", "cancelled", "damaged", "running"]
     assert [line.state for line in alone.runs] == states
     queued = ["queued" if state in ("not started", "dead", "unfinished") else state for state in states]
