@@ -25,9 +25,9 @@ from typing import Annotated, Any, Literal
 import typer
 from packaging.requirements import Requirement
 
+from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
-from aimscale.sweeps.plan.device import gpus_here
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.table.views import data_size
 

@@ -1,9 +1,15 @@
-"""What devices do, by their data sheets and by what was measured on this machine; torch is not imported."""
+"""What devices do, by their data sheets and by what was measured here; torch is imported only to measure a core."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import re
+import subprocess
+from dataclasses import dataclass
+
+import psutil
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.files import cache_folder, read_object, write_json
@@ -20,6 +26,61 @@ products take on a card (`start_group`), is half of it on all of them."""
 DECODED_PER_S = 1100.0
 """Assumption: JPEGs of 500 x 375 px that a loader process decodes and crops to 224 px a second; measured on one core of
 an AMD EPYC of 2022 (docs/benchmarks.md)."""
+
+
+LIST_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device of a run, and what loads for it."""
+
+    name: str
+    is_gpu: bool
+    why: str
+    """Why this one, for the reader."""
+    memory_bytes: int = 80 * 10**9
+    peak_tflops: float | None = None
+    """As given, for every precision; null: the data sheet's, or of a processor what is measured."""
+    cores: int | None = None
+    """That load for it; null where nothing says how many."""
+    decoded_per_s: float | None = None
+    """Photographs that a loader process decodes and crops a second, where that was measured here (`aimscale bench
+    data`); null: `DECODED_PER_S`, an assumption."""
+
+    def flops_per_s(self, precision: str) -> float:
+        """Dense peak at a precision; float32 products on a GPU are TF32, as the trainer sets it."""
+        if self.peak_tflops is not None:
+            return self.peak_tflops * 1e12
+        return nominal_flops_per_s(self.name, precision) or _measured_flops_per_s(precision)
+
+
+def device_here(*, wants_cpu: bool) -> Device:
+    """This machine's GPU, or one core of it where it has none, or where none is wanted or visible."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    gpus = [] if wants_cpu or is_hidden else gpus_here()
+    name, num_bytes = gpus[0] if gpus else (cpu_name(), psutil.virtual_memory().total)
+    return Device(
+        name=name,
+        is_gpu=bool(gpus),
+        why="of this machine" if gpus else "one core of this machine, with no GPU here or asked for",
+        memory_bytes=num_bytes,
+        cores=max(1, len(os.sched_getaffinity(0)) // max(1, len(gpus))),
+        decoded_per_s=remembered("decoded_per_s"),
+    )
+
+
+def gpus_here() -> list[tuple[str, int]]:
+    """Name and bytes of the NVIDIA GPUs that the driver lists, whatever torch sees."""
+    words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=LIST_TIMEOUT_S, check=True
+        )
+        pairs = [line.rsplit(",", 1) for line in listed.stdout.splitlines() if line.strip()]
+        return [(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in pairs]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
 
 
 def nominal_flops_per_s(name: str, precision: str) -> float | None:
@@ -54,3 +115,22 @@ def _rates() -> dict[str, dict[str, float]]:
     with contextlib.suppress(UserError):
         return read_object(cache_folder() / "rates.json") or {}
     return {}
+
+
+@functools.cache
+def _measured_flops_per_s(precision: str) -> float:
+    """Of one core: as remembered, else measured in about a second; other processes make it only too small."""
+    if known := remembered(f"{precision}_flops_per_s"):
+        return known
+    import torch
+
+    from aimscale.harness.device.peak import measure_peak
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = measure_peak(torch.device("cpu"), precision).flops_per_s
+    finally:
+        torch.set_num_threads(before)
+    remember(f"{precision}_flops_per_s", found)
+    return found

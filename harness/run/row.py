@@ -11,7 +11,7 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
-from aimscale.harness.run.config import RunConfig, TrainingConfig
+from aimscale.harness.run.config import RunConfig, Section, TrainingConfig
 from aimscale.harness.run.provenance import git_commit
 
 ROW_VERSION = 1
@@ -71,3 +71,32 @@ def describe(config: RunConfig) -> dict[str, Any]:
         **configured_columns(config),
         "git_commit": f"{commit}{'+dirty' if is_dirty else ''}" if commit else None,
     }
+
+
+SCALE_FIELDS = {
+    "model.size",
+    "data.sources",
+    "data.unique_images",
+    "optimiser.batch_size",
+    "optimiser.lr_peak",
+    "schedule.warmup_images",
+    "seed",
+}
+"""What a recipe makes follow from scale, or what has a column of its own: not part of a row's `setup`."""
+
+
+def setup_of(training: TrainingConfig) -> dict[str, Any]:
+    """Dotted training fields that differ from their defaults, but for `SCALE_FIELDS`: equal where only scale differs.
+
+    Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
+    """
+    setup: dict[str, Any] = {}
+    for name in TrainingConfig.model_fields:
+        value = getattr(training, name)
+        if name in SCALE_FIELDS or not isinstance(value, Section):
+            continue
+        for key, field in type(value).model_fields.items():
+            dotted = f"{name}.{key}"
+            if dotted not in SCALE_FIELDS and getattr(value, key) != field.get_default(call_default_factory=True):
+                setup[dotted] = getattr(value, key)
+    return setup

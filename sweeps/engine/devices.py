@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.costs import device_fit
-from aimscale.sweeps.plan.device import gpus_here
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SweepError
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import read_info
 from aimscale.harness.device.memory import execution_plan
+from aimscale.harness.device.sheets import Device
 from aimscale.harness.log.loggers import refuse_missing
 from aimscale.harness.run.config import (
     DataSection,
@@ -26,7 +27,6 @@ from aimscale.harness.run.config import (
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.plan.costs import device_fit, device_of, max_opened, stop_seconds
-from aimscale.sweeps.plan.device import Device
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,16 +15,17 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.harness.bench.expected import Rates, expected_rates
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DatasetInfo, read_info
+from aimscale.harness.data.store.card import DatasetInfo, Look, read_info
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
+from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
+from aimscale.harness.probe.cost import ProbeCost, probe_costs, validation_images
 from aimscale.harness.run.config import UNINDEXED, OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.device import Device, Look, Rates, planned_device, rates_of
-from aimscale.sweeps.plan.evaluation_cost import ProbeCost, probe_costs, validation_images
 from aimscale.sweeps.plan.planner import Run, counts_of
-from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 WEIGHTS_BYTES_PER_PARAM = 4
 """Final weights of a budget, fp32."""
@@ -35,6 +36,7 @@ STEP_S = 30
 SAVE_BYTES_PER_S = 0.5e9
 """Assumption: the rate at which a checkpoint reaches a shared disk."""
 
+ASSUMED = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 
 CautionKind = Literal["epochs", "many epochs", "stream", "loader", "idle", "unopened"]
@@ -104,7 +106,7 @@ class CostCard:
     probes: tuple[ProbeCost, ...]
     """The tasks, each at one budget."""
     flops_evaluation: float
-    """Of validation and probes, all budgets together, as `evaluation_cost` counts them."""
+    """Of validation and probes, all budgets together, as `harness.probe.cost` counts them."""
     compute_images_per_s: float
     """Images that all devices would train on a second, were they always there."""
     loader_images_per_s: float
@@ -129,8 +131,26 @@ def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
 
 
 def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
-    """The device that all runs are priced on."""
-    return planned_device(sweep, wants_cpu=all(run.config.runtime.device == "cpu" for run in runs))
+    """The device that all runs are priced on: the one that `cost.device` names; else an H100, where a `slurm` section
+    asks for GPUs; else this machine's GPU; else one core of this machine.
+
+    Raises:
+        SweepError: `cost.device` is no known GPU, and its peak is not given.
+    """
+    cost, slurm = sweep.file.cost, sweep.file.slurm
+    on_slurm = "slurm" in sweep.file.model_fields_set
+    cores = slurm.cpus_per_task if on_slurm else None
+    wants_cpu = all(run.config.runtime.device == "cpu" for run in runs)
+    if cost.device is not None:
+        if cost.peak_tflops is None and nominal_flops_per_s(cost.device, "bf16") is None:
+            raise SweepError(f"{sweep.source}: no data sheet of cost.device '{cost.device}'; give cost.peak_tflops")
+        found = Device(name=cost.device, is_gpu="cpu" not in cost.device.lower(), why="cost.device", cores=cores)
+    elif on_slurm and slurm.gpus and not wants_cpu:
+        found = Device(name=ASSUMED, is_gpu=True, why="assumed, since there is a slurm section", cores=cores)
+    else:
+        found = device_here(wants_cpu=on_slurm or wants_cpu)
+    memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
+    return replace(found, peak_tflops=cost.peak_tflops, memory_bytes=memory_bytes)
 
 
 def data_set(path: str) -> DatasetInfo | None:
@@ -183,7 +203,8 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     unique = training.data.unique_images or pool
     probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
     fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, device.memory_bytes)
-    rates = rates_of(sweep, run, device, look)
+    cost = sweep.file.cost
+    rates = expected_rates(run.config, run.devices, device, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
     validated = validation_images(evaluation.validation, look)
     passed = len(evaluation.budgets) * (validated + sum(cost.images for cost in probes))
     products = len(evaluation.budgets) * sum(cost.head_flops for cost in probes)

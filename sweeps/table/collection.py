@@ -21,9 +21,9 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import entries_of
-from aimscale.harness.run.config import ProbeSection, Section, TrainingConfig
+from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.row import configured_columns
+from aimscale.harness.run.row import configured_columns, setup_of
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
@@ -234,35 +234,6 @@ def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
                 names[section] = section.evaluation(train, test)
             planned.setdefault(section.task, set()).add(names[section])
     return planned
-
-
-SCALE_FIELDS = {
-    "model.size",
-    "data.sources",
-    "data.unique_images",
-    "optimiser.batch_size",
-    "optimiser.lr_peak",
-    "schedule.warmup_images",
-    "seed",
-}
-"""What a recipe makes follow from scale, or what has a column of its own: not part of a row's `setup`."""
-
-
-def setup_of(training: TrainingConfig) -> Values:
-    """Dotted training fields that differ from their defaults, but for `SCALE_FIELDS`: equal where only scale differs.
-
-    Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
-    """
-    setup: Values = {}
-    for name in TrainingConfig.model_fields:
-        value = getattr(training, name)
-        if name in SCALE_FIELDS or not isinstance(value, Section):
-            continue
-        for key, field in type(value).model_fields.items():
-            dotted = f"{name}.{key}"
-            if dotted not in SCALE_FIELDS and getattr(value, key) != field.get_default(call_default_factory=True):
-                setup[dotted] = getattr(value, key)
-    return setup
 
 
 def _completions(sweep: Sweep, run: Run) -> list[Values]:

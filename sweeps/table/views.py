@@ -19,9 +19,9 @@ from rich.text import Text
 from aimscale.aim.errors import printable
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.schema import MFU
+from aimscale.harness.bench.expected import CORE_BYTES_PER_S
 from aimscale.harness.device.sheets import DECODED_PER_S
 from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, not_identified, totals
-from aimscale.sweeps.plan.device import CORE_BYTES_PER_S
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ class DatasetInfo:
             return cls(**values, classes=None if classes is None else tuple(classes))
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} is no valid {DATASET_FILE} ({error}); run `aimscale data index` again") from error
+
+
+Look = Callable[[str], DatasetInfo | None]
+"""Path of a data set -> what it says of itself, where it is here."""
 
 
 def image_checksum(data: bytes) -> int:

@@ -11,13 +11,13 @@ from rich.console import Console
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
+from aimscale.harness.probe.cost import probe_costs
 from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan import device
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import cost_cards, to_json
-from aimscale.sweeps.plan.evaluation_cost import probe_costs
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES
 from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
+from aimscale.harness.data.store.card import Look
 from aimscale.harness.probe.features.tasks import (
     CARDS,
     COPIES,
@@ -18,7 +19,6 @@ from aimscale.harness.probe.features.tasks import (
     sets_per_round,
 )
 from aimscale.harness.run.config import EvaluationConfig, ProbeSection, ValidationSection
-from aimscale.sweeps.plan.device import Look
 
 HEADS = ("linear", "attentive", "efficient")
 """Kinds that are trained on frozen features."""
