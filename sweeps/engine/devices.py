@@ -60,6 +60,7 @@ class Machine:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
             return [*step, *self.srun, *self.python, *WORKER, str(run_dir)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
+        torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"]  # srun sends them to every process
         return [*self.python, *(torchrun if num_devices > 1 else []), *WORKER, str(run_dir)]
 
 
