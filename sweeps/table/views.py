@@ -93,10 +93,10 @@ class Column:
 
 
 def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> Table:
-    """A table no wider than `width`, without the columns that do not fit."""
+    """A table no wider than `width`, without the columns that are empty or do not fit."""
     cells = {column.header: [column.cell(row) for row in rows] for column in columns}
     sizes = {header: 2 + max(cell_len(str(cell)) for cell in [header, *texts]) for header, texts in cells.items()}
-    shown = list(columns)
+    shown = [column for column in columns if any(map(str, cells[column.header]))]
     while sum(sizes[column.header] for column in shown) > width and any(column.rank for column in shown):
         shown.remove(max(shown, key=lambda column: column.rank))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -255,11 +255,7 @@ def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
         column("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
         column("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
         column("images/s", lambda line: line.status.images_per_s, number, 3),
-        *(
-            column(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4)
-            for field, name in MFU.items()
-            if any(getattr(line.status, field) for line in status.runs)
-        ),
+        *(column(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
         Column(header="evaluated", cell=_evaluated, rank=2),
         column("ETA", lambda line: line.eta_s, duration, 2),
         Column(header="on", cell=_place, right=False, rank=6),
