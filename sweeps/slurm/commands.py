@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import re
@@ -104,21 +105,15 @@ def known_jobs() -> dict[str, JobInfo] | None:
 
 
 def state_of(job_id: str) -> str | None:
-    """Slurm's word for how a job stands or ended, from squeue or accounting; None where neither knows."""
-    known = (known_jobs() or {}).get(job_id)
-    return known.state if known else ended_states([job_id]).get(job_id)
-
-
-def ended_states(job_ids: Sequence[str]) -> dict[str, str]:
-    """How jobs ended that slurmctld has forgotten, from accounting; empty where there is none or it does not answer."""
-    if not job_ids or shutil.which("sacct") is None:
-        return {}
-    try:
-        text = command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(job_ids))
-    except SlurmError:
-        return {}
-    rows = [line.split("|") for line in text.splitlines() if "|" in line]
-    return {job_id: state.split()[0] for job_id, state, *_ in rows if state.strip()}
+    """Slurm's word for how a job stands or ended, from squeue, else from accounting; None where neither knows."""
+    if known := (known_jobs() or {}).get(job_id):
+        return known.state
+    with contextlib.suppress(SlurmError):
+        for line in command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", job_id).splitlines():
+            name, _, state = line.partition("|")
+            if name == job_id and state.strip():
+                return state.split()[0]  # of `CANCELLED by 0`
+    return None
 
 
 def check_partition(name: str | None) -> None:

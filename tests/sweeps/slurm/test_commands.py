@@ -30,14 +30,15 @@ def test_a_slurm_without_arrays_takes_single_jobs(program: Any) -> None:
 
 
 def test_accounting_that_does_not_answer_says_nothing(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slurm.ended_states(["7"]) == {}
+    program("squeue", "echo '6|RUNNING|node1'")
+    assert (slurm.state_of("6"), slurm.state_of("7")) == ("RUNNING", None)
     program("sacct", "echo '7|OUT_OF_MEMORY'; echo odd; echo '8|'; echo '9|CANCELLED by 0'")
-    assert slurm.ended_states(["7", "8", "9"]) == {"7": "OUT_OF_MEMORY", "9": "CANCELLED"}
+    assert [slurm.state_of(job_id) for job_id in "6789"] == ["RUNNING", "OUT_OF_MEMORY", None, "CANCELLED"]
     monkeypatch.setitem(slurm.command.__kwdefaults__, "timeout_s", 0.2)
     program("sacct", "exec sleep 20")
-    assert slurm.ended_states(["7"]) == {}
+    assert slurm.state_of("7") is None
     program("sacct", "printf '\\377'; exit 1")
-    assert slurm.ended_states(["7"]) == {}
+    assert slurm.state_of("7") is None
 
 
 def test_a_run_keeps_off_nodes_where_it_failed_while_others_are_left(program: Any) -> None:
