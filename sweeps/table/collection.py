@@ -158,7 +158,10 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     by_name: dict[str, list[Values]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
-        by_name.setdefault(document["backbone"], []).extend(entries_of(document))
+        entries = entries_of(document)
+        if not all(isinstance(entry["task"], str) for entry in entries):
+            raise ValueError(f"{path.name} names no task")
+        by_name.setdefault(document["backbone"], []).extend(entries)
     shared = {"sweep": sweep.name, "run_id": folder.parent.parent.name}
     return [{**shared, "size": name, "probes": entries} for name, entries in by_name.items()]
 

@@ -81,13 +81,17 @@ def test_values_of_wrong_types_cost_their_run_alone(write_sweep: Any) -> None:
         record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
         record.write_status(state="preempted")
         record.results.write_text(json.dumps({"version": 1, "starts": [], "rows": rows}))
+    baseline = RunRecord(sweep.run_dir(runs[-1].run_id)).path / "baselines" / "640" / "pets.json"
+    baseline.parent.mkdir(parents=True)
+    baseline.write_text(json.dumps({"backbone": "resnet", "probes": [{}]}))
     killed = sweep.directory / ".results.csv.1.part"
     killed.write_text("half a table")
     os.utime(killed, (0, 0))
     found = collect(sweep, runs, cost_cards(sweep, runs))
     names = [run.run_id for run in runs]
-    assert (list(found.damaged), found.num_complete) == (names[:-1], 1)
-    assert all("results.json" in why for why in found.damaged.values())
+    folder = str(baseline.parent.relative_to(sweep.runs_dir))
+    assert (list(found.damaged), found.num_complete) == ([*names[:-1], folder], 1)
+    assert all("results.json" in found.damaged[name] for name in names[:-1])
     lines = sweep_status(sweep, runs, cost_cards(sweep, runs)).runs
     assert [line.run_id for line in lines if line.state == "damaged"] == names[:-1]
     assert lines[-1].val_loss == 0.5
