@@ -17,7 +17,7 @@ from aimscale.aim.errors import UserError, did_you_mean, printable
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
     "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
-    "plan": ("aimscale.sweeps.cli.sweep:plan", "List the runs of a sweep with a cost card each; no side effect."),
+    "plan": ("aimscale.sweeps.cli.plan:plan", "List the runs of a sweep with a cost card each; no side effect."),
     "launch": ("aimscale.sweeps.cli.launch:launch", "Start what is missing, resume what died, skip what is done."),
     "status": ("aimscale.sweeps.cli.sweep:status", "One line per run: state, step, loss, speed, ETA, why it failed."),
     "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),

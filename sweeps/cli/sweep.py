@@ -1,4 +1,4 @@
-"""The verbs that look at a sweep and change none of its runs: plan, status, logs, collect."""
+"""The verbs that look at a sweep and change none of its runs: status, logs, collect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import typer
 
 from aimscale.sweeps.cli.options import AsJson, Root, SweepName, some_runs
 from aimscale.sweeps.plan import costs
-from aimscale.sweeps.plan.checks import check, refuse
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
@@ -23,19 +22,6 @@ from aimscale.sweeps.table.status import SweepStatus, sweep_status
 
 ENDED = ("finished", "failed", "diverged")
 REGISTER, SCORES = "forecasts.jsonl", "forecast-scores.csv"
-
-
-def plan(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson = False) -> None:
-    """List the runs of a sweep with a cost card each, and whatever would stop them; no side effect."""
-    loaded = load_sweep(sweep, root)
-    runs = plan_runs(loaded)
-    cards, problems = costs.cost_cards(loaded, runs), check(loaded, runs)
-    if as_json:
-        found = costs.to_json(loaded, cards) | {"problems": [asdict(problem) for problem in problems]}
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        views.print_plan(loaded, cards)
-    refuse(loaded, runs, problems)
 
 
 def status(

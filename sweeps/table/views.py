@@ -1,13 +1,12 @@
-"""How plans and statuses look: rich tables on a terminal, plain lines in a log."""
+"""How tables of runs look, and that of `aimscale status`: rich on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
-import functools
 import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len
@@ -17,12 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from aimscale.aim.errors import printable
-from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.schema import MFU
-from aimscale.harness.bench.expected import CORE_BYTES_PER_S
-from aimscale.harness.device.sheets import DECODED_PER_S
-from aimscale.sweeps.plan.costs import BudgetCost, Caution, CautionKind, CostCard, not_identified, totals
-from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.table.status import RunStatus, SweepStatus
 
 LOG_WIDTH = 250
@@ -107,7 +102,7 @@ def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> 
     return table
 
 
-def _axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]:
+def axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]:
     """A column for every axis that takes more than one value, besides the size."""
     cells = [row.cell for row in rows]
     axes = [key for key in cells[0] if key != "size" and len({str(cell[key]) for cell in cells}) > 1]
@@ -130,115 +125,6 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
-def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None = None) -> None:
-    """The cost cards as a table, with totals, assumptions and what should be looked at."""
-    console = console or new_console()
-    say = functools.partial(console.print, highlight=False, soft_wrap=True)
-    say(f"[bold]{sweep.name}[/]: {sweep.file.description}")
-    notes = list(dict.fromkeys(caution_words(each) for card in cards for each in card.cautions))
-    table = fitted_table(_plan_columns(cards, notes), cards, console.width)
-    console.print(table, highlight=False)
-    total = totals(cards)
-    say(
-        "{num_runs} runs, {num_rows} rows; {images_executed:,} images and {flops_executed:.3g} FLOPs executed (decay "
-        "branches included), {flops_evaluation:.3g} more in validation and probes; {device_hours:,.4g} device-hours; "
-        "longest run ".format(**total)
-        + f"{duration(total['longest_wall_s'])}; run directories {data_size(total['disk_bytes'])}; told to stop, a run "
-        f"gets up to {duration(max(card.stop_s for card in cards))} to save"
-    )
-    say(f"{_assumptions(sweep, cards)}; start-up is not counted; recipe {sweep.file.recipe}", style="dim")
-    for i, note in enumerate(notes, 1):
-        say(f"[yellow]! {i}[/] {note}")
-    if lost := not_identified(cards):
-        say(
-            f"[yellow]! fit[/] however small the noise, these sizes and budgets do not identify {', '.join(lost)} of "
-            f"{CHINCHILLA.formula}; it takes three values each of N and D (sweeps read together count together)"
-        )
-
-
-def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> str:
-    """What the times stand on: the device, its speed and what loads for it."""
-    device, cost = cards[0].device, sweep.file.cost
-    peaks = {card.precision: card.peak_flops_per_s for card in cards}
-    if device.is_gpu and "fp32" in peaks and cost.peak_tflops is None:
-        peaks["fp32 (TF32)"] = peaks.pop("fp32")
-    rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
-    beside = f" and {cost.step_ms:g} ms a step" if cost.step_ms else ""
-    if cost.mfu is None and not device.is_gpu:
-        beside += f", moving what a forward pass keeps at {CORE_BYTES_PER_S / 1e9:g} GB/s"
-    loading = f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s of a loader process"
-    known = "measured here" if device.decoded_per_s else "assumed; `aimscale bench data` measures"
-    limits = " and ".join(sorted({card.limit for card in cards}))
-    return (
-        f"on {device.name} ({device.why}) of {data_size(device.memory_bytes)}, {rates}, at MFU "
-        f"{100 * cards[0].mfu:g} %{beside}; {loading} ({known}); limited by {limits}"
-    )
-
-
-CAUTIONS: dict[CautionKind, str] = {
-    "epochs": "{found:.1f} epochs of {subject} images (more than {limit:g})",
-    "many epochs": (
-        "[bold red]{found:,.0f} EPOCHS[/] of {subject} images: the model will learn them by heart, and its losses tell "
-        "nothing about new ones; take more images or smaller budgets"
-    ),
-    "loader": (
-        "{subject} is limited by its loader: it would train on {limit:,.0f} images/s and is given {found:,.0f}; more "
-        "runtime.num_workers (slurm.cpus_per_task), or smaller image files"
-    ),
-    "idle": "{subject} {found:.0f} is fewer than a pair of images for each of {limit:.0f} devices: some stand idle",
-    "unopened": "{subject} has {found:,.0f} images: its index was not opened, the trainers check it",
-    "stream": (
-        "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
-        "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
-    ),
-}
-"""What each caution says, of its subject, what was found and the limit."""
-
-
-def caution_words(caution: Caution) -> str:
-    """One sentence about it."""
-    return CAUTIONS[caution.kind].format(**asdict(caution))
-
-
-def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
-    def span(header: str, text: Callable[[BudgetCost], str], rank: int) -> Column:
-        return Column(header=header, cell=lambda card: _span([text(each) for each in card.budgets]), rank=rank)
-
-    def hours(card: CostCard) -> str:
-        return f"{card.device_hours:,.3g}" if card.device_hours < 1000 else f"{card.device_hours:,.0f}"
-
-    return [
-        Column(header="size", cell=lambda card: card.cell["size"], right=False),
-        *_axis_columns(cards),
-        Column(header="params", cell=lambda card: number(card.params_total)),
-        span("images", lambda budget: number(budget.images_seen), 0),
-        span("epochs", lambda budget: number(budget.epochs), 5),
-        span("FLOPs", lambda budget: f"{budget.flops:.2e}", 1),
-        Column(header="batch", cell=lambda card: str(card.batch_size), rank=6),
-        Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", rank=7),
-        Column(header="devices", cell=lambda card: str(card.devices), rank=3),
-        Column(header="memory", cell=_memory, rank=4),
-        Column(header="disk", cell=lambda card: data_size(card.disk_bytes), rank=8),
-        Column(header="limit", cell=lambda card: card.limit, rank=5, right=False),
-        Column(header="time", cell=lambda card: duration(card.wall_s)),
-        Column(header="device-h", cell=hours),
-        Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(caution_words(c))) for c in card.cautions)),
-    ]
-
-
-def _span(values: Sequence[str]) -> str:
-    """First and last of an increasing row of values."""
-    return values[0] if values[0] == values[-1] else f"{values[0]}..{values[-1]}"
-
-
-def _memory(card: CostCard) -> str:
-    """Bytes of a rank, with the ZeRO stage and the micro-batch that they belong to (r: activations recomputed)."""
-    if (chosen := card.fit) is None:
-        return "too large"
-    recompute = "r" if chosen.activation_checkpointing else ""
-    return f"{data_size(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
-
-
 def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
     """`aimscale status` on a terminal of this width; the summary is that of these runs by default."""
 
@@ -248,7 +134,7 @@ def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
 
     columns = [
         Column(header="run", cell=lambda line: line.run_id, right=False),
-        *_axis_columns(status.runs),
+        *axis_columns(status.runs),
         Column(header="state", cell=_state, right=False),
         Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
         column("images", lambda line: line.status.images_seen, number, 5),

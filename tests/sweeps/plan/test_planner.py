@@ -15,13 +15,13 @@ from aimscale.harness.probe.cost import probe_costs
 from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import model_of
+from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.plan import device
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import cost_cards, to_json
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES
 from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names
-from aimscale.sweeps.table.views import print_plan
 
 
 def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_path: Path) -> None:
