@@ -1,4 +1,4 @@
-"""Whether this machine works: python, packages, cards, the disk where runs are kept, its locks, and Slurm.
+"""Whether this machine works: python, packages, cards, memory, the disk where runs are kept, its locks, and Slurm.
 
 A check looks at one thing and never raises. Whatever may take its process down with it (a broken torch, a driver that
 does not fit) is imported by a child process, `python -m aimscale.sweeps.doctor`, which prints the name of each module
@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 import typer
 from packaging.requirements import Requirement
 
+from aimscale.harness.device.memory import free_host_bytes
 from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
@@ -63,6 +64,7 @@ def checks(root: Path) -> Iterator[Check]:
     facts = imported()
     yield check_packages(facts)
     yield check_accelerator(facts)
+    yield Check("memory", "ok", f"{data_size(free_host_bytes())} free, by the host and the limits on this process")
     absolute = Path(os.path.abspath(root))
     folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch makes the rest
     yield (disk := check_disk(root, folder))

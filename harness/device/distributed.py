@@ -16,10 +16,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.device.memory import free_host_bytes
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ class Group:
 
     def host_memory_bytes(self) -> int:
         """This rank's share of what its host has free."""
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        return free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""

@@ -7,8 +7,13 @@ what the backward pass of a block keeps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
+
+import psutil
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
@@ -214,3 +219,33 @@ def even_share(per_rank: int, most: int) -> int:
     while (share := 2 * -(-per_rank // (2 * num_passes))) > most:
         num_passes += 1
     return share
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can still have: of the host, or of its container or job, where that has less.
+
+    Every control group around the process (version 1 or 2) limits it; file pages that the kernel would drop are free.
+    """
+    free = [psutil.virtual_memory().available]
+    for folder, limit, used, pages in _memory_groups(root):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or "max"
+            most = int((folder / limit).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free.append(most - int((folder / used).read_text()) + int(stat[pages]))
+    return max(0, min(free))
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Control groups around this process, with the names of limit and use, and of file pages in `memory.stat`."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                base = root / "sys/fs/cgroup/memory"
+                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            elif not controllers:
+                base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            else:
+                continue
+            own = base / path.lstrip("/")
+            yield from ((folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(base))

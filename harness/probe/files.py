@@ -77,11 +77,6 @@ def finished_entries(
     return [as_entry(found[kind]) for kind in section.kinds] if set(section.kinds) <= found.keys() else None
 
 
-def is_probed(run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection) -> bool:
-    """Whether a budget has all probes of a task."""
-    return finished_entries(run, config, images_seen, section) is not None
-
-
 def finished_probes(folder: Path, task: str, key: Key) -> dict[str, dict[str, Any]]:
     """Kind -> probe, of those that a task's files of this key hold."""
     found: dict[str, dict[str, Any]] = {}

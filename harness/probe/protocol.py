@@ -28,7 +28,7 @@ import torch
 
 from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, PixelBackbone, matmul_precision
+from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
@@ -72,7 +72,8 @@ def probe_backbone(
     Raises:
         ProbeError: unlabelled or unmatched data, too few images, features that are not finite or have no room.
     """
-    _check_kinds(backbone, section)
+    if impossible := [kind for kind in section.kinds if kind in backbone.impossible]:
+        raise ProbeError(f"{backbone.name} cannot have probes of kind '{impossible[0]}'; leave that kind out")
     train, test = open_task(section, model_section, runtime)
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
@@ -218,13 +219,3 @@ def _save_head(candidate: Candidate, path: Path) -> None:
     state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of_one().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
     write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})
-
-
-def _check_kinds(backbone: Backbone, section: ProbeSection) -> None:
-    """Raise ProbeError for a kind of probe that this model cannot have."""
-    attending = [kind for kind in section.kinds if kind in ON_TOKENS]
-    if isinstance(backbone, PixelBackbone) and attending:
-        named = f"{backbone.name} has one token per image, nothing to attend over"
-        raise ProbeError(f"{named}; leave out kind '{attending[0]}'")
-    if "lora" in section.kinds and not isinstance(backbone, AimBackbone):
-        raise ProbeError(f"LoRA adapts AIM trunks, not {backbone.name}; leave out kind 'lora'")

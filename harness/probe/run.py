@@ -20,7 +20,6 @@ from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.features.images import Pause
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
-from aimscale.harness.probe.heads.stacks import ON_TOKENS
 from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
@@ -164,10 +163,8 @@ def probe_baseline(
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
-    impossible = {"lora"} if target != "random" else set()
-    impossible |= set(ON_TOKENS) if target == "raw-pixels" else set()
     for section in sections:
-        kinds = tuple(kind for kind in section.kinds if kind not in impossible)
+        kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
             raise ProbeError(f"{target} has none of the probes {', '.join(section.kinds)} of task '{section.task}'")
         yield (

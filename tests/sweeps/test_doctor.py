@@ -43,6 +43,7 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
         "python",
         "packages",
         "accelerator",
+        "memory",
         "disk",
         "locks",
         "slurm",

@@ -47,6 +47,8 @@ class Backbone(Protocol):
     """Blocks whose outputs can be asked for."""
     num_heads: int
     """Heads of the attentive probe: those of the trunk."""
+    impossible: Sequence[str]
+    """Kinds of probe that it cannot have."""
 
     def use(self, dtype: torch.dtype) -> None:
         """Compute in this type from now on; fp32 is what the weights were given in."""
@@ -62,6 +64,8 @@ class AimBackbone:
 
     Only one copy of the weights is held: for bf16 they are rounded in place, and loaded again when fp32 is asked for.
     """
+
+    impossible: Sequence[str] = ()
 
     def __init__(self, load: Callable[[], AIM], name: str = "aim"):
         """`load` gives the float32 model on its device, a fresh one at each call."""
@@ -94,6 +98,7 @@ class PixelBackbone:
     name = "raw-pixels"
     num_blocks = 1
     num_heads = 1
+    impossible: Sequence[str] = ("attentive", "efficient", "lora")  # one token an image: nothing to attend over
 
     def __init__(self) -> None:
         self._dtype = torch.float32
@@ -116,6 +121,8 @@ class TimmBackbone:
 
     Class and register tokens are left out, as AIM has none.
     """
+
+    impossible: Sequence[str] = ("lora",)
 
     def __init__(self, model: Any, name: str, device: torch.device):
         self.name = name

@@ -24,6 +24,7 @@ from aimscale.harness.probe.features.backbones import DTYPES, Backbone
 from aimscale.harness.probe.features.images import LabelledImages, Pause
 from aimscale.harness.probe.features.tasks import BlockSet, ProbeError
 
+NOT_FINITE = "the features are not finite: the weights diverged, or are damaged"
 CHUNK_VALUES = 25_000_000
 """Values that are held in float64 at a time while their products are summed."""
 
@@ -88,9 +89,15 @@ class Moments:
             self.count += part.shape[1]
 
     def over_ranks(self, group: Group) -> Moments:
-        """The sums of all ranks."""
+        """The sums of all ranks.
+
+        Raises:
+            ProbeError: a vector is not finite.
+        """
         group.sum_tensor(self.sums)
         group.sum_tensor(self.products)
+        if not self.sums.isfinite().all():
+            raise ProbeError(NOT_FINITE)
         (self.count,) = group.sum_counts(self.count)
         return self
 
@@ -148,9 +155,8 @@ class StreamedTokens:
         """
         images = self._images.images(range(min(CENTRE_IMAGES, len(self._images))))
         centre = self._compute(images).float().mean((1, 2))
-        if not centre.isfinite().all():
-            name = self._backbone.name
-            raise ProbeError(f"the features of {name} are not finite: its weights diverged, or are damaged")
+        if not centre.isfinite().all():  # said now, not after a pass over all images
+            raise ProbeError(NOT_FINITE)
         return centre
 
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:

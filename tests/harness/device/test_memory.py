@@ -21,6 +21,7 @@ from aimscale.harness.device.memory import (
     DoesNotFitError,
     even_share,
     execution_plan,
+    free_host_bytes,
     kept_bytes_per_image,
     memory_bytes,
 )
@@ -192,3 +193,36 @@ def test_micro_batches_share_a_ranks_images_evenly_in_pairs(per_rank: int, most:
 if __name__ == "__main__":  # a fresh process: the heap that a test run leaves behind would be counted or used again
     measure_step(int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
     os._exit(0)  # as the forks of `in_processes` end: gloo's threads may outlive the interpreter
+
+
+@pytest.mark.parametrize(
+    ("line", "base", "names"),
+    [
+        ("0::/job/step", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/job/step",
+            "sys/fs/cgroup/memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_tightest_control_group_counts_as_the_hosts_memory(
+    tmp_path: Path, line: str, base: str, names: tuple[str, str, str]
+) -> None:
+    assert free_host_bytes(tmp_path) == pytest.approx(free_host_bytes(Path("/nowhere")), rel=0.2), "no groups at all"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/\n{line}\n")
+    for folder, limit, used, pages in (
+        ("job/step", "max", 1, 0),
+        ("job", 10 << 20, 4 << 20, 1 << 20),
+        (".", "x", 1, 0),
+    ):
+        group = tmp_path / base / folder
+        group.mkdir(parents=True, exist_ok=True)
+        values = {names[0]: limit, names[1]: used, "memory.stat": f"anon 5\n{names[2]} {pages}"}
+        for name, value in values.items():
+            (group / name).write_text(f"{value}\n")
+    assert free_host_bytes(tmp_path) == 7 << 20
+    (tmp_path / base / "job" / names[1]).write_text(f"{20 << 20}\n")
+    assert free_host_bytes(tmp_path) == 0

@@ -85,6 +85,7 @@ class PlantedBackbone:
     name = "planted"
     num_blocks = 4
     num_heads = 1
+    impossible = ()
 
     def use(self, dtype: torch.dtype) -> None:
         assert dtype == torch.float32

@@ -13,7 +13,7 @@ from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
 from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.table.read import probe_frame, read_table, read_tables
-from aimscale.harness.probe.files import is_probed
+from aimscale.harness.probe.files import finished_entries
 from aimscale.harness.probe.run import probe_baseline, probe_run
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -69,7 +69,7 @@ def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[...
 
 def probed(run: RunDir, config: RunConfig, section: ProbeSection) -> list[int]:
     """Budgets whose probes are there."""
-    return [budget for budget in config.evaluation.budgets if is_probed(run, config, budget, section)]
+    return [budget for budget in config.evaluation.budgets if finished_entries(run, config, budget, section)]
 
 
 def test_what_is_done_from_other_weights_or_settings_is_missing_and_reaches_the_table(trained: Any) -> None:
