@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 
 from aimscale.sweeps.plan.costs import CostCard
 
-ARITHMETIC = 0.3
+ARITHMETIC = 0.4
 """Assumption: arithmetic alone reaches this part of a device's measured peak. The sizes that are seen correct it."""
 TRUST = 0.2
 """Weight of what is assumed, against one measured run."""
