@@ -17,7 +17,9 @@ from scipy.optimize import nnls
 from aimscale.sweeps.plan.costs import CostCard
 
 ARITHMETIC = 0.4
-"""Assumption: arithmetic alone reaches this part of a device's measured peak. The sizes that are seen correct it."""
+"""Assumption: arithmetic alone reaches this part of a device's measured peak ..."""
+CONSTANT = 0.75
+"""... and of the rest of a step this part is the same at every size. The sizes that are seen correct both."""
 TRUST = 0.2
 """Weight of what is assumed, against one measured run."""
 
@@ -83,7 +85,7 @@ def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace |
     if not seen:
         return None
     mean_s = sum(step_s for *_, step_s in seen) / len(seen)
-    constant = [1 - min(1.0, run.mfu / ARITHMETIC) for _, run, _ in seen if run.mfu] or [0.0]
+    constant = [CONSTANT * (1 - min(1.0, run.mfu / ARITHMETIC)) for _, run, _ in seen if run.mfu] or [0.0]
     rows = [[1 / step_s, _flops_of_step(card) / step_s] for card, _, step_s in seen] + [[TRUST / mean_s, 0.0]]
     units = np.max(rows, axis=0)
     found, _ = nnls(np.array(rows) / units, np.array([1.0] * len(seen) + [TRUST * sum(constant) / len(constant)]))
