@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aimscale.analysis.fitting.objectives import Objective
     from aimscale.analysis.fitting.result import Fit, HeldOut
 
 NOT_IDENTIFIED = "not identified"
@@ -69,8 +69,6 @@ FLAGS = {
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
     "accuracies_unnamed": "{subject} look like accuracies: read them with --columns {more[0]}.",
-    "runs_unnamed": "No column names the runs, which intervals and costs are over; if {subject} does, add --columns "
-    "{more[0]}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }
 """Kind of a flag -> its sentence."""
@@ -119,6 +117,25 @@ def p_value(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"
 
 
+def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
+    """The names that resemble one that does not exist; else the first of all."""
+    known = list(names)
+    near = [*difflib.get_close_matches(typed, known), *(name for name in known if typed and typed in name)]
+    if near:
+        return f"did you mean {' or '.join(dict.fromkeys(near[:3]))}?"
+    return f"{otherwise} {some(known)}."
+
+
+MAX_NAMED = 5
+"""Names that a sentence lists at most."""
+
+
+def some(names: Sequence[str]) -> str:
+    """`MAX_NAMED` of the names at most, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{', '.join(names[:MAX_NAMED])}{more}"
+
+
 def flag_words(flags: Sequence[Flag]) -> list[str]:
     """Flags in words; of more than three that differ in their number alone, the first and how many follow."""
     words = []
@@ -149,17 +166,6 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
     return f"{kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
 
 
-def objective_words(objective: Objective) -> str:
-    """What is minimised."""
-    residuals = f"{'log ' if objective.log else ''}residuals"
-    zone = f", {objective.multiple:g} robust standard deviations" if objective.multiple else ""
-    return (
-        f"sum of Huber losses of {residuals} (delta {objective.delta:.3g}{zone})"
-        if objective.robust
-        else f"sum of squares of {residuals} (halved)"
-    )
-
-
 def interval_words(fit: Fit) -> str:
     """How a fit's intervals were found."""
     if not fit.draws:
@@ -168,30 +174,24 @@ def interval_words(fit: Fit) -> str:
     return f"cluster-robust (CR2, Bell-McCaffrey) over {counts[0] if counts else f'{fit.num_points} points'}"
 
 
-def fit_sentence(fit: Fit) -> str:
-    """Law, what its variables count, objective, n, exclusions, range, intervals, held-out error, flags.
-
-    The checklist is that of (Mis)fitting (Li et al. 2025), from what the fit itself recorded.
+def fit_sentences(fit: Fit) -> list[str]:
+    """All but the parameters: what the variables count, n, range, objective, exclusions, intervals, held-out errors,
+    flags; the checklist is that of (Mis)fitting (Li et al. 2025).
     """
     names = {"L": variable_words(fit, "y"), **{v: variable_words(fit, v) for v in fit.law.variables}}
     where = ", ".join(f"{letter} = {name}" for letter, name in names.items() if letter != name)
-    shown = {name: fit.shown(name) for name in fit.params}
-    numbers = ", ".join(f"{k} {v}" if v == NOT_IDENTIFIED else f"{k} = {v}" for k, v in shown.items())
     ranges = ", ".join(f"{v} from {low:.3g} to {high:.3g}" for v, (low, high) in fit.ranges.items())
-    weight = fit.data["weight"]
-    weights = f"points weighted from {weight.min():.3g} to {weight.max():.3g}"
-    proved = "" if len(fit.law.nonlinear) <= 2 else " (the best minimum found, not proved)"
-    parts = [
-        f"{fit.law.formula} with {numbers}{f', where {where}' if where else ''}.",
-        f"Fitted to {fit.num_points} of {fit.num_rows} points over {ranges} by minimising the "
-        f"{objective_words(fit.objective)} (value {fit.objective_value:.6g}), "
-        f"{'every point with weight 1' if weight.min() == weight.max() else weights}, from a fixed grid of the "
-        f"non-linear parameters with the linear ones projected out{proved}; no starting values are needed.",
-        f"Left out: {'; '.join(map(str, fit.exclusions)) if fit.exclusions else 'nothing'}.",
-        f"Intervals: {fit.confidence:.0%}, {interval_words(fit)}." if fit.intervals else "No intervals were computed.",
+    residuals = f"{'log ' if fit.objective.log else ''}residuals"
+    least = f"Huber losses of {residuals}, delta {fit.objective.delta:.3g}" if fit.objective.robust else residuals
+    return [
+        f"{fit.law.formula}{f', where {where}' if where else ''}.",
+        f"{fit.num_points} of {fit.num_rows} points, {ranges}; least {'' if fit.objective.robust else 'squares of '}"
+        f"{least}: {fit.objective_value:.6g}.",
+        *([f"Left out: {'; '.join(map(str, fit.exclusions))}."] if fit.exclusions else []),
+        f"Intervals: 95 %, {interval_words(fit)}." if fit.intervals else "No intervals were computed.",
+        *([test.sentence() for test in fit.heldout] or ["Not tested on a held-out scale."]),
+        *flag_words(fit.flags),
     ]
-    parts += [h.sentence() for h in fit.heldout] or ["Not tested on a held-out scale."]
-    return " ".join([*parts, *map(str, fit.flags)])
 
 
 def variable_words(fit: Fit, variable: str) -> str:

@@ -13,12 +13,12 @@ from scipy.stats import t as student
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
+from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import Exclusion, no_column, their_name
 from aimscale.analysis.table.points import usable_rows
 
 METHODS = {"pearson": pearsonr, "spearman": spearmanr, "kendall": kendalltau}
-CONFIDENCE = 0.95
 MIN_ROWS = 4
 """Rows, and clusters of rows, that a correlation with an interval needs."""
 FISHERS_WEIGHT = 4
@@ -134,8 +134,8 @@ def correlate(
 
 def _check_names(df: pd.DataFrame, methods: Sequence[str], x: str, y: str, *others: str | None) -> None:
     """Refuse unknown methods, missing columns, and one column twice."""
-    if x == y:
-        raise AnalysisError(f"x and y name one column, {x}, which correlates with itself.")
+    if len({x, y} - {*others}) < 2:
+        raise AnalysisError(f"{x} and {y} must be two columns, and others than what is held equal.")
     if unknown := [m for m in methods if m not in METHODS]:
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     if absent := [name for name in (x, y, *others) if name and name not in df.columns]:

@@ -23,7 +23,7 @@ def board(
 ) -> None:
     """Judge forecasts on tables of real runs: cut each at 1/3 to 1/100 of its compute, forecast and score the rest.
 
-    Takes minutes. Tables that are done are kept in a folder beside the page, and not done again after a stop.
+    Takes minutes.
     """
     import pandas as pd
 
@@ -33,7 +33,7 @@ def board(
 
     found = read_board(tables)
     parts = []
-    for name, rows in play(found, to.with_suffix(".parts"), os.cpu_count() or 1):
+    for name, rows in play(found, os.cpu_count() or 1):
         cuts = ", ".join(f"1/{cut:.0f}" for cut in sorted(rows["cut"].unique()))
         typer.echo(f"{name}: {f'cut at {cuts}' if cuts else 'too small for any cut'}")
         parts.append(rows)

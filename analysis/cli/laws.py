@@ -36,7 +36,9 @@ def fit(
     bound: Annotated[
         list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
     ] = None,
-    resamples: Annotated[int, typer.Option(min=0, help="Draws that intervals are read from; 0 for none.")] = 1000,
+    resamples: Annotated[
+        int, typer.Option(min=0, max=options.MAX_RESAMPLES, help="Draws that intervals are read from; 0 for none.")
+    ] = 1000,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,
@@ -44,7 +46,6 @@ def fit(
     columns: options.Columns = None,
     where: options.Where = None,
     best_of: options.BestOf = None,
-    weights: Annotated[str | None, typer.Option(help="Column of weights.", rich_help_panel=options.PANEL)] = None,
     figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
@@ -52,12 +53,11 @@ def fit(
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.forecasts.points import with_compute
-    from aimscale.analysis.table.names import our_name
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     found = several(law, df, y)
     if found:
-        df = with_compute(df, None)  # as it was weighed with
+        df = with_compute(df)  # as it was weighed with
     if found and (fix or bound):
         raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
     result = fit(
@@ -65,7 +65,6 @@ def fit(
         df,
         y=y,
         objective=objective,
-        weights=our_name(df, weights) if weights else None,
         fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0", 1).items()},
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},
         resamples=resamples,
@@ -127,10 +126,7 @@ def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dic
 def forecast(
     tables: options.Tables,
     at: Annotated[
-        list[str],
-        typer.Option(
-            help="A run's scale, N=1e9,D=2B (and U= where images repeat), or a table of scales; may be repeated."
-        ),
+        list[str], typer.Option(help="A run's scale, N=1e9,D=2B (and U= where images repeat); may be repeated.")
     ],
     law: Annotated[
         str, typer.Option(help="Laws to weigh: auto, auto:C of C alone, or names with commas; one law alone is itself.")
@@ -149,7 +145,7 @@ def forecast(
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
-    from aimscale.analysis.forecasts.ahead import forecast, read_scales
+    from aimscale.analysis.forecasts.ahead import forecast, parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
     from aimscale.analysis.table.names import our_name
@@ -157,7 +153,7 @@ def forecast(
 
     df = table_of(tables, columns, where, best_of, y)
     y = our_name(df, y)
-    found = forecast(df, read_scales(at, "--at"), law=law, y=y)
+    found = forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     after = [str(flag) for flag in mixture_flags(df, found.loss.basis.variables)]
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from aimscale.analysis.display import Result
 
+MAX_RESAMPLES = 100_000
 PANEL = "Table"
 """Help panel of the options that say what a table holds and which of its rows count."""
 Tables = Annotated[
@@ -54,7 +55,7 @@ Minimised = Annotated[
 ]
 FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and FIGURE.png.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Resamples = Annotated[int, typer.Option(min=20, help="Draws that every interval is read from.")]
+Resamples = Annotated[int, typer.Option(min=20, max=MAX_RESAMPLES, help="Draws that every interval is read from.")]
 
 
 def table_of(

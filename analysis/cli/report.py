@@ -13,10 +13,6 @@ from aimscale.analysis.cli import options
 def report(
     tables: options.Tables,
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
-    y: Annotated[
-        list[str] | None,
-        typer.Option(help="Probe, TASK:KIND, whose best size is told beside that for the loss; default: three."),
-    ] = None,
     columns: options.Columns = None,
     where: options.Where = None,
     best_of: options.BestOf = None,
@@ -30,13 +26,7 @@ def report(
     from aimscale.analysis.table.read import parse_columns
 
     page = write_report(
-        tables,
-        out,
-        columns=parse_columns(columns or []),
-        where=where or [],
-        best=best_of or [],
-        measures=y or [],
-        resamples=resamples,
+        tables, out, columns=parse_columns(columns or []), where=where or [], best=best_of or [], resamples=resamples
     )
     typer.echo(f"Report: {page.resolve()}")
 

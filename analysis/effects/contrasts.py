@@ -19,6 +19,7 @@ from scipy.stats import t as student
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.errors import sandwich
+from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.table.design import (
     DESIGN,
     MEASURED_ON,
@@ -30,7 +31,7 @@ from aimscale.analysis.table.design import (
     with_size,
 )
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
-from aimscale.analysis.table.names import column_names, our_name, their_name
+from aimscale.analysis.table.names import column_words, our_name, their_name
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import Flag, flag_words
 
@@ -50,8 +51,6 @@ OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted."""
 CAUTION = {"prefix": "unseen_prefix", "patch_order": "other_patches", **dict.fromkeys(HEAD[:2], "equal_images")}
 """Column -> kind of the flag about its losses."""
-CONFIDENCE = 0.95
-"""Of every interval."""
 POWER = 0.8
 """Power of the minimum detectable effect."""
 BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
@@ -221,7 +220,7 @@ def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag
 def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collection[str]) -> list[str]:
     """Columns that a pair must share."""
     if unknown := [name for name in ignore if name not in rows]:
-        raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; it has {column_names(rows)}.")
+        raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; {column_words(rows, unknown[0])}")
     if by == KIND:
         return [name for name in ("run_id", *SCALE) if name in rows]
     # a model's name and its size are one column under two names
@@ -267,7 +266,8 @@ def _one(long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baselin
     if min(map(len, sides)) == 0:
         return Flag(kind="absent", subject=f"{by} = {baseline if sides[0].empty else level}")
     means = [side.groupby(keys, dropna=False)["value"].mean().reset_index() for side in sides]
-    pairs = means[0].merge(means[1], on=keys, suffixes=("_baseline", "_level"))
+    words = dict.fromkeys(keys, object)  # a column may hold words on one side and numbers on the other
+    pairs = means[0].astype(words).merge(means[1].astype(words), on=keys, suffixes=("_baseline", "_level"))
     pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
     if pairs.empty:
         return Flag(kind="unpaired", subject=_differs(sides, keys), more=(f"{by} = {baseline}", level))

@@ -90,19 +90,16 @@ class Repeats(Result):
         return self.sentences()[0]
 
 
-def repeats(
-    df: pd.DataFrame, *, y: str = "val_loss", columns: dict[str, str] | None = None, resamples: int = 1000
-) -> Repeats:
+def repeats(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 1000) -> Repeats:
     """Fit the law of repeated data; with one model size, its data half alone.
 
     Args:
         df: a table with images seen D, different images U and, where it varies, N.
-        columns: variable -> column.
 
     Raises:
         AnalysisError: no repeats in the table, a single pool size, or too few points.
     """
-    names = resolve_columns(REPEATED_DATA, df, columns)
+    names = resolve_columns(REPEATED_DATA, df)
     rows = complete(df)
     uniques = rows[names["U"]].dropna().unique()
     most = _passes(rows, names)
@@ -113,16 +110,13 @@ def repeats(
         )
     if not most > REPEATS:
         raise AnalysisError(f"No row repeats its data (most passes: {most:.3g}); run small pools at large budgets.")
-    n = next((c for c in ((columns or {}).get("N"), "N", "params_total") if c and c in rows), None)
+    n = next((c for c in ("N", "params_total") if c in rows), None)
     law = REPEATED if n is not None and varies(rows[n]) else REPEATED_DATA
-    options: dict[str, Any] = {"y": y, "columns": columns}
-    found = fit(law, rows, **options, resamples=resamples)
-    without = dict(sorted(_without(law, rows, found.columns, options), key=lambda each: each[1]))
+    found = fit(law, rows, y=y, resamples=resamples)
+    without = dict(sorted(_without(law, rows, found.columns), key=lambda each: each[1]))
     if "R_D" in found.intervals:
         ends = [found.intervals["R_D"].low, found.intervals["R_D"].high, *without.values()]
-        held = Interval(
-            low=min(ends), high=max(ends), confidence=found.confidence, method="widened to each pool and size left out"
-        )
+        held = Interval(low=min(ends), high=max(ends), method="widened to each pool and size left out")
         found = replace(found, intervals={**found.intervals, "R_D": held})
     passes = sorted({k for k in EPOCHS if k <= 4 * most} | {max(2, int(most))})
     return Repeats(
@@ -139,16 +133,14 @@ def _passes(rows: pd.DataFrame, names: Mapping[str, str]) -> float:
     return float((rows[names["D"]] / rows[names["U"]]).max())
 
 
-def _without(
-    law: Law, rows: pd.DataFrame, names: Mapping[str, str], options: dict[str, Any]
-) -> Iterator[tuple[str, float]]:
+def _without(law: Law, rows: pd.DataFrame, names: Mapping[str, str]) -> Iterator[tuple[str, float]]:
     """R_D without each pool and each size in turn, as far as the rest still repeats its data and allows the law."""
     for column in (names[v] for v in ("U", "N") if v in names):
         for value in np.unique(rows[column].dropna()):
             rest = rows[rows[column] != value]
             if len(rows) - len(rest) >= SHARE * len(rows) and _passes(rest, names) > REPEATS:
                 with contextlib.suppress(AnalysisError):  # a single pool or size is left
-                    r_d = fit(law, rest, **options, resamples=0).params["R_D"]
+                    r_d = fit(law, rest, y=names["y"], resamples=0).params["R_D"]
                     yield f"{their_name(rows, column)} = {value:.4g}", r_d
 
 

@@ -81,7 +81,7 @@ def _of_parameters(
     for j in np.flatnonzero(problem.movable).tolist():
         p, is_linear = problem.law.parameters[j], j < problem.num_linear
         low, high = (float(np.exp(e[j]) if p.log else e[j]) for e in (problem.lower, problem.upper))
-        i = intervals.get(p.name) or (interval(draws[p.name], 0.95) if p.name in draws else None)
+        i = intervals.get(p.name) or (interval(draws[p.name]) if p.name in draws else None)
         found = [*_of_interval(p.name, i, low, high, is_linear)] if i is not None else []
         near = 1e-6 * (high - low if np.isfinite(high - low) and not p.log else 1.0)
         if best.vector[j] - problem.lower[j] <= near:

@@ -42,12 +42,10 @@ def fit(
     y: str = "val_loss",
     objective: Objective | str = ROBUST,
     columns: Mapping[str, str] | None = None,
-    weights: str | Array | None = None,
+    weights: Array | None = None,
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
     zero_allowed: bool = False,
 ) -> Fit:
     """Fit a law to a table.
@@ -58,12 +56,10 @@ def fit(
         y: column to fit.
         objective: an objective or its name; the default is least squares of logarithms for all but outliers.
         columns: variable of the law -> column; default: the variable's own name, else the results table's column.
-        weights: column, or one weight a row.
+        weights: one a row.
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
         resamples: draws of the parameters that intervals are read from; 0 for no intervals.
-        confidence: coverage of the intervals.
-        seed: seed of the draws.
         zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
 
     Raises:
@@ -85,8 +81,8 @@ def fit(
     if not minima:
         raise AnalysisError(f"{law.formula} has no finite value of {objective.name} on these {len(points.y)} points.")
     hidden = unidentified(law, points.x, fixed)
-    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, seed, hidden)
-    result = _result(problem, minima, points, drawn, confidence, hidden)
+    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, hidden)
+    result = _result(problem, minima, points, drawn, hidden)
     return replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df), names=names_of(df))
 
 
@@ -128,13 +124,7 @@ def _pull_and_slope(delta: float, residual: Array, free: int) -> tuple[Array, Ar
 
 
 def _drawn(
-    problem: Problem,
-    vector: Array,
-    points: Observations,
-    rows: pd.DataFrame,
-    num: int,
-    seed: int,
-    hidden: frozenset[str],
+    problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame, num: int, hidden: frozenset[str]
 ) -> tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]]:
     """Draws of the law's own parameters (num,), points that share errors, their components, flags about both."""
     jacobian = problem.linearised(vector)
@@ -146,7 +136,7 @@ def _drawn(
     found = sandwich(jacobian, pull / slope, weights * slope, groups.clusters(len(pull)))
     residual = pull / np.average(slope, weights=weights)  # outliers are drawn in, the others stretched for it
     errors = components_of(jacobian, residual, weights, groups)
-    rng = np.random.default_rng([seed, zlib.crc32(f"{problem.law.name} {points.columns['y']}".encode())])
+    rng = np.random.default_rng([0, zlib.crc32(f"{problem.law.name} {points.columns['y']}".encode())])
     shift = np.zeros((num, len(vector)))
     shift[:, problem.movable] = found.draws(num, rng)
     params = problem.params_of(_followed(problem, vector, shift, hidden, rng))
@@ -178,6 +168,8 @@ def _followed(problem: Problem, vector: Array, shift: Array, hidden: frozenset[s
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
+    if set(law.names) <= set(fixed):
+        raise AnalysisError(f"Every parameter of {law.formula} is held, so nothing is left to fit; free one.")
     positive = {p.name for p in law.parameters if p.log}
     for name, (low, high) in ({name: (v, v) for name, v in fixed.items()} | bounds).items():
         if name not in law.names:
@@ -194,7 +186,6 @@ def _result(
     minima: list[Minimum],
     points: Observations,
     drawn: tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]],
-    confidence: float,
     hidden: frozenset[str],
 ) -> Fit:
     draws, groups, errors, against = drawn
@@ -204,7 +195,7 @@ def _result(
     held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
     free = {k: v for k, v in law.reported(draws).items() if k not in held} if draws else {}
     nothing = np.array([])
-    intervals = {name: interval(nothing if name in hidden else v, confidence) for name, v in free.items()}
+    intervals = {name: interval(nothing if name in hidden else v) for name, v in free.items()}
     flags, not_identified = diagnose(problem, minima, params, draws, intervals, points, hidden)
     fitted = problem.predict(best.vector[None])[0]
     data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
@@ -226,5 +217,4 @@ def _result(
         draws=draws,
         groups=groups,
         errors=errors,
-        confidence=confidence,
     )

@@ -37,25 +37,21 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         y=result.columns["y"],
         objective=result.objective,
         columns={k: v for k, v in result.columns.items() if k in result.law.variables},
-        weights=result.columns.get("weight", data["weight"].to_numpy()[~test]),
+        weights=data["weight"].to_numpy()[~test],
         fixed=result.fixed,
         bounds=result.bounds,
         resamples=resamples,
-        confidence=result.confidence,
     )
     predicted, y = refit.predict(points[test]), data["y"].to_numpy()
     others = [data[v].to_numpy(float) for v in result.law.variables if v != by]
     naive = np.array([_line(scale, y, ~test, others, i) for i in np.flatnonzero(test).tolist()])
-    (error, log_rmse), (naive_error, naive_log_rmse) = errors(predicted["value"], y[test]), errors(naive, y[test])
     return HeldOut(
         variable=by,
         values=tuple(map(float, np.unique(scale[test]))),
         num_train=int((~test).sum()),
         num_test=int(test.sum()),
-        mean_abs_relative_error=error,
-        log_rmse=log_rmse,
-        naive_mean_abs_relative_error=naive_error,
-        naive_log_rmse=naive_log_rmse,
+        mean_abs_relative_error=_error(predicted["value"], y[test]),
+        naive_mean_abs_relative_error=_error(naive, y[test]),
         not_identified=refit.not_identified,
         predictions=data.loc[test, list(result.law.variables)].assign(
             measured=y[test],
@@ -90,11 +86,9 @@ def largest(scale: Array, num_values: int, name: str) -> Array:
     return scale >= values[-num_values]
 
 
-def errors(predicted: Array, measured: Array) -> tuple[float, float]:
-    """Mean absolute relative error and root mean square log error."""
-    ratio = np.asarray(predicted, float) / np.asarray(measured, float)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.mean(np.abs(ratio - 1))), float(np.sqrt(np.mean(np.log(ratio) ** 2)))
+def _error(predicted: Array, measured: Array) -> float:
+    """Mean absolute relative error."""
+    return float(np.mean(np.abs(np.asarray(predicted, float) / measured - 1)))
 
 
 def _line(scale: Array, y: Array, train: Array, others: list[Array], i: int) -> float:

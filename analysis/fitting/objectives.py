@@ -12,6 +12,7 @@ import numpy as np
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array
+from aimscale.analysis.words import did_you_mean
 
 SMALLEST_DELTA = 1e-9
 """Least width of a zone that is found from residuals: those of a table without noise are rounding errors."""
@@ -80,5 +81,5 @@ def find_objective(name: str | Objective) -> Objective:
     try:
         return huber_log(float(delta)) if base == "huber_log" and delta else OBJECTIVES[name]
     except (KeyError, ValueError):
-        known = ", ".join((*OBJECTIVES, "huber_log:WIDTH"))
-        raise AnalysisError(f"There is no objective named {name!r}; the objectives are {known}.") from None
+        known = did_you_mean(base, OBJECTIVES, "the objectives are")
+        raise AnalysisError(f"There is no objective named {name!r}; {known}") from None

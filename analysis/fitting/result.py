@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.groups import Groups
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
-from aimscale.analysis.words import NOT_IDENTIFIED, Flag, fit_sentence, held_out_sentence, interval_words
+from aimscale.analysis.words import NOT_IDENTIFIED, Flag, fit_sentences, held_out_sentence, interval_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,6 @@ class Interval:
 
     low: float
     high: float
-    confidence: float = 0.95
     method: str = ""
     """How it was found, where that is not how the fit's other intervals were."""
 
@@ -38,13 +37,17 @@ class Interval:
         return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else "(no interval)"
 
 
-def interval(draws: Array, confidence: float) -> Interval:
+CONFIDENCE = 0.95
+"""Coverage of every interval."""
+TAILS = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
+"""The percentiles at its ends."""
+
+
+def interval(draws: Array) -> Interval:
     """Percentile interval of the finite draws; NaN without any."""
     finite = draws[np.isfinite(draws)]
-    low, high = (
-        (np.nan, np.nan) if finite.size == 0 else np.quantile(finite, [(1 - confidence) / 2, (1 + confidence) / 2])
-    )
-    return Interval(low=float(low), high=float(high), confidence=confidence)
+    low, high = np.percentile(finite, TAILS) if finite.size else (np.nan, np.nan)
+    return Interval(low=float(low), high=float(high))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -59,12 +62,8 @@ class HeldOut(Result):
     num_test: int
     mean_abs_relative_error: float
     """Mean of |prediction / measurement - 1|."""
-    log_rmse: float
-    """Root mean square of ln prediction - ln measurement."""
     naive_mean_abs_relative_error: float
     """The same error of the naive baseline, a straight line in log-log."""
-    naive_log_rmse: float
-    """The same of the naive baseline."""
     not_identified: frozenset[str]
     """Parameters that the points which were left do not pin down: a law with such exponents was not tested."""
     predictions: pd.DataFrame = field(repr=False)
@@ -115,7 +114,7 @@ class Fit(Result):
     ranges: dict[str, tuple[float, float]]
     """Smallest and largest value of each variable among the fitted points."""
     columns: dict[str, str]
-    """Variable, 'y' and, where they are a column, 'weight' -> column of the table."""
+    """Variable and 'y' -> column of the table."""
     data: pd.DataFrame = field(repr=False)
     """The fitted points: variables, y, weight, fitted, residual (of T(y)); index as in the table."""
     law_params: dict[str, float] = field(repr=False)
@@ -128,7 +127,6 @@ class Fit(Result):
     """Variance components of sizes, runs and points; None without draws."""
     limits: tuple[float, float] | None = None
     """Values that y cannot leave, such as chance and 1 of an accuracy."""
-    confidence: float = 0.95
     names: dict[str, str] = field(default_factory=dict)
     """Column -> its name in the file, where `--columns` renamed it."""
     loss_unit: str = ""
@@ -164,8 +162,7 @@ class Fit(Result):
         beyond_range: the largest factor by which a variable lies outside the fitted range (1 inside).
 
         The confidence interval covers the uncertainty of the curve, the prediction interval also the scatter of a
-        measurement around it, of the weight that the table gives it in the fit's column of weights (else of the fit's
-        median weight). Both are NaN without draws.
+        measurement of the fit's median weight around it. Both are NaN without draws.
         """
         x = self.variables(df)
         value = np.broadcast_to(self.law.value(x, self.law_params), (len(x[self.law.variables[0]]),))
@@ -173,15 +170,13 @@ class Fit(Result):
         out = {"value": value} | dict.fromkeys(("ci_lo", "ci_hi", "pi_lo", "pi_hi"), nan)
         if self.draws:
             curves = np.broadcast_to(self.law.value(x, self.draws), (self.num_draws, len(value)))
-            tails = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
-            out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, tails, axis=0)
-            name, usual = self.columns.get("weight", ""), np.full(len(value), self.data["weight"].median())
+            out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, TAILS, axis=0)
             assert self.errors is not None
-            weights = np.asarray(df[name], float) if name in df else usual
+            weights = np.full(len(value), self.data["weight"].median())
             noise = self.errors.scatter(weights, self.num_draws, np.random.default_rng([0, 2]))
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                 measured = self.objective.inverse(self.objective.transform(curves) + noise)
-            out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, tails, axis=0)
+            out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, TAILS, axis=0)
         if self.limits is not None:
             # a curve stays above chance; one measured accuracy may fall below it, though not below 0
             low, high = self.limits
@@ -202,10 +197,10 @@ class Fit(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a parameter: parameter, value, low, high, confidence, note."""
+        """One row a parameter: parameter, value, low, high, method, note."""
         rows = []
         for name, value in self.params.items():
-            i = self.intervals.get(name, Interval(low=np.nan, high=np.nan, confidence=np.nan))
+            i = self.intervals.get(name, Interval(low=np.nan, high=np.nan))
             notes = ["held"] * (name in self.fixed) + [str(flag) for flag in self.flags if flag.subject == name]
             shown = NOT_IDENTIFIED if name in self.not_identified else value
             rows.append({"parameter": name, "value": shown, **vars(i), "note": " ".join(notes)})
@@ -217,14 +212,14 @@ class Fit(Result):
         return f"{self.law.formula}, {self.columns['y']} of {self.num_points} points{flags}"
 
     def summary(self) -> str:
-        """The parameters with their intervals, then the fit as prose."""
+        """The parameters with their intervals, then what else there is to say, a sentence a line."""
         width = max(map(len, self.params))
         lines = [f"  {name:<{width}}  {self.shown(name)}" for name in self.params]
-        return "\n".join([self.law.formula, "", *lines, "", self.sentence()])
+        return "\n".join([*lines, "", *self.sentences()])
 
-    def sentence(self) -> str:
-        """The fit as prose: law, variables, objective, n, exclusions, range, intervals, held-out error, flags."""
-        return fit_sentence(self)
+    def sentences(self) -> list[str]:
+        """Variables, objective, n, exclusions, range, intervals, held-out errors, flags."""
+        return fit_sentences(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the data and the draws, in plain types."""

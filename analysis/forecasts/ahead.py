@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from aimscale.analysis.forecasts.points import AUTO, Forecaster, accuracy_foreca
 from aimscale.analysis.forecasts.record import Record, record
 from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.laws.base import Law
-from aimscale.analysis.table.names import LETTERS, Exclusion, names_of
+from aimscale.analysis.table.names import Exclusion, names_of
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.read import probe_frame, read_table
+from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.words import Flag
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
@@ -92,7 +91,6 @@ def forecast(
     *,
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
 ) -> Ahead:
     """Forecast the loss at scales not trained yet, and every probe's accuracy, directly or by way of the loss.
 
@@ -101,7 +99,6 @@ def forecast(
         at: N and D of a run (C, or U of repeated data, where the laws have them), or several.
         law: "auto", or the laws to try (`forecaster`), or what forecasts the loss.
         y: column of the loss.
-        columns: variable of the laws -> column.
 
     Raises:
         AnalysisError: a variable is missing or unknown, or no law can be fitted.
@@ -112,7 +109,7 @@ def forecast(
     scales = [dict(at)] if isinstance(at, Mapping) else [dict(each) for each in at]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")
-    loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, columns=columns)
+    loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
     by = {y: loss}
     flags = []
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
@@ -120,7 +117,7 @@ def forecast(
         name = ":".join(map(str, key))
         try:
             known = probed.dropna(subset=["top1", y])
-            by[name] = accuracy_forecaster(known, law=loss.basis.laws, loss=y, columns=columns)
+            by[name] = accuracy_forecaster(known, law=loss.basis.laws, loss=y)
         except AnalysisError as error:
             flags.append(Flag(kind="not_forecast", subject=name, more=(str(error),)))
     rows = [_row(name, found, number, each) for number, each in enumerate(scales) for name, found in by.items()]
@@ -137,26 +134,6 @@ def forecast(
 def _row(name: str, found: Forecaster, number: int, at: Mapping[str, float]) -> pd.DataFrame:
     row = found.predict(at).assign(at=number, quantity=name, **at)
     return row[["at", *at, "quantity", *ENDS, "distance", "rival_lo", "rival_hi"]]
-
-
-def read_scales(texts: Sequence[str], option: str) -> list[dict[str, float]]:
-    """Scales from options: each `N=1e9,D=2B`, or a table with columns of these names.
-
-    Raises:
-        AnalysisError: not of that form, or a file that is no such table.
-    """
-    found: list[dict[str, float]] = []
-    for text in texts:
-        if "=" in text:
-            found.append(parse_scale(text, option))
-            continue
-        rows = read_table(Path(text)).rename(columns=LETTERS)
-        named = [name for name in ("N", "D", "U", "C") if name in rows]
-        values = rows[named].apply(pd.to_numeric, errors="coerce")
-        if not named or not bool((values > 0).all(axis=None)):
-            raise AnalysisError(f"{option} takes a table with positive columns N and D, which {text} is not.")
-        found += [{str(v): float(x) for v, x in row.items()} for row in values.to_dict("records")]
-    return found
 
 
 def parse_scale(text: str, option: str) -> dict[str, float]:

@@ -7,10 +7,9 @@ says which columns are accuracies, as `--columns` does.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -51,9 +50,7 @@ class BoardTable:
     licence: str
     rows: str
     """What was kept and how it was derived."""
-    frame: pd.DataFrame = field(repr=False)
-    key: str
-    """Hash of the file."""
+    frame: pd.DataFrame
 
 
 def read_board(folders: Sequence[Path]) -> list[BoardTable]:
@@ -73,9 +70,8 @@ def read_board(folders: Sequence[Path]) -> list[BoardTable]:
 
 def _board_table(path: Path) -> BoardTable:
     frame = read_table(path, {"L": "loss"})  # says it where there is no such file
-    text = path.read_text(errors="replace")
     notes: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         if not line.startswith("# "):
             break
         key, _, value = line[2:].partition(": ")
@@ -91,39 +87,13 @@ def _board_table(path: Path) -> BoardTable:
         licence=notes["licence"],
         rows=notes["rows"],
         frame=frame,
-        key=hashlib.sha256(text.encode()).hexdigest()[:16],
     )
 
 
-def play(tables: Sequence[BoardTable], parts: Path, workers: int) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Forecasts of every table, as each is done; those that `parts` holds of the same file and code are not made again.
-
-    Yields:
-        The table's name and one row per cut, quantity, method and point (see `forecast_cuts`); no rows where no cut
-        leaves enough.
-    """
-    parts.mkdir(parents=True, exist_ok=True)
-    code = _code_key()
-    places = {table.name: parts / f"{table.name}-{table.key}-{code}.parquet" for table in tables}
-    waiting = [table for table in tables if not places[table.name].exists()]
-    for table in tables:
-        if places[table.name].exists():
-            yield table.name, pd.read_parquet(places[table.name])
+def play(tables: Sequence[BoardTable], workers: int) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The name of every table and its forecasts, as each is done (see `forecast_cuts`)."""
     with ProcessPoolExecutor(workers) as pool:
-        for table, rows in zip(waiting, pool.map(forecast_cuts, waiting), strict=True):
-            aside = places[table.name].with_suffix(".part")
-            rows.to_parquet(aside)
-            aside.replace(places[table.name])
-            yield table.name, rows
-
-
-def _code_key() -> str:
-    """Hash of everything that a forecast is made by."""
-    digest = hashlib.sha256()
-    for folder in ("accuracy", "fitting", "forecasts", "frontier", "laws", "table"):
-        for path in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+        yield from zip((table.name for table in tables), pool.map(forecast_cuts, tables), strict=True)
 
 
 def forecast_cuts(table: BoardTable) -> pd.DataFrame:

@@ -179,6 +179,8 @@ def _fitted(problem: Problem, groups: Groups) -> _Fitted:
     params = {name: float(v[0]) for name, v in problem.params_of(minima[0].vector[None]).items()}
     x = {v: values[: problem.num_points] for v, values in problem.x.items() if v in problem.law.variables}
     slopes = problem.law.slopes(x, params, log=problem.objective.log)[:, problem.movable]
+    if not np.isfinite(slopes).all():
+        raise AnalysisError("its optimum lies where it has no finite derivatives.")
     seen, _ = with_spread(groups, slopes)
     errors = components_of(slopes, problem.residual(minima[0].vector), problem.weights, seen)
     root = np.sqrt(problem.weights)

@@ -67,17 +67,15 @@ class Basis:
             x["C"] = self.cost.flops(x["N"], x["D"])
         if "U" in self.variables and "U" not in x and "D" in x:
             x["U"] = x["D"]
-        told = ("C",) if self.cost is not None else ()  # by N and D
-        if missing := [v for v in self.variables if v not in x and (v not in told or {"N", "D"} <= set(x))]:
+        missing = [v for v in self.variables if v not in x]
+        if missing := [v for v in missing if v != "C" or self.cost is None] or missing:  # N and D tell C
             raise AnalysisError(
                 f"The scale needs {' and '.join(missing)}, as in {','.join(f'{v}=1e9' for v in missing)}."
             )
         return x
 
 
-def candidates(
-    laws: Sequence[Law | str] | str, df: pd.DataFrame, columns: Mapping[str, str] | None = None
-) -> list[Law]:
+def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> list[Law]:
     """The laws that a name, several, `auto` (joint laws) or `auto:N` (laws of N alone) stand for on this table.
 
     Raises:
@@ -90,27 +88,28 @@ def candidates(
         return [find_law(name.strip()) for name in laws.split(",")]
     if variable:
         return [find_law(f"{law}:{variable}") for law in ONE_VARIABLE]
-    unique, seen = (_column(df, columns, v) for v in ("U", "D"))
-    sights = df[seen] / df[unique] if unique is not None and seen is not None else pd.Series(dtype=float)
-    several = unique is not None and varies(df[unique])
-    repeats = several and bool((pd.to_numeric(sights, errors="coerce") > REPEATS_FROM).any())
-    return [find_law(law) for law in (*JOINT, *(WITH_REPEATS if repeats else ()))]
+    unique, seen = (_column(df, v) for v in ("U", "D"))
+    names = JOINT
+    if unique is not None and seen is not None and varies(df[unique]):
+        pools, images = (pd.to_numeric(df[name], errors="coerce") for name in (unique, seen))
+        names += WITH_REPEATS if (images / pools > REPEATS_FROM).any() else ()
+    return [find_law(law) for law in names]
 
 
-def basis(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str, columns: Mapping[str, str] | None = None) -> Basis:
+def basis(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str) -> Basis:
     """The usable rows of a table, for these laws.
 
     Raises:
         AnalysisError: a column is missing, no row is usable, or the laws are of different variables than the table.
     """
-    df = with_compute(df, columns)
-    found = tuple(candidates(laws, df, columns))
+    df = with_compute(df)
+    found = tuple(candidates(laws, df))
     if y not in df.columns:
         raise no_column(df, y, " to forecast")
     names: dict[str, str] = {}
     for law in found:
-        names |= resolve_columns(law, df, columns)
-    extra = {v: name for v in ("N", "D", "C") if (name := _column(df, columns, v)) is not None}
+        names |= resolve_columns(law, df)
+    extra = {v: name for v in ("N", "D", "C") if (name := _column(df, v)) is not None}
     used = usable_rows(df, {**extra, **names, "y": y})
     numbers = used.numbers
     if numbers.empty:
@@ -159,33 +158,22 @@ class Forecaster:
         return next(law for law in self.basis.laws if law.name == self.stack.best.removesuffix(THROUGH))
 
 
-def forecaster(
-    df: pd.DataFrame,
-    *,
-    law: Sequence[Law | str] | str = AUTO,
-    y: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
-) -> Forecaster:
+def forecaster(df: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, y: str = "val_loss") -> Forecaster:
     """Laws of a loss, weighted by how well each predicts a table's own larger runs from its smaller ones.
 
     Args:
         law: laws to try: "auto", "auto:C" for those of C alone, names with commas, or laws.
         y: column to forecast, a loss or another positive quantity that falls with scale.
-        columns: variable of the laws -> column.
 
     Raises:
         AnalysisError: a column is missing, or no law can be fitted.
     """
-    found = basis(df, law, y, columns)
+    found = basis(df, law, y)
     return Forecaster(basis=found, stack=stacked(found.points, fitter(found.laws)))
 
 
 def accuracy_forecaster(
-    probed: pd.DataFrame,
-    *,
-    law: Sequence[Law | str] | str = AUTO,
-    loss: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
+    probed: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, loss: str = "val_loss"
 ) -> Forecaster:
     """Laws of an accuracy's error rate, and links to it from the loss, weighted alike.
 
@@ -196,7 +184,7 @@ def accuracy_forecaster(
         AnalysisError: as `forecaster`.
     """
     errors = (1 - pd.to_numeric(probed["top1"], errors="coerce")).clip(lower=LEAST_ERROR)
-    found = basis(probed.assign(**{ERROR: errors}), law, ERROR, columns)
+    found = basis(probed.assign(**{ERROR: errors}), law, ERROR)
     rows = probed.loc[found.index]
     losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else None
     usable = losses is not None and bool(np.all(losses > 0))
@@ -238,16 +226,16 @@ def _tried(law: Law, points: Measured) -> Curve | str:
         return str(error)
 
 
-def _column(df: pd.DataFrame, columns: Mapping[str, str] | None, variable: str) -> str | None:
+def _column(df: pd.DataFrame, variable: str) -> str | None:
     """The table's column of a variable, if it has one."""
-    name = (columns or {}).get(variable) or our_name(df, variable)
+    name = our_name(df, variable)
     return name if name in df.columns else None
 
 
-def with_compute(df: pd.DataFrame, columns: Mapping[str, str] | None) -> pd.DataFrame:
+def with_compute(df: pd.DataFrame) -> pd.DataFrame:
     """The table with a column C = 6 N D where it counts no FLOPs of its own."""
-    n, d = _column(df, columns, "N"), _column(df, columns, "D")
-    if _column(df, columns, "C") is not None or n is None or d is None:
+    n, d = _column(df, "N"), _column(df, "D")
+    if _column(df, "C") is not None or n is None or d is None:
         return df
     size, seen = (pd.to_numeric(df[name], errors="coerce").astype(float) for name in (n, d))  # integers overflow
     return df.assign(C=6 * size * seen)

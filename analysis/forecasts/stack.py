@@ -18,6 +18,7 @@ from scipy.stats import t as student
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.forecasts.curves import Curve, Measured
 from aimscale.analysis.laws.base import Array
 
@@ -33,7 +34,6 @@ UNTESTED = 2.0
 """Where a table is too small for backtests: their error in units of the noise."""
 DOF = 6.0
 """Degrees of freedom of the errors: tables differ in more than their backtests show."""
-CONFIDENCE = 0.95
 TERMS = ("noise", "parameters", "laws", "misfit")
 """Parts of the error."""
 

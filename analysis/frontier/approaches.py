@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,35 +87,29 @@ class Approaches(Result):
 
 
 def all_approaches(
-    df: pd.DataFrame,
-    *,
-    y: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
-    law: Law | Fit | str = "chinchilla",
-    resamples: int = 500,
+    df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "chinchilla", resamples: int = 500
 ) -> Approaches:
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
 
     Args:
         y: what is lowest at the optimum: a loss, or the error rate of a probe (`table.measures.to_minimise`).
-        columns: N, D or C -> column.
         law: that of approach 3, or a fit of it to this table.
 
     Raises:
         AnalysisError: a column is missing, no row is usable, or no approach is possible.
     """
-    points_of(df, y=y, columns=columns)  # raises before an approach is blamed for a missing column
-    options: dict[str, Any] = {"y": y, "columns": columns, "resamples": resamples}
+    points_of(df, y)  # raises before an approach is blamed for a missing column
+    options: dict[str, Any] = {"y": y, "resamples": resamples}
     law = find_law(law) if isinstance(law, str) else law
 
     def parametric() -> Frontier:
         if isinstance(law, Fit):
-            return parametric_frontier(law, df, columns=columns)
+            return parametric_frontier(law, df)
         try:
             found = fit(law, df, **options)
         except AnalysisError as error:
             raise NoFrontier(Flag(kind="no_law", subject=law.name, more=(str(error),))) from None
-        return parametric_frontier(found, df, columns=columns)
+        return parametric_frontier(found, df)
 
     attempts = (lambda: envelope_frontier(df, **options), lambda: isoflop_frontier(df, **options), parametric)
     frontiers, failures = [], {}
@@ -166,7 +159,7 @@ def gap_to_loss(found: Approaches, df: pd.DataFrame, y: str, **options: Any) -> 
         return None
 
 
-def gap(found: Approaches, other: Approaches, *, confidence: float = 0.95) -> Gap | None:
+def gap(found: Approaches, other: Approaches) -> Gap | None:
     """How far apart the optima by two measures are, by the last approach that knows it; None where none does.
 
     The errors of the two are taken for independent, which widens the interval where they go together.
@@ -184,7 +177,7 @@ def gap(found: Approaches, other: Approaches, *, confidence: float = 0.95) -> Ga
             exponents=(f.exponent_words(), g.exponent_words()),
             flops=flops,
             ratio=float(f.at(flops)["N"].iloc[0] / g.at(flops)["N"].iloc[0]),
-            ratio_interval=interval(ratios, confidence),
+            ratio_interval=interval(ratios),
         )
         if each.ratio_interval.is_known:
             return each

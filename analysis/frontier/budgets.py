@@ -153,7 +153,7 @@ def with_budgets(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = N
     Runs of one budget differ in C by less than what tells budgets apart; held out by C, they belong together.
     """
     try:
-        found = isoflop_budgets(points_of(df, y=y, columns=columns))
+        found = isoflop_budgets(points_of(df, y, columns))
     except AnalysisError:  # no C, or nothing usable: no such design
         return df
     return df if found is None else df.assign(C=found)

@@ -11,7 +11,6 @@ scatters is its error. No law is assumed, and interpolated budgets count for no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -36,29 +35,21 @@ MIN_CUBIC = 30
 """Points from which on the surface is cubic; the quadratic one misfits, so its intervals are wide."""
 
 
-def envelope_frontier(
-    df: pd.DataFrame,
-    *,
-    y: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
-    resamples: int = 500,
-    seed: int = 0,
-) -> Frontier:
+def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 500) -> Frontier:
     """Approach 1: compute-optimal size by the envelope of training curves, read at `NUM_BUDGETS` budgets.
 
     Args:
-        columns: N, D or C -> column.
         resamples: simulated tables, from which the interval is read.
 
     Raises:
         NoFrontier: fewer than three sizes were measured at two budgets or more, or the envelope never changes hands.
         AnalysisError: a column is missing.
     """
-    points = points_of(df, y=y, columns=columns)
+    points = points_of(df, y)
     num_curves = len(points[["N", "C"]].drop_duplicates().loc[lambda cells: cells.duplicated("N"), "N"].unique())
     if num_curves < MIN_SIZES[1]:
         raise NoFrontier(Flag(kind="few_curves", number=num_curves))
-    found = _frontier(points, interpolated(points, NUM_BUDGETS), 1, resamples, seed)
+    found = _frontier(points, interpolated(points, NUM_BUDGETS), 1, resamples)
     sizes = np.log(np.unique(points["N"]))
     nearest = np.abs(np.log(found.pairs["N"].to_numpy())[:, None] - sizes).argmin(axis=1)
     if len(np.unique(nearest)) < 2:
@@ -67,28 +58,21 @@ def envelope_frontier(
     return replace(found, method=method, refusals=())
 
 
-def isoflop_frontier(
-    df: pd.DataFrame,
-    *,
-    y: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
-    resamples: int = 500,
-    seed: int = 0,
-) -> Frontier:
+def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 500) -> Frontier:
     """Approach 2: compute-optimal size by a parabola at each budget that sizes share; arguments as of approach 1.
 
     Raises:
         NoFrontier: fewer than two budgets with an interior, convex minimum; each refused budget is a flag.
         AnalysisError: a column is missing.
     """
-    points = points_of(df, y=y, columns=columns)
-    found = _frontier(points, shared_budgets(points), 2, resamples, seed)
+    points = points_of(df, y)
+    found = _frontier(points, shared_budgets(points), 2, resamples)
     num = len(found.pairs) + len(found.refusals)
     method = f"parabolas in ln N at {len(found.pairs)} of {num} budgets, then a plain line"
     return replace(found, method=method, left_out=without_budgets(found.pairs))
 
 
-def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: int, seed: int) -> Frontier:
+def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: int) -> Frontier:
     """The line through the minima of all budgets that have one, with its interval from `num` simulated tables."""
     log_losses = np.log(points["loss"].to_numpy())[None]
     rows, accepted, refusals = [], [], []
@@ -108,7 +92,7 @@ def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: i
     log_c = np.log(pairs["C"].to_numpy())
     [line] = _lines_through(log_c, np.log(pairs["N"].to_numpy())[None])
     errors, method = np.full((1, 2), np.nan), "no interval: no tables were simulated"
-    if (tables := _simulated(points, num, seed)) is not None:
+    if (tables := _simulated(points, num)) is not None:
         lines = _lines_through(log_c, np.stack([each.minima(tables, approach)[0] for each in accepted], axis=1))
         known = np.isfinite(lines[1:] - lines[0]).all(axis=1)
         method = "no interval: most simulated tables have no frontier"
@@ -119,7 +103,7 @@ def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: i
         approach=approach,
         method="",
         exponent=float(line[1]),
-        exponent_interval=replace(interval(draws[:, 1], 0.95), method=method),
+        exponent_interval=replace(interval(draws[:, 1]), method=method),
         log_k=float(line[0]),
         draws=draws,
         cost=cost,
@@ -129,7 +113,7 @@ def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: i
     )
 
 
-def _simulated(points: pd.DataFrame, num: int, seed: int) -> Array | None:
+def _simulated(points: pd.DataFrame, num: int) -> Array | None:
     """ln losses (1 + num, n) of tables by a polynomial of ln N and ln D, the first without errors; None with too few
     points."""
     x = {v: points[v].to_numpy(float) for v in ("N", "D")}
@@ -142,7 +126,7 @@ def _simulated(points: pd.DataFrame, num: int, seed: int) -> Array | None:
     clean = design @ np.linalg.lstsq(design, log_loss, rcond=None)[0]
     groups, _ = with_spread(groups_of(points, x), design)
     errors = components_of(design, log_loss - clean, weights, groups)
-    return clean + np.insert(errors.simulate(weights, groups, num, np.random.default_rng([seed, 3])), 0, 0.0, axis=0)
+    return clean + np.insert(errors.simulate(weights, groups, num, np.random.default_rng([0, 3])), 0, 0.0, axis=0)
 
 
 def _lines_through(log_c: Array, log_n: Array) -> Array:

@@ -52,7 +52,7 @@ def cost_of(num_params: Array, samples: Array, flops: Array) -> Cost:
     return Cost(kappa=float(np.exp(intercept)), s=s)
 
 
-def points_of(df: pd.DataFrame, *, y: str, columns: Mapping[str, str] | None) -> pd.DataFrame:
+def points_of(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
     """N, D, C and loss of the usable rows, under these names, with what tells sizes and runs apart (index kept).
 
     Raises:

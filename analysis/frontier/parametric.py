@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +31,7 @@ MIN_WITH_MINIMUM = 0.5
 """Share of a law's draws that need a minimum for an interval to be read from these."""
 
 
-def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str] | None = None) -> Frontier:
+def parametric_frontier(fit: Fit, df: pd.DataFrame) -> Frontier:
     """Approach 3: the minimum of a law of N and D (of C too, and of U = D) along C = kappa N^(1+s) D.
 
     In closed form for the chinchilla and coupled laws, else numerically; a frontier that is no power of C keeps its
@@ -48,7 +47,7 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
         )
     if {*EXPONENTS.get(fit.law.name, ())} & fit.not_identified:
         raise NoFrontier(Flag(kind="no_exponents", subject=fit.law.name))
-    points = points_of(df, y=fit.columns["y"], columns=columns or fit.columns)
+    points = points_of(df, fit.columns["y"], fit.columns)
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
     span = (float(points["C"].min()), float(points["C"].max()))
     curve = None
@@ -59,7 +58,7 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame, *, columns: Mapping[str, str
         curve = partial(_curve, fit, cost, (float(points["N"].min()), float(points["N"].max())))
         line, draws, is_straight = _line_of(fit, curve, span)
         curve = None if is_straight else curve
-    ends = interval(draws[:, 1], fit.confidence)
+    ends = interval(draws[:, 1])
     if ends.is_known and ends.high - ends.low > WIDE:
         raise NoFrontier(Flag(kind="no_exponents", subject=fit.law.name))
     is_form = len(draws) > 1 and ends.high - ends.low < FORM_ALONE

@@ -11,7 +11,7 @@ import pandas as pd
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import Fit, Interval
+from aimscale.analysis.fitting.result import CONFIDENCE, TAILS, Fit, Interval
 from aimscale.analysis.frontier.optimum import Cost
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.words import Flag, flag_words
@@ -63,8 +63,7 @@ class Frontier(Result):
         c = np.atleast_1d(np.asarray(flops, float))
         log_n, log_draws = self.log_sizes(c)
         n, n_draws = np.exp(log_n), np.exp(log_draws)
-        tails = [50 * (1 - self.exponent_interval.confidence), 50 * (1 + self.exponent_interval.confidence)]
-        n_lo, n_hi = np.percentile(n_draws, tails, axis=0) if len(n_draws) else np.full((2, len(c)), np.nan)
+        n_lo, n_hi = np.percentile(n_draws, TAILS, axis=0) if len(n_draws) else np.full((2, len(c)), np.nan)
         out = {"C": c, "N": n, "N_lo": n_lo, "N_hi": n_hi, "D": self.cost.samples(c, n)}
         out |= {"D_lo": self.cost.samples(c, n_hi), "D_hi": self.cost.samples(c, n_lo)}
         if self.law is not None:
@@ -89,7 +88,7 @@ class Frontier(Result):
     def sentence(self) -> str:
         """The exponent with its interval, method, range and refusals."""
         i = self.exponent_interval
-        interval = f"{i.words()} ({i.confidence:.0%}, {i.method})" if i.is_known else f"({i.method})"
+        interval = f"{i.words()} ({CONFIDENCE:.0%}, {i.method})" if i.is_known else f"({i.method})"
         text = (
             f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} {interval}, "
             f"C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."

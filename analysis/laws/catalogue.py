@@ -12,6 +12,7 @@ import numpy as np
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Bounds, Columns, Law, Parameter, Params, coefficient, exponent, scale_of
 from aimscale.analysis.laws.interacting import OPTIMAL_EXPONENTS, coupled, farseer, overfitting
+from aimscale.analysis.words import did_you_mean
 
 Parts = tuple[Any, ...]
 
@@ -288,5 +289,5 @@ def find_law(name: str) -> Law:
     if base in _ONE_VARIABLE and variable:
         return _ONE_VARIABLE[base](variable)
     if name not in LAWS:
-        raise AnalysisError(f"There is no law named {name!r}; the laws are {', '.join(LAWS)}.")
+        raise AnalysisError(f"There is no law named {name!r}; {did_you_mean(base, LAWS, 'such as')}")
     return LAWS[name]

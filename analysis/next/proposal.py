@@ -211,7 +211,6 @@ def propose(
     unit: str = "GPU-hours",
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
-    columns: Mapping[str, str] | None = None,
 ) -> Proposal:
     """The runs on offer that leave the forecast at the target the least variance for the budget.
 
@@ -221,15 +220,14 @@ def propose(
         budget: what may be spent, in units of the prices.
         unit: its name.
         law: laws to forecast by, as `forecaster` takes them; the worth of runs is by the best of them.
-        columns: variable of the law -> column of df.
 
     Raises:
         AnalysisError: the target lacks a variable or names an unknown one, nothing is affordable, or the law cannot be
             fitted.
     """
-    df = with_compute(df, columns)
-    forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, columns=columns)
-    known = fit(forecast.law, df, y=y, columns=columns, resamples=DRAWS)
+    df = with_compute(df)
+    forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
+    known = fit(forecast.law, df, y=y, resamples=DRAWS)
     named = [v for v in ("N", "D", "U", "C") if v in offer]
     offer = offer.reset_index(drop=True).assign(**forecast.basis.place({v: offer[v].to_numpy(float) for v in named}))
     basket = buy(known, offer, offer["price"].to_numpy(float), forecast.basis.place(target), budget=budget)
@@ -267,8 +265,10 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
         N and D of every combination that is smaller than the target in N D and not in the table.
 
     Raises:
-        AnalysisError: there is none.
+        AnalysisError: there is none, or the target lacks N or D.
     """
+    if lost := [v for v in ("N", "D") if v not in target]:
+        raise AnalysisError(f"The target needs {' and '.join(lost)}, as in {','.join(f'{v}=1e9' for v in lost)}.")
     axes = []
     for v in ("N", "D"):
         values = np.unique(df[v].to_numpy(float))

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
+from aimscale.analysis.errors import AnalysisError
+
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#d9dde3", "#ffffff"
 ACCENT, SECOND = "#0b62a8", "#c8590a"
 """One series against another: blue and vermilion, of different lightness."""
@@ -220,7 +222,13 @@ def _savefig(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.svg and `stem`.png; returns their paths."""
+    """Write `stem`.svg and `stem`.png; returns their paths.
+
+    Raises:
+        AnalysisError: the path names no file.
+    """
+    if stem.name in ("", ".."):
+        raise AnalysisError(f"'{stem}' names no figure; give a path such as figures/loss")
     paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
     paths[0].write_text(svg_text(figure), encoding="utf-8")
     paths[1].write_bytes(png_bytes(figure))

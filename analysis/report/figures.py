@@ -57,10 +57,7 @@ def _law_caption(study: Study, key: str) -> str:
     """Formula, parameters with intervals, points and rows of a fit."""
     fit = study.fits[key]
     values = "; ".join(f"{p.name} = {fit.shown(p.name)}" for p in fit.law.parameters)
-    return (
-        f"{fit.law.formula}: {values}. Brackets: {100 * fit.confidence:.0f} % intervals, shaded for the curve. "
-        f"{fit.num_points} points."
-    )
+    return f"{fit.law.formula}: {values}. Brackets: 95 % intervals, shaded for the curve. {fit.num_points} points."
 
 
 def _scaling(study: Study) -> Iterator[PageFigure]:

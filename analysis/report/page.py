@@ -38,7 +38,6 @@ def write_report(
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
     best: Sequence[str] = (),
-    measures: Sequence[str] = (),
     resamples: int = 1000,
 ) -> Path:
     """Analyse tables and write the page.
@@ -49,7 +48,6 @@ def write_report(
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
         best: tuned columns of which only the best value counts, see `table.select.best_of`.
-        measures: probes, TASK:KIND, whose best size the page tells; none takes the first few.
 
     Returns:
         Path of the page.
@@ -62,7 +60,7 @@ def write_report(
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    page = render(study_tables(paths, frame, _read_collects(paths), measures=measures, resamples=resamples))
+    page = render(study_tables(paths, frame, _read_collects(paths), resamples))
     out = out or paths[0].with_name("report.html")
     out = out / "report.html" if out.is_dir() else out
     try:
@@ -77,7 +75,7 @@ def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
     """The collect.json beside every table, joined: descriptions, completions with their whole paths, machines."""
     completions, machines, descriptions = [], [], []
     for path in (path.with_name("collect.json") for path in paths):
-        if not path.exists():
+        if not path.is_file():
             continue
         try:
             collect = json.loads(path.read_text())
@@ -85,7 +83,7 @@ def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
             machines += [machine for machine in collect.get("machines", []) if machine not in machines]
             for entry in collect.get("completions", []):
                 completions.append({**entry, "path": str((path.parent / str(entry.get("path", ""))).absolute())})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise AnalysisError(f"cannot read {path} ({error}); collect the sweep again") from error
     return {"completions": completions, "machines": machines, "description": "; ".join(descriptions)}
 

@@ -82,8 +82,6 @@ class Study:
     """Budget of compute of every usable row in an iso-FLOP design; None in any other."""
     approaches: Approaches | None = None
     """Compute-optimal frontiers by the approaches that the table allows, approach 3 by the law that forecasts."""
-    measures: tuple[str, ...] = ()
-    """Probes, TASK:KIND, whose best size was asked for; none: the first few."""
     features: dict[str, Gap] = field(default_factory=dict)
     """Probe, TASK:KIND -> how far the best size by its error lies from that by the loss."""
     contrasts: dict[str, Contrasts] = field(default_factory=dict)
@@ -118,19 +116,8 @@ class Study:
             return None
 
 
-def study_tables(
-    paths: Sequence[Path],
-    frame: pd.DataFrame,
-    collect: dict[str, Any],
-    *,
-    measures: Sequence[str] = (),
-    resamples: int = 1000,
-) -> Study:
-    """Fit, test, correlate and compare what the tables allow.
-
-    Raises:
-        AnalysisError: a measure (TASK:KIND) is no accuracy of the tables.
-    """
+def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], resamples: int = 1000) -> Study:
+    """Fit, test, correlate and compare what the tables allow."""
     everything = usable_rows(frame)
     part = main_part(frame)
     fresh = fresh_part(usable_rows(part.rows).rows)
@@ -146,7 +133,6 @@ def study_tables(
         collect=collect,
         exclusions=[f"{each}." for each in everything.exclusions],
         resamples=resamples,
-        measures=tuple(measures),
     )
     if part.num_others:
         study.exclusions.append(
@@ -204,14 +190,13 @@ def _fit_laws(study: Study) -> None:
     if "ND" not in study.fits:
         return
     if "C" in rows:
-        study.budgets = isoflop_budgets(points_of(usable, y="val_loss", columns=None))
+        study.budgets = isoflop_budgets(points_of(usable, "val_loss"))
     study.fits["ND"] = _with_tests(study, study.fits["ND"])
     study.forecaster = study.attempt("Forecast", partial(forecaster, usable))
     study.law = study.fits["ND"]
     if study.forecaster is not None and study.forecaster.law.name != study.law.law.name:
         best = study.attempt(
-            "The law that forecasts best",
-            partial(fit, study.forecaster.law, with_compute(usable, None), resamples=resamples),
+            "The law that forecasts best", partial(fit, study.forecaster.law, with_compute(usable), resamples=resamples)
         )
         study.law = best or study.law
     if "C" in rows:
@@ -254,9 +239,7 @@ def _features(study: Study) -> None:
     """The best size by a probe's error beside that by the loss, both by the law that forecasts the loss."""
     options: dict[str, Any] = {"law": study.law.law if study.law else "chinchilla", "resamples": FEATURE_DRAWS}
     by_loss = study.approaches
-    names = study.measures or [f"{task}:{kind}" for kind, task in study.correlations][:MAX_FEATURES]
-    for name in study.measures:
-        to_minimise(study.usable, name)  # raises about a probe that was asked for and is not there
+    names = [f"{task}:{kind}" for kind, task in study.correlations][:MAX_FEATURES]
     for name in names if by_loss else ():
 
         def work(name: str = name) -> Gap | None:

@@ -205,7 +205,7 @@ def law_tables(study: Study) -> list[PageTable]:
             f"{'Rows that no cheaper one beats' if key == 'C' else 'Rows'}{whose}. Intervals: {fit.interval_method}.",
             fit.table.assign(shown=[fit.shown(name) for name in fit.params]),
             ("parameter", "shown", "note"),
-            {"shown": f"value [{100 * fit.confidence:.0f} % interval]"},
+            {"shown": "value [95 % interval]"},
         )
         for key, fit in study.fits.items()
     ]
@@ -270,9 +270,7 @@ def probe_table(study: Study) -> PageTable | None:
     frame = study.probes.copy()
     frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = _spans(frame["top1_lo95"], frame["top1_hi95"], percent)
-    frame["blocks"] = [
-        "–" if isinstance(b, float | None) else ", ".join(str(int(i)) for i in b) for b in frame["blocks"]
-    ]
+    frame["blocks"] = frame["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
     return page_table(
         "probes",
         "Frozen-feature accuracy" if study.is_ours else "Accuracy",

@@ -125,7 +125,7 @@ def _label(column: str) -> str:
 def methods(study: Study) -> Iterator[str]:
     """How the numbers were made; the (mis)fitting checklist, filled in by the fits themselves."""
     frame = study.frame
-    yield from (fit.sentence() for fit in study.fits.values())
+    yield from (" ".join(fit.sentences()) for fit in study.fits.values())
     if study.approaches is not None:
         yield from study.approaches.sentences()
     yield from (gap.sentence() for gap in study.features.values())

@@ -10,14 +10,12 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.names import MAX_NAMED, some
 from aimscale.analysis.table.schema import KNOWN
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import Flag, some
 
 LEVELS = ("chance", "ideal")
 """What `TASK:` is followed by to give a task's levels instead of an accuracy."""
 _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
-_RUN = re.compile(r"((wandb|run|exp|experiment|trial|job)[-_ ./]?)*(name|id)?", re.IGNORECASE)
 
 
 def is_accuracy(ours: str) -> bool:
@@ -78,24 +76,16 @@ def quoted(name: str) -> str:
 
 
 def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:
-    """What a foreign table seems to hold and nobody named: accuracies, and names of runs that have several budgets.
-
-    Nothing is decided by them. A flag's `more` has the columns, `MAX_NAMED` at most, its `number` counts them all.
-    """
+    """Accuracies that a foreign table seems to hold and nobody named; nothing is decided by them."""
     if "schema_version" in frame and frame["schema_version"].notna().any():
         return ()
-    names, found = [str(name) for name in frame.columns], []
-    has_probes = "probes" in frame and frame["probes"].map(len).any()
-    if accuracies := [name for name in names if not has_probes and looks_like_accuracy(frame, name)]:
-        percent = "/100" if frame[accuracies[0]].max() > 1 else ""
-        first = quoted(accuracies[0]) if percent else accuracies[0]
-        found.append(("accuracies_unnamed", accuracies, f"TASK:KIND={first}{percent}"))
-    if runs := [name for name in names if "run_id" not in frame and _names_runs(frame, name)]:
-        found.append(("runs_unnamed", runs, f"run_id={runs[0]}"))
-    return tuple(
-        Flag(kind=kind, subject=some(those), number=len(those), more=(typed, *those[:MAX_NAMED]))
-        for kind, those, typed in found
-    )
+    if "probes" in frame and frame["probes"].map(len).any():
+        return ()
+    names = [name for name in map(str, frame.columns) if looks_like_accuracy(frame, name)]
+    if not names:
+        return ()
+    typed = f"TASK:KIND={quoted(names[0])}/100" if frame[names[0]].max() > 1 else f"TASK:KIND={names[0]}"
+    return (Flag(kind="accuracies_unnamed", subject=some(names), more=(typed,)),)
 
 
 def looks_like_accuracy(frame: pd.DataFrame, name: str) -> bool:
@@ -104,13 +94,3 @@ def looks_like_accuracy(frame: pd.DataFrame, name: str) -> bool:
         return False
     values = frame[name].dropna().astype(float)
     return bool(len(values) and values.between(0, 100).all() and (values % 1 != 0).any())
-
-
-def _names_runs(frame: pd.DataFrame, name: str) -> bool:
-    """A column called like a run's name, whose values stand for one size and come back at other budgets only."""
-    if name in KNOWN or not name or not _RUN.fullmatch(name) or not {"params_total", "images_seen"} <= set(frame):
-        return False
-    rows = frame[[name, "params_total", "images_seen"]].dropna()
-    number = rows[name].nunique()
-    one_size = len(rows[[name, "params_total"]].drop_duplicates()) == number
-    return 1 < number < len(rows) and one_size and not rows.duplicated([name, "images_seen"]).any()

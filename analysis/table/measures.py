@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.names import MAX_NAMED, column_names, no_column, our_name, remember
+from aimscale.analysis.table.names import column_words, no_column, our_name, remember
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import accuracy_of, measured_by
+from aimscale.analysis.words import MAX_NAMED, accuracy_of, measured_by
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -104,8 +104,7 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
         raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
     if name not in rows or not pd.api.types.is_numeric_dtype(rows[name]):
         raise AnalysisError(
-            f"The table has no column of numbers {name!r} to measure (its columns: {column_names(rows, name)})"
-            f"{_accuracy_names(of_probes)}."
+            f"The table has no column of numbers {name!r}{_accuracy_names(of_probes)}; {column_words(rows, name)}"
         )
     return [Measure(column=name)]
 

@@ -6,14 +6,13 @@ pandas carries from frame to frame and into Parquet. Only this module reads and 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import EXCLUSIONS
+from aimscale.analysis.words import EXCLUSIONS, did_you_mean
 
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
@@ -22,8 +21,6 @@ LETTERS = {name: letter for letter, name in CANONICAL.items()}
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 _ORIGIN = "aimscale"
-MAX_NAMED = 5
-"""Columns that a sentence names at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,24 +82,13 @@ def their_name(frame: pd.DataFrame, name: str, words: str = "") -> str:
     return names_of(frame).get(name, words or name)
 
 
-def column_names(frame: pd.DataFrame, like: str = "") -> str:
-    """Some of a table's own columns, as its file calls them, for a sentence about one that it lacks.
-
-    `MAX_NAMED` at most, those that resemble `like` first.
-    """
-    names = [their_name(frame, str(name)) for name in frame.columns if name != FOLDER]
-    near = [*difflib.get_close_matches(like, names), *(name for name in names if like and like in name)]
-    return some(list(dict.fromkeys([*near, *names])))
-
-
-def some(names: Sequence[str]) -> str:
-    """`MAX_NAMED` of the names at most, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{', '.join(names[:MAX_NAMED])}{more}"
+def column_words(frame: pd.DataFrame, like: str) -> str:
+    """Which of a table's columns may be meant, or some of them, as its file calls them."""
+    return did_you_mean(like, (their_name(frame, str(n)) for n in frame.columns if n != FOLDER), "its columns are")
 
 
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
     """The error about a column that a table lacks: what for, the option that names it, what there is."""
     letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
     option = f"; name yours with --columns {letter}=THEIRS" if letter else ""
-    return AnalysisError(f"The table has no column {name!r}{why}{option}; its columns are {column_names(frame, name)}.")
+    return AnalysisError(f"The table has no column {name!r}{why}{option}; {column_words(frame, name)}")

@@ -12,8 +12,6 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, their_name
 
-WEIGHT = "weight"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Usable:
@@ -101,7 +99,7 @@ class Observations:
     """Rows of the table as it was given: what was chosen from it (--where, --best-of) is no part of it any more."""
 
 
-def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None) -> dict[str, str]:
+def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:
     """Column of each variable: named by the caller, of the variable's own name, or the results table's.
 
     Raises:
@@ -123,7 +121,7 @@ def observe(
     *,
     y: str,
     columns: Mapping[str, str] | None = None,
-    weights: str | Array | None = None,
+    weights: Array | None = None,
     positive_y: bool = True,
     num_free: int | None = None,
     zero_allowed: bool = False,
@@ -137,14 +135,12 @@ def observe(
     if y not in df.columns:
         raise no_column(df, y, " to fit (--y)")
     columns_of = {**names, "y": y}
-    wanted = dict(columns_of)
-    if isinstance(weights, str):
-        wanted[WEIGHT] = weights
-    elif weights is not None:
-        if len(weights) != len(df):
-            raise AnalysisError(f"There are {len(weights)} weights for {len(df)} rows; give one weight per row.")
-        df, wanted[WEIGHT] = df.assign(**{WEIGHT: weights}), WEIGHT
-    found = usable_rows(df, wanted, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
+    if weights is not None and len(weights) != len(df):
+        raise AnalysisError(f"There are {len(weights)} weights for {len(df)} rows; give one weight per row.")
+    rows, wanted = (
+        (df, columns_of) if weights is None else (df.assign(weight=weights), columns_of | {"weight": "weight"})
+    )
+    found = usable_rows(rows, wanted, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
     points = found.numbers
     free = len(law.parameters) if num_free is None else num_free
     if len(points) <= free:
@@ -162,9 +158,9 @@ def observe(
     return Observations(
         x={v: points[v].to_numpy() for v in law.variables},
         y=points["y"].to_numpy(),
-        weights=points[WEIGHT].to_numpy() if weights is not None else np.ones(len(points)),
+        weights=np.ones(len(points)) if weights is None else points["weight"].to_numpy(),
         index=points.index,
-        columns={**columns_of, **({WEIGHT: weights} if isinstance(weights, str) else {})},
+        columns=columns_of,
         exclusions=found.exclusions,
         num_rows=len(df),
     )

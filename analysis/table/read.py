@@ -6,13 +6,11 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError
@@ -22,7 +20,7 @@ from aimscale.analysis.table.names import (
     CANONICAL,
     FOLDER,
     LETTERS,
-    column_names,
+    column_words,
     joined,
     left_out_of,
     names_of,
@@ -34,6 +32,8 @@ from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, 
 from aimscale.analysis.table.select import best_of, select
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
+MAX_BYTES = 10**9
+"""A table is held in memory, and several times over."""
 DEFAULT = "default"
 """What a column of the set-up holds where a run left the field at its default."""
 
@@ -130,13 +130,17 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
 
 
 def _read_file(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        raise AnalysisError(f"there is no table at {path}; `aimscale collect` writes one, or give another path")
+    if not path.is_file():  # a pipe or a device would be waited for, or read without end
+        raise AnalysisError(
+            f"there is no table, no file, at {path}; `aimscale collect` writes one, or give another path"
+        )
     if path.suffix not in _READERS:
         raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    if path.stat().st_size > MAX_BYTES:
+        raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
     try:
         return _READERS[path.suffix](path)
-    except (pa.ArrowException, ValueError, OSError) as error:  # pandas' parsers raise kinds of ValueError
+    except Exception as error:  # whatever damaged bytes make a parser raise
         reason = " ".join(str(error).split())[:160]
         raise AnalysisError(
             f"cannot read {path} as a table ({reason}): it may be half-written; write it again"
@@ -145,6 +149,7 @@ def _read_file(path: Path) -> pd.DataFrame:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     table = pq.read_table(path)
+    table.validate(full=True)  # else bytes that are no text fail where they are first used
     version = int((table.schema.metadata or {}).get(b"aimscale_schema_version", b"0"))
     if version > SCHEMA_VERSION:
         raise AnalysisError(
@@ -180,7 +185,7 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
     taken = {ours: frame[theirs] for ours, theirs in named.items()}
     gone = {*columns, *named.values(), *accuracies.values()} - {"probes"}
     renamed = frame.drop(columns=[name for name in frame.columns if name in gone]).assign(**taken)
-    for ours in _in_order({ours: theirs for ours, theirs in columns.items() if ours not in named}, path):
+    for ours in [ours for ours in columns if ours not in named]:
         renamed[ours] = _computed(columns[ours], frame, renamed, path)
     if accuracies:
         if "probes" in renamed:
@@ -191,19 +196,6 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
         }
         renamed = with_accuracies(renamed, values, accuracies, path)
     return remember(renamed, names={ours: theirs for ours, theirs in columns.items() if ours != theirs})
-
-
-def _in_order(formulas: Mapping[str, str], path: Path) -> list[str]:
-    """Columns to compute, each behind those that its formula takes."""
-    needs = {
-        ours: {CANONICAL.get(word, word) for word in re.findall(r"[^\W\d]\w*", formula)} & (formulas.keys() - {ours})
-        for ours, formula in formulas.items()
-    }
-    try:
-        return [*TopologicalSorter(needs).static_order()]
-    except CycleError as error:
-        circle = ", ".join(f"{LETTERS.get(name, name)}={formulas[name]}" for name in dict.fromkeys(error.args[1]))
-        raise AnalysisError(f"{path}: the columns {circle} are made of each other; take one from the file") from error
 
 
 def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
@@ -229,8 +221,8 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
         return pd.Series(found, index=theirs.index)
     except Exception as error:  # whatever the formula makes Python raise
         raise AnalysisError(
-            f"{path} has no column {formula} that --columns names, and it is no formula of columns ({error}); it has "
-            f"{column_names(theirs, formula)}"
+            f"{path} has no column {formula} that --columns names, and it is no formula of columns ({error}); "
+            f"{column_words(theirs, formula)}"
         ) from error
 
 
@@ -242,23 +234,48 @@ def _coerce(values: pd.Series, column: Column, path: Path, called: str) -> pd.Se
         if bad.any():
             row = int(np.flatnonzero(bad.to_numpy())[0])
             raise AnalysisError(
-                f"{path}: column '{called}' holds {values.iloc[row]!r} in row {row + 1}; make it a number"
+                f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
             )
         whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
         return numbers.astype("int64") if whole else numbers.astype("float64")
     if column.dtype == "probes":
         parsed = [_parse_probes(value, row, path) for row, value in enumerate(values)]
         return pd.Series(parsed, index=values.index, dtype=object)
-    return values.astype("string").astype(object).where(values.notna(), None)
+    try:
+        return values.astype("string").astype(object).where(values.notna(), None)
+    except (TypeError, ValueError) as error:
+        raise AnalysisError(f"{path}: column '{called}' is no text ({error}); correct it") from error
 
 
 def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
+    """The entries of a cell: names as texts, numbers as numbers, missing ones left out."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return []
     try:
-        return [dict(entry) for entry in (json.loads(value) if isinstance(value, str) else value)]
-    except (TypeError, ValueError) as error:
+        entries = [dict(entry) for entry in (json.loads(value) if isinstance(value, str) else value)]
+        return [{**entry, **_typed(entry)} for entry in entries]
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise AnalysisError(f"{path}: 'probes' of row {row + 1} is no list of probes ({error}); correct it") from error
+
+
+def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a probe that are there, typed; task and kind must be."""
+    out: dict[str, Any] = {"task": entry["task"], "kind": entry["kind"]}
+    for field in PROBE_FIELDS:
+        value = entry.get(field.name)
+        if field.name in out and not isinstance(value, str | int | float):
+            raise TypeError(f"its {field.name} is {value!r:.60}")
+        if value is not None and field.dtype != "json":
+            out[field.name] = _OF_PROBES[field.dtype](value)
+    return out
+
+
+_OF_PROBES: dict[str, Callable[[Any], Any]] = {
+    "string": str,
+    "int64": float,
+    "float64": float,
+    "list<int64>": lambda values: [int(each) for each in values],
+}
 
 
 def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
@@ -266,20 +283,13 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         An empty frame with these columns where nothing was probed.
-
-    Raises:
-        AnalysisError: a number of a probe is none.
     """
     names = [field.name for field in PROBE_FIELDS]
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
     base = frame.drop(columns=["probes", *names], errors="ignore").loc[frame.index.repeat([*map(len, entries)])]
     probes = pd.DataFrame([entry for row in entries for entry in row], columns=names)
     numbers = {field.name: "float64" for field in PROBE_FIELDS if field.dtype in ("int64", "float64")}
-    try:
-        probes = probes.astype(numbers)
-    except (TypeError, ValueError) as error:
-        raise AnalysisError(f"A field of 'probes' is no number ({error}); correct it") from error
-    out = pd.concat([base.reset_index(drop=True), probes], axis=1)
+    out = pd.concat([base.reset_index(drop=True), probes.astype(numbers)], axis=1)
     return remember(out, names=names_of(frame), left_out=left_out_of(frame))
 
 
@@ -296,18 +306,19 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if "setup" not in frame:
         return frame
-    setups = frame["setup"].astype(object).map(json.loads, na_action="ignore")
+    setups = frame["setup"].astype(object).map(_setup, na_action="ignore")
     own = {"schedule.kind", *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
     new = {}
     for name in sorted({key for setup in setups.dropna() for key in setup}):
-        values = setups.map(lambda setup, name=name: _plain(setup.get(name, DEFAULT)), na_action="ignore")
+        values = setups.map(lambda setup, name=name: setup.get(name, DEFAULT), na_action="ignore")
         if name not in frame and name not in own and varies(values):
             new[name] = values.astype(object)
     return frame.assign(**new)
 
 
-def _plain(value: Any) -> str | float | None:
-    """A value that can be compared and shown."""
-    if isinstance(value, bool | str):
-        return str(value)
-    return float(value) if isinstance(value, int | float) else json.dumps(value)
+def _setup(text: str) -> dict[str, str]:
+    """Fields of a set-up in words that can be compared and shown."""
+    try:
+        return {key: f"{v:.12g}" if type(v) in (int, float) else str(v) for key, v in json.loads(text).items()}
+    except (ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise AnalysisError(f"'setup' holds {text[:60]!r}, which is no JSON object ({error}); correct it") from error

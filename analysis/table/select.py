@@ -11,18 +11,9 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import SCALE_OF_RUNS, design_columns, held_equal, varies
-from aimscale.analysis.table.names import (
-    CANONICAL,
-    MAX_NAMED,
-    Exclusion,
-    left_out_of,
-    no_column,
-    our_name,
-    remember,
-    their_name,
-)
+from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import MAX_NAMED, Flag
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 

@@ -81,7 +81,7 @@ def _offer_of_table(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.Da
     from aimscale.analysis.frontier.optimum import cost_of, points_of
     from aimscale.analysis.next.proposal import grid_offer
 
-    points = points_of(with_compute(df, None), y=y, columns=None)
+    points = points_of(with_compute(df), y)
     cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
     offer = grid_offer(points, target)
     return offer.assign(price=cost.flops(offer["N"], offer["D"]) / TABLE_FLOPS_PER_HOUR)

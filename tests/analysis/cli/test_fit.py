@@ -96,15 +96,3 @@ def test_laws_of_compute_are_fitted_to_the_envelope(table):
     assert 5 < out["num_points"] < 30
     law = json.loads(run(verb("fit"), table, "--law", "power_offset:N", "--resamples", 0, "--json"))
     assert ("mixed", "images_seen", 5) in [(flag["kind"], flag["subject"], flag["number"]) for flag in law["flags"]]
-
-
-def test_mistakes_are_one_sentence(table, tmp_path):
-    pd.DataFrame({"a": [1]}).to_csv(tmp_path / "other.csv", index=False)
-    for args, words in [
-        ((table, "--law", "chinchila"), "no law named"),
-        ((table, "--fix", "E"), "--fix takes numbers such as E=0, not .E."),
-        ((table, "--bound", "alpha=x:1"), "such as alpha=0.1:1"),
-        ((tmp_path / "other.csv",), "no column"),
-    ]:
-        with pytest.raises(AnalysisError, match=words):
-            run(verb("fit"), *args)

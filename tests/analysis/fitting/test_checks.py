@@ -97,8 +97,8 @@ def test_lack_of_fit_depends_on_the_data_alone():
     rng, told = np.random.default_rng(5), set()
     df = noisy_grid(rng)
     df["val_loss"] *= np.exp(0.01 * np.log(df["N"] / 1e6) * np.log(df["D"] / 5e5) / 4)
-    for resamples, seed in ((20, 0), (300, 1), (50, 2)):
-        flags = fit("chinchilla", df, resamples=resamples, seed=seed).flags
+    for resamples in (20, 300, 50):
+        flags = fit("chinchilla", df, resamples=resamples).flags
         told.add(tuple((f.kind, f.p, f.number) for f in flags if f.kind == "pattern"))
     (((kind, p, size),),) = told
     assert kind == "pattern"

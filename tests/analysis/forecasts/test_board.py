@@ -16,10 +16,10 @@ FEW = ("steplaw", "olmo-piqa", "olmo-csqa", "gadre-c4-trained-c4")
 
 
 @pytest.fixture(scope="module")
-def points(tmp_path_factory) -> pd.DataFrame:
+def points() -> pd.DataFrame:
     """Forecasts of a tenth of the board."""
     tables = [table for table in read_board([BOARD]) if table.name in FEW]
-    return pd.concat([rows for _, rows in play(tables, tmp_path_factory.mktemp("parts"), 1)], ignore_index=True)
+    return pd.concat([rows for _, rows in play(tables, 1)], ignore_index=True)
 
 
 @pytest.mark.slow
@@ -47,15 +47,6 @@ def test_the_constant_is_found_on_the_other_families(points):
     assert width[1].loc[of].to_numpy() == pytest.approx(width[0].loc[of].to_numpy())
     other = ("steplaw", 3.0, STACK)
     assert (width[1].loc[other] > width[0].loc[other]).all()
-
-
-def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
-    tables = [table for table in read_board([BOARD]) if table.name == "olmo-piqa"]
-    [(name, first)] = play(tables, tmp_path, 1)
-    monkeypatch.setattr("aimscale.analysis.forecasts.board.forecast_cuts", None)
-    [(again, second)] = play(tables, tmp_path, 1)
-    assert (name, again) == ("olmo-piqa", "olmo-piqa")
-    pd.testing.assert_frame_equal(first, second)
 
 
 def test_a_table_says_where_it_comes_from(tmp_path):

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import laws
-from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.study import next_scales, study_tables
 from aimscale.analysis.report.verdict import verdict
 
@@ -63,8 +62,3 @@ def test_a_grid_is_held_out_by_its_sides(grid):
     top = grid[["params_total", "images_seen"]].max()
     assert [at["N"] / top["params_total"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
     assert [at["D"] / top["images_seen"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
-
-
-def test_a_probe_that_is_not_there_cannot_be_asked_for(study):
-    with pytest.raises(AnalysisError, match="pets:knn"):
-        study_tables([], study.frame, {}, measures=["pets:knn"], resamples=20)

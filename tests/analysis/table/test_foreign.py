@@ -48,17 +48,17 @@ def test_json_lines_and_computed_columns(theirs, tmp_path):
     assert json.loads(out.output)["frontiers"][-1]["exponent"] == pytest.approx(0.37 / 0.71, abs=0.05)
 
 
-def test_a_computed_column_may_need_another_take_odd_names_and_outgrow_int64(tmp_path):
-    """6 N D of whole numbers was -7e18 by int64, and C=6*N*D had to stand behind N=mparams*1e6."""
+def test_a_computed_column_may_need_an_earlier_one_take_odd_names_and_outgrow_int64(tmp_path):
+    """6 N D of whole numbers was -7e18 by int64."""
     odd = {"mparams": [1000.0, 3000.0], "acc (val, all)": [0.25, 0.5], "D": [10**12, 2 * 10**12], "ppl": [np.e, 1.0]}
     pd.DataFrame({**odd, "n": [10**10, 2 * 10**10]}).to_csv(tmp_path / "odd.csv", index=False)
-    given = ["C=6*N*D,N=mparams*1e6", "L=1-`acc (val, all)`", "nats=log(ppl),bits=nats/log(2),acc=acc (val, all)"]
+    given = ["N=mparams*1e6,C=6*N*D", "L=1-`acc (val, all)`", "nats=log(ppl),bits=nats/log(2),acc=acc (val, all)"]
     df = read_tables([tmp_path / "odd.csv"], parse_columns(given), where=["C>6e21", "bits<1"])
     assert df[["params_total", "flops_train", "val_loss", "nats", "acc"]].to_numpy().tolist() == [
         [3e9, 3.6e22, 0.5, 0.0, 0.5]
     ]
     assert read_table(tmp_path / "odd.csv", {"C": "6*n*D"})["flops_train"].tolist() == [6e22, 24e22]
-    with pytest.raises(AnalysisError, match=r"C=6\*N\*D.*N=C/6/D|N=C/6/D.*C=6\*N\*D"):
+    with pytest.raises(AnalysisError, match="no formula"):
         read_table(tmp_path / "odd.csv", {"C": "6*N*D", "N": "C/6/D"})
     with pytest.raises(AnalysisError, match="no formula"):
         read_table(tmp_path / "odd.csv", {"L": "x=ppl"})
@@ -148,7 +148,7 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
     assert (left_out.kind, left_out.subject, left_out.number) == ("best of", "lr", 40)
     args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS, "--best-of", "lr", "--resamples", "20"]
     out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False).output
-    assert "Fitted to 20 of 20 points" in out
+    assert "20 of 20 points" in out
     assert "40 rows not the best lr" in out
     theirs.assign(loss=theirs["loss"].where(theirs.index > 0)).to_csv(tmp_path / "missing.csv", index=False)
     left_out = left_out_of(read_tables([tmp_path / "missing.csv"], NAMES, where=["lr<1e-3"], best=["lr"]))
@@ -172,7 +172,7 @@ def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
     df = select(read_table(tmp_path / "theirs.csv", NAMES), ["num_params<9e8", "lr=3e-4"])
     result = fit("chinchilla", df, resamples=0)
-    words = result.sentence()
+    words = " ".join(result.sentences())
     assert "where L = loss, N = num_params, D = tokens." in words
     assert not any(ours in words for ours in ("head included", "images", "params_total", "val_loss"))
     (ax,) = plot_fit(result).axes

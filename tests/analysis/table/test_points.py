@@ -17,7 +17,7 @@ def test_a_missing_status_counts_as_complete_everywhere(grid, status):
     grid.loc[3, "status"] = "diverged"
     assert len(complete(grid)) == len(grid) - 1
     assert fit("chinchilla", grid, resamples=0).num_points == len(grid) - 1
-    assert len(points_of(grid, y="val_loss", columns=None)) == len(grid) - 1
+    assert len(points_of(grid, "val_loss")) == len(grid) - 1
     assert len(usable_rows(grid).rows) == len(grid) - 1
     assert noise(grid.assign(val_loss_se=0.001)).component("images").number == len(grid) - 1
     assert "1 row not complete (status)" in map(str, fit("chinchilla", grid, resamples=0).exclusions)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.names import column_names
+from aimscale.analysis.table.names import column_words
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
 from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, results_table, write_table
 
@@ -57,11 +57,11 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
         parse_columns(["N"])
 
 
-def test_an_error_names_five_columns_the_likeliest_first():
+def test_an_error_names_the_likeliest_columns_or_five():
     frame = pd.DataFrame(columns=[*map(str, range(9)), "lr_peak", "prefix", *"abc"])
-    assert column_names(frame, "lr") == "lr_peak, 0, 1, 2, 3 and 9 more"
-    assert column_names(frame, "prefx").startswith("prefix, 0")
-    assert column_names(frame[["a", "b"]]) == "a, b"
+    assert column_words(frame, "lr") == "did you mean lr_peak?"
+    assert column_words(frame, "prefx") == "did you mean prefix?"
+    assert column_words(frame, "zz") == "its columns are 0, 1, 2, 3, 4 and 9 more."
 
 
 @pytest.mark.parametrize(

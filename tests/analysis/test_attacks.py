@@ -1,0 +1,151 @@
+"""Tables and options that nobody means: every verb answers or says one sentence, and none waits or grows."""
+
+import json
+import os
+import warnings
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aimscale.sweeps.cli.main import main
+
+VERBS = (
+    "fit {} --resamples 20 --hold-out N",
+    "frontier {}",
+    "forecast {} --law chinchilla --at N=1e9,D=1e9",
+    "correlate {} --x val_loss --y N",
+    "correlate {}",
+    "contrast {} --by seed",
+    "contrast {} --by kind",
+    "compare {} --resamples 20",
+    "next {} --law chinchilla --target N=1e7,D=1e7 --budget 1e-3",
+    "board {} --to board.md",
+)
+REPORT = "report {} --out page.html --resamples 20"
+PROBE = {"task": "pets", "kind": "linear", "top1": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    warnings.simplefilter("ignore")
+
+
+@pytest.fixture
+def table(grid) -> pd.DataFrame:
+    probes = [json.dumps([PROBE | {"top1": 1 - loss, "n": 100, "chance": 0.1}]) for loss in grid["val_loss"]]
+    seeds = np.arange(len(grid)) % 2
+    return grid.assign(seed=seeds, setup=[f'{{"optimiser.lr": {s}}}' for s in seeds], probes=probes, schema_version=1)
+
+
+def said(line: str, capsys) -> str:
+    """What a verb answers (an empty text), or the sentence that it ends with."""
+    code = 0
+    try:
+        main([word if word != "''" else "" for word in line.split()])
+    except SystemExit as end:
+        code = end.code or 0
+    told = capsys.readouterr().err.strip() if code else ""
+    assert code in (0, 2), (line, told)
+    assert bool(told) == bool(code)
+    assert len(told) < 1500, (line, told)
+    return told
+
+
+HUGE = 10**400
+CELLS = {
+    "params_total": [float("inf"), "x" * 10_000, -1, 10**30, 1e308, 1e-320, None],
+    "images_seen": [0, 2**63 - 1, "1,5", True],
+    "flops_train": [1e-320, 1e308, "[1]"],
+    "val_loss": [1e308, 1e-320, "abc", None, -1],
+    "unique_images": ["x", 0, 1e308],
+    "seed": ["a", None, 1e308],
+    "status": ["", "failed", 3],
+    "setup": ["3", "x", "[1]", "[" * 9000, '{"a": [1]}', f'{{"a": {HUGE}}}', '{"optimiser.lr": "x"}'],
+    "probes": [
+        *("3", "[1]", "null", "[" * 9000, '[{"kind": "x", "top1": 1}]', '[{"task": [1], "kind": "x"}]'),
+        *(f'[{{"task": "a", "kind": "b", "top1": {v}}}]' for v in ("null", "2", '"x"', "[1]", HUGE, "Infinity")),
+        *(f'[{{"task": "a", "kind": "b", "top1": 0.5, "blocks": {v}}}]' for v in ("7", '"x"', "[null]")),
+    ],
+}
+
+
+@pytest.mark.parametrize("column", CELLS)
+def test_any_cell_in_some_rows_or_in_all(column, table, capsys):
+    for number, cell in enumerate(CELLS[column]):
+        for step in (1, 4):
+            damaged = table.astype(object)
+            damaged.loc[damaged.index[::step], column] = cell
+            damaged.to_csv("t.csv", index=False)
+            said(VERBS[(2 * number + step) % len(VERBS)].format("t.csv"), capsys)
+
+
+def test_any_type_of_parquet(table, capsys):
+    whole = pa.Table.from_pandas(table.drop(columns=["probes", "setup"]), preserve_index=False)
+    num = len(table)
+    odd = {
+        "binary": pa.array([b"\xff%d" % (i % 3) for i in range(num)]),
+        "struct": pa.array([{"a": i} for i in range(num)]),
+        "list": pa.array([[i] for i in range(num)]),
+        "time": pa.array(range(num), pa.timestamp("s")),
+        "null": pa.nulls(num),
+    }
+    for column in ("params_total", "size", "seed", "status", "probes", "setup", "theirs"):
+        for number, (name, values) in enumerate(odd.items()):
+            kept = whole.drop_columns([column]) if column in whole.column_names else whole
+            pq.write_table(kept.append_column(column, values), f"{name}.parquet")
+            said(VERBS[2 * number].format(f"{name}.parquet"), capsys)
+    twice = pa.Table.from_arrays([*whole.columns, whole["val_loss"]], [*whole.column_names, "val_loss"])
+    pq.write_table(twice, "twice.parquet")
+    assert "twice" in said(VERBS[0].format("twice.parquet"), capsys)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_waited_for_nor_read_without_end(table, capsys):
+    for suffix in (".csv", ".parquet", ".jsonl"):
+        os.mkfifo(f"pipe{suffix}")
+        os.symlink("/dev/zero", f"zero{suffix}")
+        with open(f"sparse{suffix}", "wb") as file:
+            file.truncate(1 << 40)
+        for verb in (*VERBS, REPORT):
+            assert "pipe" in said(verb.format(f"pipe{suffix}"), capsys)
+        for name in ("zero", "sparse"):
+            assert name in said(VERBS[0].format(f"{name}{suffix}"), capsys)
+    table.to_parquet("results.parquet")
+    os.mkfifo("collect.json")
+    assert not said(REPORT.format("results.parquet"), capsys)
+    os.mkfifo("baselines.parquet")
+    assert "baselines" in said("compare results.parquet --resamples 20", capsys)
+
+
+ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"
+
+
+@pytest.mark.parametrize(
+    ("line", "subject"),
+    [
+        (f"fit t.csv {ALL}", "held"),
+        ("fit t.csv --figure ''", "figure"),
+        ("frontier t.csv --figure ..", "figure"),
+        ("fit t.csv --resamples 100000000000000000000", "--resamples"),
+        ("report t.csv --resamples 1000000000", "--resamples"),
+        ("fit t.csv --fix E", "'E'"),
+        ("fit t.csv --bound alpha=x:1", "alpha=x:1"),
+        ("fit t.csv --law chinchila", "chinchilla"),
+        ("fit t.csv --objective hubr_log", "huber_log"),
+        ("fit t.csv --y val_los", "val_loss"),
+        ("fit t.csv --where prams_total=1", "params_total"),
+        ("correlate t.csv --x val_loss --y N --partial val_loss", "val_loss"),
+        ("correlate t.csv --within val_loss", "val_loss"),
+        ("forecast t.csv --law power_offset:N --at N=,D=", "N="),
+        ("forecast t.csv --law power:C --at N=1e9", "C=1e9"),
+        ("forecast t.csv --at D=1e9", "N=1e9"),
+        ("next t.csv --target N=1e9 --budget 1", "D=1e9"),
+    ],
+)
+def test_what_makes_no_sense_is_named(line, subject, table, capsys):
+    table.to_csv("t.csv", index=False)
+    assert subject in said(line, capsys)
