@@ -89,7 +89,7 @@ def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> list[Law]:
     if variable:
         return [find_law(f"{law}:{variable}") for law in ONE_VARIABLE]
     unique, seen = (_column(df, v) for v in ("U", "D"))
-    names = JOINT
+    names: tuple[str, ...] = JOINT
     if unique is not None and seen is not None and varies(df[unique]):
         pools, images = (pd.to_numeric(df[name], errors="coerce") for name in (unique, seen))
         names += WITH_REPEATS if (images / pools > REPEATS_FROM).any() else ()
