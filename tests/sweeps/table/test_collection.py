@@ -14,6 +14,7 @@ from aimscale.analysis.table.read import read_table
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.collection import collect
@@ -105,6 +106,13 @@ def test_a_damaged_record_of_the_sweep_is_named(write_sweep: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "data": "images"}))
     with pytest.raises(UserError, match=r"sweep\.json"):
         prepare(sweep, plan(sweep))
+
+
+def test_a_launched_sweep_comes_before_a_preset_of_its_name(write_sweep: Any) -> None:
+    sweep = write_sweep(name="isoflop", sizes=["rung-32"])
+    assert load_sweep("isoflop", sweep.root).file.isoflop
+    prepare(sweep, plan(sweep))
+    assert load_sweep("isoflop", sweep.root).file == sweep.file
 
 
 def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_in: Any, launch: Any) -> None:
