@@ -46,12 +46,6 @@ class Placement:
     port: int
     """TCP port of rank 0."""
 
-    @property
-    def name(self) -> str:
-        """Names this start of the run: the same on all its ranks, another at the next start."""
-        starts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-        return " ".join([self.address, str(self.port), *starts])
-
 
 def find_placement(environment: dict[str, str] | None = None) -> Placement:
     """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a process alone.
@@ -251,9 +245,13 @@ def start_group(placement: Placement, device_name: str) -> Group:
     )
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    is_alone = placement.world_size == 1
+    if is_alone:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing is to be heard of it on a network
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=torch.distributed.HashStore() if is_alone else None,
             rank=placement.rank,
             world_size=placement.world_size,
             timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),

@@ -12,14 +12,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from aimscale.harness.device.distributed import Group, Placement, find_placement
+from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.device.ranks import RankWatch, holding_run
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
-from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, classify, stop_signals
-from aimscale.harness.run.watch import RankWatch, execute
+from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, stop_signals
 
 HEARTBEAT_S = 5.0
 """`status.json` is told this often that work goes on."""
@@ -31,29 +30,29 @@ class Job:
     """What the work of a rank needs to know."""
 
     folder: RunDir
-    """Of the status, the lease and the logs."""
-    placement: Placement
+    """Of the status, the lock and the logs."""
+    group: Group
     watch: RankWatch
     flag: StopFlag
-    stack: contextlib.ExitStack
-    """Left when the end is told: a group whose end hangs must not keep a failure from the other ranks."""
 
     def tell(self, **changes: Any) -> None:
         """Change `status.json`, if this is the first rank."""
-        if self.placement.rank == 0:
+        if self.group.is_first:
             self.folder.write_status(**changes)
 
-    def pausing(self, group: Group) -> Callable[[], None]:
-        """What all ranks call together, often: obeys a signal and a lost lease, and beats now and then.
+    def pausing(self) -> Callable[[], None]:
+        """What all ranks call together, often: obeys a signal and a lost lock, and beats now and then.
 
-        The call raises PreemptedError where a signal asked to stop, and LeaseLost.
+        The call raises PreemptedError where a signal asked to stop, and LockLost.
         """
         told = 0.0
 
         def pause() -> None:
             nonlocal told
             self.watch.check()
-            if group.any(self.flag.is_raised):
+            is_asked = self.group.any(self.flag.is_raised)
+            self.watch.is_at_work = True
+            if is_asked:
                 raise PreemptedError
             if time.monotonic() - told > HEARTBEAT_S:
                 self.tell(durable=False, heartbeat=time.time())
@@ -62,28 +61,27 @@ class Job:
         return pause
 
 
-def execute_job(folder: RunDir, work: Callable[[Job], None], *, also: Iterable[Path] = ()) -> int:
-    """Hold the folder, do the work and return the exit code (`run.directory`).
+def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int:
+    """Join the ranks, hold the folder, do the work and return the exit code (`run.directory`).
 
     Args:
-        also: folders beside the job's own that the work writes into.
+        device: auto, cpu or cuda.
 
     Raises:
-        LeaseHeld: another process executes this job.
+        LockHeld: another process executes this job; raised on all ranks.
         Exception: what the work raised; `status.json` says why, too.
     """
     _die_with_torchrun()
-    placement = find_placement()
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(
-            execute(folder, group=placement.name, rank=placement.rank, world_size=placement.world_size, also=also)
-        )
+        group = start_group(find_placement(), device)
+        stack.callback(stop_group)
         flag = stack.enter_context(stop_signals())
-        job = Job(folder=folder, placement=placement, watch=watch, flag=flag, stack=stack)
-        if placement.rank == 0:
-            folder.write_start()
+        watch = stack.enter_context(holding_run(folder, group))
+        job = Job(folder=folder, group=group, watch=watch, flag=flag)
         stack.enter_context(watch.watching())
         try:
+            if group.is_first:
+                folder.write_start()
             work(job)
             job.tell(state="finished", phase="", heartbeat=time.time())
         except PreemptedError:
@@ -91,12 +89,11 @@ def execute_job(folder: RunDir, work: Callable[[Job], None], *, also: Iterable[P
             return EXIT_PREEMPTED
         except DivergedError as error:
             job.tell(state="diverged", phase="", reason=str(error), reason_class="nan")
-            if placement.rank == 0:
+            if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
             return EXIT_DIVERGED
         except Exception as error:
-            reason_class, reason = classify(error)
-            watch.note_failure(reason, reason_class)
+            watch.note_failure(error)
             raise
     return EXIT_FINISHED
 

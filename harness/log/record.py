@@ -97,7 +97,7 @@ class Recorder:
 
         Raises:
             DivergedError: too many non-finite steps in a row.
-            LeaseLost: another process took the run over.
+            LockLost: another process took the run over.
         """
         self.metrics.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets)
         self._num_images += self._batch_size
@@ -207,7 +207,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line; visible to readers at once. What a kill left of a line becomes a line of its own.
 
     Raises:
-        LeaseLost: another process took the run over.
+        LockLost: another process took the run over.
         ValueError: there is a NaN or an infinity in it.
     """
     check_fence(path)

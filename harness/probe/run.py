@@ -75,7 +75,7 @@ def by_hand(run: RunDir, device: str) -> Iterator[Group]:
 
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
-        LeaseHeld: another process executes or probes the run.
+        LockHeld: another process executes or probes the run.
     """
     placement, config = find_placement(), run.load_config()
     with kernel_threads(config.runtime.num_threads), contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The run directory: the names of its files, its status, its lease, and its rows.
+"""The run directory: the names of its files, its status, its lock, and its rows.
 
 Everything about a run is re-discovered from this folder, so another process can take over knowing only the path.
 Torch is not imported here: the planner and `aimscale status` read hundreds of run directories.
@@ -11,7 +11,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,9 @@ from pydantic import BaseModel, TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
+from aimscale.harness.run.fence import taken_over
 from aimscale.harness.run.files import read_as, write_json, write_text
-from aimscale.harness.run.lease import Lease, is_held
+from aimscale.harness.run.lock import holding, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
@@ -131,7 +132,7 @@ class RunDir:
         self.status = self.path / "status.json"
         self.metrics = self.path / "metrics.jsonl"
         self.results = self.path / "results.json"
-        self.lease = self.path / "lease.json"
+        self.lock = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
 
@@ -252,19 +253,16 @@ class RunDir:
         write_json(self.results, {"version": RESULTS_VERSION, **self._read_results(), **changes})
 
     def is_held(self) -> bool:
-        """Whether a live process holds the lease."""
-        return is_held(self.lease)
+        """Whether a live process executes the run."""
+        return is_held(self.lock)
 
     @contextlib.contextmanager
-    def hold(self, *, also: Iterable[Path] = (), group: str | None = None) -> Iterator[Lease]:
-        """Hold the lease for the block, in which no other process changes this folder or those of `also`.
+    def hold(self) -> Iterator[Path]:
+        """Hold the lock for the block, in which no other process changes this folder; yields the writer's own folder.
 
         Raises:
-            LeaseHeld: another live process holds it.
+            LockHeld: another live process has it.
+            UserError: the file system cannot be written, or has no locks.
         """
-        lease = Lease(self.lease, also=also, group=group)
-        lease.start()
-        try:
-            yield lease
-        finally:
-            lease.release()
+        with holding(self.lock) as holder, taken_over(self.path, holder.token) as folder:
+            yield folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_USER_ERROR, ReasonClass
-from aimscale.harness.run.fence import LeaseLost
+from aimscale.harness.run.fence import LockLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """Slurm's end of a job, submitit's preemption warning, a terminal that is closed, and Ctrl-C."""
@@ -97,21 +98,26 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if any(sign in text for sign in LOST_PEER):
         return "node", f"another rank is gone, and its own entry in logs/ may say why ({sentence})"
     is_network = name.startswith("Dist") or "onnection" in text or "NCCL" in text or "gloo" in text
-    if isinstance(error, LeaseLost) or is_network:
+    if isinstance(error, LockLost) or is_network:
         return "node", sentence
     return "code", sentence
+
+
+def tells_of_another(sentence: str) -> bool:
+    """Whether a failure only says that another rank failed."""
+    return sentence.startswith("another rank is gone") or re.search(r"\brank \d+ failed", sentence) is not None
 
 
 def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
     """Entry point of what launchers start: `work` on the folder that is the only argument; ends the process.
 
-    A user's mistake, a lost lease and a disk that fails are one sentence, everything else a traceback.
+    A user's mistake, a lost lock and a disk that fails are one sentence, everything else a traceback.
     """
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m {usage}")
     try:
         sys.exit(work(Path(sys.argv[1])))
-    except (UserError, LeaseLost, OSError) as error:
+    except (UserError, LockLost, OSError) as error:
         sentence = disk_sentence(error) if isinstance(error, OSError) else error
         if sentence is None:
             raise

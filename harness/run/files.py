@@ -10,6 +10,8 @@ import fcntl
 import json
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.fence import aside_dir, aside_file, keeping_fence, make_parent
+from aimscale.harness.run.fence import keeping_fence, writer_folder
 
 T = TypeVar("T")
 
@@ -34,8 +36,8 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part. `durable` makes it last through a crash of the machine.
     """
-    make_parent(path)
-    aside = aside_file(path)
+    _make_parent(path)
+    aside = _aside_file(path)
     try:
         with keeping_fence(path):
             yield aside
@@ -49,6 +51,19 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
         raise
     if durable:
         fsync_dir(path.parent)
+
+
+def _make_parent(path: Path) -> None:
+    """Make the folders above a file, but never a writer's own folder anew: it would undo the fence."""
+    folder = writer_folder(path)
+    if folder is None or folder not in path.absolute().parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _aside_file(path: Path) -> Path:
+    """Where this thread prepares a file that will be `path`."""
+    name = f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    return (writer_folder(path) or path.parent) / name
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -113,6 +128,14 @@ def written_dir_aside(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def aside_dir(path: Path, what: str = "writing") -> Path:
+    """Where a folder is prepared that will be `path`, or what is to go from there: the same name on all ranks."""
+    folder = writer_folder(path)
+    if folder is None:
+        return path.with_name(f".{what}-{path.name}")
+    return folder / f"{what}-{path.parent.name}-{path.name}"
 
 
 def new_dir_aside(path: Path) -> Path:

@@ -20,13 +20,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.files import process_started
 
 LOOK_S = 1.0
 """A look at a lock (`is_held`) holds it for microseconds; who wants it tries again for so long."""
+_descriptors: set[int] = set()
+"""Of the locks that this process holds."""
 
 
 class LockHeld(UserError):
@@ -57,7 +59,7 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor: int | None = None
+        self._descriptor = -1
 
     def take(self, **facts: Any) -> Holder | None:
         """Take it and write down who holds it; None where another process has it.
@@ -65,30 +67,40 @@ class Lock:
         Raises:
             UserError: the file system cannot be written, or has no locks.
         """
+        descriptor = -1
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if not _locked(descriptor, fcntl.LOCK_EX, patience_s=LOOK_S):
-                    os.close(descriptor)
-                    return None
-                holder = Holder(facts=facts)
-                text = (json.dumps(asdict(holder)) + "\n").encode()
-                os.pwrite(descriptor, text, 0)  # readers read its first line, whatever of an older one follows
-                os.ftruncate(descriptor, len(text))
-            except OSError:
+            if not _locked(descriptor, fcntl.LOCK_EX, patience_s=LOOK_S):
                 os.close(descriptor)
-                raise
+                return None
+            holder = Holder(facts=facts)
+            text = (json.dumps(asdict(holder)) + "\n").encode()
+            os.pwrite(descriptor, text, 0)  # readers read its first line, whatever of an older one follows
+            os.ftruncate(descriptor, len(text))
         except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
             raise _refusal(self.path, error) from error
         self._descriptor = descriptor
+        _descriptors.add(descriptor)
         return holder
 
     def release(self) -> None:
         """Let it go; without effect where it is not held."""
-        if self._descriptor is not None:
+        if self._descriptor in _descriptors:
+            _descriptors.remove(self._descriptor)
             os.close(self._descriptor)
-            self._descriptor = None
+        self._descriptor = -1
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, which shares the parent's locks: it must neither keep them nor let them go."""
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextlib.contextmanager
@@ -131,7 +143,7 @@ def is_held(path: Path) -> bool:
 
 def read_holder(path: Path) -> Holder | None:
     """Who holds a lock, or held it last; None where its file says nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError, ValidationError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return _HOLDER.validate_json(path.read_bytes().partition(b"\n")[0])
     return None
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from aimscale.aim.weights import write_safetensors
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.fence import aside_dir, keeping_fence
-from aimscale.harness.run.files import new_dir_aside, publish_dir, remove_dir, write_json, written_aside
+from aimscale.harness.run.fence import keeping_fence
+from aimscale.harness.run.files import aside_dir, new_dir_aside, publish_dir, remove_dir, write_json, written_aside
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of, part_of
 from aimscale.harness.step.feed import run_on_all_ranks
@@ -135,7 +135,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: it could not be written (on all ranks); earlier ones are untouched.
-            LeaseLost: the run is not this group's any more.
+            LockLost: the run is not this group's any more.
         """
         if saving := self._under_way:
             part = run_on_all_ranks(self._group, saving.part.result)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from aimscale.harness.data.stream.loader import start_server
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import find_placement
 from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.probe.owed import lacking
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
@@ -24,7 +24,7 @@ def train(path: Path) -> int:
 
     Raises:
         UserError: the configuration or the data cannot be used; `status.json` says why, too.
-        LeaseHeld: another process executes this run.
+        LockHeld: another process executes this run.
     """
     run = RunDir(path)
     config = run.load_config()
@@ -36,17 +36,16 @@ def train(path: Path) -> int:
         torch.set_num_threads(config.runtime.num_threads)
         if config.runtime.num_workers:
             start_server()  # it imports PyTorch while the engine is built
-        group = start_group(job.placement, config.runtime.device)
-        job.stack.callback(stop_group)
+        group = job.group
         if group.from_first(lambda: missing_budgets(run, config)):
             trainer = Trainer(run, config, group, job.watch, job.flag)
             try:
                 trainer.walk()
             finally:
                 trainer.close()  # frees the device: what comes next needs the memory of the training state
-        evaluate_run(run, config, group, job)
+        evaluate_run(run, config, job)
 
-    return execute_job(run, work)
+    return execute_job(run, config.runtime.device, work)
 
 
 def main() -> None:

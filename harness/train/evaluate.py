@@ -27,20 +27,20 @@ from aimscale.harness.run.trunk import saved_budgets
 from aimscale.harness.train.validation import completions, validate
 
 
-def evaluate_run(run: RunDir, config: RunConfig, group: Group, job: Job) -> None:
+def evaluate_run(run: RunDir, config: RunConfig, job: Job) -> None:
     """Measure what a configuration of the run asks for and its budgets lack; all ranks call this together.
 
     Args:
         config: of the run, with what is to be measured now.
-        group: the ranks, which share the images.
-        job: whose `status.json` tells how far it is, and which may be asked to stop wherever work is saved.
+        job: whose ranks share the images, whose `status.json` tells how far it is, and which may be asked to stop
+            wherever work is saved.
 
     Raises:
         UserError: data that cannot be used.
         DivergedError: the loss of a budget is not finite.
         PreemptedError: a signal asked to stop.
     """
-    pause = job.pausing(group)
+    group, pause = job.group, job.pausing()
     held_out: ShardDataset | None = None
     budgets = group.from_first(lambda: [each for each in saved_budgets(run) if each in config.evaluation.budgets])
     for budget in budgets:

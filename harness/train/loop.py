@@ -19,6 +19,7 @@ from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak
+from aimscale.harness.device.ranks import RankWatch
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.config import RunConfig
@@ -30,7 +31,6 @@ from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import ABOUT, check_branch, saved_budgets, trunk_position
-from aimscale.harness.run.watch import RankWatch
 from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles

@@ -15,7 +15,7 @@ import time
 
 from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.lease import LeaseHeld
+from aimscale.harness.run.lock import LockHeld
 
 STEPS = 5
 
@@ -62,7 +62,7 @@ def main(path: str, behaviour: str = "finish") -> int:
                 run.write_status(images_seen=budget, images_done=done, loss=1 / budget, heartbeat=time.time())
             run.write_status(state="finished")
             return EXIT_FINISHED
-    except LeaseHeld as held:
+    except LockHeld as held:
         print(held)
         return held.exit_code
 

@@ -20,7 +20,7 @@ from aimscale.harness.run.directory import RunDir
 def work(job):
     print("at work", flush=True)
     time.sleep(600)
-execute_job(RunDir(Path(sys.argv[1])), work)
+execute_job(RunDir(Path(sys.argv[1])), "cpu", work)
 """
 AGENT = """
 import subprocess, sys
@@ -43,3 +43,4 @@ def test_a_rank_ends_when_torchrun_is_killed(tiny_config: Callable[..., RunConfi
     assert agent.stdout.read() == b""
     agent.wait()
     agent.stdout.close()
+    assert not run.is_held()

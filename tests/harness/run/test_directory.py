@@ -1,4 +1,4 @@
-"""The run directory: atomic files, the lease, and what may take it over."""
+"""The run directory: atomic files, the lock, and what may take it over."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONTENT = strategies.one_of(
 )
 
 
-@pytest.mark.parametrize("name", ["status.json", "results.json", "lease.json"])
+@pytest.mark.parametrize("name", ["status.json", "results.json", "lock"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=CONTENT)
 def test_whatever_a_file_of_a_run_holds_is_read_or_named_in_one_sentence(
@@ -52,7 +52,7 @@ def test_whatever_a_file_of_a_run_holds_is_read_or_named_in_one_sentence(
     read: dict[str, Callable[[], object]] = {
         "status.json": run.read_status,
         "results.json": run.read_rows,
-        "lease.json": run.is_held,
+        "lock": run.is_held,
     }
     (tmp_path / name).write_bytes(content)
     said = ""

@@ -16,7 +16,7 @@ from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data import DataError
 from aimscale.harness.device.distributed import find_placement, start_group
 from aimscale.harness.run.failures import STOP_SIGNALS, classify, disk_sentence, run_worker, stop_signals
-from aimscale.harness.run.fence import LeaseLost
+from aimscale.harness.run.fence import LockLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
 Run = Callable[..., list[int]]
@@ -31,7 +31,7 @@ Run = Callable[..., list[int]]
         (DataError("shard 3 is broken; mend it"), "data", "shard 3 is broken; mend it"),
         (CheckpointError("no space; make room"), "node", "no space; make room"),
         (ModelConfigError("unknown size"), "config", "unknown size"),
-        (LeaseLost("another process took over"), "node", "another process"),
+        (LockLost("another process took over"), "node", "another process"),
         (OSError("Input/output error"), "node", "OSError: Input/output error"),
         (RuntimeError("NCCL error in:\n  unhandled system error"), "node", "NCCL error in: unhandled system error"),
         (RuntimeError("[gloo] Connection reset by peer"), "node", "another rank is gone"),
@@ -95,7 +95,7 @@ def test_a_second_ctrl_c_waits_for_no_save_and_nohup_is_obeyed() -> None:
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/status.json")
 
 
-@pytest.mark.parametrize(("error", "code"), [(DataError("no images"), 2), (LeaseLost("taken over"), 1), (FULL, 1)])
+@pytest.mark.parametrize(("error", "code"), [(DataError("no images"), 2), (LockLost("taken over"), 1), (FULL, 1)])
 def test_a_worker_says_what_is_wrong_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
 ) -> None:

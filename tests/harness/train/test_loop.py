@@ -113,7 +113,7 @@ def train_until_change(rank: int, path: Path, number: int) -> None:
 
 
 STAGES = {
-    "replace lease.json", "rename */earlier*", "rmdir */earlier*", "replace status.json",
+    "rename */*", "replace status.json",
     "rename */removing-checkpoints-*",
     "replace */writing-checkpoints-*/part-00000-of-00001.json", "replace */writing-checkpoints-*/manifest.json",
     "rename */writing-checkpoints-*", "rmdir */writing-checkpoints-*", "rename checkpoints/*",
@@ -121,9 +121,9 @@ STAGES = {
     "replace */writing-checkpoints-*-decay-*/part-00000-of-00001.json",
     "replace */writing-checkpoints-*-decay-*/manifest.json", "rename checkpoints/*-decay-*",
     "rename */removing-checkpoints-*-decay-*", "rmdir */removing-checkpoints-*-decay-*",
-    "replace budgets/*/model.safetensors", "replace results.json", "replace validation/*.npz", "rename */released",
+    "replace budgets/*/model.safetensors", "replace results.json", "replace validation/*.npz", "rmdir *",
 }  # fmt: skip
-"""Changes in a run directory, from taking the lease to giving it back."""
+"""Changes in a run directory, from taking the lock to giving it back."""
 
 
 def train_until_new_stage(rank: int, path: Path, met: Path) -> None:

@@ -1,0 +1,164 @@
+"""The lock of a run and its fence: one writer, whatever befalls file servers, forks and processes that stand still."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aimscale.aim.errors import UserError
+from aimscale.harness.log.record import append_line
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.fence import LockLost, check_fence, earlier_folders
+from aimscale.harness.run.files import new_dir_aside, publish_dir, remove_dir, write_json, written_aside
+from aimscale.harness.run.lock import LockHeld
+
+HOLD = """
+import os, sys, time
+from aimscale.harness.data.stream.loader import start_server
+from aimscale.harness.run.directory import RunDir
+with RunDir(sys.argv[1]).hold():
+    start_server().Process(target=time.sleep, args=(60,)).start()
+    child = os.fork()
+    if child:
+        print("held", child, flush=True)
+    time.sleep(60)
+"""
+
+
+def in_fork(action: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=action)
+    process.start()
+    return process
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_lock_excludes_others_until_its_holder_is_dead_whatever_it_forked(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    word, child = holder.stdout.readline().split()
+    assert word == "held"
+    assert run.is_held()
+    with pytest.raises(LockHeld, match=str(holder.pid)), run.hold():
+        pass
+    (left,) = tmp_path.glob(".writer-*")
+    (left / "part").touch()
+    holder.kill()
+    holder.wait()
+    os.kill(int(child), 0)  # its fork lives, as may the loader processes of a trainer
+    assert not run.is_held(), "nobody waits for a process that is dead"
+    with run.hold() as folder:
+        assert run.is_held()
+        assert list(tmp_path.glob(".writer-*")) == [folder]
+        assert [[*earlier.iterdir()] for earlier in earlier_folders(run.status)] == [[folder / left.name / "part"]]
+    os.kill(int(child), signal.SIGKILL)
+    assert not run.is_held()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_forked_child_that_leaves_the_block_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(run.hold())
+        in_fork(stack.close).join()
+        assert folder.is_dir()
+        assert run.is_held()
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="has no locks") as refused, RunDir(tmp_path).hold():
+        pass
+    assert not isinstance(refused.value, LockHeld)
+
+
+def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_path: Path) -> None:
+    """It stands still between its last look at the fence and its rename, and tries every other way to write, too."""
+    run, outcome = RunDir(tmp_path / "run"), tmp_path / "outcome"
+
+    def hold() -> None:
+        with run.hold():
+            append_line(run.metrics, {"holder": "old"})
+            aside = new_dir_aside(run.checkpoint_dir(8))
+            write_json(aside / "manifest.json", {})
+
+            def stand_still() -> None:
+                with written_aside(run.status) as file:
+                    check_fence(run.status)
+                    file.write_text("old")
+                    (tmp_path / "ready").touch()
+                    os.kill(os.getpid(), signal.SIGSTOP)
+
+            attempts: list[Callable[[], Any]] = [
+                stand_still,
+                lambda: append_line(run.metrics, {"holder": "old, again"}),
+                lambda: write_json(aside / "manifest.json", {}),
+                lambda: publish_dir(aside, run.checkpoint_dir(8)),
+                lambda: remove_dir(run.checkpoints),
+                lambda: new_dir_aside(run.checkpoint_dir(16)),
+                lambda: run.record_row({"images_seen": 8}),
+                lambda: run.write_status(state="finished"),
+                lambda: check_fence(run.path / "tensorboard"),
+            ]
+            for attempt in attempts:
+                with pytest.raises(LockLost):
+                    attempt()
+        outcome.write_text("stopped by the fence each time")
+
+    holder = in_fork(hold)
+    until((tmp_path / "ready").exists)
+    assert run.is_held()
+    (run.path / "lock").unlink()  # as a file server does that lost sight of the holder
+    with run.hold():
+        append_line(run.metrics, {"holder": "new"})
+        publish_dir(new_dir_aside(run.checkpoint_dir(24)), run.checkpoint_dir(24))
+        files_before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if ".writer-" not in str(path)}
+        os.kill(holder.pid or 0, signal.SIGCONT)
+        holder.join()
+        assert outcome.read_text() == "stopped by the fence each time"
+        append_line(run.metrics, {"holder": "new"})
+        assert run.is_held()
+    assert [json.loads(line)["holder"] for line in run.metrics.read_text().splitlines()] == ["old", "new", "new"]
+    del files_before[run.metrics]
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in files_before.items() if path.is_file())
+    assert {path.name for path in run.path.iterdir()} == {"lock", "metrics.jsonl", "checkpoints"}
+
+
+def test_processes_hold_one_after_the_other(tmp_path: Path) -> None:
+    run, inside = RunDir(tmp_path / "run"), tmp_path / "inside"
+
+    def contend() -> None:
+        num_held = 0
+        while num_held < 4:
+            with contextlib.suppress(LockHeld), run.hold():
+                inside.touch(exist_ok=False)
+                time.sleep(0.02)
+                inside.unlink()
+                num_held += 1
+
+    contenders = [in_fork(contend) for _ in range(6)]
+    for contender in contenders:
+        contender.join()
+    assert [contender.exitcode for contender in contenders] == [0] * 6
