@@ -274,10 +274,12 @@ class AIM(nn.Module):
 
         The head works token by token, so it sees scored tokens alone: the same loss for about half of its work.
         """
-        assert images.dtype == torch.float32, "targets are computed from float32 pixels"
+        if images.dtype != torch.float32:
+            raise ValueError(f"targets are computed from float32 pixels, not {images.dtype}")
         num_tokens = self.config.num_tokens
-        if not prefix_len.is_cuda:  # there, looking would wait for the device
-            assert ((prefix_len >= 1) & (prefix_len < num_tokens)).all(), "prefix lengths run from 1 to N - 1"
+        # On a card, looking would wait for the device.
+        if not prefix_len.is_cuda and ((prefix_len < 1) | (prefix_len >= num_tokens)).any():
+            raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
         scored = copy_to(scored_positions(prefix_len, num_tokens), images.device)
         patches = self.preprocessor.patches(images)
         mask = prefix_causal_mask(copy_to(prefix_len, images.device), num_tokens)
