@@ -22,7 +22,7 @@ from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import BACKBONE, WeightsError, known_heads, load_backbone
 from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.pack import pack_folder
-from aimscale.harness.probe.features.images import open_task
+from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
@@ -230,7 +230,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
     # the same by the written-out modules
     config = run.load_config()
     section = ProbeSection(task="animals", train=str(tmp_path / "test"), test=str(tmp_path / "test"))
-    _, test = open_task(section, config.training.model, config.runtime)
+    test = open_labelled(section.test, section, config.training.model, config.runtime)
     model = load_backbone(path, CONFIG).to(torch.bfloat16)
     probe = AttentiveProbe(CONFIG.width, CONFIG.num_heads, 3)
     probe.load_state_dict({name.removeprefix("head."): tensor for name, tensor in head.items()})
