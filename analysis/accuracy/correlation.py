@@ -138,7 +138,7 @@ def _check_names(df: pd.DataFrame, methods: Sequence[str], x: str, y: str, *othe
         raise AnalysisError(f"{x} and {y} must be two columns, and others than what is held equal.")
     if unknown := [m for m in methods if m not in METHODS]:
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    if absent := [name for name in (x, y, *others) if name and name not in df.columns]:
+    if absent := [name for name in (x, y, *others) if name is not None and name not in df.columns]:
         raise no_column(df, absent[0])
 
 

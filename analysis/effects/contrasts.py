@@ -26,6 +26,7 @@ from aimscale.analysis.table.design import (
     SCALE,
     foreign_settings,
     held_equal,
+    is_plain,
     setup_columns,
     varies,
     with_size,
@@ -174,6 +175,8 @@ def contrast(
     """
     by = by if by == KIND else our_name(frame, by)
     rows = complete(frame if by == "params_total" else with_size(frame))
+    if by in rows and not is_plain(rows[by]):
+        raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
     if by in rows and not varies(rows[by]):
         values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
         raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")

@@ -57,12 +57,13 @@ def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> lis
     word that stands for one size and one seed is the name of a run.
     """
     not_these = {*KNOWN, *IDENTITIES, *CANONICAL, *measured}
-    names = [str(name) for name in frame.columns if name not in not_these and _is_plain(frame[name])]
+    names = [str(name) for name in frame.columns if name not in not_these and is_plain(frame[name])]
     names = [name for name in names if not looks_like_accuracy(frame, name)]
     return [name for name in names if varies(frame[name]) and _is_setting(frame, name)]
 
 
-def _is_plain(values: pd.Series) -> bool:
+def is_plain(values: pd.Series) -> bool:
+    """Whether a column holds what can be compared: no lists, no dictionaries."""
     return bool(values.map(pd.api.types.is_hashable).all())
 
 

@@ -32,6 +32,8 @@ from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, 
 from aimscale.analysis.table.select import best_of, select
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
+_NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
+"""Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
 MAX_BYTES = 10**9
 """A table is held in memory, and several times over."""
 DEFAULT = "default"
@@ -72,6 +74,8 @@ def read_tables(
 
 def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     frame = joined(frames)
+    if "probes" in frame:  # some of the tables may have none
+        frame["probes"] = frame["probes"].map(lambda entries: entries if isinstance(entries, list) else [])
     keys = ["run_id", "images_seen"]
     if not set(keys) <= set(frame.columns):
         return frame
@@ -214,14 +218,17 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
     """A column made of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
     known = pd.DataFrame({**theirs, **ours, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}})
     whole = known.select_dtypes("integer").columns
+    as_floats = _NUMBER.sub(lambda found: f"{found[1]}.0" if found[1] else found[0], formula)
     try:
-        found = known.astype(dict.fromkeys(whole, float)).eval(formula, engine="python", local_dict={}, global_dict={})
+        found = known.astype(dict.fromkeys(whole, float)).eval(
+            as_floats, engine="python", local_dict={}, global_dict={}
+        )
         if isinstance(found, pd.DataFrame):
             raise ValueError("it has a '='")
         return pd.Series(found, index=theirs.index)
     except Exception as error:  # whatever the formula makes Python raise
         raise AnalysisError(
-            f"{path} has no column {formula} that --columns names, and it is no formula of columns ({error}); "
+            f"{path} has no column {formula:.80} that --columns names, and it is no formula of columns ({error}); "
             f"{column_words(theirs, formula)}"
         ) from error
 

@@ -40,7 +40,7 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
             raise no_column(frame, name, f" for --where {text}")
         meets = _meets(frame[name], found["sign"], found["value"].strip(), text)
         if not meets.any():
-            values = ", ".join(map(str, pd.unique(frame[name].dropna())[:8]))
+            values = ", ".join(f"{each:.40}" for each in frame[name].dropna().astype(str).unique()[:8])
             raise AnalysisError(f"--where {text}: no row is left; {name} takes {values}")
         if number := int((~meets).sum()):
             left_out = Exclusion(kind="where", subject=text.strip(), number=number)
