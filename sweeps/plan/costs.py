@@ -16,12 +16,11 @@ from aimscale.aim.cost import TRAIN_OVER_FORWARD
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.bench.expected import Rates, expected_rates
-from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DatasetInfo, Look, read_info
+from aimscale.harness.data.store.card import Look, data_set
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
 from aimscale.harness.probe.cost import ProbeCost, probe_costs, validation_images
-from aimscale.harness.run.config import UNINDEXED, OptimiserSection, RunConfig, RuntimeConfig
+from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.planner import Run, counts_of
@@ -146,18 +145,13 @@ def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
             raise SweepError(f"{sweep.source}: no data sheet of cost.device '{cost.device}'; give cost.peak_tflops")
         found = Device(name=cost.device, is_gpu="cpu" not in cost.device.lower(), why="cost.device", cores=cores)
     elif on_slurm and slurm.gpus and not wants_cpu:
-        found = Device(name=ASSUMED, is_gpu=True, why="assumed, since there is a slurm section", cores=cores)
+        kind = str(slurm.gpus).upper()  # as Slurm names its type, such as a100
+        name = kind if nominal_flops_per_s(kind, "bf16") else ASSUMED
+        found = Device(name=name, is_gpu=True, why="assumed, since there is a slurm section", cores=cores)
     else:
         found = device_here(wants_cpu=on_slurm or wants_cpu)
     memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
     return replace(found, peak_tflops=cost.peak_tflops, memory_bytes=memory_bytes)
-
-
-def data_set(path: str) -> DatasetInfo | None:
-    """What a data set says of itself; None where it is not made yet, or has no index."""
-    with contextlib.suppress(DataError):
-        return None if path.startswith(UNINDEXED) else read_info(path)
-    return None
 
 
 def totals(cards: Sequence[CostCard]) -> dict[str, Any]:

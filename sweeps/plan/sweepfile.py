@@ -75,8 +75,8 @@ class CostSection(Section):
     """What a device is taken to be worth on the cost card; all of it is stated beside the numbers."""
 
     device: str | None = None
-    """Name of the device, such as A100. Null: an H100 where there is a `slurm` section that asks for GPUs, else this
-    machine's GPU, else one core of this machine."""
+    """Name of the device, such as A100. Null: where there is a `slurm` section the GPU that it asks for, or an H100;
+    else this machine's GPU, else one core of this machine."""
     peak_tflops: float | None = Field(None, ge=1e-6, le=1e12)
     """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
     what is measured here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -105,14 +106,17 @@ def read_info(path: str) -> DatasetInfo:
         raise DataError(f"the index of {path} is not valid ({error}); run `aimscale data index` again") from error
 
 
-def num_images(path: str) -> int | None:
-    """Images of a data set; None where it is not made yet or cannot be read."""
-    return _field(path, "num_samples", int)
+def data_set(path: str) -> DatasetInfo | None:
+    """What a data set says of itself; None where it is not made yet, cannot be read, or has no index."""
+    with contextlib.suppress(DataError):
+        return None if path.startswith(UNINDEXED) else read_info(path)
+    return None
 
 
 def fingerprint(path: str) -> str | None:
     """16 hex digits of a data set's content; None where it is not made yet or cannot be read."""
-    return _field(path, "fingerprint", str)
+    info = data_set(path)
+    return info.fingerprint if info else None
 
 
 def with_fingerprints(config: RunConfig) -> RunConfig:
@@ -124,15 +128,6 @@ def with_fingerprints(config: RunConfig) -> RunConfig:
     )
     training = config.training.model_copy(update={"data": data.model_copy(update={"sources": sources})})
     return config.model_copy(update={"training": training})
-
-
-def _field(path: str, name: str, kind: Any) -> Any:
-    if path.startswith(UNINDEXED):
-        return None
-    try:
-        return kind(json.loads(_text(path))[name])
-    except (OSError, ValueError, KeyError, TypeError, DataError):  # the last: no package for that kind of URL
-        return None
 
 
 def _text(path: str) -> str | bytes:

@@ -206,6 +206,7 @@ def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
     bf16 = {**base, "optimiser": {**base["optimiser"], "precision": "bf16"}}
     single, half = card(slurm={}), card(slurm={}, base=bf16)
     assert (single.device.name, single.peak_flops_per_s, half.peak_flops_per_s) == ("H100", 494.75e12, 989.5e12)
+    assert card(slurm={"gpus": "a100"}, base=bf16).peak_flops_per_s == 312e12
     given = card(cost={"device": "A100", "peak_tflops": 100})
     assert (given.device.name, given.peak_flops_per_s, given.mfu) == ("A100", 1e14, 0.4)
     monkeypatch.setattr(device, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
