@@ -11,12 +11,12 @@ from rich.console import Console
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
+from aimscale.harness.device import sheets
 from aimscale.harness.probe.cost import probe_costs
 from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.cli.plan import print_plan
-from aimscale.sweeps.plan import device
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import cost_cards, to_json
 from aimscale.sweeps.plan.planner import counts_of, plan
@@ -209,10 +209,10 @@ def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
     assert card(slurm={"gpus": "a100"}, base=bf16).peak_flops_per_s == 312e12
     given = card(cost={"device": "A100", "peak_tflops": 100})
     assert (given.device.name, given.peak_flops_per_s, given.mfu) == ("A100", 1e14, 0.4)
-    monkeypatch.setattr(device, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
+    monkeypatch.setattr(sheets, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
     assert (card().peak_flops_per_s, card().device.memory_bytes) == (494.75e12, 141 * 10**9)
-    monkeypatch.setattr(device, "gpus_here", lambda: [])
-    monkeypatch.setattr(device, "_measured_flops_per_s", lambda precision: 1e11)
+    monkeypatch.setattr(sheets, "gpus_here", lambda: [])
+    monkeypatch.setattr(sheets, "_measured_flops_per_s", lambda precision: 1e11)
     here = card()
     assert (here.device.name, here.device.is_gpu, here.peak_flops_per_s) == (cpu_name(), False, 1e11)
     assert here.training_s > here.flops_executed / (1e11 * here.mfu)  # activations and steps beside
