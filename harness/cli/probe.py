@@ -1,4 +1,4 @@
-"""`aimscale probe`: frozen-feature accuracies of a run, and of a model to compare it with."""
+"""`aimscale probe` and `aimscale baseline`: frozen-feature accuracies of a run, and of a model to compare it with."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ import typer
 
 from aimscale.harness.run.config import ConfigError, ProbeSection, RunConfig, parse, read_yaml
 
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the backbone runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")]
+TaskNames = Annotated[
+    list[str] | None, typer.Option("--task", help="Task of the run's configuration (repeatable); default: all.")
+]
+TaskFile = Annotated[
+    Path | None,
+    typer.Option("--tasks", help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's."),
+]
+
 
 def probe(
     run: Annotated[Path, typer.Argument(help="Run directory with saved budgets.", show_default=False)],
     images_seen: Annotated[
         int | None, typer.Option(help="Probe this budget only; default: all saved ones.", show_default=False)
     ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="Task of the run's configuration (repeatable); default: all.")
-    ] = None,
-    tasks: Annotated[
-        Path | None, typer.Option(help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's.")
-    ] = None,
+    task: TaskNames = None,
+    tasks: TaskFile = None,
     kind: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,39 +37,57 @@ def probe(
             "the head that came with imported weights and trains nothing."
         ),
     ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Probe timm:NAME, random or raw-pixels as the run is probed, instead of the run.")
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train the task's probe heads on frozen features and score the chosen ones on the test split.
+
+    In this process, under torchrun, or in a Slurm job step with several tasks; refused while the run is in training.
+    What is done already is not done again. To probe a whole sweep, edit `probes` in its file and launch it again.
+    """
+    from aimscale.harness.probe.released import RELEASED, score_released
+    from aimscale.harness.probe.run import by_hand, probe_run
+    from aimscale.harness.run.directory import RunDir
+
+    config = RunDir(run).load_config()
+    is_released = kind == [RELEASED]
+    sections = _sections(config, task, tasks, None if is_released else kind)
+    with by_hand(RunDir(run), device) as group:
+        if is_released:
+            results = score_released(run, sections, group=group)
+        else:
+            results = probe_run(run, images_seen, sections, group=group)
+        _print_entries(results, is_first=group.is_first, as_json=as_json)
+
+
+def baseline(
+    name: Annotated[str, typer.Argument(help="timm:NAME, random or raw-pixels.", show_default=False)],
+    like: Annotated[
+        Path, typer.Option(help="Run directory whose tasks, images and seed are used.", show_default=False)
+    ],
+    task: TaskNames = None,
+    tasks: TaskFile = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kind of probe (repeatable) instead of the task's own.")
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Of a timm model: a file, or `hub` (fetched, or from its cache).")
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the backbone runs.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
-    """Train the tasks' probe heads on frozen features and score the chosen ones on the test split.
+    """Train the tasks' probe heads on a baseline's features and score them as a run's are scored.
 
-    In this process, under torchrun, or in a Slurm job step with several tasks; refused while the run is in training.
-    What is done already is not done again. To probe a whole sweep, edit `probes` in its file and launch it again.
-    Accuracies of a baseline go to RUN/baselines; `aimscale collect` gathers them for `aimscale compare` and the report.
+    Results go to LIKE/baselines/NAME; `aimscale collect` gathers them into `baselines.parquet`, and `aimscale compare`
+    and the report show them.
     """
-    from aimscale.harness.probe.released import RELEASED, score_released
-    from aimscale.harness.probe.run import by_hand, probe_baseline, probe_run
+    from aimscale.harness.probe.run import by_hand, probe_baseline
     from aimscale.harness.run.directory import RunDir
 
-    if weights and not baseline:
-        raise ConfigError("--weights are a baseline's; name it by --baseline timm:NAME")
-    if baseline and images_seen:
-        raise ConfigError("--baseline probes no budget of the run; leave --images-seen out")
-    is_released = kind == [RELEASED] and not baseline
-    sections = _sections(RunDir(run).load_config(), task, tasks, None if is_released else kind)
-    with by_hand(RunDir(run), device) as group:
-        results: Iterable[tuple[int | None, list[dict[str, Any]]]]
-        if baseline:
-            results = probe_baseline(baseline, RunDir(run), sections, weights=weights, group=group)
-        elif is_released:
-            results = score_released(run, sections, group=group)
-        else:
-            results = probe_run(run, images_seen, sections, group=group)
+    run = RunDir(like)
+    sections = _sections(run.load_config(), task, tasks, kind)
+    with by_hand(run, device) as group:
+        results = probe_baseline(name, run, sections, weights=weights, group=group)
         _print_entries(results, is_first=group.is_first, as_json=as_json)
 
 

@@ -23,7 +23,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
     "cancel": ("aimscale.sweeps.cli.launch:cancel", "Stop the runs of a sweep; each saves first."),
     "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
-    "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run, or of a baseline on its tasks."),
+    "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run."),
+    "baseline": (
+        "aimscale.harness.cli.probe:baseline",
+        "Probe a timm model, random weights or raw pixels on a run's tasks.",
+    ),
     "weights": ("aimscale.harness.cli.runs", "Import, export and describe official AIM weights."),
     "bench": ("aimscale.harness.cli.bench", "Measure training and loading against named limits, or a whole card."),
     "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),

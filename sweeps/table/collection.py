@@ -1,7 +1,7 @@
 """From run directories to one typed table: `results.parquet`, `results.csv` and `collect.json`.
 
 Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
-Baselines probed like a run (`aimscale probe RUN --baseline NAME`) go to `baselines.parquet` by the same columns:
+Baselines probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet` by the same columns:
 they are no runs, and no law should take them for some. The files depend on the run directories alone, so collecting
 twice writes the same bytes.
 """

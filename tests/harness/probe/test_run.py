@@ -95,8 +95,8 @@ def test_a_run_that_is_held_is_neither_probed_nor_given_baselines(
 ) -> None:
     before = run.read_rows()
     with run.hold():  # as its trainer, or another probe, does
-        for words in ([], ["--baseline", "raw-pixels"]):
-            error = call(capsys, "probe", str(run.path), *words, "--device", "cpu", "--kind", "knn")
+        for words in (["probe", str(run.path)], ["baseline", "raw-pixels", "--like", str(run.path)]):
+            error = call(capsys, *words, "--device", "cpu", "--kind", "knn")
             assert str(run.path) in error
             assert error.count("\n") == 1
     assert not (run.path / "probes").exists()
@@ -136,7 +136,7 @@ def test_imported_weights_are_probed_like_any_run(
     tasks.write_text(json.dumps([task | {"lrs": [0.01], "epochs": 4}]))  # JSON is YAML
     imported = str(tmp_path / "imported")
     entries = call(capsys, "probe", imported, "--device", "cpu", "--tasks", str(tasks))
-    baseline = call(capsys, "probe", imported, "--baseline", "random", "--device", "cpu", "--tasks", str(tasks))
+    baseline = call(capsys, "baseline", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
     # the same seed's weights either way
     assert [entry["top1"] for entry in entries] == [entry["top1"] for entry in baseline]
     (row,) = RunDir(imported).read_rows()
@@ -151,8 +151,6 @@ def test_imported_weights_are_probed_like_any_run(
         (["--images-seen", "7"], "no saved budget of 7 images; it has 64"),
         (["--task", "cats"], "no task 'cats'; its tasks: digits"),
         (["--kind", "svm"], "kinds.0"),
-        (["--weights", "hub"], "--baseline"),
-        (["--baseline", "random", "--images-seen", "64"], "--images-seen"),
     ],
 )
 def test_mistakes_are_one_sentence(
