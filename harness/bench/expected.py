@@ -14,7 +14,8 @@ from aimscale.harness.run.row import model_of
 GPU_MFU = 0.40
 CORE_MFU, CORE_BYTES_PER_S, CORE_STEP_S = 0.35, 0.5e9, 0.002
 """Of one core: the share of its peak, the rate at which it moves what a forward pass keeps, and a step's time beside
-both. Assumption: they met eight models of 20k to 2M parameters within 15 % (24 % once) on a core of an AMD EPYC."""
+both. Assumption: within 15 % (24 % once) of the fastest steps of seven models from w24-d1 to rung-128 on a core of a
+busy AMD EPYC; the processor time of four of them was .5 to .9 of it."""
 PHOTOGRAPH_BYTES, CROP_PIXELS = 51_000, 224**2
 """Of the images whose decoding `DECODED_PER_S` counts."""
 DECODING, RESIZING = 2 / 3, 1 / 4
