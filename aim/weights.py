@@ -34,6 +34,7 @@ PROBE = "head."
 """Prefix of a released attentive probe's names."""
 NUM_HEADS = "num_heads"
 """Key, in the header of an exported safetensors file, of the number of attention heads, which shapes do not tell."""
+_MAX_DEPTH = 1000  # blocks
 TRAINER_NORM_EPS = 1e-5
 """Of every LayerNorm that the authors' trainer trains."""
 
@@ -67,13 +68,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"there is no weight file {path}")
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise WeightsError(f"{path} is neither .pth nor .safetensors; convert it to one of them")
-    if not path.stat().st_size:
-        raise WeightsError(f"{path} is empty; download it again")
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        else:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except safetensors.SafetensorError as error:
         raise WeightsError(
             f"{path} is not a whole safetensors file ({error}); restore it or download it again"
@@ -85,9 +85,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint of the authors' trainer
         state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise WeightsError(f"{path} holds something other than named tensors; save model.state_dict() alone")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not _is_plain(value):
+            raise WeightsError(
+                f"{path}: {name} is no plain tensor; save the model's state_dict() in fp32, bf16 or fp16"
+            )
     return state
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own for all its elements: a file of 1 kB may describe 1 TB that has not."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -165,9 +177,10 @@ def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None)
         state = to_released(state)
     patch_embedding = state.get("preprocessor.patchifier.proj.weight")
     depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
-    if patch_embedding is None or patch_embedding.ndim != 4 or depth == 0:
+    shape = () if patch_embedding is None else patch_embedding.shape
+    if len(shape) != 4 or 0 in shape or not 0 < depth <= _MAX_DEPTH:
         raise WeightsError(f"{path} is not an AIM backbone: it has no patch embedding or no trunk blocks")
-    width, channels, patch_size, _ = patch_embedding.shape
+    width, channels, patch_size, _ = shape
     heads = num_heads or known_heads(path, width, depth)
     if heads is None:
         raise WeightsError(
@@ -199,7 +212,7 @@ def known_heads(path: Path, width: int, depth: int) -> int | None:
         return None
     with safetensors.safe_open(path, framework="pt") as file:
         recorded = (file.metadata() or {}).get(NUM_HEADS, "")
-    return int(recorded) if recorded.isdigit() else None
+    return int(recorded) if re.fullmatch("[1-9][0-9]{0,3}", recorded) else None
 
 
 def load_model(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
@@ -261,7 +274,7 @@ def probe_state(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -
 
 def _probe_on_meta(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -> AttentiveProbe:
     classifier = state.get(f"{PROBE}linear.weight")
-    if classifier is None:
+    if classifier is None or classifier.ndim != 2:
         raise WeightsError(f"{where} holds no {PROBE}linear.weight; give the file of the attentive probe")
     with torch.device("meta"):
         return AttentiveProbe(
@@ -335,9 +348,9 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith("pos_embed"):
             continue
         if found := re.fullmatch(r"(trunk\.blocks\.\d+\.attn\.)([qkv])_proj\.weight", name):
-            parts = [plain.get(f"{found[1]}{part}_proj.weight") for part in "qkv"]
-            if found[2] == "q" and all(part is not None for part in parts):
-                out[f"{found[1]}qkv.weight"] = torch.cat([part for part in parts if part is not None])
+            parts = [plain.get(f"{found[1]}{part}_proj.weight", tensor.new_empty(0)) for part in "qkv"]
+            if found[2] == "q" and all(part.shape == tensor.shape and part.ndim == 2 for part in parts):
+                out[f"{found[1]}qkv.weight"] = torch.cat(parts)
             continue
         name = re.sub(r"^preprocessor\.(?:[\w.]+\.)?patchifier\.", "preprocessor.patchifier.", name)
         name = _TRAINER_HEAD_NAME.sub(lambda found: f"pixel_head.{_TRAINER_HEAD[found[1]]}.", name)

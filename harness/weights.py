@@ -119,10 +119,10 @@ def describe_weights(path: Path) -> dict[str, Any]:
         WeightsError: an unreadable file, or one that is no AIM.
     """
     state = read_weights(path)
-    parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0}
+    parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0, "other": 0}
     for name, tensor in state.items():
         part = name.split(".", 1)[0]
-        parts[part] = parts.get(part, 0) + tensor.numel()
+        parts[part if part in parts else "other"] += tensor.numel()
     facts = {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -130,8 +130,9 @@ def describe_weights(path: Path) -> dict[str, Any]:
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
         "params": {part: count for part, count in parts.items() if count},
     }
-    if f"{PROBE}linear.weight" in state:
-        facts["num_classes"] = len(state[f"{PROBE}linear.weight"])
+    classifier = state.get(f"{PROBE}linear.weight")
+    if classifier is not None and classifier.ndim:
+        facts["num_classes"] = len(classifier)
     return facts | (_backbone_facts(path, state) if parts["trunk"] else {})
 
 
@@ -172,14 +173,15 @@ def _model_of(
 def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     """Fields of `model` that a checkpoint of the authors' trainer implies."""
     pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
-    if "pixel_head.proj_in.weight" not in pixel_head:
+    projection = pixel_head.get("pixel_head.proj_in.weight")
+    if projection is None or not projection.ndim:
         raise WeightsError(
             f"{source} lacks head.decoder_projection.weight, so its pixel head is not whole; give it all"
         )
     blocks = {name.split(".")[2] for name in pixel_head if name.startswith("pixel_head.blocks.")}
     return {
         "head_rule": "released",
-        "head_width": len(pixel_head["pixel_head.proj_in.weight"]),
+        "head_width": len(projection),
         "head_depth": len(blocks),
         "ln_residual": any(name.endswith(".norm_1.weight") for name in pixel_head),
         "norm_eps": TRAINER_NORM_EPS,

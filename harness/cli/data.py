@@ -58,6 +58,7 @@ def pack(
     if out is None:
         raise DataError(f"data pack needs an output folder: aimscale data pack {source} OUT")
     skipped: list[Path] = []
+    num_transparent = 0
     part = _read_part(images)
     if is_cifar(source) and not is_idx(source):
         if split not in SPLITS:
@@ -68,11 +69,14 @@ def pack(
     else:
         if classes is not None:
             raise DataError("--classes is for idx files, CIFAR and data index; a folder's classes are its sub-folders")
-        info, skipped = pack_folder(
+        info, skipped, num_transparent = pack_folder(
             source, out, resize=resize, skip_bad=skip_bad, part=part, max_shard_bytes=shard_mb * 1e6
         )
     for path in skipped:
         print(f"left out, cannot be decoded: {os.fsencode(path).decode(errors='backslashreplace')}")
+    if num_transparent:
+        have = "image has" if num_transparent == 1 else "images have"
+        print(f"{num_transparent:,} {have} transparent pixels, which are read as white")
     print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {info.num_shards} shards")
 
 

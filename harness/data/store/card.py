@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from aimscale.harness.data import DataError
 from aimscale.harness.run.config import UNINDEXED, RunConfig
@@ -17,6 +20,8 @@ FORMAT_VERSION = 2
 INDEX_FILE = "index.parquet"
 DATASET_FILE = "dataset.json"
 NO_LABEL = -1
+MAX_LABEL = 2**24 - 1
+"""Largest class number: what counts classes takes memory for all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,17 +63,46 @@ class DatasetInfo:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], where: str) -> DatasetInfo:
-        """Of the file's parsed text.
+    def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
+        """Of the file's text.
 
         Raises:
-            DataError: keys are missing or unknown.
+            DataError: it is damaged, of another version, or lacks a key.
         """
         try:
-            classes = values.pop("classes")
-            return cls(**values, classes=None if classes is None else tuple(classes))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{where} is no valid {DATASET_FILE} ({error}); run `aimscale data index` again") from error
+            values: dict[str, Any] = dict(json.loads(text))
+            if type(version := values["version"]) is not int or version != FORMAT_VERSION:
+                raise TypeError(f"version {version}; this program reads {FORMAT_VERSION}")
+            names = values.pop("classes")
+            info = cls(**values, classes=tuple(names) if type(names) is list else names)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{where} cannot be used ({error}); run `aimscale data index` again") from error
+        wrong = [field.name for field in dataclasses.fields(cls) if not _is_of(field.type, getattr(info, field.name))]
+        if wrong or not re.fullmatch("[0-9a-f]{16}", info.fingerprint):
+            reason = ", ".join(wrong or ["fingerprint"])
+            raise DataError(f"{where} is damaged ({reason} cannot be so); run `aimscale data index` again")
+        return info
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value of `dataset.json` is what the annotation of its field says; a count is no less than 0."""
+    if isinstance(value, tuple):
+        return kind == "tuple[str, ...] | None" and all(type(name) is str for name in value)
+    if kind == "int":
+        return type(value) is int and value >= 0
+    return (value is None and "None" in kind) or type(value).__name__ == kind.removesuffix(" | None")
+
+
+def open_local(path: str | Path) -> IO[bytes]:
+    """Open a file of this machine to read it.
+
+    Raises:
+        OSError: it cannot be opened.
+        DataError: what has the name is no file: a pipe would be waited for, for ever.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise DataError(f"{path} is no file; give one, or leave it out")
+    return open(path, "rb")
 
 
 Look = Callable[[str], DatasetInfo | None]
@@ -81,29 +115,25 @@ def image_checksum(data: bytes) -> int:
 
 
 def read_info(path: str) -> DatasetInfo:
-    """What a data set says of itself.
+    """What a data set at a folder or URL says of itself.
 
     Raises:
         DataError: no folder, no index, or one that this program does not read.
     """
     where = f"{path.rstrip('/')}/{DATASET_FILE}"
-    if "://" not in path and not Path(path).is_dir():
-        raise DataError(f"data set folder {path} does not exist")
     try:
-        values = json.loads(_text(path))
-        version = values["version"]
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise DataError(
-                f"{where} has format version {version}, this program reads {FORMAT_VERSION}; "
-                f"run `aimscale data index {path}` again"
-            )
-        return DatasetInfo.from_json(values, where)
+        if "://" in path:
+            from aimscale.harness.data.store.shards import read_bytes  # fsspec is slow to import
+
+            return DatasetInfo.from_json(read_bytes(where), where)
+        with open_local(where) as file:
+            return DatasetInfo.from_json(file.read(), where)
     except FileNotFoundError as error:
+        if "://" not in path and not Path(path).is_dir():
+            raise DataError(f"data set folder {path} does not exist") from error
         raise DataError(f"{path} has no index; run `aimscale data index {path}` or `aimscale data pack`") from error
     except OSError as error:
         raise DataError(f"cannot read the index of {path}: {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"the index of {path} is not valid ({error}); run `aimscale data index` again") from error
 
 
 def data_set(path: str) -> DatasetInfo | None:
@@ -128,11 +158,3 @@ def with_fingerprints(config: RunConfig) -> RunConfig:
     )
     training = config.training.model_copy(update={"data": data.model_copy(update={"sources": sources})})
     return config.model_copy(update={"training": training})
-
-
-def _text(path: str) -> str | bytes:
-    if "://" not in path:
-        return (Path(path) / DATASET_FILE).read_text()
-    from aimscale.harness.data.store.shards import join, read_bytes  # fsspec is slow to import
-
-    return read_bytes(join(path, DATASET_FILE))

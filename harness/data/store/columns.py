@@ -6,15 +6,16 @@ A mapped column costs nothing to open, and a row costs the page that it lies on.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.card import NO_LABEL, DatasetInfo
+from aimscale.harness.data.store.card import NO_LABEL, DatasetInfo, open_local
 
 SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")])
 """What every read needs: where the image file starts in its shard and its length, bytes; its pixels, 0 x 0 if bad."""
@@ -26,12 +27,16 @@ BLOCK_ROWS = 1 << 16
 class Column:
     """Rows of one dtype, of an .npy file; safe to fork, and pickled by the file's name."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: npt.DTypeLike | None = None) -> None:
+        """Map it; ValueError where it holds something else than rows of `dtype`."""
+        open_local(path).close()  # numpy would wait for a pipe
         self._path = path
         self._values: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        if self._values.ndim != 1 or (dtype is not None and self._values.dtype != np.dtype(dtype)):
+            raise ValueError(f"{path.name} holds {self._values.dtype} of shape {self._values.shape}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Column, (self._path,)
+        return Column, (self._path, self._values.dtype)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -61,12 +66,24 @@ class Index:
     label: Column | None
     """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.samples, self.checksum = Column(folder / "samples.npy"), Column(folder / "checksum.npy")
-        self.label = Column(folder / "label.npy") if (folder / "label.npy").exists() else None
+    def __init__(self, folder: Path, info: DatasetInfo) -> None:
+        """Map the files; ValueError where they are not those of the data set."""
+        self.samples = Column(folder / "samples.npy", SAMPLE)
+        self.checksum = Column(folder / "checksum.npy", "<u8")
+        self.label = Column(folder / "label.npy", "<i4") if (folder / "label.npy").exists() else None
         self._shards, self._bad, self._bad_before = (
-            Column(folder / f"{name}.npy") for name in ("shards", "bad", "bad_before")
+            Column(folder / f"{name}.npy", dtype)
+            for name, dtype in (("shards", None), ("bad", "<i8"), ("bad_before", "<i8"))
         )
+        if (self.shards.dtype.names or ()) != ("name", "size", "first"):
+            raise ValueError("shards.npy holds no table of shards")
+        of_samples = [column for column in (self.samples, self.checksum, self.label) if column is not None]
+        lengths = [*map(len, of_samples), len(self.shards), len(self.bad), len(self.bad_before)]
+        if lengths != [info.num_samples] * len(of_samples) + [info.num_shards, info.num_bad, info.num_bad]:
+            raise ValueError(f"its files hold {lengths} rows")
+        first = self.shards["first"]
+        if len(first) and (first[0] != 0 or (np.diff(first) < 0).any() or first[-1] > info.num_samples):
+            raise ValueError("its shards do not follow each other")
 
     @property
     def shards(self) -> npt.NDArray[Any]:
@@ -86,7 +103,7 @@ class Index:
 
 def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.NDArray[Any]:
     """`Index.shards` of some tar files in order."""
-    encoded = [name.encode() for name in names]
+    encoded = [os.fsencode(name) for name in names]
     width = max(map(len, encoded), default=1)
     table = np.zeros(len(names), np.dtype([("name", f"S{width}"), ("size", "<i8"), ("first", "<i8")]))
     table["name"], table["size"] = encoded, sizes
@@ -95,37 +112,38 @@ def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.ND
 
 
 class IndexWriter:
-    """Writes the folder that `Index` reads, a stretch of `num_samples` samples at a time."""
+    """Writes the folder that `Index` reads, a stretch of samples at a time."""
 
-    def __init__(self, folder: Path, num_samples: int) -> None:
-        self._folder, self._end = folder, 0
-        self._samples, self._checksum, self._label = (
-            np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=(num_samples,))
-            for name, dtype in (("samples", SAMPLE), ("checksum", "<u8"), ("label", "<i4"))
-        )
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._num_samples = folder, 0
+        self._dtypes = {"samples": SAMPLE, "checksum": np.dtype("<u8"), "label": np.dtype("<i4")}
+        for name in self._dtypes:
+            self._write_header(name, "wb")
 
     def append(self, samples: npt.NDArray[Any], checksums: npt.NDArray[np.uint64], labels: I64) -> None:
         """Add samples; `labels` holds NO_LABEL where one is missing."""
-        rows = slice(self._end, self._end + len(samples))
-        self._samples[rows], self._checksum[rows], self._label[rows] = samples, checksums, labels
-        self._end = rows.stop
+        for name, values in (("samples", samples), ("checksum", checksums), ("label", labels)):
+            with (self._folder / f"{name}.npy").open("ab") as file:
+                file.write(values.astype(self._dtypes[name]).tobytes())
+        self._num_samples += len(samples)
 
     def finish(
         self, shards: npt.NDArray[Any], *, name: str, classes: tuple[str, ...] | None, shards_at: str | None
     ) -> DatasetInfo:
         """Write the other files; what `dataset.json` says of them all."""
-        num_samples = len(self._samples)
-        assert self._end == num_samples, "IndexWriter: other samples than announced"
-        for column in (self._samples, self._checksum, self._label):
-            column.flush()
-        digest, has_labels = hashlib.blake2b(self._checksum.data, digest_size=8), False
-        for first in range(0, num_samples, BLOCK_ROWS):
-            labels = self._label[first : first + BLOCK_ROWS]
+        for column in self._dtypes:
+            self._write_header(column, "r+b")  # numpy leaves room in it for any number
+        samples, checksum, label = (
+            np.lib.format.open_memmap(self._folder / f"{column}.npy", mode="r") for column in self._dtypes
+        )
+        digest, has_labels = hashlib.blake2b(checksum.data, digest_size=8), False
+        for first in range(0, self._num_samples, BLOCK_ROWS):
+            labels = label[first : first + BLOCK_ROWS]
             digest.update(labels.astype("<i8").tobytes())
             has_labels |= bool((labels != NO_LABEL).any())
         if not has_labels:
             (self._folder / "label.npy").unlink()
-        width, height = self._samples["width"], self._samples["height"]
+        width, height = samples["width"], samples["height"]
         bad = np.flatnonzero(width == 0)
         num_largest = np.count_nonzero((width == width.max()) & (height == height.max()))
         np.save(self._folder / "bad.npy", bad)
@@ -133,15 +151,21 @@ class IndexWriter:
         np.save(self._folder / "shards.npy", shards)
         return DatasetInfo(
             name=name,
-            num_samples=num_samples,
+            num_samples=self._num_samples,
             num_bad=len(bad),
             num_shards=len(shards),
             total_bytes=int(shards["size"].sum()),
             max_width=int(width.max()),
             max_height=int(height.max()),
             max_pixels=int(np.multiply(width, height, dtype=np.int64).max()),
-            one_size=bool(num_largest + len(bad) == num_samples),
+            one_size=bool(num_largest + len(bad) == self._num_samples),
             classes=classes,
             shards_at=shards_at,
             fingerprint=digest.hexdigest(),
         )
+
+    def _write_header(self, name: str, mode: Literal["wb", "r+b"]) -> None:
+        descr = np.lib.format.dtype_to_descr(self._dtypes[name])
+        with (self._folder / f"{name}.npy").open(mode) as file:
+            shape = (self._num_samples,)
+            np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})

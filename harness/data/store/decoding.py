@@ -38,9 +38,11 @@ class _Mode(NamedTuple):
 
 
 _MODES = {1: _Mode(ImageReadMode.GRAY, "L", "GRAY"), 3: _Mode(ImageReadMode.RGB, "RGB", "RGB")}
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+"""Pillow's names of what is read: it knows others, and starts a program for one of them."""
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_GIF_START = b"GIF8"
+_NO_ALPHA = (0, 2, 3)  # a PNG's colour types
 _MAX_ASPECT_RATIO = 64  # of what is resized for a square crop
 
 
@@ -49,10 +51,11 @@ class UndecodableImageError(Exception):
 
 
 def decode(data: bytes, channels: int = 3) -> torch.Tensor:
-    """Decode JPEG with simplejpeg, PNG and WebP with torchvision, and whatever else Pillow reads (of a GIF one frame).
+    """Decode JPEG with simplejpeg, PNG and WebP with torchvision, the others with Pillow; the first frame of many.
 
     Returns:
-        uint8 (channels, height, width); grey images are repeated over three channels, alpha is dropped.
+        uint8 (channels, height, width); grey images are repeated over three channels, what is transparent lies on
+        white.
 
     Raises:
         UndecodableImageError: the bytes are empty, truncated, no image, grey of more than 8 bits, or the header says
@@ -81,51 +84,76 @@ def decode_into(buffer: npt.NDArray[np.uint8], data: bytes, channels: int = 3) -
 
 
 def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
-    """None: no JPEG, or a variant that simplejpeg does not know, CMYK for one."""
+    """None: no JPEG, or a variant that simplejpeg does not know, CMYK for one; other decoders fill what is cut off."""
     if data[:2] != _JPEG_START:
         return None
     try:
         _refuse_large(*simplejpeg.decode_jpeg_header(data)[:2])
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _MODES[channels].simplejpeg)
-    except ValueError:
+    except ValueError as error:
+        if "premature end" in str(error).lower():
+            raise UndecodableImageError(str(error)) from error
         return None
     return pixels
 
 
 def _decode_other(data: bytes, channels: int) -> torch.Tensor:
-    """`decode` of what is no JPEG."""
-    _refuse_large(*_size_px(data))
+    """`decode` of what is no JPEG, or a rare one."""
     mode = _MODES[channels]
-    if not data.startswith(_GIF_START):  # torchvision decodes all frames of those
-        try:
-            file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image: torch.Tensor = decode_image(file, mode.torchvision)
-            if image.dim() == 3 and len(image) == channels and image.dtype == torch.uint8:
-                return image
-        except (RuntimeError, ValueError):
-            pass  # a format or variant that torchvision does not know either (BMP, TIFF): Pillow decides
+    if data[:8] == _PNG_START and len(data) > 33 and data[25] in _NO_ALPHA and b"tRNS" not in data:
+        _refuse_large(*struct.unpack(">II", data[16:24]))  # Pillow takes long to find as much
+        if (image := _by_torchvision(data, mode)) is not None:
+            return image
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.mode.startswith(("I", "F")):  # Pillow would clip their values to white
-                raise ValueError(f"its pixels ({picture.mode}) have more than 8 bits; convert it")
-            pixels = np.array(picture.convert(mode.pillow))
+        with _opened(data) as picture:
+            is_plain = picture.format != "GIF" and not picture.has_transparency_data
+            if is_plain and (image := _by_torchvision(data, mode)) is not None:
+                return image
+            pixels = np.array(_on_white(picture).convert(mode.pillow))
+    except UndecodableImageError:
+        raise
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels.reshape(pixels.shape[0], pixels.shape[1], channels)).permute(2, 0, 1)
 
 
-def _size_px(data: bytes) -> tuple[int, int]:
-    """(width, height) by the header alone."""
-    if data[:8] == _PNG_START and len(data) >= 24:
-        width, height = struct.unpack(">II", data[16:24])
-        return width, height
+def _by_torchvision(data: bytes, mode: _Mode) -> torch.Tensor | None:
+    """None: a variant that torchvision does not know."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                return picture.size
-    except Exception as error:  # as above
-        raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
+        image: torch.Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode.torchvision)
+    except (RuntimeError, ValueError):
+        return None
+    is_right = image.dim() == 3 and len(image) == len(mode.pillow) and image.dtype == torch.uint8
+    return image if is_right else None
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose header alone was read, and that is not too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            _refuse_large(*picture.size)
+            if picture.mode.startswith(("I", "F")):  # Pillow would clip their values to white
+                raise ValueError(f"its pixels ({picture.mode}) have more than 8 bits; convert it")
+            yield picture
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture
+    white = Image.new("RGB", picture.size, "white")
+    coloured = picture.convert("RGBA")
+    white.paste(coloured, mask=coloured)
+    return white
+
+
+def is_transparent(data: bytes) -> bool:
+    """Whether `decode` lays some pixels of an image that it decodes on white."""
+    if data[:2] == _JPEG_START or (data[:8] == _PNG_START and data[25] in _NO_ALPHA and b"tRNS" not in data):
+        return False
+    with _opened(data) as picture:
+        return picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] != 255
 
 
 def _refuse_large(width: int, height: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,19 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, DatasetInfo, image_checksum, read_info
+from aimscale.harness.data.store.card import (
+    DATASET_FILE,
+    INDEX_FILE,
+    MAX_LABEL,
+    NO_LABEL,
+    DatasetInfo,
+    image_checksum,
+    read_info,
+)
 from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.shard_cache import Reader, open_index, open_reader
-from aimscale.harness.data.store.shards import Place, ShardInfo, is_url, join, read_bytes
+from aimscale.harness.data.store.shards import Place, ShardInfo, join, open_file
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Bound of the decoded pixels of small images that a process keeps, over all data sets."""
@@ -96,8 +105,12 @@ class ShardDataset:
     @functools.cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """(num_samples,) class numbers, -1 where one is missing; None when no sample has one."""
-        column = self._index.label
-        return None if column is None else column.values.astype(np.int64)
+        if self._index.label is None:
+            return None
+        labels = self._index.label.values.astype(np.int64)
+        if labels.min(initial=NO_LABEL) < NO_LABEL or labels.max(initial=NO_LABEL) > MAX_LABEL:
+            raise DataError(f"labels of {self.path} lie outside of {NO_LABEL}..{MAX_LABEL}; index it again")
+        return labels
 
     def key(self, i: int) -> str:
         """Key of sample i: its path in the shard without extension."""
@@ -106,16 +119,19 @@ class ShardDataset:
         import pyarrow.parquet as pq
 
         where = join(self.path, INDEX_FILE)
-        # No thread of Arrow's may hold bytes of Python's: when the program ends at once, with an error message, such a
-        # thread asks the dying interpreter for its lock to free them, and the process aborts.
-        source = pa.BufferReader(read_bytes(where)) if is_url(where) else where
-        file = pq.ParquetFile(source, pre_buffer=False)
-        for number in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(number).num_rows
-            if i < num_rows:
-                return str(file.read_row_group(number, columns=["key"], use_threads=False)["key"][i].as_py())
-            i -= num_rows
-        raise AssertionError("no such sample")
+        try:
+            # No thread of Arrow's may hold bytes of Python's: when the program ends at once, with an error message,
+            # such a thread asks the dying interpreter for its lock to free them, and the process aborts.
+            with open_file(where) as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
+                for number in range(file.num_row_groups):
+                    num_rows = file.metadata.row_group(number).num_rows
+                    if i < num_rows:
+                        keys = file.read_row_group(number, columns=["key"], use_threads=False)["key"]
+                        return str(keys[i].as_py())
+                    i -= num_rows
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataError(f"{where} cannot be read ({error}); run `aimscale data index` again") from error
+        raise DataError(f"{where} has too few rows; run `aimscale data index` again")
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -167,7 +183,7 @@ class ShardDataset:
         numbers = np.asarray(samples, dtype=np.int64)
         rows = self._index.samples.take(numbers)
         names = self._index.shards["name"][self._first.searchsorted(numbers, side="right") - 1].tolist()
-        return list(zip(map(bytes.decode, names), rows["offset"].tolist(), rows["size"].tolist(), strict=True))
+        return list(zip(map(os.fsdecode, names), rows["offset"].tolist(), rows["size"].tolist(), strict=True))
 
     def read(self, i: int) -> bytes:
         """Bytes of image file i.
@@ -214,7 +230,7 @@ class ShardDataset:
             return kept.pixels[i]
         data = self.read(i) if data is None else data
         image = decode(data, channels)
-        self.check(np.array([i]), [data])
+        self.check(np.array([i]), [data], [image.shape[-2:]])
         if kept is not None:
             kept.pixels[i] = image
             kept.known[i] = True  # after the pixels: another thread may look at any moment
@@ -243,7 +259,8 @@ class ShardDataset:
                 decoded[i] = decode(data[i], channels)
             except UndecodableImageError:
                 good[i] = False
-        self.check(samples[list(decoded)], [data[i] for i in decoded])
+        shapes = [image.shape[-2:] for image in decoded.values()]
+        self.check(samples[list(decoded)], [data[i] for i in decoded], shapes)
         if kept is None:
             empty = torch.empty(0, channels, 1, 1, dtype=torch.uint8)
             return torch.stack([*decoded.values()]) if decoded else empty, good
@@ -263,11 +280,14 @@ class ShardDataset:
             room = MAX_KEPT_BYTES - sum(kept.pixels.nbytes for kept in _KEPT.values())
             if not self.info.one_size or math.prod(shape) > room:
                 return None
+            height, width = self.sides(self.usable(np.arange(self.num_usable)))
+            if (height != shape[2]).any() or (width != shape[3]).any():
+                raise DataError(f"the index of {self.path} does not match its {DATASET_FILE}; index it again")
             _KEPT.setdefault(key, _Kept(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool)))
         return _KEPT[key]
 
-    def check(self, samples: I64, data: Sequence[bytes]) -> None:
-        """Compare some of these image files with the index: see `decode`.
+    def check(self, samples: I64, data: Sequence[bytes], sides: Sequence[Sequence[int]]) -> None:
+        """Compare some of these image files with the index, see `decode`, and the (height, width) of all.
 
         Raises:
             DataError: a shard holds another image.
@@ -277,20 +297,27 @@ class ShardDataset:
         chosen = np.flatnonzero(~self._seen[shards] | (turns % _CHECKED_SHARE == 0))
         self._seen[shards] = True
         self._num_reads += len(samples)
-        for i, checksum in zip(chosen.tolist(), self._index.checksum.take(samples[chosen]), strict=True):
-            if image_checksum(data[i]) != checksum:
-                raise DataError(
-                    f"shard {self._shard_path(shards[i])} was changed after it was indexed: "
-                    f"{self.describe(int(samples[i]))} is another image; restore the shard, or run "
-                    "`aimscale data index` again"
-                )
+        rows = self._index.samples.take(samples)
+        known = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
+        changed = [i for i, (own, wanted) in enumerate(zip(sides, known, strict=True)) if tuple(own) != wanted]
+        checksums = self._index.checksum.take(samples[chosen])
+        changed += [i for i, known in zip(chosen.tolist(), checksums, strict=True) if image_checksum(data[i]) != known]
+        if changed:
+            i = changed[0]
+            raise DataError(
+                f"shard {self._shard_path(shards[i])} was changed after it was indexed: "
+                f"{self.describe(int(samples[i]))} is another image; restore the shard, or run "
+                "`aimscale data index` again"
+            )
 
     def _shard_path(self, number: int) -> str:
-        return join(self.location, self._index.shards["name"][number].decode())
+        return join(self.location, os.fsdecode(self._index.shards["name"][number]))
 
 
 def _shard_infos(table: npt.NDArray[Any]) -> list[ShardInfo]:
-    return [ShardInfo(name.decode(), size) for name, size in zip(table["name"], table["size"].tolist(), strict=True)]
+    return [
+        ShardInfo(os.fsdecode(name), size) for name, size in zip(table["name"], table["size"].tolist(), strict=True)
+    ]
 
 
 class _Kept(NamedTuple):
@@ -324,16 +351,15 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     where = str(path)
     info = read_info(where)
     try:
-        index = open_index(where, info.index_folder, cache_dir)
+        index = open_index(where, info, cache_dir)
+        shards = _shard_infos(index.shards)
     except FileNotFoundError as error:
         raise DataError(f"{where} has no index; run `aimscale data index {where}` or `aimscale data pack`") from error
     except OSError as error:
         raise DataError(f"cannot read the index of {where}: {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"the index of {where} is not valid ({error}); run `aimscale data index` again") from error
-    if len(index.samples) != info.num_samples or len(index.shards) != info.num_shards:
-        raise DataError(
-            f"the index of {where} does not match its {DATASET_FILE}; run `aimscale data index {where}` again"
-        )
-    reader = open_reader(info.shards_at or where, _shard_infos(index.shards), cache_dir, cache_gb)
+    except DataError:
+        raise
+    except Exception as error:  # numpy raises many kinds on damaged files
+        raise DataError(f"the index of {where} is damaged ({error}); run `aimscale data index` again") from error
+    reader = open_reader(info.shards_at or where, shards, cache_dir, cache_gb)
     return ShardDataset(where, info, index, reader)

@@ -1,13 +1,12 @@
 """Index many shards: in parallel, with the rows of one in memory, and never leaving a half-written index.
 
-A sample is a run of members with one key (the path up to the first dot of the file name). It has one image (jpg, png,
-webp, ...) and, for its label, `cls` (a number) or `json` with a whole number under `label` or `cls`; other members, a
-caption in `txt` for one, are left alone. So the shards of timm's imagenet-1k-wds, of img2dataset and of DataComp read
-as they are.
+A sample (`tars`) has one image and, for its label, `cls` (a number) or `json` with a whole number under `label` or
+`cls`. So the shards of timm's imagenet-1k-wds, of img2dataset and of DataComp read as they are.
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import json
@@ -15,23 +14,22 @@ import multiprocessing
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import webdataset
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, NO_LABEL, DatasetInfo, image_checksum
+from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, MAX_LABEL, NO_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
-from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_remote, with_retries
-from aimscale.harness.run.files import publish_dir, write_text, written_aside
+from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_file, with_retries
+from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
+from aimscale.harness.run.files import publish_dir, write_text
 
 SCHEMA = pa.schema(
     [
@@ -48,9 +46,9 @@ SCHEMA = pa.schema(
 )
 """Of `index.parquet`."""
 SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
-MAX_LABEL = 2**31 - 1
-"""Largest class number."""
 _LABEL_KEYS = ("label", "cls")
+_READ = {*IMAGE_EXTENSIONS, "cls", "json"}
+_AHEAD = 4  # shards that a process may be ahead
 Progress = Callable[[int, int, int], None]
 """Called with shards done, shards in all, and images so far."""
 
@@ -72,15 +70,12 @@ def scan_shard(location: str, name: str) -> ShardScan:
     """
     path = join(location, name)
     try:
+        with open_file(path) as file:
+            entries = [_entry(path, key, members) for key, members in read_samples(file, _READ)]
         size = shard_size(path)
-        with _open(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            entries = [_entry(path, key, members) for key, members in _samples(tar)]
-            # tarfile takes a file cut off between two members for a whole one; the end-of-archive mark tells them apart
-            if size <= tar.offset:
-                raise DataError(f"shard {path} is truncated: it lacks the end-of-archive mark; copy or write it again")
     except FileNotFoundError as error:
         raise DataError(f"shard {path} is missing; restore it or leave it out") from error
-    except (tarfile.TarError, EOFError, *REMOTE_ERRORS) as error:
+    except (tarfile.TarError, *REMOTE_ERRORS) as error:
         raise DataError(f"shard {path} is truncated or no tar file ({error}); copy or write it again") from error
     rows = pa.Table.from_pylist([entry for entry in entries if entry is not None], schema=SCAN_SCHEMA)
     return ShardScan(name, size, rows)
@@ -91,32 +86,13 @@ def shard_size(path: str) -> int:
     if not is_url(path):
         return os.stat(path).st_size
     filesystem, inner = filesystem_of(path)
-    return int(filesystem.size(inner))
+    size = with_retries(lambda: filesystem.size(inner))
+    if size is None:
+        raise DataError(f"the server does not say how large {path} is; copy the shard to a folder or another server")
+    return int(size)
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
-    """(key, {extension: (offset, bytes)}) of every run of members with one key."""
-    current: str | None = None
-    members: dict[str, tuple[int, bytes]] = {}
-    for member in tar:
-        if not member.isfile():
-            continue
-        folder, _, file_name = member.name.rpartition("/")
-        stem, _, extension = file_name.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        if key != current:
-            if current is not None:
-                yield current, members
-            current, members = key, {}
-        content = tar.extractfile(member)
-        assert content is not None
-        members[extension.lower()] = (member.offset_data, content.read())
-    if current is not None:
-        yield current, members
-
-
-def _entry(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> dict[str, Any] | None:
+def _entry(path: str, key: str, members: Members) -> dict[str, Any] | None:
     """The index row of one sample, or None when it holds no image."""
     images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if not images:
@@ -140,7 +116,7 @@ def _entry(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> dict[s
     }
 
 
-def _label(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> int | None:
+def _label(path: str, key: str, members: Members) -> int | None:
     """The sample's class number, if it has one."""
     value: Any = None
     try:
@@ -155,10 +131,6 @@ def _label(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> int | 
         text = str(value) if abs(value) < 10**20 else "beyond 64 bits"
         raise DataError(f"the label of sample '{key}' of {path} is {text}; class numbers lie in 0..{MAX_LABEL}")
     return value
-
-
-def _open(path: str) -> IO[bytes]:
-    return open_remote(path) if is_url(path) else open(path, "rb")
 
 
 def index_shards(
@@ -183,27 +155,28 @@ def index_shards(
     Raises:
         DataError: no shards, no images, or a shard that is missing, truncated or malformed.
     """
-    shards = sorted(names) if names is not None else list_shards(location)
+    shards = sorted(set(names)) if names is not None else list_shards(location)
     same_place = not is_url(location) and Path(location).resolve() == out.resolve()
-    with contextlib.ExitStack() as stack:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            parts = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out, prefix=".index-parts-")))
-        except OSError as error:
-            raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
+
+    def scans() -> Iterator[ShardScan]:
         num_samples = 0
-        for done, num_rows in enumerate(_run(location, shards, parts, num_workers), start=1):
-            num_samples += num_rows
+        for done, scan in enumerate(_scans(location, shards, num_workers), start=1):
+            num_samples += len(scan.rows)
             if progress is not None:
                 progress(done, len(shards), num_samples)
-        return write_scans(
-            out,
-            (_read_part(parts, shard) for shard in shards),
-            num_samples=num_samples,
-            name=name or Path(location).name,
-            classes=classes,
-            shards_at=None if same_place else _absolute(location),
-        )
+            yield scan
+
+    return write_scans(
+        out,
+        scans(),
+        name=name or Path(location).name,
+        classes=classes,
+        shards_at=None if same_place else _absolute(location),
+    )
 
 
 def list_shards(location: str) -> list[str]:
@@ -230,18 +203,21 @@ def list_shards(location: str) -> list[str]:
 
 
 def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
-    """(folder or URL, shard names) of `FOLDER/NAME-{000..123}.tar`; names are None for a plain folder."""
+    """(folder or URL, shard names) of `FOLDER/NAME-{000..123}.tar`; names are None for a plain folder.
+
+    Raises:
+        DataError: as `expand_braces`.
+    """
     if not pattern.endswith(".tar"):
         return pattern.rstrip("/"), None
     folder, _, name = pattern.rpartition("/")
-    return folder or ".", list(webdataset.shardlists.expand_urls(name))
+    return folder or ".", expand_braces(name)
 
 
 def write_scans(
     folder: Path,
     scans: Iterable[ShardScan],
     *,
-    num_samples: int,
     name: str,
     classes: tuple[str, ...] | None,
     shards_at: str | None = None,
@@ -251,19 +227,19 @@ def write_scans(
     Raises:
         DataError: the shards hold no image, or a label that has no class name.
     """
-    if not num_samples:
-        raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
     aside = folder / f".{INDEX_FILE}.partial"
     mapped = folder / ".index.partial"
     shutil.rmtree(mapped, ignore_errors=True)
     mapped.mkdir()
     try:
-        writer, shards = IndexWriter(mapped, num_samples), []
+        writer, shards = IndexWriter(mapped), []
         with pq.ParquetWriter(aside, SCHEMA) as table:
             for number, scan in enumerate(scans):
                 shards.append((scan.name, scan.size, len(scan.rows)))
                 _require_names(scan, classes)
                 _append(writer, table, number, scan.rows)
+        if not any(count for _, _, count in shards):
+            raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
         table_of_shards = shard_table(*map(list, zip(*shards, strict=True)))
         info = writer.finish(table_of_shards, name=name, classes=classes, shards_at=shards_at)
         aside.replace(folder / INDEX_FILE)
@@ -299,16 +275,10 @@ def _absolute(location: str) -> str:
     return location if is_url(location) else str(Path(location).resolve())
 
 
-def _read_part(parts: Path, name: str) -> ShardScan:
-    table = pq.ParquetFile(_part_path(parts, name)).read(use_threads=False)
-    size = int(table.schema.metadata[b"shard_size"])
-    return ShardScan(name, size, table.replace_schema_metadata(None).cast(SCAN_SCHEMA))
-
-
-def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> Iterator[int]:
-    """Number of images of each shard as it is finished, in any order."""
+def _scans(location: str, names: Sequence[str], num_workers: int) -> Iterator[ShardScan]:
+    """Of each shard, in order; by processes, which are not far ahead of the slowest."""
     if num_workers == 1 or len(names) <= 1:
-        yield from (_scan_to_part(location, name, parts) for name in names)
+        yield from (scan_shard(location, name) for name in names)
         return
     context = multiprocessing.get_context("forkserver")
     with contextlib.ExitStack() as stack:
@@ -316,17 +286,10 @@ def _run(location: str, names: Sequence[str], parts: Path, num_workers: int) -> 
             concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names)), mp_context=context)
         )
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        futures = [pool.submit(_scan_to_part, location, name, parts) for name in names]
-        yield from (future.result() for future in concurrent.futures.as_completed(futures))
-
-
-def _scan_to_part(location: str, name: str, parts: Path) -> int:
-    scan = scan_shard(location, name)
-    table = scan.rows.replace_schema_metadata({"shard_size": str(scan.size)})
-    with written_aside(_part_path(parts, name), durable=False) as aside:
-        pq.write_table(table, aside)
-    return len(scan.rows)
-
-
-def _part_path(parts: Path, name: str) -> Path:
-    return parts / f"{name.replace('/', '%')}.parquet"
+        under_way: collections.deque[concurrent.futures.Future[ShardScan]] = collections.deque()
+        for name in names:
+            under_way.append(pool.submit(scan_shard, location, name))
+            if len(under_way) > _AHEAD * num_workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()

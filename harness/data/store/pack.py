@@ -26,8 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.store.card import DatasetInfo, image_checksum
-from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode, resize_shorter_side
+from aimscale.harness.data.store.decoding import (
+    IMAGE_EXTENSIONS,
+    UndecodableImageError,
+    decode,
+    is_transparent,
+    resize_shorter_side,
+)
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, ShardScan, write_scans
+from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES
 from aimscale.harness.run.files import written_dir_aside
 
 MAX_SHARD_BYTES = 500e6
@@ -47,6 +54,18 @@ class PackedImage(NamedTuple):
     label: int | None
     shape: tuple[int, int] | None = None
     """(height, width) in pixels, where the bytes were decoded before."""
+    is_transparent: bool = False
+    """Whether pixels were laid on white."""
+
+
+class Packed(NamedTuple):
+    """An image folder that was packed."""
+
+    info: DatasetInfo
+    skipped: list[Path]
+    """Files that were left out, since they do not decode."""
+    num_transparent: int
+    """Images whose transparent pixels are read as white."""
 
 
 @contextlib.contextmanager
@@ -81,8 +100,7 @@ def write_dataset(
     """
     with new_folder(out) as folder:
         scans = _write_shards(folder, images, max_shard_bytes)
-        num_samples = sum(len(scan.rows) for scan in scans)
-        return write_scans(folder, scans, num_samples=num_samples, name=name or out.name, classes=classes)
+        return write_scans(folder, scans, name=name or out.name, classes=classes)
 
 
 def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: float) -> list[ShardScan]:
@@ -149,8 +167,8 @@ def pack_folder(
     part: tuple[int, int] | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     num_workers: int | None = None,
-) -> tuple[DatasetInfo, list[Path]]:
-    """Pack an image folder; sub-folders, sorted, become classes. Returns the data set and the files left out as bad.
+) -> Packed:
+    """Pack an image folder; sub-folders, sorted, become classes.
 
     Images are written in a fixed shuffled order, so that the first n are a random subset. With `resize`, shorter sides
     above it are shrunk to it once, which spares every epoch the decoding of pixels that no crop keeps. With `part`,
@@ -167,10 +185,13 @@ def pack_folder(
         num_workers = len(os.sched_getaffinity(0)) if len(files) >= _WORTH_PROCESSES else 1
     images = _ImageFolder(folder=folder, files=files, classes=classes, resize=resize)
     skipped: list[Path] = []
+    transparent: list[Path] = []
 
     def good_ones(prepared: Iterator[PackedImage | str]) -> Iterator[PackedImage]:
         for file, image in zip(files, prepared, strict=True):
             if isinstance(image, PackedImage):
+                if image.is_transparent:
+                    transparent.append(file)
                 yield image
             elif skip_bad:
                 skipped.append(file)
@@ -181,7 +202,7 @@ def pack_folder(
 
     with contextlib.closing(_prepared(images, num_workers)) as prepared:
         info = write_dataset(out, good_ones(prepared), classes=classes, max_shard_bytes=max_shard_bytes)
-    return info, skipped
+    return Packed(info, skipped, len(transparent))
 
 
 def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
@@ -192,7 +213,8 @@ def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
     """
     if not folder.is_dir():
         raise DataError(f"image folder {folder} does not exist")
-    files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file())
+    named = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+    files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a link to nothing
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     classes = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
@@ -221,8 +243,10 @@ class _ImageFolder(Dataset[PackedImage | str]):
         """The image to write for a file, or why there is none."""
         path = self.files[number]
         try:
+            if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+                return f"it has {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}"
             data = path.read_bytes()
-            image = decode(data)
+            image, on_white = decode(data), is_transparent(data)
         except (UndecodableImageError, OSError) as error:
             return str(error)
         extension = path.suffix[1:].lower()
@@ -232,7 +256,7 @@ class _ImageFolder(Dataset[PackedImage | str]):
         label = self.classes.index(path.relative_to(self.folder).parts[0]) if self.classes else None
         stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)  # a dot would end the key
         height, width = image.shape[-2:]
-        return PackedImage(f"{number:09d}-{stem}", extension, data, label, (height, width))
+        return PackedImage(f"{number:09d}-{stem}", extension, data, label, (height, width), on_white)
 
 
 def _prepared(images: _ImageFolder, num_workers: int) -> Generator[PackedImage | str]:

@@ -15,18 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.data.store.columns import Index
-from aimscale.harness.data.store.shards import (
-    LocalReader,
-    Place,
-    RemoteReader,
-    ShardInfo,
-    is_url,
-    join,
-    open_remote,
-    read_bytes,
-    with_retries,
-)
+from aimscale.harness.data.store.shards import LocalReader, Place, RemoteReader, ShardInfo, download, is_url, join
 from aimscale.harness.run.files import cache_folder, locked, written_aside
 
 CACHE_FOLDER = "aimscale-shards"
@@ -35,7 +26,6 @@ CACHE_FOLDER = "aimscale-shards"
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
 _MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
 _PARTIAL = ".partial"
-_CHUNK_BYTES = 4 * 2**20
 _RETRY_S = 60.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
 
 
@@ -86,7 +76,7 @@ class CachedReader:
                 if not target.exists():
                     if not self._reserve(aside, self._sizes[name]):
                         return False
-                    self._download(name, aside)
+                    download(join(self._location, name), aside, self._sizes[name])
                     aside.rename(target)
             finally:
                 aside.unlink(missing_ok=True)
@@ -101,35 +91,28 @@ class CachedReader:
             os.truncate(aside, size)
         return True
 
-    def _download(self, name: str, aside: Path) -> None:
-        def fetch() -> None:
-            length = 0
-            with open_remote(join(self._location, name)) as source, aside.open("r+b") as target:
-                while chunk := source.read(_CHUNK_BYTES):
-                    target.write(chunk)
-                    length += len(chunk)
-            if length != self._sizes[name]:
-                raise OSError(f"{join(self._location, name)} has {length} bytes, the index says {self._sizes[name]}")
-
-        with_retries(fetch)
-
 
 Reader = LocalReader | RemoteReader | CachedReader
 """Reads byte ranges of the shards of one data set."""
 
 
-def open_index(where: str, folder_name: str, cache_dir: str | None) -> Index:
-    """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own."""
+def open_index(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
+    """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged.
+    """
     if not is_url(where):
-        return Index(Path(where) / folder_name)
+        return Index(Path(where) / info.index_folder, info)
     root = cache_folder() / "indexes" if cache_dir is None else open_cache(Path(cache_dir))
-    folder = root / hashlib.blake2b(where.encode(), digest_size=8).hexdigest() / folder_name
+    folder = root / hashlib.blake2b(where.encode(), digest_size=8).hexdigest() / info.index_folder
     with locked(root / ".index-lock"):
         for name in _MAPPED_FILES:
             if not (folder / name).exists():
                 with contextlib.suppress(FileNotFoundError), written_aside(folder / name) as aside:  # label.npy
-                    aside.write_bytes(read_bytes(join(join(where, folder_name), name)))
-    return Index(folder)
+                    download(join(join(where, info.index_folder), name), aside)
+    return Index(folder, info)
 
 
 def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float) -> Reader:

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import fsspec
 import fsspec.asyn
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store.card import open_local
 
 T = TypeVar("T")
 REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
@@ -28,6 +30,7 @@ _NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
 _MAX_REQUESTS = 64  # under way at once, per process
 _STALLED_S = 60.0  # without an answer a read has stalled and is tried again
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by protocol
+_CHUNK_BYTES = 4 * 2**20  # of a download
 _FIRST_PAUSE_S = 0.2  # before the second try; doubles
 
 
@@ -54,31 +57,55 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
-def read_bytes(path: str) -> bytes:
-    """All bytes of a local file or URL; OSError when it cannot be read."""
-    if not is_url(path):
-        return Path(path).read_bytes()
+def read_bytes(url: str) -> bytes:
+    """All bytes of a URL; OSError when it cannot be read."""
 
     def read() -> bytes:
-        filesystem, inner = filesystem_of(path)
+        filesystem, inner = filesystem_of(url)
         data: bytes = filesystem.cat_file(inner)
         return data
 
     return with_retries(read)
 
 
-def open_remote(url: str) -> IO[bytes]:
-    """Open a URL for reading from front to back."""
-    filesystem, inner = filesystem_of(url)
-    opened: IO[bytes] = filesystem.open(inner, "rb")
+def open_file(path: str) -> IO[bytes]:
+    """Open a local file or a URL for reading from front to back; raises as `card.open_local` does."""
+    if not is_url(path):
+        return open_local(path)
+    filesystem, inner = filesystem_of(path)
+    try:
+        opened: IO[bytes] = filesystem.open(inner, "rb")
+    except OSError:
+        raise
+    except Exception as error:  # each file system raises its own
+        raise OSError(f"{type(error).__name__} {error}".strip()) from error
     return opened
+
+
+def download(url: str, to: Path, size: int | None = None) -> None:
+    """Copy a remote file, again where that failed, in bounded memory.
+
+    Raises:
+        OSError: it cannot be read, or has not `size` bytes.
+    """
+
+    def fetch() -> None:
+        to.touch()
+        with open_file(url) as source, to.open("r+b") as target:
+            shutil.copyfileobj(source, target, _CHUNK_BYTES)
+            length = target.tell()
+            target.truncate()
+        if size not in (None, length):
+            raise OSError(f"{url} has {length} bytes, the index says {size}")
+
+    with_retries(fetch)
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, one per process, and the path within it.
 
     Raises:
-        DataError: nothing installed knows the protocol.
+        DataError: nothing installed knows the protocol, or it cannot use the URL.
     """
     protocol, options = url.partition("://")[0], {}
     if protocol in ("s3", "s3a"):  # botocore opens ten connections, behind which other reads of a batch would wait
@@ -90,7 +117,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         extra = _EXTRAS.get(protocol)
         how = f"pip install 'aimscale[{extra}]'" if extra else f"install the package that fsspec names: {error}"
         raise DataError(f"{url} needs a package that is not installed; {how}") from error
-    except ValueError as error:
+    except Exception as error:  # whatever the protocol's own class raises of a URL that it cannot use
         raise DataError(f"{url} cannot be opened ({error}); give a folder or a URL that fsspec knows") from error
     return filesystem, inner
 

@@ -209,6 +209,7 @@ class TrainStream(Stream):
         buffer = np.empty(int((height.astype(np.int64) * width)[large].max(initial=0)) * self._channels, dtype=np.uint8)
         decode: Callable[[bytes, int], npt.NDArray[np.uint8]] = functools.partial(decode_into, buffer)
         decoded: list[int] = []
+        sides: list[tuple[int, ...]] = []
         for i in large:
             try:
                 pixels = decode(data[i], self._channels)
@@ -216,8 +217,11 @@ class TrainStream(Stream):
                 failed.append(i)
                 continue
             decoded.append(i)
+            sides.append(pixels.shape[:2])
+            if sides[-1] != (height[i], width[i]):
+                break  # `check` refuses it
             crop_resize_into(images[rows[i] : rows[i] + 1], pixels, box_of[i])
-        dataset.check(drawn.sample[decoded], [data[i] for i in decoded])
+        dataset.check(drawn.sample[decoded], [data[i] for i in decoded], sides)
         return failed
 
     def _replaced(self, drawn: _Drawn, positions: I64, attempt: int) -> _Drawn:

@@ -1,6 +1,6 @@
 """Training on webdataset shards without an index: `wds://` and a path or URL, with braces for many.
 
-The library's own pipeline reads: shards drawn with replacement, their images shuffled in a buffer. Crops, flips and
+Shards are drawn with replacement, their images shuffled in a buffer, both by the library. Crops, flips and
 prefixes are those of the positions, as in an indexed stream; the images are those that come.
 """
 
@@ -10,9 +10,8 @@ import functools
 import hashlib
 import random
 import sys
+import tarfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +22,15 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.store.shards import is_url, open_remote, with_retries
+from aimscale.harness.data.store.shards import is_url, open_file, with_retries
+from aimscale.harness.data.store.tars import expand_braces, read_samples
 from aimscale.harness.data.stream.augment import box_draws, crop_resize_into
 from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 MAX_FAILURES = 6
-"""Shards or images in a row that cannot be read, after which the stream gives up; before, it says so and goes on."""
+"""Shards in a row that cannot be read, after which the stream gives up; before, it says so and goes on."""
 
 
 def open_stream(config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> Stream:
@@ -44,9 +44,9 @@ def shard_urls(path: str) -> list[str]:
     """The shards that a `wds://` path names.
 
     Raises:
-        DataError: a relative path, or no shard.
+        DataError: a relative path, braces that do not close, or too many shards.
     """
-    urls: list[str] = webdataset.shardlists.expand_urls(path.removeprefix(UNINDEXED))
+    urls = expand_braces(path.removeprefix(UNINDEXED))
     for url in urls:
         if not is_url(url) and not url.startswith("/"):
             raise DataError(f"{path}: give an absolute path or a URL after {UNINDEXED}, such as {UNINDEXED}/data/{url}")
@@ -70,7 +70,6 @@ class UnindexedStream(Stream):
         (source,) = config.training.data.sources
         self._urls = shard_urls(source.path)
         self._reading: Iterator[tuple[str, bytes]] | None = None
-        self._num_failures = 0
 
     @property
     def fingerprint(self) -> str:
@@ -101,46 +100,32 @@ class UnindexedStream(Stream):
 
     def _pipeline(self, position: int) -> Iterator[tuple[str, bytes]]:
         """Names and bytes of images, for ever; processes begin at different positions, and so draw different shards."""
-        seed = make_key("unindexed", self._seed, position)
-        shards = webdataset.ResampledShards(self._urls, seed=int(seed), worker_seed=lambda: 0, deterministic=True)
-        files = webdataset.tariterators.tar_file_expander(self._opened(shards), handler=self._note)
-        samples = map(self._found, webdataset.tariterators.group_by_keys(files, handler=self._note))
+        seed = int(make_key("unindexed", self._seed, position))
+        shards = webdataset.ResampledShards(self._urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
         size = self._data.shuffle_buffer
-        shuffle = webdataset.shuffle(size, initial=max(1, size // 2), rng=random.Random(int(seed)))
-        for sample in shuffle(samples):
-            found = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-            yield f"{sample['__url__']}: {sample['__key__']}", found or b""
-
-    def _opened(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for shard in shards:
-            url = shard["url"]
-            try:
-                stream = with_retries(functools.partial(_open, url))
-            except (OSError, DataError) as error:
-                error.args = (f"cannot open shard {url}: {error}",)
-                self._note(error)
-                continue
-            with stream:
-                yield {**shard, "stream": stream}
-
-    def _found(self, sample: dict[str, Any]) -> dict[str, Any]:
-        self._num_failures = 0
-        return sample
-
-    def _note(self, error: Exception) -> bool:
-        """Say what could not be read and go on; webdataset adds the shard's file and URL to the error.
-
-        Raises:
-            DataError: too often in a row.
-        """
-        self._num_failures += 1
-        *told, _, url = (*error.args, None, None) if len(error.args) < 3 else error.args
-        sentence = " ".join(map(str, told)) + (f" (shard {url})" if url else "")
-        if self._num_failures >= MAX_FAILURES:
-            raise DataError(f"{MAX_FAILURES} shards in a row cannot be read, last: {sentence}") from error
-        print(f"{sentence}; another is read instead", file=sys.stderr, flush=True)
-        return True
+        shuffle = webdataset.shuffle(size, initial=max(1, size // 2), rng=random.Random(seed))
+        yield from shuffle(_samples(shard["url"] for shard in shards))
 
 
-def _open(url: str) -> IO[bytes]:
-    return open_remote(url) if is_url(url) else Path(url).open("rb")
+def _samples(urls: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Names and images of the samples of some shards; what cannot be read is told, and the next shard is read.
+
+    Raises:
+        DataError: too many shards in a row gave nothing.
+    """
+    num_failures = 0
+    for url in urls:
+        problem = "it holds no samples"
+        try:
+            with with_retries(functools.partial(open_file, url)) as file:
+                for key, members in read_samples(file, IMAGE_EXTENSIONS, "r|*"):
+                    num_failures, problem = 0, ""
+                    yield f"{url}: {key}", next((members[each][1] for each in IMAGE_EXTENSIONS if each in members), b"")
+        except (OSError, DataError, tarfile.TarError) as error:
+            problem = str(error) or type(error).__name__
+        if problem:
+            num_failures += 1
+            sentence = f"shard {url} cannot be read ({problem})"
+            if num_failures >= MAX_FAILURES:
+                raise DataError(f"{sentence}, nor could the {MAX_FAILURES - 1} before; see to them")
+            print(f"{sentence}; another is read instead", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.benchmarks import pack_cifar, pack_idx
+from aimscale.harness.data.store.benchmarks import pack_cifar
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.sweeps.cli.main import main
 
@@ -88,10 +88,10 @@ def test_what_is_not_cifar_as_published_is_refused_before_it_is_unpickled(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def write_idx(path: Path, values: np.ndarray, *, cut: int = 0) -> None:
+def write_idx(path: Path, values: np.ndarray) -> None:
     header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
     data = header + values.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(data[: len(data) - cut]) if path.suffix == ".gz" else data[: len(data) - cut])
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
 def test_idx_files_are_packed(tmp_path: Path) -> None:
@@ -109,21 +109,3 @@ def test_idx_files_are_packed(tmp_path: Path) -> None:
             number = int(dataset.key(i))
             assert (dataset.decode(i, channels=1)[0].numpy() == images[number]).all()
             assert dataset.require_labels()[i] == labels[number]
-
-
-@pytest.mark.parametrize("damage", ["cut", "no gzip", "broken gzip", "255 dimensions", "no pixels", "no labels"])
-def test_a_damaged_idx_file_is_one_sentence(tmp_path: Path, damage: str) -> None:
-    source, labels = tmp_path / "t-images-idx3-ubyte.gz", tmp_path / "t-labels-idx1-ubyte.gz"
-    write_idx(source, np.zeros((5, 0 if damage == "no pixels" else 4, 4)), cut=5 if damage == "cut" else 0)
-    write_idx(labels, np.zeros(5))
-    if damage == "no gzip":
-        source.write_bytes(b"not compressed")
-    elif damage == "broken gzip":
-        source.write_bytes(source.read_bytes()[:12] + b"\xff" * 20)
-    elif damage == "255 dimensions":
-        source.write_bytes(gzip.compress(b"\0\0\x08\xff" + bytes(2000)))
-    elif damage == "no labels":
-        labels.unlink()
-    with pytest.raises(DataError, match=r"ubyte\.gz"):
-        pack_idx(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -38,7 +38,7 @@ def test_usable_samples_are_counted_in_index_order(tmp_path: Path) -> None:
         samples["width"] = samples["height"] = np.where(rng.random(1000) < share, 0, 40)
         folder = tmp_path / f"{share}"
         folder.mkdir()
-        writer = IndexWriter(folder, len(samples))
+        writer = IndexWriter(folder)
         for part in np.array_split(samples, 7):
             writer.append(part, rng.integers(0, 2**63, len(part), dtype=np.uint64), np.full(len(part), -1))
         shards = columns.shard_table(["a.tar", "b.tar"], [10, 20], [400, 600])

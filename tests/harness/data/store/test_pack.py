@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import functools
 import io
-import json
 import shutil
-import struct
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +113,7 @@ def saved(picture: Image.Image, kind: str) -> bytes:
 
 PNG = saved(Image.new("RGB", (8, 8)), "png")
 CUT_JPEG = saved(Image.effect_noise((64, 64), 90), "jpeg")[:900]
-MEMBER = tarfile.TarInfo("0.png")
-MEMBER.size = 5000
-CUT_TAR = MEMBER.tobuf() + bytes(2488)
-PACK, INDEX = ["pack", "{}/in", "{}/out"], ["index", "{}/in"]
+PACK = ["pack", "{}/in", "{}/out"]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +124,6 @@ PACK, INDEX = ["pack", "{}/in", "{}/out"], ["index", "{}/in"]
         ({"in/a.png": PNG, "in/cat/b.png": PNG}, PACK, "in "),
         ({"in/a.png": PNG, "in/b.jpg": CUT_JPEG}, PACK, "in/b.jpg"),
         ({"out/x": b""}, ["pack", "--bundled", "{}/out"], "out "),
-        ({"in/a.tar": CUT_TAR}, INDEX, "in/a.tar"),
-        ({"in/a.tar": b"not a tar file" * 100}, INDEX, "in/a.tar"),
         ({"in/notes.txt": b"hello"}, ["info", "{}/in"], "in "),
     ],
 )
@@ -163,10 +154,6 @@ def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_se
         open_dataset(tmp_path / "copy")
     with pytest.raises(DataError, match=str(large_set)):
         open_dataset(large_set).require_labels()
-    record = json.loads((tmp_path / "copy" / "dataset.json").read_text())
-    (tmp_path / "copy" / "dataset.json").write_text(json.dumps(record | {"version": 99}))
-    with pytest.raises(DataError, match="99"):
-        open_dataset(tmp_path / "copy")
 
 
 def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,35 +182,6 @@ def test_more_than_eight_bits_are_refused() -> None:
     for values, kind in ((grey, "png"), (grey, "ppm"), (grey, "tiff"), (grey.astype(np.float32), "tiff")):
         with pytest.raises(UndecodableImageError, match="8 bits"):
             decode(saved(Image.fromarray(values), kind))
-
-
-def claiming(kind: str, side: int) -> bytes:
-    """A small file whose header says that it is side x side pixels."""
-    data = saved(Image.new("RGB", (40, 40)), kind)
-    if kind == "png":
-        return data[:16] + struct.pack(">II", side, side) + data[24:]
-    start = data.index(b"\xff\xc0") + 5
-    return data[:start] + struct.pack(">HH", side, side) + data[start + 4 :]
-
-
-@pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_a_header_that_asks_for_gigabytes_is_refused_by_name(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / "a.png")
-    (tmp_path / "in" / f"bomb.{kind}").write_bytes(claiming(kind, 65_500))
-    bomb = (tmp_path / "in" / f"bomb.{kind}").read_bytes()
-    for read in (decode, functools.partial(decode_into, np.empty(40 * 40 * 3, dtype=np.uint8))):
-        with pytest.raises(UndecodableImageError):
-            read(bomb)
-    with pytest.raises(DataError, match=f"bomb.{kind}"):
-        pack_folder(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(SystemExit) as ended:
-        main(["data", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--skip-bad"])
-    assert ended.value.code == 0
-    assert str(tmp_path / "in" / f"bomb.{kind}") in capsys.readouterr().out
-    assert len(open_dataset(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3])

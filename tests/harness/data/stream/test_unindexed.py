@@ -89,7 +89,7 @@ def test_a_broken_shard_is_named_and_left_and_broken_shards_alone_end_the_stream
     config = configure(sources=[{"path": braces(shards)}], shuffle_buffer=20, **WHOLE)
     assert len(set(seen(config, 100))) >= 4
     told = capsys.readouterr().err
-    assert f"cannot open shard {first}: " in told
+    assert str(first) in told
     assert "unexpected end of data" in told
     assert str(second) in told
     for path in (second, *others):

@@ -1,0 +1,123 @@
+"""Samples of webdataset's tar files, read from front to back in bounded memory, and the names of many such files.
+
+A sample is a run of members with one key (the path up to the first dot of the file name). It has one image (jpg, png,
+webp, ...) and, for its label, `cls` or `json`; other members, a caption in `txt` for one, are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tarfile
+from collections.abc import Collection, Iterator
+from typing import IO, Literal, NoReturn, Self
+
+import webdataset
+
+from aimscale.harness.data import DataError
+
+MAX_IMAGE_BYTES = 1 << 30
+"""Of an image file: the pixels that are decoded at most (`decoding.MAX_IMAGE_PIXELS`) take less in any format."""
+MAX_SHARDS = 1_000_000
+"""Names that a pattern may stand for."""
+_MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes
+_MAX_NESTED = 16  # braces within braces
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+
+Members = dict[str, tuple[int, bytes]]
+"""Extension, in lower case -> where the file starts in the tar, and its bytes."""
+
+
+class Member(tarfile.TarInfo):
+    """Refuses what tarfile would take for the end of the archive, read for ever, or read into any amount of memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """As tarfile's; ReadError for all that is no header, but the mark of the end."""
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the end
+                raise
+            raise tarfile.ReadError(f"{error}" if buf else "it lacks the end-of-archive mark") from error
+        if member.size < 0 or (member.size > _MAX_HEADER_BYTES and member.type in b"xgXLK"):
+            raise tarfile.ReadError(f"a header says {member.size} bytes")
+        return member
+
+    def _refuse(self, *args: object) -> NoReturn:
+        """A sparse member of 10 kB may stand for 1 TB, and its bytes do not lie in one piece."""
+        raise tarfile.ReadError("a member is stored as a sparse file")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
+
+
+def read_samples(
+    file: IO[bytes], extensions: Collection[str], mode: Literal["r|", "r|*"] = "r|"
+) -> Iterator[tuple[str, Members]]:
+    """(key, members) of every sample of a tar file, those members that have one of these extensions.
+
+    Args:
+        mode: `r|*` unpacks compressed files, too.
+
+    Raises:
+        tarfile.TarError: it is damaged, cut off, or no tar file.
+        OSError: it cannot be read.
+    """
+    current: str | None = None
+    members: Members = {}
+    try:
+        with tarfile.open(fileobj=file, mode=mode, tarinfo=Member) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                if not member.isfile():
+                    continue
+                folder, _, file_name = member.name.rpartition("/")
+                stem, _, extension = file_name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                if key != current:
+                    if current is not None:
+                        yield current, members
+                    current, members = key, {}
+                if extension.lower() in extensions:
+                    members[extension.lower()] = member.offset_data, _content(tar, member)
+    except (OSError, tarfile.TarError):
+        raise
+    except Exception as error:  # of numbers and headers that no writer makes, or of a remote file system
+        raise tarfile.ReadError(f"{type(error).__name__} {error}".strip()) from error
+    if current is not None:
+        yield current, members
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_IMAGE_BYTES:
+        raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
+    content = tar.extractfile(member)
+    assert content is not None
+    return content.read()
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern of webdataset's stands for: `NAME-{000..123}.tar`.
+
+    Raises:
+        DataError: braces that do not close, or more than MAX_SHARDS names.
+    """
+    bound, open_ = 1, [0]  # no less than the number of names, found without making them
+    for character in pattern:
+        if character == "{":
+            open_.append(1)
+        elif character == ",":
+            open_[-1] += 1
+        elif character == "}" and len(open_) > 1:
+            bound *= open_.pop()
+        if len(open_) > _MAX_NESTED:
+            raise DataError(f"{pattern[:80]}: braces within braces within braces; list the shards by one range")
+    ends = [(first, last) for first, last in _RANGE.findall(pattern)]
+    is_long = any(len(end) > len(str(MAX_SHARDS)) + 10 for pair in ends for end in pair)
+    if is_long or bound * math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) > MAX_SHARDS:
+        raise DataError(f"{pattern[:80]} names more than {MAX_SHARDS:,} shards; give a smaller range")
+    try:
+        return list(webdataset.shardlists.expand_urls(pattern))
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{pattern[:80]} names no shards ({error}); write NAME-{{000..123}}.tar") from error

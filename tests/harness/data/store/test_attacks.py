@@ -1,0 +1,335 @@
+"""Damaged and hostile files: one sentence that names the file, nothing left behind, bounded time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import resource
+import shutil
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aimscale.harness.data import DataError
+from aimscale.harness.data.store.card import data_set, fingerprint
+from aimscale.harness.data.store.decoding import UndecodableImageError, decode
+from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.indexing import index_shards
+from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.tars import expand_braces
+from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.unindexed import open_stream
+from aimscale.harness.run.config import RunConfig
+from aimscale.sweeps.cli.main import main
+
+END = bytes(2 * tarfile.BLOCKSIZE)
+TERABYTE = 10**12
+
+
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PNG = saved(Image.new("RGB", (8, 8)), "png")
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def member(name: str, data: bytes = b"", *, kind: bytes = b"0", size: int | None = None) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.type, header.size = kind, len(data) if size is None else size
+    return header.tobuf(tarfile.GNU_FORMAT) + padded(data)
+
+
+def extended(data: bytes, **attributes: object) -> bytes:
+    """A member with attributes in an extended header, whose names have dots in place of underscores."""
+    records = b""
+    for name, value in attributes.items():
+        text = f" {name.replace('_', '.')}={value}\n".encode()
+        records += b"%d" % next(n for n in range(len(text), len(text) + 20) if len(str(n)) + len(text) == n) + text
+    return member("x", records, kind=b"x") + member("a.jpg", data)
+
+
+def sparse() -> bytes:
+    header = bytearray(member("a.jpg", kind=b"S", size=512))
+    header[386:398], header[483:495] = (tarfile.itn(n, 12, tarfile.GNU_FORMAT) for n in (TERABYTE - 512, TERABYTE))
+    header[398:410], header[148:156] = tarfile.itn(512, 12, tarfile.GNU_FORMAT), b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(512) + END
+
+
+TARS: dict[str, bytes] = {
+    "empty": b"",
+    "text": b"not a tar file" * 100,
+    "cut in a member": member("0.png", PNG, size=5000),
+    "cut between members": member("0.png", PNG) * 2,
+    "a header is damaged": member("0.png", PNG) + b"\1" * 512 + member("1.png", PNG) + END,
+    "sparse": sparse(),
+    "sparse 0.0": extended(bytes(512), GNU_sparse_size=TERABYTE, GNU_sparse_offset=0, GNU_sparse_numbytes=512) + END,
+    "sparse 0.1": extended(bytes(512), GNU_sparse_map="a,b,c") + END,
+    "sparse 1.0": extended(b"9\n" + b"1" * 510, GNU_sparse_major=1, GNU_sparse_minor=0),
+    "negative size": extended(PNG, size=-1) + END,
+    "endless size": extended(PNG, size="9" * 30) + END,
+    "long number": member("x", b"9" * 6000 + b" a=b\n", kind=b"x") + member("0.png", PNG) + END,
+    "long name": member("x", b"a" * 600, kind=b"L", size=2**33 - 1),
+    "chain of headers": member("x", b"a" * 512, kind=b"L") * 3000 + member("0.png", PNG) + END,
+}
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Any:
+    """No test may take more than 2 GB."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 10**9, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence with which a verb of `data` refuses its arguments."""
+    with pytest.raises(SystemExit) as ended:
+        main(["data", *map(str, arguments)])
+    message = capsys.readouterr().err
+    assert (ended.value.code, message.count("\n")) == (2, 1), message
+    return message
+
+
+@pytest.mark.parametrize("damage", TARS)
+def test_a_damaged_tar_is_refused_with_and_without_an_index(
+    damage: str, tmp_path: Path, configure: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(TARS[damage])
+    assert str(shard) in refused(capsys, "index", tmp_path)
+    assert [*tmp_path.iterdir()] == [shard]
+    if b"0.png" not in TARS[damage]:  # else there is an image to train on
+        with pytest.raises(DataError, match=str(shard)):
+            open_stream(configure(sources=[{"path": f"wds://{shard}"}])).batch(range(4))
+
+
+def test_what_is_no_file_is_not_waited_for(
+    tmp_path: Path, small_set: Path, configure: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small_set, tmp_path / "set")
+    for name in ("set/dataset.json", "in/a.tar", "in/t-images-idx3-ubyte", "in/cifar-10-python.tar.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+    assert data_set(str(tmp_path / "set")) is None
+    assert "dataset.json" in refused(capsys, "info", tmp_path / "set")
+    assert "a.tar" in refused(capsys, "index", tmp_path / "in")
+    assert "idx3" in refused(capsys, "pack", tmp_path / "in" / "t-images-idx3-ubyte", tmp_path / "out")
+    archive = tmp_path / "in" / "cifar-10-python.tar.gz"
+    assert "cifar" in refused(capsys, "pack", archive, tmp_path / "out", "--split", "test")
+    with pytest.raises(DataError, match=r"a\.tar"):
+        open_stream(configure(sources=[{"path": f"wds://{tmp_path}/in/a.tar"}])).batch(range(4))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("{0..99999999999}", "{0..99999}{0..99999}", "{{0..99999999999},b}", "{0.." + "9" * 5000 + "}"),
+        *("{a,b}" * 40, "{a{x,y}}" * 40, "{" * 3000 + "}" * 3000, "{a,b"),
+    ],
+)
+def test_braces_are_counted_before_names_are_made(pattern: str) -> None:
+    with pytest.raises(DataError, match=r"[{]"):
+        expand_braces(pattern)
+
+
+def test_braces_stand_for_names() -> None:
+    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{a,b{0..1}}::c") == ["a", "b0", "b1", "c"]
+    assert len(expand_braces("{00000..99999}")) == 100_000
+
+
+@pytest.mark.parametrize("url", ["reference://x", "dir://x", "nosuch://x", "data://x", "http://[", "file:///none"])
+def test_urls_that_nothing_can_use_are_one_sentence(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aimscale.harness.data.store.shards._FIRST_PAUSE_S", 0.0)
+    for arguments in (["info", url], ["index", url, "--out", tmp_path], ["index", f"{url}/a.tar", "--out", tmp_path]):
+        assert url in refused(capsys, *arguments)
+    assert not [*tmp_path.iterdir()]
+
+
+WRONG: list[dict[str, Any]] = [
+    *({"version": value} for value in (True, 2.0, "2", None, 99)),
+    *({"num_samples": value} for value in ("60", 60.0, True, -1, 61, None)),
+    *({"num_bad": 1}, {"num_shards": 9}, {"max_width": 64}, {"one_size": 1}, {"name": None}, {"shards_at": 7}),
+    *({"classes": value} for value in (7, [1, 2, 3], "abc", {"a": 1})),
+    *({"fingerprint": value} for value in ("../../x", "", 5)),
+    {"more": 1},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_wrong_value_in_dataset_json_is_refused(wrong: dict[str, Any], small_set: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_set, tmp_path / "set")
+    path = tmp_path / "set" / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(DataError, match="set"):
+        open_dataset(tmp_path / "set").decode(0)
+    for text in (b"", b"[]", b"{}", b"null", b"[" * 100_000, b"\xff", b"9" * 10_000):
+        path.write_bytes(text)
+        with pytest.raises(DataError, match=r"dataset\.json"):
+            open_dataset(tmp_path / "set")
+        assert fingerprint(str(tmp_path / "set")) is None
+
+
+@pytest.mark.parametrize("name", ["samples", "checksum", "label", "shards", "bad", "bad_before"])
+def test_a_damaged_index_is_refused_or_does_no_harm(
+    name: str, small_set: Path, tmp_path: Path, configure: Callable[..., RunConfig]
+) -> None:
+    (folder,) = small_set.glob("index-*")
+    data = (folder / f"{name}.npy").read_bytes()
+    rng = np.random.default_rng(0)
+    flips = [bytearray(data) for _ in range(12)]
+    for flipped in flips:
+        for place in rng.integers(0, len(data), 6):
+            flipped[place] ^= int(rng.integers(1, 256))
+    for number, damaged in enumerate([b"", data[:100], data[:-3], PNG, *map(bytes, flips)]):
+        copy = tmp_path / str(number)
+        shutil.copytree(small_set, copy)
+        (copy / folder.name / f"{name}.npy").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            stream = TrainStream(configure(sources=[{"path": str(copy)}]))
+            assert stream.batch(range(60)).images.shape == (60, 3, 32, 32)
+            labels = open_dataset(copy).labels
+            assert labels is None or labels.max() < 2**24
+
+
+def test_a_shard_of_other_sizes_is_refused_not_cropped(large_set: Path, tmp_path: Path, configure: Any) -> None:
+    shutil.copytree(large_set, tmp_path / "set")
+    config = configure(sources=[{"path": str(tmp_path / "set")}])
+    (folder,) = (tmp_path / "set").glob("index-*")
+    samples = np.load(folder / "samples.npy")
+    samples["height"] *= 3
+    np.save(folder / "samples.npy", samples)
+    with pytest.raises(DataError, match=r"shard-000000\.tar was changed"):
+        TrainStream(config).batch(range(40))
+
+
+def animated(kind: str, frames: int) -> bytes:
+    pictures = [Image.new("RGB", (400, 300), (number % 256, 0, 0)) for number in range(frames)]
+    return saved(pictures[0], kind, save_all=True, append_images=pictures[1:])
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_of_a_moving_picture_one_frame_is_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = animated(kind, 40)
+    monkeypatch.setattr("PIL.GifImagePlugin.GifImageFile.seek", None)
+    assert decode(data).shape == (3, 300, 400)
+    assert decode(data).max() <= 3
+
+
+def claiming(kind: str, side: int, **options: Any) -> bytes:
+    """A small file whose header says that it is side x side pixels."""
+    data = saved(Image.effect_noise((40, 40), 90).convert("RGB"), kind, **options)
+    if kind == "png":
+        return data[:16] + struct.pack(">II", side, side) + data[24:]
+    start = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
+    return data[:start] + struct.pack(">HH", side, side) + data[start + 4 :]
+
+
+@pytest.mark.parametrize("side", [9000, 65_500])
+@pytest.mark.parametrize(("kind", "options"), [("jpeg", {}), ("jpeg", {"progressive": True}), ("png", {})])
+def test_a_header_that_claims_what_is_not_there_is_refused(side: int, kind: str, options: dict[str, Any]) -> None:
+    with pytest.raises(UndecodableImageError):
+        decode(claiming(kind, side, **options))
+
+
+def test_only_formats_that_the_page_names_are_read() -> None:
+    for kind in ("eps", "ico", "icns", "pcx", "sgi", "jpeg2000", "tga"):
+        with pytest.raises(UndecodableImageError):
+            decode(saved(Image.new("RGB", (32, 32)), kind))
+    for photometric in (0, 1):
+        grey = Image.fromarray(np.full((4, 4), 60_000, np.uint16))
+        with pytest.raises(UndecodableImageError, match="8 bits"):
+            decode(saved(grey, "tiff", tiffinfo={262: photometric}))
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "gif", "tiff"])
+def test_transparent_pixels_are_white_and_counted(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.zeros((6, 8, 4), dtype=np.uint8)
+    pixels[:3] = (200, 10, 30, 255)
+    options = {"lossless": True} if kind == "webp" else {}
+    data = saved(Image.fromarray(pixels), kind, **options)
+    image = decode(data)
+    assert (image[:, 3:] == 255).all()
+    assert image[:, 0, 0].tolist() == [200, 10, 30]
+    assert decode(data, channels=1)[0, 5, 5] == 255
+    half = Image.fromarray(np.full((4, 4, 4), (0, 0, 0, 128), dtype=np.uint8))
+    assert decode(saved(half, "png"))[:, 0, 0].tolist() == [127] * 3
+    opaque = Image.fromarray(np.concatenate([pixels[:3], pixels[:3]]))
+    assert (decode(saved(opaque, kind, **options)) == torch.tensor([200, 10, 30])[:, None, None]).all()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"a.{kind}").write_bytes(data)
+    (tmp_path / "in" / f"b.{kind}").write_bytes(saved(opaque, kind, **options))
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "pack", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("1 image has transparent pixels")
+    assert (open_dataset(tmp_path / "out").read(0) == data) or (open_dataset(tmp_path / "out").read(1) == data)
+
+
+def test_names_that_are_no_text_are_kept_apart(tmp_path: Path) -> None:
+    for name in ("\udce9", "\udcff"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / name / f"{name}.png")
+    info = pack_folder(tmp_path / "in", tmp_path / "out").info
+    assert len(set(info.classes or ())) == 2
+    (tmp_path / "out" / "shard-000000.tar").rename(tmp_path / "out" / "\udce9.tar")
+    again = index_shards(str(tmp_path / "out"), tmp_path / "out", classes=info.classes)
+    assert again.fingerprint == info.fingerprint
+    assert open_dataset(tmp_path / "out").decode(1).shape == (3, 8, 8)
+
+
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(PNG)
+    (tmp_path / "in" / "b.png").symlink_to(tmp_path / "nowhere.png")
+    assert "b.png" in refused(capsys, "pack", tmp_path / "in", tmp_path / "out")
+
+
+def idx(shape: tuple[int, ...], num_bytes: int, kind: int = 8) -> bytes:
+    return struct.pack(f">BBBB{len(shape)}I", 0, 0, kind, len(shape), *shape) + bytes(num_bytes)
+
+
+GZIP = gzip.compress(idx((5, 4, 4), 80))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [b"", b"not compressed", GZIP[:20], GZIP[:14] + b"\xff" * 20, gzip.compress(b"\0\0\x08\xff" + bytes(2000))]
+    + [gzip.compress(idx(shape, size)) for shape, size in (((5, 4, 4), 75), ((5, 0, 0), 0), ((0, 4, 4), 0))]
+    + [gzip.compress(idx((5, 4, 4), 10**7)), gzip.compress(idx((5, 2**31, 2**31), 80)), gzip.compress(idx((80,), 80))]
+    + [gzip.compress(idx((5, 2, 2), 80, kind=12)), gzip.compress(idx((4, 4, 4), 64))]
+    + [gzip.compress(idx((5, 1, 70_000), 350_000)), gzip.compress(idx((5000, 1000, 1000), 10))],
+)
+def test_a_damaged_idx_file_is_refused(images: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, labels = tmp_path / "t-images-idx3-ubyte.gz", tmp_path / "t-labels-idx1-ubyte.gz"
+    source.write_bytes(images)
+    labels.write_bytes(gzip.compress(idx((5,), 5)))
+    assert str(source) in refused(capsys, "pack", source, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [source, labels]
+    labels.unlink()
+    source.write_bytes(GZIP)
+    assert str(labels) in refused(capsys, "pack", source, tmp_path / "out")
