@@ -1,7 +1,7 @@
 """Colour jitter of a batch: torchvision's ColorJitter of float images, rounded once, at the end.
 
-Every device gives the same bytes: nothing but single operations, which all devices round alike, and means that are sums
-of integers. Nothing chooses between values by a comparison either, which takes a CPU as long as six additions.
+Every machine gives the same bytes: nothing but single operations, which all round alike, and means that are sums of
+integers. Nothing chooses between values by a comparison either, which takes a CPU as long as six additions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aimscale.aim.model import copy_to
 from aimscale.harness.data.random_access import I64, random_uniform
 
 _PROBABILITY = 0.8
@@ -31,13 +30,8 @@ def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
     around zero).
     """
     chosen, order, strength = _draw(key, positions)
-    rows = np.flatnonzero(chosen)
-    if images.device.type == "cpu":  # one by one: all passes over an image find it in the core's cache
-        for row in rows:
-            images[row] = _jittered(images[row : row + 1], order[row : row + 1], strength[row : row + 1])[0]
-    elif rows.size:
-        where = copy_to(torch.from_numpy(rows), images.device)
-        images[where] = _jittered(images[where], order[rows], strength[rows])
+    for row in np.flatnonzero(chosen):  # one by one: all passes over an image find it in the core's cache
+        images[row] = _jittered(images[row : row + 1], order[row], strength[row])[0]
     return images
 
 
@@ -49,22 +43,12 @@ def _draw(key: int, positions: I64) -> tuple[npt.NDArray[np.bool_], I64, npt.NDA
     return uniform[:, 0] < _PROBABILITY, order, strength.astype(np.float32)
 
 
-def _jittered(images: Tensor, order: I64, strength: npt.NDArray[np.float32]) -> Tensor:
-    """All of uint8 (B, C, H, W) changed."""
-    values = images.to(torch.float32, memory_format=torch.contiguous_format)
-    for stage in order.T:
-        for number in set(stage.tolist()):
-            if number >= 2 and images.shape[1] == 1:
-                continue  # a grey image has neither saturation nor hue
-            rows = np.flatnonzero(stage == number)
-            by = copy_to(torch.from_numpy(strength[rows, number, None, None, None]), images.device)
-            if len(rows) == len(values):
-                _CHANGES[number](values, by)
-            else:
-                where = copy_to(torch.from_numpy(rows), images.device)
-                some = values[where]
-                _CHANGES[number](some, by)
-                values[where] = some
+def _jittered(image: Tensor, order: I64, strength: npt.NDArray[np.float32]) -> Tensor:
+    """All changes of uint8 (1, C, H, W); a grey image has neither saturation nor hue."""
+    values = image.to(torch.float32, memory_format=torch.contiguous_format)
+    for number in order:
+        if number < 2 or image.shape[1] > 1:
+            _CHANGES[number](values, torch.from_numpy(strength[number, None, None, None, None]))
     return values.add_(0.5).int().to(torch.uint8)  # by way of integers: four times as fast on a CPU
 
 
