@@ -222,14 +222,16 @@ class ShardDataset:
         shard that was written anew does not pass for the old one.
 
         Raises:
-            UndecodableImageError: the bytes are no image.
-            DataError: the shard is missing or shorter than the index says, or holds another image.
+            DataError: the bytes are no image, or the shard is missing, shorter than the index says, or holds another.
         """
         kept = self._kept(channels)
         if kept is not None and kept.known[i]:
             return kept.pixels[i]
         data = self.read(i) if data is None else data
-        image = decode(data, channels)
+        try:
+            image = decode(data, channels)
+        except UndecodableImageError as error:
+            raise DataError(f"{self.describe(i)} cannot be decoded ({error}); remove it and index again") from error
         self.check(np.array([i]), [data], [image.shape[-2:]])
         if kept is not None:
             kept.pixels[i] = image
@@ -360,6 +362,7 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     except DataError:
         raise
     except Exception as error:  # numpy raises many kinds on damaged files
-        raise DataError(f"the index of {where} is damaged ({error}); run `aimscale data index` again") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"the index of {where} is damaged ({reason}); run `aimscale data index` again") from error
     reader = open_reader(info.shards_at or where, shards, cache_dir, cache_gb)
     return ShardDataset(where, info, index, reader)

@@ -16,7 +16,7 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, random_uniform
-from aimscale.harness.data.store.decoding import UndecodableImageError, crop_centre
+from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
 
@@ -83,16 +83,9 @@ def eval_images(
     require_channels(model.channels)
     pixels = torch.empty(len(indices), model.channels, model.image_size, model.image_size, dtype=torch.uint8)
     for row, index in enumerate(np.asarray(indices, dtype=np.int64).tolist()):
-        pixels[row] = _prepared(dataset, index, model, centre_crop)
-    return normalise(pixels)
-
-
-def _prepared(dataset: ShardDataset, index: int, model: ModelSection, centre_crop: float) -> torch.Tensor:
-    try:
         image = dataset.decode(index, model.channels)
-    except UndecodableImageError as error:
-        raise DataError(f"{dataset.describe(index)} cannot be decoded ({error}); remove it and index again") from error
-    return crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
+        pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
+    return normalise(pixels)
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:
