@@ -48,6 +48,17 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
         )
 
 
+def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
+    """Usable held-out images that some pool holds too, byte for byte."""
+    is_shared = np.zeros(len(held_out), dtype=bool)
+    checksums = np.asarray(held_out.checksum)
+    found = [checksums[partners] for _, _, partners in twins(pools, held_out)]
+    if found:
+        is_shared = np.isin(checksums, np.concatenate(found))
+        is_shared[held_out.index.bad] = False
+    return int(is_shared.sum())
+
+
 def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twins]:
     """Usable pool images that are held out too; reads no image, holds a block of the index in memory at a time."""
     order = np.argsort(held_out.checksum)

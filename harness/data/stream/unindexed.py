@@ -12,6 +12,7 @@ import random
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt

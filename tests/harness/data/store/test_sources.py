@@ -19,6 +19,7 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader
+from aimscale.harness.data.stream.held_out import count_shared
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.sweeps.cli.main import main
@@ -194,3 +195,5 @@ def test_validation_images_can_never_enter_training(
     aimscale("data", "pack", str(tmp_path / "in"), str(tmp_path / "validation"))
     with pytest.raises(DataError, match="leak"):
         TrainStream(configure(validation=tmp_path / "validation", unique_images=5))
+    pools, held_out = [open_dataset(small_set)], open_dataset(tmp_path / "validation")
+    assert count_shared(pools, held_out) == 1
