@@ -144,9 +144,7 @@ def _stretches(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
     return found
 
 
-def load_newest(
-    folder: Path, engine: Engine, group: Group, *, branches: Collection[int]
-) -> tuple[Manifest | None, list[str]]:
+def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collection[int]) -> Manifest | None:
     """Load the checkpoint furthest along the walk, or an earlier one where that is damaged (which is then deleted).
 
     Args:
@@ -154,7 +152,7 @@ def load_newest(
         branches: budgets still to be trained; a checkpoint on the decay to another one leads nowhere.
 
     Returns:
-        Its manifest (None when there is none), and a sentence for every damaged one.
+        Its manifest; None when there is none.
 
     Raises:
         CheckpointError: all of them are damaged; starting over is the caller's decision.
@@ -168,10 +166,10 @@ def load_newest(
         except CheckpointError as error:
             damaged[path] = error
             continue
-        if group.is_first:
-            for bad in damaged:
-                remove_dir(bad)
-        return manifest, [f"{error}; going on from {path.name} instead" for error in damaged.values()]
+        for bad, error in damaged.items() if group.is_first else ():
+            print(f"{error}; going on from {path.name} instead", flush=True)
+            remove_dir(bad)
+        return manifest
     if damaged:
         raise next(iter(damaged.values()))
-    return None, []
+    return None

@@ -158,9 +158,7 @@ class Trainer:
             CheckpointError: there is none that is whole where there must be one.
         """
         self.group.from_first(lambda: salvage(self.run, earlier_folders(self.run.path)))
-        manifest, notes = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
-        for note in notes:
-            self.recorder.say(note)
+        manifest = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
         if manifest is None and left and trunk > 0:
             load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # says what is wrong with it
         if manifest is not None:

@@ -13,11 +13,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.numpy import load_file
 
 import aimscale.harness.device.peak
 import aimscale.harness.log.record
@@ -25,7 +22,6 @@ import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.pack import pack_folder
 from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
@@ -267,33 +263,3 @@ def test_a_signal_to_every_process_of_a_step_leaves_the_workers_alone(
         assert run.read_status().state == "preempted"
     assert in_processes(train_in, run.path) == [0]
     assert [row["images_seen"] for row in run.read_rows()] == [64, 128]
-
-
-def test_workers_change_no_bit_of_a_run(
-    tmp_path: Path, tiny_config: Config, in_processes: Run, two_sizes: dict[str, Path]
-) -> None:
-    data = {"sources": [{"path": str(two_sizes["train"])}], "color_jitter": True}
-    runs = []
-    for num_workers in (0, 2):
-        runtime = {"num_workers": num_workers, "micro_batch": 4}
-        config = tiny_config(runtime, data=data, validation={"path": str(two_sizes["validation"])}, budgets=[64])
-        runs.append(RunDir.create(tmp_path / f"run-{num_workers}", config))
-        assert in_processes(train_in, runs[-1].path) == [0]
-    assert runs[0].load_config().run_id == runs[1].load_config().run_id
-    first, second = runs
-    ours, theirs = (load_file(run.model_file(64)) for run in (first, second))
-    assert all(np.array_equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-@pytest.fixture
-def two_sizes(tmp_path: Path) -> dict[str, Path]:
-    """Pictures of 20 and of 90 x 110 px, and others to validate on."""
-    rng = np.random.default_rng(7)
-    for name, number in (("train", 24), ("validation", 8)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for index in range(number):
-            coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-            size = (20, 20) if index % 2 else (110, 90)
-            coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "images" / name / f"{index}.png")
-        pack_folder(tmp_path / "images" / name, tmp_path / "packed" / name)
-    return {name: tmp_path / "packed" / name for name in ("train", "validation")}
