@@ -120,6 +120,7 @@ STAGES = {
     "rename */writing-checkpoints-*", "rmdir */writing-checkpoints-*", "rename checkpoints/*",
     "rmdir */removing-checkpoints-*",
     "replace */writing-checkpoints-*-decay-*/part-00000-of-00001.json",
+    "rename */writing-checkpoints-*-decay-*", "rmdir */writing-checkpoints-*-decay-*",
     "replace */writing-checkpoints-*-decay-*/manifest.json", "rename checkpoints/*-decay-*",
     "rename */removing-checkpoints-*-decay-*", "rmdir */removing-checkpoints-*-decay-*",
     "replace budgets/*/model.safetensors", "replace results.json", "replace validation/*.npz", "rmdir *",
