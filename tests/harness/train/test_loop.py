@@ -206,8 +206,7 @@ def stop_after(rank: int, path: Path, num_images: int, signum: int) -> None:
 def test_a_signal_saves_and_the_next_start_goes_on(
     tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
-    runtime = {"checkpoint_every_images": None, "num_workers": 1}  # a loader process changes no bit
-    stopped = RunDir.create(tmp_path / "stopped", tiny_config(runtime))
+    stopped = RunDir.create(tmp_path / "stopped", tiny_config({"checkpoint_every_images": None}))
     # On the trunk, after the last step of the first decay but before its evaluation, on the trunk, in the second decay.
     for num_images, signum in ((32, signal.SIGTERM), (64, signal.SIGTERM), (72, signal.SIGUSR2), (136, signal.SIGTERM)):
         assert in_processes(stop_after, stopped.path, num_images, signum) == [EXIT_PREEMPTED]
@@ -222,7 +221,9 @@ def test_a_signal_saves_and_the_next_start_goes_on(
 def test_the_clock_saves_too_and_a_killed_run_goes_on_from_there(
     tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
-    config = tiny_config({"checkpoint_every_images": None, "checkpoint_every_min": 1e-9}, budgets=[64])
+    # A loader process changes no bit.
+    runtime = {"checkpoint_every_images": None, "checkpoint_every_min": 1e-9, "num_workers": 1}
+    config = tiny_config(runtime, budgets=[64])
     killed = RunDir.create(tmp_path / "killed", config)
     assert in_processes(stop_after, killed.path, 32, signal.SIGKILL) == [-signal.SIGKILL]
     saved = {path.name for path in killed.checkpoints.iterdir()}
