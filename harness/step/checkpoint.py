@@ -166,8 +166,8 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collect
         except CheckpointError as error:
             damaged[path] = error
             continue
-        for bad, error in damaged.items() if group.is_first else ():
-            print(f"{error}; going on from {path.name} instead", flush=True)
+        for bad, why in damaged.items() if group.is_first else ():
+            print(f"{why}; going on from {path.name} instead", flush=True)
             remove_dir(bad)
         return manifest
     if damaged:

@@ -113,8 +113,7 @@ def train_until_change(rank: int, path: Path, number: int) -> None:
 
 
 STAGES = {
-    "rename */*", "rmdir */*", "rename */writing-checkpoints-*-decay-*", "rmdir */writing-checkpoints-*-decay-*",
-    "replace status.json",
+    "rename */*", "rmdir */*", "replace status.json",
     "rename */removing-checkpoints-*",
     "replace */writing-checkpoints-*/part-00000-of-00001.json", "replace */writing-checkpoints-*/manifest.json",
     "rename */writing-checkpoints-*", "rmdir */writing-checkpoints-*", "rename checkpoints/*",
