@@ -191,7 +191,7 @@ def components_of(jacobian: Array, residual: Array, weights: Array, groups: Grou
             expected[i, j] = np.sum(weight**2) - 2 * np.sum(weight * overlap) + inner
     spare = max(1, n - k)
     squares[-1], expected[-1, -1] = np.sum(error**2), spare
-    size = np.sqrt(np.diag(expected))
+    size = np.sqrt(np.where(np.diag(expected) > 0, np.diag(expected), 1.0))  # 0 where the law leaves nothing of groups
     variances = dict(zip(names, nnls(expected / np.outer(size, size), squares / size)[0] / size, strict=True))
     own["points"] = max(1.0, spare - sum(own.values()))
     whole = sum(variances.values())
@@ -215,4 +215,4 @@ def _degrees(total: Array, sums: Array) -> float:
         return float(len(total) - sums.shape[1])
     left = np.diag(total) - sums @ sums.T
     squared = left @ left
-    return float(np.trace(squared) ** 2 / np.sum(squared**2))
+    return max(1e-9, float(np.trace(squared) ** 2 / max(np.sum(squared**2), 1e-300)))
