@@ -277,7 +277,7 @@ def _pair(
     basis, num_groups = None, None
     if partial is not None:
         named = next((rows[name] for name in SIZE_COLUMNS if name in rows), pd.Series(np.arange(len(rows))))
-        basis, num_groups = equal_compute(numbers[partial].to_numpy(), named.astype(str).to_numpy())
+        basis, num_groups = equal_compute(numbers[partial].to_numpy(), named.map(str).to_numpy())
         spent += basis.shape[1] - 1
     a, b = columns.to_numpy().T
     return _Pair(a=a, b=b, basis=basis, num_groups=num_groups, member=member, lost=lost, spent=spent)

@@ -318,7 +318,7 @@ def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, 
     centre = float(y.mean())
     if n < 2:
         return centre, np.nan, np.nan, np.nan
-    codes = np.arange(n) if groups is None else np.unique(groups.astype(str), return_inverse=True)[1]
+    codes = np.arange(n) if groups is None else np.unique(groups.map(str), return_inverse=True)[1]
     codes = codes if codes.max() + 1 >= 3 else np.arange(n)
     found = sandwich(np.ones((n, 1)), y - centre, np.ones(n), codes)
     (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))

@@ -64,6 +64,7 @@ CELLS = {
     "unique_images": ["x", 0, 1e308],
     "seed": ["a", None, 1e308],
     "status": ["", "failed", 3],
+    "size": [None, 3],
     "setup": ["3", "x", "[1]", "[" * 9000, '{"a": [1]}', f'{{"a": {HUGE}}}', '{"optimiser.lr": "x"}'],
     "probes": [
         *("3", "[1]", "null", "[" * 9000, '[{"kind": "x", "top1": 1}]', '[{"task": [1], "kind": "x"}]'),
