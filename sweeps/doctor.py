@@ -1,8 +1,7 @@
 """Whether this machine works: python, packages, cards, memory, the disk where runs are kept, its locks, and Slurm.
 
 A check looks at one thing and never raises. Whatever may take its process down with it (a broken torch, a driver that
-does not fit) is imported by a child process, `python -m aimscale.sweeps.doctor`, which prints the name of each module
-before importing it and what torch knows as one line of JSON.
+does not fit) is imported by a child process, `python -m aimscale.sweeps.doctor`: a line of JSON before each import.
 """
 
 from __future__ import annotations
@@ -24,26 +23,23 @@ from typing import Annotated, Any, Literal
 
 import typer
 from packaging.requirements import Requirement
+from rich.filesize import decimal
 
 from aimscale.harness.device.memory import free_host_bytes
 from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.table.views import data_size
 
 IMPORT_TIMEOUT_S = 180
 MIN_FREE_BYTES = 1_000_000_000
 LOW_FREE_BYTES = 20_000_000_000
 SLURM_COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
 SLURM_TIMEOUT_S = 15
-FACTS_LINE, IMPORTING_LINE = "torch: ", "importing: "
 MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "submitit", "timm", "pyarrow", "pandas")
 """Packages with compiled parts, or that import such."""
 Level = Literal["ok", "warn", "fail"]
 """`warn`: works, but something may go wrong or be slow; `fail`: something needed does not work."""
-
-
 COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
 
 
@@ -64,7 +60,7 @@ def checks(root: Path) -> Iterator[Check]:
     facts = imported()
     yield check_packages(facts)
     yield check_accelerator(facts)
-    yield Check("memory", "ok", f"{data_size(free_host_bytes())} free, by the host and the limits on this process")
+    yield Check("memory", "ok", f"{decimal(free_host_bytes())} free, by the host and the limits on this process")
     absolute = Path(os.path.abspath(root))
     folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch makes the rest
     yield (disk := check_disk(root, folder))
@@ -74,7 +70,7 @@ def checks(root: Path) -> Iterator[Check]:
 
 
 def imported() -> dict[str, Any]:
-    """What a child process that imports everything heavy printed: `torch`, and `module` and `error` where it failed."""
+    """What a child that imports all of `MODULES` printed: `torch`, the last `module`, and `error` if it broke there."""
     words = [sys.executable, "-m", "aimscale.sweeps.doctor"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
@@ -82,17 +78,14 @@ def imported() -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         child.kill()
         out, said = child.communicate()[0], f"no end within {IMPORT_TIMEOUT_S} s"
-    facts: dict[str, Any] = {}
-    module = "nothing yet"
+    facts: dict[str, Any] = {"module": "nothing"}
     for line in out.splitlines():
-        if line.startswith(FACTS_LINE):
-            facts["torch"] = json.loads(line.removeprefix(FACTS_LINE))
-        elif line.startswith(IMPORTING_LINE):
-            module = line.removeprefix(IMPORTING_LINE)
+        if line.startswith(('{"module"', '{"torch"')):  # a package may print, too
+            facts |= json.loads(line)
     if code := child.returncode:
         how = f"signal {-code}" if code < 0 else f"code {code}"
         why = (said.strip().splitlines() or ["it gave no reason"])[-1]
-        facts |= {"module": module, "error": f"the process that imported {module} ended with {how}: {why}"}
+        facts["error"] = f"the process that imported {facts['module']} ended with {how}: {why}"
     return facts
 
 
@@ -109,7 +102,7 @@ def check_packages(facts: Mapping[str, Any]) -> Check:
         if version == "missing" or not needed.specifier.contains(version, prereleases=True):
             broken.append(f"{needed.name} is {version}, wanted {needed.specifier}")
     advice = "Run `pip install -e .` in aimscale's folder again"
-    if "module" in facts:
+    if "error" in facts:
         advice += f"; if that changes nothing, `pip install --force-reinstall --no-cache-dir {facts['module']}`"
     found = "; ".join(broken) or ", ".join(f"{name} {version}" for name, version in package_versions().items())
     return Check("packages", "fail" if broken else "ok", found, f"{advice}.")
@@ -121,7 +114,7 @@ def check_accelerator(facts: Mapping[str, Any]) -> Check:
         return Check("accelerator", "fail", "torch does not import", "Mend the packages first.")
     torch, there = facts["torch"], gpus_here()
     build = f"torch {torch['version']}, " + (f"CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build")
-    cards = [f"{card['name']}, {data_size(card['bytes'])} each" for card in torch["cards"]]
+    cards = [f"{card['name']}, {decimal(card['bytes'])} each" for card in torch["cards"]]
     if there and not cards:
         advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -153,7 +146,7 @@ def check_disk(root: Path, folder: Path) -> Check:
         return Check("disk", "fail", f"{folder} cannot be written ({error.strerror})", advice)
     usage = shutil.disk_usage(folder)
     level: Level = "fail" if usage.free < MIN_FREE_BYTES else "warn" if usage.free < LOW_FREE_BYTES else "ok"
-    found = f"{data_size(usage.free)} of {data_size(usage.total)} free in {folder}"
+    found = f"{decimal(usage.free)} of {decimal(usage.total)} free in {folder}"
     return Check("disk", level, found, "Free some space or choose another --root; `aimscale plan` says what is needed.")
 
 
@@ -239,7 +232,7 @@ def torch_facts() -> dict[str, Any]:
 
 if __name__ == "__main__":
     for name in MODULES:
-        print(f"{IMPORTING_LINE}{name}", flush=True)
+        print(json.dumps({"module": name}), flush=True)
         importlib.import_module(name)
         if name == "torch":
-            print(FACTS_LINE + json.dumps(torch_facts()), flush=True)
+            print(json.dumps({"torch": torch_facts()}), flush=True)

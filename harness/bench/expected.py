@@ -16,12 +16,9 @@ CORE_MFU, CORE_BYTES_PER_S, CORE_STEP_S = 0.35, 0.5e9, 0.002
 """Of one core: the share of its peak, the rate at which it moves what a forward pass keeps, and a step's time beside
 both. Assumption: within 15 % (24 % once) of the fastest steps of seven models from w24-d1 to rung-128 on a core of a
 busy AMD EPYC; the processor time of four of them was .5 to .9 of it."""
-PHOTOGRAPH_BYTES, CROP_PIXELS = 51_000, 224**2
-"""Of the images whose decoding `DECODED_PER_S` counts."""
-DECODING, RESIZING = 2 / 3, 1 / 4
-"""Shares of loading such an image (docs/benchmarks.md); the first follows its bytes, the second the crop's pixels."""
-MAX_DECODERS = 8
-"""Threads that decode for an evaluation (`probe.features.images`)."""
+PHOTOGRAPH_BYTES, LEAST_SHARE = 51_000, 1 / 12
+"""Of the images whose decoding `DECODED_PER_S` counts; and the part of their time that the smallest image takes.
+Assumption: between, the time follows the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +27,16 @@ class Rates:
 
     mfu: float
     """Taken."""
-    flops_per_s: float
-    """At that MFU."""
     flops_per_image: float
     """Executed, of training."""
     compute_per_s: float
     """Images trained on."""
     loaded_per_s: float
-    """Images read for training."""
-    decoded_per_s: float
-    """Images read for evaluation, by threads."""
+    """Images read."""
     step_s: float
     """Of a step, beside what its images take."""
     is_ahead: bool
     """Images are loaded while others are trained on; else in turns."""
-
-    def seconds(self, num_images: int, num_steps: int) -> tuple[float, float]:
-        """Time of computing and of loading so many images."""
-        return num_images / self.compute_per_s + num_steps * self.step_s, num_images / self.loaded_per_s
 
 
 def expected_rates(
@@ -67,21 +56,17 @@ def expected_rates(
     guesses_core = not device.is_gpu and mfu is None
     mfu = mfu or (CORE_MFU if guesses_core else GPU_MFU)
     threads = 1 if device.is_gpu else runtime.num_threads
-    flops_per_s = num_devices * threads * device.flops_per_s(precision) * mfu
-    image_s = flops / flops_per_s
+    image_s = flops / (num_devices * threads * device.flops_per_s(precision) * mfu)
     if guesses_core:
         image_s += kept_bytes_per_image(model, precision, False) / (num_devices * threads * CORE_BYTES_PER_S)
     step_s = step_ms / 1000 if step_ms is not None else CORE_STEP_S if guesses_core else 0.0
     one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(config, look)
-    cores = device.cores or MAX_DECODERS
     workers = min(runtime.num_workers, device.cores or runtime.num_workers)
     return Rates(
         mfu=mfu,
-        flops_per_s=flops_per_s,
         flops_per_image=flops,
         compute_per_s=1 / image_s,
         loaded_per_s=num_devices * one * (max(1, workers) if device.is_gpu else 1),
-        decoded_per_s=num_devices * one * min(MAX_DECODERS, cores),
         step_s=step_s,
         is_ahead=device.is_gpu and workers > 0,  # the workers of a core take its time
     )
@@ -94,5 +79,4 @@ def _loading_share(config: RunConfig, look: Look) -> float:
         info = look(source.path)
         each = info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES
         size += source.probability * each
-    crop = config.training.model.image_size**2 / CROP_PIXELS
-    return 1 - DECODING - RESIZING + DECODING * size / PHOTOGRAPH_BYTES + RESIZING * crop
+    return max(LEAST_SHARE, size / PHOTOGRAPH_BYTES)

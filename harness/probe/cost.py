@@ -33,8 +33,6 @@ class ProbeCost:
     """Images through the backbone, forwards; what LoRA trains on counts three times."""
     flops: float
     """Of those forward passes, of training and measuring heads, and of the k-NN search."""
-    head_flops: float
-    """Without the forward passes."""
 
 
 def validation_images(section: ValidationSection, look: Look) -> int:
@@ -74,7 +72,7 @@ def _probe_cost(
     if "knn" in frozen:  # the held-out images against the others, for every set; the test split against all, twice
         products += 2.0 * model.width * (sets * fit * held + 2 * train * test)
     passes = images * (flops.patch_embed + flops.trunk)
-    return ProbeCost(task=section.task, images=images, flops=passes + products, head_flops=products)
+    return ProbeCost(task=section.task, images=images, flops=passes + products)
 
 
 def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:

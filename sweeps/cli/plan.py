@@ -10,25 +10,16 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.harness.bench.expected import CORE_BYTES_PER_S
 from aimscale.harness.device.sheets import DECODED_PER_S
 from aimscale.sweeps.cli.options import AsJson, Root, SweepName
 from aimscale.sweeps.plan.checks import check, refuse
-from aimscale.sweeps.plan.costs import (
-    BudgetCost,
-    Caution,
-    CautionKind,
-    CostCard,
-    cost_cards,
-    not_identified,
-    to_json,
-    totals,
-)
+from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
-from aimscale.sweeps.table.views import Column, axis_columns, data_size, duration, fitted_table, new_console, number
+from aimscale.sweeps.table.views import Column, axis_columns, duration, fitted_table, new_console, number
 
 
 def plan(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson = False) -> None:
@@ -49,7 +40,7 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(f"[bold]{sweep.name}[/]: {sweep.file.description}")
-    notes = list(dict.fromkeys(caution_words(each) for card in cards for each in card.cautions))
+    notes = list(dict.fromkeys(each.words for card in cards for each in card.cautions))
     table = fitted_table(_plan_columns(cards, notes), cards, console.width)
     console.print(table, highlight=False)
     total = totals(cards)
@@ -57,7 +48,7 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
         "{num_runs} runs, {num_rows} rows; {images_executed:,} images and {flops_executed:.3g} FLOPs executed (decay "
         "branches included), {flops_evaluation:.3g} more in validation and probes; {device_hours:,.4g} device-hours; "
         "longest run ".format(**total)
-        + f"{duration(total['longest_wall_s'])}; run directories {data_size(total['disk_bytes'])}; told to stop, a run "
+        + f"{duration(total['longest_wall_s'])}; run directories {decimal(total['disk_bytes'])}; told to stop, a run "
         f"gets up to {duration(max(card.stop_s for card in cards))} to save"
     )
     say(f"{_assumptions(sweep, cards)}; start-up is not counted; recipe {sweep.file.recipe}", style="dim")
@@ -73,53 +64,21 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
 def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> str:
     """What the times stand on: the device, its speed and what loads for it."""
     device, cost = cards[0].device, sweep.file.cost
-    peaks = {card.precision: card.peak_flops_per_s for card in cards}
-    if device.is_gpu and "fp32" in peaks and cost.peak_tflops is None:
-        peaks["fp32 (TF32)"] = peaks.pop("fp32")
+    peaks = {card.precision: device.flops_per_s(card.precision) for card in cards}
     rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
     beside = f" and {cost.step_ms:g} ms a step" if cost.step_ms else ""
-    if cost.mfu is None and not device.is_gpu:
-        beside += f", moving what a forward pass keeps at {CORE_BYTES_PER_S / 1e9:g} GB/s"
     loading = f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s of a loader process"
     known = "measured here" if device.decoded_per_s else "assumed; `aimscale bench data` measures"
     limits = " and ".join(sorted({card.limit for card in cards}))
     return (
-        f"on {device.name} ({device.why}) of {data_size(device.memory_bytes)}, {rates}, at MFU "
-        f"{100 * cards[0].mfu:g} %{beside}; {loading} ({known}); limited by {limits}"
+        f"on {device.name} ({device.why}) of {decimal(device.memory_bytes)}, {rates}, at MFU "
+        f"{100 * cards[0].rates.mfu:g} %{beside}; {loading} ({known}); limited by {limits}"
     )
-
-
-CAUTIONS: dict[CautionKind, str] = {
-    "epochs": "{found:.1f} epochs of {subject} images (more than {limit:g})",
-    "many epochs": (
-        "[bold red]{found:,.0f} EPOCHS[/] of {subject} images: the model will learn them by heart, and its losses tell "
-        "nothing about new ones; take more images or smaller budgets"
-    ),
-    "loader": (
-        "{subject} is limited by its loader: it would train on {limit:,.0f} images/s and is given {found:,.0f}; more "
-        "runtime.num_workers (slurm.cpus_per_task), or smaller image files"
-    ),
-    "idle": "{subject} {found:.0f} is fewer than a pair of images for each of {limit:.0f} devices: some stand idle",
-    "unopened": "{subject} has {found:,.0f} images: its index was not opened, the trainers check it",
-    "stream": (
-        "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
-        "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
-    ),
-}
-"""What each caution says, of its subject, what was found and the limit."""
-
-
-def caution_words(caution: Caution) -> str:
-    """One sentence about it."""
-    return CAUTIONS[caution.kind].format(**asdict(caution))
 
 
 def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
     def span(header: str, text: Callable[[BudgetCost], str], rank: int) -> Column:
         return Column(header=header, cell=lambda card: _span([text(each) for each in card.budgets]), rank=rank)
-
-    def hours(card: CostCard) -> str:
-        return f"{card.device_hours:,.3g}" if card.device_hours < 1000 else f"{card.device_hours:,.0f}"
 
     return [
         Column(header="size", cell=lambda card: card.cell["size"], right=False),
@@ -132,11 +91,11 @@ def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
         Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", rank=7),
         Column(header="devices", cell=lambda card: str(card.devices), rank=3),
         Column(header="memory", cell=_memory, rank=4),
-        Column(header="disk", cell=lambda card: data_size(card.disk_bytes), rank=8),
+        Column(header="disk", cell=lambda card: decimal(card.disk_bytes), rank=8),
         Column(header="limit", cell=lambda card: card.limit, rank=5, right=False),
         Column(header="time", cell=lambda card: duration(card.wall_s)),
-        Column(header="device-h", cell=hours),
-        Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(caution_words(c))) for c in card.cautions)),
+        Column(header="device-h", cell=lambda card: number(card.device_hours)),
+        Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(c.words)) for c in card.cautions)),
     ]
 
 
@@ -150,4 +109,4 @@ def _memory(card: CostCard) -> str:
     if (chosen := card.fit) is None:
         return "too large"
     recompute = "r" if chosen.activation_checkpointing else ""
-    return f"{data_size(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
+    return f"{decimal(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"

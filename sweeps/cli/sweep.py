@@ -96,7 +96,7 @@ def collect(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
     for line in _scored_forecasts(found.table):
         typer.echo(line)
-    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {found.num_runs} runs: {found.table}")
+    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {len(runs)} runs: {found.table}")
 
 
 def _scored_forecasts(table: Path) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import TRAIN_OVER_FORWARD
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.bench.expected import Rates, expected_rates
@@ -38,19 +37,14 @@ SAVE_BYTES_PER_S = 0.5e9
 ASSUMED = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 
-CautionKind = Literal["epochs", "many epochs", "stream", "loader", "idle", "unopened"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Caution:
     """One thing to look at."""
 
-    kind: CautionKind
-    subject: str
-    """A size, a number of images or a field: what it is about."""
-    found: float = 0.0
-    limit: float = 0.0
-    """What `found` is held against."""
+    kind: Literal["epochs", "stream", "loader", "idle", "unopened"]
+    words: str
+    """One sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +67,7 @@ class CostCard:
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
-    params_trunk: int
     params_total: int
-    flops_per_image: float
-    """Training FLOPs of one image by the published formula."""
     budgets: tuple[BudgetCost, ...]
     images_executed: int
     """Images trained on: the stable trunk, and the decay branch of every budget beside it."""
@@ -90,14 +81,10 @@ class CostCard:
     device: Device
     """What each of them is taken to be."""
     precision: str
-    peak_flops_per_s: float
-    """Of one device at that precision."""
-    mfu: float
-    """Share of it that is taken to be executed."""
+    rates: Rates
+    """How fast all of them train and load."""
     fit: ExecutionPlan | None
     """ZeRO stage, micro-batch and memory of a rank, activations included; null where nothing fits."""
-    checkpoint_bytes: int
-    """Of one, on disk; and in host memory, all ranks together, of the copy from which it is written."""
     stop_s: int
     """Time from being told to stop to being killed."""
     disk_bytes: int
@@ -106,16 +93,13 @@ class CostCard:
     """The tasks, each at one budget."""
     flops_evaluation: float
     """Of validation and probes, all budgets together, as `harness.probe.cost` counts them."""
-    compute_images_per_s: float
-    """Images that all devices would train on a second, were they always there."""
-    loader_images_per_s: float
-    """Images that all loader processes read a second."""
     limit: Literal["compute", "loader"]
     """What takes more of the time of training."""
     training_s: float
     """Time of training, loading included."""
     evaluation_s: float
-    """Time of validation and probes of all budgets, likewise."""
+    """Time of validation and probes of all budgets: their FLOPs at the pace of training, or their images at the
+    loader's."""
     wall_s: float
     """Both."""
     device_hours: float
@@ -200,18 +184,17 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     cost = sweep.file.cost
     rates = expected_rates(run.config, run.devices, device, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
     validated = validation_images(evaluation.validation, look)
-    passed = len(evaluation.budgets) * (validated + sum(cost.images for cost in probes))
-    products = len(evaluation.budgets) * sum(cost.head_flops for cost in probes)
-    forward_s = passed / (rates.compute_per_s * TRAIN_OVER_FORWARD) + products / rates.flops_per_s
-    compute_s, loading_s = rates.seconds(executed, executed // batch_size)
+    steps, num_budgets = executed // batch_size, len(evaluation.budgets)
+    compute_s, loading_s = executed / rates.compute_per_s + steps * rates.step_s, executed / rates.loaded_per_s
     training_s = max(compute_s, loading_s) if rates.is_ahead else compute_s + loading_s
-    evaluation_s = max(forward_s, passed / rates.decoded_per_s)
+    passed = num_budgets * (validated + sum(probe.images for probe in probes))
+    flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
+    forward_s = flops_evaluation / (rates.flops_per_image * rates.compute_per_s)
+    evaluation_s = max(forward_s, passed / rates.loaded_per_s)
     return CostCard(
         run_id=run.run_id,
         cell=run.cell,
-        params_trunk=params.trunk,
         params_total=params.total,
-        flops_per_image=flops.train,
         budgets=tuple(
             BudgetCost(
                 images_seen=budget,
@@ -223,22 +206,18 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         ),
         images_executed=executed,
         flops_executed=rates.flops_per_image * executed,
-        steps=executed // batch_size,
+        steps=steps,
         batch_size=batch_size,
         lr_peak=training.optimiser.lr_peak,
         devices=run.devices,
         device=device,
         precision=training.optimiser.precision,
-        peak_flops_per_s=device.flops_per_s(training.optimiser.precision),
-        mfu=rates.mfu,
+        rates=rates,
         fit=fit,
-        checkpoint_bytes=CHECKPOINT_BYTES_PER_PARAM * params.total,
         stop_s=stop_seconds(sweep, run),
-        disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + len(evaluation.budgets) * WEIGHTS_BYTES_PER_PARAM) * params.total,
+        disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
-        flops_evaluation=len(evaluation.budgets) * (flops.forward * validated + sum(cost.flops for cost in probes)),
-        compute_images_per_s=rates.compute_per_s,
-        loader_images_per_s=rates.loaded_per_s,
+        flops_evaluation=flops_evaluation,
         limit="loader" if loading_s > compute_s else "compute",
         training_s=training_s,
         evaluation_s=evaluation_s,
@@ -252,21 +231,33 @@ def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterato
     """What one run's data and schedule give; `unique` is U, None where it is unknown."""
     training, budgets = run.config.training, run.config.evaluation.budgets
     epochs = budgets[-1] / unique if unique else 0.0
-    if epochs > MAX_EPOCHS:
-        kind: CautionKind = "many epochs" if epochs > FAR_TOO_MANY_EPOCHS else "epochs"
-        yield Caution(kind=kind, subject=str(unique), found=epochs, limit=MAX_EPOCHS)
+    if epochs > FAR_TOO_MANY_EPOCHS:
+        words = f"{epochs:,.0f} EPOCHS of {unique} images are learnt by heart; take more images or smaller budgets"
+        yield Caution(kind="epochs", words=words)
+    elif epochs > MAX_EPOCHS:
+        yield Caution(kind="epochs", words=f"{epochs:.1f} epochs of {unique} images (more than {MAX_EPOCHS})")
     if rates.is_ahead and rates.loaded_per_s < rates.compute_per_s:
-        yield Caution(kind="loader", subject=training.model.size, found=rates.loaded_per_s, limit=rates.compute_per_s)
-    if training.optimiser.batch_size < 2 * run.devices:
-        yield Caution(
-            kind="idle", subject="optimiser.batch_size", found=training.optimiser.batch_size, limit=run.devices
+        words = (
+            f"{training.model.size} is limited by its loader: it would train on {rates.compute_per_s:,.0f} images/s, "
+            f"is given {rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
         )
+        yield Caution(kind="loader", words=words)
+    if (batch_size := training.optimiser.batch_size) < 2 * run.devices:
+        words = f"optimiser.batch_size {batch_size} is less than two images for each of {run.devices} devices"
+        yield Caution(kind="idle", words=f"{words}: some stand idle")
     if training.data.is_unindexed:
-        yield Caution(kind="stream", subject="data.sources")
-    for path in paths_of(run.config):
+        words = (
+            "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
+            "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
+        )
+        yield Caution(kind="stream", words=words)
+    probes = run.config.evaluation.probes
+    paths = [*(source.path for source in training.data.sources), run.config.evaluation.validation.path]
+    for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
         info = look(path)
         if info and info.num_samples > max_opened(path):
-            yield Caution(kind="unopened", subject=path, found=info.num_samples)
+            words = f"{path} has {info.num_samples:,} images: its index was not opened, the trainers check it"
+            yield Caution(kind="unopened", words=words)
 
 
 MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000
@@ -276,13 +267,6 @@ MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000
 def max_opened(path: str) -> int:
     """Images of the largest data set at a path whose index a plan opens."""
     return MAX_FETCHED if "://" in path else MAX_OPENED
-
-
-def paths_of(config: RunConfig) -> list[str]:
-    """Data sets that a run reads, each once."""
-    evaluation = config.evaluation
-    sides = [side for probe in evaluation.probes for side in (probe.train, probe.test)]
-    return list(dict.fromkeys([*(s.path for s in config.training.data.sources), evaluation.validation.path, *sides]))
 
 
 def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:

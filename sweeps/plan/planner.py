@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.run.config import (
-    ConfigError,
     EvaluationConfig,
     ModelSection,
     RunConfig,
@@ -29,10 +27,8 @@ from aimscale.harness.run.config import (
 )
 from aimscale.harness.run.row import cached_model
 from aimscale.harness.run.strict import count
-from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
+from aimscale.sweeps.plan.recipes import Fields, Recipe, Scale, merge, recipe
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-
-Fields = dict[str, Any]
 
 MAX_CELLS, MAX_DEVICES = 100_000, 1_000_000
 """The most that a plan takes."""
@@ -124,10 +120,8 @@ def _cells(sweep: Sweep, fixed: _Fixed, chosen: Recipe) -> Iterator[tuple[Fields
     file = sweep.file
     named = file.axes | ({"variant": tuple(file.variants)} if file.variants else {})
     axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in named.items()]
-    # what a recipe says of the model gives way to all else but comes first: sizes and budgets follow from the model
-    base = merge({"model": dict(chosen.settings["model"])}, fixed.base) if "model" in chosen.settings else fixed.base
     for values in itertools.product(*axes):
-        axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), base)
+        axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), fixed.base)
         extra = {key: value for key, _, value in values}
         budgets_of = _isoflop_budgets(sweep, axis_fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
         one_a_budget = merge({"schedule": {"kind": chosen.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
@@ -183,8 +177,7 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     scale = Scale(
         width=model.width, params_total=counts_of(model)[0].total, budget=sweep.file.recipe_budget or min(requested)
     )
-    fields = chosen.fields(scale)
-    fields = merge(fields, changes)
+    fields = merge(chosen.fields(scale), changes)
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
     fields["seed"] = cell["seed"]
@@ -194,8 +187,8 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
         lr_peak = _factor(optimiser["lr_peak"], sweep, "optimiser.lr_peak")
         optimiser["lr_peak"] = float(f"{lr_peak * _factor(factors[0], sweep) * _factor(factors[1], sweep):.6g}")
     fields["budgets"] = _whole_batches(requested, optimiser["batch_size"], sweep)
-    runtime = _runtime(json.dumps(fields.pop("runtime", {}), default=str), f"{sweep.source}: runtime")
-    devices = fields.pop("devices", chosen.devices(scale))
+    runtime = parse(RuntimeConfig, fields.pop("runtime"), f"{sweep.source}: runtime")
+    devices = fields.pop("devices")
     if not isinstance(devices, int) or isinstance(devices, bool) or not 0 < devices <= MAX_DEVICES:
         raise SweepError(f"{sweep.source}: devices must be a whole number from 1 to {MAX_DEVICES:,}, not {devices!r}")
     config = run_config(fields, str(sweep.source), runtime)
@@ -208,42 +201,17 @@ def _factor(value: Any, sweep: Sweep, name: str = "lr_multiplier") -> float:
     return float(value)
 
 
-@functools.lru_cache
-def _runtime(fields: str, where: str) -> RuntimeConfig:
-    """Most runs of a sweep share their runtime fields (given as JSON, which can be a key)."""
-    return parse(RuntimeConfig, json.loads(fields), where)
-
-
-@functools.lru_cache
-def _check_model(section: tuple[tuple[str, Any], ...], where: str) -> None:
-    """Most runs of a sweep share their model, too."""
-    parse(ModelSection, dict(section), where)
-
-
-def _model_from(section: Mapping[str, Any], changes: Fields, sweep: Sweep) -> ModelConfig:
-    """The model that raw `model` fields describe; what is wrong with them is said by the strict parser."""
+def _model_from(section: Fields, changes: Fields, sweep: Sweep) -> ModelConfig:
+    """The model that raw `model` fields describe."""
+    checked = parse(ModelSection, section, f"{sweep.source}: model")
     target = changes.get("objective", {}).get("target", "normalised")
-    try:
-        _check_model(tuple(section.items()), f"{sweep.source}: model")
-        return cached_model(tuple(section.items()), target)
-    except TypeError as error:
-        parse(ModelSection, dict(section), f"{sweep.source}: model")
-        raise ConfigError(f"{sweep.source}: model: {error}") from error
+    return cached_model(tuple(dict(checked).items()), str(target))
 
 
 def _whole_batches(requested: tuple[int, ...], batch: Any, sweep: Sweep) -> tuple[int, ...]:
     if not isinstance(batch, int) or batch < 1:
         raise SweepError(f"{sweep.source}: optimiser.batch_size must be a whole number above 0, not {batch!r}")
     return tuple(sorted({max(1, round(budget / batch)) * batch for budget in requested}))
-
-
-def merge(base: Fields, changes: Fields) -> Fields:
-    """Nested mappings united, `changes` winning; lists are replaced whole. Neither argument is altered."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return merged
 
 
 def _nested(fields: Mapping[str, Any]) -> Fields:

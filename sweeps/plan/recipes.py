@@ -7,12 +7,14 @@ as an assumption.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import did_you_mean
 from aimscale.sweeps.plan.sweepfile import SweepError
+
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,32 +41,37 @@ class Recipe:
     schedule: Literal["wsd", "cosine"]
     precision: Literal["fp32", "bf16"]
     """Of parameters and activations."""
-    batch_size: Callable[[Scale], int]
-    """Images per optimiser step; even, because prefixes come in pairs."""
-    lr_peak: Callable[[Scale], float]
-    warmup_images: Callable[[Scale], int]
-    zero_stage: Callable[[Scale], Literal[0, 1, 2, 3] | Literal["auto"]]
-    devices: Callable[[Scale], int]
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Section -> fields that are the same at every size."""
+    scaled: Callable[[Scale], Fields]
+    """Fields that follow from size and budget."""
+    settings: Fields = field(default_factory=dict)
+    """Fields that are the same at every size."""
 
-    def fields(self, scale: Scale) -> dict[str, Any]:
-        """The recipe's part of a run's training fields, with `runtime` beside them."""
-        by_size: dict[str, dict[str, Any]] = {
-            "optimiser": {
-                "batch_size": self.batch_size(scale),
-                "lr_peak": self.lr_peak(scale),
-                "precision": self.precision,
-            },
-            "schedule": {"kind": self.schedule, "warmup_images": self.warmup_images(scale)},
-            "runtime": {"zero_stage": self.zero_stage(scale)},
-        }
-        return {name: {**self.settings.get(name, {}), **by_size.get(name, {})} for name in {**by_size, **self.settings}}
+    def fields(self, scale: Scale) -> Fields:
+        """The recipe's part of a run's training fields, with `runtime` and `devices` beside them."""
+        fixed = {"optimiser": {"precision": self.precision}, "schedule": {"kind": self.schedule}}
+        return merge(merge(self.settings, fixed), self.scaled(scale))
 
 
-def _paper_devices(scale: Scale) -> int:
-    """Assumption (the paper does not say): one node up to 1B, then enough cards for weeks, not months."""
-    return 8 if scale.params_total < 2e9 else 32 if scale.params_total < 4e9 else 64
+def merge(base: Fields, changes: Fields) -> Fields:
+    """Nested mappings united, `changes` winning; lists are replaced whole. Neither argument is altered."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return merged
+
+
+def _paper(scale: Scale) -> Fields:
+    large = scale.params_total > 4e9
+    return {
+        "optimiser": {"batch_size": 4096, "lr_peak": 1e-3},
+        # 31,250 of 1.25M iterations. Assumption: the same share of shorter budgets.
+        "schedule": {"warmup_images": scale.budget // 40},
+        # bytes per parameter at W = 8: stage 1 fits 80 GB up to 3B, at 7B stage 2 takes 27 GB where stage 1 takes 51-65
+        "runtime": {"zero_stage": 2 if large else 1},
+        # Assumption (the paper does not say): one node up to 1B, then enough cards for weeks, not months.
+        "devices": 64 if large else 32 if scale.params_total > 2e9 else 8,
+    }
 
 
 PAPER = Recipe(
@@ -72,15 +79,8 @@ PAPER = Recipe(
     summary="AIM, Table 9: batch 4096, learning rate 1e-3 at every size, cosine after 2.5 % of warm-up, bf16",
     schedule="cosine",
     precision="bf16",
-    batch_size=lambda scale: 4096,
-    lr_peak=lambda scale: 1e-3,
-    # 31,250 of 1.25M iterations. Assumption: the same share of shorter budgets.
-    warmup_images=lambda scale: scale.budget // 40,
-    # bytes per parameter at W = 8: stage 1 fits 80 GB up to 3B, at 7B stage 2 takes 27 GB where stage 1 takes 51-65
-    zero_stage=lambda scale: 2 if scale.params_total > 4e9 else 1,
-    devices=_paper_devices,
+    scaled=_paper,
 )
-
 
 L3M = replace(
     PAPER,
@@ -96,20 +96,17 @@ L3M = replace(
 )
 
 
-def _small_batch(scale: Scale) -> int:
-    """64 images at 64k images seen, then with the square root of the smallest budget, in powers of two from 16.
-
-    Measured on the demo's data: at 6144 images seen 16 beats 32 beats 64. The square root is an assumption.
-    """
-    return max(16, int(64 * 2.0 ** round(math.log2(scale.budget / 64_000) / 2)))
-
-
-def _small_lr(scale: Scale) -> float:
-    """2e-3 (64 / d)^0.75, two digits kept: near the best of the rates tried at d = 24, 64 and 128.
-
-    Measured on the demo's data at batch 32 and D = 6144; beyond that an assumption.
-    """
-    return float(f"{2e-3 * (64 / scale.width) ** 0.75:.1e}")
+def _small(scale: Scale) -> Fields:
+    """Measured on the demo's data: at 6144 images seen, a batch of 16 beats 32 beats 64; at batch 32 the rate is near
+    the best of those tried at d = 24, 64 and 128. The square root, and all beyond that, is an assumption."""
+    batch_size = max(16, int(64 * 2.0 ** round(math.log2(scale.budget / 64_000) / 2)))
+    return {
+        "optimiser": {"batch_size": batch_size, "lr_peak": float(f"{2e-3 * (64 / scale.width) ** 0.75:.1e}")},
+        # Assumption: a tenth of the smallest budget, so that its stable phase exists.
+        "schedule": {"warmup_images": scale.budget // 10},
+        "runtime": {"zero_stage": "auto"},
+        "devices": 1,
+    }
 
 
 SMALL = Recipe(
@@ -117,12 +114,7 @@ SMALL = Recipe(
     summary="small models on one device each: batch 16 and up, rate falling with width, warm-up-stable-decay, fp32",
     schedule="wsd",
     precision="fp32",
-    batch_size=_small_batch,
-    lr_peak=_small_lr,
-    # Assumption: a tenth of the smallest budget, so that its stable phase exists.
-    warmup_images=lambda scale: scale.budget // 10,
-    zero_stage=lambda scale: "auto",  # aimscale.harness.device.memory's rule
-    devices=lambda scale: 1,
+    scaled=_small,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, L3M, SMALL)}

@@ -189,8 +189,6 @@ class SweepFile(Section):
     """Cells left out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
     """Cells changed."""
-    runs_per_device: int = Field(1, gt=0)
-    """Runs of one device that share a card, here or in one Slurm job."""
     cost: CostSection = CostSection()
     """Assumptions of the cost card."""
     slurm: SlurmSection = SlurmSection()

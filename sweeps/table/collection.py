@@ -30,7 +30,6 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned
 
-COLLECT_VERSION = 1
 Values = dict[str, Any]
 """A row, or an entry of its probes."""
 
@@ -41,8 +40,6 @@ class Collected:
 
     table: Path
     """The Parquet file; the CSV lies beside it."""
-    num_runs: int
-    """Runs of the plan."""
     num_rows: int
     """Rows written: runs x budgets, but those of damaged runs."""
     num_complete: int
@@ -69,25 +66,18 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     rows: list[Values] = []
     for run, card in zip(runs, cards, strict=True):
         rows += _readable(run.run_id, functools.partial(_rows, sweep, run, card), damaged)
-    created = max((str(row["finished_at"]) for row in rows if row.get("finished_at")), default=None)
     for record in imported_runs(sweep, runs):
-        rows += _readable(record.path.name, functools.partial(_imported_rows, sweep, record), damaged)
-    baselines = _baselines(sweep, damaged)
+        rows += _readable(record.name, functools.partial(_imported_rows, sweep, record), damaged)
+    baselines: list[Values] = []
+    for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
+        name = str(folder.relative_to(sweep.runs_dir))
+        baselines += _readable(name, functools.partial(_baseline_rows, sweep, folder), damaged)
     _write(sweep, "results", _with_task_names(rows, runs))
     _write(sweep, "baselines", _with_task_names(baselines, runs))
-    num_complete = sum(row["status"] == "complete" for row in rows)
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
-        "version": COLLECT_VERSION,
-        "sweep": sweep.name,
         "description": sweep.file.description,
-        "recipe": sweep.file.recipe,
-        "created": created,
-        "num_runs": len(runs),
-        "num_rows": len(rows),
-        "num_complete": num_complete,
         "completions": [each for run in whole for each in _completions(sweep, run)],
-        "damaged": damaged,
         "machines": _machines([RunRecord(sweep.run_dir(run.run_id)) for run in whole]),
     }
     try:
@@ -96,9 +86,8 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         raise SweepError(f"cannot write {sweep.directory / 'collect.json'}: {error.strerror}") from error
     return Collected(
         table=sweep.directory / "results.parquet",
-        num_runs=len(runs),
         num_rows=len(rows),
-        num_complete=num_complete,
+        num_complete=sum(row["status"] == "complete" for row in rows),
         damaged=damaged,
         num_baselines=len(baselines),
         unplanned=left_out,
@@ -144,15 +133,6 @@ def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
     return [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
 
 
-def _baselines(sweep: Sweep, damaged: dict[str, str]) -> list[Values]:
-    """Rows of all baselines in the runs' folders."""
-    rows: list[Values] = []
-    for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
-        name = str(folder.relative_to(sweep.runs_dir))
-        rows += _readable(name, functools.partial(_baseline_rows, sweep, folder), damaged)
-    return rows
-
-
 def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     """A row per baseline that was probed like one of the sweep's runs."""
     by_name: dict[str, list[Values]] = {}
@@ -183,15 +163,14 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     rows = []
     for budget in card.budgets:
         if budget.images_seen in found:
-            known = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
-            row = _as_planned(run, found[budget.images_seen])
-            rows.append({**known, **row, "status": missing if row.get("val_loss") is None else "complete"})
+            row = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
+            row |= _as_planned(run, found[budget.images_seen])
         else:
-            rows.append({**planned, "images_seen": budget.images_seen, "epochs": budget.epochs})
-            rows[-1] |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
-            rows[-1] |= {"status": missing}
+            row = {**planned, "images_seen": budget.images_seen, "epochs": budget.epochs}
+            row |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
+        row["status"] = missing if row.get("val_loss") is None else "complete"
         executed = card.flops_executed / card.images_executed * budget.images_seen
-        rows[-1] |= {"sweep": sweep.name, "flops_executed": executed}
+        rows.append({**row, "sweep": sweep.name, "flops_executed": executed})
     return rows
 
 
@@ -260,10 +239,9 @@ def _machines(records: Sequence[RunRecord]) -> list[Values]:
     for record in records:
         try:
             start = record.read_starts()[-1]
-            machine: dict[str, Any] = {
-                key: start[key] for key in ("device", "cpu", "num_cpus", "python", "packages") if key in start
-            }
         except (UserError, IndexError):
             continue
+        kept = {"device", "cpu", "num_cpus", "python", "packages"}
+        machine = {key: value for key, value in start.items() if key in kept}
         found[json.dumps(machine, sort_keys=True)] = machine
     return list(found.values())

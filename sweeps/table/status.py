@@ -41,25 +41,21 @@ class RunStatus:
     state: Shown
     status: Status
     """What the run says of itself, with why it waits where Slurm says that."""
-    progress: float
-    """Share of the planned images trained on, 0..1."""
-    val_loss: float | None
-    """Validation loss of the last budget recorded."""
-    eta_s: float | None
-    """To its end once it runs, evaluation included."""
-    heartbeat_age_s: float | None
-    """Since its last sign of life."""
-    job_id: str | None
-    """Slurm's job that executes it, or did last."""
-    host: str | None
-    """The machine that executes it, or did last."""
     log: str | None
     """Output of its last attempt."""
-    evaluated: int
-    """Probed (task, budget) pairs."""
     to_evaluate: int
-    """Such pairs in all."""
-    device_hours: float
+    """(task, budget) pairs to be probed in all."""
+    progress: float = 0.0
+    """Share of the planned images trained on, 0..1."""
+    val_loss: float | None = None
+    """Validation loss of the last budget recorded."""
+    eta_s: float | None = None
+    """To its end once it runs, evaluation included."""
+    place: str = ""
+    """Slurm's job that executes it, or else the machine."""
+    evaluated: int = 0
+    """Of `to_evaluate`."""
+    device_hours: float = 0.0
     """Spent so far, all attempts."""
 
 
@@ -90,10 +86,9 @@ def sweep_status(
     sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
 ) -> SweepStatus:
     """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
-    now = time.time()
     pending = _pending(sweep, jobs, cards) if jobs else {}
     seen = [
-        _look(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices), now)
+        _look(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
         for run, card in zip(runs, cards, strict=True)
     ]
     left, eta_s, is_measured = time_left(cards, [progress for _, progress in seen])
@@ -128,45 +123,55 @@ def _pending(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCard]) 
     return found
 
 
-def _look(
-    run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None, now: float
-) -> tuple[RunStatus, Progress]:
+def _look(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
     try:
-        return _undamaged(run, card, record, pending, now)
+        return _undamaged(run, card, record, pending)
     except UserError as error:
         why = str(error)
     except OSError as error:
         why = f"{error.filename or record.path} cannot be read ({error.strerror})"
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{record.path} holds what no run writes ({error!r}); repair it or move it away"
-    return _line(run, record, Status(reason=why), "damaged", now), Progress(is_over=True)
+    return _line(run, record, "damaged", Status(reason=why)), Progress(is_over=True)
 
 
-def _undamaged(
-    run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None, now: float
-) -> tuple[RunStatus, Progress]:
-    status, is_held, is_claimed = record.checked_status(), record.is_held(), record.is_claimed()
+def _line(run: Run, record: RunRecord, state: Shown, status: Status) -> RunStatus:
+    log = record.last_log() if state != "not started" else None
+    to_evaluate = len(run.budgets) * len(run.config.evaluation.probes)
+    return RunStatus(
+        run_id=run.run_id,
+        cell=run.cell,
+        state=state,
+        status=status,
+        log=str(log) if log else None,
+        to_evaluate=to_evaluate,
+    )
+
+
+def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
+    now, status, is_held, is_claimed = time.time(), record.checked_status(), record.is_held(), record.is_claimed()
     owed = to_do(run, record)
     state, reason = _state(record, status, owed, pending)
+    place = ""
     if is_held or (is_claimed and state != "finished"):
         state, reason = "running" if is_held else "starting", None
+        worker = record.claimant() if is_claimed else None
+        job_id = (worker.facts.get("job_id") if worker else None) or status.job_id
+        place = f"job {job_id}" if job_id else (worker.host if worker else status.host) or ""
     rows, starts, attempts = record.read_rows(), record.read_starts(), record.read_attempts()
     hours = sum(each.get("device_hours", 0.0) for each in attempts)
     losses = [row["val_loss"] for row in sorted(rows, key=lambda row: row["images_seen"]) if row.get("val_loss")]
     unprobed = Counter(each.what for each in owed)
-    is_trained = not unprobed["training"]
-    line = _line(
-        run,
-        record,
-        replace(status, reason=reason),
-        state,
-        now,
+    is_trained, is_finished = not unprobed["training"], state == "finished"
+    line = _line(run, record, state, replace(status, reason=reason))
+    line = replace(
+        line,
         progress=1.0 if is_trained else min(1.0, status.images_done / card.images_executed),
         val_loss=losses[-1] if losses else None,
-        unprobed=unprobed["probe"] + unprobed["training"] * len(card.probes),
+        place=place,
+        evaluated=line.to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
         device_hours=hours + (record.hours_since_start(now) if is_held else 0.0),
     )
-    is_finished = state == "finished"
     return line, Progress(
         is_running=is_held or is_claimed,
         is_over=state in OVER,
@@ -206,36 +211,3 @@ def _state(
         return "dead", f"its process is gone; {LAUNCH}"
     done = in_words(owed) if status.state == "finished" else status.reason
     return "unfinished", "; ".join(part for part in (done, LAUNCH) if part)
-
-
-def _line(
-    run: Run,
-    record: RunRecord,
-    status: Status,
-    state: Shown,
-    now: float,
-    *,
-    progress: float = 0.0,
-    val_loss: float | None = None,
-    unprobed: int | None = None,
-    device_hours: float = 0.0,
-) -> RunStatus:
-    log = record.last_log() if state != "not started" else None
-    worker = record.claimant() if state in ("running", "starting") and record.is_claimed() else None
-    to_evaluate = len(run.budgets) * len(run.config.evaluation.probes)
-    return RunStatus(
-        run_id=run.run_id,
-        cell=run.cell,
-        state=state,
-        status=status,
-        progress=progress,
-        val_loss=val_loss,
-        eta_s=None,
-        heartbeat_age_s=max(0.0, now - status.heartbeat) if status.heartbeat else None,
-        job_id=(worker.facts.get("job_id") if worker else None) or status.job_id,
-        host=worker.host if worker else status.host,
-        log=str(log) if log else None,
-        evaluated=0 if unprobed is None else to_evaluate - unprobed,
-        to_evaluate=to_evaluate,
-        device_hours=device_hours,
-    )

@@ -40,26 +40,15 @@ STYLE = {
 }
 
 
-ROUNDS_UP = 0.9995
-"""What three digits show as 1000 gets the next prefix."""
-
-
-def number(value: float | None, unit: str = "") -> str:
+def number(value: float | None) -> str:
     """Three digits with a metric prefix: 1.09B, 12.3k; `-` for none."""
     if value is None:
         return "-"
+    value = float(f"{value:.3g}")  # what rounds up to 1000 gets the next prefix
     for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= ROUNDS_UP * size:
-            return f"{value / size:.3g}{prefix}{unit}"
-    return f"{value:.3g}{unit}"
-
-
-def data_size(num_bytes: float) -> str:
-    """Bytes in decimal units."""
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= ROUNDS_UP * size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
+        if abs(value) >= size:
+            return f"{value / size:.3g}{prefix}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
@@ -144,20 +133,17 @@ def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
         *(column(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
         Column(header="evaluated", cell=_evaluated, rank=2),
         column("ETA", lambda line: line.eta_s, duration, 2),
-        Column(header="on", cell=_place, right=False, rank=6),
-        column("beat", lambda line: line.heartbeat_age_s if line.state == "running" else None, duration, 7),
+        Column(header="on", cell=lambda line: line.place, right=False, rank=6),
+        column("beat", _since_heartbeat, duration, 7),
     ]
     notes = [Text(f"{line.run_id}: {why}", style=STYLE[line.state]) for line in status.runs if (why := _why(line))]
     table = fitted_table(columns, status.runs, width)
     return Group(table, *notes, Text(summary or status_summary(status), style="bold"))
 
 
-def _phase(line: RunStatus) -> str:
-    return line.status.phase if line.state == "running" else ""
-
-
 def _state(line: RunStatus) -> Text:
-    return Text(f"{line.state} ({phase})" if (phase := _phase(line)) else line.state, style=STYLE[line.state])
+    phase = f" ({line.status.phase})" if line.state == "running" and line.status.phase else ""
+    return Text(line.state + phase, style=STYLE[line.state])
 
 
 def _percent(share: float) -> str:
@@ -169,11 +155,8 @@ def _evaluated(line: RunStatus) -> str:
     return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state != "not started" else ""
 
 
-def _place(line: RunStatus) -> str:
-    """Who executes it: Slurm's job, or else the machine."""
-    if line.state not in ("running", "starting"):
-        return ""
-    return f"job {line.job_id}" if line.job_id else line.host or ""
+def _since_heartbeat(line: RunStatus) -> float | None:
+    return max(0.0, time.time() - line.status.heartbeat) if line.state == "running" and line.status.heartbeat else None
 
 
 def _waits(line: RunStatus) -> bool:
@@ -211,7 +194,7 @@ def status_summary(status: SweepStatus) -> str:
 
 
 def watch(look: Callable[[], SweepStatus]) -> None:
-    """Show the status again and again until Ctrl-C, or until nothing is left to happen."""
+    """Show the status again and again until Ctrl-C."""
     console = Console()
     try:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:

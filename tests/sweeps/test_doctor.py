@@ -90,7 +90,7 @@ def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch
 
 
 def test_cards_that_torch_does_not_see_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path, "nvidia-smi", "printf 'NVIDIA H100 80GB HBM3\\nNVIDIA H100 80GB HBM3\\n'")
+    program(tmp_path, "nvidia-smi", "printf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     check = doctor.check_accelerator(with_torch(cuda=None))

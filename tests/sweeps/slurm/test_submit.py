@@ -209,7 +209,7 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     large = write_sweep(sizes=["aim-7B"], budgets=[640], devices=8)
     (run,) = plan(large)
     (card,) = cost_cards(large, [run])
-    assert card.stop_s == stop_seconds(large, run) == math.ceil(2 * card.checkpoint_bytes / SAVE_BYTES_PER_S) + 30
+    assert card.stop_s == stop_seconds(large, run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
     console = Console(width=200, file=io.StringIO())
     print_plan(large, [card], console)
     assert f"a run gets up to {duration(card.stop_s)} to save" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -116,7 +116,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     queued = ["queued" if state in ("not started", "dead", "unfinished") else state for state in states]
     assert [line.state for line in with_jobs.runs] == queued
     assert with_jobs.runs[0].status.reason == "Priority"
-    assert (alone.runs[3].job_id, alone.runs[8].job_id) == ("7_1", None)
+    assert (alone.runs[3].place, "job" in alone.runs[8].place) == ("job 7_1", False)
     assert alone.unplanned == ("old-run",)
     assert not new.path.exists()
     json.dumps(asdict(alone), allow_nan=False)
