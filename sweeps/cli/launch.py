@@ -10,7 +10,6 @@ import typer
 
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, Root, SweepName, some_runs
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.engine import stop
 from aimscale.sweeps.engine.devices import this_machine
 from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.planner import plan
@@ -105,7 +104,7 @@ def cancel(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs
     """Stop the runs of a sweep (or those named), wherever they run; each saves first, and the next launch goes on."""
     loaded = load_sweep(sweep, root)
     names = some_runs(loaded, runs or [])
-    done, failed = stop.cancel(loaded, [run for run in plan(loaded) if run.run_id in names])
+    done, failed = engine.cancel(loaded, [run for run in plan(loaded) if run.run_id in names])
     for line in [*done, *failed]:
         typer.echo(line)
     typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")

@@ -13,7 +13,6 @@ from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.costs import device_fit
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SweepError
 
 WORKER = ("-m", "aimscale.harness.train")
 
@@ -69,17 +68,11 @@ def this_machine(runs: Sequence[Run], *, devices: int | None = None, per_device:
 
     Args:
         devices: how many of them to use; all by default.
-
-    Raises:
-        SweepError: not one.
     """
-    for option, value in {"--devices": devices, "--per-device": per_device}.items():
-        if value is not None and value < 1:
-            raise SweepError(f"{option} must be 1 or more, not {value}")
-    gpus, there = visible_gpus()[:devices], gpus_here()
+    gpus = visible_gpus()[:devices]
     threads = max((run.config.runtime.num_threads for run in runs), default=1)
     num = len(gpus) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
-    memory_bytes = min((num_bytes for _, num_bytes in there), default=None) if gpus else None
+    memory_bytes = min((num_bytes for _, num_bytes in gpus_here()), default=None) if gpus else None
     return Machine(devices=num, gpus=tuple(gpus), per_device=per_device, memory_bytes=memory_bytes)
 
 

@@ -54,7 +54,8 @@ class Element:
         sweep, runs, _ = planned(str(self.directory), self.directory.parent)
         machine = self._machine(sweep)
         served = [run for run in runs if machine.serves(run)]
-        until = _end(sweep) - max((stop_seconds(sweep, run) for run in served), default=0)
+        end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
+        until = end - max((stop_seconds(sweep, run) for run in served), default=0)
         nodes, job_id = slurm.own_nodes(), slurm.own_job_id()
         with _step_that_is_warned():
             while True:
@@ -95,12 +96,7 @@ class Element:
         """Nodes on which the runs that are left failed, where others are left for them."""
         failed = [node for run_id in to_do for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
         partition = os.environ.get("SLURM_JOB_PARTITION")
-        return slurm.without_failed(list(dict.fromkeys(failed)), partition, self.shape.nodes)
-
-
-def _end(sweep: Sweep) -> float:
-    """Unix time of the job's time limit."""
-    return float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
+        return slurm.without_failed(failed, partition, self.shape.nodes)
 
 
 def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
@@ -112,7 +108,9 @@ def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
         try:
             job = slurm.jobs().get(job_id)
             if job and job.state == "RUNNING":  # else it was cancelled, or is requeued already
-                slurm.requeue(job_id, exclude)
+                slurm.command("scontrol", "requeue", job_id)
+                if exclude:
+                    slurm.command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
                 return "requeued"
         except SweepError as error:
             raise ElementError(f"could not requeue ({error}); `aimscale launch` goes on") from error

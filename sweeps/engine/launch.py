@@ -1,4 +1,4 @@
-"""Launching a sweep: what is checked and made first, the queue on this machine, and what is said of the runs left."""
+"""Launching a sweep on this machine, what is said of the runs left alone, and cancelling."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.text import Text
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import parse, read_yaml
-from aimscale.harness.run.lock import Lock
+from aimscale.harness.run.files import write_text
+from aimscale.harness.run.lock import Lock, read_holder
 from aimscale.sweeps.engine.devices import this_machine
 from aimscale.sweeps.engine.queue import Command, LaunchResult, Queue, print_events, run_queue
 from aimscale.sweeps.plan.checks import refuse
@@ -84,8 +82,8 @@ def launch(
 
 def begin(
     sweep: Sweep, runs: Sequence[Run], *, retry: bool, check: Callable[[Sweep, Sequence[Run]], None] = refuse
-) -> list[Run]:
-    """Check what a launch would start, make the sweep's directory, and free what was cancelled; the runs to start.
+) -> None:
+    """Check what a launch would start, make the sweep's directory, and free what was cancelled.
 
     Raises:
         SweepError, ConfigError: as `launch`.
@@ -96,7 +94,6 @@ def begin(
         record = RunRecord(sweep.run_dir(run.run_id))
         record.cancelled.unlink(missing_ok=True)
         _settle(record, retry=retry)
-    return [run for run in runs if to_start(sweep, run)]
 
 
 def to_start(sweep: Sweep, run: Run, *, retry: bool = True) -> bool:
@@ -175,37 +172,72 @@ def left_alone(left: Sequence[Decision]) -> list[str]:
 
 @contextmanager
 def _display(look: Callable[[], SweepStatus]) -> Iterator[Callable[[Queue], None]]:
-    """A function for `run_queue(report=...)`: a live table on a terminal, lines otherwise."""
-    console = new_console()
-    shown = {"last": 0.0}
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
+    """A function for `run_queue(report=...)`: a live table of the active runs on a terminal, lines otherwise."""
+    console, shown = new_console(), 0.0
+    live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    every = LIVE_EVERY_S if live else PLAIN_EVERY_S
 
-            def report(queue: Queue) -> None:
-                for event in queue.events:
-                    live.console.print(event, highlight=False, soft_wrap=True)
-                queue.events.clear()
-                if time.time() - shown["last"] >= LIVE_EVERY_S:
-                    shown["last"] = time.time()
-                    live.update(_live(look(), queue, console.width), refresh=True)
+    def report(queue: Queue) -> None:
+        nonlocal shown
+        print_events(queue)  # above the table
+        if time.time() - shown < every:
+            return
+        shown = time.time()
+        status = look()
+        summary = status_summary(status)
+        if live is None:
+            print(summary, flush=True)
+            return
+        active = {job.run.run_id for job in queue.active}
+        lines = tuple(line for line in status.runs if line.run_id in active)
+        table = status_table(replace(status, runs=lines), console.width, summary) if lines else summary
+        live.update(table, refresh=True)
 
-            yield report
-        return
-
-    def report_plain(queue: Queue) -> None:
-        print_events(queue)
-        if time.time() - shown["last"] >= PLAIN_EVERY_S:
-            shown["last"] = time.time()
-            print(status_summary(look()), flush=True)
-
-    yield report_plain
+    with live or contextlib.nullcontext():
+        yield report
 
 
-def _live(status: SweepStatus, queue: Queue, width: int) -> Group:
-    """Active runs as `aimscale status` shows them, and the whole sweep's bar."""
-    active = {job.run.run_id for job in queue.active}
-    shown = replace(status, runs=tuple(line for line in status.runs if line.run_id in active))
-    bar = ProgressBar(total=1.0, completed=status.progress, width=40, complete_style="green")
-    stop = Text("stopping: every run saves first (Ctrl-C again kills)", style="yellow") if queue.stopping else Text("")
-    table = [status_table(shown, width, status_summary(status))] if shown.runs else []
-    return Group(*table, bar, stop)
+def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """Mark runs that are not over as cancelled: workers, on whatever machine, let those that run save and end.
+
+    No worker starts them before the next launch. Jobs that wait in Slurm are withdrawn where no run is left for them.
+
+    Returns:
+        One sentence for each run that was stopped, and for each that could not be; none where nobody is at work.
+
+    Raises:
+        SweepError: the sweep was never launched, or Slurm does not answer.
+    """
+    if not sweep.directory.is_dir():
+        raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")
+    found_all = [decide(run, RunRecord(sweep.run_dir(run.run_id))) for run in plan(sweep)]
+    waiting = []
+    if (sweep.directory / "slurm").is_dir():
+        from aimscale.sweeps.slurm.submit import elements  # submitit is slow to import
+
+        waiting = [each.job.job_id for each in elements(sweep, slurm.jobs()) if each.job.phase == "pending"]
+    if not waiting and all(found.verdict != "running" for found in found_all):
+        return [], []
+    done: list[str] = []
+    failed: list[str] = []
+    chosen = {run.run_id for run in runs}
+    for found in found_all:
+        record = found.record
+        if record.name not in chosen or not (found.startable or found.verdict == "running"):
+            continue
+        try:
+            write_text(record.cancelled, "")
+        except OSError as error:
+            failed.append(f"{record.name}: cannot be marked ({error})")
+            continue
+        if found.verdict != "running":
+            done.append(f"{record.name}: not to be started before the next launch")
+        elif record.is_claimed():
+            done.append(f"{record.name}: told to save and end")
+        else:
+            who = read_holder(record.path / "lock")
+            where = f"process {who.pid} on {who.host}" if who else "its process"
+            failed.append(f"{record.name}: its worker is gone; end {where} by hand")
+    if waiting and all(found.record.cancelled.exists() for found in found_all if found.startable):
+        slurm.command("scancel", "--quiet", *waiting)
+    return done, failed

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -23,14 +22,14 @@ from types import FrameType
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.lock import Holder, Lock
+from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import Devices, Machine
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.attempts import Outcome, conclude, note_lost
-from aimscale.sweeps.state.decision import Decision, decide, note_finished
+from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
 
 POLL_S = 0.2
@@ -38,8 +37,6 @@ LOOK_S = 1.0
 """Active runs are looked at for a cancellation this often."""
 SCAN_S = 10.0
 """Runs that were left are looked at again this often: another worker may have died."""
-DOUBT_S, GIVE_UP_S = 60.0, 900.0
-"""A run elsewhere that was not heard of for so long may come free, and is waited for up to the second."""
 MIN_TIME_S = 60.0
 """With less time than this left, no run is started."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -103,11 +100,6 @@ class Queue:
     stopped_by: int | None = None
     """The first signal that asked, where one did."""
 
-    @property
-    def seconds_left(self) -> float:
-        """Until everything saves and ends."""
-        return self.until - time.time()
-
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchResult:
@@ -144,7 +136,7 @@ def run_queue(
     until: float = float("inf"),
     avoided_on: Sequence[str] = (),
 ) -> LaunchResult:
-    """Execute runs (in the order given, those that this Slurm job had before first) until none is left to start.
+    """Execute runs, in the order given, until none is left to start.
 
     Args:
         command: replaces the program that executes a run.
@@ -153,7 +145,6 @@ def run_queue(
         until: Unix time at which everything saves and ends.
         avoided_on: names of this machine's nodes; runs that failed on one of them are left to others.
     """
-    own = [run for run in runs if job_id and _is_of(RunRecord(sweep.run_dir(run.run_id)).claimant(), job_id)]
     queue = Queue(
         sweep=sweep,
         machine=machine,
@@ -161,7 +152,7 @@ def run_queue(
         job_id=job_id,
         until=until,
         avoided_on=avoided_on,
-        waiting=[*own, *(run for run in runs if run not in own)],
+        waiting=list(runs),
         devices=Devices(machine),
     )
     with _stop_requests(queue):
@@ -173,8 +164,6 @@ def run_queue(
                 _gather(queue)
                 time.sleep(POLL_S)
             raise
-    with contextlib.suppress(OSError):
-        report(queue)
     to_do = tuple(run.run_id for run in queue.waiting if machine.serves(run) and _look(queue, run).startable)
     return LaunchResult(
         finished=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "finished"),
@@ -183,44 +172,31 @@ def run_queue(
         stopped=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "preempted"),
         left=tuple(found for run_id, found in queue.left.items() if run_id not in queue.ended),
         to_do=to_do,
-        interrupted=queue.stopping or bool(to_do and queue.seconds_left < MIN_TIME_S),
+        interrupted=queue.stopping or bool(to_do and until - time.time() < MIN_TIME_S),
         stopped_by=queue.stopped_by,
     )
-
-
-def _is_of(worker: Holder | None, job_id: str) -> bool:
-    return worker is not None and worker.facts.get("job_id") == job_id
 
 
 def _work_through(queue: Queue, report: Report) -> None:
     scanned = looked = float("-inf")
     num_active = -1
     while queue.active or not queue.stopping:
-        if queue.seconds_left <= 0:
+        if time.time() >= queue.until:
             _stop(queue)
         if not queue.stopping and (num_active != len(queue.active) or time.monotonic() - scanned > SCAN_S):
             _start_what_fits(queue)
             scanned, num_active = time.monotonic(), len(queue.active)
         if time.monotonic() - looked > LOOK_S:
-            _obey_cancellations(queue)
+            for job in queue.active:
+                if not job.is_told and job.record.cancelled.exists():
+                    _tell(queue, job)
             looked = time.monotonic()
         _gather(queue)
         with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
             report(queue)
-        if not queue.active and num_active == 0 and not _may_come_free(queue):
+        if not queue.active and num_active == 0:
             return
         time.sleep(POLL_S)
-
-
-def _may_come_free(queue: Queue) -> bool:
-    """Whether a run elsewhere is silent: its machine may be lost, and nobody but this worker be there to go on."""
-    for run in queue.waiting:
-        if (found := queue.left.get(run.run_id)) and found.verdict == "running" and queue.machine.serves(run):
-            with contextlib.suppress(UserError):
-                heartbeat = found.record.checked_status().heartbeat
-                if heartbeat and DOUBT_S < time.time() - heartbeat < GIVE_UP_S:
-                    return True
-    return False
 
 
 def _start_what_fits(queue: Queue) -> None:
@@ -254,9 +230,9 @@ def _look(queue: Queue, run: Run) -> Decision:
 def _try_to_start(queue: Queue, run: Run, taken: tuple[int, ...]) -> Decision | None:
     """Claim a run and start it; else why not."""
     found = _look(queue, run)
-    if not found.startable and not _ends_unsaid(found):
+    if not found.startable:
         return found
-    if queue.seconds_left < MIN_TIME_S:
+    if queue.until - time.time() < MIN_TIME_S:
         return _left(queue, run, "too little time is left here")
     record = found.record
     claim = Lock(record.claim)
@@ -270,13 +246,12 @@ def _try_to_start(queue: Queue, run: Run, taken: tuple[int, ...]) -> Decision | 
             return _look(queue, run)
         note_lost(record, before, slurm.state_of)
         found = decide(run, record, is_mine=True)
-        note_finished(found)
         if found.startable:
             RunDir.create(record.path, run.config)
             record.write_status(state="queued", reason=None, reason_class=None)
             job = _start(queue, run, record, claim, (mine.token, status.claim), taken)
     except (OSError, UserError) as error:
-        found = Decision(run=run, record=record, verdict="damaged", why=_words(error))
+        found = Decision(run=run, record=record, verdict="damaged", why=str(error))
     if not found.startable:
         claim.release()
         return found
@@ -285,21 +260,6 @@ def _try_to_start(queue: Queue, run: Run, taken: tuple[int, ...]) -> Decision | 
         _tell(queue, job)
     queue.events.append(f"{'started' if job.attempt == 1 else f'resumed (attempt {job.attempt})'} {record.name}")
     return None
-
-
-def _ends_unsaid(found: Decision) -> bool:
-    """Whether a run that is done, or given up, has not said so: its process was killed before its last word."""
-    if found.verdict != "finished":
-        return False
-    with contextlib.suppress(UserError):
-        return found.record.status.exists() and found.record.checked_status().state != "finished"
-    return False
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'its folder'}: {error.strerror}"
-    return str(error)
 
 
 def _start(
@@ -334,12 +294,6 @@ def _start(
     )
 
 
-def _obey_cancellations(queue: Queue) -> None:
-    for job in queue.active:
-        if not job.is_told and job.record.cancelled.exists():
-            _tell(queue, job)
-
-
 def _gather(queue: Queue) -> None:
     for job in [job for job in queue.active if job.process.poll() is not None]:
         queue.active.remove(job)
@@ -351,7 +305,7 @@ def _gather(queue: Queue) -> None:
                 queue.evaluated[job.run.run_id] = None
         except (OSError, UserError) as error:
             outcome = "stop"
-            queue.events.append(f"left {job.record.name}: how it ended cannot be written down ({_words(error)})")
+            queue.events.append(f"left {job.record.name}: how it ended cannot be written down ({error})")
         job.lock.release()
         queue.ended[job.run.run_id] = outcome
         if outcome not in ("finished", "stop"):
@@ -359,10 +313,9 @@ def _gather(queue: Queue) -> None:
 
 
 def _conclude(queue: Queue, job: Job) -> Outcome:
-    where = f"slurm {queue.job_id}" if queue.job_id else f"local {socket.gethostname()}"
     # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
     asked = (queue.stopping and not queue.job_id) or job.record.cancelled.exists()
-    return conclude(job.record, job.attempt, job.process.returncode, where, claims=job.claims, asked=asked)
+    return conclude(job.record, job.attempt, job.process.returncode, claims=job.claims, asked=asked)
 
 
 def print_events(queue: Queue) -> None:
@@ -413,6 +366,7 @@ def _stop(queue: Queue) -> None:
     """Ask every process to save and end, once."""
     if not queue.stopping:
         queue.stopping = True
+        queue.events.append("stopping: every run saves first (a second Ctrl-C kills)")
         for job in queue.active:
             _tell(queue, job)
 

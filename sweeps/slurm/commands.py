@@ -6,13 +6,12 @@ import contextlib
 import getpass
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from aimscale.aim.errors import did_you_mean
+from aimscale.aim.errors import printable
 from aimscale.sweeps.plan.sweepfile import SweepError
 
 TIMEOUT_S = 60
@@ -24,9 +23,6 @@ ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT",
 )  # fmt: skip
-
-
-Phase = Literal["pending", "running", "ended"]
 
 
 class SlurmError(SweepError):
@@ -45,7 +41,7 @@ class JobInfo:
     """Why it waits, or where it runs."""
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> Literal["pending", "running", "ended"]:
         """Whether it waits, has ended, or runs: what Slurm is still dealing with, in a state unknown here, too."""
         if self.state in PENDING:
             return "pending"
@@ -58,12 +54,12 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
     Raises:
         SlurmError: it is not installed, fails, or does not answer.
     """
-    if shutil.which(words[0]) is None:
-        raise SlurmError(f"there is no Slurm here ({words[0]} is not on the PATH); use --on local, or a login node")
     try:
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
     except OSError as error:
-        raise SlurmError(f"{words[0]} does not start ({error.strerror})") from error
+        raise SlurmError(
+            f"there is no Slurm here ({words[0]}: {error.strerror}); use --on local, or a login node"
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
             f"{words[0]} did not answer within {timeout_s:.0f} s; is slurmctld up? (scontrol ping)"
@@ -77,11 +73,6 @@ def plain(message: str) -> str:
     """Slurm's complaint in one line."""
     lines = [printable(line.split("error: ", 1)[-1].strip()) for line in message.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines)) or "it gave no reason"
-
-
-def printable(text: str) -> str:
-    """Without what would steer a terminal: reasons and comments are other people's text."""
-    return "".join(letter for letter in text if letter.isprintable())
 
 
 def jobs() -> dict[str, JobInfo]:
@@ -99,7 +90,7 @@ def jobs() -> dict[str, JobInfo]:
 def known_jobs() -> dict[str, JobInfo] | None:
     """`jobs`, or None where Slurm is not installed or does not answer: then nothing is known."""
     try:
-        return jobs() if shutil.which("squeue") else None
+        return jobs()
     except SlurmError:
         return None
 
@@ -116,52 +107,19 @@ def state_of(job_id: str) -> str | None:
     return None
 
 
-def check_partition(name: str | None) -> None:
-    """Refuse a partition that does not exist.
-
-    Raises:
-        SlurmError: names the nearest.
-    """
-    known = sorted(set(command("sinfo", "--noheader", "-o", "%R").split()))
-    for part in name.split(",") if name else ():
-        if part not in known:
-            raise SlurmError(f"Slurm has no partition '{part}'; {did_you_mean(part, known, 'there are')}")
-
-
 def without_failed(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
     """Nodes to leave out, of those on which runs failed: none where fewer than `num_needed` others would be left."""
     if not failed:
         return ()
     where = [f"--partition={partition}"] if partition else []
     nodes = set(command("sinfo", "--noheader", "--Node", "-o", "%N", *where).split())
-    return tuple(failed) if len(nodes - set(failed)) >= num_needed else ()
+    return tuple(dict.fromkeys(failed)) if len(nodes - set(failed)) >= num_needed else ()
 
 
 def max_array_size() -> int:
     """Most elements of one array; 1 where Slurm takes no arrays."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", command("scontrol", "show", "config"))
     return max(1, int(match[1])) if match else 1001  # Slurm's default
-
-
-def requeue(job_id: str, exclude: Sequence[str] = ()) -> None:
-    """Put a running job of ours back into the queue, to run on other nodes than those excluded.
-
-    Raises:
-        SlurmError: Slurm refuses.
-    """
-    command("scontrol", "requeue", job_id)
-    if exclude:
-        command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
-
-
-def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; those that ended meanwhile are no error.
-
-    Raises:
-        SlurmError: Slurm does not answer.
-    """
-    if job_ids:
-        command("scancel", "--quiet", *job_ids)
 
 
 def own_job_id() -> str | None:

@@ -120,20 +120,22 @@ def submit(
         per_device: runs of one device that share it.
 
     Raises:
-        SweepError, SlurmError: no Slurm, an unknown partition, a dirty tree, a job that Slurm refuses.
+        SweepError, SlurmError: no Slurm, a dirty tree, a job that Slurm refuses.
     """
     if set(str(sweep.directory)) & set("%\\"):
         raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
+    batch = _Batch(sweep=sweep, snapshot=snapshot, element=element, per_device=per_device, dry_run=dry_run)
     if dry_run:
-        return _Batch(sweep, snapshot, element, per_device, None).submit(to_do())
-    slurm.check_partition(sweep.file.slurm.partition)
-    make_snapshot(snapshot)
-    lock = Lock(sweep.directory / "slurm" / "lock")
+        return batch.submit(to_do())
+    lock = Lock(batch.folder / "lock")
     while lock.take() is None:
         time.sleep(0.2)  # another launch submits
     try:
-        return _Batch(sweep, snapshot, element, per_device, elements(sweep, slurm.jobs())).submit(to_do())
+        batch.live = elements(sweep, slurm.jobs())
+        if snapshot:
+            make_snapshot(snapshot)
+        return batch.submit(to_do())
     finally:
         lock.release()
 
@@ -148,21 +150,27 @@ def shares(room: int, wanted: Sequence[int]) -> list[int]:
     return given
 
 
+@dataclass(kw_only=True)
 class _Batch:
     """All arrays of one launch."""
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        snapshot: Snapshot,
-        element: Callable[[Shape], Callable[[], Any]],
-        per_device: int,
-        live: Sequence[ElementJob] | None,
-    ) -> None:
-        """`live` are the sweep's elements that wait or run; None makes it a dry run."""
-        self.sweep, self.snapshot, self.element, self.per_device = sweep, snapshot, element, per_device
-        self.live, self.dry_run = live or (), live is None
-        self.section = sweep.file.slurm
+    sweep: Sweep
+    snapshot: Snapshot | None
+    element: Callable[[Shape], Callable[[], Any]]
+    per_device: int
+    dry_run: bool
+    live: Sequence[ElementJob] = ()
+    """The sweep's elements that wait or run."""
+
+    @property
+    def section(self) -> SlurmSection:
+        """How the sweep file asks Slurm."""
+        return self.sweep.file.slurm
+
+    @property
+    def folder(self) -> Path:
+        """Of scripts, logs, and the record of elements."""
+        return self.sweep.directory / "slurm"
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
         """Submit an array per shape; where the sweep may have no more elements, a shape without any waits for them."""
@@ -192,20 +200,25 @@ class _Batch:
     def _arrays(self, shape: Shape, members: Sequence[Run], number: int, after: Sequence[str]) -> list[Submission]:
         """So many elements, as one array or, where Slurm's are shorter, as several; each is noted at once."""
         failed = [node for run in members for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
-        failed = list(dict.fromkeys(failed))
-        excluded = tuple(failed)
+        longest, excluded = number, tuple(dict.fromkeys(failed))
         if not self.dry_run:
-            excluded = slurm.without_failed(failed, self.section.partition, shape.nodes)
+            longest = slurm.max_array_size()
+            excluded = slurm.without_failed(excluded, self.section.partition, shape.nodes)
         fields = self._parameters(shape, members, excluded, after)
-        longest = number if self.dry_run else slurm.max_array_size()
         done = []
         for first in range(0, number, longest):
             size = min(longest, number - first)
             fields["array_parallelism"] = size
-            job_id = None if self.dry_run else self._submit(fields, shape, size)
-            text = self._script(fields, size)
-            what: dict[str, Any] = {"shape": shape, "number": size, "num_runs": len(members), "excluded": excluded}
-            done.append(Submission(**what, script=text, job_id=job_id))
+            done.append(
+                Submission(
+                    shape=shape,
+                    number=size,
+                    num_runs=len(members),
+                    excluded=excluded,
+                    script=self._script(fields, size),
+                    job_id=None if self.dry_run else self._submit(fields, shape, size),
+                )
+            )
         return done
 
     def _parameters(
@@ -236,42 +249,36 @@ class _Batch:
         return {key: value for key, value in fields.items() if value is not None}
 
     @property
-    def _folder(self) -> Path:
-        return self.sweep.directory / "slurm"
-
-    @property
     def _python(self) -> str:
         return f"exec {self.section.python or shlex.quote(sys.executable)}"
 
     def _script(self, fields: dict[str, Any], size: int) -> str:
         """The sbatch script that submitit writes."""
-        words = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(self._folder))}"
-        return _make_sbatch_string(words, self._folder, map_count=size if size > 1 else None, **fields)
+        words = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
+        return _make_sbatch_string(words, self.folder, map_count=size if size > 1 else None, **fields)
 
     def _submit(self, fields: dict[str, Any], shape: Shape, size: int) -> str:
         try:
             # Progress bounds the attempts of a run (sweeps.state.attempts), not submitit's count of time limits.
-            executor = submitit.SlurmExecutor(folder=self._folder, max_num_timeout=1_000_000, python=self._python)
+            executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=1_000_000, python=self._python)
             executor.update_parameters(**fields)
             with executor.batch():
                 jobs = [executor.submit(self.element(shape)) for _ in range(size)]
         except (FailedJobError, FailedSubmissionError) as error:
             raise slurm.SlurmError(f"Slurm refused the job: {slurm.plain(str(error))}") from error
-        except OSError as error:
-            raise SweepError(f"cannot write into {self._folder}: {error.strerror}; choose another --root") from error
         job_id = str(jobs[0].job_id).split("_")[0]
-        with (self._folder / "elements.jsonl").open("a") as file:
+        with (self.folder / "elements.jsonl").open("a") as file:
             file.write(json.dumps({"job_id": job_id, "number": size, "shape": asdict(shape)}) + "\n")
         return job_id
 
 
-def _environment(snapshot: Snapshot) -> list[str]:
+def _environment(snapshot: Snapshot | None) -> list[str]:
     """Shell lines that make the job run the pinned code, and let it say which."""
-    if snapshot.path is None:
+    if snapshot is None:
         return []
-    dirty, path = int(snapshot.dirty), shlex.quote(str(snapshot.path))
+    path = shlex.quote(str(snapshot.path))
     return [
         f"cd {path} || exit 1",  # without its pinned code a job must not run
         f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f"export AIMSCALE_GIT_COMMIT={snapshot.commit} AIMSCALE_GIT_DIRTY={dirty}",
+        f"export AIMSCALE_GIT_COMMIT={snapshot.commit} AIMSCALE_GIT_DIRTY={int(snapshot.dirty)}",
     ]

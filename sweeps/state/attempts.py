@@ -27,9 +27,6 @@ Outcome = Literal["finished", "preempted", "again", "stop", "elsewhere"]
 """`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `elsewhere`: another process
 has the run."""
 
-Words = tuple[str, ReasonClass]
-"""A reason and its class."""
-
 MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "code": 2, "data": 1, "nan": 1, "config": 1}
 """Attempts in a row that saved nothing new, whatever ended them, after which one that ends for this reason is the last.
 
@@ -42,14 +39,11 @@ RANKS_DIE_WITHIN_S = 10.0
 _MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
 
-def conclude(
-    run: RunRecord, attempt: int, exit_code: int, where: str, *, claims: tuple[str, str | None], asked: bool
-) -> Outcome:
+def conclude(run: RunRecord, attempt: int, exit_code: int, *, claims: tuple[str, str | None], asked: bool) -> Outcome:
     """Record how an attempt ended and decide what follows; hold the claim.
 
     Args:
         exit_code: of the process, negative for a signal.
-        where: back end and job or machine.
         claims: token of the claim under which the attempt was started, and the one that `status.json` bore before.
         asked: whether a person told it to stop.
 
@@ -59,14 +53,14 @@ def conclude(
         return "elsewhere"  # this attempt was refused, or lost the run to the one that has it now
     exit_code = _by_launcher(run, exit_code, claims[0])
     if exit_code == EXIT_FINISHED:
-        _record(run, attempt, exit_code, where, None, None)
+        _record(run, attempt, exit_code, None, None)
         return "finished"
     is_killed_as_asked = asked and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
-        return _preempted(run, attempt, exit_code, where, asked)
+        return _preempted(run, attempt, exit_code, asked)
     reason, kind = explain(run, attempt, exit_code)
     run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
-    _record(run, attempt, exit_code, where, reason, kind, run.checked_status().failed_on or "")
+    _record(run, attempt, exit_code, reason, kind, run.checked_status().failed_on or "")
     return "again" if may_try_again(run) else "stop"
 
 
@@ -90,13 +84,13 @@ def _by_launcher(run: RunRecord, exit_code: int, claim: str) -> int:
     return 128 - exit_code if by_signal else exit_code
 
 
-def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: bool) -> Outcome:
+def _preempted(run: RunRecord, attempt: int, exit_code: int, asked: bool) -> Outcome:
     """An attempt that was told to stop: to be gone on with, unless it is stopped again and again before it saves."""
     reason = run.checked_status().reason if exit_code == EXIT_PREEMPTED else "stopped before it could save"
     if run.cancelled.exists():
         reason = "cancelled"
-    _record(run, attempt, exit_code, where, reason, None if asked else "timeout")
-    if not asked and not _tries_left(run, "timeout"):
+    _record(run, attempt, exit_code, reason, None if asked else "timeout")
+    if not asked and not may_try_again(run, "timeout"):
         reason = (
             f"stopped {MAX_FRUITLESS['timeout']} times before it saved anything new; give it more time "
             f"(slurm.time_min) or save more often (runtime.checkpoint_every_images)"
@@ -107,7 +101,7 @@ def _preempted(run: RunRecord, attempt: int, exit_code: int, where: str, asked: 
     return "preempted"
 
 
-def explain(run: RunRecord, attempt: int, exit_code: int) -> Words:
+def explain(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
     """Why a process failed: in its own words where it had any."""
     status = run.checked_status()
     if exit_code == -signal.SIGKILL:
@@ -135,13 +129,13 @@ def note_lost(run: RunRecord, worker: Holder | None, job_state: Callable[[str], 
         return
     job_id = worker.facts.get("job_id")
     if job_id:
-        where, nodes = f"slurm {job_id}", str(worker.facts.get("nodes") or "")
+        nodes = str(worker.facts.get("nodes") or "")
         reason, kind, state = explain_job(job_state(job_id), run.job_log(job_id), nodes)
     else:
-        where, nodes = f"local {worker.host}", ""
+        nodes = ""
         reason, kind, state = "killed with its launcher, or the machine stopped", "node", "failed"
     if kind is not None:
-        _record(run, run.next_attempt(), None, where, reason, kind, nodes, was_lost=True)
+        _record(run, run.next_attempt(), None, reason, kind, nodes, was_lost=True)
     run.write_status(state=state, reason=reason, reason_class=kind)
 
 
@@ -150,7 +144,8 @@ def explain_job(
 ) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
     """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
     state = (job_state or "").split(" ")[0]
-    if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(_last_start(log))):
+    last_start = _text(log).rpartition("Starting with")[2]  # in which slurmstepd says why it killed something
+    if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(last_start)):
         return "Slurm killed the job for want of memory; raise mem in slurm.extra", "oom", "failed"
     match state:
         case "NODE_FAIL" | "BOOT_FAIL":
@@ -167,18 +162,28 @@ def explain_job(
             return f"its job lost its node, or was started again before it could save ({state})", "node", "failed"
 
 
-def _last_start(log: Path) -> str:
-    """Output of a job since its last start, in which slurmstepd says why it killed something."""
+def _text(log: Path) -> str:
     try:
-        return log.read_text(errors="replace").rpartition("Starting with")[2]
+        return log.read_text(errors="replace")
     except OSError:
         return ""
 
 
-def may_try_again(run: RunRecord) -> bool:
-    """Whether a run that failed has tries left."""
-    kind = run.checked_status().reason_class
-    return kind is None or _tries_left(run, kind)
+def may_try_again(run: RunRecord, kind: ReasonClass | None = None) -> bool:
+    """Whether a run that failed for this reason, by default the one in its status, has tries left.
+
+    Attempts at the end of the record count that saved nothing new, the one that saved last among them; one that a
+    person stopped, or that finished, counts for nothing.
+    """
+    kind = kind or run.checked_status().reason_class
+    num, saved = 0, None
+    for ended in run.read_attempts():
+        if ended.get("forgiven"):
+            num, saved = 0, None
+        elif ended["reason_class"] is not None:
+            num = num + 1 if ended["saved"] == saved else 1
+            saved = ended["saved"]
+    return kind is None or num < MAX_FRUITLESS[kind]
 
 
 def forgive(run: RunRecord) -> None:
@@ -187,30 +192,10 @@ def forgive(run: RunRecord) -> None:
     run.append_attempt(forgiven=True, ended=time.time())
 
 
-def _tries_left(run: RunRecord, kind: ReasonClass) -> bool:
-    return fruitless_attempts(run) < MAX_FRUITLESS[kind]
-
-
-def fruitless_attempts(run: RunRecord) -> int:
-    """Attempts at the end of the record that saved nothing new, the one that saved last among them.
-
-    An attempt that a person stopped, or that finished, counts for nothing.
-    """
-    num, saved = 0, None
-    for ended in run.read_attempts():
-        if ended.get("forgiven"):
-            num, saved = 0, None
-        elif ended["reason_class"] is not None:
-            num = num + 1 if ended["saved"] == saved else 1
-            saved = ended["saved"]
-    return num
-
-
 def _record(
     run: RunRecord,
     attempt: int,
     exit_code: int | None,
-    where: str,
     reason: str | None,
     kind: str | None,
     node: str = "",
@@ -224,7 +209,6 @@ def _record(
         ended=now,
         device_hours=run.hours_since_start(now),
         exit_code=exit_code,
-        where=where,
         saved=run.saved_progress(),
         reason_class=kind,
         reason=reason,
@@ -235,8 +219,5 @@ def _record(
 
 def _last_words(run: RunRecord, attempt: int) -> str | None:
     """Last line of an attempt's log that says something."""
-    try:
-        lines = run.log_file(attempt).read_text(errors="replace").splitlines()
-    except OSError:
-        return None
+    lines = _text(run.log_file(attempt)).splitlines()
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,10 +37,8 @@ def decide(run: Run, record: RunRecord, *, is_mine: bool = False) -> Decision:
     """Look at a run's directory; `is_mine` where the caller holds its claim."""
     try:
         verdict, why = _verdict(run, record, is_mine)
-    except UserError as error:
+    except (UserError, OSError) as error:
         verdict, why = "damaged", str(error)
-    except OSError as error:
-        verdict, why = "damaged", f"{error.filename or record.path} cannot be read ({error.strerror})"
     return Decision(run=run, record=record, verdict=verdict, why=why)
 
 
@@ -49,7 +46,7 @@ def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
     status = record.checked_status()
     is_new = not record.config.exists() or status.state == "created"
     missing = [] if is_new else to_do(run, record)
-    if not is_new and not missing:
+    if status.state == "finished" and not missing and not is_new:
         return "finished", ""
     if record.is_held():
         return "running", f"on {status.host}"
@@ -87,13 +84,3 @@ def in_words(missing: Sequence[Lacking]) -> str:
     """What a run lacks, shortly."""
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return f"to do: {missing[0]}{more}"
-
-
-def note_finished(found: Decision) -> None:
-    """Finish the status of work whose process was killed between its last result and its last word; hold the claim."""
-    record = found.record
-    if found.verdict != "finished" or not record.status.exists():
-        return
-    with contextlib.suppress(UserError):  # a status that is damaged says nothing about what is done
-        if record.checked_status().state != "finished" and not record.is_held():
-            record.write_status(state="finished", phase="", reason=None, reason_class=None)

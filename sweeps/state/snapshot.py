@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -24,21 +23,21 @@ SOURCE = Path(__file__).resolve().parents[2]
 class Snapshot:
     """Where jobs find their code."""
 
-    path: Path | None
-    """Folder that holds the packages; null for an installed release, which is pinned by its version."""
-    commit: str | None
+    path: Path
+    """Folder that holds the packages."""
+    commit: str
     dirty: bool
     """Whether it holds changes that are not committed."""
 
 
-def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) -> Snapshot:
-    """Name the snapshot that a launch from `source` would use; nothing is written.
+def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) -> Snapshot | None:
+    """Name the snapshot that a launch from `source` would use; none for an installed release. Nothing is written.
 
     Raises:
         SweepError: there are uncommitted changes, and `allow_dirty` is not set.
     """
     if not (source / ".git").exists():
-        return Snapshot(path=None, commit=None, dirty=False)
+        return None
     commit = _git(source, "rev-parse", "HEAD").strip()
     changes = _git(source, "status", "--porcelain", "--", *PACKAGES)
     if changes and not allow_dirty:
@@ -47,22 +46,19 @@ def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) 
             f"{source} has {num} uncommitted changes ({changes.splitlines()[0].strip()}, ...); commit them, or use "
             f"--allow-dirty, which copies them and records that"
         )
-    name = commit[:12]
-    if changes:
-        name += f"-dirty-{_content_hash(source)}"
+    name = f"{commit[:12]}-dirty-{_content_hash(source)}" if changes else commit[:12]
     return Snapshot(path=sweep_dir / "code" / name, commit=commit, dirty=bool(changes))
 
 
 def make_snapshot(snapshot: Snapshot, source: Path = SOURCE) -> None:
     """Copy the packages into the snapshot's folder, once."""
-    if snapshot.path is None or snapshot.path.exists():
+    if snapshot.path.exists():
         return
     aside = snapshot.path.with_name(f".{snapshot.path.name}.{uuid.uuid4().hex[:8]}")
     for name in _files(source):
         target = aside / "aimscale" / name.removeprefix(f"{ROOT}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / name, target)
-    (aside / "snapshot.json").write_text(json.dumps({"commit": snapshot.commit, "dirty": snapshot.dirty}) + "\n")
     try:
         os.rename(aside, snapshot.path)
     except OSError:  # another launch was quicker

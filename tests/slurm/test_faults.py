@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from aimscale.sweeps.engine.launch import left_alone
-from aimscale.sweeps.engine.stop import cancel
+from aimscale.sweeps.engine.launch import cancel, left_alone
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.decision import decide
 

@@ -68,7 +68,7 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     record, run = case.records[0], case.runs[0]
     RunRecord.create(record.path, run.config)
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
-    ended = {"exit_code": None, "where": "slurm 1", "saved": record.saved_progress(), "reason_class": "node"}
+    ended = {"exit_code": None, "saved": record.saved_progress(), "reason_class": "node"}
     record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", failed_nodes=["node1"], **ended)
     where = ["--root", str(case.sweep.root), "--on", "slurm", "--allow-dirty"]
     told = CliRunner().invoke(verb("launch"), [str(case.sweep.source), *where]).output
@@ -95,7 +95,7 @@ def test_a_dry_run_prints_what_is_submitted_and_writes_nothing(fault: Any) -> No
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"partition": "mian"}, "'main'"),
+        ({"partition": "mian"}, "partition"),
         ({"extra": {"constraint": "gold"}}, "feature"),
         ({"extra": {"mem": "1000000G"}}, "[Mm]emory"),
     ],

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aimscale.harness.run.lock import Holder
-from aimscale.sweeps.engine.stop import cancel
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.record import RunRecord
@@ -91,23 +86,3 @@ def test_a_full_disk_at_the_end_of_one_run_leaves_the_others_alone(
     result = launch(sweep, devices=3, command=stand_in())
     assert (result.failed, len(result.finished)) == ((bad,), 2)
     assert f"left {bad}: how it ended cannot be written down" in capsys.readouterr().out
-
-
-def test_cancel_kills_no_process_that_a_file_names(write_sweep: Any, launch: Any, stand_in: Any) -> None:
-    """A pid in status.json is only what a run said last; that of a lock's holder counts with its start time."""
-    sweep = write_sweep(sizes=["rung-32"])
-    run = plan(sweep)[0]
-    record = RunRecord(sweep.run_dir(run.run_id))
-    RunRecord.create(record.path, run.config)
-    stranger = subprocess.Popen(["sleep", "60"])
-    try:
-        for pid, started in ((stranger.pid, "1"), (stranger.pid, None), (-1, None), (0, "1")):
-            record.write_status(state="running", pid=stranger.pid, host=os.uname().nodename)
-            with record.hold():
-                holder = Holder(pid=pid, process_started=started)
-                (record.path / "lock").write_text(json.dumps(asdict(holder)) + "\n")
-                assert len(cancel(sweep, [run])[1]) == 1
-        assert stranger.poll() is None
-    finally:
-        stranger.kill()
-        stranger.wait()

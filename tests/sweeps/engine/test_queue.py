@@ -14,8 +14,7 @@ import pytest
 import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine import queue
-from aimscale.sweeps.engine.launch import left_alone
-from aimscale.sweeps.engine.stop import cancel
+from aimscale.sweeps.engine.launch import cancel, left_alone
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.record import RunRecord

@@ -20,7 +20,7 @@ def test_a_state_that_is_unknown_here_has_not_ended_and_no_reason_steers_the_ter
     program("squeue", r"printf '7|POWER_UP_NODE|\033]0;owned\007here\n8|PREEMPTED|\n'")
     found = slurm.jobs()
     assert {job_id: job.phase for job_id, job in found.items()} == {"7": "running", "8": "ended"}
-    assert found["7"].reason == "]0;ownedhere"
+    assert found["7"].reason == r"\x1b]0;owned\x07here"
 
 
 def test_a_slurm_without_arrays_takes_single_jobs(program: Any) -> None:

@@ -55,7 +55,7 @@ def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
 ) -> None:
     execute, record = element
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
-    ended = {"exit_code": None, "where": "slurm 1", "saved": record.saved_progress(), "reason_class": "node"}
+    ended = {"exit_code": None, "saved": record.saved_progress(), "reason_class": "node"}
     record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", failed_nodes=["node1"], **ended)
     assert execute() == "requeued"
     assert told(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=node1"]

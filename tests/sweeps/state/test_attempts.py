@@ -25,7 +25,7 @@ def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any)
         record.checkpoint_dir(saves).mkdir(parents=True)
     if status:
         record.write_status(**status)
-    return conclude(record, 1, exit_code, "test", claims=("mine", None), asked=False)
+    return conclude(record, 1, exit_code, claims=("mine", None), asked=False)
 
 
 def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
@@ -39,7 +39,7 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
     for _ in range(5):
         for code in (-signal.SIGTERM, -signal.SIGKILL):
-            assert conclude(record, 1, code, "test", claims=("mine", None), asked=True) == "preempted"
+            assert conclude(record, 1, code, claims=("mine", None), asked=True) == "preempted"
 
 
 def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
@@ -133,7 +133,7 @@ def test_a_worker_that_wakes_up_after_another_took_the_run_writes_nothing(
 ) -> None:
     record.write_status(state=state, claim=claim)
     before = record.checked_status()
-    assert conclude(record, 1, EXIT_CRASHED, "test", claims=("mine", "before"), asked=False) == "elsewhere"
+    assert conclude(record, 1, EXIT_CRASHED, claims=("mine", "before"), asked=False) == "elsewhere"
     assert (record.checked_status(), record.read_attempts()) == (before, [])
 
 
