@@ -193,9 +193,11 @@ def command(
     """
     found = []
     for check in checks(root):
-        found.append(check if check.level != "ok" else dataclasses.replace(check, advice=""))
+        advice = check.advice if check.level != "ok" else ""
+        found.append(dataclasses.replace(check, advice=advice))
         if not as_json:
-            _print(found[-1])
+            level = typer.style(f"{check.level:<4}", fg=COLOURS[check.level])
+            typer.echo(f"{level}  {check.name:<11} {check.found}" + (f"\n      -> {advice}" if advice else ""))
     counts = {level: sum(check.level == level for check in found) for level in COLOURS}
     if as_json:
         plain = [dataclasses.asdict(check) for check in found]
@@ -203,13 +205,6 @@ def command(
     else:
         typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
     raise typer.Exit(1 if counts["fail"] else 0)
-
-
-def _print(check: Check) -> None:
-    typer.echo(f"{typer.style(f'{check.level:<4}', fg=COLOURS[check.level])}  {check.name:<11} {check.found}")
-    if check.advice:
-        typer.echo(f"      -> {check.advice}")
-    sys.stdout.flush()
 
 
 def torch_facts() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -58,7 +58,9 @@ def launch(
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    _refuse({"--devices": devices, "--for": hours, "--allow-dirty": allow_dirty}, on)
+    for option, value in {"--devices": devices, "--for": hours, "--allow-dirty": allow_dirty}.items():
+        if value and on not in (places := ONLY_ON[option]):
+            raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(places)}")
     again = f"{sweep} --root {root}"
     if on == "slurm":
         _launch_slurm(sweep, root, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
@@ -71,20 +73,8 @@ def launch(
     did = engine.launch(
         sweep, root, devices=devices, per_device=per_device, hours=hours, retry=retry, shows=on == "local"
     )
-    _print_left(did.left)
-    _print_unplanned(did.unplanned)
+    _print_untouched(did.left, did.unplanned)
     _end(did, again)
-
-
-def _refuse(given: dict[str, Any], on: Place) -> None:
-    """Refuse options that this place cannot honour.
-
-    Raises:
-        SweepError: names the first.
-    """
-    for option, value in given.items():
-        if value and on not in ONLY_ON[option]:
-            raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(ONLY_ON[option])}")
 
 
 def _end(did: LaunchResult, again: str) -> None:
@@ -112,15 +102,11 @@ def cancel(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs
         raise typer.Exit(1)
 
 
-def _print_left(left: Sequence[Decision]) -> None:
-    """What a launch did not touch."""
+def _print_untouched(left: Sequence[Decision], unplanned: Sequence[str]) -> None:
     for line in engine.left_alone(left):
         typer.echo(line)
-
-
-def _print_unplanned(names: Sequence[str]) -> None:
-    if names:
-        what = f"{len(names)} run directories, such as {names[0]}; what they trained differs"
+    if unplanned:
+        what = f"{len(unplanned)} run directories, such as {unplanned[0]}; what they trained differs"
         typer.echo(f"not in this plan and left as they are: {what}")
 
 
@@ -151,5 +137,5 @@ def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_r
             typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
     if not submitted:
         typer.echo("no job is lacking")
-    _print_left([found for run in runs if not (found := decide(run, RunRecord(loaded.run_dir(run.run_id)))).startable])
-    _print_unplanned(unplanned(loaded, runs))
+    found = [decide(run, RunRecord(loaded.run_dir(run.run_id))) for run in runs]
+    _print_untouched([each for each in found if not each.startable], unplanned(loaded, runs))

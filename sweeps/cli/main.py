@@ -24,29 +24,17 @@ VERBS: dict[str, tuple[str, str]] = {
     "cancel": ("aimscale.sweeps.cli.launch:cancel", "Stop the runs of a sweep; each saves first."),
     "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
     "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run."),
-    "baseline": (
-        "aimscale.harness.cli.probe:baseline",
-        "Probe a timm model, random weights or raw pixels on a run's tasks.",
-    ),
+    "baseline": ("aimscale.harness.cli.probe:baseline", "Probe a timm model, random weights or raw pixels."),
     "weights": ("aimscale.harness.cli.runs", "Import, export and describe official AIM weights."),
     "bench": ("aimscale.harness.cli.bench", "Measure training and loading against named limits, or a whole card."),
     "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
     "fit": ("aimscale.analysis.cli.laws:fit", "Fit a scaling law to a table, with intervals and a held-out test."),
     "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
-    "forecast": (
-        "aimscale.analysis.cli.laws:forecast",
-        "Forecast loss and accuracies at a scale, and register the forecast before the run.",
-    ),
+    "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
     "board": ("aimscale.analysis.cli.board:board", "Judge forecasts on public tables of real runs, cut and forecast."),
     "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
-    "correlate": (
-        "aimscale.analysis.cli.effects:correlate",
-        "Correlate loss with accuracy and forecast accuracy from loss.",
-    ),
-    "contrast": (
-        "aimscale.analysis.cli.effects:contrast",
-        "Compare the levels of one column with everything else equal.",
-    ),
+    "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
+    "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),
     "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
     "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
 }

@@ -21,7 +21,6 @@ from aimscale.sweeps.table import views
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 
 ENDED = ("finished", "failed", "diverged")
-REGISTER, SCORES = "forecasts.jsonl", "forecast-scores.csv"
 
 
 def status(
@@ -101,15 +100,14 @@ def collect(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
 
 def _scored_forecasts(table: Path) -> list[str]:
     """Score the sweep's registered forecasts, keep the score table beside the results, and say what came true."""
-    register = table.with_name(REGISTER)
+    register = table.with_name("forecasts.jsonl")
     if not register.is_file():
         return []
-    from aimscale.analysis.forecasts.registry import score_words, scores
+    from aimscale.analysis.forecasts.registry import SCORES, score_words, scores
     from aimscale.analysis.table.read import read_table
 
     found = scores(register, read_table(table))
     found.to_csv(table.with_name(SCORES), index=False)
     waiting = int((found["num_rows"] == 0).sum())
-    return [f"forecast: {line}" for line in score_words(found)] + [
-        f"{len(found)} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
-    ]
+    last = f"{len(found)} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
+    return [*(f"forecast: {line}" for line in score_words(found)), last]

@@ -18,6 +18,7 @@ from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.run.config import (
     EvaluationConfig,
     ModelSection,
+    OptimiserSection,
     RunConfig,
     RuntimeConfig,
     Section,
@@ -32,12 +33,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 MAX_CELLS, MAX_DEVICES = 100_000, 1_000_000
 """The most that a plan takes."""
-PATH_FIELDS = {
-    "data": ("sources", "path"),
-    "validation": ("path",),
-    "probes": ("train", "test"),
-    "runtime": ("cache_dir",),
-}
+PATH_KEYS = ("path", "train", "test", "cache_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +73,8 @@ def plan(sweep: Sweep) -> list[Run]:
         run = _run(sweep, chosen, cell, budgets, changes)
         if run.run_id in seen:
             raise SweepError(
-                f"{sweep.source}: cells {_words(seen[run.run_id])} and {_words(cell)} are the same run; "
-                f"an axis has no effect on what is trained"
+                f"{sweep.source}: cells {seen[run.run_id]} and {cell} are the same run; an "
+                f"axis has no effect on what is trained"
             )
         seen[run.run_id] = cell
         runs.append(run)
@@ -181,12 +177,13 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
     fields["seed"] = cell["seed"]
-    optimiser = fields["optimiser"]
+    optimiser = parse(OptimiserSection, fields["optimiser"], f"{sweep.source}: optimiser")
     factors = (fields.pop("lr_multiplier", 1.0), cell.get("lr_multiplier", 1.0))
     if factors != (1.0, 1.0):
-        lr_peak = _factor(optimiser["lr_peak"], sweep, "optimiser.lr_peak")
-        optimiser["lr_peak"] = float(f"{lr_peak * _factor(factors[0], sweep) * _factor(factors[1], sweep):.6g}")
-    fields["budgets"] = _whole_batches(requested, optimiser["batch_size"], sweep)
+        lr_peak = optimiser.lr_peak * _factor(factors[0], sweep) * _factor(factors[1], sweep)
+        fields["optimiser"]["lr_peak"] = float(f"{lr_peak:.6g}")
+    batch = optimiser.batch_size
+    fields["budgets"] = tuple(sorted({max(1, round(budget / batch)) * batch for budget in requested}))
     runtime = parse(RuntimeConfig, fields.pop("runtime"), f"{sweep.source}: runtime")
     devices = fields.pop("devices")
     if not isinstance(devices, int) or isinstance(devices, bool) or not 0 < devices <= MAX_DEVICES:
@@ -195,9 +192,9 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     return Run(run_id=config.run_id, config=config, cell=cell, devices=devices)
 
 
-def _factor(value: Any, sweep: Sweep, name: str = "lr_multiplier") -> float:
+def _factor(value: Any, sweep: Sweep) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise SweepError(f"{sweep.source}: {name} must be a number above 0, not {value!r}")
+        raise SweepError(f"{sweep.source}: lr_multiplier must be a number above 0, not {value!r}")
     return float(value)
 
 
@@ -208,21 +205,13 @@ def _model_from(section: Fields, changes: Fields, sweep: Sweep) -> ModelConfig:
     return cached_model(tuple(dict(checked).items()), str(target))
 
 
-def _whole_batches(requested: tuple[int, ...], batch: Any, sweep: Sweep) -> tuple[int, ...]:
-    if not isinstance(batch, int) or batch < 1:
-        raise SweepError(f"{sweep.source}: optimiser.batch_size must be a whole number above 0, not {batch!r}")
-    return tuple(sorted({max(1, round(budget / batch)) * batch for budget in requested}))
-
-
 def _nested(fields: Mapping[str, Any]) -> Fields:
     """`{a.b: 1}` -> `{a: {b: 1}}`."""
     nested: Fields = {}
     for dotted, value in fields.items():
-        *parents, leaf = str(dotted).split(".")
-        piece: Fields = {leaf: _nested(value) if isinstance(value, dict) else value}
-        for parent in reversed(parents):
-            piece = {parent: piece}
-        nested = merge(nested, piece)
+        key, _, rest = str(dotted).partition(".")
+        inner = _nested({rest: value}) if rest else _nested(value) if isinstance(value, dict) else value
+        nested = merge(nested, {key: inner})
     return nested
 
 
@@ -252,24 +241,27 @@ def _matches(cell: Fields, conditions: Mapping[str, tuple[Any, ...]]) -> bool:
 
 def _resolve(fields: Fields, sweep: Sweep) -> Fields:
     """Make the paths of a fragment absolute (relative ones: to the sweep file), and say what its data sets hold."""
-
-    def absolute(value: Any) -> Any:
-        return value if not isinstance(value, str) or "://" in value else str(sweep.base_dir / value)
-
-    def walk(value: Any, keys: tuple[str, ...]) -> Any:
-        if isinstance(value, list | tuple):
-            return [walk(item, keys) for item in value]
-        if isinstance(value, dict):
-            return {k: absolute(v) if k in keys and isinstance(v, str) else walk(v, keys) for k, v in value.items()}
-        return value
-
     for key, value in fields.items():
         if key in SECTIONS and not isinstance(value, dict):
             raise SweepError(f"{sweep.source}: {key} must be a mapping of keys to values, not {value!r}")
-    placed = {key: walk(value, PATH_FIELDS[key]) if key in PATH_FIELDS else value for key, value in fields.items()}
-    if isinstance(data := placed.get("data"), dict) and isinstance(data.get("sources"), list | tuple):
-        placed["data"] = {**data, "sources": [_with_fingerprint(source, sweep) for source in data["sources"]]}
+    placed: Fields = _placed(fields, sweep)
+    sources = placed.get("data", {}).get("sources")
+    if isinstance(sources, list):
+        placed["data"]["sources"] = [_with_fingerprint(source, sweep) for source in sources]
     return placed
+
+
+def _placed(value: Any, sweep: Sweep) -> Any:
+    if isinstance(value, list | tuple):
+        return [_placed(each, sweep) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: str(sweep.base_dir / inner)
+        if key in PATH_KEYS and isinstance(inner, str) and "://" not in inner
+        else _placed(inner, sweep)
+        for key, inner in value.items()
+    }
 
 
 def _with_fingerprint(source: Any, sweep: Sweep) -> Any:
@@ -286,7 +278,3 @@ SECTIONS = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 } | {"runtime"}
 """Fields of a run that are mappings."""
-
-
-def _words(cell: Fields) -> str:
-    return "{" + ", ".join(f"{key}: {value}" for key, value in cell.items()) + "}"

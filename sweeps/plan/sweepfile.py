@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import shlex
@@ -33,6 +32,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
+from aimscale.harness.run.files import read_object
 from aimscale.harness.run.strict import count
 
 PRESETS = Path(__file__).parent / "presets"
@@ -105,10 +105,8 @@ def _sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name in LAUNCHERS_OPTIONS or name.startswith("gpus"):
             raise ValueError(f"{name} is the launcher's; GPUs and their type are asked for by slurm.gpus")
-        if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
-            raise ValueError(f"'{name}' is no long name of an sbatch option, such as mail-type")
-        if not isinstance(value, str | int | float):
-            raise ValueError(f"{name} must be text, a number or true")
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", name) or not isinstance(value, str | int | float):
+            raise ValueError(f"{name}: {value!r} is no long name of an sbatch option with text, a number or true")
         _one_line(str(value))
     return options
 
@@ -260,7 +258,7 @@ class Sweep:
     @functools.cached_property
     def known_data(self) -> dict[str, str]:
         """Data path (as `relative` gives it) -> its content's fingerprint at the last launch."""
-        with contextlib.suppress(SweepError):
+        with contextlib.suppress(UserError):
             return dict((read_record(self.directory) or {}).get("data", {}))
         return {}
 
@@ -311,19 +309,13 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """`sweep.json` of a sweep directory, or None where there is none.
 
     Raises:
-        SweepError: it is damaged, or was made by another version.
+        UserError: it is damaged, or was made by another version.
     """
     path = directory / SWEEP_RECORD
-    try:
-        record: Any = json.loads(path.read_text())
-        texts = [record.get("base_dir", ""), *(text for pair in record.get("data", {}).items() for text in pair)]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("it holds no record of a sweep")
-    except FileNotFoundError:
+    if (record := read_object(path)) is None:
         return None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise SweepError(f"cannot read {path} ({error}); restore it or launch into another --root") from error
-    if type(version := record.get("version")) is not int or version != 1 or "base_dir" not in record:
-        raise SweepError(f"{path} is of version {version!r}, this aimscale reads 1; use the one that made it")
-    found: dict[str, Any] = record
-    return found
+    data = record.get("data", {})
+    texts = [record.get("base_dir"), *data, *data.values()] if isinstance(data, dict) else [None]
+    if record.get("version") != 1 or not all(isinstance(text, str) for text in texts):
+        raise SweepError(f"{path} is damaged or of another version; restore it, or launch into another --root")
+    return record

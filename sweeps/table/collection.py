@@ -61,7 +61,12 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     """
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
-    left_out = _left_out(sweep, runs)
+    left_out = unplanned(sweep, runs)
+    if left_out and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
+        raise SweepError(
+            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(left_out)} others: the "
+            f"sweep file was edited since they were launched"
+        )
     damaged: dict[str, str] = {}
     rows: list[Values] = []
     for run, card in zip(runs, cards, strict=True):
@@ -92,21 +97,6 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         num_baselines=len(baselines),
         unplanned=left_out,
     )
-
-
-def _left_out(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
-    """Run directories of another plan.
-
-    Raises:
-        SweepError: there are no others.
-    """
-    found = unplanned(sweep, runs)
-    if found and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
-        raise SweepError(
-            f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(found)} others: the "
-            f"sweep file was edited since they were launched"
-        )
-    return found
 
 
 def _write(sweep: Sweep, name: str, rows: list[Values]) -> None:

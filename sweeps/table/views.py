@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import time
@@ -27,16 +28,11 @@ DATA_WAIT = 0.3
 
 STYLE = {
     "finished": "green",
-    "running": "cyan",
-    "starting": "cyan",
     "queued": "blue",
-    "failed": "bold red",
-    "diverged": "bold red",
-    "damaged": "bold red",
-    "dead": "yellow",
-    "unfinished": "yellow",
-    "cancelled": "yellow",
     "not started": "dim",
+    **dict.fromkeys(("running", "starting"), "cyan"),
+    **dict.fromkeys(("dead", "unfinished", "cancelled"), "yellow"),
+    **dict.fromkeys(("failed", "diverged", "damaged"), "bold red"),
 }
 
 
@@ -95,17 +91,14 @@ def axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]
     """A column for every axis that takes more than one value, besides the size."""
     cells = [row.cell for row in rows]
     axes = [key for key in cells[0] if key != "size" and len({str(cell[key]) for cell in cells}) > 1]
-
-    def column(axis: str) -> Column:
-        return Column(header=axis.split(".")[-1], cell=lambda row: _axis_value(row.cell[axis]))
-
-    return [column(axis) for axis in axes]
+    return [Column(header=axis.split(".")[-1], cell=functools.partial(_axis_value, axis)) for axis in axes]
 
 
-def _axis_value(value: Any) -> str:
+def _axis_value(axis: str, row: CostCard | RunStatus) -> str:
+    value = row.cell[axis]
     if value is None:
         return "all"
-    return number(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
+    return number(value) if type(value) is int and value >= 10_000 else str(value)
 
 
 def new_console() -> Console:

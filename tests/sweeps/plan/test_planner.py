@@ -254,8 +254,8 @@ def test_the_loader_is_part_of_the_time_and_named_where_it_is_the_limit(write_sw
         ({"seeds": list(range(1000)), "unique_images": list(range(1, 1001))}, "4,000,000 cells"),
         ({"cost": {"peak_tflops": 1e-320}}, "cost.peak_tflops"),
         ({"cost": {"memory_gb": 1e308}}, "cost.memory_gb"),
-        ({"axes": {"runtime.num_workers": [0, 1]}}, "num_workers: 1"),
-        ({"variants": {"one": {}, "same": {}}}, "variant: same"),
+        ({"axes": {"runtime.num_workers": [0, 1]}}, "num_workers': 1"),
+        ({"variants": {"one": {}, "same": {}}}, "'variant': 'same'"),
         ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices"),
         (
             {"base": {"model": {"image_size": 30, "patch_size": 4}, "data": {"sources": [{"path": "x"}]}}},
