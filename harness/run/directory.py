@@ -26,7 +26,6 @@ from aimscale.harness.run.lock import holding, is_held
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
 
-STATUS_VERSION = 1
 RESULTS_VERSION = 1
 
 EXIT_FINISHED = 0
@@ -45,7 +44,7 @@ class RunDirError(UserError):
 class Status:
     """`status.json`: what a run is doing, rewritten at every logging step."""
 
-    version: int = STATUS_VERSION
+    version: Literal[1] = 1
     state: State = "created"
     """Where the run stands."""
     phase: str = ""

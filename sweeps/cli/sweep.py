@@ -71,7 +71,7 @@ def logs(
                 piece = file.read()
                 if piece:
                     typer.echo(piece, nl=False)
-                elif record.checked_status().state in ENDED:
+                elif record.read_status().state in ENDED:
                     return
                 else:
                     time.sleep(0.5)

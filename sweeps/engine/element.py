@@ -22,7 +22,7 @@ from typing import Any
 
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
 from aimscale.sweeps.engine.launch import begin, planned, to_start
-from aimscale.sweeps.engine.queue import LaunchResult, print_events, run_queue
+from aimscale.sweeps.engine.queue import LaunchResult, Queue, print_events, run_queue
 from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import Run
@@ -59,9 +59,8 @@ class Element:
         nodes, job_id = slurm.own_nodes(), slurm.own_job_id()
         with _step_that_is_warned():
             while True:
-                did = run_queue(
-                    sweep, runs, machine=machine, report=print_events, job_id=job_id, until=until, avoided_on=nodes
-                )
+                given: dict[str, Any] = {"machine": machine, "job_id": job_id, "until": until}
+                did = run_queue(Queue(sweep=sweep, waiting=list(runs), avoided_on=nodes, **given), print_events)
                 exclude = self._to_exclude(sweep, did.to_do)
                 if did.interrupted or not did.to_do or exclude or not nodes:
                     break

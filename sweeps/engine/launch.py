@@ -73,10 +73,9 @@ def launch(
     if hours is not None:
         # What runs must have saved when the time is up; of a short time, half is for that.
         until = started + 3600 * hours - min(max(stop_seconds(loaded, run) for run in runs), 1800 * hours)
-    with (
-        _display(lambda: sweep_status(loaded, runs, cards)) if shows else contextlib.nullcontext(print_events) as report
-    ):
-        result = run_queue(loaded, runs, machine=machine, command=command, report=report, until=until)
+    queue = Queue(sweep=loaded, machine=machine, waiting=list(runs), command=command, until=until)
+    with _display(lambda: sweep_status(loaded, runs, cards), shows) as report:
+        result = run_queue(queue, report)
     return replace(result, unplanned=unplanned(loaded, runs))
 
 
@@ -105,12 +104,12 @@ def to_start(sweep: Sweep, run: Run, *, retry: bool = True) -> bool:
 def _settle(record: RunRecord, *, retry: bool) -> None:
     """Write down how an attempt ended whose worker is gone, and clear a failure if asked; what is damaged is left."""
     ended = ("failed", "diverged")
-    with contextlib.suppress(UserError):
-        if record.checked_status().state in ("queued", "running", *(ended if retry else ())):
+    with contextlib.suppress(UserError, OSError):
+        if record.read_status().state in ("queued", "running", *(ended if retry else ())):
             before, lock = record.claimant(), Lock(record.claim)
             if not record.is_held() and lock.take():
                 note_lost(record, before, slurm.state_of)
-                if retry and record.checked_status().state in ended:
+                if retry and record.read_status().state in ended:
                     forgive(record)
             lock.release()
 
@@ -153,13 +152,8 @@ def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
 
 def left_alone(left: Sequence[Decision]) -> list[str]:
     """What a launch did not touch: finished and running ones counted, failed and damaged ones named."""
-    counts = Counter(decision.verdict for decision in left)
-    lines = [
-        f"{num} {verdict}"
-        for verdict, num in counts.items()
-        if verdict in ("finished", "running", "waiting", "cancelled")
-    ]
-    sentences = [f"left alone: {', '.join(lines)}"] if lines else []
+    counts = Counter(decision.verdict for decision in left if decision.verdict not in ("damaged", "failed"))
+    sentences = [f"left alone: {', '.join(f'{num} {verdict}' for verdict, num in counts.items())}"] if counts else []
     for decision in left:
         if decision.verdict == "damaged":
             sentences.append(f"skipped {decision.record.name}: {decision.why}")
@@ -171,16 +165,16 @@ def left_alone(left: Sequence[Decision]) -> list[str]:
 
 
 @contextmanager
-def _display(look: Callable[[], SweepStatus]) -> Iterator[Callable[[Queue], None]]:
-    """A function for `run_queue(report=...)`: a live table of the active runs on a terminal, lines otherwise."""
+def _display(look: Callable[[], SweepStatus], shows: bool) -> Iterator[Callable[[Queue], None]]:
+    """What `run_queue` calls: a live table of the active runs on a terminal, lines otherwise, or events alone."""
     console, shown = new_console(), 0.0
-    live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    live = Live(console=console, auto_refresh=False, transient=True) if shows and console.is_terminal else None
     every = LIVE_EVERY_S if live else PLAIN_EVERY_S
 
     def report(queue: Queue) -> None:
         nonlocal shown
         print_events(queue)  # above the table
-        if time.time() - shown < every:
+        if not shows or time.time() - shown < every:
             return
         shown = time.time()
         status = look()
@@ -225,11 +219,7 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         record = found.record
         if record.name not in chosen or not (found.startable or found.verdict == "running"):
             continue
-        try:
-            write_text(record.cancelled, "")
-        except OSError as error:
-            failed.append(f"{record.name}: cannot be marked ({error})")
-            continue
+        write_text(record.cancelled, "")
         if found.verdict != "running":
             done.append(f"{record.name}: not to be started before the next launch")
         elif record.is_claimed():

@@ -77,16 +77,17 @@ class Queue:
 
     sweep: Sweep
     machine: Machine
-    command: Command
-    job_id: str | None
-    """Of the Slurm job that this worker is."""
-    until: float
-    """Unix time at which everything saves and ends."""
-    avoided_on: Sequence[str]
-    """Names of this machine's nodes: runs that failed on one of them are left to others."""
     waiting: list[Run]
     """Neither executed here nor known to be over, in the order in which they are started."""
-    devices: Devices
+    command: Command | None = None
+    """Replaces the program that executes a run."""
+    job_id: str | None = None
+    """Of the Slurm job that this worker is."""
+    until: float = float("inf")
+    """Unix time at which everything saves and ends."""
+    avoided_on: Sequence[str] = ()
+    """Names of this machine's nodes: runs that failed on one of them are left to others."""
+    devices: Devices = field(init=False)
     active: list[Job] = field(default_factory=list)
     ended: dict[str, Outcome] = field(default_factory=dict)
     """Run -> how its last attempt here ended."""
@@ -99,6 +100,9 @@ class Queue:
     stopping: bool = False
     stopped_by: int | None = None
     """The first signal that asked, where one did."""
+
+    def __post_init__(self) -> None:
+        self.devices = Devices(self.machine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,36 +129,8 @@ class LaunchResult:
     """The signal that asked first, where one did."""
 
 
-def run_queue(
-    sweep: Sweep,
-    runs: Sequence[Run],
-    *,
-    machine: Machine,
-    command: Command | None = None,
-    report: Report = lambda queue: None,
-    job_id: str | None = None,
-    until: float = float("inf"),
-    avoided_on: Sequence[str] = (),
-) -> LaunchResult:
-    """Execute runs, in the order given, until none is left to start.
-
-    Args:
-        command: replaces the program that executes a run.
-        report: called every few moments.
-        job_id: of the Slurm job that this worker is.
-        until: Unix time at which everything saves and ends.
-        avoided_on: names of this machine's nodes; runs that failed on one of them are left to others.
-    """
-    queue = Queue(
-        sweep=sweep,
-        machine=machine,
-        command=command or machine.command,
-        job_id=job_id,
-        until=until,
-        avoided_on=avoided_on,
-        waiting=list(runs),
-        devices=Devices(machine),
-    )
+def run_queue(queue: Queue, report: Report) -> LaunchResult:
+    """Execute the runs that wait until none is left to start; `report` is called every few moments."""
     with _stop_requests(queue):
         try:
             _work_through(queue, report)
@@ -164,7 +140,7 @@ def run_queue(
                 _gather(queue)
                 time.sleep(POLL_S)
             raise
-    to_do = tuple(run.run_id for run in queue.waiting if machine.serves(run) and _look(queue, run).startable)
+    to_do = tuple(run.run_id for run in queue.waiting if queue.machine.serves(run) and _look(queue, run).startable)
     return LaunchResult(
         finished=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "finished"),
         evaluated=tuple(queue.evaluated),
@@ -172,7 +148,7 @@ def run_queue(
         stopped=tuple(run_id for run_id, outcome in queue.ended.items() if outcome == "preempted"),
         left=tuple(found for run_id, found in queue.left.items() if run_id not in queue.ended),
         to_do=to_do,
-        interrupted=queue.stopping or bool(to_do and until - time.time() < MIN_TIME_S),
+        interrupted=queue.stopping or bool(to_do and queue.until - time.time() < MIN_TIME_S),
         stopped_by=queue.stopped_by,
     )
 
@@ -239,7 +215,7 @@ def _try_to_start(queue: Queue, run: Run, taken: tuple[int, ...]) -> Decision | 
     try:
         if set(queue.avoided_on) & set(record.failed_nodes()):
             return _left(queue, run, "failed on this node")
-        before, status = record.claimant(), record.checked_status()
+        before, status = record.claimant(), record.read_status()
         nodes = os.environ.get("SLURM_JOB_NODELIST", "") if queue.job_id else ""
         mine = claim.take(job_id=queue.job_id, devices=len(taken) * queue.machine.nodes, nodes=nodes)
         if mine is None:
@@ -275,7 +251,7 @@ def _start(
     record.logs.mkdir(parents=True, exist_ok=True)
     with record.log_file(attempt).open("ab") as log:
         process = subprocess.Popen(
-            queue.command(record.path, len(taken)),
+            (queue.command or queue.machine.command)(record.path, len(taken)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -332,7 +308,7 @@ def _sentence(job: Job, outcome: Outcome) -> str:
         return f"left {job.record.name}: another process executes it"
     if outcome == "preempted":
         return f"stopped {job.record.name}, saved"
-    status = job.record.checked_status()
+    status = job.record.read_status()
     what = "trying again" if outcome == "again" else f"see {job.record.log_file(job.attempt)}"
     return f"failed {job.record.name} ({status.reason_class}: {status.reason}); {what}"
 

@@ -60,7 +60,7 @@ def conclude(run: RunRecord, attempt: int, exit_code: int, *, claims: tuple[str,
         return _preempted(run, attempt, exit_code, asked)
     reason, kind = explain(run, attempt, exit_code)
     run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
-    _record(run, attempt, exit_code, reason, kind, run.checked_status().failed_on or "")
+    _record(run, attempt, exit_code, reason, kind, run.read_status().failed_on or "")
     return "again" if may_try_again(run) else "stop"
 
 
@@ -71,12 +71,12 @@ def _is_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]
         if time.monotonic() >= deadline:
             return True
         time.sleep(0.1)
-    return run.checked_status().claim not in claims
+    return run.read_status().claim not in claims
 
 
 def _by_launcher(run: RunRecord, exit_code: int, claim: str) -> int:
     """torchrun and srun give one code for all ranks, whichever failed first; what the run says tells which it was."""
-    status, by_signal = run.checked_status(), exit_code > 128
+    status, by_signal = run.read_status(), exit_code > 128
     if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
         codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "failed": EXIT_CRASHED}
         if status.state in codes:
@@ -86,7 +86,7 @@ def _by_launcher(run: RunRecord, exit_code: int, claim: str) -> int:
 
 def _preempted(run: RunRecord, attempt: int, exit_code: int, asked: bool) -> Outcome:
     """An attempt that was told to stop: to be gone on with, unless it is stopped again and again before it saves."""
-    reason = run.checked_status().reason if exit_code == EXIT_PREEMPTED else "stopped before it could save"
+    reason = run.read_status().reason if exit_code == EXIT_PREEMPTED else "stopped before it could save"
     if run.cancelled.exists():
         reason = "cancelled"
     _record(run, attempt, exit_code, reason, None if asked else "timeout")
@@ -103,7 +103,7 @@ def _preempted(run: RunRecord, attempt: int, exit_code: int, asked: bool) -> Out
 
 def explain(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
     """Why a process failed: in its own words where it had any."""
-    status = run.checked_status()
+    status = run.read_status()
     if exit_code == -signal.SIGKILL:
         return "killed by the system (SIGKILL), most often for want of memory; use a smaller micro-batch", "oom"
     if status.state in ("failed", "diverged") and status.reason and status.reason_class:
@@ -124,7 +124,7 @@ def note_lost(run: RunRecord, worker: Holder | None, job_state: Callable[[str], 
         worker: that held the claim before.
         job_state: Slurm's word for a job, from squeue or sacct; None where it has none.
     """
-    status = run.checked_status()
+    status = run.read_status()
     if worker is None or status.state not in ("running", "queued") or run.is_held():
         return
     job_id = worker.facts.get("job_id")
@@ -175,7 +175,7 @@ def may_try_again(run: RunRecord, kind: ReasonClass | None = None) -> bool:
     Attempts at the end of the record count that saved nothing new, the one that saved last among them; one that a
     person stopped, or that finished, counts for nothing.
     """
-    kind = kind or run.checked_status().reason_class
+    kind = kind or run.read_status().reason_class
     num, saved = 0, None
     for ended in run.read_attempts():
         if ended.get("forgiven"):
@@ -203,7 +203,7 @@ def _record(
     was_lost: bool = False,
 ) -> None:
     """`was_lost`: it ended some time ago, soon after its last sign of life."""
-    now = (run.checked_status().heartbeat if was_lost else None) or time.time()
+    now = (run.read_status().heartbeat if was_lost else None) or time.time()
     run.append_attempt(
         attempt=attempt,
         ended=now,

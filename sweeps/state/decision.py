@@ -37,15 +37,15 @@ def decide(run: Run, record: RunRecord, *, is_mine: bool = False) -> Decision:
     """Look at a run's directory; `is_mine` where the caller holds its claim."""
     try:
         verdict, why = _verdict(run, record, is_mine)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError) as error:
         verdict, why = "damaged", str(error)
     return Decision(run=run, record=record, verdict=verdict, why=why)
 
 
 def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
-    status = record.checked_status()
+    status = record.read_status()
     is_new = not record.config.exists() or status.state == "created"
-    missing = [] if is_new else to_do(run, record)
+    missing = [] if is_new else lacking(record, run.config)
     if status.state == "finished" and not missing and not is_new:
         return "finished", ""
     if record.is_held():
@@ -63,21 +63,6 @@ def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
         return "failed", f"{status.reason_class}: {status.reason}"
     record.read_attempts()  # where they are damaged, it is said now, not after a job was submitted
     return "resume", in_words(missing) if status.state == "finished" else status.state
-
-
-def to_do(run: Run, record: RunRecord) -> list[Lacking]:
-    """What is still to be trained or measured.
-
-    Raises:
-        SweepError: a file that tells is damaged.
-        RunDirError: no saved point of the trunk leads to one of the budgets.
-    """
-    try:
-        return lacking(record, run.config)
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise record.damaged(record.results, error) from error
 
 
 def in_words(missing: Sequence[Lacking]) -> str:

@@ -12,15 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from aimscale.aim.errors import UserError
 from aimscale.harness.run import lock
-from aimscale.harness.run.directory import STATUS_VERSION, RunDir, Status
+from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_text
 from aimscale.sweeps.plan.sweepfile import SweepError
-
-_STATUS = TypeAdapter(Status)
 
 
 class RunRecord(RunDir):
@@ -55,18 +50,14 @@ class RunRecord(RunDir):
         The last counts what is on disk of budgets: weights, validation losses, probed tasks and their parts.
 
         Raises:
-            SweepError: `results.json` is damaged.
+            UserError: `results.json` is damaged.
         """
         images = [0]
         for path in self.checkpoints.glob("[0-9]*"):
             with contextlib.suppress(ValueError):
                 images.append(int(path.name.split("-")[0]))
-        try:
-            num_rows = len(self.read_rows())
-        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-            raise self.damaged(self.results, error) from error
         num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
-        return [num_rows, max(images), num_budgets, *self.measured()]
+        return [len(self.read_rows()), max(images), num_budgets, *self.measured()]
 
     def measured(self) -> list[int]:
         """How many files evaluation has written, and when the last: a task's is written with each of its kinds."""
@@ -75,32 +66,6 @@ class RunRecord(RunDir):
             with contextlib.suppress(OSError):  # removed meanwhile
                 times.append(path.stat().st_mtime_ns)
         return [len(times) - 1, max(times)]
-
-    def checked_status(self) -> Status:
-        """The run's status.
-
-        Raises:
-            SweepError: it is damaged or of another version; the sentence says what to do.
-        """
-        try:
-            status = _STATUS.validate_json(self.status.read_bytes())
-        except FileNotFoundError:
-            return Status()
-        except (OSError, ValueError, RecursionError) as error:
-            raise self.damaged(self.status, error) from error
-        if status.version != STATUS_VERSION:
-            raise SweepError(
-                f"{self.path} is of version {status.version}, this aimscale reads {STATUS_VERSION}; use the one that "
-                f"made it"
-            )
-        return status
-
-    def damaged(self, path: Path, error: Exception) -> SweepError:
-        """The sentence about a file of the run that cannot be used."""
-        if isinstance(error, UserError):
-            return SweepError(str(error))  # it says so itself
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        return SweepError(f"{path} is damaged ({said}); repair it or move {self.path} away")
 
     def read_attempts(self) -> list[dict[str, Any]]:
         """Ended attempts, first to last; a last line cut off by a crash is left out.
@@ -112,8 +77,6 @@ class RunRecord(RunDir):
             lines = self.attempts.read_bytes().splitlines()
         except FileNotFoundError:
             return []
-        except OSError as error:
-            raise self.damaged(self.attempts, error) from error
         ended: list[dict[str, Any]] = []
         for i, line in enumerate(lines):
             try:
@@ -125,7 +88,7 @@ class RunRecord(RunDir):
                 ended.append(values)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 if i + 1 < len(lines):
-                    raise self.damaged(self.attempts, error) from error
+                    raise SweepError(f"{self.attempts} is damaged ({error}); repair it or move it away") from error
         return ended
 
     def failed_nodes(self) -> list[str]:
@@ -137,7 +100,7 @@ class RunRecord(RunDir):
 
     def hours_since_start(self, now: float) -> float:
         """Device-hours of the attempt under way, or that just ended; 0 where it never started."""
-        started, worker = self.checked_status().started, self.claimant()
+        started, worker = self.read_status().started, self.claimant()
         last = max((ended["ended"] for ended in self.read_attempts() if not ended.get("forgiven")), default=0.0)
         devices = worker.facts.get("devices", 1) if worker else 1
         return devices * (now - started) / 3600 if started and started > last else 0.0

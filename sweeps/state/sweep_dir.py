@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Sequence
 
 from aimscale.harness.run.failures import disk_sentence
@@ -13,9 +11,6 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 from aimscale.sweeps.state.record import RunRecord
 
-MAX_CLOCK_SKEW_S = 30.0
-"""Heartbeats compare clocks; beyond this a launch is refused."""
-
 
 def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
     """Make the sweep's directory and record where its relative paths start and what its data sets hold.
@@ -23,7 +18,7 @@ def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
     A sweep that lies elsewhere now, or whose file does, goes on: runs are known by what they train.
 
     Raises:
-        SweepError: it cannot be written, or the clock is off.
+        SweepError: it cannot be written.
     """
     directory = sweep.directory
     try:
@@ -36,15 +31,9 @@ def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
         values |= {"data": {**(record or {}).get("data", {}), **data}}
         if record != values:
             write_json(directory / SWEEP_RECORD, values)
-        skew = (directory / SWEEP_FILE).stat().st_mtime - time.time()
     except OSError as error:
         sentence = disk_sentence(error) or f"cannot write into {directory} ({error.strerror}); choose another --root"
         raise SweepError(sentence) from error
-    if abs(skew) > MAX_CLOCK_SKEW_S:
-        raise SweepError(
-            f"the clock of {socket.gethostname()} is {-skew:+.0f} s off that of the file system of {directory}, so "
-            f"heartbeats could not be trusted; synchronise the clocks"
-        )
 
 
 def imported_runs(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:

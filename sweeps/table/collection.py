@@ -143,7 +143,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
         SweepError: the directory holds another run, or its status is damaged.
     """
     record = RunRecord(sweep.run_dir(run.run_id))
-    status = record.checked_status()
+    status = record.read_status()
     found = {row["images_seen"]: row for row in record.read_rows()}
     strangers = {row.get("run_id") for row in found.values()} - {run.run_id}
     if strangers:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.owed import Lacking
+from aimscale.harness.probe.owed import Lacking, lacking
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
-from aimscale.sweeps.state.decision import in_words, to_do
+from aimscale.sweeps.state.decision import in_words
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned
 from aimscale.sweeps.table.time_left import Progress, time_left
@@ -149,8 +149,8 @@ def _line(run: Run, record: RunRecord, state: Shown, status: Status) -> RunStatu
 
 
 def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
-    now, status, is_held, is_claimed = time.time(), record.checked_status(), record.is_held(), record.is_claimed()
-    owed = to_do(run, record)
+    now, status, is_held, is_claimed = time.time(), record.read_status(), record.is_held(), record.is_claimed()
+    owed = lacking(record, run.config)
     state, reason = _state(record, status, owed, pending)
     place = ""
     if is_held or (is_claimed and state != "finished"):

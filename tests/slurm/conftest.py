@@ -103,7 +103,7 @@ class Fault:
             time.sleep(0.2)
         paths = [*self.sweep.directory.rglob("*.log"), *self.sweep.directory.rglob("*.out")]
         logs = "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(paths))
-        states = [(record.checked_status(), record.is_claimed()) for record in self.records]
+        states = [(record.read_status(), record.is_claimed()) for record in self.records]
         pytest.fail(f"{what} did not happen within {PATIENCE_S} s: {states} {slurm.jobs()}\n{logs}")
 
     def wait_trained(self) -> None:
@@ -114,7 +114,7 @@ class Fault:
         )
 
     def wait_state(self, *states: str) -> None:
-        self.wait(lambda: all(record.checked_status().state in states for record in self.records), f"state {states}")
+        self.wait(lambda: all(record.read_status().state in states for record in self.records), f"state {states}")
 
     def wait_empty_queue(self) -> None:
         """Until no job of any kind is left: a fault must leave nothing behind."""

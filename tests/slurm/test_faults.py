@@ -123,7 +123,7 @@ def test_out_of_memory_is_named_bounded_and_curable(fault: Any, undisturbed: Los
         case.wait(lambda: not case.records[0].is_held(), "the end of the trainer")
         assert len(case.records[0].read_attempts()) == num - 1, "who could tell was killed with it"
     assert not case.launch()
-    assert case.records[0].checked_status().state == "failed"
+    assert case.records[0].read_status().state == "failed"
     assert [ended["reason_class"] for ended in case.records[0].read_attempts()] == ["oom", "oom"]
     (case.records[0].path / "healthy").touch()
     assert len(case.launch(retry=True)) == 1
@@ -134,7 +134,7 @@ def test_a_crash_in_user_code_is_tried_once_more_and_then_left(fault: Any) -> No
     case = fault(fault="crash")
     case.launch()
     case.wait_state("failed")
-    status = case.records[0].checked_status()
+    status = case.records[0].read_status()
     assert (status.reason_class, status.reason) == ("code", "RuntimeError: the user's own code is wrong")
     assert "user's own code" in case.records[0].last_log().read_text()
     case.wait_empty_queue()
@@ -180,7 +180,7 @@ def test_cancel_saves_and_does_not_come_back_until_the_next_launch(fault: Any, u
     done, failed = cancel(case.sweep, case.runs)
     assert (len(done), failed) == (1, [])
     case.wait_empty_queue()
-    assert case.records[0].checked_status().state == "preempted"
+    assert case.records[0].read_status().state == "preempted"
     assert case.ends() == [[75]]
     assert len(case.launch()) == 1
     assert_as_undisturbed(case, undisturbed)

@@ -33,6 +33,6 @@ def test_one_process_and_two_give_the_same_rows(write_sweep: Any, write_images: 
         assert list(table["flops_train"]) == [budget.flops for budget in card.budgets]
         assert list(table["flops_6nd"]) == [budget.flops_6nd for budget in card.budgets]
         assert list(table["epochs"]) == [budget.epochs for budget in card.budgets]
-        assert RunRecord(sweep.run_dir(runs[0].run_id)).checked_status().images_planned == card.images_executed
+        assert RunRecord(sweep.run_dir(runs[0].run_id)).read_status().images_planned == card.images_executed
         losses.append(list(table["val_loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -62,7 +62,7 @@ def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
     assert not (record.path / "starts").exists()
     program("sinfo", "echo node1")
     assert execute() == "nothing is left"
-    assert record.checked_status().state == "finished"
+    assert record.read_status().state == "finished"
     assert len(told(tmp_path)) == 2
 
 

@@ -32,8 +32,8 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
     for images in range(100, 1100, 100):
         assert attempt(record, EXIT_PREEMPTED, saves=images) == "preempted"
     assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "stop"]
-    assert record.checked_status().reason_class == "timeout"
-    assert "slurm.time_min" in str(record.checked_status().reason)
+    assert record.read_status().reason_class == "timeout"
+    assert "slurm.time_min" in str(record.read_status().reason)
 
 
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
@@ -73,7 +73,7 @@ def test_each_end_has_its_class_and_its_bound(
     record: RunRecord, exit_code: int, status: dict[str, Any], kind: str, outcomes: list[str]
 ) -> None:
     assert [attempt(record, exit_code, **status) for _ in outcomes] == outcomes
-    assert record.checked_status().reason_class == kind
+    assert record.read_status().reason_class == kind
     assert not may_try_again(record)
     forgive(record)
     assert may_try_again(record)
@@ -118,11 +118,11 @@ def test_jobs_that_left_no_word_are_diagnosed(
     record.job_log("7").write_text(output)
     worker = Holder(facts={"job_id": "7", "devices": 1, "nodes": "node3"})
     note_lost(record, worker, lambda job_id: job_state)
-    status = record.checked_status()
+    status = record.read_status()
     assert (status.state, status.reason_class) == (state, kind)
     assert record.failed_nodes() == (["node3"] if kind == "node" else [])
     note_lost(record, worker, lambda job_id: "NODE_FAIL")
-    assert record.checked_status() == status  # what was said first stays
+    assert record.read_status() == status  # what was said first stays
     forgive(record)
     assert record.failed_nodes() == []
 
@@ -132,9 +132,9 @@ def test_a_worker_that_wakes_up_after_another_took_the_run_writes_nothing(
     record: RunRecord, state: str, claim: str
 ) -> None:
     record.write_status(state=state, claim=claim)
-    before = record.checked_status()
+    before = record.read_status()
     assert conclude(record, 1, EXIT_CRASHED, claims=("mine", "before"), asked=False) == "elsewhere"
-    assert (record.checked_status(), record.read_attempts()) == (before, [])
+    assert (record.read_status(), record.read_attempts()) == (before, [])
 
 
 def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: RunRecord) -> None:
@@ -157,9 +157,9 @@ def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: Run
             record.write_start()
             record.write_status(started=1e6 * num, heartbeat=1e6 * num + 1800)
             note_lost(record, worker, lambda job_id: None)
-            assert record.checked_status().state == "running", "it lives"
+            assert record.read_status().state == "running", "it lives"
         note_lost(record, worker, lambda job_id: None)
         note_lost(record, worker, lambda job_id: None)
-        assert (record.checked_status().state, len(record.read_attempts())) == ("failed", num)
+        assert (record.read_status().state, len(record.read_attempts())) == ("failed", num)
         assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
         assert may_try_again(record) == (num < 3)
