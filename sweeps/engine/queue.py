@@ -37,6 +37,8 @@ LOOK_S = 1.0
 """Active runs are looked at for a cancellation this often."""
 SCAN_S = 10.0
 """Runs that were left are looked at again this often: another worker may have died."""
+DOUBT_S, GIVE_UP_S = 60.0, 900.0
+"""A run elsewhere that was not heard of for so long may come free, and is waited for up to the second."""
 MIN_TIME_S = 60.0
 """With less time than this left, no run is started."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -103,6 +105,8 @@ class Queue:
 
     def __post_init__(self) -> None:
         self.devices = Devices(self.machine)
+        if self.job_id:  # what this job had before comes first
+            self.waiting.sort(key=lambda run: _worker_of(self.sweep, run) != self.job_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,12 @@ def run_queue(queue: Queue, report: Report) -> LaunchResult:
     )
 
 
+def _worker_of(sweep: Sweep, run: Run) -> str | None:
+    """The Slurm job that claims a run, or claimed it last."""
+    worker = RunRecord(sweep.run_dir(run.run_id)).claimant()
+    return worker.facts.get("job_id") if worker else None
+
+
 def _work_through(queue: Queue, report: Report) -> None:
     scanned = looked = float("-inf")
     num_active = -1
@@ -170,9 +180,18 @@ def _work_through(queue: Queue, report: Report) -> None:
         _gather(queue)
         with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
             report(queue)
-        if not queue.active and num_active == 0:
+        if not queue.active and num_active == 0 and not any(map(_may_come_free, queue.left.values())):
             return
         time.sleep(POLL_S)
+
+
+def _may_come_free(found: Decision) -> bool:
+    """Whether a run elsewhere is silent: its machine may be lost, and nobody but this worker be there to go on."""
+    heartbeat = None
+    if found.verdict == "running":
+        with contextlib.suppress(UserError):
+            heartbeat = found.record.read_status().heartbeat
+    return heartbeat is not None and DOUBT_S < time.time() - heartbeat < GIVE_UP_S
 
 
 def _start_what_fits(queue: Queue) -> None:
