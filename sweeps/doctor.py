@@ -126,10 +126,8 @@ def check_accelerator(facts: Mapping[str, Any]) -> Check:
     if torch["card_error"]:
         advice = "Install a torch whose build covers this card (pytorch.org names the index)."
         return Check("accelerator", "fail", f"{found}: {torch['card_error']}", advice)
-    if not torch["bf16"]:
-        advice = "Set `optimiser.precision: fp32`: this card computes bf16 slowly or not at all."
-        return Check("accelerator", "warn", f"{found}, without bf16", advice)
-    return Check("accelerator", "ok", f"{found}, bf16")
+    advice = "Set `optimiser.precision: fp32`: this card computes bf16 slowly or not at all."
+    return Check("accelerator", "ok" if torch["bf16"] else "warn", f"{found}, bf16: {torch['bf16']}", advice)
 
 
 def check_disk(root: Path, folder: Path) -> Check:
@@ -138,10 +136,7 @@ def check_disk(root: Path, folder: Path) -> Check:
     if root.exists() and not root.is_dir():
         return Check("disk", "fail", f"{root} is no folder", advice)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(b"x" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return Check("disk", "fail", f"{folder} cannot be written ({error.strerror})", advice)
     usage = shutil.disk_usage(folder)

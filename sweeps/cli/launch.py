@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, Root, SweepName, some_runs
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import this_machine
+from aimscale.sweeps.engine.queue import LaunchResult
 from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned
-
-if TYPE_CHECKING:
-    from aimscale.sweeps.engine.queue import LaunchResult
 
 Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
 Place = Literal["local", "here", "slurm"]

@@ -14,23 +14,19 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 EXIT_INTERRUPTED = 130
 
 
-def some_runs(sweep: Sweep, parts: Sequence[str], most: int | None = None) -> list[str]:
+def some_runs(sweep: Sweep, parts: Sequence[str]) -> list[str]:
     """Run ids that contain any of the parts; all runs of the plan where no part is given.
 
     Raises:
-        SweepError: a part that names no run, or more runs than `most`.
+        SweepError: a part that names no run.
     """
     planned = [run.run_id for run in plan(sweep)]
     there = [path.name for path in sweep.runs_dir.iterdir()] if sweep.runs_dir.is_dir() else []
-    if not parts:
-        return planned
-    chosen: list[str] = []
+    chosen = [] if parts else planned
     for part in parts:
         named = [run_id for run_id in planned if part in run_id] or [run_id for run_id in there if part in run_id]
         if not named:
             raise SweepError(f"no run of sweep '{sweep.name}' has '{part}' in its id; `aimscale status` lists them")
-        if most is not None and len(named) > most:
-            raise SweepError(f"'{part}' is part of {len(named)} run ids ({named[0]}, {named[1]}, ...); give more of it")
         chosen += named
     return list(dict.fromkeys(chosen))
 

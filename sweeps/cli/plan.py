@@ -28,7 +28,7 @@ def plan(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson =
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
     if as_json:
-        found = to_json(loaded, cards) | {"problems": [asdict(problem) for problem in problems]}
+        found = to_json(cards) | {"problems": [asdict(problem) for problem in problems]}
         typer.echo(json.dumps(found, indent=1))
     else:
         print_plan(loaded, cards)

@@ -58,7 +58,9 @@ def logs(
 ) -> None:
     """Print or follow the log of one run's last attempt."""
     loaded = load_sweep(sweep, root)
-    (name,) = some_runs(loaded, [run], most=1)
+    name, *others = some_runs(loaded, [run])
+    if others:
+        raise SweepError(f"'{run}' is part of {1 + len(others)} run ids ({name}, {others[0]}, ...); give more of it")
     record = RunRecord(loaded.run_dir(name))
     path = record.last_log()
     if path is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import read_info
@@ -30,16 +30,14 @@ from aimscale.sweeps.plan.costs import device_fit, device_of, max_opened, stop_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
-Kind = Literal["data", "counts", "overlap", "probe", "schedule", "memory", "time", "setting"]
-Found = tuple[Kind, str, str]
-"""Kind, key of the sweep file, and sentence."""
+Found = tuple[str, str]
+"""Key of the sweep file, and sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One thing that some runs would fail on."""
 
-    kind: Kind
     key: str
     """Of the sweep file: what to change."""
     why: str
@@ -54,61 +52,53 @@ def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
     for run in runs:
         for problem in (*_by_numbers(sweep, run, device), *data.problems(run.config)):
             found.setdefault(problem, {})[run.run_id] = None
-    return tuple(
-        Problem(kind=kind, key=key, why=why, run_ids=tuple(names)) for (kind, key, why), names in found.items()
-    )
+    return tuple(Problem(key=key, why=why, run_ids=tuple(names)) for (key, why), names in found.items())
 
 
 def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
     """Raise SweepError that names every problem of these runs, if there is one."""
-    problems = check(sweep, runs) if problems is None else problems
-    lines = [f"{_whose(problem.run_ids, len(runs))}: {_keyed(problem)}" for problem in problems]
+    lines = []
+    for problem in check(sweep, runs) if problems is None else problems:
+        names = problem.run_ids
+        whose = names[0] if len(names) == 1 else f"{len(names)} of {len(runs)} runs, such as {names[0]}"
+        key = "" if problem.why.startswith(problem.key) else f"{problem.key}: "
+        lines.append(f"{whose}: {key}{problem.why}")
     if len(lines) == 1:
         raise SweepError(f"{sweep.source}: {lines[0]}")
     if lines:
         raise SweepError("\n".join([f"{sweep.source}: {len(lines)} things are in the way of its runs", *lines]))
 
 
-def _keyed(problem: Problem) -> str:
-    return problem.why if problem.why.startswith(problem.key) else f"{problem.key}: {problem.why}"
-
-
-def _whose(names: Sequence[str], num_runs: int) -> str:
-    if len(names) == num_runs > 1:
-        return f"all {num_runs} runs"
-    return names[0] if len(names) == 1 else f"{len(names)} runs such as {names[0]}"
-
-
-def _said(kind: Kind, key: str, function: Callable[..., Any], *arguments: Any) -> list[Found]:
+def _said(key: str, function: Callable[..., Any], *arguments: Any) -> list[Found]:
     """What a function refuses."""
     try:
         function(*arguments)
     except UserError as error:
-        return [(kind, key, str(error))]
+        return [(key, str(error))]
     return []
 
 
 def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
     """What the configuration alone tells."""
     training, runtime = run.config.training, run.config.runtime
-    yield from _said("schedule", "schedule.warmup_images", schedule_of, run.config)
+    yield from _said("schedule.warmup_images", schedule_of, run.config)
     plan_of = functools.partial(execution_plan, world_size=run.devices, device_bytes=device.memory_bytes)
     if device_fit(model_of(training), training.optimiser, runtime, run.devices, device.memory_bytes) is None:
-        yield from _said("memory", "cost.memory_gb", plan_of, model_of(training), training.optimiser, runtime)
+        yield from _said("cost.memory_gb", plan_of, model_of(training), training.optimiser, runtime)
     stop_s, limit_s = stop_seconds(sweep, run), 60 * sweep.file.slurm.time_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
-        yield "time", "slurm.time_min", f"{told}; raise time_min"
+        yield "slurm.time_min", f"{told}; raise time_min"
     if sweep.file.slurm.python is None:
-        yield from _said("setting", "runtime.loggers", refuse_missing, run.config)
+        yield from _said("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
-        yield "setting", "runtime.device", "cuda is asked for, and this machine has no GPU; use cpu or auto"
+        yield "runtime.device", "cuda is asked for, and this machine has no GPU; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
         import torch
 
         from aimscale.harness.step.engine import compiles
 
-        yield from _said("setting", "runtime.compile", compiles, True, torch.device("cpu"), 0)
+        yield from _said("runtime.compile", compiles, True, torch.device("cpu"), 0)
 
 
 class _Data:
@@ -144,42 +134,42 @@ class _Data:
         if not data.is_unindexed:
             missing = [why for source in data.sources if (why := self.opened(source.path)[1])]
             if missing:
-                return [("data", "data.sources", why) for why in missing]
+                return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
         from aimscale.harness.data.stream.positions import refuse_other_images, unique_per_source
         from aimscale.harness.data.stream.unindexed import shard_urls
 
-        found = _said("setting", "model.channels", require_channels, channels)
+        found = _said("model.channels", require_channels, channels)
         if data.is_unindexed:
-            return found + _said("data", "data.sources", shard_urls, data.sources[0].path)
+            return found + _said("data.sources", shard_urls, data.sources[0].path)
         infos = [read_info(source.path) for source in data.sources]
         for source, info in zip(data.sources, infos, strict=True):
-            found += _said("data", "data.sources", refuse_other_images, source, info)
-        return found + _said("counts", "data.unique_images", unique_per_source, data, infos)
+            found += _said("data.sources", refuse_other_images, source, info)
+        return found + _said("data.unique_images", unique_per_source, data, infos)
 
     def _validation(self, data: DataSection, section: ValidationSection) -> list[Found]:
         """What the validation after each budget would refuse, and the trainer for its sake."""
         held_out, missing = self.opened(section.path)
         if missing:
-            return [("data", "validation.path", missing)]
+            return [("validation.path", missing)]
         from aimscale.harness.data.stream.held_out import refuse_fewer, refuse_overlap
 
         info = read_info(section.path)
-        found = _said("counts", "validation.num_images", refuse_fewer, section.path, info, section.num_images)
+        found = _said("validation.num_images", refuse_fewer, section.path, info, section.num_images)
         if held_out is None:
             return found
         paths = [source.path for source in data.sources if not data.is_unindexed]
         pools = [pool for path in paths if (pool := self.opened(path)[0]) is not None]
-        return found + _said("overlap", "validation.path", refuse_overlap, pools, held_out)
+        return found + _said("validation.path", refuse_overlap, pools, held_out)
 
     def _probe(self, section: ProbeSection, model: ModelSection) -> list[Found]:
         """What a task would refuse."""
         key = f"probes.{section.task}"
         sides = [self.opened(path) for path in dict.fromkeys((section.train, section.test))]
         if missing := [why for _, why in sides if why]:
-            return [("data", key, why) for why in missing]
+            return [(key, why) for why in missing]
         if any(dataset is None for dataset, _ in sides):
             return []
         from aimscale.harness.probe.features.images import open_task
 
-        return _said("probe", key, open_task, section, model, RuntimeConfig())
+        return _said(key, open_task, section, model, RuntimeConfig())

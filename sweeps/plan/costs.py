@@ -160,16 +160,9 @@ def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
     return tuple(name for name in (*CHINCHILLA.names, *CHINCHILLA.derived) if name in lost)
 
 
-def to_json(sweep: Sweep, cards: Sequence[CostCard]) -> dict[str, Any]:
-    """The plan as one JSON value: assumptions, totals, runs with cards."""
-    return {
-        "sweep": sweep.name,
-        "recipe": sweep.file.recipe,
-        "assumptions": sweep.file.cost.model_dump(mode="json"),
-        "totals": totals(cards),
-        "not_identified": not_identified(cards),
-        "runs": [asdict(card) for card in cards],
-    }
+def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
+    """The plan as one JSON value."""
+    return {"totals": totals(cards), "not_identified": not_identified(cards), "runs": [asdict(card) for card in cards]}
 
 
 def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
@@ -177,8 +170,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     model = model_of(training)
     params, flops = counts_of(model)
     executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
-    pool = _pool(sweep, run.config, look)
-    unique = training.data.unique_images or pool
+    unique = training.data.unique_images or _pool(sweep, run.config, look)
     probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
     fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, device.memory_bytes)
     cost = sweep.file.cost

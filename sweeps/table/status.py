@@ -128,10 +128,8 @@ def _look(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) 
         return _undamaged(run, card, record, pending)
     except UserError as error:
         why = str(error)
-    except OSError as error:
-        why = f"{error.filename or record.path} cannot be read ({error.strerror})"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"{record.path} holds what no run writes ({error!r}); repair it or move it away"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f"{record.path} holds what no run writes or cannot be read ({error!r}); repair it or move it away"
     return _line(run, record, "damaged", Status(reason=why)), Progress(is_over=True)
 
 

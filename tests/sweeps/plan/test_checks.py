@@ -12,7 +12,7 @@ from aimscale.sweeps.plan.sweepfile import SweepError
 
 @pytest.fixture
 def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
-    """What is in the way of two runs whose data are there, with some fields changed; (kind, key) -> problem."""
+    """What is in the way of two runs whose data are there, with some fields changed; key -> problem."""
     for name, seed, number in (("train", 1, 40), ("validation", 2, 10), ("other", 3, 10)):
         write_images(tmp_path / name, number, seed=seed)
     for seed, name in enumerate(("fit", "test", "strange")):
@@ -25,7 +25,7 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
         "probes": [{"task": "mine", "train": "fit", "test": "test"}],
     }
 
-    def find(changes: dict[str, Any], **top: Any) -> dict[tuple[str, str], Problem]:
+    def find(changes: dict[str, Any], **top: Any) -> dict[str, Problem]:
         sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], base=base | changes, **top)
         runs = plan(sweep)
         found = check(sweep, runs)
@@ -36,54 +36,48 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
             assert all(problem.why in str(caught.value) for problem in found)
         else:
             refuse(sweep, runs)
-        return {(each.kind, each.key): each for each in found}
+        return {each.key: each for each in found}
 
     return find
 
 
 @pytest.mark.parametrize(
-    ("changes", "top", "kind", "key", "words"),
+    ("changes", "top", "key", "words"),
     [
-        ({"data": {"sources": [{"path": "nowhere"}]}}, {}, "data", "data.sources", "/nowhere does not exist"),
-        ({"data": {"sources": [{"path": "wds:///no/{0..2}.tar"}]}}, {}, "data", "data.sources", "3 shards"),
-        (
-            {"data": {"sources": [{"path": "train", "fingerprint": "0" * 16}]}},
-            {},
-            "data",
-            "data.sources",
-            "other images",
-        ),
-        ({}, {"unique_images": [41]}, "counts", "data.unique_images", "40 usable"),
-        ({"validation": {"path": "validation", "num_images": 11}}, {}, "counts", "validation.num_images", "10 usable"),
-        ({"validation": {"path": "train"}}, {}, "overlap", "validation.path", "40 training images"),
-        ({"probes": [{"task": "mine", "train": "fit", "test": "gone"}]}, {}, "data", "probes.mine", "/gone"),
-        ({"probes": [{"task": "mine", "train": "fit", "test": "fit"}]}, {}, "probe", "probes.mine", "12 of the 12"),
-        ({"probes": [{"task": "mine", "train": "fit", "test": "strange"}]}, {}, "probe", "probes.mine", "no c"),
-        ({"probes": [{"task": "mine", "train": "other", "test": "test"}]}, {}, "probe", "probes.mine", "no labels"),
-        ({"probes": [{"task": "pets", "train": "fit", "test": "test"}]}, {}, "probe", "probes.pets", "37 classes"),
-        ({"schedule": {"warmup_images": 640}}, {}, "schedule", "schedule.warmup_images", "512"),
-        ({}, {"cost": {"memory_gb": 0.1}}, "memory", "cost.memory_gb", "does not fit"),
-        ({}, {"slurm": {"time_min": 2}}, "time", "slurm.time_min", "120 s"),
-        ({"runtime": {"compile": True, "device": "cpu"}}, {}, "setting", "runtime.compile", "CPU"),
-        ({"runtime": {"device": "cuda"}}, {}, "setting", "runtime.device", "no GPU"),
-        ({"runtime": {"loggers": ["wandb"]}}, {}, "setting", "runtime.loggers", "not installed"),
-        ({"model": {"image_size": 16, "patch_size": 4, "channels": 2}}, {}, "setting", "model.channels", "not 2"),
+        ({"data": {"sources": [{"path": "nowhere"}]}}, {}, "data.sources", "/nowhere does not exist"),
+        ({"data": {"sources": [{"path": "wds:///no/{0..2}.tar"}]}}, {}, "data.sources", "3 shards"),
+        ({"data": {"sources": [{"path": "train", "fingerprint": "0" * 16}]}}, {}, "data.sources", "other images"),
+        ({}, {"unique_images": [41]}, "data.unique_images", "40 usable"),
+        ({"validation": {"path": "validation", "num_images": 11}}, {}, "validation.num_images", "10 usable"),
+        ({"validation": {"path": "train"}}, {}, "validation.path", "40 training images"),
+        ({"probes": [{"task": "mine", "train": "fit", "test": "gone"}]}, {}, "probes.mine", "/gone"),
+        ({"probes": [{"task": "mine", "train": "fit", "test": "fit"}]}, {}, "probes.mine", "12 of the 12"),
+        ({"probes": [{"task": "mine", "train": "fit", "test": "strange"}]}, {}, "probes.mine", "no c"),
+        ({"probes": [{"task": "mine", "train": "other", "test": "test"}]}, {}, "probes.mine", "no labels"),
+        ({"probes": [{"task": "pets", "train": "fit", "test": "test"}]}, {}, "probes.pets", "37 classes"),
+        ({"schedule": {"warmup_images": 640}}, {}, "schedule.warmup_images", "512"),
+        ({}, {"cost": {"memory_gb": 0.1}}, "cost.memory_gb", "does not fit"),
+        ({}, {"slurm": {"time_min": 2}}, "slurm.time_min", "120 s"),
+        ({"runtime": {"compile": True, "device": "cpu"}}, {}, "runtime.compile", "CPU"),
+        ({"runtime": {"device": "cuda"}}, {}, "runtime.device", "no GPU"),
+        ({"runtime": {"loggers": ["wandb"]}}, {}, "runtime.loggers", "not installed"),
+        ({"model": {"image_size": 16, "patch_size": 4, "channels": 2}}, {}, "model.channels", "not 2"),
     ],
 )
 def test_what_would_stop_a_run_is_found_before_it_starts(
-    problems: Any, changes: dict[str, Any], top: dict[str, Any], kind: str, key: str, words: str
+    problems: Any, changes: dict[str, Any], top: dict[str, Any], key: str, words: str
 ) -> None:
     found = problems(changes, **top)
-    assert list(found) == [(kind, key)]
-    assert words in found[kind, key].why
-    assert "\n" not in found[kind, key].why
-    assert len(found[kind, key].run_ids) == 2
+    assert list(found) == [key]
+    assert words in found[key].why
+    assert "\n" not in found[key].why
+    assert len(found[key].run_ids) == 2
 
 
 def test_all_is_said_at_once_and_of_the_runs_that_it_concerns(problems: Any) -> None:
     assert problems({}) == {}
     found = problems({"validation": {"path": "validation", "num_images": 10**4}}, unique_images=[None, 50])
-    assert {key: len(each.run_ids) for (_, key), each in found.items()} == {
+    assert {key: len(each.run_ids) for key, each in found.items()} == {
         "validation.num_images": 4,
         "data.unique_images": 2,
     }
