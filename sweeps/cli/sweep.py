@@ -54,7 +54,6 @@ def logs(
     run: Annotated[str, typer.Argument(help="A run's id, or any part that no other id has.")],
     root: Root = Path("aimscale-runs"),
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends or Ctrl-C.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines to print; 0 for all.", min=0)] = 0,
 ) -> None:
     """Print or follow the log of one run's last attempt."""
     loaded = load_sweep(sweep, root)
@@ -66,8 +65,7 @@ def logs(
     if path is None:
         raise SweepError(f"{name} has no log yet; it was never started")
     with path.open(errors="replace") as file:
-        text = file.read().splitlines(keepends=True)
-        typer.echo("".join(text[-lines:] if lines else text), nl=False)
+        typer.echo(file.read(), nl=False)
         try:
             while follow and record.last_log() == path:
                 piece = file.read()

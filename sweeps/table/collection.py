@@ -21,7 +21,6 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import entries_of
-from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import configured_columns, setup_of
 from aimscale.sweeps.plan.costs import CostCard
@@ -56,8 +55,9 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     """Gather the rows of all runs of the plan.
 
     Raises:
-        SweepError: the sweep was never launched here, its directory cannot be written, or all runs there are of another
-            plan (the table is left as it was).
+        SweepError: the sweep was never launched here, or all runs there are of another plan (the table is left as it
+            was).
+        OSError: its directory cannot be written.
     """
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
@@ -85,10 +85,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         "completions": [each for run in whole for each in _completions(sweep, run)],
         "machines": _machines([RunRecord(sweep.run_dir(run.run_id)) for run in whole]),
     }
-    try:
-        write_json(sweep.directory / "collect.json", summary)
-    except OSError as error:
-        raise SweepError(f"cannot write {sweep.directory / 'collect.json'}: {error.strerror}") from error
+    write_json(sweep.directory / "collect.json", summary)
     return Collected(
         table=sweep.directory / "results.parquet",
         num_rows=len(rows),
@@ -197,14 +194,11 @@ def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> list[Values
 
 def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
     """Task -> evaluations that runs of the plan ask for."""
-    names: dict[ProbeSection, str] = {}
+    name_of = functools.cache(lambda task: task.evaluation(fingerprint(task.train), fingerprint(task.test)))
     planned: dict[str, set[str]] = {}
     for run in runs:
         for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():
-            if section not in names:
-                train, test = fingerprint(section.train), fingerprint(section.test)
-                names[section] = section.evaluation(train, test)
-            planned.setdefault(section.task, set()).add(names[section])
+            planned.setdefault(section.task, set()).add(name_of(section))
     return planned
 
 

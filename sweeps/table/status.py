@@ -41,9 +41,9 @@ class RunStatus:
     state: Shown
     status: Status
     """What the run says of itself, with why it waits where Slurm says that."""
-    log: str | None
+    log: str | None = None
     """Output of its last attempt."""
-    to_evaluate: int
+    to_evaluate: int = 0
     """(task, budget) pairs to be probed in all."""
     progress: float = 0.0
     """Share of the planned images trained on, 0..1."""
@@ -130,20 +130,12 @@ def _look(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) 
         why = str(error)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{record.path} holds what no run writes or cannot be read ({error!r}); repair it or move it away"
-    return _line(run, record, "damaged", Status(reason=why)), Progress(is_over=True)
+    line = RunStatus(run_id=run.run_id, cell=run.cell, state="damaged", status=Status(reason=why), log=_log(record))
+    return line, Progress(is_over=True)
 
 
-def _line(run: Run, record: RunRecord, state: Shown, status: Status) -> RunStatus:
-    log = record.last_log() if state != "not started" else None
-    to_evaluate = len(run.budgets) * len(run.config.evaluation.probes)
-    return RunStatus(
-        run_id=run.run_id,
-        cell=run.cell,
-        state=state,
-        status=status,
-        log=str(log) if log else None,
-        to_evaluate=to_evaluate,
-    )
+def _log(record: RunRecord) -> str | None:
+    return str(path) if (path := record.last_log()) else None
 
 
 def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
@@ -161,13 +153,18 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
     losses = [row["val_loss"] for row in sorted(rows, key=lambda row: row["images_seen"]) if row.get("val_loss")]
     unprobed = Counter(each.what for each in owed)
     is_trained, is_finished = not unprobed["training"], state == "finished"
-    line = _line(run, record, state, replace(status, reason=reason))
-    line = replace(
-        line,
+    to_evaluate = len(run.budgets) * len(card.probes)
+    line = RunStatus(
+        run_id=run.run_id,
+        cell=run.cell,
+        state=state,
+        status=replace(status, reason=reason),
+        log=_log(record) if state != "not started" else None,
+        to_evaluate=to_evaluate,
         progress=1.0 if is_trained else min(1.0, status.images_done / card.images_executed),
         val_loss=losses[-1] if losses else None,
         place=place,
-        evaluated=line.to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
+        evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
         device_hours=hours + (record.hours_since_start(now) if is_held else 0.0),
     )
     return line, Progress(
