@@ -10,7 +10,6 @@ from aimscale.aim.weights import (
     PROBE,
     WeightsError,
     backbone_state,
-    identify,
     load_backbone,
     load_probe,
     read_weights,
@@ -109,18 +108,6 @@ def test_import_gives_the_models_values_and_export_gives_them_back(tmp_path: Pat
     exported = read_weights(out)
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[name], state[name]) for name in state)
-
-
-@pytest.mark.parametrize("size", ["rung-24", "w16-d2"])
-def test_a_file_tells_its_size(tmp_path: Path, size: str) -> None:
-    config = model_config(size, image_size=12, patch_size=4, channels=1, head_rule="none")
-    write_weights(released_state(AIM(config)), tmp_path / "backbone.safetensors")
-    assert identify(tmp_path / "backbone.safetensors", image_size=12, num_heads=config.num_heads) == config
-    with pytest.raises(WeightsError, match="--num-heads"):
-        identify(tmp_path / "backbone.safetensors")
-    write_weights({"weight": torch.ones(2)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other\.pth"):
-        identify(tmp_path / "other.pth")
 
 
 def test_export_of_a_mup_model_keeps_its_features(tmp_path: Path) -> None:

@@ -48,54 +48,29 @@ def weights(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-def test_import_gives_a_finished_run_with_the_same_values_and_a_row(
-    released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, state = released
-    target = tmp_path / "run"
-    code, _, _ = weights(
-        capsys, "import", str(path), str(target), "--image-size", "28", "--images-seen", "8192", "--num-heads", "3"
-    )
-    assert code == 0
-    run = RunDir(target)
-    config = run.load_config()
-    assert (config.training.model.size, config.training.model.patch_size) == ("w48-d2", 14)
-    assert run.read_status().state == "finished"
-    imported = load_file(run.model_file(8192))
-    assert imported.keys() == state.keys()
-    assert all(torch.equal(imported[name], state[name]) for name in state)
-    (row,) = run.read_rows()
-    table = results_table([row | {"sweep": "s", "status": "complete"}]).to_pylist()
-    assert (table[0]["run_id"], table[0]["val_loss"], table[0]["images_seen"]) == (config.run_id, None, 8192)
-    assert run.read_starts()[0]["imported"]["bytes"] == path.stat().st_size
-
-
-def test_export_gives_back_what_was_imported_with_a_card(
+def test_import_gives_a_finished_run_with_a_row_and_export_gives_the_values_back(
     released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, state = released
     options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", "2"]
-    weights(capsys, "import", str(path), str(tmp_path / "run"), *options)
-    code, out, _ = weights(capsys, "export", str(tmp_path / "run"), str(tmp_path / "out"))
-    assert code == 0
-    assert "model.safetensors" in out
-    for exported in (
+    assert weights(capsys, "import", str(path), str(tmp_path / "run"), *options)[0] == 0
+    run = RunDir(tmp_path / "run")
+    config = run.load_config()
+    assert config.training.model.patch_size == 14
+    assert run.read_status().state == "finished"
+    (row,) = run.read_rows()
+    table = results_table([row | {"sweep": "s", "status": "complete"}]).to_pylist()
+    assert (table[0]["run_id"], table[0]["val_loss"], table[0]["images_seen"]) == (config.run_id, None, 8192)
+    assert run.read_starts()[0]["imported"]["bytes"] == path.stat().st_size
+    assert weights(capsys, "export", str(run.path), str(tmp_path / "out"))[0] == 0
+    for held in (
+        load_file(run.model_file(8192)),
         load_file(tmp_path / "out" / "model.safetensors"),
         torch.load(tmp_path / "out" / "model.pth", weights_only=True),
     ):
-        assert exported.keys() == state.keys()
-        assert all(torch.equal(exported[name], state[name]) for name in state)
-    assert "width 48, 2 blocks" in (tmp_path / "out" / "README.md").read_text()
-    images = torch.randn(2, 3, 28, 28)
-    again = load_backbone(tmp_path / "out" / "model.pth", CONFIG).features(images, [1])
-    torch.testing.assert_close(again, load_backbone(path, CONFIG).features(images, [1]))
-
-
-def test_info_tells_size_and_parameters(released: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    path, state = released
-    code, out, _ = weights(capsys, "info", str(path), "--json")
-    facts = json.loads(out)
-    assert code == 0
+        assert held.keys() == state.keys()
+        assert all(torch.equal(held[name], state[name]) for name in state)
+    facts = json.loads(weights(capsys, "info", str(path), "--json")[1])
     assert (facts["size"], facts["width"], facts["depth"], facts["is_complete_backbone"]) == ("w48-d2", 48, 2, True)
     assert sum(facts["params"].values()) == sum(tensor.numel() for tensor in state.values())
 
@@ -106,6 +81,7 @@ def test_wrong_files_are_refused_and_leave_nothing(
     path, state = released
     save_file({k: v for k, v in state.items() if "blocks.1.mlp.fc2" not in k}, tmp_path / "short.safetensors")
     torch.save({"w": Path("x")}, tmp_path / "pickle.pth")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pth")
     before = sorted(tmp_path.iterdir())
     few = "--images-seen 8 --num-heads 2"
     for arguments, message in (
@@ -119,6 +95,7 @@ def test_wrong_files_are_refused_and_leave_nothing(
         (["import", str(tmp_path / "pickle.pth"), str(tmp_path / "r")], "not a plain PyTorch state dict"),
         (["import", str(tmp_path / "none.pth"), str(tmp_path / "r")], "no weight file"),
         (["export", str(tmp_path), str(tmp_path / "o")], "no run directory"),
+        (["import", str(tmp_path / "other.pth"), str(tmp_path / "r"), *few.split()], "other.pth"),
         (["info", str(tmp_path / "none.pth")], "no weight file"),
     ):
         code, _, err = weights(capsys, *arguments)

@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from aimscale.harness.bench import card
-from aimscale.harness.cli.bench import app
 
 
 @pytest.mark.slow
@@ -42,18 +40,3 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
     assert found["slow"]["result"] == ["in order"], "it could end its own processes"
     monkeypatch.setattr(card, "TOTAL_S", 0)
     assert card.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"
-
-
-def test_the_parts_of_a_card_are_commands_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only their options: what they do needs a card."""
-    monkeypatch.setattr(card, "write_bundled", lambda out: None)
-    parts = list(card.parts(tmp_path, rehearse=False))
-    trained = [(size, how) for size, _, how in card.TRAINING]
-    assert [part.name for part in parts if part.name.startswith("train")] == [f"train {s} {how}" for s, how in trained]
-    assert {size for size, _ in trained} == {"rung-128", "rung-384", "aim-600M", "aim-1B"}
-    assert card.TESTS.is_dir()
-    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for part in parts:
-        if "bench" in part.words:
-            options = {option for param in verbs[part.words[4]].params for option in param.opts}
-            assert {word for word in part.words if word.startswith("--")} <= options, part.name

@@ -15,7 +15,6 @@ from aimscale.harness.device.distributed import (
     card_index,
     choose_device,
     find_placement,
-    first_host,
     start_group,
 )
 from aimscale.harness.probe.features.backbones import matmul_precision
@@ -50,6 +49,8 @@ def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
     placed = find_placement(slurm)
     assert (placed.rank, placed.world_size, placed.local_rank, placed.address) == (5, 8, 1, "gpu003")
     assert placed.port == find_placement(slurm | {"SLURM_PROCID": "0"}).port != alone.port
+    for nodes, first in (("n1,n2", "n1"), ("gpu[07-12]", "gpu07"), ("a-[1,3]-ib", "a-1-ib"), ("r[2-3],other", "r2")):
+        assert find_placement(slurm | {"SLURM_JOB_NODELIST": nodes}).address == first
     batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "9"}
     assert find_placement(batch_script).world_size == 1, "only what srun started is one of several"
 
@@ -99,11 +100,3 @@ def test_a_card_that_is_not_there_and_half_an_environment_are_refused(monkeypatc
         choose_device(find_placement({}), "cuda")
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         find_placement({"RANK": "0", "WORLD_SIZE": "2"})
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-12]", "gpu07"), ("a-[1,3]-ib", "a-1-ib"), ("rack[2-3],other", "rack2")],
-)
-def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first

@@ -19,7 +19,6 @@ from aimscale.harness.device.distributed import find_placement, start_group, sto
 from aimscale.harness.device.memory import (
     WORKSPACE_BYTES,
     DoesNotFitError,
-    even_share,
     execution_plan,
     free_host_bytes,
     kept_bytes_per_image,
@@ -181,13 +180,6 @@ def test_checkpoints_are_copied_where_the_host_has_room() -> None:
     # 32 million parameters are 512 MiB during a step, activations not counted, and 384 in a checkpoint's copy
     assert [copies(4000, host) for host in (4000, 440, 400)] == [True, True, False]
     assert [copies(device, None) for device in (4000, 1200)] == [True, False], "a CPU holds both"
-
-
-@pytest.mark.parametrize(
-    ("per_rank", "most", "share"), [(48, 48, 48), (48, 47, 24), (48, 17, 16), (48, 11, 10), (512, 171, 128), (7, 1, 1)]
-)
-def test_micro_batches_share_a_ranks_images_evenly_in_pairs(per_rank: int, most: int, share: int) -> None:
-    assert even_share(per_rank, most) == share
 
 
 if __name__ == "__main__":  # a fresh process: the heap that a test run leaves behind would be counted or used again

@@ -20,9 +20,9 @@ ALONE = Group(
 )
 
 
-def metrics(branch: int | None = None) -> Metrics:
+def metrics() -> Metrics:
     made = Metrics(ALONE, 8)
-    made.enter(Segment(start=0, stop=24, branch=branch), from_its_start=True)
+    made.enter(Segment(start=0, stop=24, branch=None), from_its_start=True)
     return made
 
 
@@ -62,21 +62,6 @@ def test_a_line_means_over_applied_steps() -> None:
     add(log, 4, float("nan"))
     assert log.line()["loss"] is None
     assert (log.images_done, log.consecutive_skipped, log.total.num_skipped_steps) == (32, 1, 2)
-
-
-def test_state_brings_back_what_is_in_no_line_yet() -> None:
-    log, copy = metrics(branch=8), metrics(branch=8)
-    add(log, 1, 1.0)
-    add(log, 2, 2.0)
-    copy.restore(json.loads(json.dumps(log.state())))
-    for each in (log, copy):
-        add(each, 3, 6.0)
-    assert copy.line() == log.line()
-    assert copy.train_loss() == log.train_loss() == 3.0
-    assert copy.state() == log.state()
-    log.enter(Segment(start=8, stop=16, branch=16), from_its_start=True)
-    assert log.train_loss() is None
-    assert log.branch.num_images == 0
 
 
 def test_a_spike_is_named_once_there_is_something_to_compare_with() -> None:

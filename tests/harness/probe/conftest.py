@@ -23,6 +23,8 @@ from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 DIGITS = tuple("0123456789")
+FEWER = "98765430"
+"""In another order; no image shows a 1 or a 2."""
 GEOMETRY: dict[str, Any] = {"size": "rung-32", "image_size": 16, "patch_size": 4}
 
 
@@ -79,16 +81,21 @@ def task(tmp_path_factory: pytest.TempPathFactory, model: AIM) -> Task:
     _write_digits(root / "some", slice(0, 80))
     _write_digits(root / "few", slice(0, 12))
     _write_digits(root / "renamed", slice(0, 50), classes=tuple("abcdefghij"))
+    _write_digits(root / "fewer", slice(600, 1000), classes=tuple(FEWER), digits=FEWER)
     return Task(root=root, model=model, geometry=ModelSection(**GEOMETRY))
 
 
-def _write_digits(out: Path, rows: slice, classes: tuple[str, ...] | None = DIGITS) -> None:
+def _write_digits(out: Path, rows: slice, classes: tuple[str, ...] | None = DIGITS, digits: str = "0123456789") -> None:
+    """The images of some digits, whose classes are in the digits' order."""
     bunch = load_digits()
 
     def images() -> Any:
         for i in range(*rows.indices(len(bunch.images))):
+            label = digits.find(str(bunch.target[i]))
+            if label < 0:
+                continue
             buffer = io.BytesIO()
             Image.fromarray((bunch.images[i] * 15).astype(np.uint8)).resize((16, 16)).save(buffer, "png")
-            yield PackedImage(f"{i:06d}", "png", buffer.getvalue(), int(bunch.target[i]) if classes else None)
+            yield PackedImage(f"{i:06d}", "png", buffer.getvalue(), label if classes else None)
 
     write_dataset(out, images(), classes=classes)

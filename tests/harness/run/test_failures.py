@@ -14,7 +14,6 @@ import torch
 
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data import DataError
-from aimscale.harness.device.distributed import find_placement, start_group
 from aimscale.harness.run.failures import STOP_SIGNALS, classify, disk_sentence, run_worker, stop_signals
 from aimscale.harness.run.fence import LockLost
 from aimscale.harness.step.checkpoint import CheckpointError
@@ -43,26 +42,6 @@ def test_every_failure_has_a_class_and_one_sentence(error: BaseException, reason
     assert found == reason_class
     assert words in sentence
     assert "\n" not in sentence
-
-
-def lose_a_peer(rank: int, out: Path) -> None:
-    group = start_group(find_placement(), "cpu")
-    assert group.sum_counts(rank) == [1]
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        while True:
-            group.sum_counts(1)
-    except RuntimeError as error:
-        out.write_text("\n".join(classify(error)))
-    os._exit(0)  # the group can no longer be left
-
-
-def test_a_killed_peer_is_noticed_at_once_and_named(tmp_path: Path, in_processes: Run) -> None:
-    assert in_processes(lose_a_peer, tmp_path / "out", world_size=2) == [0, -signal.SIGKILL]
-    reason_class, sentence = (tmp_path / "out").read_text().split("\n")
-    assert reason_class == "node"
-    assert sentence.startswith("another rank is gone")
 
 
 def test_stop_signals_raise_a_flag_and_give_back_the_handlers_of_before(request: pytest.FixtureRequest) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from aimscale.harness.run.files import locked, process_started, write_json, write_text, written_aside, written_dir_aside
+from aimscale.harness.run.files import locked, write_json, write_text, written_aside, written_dir_aside
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -57,13 +55,3 @@ def test_a_folder_appears_whole_and_what_a_dead_process_left_of_it_goes(tmp_path
         (folder / "file").write_text("whole")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
-
-
-def test_a_process_has_a_start_until_it_ends() -> None:
-    assert process_started(os.getpid()) == process_started(os.getpid()) is not None
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    time.sleep(0.5)  # long enough to be a zombie
-    while process_started(child.pid) is not None:
-        time.sleep(0.05)
-    child.wait()
-    assert process_started(child.pid) is None

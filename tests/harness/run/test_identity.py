@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import yaml
 
 from aimscale.harness.run.config import ProbeSection, RunConfig, TrainingConfig, ValidationSection, parse, run_config
 
@@ -77,11 +76,6 @@ def test_an_evaluation_is_named_by_its_settings_and_the_content_of_its_data() ->
     assert name(train="/mnt/a") == name(batch_size=256) == name(kinds=["knn"]) == name()
     assert len({name(), name(epochs=30), name(task="three"), name(batch_size=128), name("3")}) == 5
     assert name(None) == f"{name().partition('-')[0]}-*"
-
-
-def test_a_configuration_reads_back_as_it_was_written() -> None:
-    config = run(probes=[{"task": "two", "train": "a", "test": "b"}])
-    assert parse(RunConfig, yaml.safe_load(config.to_yaml()), "again") == config
 
 
 Config = Callable[..., RunConfig]

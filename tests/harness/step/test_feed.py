@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
-from aimscale.harness.step.feed import Feed, PeerFailedError, Wishes, run_on_all_ranks
+from aimscale.harness.step.feed import Feed, Wishes
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
@@ -60,39 +59,6 @@ def after_steps(act: Callable[[int], None]) -> None:
         act(self.metrics.images_done)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
-
-
-def fail_on_some(rank: int, out: Path) -> None:
-    group = start_group(find_placement(), "cpu")
-    assert run_on_all_ranks(group, lambda: rank) == rank
-
-    def load() -> None:
-        if rank == 1:
-            raise DataError("shard 7 is gone")
-
-    def crash() -> None:
-        if rank == 0:
-            raise ZeroDivisionError("a bug")
-
-    told = []
-    for action in (load, crash):
-        try:
-            run_on_all_ranks(group, action)
-        except Exception as error:
-            told.append([type(error).__name__, str(error)])
-    (out / f"{rank}.json").write_text(json.dumps(told))
-    assert group.sum_counts(rank, 2, 10 * rank) == [1, 4, 10], "the ranks are still in step"
-    stop_group()
-
-
-def test_all_ranks_raise_what_one_raised(tmp_path: Path, in_processes: Run) -> None:
-    assert in_processes(fail_on_some, tmp_path, world_size=2) == [0, 0]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == [["DataError", "shard 7 is gone"], ["ZeroDivisionError", "a bug"]]
-    assert second == [
-        ["DataError", "shard 7 is gone"],
-        [PeerFailedError.__name__, "rank 0 failed: ZeroDivisionError: a bug"],
-    ]
 
 
 def take_steps(rank: int, has_workers: bool) -> None:

@@ -116,7 +116,8 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
     index_shards(str(tmp_path), tmp_path)
     dataset = open_dataset(tmp_path)
     assert dataset.ok.tolist() == [True, False, False, True]
-    assert dataset.info.num_bad == 2
+    assert dataset.usable(np.arange(2)).tolist() == [0, 3]
+    assert dataset.info.num_bad == dataset.num_usable == 2
     command = [sys.executable, "-m", "aimscale", "data", "info", f"file://{tmp_path}"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, "a thread of Arrow's that outlives the last line would abort it (134)"
@@ -156,32 +157,6 @@ def test_cache_keeps_its_bound_and_touches_nothing_else(
     with pytest.raises(OSError, match=name):
         wrong.read_many([(name, 0, 10)])
     assert not [*(tmp_path / "other").glob("*/*/*")]
-
-
-def test_protocols_that_nobody_knows_are_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    for url, says in (("s3://bucket/x", "aimscale[s3]"), ("nosuch://x/y", "nosuch")):
-        for arguments in (["index", url, "--out", str(tmp_path / "out")], ["info", url]):
-            with pytest.raises(SystemExit) as stopped:
-                main(["data", *arguments])
-            assert stopped.value.code == 2
-            message = capsys.readouterr().err
-            assert says in message
-            assert message.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_info_describes(small_set: Path, large_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    aimscale("data", "info", str(small_set))
-    text = capsys.readouterr().out
-    assert "60, 0 undecodable" in text
-    assert "median 32 px" in text
-    assert "3, with 20 to 20 images each" in text
-    aimscale("data", "info", str(large_set))
-    assert "no labels" in capsys.readouterr().out
 
 
 def test_validation_images_can_never_enter_training(

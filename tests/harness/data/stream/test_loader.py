@@ -97,18 +97,6 @@ def test_the_server_has_one_thread_and_outlives_the_trainers_signals(stream: Tra
     assert len(os.listdir(f"/proc/{server}/task")) == 1
 
 
-def test_workers_outlive_the_trainers_signals(stream: TrainStream) -> None:
-    batches = micro_batches(stream, 30, 2)
-    next(batches)
-    workers = multiprocessing.active_children()
-    for signum in STOP_SIGNALS:
-        for process in workers:
-            os.kill(process.pid or 0, signum)
-        next(batches)
-    assert sum(1 for _ in batches) == 25
-    assert all(process.exitcode == 0 for process in workers)
-
-
 def test_a_dead_worker_is_an_error_and_ends_the_others(stream: TrainStream) -> None:
     batches = micro_batches(stream, 10_000, 2)
     next(batches)

@@ -69,12 +69,6 @@ def run(stream: TrainStream, start: int, stop: int, *, micro: int, world: int = 
         yield [batch for micro_batches in step for batch in micro_batches]
 
 
-@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
-@settings(max_examples=60, deadline=None)
-def test_permute_is_a_permutation(size: int, key: int) -> None:
-    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
-
-
 def test_permute_spreads_evenly_over_keys() -> None:
     keys = np.array([make_key("test", number) for number in range(20_000)], dtype=np.uint64)
     counts = np.bincount(permute(np.full(20_000, 3), 10, keys), minlength=10)
@@ -326,12 +320,9 @@ def test_small_images_are_decoded_once_and_others_each_time(
     first = eval_images(stream.datasets[0], [3, 0], model, 1.0)
     assert torch.equal(eval_images(open_dataset(small_set), [0, 3], model, 1.0), first[[1, 0]])
     assert decoded == ([3, 0] if bound else [3, 0, 0, 3])
-    epochs = [stream.batch(range(start, start + 60)).images for start in (0, 60)]
+    for start in (0, 60):
+        stream.batch(range(start, start + 60))
     assert len(decoded) == (60 if bound else 124)
-    monkeypatch.setattr(index, "_KEPT", {})
-    assert torch.equal(
-        TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(60, 120)).images, epochs[1]
-    )
 
 
 def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> None:

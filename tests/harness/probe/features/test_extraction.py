@@ -6,7 +6,6 @@ import errno
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,20 +37,6 @@ def test_features_that_memory_does_not_hold_are_computed_again_or_lie_in_a_file_
         torch.testing.assert_close(split.pooled.rows(everything), cached.pooled.rows(everything))
     with pytest.raises(ProbeError):
         task.feature_pass().split(train)
-
-
-def test_tokens_that_nobody_reads_are_neither_kept_nor_summed(task: Any) -> None:
-    train, _ = task.open()
-    fit = np.arange(0, 600, 2)
-    with_tokens, without = (task.feature_pass(for_tokens=each).split(train, fit) for each in (True, False))
-    assert isinstance(with_tokens.tokens, CachedTokens)
-    assert isinstance(without.tokens, StreamedTokens)
-    assert [each.count for each in without.of_tokens] == [0, 0]
-    everything = slice(None)
-    assert torch.equal(without.pooled.rows(everything), with_tokens.pooled.rows(everything))
-    for part, whole in zip(without.of_pooled, with_tokens.of_pooled, strict=True):
-        assert torch.equal(part.sums, whole.sums)
-        assert torch.equal(part.products, whole.products)
 
 
 def test_a_full_disk_is_one_sentence(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

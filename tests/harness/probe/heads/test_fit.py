@@ -18,9 +18,10 @@ from aimscale.aim.model import AIM
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.probe.features.images import Task, holdout_split, open_task
+from aimscale.harness.probe.features.tasks import head_params
 from aimscale.harness.probe.heads.fit import GridFit
 from aimscale.harness.probe.heads.scores import best
-from aimscale.harness.probe.heads.stacks import CLIP_NORM, STACKS
+from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, learning_rate
 from aimscale.harness.run.config import RuntimeConfig
 
 
@@ -67,6 +68,7 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     chosen = best(found, kind)
     assert chosen.head is not None
     assert chosen.lr is not None
+    assert sum(p.numel() for p in chosen.head.parameters()) == head_params(kind, model.config.width, 10)
     (outputs,) = source.parts([list(range(len(train)))])
     tokens = outputs[list(chosen.blocks)].mean(0)
 
@@ -100,3 +102,11 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
         answers, held_labels = judged(tokens[held]), train.labels[held]
     assert chosen.holdout_loss == pytest.approx(float(functional.cross_entropy(answers, held_labels)), rel=1e-3)
     assert chosen.holdout_top1 == pytest.approx(float((answers.argmax(1) == held_labels).float().mean()))
+
+
+def test_the_rate_warms_up_over_a_twentieth_of_the_steps_and_falls_along_half_a_cosine() -> None:
+    rates = [learning_rate(0.03, step, 40) for step in range(40)]
+    assert rates[:2] == [0.015, 0.03]
+    assert rates[20] == pytest.approx((0.03 + LR_END) / 2)
+    assert rates[-1] == LR_END
+    assert learning_rate(1e-6, 39, 40) == 1e-6
